@@ -1,0 +1,27 @@
+# Sourced by quickstart.sh and run_tests.sh from the repository's root: a virtual environment with what they need.
+
+# install_requirements FILE...: make .venv if there is none, put it on PATH, and install the pinned packages into it.
+# A stamp with the files' hash makes the next call instant.
+install_requirements() {
+    local python stamp wanted file
+    if [[ ! -x .venv/bin/python ]]; then
+        python=$(command -v python3.11 || command -v python3)
+        if [[ -z $python ]] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+            echo "Python 3.11 is needed: no python3.11 on PATH, and python3 is not 3.11" >&2
+            exit 2
+        fi
+        echo "Making a virtual environment in .venv"
+        "$python" -m venv .venv
+    fi
+    export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+    for file in "$@"; do
+        stamp=.venv/installed-$file.sha256
+        wanted=$(sha256sum <"$file")
+        if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+            echo "Installing $file (PyTorch is a download of about 2.5 GB the first time)"
+            python -m pip install --quiet --disable-pip-version-check -r "$file"
+            python -m pip check
+            echo "$wanted" >"$stamp"
+        fi
+    done
+}

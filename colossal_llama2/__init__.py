@@ -1,0 +1,15 @@
+"""Teach a LLaMA-2 model a new language or domain.
+
+    arguments.py     every command's flags, each defined once
+    errors.py        mistakes a user can make, told in one line
+    logs.py          log lines and progress bars, from rank 0 only
+    tokenizer/       extend a SentencePiece vocabulary, load and encode with it
+    model/           initialize new embedding rows; freezing, NEFTune, attention
+    dataset/         jsonl to token ids to spliced samples in bins; batches out of bins
+    train/           the loop, checkpoints, and train/engine/: all that touches ColossalAI
+    inference/       generate text with a trained model
+
+Importing this package imports nothing else.
+"""
+
+__version__ = "0.1.0"

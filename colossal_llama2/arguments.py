@@ -1,0 +1,357 @@
+"""Every flag of every command, defined once, in plain argparse.
+
+A flag that the original's README and code spell differently has both spellings on one line. What argparse can judge
+by itself (type, range, choice) is judged here; what needs two flags or the file system is judged by the command.
+This module imports nothing but the standard library, so `--help` is instant.
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from typing import List, NoReturn, Optional, Sequence
+
+PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
+PRECISIONS = ("fp16", "bf16", "fp32")
+MAX_BINS = 100_000
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser that takes no abbreviations, shows defaults, and answers a mistake with one line."""
+
+    def __init__(self, prog: str, description: str, example: str):
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n{example}",
+            allow_abbrev=False,
+            formatter_class=_HelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line that names the mistake and where help is, and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
+        words = list(sys.argv[1:] if args is None else args)
+        # Unknown flags first: a misspelt required flag should be called misspelt, not missing.
+        for word in words[: words.index("--")] if "--" in words else words:
+            flag = word.split("=", 1)[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                self.error(f"unknown argument {flag}{self._suggestion(flag)}")
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unexpected {' '.join(unknown)}; quote a value that has spaces, and check its flag")
+        return parsed
+
+    def _suggestion(self, flag: str) -> str:
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
+        return f", did you mean {near[0]}?" if near else ""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the example's line breaks and appends defaults, except where the help says what an unset flag means."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required or action.default is None or isinstance(action.default, bool) and action.nargs == 0:
+            return action.help or ""
+        return super()._get_help_string(action)
+
+
+# Types. Each raises ArgumentTypeError, which argparse turns into "argument --flag: <message>".
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, "a whole number of at least 1", lambda value: value >= 1)
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, "a whole number of at least 0", lambda value: value >= 0)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, "a number above 0", lambda value: value > 0)
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, float, "a number of at least 0", lambda value: value >= 0)
+
+
+def probability(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return _number(text, float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def bin_count(text: str) -> int:
+    """A number of bins; folders are named part-00000 to part-99999."""
+    return _number(text, int, f"a whole number from 1 to {MAX_BINS}", lambda value: 1 <= value <= MAX_BINS)
+
+
+def sequence_length(text: str) -> int:
+    """A length in tokens that leaves room for text between <s> and </s>."""
+    return _number(text, int, "a whole number of at least 8", lambda value: value >= 8)
+
+
+def true_or_false(text: str) -> bool:
+    """The words True and False, in any case."""
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' given, True or False allowed")
+    return values[text.lower()]
+
+
+def path_list(text: str) -> List[str]:
+    """A comma-separated list of folders, in the given order."""
+    paths = [part.strip() for part in text.split(",")]
+    if not all(paths):
+        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; give folders as DIR_1,DIR_2,DIR_3")
+    return paths
+
+
+def _number(text: str, kind: type, allowed: str, accepts):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not math.isfinite(value) or not accepts(value):
+        raise argparse.ArgumentTypeError(f"'{text}' given, {allowed} allowed")
+    return value
+
+
+# One parser per command.
+
+
+def init_tokenizer_parser() -> CommandParser:
+    """Flags of init_tokenizer.py."""
+    parser = CommandParser(
+        "init_tokenizer.py",
+        "Append new pieces to a LLaMA tokenizer, so that a new language needs fewer tokens.",
+        "  python init_tokenizer.py --source_tokenizer_dir llama-2-7b \\\n"
+        "      --target_tokenizer_dir tokenizer-zh --expand_tokens_file new_tokens.jsonl",
+    )
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--source_tokenizer_dir", metavar="DIR", required=True,
+        help="folder with tokenizer.model, tokenizer_config.json and special_tokens_map.json",
+    )  # fmt: skip
+    group.add_argument(
+        "--target_tokenizer_dir", metavar="DIR", required=True, help="folder to write; must not exist yet"
+    )
+    group.add_argument(
+        "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} a line (jsonl)'
+    )
+    return parser
+
+
+def init_model_parser() -> CommandParser:
+    """Flags of init_model.py."""
+    parser = CommandParser(
+        "init_model.py",
+        "Give each new token the mean of the embeddings of the source tokens it replaces.",
+        "  python init_model.py --source_model_and_tokenizer_path llama-2-7b \\\n"
+        "      --target_tokenizer_path tokenizer-zh --target_model_path llama-2-7b-zh",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--source_model_and_tokenizer_path", metavar="DIR", required=True,
+        help="folder with a Hugging Face LLaMA (safetensors) and its tokenizer",
+    )  # fmt: skip
+    group.add_argument(
+        "--target_tokenizer_path", metavar="DIR", required=True, help="the folder that init_tokenizer.py wrote"
+    )
+    group.add_argument(
+        "--target_model_path", metavar="DIR", required=True,
+        help="folder to write model and tokenizer to; may be --target_tokenizer_path",
+    )  # fmt: skip
+    return parser
+
+
+def prepare_pretrain_parser() -> CommandParser:
+    """Flags of prepare_pretrain_dataset.py."""
+    parser = CommandParser(
+        "prepare_pretrain_dataset.py",
+        'Tokenize {"source", "target", "category"} jsonl and splice documents into samples of --max_length, in bins.',
+        "  python prepare_pretrain_dataset.py --data_input_dirs data/zh,data/en \\\n"
+        "      --tokenizer_dir tokenizer-zh --data_arrow_output_dir arrow --max_length 4096",
+    )
+    _add_prepare_arguments(parser, "spliced samples")
+    return parser
+
+
+def prepare_sft_parser() -> CommandParser:
+    """Flags of prepare_sft_dataset.py."""
+    parser = CommandParser(
+        "prepare_sft_dataset.py",
+        'Tokenize {"messages": [{"from", "content"}, ...]} jsonl, one conversation a sample, in bins.',
+        "  python prepare_sft_dataset.py --data_input_dirs data/chat \\\n"
+        "      --tokenizer_dir tokenizer-zh --data_arrow_output_dir arrow_sft --max_length 4096",
+    )
+    _add_prepare_arguments(parser, "samples")
+    return parser
+
+
+def _add_prepare_arguments(parser: CommandParser, samples: str) -> None:
+    data = parser.add_argument_group("input")
+    data.add_argument(
+        "--data_input_dirs", metavar="DIR,DIR", type=path_list, required=True,
+        help="comma-separated folders; every *.jsonl directly inside is read",
+    )  # fmt: skip
+    data.add_argument("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
+    output = parser.add_argument_group("output (none of the three folders may exist yet)")
+    output.add_argument("--data_cache_dir", metavar="DIR", default="cache", help="folder for intermediate files")
+    output.add_argument(
+        "--data_jsonl_output_dir", metavar="DIR", default="jsonl_output", help=f"folder for the {samples} as jsonl"
+    )
+    output.add_argument(
+        "--data_arrow_output_dir", metavar="DIR", default="arrow_output",
+        help=f"folder for the {samples} as arrow, which train.py reads",
+    )  # fmt: skip
+    shape = parser.add_argument_group("shape")
+    shape.add_argument(
+        "--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens"
+    )
+    shape.add_argument(
+        "--num_spliced_dataset_bins", metavar="N", type=bin_count, default=10,
+        help="number of bins (part-* folders) that the data is spread over",
+    )  # fmt: skip
+
+
+def train_parser() -> CommandParser:
+    """Flags of train.py."""
+    parser = CommandParser(
+        "train.py",
+        "Continue the pre-training of a LLaMA model on prepared data, with ColossalAI.",
+        "  colossalai run --nproc_per_node 8 --hostfile hostfile train.py \\\n"
+        "      --pretrained llama-2-7b-zh --dataset arrow/part-00000 arrow/part-00001 \\\n"
+        "      --plugin zero2 --mixed_precision bf16 --lr 1e-4 --use_grad_checkpoint --use_flash_attn",
+    )
+    _add_training_arguments(parser, accumulation_steps=1)
+    return parser
+
+
+def train_sft_parser() -> CommandParser:
+    """Flags of train_sft.py: those of train.py and NEFTune."""
+    parser = CommandParser(
+        "train_sft.py",
+        "Fine-tune a LLaMA model on prepared conversations, with ColossalAI.",
+        "  colossalai run --nproc_per_node 8 --hostfile hostfile train_sft.py \\\n"
+        "      --pretrained llama-2-7b-zh --dataset arrow_sft/part-00000 arrow_sft/part-00001 \\\n"
+        "      --plugin zero2 --mixed_precision bf16 --lr 5e-5 --accumulation_steps 8 --use_neft",
+    )
+    _add_training_arguments(parser, accumulation_steps=8)
+    sft = parser.add_argument_group("fine-tuning")
+    sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
+    sft.add_argument(
+        "--neft_alpha", metavar="ALPHA", type=positive_float, default=5.0,
+        help="scale of NEFTune's noise; the paper tries 5, 10 and 15",
+    )  # fmt: skip
+    return parser
+
+
+def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
+    data = parser.add_argument_group("data and model")
+    data.add_argument(
+        "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
+    )
+    data.add_argument(
+        "--dataset", metavar="DIR", nargs="+", required=True, help="prepared part-* folders, one or more"
+    )
+    data.add_argument(
+        "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
+        help="length every sample is padded to; a longer one is an error",
+    )  # fmt: skip
+    data.add_argument(
+        "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
+    )
+    data.add_argument(
+        "--use_flash_attn", action="store_true", help="flash-attn on GPUs, PyTorch's fused attention elsewhere"
+    )
+    data.add_argument(
+        "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
+    )
+
+    recipe = parser.add_argument_group("optimization")
+    recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
+    recipe.add_argument(
+        "--micro_batch_size", "--batch_size", metavar="N", type=positive_int, default=1,
+        help="samples per forward pass and data-parallel rank",
+    )  # fmt: skip
+    recipe.add_argument(
+        "--accumulation_steps", metavar="N", type=positive_int, default=accumulation_steps,
+        help="micro batches per optimizer step",
+    )  # fmt: skip
+    recipe.add_argument("--lr", metavar="LR", type=positive_float, default=3e-4, help="peak learning rate")
+    recipe.add_argument(
+        "-s", "--warmup_steps", metavar="STEPS", type=non_negative_int, default=None,
+        help="optimizer steps of linear warm-up (default: 2.5 %% of all steps)",
+    )  # fmt: skip
+    recipe.add_argument(
+        "-w", "--weight_decay", metavar="W", type=non_negative_float, default=0.1, help="AdamW's weight decay"
+    )
+    recipe.add_argument(
+        "--gradient_clipping", "--grad_clip", metavar="NORM", type=non_negative_float, default=1.0,
+        help="largest gradient norm; 0 clips nothing",
+    )  # fmt: skip
+    recipe.add_argument(
+        "--mixed_precision", choices=PRECISIONS, default="fp16", help="number format of forward and backward"
+    )
+    recipe.add_argument("--seed", metavar="N", type=non_negative_int, default=1024, help="seed of data order and noise")
+
+    parallel = parser.add_argument_group("parallelism")
+    parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
+    parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
+    parallel.add_argument(
+        "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, for 3d"
+    )
+
+    output = parser.add_argument_group("checkpoints and logs")
+    output.add_argument(
+        "--save_dir", metavar="DIR", default="checkpoint_dir", help="folder for checkpoints and the final modeling/"
+    )
+    output.add_argument(
+        "--save_interval", metavar="STEPS", type=positive_int, default=1000, help="optimizer steps between checkpoints"
+    )
+    output.add_argument(
+        "--load_checkpoint", metavar="DIR", default=None,
+        help="a checkpoint folder to resume from, or its modeling/ folder to load weights alone",
+    )  # fmt: skip
+    output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
+    output.add_argument(
+        "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"
+    )
+
+
+def inference_parser() -> CommandParser:
+    """Flags of inference_example.py."""
+    parser = CommandParser(
+        "inference_example.py",
+        "Continue a prompt with a trained model.",
+        "  python inference_example.py --model_path checkpoint_dir/modeling --input_txt 明月松间照，",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model_path", metavar="PATH", default="hpcai-tech/Colossal-LLaMA-2-7b-base",
+        help="local folder or Hugging Face name of a model with its tokenizer",
+    )  # fmt: skip
+    model.add_argument(
+        "--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)"
+    )
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--input_txt", metavar="TEXT", default="明月松间照，", help="prompt or question")
+    generation.add_argument(
+        "--max_new_tokens", metavar="N", type=positive_int, default=512, help="most tokens to generate, prompt not counted"
+    )
+    generation.add_argument(
+        "--do_sample", metavar="True|False", type=true_or_false, default=True, help="sample; False takes the likeliest token"
+    )
+    generation.add_argument("--temperature", metavar="T", type=positive_float, default=0.3, help="sampling temperature")
+    generation.add_argument("--top_k", metavar="K", type=positive_int, default=50, help="sample among the K likeliest tokens")
+    generation.add_argument(
+        "--top_p", metavar="P", type=probability, default=0.95, help="sample among tokens of this total probability"
+    )
+    generation.add_argument("--seed", metavar="N", type=non_negative_int, default=None, help="seed (default: not set)")
+    return parser

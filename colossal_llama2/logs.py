@@ -1,0 +1,110 @@
+"""What a command says while it runs: log lines and progress bars, from rank 0 only.
+
+A terminal gets a tqdm bar; anything else (a file, a pipe, CI) gets one plain line now and then, never carriage returns.
+"""
+
+import logging
+import os
+import sys
+import time
+from typing import Optional
+
+PLAIN_LINE_SECONDS = 15.0
+
+
+def is_first_rank() -> bool:
+    """True in a plain process and in rank 0 of a launched job."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def get_logger() -> logging.Logger:
+    """The one logger of the suite. `configure_logging` decides what becomes of its lines."""
+    return logging.getLogger("colossal_llama2")
+
+
+def configure_logging() -> None:
+    """Send the suite's log lines to stderr: all of them from rank 0, errors alone from the others."""
+    logger = get_logger()
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s | %(message)s", datefmt="%H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
+    logger.propagate = False
+
+
+class SilentProgress:
+    """A progress display that shows nothing: for every rank but the first."""
+
+    def update(self, count: int = 1, **figures: str) -> None:
+        """Advance by `count` units and show `figures` beside the bar."""
+
+    def close(self) -> None:
+        """End the display."""
+
+    def __enter__(self) -> "SilentProgress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class BarProgress(SilentProgress):
+    """A tqdm bar on a terminal."""
+
+    def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int, unit_scale: bool):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total, desc=description, unit=unit, initial=initial, unit_scale=unit_scale, dynamic_ncols=True, smoothing=0.1
+        )
+
+    def update(self, count: int = 1, **figures: str) -> None:
+        if figures:
+            self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(count)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class LineProgress(SilentProgress):
+    """One log line at the start of the wait, every `PLAIN_LINE_SECONDS`, and at the end."""
+
+    def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int):
+        self._total, self._description, self._unit = total, description, unit
+        self._start_count = self._count = initial
+        self._start = time.monotonic()
+        self._last_line = self._start
+        self._figures: dict = {}
+
+    def update(self, count: int = 1, **figures: str) -> None:
+        self._count += count
+        self._figures = figures or self._figures
+        if time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._say()
+
+    def close(self) -> None:
+        self._say()
+
+    def _say(self) -> None:
+        now = time.monotonic()
+        self._last_line = now
+        rate = (self._count - self._start_count) / max(now - self._start, 1e-9)
+        of_total = f"/{self._total:,}" if self._total is not None else ""
+        parts = [f"{self._description}: {self._count:,}{of_total} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        if self._total is not None and 0 < rate and self._count < self._total:
+            parts.append(f"{(self._total - self._count) / rate:,.0f} s left")
+        parts += [f"{name} {value}" for name, value in self._figures.items()]
+        get_logger().info(" | ".join(parts))
+
+
+def progress(
+    *, total: Optional[int], description: str, unit: str, initial: int = 0, unit_scale: bool = False
+) -> SilentProgress:
+    """A progress display for `total` units (None: unknown), of the kind that fits stderr and this process's rank."""
+    if not is_first_rank():
+        return SilentProgress()
+    if sys.stderr.isatty():
+        return BarProgress(total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale)
+    return LineProgress(total=total, description=description, unit=unit, initial=initial)

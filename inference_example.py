@@ -1,0 +1,19 @@
+"""Continue a prompt with a trained model.
+
+    python inference_example.py --model_path checkpoint_dir/modeling --input_txt "明月松间照，"
+"""
+
+from colossal_llama2 import arguments, errors, logs
+
+
+def main(argv=None) -> None:
+    args = arguments.inference_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors("inference_example.py"):
+        from colossal_llama2.inference.generation import answer_prompt
+
+        answer_prompt(**vars(args))
+
+
+if __name__ == "__main__":
+    main()

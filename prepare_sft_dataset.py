@@ -1,0 +1,20 @@
+"""Turn conversations in jsonl into tokenized samples in bins.
+
+    python prepare_sft_dataset.py --data_input_dirs data/chat \\
+        --tokenizer_dir tokenizer-zh --data_arrow_output_dir arrow_sft --max_length 4096
+"""
+
+from colossal_llama2 import arguments, errors, logs
+
+
+def main(argv=None) -> None:
+    args = arguments.prepare_sft_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors("prepare_sft_dataset.py"):
+        from colossal_llama2.dataset.prepare import prepare_sft
+
+        prepare_sft(**vars(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Fixtures that several test files share: one small tokenizer and one small model per test run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A LLaMA tokenizer folder with 600 English pieces. Read only: copy it before changing anything."""
+    return tiny.make_tokenizer(tmp_path_factory.mktemp("tiny") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A 2-layer float32 LLaMA with the tokenizer of `tokenizer_dir`. Read only."""
+    return tiny.make_model(tmp_path_factory.mktemp("tiny_model") / "model", tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Run one of the repository's scripts as a user would; returns the finished process with its text output."""
+
+    def run(script: str, *arguments, cwd: Path = ROOT, timeout: float = 120, env=None) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_user_error():
+    """Check that a process ended as a user's mistake must end: exit code 2, one line on stderr with these words."""
+
+    def check(process: subprocess.CompletedProcess, *words: str) -> None:
+        lines = process.stderr.strip().splitlines()
+        assert process.returncode == 2, process.stderr
+        assert len(lines) == 1, process.stderr
+        assert all(word in lines[0] for word in words), lines[0]
+
+    return check
