@@ -5,6 +5,7 @@ A terminal gets a tqdm bar; anything else (a file, a pipe, CI) gets one plain li
 
 import logging
 import os
+import shutil
 import sys
 import time
 from typing import Optional
@@ -55,8 +56,16 @@ class BarProgress(SilentProgress):
     def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int, unit_scale: bool):
         from tqdm import tqdm
 
+        # A terminal that says it has no columns (some containers' do) would get an empty bar.
+        width_is_known = shutil.get_terminal_size((0, 0)).columns > 0
         self._bar = tqdm(
-            total=total, desc=description, unit=unit, initial=initial, unit_scale=unit_scale, dynamic_ncols=True, smoothing=0.1
+            total=total,
+            desc=description,
+            unit=unit,
+            initial=initial,
+            unit_scale=unit_scale,
+            dynamic_ncols=width_is_known,
+            ncols=None if width_is_known else 80,
         )
 
     def update(self, count: int = 1, **figures: str) -> None:

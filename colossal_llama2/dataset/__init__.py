@@ -1,0 +1,27 @@
+"""Data: from jsonl records to samples of token ids.
+
+Pre-training, input of prepare_pretrain_dataset.py, one document a line. `source` is read but not trained on and may be
+empty or missing; `category` defaults to "unknown"; other fields are ignored:
+
+    {"source": "猜谜语:一身卷卷细毛,吃的青青野草,过了数九寒冬,无私献出白毛。(打一动物)",
+     "target": "白羊", "category": "riddle"}
+
+Pre-training, output: several documents spliced into one sample. Here the one above, in a tokenizer that has its words,
+with <s> = 1 and </s> = 2; -100 marks the tokens that carry no loss:
+
+    {"input_ids": [1, 41287, 50162, ..., 33718, 53429, 2], "labels": [-100, -100, -100, ..., 33718, 53429, 2]}
+
+Fine-tuning, input of prepare_sft_dataset.py, one conversation a line. Roles are human (or user), assistant (or gpt)
+and, as the first message only, system; `category` defaults to "None":
+
+    {"messages": [{"from": "human", "content": "What are the three primary colors?"},
+                  {"from": "assistant", "content": "The three primary colors are red, blue, and yellow."}]}
+
+Fine-tuning, output: one conversation a sample, with the text it was made from beside the ids:
+
+    {"input_ids": [1, 319, 13563, ..., 13328, 29889, 2], "labels": [-100, -100, -100, ..., 13328, 29889, 2],
+     "inputs_decode": "A chat between a curious human and ...", "labels_decode": ["The three primary colors are ..."],
+     "seq_length": 62, "seq_category": "None"}
+"""
+
+IGNORE_INDEX = -100

@@ -1,0 +1,127 @@
+"""Load a tokenizer folder: for encoding alone (`Encoder`, SentencePiece) or for transformers (`load_tokenizer`)."""
+
+import hashlib
+import textwrap
+from pathlib import Path
+from typing import Iterable, List, Union
+
+from colossal_llama2.errors import UserError
+
+MODEL_FILE = "tokenizer.model"
+PADDING_SIDE = "right"
+PAD_TOKENS = ("unk", "eos")
+
+
+class Encoder:
+    """Text to token ids and back with SentencePiece alone: starts in milliseconds, and pickles as its path.
+
+    `tokenizer_dir` is a folder that holds tokenizer.model. `bos_id` and `eos_id` are the ids of <s> and </s>,
+    `vocab_size` is the number of SentencePiece pieces (tokens that transformers adds beyond them are not among them).
+    Raises UserError if the folder or the file is missing, is no SentencePiece model, or has no <s> or </s>.
+    """
+
+    def __init__(self, tokenizer_dir: Union[str, Path]):
+        self._tokenizer_dir = tokenizer_dir
+        path = model_path(tokenizer_dir)
+        content = path.read_bytes()
+        self._processor = _processor(content, path)
+        # A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model.
+        self._continuation_processor = _processor(content + _no_dummy_prefix(), path)
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        self.vocab_size: int = self._processor.get_piece_size()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise UserError(
+                f"{path} has no <s> or no </s>, which mark where documents begin and end; "
+                "give a tokenizer with both, such as LLaMA-2's"
+            )
+
+    def encode(self, texts: List[str], *, dummy_prefix: bool = True) -> List[List[int]]:
+        """Token ids of each text, without <s> and </s>, on one thread.
+
+        Special tokens in a text stay text: "<s>" on a web page is three characters, never id 1. With
+        `dummy_prefix=False` a text is encoded as the continuation of an earlier one, without the leading "▁":
+
+            encode(["人工智能"])                      -> [[▁, 人工, 智能]]
+            encode(["人工智能"], dummy_prefix=False)  -> [[人工, 智能]]
+
+        A lone surrogate in a text is not UTF-8 and raises UnicodeEncodeError.
+        """
+        processor = self._processor if dummy_prefix else self._continuation_processor
+        # One thread: whoever has much text runs one Encoder in each of several processes.
+        return processor.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without <s>, </s> and the leading space that `encode` adds."""
+        return self._processor.decode([int(token) for token in ids])
+
+    def __reduce__(self):
+        return Encoder, (self._tokenizer_dir,)
+
+
+def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
+    """The transformers tokenizer of a local folder or of a Hugging Face name, padding on the right.
+
+    `pad_token` says which token pads: "unk" or "eos". A folder is read from disk alone, and code that comes with a
+    tokenizer is never run. Raises UserError if there is no tokenizer, or if it lacks the token that should pad.
+    """
+    if pad_token not in PAD_TOKENS:
+        raise ValueError(f"pad_token is {pad_token!r}, one of {PAD_TOKENS} allowed")
+    from transformers import AutoTokenizer
+
+    is_folder = Path(path).is_dir()
+    # A Hugging Face name is NAME or OWNER/NAME; anything else can only be meant as a folder.
+    if not is_folder and (Path(path).exists() or Path(path).is_absolute() or len(Path(path).parts) > 2):
+        raise UserError(f"{path} is not a folder; give the folder of a tokenizer, with tokenizer.model in it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, local_files_only=is_folder, trust_remote_code=False, padding_side=PADDING_SIDE
+        )
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
+        kind = "the folder" if is_folder else "the Hugging Face name (no such folder exists)"
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(
+            f"no tokenizer can be loaded from {kind} {path} ({reason}); give a folder with tokenizer.model, "
+            "tokenizer_config.json and special_tokens_map.json"
+        )
+    pad = getattr(tokenizer, f"{pad_token}_token")
+    if pad is None:
+        raise UserError(f"the tokenizer of {path} has no {pad_token} token to pad with; give one that has")
+    tokenizer.pad_token = pad
+    return tokenizer
+
+
+def fingerprint(tokenizer_dir: Union[str, Path]) -> str:
+    """SHA-256 of tokenizer.model in hexadecimal: equal for folders whose `Encoder` gives equal ids."""
+    return hashlib.sha256(model_path(tokenizer_dir).read_bytes()).hexdigest()
+
+
+def model_path(tokenizer_dir: Union[str, Path]) -> Path:
+    """Path of tokenizer.model in a tokenizer folder. Raises UserError if the folder or the file is missing."""
+    folder = Path(tokenizer_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder of a tokenizer, with {MODEL_FILE} in it")
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {MODEL_FILE}; LLaMA-2 ships it beside its weights, copy it there")
+    return path
+
+
+def _processor(content: bytes, path: Path):
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except (RuntimeError, OSError):
+        raise UserError(f"{path} is not a SentencePiece model; copy LLaMA-2's {MODEL_FILE} again")
+    if processor.get_piece_size() == 0:
+        raise UserError(f"{path} is a SentencePiece model without pieces; copy LLaMA-2's {MODEL_FILE} again")
+    return processor
+
+
+def _no_dummy_prefix() -> bytes:
+    """A message to append to a serialized model: protobuf merges the two, so only this one setting changes."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
+
+    return ModelProto(normalizer_spec=NormalizerSpec(add_dummy_prefix=False)).SerializeToString()

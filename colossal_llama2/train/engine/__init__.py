@@ -1,0 +1,1 @@
+"""All that touches ColossalAI. Nothing outside this folder imports it, and inside it only functions do."""

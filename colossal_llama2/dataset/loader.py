@@ -1,0 +1,183 @@
+"""From prepared part-* folders to batches: which samples each rank reads, in which order, and how they are padded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+# Matrix kernels are fastest on lengths that are multiples of this.
+PAD_TO_MULTIPLE = 8
+
+
+def load_tokenized_dataset(dataset_paths: Sequence[str]) -> "datasets.Dataset":
+    """Load prepared folders and put their samples one after the other, in the given order.
+
+    Args:
+        dataset_paths: folders written by prepare_pretrain_dataset.py or prepare_sft_dataset.py, such as arrow/part-00000.
+
+    Returns:
+        A memory-mapped dataset with the columns input_ids and labels, in arrow format.
+
+    Raises:
+        UserError: a folder is missing, is no prepared folder, or holds no samples.
+    """
+    import datasets
+
+    parts = []
+    for path in dataset_paths:
+        check_prepared_folder(path)
+        part = datasets.load_from_disk(path)
+        missing = {"input_ids", "labels"} - set(getattr(part, "column_names", ()))
+        if missing:
+            raise UserError(f"{path}: has no column {' and '.join(sorted(missing))}; prepare the data again")
+        parts.append(part.select_columns(["input_ids", "labels"]))
+    whole = datasets.concatenate_datasets(parts)
+    if len(whole) == 0:
+        raise UserError(f"--dataset {' '.join(dataset_paths)}: holds no samples")
+    return whole.with_format("arrow")
+
+
+def check_prepared_folder(path: str) -> None:
+    """Raise a UserError unless `path` looks like one part-* folder. Reads no data and imports nothing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"--dataset {path}: no such folder; give the part-* folders of --data_arrow_output_dir")
+    if not (folder / "dataset_info.json").is_file() or not (folder / "state.json").is_file():
+        parts = sorted(child.name for child in folder.glob("part-*") if child.is_dir())
+        cure = f"list its parts: {path}/{parts[0]} ..." if parts else "prepare it with prepare_pretrain_dataset.py"
+        raise UserError(f"--dataset {path}: not a prepared part-* folder; {cure}")
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The order of samples over epochs, steps and ranks: a pure function of these numbers.
+
+    One seeded permutation an epoch; each micro batch of the whole job takes the next samples of it, and each rank its
+    slice of them. So the order does not depend on the number of ranks, and a place in it is a count of samples.
+    """
+
+    num_samples: int
+    micro_batch_size: int
+    data_size: int
+    accumulation_steps: int
+    seed: int
+
+    @property
+    def samples_per_micro_step(self) -> int:
+        """Samples that all ranks together take in one forward pass."""
+        return self.micro_batch_size * self.data_size
+
+    def steps_after(self, consumed: int) -> int:
+        """Optimizer steps left in an epoch of which `consumed` samples are done; the last may have fewer micro batches."""
+        micro_steps = (self.num_samples - consumed) // self.samples_per_micro_step
+        return -(-micro_steps // self.accumulation_steps)
+
+    def dropped_after(self, consumed: int) -> int:
+        """Samples at the end of that epoch which are too few for one more micro batch of all ranks."""
+        return (self.num_samples - consumed) % self.samples_per_micro_step
+
+    def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[Tuple[List[np.ndarray], int]]:
+        """Yield, for each optimizer step, this rank's sample indices per micro batch and the samples all ranks took."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        width = self.samples_per_micro_step
+        while consumed + width <= self.num_samples:
+            micro_steps = min(self.accumulation_steps, (self.num_samples - consumed) // width)
+            starts = [consumed + i * width + data_rank * self.micro_batch_size for i in range(micro_steps)]
+            yield [order[start : start + self.micro_batch_size] for start in starts], micro_steps * width
+            consumed += micro_steps * width
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch, on the CPU.
+
+    Attributes:
+        input_ids, labels: (batch, length) int64, padded on the right; labels are IGNORE_INDEX there.
+        attention_mask: (batch, length) int64, 1 on tokens and 0 on padding; None if nothing is padded.
+        lengths: (batch,) int64, tokens per sample.
+        predicted: number of labels that count in the loss: not IGNORE_INDEX, and not a sample's first.
+    """
+
+    input_ids: "torch.Tensor"
+    labels: "torch.Tensor"
+    attention_mask: Optional["torch.Tensor"]
+    lengths: "torch.Tensor"
+    predicted: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return int(self.lengths.sum())
+
+
+class Collator:
+    """Turns rows of the dataset into a Batch.
+
+    Pads to the longest sample, rounded up to a multiple of 8. The mask comes from the lengths, not from the token ids,
+    so that a padding token that is also a real one (</s>) is never hidden.
+    """
+
+    def __init__(self, *, pad_token_id: int, max_length: int, vocab_size: int):
+        self._pad_token_id, self._max_length, self._vocab_size = pad_token_id, max_length, vocab_size
+
+    def __call__(self, rows) -> Batch:
+        """Collate an arrow table with the list columns input_ids and labels.
+
+        Raises:
+            UserError: a sample is longer than max_length or holds an id beyond the vocabulary.
+        """
+        import torch
+
+        ids = [np.asarray(row.values) for row in rows["input_ids"]]
+        labels = [np.asarray(row.values) for row in rows["labels"]]
+        lengths = np.array([len(row) for row in ids])
+        self._check(ids, lengths)
+        width = min(-(-lengths.max() // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE, self._max_length)
+        padded_ids = np.full((len(ids), width), self._pad_token_id, dtype=np.int64)
+        padded_labels = np.full((len(ids), width), IGNORE_INDEX, dtype=np.int64)
+        for row, (row_ids, row_labels) in enumerate(zip(ids, labels)):
+            padded_ids[row, : len(row_ids)] = row_ids
+            padded_labels[row, : len(row_labels)] = row_labels
+        mask = np.arange(width) < lengths[:, None]
+        return Batch(
+            input_ids=torch.from_numpy(padded_ids),
+            labels=torch.from_numpy(padded_labels),
+            attention_mask=None if mask.all() else torch.from_numpy(mask.astype(np.int64)),
+            lengths=torch.from_numpy(lengths),
+            predicted=int((padded_labels[:, 1:] != IGNORE_INDEX).sum()),
+        )
+
+    def _check(self, ids: List[np.ndarray], lengths: np.ndarray) -> None:
+        if lengths.max() > self._max_length:
+            raise UserError(
+                f"a sample has {lengths.max()} tokens, --max_length {self._max_length} allows fewer; "
+                f"raise it, or prepare the data with that --max_length"
+            )
+        if lengths.min() == 0:
+            raise UserError("a sample of --dataset is empty; prepare the data again")
+        highest = max(int(row.max()) for row in ids)
+        if highest >= self._vocab_size:
+            raise UserError(
+                f"the data has token id {highest}, the model's vocabulary ends at {self._vocab_size - 1}; "
+                f"prepare the data with the tokenizer of the model"
+            )
+
+
+class StepLoader:
+    """Reads this rank's micro batches, one optimizer step at a time."""
+
+    def __init__(self, dataset: "datasets.Dataset", order: SampleOrder, collator: Collator, data_rank: int):
+        self._dataset, self.order, self._collator, self._data_rank = dataset, order, collator, data_rank
+
+    def steps(self, epoch: int, consumed: int) -> Iterator[Tuple[List[Batch], int]]:
+        """Yield (micro batches of this rank, samples that all ranks took) for each optimizer step left in the epoch."""
+        for indices, taken in self.order.steps(epoch, consumed, self._data_rank):
+            yield [self._collator(self._dataset[rows]) for rows in indices], taken

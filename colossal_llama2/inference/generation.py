@@ -1,0 +1,260 @@
+"""Generate text with a trained model: load it safely, continue one prompt, cut the answer out by tokens.
+
+torch and transformers are imported inside the functions, so that importing this module costs nothing.
+"""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import List, Optional
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.logs import get_logger
+
+# The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
+PROMPT_SUFFIX = "\n\n->\n\n"
+# All that a model needs, and nothing that would have to be unpickled or run.
+DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+
+
+def answer_prompt(
+    *,
+    model_path: str,
+    device: Optional[str],
+    input_txt: str,
+    max_new_tokens: int,
+    do_sample: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: Optional[int],
+) -> None:
+    """Load the model at `model_path`, continue `input_txt`, and print prompt and answer to stdout.
+
+    Raises `UserError` for anything in the flags or the folder that cannot work.
+    """
+    _refuse_broken_text(input_txt)
+    _quiet_libraries()
+    model, tokenizer = load_model(model_path, device)
+    start = time.monotonic()
+    answer = generate(
+        model,
+        tokenizer,
+        input_txt + PROMPT_SUFFIX,
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    get_logger().info(f"answered in {time.monotonic() - start:.1f} s")
+    print(f"Prompt: {input_txt}\nAnswer: {answer}", flush=True)
+
+
+def load_model(model_path: str, device: Optional[str]):
+    """Load a model for inference and its tokenizer.
+
+    Args:
+        model_path: a folder with config.json and safetensors, or the name of such a model on Hugging Face.
+        device: "cpu", "cuda", "cuda:N", or None for cuda:0 where there is a GPU and cpu elsewhere.
+
+    Returns:
+        The model on `device` in eval mode, and its tokenizer.
+
+    Raises:
+        UserError: no such folder or name, weights that are missing or pickled, or a device that is not there.
+    """
+    target = _resolve_device(device)
+    folder = _local_folder(model_path)
+    _check_files(folder, given=model_path)
+
+    import torch
+
+    from colossal_llama2.tokenizer import load_tokenizer
+
+    get_logger().info(f"loading {model_path} onto {target}")
+    tokenizer = load_tokenizer(str(folder))
+    # A GPU takes the checkpoint's own number format. PyTorch's half-precision kernels for CPUs are many times slower
+    # than its float32 ones on CPUs without such instructions, and are missing for some operations: hence float32 there.
+    model = _read_weights(folder, given=model_path, dtype=torch.float32 if target.type == "cpu" else "auto")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{model_path}: its tokenizer has {len(tokenizer):,} tokens but its model only {rows:,} embeddings; "
+            f"copy the tokenizer that the model was trained with, or run init_model.py"
+        )
+    return model.to(target).eval(), tokenizer
+
+
+def generate(
+    model,
+    tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    do_sample: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: Optional[int],
+) -> str:
+    """Continue `prompt`, fed as it is, and return the new text alone.
+
+    The answer is what follows the prompt's last token; it ends before an end-of-text token. Without `do_sample` the
+    likeliest token is taken each time and `temperature`, `top_k`, `top_p` and `seed` change nothing. A `seed` sets
+    torch's global generators.
+
+    Raises:
+        UserError: the prompt alone fills the model's context.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    prompt_length = inputs["input_ids"].shape[1]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
+    settings = GenerationConfig(
+        max_new_tokens=_fit_context(model, prompt_length=prompt_length, max_new_tokens=max_new_tokens),
+        do_sample=do_sample,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.inference_mode():
+        # Without use_model_defaults=False, leftovers of generation_config.json would mix with the flags.
+        sequences = model.generate(**inputs, generation_config=settings, use_model_defaults=False)
+    return tokenizer.decode(sequences[0, prompt_length:], skip_special_tokens=True)
+
+
+def _refuse_broken_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"--input_txt is not valid UTF-8 from character {error.start} on; use a UTF-8 terminal")
+
+
+def _quiet_libraries() -> None:
+    """Leave stderr to our own lines: no hints from transformers, and bars on a terminal alone."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+
+
+def _resolve_device(device: Optional[str]):
+    """The torch.device that `--device` means; UserError if there is no such device here."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} given; cpu, cuda or cuda:N allowed")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device} given but {_count_gpus(torch.cuda.device_count())} here; use --device cpu")
+    return target
+
+
+def _count_gpus(count: int) -> str:
+    return {0: "there is no GPU", 1: "only cuda:0 is"}.get(count, f"only cuda:0 to cuda:{count - 1} are")
+
+
+def _local_folder(model_path: str) -> Path:
+    """`model_path` itself if it is a folder, else the folder that Hugging Face's files of that name are kept in."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"--model_path {model_path} is a file; give the folder that holds config.json")
+
+    from huggingface_hub import snapshot_download
+
+    get_logger().info(f"{model_path} is no local folder; asking Hugging Face for a model of this name")
+    try:
+        return Path(snapshot_download(model_path, allow_patterns=list(DOWNLOADED_FILES)))
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # such as a full disk: not about the name
+        raise UserError(
+            f"--model_path {model_path} is neither a local folder nor a model that can be fetched from Hugging Face "
+            f"({_first_line(error)}); give the folder that holds config.json"
+        )
+
+
+def _check_files(folder: Path, *, given: str) -> None:
+    """UserError unless the folder holds a model whose weights can be read without unpickling."""
+    if not (folder / "config.json").is_file():
+        nested = (folder / "modeling" / "config.json").is_file()
+        cure = f"its model is {given.rstrip('/')}/modeling" if nested else "give the folder of a Hugging Face model"
+        raise UserError(f"--model_path {given} has no config.json; {cure}")
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")):
+        raise UserError(
+            f"--model_path {given} has pickled weights (*.bin), which can run code and are never loaded; "
+            f"save the model as safetensors first"
+        )
+    raise UserError(f"--model_path {given} has no weights (*.safetensors); give the folder of a Hugging Face model")
+
+
+def _read_weights(folder: Path, *, given: str, dtype):
+    """The causal language model in `folder`; UserError if a file is broken or a weight is missing."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with warnings.catch_warnings():
+            # What generation_config.json holds is not used, so its contradictions are nobody's concern.
+            warnings.simplefilter("ignore", UserWarning)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model_path {given} cannot be loaded: {_first_line(error)}; save or copy the model again")
+    if report["missing_keys"]:
+        # transformers would fill them with random numbers.
+        names = sorted(report["missing_keys"])
+        raise UserError(
+            f"--model_path {given} lacks {len(names)} of its weights, such as {names[0]}; save or copy the model again"
+        )
+    return model
+
+
+def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
+    """`max_new_tokens`, reduced to what the model's context leaves beside the prompt. Lengths are in tokens."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None or prompt_length + max_new_tokens <= context:
+        return max_new_tokens
+    room = context - prompt_length
+    if room < 1:
+        raise UserError(
+            f"the prompt has {prompt_length:,} tokens, the model's context {context:,}: no room for an answer; "
+            f"shorten --input_txt"
+        )
+    get_logger().info(
+        f"the prompt has {prompt_length:,} tokens and the model's context {context:,}: "
+        f"at most {room:,} new tokens, not {max_new_tokens:,}"
+    )
+    return room
+
+
+def _end_tokens(model, tokenizer) -> Optional[List[int]]:
+    """Ids that end a text (None: none do): the tokenizer's, and the model's own, which may be one number or several."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({token for token in [tokenizer.eos_token_id, *ends] if token is not None}) or None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

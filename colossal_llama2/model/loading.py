@@ -1,0 +1,131 @@
+"""Load a LLaMA model for training, from safetensors, with every weight accounted for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Tuple
+
+from colossal_llama2.errors import UserError
+
+# Old checkpoints store this constant, which the model computes by itself.
+COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a checkpoint before its weights are read: sizes in elements and rows."""
+
+    parameters: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+def check_model_folder(path: str, flag: str) -> None:
+    """Raise a UserError unless the folder holds a LLaMA config and safetensors. Reads only names; imports nothing."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{flag} {path}: no such folder; give a local Hugging Face LLaMA folder")
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, such as init_model.py wrote")
+    try:
+        model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{config_path}: not a JSON object ({error})")
+    if model_type != "llama":
+        raise UserError(f"{flag} {path}: model_type is {model_type!r}, only 'llama' can be trained here")
+    if not (folder / INDEX_NAME).is_file() and not (folder / SINGLE_NAME).is_file():
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        cure = (
+            "its pickled weights are not read here, load it once with transformers and save_pretrained() it"
+            if pickled
+            else f"a LLaMA folder holds {SINGLE_NAME}, or {INDEX_NAME} and its shards"
+        )
+        raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
+
+
+def inspect_weights(path: str) -> ModelFacts:
+    """Compare names and shapes of the stored weights with what the config asks for, without reading the weights.
+
+    Raises:
+        UserError: a weight is missing, unknown, or of another shape.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    stored = {name: shape for name, shape in _stored_shapes(path).items() if not name.endswith(COMPUTED_SUFFIX)}
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
+    problems += [f"has the unknown weight {name}" for name in stored.keys() - expected.keys()]
+    problems += [
+        f"has {name} of shape {stored[name]}, its config.json asks for {expected[name]}"
+        for name in expected.keys() & stored.keys()
+        if stored[name] != expected[name]
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: {sorted(problems)[0]}{more}; weights and config.json must be of the same model")
+    return ModelFacts(
+        parameters=sum(param.numel() for param in model.parameters()),
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def _stored_shapes(path: str) -> Dict[str, Tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: Dict[str, Tuple[int, ...]] = {}
+    for name in shard_names(path):
+        shard = Path(path, name)
+        try:
+            with safe_open(str(shard), framework="pt") as file:
+                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shard}: cannot be read ({error}); copy it again from its source")
+    return shapes
+
+
+def shard_names(path: str) -> Tuple[str, ...]:
+    """File names of a checkpoint's safetensors, in order.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside the folder.
+    """
+    index_path = Path(path, INDEX_NAME)
+    if not index_path.is_file():
+        return (SINGLE_NAME,)
+    try:
+        names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index_path}: not an index of weights ({error!r})")
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{index_path}: names {name!r}, only plain file names are allowed")
+    return tuple(names)
+
+
+def load_llama(path: str, *, precision: str, attention: str):
+    """Load a LlamaForCausalLM, ready to be trained.
+
+    Args:
+        path: folder that `inspect_weights` accepted.
+        precision: fp16, bf16 or fp32; what the weights are held in.
+        attention: eager, sdpa or flash_attention_2, as transformers names them.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
+    config = LlamaConfig.from_pretrained(path, attn_implementation=attention, use_cache=False)
+    return LlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=dtypes[precision], use_safetensors=True)

@@ -1,0 +1,320 @@
+"""How a model is split over ranks: ColossalAI's Booster with one of its plugins, behind the few calls that a loop needs."""
+
+import contextlib
+import math
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+
+from colossal_llama2 import logs
+from colossal_llama2.errors import UserError
+
+ADAM_BETAS = (0.9, 0.95)
+# Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
+GEMINI_MIN_CHUNK_M = 32.0
+GEMINI_CHUNKS_AT_LEAST = 8
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What decides how a step is computed. Sizes are numbers of ranks; `max_norm` 0 clips nothing."""
+
+    plugin: str
+    precision: str
+    tp_size: int
+    zero_stage: int
+    max_norm: float
+    accumulation_steps: int
+    use_flash_attn: bool
+    learning_rate: float
+    weight_decay: float
+
+
+def launch(seed: int) -> None:
+    """Join the process group of torchrun or `colossalai run`, or form one of a single process if there is no launcher."""
+    # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
+    # of TorchScript on a module that ColossalAI imports.
+    with warnings.catch_warnings(record=True):
+        import colossalai
+        import torch
+    from colossalai.logging import get_dist_logger
+
+    get_dist_logger().set_level("WARNING")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+    if not torch.cuda.is_available():
+        from colossal_llama2.train.engine import cpu
+
+        cpu.install()
+    from colossal_llama2.train.engine import repairs
+
+    repairs.install()
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    colossalai.launch(
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        host=os.environ["MASTER_ADDR"],
+        port=int(os.environ["MASTER_PORT"]),
+        seed=seed,
+        verbose=False,
+    )
+    if not torch.cuda.is_available():
+        logs.get_logger().info("No GPU: this is a rehearsal on the CPU (gloo, PyTorch's Adam and attention kernels)")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+# Arguments of ColossalAI's plugins, as plain dictionaries, so that they can be compared without building a plugin.
+
+
+def _common_arguments(settings: EngineSettings) -> Dict[str, Any]:
+    # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged.
+    return {"precision": settings.precision, "max_norm": settings.max_norm or math.inf, "initial_scale": 2**16}
+
+
+def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool, policy: str) -> Dict[str, Any]:
+    """Keyword arguments of GeminiPlugin for a model of that many parameters."""
+    chunk_m = min(GEMINI_MIN_CHUNK_M, parameters / 2**20 / GEMINI_CHUNKS_AT_LEAST)
+    arguments = _common_arguments(settings)
+    arguments.update(
+        placement_policy=policy,
+        enable_gradient_accumulation=settings.accumulation_steps > 1,
+        min_chunk_size_m=chunk_m,
+        search_range_m=chunk_m,
+        # Asynchronous reduction pins host memory, which needs a GPU.
+        enable_async_reduce=not on_cpu,
+    )
+    return arguments
+
+
+def zero_arguments(settings: EngineSettings, *, on_cpu: bool, offload: bool) -> Dict[str, Any]:
+    """Keyword arguments of LowLevelZeroPlugin at stage 2."""
+    # Overlapping records tensors on a CUDA stream.
+    return {**_common_arguments(settings), "stage": 2, "overlap_communication": not on_cpu, "cpu_offload": offload}
+
+
+def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool) -> Dict[str, Any]:
+    """Keyword arguments of HybridParallelPlugin."""
+    arguments = _common_arguments(settings)
+    arguments.update(
+        tp_size=settings.tp_size,
+        pp_size=1,
+        zero_stage=settings.zero_stage,
+        enable_flash_attention=settings.use_flash_attn,
+        overlap_communication=not on_cpu,
+        # Pad the vocabulary to a multiple of tp_size and no further.
+        make_vocab_size_divisible_by=1,
+    )
+    return arguments
+
+
+def _gemini_plugin(settings: EngineSettings, parameters: int, on_cpu: bool, policy: str = "static"):
+    from colossalai.booster.plugin import GeminiPlugin
+
+    return GeminiPlugin(**gemini_arguments(settings, parameters=parameters, on_cpu=on_cpu, policy=policy))
+
+
+def _zero_plugin(settings: EngineSettings, parameters: int, on_cpu: bool, offload: bool = False):
+    from colossalai.booster.plugin import LowLevelZeroPlugin
+
+    return LowLevelZeroPlugin(**zero_arguments(settings, on_cpu=on_cpu, offload=offload))
+
+
+def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
+    from colossalai.booster.plugin import HybridParallelPlugin
+
+    return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu))
+
+
+PLUGIN_BUILDERS: Dict[str, Callable[..., Any]] = {
+    "gemini": _gemini_plugin,
+    "gemini_auto": lambda *args: _gemini_plugin(*args, policy="auto"),
+    "zero2": _zero_plugin,
+    "zero2_cpu": lambda *args: _zero_plugin(*args, offload=True),
+    "3d": _hybrid_plugin,
+}
+
+
+def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
+    """What is wrong with the settings for so many ranks: one sentence each, none if they can run."""
+    problems = []
+    gemini = settings.plugin in ("gemini", "gemini_auto")
+    if gemini and settings.precision == "fp32":
+        problems.append(f"--plugin {settings.plugin} trains in fp16 or bf16, --mixed_precision fp32 needs zero2 or 3d")
+    if settings.plugin == "3d" and settings.precision == "fp32" and settings.zero_stage > 0:
+        problems.append("--plugin 3d with --mixed_precision fp32 needs --zero 0, since its ZeRO trains in fp16 or bf16")
+    if settings.plugin != "3d" and settings.tp_size > 1:
+        problems.append(f"--tp {settings.tp_size} needs --plugin 3d, {settings.plugin} has no tensor parallelism")
+    if world_size % settings.tp_size:
+        problems.append(f"--tp {settings.tp_size} does not divide the {world_size} processes of this job")
+    return problems
+
+
+class Engine:
+    """A boosted model and its optimizer on this rank.
+
+    Ranks that see the same data (the partners of one tensor-parallel group) share `data_rank`, from 0 to
+    `data_size` - 1.
+    """
+
+    def __init__(self, settings: EngineSettings, parameters: int):
+        import torch
+        import torch.distributed as dist
+        from colossalai.accelerator import get_accelerator
+        from colossalai.booster import Booster
+
+        self.settings = settings
+        self.device = get_accelerator().get_current_device()
+        self._plugin = PLUGIN_BUILDERS[settings.plugin](settings, parameters, not torch.cuda.is_available())
+        self._booster = Booster(plugin=self._plugin)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if settings.plugin == "3d":
+            self._data_group = self._plugin.dp_group
+            self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
+        else:
+            self._data_group, self.data_rank, self.data_size = None, self.rank, self.world_size
+        self.model = self.optimizer = None
+
+    def initializing(self) -> contextlib.AbstractContextManager:
+        """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
+        if not self.settings.plugin.startswith("gemini") and self.settings.plugin != "3d":
+            return contextlib.nullcontext()
+        from colossalai.lazy import LazyInitContext
+
+        return LazyInitContext(default_device=self.device)
+
+    def boost(self, model) -> None:
+        """Take over a loaded transformers model: split it and give it an optimizer over its trainable parameters."""
+        from colossalai.nn.optimizer import HybridAdam
+
+        optimizer = HybridAdam(
+            _parameter_groups(model, self.settings.weight_decay),
+            lr=self.settings.learning_rate,
+            betas=ADAM_BETAS,
+            adamw_mode=True,
+        )
+        if self.settings.plugin.startswith("gemini"):
+            from colossal_llama2.train.engine import repairs
+
+            repairs.clip_in_bf16(optimizer)
+        self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+
+    @property
+    def unwrapped_model(self):
+        """The transformers model inside the plugin's wrapper; under 3d its layers hold this rank's shards."""
+        return self.model.unwrap()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the rate of the next optimizer step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def backward(self, loss, *, last: bool) -> None:
+        """Accumulate the gradients of a loss; ranks need not meet before the `last` one of an optimizer step."""
+        waits = not last and self._booster.plugin.support_no_sync() and self._may_skip_synchronization()
+        with self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext():
+            self._booster.backward(loss, self.optimizer)
+
+    def _may_skip_synchronization(self) -> bool:
+        # DDP decides in the forward pass, ZeRO stage 2 splits gradients as they come.
+        return self.settings.plugin == "3d" and self.settings.zero_stage == 1 and self.data_size > 1
+
+    def step(self) -> Optional[float]:
+        """Clip, update the parameters, clear the gradients.
+
+        Returns:
+            The gradient norm before clipping, or None if fp16 overflowed and the update was skipped.
+        """
+        scale = self._loss_scale()
+        # Every plugin keeps the norm of its last step in this attribute; a skipped step leaves it as it was.
+        self.optimizer._current_grad_norm = None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        norm = self.optimizer.get_grad_norm()
+        return None if norm is None else float(norm) / scale
+
+    def _loss_scale(self) -> float:
+        # ColossalAI measures the norm before it divides the loss scale out, under three attribute names.
+        for name in ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision"):
+            mixin = getattr(self.optimizer, name, None)
+            if mixin is not None:
+                return float(getattr(mixin, "loss_scale", 1.0))
+        return 1.0
+
+    def sum_over_data(self, values: Sequence[float]) -> List[float]:
+        """Sum numbers over the ranks that see different data (float64)."""
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self._data_group)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        import torch.distributed as dist
+
+        dist.barrier()
+
+    @contextlib.contextmanager
+    def first_rank_only(self) -> Iterator[bool]:
+        """Yield True on rank 0, and let no rank go on before rank 0 is done."""
+        yield self.rank == 0
+        self.barrier()
+
+    def save_model(self, folder: str) -> None:
+        """Write the whole model as sharded safetensors with config.json. Called on all ranks."""
+        from colossal_llama2.train.engine import files
+
+        self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)
+        self.barrier()
+        with self.first_rank_only() as first:
+            if first:
+                files.rename_model_shards(folder)
+
+    def save_optimizer(self, folder: str) -> None:
+        """Write the optimizer's state as safetensors and JSON. Called on all ranks."""
+        from colossal_llama2.train.engine import files
+
+        with files.safetensors_instead_of_pickle():
+            self._booster.save_optimizer(self.optimizer, folder, shard=True, size_per_shard=4096)
+        self.barrier()
+        with self.first_rank_only() as first:
+            if first:
+                files.rename_optimizer_shards(folder)
+
+    def load_optimizer(self, folder: str) -> None:
+        """Read what `save_optimizer` wrote, by any plugin on any number of ranks. Called on all ranks."""
+        from colossal_llama2.train.engine import files
+
+        with files.safetensors_instead_of_pickle(step_as_tensor=self.settings.plugin.startswith("gemini")):
+            self._booster.load_optimizer(self.optimizer, folder)
+        self.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _parameter_groups(model, weight_decay: float) -> List[Dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and norms, which do not."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    if not trainable:
+        raise UserError("no parameter of the model is trainable")
+    groups = [
+        {"params": [param for param in trainable if param.dim() > 1], "weight_decay": weight_decay},
+        {"params": [param for param in trainable if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

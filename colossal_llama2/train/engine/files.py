@@ -1,0 +1,134 @@
+"""ColossalAI's checkpoint files without pickle: safetensors for tensors, JSON for the rest, under the field's names.
+
+ColossalAI writes optimizer states with torch.save and reads them with torch.load, which runs code that a file may
+hold. Inside `safetensors_instead_of_pickle` both names stand for the functions of this file instead. A file of ours
+is a safetensors file whose metadata entry "structure" is JSON: the saved object with each tensor replaced by its name.
+"""
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+from colossal_llama2.errors import UserError
+
+OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
+MODEL_INDEX = "model.safetensors.index.json"
+
+
+def write_object(value: Any, path: str) -> None:
+    """Write nested dicts and lists of tensors, numbers, strings, booleans and None to a safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors: Dict[str, Any] = {}
+    structure = _encode(value, "", tensors)
+    save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
+
+
+def read_object(path: str, *, step_as_tensor: bool = False) -> Any:
+    """Read what `write_object` wrote.
+
+    Args:
+        step_as_tensor: give each state's "step" as a tensor, as Gemini wants it; other plugins save a number.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            structure = json.loads(file.metadata()["structure"])
+            return _decode(structure, file, step_as_tensor)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a state file of this suite ({error}); resume from another checkpoint")
+
+
+def _encode(value: Any, name: str, tensors: Dict[str, Any]) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        # Pairs, since JSON would turn the integer keys of optimizer states into strings.
+        return {"dict": [[key, _encode(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_encode(item, f"{name}.{index}".lstrip("."), tensors) for index, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot store a {type(value).__name__} ({name})")
+
+
+def _decode(structure: Any, file, step_as_tensor: bool, key: Any = None) -> Any:
+    import torch
+
+    if not isinstance(structure, dict):
+        return torch.tensor(float(structure)) if key == "step" and step_as_tensor else structure
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return file.get_tensor(content)
+    if kind == "dict":
+        return {name: _decode(item, file, step_as_tensor, name) for name, item in content}
+    return {"list": list, "tuple": tuple}[kind](_decode(item, file, step_as_tensor) for item in content)
+
+
+@contextlib.contextmanager
+def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[None]:
+    """Let ColossalAI's optimizer checkpoint code write and read the files of this module.
+
+    checkpoint_io/utils.py:492,504,685,748, hybrid_parallel_checkpoint_io.py:697 and gemini_plugin.py:272,345 call
+    torch.save and torch.load; for a name that ends in .safetensors they call `load_flat`, which unpickles its metadata.
+    """
+    import torch
+    from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io, utils
+
+    torch_save, torch_load = torch.save, torch.load
+
+    # Ranks exchange objects through buffers in memory, by the same functions; these are not files.
+    def save(value, path, *args, **kwargs):
+        if not isinstance(path, (str, os.PathLike)):
+            return torch_save(value, path, *args, **kwargs)
+        return write_object(value, path)
+
+    def load(path, *args, **kwargs):
+        if not isinstance(path, (str, os.PathLike)):
+            return torch_load(path, *args, **kwargs)
+        return read_object(path, step_as_tensor=step_as_tensor)
+
+    places = [(torch, "save", save), (torch, "load", load)]
+    places += [(module, "load_flat", load) for module in (utils, hybrid_parallel_checkpoint_io)]
+    originals = [getattr(module, name) for module, name, _ in places]
+    try:
+        for module, name, replacement in places:
+            setattr(module, name, replacement)
+        yield
+    finally:
+        for (module, name, _), original in zip(places, originals):
+            setattr(module, name, original)
+
+
+def rename_model_shards(folder: str) -> None:
+    """Rename model-00001.safetensors to model-00001-of-0000N.safetensors, the form that the field's tools expect."""
+    index_path = Path(folder, MODEL_INDEX)
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    shards = sorted(set(index["weight_map"].values()))
+    new_names = {name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, name in enumerate(shards, start=1)}
+    _rename(index_path, index, new_names)
+
+
+def rename_optimizer_shards(folder: str) -> None:
+    """Call the optimizer's files what they are: .safetensors instead of .bin."""
+    index_path = Path(folder, OPTIMIZER_INDEX)
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    old_names = {*index["weight_map"].values(), index["metadata"]["param_groups"]}
+    new_names = {name: re.sub(r"\.bin$", ".safetensors", name) for name in old_names}
+    index["metadata"]["param_groups"] = new_names[index["metadata"]["param_groups"]]
+    _rename(index_path, index, new_names)
+
+
+def _rename(index_path: Path, index: Dict[str, Any], new_names: Dict[str, str]) -> None:
+    for old, new in new_names.items():
+        (index_path.parent / old).rename(index_path.parent / new)
+    index["weight_map"] = {key: new_names[name] for key, name in index["weight_map"].items()}
+    index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,146 @@
+"""The training loop: what one optimizer step is, and what happens between steps.
+
+It knows neither the command line nor ColossalAI: `engine` splits the model, `loader` reads the data, `checkpointer`
+decides when to save, `metrics` and `progress` show the figures.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import List, Optional
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.loader import Batch, StepLoader
+from colossal_llama2.errors import RunError
+from colossal_llama2.train.metrics import SilentWriter
+from colossal_llama2.train.schedule import CosineSchedule
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Saved and restored whole; all counts are over all ranks.
+
+    Attributes:
+        epoch: passes over the data that are complete.
+        step: optimizer steps taken since the first epoch began.
+        sample_start_index: samples of the current epoch that are consumed.
+        tokens_seen: tokens consumed since the first epoch began, padding not counted.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sample_start_index: int = 0
+    tokens_seen: int = 0
+
+    def to_dict(self) -> dict:
+        """The fields by name, as running_states.json holds them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave.
+
+    Attributes:
+        loss: mean over the predicted tokens of all ranks and micro batches, in nats.
+        grad_norm: before clipping; None if fp16 overflowed and no update was made.
+        tokens: consumed by all ranks, padding not counted.
+    """
+
+    loss: float
+    grad_norm: Optional[float]
+    tokens: int
+
+
+def train_step(engine, batches: List[Batch], *, noise, step: int) -> StepResult:
+    """Forward and backward over this rank's micro batches, then one update.
+
+    Each micro batch weighs by its number of predicted tokens, so that the gradient is that of the mean over all tokens
+    of the step, however they are split over micro batches and ranks.
+    """
+    predicted, tokens = engine.sum_over_data([sum(batch.predicted for batch in batches), sum(b.tokens for b in batches)])
+    loss_sum = 0.0
+    for micro_step, batch in enumerate(batches):
+        noise.prepare(step=step, micro_step=micro_step, lengths=batch.lengths)
+        # The engine averages gradients over ranks; data_size undoes that, for the sum over ranks is wanted.
+        weight = batch.predicted * engine.data_size / max(predicted, 1)
+        loss = weighted_loss(engine, batch, weight)
+        engine.backward(loss, last=micro_step == len(batches) - 1)
+        loss_sum = loss_sum + loss.detach().float()
+    grad_norm = engine.step()
+    (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
+    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=int(tokens))
+
+
+def weighted_loss(engine, batch: Batch, weight: float):
+    """The model's mean loss over the batch's predicted tokens, times `weight`."""
+    mask = batch.attention_mask
+    outputs = engine.model(
+        input_ids=batch.input_ids.to(engine.device),
+        attention_mask=None if mask is None else mask.to(engine.device),
+        labels=batch.labels.to(engine.device),
+        use_cache=False,
+    )
+    # The mean over no token is NaN; a graph that gives zero gradients keeps the ranks' collectives in step.
+    return outputs.loss * weight if batch.predicted else outputs.logits.sum() * 0.0
+
+
+def fit(
+    state: TrainState,
+    *,
+    num_epochs: int,
+    engine,
+    loader: StepLoader,
+    schedule: CosineSchedule,
+    noise,
+    checkpointer,
+    metrics: SilentWriter,
+    progress: logs.SilentProgress,
+) -> None:
+    """Train from `state` to the end of the last epoch, updating `state` as it goes."""
+    while state.epoch < num_epochs:
+        steps_left = loader.order.steps_after(state.sample_start_index)
+        _tell_dropped(loader, state)
+        for batches, taken in loader.steps(state.epoch, state.sample_start_index):
+            start = time.monotonic()
+            learning_rate = schedule.learning_rate(state.step)
+            engine.set_learning_rate(learning_rate)
+            result = train_step(engine, batches, noise=noise, step=state.step)
+            if not math.isfinite(result.loss):
+                raise RunError(f"the loss is {result.loss} at step {state.step + 1}; nothing more is saved")
+            state.step += 1
+            state.sample_start_index += taken
+            state.tokens_seen += result.tokens
+            steps_left -= 1
+            _show(state, result, learning_rate, time.monotonic() - start, metrics=metrics, progress=progress)
+            checkpointer.save(state, epoch_ends=steps_left == 0)
+        state.epoch += 1
+        state.sample_start_index = 0
+
+
+def _tell_dropped(loader: StepLoader, state: TrainState) -> None:
+    dropped = loader.order.dropped_after(state.sample_start_index)
+    if dropped:
+        logs.get_logger().info(
+            "epoch %d: %d of %d samples are left over, too few for a micro batch on every rank",
+            state.epoch, dropped, loader.order.num_samples,
+        )  # fmt: skip
+
+
+def _show(
+    state: TrainState, result: StepResult, learning_rate: float, seconds: float, *, metrics, progress
+) -> None:
+    tokens_per_second = result.tokens / seconds
+    figures = {"Loss": result.loss, "Learning Rate": learning_rate, "Tokens per Second": tokens_per_second}
+    if result.grad_norm is None:
+        logs.get_logger().info("step %d: gradients overflowed fp16, no update; the loss scale is lowered", state.step)
+    else:
+        figures["Gradient Norm"] = result.grad_norm
+    metrics.write(state.step, figures)
+    progress.update(
+        epoch=str(state.epoch),
+        loss=f"{result.loss:.4f}",
+        lr=f"{learning_rate:.2e}",
+        grad_norm="overflow" if result.grad_norm is None else f"{result.grad_norm:.3f}",
+        tokens_per_s=f"{tokens_per_second:,.0f}",
+    )

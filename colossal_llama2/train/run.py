@@ -1,0 +1,257 @@
+"""One training run, from parsed flags to the final model: checks, builds the parts, and lets the loop go."""
+
+import argparse
+import contextlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict
+
+from colossal_llama2 import __version__, logs
+from colossal_llama2.dataset.loader import (
+    Collator,
+    SampleOrder,
+    StepLoader,
+    check_prepared_folder,
+    load_tokenized_dataset,
+)
+from colossal_llama2.errors import UserError
+from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights
+from colossal_llama2.train.checkpoint import Checkpointer, LoadPlan, check_save_dir, plan_loading, write_json
+from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, settings_problems
+from colossal_llama2.train.loop import TrainState, fit
+from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
+from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run train.py or train_sft.py. Called once per process of the job, with the same flags in each.
+
+    Raises:
+        UserError: something that was given cannot be used; found before anything is written.
+        RunError: the loss is not a number any more.
+    """
+    settings = engine_settings(args)
+    plan = check_inputs(args, settings)
+    facts = inspect_weights(plan.model_path)
+    check_length(args.max_length, facts)
+    dataset = load_tokenized_dataset(args.dataset)
+    launch(args.seed)
+    engine = Engine(settings, facts.parameters)
+    order = sample_order(args, len(dataset), engine)
+    state = initial_state(plan, order)
+    schedule = make_schedule(args, state, order)
+    if engine.rank == 0:
+        write_config(args)
+    tell_plan(args, engine, order, schedule, facts)
+    load_model(args, plan, engine)
+    tokenizer_path = find_tokenizer(args, plan)
+    loader = StepLoader(dataset, order, make_collator(args, tokenizer_path, facts), engine.data_rank)
+    checkpointer = Checkpointer(
+        engine=engine,
+        save_dir=args.save_dir,
+        save_interval=args.save_interval,
+        tokenizer_files=tokenizer_path,
+        schedule=schedule,
+        facts=run_facts(args, engine, order),
+    )
+    with contextlib.ExitStack() as parts:
+        fit(
+            state,
+            num_epochs=args.num_epochs,
+            engine=engine,
+            loader=loader,
+            schedule=schedule,
+            noise=parts.enter_context(noise_of(args, engine)),
+            checkpointer=checkpointer,
+            metrics=parts.enter_context(contextlib.closing(metrics_writer(args, engine))),
+            progress=parts.enter_context(
+                logs.progress(total=schedule.total_steps, initial=state.step, description="train", unit="step")
+            ),
+        )
+    final = checkpointer.finish(state)
+    logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
+    engine.close()
+
+
+def engine_settings(args: argparse.Namespace) -> EngineSettings:
+    """The flags that decide how a step is computed."""
+    return EngineSettings(
+        plugin=args.plugin,
+        precision=args.mixed_precision,
+        tp_size=args.tp,
+        zero_stage=args.zero,
+        max_norm=args.gradient_clipping,
+        accumulation_steps=args.accumulation_steps,
+        use_flash_attn=args.use_flash_attn,
+        learning_rate=args.lr,
+        weight_decay=args.weight_decay,
+    )
+
+
+def check_inputs(args: argparse.Namespace, settings: EngineSettings) -> LoadPlan:
+    """Check flags and folders, quickly and before torch is imported; every problem that is found is told at once."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = settings_problems(settings, world_size)
+    plan = LoadPlan(model_path=args.pretrained, resume_path=None)
+    checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
+    checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset]
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        plan = plan_loading(args.pretrained, args.load_checkpoint)
+        if plan.model_path != args.pretrained:
+            check_model_folder(plan.model_path, "--load_checkpoint")
+        check_save_dir(args.save_dir, plan.resume_path)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; and ".join(problems))
+    return plan
+
+
+def check_length(max_length: int, facts: ModelFacts) -> None:
+    """Refuse samples longer than the model has positions."""
+    if max_length > facts.max_position_embeddings:
+        raise UserError(
+            f"--max_length {max_length} given, the model has {facts.max_position_embeddings} positions "
+            f"(max_position_embeddings of its config.json); give at most that"
+        )
+
+
+def sample_order(args: argparse.Namespace, num_samples: int, engine: Engine) -> SampleOrder:
+    """The order of samples, if there are enough for one micro batch on every rank."""
+    order = SampleOrder(
+        num_samples=num_samples,
+        micro_batch_size=args.micro_batch_size,
+        data_size=engine.data_size,
+        accumulation_steps=args.accumulation_steps,
+        seed=args.seed,
+    )
+    if order.steps_after(0) == 0:
+        raise UserError(
+            f"--dataset has {num_samples} samples, one micro batch needs {order.samples_per_micro_step} "
+            f"(--micro_batch_size {args.micro_batch_size} on {engine.data_size} data-parallel ranks); "
+            f"give more data, or smaller micro batches"
+        )
+    return order
+
+
+def initial_state(plan: LoadPlan, order: SampleOrder) -> TrainState:
+    """The state to begin from: that of the resumed checkpoint, if its data is this run's data."""
+    if plan.resume_path is None:
+        return TrainState()
+    states = plan.read_states()
+    for name, here in (("num_samples", order.num_samples), ("seed", order.seed)):
+        if states.get(name) != here:
+            raise UserError(
+                f"--load_checkpoint {plan.resume_path}: was made with {name} {states.get(name)}, this run has {here}; "
+                f"resume with the same --dataset and --seed, or take its weights alone: {plan.model_path}"
+            )
+    return states["state"]
+
+
+def make_schedule(args: argparse.Namespace, state: TrainState, order: SampleOrder) -> CosineSchedule:
+    """The learning rate over all steps of the run, those before a resume included."""
+    whole_epochs_left = max(args.num_epochs - state.epoch - 1, 0)
+    steps_left = order.steps_after(state.sample_start_index) + whole_epochs_left * order.steps_after(0)
+    total_steps = state.step + (steps_left if state.epoch < args.num_epochs else 0)
+    warmup = warmup_steps(args.warmup_steps, total_steps)
+    if warmup >= total_steps:
+        logs.get_logger().warning(
+            "--warmup_steps %d: the run has %d steps, so the learning rate only rises", warmup, total_steps
+        )
+    return CosineSchedule(peak=args.lr, total_steps=total_steps, warmup_steps=warmup)
+
+
+def write_config(args: argparse.Namespace) -> None:
+    """Write the resolved flags and the versions they ran with to --config_file."""
+    versions = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
+    versions.update(python=platform.python_version(), colossal_llama2=__version__)
+    path = Path(args.config_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**vars(args), "world_size": int(os.environ["WORLD_SIZE"]), "versions": versions})
+
+
+def tell_plan(
+    args: argparse.Namespace, engine: Engine, order: SampleOrder, schedule: CosineSchedule, facts: ModelFacts
+) -> None:
+    """Log what the run is going to do."""
+    batch = order.samples_per_micro_step * args.accumulation_steps
+    logs.get_logger().info(
+        "%.1f M parameters, vocabulary %d; plugin %s, %s, %d processes, %d of them with different data",
+        facts.parameters / 1e6, facts.vocab_size, args.plugin, args.mixed_precision, engine.world_size, engine.data_size,
+    )  # fmt: skip
+    logs.get_logger().info(
+        "%d samples, %d epochs, %d samples per step (%d per rank x %d ranks x %d accumulated), %d steps, %d of warm-up",
+        order.num_samples, args.num_epochs, batch, args.micro_batch_size, engine.data_size, args.accumulation_steps,
+        schedule.total_steps, schedule.warmup_steps,
+    )  # fmt: skip
+
+
+def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine) -> None:
+    """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
+    from colossal_llama2.model.attention import choose_attention
+    from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+    from colossal_llama2.model.loading import load_llama
+
+    with engine.initializing():
+        model = load_llama(
+            plan.model_path, precision=args.mixed_precision, attention=choose_attention(args.use_flash_attn)
+        )
+    if args.use_grad_checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.freeze_non_embeds_params:
+        trainable, frozen = freeze_non_embedding_parameters(model)
+        logs.get_logger().info("Embeddings alone are trained: %.1f M parameters, %.1f M frozen", trainable / 1e6, frozen / 1e6)
+    model.train()
+    engine.boost(model)
+    if plan.resume_path is not None:
+        engine.load_optimizer(str(Path(plan.resume_path, "optimizer")))
+        logs.get_logger().info("Resumed %s", plan.resume_path)
+    elif plan.model_path != args.pretrained:
+        logs.get_logger().info("Took the weights of %s, and nothing else of that run", plan.model_path)
+
+
+def find_tokenizer(args: argparse.Namespace, plan: LoadPlan) -> str:
+    """The folder that has the run's tokenizer: the loaded checkpoint, or --pretrained if that holds none."""
+    has_one = Path(plan.model_path, "tokenizer_config.json").is_file()
+    return plan.model_path if has_one else args.pretrained
+
+
+def make_collator(args: argparse.Namespace, tokenizer_path: str, facts: ModelFacts) -> Collator:
+    """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
+    from colossal_llama2.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_path, pad_token="eos" if hasattr(args, "use_neft") else "unk")
+    return Collator(pad_token_id=tokenizer.pad_token_id, max_length=args.max_length, vocab_size=facts.vocab_size)
+
+
+def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractContextManager:
+    """NEFTune if it was asked for."""
+    from colossal_llama2.model.neftune import NoNoise, embedding_noise
+
+    if not getattr(args, "use_neft", False):
+        return contextlib.nullcontext(NoNoise())
+    logs.get_logger().info("NEFTune: noise of alpha %g on the embeddings", args.neft_alpha)
+    return embedding_noise(engine.unwrapped_model, alpha=args.neft_alpha, seed=args.seed, data_rank=engine.data_rank)
+
+
+def metrics_writer(args: argparse.Namespace, engine: Engine) -> SilentWriter:
+    """TensorBoard on rank 0."""
+    return TensorBoardWriter(args.tensorboard_dir) if engine.rank == 0 else SilentWriter()
+
+
+def run_facts(args: argparse.Namespace, engine: Engine, order: SampleOrder) -> Dict[str, Any]:
+    """What running_states.json says of the whole run."""
+    return {
+        "num_samples": order.num_samples,
+        "seed": order.seed,
+        "world_size": engine.world_size,
+        "data_parallel_size": engine.data_size,
+        "settings": vars(args),
+    }

@@ -1,0 +1,140 @@
+"""Measure a model on held-out text: loss per byte and tokens per character, by plain transformers.
+
+    python examples/quickstart_evaluate.py --model_path quickstart/stage-1/modeling \\
+        --held_out_dir quickstart/data/held_out --output_file quickstart/results.json --stage "1 English"
+
+Loss per UTF-8 byte, unlike loss per token, can be compared between vocabularies. The figures of one stage are one entry
+of the results file; the entry of an earlier run of the same stage is replaced:
+
+    {"stage": "1 English", "model_path": ..., "tensorboard_dir": null, "config_file": null, "languages": {"zh":
+     {"documents": 270, "characters": 23000, "bytes": 64945, "tokens": 66000, "nats_per_byte": 2.1, ...}, "en": ...}}
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Dict, Iterator, List
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from colossal_llama2 import arguments, errors, logs
+
+
+def build_parser() -> arguments.CommandParser:
+    """Flags of this script."""
+    parser = arguments.CommandParser(
+        "quickstart_evaluate.py",
+        "Measure a model's loss per byte and its tokens per character on held-out text.",
+        "  python examples/quickstart_evaluate.py --model_path quickstart/stage-1/modeling \\\n"
+        "      --held_out_dir quickstart/data/held_out --output_file quickstart/results.json --stage '1 English'",
+    )
+    parser.add_argument("--model_path", metavar="DIR", required=True, help="Hugging Face model and tokenizer")
+    parser.add_argument("--held_out_dir", metavar="DIR", required=True, help="folder with en.jsonl and zh.jsonl")
+    parser.add_argument("--output_file", metavar="FILE", required=True, help="results of all stages (JSON), added to")
+    parser.add_argument("--stage", metavar="NAME", required=True, help="name of the stage that made the model")
+    parser.add_argument("--tensorboard_dir", metavar="DIR", help="the stage's TensorBoard logs, noted for the table")
+    parser.add_argument("--config_file", metavar="FILE", help="the stage's resolved settings, noted for the table")
+    parser.add_argument(
+        "--max_length", metavar="TOKENS", type=arguments.sequence_length, default=256, help="length of a window"
+    )
+    parser.add_argument(
+        "--batch_size", metavar="N", type=arguments.positive_int, default=8, help="windows per forward pass"
+    )
+    return parser
+
+
+def read_held_out(folder: Path) -> Dict[str, List[str]]:
+    """The held-out texts by language: the `target` of every record of every *.jsonl of the folder."""
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise errors.UserError(f"no *.jsonl in --held_out_dir {folder}; examples/quickstart_corpus.py writes them")
+    lines = {file.stem: file.read_text(encoding="utf-8").splitlines() for file in files}
+    return {language: [json.loads(line)["target"] for line in texts] for language, texts in lines.items()}
+
+
+def windows(token_ids: List[int], max_length: int, bos_token_id: int) -> Iterator[List[int]]:
+    """Cut a document into windows of at most `max_length` tokens, each opened by <s>; every token is in one window."""
+    for start in range(0, len(token_ids), max_length - 1):
+        yield [bos_token_id, *token_ids[start : start + max_length - 1]]
+
+
+def total_nats(model, batch: List[List[int]]) -> float:
+    """The summed negative log-likelihood, in nats, of every token of the windows but their <s>."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    longest = max(map(len, batch))
+    input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in batch])
+    labels = input_ids.masked_fill(mask == 0, -100)
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1].float()
+    return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
+
+
+def measure(model, tokenizer, texts: List[str], *, language: str, max_length: int, batch_size: int) -> dict:
+    """Figures of one language's texts. Totals are divided once, at the end, so a long document weighs by its length."""
+    # verbose=False: a document longer than the model's window is no mistake here, since it is cut below.
+    encoded = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+    rows = [row for ids in encoded for row in windows(ids, max_length, tokenizer.bos_token_id)]
+    rows.sort(key=len)  # like lengths share a batch, so little padding is computed
+    nats = 0.0
+    with logs.progress(total=len(rows), description=f"Evaluating {language}", unit="windows") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            nats += total_nats(model, batch)
+            bar.update(len(batch))
+    tokens, characters = sum(map(len, encoded)), sum(map(len, texts))
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "documents": len(texts),
+        "characters": characters,
+        "bytes": size,
+        "tokens": tokens,
+        "nats_per_byte": nats / size,
+        "bits_per_byte": nats / size / math.log(2),
+        "tokens_per_character": tokens / characters,
+    }
+
+
+def evaluate(model_path: str, texts: Dict[str, List[str]], *, max_length: int, batch_size: int) -> Dict[str, dict]:
+    """Load a model in float32 and measure it on every language."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.float32).eval()
+    sizes = {"max_length": max_length, "batch_size": batch_size}
+    return {name: measure(model, tokenizer, part, language=name, **sizes) for name, part in texts.items()}
+
+
+def add_entry(output_file: Path, entry: dict) -> None:
+    """Add one stage's entry to the results file, in place of an older one of the same name."""
+    entries = json.loads(output_file.read_text(encoding="utf-8")) if output_file.exists() else []
+    entries = [old for old in entries if old["stage"] != entry["stage"]] + [entry]
+    unfinished = output_file.with_name(output_file.name + ".unfinished")
+    unfinished.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(unfinished, output_file)
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors("quickstart_evaluate.py"):
+        if not (Path(args.model_path) / "config.json").is_file():
+            raise errors.UserError(f"--model_path {args.model_path} holds no config.json; name a Hugging Face folder")
+        texts = read_held_out(Path(args.held_out_dir))
+        languages = evaluate(args.model_path, texts, max_length=args.max_length, batch_size=args.batch_size)
+        noted = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
+        add_entry(Path(args.output_file), {**noted, "languages": languages})
+        for language, figures in languages.items():
+            print(
+                f"{args.stage} | {language}: {figures['bits_per_byte']:.3f} bits per byte"
+                f" | {figures['tokens_per_character']:.3f} tokens per character"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+#!/usr/bin/env bash
+# An English LLaMA learns Chinese, through every script of the suite, on two CPU cores:
+#
+#   bash quickstart.sh
+#
+# Needs Python 3.11 and a network; makes .venv beside this file. All output lies under quickstart/, or under
+# QUICKSTART_DIR if that is set. A run that was interrupted goes on, when started again, with the step it was in;
+# delete quickstart/ to start over.
+set -euo pipefail
+out=${QUICKSTART_DIR:+$(realpath -m -- "$QUICKSTART_DIR")}
+out=${out:-quickstart}
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./.ci/environment.sh
+install_requirements requirements.txt requirements-dev.txt
+
+# A rehearsal for the CPU, also where there is a GPU: the two ranks would have to share it.
+export CUDA_VISIBLE_DEVICES=-1
+max_length=256
+sft_max_length=192
+# zero2 trains on all of these bins but the last, gemini on the last.
+bins=12
+steps=17
+step_number=0
+
+# step FUNCTION TITLE OUTPUT...: announce, then run FUNCTION unless an earlier run finished it. What an interrupted run
+# left of its outputs is removed first, and a step that runs makes all later ones run again.
+step() {
+    local work=$1 title=$2 started=$SECONDS old
+    shift 2
+    step_number=$((step_number + 1))
+    if [[ -f $out/done/$step_number ]]; then
+        echo "== [$step_number/$steps] $title: done before"
+        return
+    fi
+    echo "== [$step_number/$steps] $title"
+    for ((old = step_number; old <= steps; old++)); do
+        rm -f -- "$out/done/$old"
+    done
+    rm -rf -- "$@"
+    # Called plainly, not in a condition: there, bash would ignore `set -e` inside the function.
+    "$work"
+    mkdir -p "$out/done"
+    touch "$out/done/$step_number"
+    echo "   $((SECONDS - started)) s"
+}
+
+# prepare SCRIPT MAX_LENGTH BINS TOKENIZER NAME DIR,DIR: from jsonl to bins under $out/NAME/arrow.
+prepare() {
+    python "$1" --max_length "$2" --num_spliced_dataset_bins "$3" --tokenizer_dir "$4" --data_input_dirs "$6" \
+        --data_cache_dir "$out/$5/cache" --data_jsonl_output_dir "$out/$5/jsonl" --data_arrow_output_dir "$out/$5/arrow"
+}
+
+# outputs NAME: the flags that say where a stage writes.
+outputs() {
+    printf '%s\n' --save_dir "$out/$1" --tensorboard_dir "$out/logs/$1" --config_file "$out/config/$1.json"
+}
+
+# evaluate STAGE FOLDER: measure $out/FOLDER/modeling, which train.py or train_sft.py wrote, on the held-out text.
+evaluate() {
+    python examples/quickstart_evaluate.py --held_out_dir "$out/data/held_out" --output_file "$out/results.json" \
+        --stage "$1" --model_path "$out/$2/modeling" --tensorboard_dir "$out/logs/$2" --config_file "$out/config/$2.json"
+}
+
+# with_torchrun ARGUMENT...: two ranks on this machine, one thread each.
+with_torchrun() {
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 "$@"
+}
+
+# with_colossalai ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment into
+# a shell command, unquoted, so it gets those alone that are needed; and it joins the arguments: @Q quotes them.
+with_colossalai() {
+    local port
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    env -i PATH="$PATH" HOME="${HOME:-/}" LANG=C.UTF-8 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1 \
+        colossalai run --nproc_per_node 2 --host localhost --master_port "$port" "${@@Q}"
+}
+
+write_corpus() {
+    python examples/quickstart_corpus.py --output_dir "$out/data" --download_dir "$out/downloads"
+}
+
+write_source_model() {
+    python examples/quickstart_source_model.py --english_dir "$out/data/en" --output_dir "$out/source"
+}
+
+prepare_english() {
+    prepare prepare_pretrain_dataset.py "$max_length" 2 "$out/source" prepared-english "$out/data/en"
+}
+
+train_english() {
+    local places
+    mapfile -t places < <(outputs 1-english)
+    with_torchrun train.py --pretrained "$out/source" --dataset "$out"/prepared-english/arrow/part-* \
+        --plugin zero2 --mixed_precision fp32 --max_length "$max_length" --micro_batch_size 2 --lr 2e-3 "${places[@]}"
+}
+
+evaluate_english() {
+    evaluate "1 English" 1-english
+}
+
+extend_tokenizer() {
+    python init_tokenizer.py --source_tokenizer_dir "$out/source" --target_tokenizer_dir "$out/2-tokenizer" \
+        --expand_tokens_file "$out/data/new_pieces.jsonl"
+}
+
+extend_model() {
+    python init_model.py --source_model_and_tokenizer_path "$out/1-english/modeling" \
+        --target_tokenizer_path "$out/2-tokenizer" --target_model_path "$out/2-extended/modeling"
+}
+
+evaluate_extended() {
+    python examples/quickstart_evaluate.py --held_out_dir "$out/data/held_out" --output_file "$out/results.json" \
+        --stage "2 new pieces" --model_path "$out/2-extended/modeling"
+}
+
+prepare_both() {
+    prepare prepare_pretrain_dataset.py "$max_length" "$bins" "$out/2-tokenizer" prepared-both \
+        "$out/data/zh,$out/data/en"
+}
+
+train_zero2() {
+    local parts=("$out"/prepared-both/arrow/part-*)
+    local places
+    mapfile -t places < <(outputs 3-zero2)
+    with_colossalai train.py --pretrained "$out/2-extended/modeling" --dataset "${parts[@]:0:bins-1}" \
+        --plugin zero2 --mixed_precision fp32 --max_length "$max_length" --micro_batch_size 2 --lr 2e-3 "${places[@]}"
+}
+
+evaluate_zero2() {
+    evaluate "3 both languages (zero2)" 3-zero2
+}
+
+train_gemini() {
+    local parts=("$out"/prepared-both/arrow/part-*)
+    local places
+    mapfile -t places < <(outputs 4-gemini)
+    # --load_checkpoint with a modeling folder takes the weights alone: optimizer and schedule begin anew.
+    with_torchrun train.py --pretrained "$out/2-extended/modeling" --load_checkpoint "$out/3-zero2/modeling" \
+        --dataset "${parts[@]:bins-1}" --plugin gemini --mixed_precision bf16 --max_length "$max_length" \
+        --micro_batch_size 2 --lr 2e-4 "${places[@]}"
+}
+
+evaluate_gemini() {
+    evaluate "4 both languages (gemini)" 4-gemini
+}
+
+prepare_dialogues() {
+    prepare prepare_sft_dataset.py "$sft_max_length" 1 "$out/4-gemini/modeling" prepared-sft "$out/data/sft"
+}
+
+train_dialogues() {
+    local places
+    mapfile -t places < <(outputs 5-sft)
+    with_torchrun train_sft.py --pretrained "$out/4-gemini/modeling" --dataset "$out"/prepared-sft/arrow/part-* \
+        --plugin zero2 --mixed_precision fp32 --max_length "$sft_max_length" --micro_batch_size 4 \
+        --accumulation_steps 2 --num_epochs 2 --lr 5e-4 --use_neft "${places[@]}"
+}
+
+evaluate_dialogues() {
+    evaluate "5 dialogues (SFT)" 5-sft
+}
+
+ask() {
+    local prompt
+    for prompt in "The for statement is used to" "中国人民" "酒店的服务"; do
+        python inference_example.py --model_path "$out/5-sft/modeling" --max_new_tokens 48 --seed 1 --input_txt "$prompt"
+    done
+}
+
+step write_corpus "Text: English, Chinese and dialogues from packages" "$out/data"
+step write_source_model "Source model: English tokenizer, random weights" "$out/source"
+step prepare_english "Prepare the English text" "$out/prepared-english"
+step train_english "Stage 1: pre-train on English (zero2, torchrun)" "$out"/{1-english,logs/1-english,config/1-english.json}
+step evaluate_english "Evaluate stage 1" "$out/results.json"
+step extend_tokenizer "Stage 2: new Chinese pieces for the tokenizer" "$out/2-tokenizer"
+step extend_model "Stage 2: their embeddings" "$out/2-extended"
+step evaluate_extended "Evaluate stage 2"
+step prepare_both "Prepare English and Chinese text in bins" "$out/prepared-both"
+step train_zero2 "Stage 3: pre-train on both (zero2, colossalai run)" "$out"/{3-zero2,logs/3-zero2,config/3-zero2.json}
+step evaluate_zero2 "Evaluate stage 3"
+step train_gemini "Stage 4: pre-train on both (gemini, torchrun)" "$out"/{4-gemini,logs/4-gemini,config/4-gemini.json}
+step evaluate_gemini "Evaluate stage 4"
+step prepare_dialogues "Prepare the dialogues" "$out/prepared-sft"
+step train_dialogues "Stage 5: fine-tune on dialogues (zero2, NEFTune)" "$out"/{5-sft,logs/5-sft,config/5-sft.json}
+step evaluate_dialogues "Evaluate stage 5"
+step ask "Three prompts"
+
+echo
+python examples/quickstart_table.py --results_file "$out/results.json"
+echo
+echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. TensorBoard: .venv/bin/tensorboard --logdir $out/logs"

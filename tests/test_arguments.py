@@ -1,0 +1,214 @@
+"""Every flag of the original parses under every spelling it ever had, with the README's defaults."""
+
+import math
+from collections import Counter
+
+import pytest
+
+from colossal_llama2 import arguments
+
+REQUIRED = object()
+
+PREPARE = {
+    ("--data_input_dirs",): ("a,b", ["a", "b"], REQUIRED),
+    ("--tokenizer_dir",): ("t", "t", REQUIRED),
+    ("--data_cache_dir",): ("c", "c", "cache"),
+    ("--data_jsonl_output_dir",): ("j", "j", "jsonl_output"),
+    ("--data_arrow_output_dir",): ("o", "o", "arrow_output"),
+    ("--max_length",): ("2048", 2048, 4096),
+    ("--num_spliced_dataset_bins",): ("7", 7, 10),
+}
+TRAIN = {
+    ("--pretrained",): ("m", "m", REQUIRED),
+    ("--dataset",): (["d/part-00000", "d/part-00001"], ["d/part-00000", "d/part-00001"], REQUIRED),
+    ("--plugin",): ("3d", "3d", "gemini"),
+    ("--load_checkpoint",): ("c", "c", None),
+    ("--save_interval",): ("400", 400, 1000),
+    ("--save_dir",): ("s", "s", "checkpoint_dir"),
+    ("--tensorboard_dir",): ("b", "b", "logs_dir"),
+    ("--config_file",): ("f", "f", "config_file"),
+    ("--num_epochs",): ("3", 3, 1),
+    ("--micro_batch_size", "--batch_size"): ("8", 8, 1),
+    ("--lr",): ("1e-4", 1e-4, 3e-4),
+    ("--max_length",): ("2048", 2048, 4096),
+    ("--mixed_precision",): ("bf16", "bf16", "fp16"),
+    ("--gradient_clipping", "--grad_clip"): ("0.5", 0.5, 1.0),
+    ("--weight_decay", "-w"): ("0.01", 0.01, 0.1),
+    ("--warmup_steps", "-s"): ("100", 100, None),
+    ("--use_grad_checkpoint",): ([], True, False),
+    ("--use_flash_attn",): ([], True, False),
+    ("--freeze_non_embeds_params",): ([], True, False),
+    ("--tp",): ("2", 2, 1),
+    ("--zero", "--zero_stage"): ("2", 2, 1),
+    ("--accumulation_steps",): ("4", 4, 1),
+}
+# Per parser: all spellings of a flag -> (words given, value parsed, the README's default).
+FLAGS = {
+    arguments.init_tokenizer_parser: {
+        ("--source_tokenizer_dir",): ("a", "a", REQUIRED),
+        ("--target_tokenizer_dir",): ("b", "b", REQUIRED),
+        ("--expand_tokens_file",): ("c", "c", REQUIRED),
+    },
+    arguments.init_model_parser: {
+        ("--source_model_and_tokenizer_path",): ("a", "a", REQUIRED),
+        ("--target_tokenizer_path",): ("b", "b", REQUIRED),
+        ("--target_model_path",): ("c", "c", REQUIRED),
+    },
+    arguments.prepare_pretrain_parser: PREPARE,
+    arguments.prepare_sft_parser: PREPARE,
+    arguments.train_parser: TRAIN,
+    arguments.train_sft_parser: TRAIN | {("--accumulation_steps",): ("4", 4, 8), ("--use_neft",): ([], True, False)},
+    arguments.inference_parser: {
+        ("--model_path",): ("m", "m", "hpcai-tech/Colossal-LLaMA-2-7b-base"),
+        # The original's cuda:0 where there is a GPU; cpu elsewhere.
+        ("--device",): ("cuda:0", "cuda:0", None),
+        ("--max_new_tokens",): ("256", 256, 512),
+        ("--do_sample",): ("False", False, True),
+        ("--temperature",): ("0.7", 0.7, 0.3),
+        ("--top_k",): ("5", 5, 50),
+        ("--top_p",): ("0.9", 0.9, 0.95),
+        ("--input_txt",): ("你好 world", "你好 world", "明月松间照，"),
+    },
+}
+PARSERS = pytest.mark.parametrize("make_parser", FLAGS, ids=lambda make: make.__name__)
+
+
+def words_of(given) -> list:
+    return given if isinstance(given, list) else [given]
+
+
+def required_words(flags: dict) -> list:
+    required = [(names[0], given) for names, (given, _, default) in flags.items() if default is REQUIRED]
+    return [word for name, given in required for word in (name, *words_of(given))]
+
+
+def destination(names: tuple) -> str:
+    return names[0].lstrip("-")
+
+
+@PARSERS
+def test_every_flag_of_the_original_parses_under_each_spelling(make_parser):
+    flags = FLAGS[make_parser]
+    for names, (given, value, _) in flags.items():
+        for name in names:
+            parsed = make_parser().parse_args([*required_words(flags), name, *words_of(given)])
+            assert getattr(parsed, destination(names)) == value, name
+
+
+@PARSERS
+def test_defaults_are_those_of_the_readme(make_parser):
+    flags = FLAGS[make_parser]
+    parsed = make_parser().parse_args(required_words(flags))
+    for names, (_, value, default) in flags.items():
+        assert getattr(parsed, destination(names)) == (value if default is REQUIRED else default), names
+
+
+@PARSERS
+def test_required_flags_are_required(make_parser, capsys):
+    flags = FLAGS[make_parser]
+    for names, (_, _, default) in flags.items():
+        if default is REQUIRED:
+            others = {other: flags[other] for other in flags if other != names}
+            assert names[0] in error_of(make_parser, required_words(others), capsys)
+
+
+@PARSERS
+def test_each_spelling_is_defined_once_and_explained(make_parser):
+    actions = make_parser()._actions
+    spellings = Counter(spelling for action in actions for spelling in action.option_strings)
+    assert set(spellings.values()) == {1}
+    assert all(action.help for action in actions)
+
+
+@PARSERS
+def test_abbreviations_are_refused(make_parser, capsys):
+    flags = FLAGS[make_parser]
+    longest = max((names[0] for names in flags), key=len)
+    abbreviation = longest[:-2]
+    message = error_of(make_parser, [*required_words(flags), abbreviation, "1"], capsys)
+    assert f"unknown argument {abbreviation}, did you mean {longest}?" in message
+
+
+def error_of(make_parser, words, capsys) -> str:
+    """What the parser says to wrong words: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        make_parser().parse_args(words)
+    captured = capsys.readouterr()
+    assert end.value.code == 2
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert captured.err.startswith(f"{make_parser().prog}: error: ")
+    assert "--help" in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    "misspelt, meant",
+    [
+        ("--save_intervall", "--save_interval"),
+        ("--warmup-steps", "--warmup_steps"),
+        ("--weight-decay=0.1", "--weight_decay"),
+    ],
+)
+def test_a_near_miss_is_suggested(misspelt, meant, capsys):
+    message = error_of(arguments.train_parser, [misspelt, "5"], capsys)
+    assert f"unknown argument {misspelt.split('=')[0]}, did you mean {meant}?" in message
+
+
+def test_an_unknown_flag_without_a_near_one_gets_no_suggestion(capsys):
+    assert "did you mean" not in error_of(arguments.train_parser, ["--qqqq"], capsys)
+
+
+@pytest.mark.parametrize(
+    "make_parser, flag, value, allowed",
+    [
+        (arguments.train_parser, "--lr", "0", "a number above 0"),
+        (arguments.train_parser, "--lr", "nan", "a number above 0"),
+        (arguments.train_parser, "--lr", "inf", "a number above 0"),
+        (arguments.train_parser, "--weight_decay", "-0.1", "a number of at least 0"),
+        (arguments.train_parser, "--gradient_clipping", "much", "a number of at least 0"),
+        (arguments.train_parser, "--warmup_steps", "-1", "a whole number of at least 0"),
+        (arguments.train_parser, "--save_interval", "0", "a whole number of at least 1"),
+        (arguments.train_parser, "--micro_batch_size", "1.5", "a whole number of at least 1"),
+        (arguments.train_parser, "--max_length", "7", "a whole number of at least 8"),
+        (arguments.train_parser, "--plugin", "zero3", "zero2"),
+        (arguments.train_parser, "--mixed_precision", "fp8", "bf16"),
+        (arguments.train_parser, "--zero", "3", "2"),
+        (arguments.prepare_sft_parser, "--num_spliced_dataset_bins", "0", "from 1 to 100000"),
+        (arguments.prepare_sft_parser, "--num_spliced_dataset_bins", "100001", "from 1 to 100000"),
+        (arguments.prepare_sft_parser, "--data_input_dirs", "a,,b", "empty entry"),
+        (arguments.inference_parser, "--do_sample", "yes", "True or False"),
+        (arguments.inference_parser, "--top_p", "1.5", "above 0 and at most 1"),
+        (arguments.inference_parser, "--top_p", "0", "above 0 and at most 1"),
+        (arguments.inference_parser, "--temperature", "0", "a number above 0"),
+        (arguments.inference_parser, "--top_k", "0", "a whole number of at least 1"),
+    ],
+)
+def test_a_bad_value_is_one_line_that_says_what_is_allowed(make_parser, flag, value, allowed, capsys):
+    message = error_of(make_parser, [*required_words(FLAGS[make_parser]), f"{flag}={value}"], capsys)
+    assert flag in message and value in message and allowed in message
+
+
+def test_a_value_split_at_its_spaces_is_told(capsys):
+    message = error_of(arguments.inference_parser, ["--input_txt", "two", "words"], capsys)
+    assert "unexpected words" in message and "quote" in message
+
+
+@pytest.mark.parametrize("word", ["True", "true", "TRUE"])
+def test_true_and_false_are_words(word):
+    assert arguments.true_or_false(word) is True
+    assert arguments.true_or_false("False") is False
+
+
+def test_bounds_themselves_are_accepted():
+    assert arguments.bin_count("1") == 1 and arguments.bin_count("100000") == arguments.MAX_BINS
+    assert arguments.probability("1") == 1.0
+    assert arguments.non_negative_float("0") == 0.0
+    assert math.isclose(arguments.positive_float("1e-12"), 1e-12)
+
+
+def test_the_readme_s_two_fine_tuning_flags_are_the_only_new_ones():
+    def flags(make_parser):
+        return {spelling for action in make_parser()._actions for spelling in action.option_strings}
+
+    assert flags(arguments.train_sft_parser) - flags(arguments.train_parser) == {"--use_neft", "--neft_alpha"}

@@ -1,0 +1,82 @@
+"""The chat template: roles, exchanges, segments, and every refusal."""
+
+import pytest
+
+from colossal_llama2.dataset import conversation
+from colossal_llama2.dataset.conversation import Message, Segment, message_segments, opening_text, read_conversation
+
+
+def said(role: str, content: str) -> dict:
+    return {"from": role, "content": content}
+
+
+def render(messages) -> str:
+    """The whole conversation as the original's prompt, with its marks as text."""
+    talk = read_conversation(messages)
+    groups = [*talk.exchanges, talk.unanswered]
+    segments = [
+        segment
+        for number, group in enumerate(groups)
+        for segment in message_segments(group, opening=opening_text(talk) if number == 0 else "")
+    ]
+    return "".join(f"<s>{segment.text}</s>" if segment.is_marked else segment.text for segment in segments)
+
+
+def test_the_template_is_the_originals():
+    messages = [said("human", "Hi"), said("assistant", "Hello!"), said("human", "Bye"), said("assistant", "Bye!")]
+    assert render(messages) == (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions.\n\n"
+        "Human: <s>Hi</s>Assistant: <s>Hello!</s>Human: <s>Bye</s>Assistant: <s>Bye!</s>"
+    )
+
+
+def test_other_names_of_the_roles():
+    assert render([said("user", "Hi"), said("gpt", "Yo")]) == render([said("human", "Hi"), said("assistant", "Yo")])
+
+
+def test_system_message_replaces_the_system_text():
+    messages = [said("system", "You are a pirate."), said("human", "Hi"), said("assistant", "Arr")]
+    assert render(messages) == "You are a pirate.\n\nHuman: <s>Hi</s>Assistant: <s>Arr</s>"
+    messages[0] = said("system", "")
+    assert render(messages) == "Human: <s>Hi</s>Assistant: <s>Arr</s>"
+
+
+def test_exchanges_end_with_an_answer():
+    talk = read_conversation(
+        [said("assistant", "0"), said("human", "1"), said("human", ""), said("assistant", "3"), said("human", "4")]
+    )
+    assert [[message.text for message in exchange] for exchange in talk.exchanges] == [["0"], ["1", "", "3"]]
+    assert talk.unanswered == [Message("Human", "4")]
+
+
+def test_segments_train_the_assistant_alone():
+    messages = [Message("Human", "Hi"), Message("Assistant", "Hello!")]
+    assert message_segments(messages, opening="Be kind.\n\n") == [
+        Segment("Be kind.\n\nHuman: ", is_marked=False, is_trained=False),
+        Segment("Hi", is_marked=True, is_trained=False),
+        Segment("Assistant: ", is_marked=False, is_trained=False),
+        Segment("Hello!", is_marked=True, is_trained=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "messages, reason",
+    [
+        ("Hi", "must be a list"),
+        ([], "at least one"),
+        (["Hi"], "message 1 must be"),
+        ([{"from": "human"}], "message 1 must be"),
+        ([said("human", "Hi"), {"from": "assistant", "content": 3}], "message 2 must be"),
+        ([said("bot", "Hi")], "'bot'; roles are human, user, assistant, gpt, system"),
+        ([said("human", "Hi"), said("system", "Be kind.")], "message 2 has the role system"),
+        ([said("system", "Be kind.")], "nothing else"),
+    ],
+)
+def test_refusals(messages, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_conversation(messages)
+
+
+def test_every_role_has_a_speaker():
+    assert set(conversation.ROLES.values()) == {"Human", "Assistant"}

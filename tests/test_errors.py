@@ -1,0 +1,84 @@
+"""How commands end: the documented exit codes, one line, said once per host."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from colossal_llama2.errors import RunError, UserError, one_line_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def plain_process(monkeypatch):
+    """Not launched by torchrun, whatever runs the tests."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("no folder x; give one"), 2, "tool.py: error: no folder x; give one"),
+        (UserError("two\n  lines"), 2, "tool.py: error: two lines"),
+        (RunError("rank 1 was lost"), 1, "tool.py: error: rank 1 was lost"),
+        (OSError(errno.ENOSPC, "No space left", "out/f"), 1, "tool.py: error: out/f: No space left"),
+        (OSError("the pipe broke"), 1, "tool.py: error: the pipe broke"),
+        (KeyboardInterrupt(), 130, "tool.py: error: interrupted"),
+    ],
+)
+def test_an_error_becomes_one_line_and_its_exit_code(error, code, line, capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
+        raise error
+    captured = capsys.readouterr()
+    assert end.value.code == code
+    assert captured.out == ""
+    assert captured.err == line + "\n"
+
+
+def test_success_says_nothing(capsys):
+    with one_line_errors("tool.py"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), AssertionError("ours")])
+def test_a_bug_of_ours_keeps_its_traceback(error, capsys):
+    with pytest.raises(type(error)), one_line_errors("tool.py"):
+        raise error
+    assert capsys.readouterr().err == ""
+
+
+def test_an_exit_keeps_its_own_code():
+    with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
+        raise SystemExit(7)
+    assert end.value.code == 7
+
+
+def test_other_processes_of_a_host_end_silently(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
+        raise UserError("said by rank 0 already")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("local_rank, said", [("0", "tool.py: error: wrong\n"), ("1", "")])
+def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
+    """With peers the process ends at once: a normal exit would run handlers that can wait for them."""
+    program = (
+        "import atexit\n"
+        "from colossal_llama2.errors import UserError, one_line_errors\n"
+        "atexit.register(print, 'waited for the peers', flush=True)\n"
+        "print('printed before')\n"
+        "with one_line_errors('tool.py'):\n"
+        "    raise UserError('wrong')\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env={"LOCAL_RANK": local_rank, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", said)

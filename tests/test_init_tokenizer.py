@@ -1,0 +1,290 @@
+"""Expanding a tokenizer: what is added, what survives, what is refused."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer import Encoder, init_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from tests.conftest import ROOT
+from tests.tiny import CHINESE, english_documents
+
+WORDS = ["人工智能", "你好", "世界", "人工", "智能", "天气", "公园", "你好", "the", "Hello▁world"]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def write_pieces(path, pieces):
+    path.write_text("".join(json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in pieces), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tokenizer_dir, tmp_path_factory):
+    """A source as LLaMA-2 ships it: every tokenizer gives a text its leading "▁". With two added tokens, a template."""
+    from transformers import AddedToken, AutoTokenizer
+
+    folder = shutil.copytree(tokenizer_dir, tmp_path_factory.mktemp("source") / "llama")
+    (folder / "tokenizer.json").unlink()
+    _unset_prefix_space(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True)})
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    _unset_prefix_space(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
+
+
+def _unset_prefix_space(folder):
+    """transformers writes null, which it reads as "no"; LLaMA-2 leaves the key out, which it reads as "yes"."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["add_prefix_space"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def target(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    expand_tokenizer(source, folder / "new" / "zh", write_pieces(folder / "pieces.jsonl", WORDS))
+    return folder / "new" / "zh"
+
+
+def pieces_of(folder):
+    return [piece.piece for piece in init_tokenizer.read_model(folder).pieces]
+
+
+def test_characters_come_first_then_pieces_by_length(source, target):
+    old, new = pieces_of(source), pieces_of(target)
+    assert new[: len(old)] == old
+    characters = [character for character in "你好世界人工智能天气公园" if character not in old]
+    assert new[len(old) :] == [*characters, *WORDS[1:7], WORDS[0], "Hello▁world"]
+
+
+def test_new_scores_differ_and_lie_below_every_old_merge(source, target):
+    import numpy
+
+    model = init_tokenizer.read_model(target)
+    old = len(pieces_of(source))
+    new_scores = numpy.array([piece.score for piece in model.pieces[old:]], dtype=numpy.float32)
+    merges = [piece.score for piece in model.pieces[:old] if piece.type == 1 and len(piece.piece) > 1]
+    assert numpy.all(numpy.diff(new_scores) < 0)
+    assert new_scores[0] < min(merges)
+
+
+@pytest.mark.parametrize("lowest", [-0.5, -31_740.0, -(2.0**24) + 1, -1e9])
+def test_scores_differ_in_float32_wherever_they_start(lowest):
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    model = ModelProto()
+    model.pieces.add(piece="<s>", score=-1e12, type=model.SentencePiece.CONTROL)
+    model.pieces.add(piece="x", score=-1e9)
+    model.pieces.add(piece="xx", score=lowest)
+    init_tokenizer.append_pieces(model, [f"x{index}" for index in range(50_000)])
+    scores = [piece.score for piece in model.pieces[2:]]
+    assert len(set(scores)) == 50_001
+    assert scores == sorted(scores, reverse=True) and scores[-1] > lowest - 1e8
+
+
+def test_old_text_is_tokenized_as_before(source, target):
+    from transformers import AutoTokenizer
+
+    texts = english_documents()
+    assert Encoder(source).encode(texts) == Encoder(target).encode(texts)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, target))
+    assert before(texts[:300])["input_ids"] == after(texts[:300])["input_ids"]
+
+
+def test_fast_slow_and_sentencepiece_agree_on_text_with_new_pieces(target):
+    from transformers import AutoTokenizer
+
+    texts = [CHINESE, *re.split("[。，！]", CHINESE), "Hello world, 世界", "人工智能and人工 智能\n你好", "你好<0x0A>"]
+    fast = AutoTokenizer.from_pretrained(target)
+    slow = AutoTokenizer.from_pretrained(target, use_fast=False)
+    expected = Encoder(target).encode(texts)
+    assert fast.is_fast and not slow.is_fast
+    assert fast(texts, add_special_tokens=False)["input_ids"] == expected
+    assert [slow.encode(text, add_special_tokens=False) for text in texts] == expected
+    assert [fast.decode(ids) for ids in expected] == texts
+
+
+def test_new_pieces_are_reached(target):
+    encoder, pieces = Encoder(target), pieces_of(target)
+    for word in WORDS:
+        (ids,) = encoder.encode([word.replace("▁", " ")], dummy_prefix=False)
+        # "Hello▁world" has no chain of merges that leads to it: the summary counts it as never reached.
+        assert (ids == [pieces.index(word)]) == (word != "Hello▁world")
+
+
+def test_everything_of_the_source_survives(source, target):
+    from transformers import AutoTokenizer
+
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, target))
+    slow = AutoTokenizer.from_pretrained(target, use_fast=False)
+    added = len(pieces_of(target)) - len(pieces_of(source))
+    assert len(after) == len(slow) == len(before) + added
+    assert after.special_tokens_map == before.special_tokens_map
+    for token in ("<s>", "</s>", "<unk>"):
+        assert after.convert_tokens_to_ids(token) == before.convert_tokens_to_ids(token)
+    for token in ("<pad>", "<tool>"):
+        moved = before.convert_tokens_to_ids(token) + added
+        assert after.convert_tokens_to_ids(token) == slow.convert_tokens_to_ids(token) == moved
+        assert after(f"a{token}b")["input_ids"].count(moved) == 1
+    for name in ("chat_template", "model_max_length", "padding_side", "legacy", "add_bos_token", "add_eos_token"):
+        assert getattr(after, name) == getattr(before, name), name
+    for name in ("chat_template.json", "special_tokens_map.json"):
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert os.stat(target).st_mode == os.stat(source).st_mode
+
+
+def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
+    """As older LLaMA derivatives ship it: added_tokens.json instead of added_tokens_decoder, no tokenizer_class."""
+    from transformers import AutoTokenizer
+
+    old = shutil.copytree(source, tmp_path / "old")
+    (old / "tokenizer.json").unlink()
+    config = json.loads((old / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"], config["tokenizer_class"]
+    (old / "tokenizer_config.json").write_text(json.dumps(config))
+    (old / "added_tokens.json").write_text(json.dumps({"<pad>": 600, "<tool>": 601}))
+    expand_tokenizer(old, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+    for use_fast in (True, False):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast)
+        assert tokenizer.convert_tokens_to_ids(["你好", "<pad>", "<tool>"]) == [602, 603, 604]
+        assert tokenizer("你好", add_special_tokens=False)["input_ids"] == Encoder(tmp_path / "new").encode(["你好"])[0]
+
+
+def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
+    odd = shutil.copytree(source, tmp_path / "odd")
+    fast = json.loads((odd / "tokenizer.json").read_text())
+    fast["model"]["merges"].pop()
+    (odd / "tokenizer.json").write_text(json.dumps(fast))
+    expand_tokenizer(odd, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+    assert "other merges" in caplog.text
+
+
+@pytest.mark.parametrize("spelling", ["init_tokenizer.py", "colossal_llama2/tokenizer/init_tokenizer.py"])
+def test_both_spellings_from_another_folder(run_script, tokenizer_dir, tmp_path, spelling):
+    write_pieces(tmp_path / "pieces.jsonl", ["你好", "the", "你好", "世界"])
+    environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    arguments = (
+        "--source_tokenizer_dir", tokenizer_dir, "--target_tokenizer_dir", "out", "--expand_tokens_file", "pieces.jsonl"
+    )  # fmt: skip
+    done = run_script(spelling, *arguments, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "asked 4, added 6"
+    assert pieces_of(tmp_path / "out")[600:] == ["你", "好", "世", "界", "你好", "世界"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pieces.jsonl"]
+
+
+def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, tokenizer_dir, tmp_path):
+    (tmp_path / "pieces.jsonl").write_text('{"piece": "a b"}\n')
+    arguments = [
+        "--source_tokenizer_dir", str(tokenizer_dir), "--target_tokenizer_dir", str(tmp_path / "out"),
+        "--expand_tokens_file", str(tmp_path / "pieces.jsonl"),
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "colossal_llama2.tokenizer.init_tokenizer", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_user_error(done, "init_tokenizer.py: error:", "pieces.jsonl:1:", "whitespace")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b'{"piece": "a"', "not JSON"),
+        (b"[1]", 'no "piece"'),
+        (b'{"word": "a"}', 'no "piece"'),
+        (b'{"piece": 7}', "not a string"),
+        (b'{"piece": ""}', "empty"),
+        (b'{"piece": "a b"}', "whitespace"),
+        ('{"piece": "a\u3000b"}'.encode(), "whitespace"),
+        (b'{"piece": "a\\u0007"}', "control character"),
+        (b'{"piece": "\\ud800"}', "surrogate"),
+        (b'{"piece": "\xff"}', "not UTF-8"),
+        (b'{"piece": "</s>"}', "special token"),
+        (b'{"piece": "<0x0A>"}', "special token"),
+        (b'{"piece": "<tool>"}', "special token"),
+        (b'{"piece": "' + b"x" * 65 + b'"}', "65 characters"),
+    ],
+)
+def test_a_bad_line_is_named(source, tmp_path, line, words):
+    path = tmp_path / "pieces.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"piece": "ok"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"pieces.jsonl:3: .*{words}"):
+        expand_tokenizer(source, tmp_path / "out", path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pieces.jsonl"]
+
+
+def test_folders_and_files_that_are_refused(source, tmp_path):
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
+
+    def refused(words, *, source=source, target=tmp_path / "out", pieces=pieces):
+        with pytest.raises(UserError, match=words):
+            expand_tokenizer(source, target, pieces)
+
+    refused("is not a file", pieces=tmp_path / "missing.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    refused("holds no pieces", pieces=tmp_path / "empty.jsonl")
+    refused("exists already", target=tmp_path)
+    refused("exists already", target=source)
+    refused("inside the source", target=source / "zh")
+    refused("is not a folder", source=tmp_path / "missing")
+
+    def changed(name, change):
+        folder = shutil.copytree(source, tmp_path / name)
+        change(folder)
+        return folder
+
+    refused("no tokenizer.model", source=changed("a", lambda folder: (folder / "tokenizer.model").unlink()))
+    without = changed("b", lambda folder: [(folder / name).unlink() for name in init_tokenizer.REQUIRED_FILES[1:]])
+    refused("no tokenizer_config.json and no special_tokens_map.json; LLaMA-2 ships", source=without)
+    refused("is not JSON", source=changed("c", lambda folder: (folder / "tokenizer_config.json").write_text("{")))
+    refused("no JSON object", source=changed("d", lambda folder: (folder / "tokenizer_config.json").write_text("[]")))
+    gap = json.dumps({"<late>": 700})
+    refused("without a gap", source=changed("e", lambda folder: (folder / "added_tokens.json").write_text(gap)))
+    other = json.dumps({"<pad>": 601})
+    refused("keep one", source=changed("f", lambda folder: (folder / "added_tokens.json").write_text(other)))
+    wordpiece = json.dumps({"model": {"type": "WordPiece"}})
+    odd = changed("g", lambda folder: (folder / "tokenizer.json").write_text(wordpiece))
+    refused("not a BPE tokenizer", source=odd)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_tokenizer_class_that_cannot_be_loaded_is_refused(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    config = {**json.loads((folder / "tokenizer_config.json").read_text()), "tokenizer_class": "NoSuchTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="tokenizer_class is LlamaTokenizer"):
+        expand_tokenizer(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_unigram_model_is_refused(source, tmp_path):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(english_documents()[:200]),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=120,
+        minloglevel=2,
+    )
+    folder = shutil.copytree(source, tmp_path / "unigram")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match="is a Unigram model"):
+        expand_tokenizer(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+
+
+def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
+    expand_tokenizer(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["the", "the"]))
+    assert capsys.readouterr().out.splitlines()[-1] == "asked 2, added 0"
+    assert pieces_of(tmp_path / "out") == pieces_of(source)

@@ -1,0 +1,132 @@
+"""Log lines from rank 0 alone; a bar on a terminal, plain lines elsewhere."""
+
+import logging
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from colossal_llama2 import logs
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNT_TO_FIVE = (
+    "from colossal_llama2 import logs\n"
+    "logs.configure_logging()\n"
+    "logs.get_logger().info('before')\n"
+    "with logs.progress(total=5, description='counting', unit='rows') as shown:\n"
+    "    for _ in range(5):\n"
+    "        shown.update(1, loss='1.25')\n"
+)
+
+
+@pytest.fixture
+def logger(monkeypatch):
+    """The suite's logger, in a plain process, left as it was found."""
+    monkeypatch.delenv("RANK", raising=False)
+    found = logs.get_logger()
+    state = (found.handlers[:], found.level, found.propagate)
+    found.handlers = []
+    yield found
+    found.handlers, found.level, found.propagate = state
+
+
+def count_to_five(**environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", COUNT_TO_FIVE],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def count_to_five_on_a_terminal() -> str:
+    """The same program with a pseudo-terminal as its stderr; returns what the terminal received."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))  # a fresh one has no width, and tqdm draws as much as fits
+    with subprocess.Popen([sys.executable, "-c", COUNT_TO_FIVE], cwd=ROOT, stderr=theirs) as process:
+        os.close(theirs)
+        received = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # Linux's word for: the other end is closed
+                break
+            if not piece:
+                break
+            received += piece
+    os.close(ours)
+    assert process.returncode == 0
+    return received.decode()
+
+
+def test_a_terminal_gets_a_bar():
+    received = count_to_five_on_a_terminal()
+    assert "before" in received
+    assert "counting: 100%" in received and "5/5" in received and "loss=1.25" in received
+    assert "\r" in received.replace("\r\n", "")
+
+
+def test_a_file_gets_plain_lines():
+    process = count_to_five()
+    assert process.stdout == ""
+    assert "\r" not in process.stderr
+    first, last = process.stderr.splitlines()
+    assert first.endswith("| before")
+    assert "counting: 5/5 rows | " in last and "rows/s" in last and last.endswith("loss 1.25")
+
+
+def test_other_ranks_are_silent():
+    process = count_to_five(RANK="1")
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    logs.configure_logging()
+    logger.info("nobody needs this twice")
+    logger.error("this one is broken")
+    assert capsys.readouterr().err.splitlines()[0].endswith("| this one is broken")
+
+
+def test_configuring_twice_says_things_once(logger, capsys):
+    logs.configure_logging()
+    logs.configure_logging()
+    logger.info("once")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(logger.handlers) == 1 and logger.level == logging.INFO
+
+
+def test_lines_come_at_the_interval_with_rate_and_time_left(logger, monkeypatch, capsys):
+    logs.configure_logging()
+    clock = FakeClock()
+    monkeypatch.setattr(logs.time, "monotonic", clock)
+    shown = logs.progress(total=100, description="training", unit="steps", initial=20)
+    for _ in range(4):
+        clock.now += 10.0
+        shown.update(10, loss="2.0")
+    lines = [line.split(" | ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "training: 40/100 steps | 1.0 steps/s | 60 s left | loss 2.0",
+        "training: 60/100 steps | 1.0 steps/s | 40 s left | loss 2.0",
+    ]
+
+
+def test_an_unknown_total_promises_no_end(logger, monkeypatch, capsys):
+    logs.configure_logging()
+    clock = FakeClock()
+    monkeypatch.setattr(logs.time, "monotonic", clock)
+    with logs.progress(total=None, description="reading", unit="lines") as shown:
+        clock.now += 2.0
+        shown.update(3000)
+    assert capsys.readouterr().err.strip().endswith("| reading: 3,000 lines | 1,500.0 lines/s")
+
+
+class FakeClock:
+    """A clock that the test moves."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now

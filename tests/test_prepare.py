@@ -1,0 +1,307 @@
+"""The two prepare commands: bins as asked, equal bytes twice, every token accounted for, every refusal."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+from colossal_llama2 import errors
+from colossal_llama2.dataset import IGNORE_INDEX, prepare
+from colossal_llama2.tokenizer import Encoder
+from tests import tiny
+
+MESSI = {
+    "source": "",
+    "target": "Lionel Andrés Messi(Spanish pronunciation: [ljoˈnel anˈdɾes ˈmesi] (i); born 24 June 1987), also known "
+    "as Leo Messi, is an Argentine professional footballer who plays as a forward for and captains both Major League "
+    "Soccer club Inter Miami and the Argentina national team.",
+    "category": "sports",
+}
+RIDDLE = {
+    "source": "猜谜语:一身卷卷细毛,吃的青青野草,过了数九寒冬,无私献出白毛。(打一动物)",
+    "target": "白羊",
+    "category": "riddle",
+}
+COLORS = {
+    "messages": [
+        {"from": "human", "content": "What are the three primary colors?"},
+        {"from": "assistant", "content": "The three primary colors are red, blue, and yellow."},
+    ]
+}
+ZH = {
+    "messages": [
+        {"from": "human", "content": "解释个人电脑和服务器之间的区别。"},
+        {"from": "assistant", "content": "个人电脑和服务器是两种不同类型的计算机系统。"},
+    ]
+}
+
+
+def write_lines(path: Path, lines) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in encoded))
+    return path
+
+
+def settings(inputs, tokenizer_dir, output: Path, *, max_length: int = 128, bins: int = 1) -> dict:
+    """The keywords of `prepare_pretrain` and `prepare_sft`, which are the commands' flags."""
+    return {
+        "data_input_dirs": [str(folder) for folder in inputs],
+        "tokenizer_dir": str(tokenizer_dir),
+        "data_cache_dir": str(output / "cache"),
+        "data_jsonl_output_dir": str(output / "jsonl"),
+        "data_arrow_output_dir": str(output / "arrow"),
+        "max_length": max_length,
+        "num_spliced_dataset_bins": bins,
+    }
+
+
+def flags(keywords: dict) -> list:
+    values = {**keywords, "data_input_dirs": ",".join(keywords["data_input_dirs"])}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def contents(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_jsonl(folder: Path) -> list:
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Two folders of documents: the README's, English paragraphs, long ones, and one with a source over max_length."""
+    folder = tmp_path_factory.mktemp("corpus")
+    paragraphs = tiny.english_documents()[:90]
+    rows = [{"target": text, "category": f"topic-{number % 3}"} for number, text in enumerate(paragraphs)]
+    long_source = {"source": "\n".join(paragraphs[:5]), "target": "Thus ends the source."}
+    write_lines(folder / "en" / "b.jsonl", rows[:40])
+    write_lines(folder / "en" / "a.jsonl", [*rows[40:], b"", b"  ", long_source, {"target": "\n".join(paragraphs)}])
+    write_lines(folder / "zh" / "z.jsonl", [RIDDLE, MESSI])
+    (folder / "en" / "notes.txt").write_text("not read")
+    return folder
+
+
+def test_readme_rows_of_pretraining(run_script, tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
+    done = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    encoder = Encoder(tokenizer_dir)
+    messi = [1, *encoder.encode([MESSI["target"]])[0], 2]
+    source = [1, *encoder.encode([RIDDLE["source"]])[0]]
+    target = [*encoder.encode([RIDDLE["target"]], dummy_prefix=False)[0], 2]
+    parts = [(messi, messi), (source + target, [IGNORE_INDEX] * len(source) + target)]
+    (row,) = read_jsonl(tmp_path / "jsonl")
+    orders = [(a[0] + b[0], a[1] + b[1]) for a, b in (parts, parts[::-1])]
+    assert (row["input_ids"], row["labels"]) in orders and set(row) == {"input_ids", "labels"}
+    part = datasets.load_from_disk(str(tmp_path / "arrow" / "part-00000"))
+    assert part.to_list() == [row]
+    assert all(feature.feature.dtype == "int32" for feature in part.features.values())
+    assert re.search(rf"tokens in +{len(row['input_ids']):,}\n", done.stdout), done.stdout
+    assert re.search(rf"masked +{len(source):,} ", done.stdout), done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "cache", "jsonl", "arrow"}
+
+
+def test_readme_rows_of_fine_tuning(run_script, tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", [COLORS, {**ZH, "category": "computers"}])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
+    done = run_script("prepare_sft_dataset.py", *flags(keywords), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row["seq_category"]: row for row in read_jsonl(tmp_path / "jsonl")}
+    assert set(rows) == {"None", "computers"}
+    colors = rows["None"]
+    assert colors["labels_decode"] == [COLORS["messages"][1]["content"] + "</s>"]
+    assert colors["inputs_decode"].startswith("<s>A chat between a curious human")
+    assert colors["inputs_decode"].endswith("yellow.</s>")
+    assert colors["seq_length"] == len(colors["input_ids"]) == len(colors["labels"])
+    part = datasets.load_from_disk(str(tmp_path / "arrow" / "part-00000"))
+    assert part.to_list() == read_jsonl(tmp_path / "jsonl")
+    assert part.features["input_ids"].feature.dtype == part.features["labels"].feature.dtype == "int32"
+
+
+@pytest.mark.parametrize("bins", [1, 7, 30])
+def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path, capsys, bins):
+    keywords = settings([corpus / "en", corpus / "zh"], tokenizer_dir, tmp_path, bins=bins)
+    prepare.prepare_pretrain(**keywords)
+    names = [f"part-{number:05d}" for number in range(bins)]
+    assert sorted(path.name for path in (tmp_path / "arrow").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "jsonl").iterdir()) == [f"{name}.jsonl" for name in names]
+    parts = [datasets.load_from_disk(str(tmp_path / "arrow" / name)) for name in names]
+    assert all(len(part) for part in parts)
+    samples = [sample for part in parts for sample in part.to_list()]
+    assert samples == read_jsonl(tmp_path / "jsonl")
+    assert max(len(sample["input_ids"]) for sample in samples) <= 128
+    table = capsys.readouterr().out
+    tokens_in = int(re.search(r"tokens in +([\d,]+)", table)[1].replace(",", ""))
+    dropped = int(re.search(r"dropped +([\d,]+)", table)[1].replace(",", ""))
+    assert sum(len(sample["input_ids"]) for sample in samples) + dropped == tokens_in
+    assert dropped and re.search(rf"{dropped:,} +in \d+ {prepare.MASKED_PIECES}", table)
+    assert re.search(r"documents +94 +2 empty lines skipped", table)
+
+
+def test_two_runs_write_the_same_bytes(run_script, corpus, tokenizer_dir, tmp_path):
+    for name in ("1", "2"):
+        keywords = settings([corpus / "en"], tokenizer_dir, tmp_path / name, bins=7)
+        environment = {**os.environ, "PYTHONHASHSEED": name}
+        done = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+    first, second = contents(tmp_path / "1"), contents(tmp_path / "2")
+    assert len(first) >= 28 and first == second
+
+
+def test_fine_tuning_counts_what_it_drops(tokenizer_dir, tmp_path, capsys):
+    unanswered = {"messages": [{"from": "human", "content": "Hello?"}]}
+    trailing = {"messages": [*COLORS["messages"], {"from": "human", "content": "And then?"}]}
+    too_long = {"messages": [{"from": "human", "content": "long " * 300}, *COLORS["messages"]]}
+    cut = {"messages": [*COLORS["messages"], {"from": "user", "content": "long " * 300}, *COLORS["messages"]]}
+    write_lines(tmp_path / "in" / "rows.jsonl", [COLORS, unanswered, trailing, too_long, cut])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=256, bins=3)
+    prepare.prepare_sft(**keywords)
+    table = capsys.readouterr().out
+    reasons = ("without an answer", "whose last messages have", "whose first exchange is over", "cut after the last")
+    for reason in reasons:
+        assert re.search(rf"[\d,]+ +in 1 conversations {reason}", table), table
+    rows = read_jsonl(tmp_path / "jsonl")
+    assert len(rows) == 3 and all(row["input_ids"] == rows[0]["input_ids"] for row in rows)
+
+
+def test_marks_in_text_stay_text(tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "<s>struck</s> out <s>"}])
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path))
+    (row,) = read_jsonl(tmp_path / "jsonl")
+    assert row["input_ids"].count(1) == row["input_ids"].count(2) == 1
+    assert Encoder(tokenizer_dir).decode(row["input_ids"][1:-1]) == "<s>struck</s> out <s>"
+
+
+BAD_LINES = [
+    ("pretrain", b'{"target": ', "not JSON"),
+    ("pretrain", b'{"target": NaN}', "not JSON"),
+    ("pretrain", b'{"target": "\\ud800"}', "not JSON"),
+    ("pretrain", b'{"target": "\xff"}', "not UTF-8 at byte 13"),
+    ("pretrain", b'["target"]', "a JSON list given"),
+    ("pretrain", b'{"source": "a"}', '"target" is missing'),
+    ("pretrain", b'{"target": 3}', '"target" must be a string'),
+    ("sft", b'{"target": "a"}', '"messages" is missing'),
+    ("sft", b'{"messages": [{"from": "bot", "content": "a"}]}', "'bot'; roles are human, user"),
+    ("sft", b'{"messages": [{"from": "human"}]}', "message 1 must be"),
+]
+
+
+@pytest.mark.parametrize("stage, line, reason", BAD_LINES)
+def test_bad_lines_name_file_and_line(tokenizer_dir, tmp_path, stage, line, reason):
+    good = MESSI if stage == "pretrain" else COLORS
+    path = write_lines(tmp_path / "in" / "rows.jsonl", [good, b"", line])
+    command = {"pretrain": prepare.prepare_pretrain, "sft": prepare.prepare_sft}[stage]
+    with pytest.raises(errors.UserError, match=re.escape(f"{path}:3: ")) as caught:
+        command(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    assert reason in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_ends_both_commands_with_one_line(run_script, assert_user_error, tokenizer_dir, tmp_path):
+    path = write_lines(tmp_path / "in" / "rows.jsonl", [{"source": "a"}])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
+    for script, word in (("prepare_pretrain_dataset.py", '"target"'), ("prepare_sft_dataset.py", '"messages"')):
+        done = run_script(script, *flags(keywords), cwd=tmp_path)
+        # The progress line of the reading that failed stands above the error.
+        done.stderr = done.stderr.splitlines()[-1]
+        assert_user_error(done, f"{script}: error: {path}:1: {word} is missing")
+    assert not (tmp_path / "out").exists()
+
+
+def make_mistake(name: str, keywords: dict, folder: Path) -> None:
+    """Change `keywords` or the files so that the command must refuse."""
+    if name == "missing input":
+        keywords["data_input_dirs"].append(str(folder / "nowhere"))
+    elif name == "input twice":
+        keywords["data_input_dirs"].append(str(folder / "in" / ".." / "in"))
+    elif name == "no jsonl":
+        (folder / "empty").mkdir()
+        keywords["data_input_dirs"].append(str(folder / "empty"))
+    elif name == "no rows":
+        write_lines(folder / "in" / "rows.jsonl", [b"", {"target": ""}])
+    elif name == "more bins than rows":
+        keywords["num_spliced_dataset_bins"] = 30
+    elif name == "output exists":
+        (folder / "out" / "jsonl").mkdir(parents=True)
+    elif name == "outputs nested":
+        keywords["data_arrow_output_dir"] = str(folder / "out" / "jsonl" / "arrow")
+    elif name == "output below a file":
+        keywords["data_cache_dir"] = str(folder / "in" / "rows.jsonl" / "cache")
+    elif name == "no tokenizer":
+        keywords["tokenizer_dir"] = str(folder / "in")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("missing input", ["nowhere is not a folder"]),
+        ("input twice", ["given twice"]),
+        ("no jsonl", ["empty has no *.jsonl file"]),
+        ("no rows", ["nothing to prepare", "0 of 1 records", "1 dropped: documents with an empty target"]),
+        ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 of 2 records", "at most 2"]),
+        ("output exists", ["--data_jsonl_output_dir", "exists already", "remove it"]),
+        ("outputs nested", ["--data_arrow_output_dir", "inside"]),
+        ("output below a file", ["--data_cache_dir", "cannot be made"]),
+        ("no tokenizer", ["tokenizer.model"]),
+    ],
+)
+def test_refused_before_anything_is_written(tokenizer_dir, tmp_path, name, words):
+    write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
+    make_mistake(name, keywords, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(errors.UserError) as caught:
+        prepare.prepare_pretrain(**keywords)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_an_interrupted_run_leaves_no_output(monkeypatch, tokenizer_dir, tmp_path, failure):
+    write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
+    write_bin = prepare._write_bin
+
+    def fail_at_the_second(name, **keywords):
+        if name == "part-00001":
+            raise failure
+        write_bin(name, **keywords)
+
+    monkeypatch.setattr(prepare, "_write_bin", fail_at_the_second)
+    with pytest.raises(failure):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", bins=2))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_rename_that_fails_takes_back_the_others(monkeypatch, tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", [MESSI])
+    rename = Path.rename
+
+    def fail_for_arrow(self, target):
+        if target.name == "arrow":
+            raise OSError("no space")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_arrow)
+    with pytest.raises(OSError):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_lost_token_is_an_error_of_the_run(monkeypatch, tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
+    splice = prepare.splice
+
+    def lose_a_token(pieces, **keywords):
+        first, *rest = pieces
+        return splice([type(first)(first.input_ids[:-1], first.labels[:-1]), *rest], **keywords)
+
+    monkeypatch.setattr(prepare, "splice", lose_a_token)
+    with pytest.raises(errors.RunError, match="does not balance"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []

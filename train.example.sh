@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Continue the pre-training on every host of `hostfile`:
+# cp train.example.sh train.sh, set the variables below, bash train.sh.
+#
+# Each variable can come from the environment instead, and arguments go to train.py, where a flag's last value counts:
+#   NPROC_PER_NODE=2 DATASET="arrow/part-00000 arrow/part-00001" bash train.sh --plugin gemini --lr 3e-4
+# Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# For hosts joined by InfiniBand: which adapters and which network interface NCCL uses. Set what `ibstat` and
+# `ip link` list; elsewhere NCCL finds its way without them.
+# export NCCL_IB_DISABLE=0
+# export NCCL_IB_HCA=mlx5_1:1,mlx5_2:1,mlx5_3:1,mlx5_4:1
+# export NCCL_SOCKET_IFNAME=eth0
+
+# Where to run.
+HOSTFILE="${HOSTFILE:-hostfile}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+MASTER_PORT="${MASTER_PORT:-30013}"
+
+# What to run. The name of each run is PROJECT_NAME and the time, below each of the parent folders.
+PROJECT_NAME="${PROJECT_NAME:-colossal-llama-2-pretrain}"
+PARENT_SAVE_DIR="${PARENT_SAVE_DIR:-runs/checkpoints}"
+PARENT_TENSORBOARD_DIR="${PARENT_TENSORBOARD_DIR:-runs/tensorboard}"
+PARENT_CONFIG_FILE="${PARENT_CONFIG_FILE:-runs/configs}"
+PRETRAINED_MODEL_PATH="${PRETRAINED_MODEL_PATH:-llama-2-7b-zh}"
+
+# All part-* folders to train on, from one output folder of prepare_pretrain_dataset.py or several.
+declare -a dataset=(
+    "arrow/part-00000"
+    "arrow/part-00001"
+)
+if [[ -n "${DATASET:-}" ]]; then
+    # -d '' takes line breaks as separators too; read then ends without its delimiter, which it calls a failure.
+    read -r -d '' -a dataset <<<"$DATASET" || true
+fi
+
+# Without this, `colossalai run` says that the file is missing and still ends with exit code 0.
+if [[ ! -f "$HOSTFILE" ]]; then
+    echo "$0: error: no file $HOSTFILE; cp hostfile.example hostfile and write your hosts' names into it" >&2
+    exit 2
+fi
+
+RUN_NAME="$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)"
+mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
+
+declare -a arguments=(
+    --pretrained "$PRETRAINED_MODEL_PATH"
+    --dataset "${dataset[@]}"
+    --plugin zero2
+    --save_interval 400
+    --save_dir "${PARENT_SAVE_DIR%/}/$RUN_NAME"
+    --tensorboard_dir "${PARENT_TENSORBOARD_DIR%/}/$RUN_NAME"
+    --config_file "${PARENT_CONFIG_FILE%/}/$RUN_NAME.json"
+    --num_epochs 1
+    --micro_batch_size 8
+    --lr 1e-4
+    --mixed_precision bf16
+    --gradient_clipping 1.0
+    --weight_decay 0.01
+    --warmup_steps 100
+    --use_grad_checkpoint
+    --use_flash_attn
+    "$@"
+)
+
+# `colossalai run` joins the arguments with spaces into a command line for each host's shell: @Q quotes them for it.
+colossalai run --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" \
+    train.py "${arguments[@]@Q}"

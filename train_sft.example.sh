@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Fine-tune on conversations on every host of `hostfile`:
+# cp train_sft.example.sh train_sft.sh, set the variables below, bash train_sft.sh.
+#
+# Each variable can come from the environment instead, and arguments go to train_sft.py, where a flag's last value counts:
+#   NPROC_PER_NODE=2 DATASET="arrow_sft/part-00000 arrow_sft/part-00001" bash train_sft.sh --plugin gemini --lr 2e-5
+# Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# For hosts joined by InfiniBand: which adapters and which network interface NCCL uses. Set what `ibstat` and
+# `ip link` list; elsewhere NCCL finds its way without them.
+# export NCCL_IB_DISABLE=0
+# export NCCL_IB_HCA=mlx5_1:1,mlx5_2:1,mlx5_3:1,mlx5_4:1
+# export NCCL_SOCKET_IFNAME=eth0
+
+# Where to run.
+HOSTFILE="${HOSTFILE:-hostfile}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
+MASTER_PORT="${MASTER_PORT:-30013}"
+
+# What to run. The name of each run is PROJECT_NAME and the time, below each of the parent folders.
+PROJECT_NAME="${PROJECT_NAME:-colossal-llama-2-sft}"
+PARENT_SAVE_DIR="${PARENT_SAVE_DIR:-runs/checkpoints}"
+PARENT_TENSORBOARD_DIR="${PARENT_TENSORBOARD_DIR:-runs/tensorboard}"
+PARENT_CONFIG_FILE="${PARENT_CONFIG_FILE:-runs/configs}"
+PRETRAINED_MODEL_PATH="${PRETRAINED_MODEL_PATH:-checkpoint_dir/modeling}"
+
+# All part-* folders to train on, from one output folder of prepare_sft_dataset.py or several.
+declare -a dataset=(
+    "arrow_sft/part-00000"
+    "arrow_sft/part-00001"
+)
+if [[ -n "${DATASET:-}" ]]; then
+    # -d '' takes line breaks as separators too; read then ends without its delimiter, which it calls a failure.
+    read -r -d '' -a dataset <<<"$DATASET" || true
+fi
+
+# Without this, `colossalai run` says that the file is missing and still ends with exit code 0.
+if [[ ! -f "$HOSTFILE" ]]; then
+    echo "$0: error: no file $HOSTFILE; cp hostfile.example hostfile and write your hosts' names into it" >&2
+    exit 2
+fi
+
+RUN_NAME="$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)"
+mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
+
+declare -a arguments=(
+    --pretrained "$PRETRAINED_MODEL_PATH"
+    --dataset "${dataset[@]}"
+    --plugin zero2
+    --save_interval 400
+    --save_dir "${PARENT_SAVE_DIR%/}/$RUN_NAME"
+    --tensorboard_dir "${PARENT_TENSORBOARD_DIR%/}/$RUN_NAME"
+    --config_file "${PARENT_CONFIG_FILE%/}/$RUN_NAME.json"
+    --num_epochs 1
+    --micro_batch_size 8
+    --accumulation_steps 8
+    --lr 5e-5
+    --mixed_precision bf16
+    --gradient_clipping 1.0
+    --weight_decay 0.01
+    --warmup_steps 100
+    --use_grad_checkpoint
+    --use_flash_attn
+    --use_neft
+    "$@"
+)
+
+# `colossalai run` joins the arguments with spaces into a command line for each host's shell: @Q quotes them for it.
+colossalai run --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" \
+    train_sft.py "${arguments[@]@Q}"
