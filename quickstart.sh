@@ -17,8 +17,8 @@ install_requirements requirements.txt requirements-dev.txt
 export CUDA_VISIBLE_DEVICES=-1
 max_length=256
 sft_max_length=192
-# zero2 trains on all of these bins but the last, gemini on the last.
-bins=12
+# zero2 trains on all of these bins but the last, gemini on the last alone: it wants bf16, which is slow on a CPU.
+bins=40
 steps=17
 step_number=0
 
@@ -66,13 +66,14 @@ with_torchrun() {
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 "$@"
 }
 
-# with_colossalai ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment into
-# a shell command, unquoted, so it gets those alone that are needed; and it joins the arguments: @Q quotes them.
+# with_colossalai SCRIPT ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment
+# into a shell command, unquoted, so it gets those alone that are needed; and it joins the arguments: @Q quotes them.
 with_colossalai() {
-    local port
+    local script=$1 port
+    shift
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
     env -i PATH="$PATH" HOME="${HOME:-/}" LANG=C.UTF-8 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=-1 \
-        colossalai run --nproc_per_node 2 --host localhost --master_port "$port" "${@@Q}"
+        colossalai run --nproc_per_node 2 --host localhost --master_port "$port" "$script" "${@@Q}"
 }
 
 write_corpus() {
@@ -91,7 +92,8 @@ train_english() {
     local places
     mapfile -t places < <(outputs 1-english)
     with_torchrun train.py --pretrained "$out/source" --dataset "$out"/prepared-english/arrow/part-* \
-        --plugin zero2 --mixed_precision fp32 --max_length "$max_length" --micro_batch_size 2 --lr 2e-3 "${places[@]}"
+        --plugin zero2 --mixed_precision fp32 --max_length "$max_length" --use_flash_attn \
+        --micro_batch_size 2 --lr 2e-3 "${places[@]}"
 }
 
 evaluate_english() {
@@ -123,7 +125,10 @@ train_zero2() {
     local places
     mapfile -t places < <(outputs 3-zero2)
     with_colossalai train.py --pretrained "$out/2-extended/modeling" --dataset "${parts[@]:0:bins-1}" \
-        --plugin zero2 --mixed_precision fp32 --max_length "$max_length" --micro_batch_size 2 --lr 2e-3 "${places[@]}"
+        --plugin zero2 --mixed_precision fp32 --max_length "$max_length" --use_flash_attn \
+        --micro_batch_size 2 --lr 2e-3 "${places[@]}"
+    # `colossalai run` ends with 0 also when it did not start anything.
+    [[ -d $out/3-zero2/modeling ]]
 }
 
 evaluate_zero2() {
@@ -137,7 +142,7 @@ train_gemini() {
     # --load_checkpoint with a modeling folder takes the weights alone: optimizer and schedule begin anew.
     with_torchrun train.py --pretrained "$out/2-extended/modeling" --load_checkpoint "$out/3-zero2/modeling" \
         --dataset "${parts[@]:bins-1}" --plugin gemini --mixed_precision bf16 --max_length "$max_length" \
-        --micro_batch_size 2 --lr 2e-4 "${places[@]}"
+        --use_flash_attn --micro_batch_size 2 --warmup_steps 3 --lr 1e-4 "${places[@]}"
 }
 
 evaluate_gemini() {
@@ -152,8 +157,8 @@ train_dialogues() {
     local places
     mapfile -t places < <(outputs 5-sft)
     with_torchrun train_sft.py --pretrained "$out/4-gemini/modeling" --dataset "$out"/prepared-sft/arrow/part-* \
-        --plugin zero2 --mixed_precision fp32 --max_length "$sft_max_length" --micro_batch_size 4 \
-        --accumulation_steps 2 --num_epochs 2 --lr 5e-4 --use_neft "${places[@]}"
+        --plugin zero2 --mixed_precision fp32 --max_length "$sft_max_length" --use_flash_attn \
+        --micro_batch_size 4 --accumulation_steps 2 --num_epochs 2 --lr 5e-4 --use_neft "${places[@]}"
 }
 
 evaluate_dialogues() {

@@ -343,13 +343,17 @@ def inference_parser() -> CommandParser:
     generation = parser.add_argument_group("generation")
     generation.add_argument("--input_txt", metavar="TEXT", default="明月松间照，", help="prompt or question")
     generation.add_argument(
-        "--max_new_tokens", metavar="N", type=positive_int, default=512, help="most tokens to generate, prompt not counted"
-    )
+        "--max_new_tokens", metavar="N", type=positive_int, default=512,
+        help="most tokens to generate, prompt not counted",
+    )  # fmt: skip
     generation.add_argument(
-        "--do_sample", metavar="True|False", type=true_or_false, default=True, help="sample; False takes the likeliest token"
-    )
+        "--do_sample", metavar="True|False", type=true_or_false, default=True,
+        help="sample; False takes the likeliest token",
+    )  # fmt: skip
     generation.add_argument("--temperature", metavar="T", type=positive_float, default=0.3, help="sampling temperature")
-    generation.add_argument("--top_k", metavar="K", type=positive_int, default=50, help="sample among the K likeliest tokens")
+    generation.add_argument(
+        "--top_k", metavar="K", type=positive_int, default=50, help="sample among the K likeliest tokens"
+    )
     generation.add_argument(
         "--top_p", metavar="P", type=probability, default=0.95, help="sample among tokens of this total probability"
     )

@@ -46,8 +46,14 @@ class SilentProgress:
     def __enter__(self) -> "SilentProgress":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, error, *rest) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End the display of a job that failed: the error alone is said."""
 
 
 class BarProgress(SilentProgress):
@@ -75,6 +81,8 @@ class BarProgress(SilentProgress):
 
     def close(self) -> None:
         self._bar.close()
+
+    abandon = close
 
 
 class LineProgress(SilentProgress):

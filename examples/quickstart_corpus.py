@@ -215,8 +215,7 @@ def translation_documents() -> Iterator[dict]:
         for key, translations in json.loads(file.read_text(encoding="utf-8")).items():
             if key and has_han(translations[0]):
                 english = key.rsplit("\x04", 1)[-1]  # gettext puts a context before this mark
-                source = f"Translate into Chinese: {english.strip()}\n"
-                yield document(translations[0].strip(), "translation", source)
+                yield document(translations[0].strip(), "translation", english.strip() + "\n")
 
 
 def has_han(text: str) -> bool:

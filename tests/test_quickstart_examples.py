@@ -91,8 +91,8 @@ def test_translations_are_english_and_chinese():
     records = list(corpus.translation_documents())
     assert len(records) > 2000
     assert all(corpus.has_han(record["target"]) for record in records)
-    assert all(record["source"].startswith("Translate into Chinese: ") for record in records)
-    assert not any("\x04" in record["source"] for record in records)
+    assert all(record["source"].endswith("\n") and "\x04" not in record["source"] for record in records)
+    assert ("Copy Cell\n", "复制单元格") in {(record["source"], record["target"]) for record in records}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A small LLaMA tokenizer and model, made from text that Python itself carries. Nothing is downloaded."""
 
 import pydoc_data.topics
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import List
@@ -16,37 +17,12 @@ def english_documents() -> List[str]:
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
-    """Train a SentencePiece BPE with LLaMA's settings on English and write a Hugging Face folder, as LLaMA-2 ships it."""
-    import io
-
-    import sentencepiece
-    from transformers import LlamaTokenizerFast
+    """Train a SentencePiece BPE with LLaMA's settings on English and write a folder like that of LLaMA-2."""
+    from colossal_llama2.tokenizer.from_text import train_vocabulary, write_tokenizer
 
     folder.mkdir(parents=True)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(english_documents()[:2000]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = LlamaTokenizerFast(
-        vocab_file=str(folder / "tokenizer.model"),
-        legacy=False,
-        add_bos_token=True,
-        add_eos_token=False,
-        model_max_length=4096,
-        padding_side="right",
-    )
-    tokenizer.save_pretrained(folder)
+    lines = (line for document in english_documents() for line in document.splitlines() if line.strip())
+    write_tokenizer(train_vocabulary(lines, vocab_size), folder)
     return folder
 
 
@@ -71,5 +47,6 @@ def make_model(folder: Path, tokenizer_dir: Path, *, tie: bool = False, dtype: s
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
     if folder != tokenizer_dir:
-        tokenizer.save_pretrained(folder)
+        for path in tokenizer_dir.iterdir():
+            shutil.copyfile(path, folder / path.name)
     return folder

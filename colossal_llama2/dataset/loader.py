@@ -21,7 +21,7 @@ def load_tokenized_dataset(dataset_paths: Sequence[str]) -> "datasets.Dataset":
     """Load prepared folders and put their samples one after the other, in the given order.
 
     Args:
-        dataset_paths: folders written by prepare_pretrain_dataset.py or prepare_sft_dataset.py, such as arrow/part-00000.
+        dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote: arrow/part-00000 ...
 
     Returns:
         A memory-mapped dataset with the columns input_ids and labels, in arrow format.
@@ -76,7 +76,10 @@ class SampleOrder:
         return self.micro_batch_size * self.data_size
 
     def steps_after(self, consumed: int) -> int:
-        """Optimizer steps left in an epoch of which `consumed` samples are done; the last may have fewer micro batches."""
+        """Optimizer steps left in an epoch of which `consumed` samples are done.
+
+        The last one has fewer micro batches where they do not come out even.
+        """
         micro_steps = (self.num_samples - consumed) // self.samples_per_micro_step
         return -(-micro_steps // self.accumulation_steps)
 
@@ -143,7 +146,7 @@ class Collator:
         width = min(-(-lengths.max() // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE, self._max_length)
         padded_ids = np.full((len(ids), width), self._pad_token_id, dtype=np.int64)
         padded_labels = np.full((len(ids), width), IGNORE_INDEX, dtype=np.int64)
-        for row, (row_ids, row_labels) in enumerate(zip(ids, labels)):
+        for row, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
             padded_ids[row, : len(row_ids)] = row_ids
             padded_labels[row, : len(row_labels)] = row_labels
         mask = np.arange(width) < lengths[:, None]

@@ -29,7 +29,7 @@ def check_model_folder(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: no such folder; give a local Hugging Face LLaMA folder")
     config_path = folder / "config.json"
     if not config_path.is_file():
-        raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, such as init_model.py wrote")
+        raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, as init_model.py writes")
     try:
         model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:

@@ -1,1 +1,1 @@
-"""Training: what one run is made of (run), what a step is (loop), what is kept (checkpoint), how it is split (engine)."""
+"""Training: a run and its parts (run), a step (loop), what is kept (checkpoint), how it is split (engine)."""

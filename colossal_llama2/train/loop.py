@@ -58,7 +58,8 @@ def train_step(engine, batches: List[Batch], *, noise, step: int) -> StepResult:
     Each micro batch weighs by its number of predicted tokens, so that the gradient is that of the mean over all tokens
     of the step, however they are split over micro batches and ranks.
     """
-    predicted, tokens = engine.sum_over_data([sum(batch.predicted for batch in batches), sum(b.tokens for b in batches)])
+    counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
+    predicted, tokens = engine.sum_over_data(counts)
     loss_sum = 0.0
     for micro_step, batch in enumerate(batches):
         noise.prepare(step=step, micro_step=micro_step, lengths=batch.lengths)

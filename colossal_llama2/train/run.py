@@ -19,7 +19,7 @@ from colossal_llama2.dataset.loader import (
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights
 from colossal_llama2.train.checkpoint import Checkpointer, LoadPlan, check_save_dir, plan_loading, write_json
-from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, settings_problems
+from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
@@ -32,13 +32,18 @@ def train(args: argparse.Namespace) -> None:
         UserError: something that was given cannot be used; found before anything is written.
         RunError: the loss is not a number any more.
     """
-    settings = engine_settings(args)
-    plan = check_inputs(args, settings)
+    plan = check_inputs(args)
+    launch(args.seed)
+    run(args, plan)
+    leave()
+
+
+def run(args: argparse.Namespace, plan: LoadPlan) -> None:
+    """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
     facts = inspect_weights(plan.model_path)
     check_length(args.max_length, facts)
     dataset = load_tokenized_dataset(args.dataset)
-    launch(args.seed)
-    engine = Engine(settings, facts.parameters)
+    engine = Engine(engine_settings(args), facts.parameters)
     order = sample_order(args, len(dataset), engine)
     state = initial_state(plan, order)
     schedule = make_schedule(args, state, order)
@@ -72,7 +77,6 @@ def train(args: argparse.Namespace) -> None:
         )
     final = checkpointer.finish(state)
     logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
-    engine.close()
 
 
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
@@ -90,10 +94,13 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
     )
 
 
-def check_inputs(args: argparse.Namespace, settings: EngineSettings) -> LoadPlan:
-    """Check flags and folders, quickly and before torch is imported; every problem that is found is told at once."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = settings_problems(settings, world_size)
+def check_inputs(args: argparse.Namespace) -> LoadPlan:
+    """Check flags and folders, quickly and before torch is imported; every problem that is found is told at once.
+
+    Returns:
+        Where the weights come from.
+    """
+    problems = settings_problems(engine_settings(args), world_size=int(os.environ.get("WORLD_SIZE", "1")))
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
     checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset]
@@ -184,7 +191,8 @@ def tell_plan(
     batch = order.samples_per_micro_step * args.accumulation_steps
     logs.get_logger().info(
         "%.1f M parameters, vocabulary %d; plugin %s, %s, %d processes, %d of them with different data",
-        facts.parameters / 1e6, facts.vocab_size, args.plugin, args.mixed_precision, engine.world_size, engine.data_size,
+        facts.parameters / 1e6, facts.vocab_size, args.plugin, args.mixed_precision,
+        engine.world_size, engine.data_size,
     )  # fmt: skip
     logs.get_logger().info(
         "%d samples, %d epochs, %d samples per step (%d per rank x %d ranks x %d accumulated), %d steps, %d of warm-up",
@@ -207,7 +215,9 @@ def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine) -> None
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.freeze_non_embeds_params:
         trainable, frozen = freeze_non_embedding_parameters(model)
-        logs.get_logger().info("Embeddings alone are trained: %.1f M parameters, %.1f M frozen", trainable / 1e6, frozen / 1e6)
+        logs.get_logger().info(
+            "Embeddings alone are trained: %.1f M parameters, %.1f M frozen", trainable / 1e6, frozen / 1e6
+        )
     model.train()
     engine.boost(model)
     if plan.resume_path is not None:

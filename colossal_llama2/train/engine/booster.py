@@ -1,4 +1,4 @@
-"""How a model is split over ranks: ColossalAI's Booster with one of its plugins, behind the few calls that a loop needs."""
+"""How a model is split over ranks: ColossalAI's Booster and one of its plugins, behind the few calls a loop needs."""
 
 import contextlib
 import math
@@ -33,7 +33,7 @@ class EngineSettings:
 
 
 def launch(seed: int) -> None:
-    """Join the process group of torchrun or `colossalai run`, or form one of a single process if there is no launcher."""
+    """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone."""
     # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
     # of TorchScript on a module that ColossalAI imports.
     with warnings.catch_warnings(record=True):
@@ -65,6 +65,14 @@ def launch(seed: int) -> None:
     )
     if not torch.cuda.is_available():
         logs.get_logger().info("No GPU: this is a rehearsal on the CPU (gloo, PyTorch's Adam and attention kernels)")
+
+
+def leave() -> None:
+    """Leave the process group, once all ranks are done."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _free_port() -> int:
@@ -299,13 +307,6 @@ class Engine:
         with files.safetensors_instead_of_pickle(step_as_tensor=self.settings.plugin.startswith("gemini")):
             self._booster.load_optimizer(self.optimizer, folder)
         self.barrier()
-
-    def close(self) -> None:
-        """Leave the process group."""
-        import torch.distributed as dist
-
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def _parameter_groups(model, weight_decay: float) -> List[Dict[str, Any]]:

@@ -104,7 +104,7 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
             setattr(module, name, replacement)
         yield
     finally:
-        for (module, name, _), original in zip(places, originals):
+        for (module, name, _), original in zip(places, originals, strict=True):
             setattr(module, name, original)
 
 
