@@ -15,6 +15,8 @@ install_requirements requirements.txt requirements-dev.txt
 
 # A rehearsal for the CPU, also where there is a GPU: the two ranks would have to share it.
 export CUDA_VISIBLE_DEVICES=-1
+# Threads that wait sleep. Where other work shares the cores, waiting threads that spin make a step ten times slower.
+export OMP_WAIT_POLICY=passive
 max_length=256
 sft_max_length=192
 # zero2 trains on all of these bins but the last, gemini on the last alone: it wants bf16, which is slow on a CPU.

@@ -6,7 +6,7 @@ The folder has what LLaMA-2's has: config, safetensors, tokenizer.model and the 
 teaches it English. It stands in for LLaMA-2, which no one can train on two cores.
 """
 
-import io
+import json
 import sys
 from pathlib import Path
 from typing import List
@@ -34,45 +34,15 @@ def build_parser() -> arguments.CommandParser:
     return parser
 
 
-def train_tokenizer(texts: List[str], vocab_size: int) -> bytes:
-    """Train a SentencePiece BPE with the settings that LLaMA's tokenizer.model records; returns such a file."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.splitlines() if line.strip()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=0.99995,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        max_sentence_length=1 << 16,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def write_model(tokenizer_model: bytes, output_dir: Path) -> int:
-    """Write the tokenizer and a LLaMA with random float32 weights to `output_dir`; returns its parameter count."""
+def write_model(vocab_size: int, output_dir: Path) -> int:
+    """Write a LLaMA with random float32 weights to `output_dir`; returns its parameter count."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    output_dir.mkdir(parents=True)
-    vocab_file = output_dir / "tokenizer.model"
-    vocab_file.write_bytes(tokenizer_model)
-    tokenizer = LlamaTokenizerFast(
-        vocab_file=str(vocab_file), legacy=False, add_bos_token=True, add_eos_token=False, model_max_length=MAX_LENGTH,
-        padding_side="right",
-    )  # fmt: skip
-    tokenizer.save_pretrained(output_dir)
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+            vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
             num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=MAX_LENGTH, torch_dtype="float32",
         )  # fmt: skip
     )
@@ -82,8 +52,6 @@ def write_model(tokenizer_model: bytes, output_dir: Path) -> int:
 
 def read_targets(folder: Path) -> List[str]:
     """The `target` texts of every *.jsonl in `folder`."""
-    import json
-
     files = sorted(folder.glob("*.jsonl"))
     if not files:
         raise errors.UserError(f"no *.jsonl in {folder}; write them with examples/quickstart_corpus.py")
@@ -97,9 +65,15 @@ def main(argv=None) -> None:
         output_dir = Path(args.output_dir)
         if output_dir.exists():
             raise errors.UserError(f"--output_dir {output_dir} exists; delete it or name another folder")
+        from colossal_llama2.tokenizer.from_text import train_vocabulary, write_tokenizer
+
         texts = read_targets(Path(args.english_dir))
         logs.get_logger().info("Training a tokenizer of %d pieces on %d documents", args.vocab_size, len(texts))
-        parameters = write_model(train_tokenizer(texts, args.vocab_size), output_dir)
+        lines = (line for text in texts for line in text.splitlines() if line.strip())
+        vocabulary = train_vocabulary(lines, args.vocab_size)
+        output_dir.mkdir(parents=True)
+        write_tokenizer(vocabulary, output_dir, model_max_length=MAX_LENGTH)
+        parameters = write_model(args.vocab_size, output_dir)
         logs.get_logger().info("Wrote a LLaMA of %.2f M parameters to %s", parameters / 1e6, output_dir)
 
 

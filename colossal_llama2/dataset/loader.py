@@ -34,7 +34,10 @@ def load_tokenized_dataset(dataset_paths: Sequence[str]) -> "datasets.Dataset":
     parts = []
     for path in dataset_paths:
         check_prepared_folder(path)
-        part = datasets.load_from_disk(path)
+        try:
+            part = datasets.load_from_disk(path)
+        except Exception as error:  # whatever pyarrow and datasets raise for a file that is cut or empty
+            raise UserError(f"--dataset {path}: cannot be loaded ({type(error).__name__}: {error}); prepare it again")
         missing = {"input_ids", "labels"} - set(getattr(part, "column_names", ()))
         if missing:
             raise UserError(f"{path}: has no column {' and '.join(sorted(missing))}; prepare the data again")

@@ -1,0 +1,88 @@
+"""What training must equal: a plain single-process PyTorch loop, with none of the suite's training code in it.
+
+Only the order of samples is taken from the suite (`SampleOrder`, tested by itself), as if there were one rank.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Dict, List
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
+
+
+@dataclass
+class Trace:
+    """Loss and gradient norm of every step, and the weights after the last."""
+
+    losses: List[float] = field(default_factory=list)
+    grad_norms: List[float] = field(default_factory=list)
+    weights: Dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def learning_rate(step: int, total: int, peak: float) -> float:
+    """Warm-up of 2.5 % of the steps, then a cosine to a tenth."""
+    warmup = int(0.025 * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return 0.1 * peak + 0.9 * peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def cross_entropy_sum(model, samples) -> torch.Tensor:
+    """Sum of the loss over all predicted tokens, one unpadded sample after the other, in float32."""
+    total = torch.zeros(())
+    for ids, labels in samples:
+        logits = model(torch.from_numpy(ids)[None]).logits[0, :-1].float()
+        total = total + torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)[1:], reduction="sum")
+    return total
+
+
+def train(
+    model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
+    freeze: bool = False, seed: int = 1024,
+) -> Trace:  # fmt: skip
+    """One epoch of AdamW with float32 master weights, in the given precision."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation="eager")
+    if freeze:
+        for name, param in model.named_parameters():
+            param.requires_grad_("embed_tokens" in name or "lm_head" in name)
+    working = [param for param in model.parameters() if param.requires_grad]
+    masters = [param.detach().clone().float().requires_grad_() for param in working]
+    groups = [
+        {"params": [master for master in masters if master.dim() > 1], "weight_decay": decay},
+        {"params": [master for master in masters if master.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    rows = load_tokenized_dataset(parts)
+    order = SampleOrder(
+        num_samples=len(rows), micro_batch_size=global_batch, data_size=1, accumulation_steps=1, seed=seed
+    )
+    trace = Trace()
+    total_steps = order.steps_after(0)
+    for step, (indices, _) in enumerate(order.steps(0, 0, 0)):
+        table = rows[indices[0]]
+        samples = [
+            (np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64))
+            for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
+        ]
+        predicted = sum(int((labels[1:] != -100).sum()) for _, labels in samples)
+        loss = cross_entropy_sum(model, samples) / predicted
+        model.zero_grad()
+        loss.backward()
+        for master, param in zip(masters, working, strict=True):
+            master.grad = param.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps, lr)
+        optimizer.step()
+        with torch.no_grad():
+            for master, param in zip(masters, working, strict=True):
+                param.copy_(master)
+        trace.losses.append(loss.item())
+        trace.grad_norms.append(norm.item())
+    trace.weights = {name: param.detach().float() for name, param in model.named_parameters()}
+    return trace

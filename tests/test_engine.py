@@ -1,0 +1,221 @@
+"""The parts of train/engine that can be checked without a process group; test_training.py checks them together."""
+
+import inspect
+import io
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.train.engine import booster, cpu, files, repairs
+from colossal_llama2.train.engine.booster import EngineSettings, settings_problems
+
+
+def settings(**changes) -> EngineSettings:
+    values = {
+        "plugin": "zero2", "precision": "bf16", "tp_size": 1, "zero_stage": 1, "max_norm": 1.0, "accumulation_steps": 1,
+        "use_flash_attn": False, "learning_rate": 1e-3, "weight_decay": 0.1,
+    }  # fmt: skip
+    return EngineSettings(**{**values, **changes})
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
+    from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
+
+    built = [
+        (GeminiPlugin, booster.gemini_arguments(settings(), parameters=10**9, on_cpu=on_cpu, policy="auto")),
+        (LowLevelZeroPlugin, booster.zero_arguments(settings(), on_cpu=on_cpu, offload=True)),
+        (HybridParallelPlugin, booster.hybrid_arguments(settings(tp_size=2), on_cpu=on_cpu)),
+    ]
+    for plugin, arguments in built:
+        assert arguments.keys() <= inspect.signature(plugin.__init__).parameters.keys()
+        assert arguments["precision"] == "bf16" and arguments["max_norm"] == 1.0
+
+
+def test_no_clipping_still_measures_the_norm():
+    assert booster.zero_arguments(settings(max_norm=0.0), on_cpu=True, offload=False)["max_norm"] == math.inf
+
+
+def test_gemini_always_shards():
+    small = booster.gemini_arguments(settings(), parameters=2_000_000, on_cpu=True, policy="static")
+    assert 4 * small["min_chunk_size_m"] * 2**20 < 2_000_000
+    large = booster.gemini_arguments(settings(), parameters=7 * 10**9, on_cpu=False, policy="static")
+    assert large["min_chunk_size_m"] == 32 and large["enable_async_reduce"]
+
+
+def test_gemini_accumulates_only_if_told_so():
+    def accumulation(steps):
+        arguments = booster.gemini_arguments(
+            settings(accumulation_steps=steps), parameters=10**6, on_cpu=True, policy="static"
+        )
+        return arguments["enable_gradient_accumulation"]
+
+    assert (accumulation(1), accumulation(4)) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "words"),
+    [
+        ({"plugin": "gemini", "precision": "fp32"}, 2, ["gemini", "fp32"]),
+        ({"plugin": "gemini_auto", "precision": "fp32"}, 2, ["gemini_auto"]),
+        ({"plugin": "3d", "precision": "fp32"}, 2, ["--zero 0"]),
+        ({"plugin": "zero2", "tp_size": 2}, 2, ["--plugin 3d"]),
+        ({"plugin": "3d", "tp_size": 2}, 3, ["--tp 2", "3 processes"]),
+    ],
+)
+def test_settings_that_cannot_run_are_named(changes, world_size, words):
+    (problem,) = settings_problems(settings(**changes), world_size)
+    assert all(word in problem for word in words)
+
+
+@pytest.mark.parametrize("plugin", booster.PLUGIN_BUILDERS)
+def test_every_plugin_takes_the_readme_s_flags(plugin):
+    assert settings_problems(settings(plugin=plugin, precision="fp16"), world_size=8) == []
+
+
+def test_every_plugin_flag_has_a_builder():
+    from colossal_llama2 import arguments
+
+    assert tuple(booster.PLUGIN_BUILDERS) == arguments.PLUGINS
+
+
+def test_norms_do_not_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4))
+    matrices, norms = booster._parameter_groups(model, 0.1)
+    assert [param.dim() for param in matrices["params"]] == [2] and matrices["weight_decay"] == 0.1
+    assert {param.dim() for param in norms["params"]} == {1} and norms["weight_decay"] == 0.0
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(UserError, match="trainable"):
+        booster._parameter_groups(torch.nn.Linear(2, 2).requires_grad_(False), 0.1)
+
+
+def test_state_files_bring_back_what_was_written(tmp_path):
+    value = {
+        0: {"step": 3, "exp_avg": torch.randn(4, 5).bfloat16(), "flag": True},
+        1: {"step": torch.tensor(3.0), "none": None, "betas": (0.9, 0.95), "names": ["a", "b"]},
+    }
+    files.write_object(value, str(tmp_path / "state"))
+    back = files.read_object(str(tmp_path / "state"))
+    assert back[0]["step"] == 3 and back[0]["flag"] is True and torch.equal(back[0]["exp_avg"], value[0]["exp_avg"])
+    assert back[1]["betas"] == (0.9, 0.95) and back[1]["names"] == ["a", "b"] and back[1]["none"] is None
+    assert torch.equal(back[1]["step"], torch.tensor(3.0))
+    with safe_open(tmp_path / "state", framework="pt") as file:
+        assert "structure" in file.metadata()
+
+
+def test_step_comes_as_tensor_for_gemini(tmp_path):
+    files.write_object({0: {"step": 3}}, str(tmp_path / "state"))
+    assert torch.equal(files.read_object(str(tmp_path / "state"), step_as_tensor=True)[0]["step"], torch.tensor(3.0))
+
+
+def test_unknown_types_are_not_stored(tmp_path):
+    with pytest.raises(TypeError, match="set"):
+        files.write_object({"a": {1, 2}}, str(tmp_path / "state"))
+
+
+class Payload:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return open, (str(self._path), "w")
+
+
+def test_pickled_state_is_refused_and_not_run(tmp_path):
+    torch.save({0: Payload(tmp_path / "canary")}, tmp_path / "state.safetensors")
+    with pytest.raises(UserError, match="not a state file"):
+        files.read_object(str(tmp_path / "state.safetensors"))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_colossalai_reads_and_writes_state_files(tmp_path):
+    original = torch.save, torch.load
+    with files.safetensors_instead_of_pickle():
+        torch.save({"a": torch.ones(2)}, str(tmp_path / "file"))
+        assert torch.equal(torch.load(str(tmp_path / "file"), map_location="cpu")["a"], torch.ones(2))
+        buffer = io.BytesIO()
+        torch.save([1], buffer)
+        buffer.seek(0)
+        assert torch.load(buffer, weights_only=True) == [1]
+    assert (torch.save, torch.load) == original
+
+
+def test_shards_get_the_field_s_names(tmp_path):
+    for name in ("model-00001.safetensors", "model-00002.safetensors"):
+        (tmp_path / name).write_text(name)
+    index = {"metadata": {}, "weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
+    (tmp_path / files.MODEL_INDEX).write_text(json.dumps(index))
+    files.rename_model_shards(str(tmp_path))
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert list(json.loads((tmp_path / files.MODEL_INDEX).read_text())["weight_map"].values()) == names
+    assert [(tmp_path / name).read_text() for name in names] == ["model-00001.safetensors", "model-00002.safetensors"]
+
+
+@pytest.mark.parametrize("div_scale", [-1.0, 4.0])
+def test_cpu_adam_is_adamw(div_scale):
+    torch.manual_seed(0)
+    start, grad = torch.randn(50), torch.randn(50)
+    expected = start.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([expected], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    param, first, second = start.clone(), torch.zeros(50), torch.zeros(50)
+    kernel = cpu.FusedCpuAdam(0.1, 0.9, 0.95, 1e-8, 0.1, True)
+    for step in (1, 2, 3):
+        expected.grad = grad / max(div_scale, 1.0)
+        optimizer.step()
+        kernel.step(step, 0.1, 0.9, 0.95, 1e-8, 0.1, True, param, grad, first, second, div_scale)
+    assert torch.allclose(param, expected, atol=1e-6)
+
+
+def test_cpu_attention_equals_softmax_and_gives_blind_rows_zeros():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3))
+    causal = cpu.host_attention(q, k, v, is_causal=True)
+    scores = (q @ k.transpose(-1, -2) / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+    assert torch.allclose(causal, scores.softmax(-1) @ v, atol=1e-6)
+    hidden = torch.zeros(2, 1, 6, 6)
+    hidden[0, 0, :2] = torch.finfo(torch.float32).min
+    out = cpu.host_attention(q, k, v, attention_mask=hidden)
+    assert (out[0, :, :2] == 0).all() and torch.isfinite(out).all()
+    out.sum().backward()
+    assert (q.grad[0, :, :2] == 0).all() and torch.isfinite(k.grad).all()
+
+
+def test_bf16_clipping_is_lost_without_its_repair():
+    from colossalai.nn.optimizer import HybridAdam
+
+    cpu.install()
+
+    def first_moment(repair):
+        param = torch.nn.Parameter(torch.zeros(4))
+        optimizer = HybridAdam([param], lr=1e-3, betas=(0.9, 0.95))
+        if repair:
+            repairs.clip_in_bf16(optimizer)
+        # As Gemini does it: a float32 master parameter with a bf16 gradient.
+        param.data, param.grad = torch.zeros(4).bfloat16(), torch.full((4,), 8.0).bfloat16()
+        param.data = torch.zeros(4)
+        optimizer.step(div_scale=4.0)
+        return float(optimizer.state[param]["exp_avg"][0]) / 0.1
+
+    assert first_moment(repair=False) == pytest.approx(8.0, rel=1e-2)
+    assert first_moment(repair=True) == pytest.approx(2.0, rel=1e-2)
+
+
+def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
+    import logging
+
+    import colossalai
+
+    monkeypatch.setattr(colossalai, "__version__", "0.6.0")
+    monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
+    monkeypatch.setattr(repairs, "save_padded_vocabulary", lambda: pytest.fail("patched an unknown version"))
+    with caplog.at_level("WARNING"):
+        repairs.install()
+    assert "0.6.0" in caplog.text

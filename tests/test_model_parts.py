@@ -1,0 +1,174 @@
+"""Freezing, NEFTune, the choice of attention, and the check of stored weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.model.attention import choose_attention
+from colossal_llama2.model.freezing import freeze_non_embedding_parameters, unfreeze_parameters
+from colossal_llama2.model.loading import check_model_folder, inspect_weights, load_llama, shard_names
+from colossal_llama2.model.neftune import embedding_noise
+
+
+@pytest.fixture
+def model(model_dir):
+    return LlamaForCausalLM.from_pretrained(model_dir)
+
+
+def test_freezing_leaves_both_embeddings(model):
+    trainable, frozen = freeze_non_embedding_parameters(model)
+    names = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert names == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert trainable == 2 * 600 * 64 and trainable + frozen == sum(p.numel() for p in model.parameters())
+
+
+def test_unfreezing_takes_it_back(model):
+    freeze_non_embedding_parameters(model)
+    unfreeze_parameters(model)
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def noisy_embeddings(model, *, alpha=5.0, seed=3, data_rank=0, step=0, micro_step=0, lengths=(8, 5)):
+    ids = torch.arange(16).view(2, 8)
+    clean = model.get_input_embeddings()(ids)
+    with embedding_noise(model, alpha=alpha, seed=seed, data_rank=data_rank) as noise:
+        noise.prepare(step=step, micro_step=micro_step, lengths=torch.tensor(lengths))
+        noisy = model.get_input_embeddings()(ids)
+    assert torch.equal(model.get_input_embeddings()(ids), clean)
+    return (noisy - clean).detach()
+
+
+def test_noise_has_the_paper_s_scale_and_spares_padding(model):
+    model.train()
+    noise = noisy_embeddings(model)
+    for row, length in enumerate((8, 5)):
+        bound = 5.0 / (length * 64) ** 0.5
+        assert 0.9 * bound < noise[row, :length].abs().max() <= bound * 1.001
+        assert noise[row, :length].std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert (noise[row, length:] == 0).all()
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"data_rank": 1}, {"step": 1}, {"micro_step": 1}])
+def test_noise_is_a_function_of_its_place(model, change):
+    model.train()
+    assert torch.equal(noisy_embeddings(model), noisy_embeddings(model))
+    assert not torch.equal(noisy_embeddings(model), noisy_embeddings(model, **change))
+
+
+def test_no_noise_in_evaluation(model):
+    model.eval()
+    assert (noisy_embeddings(model) == 0).all()
+
+
+def test_attention_without_a_gpu():
+    assert choose_attention(use_flash_attn=False) == "eager"
+    assert choose_attention(use_flash_attn=True) == "sdpa"
+
+
+def test_missing_flash_attn_on_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="requirements-gpu.txt"):
+        choose_attention(use_flash_attn=True)
+
+
+@pytest.fixture
+def folder(model_dir, tmp_path):
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+def test_facts_of_a_good_model(folder):
+    check_model_folder(str(folder), "--pretrained")
+    facts = inspect_weights(str(folder))
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert (facts.parameters, facts.vocab_size) == (model.num_parameters(), 600)
+    assert facts.max_position_embeddings == 4096
+
+
+def test_loading_keeps_weights_and_settings(folder):
+    model = load_llama(str(folder), precision="bf16", attention="sdpa")
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "sdpa" and not model.config.use_cache
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, stored[name].bfloat16()) for name, value in model.state_dict().items())
+
+
+def test_old_rotary_constants_are_no_mistake(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    inspect_weights(str(folder))
+
+
+def damage(folder, case):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if case == "missing":
+        del tensors["lm_head.weight"]
+    elif case == "unknown":
+        tensors["extra.weight"] = torch.zeros(1)
+    elif case == "shape":
+        tensors["lm_head.weight"] = torch.zeros(599, 64)
+    save_file(tensors, path, metadata={"format": "pt"})
+    if case == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("case", "word"),
+    [("missing", "lacks lm_head.weight"), ("unknown", "extra.weight"), ("shape", "599"), ("cut", "cannot be read")],
+)
+def test_weights_that_do_not_fit_are_refused(folder, case, word):
+    damage(folder, case)
+    with pytest.raises(UserError, match=word):
+        inspect_weights(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", ""])
+def test_index_names_stay_inside_the_folder(folder, name):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(UserError, match="plain file names"):
+        shard_names(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+def test_damaged_index_is_refused(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match="not an index"):
+        shard_names(str(folder))
+
+
+@pytest.mark.parametrize("case", ["nowhere", "no config", "bad config", "gpt2", "pickled", "no weights"])
+def test_folders_that_are_no_llama_are_refused(folder, case):
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    word = case
+    if case == "nowhere":
+        folder, word = folder / "nowhere", "no such folder"
+    elif case == "no config":
+        config.unlink()
+        word = "no config.json"
+    elif case == "bad config":
+        config.write_text("{")
+        word = "not a JSON object"
+    elif case == "gpt2":
+        config.write_text('{"model_type": "gpt2"}')
+    else:
+        weights.unlink()
+        word = "no safetensors"
+        if case == "pickled":
+            (folder / "pytorch_model.bin").touch()
+            word = "save_pretrained"
+    with pytest.raises(UserError, match=word):
+        check_model_folder(str(folder), "--pretrained")
+
+
+def test_tied_model_is_inspected(tmp_path):
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert inspect_weights(str(tmp_path)).vocab_size == 32

@@ -1,0 +1,317 @@
+"""Training on two ranks, by the real ColossalAI, against a plain PyTorch loop: every plugin, resume, and what is saved.
+
+All commands share one process group (see train_worker.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from colossal_llama2.tokenizer import Encoder
+from tests import reference, tiny
+from tests.conftest import ROOT
+
+LENGTH = 48
+GLOBAL_BATCH = 16
+STEPS = 10
+LR = 2e-3
+# The gradient norm of this model is about 1 at the start: 0.3 clips every step.
+CLIP = 0.3
+
+BF16 = ["--mixed_precision", "bf16"]
+FP32 = ["--mixed_precision", "fp32"]
+TP2 = ["--plugin", "3d", "--tp", "2", "--micro_batch_size", "16"]
+# name -> flags; the rest of the flags is the same for all.
+FLOAT32_RUNS = {
+    "zero2": [*FP32, "--plugin", "zero2"],
+    "zero2_accumulating": [*FP32, "--plugin", "zero2", "--micro_batch_size", "2", "--accumulation_steps", "4"],
+    "zero2_cpu": [*FP32, "--plugin", "zero2_cpu"],
+    "zero2_sdpa": [*FP32, "--plugin", "zero2", "--use_flash_attn"],
+    "zero2_recomputing": [*FP32, "--plugin", "zero2", "--use_grad_checkpoint"],
+    "3d_zero0": [*FP32, "--plugin", "3d", "--zero", "0"],
+    "3d_tp2": [*FP32, *TP2, "--zero", "0"],
+    "3d_tp2_sdpa": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
+}
+BFLOAT16_RUNS = {
+    "gemini_bf16": [*BF16, "--plugin", "gemini"],
+    "gemini_bf16_accumulating": [
+        *BF16, "--plugin", "gemini", "--micro_batch_size", "4", "--accumulation_steps", "2",
+    ],
+    "gemini_auto_bf16": [*BF16, "--plugin", "gemini_auto"],
+    "zero2_bf16": [*BF16, "--plugin", "zero2"],
+    "zero2_cpu_bf16": [*BF16, "--plugin", "zero2_cpu"],
+    "3d_zero1_bf16": [*BF16, "--plugin", "3d"],
+    "3d_zero1_bf16_accumulating": [
+        *BF16, "--plugin", "3d", "--micro_batch_size", "4", "--accumulation_steps", "2",
+    ],
+    "3d_tp2_zero1_bf16": [*BF16, *TP2],
+}  # fmt: skip
+
+
+@dataclass
+class Job:
+    """One finished command of the shared job."""
+
+    folder: Path
+    error: Optional[str]
+    first_moment_norm: Optional[float]
+
+    def scalars(self, name: str, run: str = "tb") -> List[float]:
+        """A TensorBoard curve, by step."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.folder / run))
+        events.Reload()
+        return [event.value for event in events.Scalars(name)]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "ckpt" / "modeling"
+
+
+def write_data(folder: Path, tokenizer_dir: Path) -> List[str]:
+    """Two prepared parts of real text, of unequal lengths, some with a masked start."""
+    encoder = Encoder(tokenizer_dir)
+    stream = [token for ids in encoder.encode(tiny.english_documents()[:300]) for token in [1, *ids, 2]]
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(GLOBAL_BATCH * STEPS + 3):
+        ids = stream[index * LENGTH : index * LENGTH + int(random.integers(LENGTH // 2, LENGTH + 1))]
+        rows.append((ids, [-100] * 10 + ids[10:] if index % 3 == 0 else ids))
+    kind = datasets.Sequence(datasets.Value("int32"))
+    features = datasets.Features({"input_ids": kind, "labels": kind})
+    half = len(rows) // 2
+    for part, chosen in enumerate((rows[:half], rows[half:])):
+        columns = {"input_ids": [ids for ids, _ in chosen], "labels": [labels for _, labels in chosen]}
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder / f"part-{part:05d}")
+    return [str(folder / f"part-{part:05d}") for part in range(2)]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
+    return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def odd_model_dir(tmp_path_factory, model_dir) -> Path:
+    """A model whose vocabulary of 601 cannot be halved."""
+    folder = tmp_path_factory.mktemp("odd") / "model"
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.resize_token_embeddings(601, mean_resizing=False)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, parts, model_dir, odd_model_dir) -> Dict[str, Job]:
+    """Run every command of this file on two ranks and return them by name."""
+    folder = tmp_path_factory.mktemp("jobs")
+    specs = []
+
+    def add(name: str, *flags, script="train.py", model=model_dir, run="tb", home=None, moments=False) -> None:
+        here = folder / (home or name)
+        common = ["--pretrained", model, "--dataset", *parts, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
+        common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / run, "--config_file", here / "config.json"]
+        common += ["--micro_batch_size", 8, "--accumulation_steps", 1]
+        specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], "moments": moments})
+
+    for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
+        add(name, *flags, "--save_interval", "5", moments=True)
+        checkpoint = folder / name / "ckpt" / "epoch-0_step-5"
+        if name in RESUMED:
+            add(f"{name}_resumed", *flags, "--load_checkpoint", checkpoint, run="tb_resumed", home=name)
+    add("unclipped", *FP32, "--plugin", "zero2", "--gradient_clipping", "0", moments=True)
+    add("frozen", *FP32, "--plugin", "zero2", "--freeze_non_embeds_params")
+    add("frozen_gemini", *BF16, "--plugin", "gemini", "--freeze_non_embeds_params")
+    add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
+    add("odd_vocabulary", *BF16, *TP2, model=odd_model_dir)
+    add("weights_only", *FP32, "--plugin", "zero2", "--load_checkpoint", folder / "zero2" / "ckpt" / "modeling")
+    add("two_epochs", *FP32, "--plugin", "zero2", "--num_epochs", "2", "--accumulation_steps", "4")
+    for name in ("noise", "noise_again"):
+        add(name, *FP32, "--plugin", "zero2", "--use_neft", script="train_sft.py")
+    add("noise_tp2", *FP32, *TP2, "--zero", "0", "--use_neft", script="train_sft.py")
+    add("other_seed", *FP32, "--plugin", "zero2", "--seed", "1", "--load_checkpoint",
+        folder / "zero2" / "ckpt" / "epoch-0_step-5", home="zero2")  # fmt: skip
+    launch(folder, specs)
+    results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
+    return {
+        spec["name"]: Job(
+            folder=Path(spec["flags"][spec["flags"].index("--save_dir") + 1]).parent,
+            error=results[spec["name"]]["error"],
+            first_moment_norm=results[spec["name"]].get("first_moment_norm"),
+        )
+        for spec in specs
+    }
+
+
+RESUMED = ("zero2", "3d_tp2", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
+
+
+def launch(folder: Path, specs: List[dict]) -> None:
+    """Run the commands on two ranks of one job, with a limit on its time."""
+    (folder / "jobs.json").write_text(json.dumps(specs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def float32(parts, model_dir) -> reference.Trace:
+    return reference.train(model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+
+
+@pytest.fixture(scope="module")
+def bfloat16(parts, model_dir) -> reference.Trace:
+    return reference.train(model_dir, parts, precision="bf16", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+
+
+def weights_of(job: Job) -> Dict[str, torch.Tensor]:
+    return {
+        name: param.detach().float()
+        for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()
+    }
+
+
+def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm of the expected weights."""
+    difference = sum(float((weights[name] - expected[name]).square().sum()) for name in expected)
+    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
+
+
+@pytest.mark.parametrize("name", FLOAT32_RUNS)
+def test_float32_equals_plain_torch(jobs, float32, name):
+    job = jobs[name]
+    assert job.error is None
+    assert job.scalars("Loss") == pytest.approx(float32.losses, rel=1e-5)
+    assert job.scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=2e-4)
+    assert distance(weights_of(job), float32.weights) < 1e-4
+
+
+@pytest.mark.parametrize("name", BFLOAT16_RUNS)
+def test_bfloat16_equals_plain_torch(jobs, bfloat16, name):
+    job = jobs[name]
+    assert job.error is None
+    assert job.scalars("Loss") == pytest.approx(bfloat16.losses, rel=1.5e-3)
+    assert job.scalars("Gradient Norm") == pytest.approx(bfloat16.grad_norms, rel=0.03)
+    assert distance(weights_of(job), bfloat16.weights) < 0.01
+
+
+@pytest.mark.parametrize("name", [*FLOAT32_RUNS, *BFLOAT16_RUNS])
+def test_clipping_reaches_adam(jobs, float32, name):
+    assert float32.grad_norms[0] > CLIP
+    assert jobs[name].first_moment_norm == pytest.approx(CLIP, rel=0.02)
+
+
+def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
+    assert jobs["unclipped"].first_moment_norm == pytest.approx(float32.grad_norms[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_goes_on_where_the_checkpoint_was(jobs, name):
+    job = jobs[name]
+    assert jobs[f"{name}_resumed"].error is None
+    # Half precision resumes from rounded master weights.
+    tolerance = 1e-6 if name in FLOAT32_RUNS else 2e-3
+    straight = job.scalars("Loss")
+    assert job.scalars("Loss", run="tb_resumed") == pytest.approx(straight[5:], rel=tolerance)
+    assert job.scalars("Learning Rate", run="tb_resumed") == pytest.approx(job.scalars("Learning Rate")[5:])
+
+
+def test_checkpoint_layout(jobs):
+    folder = jobs["gemini_bf16"].folder / "ckpt"
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0_step-10", "epoch-0_step-5", "modeling"]
+    checkpoint = folder / "epoch-0_step-5"
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        "lr_scheduler", "modeling", "optimizer", "running_states.json",
+    ]  # fmt: skip
+    states = json.loads((checkpoint / "running_states.json").read_text())
+    assert (states["epoch"], states["step"], states["sample_start_index"]) == (0, 5, 5 * GLOBAL_BATCH)
+    assert json.loads((checkpoint / "lr_scheduler").read_text())["total_steps"] == STEPS
+    files = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".tmp"))]
+    for path in folder.rglob("*.safetensors"):
+        # A pickle would start with a zip header or a protocol byte; safetensors start with the length of a JSON header.
+        head = path.read_bytes()[:9]
+        assert head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["zero2", "gemini_bf16", "gemini_auto_bf16", "3d_tp2", "odd_vocabulary"])
+def test_saved_model_loads_in_transformers(jobs, parts, name):
+    assert jobs[name].error is None
+    folder = jobs[name].model
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert (folder / "model-00001-of-00001.safetensors").is_file()
+    assert len(AutoTokenizer.from_pretrained(folder)) <= model.config.vocab_size == len(model.lm_head.weight)
+
+
+def test_odd_vocabulary_is_saved_unpadded(jobs):
+    assert AutoModelForCausalLM.from_pretrained(jobs["odd_vocabulary"].model).config.vocab_size == 601
+
+
+@pytest.mark.parametrize("name", ["frozen", "frozen_gemini"])
+def test_frozen_run_changes_embeddings_alone(jobs, model_dir, name):
+    assert jobs[name].error is None
+    before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
+    for key, after in weights_of(jobs[name]).items():
+        is_embedding = "embed_tokens" in key or "lm_head" in key
+        start = before[key] if name == "frozen" else before[key].bfloat16().float()
+        assert torch.equal(after, start) != is_embedding, key
+
+
+def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
+    trace = reference.train(
+        model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP, freeze=True
+    )
+    assert jobs["frozen"].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+
+
+def test_fp16_gemini_trains(jobs, float32):
+    assert jobs["gemini_fp16"].error is None
+    assert jobs["gemini_fp16"].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)
+    # Scaled gradients must be shown unscaled.
+    assert jobs["gemini_fp16"].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
+
+
+def test_weights_alone_start_a_new_run(jobs):
+    losses = jobs["weights_only"].scalars("Loss")
+    assert len(losses) == STEPS
+    assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.5
+
+
+def test_epochs_end_with_a_step_of_what_is_left(jobs):
+    # 10 micro batches of all ranks an epoch, 4 accumulated: steps of 4, 4 and 2.
+    assert len(jobs["two_epochs"].scalars("Loss")) == 6
+    names = sorted(path.name for path in (jobs["two_epochs"].folder / "ckpt").iterdir())
+    assert names == ["epoch-0_step-3", "epoch-1_step-6", "modeling"]
+
+
+def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, float32):
+    losses = jobs["noise"].scalars("Loss")
+    assert losses == jobs["noise_again"].scalars("Loss")
+    assert losses != pytest.approx(float32.losses, rel=1e-4)
+    assert jobs["noise_tp2"].error is None
+    assert jobs["noise_tp2"].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
+
+
+def test_resume_with_another_seed_is_refused(jobs):
+    assert "seed" in jobs["other_seed"].error and "1024" in jobs["other_seed"].error
+
+
+def test_config_file_holds_resolved_flags(jobs):
+    config = json.loads((jobs["3d_tp2"].folder / "config.json").read_text())
+    assert (config["tp"], config["plugin"], config["world_size"]) == (2, "3d", 2)
+    assert config["versions"]["colossalai"] == "0.5.0"
