@@ -2,6 +2,7 @@
 
     arguments.py     every command's flags, each defined once
     errors.py        mistakes a user can make, told in one line
+    files.py         JSON files, and folders that appear whole or not at all
     logs.py          log lines and progress bars, from rank 0 only
     tokenizer/       extend a SentencePiece vocabulary, load and encode with it
     model/           initialize new embedding rows; freezing, NEFTune, attention

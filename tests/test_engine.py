@@ -152,10 +152,10 @@ def test_shards_get_the_field_s_names(tmp_path):
     for name in ("model-00001.safetensors", "model-00002.safetensors"):
         (tmp_path / name).write_text(name)
     index = {"metadata": {}, "weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
-    (tmp_path / files.MODEL_INDEX).write_text(json.dumps(index))
+    (tmp_path / files.INDEX_FILE).write_text(json.dumps(index))
     files.rename_model_shards(str(tmp_path))
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert list(json.loads((tmp_path / files.MODEL_INDEX).read_text())["weight_map"].values()) == names
+    assert list(json.loads((tmp_path / files.INDEX_FILE).read_text())["weight_map"].values()) == names
     assert [(tmp_path / name).read_text() for name in names] == ["model-00001.safetensors", "model-00002.safetensors"]
 
 

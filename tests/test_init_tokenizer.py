@@ -16,7 +16,7 @@ from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents
 
-WORDS = ["人工智能", "你好", "世界", "人工", "智能", "天气", "公园", "你好", "the", "Hello▁world"]
+WORDS = ["人工智能", "你好", "世界", "人工", "智能", "天气", "公园", "你好", "and", "Hello▁world"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -31,8 +31,6 @@ def source(tokenizer_dir, tmp_path_factory):
     from transformers import AddedToken, AutoTokenizer
 
     folder = shutil.copytree(tokenizer_dir, tmp_path_factory.mktemp("source") / "llama")
-    (folder / "tokenizer.json").unlink()
-    _unset_prefix_space(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True)})
     tokenizer.add_tokens(["<tool>"])
@@ -46,7 +44,7 @@ def source(tokenizer_dir, tmp_path_factory):
 def _unset_prefix_space(folder):
     """transformers writes null, which it reads as "no"; LLaMA-2 leaves the key out, which it reads as "yes"."""
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    del config["add_prefix_space"]
+    config.pop("add_prefix_space", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -172,7 +170,7 @@ def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
 
 @pytest.mark.parametrize("spelling", ["init_tokenizer.py", "colossal_llama2/tokenizer/init_tokenizer.py"])
 def test_both_spellings_from_another_folder(run_script, tokenizer_dir, tmp_path, spelling):
-    write_pieces(tmp_path / "pieces.jsonl", ["你好", "the", "你好", "世界"])
+    write_pieces(tmp_path / "pieces.jsonl", ["你好", "and", "你好", "世界"])
     environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
     arguments = (
         "--source_tokenizer_dir", tokenizer_dir, "--target_tokenizer_dir", "out", "--expand_tokens_file", "pieces.jsonl"
@@ -285,6 +283,6 @@ def test_a_unigram_model_is_refused(source, tmp_path):
 
 
 def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
-    expand_tokenizer(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["the", "the"]))
+    expand_tokenizer(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["and", "and"]))
     assert capsys.readouterr().out.splitlines()[-1] == "asked 2, added 0"
     assert pieces_of(tmp_path / "out") == pieces_of(source)

@@ -130,7 +130,7 @@ def test_weights_that_do_not_fit_are_refused(folder, case, word):
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", ""])
 def test_index_names_stay_inside_the_folder(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(UserError, match="plain file names"):
+    with pytest.raises(UserError, match="only plain"):
         shard_names(str(folder))
 
 

@@ -22,22 +22,13 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.tokenizer.init_tokenizer import (
-    SPACE,
-    TOKENIZER_FILES,
-    copy_files,
-    read_added_tokens,
-    read_json,
-    read_model,
-    temporary_folder,
-    write_json,
-)
+from colossal_llama2.files import copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder
+from colossal_llama2.tokenizer.init_tokenizer import SPACE, read_added_tokens, read_model
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
 INPUT_EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_EMBEDDING = "lm_head.weight"
@@ -164,12 +155,8 @@ def _read_shards(source: Path) -> List[Shard]:
         return [_read_shard(source / WEIGHTS_FILE)]
     if not (source / INDEX_FILE).is_file():
         raise UserError(_no_weights(source))
-    weight_map = read_json(source / INDEX_FILE).get("weight_map") or {}
-    for name in weight_map.values():
-        # A path in the index could lead out of the source when reading, and out of the target when writing.
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise UserError(f"{source / INDEX_FILE} names {name!r}; only plain *.safetensors file names are allowed")
-    shards = [_read_shard(source / name) for name in sorted(set(weight_map.values()))]
+    shards = [_read_shard(source / name) for name in shard_names(str(source))]
+    weight_map = read_json(source / INDEX_FILE)["weight_map"]
     held = {(shard.path.name, name) for shard in shards for name in shard.tensors}
     if held != {(file, name) for name, file in weight_map.items()}:
         file, name = sorted(held ^ {(file, name) for name, file in weight_map.items()})[0]

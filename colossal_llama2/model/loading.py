@@ -9,8 +9,8 @@ from colossal_llama2.errors import UserError
 
 # Old checkpoints store this constant, which the model computes by itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ def check_model_folder(path: str, flag: str) -> None:
         raise UserError(f"{config_path}: not a JSON object ({error})")
     if model_type != "llama":
         raise UserError(f"{flag} {path}: model_type is {model_type!r}, only 'llama' can be trained here")
-    if not (folder / INDEX_NAME).is_file() and not (folder / SINGLE_NAME).is_file():
+    if not (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
             "its pickled weights are not read here, load it once with transformers and save_pretrained() it"
             if pickled
-            else f"a LLaMA folder holds {SINGLE_NAME}, or {INDEX_NAME} and its shards"
+            else f"a LLaMA folder holds {WEIGHTS_FILE}, or {INDEX_FILE} and its shards"
         )
         raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
 
@@ -101,16 +101,17 @@ def shard_names(path: str) -> Tuple[str, ...]:
     Raises:
         UserError: the index is damaged, or names a file outside the folder.
     """
-    index_path = Path(path, INDEX_NAME)
+    index_path = Path(path, INDEX_FILE)
     if not index_path.is_file():
-        return (SINGLE_NAME,)
+        return (WEIGHTS_FILE,)
     try:
-        names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index_path}: not an index of weights ({error!r})")
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{index_path}: names {name!r}, only plain file names are allowed")
+        # A path could lead out of the folder: out of the source when reading, out of the target when copying.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{index_path} names {name!r}; only plain *.safetensors file names are allowed")
     return tuple(names)
 
 

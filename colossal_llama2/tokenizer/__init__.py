@@ -8,6 +8,13 @@ from typing import Iterable, List, Union
 from colossal_llama2.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
+FAST_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+# Files that hold no token id: they are copied as they are. The last one is a folder.
+COPIED_FILES = (SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+TOKENIZER_FILES = (MODEL_FILE, FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)
 PADDING_SIDE = "right"
 PAD_TOKENS = ("unk", "eos")
 

@@ -1,11 +1,11 @@
 """Make a LLaMA-2 tokenizer from nothing but text: for rehearsals and tests, where LLaMA-2's own is not to be had."""
 
 import io
-import json
 from pathlib import Path
 from typing import Iterable
 
-from colossal_llama2.tokenizer import MODEL_FILE, PADDING_SIDE
+from colossal_llama2.files import write_json
+from colossal_llama2.tokenizer import CONFIG_FILE, FAST_FILE, MODEL_FILE, PADDING_SIDE, SPECIAL_TOKENS_FILE
 
 
 def train_vocabulary(lines: Iterable[str], vocab_size: int) -> bytes:
@@ -54,9 +54,9 @@ def write_tokenizer(model: bytes, folder: Path, *, model_max_length: int = 4096)
     }
     # By hand, since transformers would write "add_prefix_space": null, which it reads as no leading "▁"; LLaMA-2's
     # files leave the key out, which it reads as one, as SentencePiece does.
-    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / SPECIAL_TOKENS_FILE, special)
 
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(str(folder / FAST_FILE))

@@ -11,11 +11,8 @@ holds no new piece is tokenized as before.
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 import unicodedata
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Union
@@ -26,17 +23,20 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.tokenizer import MODEL_FILE, Encoder, model_path
+from colossal_llama2.files import copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.tokenizer import (
+    ADDED_TOKENS_FILE,
+    CONFIG_FILE,
+    COPIED_FILES,
+    FAST_FILE,
+    MODEL_FILE,
+    SPECIAL_TOKENS_FILE,
+    Encoder,
+    model_path,
+)
 
-CONFIG_FILE = "tokenizer_config.json"
-FAST_FILE = "tokenizer.json"
-ADDED_TOKENS_FILE = "added_tokens.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 # What LLaMA-2 ships beside its weights, and what transformers needs to load a tokenizer with its settings.
 REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
-# Files that hold no token id: they are copied as they are. The last one is a folder.
-COPIED_FILES = (SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
-TOKENIZER_FILES = (MODEL_FILE, FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)
 MAX_PIECE_CHARACTERS = 64
 SPACE = "▁"
 
@@ -122,19 +122,6 @@ def read_model(folder: Path):
         name = TrainerSpec.ModelType.Name(kind).capitalize()
         raise UserError(f"{path} is a {name} model; only BPE models, such as LLaMA-2's, can be expanded by appending")
     return model
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError if the file is missing or holds anything else."""
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no {path.name}; copy it there from where the model comes from")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); copy the file again from where the model comes from")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; copy the file again from where the model comes from")
-    return content
 
 
 def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
@@ -253,20 +240,6 @@ def _json_mistake(line: bytes, message: str) -> str:
 # Writing the target.
 
 
-@contextmanager
-def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new hidden folder in `parent`, to be renamed when it is complete; what is left of it at the end is removed."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
-    try:
-        # mkdtemp's folders are for their owner alone; this one becomes the target, which is as open as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def append_pieces(model, pieces: Sequence[str]) -> None:
     """Append `pieces` to a ModelProto with falling scores, each a different float32, below every merge it has.
 
@@ -298,20 +271,6 @@ def _write_settings(source: Path, folder: Path, num_source_pieces: int, num_adde
         moved = {token: _moved(index, num_source_pieces, num_added) for token, index in added.items()}
         write_json(folder / ADDED_TOKENS_FILE, moved)
     copy_files(source, folder, COPIED_FILES)
-
-
-def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy those of the named files and folders that exist, following links."""
-    for name in names:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-        elif (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write an object as transformers writes its own: indented, UTF-8, one newline at the end."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _moved(index: int, num_source_pieces: int, num_added: int) -> int:

@@ -19,6 +19,8 @@ from typing import Any, Dict, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import copy_files, write_json
+from colossal_llama2.tokenizer import TOKENIZER_FILES
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.schedule import CosineSchedule
 
@@ -119,7 +121,7 @@ class Checkpointer:
         self._engine.save_optimizer(str(partial / "optimizer"))
         with self._engine.first_rank_only() as first:
             if first:
-                copy_tokenizer(self._tokenizer_files, partial / MODEL_NAME)
+                copy_files(self._tokenizer_files, partial / MODEL_NAME, TOKENIZER_FILES)
                 write_json(partial / "lr_scheduler", {**asdict(self._schedule), "step": state.step})
                 write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts})
                 # A run that was resumed from an earlier checkpoint comes by here again.
@@ -145,18 +147,6 @@ class Checkpointer:
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
         return final
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy every tokenizer file of one model folder into another."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"):
-        for path in source.glob(pattern):
-            shutil.copyfile(path, target / path.name)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -17,8 +17,10 @@ from colossal_llama2.dataset.loader import (
     load_tokenized_dataset,
 )
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import write_json
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights
-from colossal_llama2.train.checkpoint import Checkpointer, LoadPlan, check_save_dir, plan_loading, write_json
+from colossal_llama2.tokenizer import CONFIG_FILE
+from colossal_llama2.train.checkpoint import Checkpointer, LoadPlan, check_save_dir, plan_loading
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
@@ -190,7 +192,7 @@ def tell_plan(
     """Log what the run is going to do."""
     batch = order.samples_per_micro_step * args.accumulation_steps
     logs.get_logger().info(
-        "%.1f M parameters, vocabulary %d; plugin %s, %s, %d processes, %d of them with different data",
+        "%.1f M parameters, vocabulary %d; plugin %s, %s; %d processes, data parallel over %d",
         facts.parameters / 1e6, facts.vocab_size, args.plugin, args.mixed_precision,
         engine.world_size, engine.data_size,
     )  # fmt: skip
@@ -229,7 +231,7 @@ def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine) -> None
 
 def find_tokenizer(args: argparse.Namespace, plan: LoadPlan) -> str:
     """The folder that has the run's tokenizer: the loaded checkpoint, or --pretrained if that holds none."""
-    has_one = Path(plan.model_path, "tokenizer_config.json").is_file()
+    has_one = Path(plan.model_path, CONFIG_FILE).is_file()
     return plan.model_path if has_one else args.pretrained
 
 

@@ -37,8 +37,8 @@ def launch(seed: int) -> None:
     # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
     # of TorchScript on a module that ColossalAI imports.
     with warnings.catch_warnings(record=True):
-        import colossalai
-        import torch
+        import colossalai.booster.plugin
+        import torch.distributed.optim
     from colossalai.logging import get_dist_logger
 
     get_dist_logger().set_level("WARNING")

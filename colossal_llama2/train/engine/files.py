@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import write_json
+from colossal_llama2.model.loading import INDEX_FILE
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
-MODEL_INDEX = "model.safetensors.index.json"
 
 
 def write_object(value: Any, path: str) -> None:
@@ -83,17 +84,15 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     import torch
     from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io, utils
 
-    torch_save, torch_load = torch.save, torch.load
-
-    # Ranks exchange objects through buffers in memory, by the same functions; these are not files.
     def save(value, path, *args, **kwargs):
+        # Ranks exchange objects through buffers in memory by the same functions; these are not files.
         if not isinstance(path, (str, os.PathLike)):
-            return torch_save(value, path, *args, **kwargs)
+            return originals[0](value, path, *args, **kwargs)
         return write_object(value, path)
 
     def load(path, *args, **kwargs):
         if not isinstance(path, (str, os.PathLike)):
-            return torch_load(path, *args, **kwargs)
+            return originals[1](path, *args, **kwargs)
         return read_object(path, step_as_tensor=step_as_tensor)
 
     places = [(torch, "save", save), (torch, "load", load)]
@@ -110,7 +109,7 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
 
 def rename_model_shards(folder: str) -> None:
     """Rename model-00001.safetensors to model-00001-of-0000N.safetensors, the form that the field's tools expect."""
-    index_path = Path(folder, MODEL_INDEX)
+    index_path = Path(folder, INDEX_FILE)
     index = json.loads(index_path.read_text(encoding="utf-8"))
     shards = sorted(set(index["weight_map"].values()))
     new_names = {name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, name in enumerate(shards, start=1)}
@@ -131,4 +130,4 @@ def _rename(index_path: Path, index: Dict[str, Any], new_names: Dict[str, str]) 
     for old, new in new_names.items():
         (index_path.parent / old).rename(index_path.parent / new)
     index["weight_map"] = {key: new_names[name] for key, name in index["weight_map"].items()}
-    index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(index_path, index)

@@ -1,0 +1,97 @@
+"""train.py and train_sft.py as a user starts them: plainly, by torchrun, by colossalai run, and with mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+
+from colossal_llama2.tokenizer import Encoder
+from tests import tiny
+from tests.conftest import ROOT
+
+PLACES = ("save_dir", "tensorboard_dir", "config_file")
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory, tokenizer_dir):
+    encoder = Encoder(tokenizer_dir)
+    rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
+    folder = tmp_path_factory.mktemp("prepared") / "part-00000"
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture
+def flags(part, model_dir, tmp_path):
+    """A small correct run, without its plugin."""
+    places = [word for name in PLACES for word in (f"--{name}", str(tmp_path / name))]
+    return ["--pretrained", str(model_dir), "--dataset", str(part), "--max_length", "64", *places]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+
+
+def test_one_process_without_a_launcher(run_script, flags, tmp_path):
+    process = run_script(
+        "train.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32", "-w", "0.01", "-s", "2", env=environment()
+    )
+    assert process.returncode == 0, process.stderr
+    assert "rehearsal" in process.stderr and "24/24 step" in process.stderr
+    assert "Warning" not in process.stderr
+    assert (tmp_path / "save_dir" / "modeling" / "config.json").is_file()
+    assert json.loads((tmp_path / "config_file").read_text())["weight_decay"] == 0.01
+
+
+def test_the_readme_s_launcher(flags, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost\n")
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "colossalai"), "run", "--nproc_per_node", "2",
+        "--hostfile", str(hostfile), "--master_port", "29617", "train_sft.py", *flags,
+        "--plugin", "zero2_cpu", "--mixed_precision", "bf16", "--accumulation_steps", "4", "--use_neft",
+    ]  # fmt: skip
+    paths = {**environment(), "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "save_dir" / "epoch-0_step-3" / "running_states.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--pretrained", "nowhere"], ["--pretrained nowhere", "no such folder"]),
+        (["--dataset", "nowhere"], ["--dataset nowhere", "part-*"]),
+        (["--load_checkpoint", "nowhere"], ["--load_checkpoint nowhere"]),
+        (["--plugin", "gemini", "--mixed_precision", "fp32"], ["gemini", "fp32"]),
+        (["--plugin", "zero2", "--tp", "2"], ["--tp 2", "3d"]),
+        (["--max_length", "16"], ["--max_length 16"]),
+        (["--max_length", "8192"], ["8192", "4096"]),
+        (["--micro_batch_size", "100"], ["24 samples", "100"]),
+        (["--plugin", "zero3"], ["zero3"]),
+        (["--save_intervall", "3"], ["--save_interval?"]),
+    ],
+)
+def test_mistakes_end_in_one_line(run_script, assert_user_error, flags, tmp_path, change, words):
+    process = run_script(
+        "train.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32", *change, env=environment(), cwd=tmp_path
+    )
+    errors = [line for line in process.stderr.splitlines() if "error:" in line]
+    assert process.returncode == 2 and len(errors) == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    assert all(word in errors[0] for word in words), errors[0]
+    assert not (tmp_path / "save_dir").exists()
+
+
+def test_several_mistakes_are_told_at_once(run_script, assert_user_error, flags):
+    process = run_script("train.py", *flags, "--pretrained", "nowhere", "--dataset", "elsewhere", "--tp", "3")
+    assert_user_error(process, "nowhere", "elsewhere", "--tp 3")
+
+
+def test_a_used_save_dir_is_refused(run_script, assert_user_error, flags, tmp_path):
+    (tmp_path / "save_dir" / "epoch-0_step-5").mkdir(parents=True)
+    process = run_script("train.py", *flags, "--plugin", "zero2")
+    assert_user_error(process, "already holds epoch-0_step-5", "--load_checkpoint")
