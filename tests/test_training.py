@@ -103,6 +103,12 @@ def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
 
 
 @pytest.fixture(scope="module")
+def tied_model_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A model whose input and output embeddings are one matrix."""
+    return tiny.make_model(tmp_path_factory.mktemp("tied") / "model", tokenizer_dir, tie=True)
+
+
+@pytest.fixture(scope="module")
 def odd_model_dir(tmp_path_factory, model_dir) -> Path:
     """A model whose vocabulary of 601 cannot be halved."""
     folder = tmp_path_factory.mktemp("odd") / "model"
@@ -114,7 +120,7 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, parts, model_dir, odd_model_dir) -> Dict[str, Job]:
+def jobs(tmp_path_factory, parts, model_dir, odd_model_dir, tied_model_dir) -> Dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
@@ -135,11 +141,16 @@ def jobs(tmp_path_factory, parts, model_dir, odd_model_dir) -> Dict[str, Job]:
     add("frozen", *FP32, "--plugin", "zero2", "--freeze_non_embeds_params")
     add("frozen_gemini", *BF16, "--plugin", "gemini", "--freeze_non_embeds_params")
     add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
+    add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
+    add("tied", *FP32, "--plugin", "zero2", model=tied_model_dir)
+    add("tied_gemini", *BF16, "--plugin", "gemini", model=tied_model_dir)
+    add("tied_tp2", *FP32, *TP2, "--zero", "0", model=tied_model_dir)
     add("odd_vocabulary", *BF16, *TP2, model=odd_model_dir)
     add("weights_only", *FP32, "--plugin", "zero2", "--load_checkpoint", folder / "zero2" / "ckpt" / "modeling")
     add("two_epochs", *FP32, "--plugin", "zero2", "--num_epochs", "2", "--accumulation_steps", "4")
     for name in ("noise", "noise_again"):
         add(name, *FP32, "--plugin", "zero2", "--use_neft", script="train_sft.py")
+    add("noise_gemini", *BF16, "--plugin", "gemini", "--use_neft", script="train_sft.py")
     add("noise_tp2", *FP32, *TP2, "--zero", "0", "--use_neft", script="train_sft.py")
     add("other_seed", *FP32, "--plugin", "zero2", "--seed", "1", "--load_checkpoint",
         folder / "zero2" / "ckpt" / "epoch-0_step-5", home="zero2")  # fmt: skip
@@ -279,11 +290,21 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
     assert jobs["frozen"].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
 
 
-def test_fp16_gemini_trains(jobs, float32):
-    assert jobs["gemini_fp16"].error is None
-    assert jobs["gemini_fp16"].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)
+@pytest.mark.parametrize("name", ["gemini_fp16", "zero2_fp16"])
+def test_fp16_trains(jobs, float32, name):
+    assert jobs[name].error is None
+    assert jobs[name].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)
     # Scaled gradients must be shown unscaled.
-    assert jobs["gemini_fp16"].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
+    assert jobs[name].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("tied", 1e-5), ("tied_tp2", 1e-5), ("tied_gemini", 2e-3)])
+def test_tied_embeddings_train_and_save(jobs, parts, tied_model_dir, name, tolerance):
+    assert jobs[name].error is None
+    trace = reference.train(tied_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+    assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
+    model = AutoModelForCausalLM.from_pretrained(jobs[name].model)
+    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_weights_alone_start_a_new_run(jobs):
@@ -303,8 +324,9 @@ def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, flo
     losses = jobs["noise"].scalars("Loss")
     assert losses == jobs["noise_again"].scalars("Loss")
     assert losses != pytest.approx(float32.losses, rel=1e-4)
-    assert jobs["noise_tp2"].error is None
-    assert jobs["noise_tp2"].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
+    for name in ("noise_gemini", "noise_tp2"):
+        assert jobs[name].error is None
+        assert jobs[name].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
 
 
 def test_resume_with_another_seed_is_refused(jobs):

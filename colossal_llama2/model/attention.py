@@ -13,8 +13,11 @@ def has_flash_attn() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
-def choose_attention(use_flash_attn: bool) -> str:
+def choose_attention(use_flash_attn: bool, *, replaced: bool = False) -> str:
     """The transformers name of the attention to load a model with, said in the log.
+
+    Args:
+        replaced: the engine puts ColossalAI's own flash attention in its place (flash-attn or a fused kernel).
 
     Raises:
         UserError: flash attention is asked for on a GPU, and the flash-attn package is missing.
@@ -23,6 +26,8 @@ def choose_attention(use_flash_attn: bool) -> str:
 
     if not use_flash_attn:
         name, reason = "eager", "plain attention; --use_flash_attn is faster and needs less memory"
+    elif replaced:
+        name, reason = "sdpa", "ColossalAI's flash attention"
     elif has_flash_attn():
         name, reason = "flash_attention_2", "flash-attn"
     elif torch.cuda.is_available():

@@ -211,7 +211,9 @@ def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine) -> None
 
     with engine.initializing():
         model = load_llama(
-            plan.model_path, precision=args.mixed_precision, attention=choose_attention(args.use_flash_attn)
+            plan.model_path,
+            precision=args.mixed_precision,
+            attention=choose_attention(args.use_flash_attn, replaced=args.plugin == "3d"),
         )
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -283,7 +283,8 @@ class Engine:
         """Write the whole model as sharded safetensors with config.json. Called on all ranks."""
         from colossal_llama2.train.engine import files
 
-        self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)
+        with files.tensors_written_apart():
+            self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)
         self.barrier()
         with self.first_rank_only() as first:
             if first:

@@ -107,6 +107,32 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
             setattr(module, name, original)
 
 
+@contextlib.contextmanager
+def tensors_written_apart() -> Iterator[None]:
+    """Let ColossalAI write models whose input and output embeddings are one tensor.
+
+    checkpoint_io/utils.py:490 hands both names to safetensors, which refuses tensors that share memory. On a GPU the
+    copy to the host parts them; on a CPU nothing does.
+    """
+    import safetensors.torch
+
+    save_file = safetensors.torch.save_file
+
+    def save_copies(tensors, *args, **kwargs):
+        seen = set()
+        apart = {}
+        for name, tensor in tensors.items():
+            apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
+        return save_file(apart, *args, **kwargs)
+
+    safetensors.torch.save_file = save_copies
+    try:
+        yield
+    finally:
+        safetensors.torch.save_file = save_file
+
+
 def rename_model_shards(folder: str) -> None:
     """Rename model-00001.safetensors to model-00001-of-0000N.safetensors, the form that the field's tools expect."""
     index_path = Path(folder, INDEX_FILE)
