@@ -10,6 +10,13 @@ set -euo pipefail
 out=${QUICKSTART_DIR:+$(realpath -m -- "$QUICKSTART_DIR")}
 out=${out:-quickstart}
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# Steps delete what they are about to write, so nothing but a quick start's own folder will do.
+if [[ -e $out && ! -e $out/.quickstart ]]; then
+    echo "$out exists and is not a quick start's folder; set QUICKSTART_DIR to a new one" >&2
+    exit 2
+fi
+mkdir -p "$out"
+touch "$out/.quickstart"
 source ./.ci/environment.sh
 install_requirements requirements.txt requirements-dev.txt
 
@@ -69,7 +76,7 @@ with_torchrun() {
 }
 
 # with_colossalai SCRIPT ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment
-# into a shell command, unquoted, so it gets those alone that are needed; and it joins the arguments: @Q quotes them.
+# into a shell command, unescaped, so it gets those alone that are needed; and it joins the arguments: @Q quotes them.
 with_colossalai() {
     local script=$1 port
     shift

@@ -36,9 +36,13 @@ if [[ -n "${DATASET:-}" ]]; then
     read -r -d '' -a dataset <<<"$DATASET" || true
 fi
 
-# Without this, `colossalai run` says that the file is missing and still ends with exit code 0.
-if [[ ! -f "$HOSTFILE" ]]; then
-    echo "$0: error: no file $HOSTFILE; cp hostfile.example hostfile and write your hosts' names into it" >&2
+# Without these checks `colossalai run` ends with exit code 0 and no training, or trains on this host alone.
+if [[ ! -s "$HOSTFILE" ]]; then
+    echo "$0: error: no file $HOSTFILE, or an empty one; cp hostfile.example hostfile and write your hosts into it" >&2
+    exit 2
+fi
+if [[ -n "$(sort "$HOSTFILE" | uniq -d)" ]]; then
+    echo "$0: error: $HOSTFILE names $(sort "$HOSTFILE" | uniq -d | head -n 1) twice; name each host once" >&2
     exit 2
 fi
 
@@ -65,6 +69,14 @@ declare -a arguments=(
     "$@"
 )
 
-# `colossalai run` joins the arguments with spaces into a command line for each host's shell: @Q quotes them for it.
-colossalai run --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" \
+# `colossalai run` writes every variable of its environment into a command line for each host's shell, in double quotes
+# with nothing escaped, where secrets can be read and a "$" is expanded. So it gets only what training needs.
+declare -a environment=()
+while IFS= read -r name; do
+    environment+=("$name=${!name}")
+done < <(compgen -e | grep -E '^(PATH|HOME|USER|LANG|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|HF_HOME)$|^(NCCL|CUDA|OMP|GLOO|TORCH|UCX)_')
+
+# It also joins the arguments with spaces: @Q quotes them.
+env -i "${environment[@]}" \
+    colossalai run --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" \
     train.py "${arguments[@]@Q}"

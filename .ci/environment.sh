@@ -4,14 +4,15 @@
 # A stamp with the files' hash makes the next call instant.
 install_requirements() {
     local python stamp wanted file
-    if [[ ! -x .venv/bin/python ]]; then
-        python=$(command -v python3.11 || command -v python3)
+    # Also false for an environment whose making was interrupted before pip was in it.
+    if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+        python=$(command -v python3.11 || command -v python3 || true)
         if [[ -z $python ]] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
             echo "Python 3.11 is needed: no python3.11 on PATH, and python3 is not 3.11" >&2
             exit 2
         fi
         echo "Making a virtual environment in .venv"
-        "$python" -m venv .venv
+        "$python" -m venv --clear .venv
     fi
     export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
     for file in "$@"; do

@@ -37,7 +37,8 @@ class CommandParser(argparse.ArgumentParser):
         # Unknown flags first: a misspelt required flag should be called misspelt, not missing.
         for word in words[: words.index("--")] if "--" in words else words:
             flag = word.split("=", 1)[0]
-            if flag.startswith("--") and flag not in self._option_string_actions:
+            # Argparse takes a word with a space for a value.
+            if flag.startswith("--") and " " not in flag and flag not in self._option_string_actions:
                 self.error(f"unknown argument {flag}{self._suggestion(flag)}")
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
@@ -86,6 +87,11 @@ def probability(text: str) -> float:
     return _number(text, float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
+def seed_number(text: str) -> int:
+    """A seed, as NumPy and PyTorch both take it."""
+    return _number(text, int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
 def bin_count(text: str) -> int:
     """A number of bins; folders are named part-00000 to part-99999."""
     return _number(text, int, f"a whole number from 1 to {MAX_BINS}", lambda value: 1 <= value <= MAX_BINS)
@@ -115,9 +121,10 @@ def path_list(text: str) -> List[str]:
 def _number(text: str, kind: type, allowed: str, accepts):
     try:
         value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not math.isfinite(value) or not accepts(value):
+        is_allowed = math.isfinite(value) and accepts(value)
+    except (ValueError, OverflowError):
+        is_allowed = False
+    if not is_allowed:
         raise argparse.ArgumentTypeError(f"'{text}' given, {allowed} allowed")
     return value
 
@@ -174,9 +181,10 @@ def prepare_pretrain_parser() -> CommandParser:
     """Flags of prepare_pretrain_dataset.py."""
     parser = CommandParser(
         "prepare_pretrain_dataset.py",
-        'Tokenize {"source", "target", "category"} jsonl and splice documents into samples of --max_length, in bins.',
-        "  python prepare_pretrain_dataset.py --data_input_dirs data/zh,data/en \\\n"
-        "      --tokenizer_dir tokenizer-zh --data_arrow_output_dir arrow --max_length 4096",
+        'Tokenize {"source", "target", "category"} jsonl and splice documents into samples, in bins.',
+        "  python prepare_pretrain_dataset.py --data_input_dirs data/zh,data/en --tokenizer_dir tokenizer-zh \\\n"
+        "      --data_cache_dir cache --data_jsonl_output_dir jsonl_output \\\n"
+        "      --data_arrow_output_dir arrow_output --max_length 4096 --num_spliced_dataset_bins 10",
     )
     _add_prepare_arguments(parser, "spliced samples")
     return parser
@@ -187,8 +195,9 @@ def prepare_sft_parser() -> CommandParser:
     parser = CommandParser(
         "prepare_sft_dataset.py",
         'Tokenize {"messages": [{"from", "content"}, ...]} jsonl, one conversation a sample, in bins.',
-        "  python prepare_sft_dataset.py --data_input_dirs data/chat \\\n"
-        "      --tokenizer_dir tokenizer-zh --data_arrow_output_dir arrow_sft --max_length 4096",
+        "  python prepare_sft_dataset.py --data_input_dirs data/chat --tokenizer_dir tokenizer-zh \\\n"
+        "      --data_cache_dir sft_cache --data_jsonl_output_dir sft_jsonl_output \\\n"
+        "      --data_arrow_output_dir sft_arrow_output --max_length 4096 --num_spliced_dataset_bins 10",
     )
     _add_prepare_arguments(parser, "samples")
     return parser
@@ -202,7 +211,9 @@ def _add_prepare_arguments(parser: CommandParser, samples: str) -> None:
     )  # fmt: skip
     data.add_argument("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
     output = parser.add_argument_group("output (none of the three folders may exist yet)")
-    output.add_argument("--data_cache_dir", metavar="DIR", default="cache", help="folder for intermediate files")
+    output.add_argument(
+        "--data_cache_dir", metavar="DIR", default="cache", help="folder for intermediate files; stays empty"
+    )
     output.add_argument(
         "--data_jsonl_output_dir", metavar="DIR", default="jsonl_output", help=f"folder for the {samples} as jsonl"
     )
@@ -226,10 +237,11 @@ def train_parser() -> CommandParser:
         "train.py",
         "Continue the pre-training of a LLaMA model on prepared data, with ColossalAI.",
         "  colossalai run --nproc_per_node 8 --hostfile hostfile train.py \\\n"
-        "      --pretrained llama-2-7b-zh --dataset arrow/part-00000 arrow/part-00001 \\\n"
+        "      --pretrained llama-2-7b-zh --dataset arrow_output/part-00000 arrow_output/part-00001 \\\n"
         "      --plugin zero2 --mixed_precision bf16 --lr 1e-4 --use_grad_checkpoint --use_flash_attn",
     )
     _add_training_arguments(parser, accumulation_steps=1)
+    parser.set_defaults(pad_token="unk")
     return parser
 
 
@@ -239,10 +251,11 @@ def train_sft_parser() -> CommandParser:
         "train_sft.py",
         "Fine-tune a LLaMA model on prepared conversations, with ColossalAI.",
         "  colossalai run --nproc_per_node 8 --hostfile hostfile train_sft.py \\\n"
-        "      --pretrained llama-2-7b-zh --dataset arrow_sft/part-00000 arrow_sft/part-00001 \\\n"
+        "      --pretrained llama-2-7b-zh --dataset sft_arrow_output/part-00000 sft_arrow_output/part-00001 \\\n"
         "      --plugin zero2 --mixed_precision bf16 --lr 5e-5 --accumulation_steps 8 --use_neft",
     )
     _add_training_arguments(parser, accumulation_steps=8)
+    parser.set_defaults(pad_token="eos")
     sft = parser.add_argument_group("fine-tuning")
     sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
     sft.add_argument(
@@ -262,7 +275,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     )
     data.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
-        help="length every sample is padded to; a longer one is an error",
+        help="longest sample; the data must not have a longer one",
     )  # fmt: skip
     data.add_argument(
         "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
@@ -299,7 +312,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     recipe.add_argument(
         "--mixed_precision", choices=PRECISIONS, default="fp16", help="number format of forward and backward"
     )
-    recipe.add_argument("--seed", metavar="N", type=non_negative_int, default=1024, help="seed of data order and noise")
+    recipe.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of data order and noise")
 
     parallel = parser.add_argument_group("parallelism")
     parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
@@ -357,5 +370,5 @@ def inference_parser() -> CommandParser:
     generation.add_argument(
         "--top_p", metavar="P", type=probability, default=0.95, help="sample among tokens of this total probability"
     )
-    generation.add_argument("--seed", metavar="N", type=non_negative_int, default=None, help="seed (default: not set)")
+    generation.add_argument("--seed", metavar="N", type=seed_number, default=None, help="seed (default: not set)")
     return parser

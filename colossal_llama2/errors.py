@@ -3,14 +3,18 @@
     2    a mistake in what the user gave (`UserError`, and argparse's own errors)
     1    a fault at run time, such as a full disk (`RunError`, `OSError`)
     130  interrupted with Ctrl+C
+    143  terminated (SIGTERM)
 
 Anything else is a bug of ours and keeps its traceback.
 """
 
 import os
+import signal
 import sys
+import threading
+import traceback
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, NoReturn
 
 
 class UserError(Exception):
@@ -25,8 +29,12 @@ class RunError(Exception):
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn the errors above into one line, prefixed with the command's name, and an exit code.
 
-    Under a launcher only the first process of each host prints, since all of them read the same flags.
+    Before the processes of a launched job have met, all of them find the same mistakes in the same flags, and the first
+    of each host tells it. Later a mistake may be in the data of one, which tells it with its rank.
     """
+    if not _is_launched() and threading.current_thread() is threading.main_thread():
+        # An exception lets `finally` and `with` remove half-written output. Under a launcher, its rules hold.
+        signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         yield
     except UserError as error:
@@ -38,13 +46,45 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(command, f"{where}{error.strerror or error}", code=1)
     except KeyboardInterrupt:
         _end(command, "interrupted", code=130)
+    except _Terminated:
+        _end(command, "terminated", code=143)
+    except Exception:
+        if not _ranks_have_met():
+            raise
+        # A normal exit would wait for peers that wait for this rank in a collective.
+        traceback.print_exc()
+        _leave(1)
 
 
-def _end(command: str, message: str, *, code: int) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A normal exit would wait for peers that wait for this rank in a collective; the launcher ends them instead.
-        sys.stdout.flush()
-        os._exit(code)
+class _Terminated(BaseException):
+    """SIGTERM, as an exception that no `except Exception` swallows."""
+
+
+def _raise_terminated(number, frame) -> NoReturn:
+    raise _Terminated
+
+
+def _is_launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _ranks_have_met() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return _is_launched() and distributed is not None and distributed.is_initialized()
+
+
+def _end(command: str, message: str, *, code: int) -> NoReturn:
+    text = " ".join(message.split())
+    if _ranks_have_met():
+        print(f"{command}: error: rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{command}: error: {text}", file=sys.stderr, flush=True)
+    if _is_launched():
+        _leave(code)
     raise SystemExit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""Small files and folders: JSON that is an object, and folders that appear whole or not at all."""
+"""Files and folders: JSON and jsonl with errors that name the place, and folders that appear whole or not at all."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2.errors import UserError
 
@@ -22,6 +22,64 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; copy the file again from where the model comes from")
     return content
+
+
+class JsonLine(NamedTuple):
+    """One line of a jsonl file: `where` is file:line, `size` its bytes, `record` its object, None if it is blank."""
+
+    where: str
+    size: int
+    record: Optional[dict]
+
+
+def read_jsonl(path: Path) -> Iterator[JsonLine]:
+    """Every line of a jsonl file, lazily. Raises UserError with file:line for one that is not a JSON object."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            where = f"{path}:{number}"
+            yield JsonLine(where, len(line), None if text.isspace() or not text else _parse_object(text, where))
+
+
+def _parse_object(line: bytes, where: str) -> dict:
+    import orjson
+
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{where}: {_why_not_json(line, error)}; each line must be one JSON object in UTF-8")
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__} given; each line must be one JSON object")
+    return record
+
+
+def _why_not_json(line: bytes, error: ValueError) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as undecodable:
+        return f"not UTF-8 at byte {undecodable.start + 1} of the line"
+    if "surrogate" in str(error):
+        return "half of a surrogate pair, which is no character"
+    return f"not JSON ({error})"
+
+
+def jsonl_files(folder: Path) -> List[Path]:
+    """The *.jsonl files directly inside a folder, by name; hidden ones, such as macOS makes, are left out."""
+    return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
+
+
+def check_can_create(folder: Path, flag: str) -> None:
+    """Raise a UserError unless `folder`, which does not exist yet, can be made."""
+    parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder} cannot be made in {parent}; name a folder where you may write")
+
+
+def open_to_umask(path: Path) -> None:
+    """Give a file or folder that a library made for its owner alone the rights that any other new one has."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -43,10 +101,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """A new hidden folder in `parent`, to be renamed when it is complete; what is left of it at the end is removed."""
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
     try:
-        # mkdtemp's folders are for their owner alone; this one becomes the target, which is as open as any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
+        open_to_umask(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

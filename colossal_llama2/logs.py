@@ -86,7 +86,7 @@ class BarProgress(SilentProgress):
 
 
 class LineProgress(SilentProgress):
-    """One log line at the start of the wait, every `PLAIN_LINE_SECONDS`, and at the end."""
+    """One log line every `PLAIN_LINE_SECONDS`, and one at the end."""
 
     def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int):
         self._total, self._description, self._unit = total, description, unit

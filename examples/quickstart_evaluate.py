@@ -20,6 +20,7 @@ from typing import Dict, Iterator, List
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, errors, logs
+from colossal_llama2.files import jsonl_files, read_jsonl
 
 
 def build_parser() -> arguments.CommandParser:
@@ -47,11 +48,10 @@ def build_parser() -> arguments.CommandParser:
 
 def read_held_out(folder: Path) -> Dict[str, List[str]]:
     """The held-out texts by language: the `target` of every record of every *.jsonl of the folder."""
-    files = sorted(folder.glob("*.jsonl"))
+    files = jsonl_files(folder)
     if not files:
         raise errors.UserError(f"no *.jsonl in --held_out_dir {folder}; examples/quickstart_corpus.py writes them")
-    lines = {file.stem: file.read_text(encoding="utf-8").splitlines() for file in files}
-    return {language: [json.loads(line)["target"] for line in texts] for language, texts in lines.items()}
+    return {file.stem: [line.record["target"] for line in read_jsonl(file) if line.record] for file in files}
 
 
 def windows(token_ids: List[int], max_length: int, bos_token_id: int) -> Iterator[List[int]]:

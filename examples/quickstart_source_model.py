@@ -6,7 +6,6 @@ The folder has what LLaMA-2's has: config, safetensors, tokenizer.model and the 
 teaches it English. It stands in for LLaMA-2, which no one can train on two cores.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import List
@@ -14,6 +13,7 @@ from typing import List
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, errors, logs
+from colossal_llama2.files import jsonl_files, read_jsonl
 
 SEED = 42
 MAX_LENGTH = 512
@@ -52,10 +52,10 @@ def write_model(vocab_size: int, output_dir: Path) -> int:
 
 def read_targets(folder: Path) -> List[str]:
     """The `target` texts of every *.jsonl in `folder`."""
-    files = sorted(folder.glob("*.jsonl"))
+    files = jsonl_files(folder)
     if not files:
         raise errors.UserError(f"no *.jsonl in {folder}; write them with examples/quickstart_corpus.py")
-    return [json.loads(line)["target"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line.record["target"] for file in files for line in read_jsonl(file) if line.record]
 
 
 def main(argv=None) -> None:

@@ -17,6 +17,9 @@ def checkpoint(tmp_path):
     folder = tmp_path / "remodeling" / "epoch-1_step-30"
     (folder / "modeling").mkdir(parents=True)
     (folder / "modeling" / "config.json").write_text("{}")
+    (folder / "optimizer").mkdir()
+    (folder / "optimizer" / "pytorch_optim.bin.index.json").write_text("{}")
+    (folder / "lr_scheduler").write_text('{"peak": 0.1}')
     (folder / "running_states.json").write_text(json.dumps(STATES))
     return folder
 
@@ -29,9 +32,9 @@ def test_without_a_checkpoint():
 def test_a_checkpoint_resumes_everything(checkpoint):
     plan = plan_loading("llama", str(checkpoint))
     assert (plan.model_path, plan.resume_path) == (str(checkpoint / "modeling"), str(checkpoint))
-    states = plan.read_states()
-    assert states["state"] == TrainState(epoch=1, step=30, sample_start_index=80, tokens_seen=9000)
-    assert states["seed"] == 1024
+    state, saved = plan.read_states()
+    assert state == TrainState(epoch=1, step=30, sample_start_index=80, tokens_seen=9000)
+    assert saved["seed"] == 1024 and plan.read_schedule() == {"peak": 0.1}
 
 
 @pytest.mark.parametrize("spelling", ["modeling", "modelling"])
@@ -47,6 +50,13 @@ def test_other_folders_are_refused(tmp_path):
         plan_loading("llama", str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["optimizer/pytorch_optim.bin.index.json", "lr_scheduler"])
+def test_an_incomplete_checkpoint_is_refused(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(UserError, match=name):
+        plan_loading("llama", str(checkpoint))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"epoch": 1}', '{"epoch": null}'])
 def test_damaged_states_are_refused(checkpoint, text):
     (checkpoint / "running_states.json").write_text(text)
@@ -56,6 +66,8 @@ def test_damaged_states_are_refused(checkpoint, text):
 
 def test_a_new_or_empty_folder_may_be_written(tmp_path):
     check_save_dir(str(tmp_path / "new"), None)
+    check_save_dir(str(tmp_path), None)
+    (tmp_path / "epoch-0_step-5.tmp").mkdir()  # what a crash in the first save leaves
     check_save_dir(str(tmp_path), None)
 
 

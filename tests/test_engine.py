@@ -72,7 +72,7 @@ def test_settings_that_cannot_run_are_named(changes, world_size, words):
     assert all(word in problem for word in words)
 
 
-@pytest.mark.parametrize("plugin", booster.PLUGIN_BUILDERS)
+@pytest.mark.parametrize("plugin", booster.PLUGINS)
 def test_every_plugin_takes_the_readme_s_flags(plugin):
     assert settings_problems(settings(plugin=plugin, precision="fp16"), world_size=8) == []
 
@@ -80,7 +80,7 @@ def test_every_plugin_takes_the_readme_s_flags(plugin):
 def test_every_plugin_flag_has_a_builder():
     from colossal_llama2 import arguments
 
-    assert tuple(booster.PLUGIN_BUILDERS) == arguments.PLUGINS
+    assert tuple(booster.PLUGINS) == arguments.PLUGINS
 
 
 def test_norms_do_not_decay():

@@ -58,12 +58,46 @@ def test_an_exit_keeps_its_own_code():
     assert end.value.code == 7
 
 
-def test_other_processes_of_a_host_end_silently(monkeypatch, capsys):
+def test_before_ranks_meet_one_process_of_a_host_speaks(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
         raise UserError("said by rank 0 already")
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error, code", [("UserError('bad row')", 2), ("ValueError('a bug')", 1)])
+def test_once_ranks_have_met_each_speaks_for_itself(error, code):
+    """The mistake may be in the data of one rank; a bug must not leave it waiting for the others."""
+    program = (
+        "import os, torch.distributed as dist\n"
+        "from colossal_llama2.errors import UserError, one_line_errors\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "os.environ.update(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1')\n"
+        "with one_line_errors('tool.py'):\n"
+        f"    raise {error}\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == code
+    if code == 2:
+        assert process.stderr.splitlines()[-1] == "tool.py: error: rank 1: bad row"
+    else:
+        assert "Traceback" in process.stderr and "ValueError: a bug" in process.stderr
+
+
+def test_sigterm_lets_output_be_removed(tmp_path):
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from colossal_llama2.errors import one_line_errors\n"
+        "from colossal_llama2.files import temporary_folder\n"
+        "with one_line_errors('tool.py'), temporary_folder(pathlib.Path(sys.argv[1]), 'out'):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signal.pause()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (process.returncode, process.stderr) == (143, "tool.py: error: terminated\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("local_rank, said", [("0", "tool.py: error: wrong\n"), ("1", "")])

@@ -198,7 +198,7 @@ def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, t
     "line, words",
     [
         (b'{"piece": "a"', "not JSON"),
-        (b"[1]", 'no "piece"'),
+        (b"[1]", "one JSON object"),
         (b'{"word": "a"}', 'no "piece"'),
         (b'{"piece": 7}', "not a string"),
         (b'{"piece": ""}', "empty"),

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.loader import Collator, SampleOrder, StepLoader, load_tokenized_dataset
+from colossal_llama2.dataset.loader import (
+    Collator,
+    SampleOrder,
+    StepLoader,
+    check_lengths,
+    dataset_fingerprints,
+    highest_token_id,
+    load_tokenized_dataset,
+)
 from colossal_llama2.errors import UserError
 
 
@@ -70,7 +78,7 @@ def table(rows):
 
 
 def collator(**changes):
-    return Collator(**{"pad_token_id": 2, "max_length": 16, "vocab_size": 100, **changes})
+    return Collator(**{"pad_token_id": 2, "max_length": 16, **changes})
 
 
 def test_collator_pads_right_and_masks_by_length():
@@ -95,23 +103,36 @@ def test_collator_never_pads_beyond_max_length():
     assert collator(max_length=10)(table([(row, row)])).input_ids.shape == (1, 10)
 
 
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([(list(range(17)), list(range(17)))], ["17 tokens", "--max_length 16"]),
-        ([([1, 100, 2], [1, 100, 2])], ["id 100", "99"]),
-        ([([], [])], ["empty"]),
-    ],
-)
-def test_collator_refuses(rows, words):
-    with pytest.raises(UserError) as caught:
-        collator()(table(rows))
-    assert all(word in str(caught.value) for word in words)
-
-
 def save(folder, rows):
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows, "extra": [0] * len(rows)}).save_to_disk(folder)
     return str(folder)
+
+
+def test_lengths_are_checked_before_the_run(tmp_path):
+    dataset = load_tokenized_dataset([save(tmp_path / "part-00000", [[1] * 17, [1] * 3])])
+    check_lengths(dataset, max_length=17)
+    with pytest.raises(UserError, match="17 tokens, --max_length 16"):
+        check_lengths(dataset, max_length=16)
+    with pytest.raises(UserError, match="empty"):
+        check_lengths(load_tokenized_dataset([save(tmp_path / "part-00001", [[1], []])]), max_length=16)
+
+
+def test_more_labels_than_tokens_are_refused(tmp_path):
+    datasets.Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2, 3]]}).save_to_disk(tmp_path / "part-00000")
+    with pytest.raises(UserError, match="labels"):
+        check_lengths(load_tokenized_dataset([str(tmp_path / "part-00000")]), max_length=16)
+
+
+def test_ranks_divide_the_search_for_the_highest_id(tmp_path):
+    dataset = load_tokenized_dataset([save(tmp_path / "part-00000", [[1, 5], [2, 90], [7], [3, 4], [8]])])
+    assert [highest_token_id(dataset, share=rank, shares=2) for rank in range(2)] == [90, 8]
+    assert max(highest_token_id(dataset, share=rank, shares=7) for rank in range(7)) == 90
+
+
+def test_fingerprints_tell_folders_apart(tmp_path):
+    parts = [save(tmp_path / f"part-0000{k}", [[k]]) for k in range(2)]
+    first, second = dataset_fingerprints(parts)
+    assert first != second and dataset_fingerprints(parts[:1]) == [first]
 
 
 def test_step_loader_reads_parts_in_order(tmp_path):

@@ -5,6 +5,8 @@ All commands share one process group (see train_worker.py).
 
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -109,18 +111,36 @@ def tied_model_dir(tmp_path_factory, tokenizer_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
-def odd_model_dir(tmp_path_factory, model_dir) -> Path:
-    """A model whose vocabulary of 601 cannot be halved."""
-    folder = tmp_path_factory.mktemp("odd") / "model"
+def small_model_dir(tmp_path_factory, model_dir) -> Path:
+    """A model with fewer tokens than the data has."""
+    return with_vocabulary(model_dir, tmp_path_factory.mktemp("small") / "model", 300)
+
+
+@pytest.fixture(scope="module")
+def three_headed_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A model whose attention heads cannot be dealt to two ranks."""
+    return tiny.make_model(tmp_path_factory.mktemp("heads") / "model", tokenizer_dir, heads=3)
+
+
+def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
+    """A copy of a model with so many embedding rows."""
+    shutil.copytree(model_dir, folder)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    model.resize_token_embeddings(601, mean_resizing=False)
+    model.resize_token_embeddings(size, mean_resizing=False)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, parts, model_dir, odd_model_dir, tied_model_dir) -> Dict[str, Job]:
+def odd_model_dir(tmp_path_factory, model_dir) -> Path:
+    """A model whose vocabulary of 601 cannot be halved."""
+    return with_vocabulary(model_dir, tmp_path_factory.mktemp("odd") / "model", 601)
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    tmp_path_factory, parts, model_dir, odd_model_dir, tied_model_dir, small_model_dir, three_headed_dir
+) -> Dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
@@ -152,8 +172,18 @@ def jobs(tmp_path_factory, parts, model_dir, odd_model_dir, tied_model_dir) -> D
         add(name, *FP32, "--plugin", "zero2", "--use_neft", script="train_sft.py")
     add("noise_gemini", *BF16, "--plugin", "gemini", "--use_neft", script="train_sft.py")
     add("noise_tp2", *FP32, *TP2, "--zero", "0", "--use_neft", script="train_sft.py")
-    add("other_seed", *FP32, "--plugin", "zero2", "--seed", "1", "--load_checkpoint",
-        folder / "zero2" / "ckpt" / "epoch-0_step-5", home="zero2")  # fmt: skip
+    middle = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-5")
+    end = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-10")
+    zero2 = (*FP32, "--plugin", "zero2")
+    add("first", *zero2, "--save_interval", "5")
+    add("on_tp2", *FP32, *TP2, "--zero", "0", *middle, run="tb_tp2", home="first")
+    add("second_epoch", *zero2, *end, "--num_epochs", "2", run="tb_second", home="first")
+    add("nothing_left", *zero2, *end, home="first")
+    add("other_seed", *zero2, *middle, "--seed", "1", home="first")
+    add("other_data", *zero2, *middle, "--dataset", *reversed(parts), home="first")
+    add("now_frozen", *zero2, *middle, "--freeze_non_embeds_params", home="first")
+    add("foreign_ids", *zero2, model=small_model_dir)
+    add("too_many_ranks", *FP32, *TP2, "--zero", "0", model=three_headed_dir)
     launch(folder, specs)
     results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
     return {
@@ -329,8 +359,49 @@ def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, flo
         assert jobs[name].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
 
 
-def test_resume_with_another_seed_is_refused(jobs):
-    assert "seed" in jobs["other_seed"].error and "1024" in jobs["other_seed"].error
+def test_another_plugin_and_layout_resumes_too(jobs):
+    job = jobs["on_tp2"]
+    assert job.error is None
+    assert job.scalars("Loss", run="tb_tp2") == pytest.approx(job.scalars("Loss")[5:], rel=1e-5)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(jobs):
+    job = jobs["second_epoch"]
+    assert job.error is None
+    assert len(job.scalars("Loss", run="tb_second")) == STEPS
+    states = json.loads((job.folder / "ckpt" / "epoch-1_step-20" / "running_states.json").read_text())
+    assert (states["epoch"], states["step"], states["sample_start_index"]) == (1, 20, STEPS * GLOBAL_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing_left", ["epochs are trained", "--num_epochs"]),
+        ("other_seed", ["seed was 1024, this run has 1", "--seed", "weights alone"]),
+        ("other_data", ["dataset_fingerprints", "--dataset"]),
+        ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),
+        ("foreign_ids", ["token id", "ends at 299"]),
+        ("too_many_ranks", ["--tp 2", "3 attention heads"]),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(jobs, name, words):
+    assert all(word in jobs[name].error for word in words), jobs[name].error
+
+
+@pytest.mark.parametrize("name", ["zero2", "gemini_bf16", "3d_tp2"])
+def test_exported_config_is_the_model_s_own(jobs, model_dir, name):
+    before, after = (json.loads((path / "config.json").read_text()) for path in (model_dir, jobs[name].model))
+    assert after["torch_dtype"] == ("bfloat16" if "bf16" in name else "float32")
+    assert {**after, "torch_dtype": None} == {**before, "torch_dtype": None}
+    assert AutoModelForCausalLM.from_pretrained(jobs[name].model).config._attn_implementation == "sdpa"
+
+
+def test_checkpoints_are_readable_by_others(jobs):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (jobs["zero2"].folder / "ckpt").rglob("*"):
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
 def test_config_file_holds_resolved_flags(jobs):

@@ -26,20 +26,22 @@ def make_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
     return folder
 
 
-def make_model(folder: Path, tokenizer_dir: Path, *, tie: bool = False, dtype: str = "float32", seed: int = 0) -> Path:
+def make_model(
+    folder: Path, tokenizer_dir: Path, *, tie: bool = False, heads: int = 4, dtype: str = "float32"
+) -> Path:
     """Write a 2-layer LLaMA with random weights and the tokenizer of `tokenizer_dir` to `folder` (may be the same)."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=16 * heads,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=4096,
         tie_word_embeddings=tie,
         torch_dtype=dtype,

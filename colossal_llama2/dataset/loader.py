@@ -1,5 +1,6 @@
 """From prepared part-* folders to batches: which samples each rank reads, in which order, and how they are padded."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Tuple
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 # Matrix kernels are fastest on lengths that are multiples of this.
 PAD_TO_MULTIPLE = 8
+CHECK_ROWS = 10_000
 
 
 def load_tokenized_dataset(dataset_paths: Sequence[str]) -> "datasets.Dataset":
@@ -57,6 +59,38 @@ def check_prepared_folder(path: str) -> None:
         parts = sorted(child.name for child in folder.glob("part-*") if child.is_dir())
         cure = f"list its parts: {path}/{parts[0]} ..." if parts else "prepare it with prepare_pretrain_dataset.py"
         raise UserError(f"--dataset {path}: not a prepared part-* folder; {cure}")
+
+
+def dataset_fingerprints(dataset_paths: Sequence[str]) -> List[str]:
+    """What `datasets` noted of each folder's content when it was written; a prepare command notes a hash of it."""
+    states = [json.loads(Path(path, "state.json").read_text(encoding="utf-8")) for path in dataset_paths]
+    return [str(state.get("_fingerprint")) for state in states]
+
+
+def check_lengths(dataset: "datasets.Dataset", max_length: int) -> None:
+    """Raise a UserError for a sample that is longer than `max_length`, empty, or without a label for each token."""
+    import pyarrow.compute as compute
+
+    for rows in dataset.iter(CHECK_ROWS):
+        lengths = compute.list_value_length(rows["input_ids"])
+        shortest, longest = compute.min_max(lengths).as_py().values()
+        if longest > max_length:
+            raise UserError(
+                f"a sample of --dataset has {longest} tokens, --max_length {max_length} given; "
+                f"raise it, or prepare the data with that --max_length"
+            )
+        if shortest == 0 or not compute.all(compute.equal(lengths, compute.list_value_length(rows["labels"]))).as_py():
+            raise UserError("a sample of --dataset is empty, or has more labels than tokens or fewer; prepare it again")
+
+
+def highest_token_id(dataset: "datasets.Dataset", *, share: int, shares: int) -> int:
+    """The highest token id in one of `shares` equal shares of the data, so that ranks can divide the reading."""
+    import pyarrow.compute as compute
+
+    part = dataset.select(range(len(dataset) * share // shares, len(dataset) * (share + 1) // shares))
+    return max(
+        (compute.max(compute.list_flatten(rows["input_ids"])).as_py() for rows in part.iter(CHECK_ROWS)), default=0
+    )
 
 
 @dataclass(frozen=True)
@@ -131,21 +165,16 @@ class Collator:
     so that a padding token that is also a real one (</s>) is never hidden.
     """
 
-    def __init__(self, *, pad_token_id: int, max_length: int, vocab_size: int):
-        self._pad_token_id, self._max_length, self._vocab_size = pad_token_id, max_length, vocab_size
+    def __init__(self, *, pad_token_id: int, max_length: int):
+        self._pad_token_id, self._max_length = pad_token_id, max_length
 
     def __call__(self, rows) -> Batch:
-        """Collate an arrow table with the list columns input_ids and labels.
-
-        Raises:
-            UserError: a sample is longer than max_length or holds an id beyond the vocabulary.
-        """
+        """Collate an arrow table with the list columns input_ids and labels, which `check_lengths` has accepted."""
         import torch
 
         ids = [np.asarray(row.values) for row in rows["input_ids"]]
         labels = [np.asarray(row.values) for row in rows["labels"]]
         lengths = np.array([len(row) for row in ids])
-        self._check(ids, lengths)
         width = min(-(-lengths.max() // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE, self._max_length)
         padded_ids = np.full((len(ids), width), self._pad_token_id, dtype=np.int64)
         padded_labels = np.full((len(ids), width), IGNORE_INDEX, dtype=np.int64)
@@ -160,21 +189,6 @@ class Collator:
             lengths=torch.from_numpy(lengths),
             predicted=int((padded_labels[:, 1:] != IGNORE_INDEX).sum()),
         )
-
-    def _check(self, ids: List[np.ndarray], lengths: np.ndarray) -> None:
-        if lengths.max() > self._max_length:
-            raise UserError(
-                f"a sample has {lengths.max()} tokens, --max_length {self._max_length} allows fewer; "
-                f"raise it, or prepare the data with that --max_length"
-            )
-        if lengths.min() == 0:
-            raise UserError("a sample of --dataset is empty; prepare the data again")
-        highest = max(int(row.max()) for row in ids)
-        if highest >= self._vocab_size:
-            raise UserError(
-                f"the data has token id {highest}, the model's vocabulary ends at {self._vocab_size - 1}; "
-                f"prepare the data with the tokenizer of the model"
-            )
 
 
 class StepLoader:

@@ -4,30 +4,25 @@ Read and tokenize -> cut (pre-training) -> deal to bins -> splice (pre-training)
 -> account for every token. The output depends on the input and the settings alone: two runs write the same bytes.
 """
 
-import hashlib
-import os
 import random
-import secrets
-import shutil
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Set, Tuple
 
 import numpy as np
-import orjson
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset import IGNORE_INDEX, tokenization
+from colossal_llama2.dataset import tokenization
+from colossal_llama2.dataset.account import Account
+from colossal_llama2.dataset.output import OutputDirs, write_bin
 from colossal_llama2.dataset.splicing import TokenSequence, cut, deal_to_bins, has_trained_token, splice
-from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import jsonl_files, read_jsonl
 from colossal_llama2.tokenizer import Encoder
 
 SEED = 1024
 BATCH_BYTES = 1 << 20
-ARROW_BATCH_SAMPLES = 1000
 MASKED_PIECES = "pieces of long sources without a trained token"
 
 
@@ -53,7 +48,7 @@ def prepare_pretrain(
         splices=True,
         input_dirs=data_input_dirs,
         tokenizer_dir=tokenizer_dir,
-        output_dirs=_OutputDirs(data_cache_dir, data_jsonl_output_dir, data_arrow_output_dir),
+        output_dirs=OutputDirs(data_cache_dir, data_jsonl_output_dir, data_arrow_output_dir),
         max_length=max_length,
         num_bins=num_spliced_dataset_bins,
     )
@@ -79,7 +74,7 @@ def prepare_sft(
         splices=False,
         input_dirs=data_input_dirs,
         tokenizer_dir=tokenizer_dir,
-        output_dirs=_OutputDirs(data_cache_dir, data_jsonl_output_dir, data_arrow_output_dir),
+        output_dirs=OutputDirs(data_cache_dir, data_jsonl_output_dir, data_arrow_output_dir),
         max_length=max_length,
         num_bins=num_spliced_dataset_bins,
     )
@@ -92,7 +87,7 @@ def _prepare(
     splices: bool,
     input_dirs: Sequence[str],
     tokenizer_dir: str,
-    output_dirs: "_OutputDirs",
+    output_dirs: OutputDirs,
     max_length: int,
     num_bins: int,
 ) -> None:
@@ -120,13 +115,10 @@ def _prepare(
                 random.Random(SEED + number).shuffle(members)
                 samples, columns = [member.tokens for member in members], _text_columns(members, encoder=encoder)
             account.add_bin(samples)
-            _write_bin(f"part-{number:05d}", samples=samples, columns=columns, folders=folders)
+            write_bin(f"part-{number:05d}", samples=samples, columns=columns, folders=folders)
             progress.update()
         account.check()
     print(account.table(max_length=max_length))
-
-
-# Input
 
 
 def find_jsonl_files(folders: Sequence[str]) -> List[Path]:
@@ -142,7 +134,7 @@ def find_jsonl_files(folders: Sequence[str]) -> List[Path]:
         if Path(folder).resolve() in seen:
             raise UserError(f"--data_input_dirs: {folder} is given twice; name each folder once")
         seen.add(Path(folder).resolve())
-        inside = sorted(path for path in Path(folder).glob("*.jsonl") if path.is_file())
+        inside = jsonl_files(Path(folder))
         if not inside:
             raise UserError(f"--data_input_dirs: {folder} has no *.jsonl file directly inside; subfolders are not read")
         files += inside
@@ -158,7 +150,7 @@ class _Document:
 
 
 def _read_documents(
-    files: Sequence[Path], *, read: Callable, tokenize: Callable, account: "Account"
+    files: Sequence[Path], *, read: Callable, tokenize: Callable, account: Account
 ) -> List[_Document]:
     """Read and tokenize all files; what is skipped or dropped on the way is counted in `account`."""
     documents: List[_Document] = []
@@ -180,46 +172,27 @@ def _as_arrays(tokenized: tokenization.Tokenized) -> TokenSequence:
     return TokenSequence(np.array(tokenized.input_ids, dtype=np.int32), np.array(tokenized.labels, dtype=np.int32))
 
 
-def _read_batches(files: Sequence[Path], *, read: Callable, account: "Account") -> Iterator[Tuple[List[Any], int]]:
+def _read_batches(files: Sequence[Path], *, read: Callable, account: Account) -> Iterator[Tuple[List[Any], int]]:
     """Checked records in batches of about `BATCH_BYTES`, each with the bytes of input that it stands for."""
     rows: List[Any] = []
     size = 0
     for path in files:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                size += len(line)
-                if line.isspace():
-                    account.empty_lines += 1
-                else:
-                    rows.append(_parse(line, read=read, where=f"{path}:{number}"))
-                if size >= BATCH_BYTES:
-                    yield rows, size
-                    rows, size = [], 0
+        for line in read_jsonl(path):
+            size += line.size
+            if line.record is None:
+                account.empty_lines += 1
+            else:
+                try:
+                    rows.append(read(line.record))
+                except ValueError as error:
+                    raise UserError(f"{line.where}: {error}; correct or remove the line")
+            if size >= BATCH_BYTES:
+                yield rows, size
+                rows, size = [], 0
     yield rows, size
 
 
-def _parse(line: bytes, *, read: Callable, where: str) -> Any:
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{where}: {_why_not_json(line, error)}; each line must be one JSON object in UTF-8")
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON {type(row).__name__} given; each line must be one JSON object")
-    try:
-        return read(row)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; correct or remove the line")
-
-
-def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        line.decode()
-    except UnicodeDecodeError as undecodable:
-        return f"not UTF-8 at byte {undecodable.start + 1} of the line"
-    return f"not JSON ({error})"
-
-
-def _check_enough(documents: Sequence[_Document], *, num_bins: int, account: "Account") -> None:
+def _check_enough(documents: Sequence[_Document], *, num_bins: int, account: Account) -> None:
     if len(documents) >= num_bins:
         return
     reasons = "".join(f", {count} dropped: {reason}" for reason, count in account.drops.items())
@@ -231,7 +204,7 @@ def _check_enough(documents: Sequence[_Document], *, num_bins: int, account: "Ac
     )
 
 
-def _cut(documents: Sequence[_Document], *, max_length: int, account: "Account") -> List[_Document]:
+def _cut(documents: Sequence[_Document], *, max_length: int, account: Account) -> List[_Document]:
     """All documents in pieces that fit a sample, without those that would bring no loss."""
     pieces: List[_Document] = []
     for document in documents:
@@ -243,59 +216,6 @@ def _cut(documents: Sequence[_Document], *, max_length: int, account: "Account")
     return pieces
 
 
-# Output
-
-
-@dataclass(frozen=True)
-class _OutputDirs:
-    """The three folders to write. Cache comes into being empty: no step of this one-pass design needs it yet."""
-
-    cache: str
-    jsonl: str
-    arrow: str
-
-    def check(self) -> None:
-        """Raise UserError unless all three can be made: new, apart from each other, in folders that can be written."""
-        resolved = {flag: Path(folder).resolve() for flag, folder in self._by_flag().items()}
-        for flag, given in self._by_flag().items():
-            folder = resolved[flag]
-            if folder.exists():
-                raise UserError(f"{flag}: {given} exists already; remove it or name another folder")
-            for other_flag, other in resolved.items():
-                if flag != other_flag and folder.is_relative_to(other):
-                    raise UserError(f"{flag}: {given} is the folder of {other_flag} or inside it; name one beside it")
-            parent = next(parent for parent in folder.parents if parent.exists())
-            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise UserError(f"{flag}: {given} cannot be made in {parent}; name a folder where you may write")
-
-    @contextmanager
-    def published_together(self) -> Iterator["_OutputDirs"]:
-        """Yield folders beside the final ones, which get the final names at the end; on an error all of them go."""
-        mark = f".partial-{secrets.token_hex(4)}"
-        finals = [Path(folder).resolve() for folder in self._by_flag().values()]
-        partials = [final.with_name(final.name + mark) for final in finals]
-        published: List[Path] = []
-        try:
-            for folder in partials:
-                folder.mkdir(parents=True)
-            yield _OutputDirs(*map(str, partials))
-            for folder, final in zip(partials, finals, strict=True):
-                folder.rename(final)
-                published.append(final)
-        except BaseException:
-            for folder in [*partials, *published]:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _by_flag(self) -> Dict[str, str]:
-        # Arrow last: it is what training reads, so when it is there all is there.
-        return {
-            "--data_cache_dir": self.cache,
-            "--data_jsonl_output_dir": self.jsonl,
-            "--data_arrow_output_dir": self.arrow,
-        }
-
-
 def _text_columns(members: Sequence[_Document], *, encoder) -> Dict[str, List[Any]]:
     """The original's columns for reading a conversation by eye: one entry per sample."""
     return {
@@ -304,99 +224,3 @@ def _text_columns(members: Sequence[_Document], *, encoder) -> Dict[str, List[An
         "seq_length": [len(member.tokens.input_ids) for member in members],
         "seq_category": [member.category for member in members],
     }
-
-
-def _write_bin(
-    name: str, *, samples: Sequence[TokenSequence], columns: Dict[str, List[Any]], folders: _OutputDirs
-) -> None:
-    """Write one bin as `name`.jsonl and as the arrow folder `name`, which datasets.load_from_disk reads."""
-    import datasets
-    import pyarrow
-
-    digest = hashlib.sha256()
-    with open(Path(folders.jsonl, f"{name}.jsonl"), "wb") as file:
-        for index, sample in enumerate(samples):
-            row = {**sample._asdict(), **{column: values[index] for column, values in columns.items()}}
-            line = orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-            digest.update(line)
-            file.write(line)
-    batches = []
-    for start in range(0, len(samples), ARROW_BATCH_SAMPLES):
-        part = slice(start, start + ARROW_BATCH_SAMPLES)
-        arrays = {
-            "input_ids": _list_column(sample.input_ids for sample in samples[part]),
-            "labels": _list_column(sample.labels for sample in samples[part]),
-            **{column: pyarrow.array(values[part]) for column, values in columns.items()},
-        }
-        batches.append(pyarrow.RecordBatch.from_pydict(arrays))
-    # Left to itself, datasets makes a fingerprint of the clock; this one is of the content.
-    table = datasets.Dataset(pyarrow.Table.from_batches(batches), fingerprint=digest.hexdigest()[:16])
-    datasets.disable_progress_bars()
-    table.save_to_disk(str(Path(folders.arrow, name)))
-
-
-def _list_column(sequences: Iterable[np.ndarray]):
-    import pyarrow
-
-    values = list(sequences)
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(np.concatenate(values)))
-
-
-# Account
-
-
-@dataclass
-class Account:
-    """What became of every record and token. `drops` counts records (or pieces), `drop_tokens` tokens, by reason."""
-
-    num_rows: int = 0
-    empty_lines: int = 0
-    tokens_in: int = 0
-    trained: int = 0
-    masked: int = 0
-    num_samples: int = 0
-    tokens_per_bin: List[int] = field(default_factory=list)
-    drops: Counter = field(default_factory=Counter)
-    drop_tokens: Counter = field(default_factory=Counter)
-
-    def add_drop(self, reason: str, tokens: int) -> None:
-        """Count one record or piece of which `tokens` tokens go into no sample."""
-        self.drops[reason] += 1
-        self.drop_tokens[reason] += tokens
-
-    def add_bin(self, samples: Sequence[TokenSequence]) -> None:
-        """Count the tokens of one bin in the samples that are written."""
-        trained = sum(int(np.count_nonzero(sample.labels != IGNORE_INDEX)) for sample in samples)
-        total = sum(len(sample.input_ids) for sample in samples)
-        self.trained += trained
-        self.masked += total - trained
-        self.num_samples += len(samples)
-        self.tokens_per_bin.append(total)
-
-    def check(self) -> None:
-        """Raise RunError unless every token that came in is trained, masked or dropped for a reason."""
-        dropped = self.drop_tokens.total()
-        if self.tokens_in != self.trained + self.masked + dropped:
-            raise RunError(
-                f"the account does not balance: {self.tokens_in} tokens in, but {self.trained} trained, "
-                f"{self.masked} masked and {dropped} dropped; no output folder was made"
-            )
-
-    def table(self, *, max_length: int) -> str:
-        """The account as aligned lines: name, number, remark."""
-        dropped = self.drop_tokens.total()
-        rows = [
-            ("documents", f"{self.num_rows:,}", f"{self.empty_lines:,} empty lines skipped"),
-            ("tokens in", f"{self.tokens_in:,}", ""),
-            ("  trained", f"{self.trained:,}", f"{self.trained / self.tokens_in:.2%}"),
-            ("  masked", f"{self.masked:,}", f"{self.masked / self.tokens_in:.2%}"),
-            ("  dropped", f"{dropped:,}", f"{dropped / self.tokens_in:.2%}"),
-            *(("", f"{tokens:,}", f"in {self.drops[why]:,} {why}") for why, tokens in self.drop_tokens.items()),
-            ("samples", f"{self.num_samples:,}", f"of at most {max_length:,} tokens"),
-            ("fill", f"{sum(self.tokens_per_bin) / (self.num_samples * max_length):.2%}", ""),
-            ("bins", f"{len(self.tokens_per_bin):,}", ""),
-            ("tokens per bin", f"{min(self.tokens_per_bin):,}", f"to {max(self.tokens_per_bin):,}"),
-        ]
-        names, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
-        return "\n".join(f"{name:<{names}}  {number:>{numbers}}  {remark}".rstrip() for name, number, remark in rows)

@@ -13,7 +13,7 @@ def has_flash_attn() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
-def choose_attention(use_flash_attn: bool, *, replaced: bool = False) -> str:
+def choose_attention(use_flash_attn: bool, *, precision: str, replaced: bool = False) -> str:
     """The transformers name of the attention to load a model with, said in the log.
 
     Args:
@@ -28,6 +28,8 @@ def choose_attention(use_flash_attn: bool, *, replaced: bool = False) -> str:
         name, reason = "eager", "plain attention; --use_flash_attn is faster and needs less memory"
     elif replaced:
         name, reason = "sdpa", "ColossalAI's flash attention"
+    elif torch.cuda.is_available() and precision == "fp32":
+        name, reason = "sdpa", "PyTorch's scaled_dot_product_attention, since flash-attn has no fp32"
     elif has_flash_attn():
         name, reason = "flash_attention_2", "flash-attn"
     elif torch.cuda.is_available():

@@ -19,9 +19,3 @@ def freeze_non_embedding_parameters(model) -> Tuple[int, int]:
         else:
             frozen += param.numel()
     return trainable, frozen
-
-
-def unfreeze_parameters(model) -> None:
-    """Let every parameter of the model be trained."""
-    for param in model.parameters():
-        param.requires_grad_(True)

@@ -22,13 +22,11 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import copy_files, read_json, temporary_folder, write_json
-from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.files import check_can_create, copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, shard_names
 from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder
 from colossal_llama2.tokenizer.init_tokenizer import SPACE, read_added_tokens, read_model
 
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
 INPUT_EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_EMBEDDING = "lm_head.weight"
@@ -127,6 +125,7 @@ def _check_folders(source: Path, tokenizer: Path, target: Path) -> bool:
     if Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
         raise UserError(f"--target_model_path {target} is inside the source {source}; give a folder outside of it")
     if not os.path.lexists(target):
+        check_can_create(target, "--target_model_path")
         return False
     if not target.is_dir():
         raise UserError(f"--target_model_path {target} is not a folder; give a new folder")

@@ -9,6 +9,8 @@ from colossal_llama2.errors import UserError
 
 # Old checkpoints store this constant, which the model computes by itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -20,6 +22,8 @@ class ModelFacts:
     parameters: int
     vocab_size: int
     max_position_embeddings: int
+    attention_heads: int
+    key_value_heads: int
 
 
 def check_model_folder(path: str, flag: str) -> None:
@@ -27,7 +31,7 @@ def check_model_folder(path: str, flag: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: no such folder; give a local Hugging Face LLaMA folder")
-    config_path = folder / "config.json"
+    config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, as init_model.py writes")
     try:
@@ -78,6 +82,8 @@ def inspect_weights(path: str) -> ModelFacts:
         parameters=sum(param.numel() for param in model.parameters()),
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
+        attention_heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
     )
 
 
@@ -102,7 +108,8 @@ def shard_names(path: str) -> Tuple[str, ...]:
         UserError: the index is damaged, or names a file outside the folder.
     """
     index_path = Path(path, INDEX_FILE)
-    if not index_path.is_file():
+    # Where both are there, transformers and ColossalAI load the single file.
+    if Path(path, WEIGHTS_FILE).is_file():
         return (WEIGHTS_FILE,)
     try:
         names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
@@ -128,5 +135,5 @@ def load_llama(path: str, *, precision: str, attention: str):
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
-    config = LlamaConfig.from_pretrained(path, attn_implementation=attention, use_cache=False)
+    config = LlamaConfig.from_pretrained(path, attn_implementation=attention)
     return LlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=dtypes[precision], use_safetensors=True)

@@ -19,19 +19,15 @@ class EmbeddingNoise(NoNoise):
     """
 
     def __init__(self, *, alpha: float, seed: int, data_rank: int):
-        import torch
-
         self._alpha, self._seed, self._data_rank = alpha, seed, data_rank
-        self._generator = torch.Generator()
-        self._lengths = None
+        self._noise_seed, self._lengths = 0, None
 
     def prepare(self, *, step: int, micro_step: int, lengths) -> None:
         """Set the place of the next forward pass and the (batch,) lengths of its samples."""
         import numpy as np
 
         words = np.random.SeedSequence([self._seed, self._data_rank, step, micro_step]).generate_state(2, np.uint32)
-        self._generator.manual_seed(int(words[0]) << 32 | int(words[1]))
-        self._lengths = lengths
+        self._noise_seed, self._lengths = int(words[0]) << 32 | int(words[1]), lengths
 
     def add(self, module, inputs, embeddings):
         """Forward hook of an embedding: (batch, length, width) plus noise, none on padding, none in evaluation."""
@@ -39,12 +35,15 @@ class EmbeddingNoise(NoNoise):
 
         if not module.training:
             return embeddings
-        batch, width = embeddings.shape[0], embeddings.shape[-1]
-        noise = torch.empty(embeddings.shape).uniform_(-1, 1, generator=self._generator)
-        scale = self._alpha / (self._lengths.float() * width).sqrt()
-        is_token = torch.arange(embeddings.shape[1]) < self._lengths[:, None]
-        noise = noise * scale.view(batch, 1, 1) * is_token[..., None]
-        return embeddings + noise.to(device=embeddings.device, dtype=embeddings.dtype)
+        batch, length, width = embeddings.shape
+        device = embeddings.device
+        lengths = self._lengths.to(device)
+        generator = torch.Generator(device).manual_seed(self._noise_seed)
+        noise = torch.empty(embeddings.shape, device=device).uniform_(-1, 1, generator=generator)
+        scale = self._alpha / (lengths.float() * width).sqrt()
+        is_token = torch.arange(length, device=device) < lengths[:, None]
+        noise *= scale.view(batch, 1, 1) * is_token[..., None]
+        return embeddings + noise.to(embeddings.dtype)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class Encoder:
 
     def __init__(self, tokenizer_dir: Union[str, Path]):
         self._tokenizer_dir = tokenizer_dir
-        path = model_path(tokenizer_dir)
+        path = sentencepiece_file(tokenizer_dir)
         content = path.read_bytes()
         self._processor = _processor(content, path)
         # A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model.
@@ -100,10 +100,10 @@ def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
 
 def fingerprint(tokenizer_dir: Union[str, Path]) -> str:
     """SHA-256 of tokenizer.model in hexadecimal: equal for folders whose `Encoder` gives equal ids."""
-    return hashlib.sha256(model_path(tokenizer_dir).read_bytes()).hexdigest()
+    return hashlib.sha256(sentencepiece_file(tokenizer_dir).read_bytes()).hexdigest()
 
 
-def model_path(tokenizer_dir: Union[str, Path]) -> Path:
+def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     """Path of tokenizer.model in a tokenizer folder. Raises UserError if the folder or the file is missing."""
     folder = Path(tokenizer_dir)
     if not folder.is_dir():

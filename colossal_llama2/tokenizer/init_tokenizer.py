@@ -23,7 +23,14 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.files import (
+    check_can_create,
+    copy_files,
+    read_json,
+    read_jsonl,
+    temporary_folder,
+    write_json,
+)
 from colossal_llama2.tokenizer import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -32,7 +39,7 @@ from colossal_llama2.tokenizer import (
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
     Encoder,
-    model_path,
+    sentencepiece_file,
 )
 
 # What LLaMA-2 ships beside its weights, and what transformers needs to load a tokenizer with its settings.
@@ -93,7 +100,7 @@ def expand_tokenizer(
 
 
 def _check_folders(source: Path, target: Path) -> None:
-    model_path(source)
+    sentencepiece_file(source)
     missing = [name for name in REQUIRED_FILES if not (source / name).is_file()]
     if missing:
         raise UserError(
@@ -104,6 +111,7 @@ def _check_folders(source: Path, target: Path) -> None:
         raise UserError(f"--target_tokenizer_dir {target} exists already; give a new folder, nothing is overwritten")
     if Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
         raise UserError(f"--target_tokenizer_dir {target} is inside the source {source}; give a folder outside of it")
+    check_can_create(target, "--target_tokenizer_dir")
 
 
 def read_model(folder: Path):
@@ -111,8 +119,9 @@ def read_model(folder: Path):
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
+    # SentencePiece tells better than protobuf whether a file is one of its models.
     Encoder(folder)
-    path = model_path(folder)
+    path = sentencepiece_file(folder)
     try:
         model = ModelProto.FromString(path.read_bytes())
     except DecodeError:
@@ -144,7 +153,7 @@ def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
 
 def _listed_added_tokens(folder: Path) -> Iterator[tuple]:
     config = read_json(folder / CONFIG_FILE)
-    for index, token in config.get("added_tokens_decoder", {}).items():
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
         yield token["content"], int(index)
     if (folder / ADDED_TOKENS_FILE).is_file():
         yield from read_json(folder / ADDED_TOKENS_FILE).items()
@@ -189,27 +198,17 @@ def _read_new_pieces(path: Path, model, *, special_tokens: set) -> NewPieces:
 
 
 def _pieces_of(path: Path, special_tokens: set) -> Iterator[str]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
+    for line in read_jsonl(path):
+        if line.record is not None:
             try:
-                yield _piece_of(line, special_tokens)
+                yield _piece_of(line.record, special_tokens)
             except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}")
+                raise UserError(f"{line.where}: {error}")
 
 
-def _piece_of(line: bytes, special_tokens: set) -> str:
-    """The piece of one line. Raises ValueError with what is wrong and what is allowed."""
-    import orjson
-
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ValueError(_json_mistake(line, str(error)))
-    if not isinstance(record, dict) or "piece" not in record:
+def _piece_of(record: dict, special_tokens: set) -> str:
+    """The piece of one record. Raises ValueError with what is wrong and what is allowed."""
+    if "piece" not in record:
         raise ValueError('no "piece" in this line; write {"piece": "..."}')
     piece = record["piece"]
     if not isinstance(piece, str):
@@ -225,16 +224,6 @@ def _piece_of(line: bytes, special_tokens: set) -> str:
             f'"piece" is {piece!r}, which holds whitespace or a control character; write a space as {SPACE} (U+2581)'
         )
     return piece
-
-
-def _json_mistake(line: bytes, message: str) -> str:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-    if "surrogate" in message:
-        return "half of a surrogate pair, which is no character; write the character itself"
-    return f'not JSON ({message}); write {{"piece": "..."}}'
 
 
 # Writing the target.
@@ -258,7 +247,7 @@ def append_pieces(model, pieces: Sequence[str]) -> None:
 def _write_settings(source: Path, folder: Path, num_source_pieces: int, num_added: int) -> None:
     """Everything but the two vocabularies, with the ids of added tokens moved behind the new pieces."""
     config = read_json(source / CONFIG_FILE)
-    if "added_tokens_decoder" in config:
+    if config.get("added_tokens_decoder"):
         config["added_tokens_decoder"] = {
             str(_moved(int(index), num_source_pieces, num_added)): token
             for index, token in config["added_tokens_decoder"].items()

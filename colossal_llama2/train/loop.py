@@ -6,14 +6,19 @@ decides when to save, `metrics` and `progress` show the figures.
 
 import math
 import time
-from dataclasses import asdict, dataclass
-from typing import List, Optional
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
 from colossal_llama2.errors import RunError
 from colossal_llama2.train.metrics import SilentWriter
 from colossal_llama2.train.schedule import CosineSchedule
+
+if TYPE_CHECKING:
+    from colossal_llama2.model.neftune import NoNoise
+    from colossal_llama2.train.checkpoint import Checkpointer
+    from colossal_llama2.train.engine.booster import Engine
 
 
 @dataclass
@@ -32,9 +37,14 @@ class TrainState:
     sample_start_index: int = 0
     tokens_seen: int = 0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> Dict[str, int]:
         """The fields by name, as running_states.json holds them."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> "TrainState":
+        """The state of a running_states.json. Raises KeyError or TypeError if a field is missing or no number."""
+        return cls(**{field.name: int(values[field.name]) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class StepResult:
     tokens: int
 
 
-def train_step(engine, batches: List[Batch], *, noise, step: int) -> StepResult:
+def train_step(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int) -> StepResult:
     """Forward and backward over this rank's micro batches, then one update.
 
     Each micro batch weighs by its number of predicted tokens, so that the gradient is that of the mean over all tokens
@@ -73,7 +83,7 @@ def train_step(engine, batches: List[Batch], *, noise, step: int) -> StepResult:
     return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=int(tokens))
 
 
-def weighted_loss(engine, batch: Batch, weight: float):
+def weighted_loss(engine: "Engine", batch: Batch, weight: float):
     """The model's mean loss over the batch's predicted tokens, times `weight`."""
     mask = batch.attention_mask
     outputs = engine.model(
@@ -82,19 +92,19 @@ def weighted_loss(engine, batch: Batch, weight: float):
         labels=batch.labels.to(engine.device),
         use_cache=False,
     )
-    # The mean over no token is NaN; a graph that gives zero gradients keeps the ranks' collectives in step.
-    return outputs.loss * weight if batch.predicted else outputs.logits.sum() * 0.0
+    # The mean over no token is NaN; a loss of zero that depends on the weights keeps the ranks' collectives in step.
+    return outputs.loss * weight if batch.predicted else outputs.logits[:, :1, :1].float().sum() * 0.0
 
 
 def fit(
     state: TrainState,
     *,
     num_epochs: int,
-    engine,
+    engine: "Engine",
     loader: StepLoader,
     schedule: CosineSchedule,
-    noise,
-    checkpointer,
+    noise: "NoNoise",
+    checkpointer: "Checkpointer",
     metrics: SilentWriter,
     progress: logs.SilentProgress,
 ) -> None:
@@ -102,21 +112,27 @@ def fit(
     while state.epoch < num_epochs:
         steps_left = loader.order.steps_after(state.sample_start_index)
         _tell_dropped(loader, state)
+        start = time.monotonic()
         for batches, taken in loader.steps(state.epoch, state.sample_start_index):
-            start = time.monotonic()
             learning_rate = schedule.learning_rate(state.step)
             engine.set_learning_rate(learning_rate)
             result = train_step(engine, batches, noise=noise, step=state.step)
-            if not math.isfinite(result.loss):
-                raise RunError(f"the loss is {result.loss} at step {state.step + 1}; nothing more is saved")
+            _stop_if_not_finite(result, state.step + 1)
             state.step += 1
             state.sample_start_index += taken
             state.tokens_seen += result.tokens
             steps_left -= 1
             _show(state, result, learning_rate, time.monotonic() - start, metrics=metrics, progress=progress)
             checkpointer.save(state, epoch_ends=steps_left == 0)
+            start = time.monotonic()
         state.epoch += 1
         state.sample_start_index = 0
+
+
+def _stop_if_not_finite(result: StepResult, step: int) -> None:
+    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        if value is not None and not math.isfinite(value):
+            raise RunError(f"the {name} is {value} at step {step}, which is not saved; earlier checkpoints are whole")
 
 
 def _tell_dropped(loader: StepLoader, state: TrainState) -> None:

@@ -14,12 +14,12 @@ class SilentWriter:
 
 
 class TensorBoardWriter(SilentWriter):
-    """Writes each figure as a TensorBoard scalar."""
+    """Writes each figure as a TensorBoard scalar. A resumed run replaces what was logged after `last_step`."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, last_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder)
+        self._writer = SummaryWriter(folder, purge_step=last_step + 1)
 
     def write(self, step: int, figures: Dict[str, float]) -> None:
         for name, value in figures.items():

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict
@@ -13,14 +14,20 @@ from colossal_llama2.dataset.loader import (
     Collator,
     SampleOrder,
     StepLoader,
+    check_lengths,
     check_prepared_folder,
+    dataset_fingerprints,
+    highest_token_id,
     load_tokenized_dataset,
 )
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import write_json
-from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights
-from colossal_llama2.tokenizer import CONFIG_FILE
-from colossal_llama2.train.checkpoint import Checkpointer, LoadPlan, check_save_dir, plan_loading
+from colossal_llama2.model.attention import choose_attention
+from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, load_llama
+from colossal_llama2.model.neftune import NoNoise, embedding_noise
+from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
+from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, check_save_dir, plan_loading
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
@@ -43,25 +50,31 @@ def train(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
     facts = inspect_weights(plan.model_path)
-    check_length(args.max_length, facts)
+    check_model_fits(args, facts)
     dataset = load_tokenized_dataset(args.dataset)
+    check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args), facts.parameters)
+    check_token_ids(dataset, facts, engine)
     order = sample_order(args, len(dataset), engine)
-    state = initial_state(plan, order)
-    schedule = make_schedule(args, state, order)
+    tokenizer_path = find_tokenizer(args, plan)
+    run_facts = describe_run(args, engine, order, tokenizer_path)
+    state = initial_state(args, plan, run_facts)
+    schedule = make_schedule(args, plan, state, order)
+    attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
+    loader = StepLoader(dataset, order, make_collator(args, tokenizer_path), engine.data_rank)
     if engine.rank == 0:
+        Path(args.save_dir).mkdir(parents=True, exist_ok=True)
         write_config(args)
     tell_plan(args, engine, order, schedule, facts)
-    load_model(args, plan, engine)
-    tokenizer_path = find_tokenizer(args, plan)
-    loader = StepLoader(dataset, order, make_collator(args, tokenizer_path, facts), engine.data_rank)
+    load_model(args, plan, engine, attention)
     checkpointer = Checkpointer(
         engine=engine,
         save_dir=args.save_dir,
         save_interval=args.save_interval,
-        tokenizer_files=tokenizer_path,
+        model_path=plan.model_path,
+        tokenizer_path=tokenizer_path,
         schedule=schedule,
-        facts=run_facts(args, engine, order),
+        facts=run_facts,
     )
     with contextlib.ExitStack() as parts:
         fit(
@@ -72,12 +85,12 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
             schedule=schedule,
             noise=parts.enter_context(noise_of(args, engine)),
             checkpointer=checkpointer,
-            metrics=parts.enter_context(contextlib.closing(metrics_writer(args, engine))),
+            metrics=parts.enter_context(contextlib.closing(metrics_writer(args, engine, state))),
             progress=parts.enter_context(
                 logs.progress(total=schedule.total_steps, initial=state.step, description="train", unit="step")
             ),
         )
-    final = checkpointer.finish(state)
+    final = checkpointer.finish()
     logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
 
 
@@ -123,12 +136,27 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     return plan
 
 
-def check_length(max_length: int, facts: ModelFacts) -> None:
-    """Refuse samples longer than the model has positions."""
-    if max_length > facts.max_position_embeddings:
+def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
+    """Refuse samples longer than the model has positions, and a tensor-parallel size that does not divide its heads."""
+    if args.max_length > facts.max_position_embeddings:
         raise UserError(
-            f"--max_length {max_length} given, the model has {facts.max_position_embeddings} positions "
+            f"--max_length {args.max_length} given, the model has {facts.max_position_embeddings} positions "
             f"(max_position_embeddings of its config.json); give at most that"
+        )
+    if facts.attention_heads % args.tp or facts.key_value_heads % args.tp:
+        raise UserError(
+            f"--tp {args.tp} does not divide the model's {facts.attention_heads} attention heads "
+            f"and {facts.key_value_heads} key-value heads; give a number that does"
+        )
+
+
+def check_token_ids(dataset, facts: ModelFacts, engine: Engine) -> None:
+    """Refuse data of another tokenizer; each rank looks through its share."""
+    highest = engine.max_over_ranks(highest_token_id(dataset, share=engine.rank, shares=engine.world_size))
+    if highest >= facts.vocab_size:
+        raise UserError(
+            f"--dataset has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "
+            f"prepare the data with the tokenizer of the model"
         )
 
 
@@ -150,31 +178,76 @@ def sample_order(args: argparse.Namespace, num_samples: int, engine: Engine) -> 
     return order
 
 
-def initial_state(plan: LoadPlan, order: SampleOrder) -> TrainState:
-    """The state to begin from: that of the resumed checkpoint, if its data is this run's data."""
+def describe_run(args: argparse.Namespace, engine: Engine, order: SampleOrder, tokenizer_path: str) -> Dict[str, Any]:
+    """What running_states.json says of the whole run."""
+    return {
+        "num_samples": order.num_samples,
+        "dataset_fingerprints": dataset_fingerprints(args.dataset),
+        "tokenizer": fingerprint(tokenizer_path),
+        "seed": order.seed,
+        "freeze_non_embeds_params": args.freeze_non_embeds_params,
+        "world_size": engine.world_size,
+        "data_parallel_size": engine.data_size,
+        "settings": vars(args),
+    }
+
+
+# What must be as in the checkpoint: the first four decide the place in the data, the last which states Adam has.
+RESUMED_FACTS = {
+    "num_samples": "--dataset",
+    "dataset_fingerprints": "--dataset",
+    "tokenizer": "--pretrained",
+    "seed": "--seed",
+    "freeze_non_embeds_params": "--freeze_non_embeds_params",
+}
+
+
+def initial_state(args: argparse.Namespace, plan: LoadPlan, run_facts: Dict[str, Any]) -> TrainState:
+    """The state to begin from: that of the resumed checkpoint, if this run goes on with the same things."""
     if plan.resume_path is None:
         return TrainState()
-    states = plan.read_states()
-    for name, here in (("num_samples", order.num_samples), ("seed", order.seed)):
-        if states.get(name) != here:
+    state, saved = plan.read_states()
+    weights_alone = f"or take its weights alone: --load_checkpoint {plan.model_path}"
+    for name, flag in RESUMED_FACTS.items():
+        if saved.get(name) != run_facts[name]:
             raise UserError(
-                f"--load_checkpoint {plan.resume_path}: was made with {name} {states.get(name)}, this run has {here}; "
-                f"resume with the same --dataset and --seed, or take its weights alone: {plan.model_path}"
+                f"--load_checkpoint {plan.resume_path}: {name} was {saved.get(name)}, this run has {run_facts[name]}; "
+                f"resume with the same {flag}, {weights_alone}"
             )
-    return states["state"]
+    if state.epoch >= args.num_epochs:
+        raise UserError(f"--load_checkpoint {plan.resume_path}: is of epoch {state.epoch}, give a higher --num_epochs")
+    return state
 
 
-def make_schedule(args: argparse.Namespace, state: TrainState, order: SampleOrder) -> CosineSchedule:
+def make_schedule(
+    args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder
+) -> CosineSchedule:
     """The learning rate over all steps of the run, those before a resume included."""
-    whole_epochs_left = max(args.num_epochs - state.epoch - 1, 0)
-    steps_left = order.steps_after(state.sample_start_index) + whole_epochs_left * order.steps_after(0)
-    total_steps = state.step + (steps_left if state.epoch < args.num_epochs else 0)
-    warmup = warmup_steps(args.warmup_steps, total_steps)
-    if warmup >= total_steps:
-        logs.get_logger().warning(
-            "--warmup_steps %d: the run has %d steps, so the learning rate only rises", warmup, total_steps
+    steps_left = order.steps_after(state.sample_start_index)
+    steps_left += (args.num_epochs - state.epoch - 1) * order.steps_after(0)
+    if steps_left == 0:
+        raise UserError(
+            f"--load_checkpoint {plan.resume_path}: its {args.num_epochs} epochs are trained, the model is in "
+            f"{plan.model_path}; give a higher --num_epochs to go on"
         )
-    return CosineSchedule(peak=args.lr, total_steps=total_steps, warmup_steps=warmup)
+    total_steps = state.step + steps_left
+    schedule = CosineSchedule(args.lr, total_steps, warmup_steps(args.warmup_steps, total_steps))
+    if schedule.warmup_steps >= total_steps:
+        logs.get_logger().warning(
+            "--warmup_steps %d: the run has %d steps, so the learning rate only rises",
+            schedule.warmup_steps,
+            total_steps,
+        )
+    if plan.resume_path is not None:
+        _tell_changed_schedule(plan.read_schedule(), schedule)
+    return schedule
+
+
+def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> None:
+    now = asdict(schedule)
+    changed = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    if changed:
+        logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
 
 
 def write_config(args: argparse.Namespace) -> None:
@@ -203,18 +276,10 @@ def tell_plan(
     )  # fmt: skip
 
 
-def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine) -> None:
+def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
-    from colossal_llama2.model.attention import choose_attention
-    from colossal_llama2.model.freezing import freeze_non_embedding_parameters
-    from colossal_llama2.model.loading import load_llama
-
     with engine.initializing():
-        model = load_llama(
-            plan.model_path,
-            precision=args.mixed_precision,
-            attention=choose_attention(args.use_flash_attn, replaced=args.plugin == "3d"),
-        )
+        model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if args.freeze_non_embeds_params:
@@ -225,7 +290,7 @@ def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine) -> None
     model.train()
     engine.boost(model)
     if plan.resume_path is not None:
-        engine.load_optimizer(str(Path(plan.resume_path, "optimizer")))
+        engine.load_optimizer(str(Path(plan.resume_path, OPTIMIZER_NAME)))
         logs.get_logger().info("Resumed %s", plan.resume_path)
     elif plan.model_path != args.pretrained:
         logs.get_logger().info("Took the weights of %s, and nothing else of that run", plan.model_path)
@@ -237,35 +302,20 @@ def find_tokenizer(args: argparse.Namespace, plan: LoadPlan) -> str:
     return plan.model_path if has_one else args.pretrained
 
 
-def make_collator(args: argparse.Namespace, tokenizer_path: str, facts: ModelFacts) -> Collator:
+def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
-    from colossal_llama2.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(tokenizer_path, pad_token="eos" if hasattr(args, "use_neft") else "unk")
-    return Collator(pad_token_id=tokenizer.pad_token_id, max_length=args.max_length, vocab_size=facts.vocab_size)
+    tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)
+    return Collator(pad_token_id=tokenizer.pad_token_id, max_length=args.max_length)
 
 
 def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractContextManager:
     """NEFTune if it was asked for."""
-    from colossal_llama2.model.neftune import NoNoise, embedding_noise
-
     if not getattr(args, "use_neft", False):
         return contextlib.nullcontext(NoNoise())
     logs.get_logger().info("NEFTune: noise of alpha %g on the embeddings", args.neft_alpha)
     return embedding_noise(engine.unwrapped_model, alpha=args.neft_alpha, seed=args.seed, data_rank=engine.data_rank)
 
 
-def metrics_writer(args: argparse.Namespace, engine: Engine) -> SilentWriter:
+def metrics_writer(args: argparse.Namespace, engine: Engine, state: TrainState) -> SilentWriter:
     """TensorBoard on rank 0."""
-    return TensorBoardWriter(args.tensorboard_dir) if engine.rank == 0 else SilentWriter()
-
-
-def run_facts(args: argparse.Namespace, engine: Engine, order: SampleOrder) -> Dict[str, Any]:
-    """What running_states.json says of the whole run."""
-    return {
-        "num_samples": order.num_samples,
-        "seed": order.seed,
-        "world_size": engine.world_size,
-        "data_parallel_size": engine.data_size,
-        "settings": vars(args),
-    }
+    return TensorBoardWriter(args.tensorboard_dir, last_step=state.step) if engine.rank == 0 else SilentWriter()

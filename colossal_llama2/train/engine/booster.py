@@ -6,6 +6,7 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from colossal_llama2 import logs
@@ -143,24 +144,41 @@ def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
     return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu))
 
 
-PLUGIN_BUILDERS: Dict[str, Callable[..., Any]] = {
-    "gemini": _gemini_plugin,
-    "gemini_auto": lambda *args: _gemini_plugin(*args, policy="auto"),
-    "zero2": _zero_plugin,
-    "zero2_cpu": lambda *args: _zero_plugin(*args, offload=True),
-    "3d": _hybrid_plugin,
+@dataclass(frozen=True)
+class PluginKind:
+    """In what the plugins differ.
+
+    Attributes:
+        build: makes ColossalAI's plugin from (settings, parameters, on_cpu).
+        is_gemini: parameters live in chunks. That takes half precision, clips inside Adam, and keeps steps as tensors.
+        is_hybrid: has a mesh of groups of ranks, of which one sees different data.
+        is_lazy: the model may be initialized without its weights, which are read when it is already split.
+    """
+
+    build: Callable[..., Any]
+    is_gemini: bool = False
+    is_hybrid: bool = False
+    is_lazy: bool = False
+
+
+PLUGINS: Dict[str, PluginKind] = {
+    "gemini": PluginKind(_gemini_plugin, is_gemini=True, is_lazy=True),
+    "gemini_auto": PluginKind(partial(_gemini_plugin, policy="auto"), is_gemini=True, is_lazy=True),
+    "zero2": PluginKind(_zero_plugin),
+    "zero2_cpu": PluginKind(partial(_zero_plugin, offload=True)),
+    "3d": PluginKind(_hybrid_plugin, is_hybrid=True, is_lazy=True),
 }
 
 
 def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
     """What is wrong with the settings for so many ranks: one sentence each, none if they can run."""
+    kind = PLUGINS[settings.plugin]
     problems = []
-    gemini = settings.plugin in ("gemini", "gemini_auto")
-    if gemini and settings.precision == "fp32":
+    if kind.is_gemini and settings.precision == "fp32":
         problems.append(f"--plugin {settings.plugin} trains in fp16 or bf16, --mixed_precision fp32 needs zero2 or 3d")
-    if settings.plugin == "3d" and settings.precision == "fp32" and settings.zero_stage > 0:
+    if kind.is_hybrid and settings.precision == "fp32" and settings.zero_stage > 0:
         problems.append("--plugin 3d with --mixed_precision fp32 needs --zero 0, since its ZeRO trains in fp16 or bf16")
-    if settings.plugin != "3d" and settings.tp_size > 1:
+    if not kind.is_hybrid and settings.tp_size > 1:
         problems.append(f"--tp {settings.tp_size} needs --plugin 3d, {settings.plugin} has no tensor parallelism")
     if world_size % settings.tp_size:
         problems.append(f"--tp {settings.tp_size} does not divide the {world_size} processes of this job")
@@ -182,19 +200,18 @@ class Engine:
 
         self.settings = settings
         self.device = get_accelerator().get_current_device()
-        self._plugin = PLUGIN_BUILDERS[settings.plugin](settings, parameters, not torch.cuda.is_available())
-        self._booster = Booster(plugin=self._plugin)
+        self._kind = PLUGINS[settings.plugin]
+        plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
+        self._booster = Booster(plugin=plugin)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if settings.plugin == "3d":
-            self._data_group = self._plugin.dp_group
-            self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
-        else:
-            self._data_group, self.data_rank, self.data_size = None, self.rank, self.world_size
+        # The default group is that of all ranks.
+        self._data_group = plugin.dp_group if self._kind.is_hybrid else None
+        self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
         self.model = self.optimizer = None
 
     def initializing(self) -> contextlib.AbstractContextManager:
         """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
-        if not self.settings.plugin.startswith("gemini") and self.settings.plugin != "3d":
+        if not self._kind.is_lazy:
             return contextlib.nullcontext()
         from colossalai.lazy import LazyInitContext
 
@@ -210,7 +227,7 @@ class Engine:
             betas=ADAM_BETAS,
             adamw_mode=True,
         )
-        if self.settings.plugin.startswith("gemini"):
+        if self._kind.is_gemini:
             from colossal_llama2.train.engine import repairs
 
             repairs.clip_in_bf16(optimizer)
@@ -228,13 +245,13 @@ class Engine:
 
     def backward(self, loss, *, last: bool) -> None:
         """Accumulate the gradients of a loss; ranks need not meet before the `last` one of an optimizer step."""
-        waits = not last and self._booster.plugin.support_no_sync() and self._may_skip_synchronization()
+        waits = not last and self._can_wait()
         with self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext():
             self._booster.backward(loss, self.optimizer)
 
-    def _may_skip_synchronization(self) -> bool:
-        # DDP decides in the forward pass, ZeRO stage 2 splits gradients as they come.
-        return self.settings.plugin == "3d" and self.settings.zero_stage == 1 and self.data_size > 1
+    def _can_wait(self) -> bool:
+        # DDP (3d without ZeRO) decides in the forward pass; ZeRO stage 2 and Gemini split gradients as they come.
+        return self._kind.is_hybrid and self.settings.zero_stage == 1 and self.data_size > 1
 
     def step(self) -> Optional[float]:
         """Clip, update the parameters, clear the gradients.
@@ -266,6 +283,15 @@ class Engine:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=self._data_group)
         return total.tolist()
+
+    def max_over_ranks(self, value: int) -> int:
+        """The largest of the numbers that all ranks give."""
+        import torch
+        import torch.distributed as dist
+
+        largest = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -302,11 +328,17 @@ class Engine:
                 files.rename_optimizer_shards(folder)
 
     def load_optimizer(self, folder: str) -> None:
-        """Read what `save_optimizer` wrote, by any plugin on any number of ranks. Called on all ranks."""
+        """Read what `save_optimizer` wrote, by any plugin on any number of ranks. Called on all ranks.
+
+        The settings of this run hold on, such as its weight decay; ColossalAI would take those of the file.
+        """
         from colossal_llama2.train.engine import files
 
-        with files.safetensors_instead_of_pickle(step_as_tensor=self.settings.plugin.startswith("gemini")):
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        with files.safetensors_instead_of_pickle(step_as_tensor=self._kind.is_gemini):
             self._booster.load_optimizer(self.optimizer, folder)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
         self.barrier()
 
 

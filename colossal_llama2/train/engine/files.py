@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import write_json
+from colossal_llama2.files import open_to_umask, write_json
 from colossal_llama2.model.loading import INDEX_FILE
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
@@ -155,5 +155,7 @@ def rename_optimizer_shards(folder: str) -> None:
 def _rename(index_path: Path, index: Dict[str, Any], new_names: Dict[str, str]) -> None:
     for old, new in new_names.items():
         (index_path.parent / old).rename(index_path.parent / new)
+        # safetensors gives its files to their owner alone.
+        open_to_umask(index_path.parent / new)
     index["weight_map"] = {key: new_names[name] for key, name in index["weight_map"].items()}
     write_json(index_path, index)
