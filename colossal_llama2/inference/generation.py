@@ -3,13 +3,14 @@
 torch and transformers are imported inside the functions, so that importing this module costs nothing.
 """
 
+import contextlib
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
 
 # The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
@@ -36,19 +37,20 @@ def answer_prompt(
     """
     _refuse_broken_text(input_txt)
     _quiet_libraries()
-    model, tokenizer = load_model(model_path, device)
-    start = time.monotonic()
-    answer = generate(
-        model,
-        tokenizer,
-        input_txt + PROMPT_SUFFIX,
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    with _memory_told(device):
+        model, tokenizer = load_model(model_path, device)
+        start = time.monotonic()
+        answer = generate(
+            model,
+            tokenizer,
+            input_txt + PROMPT_SUFFIX,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
     get_logger().info(f"answered in {time.monotonic() - start:.1f} s")
     print(f"Prompt: {input_txt}\nAnswer: {answer}", flush=True)
 
@@ -131,6 +133,16 @@ def generate(
     return tokenizer.decode(sequences[0, prompt_length:], skip_special_tokens=True)
 
 
+@contextlib.contextmanager
+def _memory_told(device: Optional[str]) -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise RunError(f"--device {device or 'cuda:0'} has too little memory ({_first_line(error)}); use --device cpu")
+
+
 def _refuse_broken_text(text: str) -> None:
     try:
         text.encode("utf-8")
@@ -200,10 +212,10 @@ def _check_files(folder: Path, *, given: str) -> None:
         raise UserError(f"--model_path {given} has no config.json; {cure}")
     if any(folder.glob("*.safetensors")):
         return
-    if any(folder.glob("*.bin")):
+    if any(folder.glob("*.bin")) or not Path(given).is_dir():
         raise UserError(
-            f"--model_path {given} has pickled weights (*.bin), which can run code and are never loaded; "
-            f"save the model as safetensors first"
+            f"--model_path {given} has no *.safetensors; pickled weights (*.bin) can run code and are never loaded: "
+            f"load it once with transformers where you trust it, save_pretrained() it to a folder, and give that"
         )
     raise UserError(f"--model_path {given} has no weights (*.safetensors); give the folder of a Hugging Face model")
 
