@@ -88,8 +88,8 @@ class BarProgress(SilentProgress):
 class LineProgress(SilentProgress):
     """One log line every `PLAIN_LINE_SECONDS`, and one at the end."""
 
-    def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int):
-        self._total, self._description, self._unit = total, description, unit
+    def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int, unit_scale: bool):
+        self._total, self._description, self._unit, self._scaled = total, description, unit, unit_scale
         self._start_count = self._count = initial
         self._start = time.monotonic()
         self._last_line = self._start
@@ -109,11 +109,21 @@ class LineProgress(SilentProgress):
         self._last_line = now
         rate = (self._count - self._start_count) / max(now - self._start, 1e-9)
         of_total = f"/{self._total:,}" if self._total is not None else ""
-        parts = [f"{self._description}: {self._count:,}{of_total} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        parts = [f"{self._description}: {self._count:,}{of_total} {self._unit}", f"{self._scale(rate)}{self._unit}/s"]
         if self._total is not None and 0 < rate and self._count < self._total:
             parts.append(f"{(self._total - self._count) / rate:,.0f} s left")
         parts += [f"{name} {value}" for name, value in self._figures.items()]
         get_logger().info(" | ".join(parts))
+
+    def _scale(self, rate: float) -> str:
+        """A rate with the prefix of its unit where that is scaled: 852.5 M of B/s, else 3.8 of step/s."""
+        if not self._scaled:
+            return f"{rate:,.1f} "
+        for prefix in ("", "k", "M"):
+            if rate < 1000:
+                return f"{rate:.1f} {prefix}"
+            rate /= 1000
+        return f"{rate:,.1f} G"
 
 
 def progress(
@@ -124,4 +134,4 @@ def progress(
         return SilentProgress()
     if sys.stderr.isatty():
         return BarProgress(total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale)
-    return LineProgress(total=total, description=description, unit=unit, initial=initial)
+    return LineProgress(total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale)

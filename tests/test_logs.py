@@ -130,3 +130,18 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(5, "5.0 B/s"), (8_525, "8.5 kB/s"), (852_482_645, "852.5 MB/s"), (7 * 10**12, "7,000.0 GB/s")],
+)
+def test_rates_of_bytes_have_prefixes(monkeypatch, caplog, count, expected):
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
+    display = logs.LineProgress(total=None, description="read", unit="B", initial=0, unit_scale=True)
+    with caplog.at_level("INFO"):
+        display._count = count
+        display.close()
+    assert expected in caplog.text
