@@ -4,6 +4,7 @@
 #
 # Each variable can come from the environment instead, and arguments go to train_sft.py, where a flag's last value counts:
 #   NPROC_PER_NODE=2 DATASET="arrow_sft/part-00000 arrow_sft/part-00001" bash train_sft.sh --plugin gemini --lr 2e-5
+# train.example.sh is its twin, apart because each is copied and edited by itself.
 # Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -76,7 +77,7 @@ declare -a arguments=(
 declare -a environment=()
 while IFS= read -r name; do
     environment+=("$name=${!name}")
-done < <(compgen -e | grep -E '^(PATH|HOME|USER|LANG|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|HF_HOME)$|^(NCCL|CUDA|OMP|GLOO|TORCH|UCX)_')
+done < <(compgen -e | grep -E '^(PATH|HOME|USER|LOGNAME|LANG|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSH_AUTH_SOCK|HF_HOME)$|^(NCCL|CUDA|OMP|GLOO|TORCH|UCX)_')
 
 # It also joins the arguments with spaces: @Q quotes them.
 env -i "${environment[@]}" \

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
 from colossal_llama2.tokenizer import Encoder
 from tests import reference, tiny
 from tests.conftest import ROOT
@@ -341,6 +342,21 @@ def test_weights_alone_start_a_new_run(jobs):
     losses = jobs["weights_only"].scalars("Loss")
     assert len(losses) == STEPS
     assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.5
+
+
+def test_exported_model_has_the_trainer_s_loss(jobs, parts):
+    """The first loss of a run that starts from exported weights, against plain transformers on the same samples."""
+    model = AutoModelForCausalLM.from_pretrained(jobs["zero2"].model)
+    rows = load_tokenized_dataset(parts)
+    order = SampleOrder(
+        num_samples=len(rows), micro_batch_size=GLOBAL_BATCH, data_size=1, accumulation_steps=1, seed=1024
+    )
+    batch = rows[next(order.steps(0, 0, 0))[0][0]]
+    samples = list(zip(batch["input_ids"].to_pylist(), batch["labels"].to_pylist(), strict=True))
+    predicted = sum(label != -100 for _, labels in samples for label in labels[1:])
+    with torch.no_grad():
+        loss = reference.cross_entropy_sum(model, [(np.array(ids), np.array(labels)) for ids, labels in samples])
+    assert jobs["weights_only"].scalars("Loss")[0] == pytest.approx(float(loss) / predicted, rel=1e-6)
 
 
 def test_epochs_end_with_a_step_of_what_is_left(jobs):
