@@ -29,8 +29,8 @@ class RunError(Exception):
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn the errors above into one line, prefixed with the command's name, and an exit code.
 
-    Before the processes of a launched job have met, all of them find the same mistakes in the same flags, and the first
-    of each host tells it. Later a mistake may be in the data of one, which tells it with its rank.
+    All processes of a launched job find the same mistakes in the same flags and data, so the first of each host tells
+    them. What the system refuses to one process, such as room on its disk, that one tells with its rank.
     """
     if not _is_launched() and threading.current_thread() is threading.main_thread():
         # An exception lets `finally` and `with` remove half-written output. Under a launcher, its rules hold.
@@ -43,7 +43,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(command, str(error), code=1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _end(command, f"{where}{error.strerror or error}", code=1)
+        _end(command, f"{where}{error.strerror or error}", code=1, is_shared=False)
     except KeyboardInterrupt:
         _end(command, "interrupted", code=130)
     except _Terminated:
@@ -73,9 +73,9 @@ def _ranks_have_met() -> bool:
     return _is_launched() and distributed is not None and distributed.is_initialized()
 
 
-def _end(command: str, message: str, *, code: int) -> NoReturn:
+def _end(command: str, message: str, *, code: int, is_shared: bool = True) -> NoReturn:
     text = " ".join(message.split())
-    if _ranks_have_met():
+    if not is_shared and _ranks_have_met():
         print(f"{command}: error: rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{command}: error: {text}", file=sys.stderr, flush=True)
