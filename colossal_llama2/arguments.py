@@ -8,12 +8,14 @@ This module imports nothing but the standard library, so `--help` is instant.
 import argparse
 import difflib
 import math
+import re
 import sys
-from typing import List, NoReturn, Optional, Sequence
+from typing import List, NoReturn, Optional, Sequence, Tuple
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
 MAX_BINS = 100_000
+SPLICINGS = ("best_fit", "sequential", "none")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -102,6 +104,19 @@ def sequence_length(text: str) -> int:
     return _number(text, int, "a whole number of at least 8", lambda value: value >= 8)
 
 
+def fraction(text: str) -> float:
+    """A number of at least 0 and below 1."""
+    return _number(text, float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def share(text: str) -> Tuple[int, int]:
+    """A share i/n, counted from 1: "2/8" becomes (2, 8)."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' given, i/n with i from 1 to n allowed, such as 1/8")
+    return int(match[1]), int(match[2])
+
+
 def true_or_false(text: str) -> bool:
     """The words True and False, in any case."""
     values = {"true": True, "false": False}
@@ -186,7 +201,7 @@ def prepare_pretrain_parser() -> CommandParser:
         "      --data_cache_dir cache --data_jsonl_output_dir jsonl_output \\\n"
         "      --data_arrow_output_dir arrow_output --max_length 4096 --num_spliced_dataset_bins 10",
     )
-    _add_prepare_arguments(parser, "spliced samples")
+    _add_prepare_arguments(parser, "spliced samples", splicing="best_fit", overlong=("split", "truncate"))
     return parser
 
 
@@ -199,28 +214,37 @@ def prepare_sft_parser() -> CommandParser:
         "      --data_cache_dir sft_cache --data_jsonl_output_dir sft_jsonl_output \\\n"
         "      --data_arrow_output_dir sft_arrow_output --max_length 4096 --num_spliced_dataset_bins 10",
     )
-    _add_prepare_arguments(parser, "samples")
+    # A conversation is never split: one that is too long keeps its whole leading turns.
+    _add_prepare_arguments(parser, "samples", splicing="none", overlong=("truncate",))
     return parser
 
 
-def _add_prepare_arguments(parser: CommandParser, samples: str) -> None:
+def _add_prepare_arguments(
+    parser: CommandParser, samples: str, *, splicing: str, overlong: Tuple[str, ...]
+) -> None:  # fmt: skip
     data = parser.add_argument_group("input")
     data.add_argument(
         "--data_input_dirs", metavar="DIR,DIR", type=path_list, required=True,
-        help="comma-separated folders; every *.jsonl directly inside is read",
+        help="comma-separated folders; every *.jsonl, *.jsonl.gz and *.jsonl.zst directly inside is read",
     )  # fmt: skip
     data.add_argument("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
-    output = parser.add_argument_group("output (none of the three folders may exist yet)")
+    data.add_argument(
+        "--on_bad_row", choices=("fail", "skip"), default="fail",
+        help="end at the first row that cannot be used, or leave such rows out and list them in bad_rows.jsonl",
+    )  # fmt: skip
+    output = parser.add_argument_group("output (the jsonl and the arrow folder may not exist yet)")
     output.add_argument(
-        "--data_cache_dir", metavar="DIR", default="cache", help="folder for intermediate files; stays empty"
-    )
+        "--data_cache_dir", metavar="DIR", default="cache",
+        help="folder for finished units of work, from which a killed run goes on; emptied at the end",
+    )  # fmt: skip
     output.add_argument(
         "--data_jsonl_output_dir", metavar="DIR", default="jsonl_output", help=f"folder for the {samples} as jsonl"
     )
     output.add_argument(
         "--data_arrow_output_dir", metavar="DIR", default="arrow_output",
-        help=f"folder for the {samples} as arrow, which train.py reads",
+        help=f"folder for the {samples} as arrow, which train.py reads, and for manifest.json",
     )  # fmt: skip
+    output.add_argument("--no_jsonl", action="store_true", help="write no jsonl copy of the samples")
     shape = parser.add_argument_group("shape")
     shape.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens"
@@ -229,6 +253,56 @@ def _add_prepare_arguments(parser: CommandParser, samples: str) -> None:
         "--num_spliced_dataset_bins", metavar="N", type=bin_count, default=10,
         help="number of bins (part-* folders) that the data is spread over",
     )  # fmt: skip
+    shape.add_argument(
+        "--splicing", choices=SPLICINGS, default=splicing,
+        help="how documents share a sample: where they fit best, in the order of the input, or not at all",
+    )  # fmt: skip
+    shape.add_argument(
+        "--overlong", choices=overlong, default=overlong[0],
+        help="what becomes of a text over --max_length: split into several pieces, or its end left out",
+    )  # fmt: skip
+    shape.add_argument(
+        "--eval_fraction", metavar="F", type=fraction, default=0.0,
+        help="part of the documents of each category that is held out and written as eval/ beside the bins",
+    )  # fmt: skip
+    shape.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of order and held-out part")
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--num_workers", metavar="N", type=positive_int, default=None,
+        help="processes that tokenize and write (default: the CPU cores); the output does not depend on it",
+    )  # fmt: skip
+    work.add_argument(
+        "--shard", metavar="i/n", type=share, default=None,
+        help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
+    )  # fmt: skip
+    work.add_argument("--executor", choices=("local", "ray"), default="local", help="where the workers run")
+    work.add_argument(
+        "--ray_address", metavar="ADDRESS", default=None,
+        help="address of a Ray cluster, for --executor ray (default: the running one, or a new local one)",
+    )  # fmt: skip
+
+
+def inspect_data_parser() -> CommandParser:
+    """Flags of colossal_llama2/dataset/inspect_data.py."""
+    parser = CommandParser(
+        "python -m colossal_llama2.dataset.inspect_data",
+        "Show prepared data: decoded samples with what is trained and what is masked, the account, two charts.",
+        "  python -m colossal_llama2.dataset.inspect_data arrow_output/part-00000 \\\n"
+        "      --tokenizer_dir tokenizer-zh --sample 3 --plots charts",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument("part", metavar="PART", help="a prepared bin, such as arrow_output/part-00000")
+    group.add_argument(
+        "--tokenizer_dir", metavar="DIR", required=True, help="the tokenizer that the bin was prepared with"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("--sample", metavar="N", type=non_negative_int, default=5, help="number of samples to show")
+    group.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of which samples are shown")
+    group.add_argument(
+        "--plots", metavar="DIR", default=None,
+        help="folder for lengths.png (lengths of the samples) and categories.png (categories of all bins beside it)",
+    )  # fmt: skip
+    return parser
 
 
 def train_parser() -> CommandParser:

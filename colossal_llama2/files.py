@@ -38,18 +38,25 @@ def read_jsonl(path: Path) -> Iterator[JsonLine]:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             where = f"{path}:{number}"
-            yield JsonLine(where, len(line), None if text.isspace() or not text else _parse_object(text, where))
+            if text.isspace() or not text:
+                yield JsonLine(where, len(line), None)
+                continue
+            try:
+                yield JsonLine(where, len(line), parse_object(text))
+            except ValueError as error:
+                raise UserError(f"{where}: {error}")
 
 
-def _parse_object(line: bytes, where: str) -> dict:
+def parse_object(line: bytes) -> dict:
+    """The object in one line of jsonl. Raises ValueError with the reason for anything else."""
     import orjson
 
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"{where}: {_why_not_json(line, error)}; each line must be one JSON object in UTF-8")
+        raise ValueError(f"{_why_not_json(line, error)}; each line must be one JSON object in UTF-8")
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__} given; each line must be one JSON object")
+        raise ValueError(f"a JSON {type(record).__name__} given; each line must be one JSON object")
     return record
 
 

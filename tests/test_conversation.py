@@ -3,16 +3,23 @@
 import pytest
 
 from colossal_llama2.dataset import conversation
-from colossal_llama2.dataset.conversation import Message, Segment, message_segments, opening_text, read_conversation
+from colossal_llama2.dataset.conversation import (
+    Message,
+    Segment,
+    Turn,
+    message_segments,
+    opening_text,
+    read_conversation,
+)
 
 
-def said(role: str, content: str) -> dict:
-    return {"from": role, "content": content}
+def said(role: str, text: str) -> Turn:
+    return Turn(role, text)
 
 
-def render(messages) -> str:
+def render(turns) -> str:
     """The whole conversation as the original's prompt, with its marks as text."""
-    talk = read_conversation(messages)
+    talk = read_conversation(turns)
     groups = [*talk.exchanges, talk.unanswered]
     segments = [
         segment
@@ -60,22 +67,24 @@ def test_segments_train_the_assistant_alone():
     ]
 
 
+def test_a_system_text_apart_from_the_turns():
+    turns = [said("user", "Hi"), said("gpt", "Yo")]
+    assert opening_text(read_conversation(turns, system_text="Be kind.")) == "Be kind.\n\n"
+    with pytest.raises(ValueError, match='message 1 has the role system, but the line has a "system" of its own'):
+        read_conversation([said("system", "Be brief."), *turns], system_text="Be kind.")
+
+
 @pytest.mark.parametrize(
-    "messages, reason",
+    "turns, reason",
     [
-        ("Hi", "must be a list"),
-        ([], "at least one"),
-        (["Hi"], "message 1 must be"),
-        ([{"from": "human"}], "message 1 must be"),
-        ([said("human", "Hi"), {"from": "assistant", "content": 3}], "message 2 must be"),
-        ([said("bot", "Hi")], "'bot'; roles are human, user, assistant, gpt, system"),
+        ([said("bot", "Hi")], "message 1 is from 'bot'; roles are human, user, assistant, gpt, system"),
         ([said("human", "Hi"), said("system", "Be kind.")], "message 2 has the role system"),
         ([said("system", "Be kind.")], "nothing else"),
     ],
 )
-def test_refusals(messages, reason):
+def test_refusals(turns, reason):
     with pytest.raises(ValueError, match=reason):
-        read_conversation(messages)
+        read_conversation(turns)
 
 
 def test_every_role_has_a_speaker():

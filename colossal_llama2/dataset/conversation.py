@@ -5,19 +5,27 @@
 
 with nothing between the messages, and one more <s> in front of everything. The marks are token ids, never text: a
 message that holds the characters "<s>" keeps them as characters. Loss falls on what the assistant says and on the
-</s> that ends it.
+</s> that ends it. `CHAT_TEMPLATE` is the same for transformers, made of the same constants.
 """
 
 from dataclasses import dataclass
-from typing import Any, List, NamedTuple
+from typing import Iterable, List, NamedTuple, Optional
 
 SYSTEM_TEXT = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
 SYSTEM_END = "\n\n"
+NAME_END = ": "
 ROLES = {"human": "Human", "user": "Human", "assistant": "Assistant", "gpt": "Assistant"}
 SYSTEM_ROLE = "system"
+
+
+class Turn(NamedTuple):
+    """One message as a record tells it, whatever its format: `role` is a key of `ROLES`, or `SYSTEM_ROLE`."""
+
+    role: str
+    text: str
 
 
 class Message(NamedTuple):
@@ -55,40 +63,32 @@ class Segment(NamedTuple):
     is_trained: bool
 
 
-def read_conversation(messages: Any) -> Conversation:
-    """Check a record's `messages`, a list of {"from": role, "content": text}, and sort it into exchanges.
+def read_conversation(turns: Iterable[Turn], *, system_text: Optional[str] = None) -> Conversation:
+    """Check the turns of a record and sort them into exchanges.
 
-    Any order of human and assistant is taken, and empty texts are. Raises ValueError with the reason for anything
-    that is not such a list, an unknown role, or a system message that is not the first.
+    Any order of human and assistant is taken, and empty texts are. `system_text` is one that the record tells apart
+    from its turns (None: it does not), and a first turn of the role system is one among them; with neither it is the
+    template's own. Raises ValueError with the reason for an unknown role, a second system text, or no turns.
     """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('"messages" must be a list of at least one {"from": ..., "content": ...}')
-    system_text = SYSTEM_TEXT
     exchanges: List[List[Message]] = []
     current: List[Message] = []
-    for number, raw in enumerate(messages, start=1):
-        role, text = _role_and_text(raw, number=number)
+    for number, (role, text) in enumerate(turns, start=1):
         if role == SYSTEM_ROLE:
             if number > 1:
                 raise ValueError(f"message {number} has the role system, which only the first message may have")
+            if system_text is not None:
+                raise ValueError('message 1 has the role system, but the line has a "system" of its own; keep one')
             system_text = text
             continue
+        if role not in ROLES:
+            raise ValueError(f"message {number} is from {role!r:.80}; roles are {', '.join([*ROLES, SYSTEM_ROLE])}")
         current.append(Message(ROLES[role], text))
         if current[-1].is_trained:
             exchanges.append(current)
             current = []
     if not exchanges and not current:
         raise ValueError("the conversation holds a system message and nothing else")
-    return Conversation(system_text, exchanges, unanswered=current)
-
-
-def _role_and_text(raw: Any, *, number: int) -> tuple:
-    if not isinstance(raw, dict) or not isinstance(raw.get("from"), str) or not isinstance(raw.get("content"), str):
-        raise ValueError(f'message {number} must be {{"from": ..., "content": ...}} with two strings')
-    if raw["from"] not in ROLES and raw["from"] != SYSTEM_ROLE:
-        allowed = ", ".join([*ROLES, SYSTEM_ROLE])
-        raise ValueError(f"message {number} is from {raw['from']!r}; roles are {allowed}")
-    return raw["from"], raw["content"]
+    return Conversation(SYSTEM_TEXT if system_text is None else system_text, exchanges, unanswered=current)
 
 
 def opening_text(conversation: Conversation) -> str:
@@ -107,7 +107,48 @@ def message_segments(messages: List[Message], *, opening: str = "") -> List[Segm
     """
     segments = []
     for number, message in enumerate(messages):
-        name = f"{opening if number == 0 else ''}{message.speaker}: "
+        name = f"{opening if number == 0 else ''}{message.speaker}{NAME_END}"
         segments.append(Segment(name, is_marked=False, is_trained=False))
         segments.append(Segment(message.text, is_marked=True, is_trained=message.is_trained))
     return segments
+
+
+def _jinja_template() -> str:
+    """The template above for transformers, which takes {"role", "content"}: the same text with its marks as text.
+
+    The space behind the first mark stands for the "▁" that SentencePiece puts before a text, and transformers, which
+    sees the mark in front, does not.
+    """
+    assistant = ROLES["assistant"]
+    refusal = f"; roles are {', '.join(ROLES)}, and {SYSTEM_ROLE} for the first message alone"
+    return f"""\
+{{%- set speakers = {ROLES!a} -%}}
+{{{{- bos_token + ' ' -}}}}
+{{%- set system_text = {SYSTEM_TEXT!a} -%}}
+{{%- if messages and messages[0]['role'] == {SYSTEM_ROLE!a} -%}}
+  {{%- set system_text = messages[0]['content'] -%}}
+{{%- endif -%}}
+{{%- if system_text -%}}
+  {{{{- system_text + {SYSTEM_END!a} -}}}}
+{{%- endif -%}}
+{{%- for message in messages -%}}
+  {{%- if message['role'] in speakers -%}}
+    {{{{- speakers[message['role']] + {NAME_END!a} + bos_token -}}}}
+    {{%- if speakers[message['role']] == {assistant!a} -%}}
+      {{%- generation -%}}
+        {{{{- message['content'] + eos_token -}}}}
+      {{%- endgeneration -%}}
+    {{%- else -%}}
+      {{{{- message['content'] + eos_token -}}}}
+    {{%- endif -%}}
+  {{%- elif message['role'] != {SYSTEM_ROLE!a} or not loop.first -%}}
+    {{{{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ {refusal!a}) -}}}}
+  {{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+  {{{{- {assistant + NAME_END!a} + bos_token -}}}}
+{{%- endif -%}}
+"""
+
+
+CHAT_TEMPLATE = _jinja_template()

@@ -1,226 +1,264 @@
 """From folders of jsonl to bins of samples: the body of prepare_pretrain_dataset.py and prepare_sft_dataset.py.
 
-Read and tokenize -> cut (pre-training) -> deal to bins -> splice (pre-training) -> write each bin as jsonl and as arrow
--> account for every token. The output depends on the input and the settings alone: two runs write the same bytes.
+    plan       input files -> units of work (`plan`)
+    units      each read, checked, tokenized, cut and written to the cache (`units`), by all workers
+    deal       the pieces of all units to bins (`dealing`), by their lengths alone
+    bins       each spliced and written as arrow and jsonl (`bins`), by all workers
+    manifest   the account of every token, checked (`account`, `manifest`); then the folders get their names (`output`)
+
+Every step leaves whole files, so a run that is killed goes on where it stopped. The output depends on the input, the
+settings and the tokenizer alone: not on the number of workers, the machine, or how often the run was killed.
 """
 
-import random
-from dataclasses import dataclass
-from functools import partial
+import json
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Set, Tuple
-
-import numpy as np
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset import tokenization
-from colossal_llama2.dataset.account import Account
-from colossal_llama2.dataset.output import OutputDirs, write_bin
-from colossal_llama2.dataset.splicing import TokenSequence, cut, deal_to_bins, has_trained_token, splice
+from colossal_llama2.dataset import account as accounts
+from colossal_llama2.dataset import bins as bins_module
+from colossal_llama2.dataset import manifest, store
+from colossal_llama2.dataset.account import Account, Tally
+from colossal_llama2.dataset.bins import BinTask, write_bin
+from colossal_llama2.dataset.dealing import deal_units
+from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
+from colossal_llama2.dataset.parity import compare_on_sample
+from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
+from colossal_llama2.dataset.settings import Execution, Settings
+from colossal_llama2.dataset.units import UnitTask, do_unit
+from colossal_llama2.dataset.workers import run_tasks
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import jsonl_files, read_jsonl
-from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.tokenizer import Encoder, fingerprint
 
-SEED = 1024
-BATCH_BYTES = 1 << 20
-MASKED_PIECES = "pieces of long sources without a trained token"
+BAD_ROWS_FILE = "bad_rows.jsonl"
 
 
-def prepare_pretrain(
-    *,
-    data_input_dirs: Sequence[str],
-    tokenizer_dir: str,
-    data_cache_dir: str,
-    data_jsonl_output_dir: str,
-    data_arrow_output_dir: str,
-    max_length: int,
-    num_spliced_dataset_bins: int,
-) -> None:
+def prepare_pretrain(**flags: Any) -> None:
     """Tokenize {"source", "target", "category"} records and splice them into samples of at most `max_length` tokens.
 
-    Writes part-00000.jsonl, ... and arrow folders part-00000, ... with the int32 columns `input_ids` and `labels`, and
-    prints where every token went. Raises UserError for anything wrong with flags, folders or records, RunError if the
-    account does not balance; in both cases, and when interrupted, no output folder is left behind.
+    Takes the flags of prepare_pretrain_dataset.py as keywords. Writes arrow folders part-00000, ... with the columns of
+    `bins`, part-00000.jsonl, ... and manifest.json, and prints where every token went. Raises UserError for anything
+    wrong with flags, folders or records, after which nothing is left behind, and RunError for a full disk, a killed
+    worker or an account that does not balance, after which the same command goes on.
     """
-    _prepare(
-        read=tokenization.read_pretrain_row,
-        tokenize=tokenization.tokenize_pretrain,
-        splices=True,
-        input_dirs=data_input_dirs,
-        tokenizer_dir=tokenizer_dir,
-        output_dirs=OutputDirs(data_cache_dir, data_jsonl_output_dir, data_arrow_output_dir),
-        max_length=max_length,
-        num_bins=num_spliced_dataset_bins,
-    )
+    _prepare("pretrain", **{"splicing": "best_fit", "overlong": "split", **flags})
 
 
-def prepare_sft(
-    *,
-    data_input_dirs: Sequence[str],
-    tokenizer_dir: str,
-    data_cache_dir: str,
-    data_jsonl_output_dir: str,
-    data_arrow_output_dir: str,
-    max_length: int,
-    num_spliced_dataset_bins: int,
-) -> None:
-    """Tokenize {"messages", "category"} records, one conversation a sample of at most `max_length` tokens.
+def prepare_sft(**flags: Any) -> None:
+    """Tokenize conversations, one a sample of at most `max_length` tokens unless `splicing` joins them.
 
     As `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`.
     """
-    _prepare(
-        read=tokenization.read_sft_row,
-        tokenize=partial(tokenization.tokenize_sft, max_length=max_length),
-        splices=False,
-        input_dirs=data_input_dirs,
-        tokenizer_dir=tokenizer_dir,
-        output_dirs=OutputDirs(data_cache_dir, data_jsonl_output_dir, data_arrow_output_dir),
-        max_length=max_length,
-        num_bins=num_spliced_dataset_bins,
-    )
+    _prepare("sft", **{"splicing": "none", "overlong": "truncate", **flags})
 
 
 def _prepare(
+    stage: str,
     *,
-    read: Callable,
-    tokenize: Callable,
-    splices: bool,
-    input_dirs: Sequence[str],
+    data_input_dirs: Sequence[str],
     tokenizer_dir: str,
-    output_dirs: OutputDirs,
+    data_cache_dir: str,
+    data_jsonl_output_dir: str,
+    data_arrow_output_dir: str,
     max_length: int,
-    num_bins: int,
+    num_spliced_dataset_bins: int,
+    splicing: str,
+    overlong: str,
+    seed: int = 1024,
+    on_bad_row: str = "fail",
+    eval_fraction: float = 0.0,
+    no_jsonl: bool = False,
+    num_workers: Optional[int] = None,
+    executor: str = "local",
+    ray_address: Optional[str] = None,
+    shard: Optional[Tuple[int, int]] = None,
 ) -> None:
-    """What both commands do; `read` checks a record, `tokenize` takes checked ones, `splices` joins documents."""
-    output_dirs.check()
-    files = find_jsonl_files(input_dirs)
-    encoder = Encoder(tokenizer_dir)
-    account = Account()
-    documents = _read_documents(files, read=read, tokenize=partial(tokenize, encoder=encoder), account=account)
-    _check_enough(documents, num_bins=num_bins, account=account)
-    if splices:
-        documents = _cut(documents, max_length=max_length, account=account)
-    categories = [document.category for document in documents]
-    lengths = [len(document.tokens.input_ids) for document in documents]
-    bins = deal_to_bins(categories, lengths, num_bins=num_bins)
-    with output_dirs.published_together() as folders, logs.progress(
-        total=num_bins, description="write bins", unit="bins"
-    ) as progress:  # fmt: skip
-        for number, indices in enumerate(bins):
-            members = [documents[index] for index in indices]
-            if splices:
-                pieces = [member.tokens for member in members]
-                samples, columns = splice(pieces, max_length=max_length, seed=SEED + number), {}
-            else:
-                random.Random(SEED + number).shuffle(members)
-                samples, columns = [member.tokens for member in members], _text_columns(members, encoder=encoder)
-            account.add_bin(samples)
-            write_bin(f"part-{number:05d}", samples=samples, columns=columns, folders=folders)
-            progress.update()
-        account.check()
-    print(account.table(max_length=max_length))
+    settings = Settings(
+        stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
+        splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
+    )  # fmt: skip
+    execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
+    jsonl_dir = None if no_jsonl else data_jsonl_output_dir
+    folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
+    tokenizer_sha256 = fingerprint(tokenizer_dir)
+    Encoder(tokenizer_dir)
+    if not folders.is_finished:
+        folders.check()
+    files = find_input_files(data_input_dirs)
+    content = manifest.plan_content(settings, files, tokenizer_sha256)
+    if folders.is_finished:
+        _say_finished(folders, content)
+        return
+    with folders.locked(shard):
+        run = _Run(settings, execution, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
+        run.go(content)
 
 
-def find_jsonl_files(folders: Sequence[str]) -> List[Path]:
-    """Every *.jsonl file directly inside the folders: folders in the given order, files sorted by name.
-
-    Raises UserError for a folder that is missing, given twice or without such a file.
-    """
-    files: List[Path] = []
-    seen: Set[Path] = set()
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise UserError(f"--data_input_dirs: {folder} is not a folder; give folders with *.jsonl files inside")
-        if Path(folder).resolve() in seen:
-            raise UserError(f"--data_input_dirs: {folder} is given twice; name each folder once")
-        seen.add(Path(folder).resolve())
-        inside = jsonl_files(Path(folder))
-        if not inside:
-            raise UserError(f"--data_input_dirs: {folder} has no *.jsonl file directly inside; subfolders are not read")
-        files += inside
-    return files
+def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
+    """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
+    manifest.check_finished(folders, content)
+    if store.read_json_or_none(folders.cache / PLAN_FILE) == content:
+        folders.empty_cache()
+    logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
 
 
 @dataclass
-class _Document:
-    """One tokenized record, or a piece of one, that goes into a sample."""
+class _Run:
+    """One command at work in its folders."""
 
-    tokens: TokenSequence
-    category: str
+    settings: Settings
+    execution: Execution
+    folders: OutputDirs
+    files: List[InputFile]
+    units: List[Unit]
+    tokenizer_dir: str
+    sample: Dict[str, int] = field(default_factory=dict)
 
-
-def _read_documents(
-    files: Sequence[Path], *, read: Callable, tokenize: Callable, account: Account
-) -> List[_Document]:
-    """Read and tokenize all files; what is skipped or dropped on the way is counted in `account`."""
-    documents: List[_Document] = []
-    total = sum(path.stat().st_size for path in files)
-    with logs.progress(total=total, description="tokenize", unit="B", unit_scale=True) as progress:
-        for rows, size in _read_batches(files, read=read, account=account):
-            for row, tokenized in zip(rows, tokenize(rows), strict=True):
-                account.num_rows += 1
-                account.tokens_in += tokenized.tokens_in
-                for drop in tokenized.drops:
-                    account.add_drop(drop.reason, drop.tokens)
-                if tokenized.input_ids:
-                    documents.append(_Document(_as_arrays(tokenized), row.category))
-            progress.update(size, documents=f"{account.num_rows:,}", tokens=f"{account.tokens_in:,}")
-    return documents
-
-
-def _as_arrays(tokenized: tokenization.Tokenized) -> TokenSequence:
-    return TokenSequence(np.array(tokenized.input_ids, dtype=np.int32), np.array(tokenized.labels, dtype=np.int32))
-
-
-def _read_batches(files: Sequence[Path], *, read: Callable, account: Account) -> Iterator[Tuple[List[Any], int]]:
-    """Checked records in batches of about `BATCH_BYTES`, each with the bytes of input that it stands for."""
-    rows: List[Any] = []
-    size = 0
-    for path in files:
-        for line in read_jsonl(path):
-            size += line.size
-            if line.record is None:
-                account.empty_lines += 1
+    def go(self, content: Dict[str, Any]) -> None:
+        """Do all that is not done yet."""
+        if manifest.begin_or_continue(self.folders, content) and not self.execution.shard:
+            logs.get_logger().info(f"going on with the unfinished run in {self.folders.cache}")
+        if not self.execution.shard:
+            self._remove_leftovers()
+        if not self.folders.is_being_published:
+            self.sample = compare_on_sample(self.tokenizer_dir, Encoder(self.tokenizer_dir), self.files)
+            self._do_units()
+            missing = [unit for unit in self.units if not self._is_done(unit)]
+            if missing:
+                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
+                return
+        with self.folders.finishing() as is_ours:
+            if is_ours:
+                self._finish(content)
             else:
-                try:
-                    rows.append(read(line.record))
-                except ValueError as error:
-                    raise UserError(f"{line.where}: {error}; correct or remove the line")
-            if size >= BATCH_BYTES:
-                yield rows, size
-                rows, size = [], 0
-    yield rows, size
+                logs.get_logger().info("this share is done; another run writes the bins")
 
+    def _remove_leftovers(self) -> None:
+        count = self.folders.remove_leftovers()
+        if count:
+            logs.get_logger().info(f"removed {count:,} half-written files and folders of an earlier run")
 
-def _check_enough(documents: Sequence[_Document], *, num_bins: int, account: Account) -> None:
-    if len(documents) >= num_bins:
-        return
-    reasons = "".join(f", {count} dropped: {reason}" for reason, count in account.drops.items())
-    left = f"{len(documents)} of {account.num_rows} records can be used{reasons}"
-    if not documents:
-        raise UserError(f"nothing to prepare: {left}; give folders with usable records")
-    raise UserError(
-        f"--num_spliced_dataset_bins {num_bins} given, but {left}; give at most {len(documents)} bins or more data"
-    )
+    def _is_done(self, unit: Unit) -> bool:
+        return (self.folders.cache / f"{unit.name}.json").exists()
 
+    def _do_units(self) -> None:
+        """Do this share of the units."""
+        number, shares = self.execution.shard or (1, 1)
+        own = [unit for unit in self.units if unit.number % shares == number - 1]
+        waiting = [unit for unit in own if not self._is_done(unit)]
+        documents = tokens = 0
+        total, left = (sum(unit.size for unit in units) for units in (own, waiting))
+        with logs.progress(
+            total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
+        ) as progress:  # fmt: skip
+            for done in run_tasks(do_unit, map(self._unit_task, waiting), execution=self.execution):
+                documents += done.documents
+                tokens += done.tokens
+                progress.update(done.size, documents=f"{documents:,}", tokens=f"{tokens:,}")
 
-def _cut(documents: Sequence[_Document], *, max_length: int, account: Account) -> List[_Document]:
-    """All documents in pieces that fit a sample, without those that would bring no loss."""
-    pieces: List[_Document] = []
-    for document in documents:
-        for piece in cut(document.tokens, max_length=max_length):
-            if has_trained_token(piece):
-                pieces.append(_Document(piece, document.category))
-            else:
-                account.add_drop(MASKED_PIECES, len(piece.input_ids))
-    return pieces
+    def _unit_task(self, unit: Unit) -> UnitTask:
+        files = {span.file: self.files[span.file] for span in unit.spans}
+        return UnitTask(unit, files, self.settings, self.tokenizer_dir, str(self.folders.cache), os.getcwd())
 
+    def _finish(self, content: Dict[str, Any]) -> None:
+        """Write the bins and the manifest, give the folders their names, and print the account."""
+        account, hashes = self._collect()
+        path = self.folders.arrow / MANIFEST_FILE
+        if not self.folders.is_being_published:
+            if self.execution.shard:
+                self._remove_leftovers()
+            self._check_enough(account)
+            written = self._write_bins()
+            kept = Tally(trained=sum(entry["trained"] for entry in written))
+            kept.masked = sum(entry["tokens"] for entry in written) - kept.trained
+            kept.predicted = sum(entry["predicted"] for entry in written)
+            account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
+            self._write_bad_rows()
+            tokenizer = {"sha256": content["tokenizer"], **self.sample}
+            whole = manifest.manifest_content(
+                self.settings, self.files, tokenizer=tokenizer, hashes=hashes, account=account, bins=written
+            )
+            store.write_json_whole(path, whole)
+        bins = store.read_json_or_none(path)["bins"]
+        samples = store.read_json_or_none(path)["samples"]
+        self.folders.publish()
+        self.folders.empty_cache()
+        self._print(account, tokens_per_bin=[entry["tokens"] for entry in bins], num_samples=samples)
 
-def _text_columns(members: Sequence[_Document], *, encoder) -> Dict[str, List[Any]]:
-    """The original's columns for reading a conversation by eye: one entry per sample."""
-    return {
-        "inputs_decode": [tokenization.decode_marked(member.tokens.input_ids, encoder=encoder) for member in members],
-        "labels_decode": [tokenization.decode_trained(member.tokens.labels, encoder=encoder) for member in members],
-        "seq_length": [len(member.tokens.input_ids) for member in members],
-        "seq_category": [member.category for member in members],
-    }
+    def _collect(self) -> Tuple[Account, Dict[int, str]]:
+        """The accounts of all units together, and the hash of each file."""
+        account, hashes = Account(), {}
+        for unit in self.units:
+            content = json.loads((self.folders.cache / f"{unit.name}.json").read_bytes())
+            account.add(Account.from_json(content["account"]))
+            hashes.update({int(file): digest for file, digest in content["hashes"].items()})
+        return account, hashes
+
+    def _check_enough(self, account: Account) -> None:
+        """Raise UserError unless each bin, and eval, gets a piece."""
+        total, num_bins = account.total(), self.settings.num_bins
+        if self.settings.has_eval and not total.held_out_documents:
+            raise UserError(
+                f"--eval_fraction {self.settings.eval_fraction} holds out none of {total.documents:,} documents; "
+                "give a larger one, or 0"
+            )
+        pieces = total.pieces - total.held_out_pieces
+        if pieces >= num_bins:
+            return
+        reasons = "".join(f", {count} dropped: {reason}" for reason, (count, _) in sorted(total.dropped.items()))
+        left = f"{pieces} of {total.documents} records can be used{reasons}"
+        if account.bad_rows:
+            left += f", {account.bad_rows} bad rows skipped"
+        if not pieces:
+            raise UserError(f"nothing to prepare: {left}; give folders with usable records")
+        raise UserError(
+            f"--num_spliced_dataset_bins {num_bins} given, but {left}; give at most {pieces} bins or more data"
+        )
+
+    def _write_bins(self) -> List[Dict[str, Any]]:
+        """Write the bins that are not written yet; returns the accounts of all."""
+        categories, sources = deal_units(
+            self.units, self.files, settings=self.settings, cache_dir=self.folders.cache
+        )
+        paths = self.folders.paths()
+        tasks = [
+            BinTask(number, self.settings, self.tokenizer_dir, **paths, categories=categories, sources=sources)
+            for number in self.settings.all_bins
+        ]
+        waiting = [task for task in tasks if not self._is_written(task)]
+        with logs.progress(
+            total=len(tasks), initial=len(tasks) - len(waiting), description="write bins", unit="bins"
+        ) as progress:  # fmt: skip
+            for _ in run_tasks(write_bin, waiting, execution=self.execution):
+                progress.update()
+        names = [self.settings.bin_name(number) for number in self.settings.all_bins]
+        return [json.loads(bins_module.bin_account_file(paths["cache_dir"], name).read_bytes()) for name in names]
+
+    def _is_written(self, task: BinTask) -> bool:
+        name = self.settings.bin_name(task.number)
+        return (
+            bins_module.bin_account_file(task.cache_dir, name).exists()
+            and Path(task.arrow_dir, name).is_dir()
+            and (not self.settings.writes_jsonl or Path(task.jsonl_dir, f"{name}.jsonl").is_file())
+        )
+
+    def _write_bad_rows(self) -> None:
+        """List the rows that were skipped, beside the manifest: {"file": ..., "line": 3, "reason": ...}."""
+        if self.settings.on_bad_row != "skip":
+            return
+        with store.appearing_file(self.folders.arrow / BAD_ROWS_FILE) as file:
+            for unit in self.units:
+                for row in json.loads((self.folders.cache / f"{unit.name}.json").read_bytes())["bad_rows"]:
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _print(self, account: Account, *, tokens_per_bin: List[int], num_samples: int) -> None:
+        by_file = {self.files[number].path: tally for number, tally in account.by_file().items()}
+        print(accounts.breakdown_table("file", by_file), end="\n\n")
+        print(accounts.breakdown_table("category", account.by_category()), end="\n\n")
+        print(
+            accounts.summary_table(
+                account, tokens_per_bin=tokens_per_bin, num_samples=num_samples, max_length=self.settings.max_length
+            )
+        )

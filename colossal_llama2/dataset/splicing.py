@@ -1,48 +1,15 @@
-"""How tokenized documents become samples: cut where they are too long, dealt to bins, spliced together.
+"""Which pieces share a sample, and in which order the samples of a bin stand. Works on lengths alone.
 
-Every token that goes in comes out, once.
+Every piece that goes in comes out, once.
 """
 
-import random
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Iterable, List, Sequence, Tuple
 
 import numpy as np
 
-from colossal_llama2.dataset import IGNORE_INDEX
-
-
-class TokenSequence(NamedTuple):
-    """A document, a piece of one, or a sample: two int32 arrays of shape (length,)."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-
-def deal_to_bins(categories: Sequence[str], lengths: Sequence[int], *, num_bins: int) -> List[List[int]]:
-    """Deal items (pieces or conversations) to `num_bins` bins so that each category and the tokens are spread evenly.
-
-    A category is dealt in rounds of `num_bins` items, longest first, one to a bin: its count differs by one at most
-    between bins. In a round the longest item goes to the bin with the fewest tokens. With at least as many items as
-    bins, no bin stays empty, since an empty bin has the fewest tokens.
-
-    Returns the indices of each bin's items, ascending. The result depends on the arguments alone.
-
-    >>> deal_to_bins(["a", "a", "b", "b"], [10, 7, 4, 3], num_bins=2)
-    [[0, 3], [1, 2]]
-    """
-    by_category: Dict[str, List[int]] = {}
-    for index, category in enumerate(categories):
-        by_category.setdefault(category, []).append(index)
-    bins: List[List[int]] = [[] for _ in range(num_bins)]
-    tokens = [0] * num_bins
-    for indices in by_category.values():
-        indices.sort(key=lambda index: -lengths[index])
-        for start in range(0, len(indices), num_bins):
-            lightest_first = sorted(range(num_bins), key=tokens.__getitem__)
-            for index, target in zip(indices[start : start + num_bins], lightest_first, strict=False):
-                bins[target].append(index)
-                tokens[target] += lengths[index]
-    return [sorted(indices) for indices in bins]
+# Best fit needs some hundred bytes for each piece in Python: so many pieces are looked at together.
+WINDOW_PIECES = 1 << 17
+FULL_ENOUGH = 0.995
 
 
 def piece_lengths(length: int, *, max_length: int) -> List[int]:
@@ -94,37 +61,115 @@ def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> List[List[i
     return groups
 
 
-def cut(document: TokenSequence, *, max_length: int) -> List[TokenSequence]:
-    """The pieces of a document in order, each of at most `max_length` tokens; one that fits is its only piece."""
-    pieces = []
-    start = 0
-    for length in piece_lengths(len(document.input_ids), max_length=max_length):
-        stop = start + length
-        pieces.append(TokenSequence(document.input_ids[start:stop], document.labels[start:stop]))
-        start = stop
-    return pieces
+def next_fit(lengths: Iterable[int], *, capacity: int) -> List[List[int]]:
+    """Group neighbours: a new group begins where the next item does not fit.
 
-
-def has_trained_token(piece: TokenSequence) -> bool:
-    """False if every label is -100: a sample of such pieces alone would have the loss 0/0."""
-    return bool((piece.labels != IGNORE_INDEX).any())
-
-
-def splice(pieces: Sequence[TokenSequence], *, max_length: int, seed: int) -> List[TokenSequence]:
-    """Join the pieces of one bin into samples of at most `max_length` tokens, none longer itself, in a seeded order.
-
-    Pieces are grouped by best fit. Inside a sample they are shuffled, or long documents would always stand before
-    short ones; two pieces of one document never share a sample, since together they are over `max_length`.
-
-    Documents of 11, 5 and 2 tokens at max_length 8: `cut` makes 8 + 3, 5 and 2; the samples hold 8, 5 + 3, and 2.
+    >>> next_fit([3, 5, 6, 2, 4], capacity=10)
+    [[0, 1], [2, 3], [4]]
     """
-    groups = best_fit_decreasing([len(piece.input_ids) for piece in pieces], capacity=max_length)
-    generator = random.Random(seed)
-    generator.shuffle(groups)
-    samples = []
-    for group in groups:
-        generator.shuffle(group)
-        input_ids = np.concatenate([pieces[item].input_ids for item in group])
-        labels = np.concatenate([pieces[item].labels for item in group])
-        samples.append(TokenSequence(input_ids, labels))
-    return samples
+    groups: List[List[int]] = []
+    room = -1
+    for item, length in enumerate(lengths):
+        if length > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(item)
+        room -= length
+    return groups
+
+
+def best_fit_in_windows(lengths: np.ndarray, *, capacity: int, window: int = WINDOW_PIECES) -> List[np.ndarray]:
+    """`best_fit_decreasing` in memory that is bounded by `window` items, besides eight bytes an item for the result.
+
+    The groups of a window that are not full are opened again in the next one, at most half a window of items.
+    """
+    finished: List[np.ndarray] = []
+    carried = np.zeros(0, np.int32)
+    start = 0
+    while start < len(lengths) or len(carried):
+        stop = min(start + window - len(carried), len(lengths))
+        items = np.concatenate([carried, np.arange(start, stop, dtype=np.int32)])
+        start = stop
+        groups = best_fit_decreasing(lengths[items].tolist(), capacity=capacity)
+        members = [items[group] for group in groups]
+        if start == len(lengths):
+            return finished + members
+        fills = np.array([lengths[group].sum() for group in members])
+        carried_groups: List[np.ndarray] = []
+        room = window // 2
+        for index in np.argsort(fills, kind="stable"):
+            group = members[index]
+            if fills[index] >= FULL_ENOUGH * capacity or len(group) > room:
+                finished.append(group)
+            else:
+                carried_groups.append(group)
+                room -= len(group)
+        carried = np.concatenate([*carried_groups, np.zeros(0, np.int32)])
+    return finished
+
+
+def group_pieces(lengths: np.ndarray, *, max_length: int, splicing: str) -> List[np.ndarray]:
+    """The pieces of each sample, as indices; `splicing` is "best_fit", "sequential" or "none"."""
+    if splicing == "best_fit":
+        return best_fit_in_windows(lengths, capacity=max_length)
+    if splicing == "sequential":
+        return [np.array(group, np.int32) for group in next_fit(lengths.tolist(), capacity=max_length)]
+    return list(np.arange(len(lengths), dtype=np.int32)[:, None])
+
+
+def splice(
+    lengths: np.ndarray, documents: np.ndarray, *, max_length: int, splicing: str, seed: Sequence[int]
+) -> Tuple[np.ndarray, np.ndarray]:
+    """Arrange the pieces of one bin, given in the order of the input, into samples.
+
+    Args:
+        lengths: (pieces,) tokens of each piece, at most `max_length`.
+        documents: (pieces,) a number for each document; the pieces of a long one follow each other.
+        seed: of the order of the samples and of the pieces in a sample. "sequential" keeps the order of the input.
+
+    Returns:
+        (pieces,) the pieces in the order of the samples, and (samples,) how many pieces each sample has. The pieces
+        of a document that was cut stand in their order.
+    """
+    groups = group_pieces(lengths, max_length=max_length, splicing=splicing)
+    if splicing != "sequential":
+        generator = np.random.default_rng(seed)
+        groups = [groups[index] for index in generator.permutation(len(groups))]
+        _keep_order_of_cut_documents(groups, documents)
+    counts = np.array([len(group) for group in groups], dtype=np.int32)
+    pieces = np.concatenate(groups) if groups else np.zeros(0, np.int32)
+    if splicing == "best_fit":
+        # Shuffle inside the samples, or long pieces would always stand before short ones.
+        keys = generator.random(len(pieces))
+        pieces = pieces[np.lexsort((keys, np.repeat(np.arange(len(groups)), counts)))]
+    return pieces, counts
+
+
+def _keep_order_of_cut_documents(groups: List[np.ndarray], documents: np.ndarray) -> None:
+    """Reorder groups so that the pieces of each cut document stand in the order of their indices.
+
+    All pieces of such a document but its last fill a sample each. So a sample with a last piece that stands too early
+    changes places with the latest of those, and then these are sorted over their places.
+    """
+    follows = documents[1:] == documents[:-1]
+    is_first_or_middle = np.append(follows, False)
+    is_cut = is_first_or_middle | np.append(False, follows)
+    places = {}
+    for place, group in enumerate(groups):
+        if len(group) == 1 and is_first_or_middle[group[0]]:
+            places.setdefault(int(documents[group[0]]), []).append(place)
+    if not places:
+        return
+    for place in range(len(groups)):
+        while True:
+            ends = [int(documents[item]) for item in groups[place] if is_cut[item] and not is_first_or_middle[item]]
+            document = max(ends, key=lambda end: max(places[end]), default=None)
+            if document is None or max(places[document]) < place:
+                break
+            latest = max(places[document])
+            groups[place], groups[latest] = groups[latest], groups[place]
+            places[document][places[document].index(latest)] = place
+    for own in places.values():
+        ordered = sorted((groups[place] for place in own), key=lambda group: int(group[0]))
+        for place, group in zip(sorted(own), ordered, strict=True):
+            groups[place] = group

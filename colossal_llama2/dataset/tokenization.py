@@ -15,6 +15,7 @@ from colossal_llama2.dataset.conversation import (
     opening_text,
     read_conversation,
 )
+from colossal_llama2.dataset.message_formats import recognize
 
 NO_CATEGORY_PRETRAIN = "unknown"
 NO_CATEGORY_SFT = "None"
@@ -35,10 +36,11 @@ class PretrainRow(NamedTuple):
 
 
 class SftRow(NamedTuple):
-    """A checked fine-tuning record."""
+    """A checked fine-tuning record. `format` is the name of the one that it came in, of `message_formats.FORMATS`."""
 
     conversation: Conversation
     category: str
+    format: str
 
 
 class Drop(NamedTuple):
@@ -68,10 +70,10 @@ def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
 
 
 def read_sft_row(row: Dict[str, Any]) -> SftRow:
-    """Check a record of {"messages", "category"}; raises ValueError with the reason."""
-    if "messages" not in row:
-        raise ValueError('"messages" is missing')
-    return SftRow(read_conversation(row["messages"]), _optional_text(row, "category", default=NO_CATEGORY_SFT))
+    """Check a record of a conversation in any of `message_formats.FORMATS`; raises ValueError with the reason."""
+    turns, system_text, name = recognize(row)
+    conversation = read_conversation(turns, system_text=system_text)
+    return SftRow(conversation, _optional_text(row, "category", default=NO_CATEGORY_SFT), name)
 
 
 def _optional_text(row: Dict[str, Any], name: str, *, default: str) -> str:

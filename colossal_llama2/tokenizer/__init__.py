@@ -12,8 +12,10 @@ FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-# Files that hold no token id: they are copied as they are. The last one is a folder.
-COPIED_FILES = (SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+# Where a chat template can stand apart from the configuration. The last one is a folder.
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+# Files that hold no token id: they are copied as they are.
+COPIED_FILES = (SPECIAL_TOKENS_FILE, *TEMPLATE_FILES)
 TOKENIZER_FILES = (MODEL_FILE, FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)
 PADDING_SIDE = "right"
 PAD_TOKENS = ("unk", "eos")
@@ -58,9 +60,10 @@ class Encoder:
         # One thread: whoever has much text runs one Encoder in each of several processes.
         return processor.encode(list(texts), num_threads=1)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, without <s>, </s> and the leading space that `encode` adds."""
-        return self._processor.decode([int(token) for token in ids])
+    def decode(self, ids: Iterable[int], *, dummy_prefix: bool = True) -> str:
+        """The text of token ids, without <s>, </s> and, with `dummy_prefix`, the leading space that `encode` adds."""
+        processor = self._processor if dummy_prefix else self._continuation_processor
+        return processor.decode([int(token) for token in ids])
 
     def __reduce__(self):
         return Encoder, (self._tokenizer_dir,)

@@ -1,0 +1,148 @@
+"""Deal pieces to bins so that each category and the tokens are spread evenly: one pass over their lengths."""
+
+import json
+from pathlib import Path
+from typing import Dict, List, Sequence, Tuple
+
+import numpy as np
+
+from colossal_llama2.dataset import store
+from colossal_llama2.dataset.bins import MEMBER
+from colossal_llama2.dataset.plan import InputFile, Unit
+from colossal_llama2.dataset.settings import Settings
+from colossal_llama2.dataset.units import PIECE, unit_pieces
+
+# Pieces held in memory before they are appended to the bins' files.
+HELD_PIECES = 1 << 18
+
+
+def deal_units(
+    units: Sequence[Unit], files: Sequence[InputFile], *, settings: Settings, cache_dir: Path
+) -> Tuple[List[str], List[str]]:
+    """Write dealt/NAME.members in the cache for each bin, unless it is there; returns the categories and sources.
+
+    Held-out pieces all go to the bin eval. Memory: `HELD_PIECES`, and fewer pieces than bins for each category.
+    """
+    final = cache_dir / "dealt"
+    if not final.exists():
+        size = sum((cache_dir / f"{unit.name}.pieces").stat().st_size for unit in units)
+        with store.appearing_folder(final, needed_bytes=size) as folder:
+            with _MemberFiles(folder, settings) as members:
+                categories, sources = _deal_units(units, files, members, settings=settings, cache_dir=cache_dir)
+            names = {"categories": categories, "sources": sources}
+            (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
+    names = json.loads((final / "names.json").read_bytes())
+    return names["categories"], names["sources"]
+
+
+def _deal_units(units, files, members: "_MemberFiles", *, settings: Settings, cache_dir: Path):
+    sources = {name: number for number, name in enumerate(dict.fromkeys(file.source for file in files))}
+    source_of_file = np.array([sources[file.source] for file in files], np.int32)
+    categories: Dict[str, int] = {}
+    dealer = Dealer(settings.num_bins)
+    for unit in units:
+        pieces = unit_pieces(cache_dir, unit)
+        names = json.loads((cache_dir / f"{unit.name}.json").read_bytes())["categories"]
+        numbers = np.array([categories.setdefault(name, len(categories)) for name in names], np.int32)
+        entries = np.zeros(len(pieces), MEMBER)
+        for name in set(MEMBER.names) & set(PIECE.names):
+            entries[name] = pieces[name]
+        entries["unit"] = unit.number
+        if len(pieces):
+            entries["category"] = numbers[pieces["category"]]
+            entries["source"] = source_of_file[pieces["file"]]
+        held_out = pieces["held_out"].astype(bool)
+        members.add(entries[held_out], np.full(held_out.sum(), settings.num_bins, np.int32))
+        members.add(*dealer.deal(entries[~held_out]))
+    members.add(*dealer.finish())
+    return list(categories), list(sources)
+
+
+class _MemberFiles:
+    """The members files of all bins, appended to in few large steps."""
+
+    def __init__(self, folder: Path, settings: Settings):
+        self._paths = [folder / f"{settings.bin_name(number)}.members" for number in settings.all_bins]
+        self._held: List[Tuple[np.ndarray, np.ndarray]] = []
+        self._count = 0
+
+    def __enter__(self) -> "_MemberFiles":
+        for path in self._paths:
+            path.touch()
+        return self
+
+    def __exit__(self, error, *rest) -> None:
+        if error is None:
+            self._flush()
+
+    def add(self, members: np.ndarray, bins: np.ndarray) -> None:
+        """Append each member to the file of its bin."""
+        self._held.append((members, bins))
+        self._count += len(members)
+        if self._count >= HELD_PIECES:
+            self._flush()
+
+    def _flush(self) -> None:
+        members, bins = (np.concatenate(column) for column in zip(*self._held, strict=True))
+        self._held, self._count = [], 0
+        order = np.argsort(bins, kind="stable")
+        borders = np.searchsorted(bins[order], np.arange(len(self._paths) + 1))
+        for path, start, stop in zip(self._paths, borders, borders[1:], strict=False):
+            if stop > start:
+                with path.open("ab") as file:
+                    file.write(members[order[start:stop]].tobytes())
+
+
+class Dealer:
+    """Deals pieces as they come, in rounds of `num_bins` of one category, one to a bin.
+
+    So a category's count differs by one at most between bins. In a round the longest piece goes to the bin with the
+    fewest tokens, so the tokens of two bins never differ by more than the longest piece: if they differ by D before a
+    round, two bins differ after it by at most the larger of D and of the difference of the pieces that they got. Once
+    there are as many pieces as bins, no bin is empty, since an empty one has the fewest tokens.
+
+    Pieces that do not make a round wait: less than `num_bins` of each category. The result depends on the pieces and
+    their order alone.
+    """
+
+    def __init__(self, num_bins: int):
+        self._tokens = np.zeros(num_bins, dtype=np.int64)
+        self._waiting: Dict[int, np.ndarray] = {}
+
+    def deal(self, pieces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """Deal an array with the fields `category` and `length`; returns the pieces that got a bin, and their bins."""
+        categories = np.unique(pieces["category"])
+        return _joined([self._deal_category(int(category), pieces) for category in categories], pieces[:0])
+
+    def finish(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Deal what has been waiting, by category."""
+        rest = [self._waiting.pop(category) for category in sorted(self._waiting)]
+        return _joined([(pieces, self._rounds(pieces)) for pieces in rest], np.zeros(0, MEMBER))
+
+    def _deal_category(self, category: int, pieces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        own = pieces[pieces["category"] == category]
+        if category in self._waiting:
+            own = np.concatenate([self._waiting[category], own])
+        own = own[np.argsort(-own["length"], kind="stable")]
+        whole_rounds = len(own) // len(self._tokens) * len(self._tokens)
+        self._waiting[category] = own[whole_rounds:].copy()
+        return own[:whole_rounds], self._rounds(own[:whole_rounds])
+
+    def _rounds(self, pieces: np.ndarray) -> np.ndarray:
+        """The bin of each piece, longest first; only the last round may be short."""
+        num_bins = len(self._tokens)
+        if num_bins == 1:
+            return np.zeros(len(pieces), np.int32)
+        lengths = pieces["length"]
+        bins = np.empty(len(pieces), np.int32)
+        for start in range(0, len(pieces), num_bins):
+            lightest_first = np.argsort(self._tokens, kind="stable")[: len(pieces) - start]
+            bins[start : start + num_bins] = lightest_first
+            self._tokens[lightest_first] += lengths[start : start + num_bins]
+        return bins
+
+
+def _joined(parts: List[Tuple[np.ndarray, np.ndarray]], none: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """The parts one after the other."""
+    members, bins = zip((none, np.zeros(0, np.int32)), *parts, strict=True)
+    return np.concatenate(members), np.concatenate(bins)

@@ -1,0 +1,277 @@
+"""Look at prepared data: decoded samples with what is trained and what is masked, the account, and two charts.
+
+    python -m colossal_llama2.dataset.inspect_data arrow_output/part-00000 --tokenizer_dir tokenizer-zh
+
+On a terminal, trained, masked and borders differ by colour; elsewhere, and with NO_COLOR, by a word before each line.
+"""
+
+import os
+import random
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+from colossal_llama2 import arguments, errors, logs
+from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.manifest_table import manifest_lines, tokenizer_fingerprints
+from colossal_llama2.dataset.visible import visible, visible_line
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import read_json
+from colossal_llama2.tokenizer import Encoder, fingerprint
+
+COMMAND = "python -m colossal_llama2.dataset.inspect_data"
+MANIFEST_FILE = "manifest.json"
+LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
+# Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
+CATEGORY_COLUMNS = ("document_categories", "seq_category")
+BORDER_COLUMN = "sequence_lengths"
+TRAINED, MASKED, BORDER = "trained", "masked", "border"
+# Brightness differs as well, for those who tell colours apart less well.
+COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}
+
+
+class Run(NamedTuple):
+    """A stretch of a document whose tokens are all trained, or all masked, as text that is safe to print."""
+
+    text: str
+    is_trained: bool
+
+
+class Document(NamedTuple):
+    """One document of a sample: its category, if it is recorded, its length in tokens, and its runs."""
+
+    category: Optional[str]
+    num_tokens: int
+    runs: List[Run]
+
+
+def main(argv=None) -> None:
+    """Parse the flags and print the report."""
+    args = arguments.inspect_data_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors(COMMAND):
+        # A terminal that cannot show a character should say which it is, not end the report.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        report = inspect_part(Path(args.part), tokenizer_dir=args.tokenizer_dir, num_samples=args.sample,
+                              seed=args.seed, plots=args.plots, is_coloured=is_coloured)  # fmt: skip
+        try:
+            for line in report:
+                print(line)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader, such as `head`, has seen enough. Python would complain once more at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def inspect_part(
+    part: Path, *, tokenizer_dir: str, num_samples: int, seed: int, plots: Optional[str], is_coloured: bool
+) -> Iterator[str]:
+    """The lines of the report on the bin in the folder `part`; with `plots`, also write the charts to that folder.
+
+    Raises UserError for a folder that is no bin, a bin of another tokenizer, or a place where no chart can be written.
+    """
+    encoder = Encoder(tokenizer_dir)
+    dataset = open_bin(part)
+    lengths = sample_lengths(dataset)
+    if plots is not None:
+        check_plots_folder(Path(plots))
+    yield from _account(part, tokenizer_dir=tokenizer_dir)
+    yield (
+        f"{part}: {len(lengths):,} samples of {min(lengths):,} to {max(lengths):,} tokens, "
+        f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
+    )
+    if BORDER_COLUMN not in dataset.column_names:
+        yield "this bin does not record where its documents end, so no borders are shown"
+    chosen = sorted(random.Random(seed).sample(range(len(lengths)), min(num_samples, len(lengths))))
+    if chosen and is_coloured:
+        yield "colours: " + " ".join(_painted(name, name) for name in COLOURS)
+    for index in chosen:
+        documents = documents_of(dataset[index], encoder=encoder, where=f"sample {index} of {part}")
+        yield from _sample_lines(documents, title=f"sample {index} of {len(lengths):,}", is_coloured=is_coloured)
+    if plots is not None:
+        yield from _draw(part, lengths=lengths, folder=Path(plots))
+
+
+# Reading.
+
+
+def open_bin(folder: Path):
+    """The `datasets.Dataset` of a bin. Raises UserError if the folder is none, or holds no samples."""
+    import datasets
+
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give a prepared bin, such as arrow_output/part-00000")
+    bins = bins_in(folder)
+    if bins and not _is_bin(folder):
+        raise UserError(f"{folder} holds {len(bins)} bins; give one of them, such as {bins[0]}")
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+        columns = set(dataset.column_names)
+    except Exception as error:  # pyarrow and datasets have many kinds for a broken file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{folder} is not a prepared bin ({reason}); give one, such as arrow_output/part-00000")
+    if not {"input_ids", "labels"} <= columns or not len(dataset):
+        raise UserError(f"{folder} holds no samples of input_ids and labels; give a bin that was prepared here")
+    return dataset
+
+
+def bins_in(folder: Path) -> List[Path]:
+    """The bins in a folder, by name."""
+    return [path for path in sorted(folder.glob("part-*")) if _is_bin(path)]
+
+
+def _is_bin(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file()
+
+
+def sample_lengths(dataset) -> List[int]:
+    """Tokens of each sample, without reading the tokens."""
+    import pyarrow.compute
+
+    column = dataset.data.column("input_ids")
+    return [length for chunk in column.chunks for length in pyarrow.compute.list_value_length(chunk).to_pylist()]
+
+
+def count_categories(dataset) -> Optional[Counter]:
+    """Documents per category of a bin, None if it does not record them."""
+    import pyarrow
+
+    name = next((name for name in CATEGORY_COLUMNS if name in dataset.column_names), None)
+    if name is None:
+        return None
+    counts: Counter = Counter()
+    for chunk in dataset.data.column(name).chunks:
+        values = chunk.flatten() if isinstance(chunk, (pyarrow.ListArray, pyarrow.LargeListArray)) else chunk
+        for entry in values.value_counts().to_pylist():
+            counts[str(entry["values"])] += entry["counts"]
+    return counts
+
+
+def documents_of(row: Dict[str, Any], *, encoder, where: str) -> List[Document]:
+    """The documents of a sample, decoded. Without recorded borders the whole sample is one.
+
+    Raises UserError if an id is not the tokenizer's or the borders do not fit the sample; `where` names the sample.
+    """
+    input_ids, labels = row["input_ids"], row["labels"]
+    borders = row.get(BORDER_COLUMN) or [len(input_ids)]
+    if sum(borders) != len(input_ids) or len(labels) != len(input_ids):
+        raise UserError(f"{where} is damaged: its ids, labels and {BORDER_COLUMN} differ in length; prepare it again")
+    unknown = next((token for token in input_ids if not 0 <= token < encoder.vocab_size), None)
+    if unknown is not None:
+        raise UserError(
+            f"{where} holds the id {unknown}, but the tokenizer has {encoder.vocab_size:,} pieces; "
+            "give --tokenizer_dir the tokenizer that the bin was prepared with"
+        )
+    categories = next((row[name] for name in CATEGORY_COLUMNS if row.get(name) is not None), None)
+    categories = categories if isinstance(categories, list) else [categories] * len(borders)
+    categories = categories if len(categories) == len(borders) else [None] * len(borders)
+    documents, start = [], 0
+    for length, category in zip(borders, categories, strict=True):
+        ids, document_labels = input_ids[start : start + length], labels[start : start + length]
+        name = None if category is None else visible_line(str(category))
+        documents.append(Document(name, length, _runs(ids, document_labels, encoder=encoder)))
+        start += length
+    return documents
+
+
+def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> List[Run]:
+    runs, start = [], 0
+    for end in range(1, len(input_ids) + 1):
+        if end == len(input_ids) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
+            text = _readable(input_ids[start:end], encoder=encoder, opens=start == 0)
+            runs.append(Run(text, is_trained=labels[start] != IGNORE_INDEX))
+            start = end
+    return runs
+
+
+def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
+    """The text of `ids`, its marks as <s> and </s>. Behind the mark that `opens` a document stands a dummy prefix."""
+    marks = {encoder.bos_id: "<s>", encoder.eos_id: "</s>"}
+    parts: List[str] = []
+    start = 0
+    for end in range(len(ids) + 1):
+        if end == len(ids) or ids[end] in marks:
+            has_prefix = opens and start == 1 and ids[0] == encoder.bos_id
+            parts.append(visible(encoder.decode(ids[start:end], dummy_prefix=has_prefix)))
+            parts += [marks[ids[end]]] if end < len(ids) else []
+            start = end + 1
+    return "".join(parts)
+
+
+# Showing.
+
+
+def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
+    """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
+    path = part.absolute().parent / MANIFEST_FILE
+    if not path.is_file():
+        return
+    manifest = read_json(path)
+    known = tokenizer_fingerprints(manifest)
+    if known and fingerprint(tokenizer_dir) not in known:
+        logs.get_logger().warning(
+            "%s names another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
+        )
+    yield f"account of {path}:"
+    yield from manifest_lines(manifest)
+    yield ""
+
+
+def _sample_lines(documents: Sequence[Document], *, title: str, is_coloured: bool) -> Iterator[str]:
+    num_tokens = sum(document.num_tokens for document in documents)
+    yield ""
+    heading = f"==== {title}: {num_tokens:,} tokens, {len(documents):,} documents"
+    yield _labelled(BORDER, heading, is_coloured=is_coloured)
+    for number, document in enumerate(documents, start=1):
+        category = "" if document.category is None else f", category {document.category}"
+        border = f"---- document {number} of {len(documents)}: {document.num_tokens:,} tokens{category}"
+        yield _labelled(BORDER, border, is_coloured=is_coloured)
+        kinds = [(TRAINED if run.is_trained else MASKED, run.text) for run in document.runs]
+        if is_coloured:
+            yield "".join("\n".join(_painted(kind, line) for line in text.split("\n")) for kind, text in kinds)
+        else:
+            for kind, text in kinds:
+                yield from (_labelled(kind, line, is_coloured=False) for line in text.split("\n"))
+
+
+def _labelled(kind: str, line: str, *, is_coloured: bool) -> str:
+    return _painted(kind, line) if is_coloured else f"{kind:<7} | {line}"
+
+
+def _painted(kind: str, line: str) -> str:
+    # Line by line, since a pager such as `less -R` begins each line without colour.
+    return f"\x1b[{COLOURS[kind]}m{line}\x1b[0m" if line else ""
+
+
+def check_plots_folder(folder: Path) -> None:
+    """Make the folder for the charts. Raises UserError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--plots {folder} cannot be made ({error.strerror}); name a folder where you may write")
+
+
+def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
+    from colossal_llama2.dataset.plots import draw_categories, draw_lengths, total_categories
+
+    yield ""
+    title = f"{visible_line(part.absolute().name)}: {len(lengths):,} samples"
+    draw_lengths(lengths, folder / LENGTHS_FILE, title=title)
+    yield f"{folder / LENGTHS_FILE}: how long the samples of this bin are"
+    bins: Dict[str, Counter] = {}
+    for path in bins_in(part.absolute().parent) or [part]:
+        counts = count_categories(open_bin(path))
+        if counts is None:
+            yield f"no {CATEGORIES_FILE}: {path} does not record the categories of its documents"
+            return
+        bins[path.name] = Counter({visible_line(name): count for name, count in counts.items()})
+    draw_categories(bins, folder / CATEGORIES_FILE, title=f"categories of {len(bins):,} bins")
+    totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
+    yield f"{folder / CATEGORIES_FILE}: documents per category in each of {len(bins):,} bins; from the bottom: {totals}"
+
+
+if __name__ == "__main__":
+    main()

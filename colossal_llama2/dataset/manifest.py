@@ -1,0 +1,142 @@
+"""What a run was given and what came of it: plan.json in the cache, manifest.json beside the bins.
+
+plan.json is there from the start, so that a restart goes on with nothing but the same work. manifest.json is written
+last; it depends on the input, the settings and the tokenizer alone:
+
+    {"version": 1, "settings": {"stage": "pretrain", "max_length": 4096, ...},
+     "tokenizer": {"sha256": "5f3a...", "sample_documents": 100, "sample_differing": 0},
+     "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
+     "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
+     "empty_lines": 0, "bad_rows": 0, "formats": {}, "samples": 1, "fill": 0.97,
+     "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
+               "fingerprint": "9b12..."}], "eval": null}
+
+The counts are those of `account`.
+"""
+
+from typing import Any, Dict, List, Sequence
+
+from colossal_llama2.dataset import plan
+from colossal_llama2.dataset.account import Account
+from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs, RefusedError
+from colossal_llama2.dataset.plan import InputFile
+from colossal_llama2.dataset.rows import sha256_of
+from colossal_llama2.dataset.settings import Settings
+from colossal_llama2.dataset.store import read_json_or_none, write_json_whole
+from colossal_llama2.errors import UserError
+
+VERSION = 1
+
+
+def plan_content(settings: Settings, files: Sequence[InputFile], tokenizer_sha256: str) -> Dict[str, Any]:
+    """What must be equal for a restart to go on."""
+    return {
+        "version": VERSION,
+        "unit_bytes": plan.UNIT_BYTES,
+        "settings": settings.as_dict(),
+        "tokenizer": tokenizer_sha256,
+        "inputs": [file._asdict() for file in files],
+    }
+
+
+def begin_or_continue(folders: OutputDirs, content: Dict[str, Any]) -> bool:
+    """Write plan.json, or check that the one in the cache is the same; returns whether there was one.
+
+    Raises UserError with what has changed.
+    """
+    path = folders.cache / PLAN_FILE
+    earlier = read_json_or_none(path)
+    if earlier is None:
+        write_json_whole(path, content)
+        return False
+    changes = _changed_settings(earlier.get("settings", {}), content["settings"])
+    if earlier.get("tokenizer") != content["tokenizer"]:
+        changes.append("the tokenizer is another one")
+    changes += _changed_inputs(earlier.get("inputs", []), content["inputs"], ("size", "mtime_ns"))
+    if not changes and earlier != content:
+        changes.append("it was made by another version")
+    if changes:
+        raise RefusedError(
+            f"--data_cache_dir: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; give "
+            "the command as it was to go on, or delete that folder to begin anew"
+        )
+    return True
+
+
+def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
+    """Raise UserError with what is different, unless the finished output is what this command would write.
+
+    Inputs are compared by size, and by hash if they are newer than the output.
+    """
+    path = folders.final_arrow / MANIFEST_FILE
+    manifest = read_json_or_none(path) or {}
+    changes = _changed_settings(manifest.get("settings", {}), content["settings"])
+    if manifest.get("tokenizer", {}).get("sha256") != content["tokenizer"]:
+        changes.append("the tokenizer is another one")
+    changes += _changed_inputs(manifest.get("inputs", []), content["inputs"], ("size",))
+    if not changes:
+        newer = [file["path"] for file in content["inputs"] if file["mtime_ns"] > path.stat().st_mtime_ns]
+        known = {file["path"]: file["sha256"] for file in manifest["inputs"]}
+        changes = [f"{file} has other content" for file in newer if sha256_of(file) != known[file]]
+    if changes:
+        raise UserError(
+            f"--data_arrow_output_dir: {folders.final_arrow} exists already, made of something else: "
+            f"{'; '.join(changes)}; remove it or name another folder"
+        )
+
+
+def _changed_settings(earlier: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    names = {name: Settings.FLAGS.get(name, f"--{name}") for name in now}
+    return [
+        f"{names[name]} was {earlier.get(name)}, now {now[name]}" for name in now if earlier.get(name) != now[name]
+    ]
+
+
+def _changed_inputs(earlier: List[dict], now: List[dict], compared: Sequence[str]) -> List[str]:
+    before, after = ({file["path"]: file for file in files} for files in (earlier, now))
+    changes = [f"{path} is new" for path in after if path not in before]
+    changes += [f"{path} is missing" for path in before if path not in after]
+    for path in before.keys() & after.keys():
+        if any(before[path].get(name) != after[path][name] for name in compared):
+            changes.append(f"{path} has changed ({before[path].get('size'):,} bytes, now {after[path]['size']:,})")
+    if not changes and list(before) != list(after):
+        changes.append("--data_input_dirs has another order")
+    return sorted(changes)
+
+
+def manifest_content(
+    settings: Settings,
+    files: Sequence[InputFile],
+    *,
+    tokenizer: Dict[str, Any],
+    hashes: Dict[int, str],
+    account: Account,
+    bins: List[Dict[str, Any]],
+) -> Dict[str, Any]:
+    """The manifest, as in this module's docstring; `bins` are the accounts that `bins.write_bin` returns."""
+    by_file = account.by_file()
+    inputs = []
+    for number, file in enumerate(files):
+        counts = by_file[number].as_json() if number in by_file else {}
+        inputs.append(
+            {"path": file.path, "source": file.source, "size": file.size, "sha256": hashes[number], **counts}
+        )
+    samples = sum(entry["samples"] for entry in bins)
+    return {
+        "version": VERSION,
+        "settings": settings.as_dict(),
+        "tokenizer": tokenizer,
+        "inputs": inputs,
+        "categories": {name: tally.as_json() for name, tally in account.by_category().items()},
+        "total": account.total().as_json(),
+        "lines": account.lines,
+        "empty_lines": account.empty_lines,
+        "bad_rows": account.bad_rows,
+        "formats": dict(sorted(account.formats.items())),
+        "samples": samples,
+        "fill": round(account.total().kept / (samples * settings.max_length), 6),
+        "bins": bins[: settings.num_bins],
+        "eval": bins[settings.num_bins] if settings.has_eval else None,
+    }
+
+

@@ -1,0 +1,104 @@
+"""A manifest.json as aligned lines, whatever it holds: names and values, nested ones indented, records as rows."""
+
+import re
+import unicodedata
+from typing import Any, Iterator, List, Mapping, Sequence, Set
+
+from colossal_llama2.dataset.visible import visible_line
+
+MAX_ROWS = 20
+MAX_LISTED = 10
+MAX_CELL_CHARACTERS = 60
+INDENT = "  "
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def manifest_lines(content: Mapping[str, Any], *, indent: str = "") -> Iterator[str]:
+    """Lines for a JSON object: first its plain values, then each nested object or list under its name.
+
+    Long lists and tables are shortened with a count of what is left out.
+    """
+    plain = {name: _cell(value) for name, value in content.items() if _is_plain(value)}
+    width = max((_columns(visible_line(name)) for name in plain), default=0)
+    for name, text in plain.items():
+        shown = visible_line(name)
+        yield f"{indent}{shown}{' ' * (width - _columns(shown))}  {text}".rstrip()
+    for name, value in content.items():
+        if not _is_plain(value):
+            yield f"{indent}{visible_line(name)}:"
+            yield from _nested(value, indent=indent + INDENT)
+
+
+def tokenizer_fingerprints(content: Any, *, under_tokenizer: bool = False) -> Set[str]:
+    """Every SHA-256 that a manifest gives under a name with "tokenizer" in it."""
+    found: Set[str] = set()
+    for name, value in content.items() if isinstance(content, dict) else ():
+        is_of_tokenizer = under_tokenizer or "tokenizer" in name
+        if isinstance(value, dict):
+            found |= tokenizer_fingerprints(value, under_tokenizer=is_of_tokenizer)
+        elif isinstance(value, str) and is_of_tokenizer and SHA256.fullmatch(value):
+            found.add(value)
+    return found
+
+
+def _nested(value: Any, *, indent: str) -> Iterator[str]:
+    named = value if isinstance(value, dict) else {str(index): entry for index, entry in enumerate(value)}
+    shown = dict(list(named.items())[:MAX_ROWS])
+    if all(isinstance(entry, dict) and any(map(_is_plain, entry.values())) for entry in shown.values()):
+        yield from _rows(shown, indent=indent)
+    else:
+        yield from manifest_lines(shown, indent=indent)
+    if len(named) > MAX_ROWS:
+        yield f"{indent}and {len(named) - MAX_ROWS:,} more"
+
+
+def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str) -> Iterator[str]:
+    """Records as rows under the names of their fields; what is nested in them goes into one cell."""
+    fields = list(dict.fromkeys(field for record in records.values() for field in record))
+    rows: List[List[str]] = [["", *map(visible_line, fields)]]
+    for name, record in records.items():
+        rows.append([_short(name), *(_cell(record[field]) if field in record else "" for field in fields)])
+    widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        aligned = [" " * (width - _columns(cell)) + cell for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join([indent + name + " " * (widths[0] - _columns(name)), *aligned]).rstrip()
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what fits on the line of its name: an empty object, or no object and no list of objects or lists."""
+    if isinstance(value, dict):
+        return not value
+    return not isinstance(value, list) or not any(isinstance(entry, (dict, list)) for entry in value)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return _short("; ".join(f"{name}: {_cell(entry)}" for name, entry in value.items()) or "none")
+    if isinstance(value, list):
+        return _list_text(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else _short(str(value))
+
+
+def _list_text(values: Sequence[Any]) -> str:
+    if len(values) <= MAX_LISTED:
+        return ", ".join(map(_cell, values)) or "none"
+    if all(isinstance(value, (int, float)) for value in values):
+        return f"{len(values):,} numbers, {_cell(min(values))} to {_cell(max(values))}"
+    return f"{', '.join(map(_cell, values[:MAX_LISTED]))} and {len(values) - MAX_LISTED:,} more"
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal `text` takes: Chinese characters take two each."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _short(text: str) -> str:
+    """One line of at most `MAX_CELL_CHARACTERS`: the end of a longer text, which tells paths apart; a hash's start."""
+    if SHA256.fullmatch(text):
+        return text[:12]
+    line = visible_line(text)
+    return line if len(line) <= MAX_CELL_CHARACTERS else "…" + line[1 - MAX_CELL_CHARACTERS :]

@@ -1,0 +1,64 @@
+"""What decides the output of a prepare command, beside its input: written to the cache and to manifest.json."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Optional, Tuple
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one command; equal settings, input and tokenizer give equal bytes.
+
+    Attributes:
+        stage: "pretrain" or "sft".
+        overlong: "split" cuts a document over `max_length` into pieces, "truncate" leaves out its end.
+        splicing: "best_fit", "sequential" or "none".
+        on_bad_row: "fail" or "skip".
+        eval_fraction: part of the documents of each category that goes to eval/.
+        writes_jsonl: whether the samples are also written as jsonl.
+    """
+
+    stage: str
+    max_length: int
+    num_bins: int
+    seed: int
+    overlong: str
+    splicing: str
+    on_bad_row: str
+    eval_fraction: float
+    writes_jsonl: bool
+
+    # The flag behind each field, for messages.
+    FLAGS = {
+        "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "--no_jsonl",
+    }  # fmt: skip
+
+    def as_dict(self) -> Dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether documents are held out."""
+        return self.eval_fraction > 0
+
+    def bin_name(self, number: int) -> str:
+        """part-00000, ...; the one after the last bin is eval."""
+        return f"part-{number:05d}" if number < self.num_bins else "eval"
+
+    @property
+    def all_bins(self) -> range:
+        """The numbers of all bins, the held-out one last."""
+        return range(self.num_bins + self.has_eval)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done. None of it changes the output.
+
+    `shard` is (i, n), i from 1 to n: the i-th of n shares of the units.
+    """
+
+    num_workers: int
+    executor: str = "local"
+    ray_address: Optional[str] = None
+    shard: Optional[Tuple[int, int]] = None

@@ -1,0 +1,119 @@
+"""Files and folders that appear whole or not at all, even if the machine loses power, and a full disk told in one line.
+
+What is being written has a name that begins with `TEMPORARY`; a run that begins removes what an earlier one left.
+"""
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+from colossal_llama2.errors import RunError
+from colossal_llama2.files import open_to_umask
+
+TEMPORARY = ".tmp-"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the same folder."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+
+
+@contextmanager
+def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
+    """Yield a new folder, which gets the name `path` when all in it is written. Raises RunError if the disk is full."""
+    temporary = temporary_beside(path)
+    try:
+        with full_disk_told(path, needed_bytes):
+            temporary.mkdir(parents=True)
+            open_to_umask(temporary)
+            yield temporary
+            sync_tree(temporary)
+            # Of a run that died before it could note that this is done.
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def appearing_file(path: Path, *, needed_bytes: int = 4096) -> Iterator[Any]:
+    """Yield a binary file to write, which gets the name `path` at the end. Raises RunError if the disk is full."""
+    temporary = temporary_beside(path)
+    try:
+        with full_disk_told(path, needed_bytes):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json_whole(path: Path, content: Any) -> None:
+    """Write a value as JSON, indented, in UTF-8."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with appearing_file(path) as file:
+        file.write(text.encode())
+
+
+def read_json_or_none(path: Path) -> Any:
+    """The value in a JSON file, None if there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn the system's error for a full disk into a RunError with needed and free bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        raise RunError(
+            f"{path}: {error.strerror}; about {needed_bytes:,} bytes needed, {shutil.disk_usage(folder).free:,} free "
+            f"in {folder}; make room and give the same command again, it goes on where it stopped"
+        )
+
+
+def sync_tree(folder: Path) -> None:
+    """Make sure that a folder's files and names are on the disk."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(os.path.join(parent, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(parent))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove what dead runs were writing in `folder`; returns how many files and folders that were."""
+    leftovers = [
+        path for path in folder.iterdir() if path.name.startswith(TEMPORARY) and not path.name.endswith(".lock")
+    ]  # fmt: skip
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(leftovers)

@@ -1,0 +1,311 @@
+"""One unit of work: read its lines, check and tokenize them, cut them into pieces, and write these to the cache.
+
+Three files a unit, of which the last says that all are complete:
+
+    unit-00000012.tokens   int32, the tokens of all pieces one after the other; a token without loss is ~id (below 0)
+    unit-00000012.pieces   an array of PIECE, one entry a piece
+    unit-00000012.json     {"categories": ["news"], "hashes": {"0": "5f3a..."}, "account": {...}, "bad_rows": []}
+"""
+
+import hashlib
+import os
+from array import array
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from colossal_llama2.dataset import IGNORE_INDEX, store, tokenization
+from colossal_llama2.dataset.account import Account
+from colossal_llama2.dataset.plan import InputFile, Unit
+from colossal_llama2.dataset.rows import SpanReader, sha256_of
+from colossal_llama2.dataset.settings import Settings
+from colossal_llama2.dataset.splicing import piece_lengths
+from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer import Encoder
+
+BATCH_BYTES = 1 << 20
+# Token ids are a third to a half of the bytes of the text, at four bytes each.
+CACHE_BYTES_PER_INPUT_BYTE = 3
+MASKED_PIECES = "pieces of long sources without a trained token"
+# `document` counts the documents of the unit, `offset` the tokens before the piece in the unit's file.
+PIECE = np.dtype(
+    [
+        ("offset", "<i8"), ("target_bytes", "<i8"), ("length", "<i4"), ("document", "<i4"), ("category", "<i4"),
+        ("file", "<i4"), ("held_out", "<i4"), ("trained", "<i4"), ("predicted", "<i4"),
+    ]
+)  # fmt: skip
+
+
+class UnitTask(NamedTuple):
+    """All that a worker needs to do a unit, on whatever machine that shares the folders.
+
+    `files` holds those of the unit's spans; their paths, as the user gave them, count from `base`.
+    """
+
+    unit: Unit
+    files: Dict[int, InputFile]
+    settings: Settings
+    tokenizer_dir: str
+    cache_dir: str
+    base: str
+
+
+class Progress(NamedTuple):
+    """What a finished unit adds to the progress shown: bytes of input, documents, tokens."""
+
+    size: int
+    documents: int
+    tokens: int
+
+
+def do_unit(task: UnitTask) -> Progress:
+    """Write the files of one unit. Raises UserError with file:line for a bad row, unless those are skipped."""
+    unit, folder = task.unit, Path(task.cache_dir)
+    if unit.hashes_only:
+        (span,) = unit.spans
+        hashes = {str(span.file): sha256_of(os.path.join(task.base, task.files[span.file].path))}
+        content = {"categories": [], "hashes": hashes, "account": Account().as_json(), "bad_rows": []}
+        np.zeros(0, PIECE).tofile(folder / f"{unit.name}.pieces")
+        store.write_json_whole(folder / f"{unit.name}.json", content)
+        return Progress(0, 0, 0)
+    with store.appearing_file(
+        folder / f"{unit.name}.tokens", needed_bytes=unit.size * CACHE_BYTES_PER_INPUT_BYTE
+    ) as file:
+        worker = _UnitWorker(task, file)
+        worker.run()
+    with store.appearing_file(folder / f"{unit.name}.pieces", needed_bytes=unit.size) as file:
+        for pieces in worker.pieces:
+            file.write(pieces.tobytes())
+    store.write_json_whole(folder / f"{unit.name}.json", worker.content())
+    total = worker.account.total()
+    return Progress(unit.size, total.documents, total.tokens_in)
+
+
+def unit_pieces(cache_dir: Path, unit: Unit) -> np.ndarray:
+    """The array of PIECE of a finished unit."""
+    return np.fromfile(cache_dir / f"{unit.name}.pieces", dtype=PIECE)
+
+
+@lru_cache(maxsize=1)
+def encoder_of(tokenizer_dir: str) -> Encoder:
+    """The tokenizer of this process, loaded once."""
+    return Encoder(tokenizer_dir)
+
+
+class _Document(NamedTuple):
+    """A tokenized record on its way into pieces."""
+
+    slot: int
+    target_bytes: int
+    held_out: bool
+    tokens: tokenization.Tokenized
+
+
+class _UnitWorker:
+    """The state of one unit while it is done: a batch of rows, and what has come of the earlier ones."""
+
+    def __init__(self, task: UnitTask, file):
+        self._task, self._file = task, file
+        self._read, self._tokenize = _functions(task)
+        self._rows: List[Tuple[int, Any]] = []
+        self._batch_bytes = self._tokens_written = self._documents = 0
+        # (file, category) to a number, in the order of appearance.
+        self._slots: Dict[Tuple[int, str], int] = {}
+        self.pieces: List[np.ndarray] = []
+        self.account = Account()
+        self._hashes: Dict[str, str] = {}
+        self._bad_rows: List[Dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Read and tokenize all spans."""
+        for span in self._task.unit.spans:
+            file = self._task.files[span.file]
+            reader = SpanReader(file, span, self._task.base)
+            for line in reader:
+                self.account.lines += 1
+                self._batch_bytes += line.size
+                problem = line.problem
+                if problem is None and line.record is None:
+                    self.account.empty_lines += 1
+                elif problem is None:
+                    try:
+                        self._rows.append((span.file, self._read(line.record)))
+                    except ValueError as error:
+                        problem = f"{error}; correct or remove the line"
+                if problem is not None:
+                    self._note_bad_row(file.path, reader.line_number(line.number), problem)
+                if self._batch_bytes >= BATCH_BYTES:
+                    self._finish_batch()
+            if reader.sha256 is not None:
+                self._hashes[str(span.file)] = reader.sha256
+        self._finish_batch()
+
+    def content(self) -> Dict[str, Any]:
+        """What the unit's JSON file says."""
+        categories = [category for _, category in self._slots]
+        return {
+            "categories": categories,
+            "hashes": self._hashes,
+            "account": self.account.as_json(),
+            "bad_rows": self._bad_rows,
+        }
+
+    def _note_bad_row(self, path: str, line: int, reason: str) -> None:
+        if self._task.settings.on_bad_row == "fail":
+            raise UserError(f"{path}:{line}: {reason}")
+        self.account.bad_rows += 1
+        self._bad_rows.append({"file": path, "line": line, "reason": reason})
+
+    def _finish_batch(self) -> None:
+        rows, self._rows, self._batch_bytes = self._rows, [], 0
+        if not rows:
+            return
+        documents = []
+        for (file, row), tokens in zip(rows, self._tokenize([row for _, row in rows]), strict=True):
+            slot = self._slots.setdefault((file, row.category), len(self._slots))
+            tally = self.account.tally(file, row.category)
+            texts = _texts(row)
+            tally.documents += 1
+            tally.characters += sum(map(len, texts))
+            tally.bytes += sum(len(text.encode()) for text in texts)
+            tally.tokens_in += tokens.tokens_in
+            for drop in tokens.drops:
+                tally.drop(drop.reason, documents=1, tokens=drop.tokens)
+            if tokens.input_ids:
+                held_out = is_held_out(texts, self._task.settings)
+                tally.held_out_documents += held_out
+                documents.append(_Document(slot, _target_bytes(row, tokens), held_out, tokens))
+            if hasattr(row, "format"):
+                self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
+        if documents:
+            self._write(documents)
+
+    def _write(self, documents: Sequence[_Document]) -> None:
+        """Cut the documents of a batch and write those pieces that bring a loss."""
+        coded = _coded(documents)
+        pieces = self._cut(documents)
+        starts = pieces["offset"]
+        # Bounds of every other stretch are what a truncated document leaves out.
+        bounds = np.stack([starts, starts + pieces["length"]], axis=1).ravel()
+        is_trained = np.append(coded >= 0, False)
+        trained = np.add.reduceat(is_trained.astype(np.int32), bounds)[::2]
+        pieces["trained"] = trained
+        pieces["predicted"] = trained - is_trained[starts]
+        pieces["target_bytes"] = _shares(pieces, documents, coded, first_document=self._documents)
+        has_loss = pieces["predicted"] > 0
+        self._count(pieces, has_loss)
+        kept = pieces[has_loss]
+        ranges = zip(kept["offset"], kept["offset"] + kept["length"], strict=True)
+        stretches = [coded[start:stop] for start, stop in ranges]
+        if stretches:
+            self._file.write(np.concatenate(stretches).tobytes())
+        kept["offset"] = self._tokens_written + np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
+        self._tokens_written += int(kept["length"].sum())
+        self._documents += len(documents)
+        self.pieces.append(kept)
+
+    def _cut(self, documents: Sequence[_Document]) -> np.ndarray:
+        """The pieces of the documents; `offset` counts from the batch's first token."""
+        settings = self._task.settings
+        rows, offset = [], 0
+        slots = list(self._slots)
+        for number, document in enumerate(documents, start=self._documents):
+            length = len(document.tokens.input_ids)
+            file, category = slots[document.slot]
+            lengths: List[int] = [length]
+            if length > settings.max_length:
+                tally = self.account.tally(file, category)
+                if settings.overlong == "split":
+                    lengths = piece_lengths(length, max_length=settings.max_length)
+                    tally.cut_documents += 1
+                else:
+                    lengths = [settings.max_length]
+                    tally.truncated += length - settings.max_length
+            start = offset
+            for piece in lengths:
+                rows.append((start, 0, piece, number, document.slot, file, document.held_out, 0, 0))
+                start += piece
+            offset += length
+        return np.array(rows, dtype=PIECE)
+
+    def _count(self, pieces: np.ndarray, has_loss: np.ndarray) -> None:
+        """Add the pieces of a batch to the tallies."""
+        for (file, category), slot in self._slots.items():
+            in_slot = pieces["category"] == slot
+            kept, dropped = pieces[in_slot & has_loss], pieces[in_slot & ~has_loss]
+            tally = self.account.tally(file, category)
+            trained = int(kept["trained"].sum())
+            tally.trained += trained
+            tally.masked += int(kept["length"].sum()) - trained
+            tally.predicted += int(kept["predicted"].sum())
+            tally.pieces += len(kept)
+            tally.held_out_pieces += int(kept["held_out"].sum())
+            if len(dropped):
+                tally.drop(MASKED_PIECES, documents=len(dropped), tokens=int(dropped["length"].sum()))
+
+
+def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
+    """How a record of the stage is checked, and how checked ones are tokenized."""
+    encoder = encoder_of(task.tokenizer_dir)
+    if task.settings.stage == "pretrain":
+        return _read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
+    tokenize = partial(tokenization.tokenize_sft, encoder=encoder, max_length=task.settings.max_length)
+    return tokenization.read_sft_row, tokenize
+
+
+def _read_pretrain_row(record: Dict[str, Any]) -> tokenization.PretrainRow:
+    row = tokenization.read_pretrain_row(record)
+    if not row.target:
+        raise ValueError('"target" is empty')
+    return row
+
+
+def _texts(row) -> List[str]:
+    """Every text of a checked record, those to learn last."""
+    if isinstance(row, tokenization.PretrainRow):
+        return [row.source, row.target]
+    conversation = row.conversation
+    messages = [message.text for message in chain(*conversation.exchanges, conversation.unanswered)]
+    return [conversation.system_text, *messages]
+
+
+def _target_bytes(row, tokens: tokenization.Tokenized) -> int:
+    """UTF-8 bytes of the text that carries the loss: of those answers of a conversation that are kept."""
+    if isinstance(row, tokenization.PretrainRow):
+        return len(row.target.encode())
+    # Each answer ends with a trained </s>, the last token of the sample.
+    kept = tokens.labels.count(tokens.labels[-1])
+    return sum(len(exchange[-1].text.encode()) for exchange in row.conversation.exchanges[:kept])
+
+
+def is_held_out(texts: Sequence[str], settings: Settings) -> bool:
+    """Whether a document goes to eval/: a seeded hash of its text decides, so that equal texts stay together."""
+    if not settings.has_eval:
+        return False
+    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8, salt=settings.seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little") < settings.eval_fraction * 2**64
+
+
+def _coded(documents: Sequence[_Document]) -> np.ndarray:
+    """The tokens of all documents as one int32 array, with ~id for those without loss."""
+    ids = np.frombuffer(array("i", chain.from_iterable(document.tokens.input_ids for document in documents)), np.int32)
+    labels = array("i", chain.from_iterable(document.tokens.labels for document in documents))
+    return np.where(np.frombuffer(labels, np.int32) == IGNORE_INDEX, ~ids, ids)
+
+
+def _shares(
+    pieces: np.ndarray, documents: Sequence[_Document], coded: np.ndarray, *, first_document: int
+) -> np.ndarray:
+    """Target bytes of each piece: its document's, shared out by trained tokens, so that the shares add up to them."""
+    of_document = pieces["document"] - first_document
+    lengths = np.array([len(document.tokens.input_ids) for document in documents])
+    starts = np.cumsum(lengths) - lengths
+    before = np.concatenate([[0], np.cumsum(coded >= 0, dtype=np.int64)])
+    in_document = (before[starts + lengths] - before[starts])[of_document]
+    total = np.array([document.target_bytes for document in documents], dtype=np.int64)[of_document]
+    first = before[pieces["offset"]] - before[starts][of_document]
+    last = before[pieces["offset"] + pieces["length"]] - before[starts][of_document]
+    return total * last // in_document - total * first // in_document

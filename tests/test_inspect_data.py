@@ -1,0 +1,332 @@
+"""inspect_data: what is shown of a bin, that nothing in it reaches the terminal raw, the account, and the charts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+
+from colossal_llama2 import arguments
+from colossal_llama2.dataset import inspect_data, plots
+from colossal_llama2.dataset.inspect_data import documents_of, inspect_part
+from colossal_llama2.dataset.manifest_table import manifest_lines, tokenizer_fingerprints
+from colossal_llama2.dataset.tokenization import read_pretrain_row, read_sft_row, tokenize_pretrain, tokenize_sft
+from colossal_llama2.dataset.visible import visible, visible_line
+from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer import Encoder, fingerprint
+from tests.conftest import ROOT
+from tests.test_commands import HEAVY_MODULES
+
+NASTY = "a\x1b[31m\x07\r\n\x9b2J\u202e\u200b\ue000\x7f\x00 <s></s><U+0041>␛ 你好"
+MODULE = "colossal_llama2.dataset.inspect_data"
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer_dir) -> Encoder:
+    return Encoder(tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def arrow_dir(encoder, tmp_path_factory):
+    """Three bins of two samples, each of a plain document and one with a masked source; categories differ by bin."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = tmp_path_factory.mktemp("arrow")
+    for number in range(3):
+        rows = [{"target": f"{NASTY} {number}"}, {"source": " The wi", "target": " th statement", "category": "猜谜"}]
+        plain, masked = tokenize_pretrain([read_pretrain_row(row) for row in rows], encoder=encoder)
+        sample = {
+            "input_ids": plain.input_ids + masked.input_ids,
+            "labels": plain.labels + masked.labels,
+            "sequence_lengths": [len(plain.input_ids), len(masked.input_ids)],
+            "document_categories": [f"web\x1b{number}", "猜谜"],
+        }
+        datasets.Dataset.from_list([sample, sample]).save_to_disk(str(folder / f"part-{number:05d}"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old_bin(encoder, tmp_path_factory):
+    """A bin with input_ids and labels alone: one conversation."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    messages = [{"role": "user", "content": "Hi\nthere"}, {"role": "assistant", "content": " Hello <s>!"}]
+    (row,) = tokenize_sft([read_sft_row({"messages": messages})], encoder=encoder, max_length=1000)
+    folder = tmp_path_factory.mktemp("old") / "part-00000"
+    datasets.Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels}]).save_to_disk(str(folder))
+    return folder
+
+
+def report(part, tokenizer_dir, *, num_samples=5, seed=1024, plots=None, is_coloured=False) -> str:
+    lines = inspect_part(
+        part, tokenizer_dir=str(tokenizer_dir), num_samples=num_samples, seed=seed, plots=plots, is_coloured=is_coloured
+    )
+    return "\n".join(lines)
+
+
+# Text.
+
+
+def test_no_character_reaches_the_terminal_raw():
+    # Everywhere but among Han and Hangul characters, which are many.
+    for code in [*range(0x3400), *range(0xD7F0, 0x20000), *range(0xE0000, 0xE1000), 0xF0000, 0x10FFFF]:
+        for character in visible_line(chr(code)):
+            assert unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"), hex(code)
+
+
+def test_what_is_shown_is_unambiguous():
+    assert visible("a\nb\x1b\x7f\x85\u202e\u2028") == "a␊\nb␛␡<U+0085><U+202E><U+2028>"
+    assert visible("<s> </s> <U+202E> ␛ <b>") == "<U+003C>s> <U+003C>/s> <U+003C>U+202E> <U+241B> <b>"
+    assert visible_line("a\nb") == "a␊b"
+    singles = [visible(chr(code)) for code in range(0x3000)] + [visible(text) for text in ("<s>", "</s>", "<U+0000>")]
+    assert len(set(singles)) == len(singles)
+
+
+# Samples.
+
+
+def test_trained_masked_and_borders_in_plain_text(arrow_dir, tokenizer_dir):
+    lines = report(arrow_dir / "part-00001", tokenizer_dir, num_samples=1).splitlines()
+    assert re.fullmatch(r".*part-00001: 2 samples of \d+ to \d+ tokens, median \d+, mean [\d.]+", lines[0])
+    assert re.fullmatch(r"border  \| ==== sample [01] of 2: \d+ tokens, 2 documents", lines[2])
+    assert re.fullmatch(r"border  \| ---- document 1 of 2: \d+ tokens, category web␛1", lines[3])
+    assert lines[4:6] == [
+        "trained | <s>a␛[31m␇␍␊",
+        "trained | <U+009B>2J<U+202E><U+200B><U+E000>␡␀ <U+003C>s><U+003C>/s><U+003C>U+0041><U+241B> 你好 1</s>",
+    ]
+    assert lines[7:] == ["masked  | <s> The wi", "trained |  th statement</s>"]
+
+
+def test_colours_are_the_only_escapes(arrow_dir, tokenizer_dir):
+    text = report(arrow_dir / "part-00000", tokenizer_dir, is_coloured=True)
+    assert "\x1b[2m<s> The wi\x1b[0m\x1b[32m th statement</s>\x1b[0m" in text
+    assert "\x1b[1;35m---- document 2 of 2" in text
+    rest = re.sub(r"\x1b\[(32|2|1;35|0)m", "", text)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", rest)
+    assert all(line.count("\x1b[0m") * 2 == line.count("\x1b") for line in text.splitlines())
+
+
+def test_an_old_bin_has_no_borders_and_no_categories(old_bin, tokenizer_dir, tmp_path):
+    text = report(old_bin, tokenizer_dir, plots=str(tmp_path / "charts"))
+    assert "does not record where its documents end" in text and "no categories.png" in text
+    assert "trained |  Hello <U+003C>s>!</s>" in text
+    assert "masked  | Human: <s>Hi␊\nmasked  | there</s>Assistant: <s>" in text
+    assert [path.name for path in (tmp_path / "charts").iterdir()] == ["lengths.png"]
+
+
+def test_the_seed_chooses_the_samples(arrow_dir, tokenizer_dir):
+    def shown(**settings) -> list:
+        return re.findall(r"sample (\d) of 2", report(arrow_dir / "part-00000", tokenizer_dir, **settings))
+
+    assert shown(num_samples=9) == ["0", "1"] and shown(num_samples=0) == []
+    assert {tuple(shown(num_samples=1, seed=seed)) for seed in range(9)} == {("0",), ("1",)}
+    assert shown(num_samples=1, seed=3) == shown(num_samples=1, seed=3)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"input_ids": [1, 600, 2]}, "holds the id 600, but the tokenizer has 600 pieces"),
+        ({"sequence_lengths": [1, 1]}, "is damaged"),
+        ({"labels": [1]}, "is damaged"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_told(change, reason, encoder):
+    row = {"input_ids": [1, 300, 2], "labels": [1, 300, 2], "sequence_lengths": [1, 2], **change}
+    with pytest.raises(UserError, match=reason):
+        documents_of(row, encoder=encoder, where="sample 0 of x")
+
+
+def test_what_is_no_bin_is_told(arrow_dir, tokenizer_dir, tmp_path):
+    import datasets
+
+    (tmp_path / "part-00009").mkdir()
+    datasets.Dataset.from_list([{"input_ids": [1]}]).save_to_disk(str(tmp_path / "unlabelled"))
+    for part, reason in [
+        (tmp_path / "none", "is not a folder"),
+        (tmp_path / "part-00009", "is not a prepared bin"),
+        (arrow_dir, "holds 3 bins; give one of them, such as .*part-00000"),
+        (tmp_path / "unlabelled", "holds no samples of input_ids and labels"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            report(part, tokenizer_dir)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--plots .* cannot be made"):
+        report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "file"))
+
+
+# The account.
+
+MANIFEST = {
+    "max_length": 2048,
+    "fill": 0.99461,
+    "name\x1b": "a\nb",
+    "ok": True,
+    "nothing": None,
+    "bins": list(range(1000, 1040)),
+    "sha": "0123456789abcdef" * 4,
+    "files": [{"path": "d/a.jsonl", "documents": 5}, {"path": "x" * 90, "trained": 1234567}],
+    "categories": {
+        "猜谜语": {"documents": 7, "dropped": {"empty": {"documents": 1, "tokens": 40}}},
+        "web": {"documents": 12},
+    },
+    "nested": {"deep": {"deeper": {"deepest": 1}, "list": [[1]]}, "words": ["a"] * 12, "empty": [], "flags": {}},
+}
+
+
+def test_a_manifest_of_any_shape_becomes_aligned_lines():
+    lines = list(manifest_lines(MANIFEST))
+    assert lines[:7] == [
+        "max_length  2,048",
+        "fill        0.99461",
+        "name␛       a␊b",
+        "ok          yes",
+        "nothing     -",
+        "bins        40 numbers, 1,000 to 1,039",
+        "sha         0123456789ab",
+    ]
+    assert lines[7] == "files:" and lines[9].split() == ["0", "d/a.jsonl", "5"]
+    assert lines[10].split() == ["1", "…" + "x" * 59, "1,234,567"]
+    assert lines[11:] == [
+        "categories:",
+        "          documents                          dropped",
+        "  猜谜语          7  empty: documents: 1; tokens: 40",
+        "  web            12",
+        "nested:",
+        "  words  a, a, a, a, a, a, a, a, a, a and 2 more",
+        "  empty  none",
+        "  flags  none",
+        "  deep:",
+        "    deeper:",
+        "      deepest  1",
+        "    list:",
+        "      0  1",
+    ]
+    many = list(manifest_lines({"files": [{"path": str(number)} for number in range(25)]}))
+    assert len(many) == 23 and many[-1] == "  and 5 more"
+
+
+def test_the_manifest_beside_the_bin_is_shown_and_its_tokenizer_compared(
+    old_bin, tokenizer_dir, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(inspect_data.logs.get_logger(), "propagate", True)
+    os.symlink(old_bin, tmp_path / "part-00000")
+    hashes = [letter * 64 for letter in "abcd"]
+    named = {"tokenizer": {"sha256": hashes[0], "dir": "b"}, "tokenizer_sha": hashes[1], "sha256": hashes[2]}
+    assert tokenizer_fingerprints({"x": named}) == set(hashes[:2])
+    for digest, warnings in [(fingerprint(tokenizer_dir), 0), ("0" * 64, 1)]:
+        (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}, "max_length": 77}))
+        text = report(tmp_path / "part-00000", tokenizer_dir)
+        assert text.startswith(
+            f"account of {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
+        )
+        assert sum("names another tokenizer" in record.getMessage() for record in caplog.records) == warnings
+
+
+# The charts.
+
+
+def colours_of(path) -> set:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.size == plots.SIZE
+        return {"#{:02X}{:02X}{:02X}".format(*colour) for _, colour in image.convert("RGB").getcolors(1 << 20)}
+
+
+def test_both_charts_are_drawn(arrow_dir, tokenizer_dir, tmp_path):
+    text = report(arrow_dir / "part-00000", tokenizer_dir, num_samples=0, plots=str(tmp_path / "a" / "b"))
+    assert "in each of 3 bins; from the bottom: 猜谜 6, web␛0 2, web␛1 2, web␛2 2" in text
+    assert plots.COLOURS[0] in colours_of(tmp_path / "a" / "b" / "lengths.png")
+    assert set(plots.COLOURS[:4]) <= colours_of(tmp_path / "a" / "b" / "categories.png")
+
+
+def test_the_bars_stand_where_the_figures_say(tmp_path):
+    from PIL import Image
+
+    plots.draw_categories({"part-0": {"a": 10}, "part-1": {"b": 5}}, tmp_path / "c.png", title="t")
+    with Image.open(tmp_path / "c.png") as image:
+        left, right = plots.LEFT + 150, plots.SIZE[0] - plots.RIGHT - plots.LEGEND_WIDTH - 150
+        bottom, middle = plots.SIZE[1] - plots.BOTTOM, (plots.TOP + plots.SIZE[1] - plots.BOTTOM) // 2
+        blue, orange, white = (0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00), (255, 255, 255)
+        assert [image.getpixel((left, y)) for y in (bottom - 5, middle, plots.TOP + 5)] == [blue] * 3
+        assert [image.getpixel((right, y)) for y in (bottom - 5, middle + 5, middle - 8)] == [orange, orange, white]
+
+
+def test_many_bins_categories_and_lengths_are_drawn_too(tmp_path):
+    bins = {f"part-{number:05d}": {f"c{kind}": 1 for kind in range(30)} for number in range(1000)}
+    plots.draw_categories(bins, tmp_path / "c.png", title="\U0001f600 谜")
+    assert plots.OTHER_COLOUR in colours_of(tmp_path / "c.png")
+    plots.draw_lengths([1, 4096, 100_000], tmp_path / "l.png", title="")
+    plots.draw_lengths([1], tmp_path / "l.png", title="")
+    assert plots.COLOURS[0] in colours_of(tmp_path / "l.png")
+
+
+def test_without_pillow_the_cure_is_told(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="--plots needs Pillow.*pip install -r requirements.txt"):
+        plots.draw_lengths([1], tmp_path / "l.png", title="")
+
+
+# The command.
+
+
+def run(*words, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", MODULE, *map(str, words)], cwd=ROOT, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_the_command_prints_plain_text_into_a_pipe(arrow_dir, tokenizer_dir):
+    process = run(arrow_dir / "part-00000", "--tokenizer_dir", tokenizer_dir, "--sample", 1, PYTHONIOENCODING="ascii")
+    assert process.returncode == 0 and process.stderr == ""
+    assert "\x1b" not in process.stdout and "trained | <s>a\\u241b[31m" in process.stdout
+
+
+@pytest.mark.parametrize("no_color, has_colours", [("", True), ("1", False)])
+def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_dir):
+    import pty
+
+    master, slave = pty.openpty()
+    words = [sys.executable, "-m", MODULE, str(arrow_dir / "part-00000"), "--tokenizer_dir", str(tokenizer_dir)]
+    environment = {**os.environ, "NO_COLOR": no_color, "TERM": "xterm"}
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=slave, stderr=subprocess.PIPE) as process:
+        os.close(slave)
+        output = b""
+        try:
+            while chunk := os.read(master, 1 << 16):
+                output += chunk
+        except OSError:  # what Linux says when the other end is closed
+            pass
+        assert process.wait(timeout=60) == 0, process.stderr.read()
+    os.close(master)
+    assert (b"\x1b[32m" in output) is has_colours and (b"trained | " in output) is not has_colours
+    assert b"\x1b[31m" not in output and b"\x07" not in output
+
+
+def test_a_reader_that_stops_early_is_no_error(arrow_dir, tokenizer_dir):
+    command = f"{sys.executable} -m {MODULE} {arrow_dir / 'part-00000'} --tokenizer_dir {tokenizer_dir} | head -c 1"
+    process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, timeout=60)
+    assert (process.returncode, process.stderr, len(process.stdout)) == (0, b"", 1)
+
+
+def test_help_and_mistakes_need_no_package(tmp_path, assert_user_error):
+    for name in (*HEAVY_MODULES, "PIL"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
+    shown = run("--help", PYTHONPATH=str(tmp_path))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"usage: python -m {MODULE} ") and "example:" in shown.stdout
+    assert_user_error(run("x", "--tokenizer_dirr", "t", PYTHONPATH=str(tmp_path)), "did you mean --tokenizer_dir?")
+    assert_user_error(run("--tokenizer_dir", "t", PYTHONPATH=str(tmp_path)), "required: PART")
+    assert_user_error(run("x", "--tokenizer_dir", tmp_path / "none"), MODULE, "is not a folder")
+
+
+def test_the_flags():
+    parsed = arguments.inspect_data_parser().parse_args(["part-00000", "--tokenizer_dir", "t"])
+    assert vars(parsed) == {"part": "part-00000", "tokenizer_dir": "t", "sample": 5, "seed": 1024, "plots": None}
