@@ -167,7 +167,7 @@ train_dialogues() {
     mapfile -t places < <(outputs 5-sft)
     with_torchrun train_sft.py --pretrained "$out/4-gemini/modeling" --dataset "$out"/prepared-sft/arrow/part-* \
         --plugin zero2 --mixed_precision fp32 --max_length "$sft_max_length" --use_flash_attn \
-        --micro_batch_size 4 --accumulation_steps 2 --num_epochs 2 --lr 5e-4 --use_neft "${places[@]}"
+        --micro_batch_size 4 --accumulation_steps 2 --num_epochs 2 --lr 2e-4 --use_neft "${places[@]}"
 }
 
 evaluate_dialogues() {

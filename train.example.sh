@@ -47,6 +47,13 @@ if [[ -n "$(sort "$HOSTFILE" | uniq -d)" ]]; then
     exit 2
 fi
 
+while read -r host _; do
+    if [[ -n "$host" ]] && ! getent hosts "$host" >/dev/null; then
+        echo "$0: error: $HOSTFILE names $host, which this host cannot find; write your hosts' names into it" >&2
+        exit 2
+    fi
+done <"$HOSTFILE"
+
 RUN_NAME="$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)"
 mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 

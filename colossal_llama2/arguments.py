@@ -16,6 +16,7 @@ PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
 MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
+MAX_LENGTH = 2**20
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -35,6 +36,10 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
+        # Prompts, pieces and paths may hold what the terminal's encoding lacks; that must not end a command.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         words = list(sys.argv[1:] if args is None else args)
         # Unknown flags first: a misspelt required flag should be called misspelt, not missing.
         for word in words[: words.index("--")] if "--" in words else words:
@@ -101,7 +106,7 @@ def bin_count(text: str) -> int:
 
 def sequence_length(text: str) -> int:
     """A length in tokens that leaves room for text between <s> and </s>."""
-    return _number(text, int, "a whole number of at least 8", lambda value: value >= 8)
+    return _number(text, int, f"a whole number from 8 to {MAX_LENGTH}", lambda value: 8 <= value <= MAX_LENGTH)
 
 
 def fraction(text: str) -> float:

@@ -75,11 +75,13 @@ def jsonl_files(folder: Path) -> List[Path]:
     return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
 
 
-def check_can_create(folder: Path, flag: str) -> None:
-    """Raise a UserError unless `folder`, which does not exist yet, can be made."""
-    parent = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+def check_can_create(path: Path, flag: str) -> None:
+    """Raise a UserError unless the file or folder can be made, with the folders above it, or is there to write to."""
+    parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
+    if parent == path.absolute() and parent.is_file():
+        parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {folder} cannot be made in {parent}; name a folder where you may write")
+        raise UserError(f"{flag} {path} cannot be written in {parent}; name a folder where you may write")
 
 
 def open_to_umask(path: Path) -> None:
@@ -110,5 +112,10 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     try:
         open_to_umask(folder)
         yield folder
+    except OSError as error:
+        # A failed write, unlike a failed open, does not say where.
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, f"{error.strerror}; nothing is left of it", str(parent / name))
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

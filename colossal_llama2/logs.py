@@ -92,7 +92,7 @@ class LineProgress(SilentProgress):
         self._total, self._description, self._unit, self._scaled = total, description, unit, unit_scale
         self._start_count = self._count = initial
         self._start = time.monotonic()
-        self._last_line = self._start
+        self._last_line, self._said_count = self._start, None
         self._figures: dict = {}
 
     def update(self, count: int = 1, **figures: str) -> None:
@@ -102,11 +102,12 @@ class LineProgress(SilentProgress):
             self._say()
 
     def close(self) -> None:
-        self._say()
+        if self._count != self._said_count:
+            self._say()
 
     def _say(self) -> None:
         now = time.monotonic()
-        self._last_line = now
+        self._last_line, self._said_count = now, self._count
         rate = (self._count - self._start_count) / max(now - self._start, 1e-9)
         of_total = f"/{self._total:,}" if self._total is not None else ""
         parts = [f"{self._description}: {self._count:,}{of_total} {self._unit}", f"{self._scale(rate)}{self._unit}/s"]

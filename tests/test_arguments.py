@@ -170,7 +170,7 @@ def test_an_unknown_flag_without_a_near_one_gets_no_suggestion(capsys):
         (arguments.train_parser, "--warmup_steps", "-1", "a whole number of at least 0"),
         (arguments.train_parser, "--save_interval", "0", "a whole number of at least 1"),
         (arguments.train_parser, "--micro_batch_size", "1.5", "a whole number of at least 1"),
-        (arguments.train_parser, "--max_length", "7", "a whole number of at least 8"),
+        (arguments.train_parser, "--max_length", "7", "a whole number from 8 to 1048576"),
         (arguments.train_parser, "--plugin", "zero3", "zero2"),
         (arguments.train_parser, "--mixed_precision", "fp8", "bf16"),
         (arguments.train_parser, "--zero", "3", "2"),

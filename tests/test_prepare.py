@@ -254,7 +254,7 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
         ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 of 2 records", "at most 2"]),
         ("output exists", ["--data_jsonl_output_dir", "exists already", "remove it"]),
         ("outputs nested", ["--data_arrow_output_dir", "inside"]),
-        ("output below a file", ["--data_cache_dir", "cannot be made"]),
+        ("output below a file", ["--data_cache_dir", "cannot be written"]),
         ("no tokenizer", ["tokenizer.model"]),
     ],
 )

@@ -95,3 +95,14 @@ def test_a_used_save_dir_is_refused(run_script, assert_user_error, flags, tmp_pa
     (tmp_path / "save_dir" / "epoch-0_step-5").mkdir(parents=True)
     process = run_script("train.py", *flags, "--plugin", "zero2")
     assert_user_error(process, "already holds epoch-0_step-5", "--load_checkpoint")
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_path):
+    """`ulimit -f` (in blocks of 1024 bytes) stands for the disk: the model fits, the optimizer's state does not."""
+    command = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", sys.executable, str(ROOT / "train.py"), *flags]
+    command += ["--plugin", "zero2", "--mixed_precision", "fp32"]
+    process = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1, process.stderr
+    assert process.stderr.splitlines()[-1].startswith("train.py: error: ")
+    assert "cannot be written" in process.stderr and "Traceback" not in process.stderr
+    assert not list((tmp_path / "save_dir").iterdir())

@@ -269,4 +269,6 @@ def _end_tokens(model, tokenizer) -> Optional[List[int]]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A heading alone says nothing.
+    return " ".join(lines[: 2 if lines[0].endswith((":", ";")) else 1]).rstrip(".") if lines else type(error).__name__

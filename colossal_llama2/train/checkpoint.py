@@ -16,10 +16,10 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from colossal_llama2 import logs
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.files import copy_files, read_json, write_json
 from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE
 from colossal_llama2.tokenizer import TOKENIZER_FILES
@@ -71,7 +71,9 @@ def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
     if not folder.is_dir() and folder.name == "modelling" and folder.with_name(MODEL_NAME).is_dir():
         folder = folder.with_name(MODEL_NAME)
     if not folder.is_dir():
-        raise UserError(f"--load_checkpoint {load_checkpoint}: no such folder")
+        raise UserError(
+            f"--load_checkpoint {load_checkpoint}: no such folder; give a checkpoint, or its {MODEL_NAME} folder"
+        )
     if (folder / STATES_NAME).is_file():
         for part in (f"{OPTIMIZER_NAME}/{OPTIMIZER_INDEX}", SCHEDULE_NAME):
             if not (folder / part).is_file():
@@ -79,10 +81,18 @@ def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
         return LoadPlan(model_path=str(folder / MODEL_NAME), resume_path=str(folder))
     if (folder / "config.json").is_file():
         return LoadPlan(model_path=str(folder), resume_path=None)
+    inside = _checkpoints_in(folder)
+    cure = f"; it holds checkpoints: give {load_checkpoint}/{inside[-1]}" if inside else ""
     raise UserError(
         f"--load_checkpoint {load_checkpoint}: holds neither {STATES_NAME} (a checkpoint to resume) "
-        f"nor config.json (a {MODEL_NAME} folder to take weights from)"
+        f"nor config.json (a {MODEL_NAME} folder to take weights from){cure}"
     )
+
+
+def _checkpoints_in(folder: Path) -> List[str]:
+    """Names of the complete checkpoints in a --save_dir, the earliest step first."""
+    names = [child.name for child in folder.glob("epoch-*_step-*") if child.suffix != PARTIAL_SUFFIX]
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
@@ -94,8 +104,7 @@ def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
     folder = Path(save_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save_dir {save_dir}: is a file; give a folder")
-    checkpoints = sorted(child.name for child in folder.glob("epoch-*_step-*") if child.suffix != PARTIAL_SUFFIX)
-    taken = checkpoints + [MODEL_NAME] * (folder / MODEL_NAME).exists()
+    taken = _checkpoints_in(folder) + [MODEL_NAME] * (folder / MODEL_NAME).exists()
     resumes_here = resume_path is not None and Path(resume_path).resolve().parent == folder.resolve()
     if taken and not resumes_here:
         raise UserError(
@@ -134,8 +143,20 @@ class Checkpointer:
             self._write(state)
 
     def _write(self, state: TrainState) -> None:
+        from safetensors import SafetensorError
+
         final = self._save_dir / f"epoch-{state.epoch}_step-{state.step}"
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        try:
+            self._write_parts(state, partial, final)
+        except (SafetensorError, OSError) as error:
+            # Of a full disk safetensors makes an error of its own kind. What is written takes the room, so it goes.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
+        self._last_saved = final
+        logs.get_logger().info("Saved %s", final)
+
+    def _write_parts(self, state: TrainState, partial: Path, final: Path) -> None:
         with self._engine.first_rank_only() as first:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -148,8 +169,6 @@ class Checkpointer:
                 write_json(partial / SCHEDULE_NAME, {**asdict(self._schedule), "step": state.step})
                 write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts})
                 _rename_over(partial, final)
-        self._last_saved = final
-        logs.get_logger().info("Saved %s", final)
 
     def _copy_configuration(self, folder: Path) -> None:
         """Tokenizer files and, but for the weights' number format, the config that the run began with.

@@ -21,7 +21,7 @@ from colossal_llama2.dataset.loader import (
     load_tokenized_dataset,
 )
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import write_json
+from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
 from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, load_llama
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     loader = StepLoader(dataset, order, make_collator(args, tokenizer_path), engine.data_rank)
     if engine.rank == 0:
         Path(args.save_dir).mkdir(parents=True, exist_ok=True)
-        write_config(args)
+        write_config(args, schedule)
     tell_plan(args, engine, order, schedule, facts)
     load_model(args, plan, engine, attention)
     checkpointer = Checkpointer(
@@ -129,6 +129,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         if plan.model_path != args.pretrained:
             check_model_folder(plan.model_path, "--load_checkpoint")
         check_save_dir(args.save_dir, plan.resume_path)
+        for name in ("save_dir", "tensorboard_dir", "config_file"):
+            check_can_create(Path(getattr(args, name)), f"--{name}")
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -250,13 +252,15 @@ def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> N
         logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
 
 
-def write_config(args: argparse.Namespace) -> None:
+def write_config(args: argparse.Namespace, schedule: CosineSchedule) -> None:
     """Write the resolved flags and the versions they ran with to --config_file."""
     versions = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
     versions.update(python=platform.python_version(), colossal_llama2=__version__)
     path = Path(args.config_file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**vars(args), "world_size": int(os.environ["WORLD_SIZE"]), "versions": versions})
+    resolved = {"warmup_steps": schedule.warmup_steps, "total_steps": schedule.total_steps}
+    resolved["world_size"] = int(os.environ["WORLD_SIZE"])
+    write_json(path, {**vars(args), **resolved, "versions": versions})
 
 
 def tell_plan(
@@ -270,7 +274,7 @@ def tell_plan(
         engine.world_size, engine.data_size,
     )  # fmt: skip
     logs.get_logger().info(
-        "%d samples, %d epochs, %d samples per step (%d per rank x %d ranks x %d accumulated), %d steps, %d of warm-up",
+        "%d samples; epochs: %d; samples a step: %d (%d per rank x %d ranks x %d accumulated); steps: %d, warm-up: %d",
         order.num_samples, args.num_epochs, batch, args.micro_batch_size, engine.data_size, args.accumulation_steps,
         schedule.total_steps, schedule.warmup_steps,
     )  # fmt: skip

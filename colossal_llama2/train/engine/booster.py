@@ -1,6 +1,7 @@
 """How a model is split over ranks: ColossalAI's Booster and one of its plugins, behind the few calls a loop needs."""
 
 import contextlib
+import logging
 import math
 import os
 import socket
@@ -37,12 +38,16 @@ def launch(seed: int) -> None:
     """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone."""
     # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
     # of TorchScript on a module that ColossalAI imports.
+    # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     with warnings.catch_warnings(record=True):
         import colossalai.booster.plugin
         import torch.distributed.optim
     from colossalai.logging import get_dist_logger
 
-    get_dist_logger().set_level("WARNING")
+    # Its hints are about calls that this file makes on purpose.
+    get_dist_logger().set_level("ERROR")
+    logging.getLogger().setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     if not torch.cuda.is_available():
         from colossal_llama2.train.engine import cpu
