@@ -1,7 +1,6 @@
 """The Jinja template against tokenize_sft: the same ids and the same mask, on real conversations and on odd ones."""
 
 import json
-import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -10,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.chat_template import add_chat_template, chat_template_fault
 from colossal_llama2.dataset.conversation import CHAT_TEMPLATE, ROLES
+from colossal_llama2.dataset.prepare import CHAT_TEMPLATE_FILE
 from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import CONFIG_FILE, FAST_FILE, Encoder, load_tokenizer
+from colossal_llama2.tokenizer import Encoder, load_tokenizer
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from tests.tiny import CHINESE
 
@@ -28,7 +26,7 @@ def chinese_dir(tokenizer_dir, tmp_path_factory) -> Path:
     pieces = [CHINESE[start : start + 2] for start in range(0, 40)] + ["人工智能"]
     (folder / "new.jsonl").write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces))
     expand_tokenizer(tokenizer_dir, folder / "tokenizer", folder / "new.jsonl")
-    assert add_chat_template(folder / "tokenizer")
+    (folder / "tokenizer" / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE)
     return folder / "tokenizer"
 
 
@@ -128,62 +126,3 @@ def test_the_template_refuses_what_training_refuses(chinese, messages, reason):
         chinese[1].apply_chat_template(messages)
     with pytest.raises(ValueError, match="message"):
         read_sft_row({"messages": messages})
-
-
-def test_the_template_is_added_once_and_nothing_else_changes(tokenizer_dir, tmp_path):
-    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-    before = json.loads((folder / CONFIG_FILE).read_text())
-    names = sorted(path.name for path in folder.iterdir())
-    assert add_chat_template(folder) and not add_chat_template(folder)
-    assert json.loads((folder / CONFIG_FILE).read_text()) == {**before, "chat_template": CHAT_TEMPLATE}
-    assert sorted(path.name for path in folder.iterdir()) == names
-
-
-@pytest.mark.parametrize("where", ["configuration", "file"])
-def test_a_template_that_is_there_stays(where, tokenizer_dir, tmp_path):
-    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-    if where == "file":
-        (folder / "chat_template.jinja").write_text("mine")
-    else:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        (folder / CONFIG_FILE).write_text(json.dumps({**config, "chat_template": "mine"}))
-    before = (folder / CONFIG_FILE).read_bytes()
-    assert not add_chat_template(folder)
-    assert (folder / CONFIG_FILE).read_bytes() == before
-
-
-def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="holds no tokenizer_config.json"):
-        add_chat_template(tmp_path)
-
-
-def test_a_legacy_tokenizer_is_told_and_the_cure_works(tokenizer_dir, tmp_path):
-    from transformers import AutoTokenizer
-
-    assert chat_template_fault(tokenizer_dir) is None
-    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / FAST_FILE).unlink()
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, "legacy": True}))
-    assert "before the text behind each mark (legacy" in chat_template_fault(folder)
-    # Some folders say `legacy: false` beside a tokenizer.json of the legacy kind.
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / FAST_FILE))
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-    assert "from_slow=True, legacy=False" in chat_template_fault(folder)
-    cured = AutoTokenizer.from_pretrained(folder, from_slow=True, legacy=False)
-    cured.backend_tokenizer.save(str(folder / FAST_FILE))
-    assert chat_template_fault(folder) is None
-
-
-def test_other_ids_and_a_missing_fast_tokenizer_are_told(tokenizer_dir, tmp_path, monkeypatch):
-    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-    fast = json.loads((folder / FAST_FILE).read_text())
-    fast["model"]["merges"] = fast["model"]["merges"][:20]
-    (folder / FAST_FILE).write_text(json.dumps(fast))
-    assert "gives other ids than its tokenizer.model" in chat_template_fault(folder)
-
-    from transformers import LlamaTokenizer
-
-    slow = LlamaTokenizer.from_pretrained(folder)
-    monkeypatch.setattr("colossal_llama2.dataset.chat_template.load_tokenizer", lambda folder: slow)
-    assert "has no fast tokenizer" in chat_template_fault(folder)

@@ -93,7 +93,7 @@ def test_what_is_shown_is_unambiguous():
 def test_trained_masked_and_borders_in_plain_text(arrow_dir, tokenizer_dir):
     lines = report(arrow_dir / "part-00001", tokenizer_dir, num_samples=1).splitlines()
     assert re.fullmatch(r".*part-00001: 2 samples of \d+ to \d+ tokens, median \d+, mean [\d.]+", lines[0])
-    assert re.fullmatch(r"border  \| ==== sample [01] of 2: \d+ tokens, 2 documents", lines[2])
+    assert re.fullmatch(r"border  \| ==== sample [01] of 2: \d+ tokens, documents: 2", lines[2])
     assert re.fullmatch(r"border  \| ---- document 1 of 2: \d+ tokens, category web␛1", lines[3])
     assert lines[4:6] == [
         "trained | <s>a␛[31m␇␍␊",

@@ -1,6 +1,5 @@
 """The two prepare commands: bins as asked, equal bytes twice, every token accounted for, every refusal."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from colossal_llama2.dataset import IGNORE_INDEX, bins, prepare
 from colossal_llama2.dataset.units import MASKED_PIECES
 from colossal_llama2.tokenizer import Encoder
 from tests import tiny
+from tests.preparing import contents, flags, read_jsonl, settings, write_lines
 
 MESSI = {
     "source": "",
@@ -39,40 +39,6 @@ ZH = {
         {"from": "assistant", "content": "个人电脑和服务器是两种不同类型的计算机系统。"},
     ]
 }
-
-
-def write_lines(path: Path, lines) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoded = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
-    path.write_bytes(b"".join(line + b"\n" for line in encoded))
-    return path
-
-
-def settings(inputs, tokenizer_dir, output: Path, *, max_length: int = 128, bins: int = 1) -> dict:
-    """The keywords of `prepare_pretrain` and `prepare_sft`, which are the commands' flags."""
-    return {
-        "data_input_dirs": [str(folder) for folder in inputs],
-        "tokenizer_dir": str(tokenizer_dir),
-        "data_cache_dir": str(output / "cache"),
-        "data_jsonl_output_dir": str(output / "jsonl"),
-        "data_arrow_output_dir": str(output / "arrow"),
-        "max_length": max_length,
-        "num_spliced_dataset_bins": bins,
-        "num_workers": 1,
-    }
-
-
-def flags(keywords: dict) -> list:
-    values = {**keywords, "data_input_dirs": ",".join(keywords["data_input_dirs"])}
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
-
-
-def contents(folder: Path) -> dict:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def read_jsonl(folder: Path) -> list:
-    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +99,7 @@ def test_readme_rows_of_fine_tuning(run_script, tokenizer_dir, tmp_path):
     assert part.features["input_ids"].feature.dtype == part.features["labels"].feature.dtype == "int32"
 
 
-@pytest.mark.parametrize("num_bins", [1, 7, 10, 30, 64])
+@pytest.mark.parametrize("num_bins", [1, 7, 10, 30, 64, 128])
 def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path, capsys, num_bins):
     keywords = settings([corpus / "en", corpus / "zh"], tokenizer_dir, tmp_path, bins=num_bins)
     prepare.prepare_pretrain(**keywords)
@@ -250,8 +216,8 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
         ("missing input", ["nowhere is not a folder"]),
         ("input twice", ["given twice"]),
         ("no jsonl", ["empty has no *.jsonl file"]),
-        ("no rows", ["nothing to prepare", "0 of 0 records"]),
-        ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 of 2 records", "at most 2"]),
+        ("no rows", ["nothing to prepare", "0 records give 0 pieces"]),
+        ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 records give 3 pieces", "at most 3"]),
         ("output exists", ["--data_jsonl_output_dir", "exists already", "remove it"]),
         ("outputs nested", ["--data_arrow_output_dir", "inside"]),
         ("output below a file", ["--data_cache_dir", "cannot be written"]),

@@ -5,7 +5,14 @@
 
 with nothing between the messages, and one more <s> in front of everything. The marks are token ids, never text: a
 message that holds the characters "<s>" keeps them as characters. Loss falls on what the assistant says and on the
-</s> that ends it. `CHAT_TEMPLATE` is the same for transformers, made of the same constants.
+</s> that ends it.
+
+`CHAT_TEMPLATE` is the same for transformers, made of the same constants. With a fast tokenizer of LLaMA-2's kind
+(`legacy: false`), `apply_chat_template` gives the ids of `tokenization.tokenize_sft`, and with
+`return_assistant_tokens_mask=True` its mask. Two things it cannot do, whatever the template says. With `legacy: true`,
+and with the Prepend normalizer of some tokenizer.json, transformers puts a "▁" in front of the text behind each mark,
+so that every message begins with another token. And a mark that a message spells out, such as the characters "<s>",
+becomes the mark's id, which in training it never does.
 """
 
 from dataclasses import dataclass

@@ -223,7 +223,7 @@ def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
 def _sample_lines(documents: Sequence[Document], *, title: str, is_coloured: bool) -> Iterator[str]:
     num_tokens = sum(document.num_tokens for document in documents)
     yield ""
-    heading = f"==== {title}: {num_tokens:,} tokens, {len(documents):,} documents"
+    heading = f"==== {title}: {num_tokens:,} tokens, documents: {len(documents):,}"
     yield _labelled(BORDER, heading, is_coloured=is_coloured)
     for number, document in enumerate(documents, start=1):
         category = "" if document.category is None else f", category {document.category}"

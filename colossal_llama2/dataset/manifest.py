@@ -4,7 +4,7 @@ plan.json is there from the start, so that a restart goes on with nothing but th
 last; it depends on the input, the settings and the tokenizer alone:
 
     {"version": 1, "settings": {"stage": "pretrain", "max_length": 4096, ...},
-     "tokenizer": {"sha256": "5f3a...", "sample_documents": 100, "sample_differing": 0},
+     "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
      "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
      "empty_lines": 0, "bad_rows": 0, "formats": {}, "samples": 1, "fill": 0.97,

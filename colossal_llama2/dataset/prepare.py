@@ -22,6 +22,7 @@ from colossal_llama2.dataset import bins as bins_module
 from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
 from colossal_llama2.dataset.bins import BinTask, write_bin
+from colossal_llama2.dataset.conversation import CHAT_TEMPLATE
 from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.parity import compare_on_sample
@@ -33,6 +34,8 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
+# The name by which transformers finds it in a tokenizer's folder.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def prepare_pretrain(**flags: Any) -> None:
@@ -49,7 +52,8 @@ def prepare_pretrain(**flags: Any) -> None:
 def prepare_sft(**flags: Any) -> None:
     """Tokenize conversations, one a sample of at most `max_length` tokens unless `splicing` joins them.
 
-    As `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`.
+    As `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`; and
+    chat_template.jinja beside the manifest.
     """
     _prepare("sft", **{"splicing": "none", "overlong": "truncate", **flags})
 
@@ -176,6 +180,7 @@ class _Run:
             kept.predicted = sum(entry["predicted"] for entry in written)
             account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
             self._write_bad_rows()
+            self._write_chat_template()
             tokenizer = {"sha256": content["tokenizer"], **self.sample}
             whole = manifest.manifest_content(
                 self.settings, self.files, tokenizer=tokenizer, hashes=hashes, account=account, bins=written
@@ -199,7 +204,7 @@ class _Run:
     def _check_enough(self, account: Account) -> None:
         """Raise UserError unless each bin, and eval, gets a piece."""
         total, num_bins = account.total(), self.settings.num_bins
-        if self.settings.has_eval and not total.held_out_documents:
+        if self.settings.has_eval and not total.held_out_pieces:
             raise UserError(
                 f"--eval_fraction {self.settings.eval_fraction} holds out none of {total.documents:,} documents; "
                 "give a larger one, or 0"
@@ -208,7 +213,7 @@ class _Run:
         if pieces >= num_bins:
             return
         reasons = "".join(f", {count} dropped: {reason}" for reason, (count, _) in sorted(total.dropped.items()))
-        left = f"{pieces} of {total.documents} records can be used{reasons}"
+        left = f"{total.documents} records give {pieces} pieces of at most {self.settings.max_length} tokens{reasons}"
         if account.bad_rows:
             left += f", {account.bad_rows} bad rows skipped"
         if not pieces:
@@ -252,6 +257,12 @@ class _Run:
             for unit in self.units:
                 for row in json.loads((self.folders.cache / f"{unit.name}.json").read_bytes())["bad_rows"]:
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _write_chat_template(self) -> None:
+        """Put the template of conversations beside them, for copying into the folder of a trained model."""
+        if self.settings.stage == "sft":
+            with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
+                file.write(CHAT_TEMPLATE.encode())
 
     def _print(self, account: Account, *, tokens_per_bin: List[int], num_samples: int) -> None:
         by_file = {self.files[number].path: tally for number, tally in account.by_file().items()}

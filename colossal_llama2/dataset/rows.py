@@ -44,7 +44,9 @@ class SpanReader:
                 yield from self._range(raw)
                 return
             hashed = io.BufferedReader(_HashingReader(raw, self._hash), READ_BYTES)
-            yield from self._whole(_decompressed(self._file.path, hashed, stack))
+            # Named, because a stream that nobody holds closes those below it, which are not read to their end yet.
+            stream = _decompressed(self._file.path, hashed, stack)
+            yield from self._whole(stream)
             while hashed.read(READ_BYTES):  # what a decompressor leaves unread
                 pass
 

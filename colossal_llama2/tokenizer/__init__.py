@@ -12,10 +12,8 @@ FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-# Where a chat template can stand apart from the configuration. The last one is a folder.
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-# Files that hold no token id: they are copied as they are.
-COPIED_FILES = (SPECIAL_TOKENS_FILE, *TEMPLATE_FILES)
+# Files that hold no token id: they are copied as they are. The last one is a folder.
+COPIED_FILES = (SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
 TOKENIZER_FILES = (MODEL_FILE, FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)
 PADDING_SIDE = "right"
 PAD_TOKENS = ("unk", "eos")

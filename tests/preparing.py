@@ -1,0 +1,85 @@
+"""What the tests of the prepare commands share: rows, input files, the commands' keywords, what they wrote."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.splicing import piece_lengths
+
+Piece = Tuple[Tuple[int, ...], Tuple[int, ...], str]
+
+
+def write_lines(path: Path, lines) -> Path:
+    """Write rows, or lines that are bytes already, as jsonl."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoded = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in encoded))
+    return path
+
+
+def settings(inputs, tokenizer_dir, output: Path, *, max_length: int = 128, bins: int = 1, **others) -> dict:
+    """The keywords of `prepare_pretrain` and `prepare_sft`, which are the commands' flags."""
+    return {
+        "data_input_dirs": [str(folder) for folder in inputs],
+        "tokenizer_dir": str(tokenizer_dir),
+        "data_cache_dir": str(output / "cache"),
+        "data_jsonl_output_dir": str(output / "jsonl"),
+        "data_arrow_output_dir": str(output / "arrow"),
+        "max_length": max_length,
+        "num_spliced_dataset_bins": bins,
+        "num_workers": 1,
+        **others,
+    }
+
+
+def flags(keywords: dict) -> list:
+    """The keywords as words of a command line."""
+    values = {**keywords, "data_input_dirs": ",".join(keywords["data_input_dirs"])}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def contents(folder: Path) -> Dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_jsonl(folder: Path) -> list:
+    """The rows of all jsonl files of a folder, by name of the file."""
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def manifest(output: Path) -> dict:
+    """The manifest of a finished run."""
+    return json.loads((output / "arrow" / "manifest.json").read_bytes())
+
+
+def pieces_of(samples: Sequence[dict]) -> Iterator[Piece]:
+    """Ids, labels and category of every piece of the samples, by their recorded borders."""
+    for sample in samples:
+        assert sum(sample["sequence_lengths"]) == len(sample["input_ids"]) == len(sample["labels"])
+        start = 0
+        for length, category in zip(sample["sequence_lengths"], sample["document_categories"], strict=True):
+            stop = start + length
+            yield tuple(sample["input_ids"][start:stop]), tuple(sample["labels"][start:stop]), category
+            start = stop
+
+
+def expected_pieces(rows: Sequence[dict], *, encoder, max_length: int, overlong: str) -> Counter:
+    """What pre-training rows must become, worked out one by one from what the issue says."""
+    found: List[Piece] = []
+    for row in rows:
+        source, target, category = row.get("source", ""), row["target"], row.get("category", "unknown")
+        masked = [encoder.bos_id, *encoder.encode([source])[0]] if source else []
+        opening = [] if source else [encoder.bos_id]
+        learnt = [*opening, *encoder.encode([target], dummy_prefix=not source)[0], encoder.eos_id]
+        ids, labels = masked + learnt, [IGNORE_INDEX] * len(masked) + learnt
+        lengths = piece_lengths(len(ids), max_length=max_length)
+        start = 0
+        for length in lengths if overlong == "split" else lengths[:1] if len(lengths) == 1 else [max_length]:
+            stop = start + length
+            if any(label != IGNORE_INDEX for label in labels[start + 1 : stop]):
+                found.append((tuple(ids[start:stop]), tuple(labels[start:stop]), category))
+            start = stop
+    return Counter(found)

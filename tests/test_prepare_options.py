@@ -1,0 +1,294 @@
+"""The options of the prepare commands: workers, shares, splicing, cutting, held-out part, bad rows, compression."""
+
+import gzip
+import json
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from colossal_llama2.dataset import plan, prepare
+from colossal_llama2.dataset.rows import MAX_LINE_BYTES
+from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer import Encoder, fingerprint
+from tests import tiny
+from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines
+
+COMMANDS = {"pretrain": prepare.prepare_pretrain, "sft": prepare.prepare_sft}
+UNIT_BYTES = 4000
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    """So that small data makes several units of work."""
+    monkeypatch.setattr(plan, "UNIT_BYTES", UNIT_BYTES)
+
+
+def documents(count: int) -> list:
+    return [
+        {"target": text, "category": f"topic-{number % 3}", **({"source": "Why? "} if number % 5 == 0 else {})}
+        for number, text in enumerate(tiny.english_documents()[:count])
+    ]
+
+
+def conversations(count: int) -> list:
+    texts = tiny.english_documents()[: 2 * count]
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in zip(texts[::2], texts[1::2], strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    """One folder for each stage, with a large file and small ones, plain and compressed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for stage, rows in (("pretrain", documents(120)), ("sft", conversations(60))):
+        write_lines(folder / stage / "large.jsonl", rows[:40])
+        write_lines(folder / stage / "small.jsonl", rows[40:42])
+        lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows[42:])
+        (folder / stage / "packed.jsonl.zst").write_bytes(pyarrow.compress(lines, codec="zstd", asbytes=True))
+        (folder / stage / "again.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    return {stage: folder / stage for stage in COMMANDS}
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tmp_path, small_units):
+    for num_workers in (1, 2, 5):
+        output = tmp_path / str(num_workers)
+        keywords = settings([inputs[stage]], tokenizer_dir, output, max_length=300, bins=3, eval_fraction=0.2)
+        COMMANDS[stage](**{**keywords, "num_workers": num_workers})
+    one, two, five = (contents(tmp_path / name) for name in ("1", "2", "5"))
+    assert one == two == five
+    assert len(one) >= 4 * 4 + 1 and not list((tmp_path / "1" / "cache").iterdir())
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
+def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path, small_units):
+    keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "whole", bins=2, eval_fraction=0.2)
+    prepare.prepare_pretrain(**keywords)
+    keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "shared", bins=2, eval_fraction=0.2)
+    for number in order:
+        assert not (tmp_path / "shared" / "arrow").exists()
+        prepare.prepare_pretrain(**keywords, shard=(number, 3))
+    assert contents(tmp_path / "whole") == contents(tmp_path / "shared")
+
+
+def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
+    keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path, bins=3)
+    prepare.prepare_pretrain(**keywords)
+    told = manifest(tmp_path)
+    total = told["total"]
+    dropped = sum(drop["tokens"] for drop in total["dropped"].values())
+    assert total["tokens_in"] == total["trained"] + total["masked"] + total["truncated"] + dropped
+    for name in ("documents", "bytes", "characters", "tokens_in", "trained", "masked", "pieces"):
+        assert sum(file[name] for file in told["inputs"]) == total[name]
+        assert sum(tally[name] for tally in told["categories"].values()) == total[name]
+    assert told["tokenizer"]["sha256"] == fingerprint(tokenizer_dir) and told["tokenizer"]["sample_differing"] == 0
+    assert set(told["categories"]) == {"topic-0", "topic-1", "topic-2"}
+    assert [Path(file["path"]).name for file in told["inputs"]] == [
+        "again.jsonl.gz", "large.jsonl", "packed.jsonl.zst", "small.jsonl",
+    ]  # fmt: skip
+    for file in told["inputs"]:
+        content = Path(file["path"]).read_bytes()
+        assert (file["size"], file["sha256"]) == (len(content), prepare.manifest.sha256_of(file["path"]))
+    samples = read_jsonl(tmp_path / "jsonl")
+    assert told["samples"] == len(samples)
+    assert sum(each["tokens"] for each in told["bins"]) == total["trained"] + total["masked"]
+    assert told["settings"]["splicing"] == "best_fit" and told["settings"]["seed"] == 1024
+    tokens = [entry["tokens"] for entry in told["bins"]]
+    assert max(tokens) - min(tokens) <= 128
+
+
+TEXTS = st.text(st.sampled_from("ab the <s>/人工😀\n▁"), max_size=60)
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {"target": TEXTS.filter(bool)}, optional={"source": TEXTS, "category": st.sampled_from(["x", "y"])}
+    ),
+    min_size=3,
+    max_size=12,
+)
+
+
+@given(
+    rows=ROWS,
+    max_length=st.integers(8, 40),
+    splicing=st.sampled_from(["best_fit", "sequential", "none"]),
+    overlong=st.sampled_from(["split", "truncate"]),
+    eval_fraction=st.sampled_from([0.0, 0.5]),
+    seed=st.integers(0, 9),
+)
+@hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_piece_of_any_documents_is_there_once(
+    rows, max_length, splicing, overlong, eval_fraction, seed, tokenizer_dir, encoder
+):
+    options = {"splicing": splicing, "overlong": overlong, "eval_fraction": eval_fraction, "seed": seed}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        write_lines(output / "in" / "rows.jsonl", rows)
+        keywords = settings([output / "in"], tokenizer_dir, output, max_length=max_length, **options)
+        expected = expected_pieces(rows, encoder=encoder, max_length=max_length, overlong=overlong)
+        try:
+            prepare.prepare_pretrain(**keywords)
+        except UserError as error:
+            assert "nothing to prepare" in str(error) or "holds out none" in str(error) or "at most 0" in str(error)
+            assert eval_fraction or not expected
+            return
+        samples = read_jsonl(output / "jsonl")
+        total = manifest(output)["total"]
+    assert Counter(pieces_of(samples)) == expected
+    assert all(len(sample["input_ids"]) <= max_length for sample in samples)
+    trained = sum(label != -100 for sample in samples for label in sample["labels"])
+    dropped = sum(drop["tokens"] for drop in total["dropped"].values())
+    assert total["trained"] == trained
+    assert total["tokens_in"] == trained + total["masked"] + total["truncated"] + dropped
+    assert splicing != "none" or all(len(sample["sequence_lengths"]) == 1 for sample in samples)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer_dir) -> Encoder:
+    return Encoder(tokenizer_dir)
+
+
+def test_target_bytes_are_those_of_the_documents(inputs, tokenizer_dir, tmp_path):
+    """Bits per byte need them: a cut document has them shared out, and nothing is lost."""
+    rows = documents(30)
+    write_lines(tmp_path / "in" / "rows.jsonl", rows)
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=32))
+    told = sum(sum(sample["document_target_bytes"]) for sample in read_jsonl(tmp_path / "jsonl"))
+    assert told == sum(len(row["target"].encode()) for row in rows)
+    assert manifest(tmp_path)["total"]["cut_documents"] > 0
+
+
+def test_truncate_is_counted(tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "word " * 100}, {"target": "short"}])
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=32, overlong="truncate"))
+    total = manifest(tmp_path)["total"]
+    assert total["truncated"] == total["tokens_in"] - total["trained"] > 0 and total["cut_documents"] == 0
+
+
+def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
+    rows = [{**row, "target": f"{number} {row['target']}"} for number, row in enumerate(documents(300))]
+    # Equal texts stay together, wherever they stand.
+    write_lines(tmp_path / "in" / "rows.jsonl", [*rows, *rows[:50]])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=512, bins=2, eval_fraction=0.3)
+    prepare.prepare_pretrain(**keywords)
+    held_out, first, second = (
+        datasets.load_from_disk(str(tmp_path / "arrow" / name)).to_list()
+        for name in ("eval", "part-00000", "part-00001")
+    )
+    ours, theirs = ({ids for ids, _, _ in pieces_of(samples)} for samples in (held_out, first + second))
+    assert ours and theirs and not ours & theirs
+    assert (tmp_path / "jsonl" / "eval.jsonl").is_file()
+    categories = Counter(name for sample in held_out for name in sample["document_categories"])
+    whole = Counter(row["category"] for row in [*rows, *rows[:50]])
+    assert all(0.15 < categories[name] / count < 0.45 for name, count in whole.items())
+    told = manifest(tmp_path)
+    assert told["eval"]["name"] == "eval" and told["total"]["held_out_documents"] == sum(categories.values())
+
+
+def test_a_fraction_that_holds_out_nothing_is_refused(tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", eval_fraction=1e-9)
+    with pytest.raises(UserError, match="--eval_fraction 1e-09 holds out none of 2 documents"):
+        prepare.prepare_pretrain(**keywords)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_jsonl(inputs, tokenizer_dir, tmp_path):
+    prepare.prepare_pretrain(**settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "with"))
+    prepare.prepare_pretrain(**settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "without"), no_jsonl=True)
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {"cache", "arrow"}
+    part = "part-00000/data-00000-of-00001.arrow"
+    assert contents(tmp_path / "with" / "arrow")[part] == contents(tmp_path / "without" / "arrow")[part]
+
+
+def test_conversations_are_packed_whole(inputs, tokenizer_dir, tmp_path):
+    for splicing in ("none", "best_fit"):
+        keywords = settings([inputs["sft"]], tokenizer_dir, tmp_path / splicing, max_length=1000, splicing=splicing)
+        prepare.prepare_sft(**keywords)
+    alone, packed = (read_jsonl(tmp_path / splicing / "jsonl") for splicing in ("none", "best_fit"))
+    assert Counter(pieces_of(alone)) == Counter(pieces_of(packed))
+    assert len(packed) < len(alone) and all(sample["seq_length"] <= 1000 for sample in packed)
+    assert all(len(sample["labels_decode"]) == len(sample["sequence_lengths"]) for sample in packed)
+    assert manifest(tmp_path / "none")["formats"] == {"role/content": 78}
+    assert (tmp_path / "none" / "arrow" / "chat_template.jinja").read_text() == prepare.CHAT_TEMPLATE
+
+
+BAD_LINES = {
+    b'{"target": ': "not JSON",
+    b'{"target": NaN}': "not JSON",
+    b'{"target": "\xff"}': "not UTF-8",
+    b'{"target": "\\ud800"}': "surrogate",
+    b'{"target": 3}': '"target" must be a string',
+    b'{"target": ""}': '"target" is empty',
+    b'{"source": "a"}': '"target" is missing',
+    b'{"target": "a", "target": "b"}': "stands there twice",
+    b"[1]": "a JSON list given",
+    b'{"target": ' + b"[" * 100_000: "not JSON",
+}
+
+
+def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path, small_units):
+    rows = documents(len(BAD_LINES) * 4)
+    lines, bad = [], []
+    for number, row in enumerate(rows):
+        lines.append(row)
+        if number % 4 == 3:
+            lines.append(list(BAD_LINES)[number // 4])
+            bad.append(len(lines))
+    write_lines(tmp_path / "bad" / "rows.jsonl", lines)
+    write_lines(tmp_path / "good" / "rows.jsonl", rows)
+    for name in ("bad", "good"):
+        keywords = settings([tmp_path / name], tokenizer_dir, tmp_path / f"out-{name}", on_bad_row="skip")
+        prepare.prepare_pretrain(**keywords)
+    listed = [json.loads(line) for line in (tmp_path / "out-bad" / "arrow" / "bad_rows.jsonl").read_text().splitlines()]
+    path = str(tmp_path / "bad" / "rows.jsonl")
+    assert [(row["file"], row["line"]) for row in listed] == [(path, line) for line in bad]
+    assert all(reason in row["reason"] for row, reason in zip(listed, BAD_LINES.values(), strict=True))
+    skipped, clean = (Counter(pieces_of(read_jsonl(tmp_path / f"out-{name}" / "jsonl"))) for name in ("bad", "good"))
+    assert skipped == clean and manifest(tmp_path / "out-bad")["bad_rows"] == len(BAD_LINES)
+
+
+def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
+    huge = b'{"target": "' + b"x" * MAX_LINE_BYTES + b'"}'
+    path = write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "before"}, huge, {"target": "after"}])
+    with pytest.raises(UserError, match=rf"{path}:2: a line of {len(huge) + 1:,} bytes, at most 32 MiB allowed"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", on_bad_row="skip")
+    prepare.prepare_pretrain(**keywords)
+    assert manifest(tmp_path / "out")["total"]["documents"] == 2
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path):
+    lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(3000))
+    packed = gzip.compress(lines) if kind == "gz" else pyarrow.compress(lines, codec="zstd", asbytes=True)
+    path = tmp_path / "in" / f"rows.jsonl.{kind}"
+    path.parent.mkdir()
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=rf"{path}:\d+: "):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("mistake", ["empty file", "a folder named as a file", "nested folders"])
+def test_input_files_that_cannot_be_read_are_refused(mistake, tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", documents(1))
+    folders, words = [tmp_path / "in"], {"empty file": "is empty", "nested folders": "inside the other"}
+    if mistake == "empty file":
+        (tmp_path / "in" / "more.jsonl").touch()
+    elif mistake == "nested folders":
+        write_lines(tmp_path / "in" / "below" / "rows.jsonl", documents(1))
+        folders.append(tmp_path / "in" / "below")
+    else:
+        (tmp_path / "in" / "more.jsonl").mkdir()
+    with pytest.raises(UserError, match=words.get(mistake, "is not a regular file")):
+        prepare.prepare_pretrain(**settings(folders, tokenizer_dir, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

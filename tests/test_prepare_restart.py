@@ -1,0 +1,199 @@
+"""Killed, refused, finished, out of room: whatever ends a command, the same one ends with the same bytes."""
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from colossal_llama2.dataset import plan, prepare
+from colossal_llama2.dataset.output import OutputDirs, RefusedError
+from colossal_llama2.errors import RunError, UserError
+from tests import tiny
+from tests.conftest import ROOT
+from tests.preparing import contents, flags, settings, write_lines
+
+# Gives one command again and again, each time in a fork that ends with SIGKILL: after some number of renamed or removed
+# files, or after some time, both drawn from a seed. Prints how many were killed before one came to its end.
+KILLER = """
+import json, os, random, signal, sys, time
+from colossal_llama2.dataset import plan, prepare
+
+def count_down(function):
+    def counted(*args, **keywords):
+        result = function(*args, **keywords)
+        counted_calls[0] -= 1
+        if counted_calls[0] <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return counted
+
+how, keywords = sys.argv[1], json.loads(sys.argv[2])
+plan.UNIT_BYTES = 6000
+drawn, killed, counted_calls = random.Random(4), 0, [0]
+while killed < 300:
+    # A few runs by the clock, then one that may end.
+    seconds = drawn.uniform(0.02, 1.2) if how == "time" and killed < 10 else None
+    counted_calls[0] = drawn.randint(1, 4)
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        if how == "files":
+            os.replace, os.rename, os.unlink = map(count_down, (os.replace, os.rename, os.unlink))
+        prepare.prepare_pretrain(**keywords)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code != -signal.SIGKILL:
+        print(killed)
+        sys.exit(code)
+    killed += 1
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs") / "in"
+    rows = [{"target": text, "category": f"topic-{n % 3}"} for n, text in enumerate(tiny.english_documents()[:120])]
+    write_lines(folder / "large.jsonl", rows[:90])
+    write_lines(folder / "small.jsonl", rows[90:95])
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows[95:])
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    return folder
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr(plan, "UNIT_BYTES", 6000)
+
+
+def options(inputs, tokenizer_dir, output, **others) -> dict:
+    return settings([inputs], tokenizer_dir, output, bins=3, eval_fraction=0.2, on_bad_row="skip", **others)
+
+
+@pytest.fixture
+def undisturbed(inputs, tokenizer_dir, tmp_path, small_units) -> dict:
+    """The files of a run that nothing happened to."""
+    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "undisturbed"))
+    return contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("how, num_workers, least", [("files", 1, 20), ("time", 2, 1)])
+def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tmp_path, undisturbed):
+    keywords = {**options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, how, json.dumps(keywords)],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= least
+    assert contents(tmp_path / "killed") == undisturbed
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["arrow", "cache", "jsonl"]
+
+
+def stop_before_the_bins(monkeypatch, keywords) -> None:
+    """Leave an unfinished run."""
+
+    def stop(task):
+        raise RunError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_bin", stop)
+        with pytest.raises(RunError, match="stopped"):
+            prepare.prepare_pretrain(**keywords)
+
+
+def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
+    monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed
+):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out")
+    stop_before_the_bins(monkeypatch, keywords)
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; give the command"):
+        prepare.prepare_pretrain(**{**keywords, "seed": 7})
+    with pytest.raises(UserError, match="--no_jsonl was True, now False"):
+        prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
+    path = inputs / "small.jsonl"
+    times = path.stat()
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    with pytest.raises(UserError, match=rf"{path} has changed"):
+        prepare.prepare_pretrain(**keywords)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert contents(tmp_path / "out") == before
+    prepare.prepare_pretrain(**keywords)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_units_that_are_done_are_not_done_again(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out")
+    stop_before_the_bins(monkeypatch, keywords)
+    monkeypatch.setattr(prepare, "do_unit", None)
+    prepare.prepare_pretrain(**keywords)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out")
+    stop_before_the_bins(monkeypatch, keywords)
+    before = contents(tmp_path / "out")
+    folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
+    with folders.locked(None):
+        for shard in (None, (1, 2)):
+            with pytest.raises(RefusedError, match="another run is at work"):
+                prepare.prepare_pretrain(**keywords, shard=shard)
+        # Another cache does not help: the output is the same.
+        with pytest.raises(RefusedError, match="another run is at work"):
+            prepare.prepare_pretrain(**{**keywords, "data_cache_dir": str(tmp_path / "out" / "other")})
+    assert contents(tmp_path / "out") == before
+    with folders.locked((1, 2)), pytest.raises(RefusedError, match="another run is at work"):
+        prepare.prepare_pretrain(**keywords, shard=(1, 2))
+
+
+def test_finished_output_is_said_and_other_settings_are_refused(
+    run_script, assert_user_error, inputs, tokenizer_dir, tmp_path
+):
+    keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
+    first = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = contents(tmp_path / "out")
+    again = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    other = run_script("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
+    assert_user_error(other, "exists already, made of something else: --max_length was 128, now 64")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, tmp_path):
+    path = write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "old text"}])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
+    prepare.prepare_pretrain(**keywords)
+    later = (tmp_path / "out" / "arrow" / "manifest.json").stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    prepare.prepare_pretrain(**keywords)
+    write_lines(path, [{"target": "new text"}])
+    os.utime(path, ns=(later, later))
+    with pytest.raises(UserError, match="rows.jsonl has other content"):
+        prepare.prepare_pretrain(**keywords)
+
+
+def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
+    """The limit on the size of a file stands for a full disk."""
+    for name in ("limited", "free"):
+        keywords = settings([inputs], tokenizer_dir, tmp_path / name, bins=2)
+        command = [sys.executable, str(ROOT / "prepare_pretrain_dataset.py"), *map(str, flags(keywords))]
+        if name == "limited":
+            done = subprocess.run(
+                command, cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)),
+            )  # fmt: skip
+            assert done.returncode == 1, done.stderr
+            assert len(done.stderr.splitlines()) == 1 and "bytes needed" in done.stderr and "free" in done.stderr
+            assert not (tmp_path / name / "arrow").exists()
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "limited") == contents(tmp_path / "free")
