@@ -280,11 +280,6 @@ def _add_prepare_arguments(
         "--shard", metavar="i/n", type=share, default=None,
         help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
     )  # fmt: skip
-    work.add_argument("--executor", choices=("local", "ray"), default="local", help="where the workers run")
-    work.add_argument(
-        "--ray_address", metavar="ADDRESS", default=None,
-        help="address of a Ray cluster, for --executor ray (default: the running one, or a new local one)",
-    )  # fmt: skip
 
 
 def inspect_data_parser() -> CommandParser:

@@ -178,7 +178,7 @@ def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
     rows = [{**row, "target": f"{number} {row['target']}"} for number, row in enumerate(documents(300))]
     # Equal texts stay together, wherever they stand.
     write_lines(tmp_path / "in" / "rows.jsonl", [*rows, *rows[:50]])
-    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=512, bins=2, eval_fraction=0.3)
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096, bins=2, eval_fraction=0.3)
     prepare.prepare_pretrain(**keywords)
     held_out, first, second = (
         datasets.load_from_disk(str(tmp_path / "arrow" / name)).to_list()

@@ -75,15 +75,13 @@ def _prepare(
     eval_fraction: float = 0.0,
     no_jsonl: bool = False,
     num_workers: Optional[int] = None,
-    executor: str = "local",
-    ray_address: Optional[str] = None,
     shard: Optional[Tuple[int, int]] = None,
 ) -> None:
     settings = Settings(
         stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
     )  # fmt: skip
-    execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
+    execution = Execution(num_workers or len(os.sched_getaffinity(0)), shard)
     jsonl_dir = None if no_jsonl else data_jsonl_output_dir
     folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
     tokenizer_sha256 = fingerprint(tokenizer_dir)
@@ -157,7 +155,7 @@ class _Run:
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
-            for done in run_tasks(do_unit, map(self._unit_task, waiting), execution=self.execution):
+            for done in run_tasks(do_unit, map(self._unit_task, waiting), num_workers=self.execution.num_workers):
                 documents += done.documents
                 tokens += done.tokens
                 progress.update(done.size, documents=f"{documents:,}", tokens=f"{tokens:,}")
@@ -236,7 +234,7 @@ class _Run:
         with logs.progress(
             total=len(tasks), initial=len(tasks) - len(waiting), description="write bins", unit="bins"
         ) as progress:  # fmt: skip
-            for _ in run_tasks(write_bin, waiting, execution=self.execution):
+            for _ in run_tasks(write_bin, waiting, num_workers=self.execution.num_workers):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
         return [json.loads(bins_module.bin_account_file(paths["cache_dir"], name).read_bytes()) for name in names]

@@ -59,6 +59,4 @@ class Execution:
     """
 
     num_workers: int
-    executor: str = "local"
-    ray_address: Optional[str] = None
     shard: Optional[Tuple[int, int]] = None

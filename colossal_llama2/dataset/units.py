@@ -291,9 +291,19 @@ def is_held_out(texts: Sequence[str], settings: Settings) -> bool:
 
 def _coded(documents: Sequence[_Document]) -> np.ndarray:
     """The tokens of all documents as one int32 array, with ~id for those without loss."""
-    ids = np.frombuffer(array("i", chain.from_iterable(document.tokens.input_ids for document in documents)), np.int32)
-    labels = array("i", chain.from_iterable(document.tokens.labels for document in documents))
-    return np.where(np.frombuffer(labels, np.int32) == IGNORE_INDEX, ~ids, ids)
+    ids = array("i")
+    masked = []
+    for document in documents:
+        tokens = document.tokens
+        # Equal lists of the same objects are compared at once; only where there is a mask are labels read.
+        if tokens.labels != tokens.input_ids:
+            masked.append((len(ids), np.array(tokens.labels, np.int32) == IGNORE_INDEX))
+        ids.fromlist(tokens.input_ids)
+    coded = np.frombuffer(ids, np.int32)
+    for start, mask in masked:
+        stretch = coded[start : start + len(mask)]
+        stretch[mask] = ~stretch[mask]
+    return coded
 
 
 def _shares(
