@@ -68,6 +68,26 @@ def jsonl_files(folder: Path) -> List[Path]:
     return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
 
 
+def find_jsonl_files(folders: Sequence[str]) -> List[Path]:
+    """Every *.jsonl file directly inside the folders: folders in the given order, files sorted by name.
+
+    Raises UserError for a folder that is missing, given twice or without such a file.
+    """
+    files: List[Path] = []
+    seen: set = set()
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"--data_input_dirs: {folder} is not a folder; give folders with *.jsonl files inside")
+        if Path(folder).resolve() in seen:
+            raise UserError(f"--data_input_dirs: {folder} is given twice; name each folder once")
+        seen.add(Path(folder).resolve())
+        inside = jsonl_files(Path(folder))
+        if not inside:
+            raise UserError(f"--data_input_dirs: {folder} has no *.jsonl file directly inside; subfolders are not read")
+        files += inside
+    return files
+
+
 def check_can_create(path: Path, flag: str) -> None:
     """Raise a UserError unless the file or folder can be made, with the folders above it, or is there to write to."""
     parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
@@ -112,3 +132,19 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_new_file(path: Path, flag: str) -> None:
+    """Raise a UserError if `path` exists or cannot be made: no result is overwritten."""
+    if os.path.lexists(path):
+        raise UserError(f"{flag} {path} exists already; give a new file, nothing is overwritten")
+    check_can_create(path, flag)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` when all went well; nothing is left of it otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path.parent, path.name) as folder:
+        yield folder / path.name
+        os.rename(folder / path.name, path)

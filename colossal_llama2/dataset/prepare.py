@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.output import OutputDirs, write_bin
 from colossal_llama2.dataset.splicing import TokenSequence, cut, deal_to_bins, has_trained_token, splice
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import jsonl_files, read_jsonl
+from colossal_llama2.files import find_jsonl_files, read_jsonl
 from colossal_llama2.tokenizer import Encoder
 
 SEED = 1024
@@ -119,26 +119,6 @@ def _prepare(
             progress.update()
         account.check()
     print(account.table(max_length=max_length))
-
-
-def find_jsonl_files(folders: Sequence[str]) -> List[Path]:
-    """Every *.jsonl file directly inside the folders: folders in the given order, files sorted by name.
-
-    Raises UserError for a folder that is missing, given twice or without such a file.
-    """
-    files: List[Path] = []
-    seen: Set[Path] = set()
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise UserError(f"--data_input_dirs: {folder} is not a folder; give folders with *.jsonl files inside")
-        if Path(folder).resolve() in seen:
-            raise UserError(f"--data_input_dirs: {folder} is given twice; name each folder once")
-        seen.add(Path(folder).resolve())
-        inside = jsonl_files(Path(folder))
-        if not inside:
-            raise UserError(f"--data_input_dirs: {folder} has no *.jsonl file directly inside; subfolders are not read")
-        files += inside
-    return files
 
 
 @dataclass
