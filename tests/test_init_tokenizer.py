@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, init_tokenizer
 from colossal_llama2.tokenizer.bpe_model import BpeModel
 from colossal_llama2.tokenizer.closure import make_plan
@@ -162,11 +162,8 @@ def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
     fast["model"]["merges"].pop()
     (odd / "tokenizer.json").write_text(json.dumps(fast))
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
-    with pytest.raises(RunError, match="other ids than before"):
-        expand_tokenizer(odd, tmp_path / "new", pieces)
-    assert "other merges" in caplog.text and not (tmp_path / "new").exists()
-    expand_tokenizer(odd, tmp_path / "new", pieces, closure="off")
-    assert "not proven" in caplog.text and (tmp_path / "new").exists()
+    expand_tokenizer(odd, tmp_path / "new", pieces)
+    assert "other merges" in caplog.text and (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("spelling", ["init_tokenizer.py", "colossal_llama2/tokenizer/init_tokenizer.py"])
@@ -326,25 +323,18 @@ def test_zero_and_off_write_what_the_original_writes(source, tmp_path, caplog):
     assert "not proven: 1 of 8 new pieces are never reached; tokenizers differ anew" in caplog.text
 
 
-def test_zero_with_closure_is_an_error_where_it_fails(source, tmp_path):
+def test_a_failed_proof_ends_with_code_1(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["s▁", "▁t", "es▁th"])
-    (tmp_path / "text.txt").write_text("\n\n".join(english_documents()[:100]))
-    with pytest.raises(RunError, match="nothing was written.*--piece_scores below.*--closure off"):
-        expand_tokenizer(
-            source, tmp_path / "out", pieces, piece_scores="zero", parity_text=[str(tmp_path / "text.txt")]
-        )
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
-
-
-def test_a_failed_proof_ends_with_code_1(run_script, source, tmp_path):
-    pieces = write_pieces(tmp_path / "pieces.jsonl", ["甲乙", "乙甲", "甲乙甲"])
-    (tmp_path / "text.txt").write_text("甲乙甲乙甲 乙甲乙甲乙\n")
-    done = run_script(
-        "init_tokenizer.py", "--source_tokenizer_dir", source, "--target_tokenizer_dir", tmp_path / "out",
-        "--expand_tokens_file", pieces, "--piece_scores", "zero", "--parity_text", tmp_path / "text.txt",
-    )  # fmt: skip
-    assert done.returncode in (0, 1)
-    assert (tmp_path / "out").exists() == (done.returncode == 0)
+    with pytest.raises(SystemExit) as ended:
+        init_tokenizer.main([
+            "--source_tokenizer_dir", str(source), "--target_tokenizer_dir", str(tmp_path / "out"),
+            "--expand_tokens_file", str(pieces), "--piece_scores", "zero",
+        ])  # fmt: skip
+    assert ended.value.code == 1 and not (tmp_path / "out").exists()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert re.search("nothing was written.*--piece_scores below.*--closure off", line)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_drop_leaves_out_what_is_not_reached(source, tmp_path, capsys):
@@ -452,14 +442,14 @@ def test_a_fault_leaves_the_old_target(source, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_many_pieces_are_no_matter(source, tmp_path):
-    """Forty thousand, of which most lack what leads to them: no step is quadratic."""
+def test_many_pieces_are_no_matter(source):
+    """Twenty thousand that all lack what leads to them: no step is quadratic."""
     import time
 
-    characters = [chr(0x4E00 + index) for index in range(200)]
+    characters = [chr(0x4E00 + index) for index in range(141)]
     words = [f"{a}{b}甲乙" for a in characters for b in characters]
     model = BpeModel.read(source)
     start = time.process_time()
     plan = make_plan(model, words, closure="complete", piece_scores="below")
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 20
     assert len(words) < len(plan.pieces) < 2 * len(words) + 300

@@ -98,7 +98,7 @@ def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> Tuple[Li
     rows: List[Row] = []
     left_out: List[LeftOut] = []
     total = len(tokenizer_dirs) * len(documents)
-    with _quiet_single_thread(), logs.progress(total=total, description="encode", unit="documents") as progress:
+    with _single_thread(), logs.progress(total=total, description="encode", unit="documents") as progress:
         for path in tokenizer_dirs:
             try:
                 rows.append(_measure(path, load(Path(path)), documents, progress))
@@ -155,8 +155,8 @@ def _utf8_bytes(documents: Sequence[str]) -> int:
 
 
 @contextmanager
-def _quiet_single_thread() -> Iterator[None]:
-    """One thread in the tokenizers library, and no remarks of transformers between our lines."""
+def _single_thread() -> Iterator[None]:
+    """One thread in the tokenizers library, so that its speed compares with the others'."""
     import os
 
     name = "TOKENIZERS_PARALLELISM"
@@ -184,12 +184,17 @@ def load(path: Path) -> Tokenizer:
 
 def _load_folder(folder: Path) -> Tokenizer:
     _refuse_remote_code(folder)
-    if (folder / CONFIG_FILE).is_file() or (folder / MODEL_CONFIG_FILE).is_file():
+    names_class = (folder / CONFIG_FILE).is_file() and read_json(folder / CONFIG_FILE).get("tokenizer_class")
+    # Without a class, transformers goes by the model's type; without either, by nothing.
+    if names_class or (folder / MODEL_CONFIG_FILE).is_file():
         return _load_with_transformers(folder)
     for name in (FAST_FILE, MODEL_FILE):
         if (folder / name).is_file():
             return load(folder / name)
-    raise UserError(f"{folder} holds no {CONFIG_FILE}, no {FAST_FILE} and no {MODEL_FILE}; give a tokenizer's folder")
+    raise UserError(
+        f"{folder} holds no {FAST_FILE}, no {MODEL_FILE} and no {CONFIG_FILE} that names a class; "
+        "give a tokenizer's folder"
+    )
 
 
 def _refuse_remote_code(folder: Path) -> None:
