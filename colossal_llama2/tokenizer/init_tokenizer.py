@@ -117,10 +117,10 @@ def expand_tokenizer(
             measurements=_measure(Tokenizers(source), tokenizers, model, plan, documents),
             settings={"piece_scores": piece_scores, "closure": closure, "max_added_pieces": max_added_pieces},
         )
+        print_report(report)
         _judge(report, may_fail=closure == "off")
         write_json(folder / REPORT_FILE, report)
         publish(folder, target, replace=overwrite)
-    print_report(report)
     print(f"written to {target}")
     print(f"asked {asked.asked}, added {len(plan.pieces)}")
 
@@ -149,7 +149,8 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise UserError(
             f"--target_tokenizer_dir {target} exists already; give a new folder, or --overwrite to replace a tokenizer"
         )
-    if target == real_source or target in real_source.parents:
+    real_files = [Path(os.path.realpath(path)) for path in source.iterdir()]
+    if target == real_source or any(target in path.parents for path in (real_source, *real_files)):
         raise UserError(f"--target_tokenizer_dir {target} is or holds the source; give another folder")
     if not target.is_dir():
         raise UserError(f"--target_tokenizer_dir {target} is not a folder; give another name")

@@ -18,8 +18,8 @@ from colossal_llama2.tokenizer import CONFIG_FILE, Encoder, sentencepiece_file
 from colossal_llama2.tokenizer.bpe_model import SPACE, BpeModel
 
 # What is measured of one group of texts at most, evenly chosen: the fast tokenizer takes seconds for it, the slow one
-# too. SentencePiece alone reads all.
-FAST_TEXTS, FAST_CHARACTERS = 100_000, 8_000_000
+# too. Whether pieces are reached is checked on all.
+FAST_TEXTS, FAST_CHARACTERS = 100_000, 2**23
 SLOW_TEXTS, SLOW_CHARACTERS = 40_000, 2_600_000
 TEXTS_AT_A_TIME = 1000
 SHOWN_CHARACTERS, SHOWN_IDS = 200, 50
