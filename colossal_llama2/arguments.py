@@ -385,6 +385,13 @@ def train_sft_parser() -> CommandParser:
 
 
 def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
+    _add_model_arguments(parser)
+    _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
+    _add_parallel_arguments(parser)
+    _add_output_arguments(parser)
+
+
+def _add_model_arguments(parser: CommandParser) -> None:
     data = parser.add_argument_group("data and model")
     data.add_argument(
         "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
@@ -406,6 +413,8 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
     )
 
+
+def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
     recipe = parser.add_argument_group("optimization")
     recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
     recipe.add_argument(
@@ -433,6 +442,8 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     )
     recipe.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of data order and noise")
 
+
+def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel = parser.add_argument_group("parallelism")
     parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
     parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
@@ -440,6 +451,8 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
         "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, for 3d"
     )
 
+
+def _add_output_arguments(parser: CommandParser) -> None:
     output = parser.add_argument_group("checkpoints and logs")
     output.add_argument(
         "--save_dir", metavar="DIR", default="checkpoint_dir", help="folder for checkpoints and the final modeling/"
