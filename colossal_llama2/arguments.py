@@ -14,8 +14,10 @@ from typing import List, NoReturn, Optional, Sequence, Tuple
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
+MODEL_DTYPES = ("float16", "bfloat16", "float32")
 MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
+MINED_SCRIPTS = ("han", "any")
 MAX_LENGTH = 2**20
 
 
@@ -94,6 +96,11 @@ def probability(text: str) -> float:
     return _number(text, float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
+def share(text: str) -> float:
+    """A part of a whole that is neither all nor nothing."""
+    return _number(text, float, "a number above 0 and below 1", lambda value: 0 < value < 1)
+
+
 def seed_number(text: str) -> int:
     """A seed, as NumPy and PyTorch both take it."""
     return _number(text, int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
@@ -114,7 +121,7 @@ def fraction(text: str) -> float:
     return _number(text, float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
-def share(text: str) -> Tuple[int, int]:
+def shard(text: str) -> Tuple[int, int]:
     """A share i/n, counted from 1: "2/8" becomes (2, 8)."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -166,11 +173,35 @@ def init_tokenizer_parser() -> CommandParser:
         help="folder with tokenizer.model, tokenizer_config.json and special_tokens_map.json",
     )  # fmt: skip
     group.add_argument(
-        "--target_tokenizer_dir", metavar="DIR", required=True, help="folder to write; must not exist yet"
-    )
+        "--target_tokenizer_dir", metavar="DIR", required=True,
+        help="folder to write; must not exist yet, unless --overwrite is given",
+    )  # fmt: skip
     group.add_argument(
         "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} a line (jsonl)'
     )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the target tokenizer, when the new one is complete"
+    )
+    pieces = parser.add_argument_group("pieces")
+    pieces.add_argument(
+        "--piece_scores", choices=("below", "zero"), default="below",
+        help="below: falling in file order, under every old merge; zero: as the original, all 0, by length",
+    )  # fmt: skip
+    pieces.add_argument(
+        "--closure", choices=("complete", "drop", "off"), default="complete",
+        help="complete: add the characters and intermediate pieces that lead to all new ones; drop: leave out the "
+        "unreachable; off: as the original, nothing is proven",
+    )  # fmt: skip
+    pieces.add_argument(
+        "--max_added_pieces", metavar="N", type=positive_int, default=None,
+        help="most pieces to add, those of the closure included; the last of the file are given up first "
+        "(default: no limit)",
+    )  # fmt: skip
+    pieces.add_argument(
+        "--parity_text", metavar="PATH", nargs="+", default=None,
+        help="jsonl or text files, or folders with such, on which tokenizers must agree and old text must not change; "
+        "sampled if large (default: the pieces alone)",
+    )  # fmt: skip
     return parser
 
 
@@ -193,6 +224,85 @@ def init_model_parser() -> CommandParser:
     group.add_argument(
         "--target_model_path", metavar="DIR", required=True,
         help="folder to write model and tokenizer to; may be --target_tokenizer_path",
+    )  # fmt: skip
+    group.add_argument(
+        "--dtype", choices=("source", *MODEL_DTYPES), default="source", help="number format of the written weights"
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the target, when the new one is complete"
+    )
+    return parser
+
+
+def mine_tokens_parser() -> CommandParser:
+    """Flags of colossal_llama2.tokenizer.mine_tokens."""
+    parser = CommandParser(
+        "mine_tokens.py",
+        "Mine new pieces for a tokenizer from text, for init_tokenizer.py to add.",
+        "  python -m colossal_llama2.tokenizer.mine_tokens --data_input_dirs data/zh \\\n"
+        "      --source_tokenizer_dir llama-2-7b --output_file new_tokens.jsonl",
+    )
+    files = parser.add_argument_group("files")
+    _add_data_input_dirs(files)
+    files.add_argument(
+        "--source_tokenizer_dir", metavar="DIR", required=True, help="folder with the tokenizer.model to extend"
+    )
+    files.add_argument(
+        "--output_file", metavar="FILE", required=True,
+        help='file for the pieces, one {"piece": "..."} a line (jsonl); must not exist yet',
+    )  # fmt: skip
+    files.add_argument(
+        "--plot", metavar="FILE.png", default=None, help="file for a curve of tokens per character by number of pieces"
+    )
+    pieces = parser.add_argument_group("pieces")
+    pieces.add_argument(
+        "--num_new_tokens", metavar="N", type=positive_int, default=37104,
+        help="most new pieces; 37,104 make LLaMA-2's vocabulary that of Colossal-LLaMA-2",
+    )  # fmt: skip
+    pieces.add_argument(
+        "--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: Chinese ones, or any"
+    )
+    pieces.add_argument(
+        "--max_piece_length", metavar="CHARACTERS", type=positive_int, default=8, help="longest piece, in characters"
+    )
+    pieces.add_argument(
+        "--min_count", metavar="N", type=positive_int, default=5,
+        help="fewest times that the sample must hold a character, or merge a piece",
+    )  # fmt: skip
+    sample = parser.add_argument_group("sample")
+    sample.add_argument(
+        "--sample_bytes", metavar="BYTES", type=positive_int, default=100_000_000,
+        help="most text of the script to train on, sampled from what there is; takes about 25 times this in memory",
+    )  # fmt: skip
+    sample.add_argument(
+        "--held_out", metavar="SHARE", type=share, default=0.125,
+        help="share of documents to measure on and never train on",
+    )  # fmt: skip
+    sample.add_argument(
+        "--seed", metavar="N", type=seed_number, default=1024, help="seed of the sample and of what is held out"
+    )
+    return parser
+
+
+def compare_parser() -> CommandParser:
+    """Flags of colossal_llama2.tokenizer.compare."""
+    parser = CommandParser(
+        "compare.py",
+        "Compare tokenizers on text: compression, unreachable pieces, speed.",
+        "  python -m colossal_llama2.tokenizer.compare --tokenizer_dirs llama-2-7b,tokenizer-zh \\\n"
+        "      --data_input_dirs data/zh,data/en --output_file comparison.json",
+    )
+    parser.add_argument(
+        "--tokenizer_dirs", metavar="PATH,PATH", type=path_list, required=True,
+        help="comma-separated Hugging Face tokenizer folders, tokenizer.model or tokenizer.json files",
+    )  # fmt: skip
+    _add_data_input_dirs(parser)
+    parser.add_argument(
+        "--output_file", metavar="FILE.json", default=None, help="file for the table as JSON; must not exist yet"
+    )
+    parser.add_argument(
+        "--sample_documents", metavar="N", type=positive_int, default=10_000,
+        help="most documents to compare on; of more, so many are drawn",
     )  # fmt: skip
     return parser
 
@@ -228,10 +338,7 @@ def _add_prepare_arguments(
     parser: CommandParser, samples: str, *, splicing: str, overlong: Tuple[str, ...]
 ) -> None:  # fmt: skip
     data = parser.add_argument_group("input")
-    data.add_argument(
-        "--data_input_dirs", metavar="DIR,DIR", type=path_list, required=True,
-        help="comma-separated folders; every *.jsonl, *.jsonl.gz and *.jsonl.zst directly inside is read",
-    )  # fmt: skip
+    _add_data_input_dirs(data)
     data.add_argument("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
     data.add_argument(
         "--on_bad_row", choices=("fail", "skip"), default="fail",
@@ -277,7 +384,7 @@ def _add_prepare_arguments(
         help="processes that tokenize and write (default: the CPU cores); the output does not depend on it",
     )  # fmt: skip
     work.add_argument(
-        "--shard", metavar="i/n", type=share, default=None,
+        "--shard", metavar="i/n", type=shard, default=None,
         help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
     )  # fmt: skip
 
@@ -303,6 +410,13 @@ def inspect_data_parser() -> CommandParser:
         help="folder for lengths.png (lengths of the samples) and categories.png (categories of all bins beside it)",
     )  # fmt: skip
     return parser
+
+
+def _add_data_input_dirs(group) -> None:
+    group.add_argument(
+        "--data_input_dirs", metavar="DIR,DIR", type=path_list, required=True,
+        help="comma-separated folders; every *.jsonl, *.jsonl.gz and *.jsonl.zst directly inside is read",
+    )  # fmt: skip
 
 
 def train_parser() -> CommandParser:
@@ -340,6 +454,13 @@ def train_sft_parser() -> CommandParser:
 
 
 def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
+    _add_model_arguments(parser)
+    _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
+    _add_parallel_arguments(parser)
+    _add_output_arguments(parser)
+
+
+def _add_model_arguments(parser: CommandParser) -> None:
     data = parser.add_argument_group("data and model")
     data.add_argument(
         "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
@@ -361,6 +482,8 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
     )
 
+
+def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
     recipe = parser.add_argument_group("optimization")
     recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
     recipe.add_argument(
@@ -388,6 +511,8 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     )
     recipe.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of data order and noise")
 
+
+def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel = parser.add_argument_group("parallelism")
     parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
     parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
@@ -395,6 +520,8 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
         "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, for 3d"
     )
 
+
+def _add_output_arguments(parser: CommandParser) -> None:
     output = parser.add_argument_group("checkpoints and logs")
     output.add_argument(
         "--save_dir", metavar="DIR", default="checkpoint_dir", help="folder for checkpoints and the final modeling/"

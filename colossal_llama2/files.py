@@ -119,3 +119,19 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_new_file(path: Path, flag: str) -> None:
+    """Raise a UserError if `path` exists or cannot be made: no result is overwritten."""
+    if os.path.lexists(path):
+        raise UserError(f"{flag} {path} exists already; give a new file, nothing is overwritten")
+    check_can_create(path, flag)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, which becomes `path` when all went well; nothing is left of it otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path.parent, path.name) as folder:
+        yield folder / path.name
+        os.rename(folder / path.name, path)

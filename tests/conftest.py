@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from colossal_llama2 import logs
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def unconfigured_logging():
+    """A command run inside a test binds the logger to that test's stderr; the next test must find it as new."""
+    yield
+    logger = logs.get_logger()
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ HEAVY_MODULES = (
 SCRIPTS = {
     "init_tokenizer.py": "--source_tokenizer_dirr",
     "colossal_llama2/tokenizer/init_tokenizer.py": "--expand_tokens_filee",
+    "colossal_llama2/tokenizer/mine_tokens.py": "--num_new_tokenss",
+    "colossal_llama2/tokenizer/compare.py": "--tokenizer_dirss",
     "init_model.py": "--target_model_pathh",
     "colossal_llama2/model/init_model.py": "--target_tokenizer_pathh",
     "prepare_pretrain_dataset.py": "--max_lengthh",

@@ -1,6 +1,8 @@
 """Initializing a model: which rows it writes, what it leaves as it is, what it refuses."""
 
 import json
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,15 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from colossal_llama2.errors import UserError
-from colossal_llama2.model.init_model import INDEX_FILE, INPUT_EMBEDDING, OUTPUT_EMBEDDING, WEIGHTS_FILE, init_model
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, init_model
+from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer, read_model
+from colossal_llama2.tokenizer.bpe_model import read_model
+from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from tests import tiny
 from tests.conftest import ROOT
 
 PIECES = ["人工智能", "你好", "世界", "人工", "智能", "▁Hello▁world", "éclair"]
-ENGLISH = "The first statement of a function body may be a string."
 
 
 def expand(source, folder):
@@ -73,17 +76,13 @@ def edited_json(path, **changes):
 
 def test_single_file(model_dir, expanded, tmp_path, capsys):
     init_model(model_dir, expanded, tmp_path / "out")
-    model = check(model_dir, expanded, tmp_path / "out")
+    check(model_dir, expanded, tmp_path / "out")
     last = capsys.readouterr().out.splitlines()[-1]
     added = Encoder(expanded).vocab_size - 600
     size = (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
     assert last == (
         f"vocabulary 600 -> {600 + added}, {added} rows initialized in each of 2 matrices, {size:,} bytes written"
     )
-    source = AutoModelForCausalLM.from_pretrained(model_dir)
-    ids = torch.tensor([[1, *Encoder(expanded).encode([ENGLISH])[0]]])
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits[..., :600], source(ids).logits, atol=1e-5, rtol=0)
     config, old_config = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", model_dir))
     assert config == {**old_config, "vocab_size": 600 + added}
     generation = "generation_config.json"
@@ -259,11 +258,216 @@ def test_a_failed_write_leaves_nothing(model_dir, expanded, tmp_path, monkeypatc
     def fail(*arguments, **named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("colossal_llama2.model.init_model._write_new_rows", fail)
+    monkeypatch.setattr("colossal_llama2.model.safetensors_stream._mean_rows", fail)
     target = shutil.copytree(expanded, tmp_path / "target")
     before = sorted(path.name for path in target.iterdir())
     for place in (target, tmp_path / "out"):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space .*model.safetensors"):
             init_model(model_dir, expanded if place != target else target, place)
     assert sorted(path.name for path in target.iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_text_without_new_pieces_gives_the_source_logits(tokenizer_dir, expanded, tmp_path, tie):
+    source_dir = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie)
+    init_model(source_dir, expanded, tmp_path / "out")
+    source, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source_dir, tmp_path / "out"))
+    documents = zip(
+        *(Encoder(folder).encode(tiny.english_documents()) for folder in (source_dir, expanded)), strict=True
+    )
+    old = [ids for ids, target_ids in documents if max(target_ids) < 600 and ids == target_ids]
+    assert len(old) > 100
+    for ids in old[:20]:
+        with torch.no_grad():
+            before, after = (m(torch.tensor([ids]), output_hidden_states=True) for m in (source, model))
+        assert all(map(torch.equal, before.hidden_states, after.hidden_states))
+        torch.testing.assert_close(after.logits[..., :600], before.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("before, after", [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "float32")])
+def test_dtype_converts_every_weight(tokenizer_dir, expanded, tmp_path, before, after, monkeypatch):
+    monkeypatch.setattr("colossal_llama2.model.safetensors_stream.CHUNK_BYTES", 1000)
+    source = tiny.make_model(tmp_path / "source", tokenizer_dir, dtype=before)
+    tensors = load_file(source / WEIGHTS_FILE)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(8, dtype=torch.float32)
+    tensors["position_ids"] = torch.arange(3)
+    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
+    init_model(source, expanded, tmp_path / "out", dtype=after)
+    written = weights_of(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == after
+    for name, tensor in tensors.items():
+        kept = written[name][: len(tensor)]
+        assert torch.equal(kept, tensor.to(kept.dtype))
+        stays = name == "position_ids" or name.endswith("inv_freq")
+        assert kept.dtype == (tensor.dtype if stays else getattr(torch, after))
+    new = mean_rows(tensors[INPUT_EMBEDDING].float(), source, expanded).to(getattr(torch, after))
+    torch.testing.assert_close(written[INPUT_EMBEDDING][600:], new)
+    LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_number_too_large_for_the_dtype_is_refused(model_dir, expanded, tmp_path):
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    tensors = load_file(source / WEIGHTS_FILE)
+    tensors["model.norm.weight"][:2] = torch.tensor([float("inf"), float("nan")])
+    save_file(tensors, source / WEIGHTS_FILE)
+    init_model(source, expanded, tmp_path / "kept", dtype="float16")
+    tensors["model.norm.weight"][2] = 70000.0
+    save_file(tensors, source / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="model.norm.weight holds numbers too large for --dtype float16"):
+        init_model(source, expanded, tmp_path / "out", dtype="float16")
+    init_model(source, expanded, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(ValueError, match="dtype is 'fp16'"):
+        init_model(source, expanded, tmp_path / "misspelt", dtype="fp16")
+    edited_json(source / "config.json", quantization_config={"bits": 4})
+    with pytest.raises(UserError, match="quantized"):
+        init_model(source, expanded, tmp_path / "quantized", dtype="float16")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_config_code_is_never_run_and_sizes_must_match(model_dir, expanded, tmp_path, caplog):
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    edited_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    with caplog.at_level("INFO", logger="colossal_llama2"):
+        init_model(source, expanded, tmp_path / "out")
+    assert "auto_map is left out" in caplog.text
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    edited_json(source / "config.json", model_type="other")
+    with pytest.raises(UserError, match="code of its own .auto_map., which is never run"):
+        init_model(source, expanded, tmp_path / "other")
+    shutil.copyfile(model_dir / "config.json", source / "config.json")
+    for change in ({"vocab_size": 601}, {"hidden_size": 65}):
+        edited_json(source / "config.json", **change)
+        with pytest.raises(UserError, match="is 600 x 64, but its config.json says"):
+            init_model(source, expanded, tmp_path / "other")
+
+
+def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    tensors = load_file(source / WEIGHTS_FILE)
+    tensors[INPUT_EMBEDDING] = tensors[INPUT_EMBEDDING].to(torch.int8)
+    save_file(tensors, source / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="is of dtype I8"):
+        init_model(source, expanded, tmp_path / "out")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=12345)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(RunError) as told:
+        init_model(model_dir, expanded, tmp_path / "deep" / "out")
+    needed = int(
+        re.match(r"([\d,]+) bytes are needed in .*, 12,345 bytes are free", str(told.value))[1].replace(",", "")
+    )
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    init_model(model_dir, expanded, tmp_path / "deep" / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "deep" / "out").iterdir())
+    assert 0 <= written - needed < 4096  # the two configs
+
+
+# --overwrite.
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_overwrite_replaces_the_whole_folder(model_dir, expanded, tokenizer_dir, tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr("colossal_llama2.publishing._exchange", lambda one, other: False)
+    target = shutil.copytree(expanded, tmp_path / "target")
+    (target / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    (target / "vocabulary_report.json").write_text("{}")
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    init_model(model_dir, target, link, overwrite=True)
+    check(model_dir, expanded, target)
+    names = {path.name for path in expanded.iterdir()} | {WEIGHTS_FILE, "config.json", "generation_config.json"}
+    assert {path.name for path in target.iterdir()} == names | {"vocabulary_report.json"}
+    assert link.is_symlink() and {path.name for path in tmp_path.iterdir()} == {"target", "link"}
+    init_model(model_dir, expanded, tmp_path / "new", overwrite=True)
+    check(model_dir, expanded, tmp_path / "new")
+
+
+def test_overwrite_keeps_the_old_one_until_the_new_is_complete(model_dir, expanded, tmp_path, monkeypatch):
+    init_model(model_dir, expanded, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(*arguments, **named):
+        raise OSError(5, "Input/output error")
+
+    for place in ("safetensors_stream._mean_rows", "init_model._write_configs", "init_model.publish"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+            patch.setattr(f"colossal_llama2.model.{place}", fail)
+            init_model(model_dir, expanded, tmp_path / "out", overwrite=True)
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_overwrite_refuses(model_dir, expanded, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("thesis.txt", "pytorch_model.bin"):
+        (other / name).write_text("mine")
+        with pytest.raises(UserError, match=f"would remove {name}"):
+            init_model(model_dir, expanded, other, overwrite=True)
+    source = shutil.copytree(model_dir, tmp_path / "source")
+    with pytest.raises(UserError, match="which is in the target"):
+        init_model(source, expanded, source, overwrite=True)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in source.iterdir():
+        (linked / path.name).symlink_to(path)
+    with pytest.raises(UserError, match="which is in the target"):
+        init_model(linked, expanded, source, overwrite=True)
+    assert len(list(other.iterdir())) == 2 and (source / WEIGHTS_FILE).exists() and not list(tmp_path.glob(".*"))
+
+
+# Killed runs.
+
+SLOW = """
+import sys, time
+from colossal_llama2 import logs
+from colossal_llama2.model import init_model, safetensors_stream
+safetensors_stream.CHUNK_BYTES = 20_000
+
+class Tell(logs.SilentProgress):
+    def update(self, count=1, **figures):
+        print("wrote", flush=True)
+        time.sleep(0.01)
+
+logs.progress = lambda **named: Tell()
+init_model.publish = lambda *given, **named: (print("publish", flush=True), time.sleep(60))
+init_model.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["start", "random", "publish"])
+def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, tmp_path, caplog, moment):
+    source = {"--source_model_and_tokenizer_path": model_dir, "--target_tokenizer_path": expanded}
+    words = [str(word) for pair in (source | {"--target_model_path": tmp_path / "out"}).items() for word in pair]
+    child = subprocess.Popen([sys.executable, "-c", SLOW, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for _ in range(1 if moment == "start" else random.randrange(2, 30)):
+        assert child.stdout.readline() == "wrote\n"
+    while moment == "publish" and child.stdout.readline() != "publish\n":
+        pass
+    with pytest.raises(UserError, match="another run is writing"):
+        init_model(model_dir, expanded, tmp_path / "out")
+    child.kill()
+    child.communicate()
+    (leftover,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\.out\.[a-z0-9_]{8}\.tmp", leftover.name)
+    with caplog.at_level("INFO", logger="colossal_llama2"):
+        init_model(model_dir, expanded, tmp_path / "out")
+    assert f"removing {leftover}" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    check(model_dir, expanded, tmp_path / "out")
+
+
+def test_killed_between_the_two_renames_the_old_folder_comes_back(model_dir, expanded, tmp_path, caplog):
+    init_model(model_dir, expanded, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.12345678.old")
+    (tmp_path / ".out.mine.tmp").mkdir()
+    with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="holds a model already"):
+        init_model(model_dir, expanded, tmp_path / "out")
+    assert "its old content is back" in caplog.text
+    check(model_dir, expanded, tmp_path / "out")
+    assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we make

@@ -22,6 +22,8 @@ PARSERS = {
     "train.py": arguments.train_parser,
     "train_sft.py": arguments.train_sft_parser,
     "inference_example.py": arguments.inference_parser,
+    "colossal_llama2.tokenizer.mine_tokens": arguments.mine_tokens_parser,
+    "colossal_llama2.tokenizer.compare": arguments.compare_parser,
 }
 
 
@@ -68,7 +70,7 @@ def test_every_flag_is_in_a_table_with_its_default(script):
         if action.dest == "accumulation_steps":
             assert told == ["`1`, SFT `8`"]
         elif isinstance(action.default, bool) and action.nargs == 0:
-            assert told == ["off"], action.option_strings
+            assert set(told) == {"off"}, action.option_strings
         elif action.dest != "help":
             assert told, action.option_strings
             assert action.default is None or f"`{action.default}`" in told, action.option_strings
@@ -77,6 +79,10 @@ def test_every_flag_is_in_a_table_with_its_default(script):
 def test_no_table_names_an_unknown_flag():
     known = {option for parser in PARSERS.values() for option in parser()._option_string_actions}
     assert {flag for flags, _, _ in table_rows() for flag in flags} <= known
+
+
+def test_no_place_is_left_to_fill_in():
+    assert not re.findall(r"@[A-Z_]{3,}@", README)
 
 
 def test_the_file_map_is_the_repository():
@@ -89,14 +95,15 @@ def test_the_file_map_is_the_repository():
 def workplace(tmp_path_factory):
     """A folder as the README's reader has it: the repository's scripts, a source model, text, a hostfile."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in [*PARSERS, "colossal_llama2", "train.example.sh", "hostfile.example"]:
+    scripts = [name for name in PARSERS if name.endswith(".py")]
+    for name in [*scripts, "colossal_llama2", "train.example.sh", "hostfile.example"]:
         os.symlink(ROOT / name, folder / name)
     tiny.make_model(folder / "llama-2-7b", tiny.make_tokenizer(folder / "tokenizer"))
     pieces = ["你好", "人工智能", "明月", "天气"]
     write_jsonl(folder / "new_tokens.jsonl", ({"piece": piece} for piece in pieces))
     english = tiny.english_documents()[:150]
     write_jsonl(folder / "data" / "en" / "a.jsonl", ({"target": text, "category": "docs"} for text in english))
-    write_jsonl(folder / "data" / "zh" / "a.jsonl", ({"source": "", "target": tiny.CHINESE * 20} for _ in range(20)))
+    write_jsonl(folder / "data" / "zh" / "a.jsonl", ({"target": f"{tiny.CHINESE}{n}" * 20} for n in range(20)))
     messages = [{"from": "human", "content": "你好"}, {"from": "assistant", "content": tiny.CHINESE}]
     write_jsonl(folder / "data" / "chat" / "a.jsonl", ({"messages": messages} for _ in range(20)))
     return folder
@@ -129,6 +136,8 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
             command = command.replace("--nproc_per_node 8", "--nproc_per_node 2 --master_port 29618")
             outputs[script] = run(command.replace("--max_new_tokens 512", "--max_new_tokens 8"), workplace)
     assert outputs["init_tokenizer.py"].splitlines()[-1].startswith("asked 4, added ")
+    assert (workplace / "mined_tokens.jsonl").is_file()
+    assert "tokenizer-zh" in outputs["colossal_llama2.tokenizer.compare"]
     assert "tokens per bin" in outputs["prepare_pretrain_dataset.py"]
     assert (workplace / "checkpoint_dir_sft" / "modeling" / "tokenizer.model").is_file()
     assert "Answer:" in outputs["inference_example.py"]

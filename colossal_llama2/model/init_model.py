@@ -8,13 +8,12 @@ this runs on a CPU at the speed of a file copy, in memory for a matrix or two. A
 its tokenizer has tokens (padding to a round number): no token ever used these rows, so they are left out.
 """
 
-import json
 import os
-import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Dict, List, Optional, Sequence, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -23,16 +22,29 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, copy_files, read_json, temporary_folder, write_json
-from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.safetensors_stream import (
+    FLOATS,
+    Change,
+    Shard,
+    read_shards,
+    target_index,
+    target_size,
+    write_shard,
+)
+from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers, sync
 from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder
-from colossal_llama2.tokenizer.init_tokenizer import SPACE, read_added_tokens, read_model
+from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
+from colossal_llama2.tokenizer.init_tokenizer import read_added_tokens
+from colossal_llama2.tokenizer.report import REPORT_FILE
 
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
 INPUT_EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_EMBEDDING = "lm_head.weight"
+MATRICES = (INPUT_EMBEDDING, OUTPUT_EMBEDDING)
+# What goes with the tokenizer: its files, and the report of init_tokenizer.py.
+COPIED_FILES = (*TOKENIZER_FILES, REPORT_FILE)
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-COPY_BYTES = 16 * 2**20
-ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -54,158 +66,167 @@ class Rows:
         return self.kept + len(self.bags)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One safetensors file: its header (tensor name to dtype, shape, data_offsets) and where the data begins."""
-
-    path: Path
-    header: dict
-    data_start: int
-
-    @property
-    def tensors(self) -> dict:
-        """The header without its free-text metadata, in the order of the data."""
-        names = (name for name in self.header if name != "__metadata__")
-        return {name: self.header[name] for name in sorted(names, key=lambda name: self.header[name]["data_offsets"])}
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The command: parse `argv` (default: the process's) and initialize the model."""
     args = arguments.init_model_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("init_model.py"):
-        init_model(args.source_model_and_tokenizer_path, args.target_tokenizer_path, args.target_model_path)
+        init_model(
+            args.source_model_and_tokenizer_path,
+            args.target_tokenizer_path,
+            args.target_model_path,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+        )
 
 
 def init_model(
     source_model_and_tokenizer_path: Union[str, Path],
     target_tokenizer_path: Union[str, Path],
     target_model_path: Union[str, Path],
+    *,
+    dtype: str = "source",
+    overwrite: bool = False,
 ) -> None:
     """Write the source model with rows for the target tokenizer's new tokens, and that tokenizer, to the target.
 
-    The target is a new folder or the tokenizer's own. Files get their final names when all of them are complete.
-    Raises UserError for what is wrong with the folders, before anything is written.
+    The target is a new folder, the tokenizer's own, or with `overwrite` an earlier target, which stays until the new
+    one is complete and on the disk. `dtype` is what floating-point weights are converted to: float16, bfloat16,
+    float32, or "source", which changes nothing. Raises UserError for what is wrong with the folders, and RunError if
+    the disk is too small, before anything is written.
     """
     source = Path(os.path.abspath(source_model_and_tokenizer_path))
     tokenizer = Path(os.path.abspath(target_tokenizer_path))
-    target = Path(os.path.abspath(target_model_path))
-    into_tokenizer = _check_folders(source, tokenizer, target)
-    config = _read_config(source)
-    shards = _read_shards(source)
-    rows = _plan_rows(source, tokenizer, source_rows=_check_matrices(shards, config))
+    # A link to a folder stands for the folder: replacing must not turn it into one.
+    target = Path(os.path.realpath(target_model_path))
+    _check_folders(source, tokenizer)
+    remove_leftovers(target)
+    _check_target(source, tokenizer, target, overwrite=overwrite)
+    config = _read_config(source, dtype)
+    shards = read_shards(source)
+    source_rows = _check_matrices(shards, config)
+    rows = _plan_rows(source, tokenizer, source_rows=source_rows)
+    change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=_format_name(dtype))
+    total = sum(target_size(shard, change) for shard in shards)
 
-    parent = target if into_tokenizer else target.parent
+    inside = target.exists() and not overwrite
+    parent = target if inside else target.parent
+    check_space(parent, total + _tokenizer_bytes(tokenizer))
     parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(parent, target.name) as folder:
-        written = _write_shards(shards, folder, rows)
-        _write_index(source, folder, shards)
-        _write_configs(source, folder, config, rows)
-        if into_tokenizer:
-            _move_into(folder, target)
+    with temporary_folder(parent, target.name) as folder, claimed(folder):
+        _write_weights(source, folder, shards, change, total=total)
+        _write_configs(source, folder, config, rows, dtype)
+        if inside:
+            publish_into(folder, target, last=CONFIG_FILE)
         else:
-            copy_files(tokenizer, folder, TOKENIZER_FILES)
-            os.rename(folder, target)
-    matrices = sum(name in (INPUT_EMBEDDING, OUTPUT_EMBEDDING) for shard in shards for name in shard.tensors)
+            copy_files(tokenizer, folder, COPIED_FILES)
+            publish(folder, target, replace=overwrite)
+    matrices = sum(name in MATRICES for shard in shards for name in shard.tensors)
     print(f"written to {target}")
     print(
-        f"vocabulary {config['vocab_size']:,} -> {rows.vocab_size:,}, "
-        f"{rows.new:,} rows initialized in each of {matrices} matrices, {written:,} bytes written"
+        f"vocabulary {source_rows:,} -> {rows.vocab_size:,}, "
+        f"{rows.new:,} rows initialized in each of {matrices} matrices, {total:,} bytes written"
     )
 
 
 # Checks, before anything is written.
 
 
-def _check_folders(source: Path, tokenizer: Path, target: Path) -> bool:
-    """Refuse a target that exists or lies inside the source; True if it is the tokenizer's own folder."""
+def _check_folders(source: Path, tokenizer: Path) -> None:
     for flag, folder in (("--source_model_and_tokenizer_path", source), ("--target_tokenizer_path", tokenizer)):
         if not folder.is_dir():
             raise UserError(f"{flag} {folder} is not a folder; give a folder in Hugging Face format")
-    if Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
+
+
+def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: bool) -> None:
+    """Refuse a target that holds a model (without `overwrite`), foreign files or the source, or lies inside it."""
+    real_source = Path(os.path.realpath(source))
+    if real_source in target.parents:
         raise UserError(f"--target_model_path {target} is inside the source {source}; give a folder outside of it")
     if not os.path.lexists(target):
         check_can_create(target, "--target_model_path")
-        return False
+        return
     if not target.is_dir():
         raise UserError(f"--target_model_path {target} is not a folder; give a new folder")
     held = sorted(path.name for pattern in MODEL_PATTERNS for path in target.glob(pattern))
-    if held:
-        raise UserError(f"--target_model_path {target} holds a model already ({held[0]}); give a new folder")
-    if not os.path.samefile(target, tokenizer):
+    if overwrite:
+        _check_replaceable(target, source)
+    elif held:
+        raise UserError(
+            f"--target_model_path {target} holds a model already ({held[0]}); give a new folder, or --overwrite"
+        )
+    elif not os.path.samefile(target, tokenizer):
         raise UserError(
             f"--target_model_path {target} exists already; give a new folder, or --target_tokenizer_path's own"
         )
-    return True
 
 
-def _read_config(source: Path) -> dict:
-    if not (source / CONFIG_FILE).is_file():
+def _check_replaceable(target: Path, source: Path) -> None:
+    """Refuse to replace a folder with anything in it that this command does not write, or that the source needs."""
+    patterns = [pattern for pattern in (*MODEL_PATTERNS, *COPIED_FILES) if pattern != "*.bin"]
+    ours = {path.name for pattern in patterns for path in target.glob(pattern)}
+    foreign = sorted({path.name for path in target.iterdir()} - ours)
+    if foreign:
+        raise UserError(
+            f"--overwrite would remove {foreign[0]} from --target_model_path {target}, which init_model.py does not "
+            "write; move it away, or give a new folder"
+        )
+    for path in (source, *source.iterdir()):
+        if target in (Path(os.path.realpath(path)), *Path(os.path.realpath(path)).parents):
+            raise UserError(f"--overwrite would remove {path}, which is in the target {target}; give a new folder")
+    check_can_create(target, "--target_model_path")
+
+
+def _read_config(source: Path, dtype: str) -> dict:
+    """The source's config. Raises UserError if it cannot be of a LLaMA, or not be converted."""
+    path = source / CONFIG_FILE
+    if not path.is_file():
         raise UserError(f"{source} holds no {CONFIG_FILE}; give the folder of a LLaMA model in Hugging Face format")
-    config = read_json(source / CONFIG_FILE)
+    config = read_json(path)
     if "vocab_size" not in config:
-        raise UserError(f"{source / CONFIG_FILE} has no vocab_size; give a LLaMA model in Hugging Face format")
+        raise UserError(f"{path} has no vocab_size; give a LLaMA model in Hugging Face format")
+    if "auto_map" in config and config.get("model_type") != "llama":
+        raise UserError(
+            f"{path} names code of its own (auto_map), which is never run here; give a model that transformers "
+            "itself knows, such as LLaMA"
+        )
+    if dtype != "source" and "quantization_config" in config:
+        raise UserError(f"{path} is of a quantized model, which --dtype {dtype} cannot convert; leave --dtype out")
     return config
 
 
-def _read_shards(source: Path) -> List[Shard]:
-    """The headers of all weight files of the source. Raises UserError if any is missing, foreign or damaged."""
-    if (source / WEIGHTS_FILE).is_file():
-        return [_read_shard(source / WEIGHTS_FILE)]
-    if not (source / INDEX_FILE).is_file():
-        raise UserError(_no_weights(source))
-    shards = [_read_shard(source / name) for name in shard_names(str(source))]
-    weight_map = read_json(source / INDEX_FILE)["weight_map"]
-    held = {(shard.path.name, name) for shard in shards for name in shard.tensors}
-    if held != {(file, name) for name, file in weight_map.items()}:
-        file, name = sorted(held ^ {(file, name) for name, file in weight_map.items()})[0]
-        raise UserError(
-            f"{source / INDEX_FILE} and its files disagree about {name} in {file}; download the model again"
-        )
-    return shards
+def _format_name(dtype: str) -> Optional[str]:
+    """The name of a dtype in safetensors; None for "source"."""
+    if dtype not in ("source", *arguments.MODEL_DTYPES):
+        raise ValueError(f"dtype is {dtype!r}, source or one of {arguments.MODEL_DTYPES} allowed")
+    return next((name for name, (torch_name, _) in FLOATS.items() if torch_name == dtype), None)
 
 
-def _no_weights(source: Path) -> str:
-    if not any(source.glob("pytorch_model*.bin")):
-        return f"{source} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a LLaMA model in Hugging Face format"
-    convert = (
-        "from transformers import AutoModelForCausalLM as M; "
-        f"M.from_pretrained('{source}', torch_dtype='auto').save_pretrained('{source}')"
-    )
-    return f'{source} holds pytorch_model.bin weights, which are never unpickled here; convert: python -c "{convert}"'
-
-
-def _read_shard(path: Path) -> Shard:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise UserError(f"{path} is missing, though {INDEX_FILE} names it; download it again")
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # it checks the whole header: that it parses, and that the tensors fill the file
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); download it again")
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        return Shard(path=path, header=json.loads(file.read(length)), data_start=8 + length)
+def _tokenizer_bytes(tokenizer: Path) -> int:
+    return sum(path.stat().st_size for name in COPIED_FILES for path in tokenizer.glob(name))
 
 
 def _check_matrices(shards: List[Shard], config: dict) -> int:
-    """The number of rows of both matrices. Raises UserError if one is missing or they differ."""
-    shapes = {
-        name: shard.tensors[name]["shape"]
-        for shard in shards
-        for name in (INPUT_EMBEDDING, OUTPUT_EMBEDDING)
-        if name in shard.tensors
-    }
+    """The number of rows of both matrices. Raises UserError if one is missing or they do not fit together."""
+    found = {name: shard.tensors[name] for shard in shards for name in MATRICES if name in shard.tensors}
     folder = shards[0].path.parent
-    required = [INPUT_EMBEDDING] if config.get("tie_word_embeddings") else [INPUT_EMBEDDING, OUTPUT_EMBEDDING]
+    required = [INPUT_EMBEDDING] if config.get("tie_word_embeddings") else MATRICES
     for name in required:
-        if name not in shapes:
+        if name not in found:
             raise UserError(f"the weights of {folder} have no {name}; give a LLaMA model in Hugging Face format")
+    shapes = {name: entry["shape"] for name, entry in found.items()}
     if len(set(map(tuple, shapes.values()))) > 1 or any(len(shape) != 2 for shape in shapes.values()):
         raise UserError(f"the embeddings of {folder} have the shapes {shapes}; two equal matrices are needed")
-    return shapes[INPUT_EMBEDDING][0]
+    for name, entry in found.items():
+        if entry["dtype"] not in FLOATS:
+            raise UserError(f"{name} of {folder} is of dtype {entry['dtype']}, one of {', '.join(FLOATS)} is needed")
+    rows, columns = shapes[INPUT_EMBEDDING]
+    if (rows, columns) != (config["vocab_size"], config.get("hidden_size", columns)):
+        raise UserError(
+            f"the embedding of {folder} is {rows} x {columns}, but its {CONFIG_FILE} says vocab_size "
+            f"{config['vocab_size']} and hidden_size {config.get('hidden_size')}; give files that belong together"
+        )
+    return rows
 
 
 def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
@@ -245,104 +266,28 @@ def _check_extends(source: Path, tokenizer: Path, *, old: List[str], new: List[s
 # Writing.
 
 
-def _write_shards(shards: List[Shard], folder: Path, rows: Rows) -> int:
-    """Write every shard under its own name; returns the bytes written."""
-    headers = [_target_header(shard, rows) for shard in shards]
-    total = sum(len(header) + _data_bytes(header) for header in headers)
-    with logs.progress(total=total, description="weights", unit="B", unit_scale=True) as bar:
-        for shard, header in zip(shards, headers, strict=True):
-            with open(shard.path, "rb") as source, open(folder / shard.path.name, "wb") as target:
-                bar.update(target.write(header))
-                for name, entry in shard.tensors.items():
-                    begin, end = entry["data_offsets"]
-                    source.seek(shard.data_start + begin)
-                    if name in (INPUT_EMBEDDING, OUTPUT_EMBEDDING):
-                        row_bytes = (end - begin) // entry["shape"][0]
-                        _copy(source, target, rows.kept * row_bytes, bar)
-                        _write_new_rows(shard.path, name, target, rows.bags, bar)
-                    else:
-                        _copy(source, target, end - begin, bar)
-    return total
+def _write_weights(source: Path, folder: Path, shards: List[Shard], change: Change, *, total: int) -> None:
+    # The disk takes one shard while the next one is being read.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        with logs.progress(total=total, description="weights", unit="B", unit_scale=True) as bar:
+            synced = []
+            for shard in shards:
+                write_shard(shard, folder / shard.path.name, change, bar.update)
+                synced.append(pool.submit(sync, folder / shard.path.name))
+        for future in synced:
+            future.result()
+    if shards[0].path.name != WEIGHTS_FILE:
+        write_json(folder / INDEX_FILE, target_index(read_json(source / INDEX_FILE), shards, change))
 
 
-def _target_header(shard: Shard, rows: Rows) -> bytes:
-    """The shard's header with the two matrices' new shapes and all offsets moved, as it stands in the file."""
-    header = {key: value for key, value in shard.header.items() if key == "__metadata__"}
-    offset = 0
-    for name, entry in shard.tensors.items():
-        begin, end = entry["data_offsets"]
-        shape, length = entry["shape"], end - begin
-        if name in (INPUT_EMBEDDING, OUTPUT_EMBEDDING):
-            length = length // shape[0] * rows.vocab_size
-            shape = [rows.vocab_size, shape[1]]
-        header[name] = {"dtype": entry["dtype"], "shape": shape, "data_offsets": [offset, offset + length]}
-        offset += length
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    # Spaces at the end align the data to 8 bytes, as the format's own writer does.
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _data_bytes(header: bytes) -> int:
-    entries = json.loads(header[8:])
-    return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-
-
-def _copy(source: BinaryIO, target: BinaryIO, length: int, bar: logs.SilentProgress) -> None:
-    while length > 0:
-        chunk = source.read(min(length, COPY_BYTES))
-        if not chunk:
-            raise OSError(f"{source.name} became shorter while it was read")
-        bar.update(target.write(chunk))
-        length -= len(chunk)
-
-
-def _write_new_rows(
-    path: Path, name: str, target: BinaryIO, bags: List[List[int]], bar: logs.SilentProgress
-) -> None:
-    """Append the mean of each bag's rows: summed in float32, cast to the matrix's dtype once."""
-    import torch
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as weights:
-        matrix = weights.get_tensor(name)
-    for start in range(0, len(bags), ROWS_AT_A_TIME):
-        block = bags[start : start + ROWS_AT_A_TIME]
-        ids = torch.tensor([index for bag in block for index in bag])
-        # Only the rows in use become float32: a copy of the whole matrix would take twice a half-precision one.
-        used, ids = torch.unique(ids, return_inverse=True)
-        offsets = torch.tensor([0, *(len(bag) for bag in block[:-1])]).cumsum(0)
-        means = torch.nn.functional.embedding_bag(ids, matrix[used].float(), offsets, mode="mean")
-        rows = means.to(matrix.dtype).contiguous().view(torch.uint8)
-        bar.update(target.write(rows.numpy().data))
-
-
-def _write_index(source: Path, folder: Path, shards: List[Shard]) -> None:
-    """The source's index with the new sizes; nothing if the source is a single file."""
-    if shards[0].path.name == WEIGHTS_FILE:
-        return
-    index = read_json(source / INDEX_FILE)
-    written = [entry for shard in shards for entry in _read_shard(folder / shard.path.name).tensors.values()]
-    metadata = index.setdefault("metadata", {})
-    metadata["total_size"] = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in written)
-    if "total_parameters" in metadata:
-        old = [entry for shard in shards for entry in shard.tensors.values()]
-        metadata["total_parameters"] += _elements(written) - _elements(old)
-    write_json(folder / INDEX_FILE, index)
-
-
-def _elements(entries: List[dict]) -> int:
-    total = 0
-    for entry in entries:
-        count = 1
-        for length in entry["shape"]:
-            count *= length
-        total += count
-    return total
-
-
-def _write_configs(source: Path, folder: Path, config: dict, rows: Rows) -> None:
-    write_json(folder / CONFIG_FILE, {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size})
+def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
+    changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
+    if changed.pop("auto_map", None):
+        logs.get_logger().info("%s: auto_map is left out: it names code, and transformers has LLaMA's", CONFIG_FILE)
+    if dtype != "source":
+        # transformers 5 says "dtype" for what 4 calls "torch_dtype".
+        changed["dtype" if "dtype" in changed and "torch_dtype" not in changed else "torch_dtype"] = dtype
+    write_json(folder / CONFIG_FILE, changed)
     if (source / GENERATION_CONFIG_FILE).is_file():
         generation = read_json(source / GENERATION_CONFIG_FILE)
         write_json(folder / GENERATION_CONFIG_FILE, _with_moved_ids(generation, GENERATION_CONFIG_FILE, rows))
@@ -361,12 +306,6 @@ def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:
         changed[key] = kept if isinstance(ids, list) and kept else kept[0] if kept else None
         logs.get_logger().info("%s: %s %s is now %s, as its token moved or had none", name, key, ids, changed[key])
     return changed
-
-
-def _move_into(folder: Path, target: Path) -> None:
-    """Give the files their final names in the tokenizer's folder; config.json last, without which nothing loads."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
-        os.rename(path, target / path.name)
 
 
 if __name__ == "__main__":

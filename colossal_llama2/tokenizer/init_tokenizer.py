@@ -1,21 +1,18 @@
-"""Append new pieces to a LLaMA tokenizer, and write it as a folder that SentencePiece and transformers both load.
+"""Append new pieces to a LLaMA tokenizer, prove that they work, and write it as a folder that every loader reads.
 
     python init_tokenizer.py --source_tokenizer_dir llama-2-7b \\
         --target_tokenizer_dir tokenizer-zh --expand_tokens_file new_tokens.jsonl
 
 New pieces come one a line, as {"piece": "你好"}; a space inside one is written "▁". They are appended behind the
 source's pieces, so every old id keeps its meaning, with scores below every old merge, so old merges win and text that
-holds no new piece is tokenized as before.
+holds no new piece is tokenized as before. What they need to be reached is added (closure.py), and nothing is written
+unless SentencePiece and both tokenizers of transformers agree on them (parity.py).
 """
 
-import json
-import math
 import os
 import sys
-import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Set, Union
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -23,14 +20,8 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import (
-    check_can_create,
-    copy_files,
-    read_json,
-    read_jsonl,
-    temporary_folder,
-    write_json,
-)
+from colossal_llama2.files import check_can_create, copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.publishing import claimed, publish, remove_leftovers
 from colossal_llama2.tokenizer import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -38,68 +29,106 @@ from colossal_llama2.tokenizer import (
     FAST_FILE,
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
-    Encoder,
+    TOKENIZER_FILES,
     sentencepiece_file,
 )
+from colossal_llama2.tokenizer.bpe_model import SPACE, BpeModel, merges, read_model, unreachable, with_pieces
+from colossal_llama2.tokenizer.closure import Plan, make_plan
+from colossal_llama2.tokenizer.new_pieces import read_new_pieces
+from colossal_llama2.tokenizer.parity import (
+    Measurement,
+    PieceFinder,
+    Tokenizers,
+    load_with_transformers,
+    measure,
+    texts_alone,
+    texts_in_context,
+    texts_of_old_pieces,
+)
+from colossal_llama2.tokenizer.parity_text import read_parity_text
+from colossal_llama2.tokenizer.report import REPORT_FILE, failures, make_report, print_report
+
+__all__ = ["SPACE", "expand_tokenizer", "main", "read_added_tokens", "read_model"]
 
 # What LLaMA-2 ships beside its weights, and what transformers needs to load a tokenizer with its settings.
 REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
-MAX_PIECE_CHARACTERS = 64
-SPACE = "▁"
-
-
-@dataclass(frozen=True)
-class NewPieces:
-    """What the file of new pieces asks for: `pieces` in the order they are appended, and how they came about."""
-
-    pieces: List[str]
-    asked: int
-    duplicates: int
-    already_pieces: int
-    characters: int
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """The command: parse `argv` (default: the process's) and expand the tokenizer."""
     args = arguments.init_tokenizer_parser().parse_args(argv)
     logs.configure_logging()
+    # The original's README exports "python", for the sake of an old protobuf, which makes large models slow to read.
+    os.environ.pop("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", None)
     with errors.one_line_errors("init_tokenizer.py"):
-        expand_tokenizer(args.source_tokenizer_dir, args.target_tokenizer_dir, args.expand_tokens_file)
+        expand_tokenizer(
+            args.source_tokenizer_dir,
+            args.target_tokenizer_dir,
+            args.expand_tokens_file,
+            piece_scores=args.piece_scores,
+            closure=args.closure,
+            max_added_pieces=args.max_added_pieces,
+            parity_text=args.parity_text or (),
+            overwrite=args.overwrite,
+        )
 
 
 def expand_tokenizer(
-    source_tokenizer_dir: Union[str, Path], target_tokenizer_dir: Union[str, Path], expand_tokens_file: Union[str, Path]
+    source_tokenizer_dir: Union[str, Path],
+    target_tokenizer_dir: Union[str, Path],
+    expand_tokens_file: Union[str, Path],
+    *,
+    piece_scores: str = "below",
+    closure: str = "complete",
+    max_added_pieces: Optional[int] = None,
+    parity_text: Sequence[str] = (),
+    overwrite: bool = False,
 ) -> None:
     """Write the source's tokenizer with the pieces of the file appended to the target, whole or not at all.
 
-    Prints a summary that ends with "asked N, added M": N lines were asked for, M pieces were added. Raises UserError
-    for a mistake in the folders or the file, RunError if the written tokenizer does not load as it must.
+    Prints the report that goes with it, then "asked N, added M": N lines were asked for, M pieces were added. The flags
+    are those of the command. Raises UserError for a mistake in the folders or files, and RunError, with nothing
+    written, if new pieces are not reached, tokenizers disagree anew or old text changes; with closure "off", which
+    proves nothing, that is a warning.
     """
     source = Path(os.path.abspath(source_tokenizer_dir))
-    target = Path(os.path.abspath(target_tokenizer_dir))
-    _check_folders(source, target)
-    model = read_model(source)
-    source_pieces = [piece.piece for piece in model.pieces]
-    added_tokens = read_added_tokens(source, len(source_pieces))
-    new = _read_new_pieces(Path(expand_tokens_file), model, special_tokens=_special_tokens(source, model, added_tokens))
+    # A link to a folder stands for the folder: replacing must not turn it into one.
+    target = Path(os.path.realpath(target_tokenizer_dir))
+    _check_source(source)
+    remove_leftovers(target)
+    _check_target(source, target, overwrite=overwrite)
+    model = BpeModel.read(source)
+    added_tokens = read_added_tokens(source, len(model.pieces))
+    special_tokens = _special_tokens(source, model, added_tokens)
+    asked = read_new_pieces(Path(expand_tokens_file), known=model.pieces, special_tokens=special_tokens)
+    documents = read_parity_text(parity_text) if parity_text else []
+    plan = make_plan(model, asked.wanted, closure=closure, piece_scores=piece_scores, max_added=max_added_pieces)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target.parent, target.name) as folder:
-        append_pieces(model, new.pieces)
-        (folder / MODEL_FILE).write_bytes(model.SerializeToString())
-        _write_settings(source, folder, len(source_pieces), len(new.pieces))
-        _write_fast_tokenizer(source, folder, len(source_pieces), len(new.pieces))
-        expected_ids = {piece: len(source_pieces) + index for index, piece in enumerate(new.pieces)}
-        expected_ids.update({token: index + len(new.pieces) for token, index in added_tokens.items()})
-        unreached, differing = _check_written(folder, new.pieces, expected_ids)
-        os.rename(folder, target)
-    _print_summary(target, len(source_pieces), new, unreached=unreached, differing=differing)
+    with temporary_folder(target.parent, target.name) as folder, claimed(folder):
+        _write_tokenizer(source, folder, model, plan)
+        tokenizers = Tokenizers(folder)
+        _check_ids(tokenizers, model, plan, added_tokens)
+        report = make_report(
+            asked,
+            plan,
+            unreachable=unreachable((folder / MODEL_FILE).read_bytes(), plan.pieces),
+            vocabulary_before=len(model.pieces),
+            measurements=_measure(Tokenizers(source), tokenizers, model, plan, documents),
+            settings={"piece_scores": piece_scores, "closure": closure, "max_added_pieces": max_added_pieces},
+        )
+        print_report(report)
+        _judge(report, may_fail=closure == "off")
+        write_json(folder / REPORT_FILE, report)
+        publish(folder, target, replace=overwrite)
+    print(f"written to {target}")
+    print(f"asked {asked.asked}, added {len(plan.pieces)}")
 
 
 # Reading the source.
 
 
-def _check_folders(source: Path, target: Path) -> None:
+def _check_source(source: Path) -> None:
     sentencepiece_file(source)
     missing = [name for name in REQUIRED_FILES if not (source / name).is_file()]
     if missing:
@@ -107,30 +136,30 @@ def _check_folders(source: Path, target: Path) -> None:
             f"--source_tokenizer_dir {source} holds no {' and no '.join(missing)}; "
             "LLaMA-2 ships these files beside its weights, copy them there"
         )
-    if os.path.lexists(target):
-        raise UserError(f"--target_tokenizer_dir {target} exists already; give a new folder, nothing is overwritten")
-    if Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
+
+
+def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
+    real_source = Path(os.path.realpath(source))
+    if real_source in target.parents:
         raise UserError(f"--target_tokenizer_dir {target} is inside the source {source}; give a folder outside of it")
-    check_can_create(target, "--target_tokenizer_dir")
-
-
-def read_model(folder: Path):
-    """The SentencePiece ModelProto of a tokenizer folder. Raises UserError if it is missing or not a BPE model."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-
-    # SentencePiece tells better than protobuf whether a file is one of its models.
-    Encoder(folder)
-    path = sentencepiece_file(folder)
-    try:
-        model = ModelProto.FromString(path.read_bytes())
-    except DecodeError:
-        raise UserError(f"{path} is not a SentencePiece model; copy LLaMA-2's {MODEL_FILE} again")
-    kind = model.trainer_spec.model_type
-    if kind != TrainerSpec.BPE:
-        name = TrainerSpec.ModelType.Name(kind).capitalize()
-        raise UserError(f"{path} is a {name} model; only BPE models, such as LLaMA-2's, can be expanded by appending")
-    return model
+    if not os.path.lexists(target):
+        check_can_create(target, "--target_tokenizer_dir")
+        return
+    if not overwrite:
+        raise UserError(
+            f"--target_tokenizer_dir {target} exists already; give a new folder, or --overwrite to replace a tokenizer"
+        )
+    real_files = [Path(os.path.realpath(path)) for path in source.iterdir()]
+    if target == real_source or any(target in path.parents for path in (real_source, *real_files)):
+        raise UserError(f"--target_tokenizer_dir {target} is or holds the source; give another folder")
+    if not target.is_dir():
+        raise UserError(f"--target_tokenizer_dir {target} is not a folder; give another name")
+    others = sorted({path.name for path in target.iterdir()} - {*TOKENIZER_FILES, REPORT_FILE})
+    if others:
+        raise UserError(
+            f"--target_tokenizer_dir {target} holds {others[0]}, which is no file of a tokenizer; "
+            "--overwrite replaces only a folder that holds nothing else"
+        )
 
 
 def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
@@ -162,86 +191,23 @@ def _listed_added_tokens(folder: Path) -> Iterator[tuple]:
             yield token["content"], token["id"]
 
 
-def _special_tokens(source: Path, model, added_tokens: Dict[str, int]) -> set:
+def _special_tokens(source: Path, model: BpeModel, added_tokens: Dict[str, int]) -> Set[str]:
     """Every token that is not ordinary text: <s>, <0x0A> and the like, and what transformers knows as special."""
-    kind = model.SentencePiece
-    special = {piece.piece for piece in model.pieces if piece.type in (kind.UNKNOWN, kind.CONTROL, kind.BYTE)}
+    special = set(model.pieces).difference(model.scores).union(model.user_defined)
     for value in read_json(source / SPECIAL_TOKENS_FILE).values():
         for token in value if isinstance(value, list) else [value]:
             special.add(token["content"] if isinstance(token, dict) else token)
     return special.union(added_tokens)
 
 
-# Reading the new pieces.
-
-
-def _read_new_pieces(path: Path, model, *, special_tokens: set) -> NewPieces:
-    """Read and check the jsonl file; plan the missing single characters first, then the pieces, shortest first."""
-    if not path.is_file():
-        raise UserError(f'--expand_tokens_file {path} is not a file; give a jsonl file of {{"piece": "..."}} lines')
-    asked = list(_pieces_of(path, special_tokens))
-    if not asked:
-        raise UserError(f'--expand_tokens_file {path} holds no pieces; give a jsonl file of {{"piece": "..."}} lines')
-    known = {piece.piece for piece in model.pieces}
-    unique = dict.fromkeys(asked)
-    wanted = sorted((piece for piece in unique if piece not in known), key=len)
-    # BPE builds a piece from its characters: one that is not a piece would come as bytes, which never merge.
-    characters = dict.fromkeys(character for piece in wanted for character in piece if character not in known)
-    pieces = list(dict.fromkeys([*characters, *wanted]))
-    return NewPieces(
-        pieces=pieces,
-        asked=len(asked),
-        duplicates=len(asked) - len(unique),
-        already_pieces=len(unique) - len(wanted),
-        characters=len(pieces) - len(wanted),
-    )
-
-
-def _pieces_of(path: Path, special_tokens: set) -> Iterator[str]:
-    for line in read_jsonl(path):
-        if line.record is not None:
-            try:
-                yield _piece_of(line.record, special_tokens)
-            except ValueError as error:
-                raise UserError(f"{line.where}: {error}")
-
-
-def _piece_of(record: dict, special_tokens: set) -> str:
-    """The piece of one record. Raises ValueError with what is wrong and what is allowed."""
-    if "piece" not in record:
-        raise ValueError('no "piece" in this line; write {"piece": "..."}')
-    piece = record["piece"]
-    if not isinstance(piece, str):
-        raise ValueError(f'"piece" is {piece!r:.80}, which is not a string; write {{"piece": "..."}}')
-    if not piece:
-        raise ValueError('"piece" is empty; remove the line')
-    if len(piece) > MAX_PIECE_CHARACTERS:
-        raise ValueError(f'"piece" has {len(piece)} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
-    if piece in special_tokens:
-        raise ValueError(f'"piece" is {piece!r}, a special token of the source tokenizer; remove the line')
-    if any(character.isspace() or unicodedata.category(character) == "Cc" for character in piece):
-        raise ValueError(
-            f'"piece" is {piece!r}, which holds whitespace or a control character; write a space as {SPACE} (U+2581)'
-        )
-    return piece
-
-
 # Writing the target.
 
 
-def append_pieces(model, pieces: Sequence[str]) -> None:
-    """Append `pieces` to a ModelProto with falling scores, each a different float32, below every merge it has.
-
-    A merge is a piece of two or more characters. The score of a single character decides nothing, and some models
-    give all of theirs a sentinel (-1e9), near which float32 could not tell the new scores apart.
-    """
-    mergeable = (model.SentencePiece.NORMAL, model.SentencePiece.UNUSED)
-    merges = [piece.score for piece in model.pieces if piece.type in mergeable and len(piece.piece) > 1]
-    lowest = math.floor(min(merges, default=0.0))
-    # 1 where float32 holds every whole number, as far as the scores reach; else twice the distance of its neighbours.
-    step = max(1.0, 2.0 ** (math.frexp(abs(lowest) + len(pieces))[1] - 23))
-    for index, piece in enumerate(pieces, start=1):
-        model.pieces.add(piece=piece, score=lowest - step * index, type=model.SentencePiece.NORMAL)
+def _write_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Plan) -> None:
+    num_source, num_added = len(model.pieces), len(plan.pieces)
+    (folder / MODEL_FILE).write_bytes(with_pieces(model.content, plan.pieces, plan.scores))
+    _write_settings(source, folder, num_source, num_added)
+    _write_fast_tokenizer(source, folder, model, plan)
 
 
 def _write_settings(source: Path, folder: Path, num_source_pieces: int, num_added: int) -> None:
@@ -266,32 +232,40 @@ def _moved(index: int, num_source_pieces: int, num_added: int) -> int:
     return index if index < num_source_pieces else index + num_added
 
 
-def _write_fast_tokenizer(source: Path, folder: Path, num_source_pieces: int, num_added: int) -> None:
-    """Write tokenizer.json: vocabulary and merges from the new tokenizer.model, everything else as in the source's."""
-    converted = json.loads(_load_fast(folder).backend_tokenizer.to_str())
+def _write_fast_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Plan) -> None:
+    """Write tokenizer.json: vocabulary and merges of the new tokenizer.model, everything else as in the source's."""
+    import orjson
+
     if (source / FAST_FILE).is_file():
         fast = read_json(source / FAST_FILE)
-        if fast.get("model", {}).get("type") != "BPE":
-            raise UserError(f"{source / FAST_FILE} is not a BPE tokenizer, as {MODEL_FILE} is; remove it")
-        _warn_if_merges_differ(fast, converted, num_source_pieces)
-        for key in ("vocab", "merges"):
-            fast["model"][key] = converted["model"][key]
-        for token in fast.get("added_tokens", []):
-            token["id"] = _moved(token["id"], num_source_pieces, num_added)
-        _move_post_processor_ids(fast.get("post_processor"), num_source_pieces, num_added)
     else:
-        fast = converted
-    write_json(folder / FAST_FILE, fast)
+        fast = orjson.loads(load_with_transformers(source).backend_tokenizer.to_str())
+    if fast.get("model", {}).get("type") != "BPE":
+        raise UserError(f"{source / FAST_FILE} is not a BPE tokenizer, as {MODEL_FILE} is; remove it")
+    num_source, num_added = len(model.pieces), len(plan.pieces)
+    pieces = model.pieces + plan.pieces
+    scores = [model.scores.get(piece, 0.0) for piece in model.pieces] + plan.scores
+    pairs = merges(pieces, scores, [*model.scores, *plan.pieces])
+    old_merges = fast["model"]["merges"]
+    _warn_if_merges_differ(old_merges, pairs, set(model.pieces))
+    # Files made before tokenizers 0.20, LLaMA-2's among them, spell a merge "a b"; older versions read nothing else.
+    spells_as_text = bool(old_merges) and isinstance(old_merges[0], str)
+    fast["model"]["merges"] = list(map(" ".join, pairs)) if spells_as_text else pairs
+    fast["model"]["vocab"] = {piece: index for index, piece in enumerate(pieces)}
+    for token in fast.get("added_tokens", []):
+        token["id"] = _moved(token["id"], num_source, num_added)
+    _move_post_processor_ids(fast.get("post_processor"), num_source, num_added)
+    # orjson: the standard library takes a minute to indent a million pieces.
+    (folder / FAST_FILE).write_bytes(orjson.dumps(fast, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
-def _warn_if_merges_differ(source_fast: dict, converted: dict, num_source_pieces: int) -> None:
+def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: Set[str]) -> None:
     """Old text can only be tokenized as before if the old merges are still there in the old order."""
-    old = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in source_fast["model"]["merges"]]
-    vocabulary = converted["model"]["vocab"]
+    old = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in source_merges]
     kept = [
         (left, right)
-        for left, right in converted["model"]["merges"]
-        if max(vocabulary[left], vocabulary[right], vocabulary[left + right]) < num_source_pieces
+        for left, right in pairs
+        if left in source_pieces and right in source_pieces and left + right in source_pieces
     ]
     if old != kept:
         logs.get_logger().warning(
@@ -314,59 +288,46 @@ def _move_post_processor_ids(processor: Optional[dict], num_source_pieces: int, 
 # Checking what was written, before it gets its final name.
 
 
-def _load_fast(folder: Path):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
-        raise UserError(
-            f"transformers cannot load the source's {CONFIG_FILE} with the new {MODEL_FILE} "
-            f"({type(error).__name__}: {str(error)[:200]}); give a tokenizer whose tokenizer_class is LlamaTokenizer"
-        )
-
-
-def _check_written(folder: Path, pieces: List[str], expected_ids: Dict[str, int]) -> tuple:
-    """Check all ids of the fast tokenizer, then encode each new piece.
-
-    Returns how many new pieces SentencePiece does not produce from their own text, and on how many of these texts
-    the fast tokenizer gives other ids than SentencePiece. Whether a text is given a leading "▁" is the source's own
-    setting in each of the two, so that difference does not count.
-    """
-    fast, encoder = _load_fast(folder), Encoder(folder)
-    wrong = [token for token, index in expected_ids.items() if fast.convert_tokens_to_ids(token) != index]
-    if wrong or len(fast) != encoder.vocab_size + len(expected_ids) - len(pieces):
+def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: Plan, added_tokens: Dict[str, int]) -> None:
+    """Every new piece and every added token must have its id in the fast tokenizer, which has no others."""
+    expected = {piece: index for index, piece in enumerate(plan.pieces, start=len(model.pieces))}
+    expected.update({token: index + len(plan.pieces) for token, index in added_tokens.items()})
+    vocabulary = tokenizers.fast.get_vocab()
+    wrong = [token for token, index in expected.items() if vocabulary.get(token) != index]
+    if wrong or len(vocabulary) != len(model.pieces) + len(expected):
         raise RunError(
             f"transformers gives {wrong[:3] or 'the vocabulary'} other ids than were written; nothing was kept. "
             f"Check {FAST_FILE} and the added tokens of the source"
         )
-    if not pieces:
-        return 0, 0
-    texts = [piece.lstrip(SPACE).replace(SPACE, " ") for piece in pieces]
-    fast_ids = fast(texts, add_special_tokens=False)["input_ids"]
-    either = zip(encoder.encode(texts), encoder.encode(texts, dummy_prefix=False), strict=True)
-    differing = sum(ids not in pair for ids, pair in zip(fast_ids, either, strict=True))
-    alone = encoder.encode([piece.replace(SPACE, " ") for piece in pieces], dummy_prefix=False)
-    unreached = sum(ids != [expected_ids[piece]] for piece, ids in zip(pieces, alone, strict=True))
-    return unreached, differing
 
 
-def _print_summary(target: Path, num_source_pieces: int, new: NewPieces, *, unreached: int, differing: int) -> None:
-    rows = (
-        ("pieces in the file", new.asked),
-        ("repeated in the file", new.duplicates),
-        ("pieces of the source already", new.already_pieces),
-        ("characters added for them", new.characters),
-        ("pieces added", len(new.pieces)),
-        ("never reached from their own text", unreached),
-        ("encoded differently by transformers", differing),
-        ("vocabulary before", num_source_pieces),
-        ("vocabulary after", num_source_pieces + len(new.pieces)),
-    )
-    for name, count in rows:
-        print(f"{name:<36}{count:>10,}")
-    print(f"written to {target}")
-    print(f"asked {new.asked}, added {len(new.pieces)}")
+def _measure(
+    source: Tokenizers, target: Tokenizers, model: BpeModel, plan: Plan, documents: List[str]
+) -> List[Measurement]:
+    finder = PieceFinder(plan.pieces)
+    groups = {
+        "new pieces alone": texts_alone(plan.pieces),
+        "new pieces in context": texts_in_context(plan.pieces),
+        "old pieces": texts_of_old_pieces(model),
+        "parity text": documents,
+    }
+    measured = []
+    for group, texts in groups.items():
+        if texts:
+            logs.get_logger().info("comparing SentencePiece, slow and fast tokenizer: %s", group)
+            measured.append(measure(source, target, group, texts, finder))
+    return measured
+
+
+def _judge(report: dict, *, may_fail: bool) -> None:
+    found = failures(report)
+    if found and may_fail:
+        logs.get_logger().warning("not proven: %s", "; ".join(found))
+    elif found:
+        raise RunError(
+            f"{'; '.join(found)}; nothing was written. Use --piece_scores below and --closure complete, "
+            "or --closure off to write it nevertheless"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,243 @@
+"""How far init_model.py is from a file copy, in time and memory, on a checkpoint of LLaMA-2-7B's shapes.
+
+    python benchmarks/bench_init_model.py --work_dir /tmp/bench_init_model
+
+The checkpoint has 4 of the 32 layers: hidden size 4096, fp16, sharded, with a real tokenizer of 32,000 pieces that is
+extended to 69,104. All times are medians of 3, taken in turns, and all of them end when the bytes are on the disk. What
+is read lies in the page cache. Needs 11 GB in --work_dir, which are removed at the end, and requirements-dev.txt.
+
+- The copy is shutil.copyfile of each file, which copies inside the kernel, then fsync of each.
+- Time is that of init_model(), as a process of its own calls it after its imports; the whole command, interpreter and
+  imports included, has its own line.
+- Memory is the anonymous memory of that process (RssAnon, read 500 times a second from outside), less what it has
+  after its imports: what was allocated, without the pages of mapped files, which the system can drop at any time.
+- The original grows a matrix by one numpy.concatenate for each new row. At full size that copies 61 TB, so it is
+  compared on an eighth of the rows and of the columns: there it only works in memory, ours writes and syncs a file.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+HIDDEN, INTERMEDIATE, LAYERS, SHARDS = 4096, 11008, 4, 3
+OLD_ROWS, NEW_ROWS = 32_000, 69_104
+SMALL = 8
+ROUNDS = 3
+CHILD = """
+import sys, time
+import google.protobuf, numpy, safetensors, sentencepiece, torch
+from colossal_llama2.model.init_model import init_model
+print("imported", flush=True)
+sys.stdin.readline()
+start = time.perf_counter()
+init_model(*sys.argv[1:])
+print("seconds", time.perf_counter() - start, flush=True)
+"""
+
+
+def main() -> None:
+    """Make the inputs, measure, print the ratios, remove everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="new folder for 11 GB of files, removed at the end"
+    )
+    work = parser.parse_args().work_dir
+    work.mkdir(parents=True)
+    try:
+        make_source(work / "source")
+        make_target_tokenizer(work / "source", work / "tokenizer")
+        print_table(measure(work))
+    finally:
+        shutil.rmtree(work)
+
+
+def make_source(folder: Path) -> None:
+    """A sharded checkpoint of random numbers with a real tokenizer."""
+    import mistral_common
+    import numpy
+    from safetensors.numpy import save_file
+
+    from colossal_llama2.tokenizer.from_text import write_tokenizer
+
+    folder.mkdir()
+    write_tokenizer((Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes(), folder)
+    block = numpy.random.default_rng(0).standard_normal(2**22, dtype=numpy.float32).astype(numpy.float16)
+    shapes = list(tensor_shapes().items())
+    per_shard = -(-len(shapes) // SHARDS)
+    weight_map = {}
+    for shard in range(SHARDS):
+        name = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+        part = dict(shapes[shard * per_shard : (shard + 1) * per_shard])
+        save_file({key: numpy.resize(block, shape) for key, shape in part.items()}, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": OLD_ROWS, "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_attention_heads": 32,
+        "torch_dtype": "float16", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def tensor_shapes() -> dict:
+    """Name to shape of every tensor, in the order of the model."""
+    shapes = {"model.embed_tokens.weight": (OLD_ROWS, HIDDEN)}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        shapes.update({f"{prefix}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"})
+        shapes.update({f"{prefix}mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")})
+        shapes[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        shapes.update({f"{prefix}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")})
+    return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (OLD_ROWS, HIDDEN)}
+
+
+def make_target_tokenizer(source: Path, target: Path) -> None:
+    """Extend the tokenizer by the most frequent words of jieba and their characters, to exactly NEW_ROWS pieces."""
+    import jieba
+
+    from colossal_llama2.tokenizer import Encoder
+    from colossal_llama2.tokenizer.bpe_model import read_model
+    from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+
+    known = {piece.piece for piece in read_model(source).pieces}
+    lines = (Path(jieba.__file__).parent / "dict.txt").read_text(encoding="utf-8").splitlines()
+    words = [line.split() for line in lines]
+    pieces: dict = {}
+    for word, *_ in sorted(words, key=lambda word: -int(word[1])):
+        closed = dict.fromkeys(piece for piece in (*word, word) if piece not in known and piece not in pieces)
+        if len(word) > 1 and len(pieces) + len(closed) <= NEW_ROWS - OLD_ROWS:
+            pieces.update(closed)
+    file = target.with_suffix(".jsonl")
+    file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces), encoding="utf-8")
+    # What closure adds beyond these would only change the number of rows.
+    expand_tokenizer(source, target, file, closure="off")
+    assert Encoder(target).vocab_size == NEW_ROWS, Encoder(target).vocab_size
+
+
+def measure(work: Path) -> list:
+    """Rows of the table: name, value, target."""
+    arguments = [work / "source", work / "tokenizer", work / "target"]
+    run_init(arguments)
+    os.rename(work / "target", work / "pattern")
+    times: dict = {"copy": [], "init": [], "command": []}
+    peaks = []
+    for _ in range(ROUNDS):
+        times["copy"].append(copy_folder(work / "pattern", work / "copy"))
+        shutil.rmtree(work / "copy")
+        seconds, peak = run_init(arguments)
+        shutil.rmtree(work / "target")
+        start = time.perf_counter()
+        run_command(arguments)
+        times["command"].append(time.perf_counter() - start)
+        shutil.rmtree(work / "target")
+        times["init"].append(seconds)
+        peaks.append(peak)
+    copy, init, command = (statistics.median(times[name]) for name in ("copy", "init", "command"))
+    spread = max(times["copy"]) / min(times["copy"])
+    matrices = 2 * NEW_ROWS * HIDDEN * 2
+    small = f"{OLD_ROWS // SMALL:,} -> {NEW_ROWS // SMALL:,} x {HIDDEN // SMALL}"
+    return [
+        ("time / time to copy the same bytes", init / copy, "<= 1.5"),
+        ("time of the whole command / the same", command / copy, ""),
+        ("slowest copy / fastest copy (noise)", spread, ""),
+        ("peak anonymous memory / the two new matrices", max(peaks) / matrices, "<= 2"),
+        (f"one concatenate per row / ours, {small}", concatenate_ratio(work), ""),
+    ]
+
+
+def run_init(arguments: list) -> tuple:
+    """Seconds of init_model() in a process of its own, and its peak of anonymous bytes over that after imports."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *map(str, arguments)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout.readline() == "imported\n"
+    base = peak = anonymous_bytes(child.pid)
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(0.002)
+    assert child.returncode == 0
+    last = child.stdout.read().splitlines()[-1]
+    return float(last.split()[1]), peak - base
+
+
+def anonymous_bytes(process: int) -> int:
+    """RssAnon of a process; 0 if it has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def run_command(arguments: list) -> None:
+    """init_model.py as a user runs it."""
+    flags = ("--source_model_and_tokenizer_path", "--target_tokenizer_path", "--target_model_path")
+    words = [str(word) for pair in zip(flags, arguments, strict=True) for word in pair]
+    subprocess.run([sys.executable, str(ROOT / "init_model.py"), *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def copy_folder(source: Path, target: Path) -> float:
+    """Seconds to copy every file of a folder with shutil, and then to sync them."""
+    start = time.perf_counter()
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+    for path in sorted(source.iterdir()):
+        with open(target / path.name, "rb") as file:
+            os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def concatenate_ratio(work: Path) -> float:
+    """Time of the original's loop over one float32 matrix in memory, over ours from file to synced file."""
+    import numpy
+    from safetensors.numpy import load_file, save_file
+
+    from colossal_llama2.model.safetensors_stream import Change, read_shard, write_shard
+    from colossal_llama2.publishing import sync
+
+    old, new, hidden = OLD_ROWS // SMALL, NEW_ROWS // SMALL, HIDDEN // SMALL
+    generator = numpy.random.default_rng(0)
+    matrix = generator.standard_normal((old, hidden), dtype=numpy.float32)
+    bags = [generator.integers(old, size=size).tolist() for size in generator.integers(2, 7, size=new - old)]
+    save_file({"matrix": matrix}, work / "small.safetensors")
+
+    ours, original = [], []
+    for _ in range(ROUNDS):
+        # write_shard never writes over a file.
+        (work / "grown.safetensors").unlink(missing_ok=True)
+        start = time.perf_counter()
+        write_shard(
+            read_shard(work / "small.safetensors"),
+            work / "grown.safetensors",
+            Change(("matrix",), kept=old, bags=bags),
+            lambda count: None,
+        )
+        sync(work / "grown.safetensors")
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        grown = matrix
+        for bag in bags:
+            grown = numpy.concatenate((grown, matrix[bag].mean(0, keepdims=True)), axis=0)
+        original.append(time.perf_counter() - start)
+    numpy.testing.assert_allclose(load_file(work / "grown.safetensors")["matrix"], grown, rtol=1e-5, atol=1e-6)
+    return statistics.median(original) / statistics.median(ours)
+
+
+def print_table(rows: list) -> None:
+    """Aligned, ratios only."""
+    for name, value, target in rows:
+        print(f"{name:<64}{value:>8.2f}  {target}")
+
+
+if __name__ == "__main__":
+    main()

