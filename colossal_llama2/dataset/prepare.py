@@ -12,6 +12,7 @@ settings and the tokenizer alone: not on the number of workers, the machine, or 
 
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -152,13 +153,15 @@ class _Run:
         waiting = [unit for unit in own if not self._is_done(unit)]
         documents = tokens = 0
         total, left = (sum(unit.size for unit in units) for units in (own, waiting))
+        start = time.monotonic()
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
             for done in run_tasks(do_unit, map(self._unit_task, waiting), num_workers=self.execution.num_workers):
                 documents += done.documents
                 tokens += done.tokens
-                progress.update(done.size, documents=f"{documents:,}", tokens=f"{tokens:,}")
+                rate = documents / max(time.monotonic() - start, 1e-9)
+                progress.update(done.size, documents=f"{documents:,} ({rate:,.0f}/s)", tokens=f"{tokens:,}")
 
     def _unit_task(self, unit: Unit) -> UnitTask:
         files = {span.file: self.files[span.file] for span in unit.spans}
