@@ -132,15 +132,15 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str) -> 
         elif manifest["settings"]["stage"] != stage:
             others.append(part)
     if others:
-        made_by, trained_by = (COMMANDS[name] for name in (*(COMMANDS.keys() - {stage}), stage))
+        (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
-            f"{len(others)} of {len(parts)} folders of --dataset, such as {others[0]}, were made by {made_by[0]}, whose "
-            f"data {made_by[1]} is for; this is {trained_by[1]}"
+            f"--dataset {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
+            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders)"
         )
     if unknown:
         logs.get_logger().warning(
-            f"{len(unknown)} of {len(parts)} folders of --dataset, such as {unknown[0]}, have no {MANIFEST_FILE} beside "
-            "them, so that their tokenizer cannot be compared with the model's"
+            f"--dataset {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
+            f"({len(unknown)} of {len(parts)} folders)"
         )
 
 
