@@ -31,7 +31,7 @@ class Settings:
 
     # The flag behind each field, for messages.
     FLAGS = {
-        "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "--no_jsonl",
+        "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "writing jsonl",
         "prefix_after_marks": "a text's leading space in tokenizer.json",
     }  # fmt: skip
 
