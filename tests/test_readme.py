@@ -120,7 +120,7 @@ def run(command, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     environment["PATH"] = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 0, f"{command}\n{process.stderr[-3000:]}"
     return process.stdout

@@ -206,7 +206,7 @@ def launch(folder: Path, specs: List[dict]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840)
     assert process.returncode == 0, process.stderr[-6000:]
 
 
