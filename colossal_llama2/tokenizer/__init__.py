@@ -33,7 +33,7 @@ class Encoder:
         content = path.read_bytes()
         self._processor = _processor(content, path)
         # A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model.
-        self._continuation_processor = _processor(content + _no_dummy_prefix(), path)
+        self._continuation_processor = _processor(content + no_dummy_prefix(), path)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -64,7 +64,7 @@ class Encoder:
         return processor.decode([int(token) for token in ids])
 
     def __reduce__(self):
-        return Encoder, (self._tokenizer_dir,)
+        return type(self), (self._tokenizer_dir,)
 
 
 def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
@@ -128,7 +128,7 @@ def _processor(content: bytes, path: Path):
     return processor
 
 
-def _no_dummy_prefix() -> bytes:
+def no_dummy_prefix() -> bytes:
     """A message to append to a serialized model: protobuf merges the two, so only this one setting changes."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
