@@ -429,7 +429,7 @@ def train_parser() -> CommandParser:
         "      --plugin zero2 --mixed_precision bf16 --lr 1e-4 --use_grad_checkpoint --use_flash_attn",
     )
     _add_training_arguments(parser, accumulation_steps=1)
-    parser.set_defaults(pad_token="unk")
+    parser.set_defaults(stage="pretrain", pad_token="unk")
     return parser
 
 
@@ -443,7 +443,7 @@ def train_sft_parser() -> CommandParser:
         "      --plugin zero2 --mixed_precision bf16 --lr 5e-5 --accumulation_steps 8 --use_neft",
     )
     _add_training_arguments(parser, accumulation_steps=8)
-    parser.set_defaults(pad_token="eos")
+    parser.set_defaults(stage="sft", pad_token="eos")
     sft = parser.add_argument_group("fine-tuning")
     sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
     sft.add_argument(

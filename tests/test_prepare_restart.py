@@ -116,7 +116,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; give the command"):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
-    with pytest.raises(UserError, match="--no_jsonl was True, now False"):
+    with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
     path = inputs / "small.jsonl"
     times = path.stat()

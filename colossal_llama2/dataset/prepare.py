@@ -12,6 +12,7 @@ settings and the tokenizer alone: not on the number of workers, the machine, or 
 
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
@@ -22,7 +23,7 @@ from colossal_llama2.dataset import bins as bins_module
 from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
 from colossal_llama2.dataset.bins import BinTask, write_bin
-from colossal_llama2.dataset.conversation import CHAT_TEMPLATE
+from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.parity import compare_on_sample
@@ -31,7 +32,7 @@ from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit
 from colossal_llama2.dataset.workers import run_tasks
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder, fingerprint
+from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -81,6 +82,7 @@ def _prepare(
     settings = Settings(
         stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
+        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir),
     )  # fmt: skip
     execution = Execution(num_workers or len(os.sched_getaffinity(0)), shard)
     jsonl_dir = None if no_jsonl else data_jsonl_output_dir
@@ -155,13 +157,15 @@ class _Run:
         total, left = (sum(unit.size for unit in units) for units in (own, waiting))
         encoder = encoder_class(self.tokenizer_dir)
         tasks = (self._unit_task(unit, encoder) for unit in waiting)
+        start = time.monotonic()
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
             for done in run_tasks(do_unit, tasks, num_workers=self.execution.num_workers):
                 documents += done.documents
                 tokens += done.tokens
-                progress.update(done.size, documents=f"{documents:,}", tokens=f"{tokens:,}")
+                rate = documents / max(time.monotonic() - start, 1e-9)
+                progress.update(done.size, documents=f"{documents:,} ({rate:,.0f}/s)", tokens=f"{tokens:,}")
 
     def _unit_task(self, unit: Unit, encoder: Type[Encoder]) -> UnitTask:
         files = {span.file: self.files[span.file] for span in unit.spans}
@@ -265,7 +269,7 @@ class _Run:
         """Put the template of conversations beside them, for copying into the folder of a trained model."""
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
-                file.write(CHAT_TEMPLATE.encode())
+                file.write(chat_template(prefix_after_marks=self.settings.prefix_after_marks).encode())
 
     def _print(self, account: Account, *, tokens_per_bin: List[int], num_samples: int) -> None:
         by_file = {self.files[number].path: tally for number, tally in account.by_file().items()}

@@ -253,7 +253,12 @@ def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     if task.settings.stage == "pretrain":
         return _read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
-    tokenize = partial(tokenization.tokenize_sft, encoder=encoder, max_length=task.settings.max_length)
+    tokenize = partial(
+        tokenization.tokenize_sft,
+        encoder=encoder,
+        max_length=task.settings.max_length,
+        prefix_after_marks=task.settings.prefix_after_marks,
+    )
     return tokenization.read_sft_row, tokenize
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Iterable, List, Union
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import read_json
 
 MODEL_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
@@ -102,6 +103,23 @@ def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
 def fingerprint(tokenizer_dir: Union[str, Path]) -> str:
     """SHA-256 of tokenizer.model in hexadecimal: equal for folders whose `Encoder` gives equal ids."""
     return hashlib.sha256(sentencepiece_file(tokenizer_dir).read_bytes()).hexdigest()
+
+
+def puts_prefix_after_marks(tokenizer_dir: Union[str, Path]) -> bool:
+    """Whether transformers puts "▁" before a text that follows a mark: "</s>Hi" becomes </s> ▁Hi, not </s> Hi.
+
+    tokenizer.json decides, which AutoTokenizer loads: the Prepend normalizer of the one that LLaMA-2 ships does so. A
+    folder without one is converted by `legacy` in its config, which is true where it is not said.
+    """
+    path = Path(tokenizer_dir, FAST_FILE)
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        processor = _processor(sentencepiece_file(tokenizer_dir).read_bytes(), path)
+        mark = processor.id_to_piece(processor.eos_id())
+        return Tokenizer.from_file(str(path)).encode(f"{mark}a", add_special_tokens=False).tokens[1].startswith("▁")
+    config = Path(tokenizer_dir, CONFIG_FILE)
+    return not config.is_file() or read_json(config).get("legacy") is not False
 
 
 def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:

@@ -20,6 +20,7 @@ from colossal_llama2.dataset.loader import (
     highest_token_id,
     load_tokenized_dataset,
 )
+from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
@@ -131,6 +132,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         check_save_dir(args.save_dir, plan.resume_path)
         for name in ("save_dir", "tensorboard_dir", "config_file"):
             check_can_create(Path(getattr(args, name)), f"--{name}")
+        if not problems:
+            check_parts_fit(args.dataset, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
     except UserError as error:
         problems.append(str(error))
     if problems:
