@@ -176,9 +176,12 @@ def _refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
 
     A flat record in which each key's bytes stand once, none of them escaped, needs no second parse.
     """
-    is_flat = not any(isinstance(value, (dict, list)) for value in record.values())
-    if is_flat and b"\\u00" not in line and all(line.count(f'"{key}"'.encode()) == 1 for key in record):
-        return
+    for key, value in record.items():
+        if isinstance(value, (dict, list)) or line.count(f'"{key}"'.encode()) != 1:
+            break
+    else:
+        if b"\\u00" not in line:
+            return
     try:
         json.loads(line, object_pairs_hook=_unique_keys)
     except RecursionError:

@@ -17,6 +17,7 @@ So it is for LLaMA-2's tokenizer and for what init_tokenizer.py makes of it, unl
 
 import importlib.util
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import List, Type, Union
 
@@ -30,13 +31,17 @@ SPACES_TRIED = 200
 class FastEncoder(Encoder):
     """As `Encoder`, for a tokenizer of which `encoder_class` says so."""
 
-    def __init__(self, tokenizer_dir: Union[str, Path]):
+    @cached_property
+    def _fast(self):
         from kitoken import Kitoken
 
-        super().__init__(tokenizer_dir)
-        content = sentencepiece_file(tokenizer_dir).read_bytes()
-        self._fast = Kitoken.from_sentencepiece(content)
-        self._fast_continuation = Kitoken.from_sentencepiece(content + no_dummy_prefix())
+        return Kitoken.from_sentencepiece(self._content)
+
+    @cached_property
+    def _fast_continuation(self):
+        from kitoken import Kitoken
+
+        return Kitoken.from_sentencepiece(self._content + no_dummy_prefix())
 
     def encode(self, texts: List[str], *, dummy_prefix: bool = True) -> List[List[int]]:
         """Token ids of each text, as `Encoder.encode` gives them."""
