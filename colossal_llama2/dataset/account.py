@@ -104,7 +104,10 @@ class Account:
 
     def tally(self, file: int, category: str) -> Tally:
         """The tally of one file and category."""
-        return self.tallies.setdefault((file, category), Tally())
+        key = (file, category)
+        if key not in self.tallies:
+            self.tallies[key] = Tally()
+        return self.tallies[key]
 
     def add(self, other: "Account") -> None:
         """Add the counts of `other`."""

@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -33,6 +33,7 @@ from colossal_llama2.dataset.units import UnitTask, do_unit
 from colossal_llama2.dataset.workers import run_tasks
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
+from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 # The name by which transformers finds it in a tokenizer's folder.
@@ -154,19 +155,23 @@ class _Run:
         waiting = [unit for unit in own if not self._is_done(unit)]
         documents = tokens = 0
         total, left = (sum(unit.size for unit in units) for units in (own, waiting))
+        encoder = encoder_class(self.tokenizer_dir)
+        tasks = (self._unit_task(unit, encoder) for unit in waiting)
         start = time.monotonic()
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
-            for done in run_tasks(do_unit, map(self._unit_task, waiting), num_workers=self.execution.num_workers):
+            for done in run_tasks(do_unit, tasks, num_workers=self.execution.num_workers):
                 documents += done.documents
                 tokens += done.tokens
                 rate = documents / max(time.monotonic() - start, 1e-9)
                 progress.update(done.size, documents=f"{documents:,} ({rate:,.0f}/s)", tokens=f"{tokens:,}")
 
-    def _unit_task(self, unit: Unit) -> UnitTask:
+    def _unit_task(self, unit: Unit, encoder: Type[Encoder]) -> UnitTask:
         files = {span.file: self.files[span.file] for span in unit.spans}
-        return UnitTask(unit, files, self.settings, self.tokenizer_dir, str(self.folders.cache), os.getcwd())
+        return UnitTask(
+            unit, files, self.settings, self.tokenizer_dir, encoder, str(self.folders.cache), os.getcwd()
+        )
 
     def _finish(self, content: Dict[str, Any]) -> None:
         """Write the bins and the manifest, give the folders their names, and print the account."""

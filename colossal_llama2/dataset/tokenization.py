@@ -94,11 +94,14 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
     continuations = _encode_each((row.target for row in rows if row.source), encoder=encoder, dummy_prefix=False)
     tokenized = []
     for row in rows:
-        source = [encoder.bos_id, *openings[row.source]] if row.source else []
-        target = continuations[row.target] if row.source else [encoder.bos_id, *openings[row.target]]
-        input_ids = [*source, *target, encoder.eos_id]
-        if row.target:
+        if row.source:
+            source = [encoder.bos_id, *openings[row.source]]
+            input_ids = [*source, *continuations[row.target], encoder.eos_id]
             labels = [IGNORE_INDEX] * len(source) + input_ids[len(source) :]
+        else:
+            # No copy: nobody changes either.
+            labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
+        if row.target:
             tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
         else:
             tokenized.append(Tokenized([], [], len(input_ids), (Drop(EMPTY_TARGET, len(input_ids)),)))

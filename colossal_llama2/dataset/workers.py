@@ -17,6 +17,10 @@ from colossal_llama2.errors import RunError
 
 TASKS_AHEAD = 2
 JOIN_SECONDS = 10
+# What tasks import. Those that are not there are passed over.
+PRELOADED = [
+    "colossal_llama2.dataset.bins", "kitoken", "orjson", "pyarrow.compute", "sentencepiece.sentencepiece_model_pb2",
+]  # fmt: skip
 
 
 def run_tasks(function: Callable, tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
@@ -32,11 +36,11 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
     if len(first) <= 1:
         yield from map(function, first)
         return
-    # The server is a process without threads, so that forking it is safe, and has the imports that workers need.
+    # The server is a process that runs nothing, so that forking it is safe, and has the imports that workers need.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["colossal_llama2.dataset.units"])
+        context.set_forkserver_preload(PRELOADED)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(len(first), mp_context=context, initializer=_begin_worker)
     try:

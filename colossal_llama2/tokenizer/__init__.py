@@ -2,6 +2,7 @@
 
 import hashlib
 import textwrap
+from functools import cached_property
 from pathlib import Path
 from typing import Iterable, List, Union
 
@@ -31,10 +32,8 @@ class Encoder:
     def __init__(self, tokenizer_dir: Union[str, Path]):
         self._tokenizer_dir = tokenizer_dir
         path = sentencepiece_file(tokenizer_dir)
-        content = path.read_bytes()
-        self._processor = _processor(content, path)
-        # A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model.
-        self._continuation_processor = _processor(content + _no_dummy_prefix(), path)
+        self._content = path.read_bytes()
+        self._processor = _processor(self._content, path)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -43,6 +42,11 @@ class Encoder:
                 f"{path} has no <s> or no </s>, which mark where documents begin and end; "
                 "give a tokenizer with both, such as LLaMA-2's"
             )
+
+    @cached_property
+    def _continuation_processor(self):
+        """A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model."""
+        return _processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
     def encode(self, texts: List[str], *, dummy_prefix: bool = True) -> List[List[int]]:
         """Token ids of each text, without <s> and </s>, on one thread.
@@ -65,7 +69,7 @@ class Encoder:
         return processor.decode([int(token) for token in ids])
 
     def __reduce__(self):
-        return Encoder, (self._tokenizer_dir,)
+        return type(self), (self._tokenizer_dir,)
 
 
 def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
@@ -146,7 +150,7 @@ def _processor(content: bytes, path: Path):
     return processor
 
 
-def _no_dummy_prefix() -> bytes:
+def no_dummy_prefix() -> bytes:
     """A message to append to a serialized model: protobuf merges the two, so only this one setting changes."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
