@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -29,7 +29,7 @@ from colossal_llama2.dataset.parity import compare_on_sample
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit
-from colossal_llama2.dataset.workers import run_tasks
+from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint
 
@@ -75,13 +75,16 @@ def _prepare(
     eval_fraction: float = 0.0,
     no_jsonl: bool = False,
     num_workers: Optional[int] = None,
+    executor: str = "local",
+    ray_address: Optional[str] = None,
     shard: Optional[Tuple[int, int]] = None,
 ) -> None:
     settings = Settings(
         stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
     )  # fmt: skip
-    execution = Execution(num_workers or len(os.sched_getaffinity(0)), shard)
+    _check_execution(executor, ray_address, num_workers)
+    execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
     jsonl_dir = None if no_jsonl else data_jsonl_output_dir
     folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
     tokenizer_sha256 = fingerprint(tokenizer_dir)
@@ -93,9 +96,20 @@ def _prepare(
     if folders.is_finished:
         _say_finished(folders, content)
         return
-    with folders.locked(shard):
-        run = _Run(settings, execution, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
+    # Ray first: that it is missing must not take back what an earlier run has done.
+    with task_runner(execution) as run_tasks, folders.locked(shard):
+        run = _Run(settings, execution, run_tasks, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
         run.go(content)
+
+
+def _check_execution(executor: str, ray_address: Optional[str], num_workers: Optional[int]) -> None:
+    """Raise UserError for flags of which one would not count."""
+    if ray_address is not None and executor != "ray":
+        raise UserError(f"--ray_address {ray_address} needs --executor ray, {executor} given; add it or leave both out")
+    if ray_address is not None and num_workers is not None:
+        raise UserError(
+            f"--num_workers {num_workers} given, but the cores of the cluster at --ray_address count; leave one out"
+        )
 
 
 def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
@@ -112,6 +126,7 @@ class _Run:
 
     settings: Settings
     execution: Execution
+    run_tasks: Callable
     folders: OutputDirs
     files: List[InputFile]
     units: List[Unit]
@@ -155,7 +170,7 @@ class _Run:
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
-            for done in run_tasks(do_unit, map(self._unit_task, waiting), num_workers=self.execution.num_workers):
+            for done in self.run_tasks(do_unit, map(self._unit_task, waiting)):
                 documents += done.documents
                 tokens += done.tokens
                 progress.update(done.size, documents=f"{documents:,}", tokens=f"{tokens:,}")
@@ -173,6 +188,9 @@ class _Run:
                 self._remove_leftovers()
             self._check_enough(account)
             written = self._write_bins()
+            if self.execution.executor == "ray":
+                # Of workers that were lost, whose tasks others have done.
+                self.folders.remove_leftovers()
             kept = Tally(trained=sum(entry["trained"] for entry in written))
             kept.masked = sum(entry["tokens"] for entry in written) - kept.trained
             kept.predicted = sum(entry["predicted"] for entry in written)
@@ -234,7 +252,7 @@ class _Run:
         with logs.progress(
             total=len(tasks), initial=len(tasks) - len(waiting), description="write bins", unit="bins"
         ) as progress:  # fmt: skip
-            for _ in run_tasks(write_bin, waiting, num_workers=self.execution.num_workers):
+            for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
         return [json.loads(bins_module.bin_account_file(paths["cache_dir"], name).read_bytes()) for name in names]
