@@ -7,17 +7,18 @@ nobody's signal handlers, and when it ends itself, as it does without its head n
     command <--(slots, result)--- driver <-- Ray workers        an exception instead of a result ends it
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 import multiprocessing
 import os
+import secrets
 import socket
 import traceback
 from collections import deque
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from colossal_llama2.dataset.workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
 from colossal_llama2.errors import RunError, UserError
@@ -32,7 +33,7 @@ CONNECT_SECONDS = 120
 GO_ON = "give the same command again, and it goes on where it stopped"
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable]:
     """Yield `run(function, tasks)`, which yields `function(task)` of each task, in order, as `workers.run_tasks` does.
 
@@ -48,10 +49,12 @@ def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable
     driver.start()
     theirs.close()
     seconds_to_end = 0
+    started: List[Any] = []
     try:
         if not connection.poll(CONNECT_SECONDS):
             raise RunError(f"Ray has not answered for {CONNECT_SECONDS} seconds; {GO_ON}")
         slots, _ = _received(connection)
+        started += _processes_of(driver)
         yield partial(_run, connection, slots)
         seconds_to_end = JOIN_SECONDS
     except Exception:
@@ -61,11 +64,30 @@ def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable
         # It ends when the connection does, unless tasks are running, which Ctrl+C does not wait for.
         connection.close()
         driver.join(seconds_to_end)
+        started += _processes_of(driver)
         driver.terminate()
         driver.join(JOIN_SECONDS)
-        # What Ray has started here ends with the driver, however that ends.
         driver.kill()
         driver.join()
+        _kill(started)
+
+
+def _processes_of(driver) -> List[Any]:
+    """The processes of a Ray that the driver has started."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(driver.pid).children(recursive=True)
+    return []
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    """End what a Ray that broke down has left running."""
+    import psutil
+
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _check(address: Optional[str]) -> None:
@@ -133,6 +155,9 @@ def _drive(connection, address: Optional[str], num_workers: int) -> None:
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address is None:
+        # Ray runs what anybody sends to its ports, if it is not told to ask for a token.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     running: deque = deque()
