@@ -28,7 +28,7 @@ plan.UNIT_BYTES = {UNIT_BYTES}
 if __name__ == "__main__":
     prepare_pretrain_dataset.main()
 """
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 120
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ def _serve(ray, connection, running: deque) -> None:
                 raise error.cause
             raise RuntimeError(str(error))
         except ray.exceptions.RayError as error:
-            raise RunError(f"Ray has lost a task {MAX_RETRIES + 1} times, or itself ({error}); {GO_ON}")
+            raise RunError(f"Ray has lost a task for good ({error}); {GO_ON}")
         running.popleft()
         connection.send((_slots(ray), result))
 
