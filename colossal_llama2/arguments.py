@@ -129,6 +129,13 @@ def shard(text: str) -> Tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def ray_address(text: str) -> str:
+    """Where a Ray cluster is: HOST:PORT of its head node, or "auto"."""
+    if text != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' given, HOST:PORT such as 10.0.0.1:6379, or auto allowed")
+    return text
+
+
 def true_or_false(text: str) -> bool:
     """The words True and False, in any case."""
     values = {"true": True, "false": False}
@@ -386,6 +393,15 @@ def _add_prepare_arguments(
     work.add_argument(
         "--shard", metavar="i/n", type=shard, default=None,
         help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
+    )  # fmt: skip
+    work.add_argument(
+        "--executor", choices=("local", "ray"), default="local",
+        help="do the units on the cores of this machine, or on those of a Ray cluster that shares the folders",
+    )  # fmt: skip
+    work.add_argument(
+        "--ray_address", metavar="HOST:PORT", type=ray_address, default=None,
+        help="head node of the Ray cluster, or auto for the one that this machine is in (default: start a Ray with "
+        "--num_workers cores here)",
     )  # fmt: skip
 
 

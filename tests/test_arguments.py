@@ -17,6 +17,8 @@ PREPARE = {
     ("--data_arrow_output_dir",): ("o", "o", "arrow_output"),
     ("--max_length",): ("2048", 2048, 4096),
     ("--num_spliced_dataset_bins",): ("7", 7, 10),
+    ("--executor",): ("ray", "ray", "local"),
+    ("--ray_address",): ("10.0.0.1:6379", "10.0.0.1:6379", None),
 }
 TRAIN = {
     ("--pretrained",): ("m", "m", REQUIRED),

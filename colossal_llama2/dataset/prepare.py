@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -30,7 +30,7 @@ from colossal_llama2.dataset.parity import compare_on_sample
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit
-from colossal_llama2.dataset.workers import run_tasks
+from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 from colossal_llama2.tokenizer.fast_encoder import encoder_class
@@ -77,6 +77,8 @@ def _prepare(
     eval_fraction: float = 0.0,
     no_jsonl: bool = False,
     num_workers: Optional[int] = None,
+    executor: str = "local",
+    ray_address: Optional[str] = None,
     shard: Optional[Tuple[int, int]] = None,
 ) -> None:
     settings = Settings(
@@ -84,7 +86,8 @@ def _prepare(
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
         prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir),
     )  # fmt: skip
-    execution = Execution(num_workers or len(os.sched_getaffinity(0)), shard)
+    _check_execution(executor, ray_address, num_workers)
+    execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
     jsonl_dir = None if no_jsonl else data_jsonl_output_dir
     folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
     tokenizer_sha256 = fingerprint(tokenizer_dir)
@@ -96,9 +99,20 @@ def _prepare(
     if folders.is_finished:
         _say_finished(folders, content)
         return
-    with folders.locked(shard):
-        run = _Run(settings, execution, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
+    # Ray first: that it is missing must not take back what an earlier run has done.
+    with task_runner(execution) as run_tasks, folders.locked(shard):
+        run = _Run(settings, execution, run_tasks, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
         run.go(content)
+
+
+def _check_execution(executor: str, ray_address: Optional[str], num_workers: Optional[int]) -> None:
+    """Raise UserError for flags of which one would not count."""
+    if ray_address is not None and executor != "ray":
+        raise UserError(f"--ray_address {ray_address} needs --executor ray, {executor} given; add it or leave both out")
+    if ray_address is not None and num_workers is not None:
+        raise UserError(
+            f"--num_workers {num_workers} given, but the cores of the cluster at --ray_address count; leave one out"
+        )
 
 
 def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
@@ -115,6 +129,7 @@ class _Run:
 
     settings: Settings
     execution: Execution
+    run_tasks: Callable
     folders: OutputDirs
     files: List[InputFile]
     units: List[Unit]
@@ -161,7 +176,7 @@ class _Run:
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
-            for done in run_tasks(do_unit, tasks, num_workers=self.execution.num_workers):
+            for done in self.run_tasks(do_unit, tasks):
                 documents += done.documents
                 tokens += done.tokens
                 rate = documents / max(time.monotonic() - start, 1e-9)
@@ -182,6 +197,9 @@ class _Run:
                 self._remove_leftovers()
             self._check_enough(account)
             written = self._write_bins()
+            if self.execution.executor == "ray":
+                # Of workers that were lost, whose tasks others have done.
+                self.folders.remove_leftovers()
             kept = Tally(trained=sum(entry["trained"] for entry in written))
             kept.masked = sum(entry["tokens"] for entry in written) - kept.trained
             kept.predicted = sum(entry["predicted"] for entry in written)
@@ -243,7 +261,7 @@ class _Run:
         with logs.progress(
             total=len(tasks), initial=len(tasks) - len(waiting), description="write bins", unit="bins"
         ) as progress:  # fmt: skip
-            for _ in run_tasks(write_bin, waiting, num_workers=self.execution.num_workers):
+            for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
         return [json.loads(bins_module.bin_account_file(paths["cache_dir"], name).read_bytes()) for name in names]

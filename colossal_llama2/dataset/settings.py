@@ -58,8 +58,14 @@ class Settings:
 class Execution:
     """How the work is done. None of it changes the output.
 
-    `shard` is (i, n), i from 1 to n: the i-th of n shares of the units.
+    Attributes:
+        num_workers: processes on this machine; tasks at a time of a Ray that is started here.
+        executor: "local", or "ray".
+        ray_address: of the Ray cluster whose cores do the work, HOST:PORT or "auto"; None: of this machine alone.
+        shard: (i, n), i from 1 to n: the i-th of n shares of the units.
     """
 
     num_workers: int
+    executor: str = "local"
+    ray_address: Optional[str] = None
     shard: Optional[Tuple[int, int]] = None
