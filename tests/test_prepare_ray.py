@@ -104,13 +104,13 @@ def workers_at(title: str, parent: psutil.Process) -> list:
 
 
 def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
-    """Kill a node that is in the middle of a task: its worker is stopped first, so that the task cannot end before."""
+    """Kill a node whose worker is writing a task's files: it is stopped first, so that the task cannot end before."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
 
     def stopped():
         for worker in workers_at(title, raylet):
             worker.suspend()
-            if worker.cmdline()[:1] == [title]:
+            if worker.cmdline()[:1] == [title] and any("/.tmp-" in file.path for file in worker.open_files()):
                 return True
             worker.resume()
 
