@@ -19,6 +19,7 @@ MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
 MINED_SCRIPTS = ("han", "any")
 MAX_LENGTH = 2**20
+SWITCH = ("auto", "on", "off")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -471,6 +472,11 @@ def _add_model_arguments(parser: CommandParser) -> None:
     data.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
         help="longest sample; the data must not have a longer one",
+    )  # fmt: skip
+    data.add_argument(
+        "--document_mask", choices=SWITCH, default="auto",
+        help="keep the documents of a sample apart, in attention, positions and loss; auto: where the data says where "
+        "they end; off: as the original",
     )  # fmt: skip
     data.add_argument(
         "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
-    dataset = load_tokenized_dataset(args.dataset)
+    dataset = load_tokenized_dataset(args.dataset, args.document_mask)
     check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args), facts.parameters)
     check_token_ids(dataset, facts, engine)

@@ -8,10 +8,15 @@ import socket
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.documents import MaskForm, attention_inputs
+from colossal_llama2.model.loading import dtype_of
+
+if TYPE_CHECKING:
+    from colossal_llama2.dataset.loader import Batch
 
 ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
@@ -236,12 +241,26 @@ class Engine:
             from colossal_llama2.train.engine import repairs
 
             repairs.clip_in_bf16(optimizer)
+        if self._kind.is_hybrid and self.settings.use_flash_attn:
+            from colossal_llama2.train.engine import documents
+
+            documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
 
     @property
     def unwrapped_model(self):
         """The transformers model inside the plugin's wrapper; under 3d its layers hold this rank's shards."""
         return self.model.unwrap()
+
+    def attention_inputs(self, batch: "Batch") -> Dict[str, Any]:
+        """Keyword arguments of the model that say which tokens of a batch see which."""
+        form = MaskForm.BLOCKS
+        if self._kind.is_hybrid and self.settings.use_flash_attn:
+            form = MaskForm.NUMBERS
+        elif self.unwrapped_model.config._attn_implementation == "flash_attention_2":
+            form = MaskForm.BORDERS
+        dtype = dtype_of(self.settings.precision)
+        return attention_inputs(batch.attention_mask, batch.documents, form=form, dtype=dtype, device=self.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the next optimizer step."""
