@@ -487,6 +487,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
     data.add_argument(
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
     )
+    data.add_argument(
+        "--chunked_loss", choices=SWITCH, default="auto",
+        help="compute the loss without ever holding the logits of the whole vocabulary; auto: where that works",
+    )  # fmt: skip
 
 
 def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:

@@ -91,8 +91,10 @@ def weighted_loss(engine: "Engine", batch: Batch, weight: float):
         use_cache=False,
         **engine.attention_inputs(batch),
     )
+    if batch.predicted or outputs.logits is None:
+        return outputs.loss * weight
     # The mean over no token is NaN; a loss of zero that depends on the weights keeps the ranks' collectives in step.
-    return outputs.loss * weight if batch.predicted else outputs.logits[:, :1, :1].float().sum() * 0.0
+    return outputs.logits[:, :1, :1].float().sum() * 0.0
 
 
 def fit(

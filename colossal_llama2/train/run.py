@@ -104,6 +104,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         max_norm=args.gradient_clipping,
         accumulation_steps=args.accumulation_steps,
         use_flash_attn=args.use_flash_attn,
+        chunked_loss=args.chunked_loss,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
     )
