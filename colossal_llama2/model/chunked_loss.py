@@ -17,8 +17,8 @@ from colossal_llama2.dataset import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
-# Logits that exist at a time; 64 MiB in float32.
-BLOCK_LOGITS = 2**24
+# Logits that exist at a time: 16 MiB in float32, which a CPU's caches like, and a GPU's kernels are large enough.
+BLOCK_LOGITS = 2**22
 # Kernels are slow on fewer rows of the weight than this.
 MIN_BLOCK_ROWS = 128
 # Whose arguments are those that `_liger_sum` gives.
