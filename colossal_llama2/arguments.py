@@ -19,6 +19,7 @@ MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
 MINED_SCRIPTS = ("han", "any")
 MAX_LENGTH = 2**20
+SWITCH = ("auto", "on", "off")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -489,6 +490,11 @@ def _add_model_arguments(parser: CommandParser) -> None:
         help="longest sample; the data must not have a longer one",
     )  # fmt: skip
     data.add_argument(
+        "--document_mask", choices=SWITCH, default="auto",
+        help="keep the documents of a sample apart, in attention, positions and loss; auto: where the data says where "
+        "they end; off: as the original",
+    )  # fmt: skip
+    data.add_argument(
         "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
     )
     data.add_argument(
@@ -497,6 +503,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
     data.add_argument(
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
     )
+    data.add_argument(
+        "--chunked_loss", choices=SWITCH, default="auto",
+        help="compute the loss without ever holding the logits of the whole vocabulary; auto: where that works",
+    )  # fmt: skip
 
 
 def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:

@@ -39,6 +39,8 @@ TRAIN = {
     ("--warmup_steps", "-s"): ("100", 100, None),
     ("--use_grad_checkpoint",): ([], True, False),
     ("--use_flash_attn",): ([], True, False),
+    ("--chunked_loss",): ("off", "off", "auto"),
+    ("--document_mask",): ("on", "on", "auto"),
     ("--freeze_non_embeds_params",): ([], True, False),
     ("--tp",): ("2", 2, 1),
     ("--zero", "--zero_stage"): ("2", 2, 1),

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
-    dataset = load_tokenized_dataset(args.dataset)
+    dataset = load_tokenized_dataset(args.dataset, args.document_mask)
     check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args), facts.parameters)
     check_token_ids(dataset, facts, engine)
@@ -105,6 +105,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         max_norm=args.gradient_clipping,
         accumulation_steps=args.accumulation_steps,
         use_flash_attn=args.use_flash_attn,
+        chunked_loss=args.chunked_loss,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
     )
