@@ -386,6 +386,11 @@ def _add_prepare_arguments(
         help="part of the documents of each category that is held out and written as eval/ beside the bins",
     )  # fmt: skip
     shape.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of order and held-out part")
+    _add_work_arguments(parser)
+
+
+def _add_work_arguments(parser: CommandParser) -> None:
+    """Flags that the output does not depend on."""
     work = parser.add_argument_group("work")
     work.add_argument(
         "--num_workers", metavar="N", type=positive_int, default=None,

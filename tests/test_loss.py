@@ -1,9 +1,6 @@
 """What a run's loss is, on two ranks: documents of spliced samples apart, and the head by chunks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Dict, List
 
@@ -14,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from colossal_llama2.tokenizer import Encoder
-from tests import reference, tiny
-from tests.conftest import ROOT
+from tests import launching, reference, tiny
 
 LENGTH, GLOBAL_BATCH, STEPS, LR, CLIP = 48, 16, 6, 2e-3, 0.3
 ZERO2 = ["--mixed_precision", "fp32", "--plugin", "zero2"]
@@ -37,7 +33,7 @@ BFLOAT16_RUNS = {
     "gemini": GEMINI,
     "gemini_with_logits": [*GEMINI, *WITH_LOGITS],
     "gemini_auto_fused": ["--mixed_precision", "bf16", "--plugin", "gemini_auto", *FUSED],
-    "gemini_offload_accumulating": [*GEMINI, "--micro_batch_size", "4", "--accumulation_steps", "2"],
+    "gemini_accumulating": [*GEMINI, "--micro_batch_size", "4", "--accumulation_steps", "2"],
 }
 
 
@@ -80,12 +76,7 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
         common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
         common += ["--micro_batch_size", 8]
         specs.append({"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]]})
-    (folder / "jobs.json").write_text(json.dumps(specs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr[-6000:]
+    launching.launch(folder, specs)
     return folder
 
 
@@ -99,10 +90,9 @@ def curve(folder: Path, name: str) -> List[float]:
 
 
 def distance(folder: Path, expected: Dict[str, torch.Tensor]) -> float:
-    """Norm of the difference of the saved weights over the norm of the expected ones."""
-    weights = dict(AutoModelForCausalLM.from_pretrained(folder / "ckpt" / "modeling").named_parameters())
-    difference = sum(float((weights[name].detach().float() - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
+    """`launching.distance` of the saved weights."""
+    weights = AutoModelForCausalLM.from_pretrained(folder / "ckpt" / "modeling").named_parameters()
+    return launching.distance({name: weight.detach().float() for name, weight in weights}, expected)
 
 
 def documents_alone(part, model_dir, precision: str) -> reference.Trace:

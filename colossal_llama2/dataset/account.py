@@ -7,16 +7,12 @@ As JSON, one `Tally`:
      "predicted": 558, "pieces": 3, "cut_documents": 1, "held_out_documents": 0, "held_out_pieces": 0}
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterable, List, Tuple
 
 from colossal_llama2.errors import RunError
 
 TABLE_ROWS = 20
-COUNTS = (
-    "documents", "bytes", "characters", "tokens_in", "trained", "masked", "truncated", "predicted", "pieces",
-    "cut_documents", "held_out_documents", "held_out_pieces",
-)  # fmt: skip
 
 
 @dataclass
@@ -90,6 +86,9 @@ class Tally:
         """The inverse of `as_json`."""
         dropped = {reason: [drop["documents"], drop["tokens"]] for reason, drop in content["dropped"].items()}
         return cls(**{name: content[name] for name in COUNTS}, dropped=dropped)
+
+
+COUNTS = tuple(count.name for count in fields(Tally) if count.name != "dropped")
 
 
 @dataclass

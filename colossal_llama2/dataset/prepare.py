@@ -143,8 +143,9 @@ class _Run:
         if not self.execution.shard:
             self._remove_leftovers()
         if not self.folders.is_being_published:
-            self.sample = compare_on_sample(self.tokenizer_dir, Encoder(self.tokenizer_dir), self.files)
-            self._do_units()
+            encoder = encoder_class(self.tokenizer_dir)
+            self.sample = compare_on_sample(self.tokenizer_dir, encoder(self.tokenizer_dir), self.files)
+            self._do_units(encoder)
             missing = [unit for unit in self.units if not self._is_done(unit)]
             if missing:
                 logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
@@ -163,14 +164,13 @@ class _Run:
     def _is_done(self, unit: Unit) -> bool:
         return (self.folders.cache / f"{unit.name}.json").exists()
 
-    def _do_units(self) -> None:
+    def _do_units(self, encoder: Type[Encoder]) -> None:
         """Do this share of the units."""
         number, shares = self.execution.shard or (1, 1)
         own = [unit for unit in self.units if unit.number % shares == number - 1]
         waiting = [unit for unit in own if not self._is_done(unit)]
         documents = tokens = 0
         total, left = (sum(unit.size for unit in units) for units in (own, waiting))
-        encoder = encoder_class(self.tokenizer_dir)
         tasks = (self._unit_task(unit, encoder) for unit in waiting)
         start = time.monotonic()
         with logs.progress(
@@ -191,31 +191,36 @@ class _Run:
     def _finish(self, content: Dict[str, Any]) -> None:
         """Write the bins and the manifest, give the folders their names, and print the account."""
         account, hashes = self._collect()
-        path = self.folders.arrow / MANIFEST_FILE
-        if not self.folders.is_being_published:
-            if self.execution.shard:
-                self._remove_leftovers()
-            self._check_enough(account)
-            written = self._write_bins()
-            if self.execution.executor == "ray":
-                # Of workers that were lost, whose tasks others have done.
-                self.folders.remove_leftovers()
-            kept = Tally(trained=sum(entry["trained"] for entry in written))
-            kept.masked = sum(entry["tokens"] for entry in written) - kept.trained
-            kept.predicted = sum(entry["predicted"] for entry in written)
-            account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
-            self._write_bad_rows()
-            self._write_chat_template()
-            tokenizer = {"sha256": content["tokenizer"], **self.sample}
-            whole = manifest.manifest_content(
-                self.settings, self.files, tokenizer=tokenizer, hashes=hashes, account=account, bins=written
-            )
-            store.write_json_whole(path, whole)
-        bins = store.read_json_or_none(path)["bins"]
-        samples = store.read_json_or_none(path)["samples"]
+        if self.folders.is_being_published:
+            written = store.read_json_or_none(self.folders.arrow / MANIFEST_FILE)
+        else:
+            written = self._write(content, account, hashes)
         self.folders.publish()
         self.folders.empty_cache()
-        self._print(account, tokens_per_bin=[entry["tokens"] for entry in bins], num_samples=samples)
+        tokens_per_bin = [entry["tokens"] for entry in written["bins"]]
+        self._print(account, tokens_per_bin=tokens_per_bin, num_samples=written["samples"])
+
+    def _write(self, content: Dict[str, Any], account: Account, hashes: Dict[int, str]) -> Dict[str, Any]:
+        """Write the bins, what lies beside them, and last the manifest, which is returned."""
+        if self.execution.shard:
+            self._remove_leftovers()
+        self._check_enough(account)
+        bins = self._write_bins()
+        if self.execution.executor == "ray":
+            # Of workers that were lost, whose tasks others have done.
+            self.folders.remove_leftovers()
+        kept = Tally(trained=sum(entry["trained"] for entry in bins))
+        kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
+        kept.predicted = sum(entry["predicted"] for entry in bins)
+        account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
+        self._write_bad_rows()
+        self._write_chat_template()
+        whole = manifest.manifest_content(
+            self.settings, self.files, tokenizer={"sha256": content["tokenizer"], **self.sample}, hashes=hashes,
+            account=account, bins=bins,
+        )  # fmt: skip
+        store.write_json_whole(self.folders.arrow / MANIFEST_FILE, whole)
+        return whole
 
     def _collect(self) -> Tuple[Account, Dict[int, str]]:
         """The accounts of all units together, and the hash of each file."""
