@@ -90,7 +90,7 @@ def test_every_conversation_of_chatterbot_corpus(language, count, kind, prefixes
 
 @given(
     system=st.none() | TEXTS,
-    turns=st.lists(st.tuples(st.sampled_from(list(ROLES)), TEXTS), max_size=5),
+    turns=st.lists(st.tuples(st.sampled_from([*ROLES, "system"]), TEXTS), max_size=5),
     answer=TEXTS,
 )
 @settings(max_examples=150, deadline=None)
@@ -98,6 +98,9 @@ def test_any_conversation_that_ends_with_an_answer(chinese, system, turns, answe
     encoder, tokenizer = chinese
     messages = [{"role": role, "content": text} for role, text in [*turns, ("gpt", answer)]]
     messages = messages if system is None else [{"role": "system", "content": system}, *messages]
+    roles = [message["role"] for message in messages]
+    if ("system", "system") in zip(roles[1:], roles[2:], strict=False):
+        return
     if any(mark in message["content"] for message in messages for mark in ("<s>", "</s>", "<unk>")):
         return
     assert theirs(tokenizer, messages) == ours(encoder, messages)
@@ -153,11 +156,11 @@ def test_without_tokenizer_json_the_config_decides(chinese_dir, tmp_path, legacy
 @pytest.mark.parametrize(
     "messages, reason",
     [
+        ([{"role": "tool", "content": "a"}], "message 1 is from tool; roles are human, user, assistant, gpt, system"),
         (
-            [{"role": "tool", "content": "a"}],
-            "message 1 is from tool; roles are human, user, assistant, gpt, and system",
+            [{"role": role, "content": "a"} for role in ("user", "system", "system", "user")],
+            "messages 2 and 3 both have the role system; make them one",
         ),
-        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "message 2 is from system"),
     ],
 )
 def test_the_template_refuses_what_training_refuses(chinese, messages, reason):

@@ -49,6 +49,13 @@ def test_system_message_replaces_the_system_text():
     assert render(messages) == "Human: <s>Hi</s>Assistant: <s>Arr</s>"
 
 
+def test_a_later_system_message_stands_before_the_name_that_follows():
+    turns = [said("user", "Hi"), said("gpt", "Yo"), said("system", "Be brief."), said("user", "Bye"), said("gpt", "B")]
+    assert render(turns).endswith("Assistant: <s>Yo</s>Be brief.\n\nHuman: <s>Bye</s>Assistant: <s>B</s>")
+    turns[2] = said("system", "")
+    assert render(turns).endswith("Assistant: <s>Yo</s>Human: <s>Bye</s>Assistant: <s>B</s>")
+
+
 def test_exchanges_end_with_an_answer():
     talk = read_conversation(
         [said("assistant", "0"), said("human", "1"), said("human", ""), said("assistant", "3"), said("human", "4")]
@@ -78,7 +85,8 @@ def test_a_system_text_apart_from_the_turns():
     "turns, reason",
     [
         ([said("bot", "Hi")], "message 1 is from 'bot'; roles are human, user, assistant, gpt, system"),
-        ([said("human", "Hi"), said("system", "Be kind.")], "message 2 has the role system"),
+        ([said("human", "Hi"), said("system", "Be kind.")], "the last message has the role system, and nothing"),
+        ([said("human", "Hi"), said("system", "a"), said("system", "b")], "messages 2 and 3 both have the role system"),
         ([said("system", "Be kind.")], "nothing else"),
     ],
 )

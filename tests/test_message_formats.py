@@ -44,7 +44,7 @@ def test_alpaca_joins_instruction_and_input():
     assert question(instruction="", input="b") == "b"
 
 
-@pytest.mark.parametrize("name", ["from/value", "alpaca"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_system_text_of_the_row(name):
     assert read_sft_row({**SAME[name], "system": "Be kind."}).conversation.system_text == "Be kind."
     for empty in ("", None):
@@ -54,7 +54,7 @@ def test_a_system_text_of_the_row(name):
 def test_other_fields_are_ignored_and_null_is_absent():
     row = {"messages": None, "conversations": None, "id": 7, **SAME["alpaca"]}
     assert recognize(row).format == "alpaca"
-    both = {**SAME["role/content"], "instruction": "x", "system": "beside messages, as in the original"}
+    both = {**SAME["role/content"], "instruction": "x"}
     assert recognize(both) == recognize(SAME["role/content"])
 
 

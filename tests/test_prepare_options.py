@@ -1,8 +1,11 @@
 """The options of the prepare commands: workers, shares, splicing, cutting, held-out part, bad rows, compression."""
 
+import contextlib
 import gzip
+import hashlib
 import json
 import random
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -14,11 +17,13 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import plan, prepare
+from colossal_llama2.dataset import parity, plan, prepare
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.rows import MAX_LINE_BYTES
+from colossal_llama2.dataset.visible import terminal_width
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint
+from colossal_llama2.tokenizer.fast_encoder import FastEncoder
 from tests import tiny
 from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines
 
@@ -172,7 +177,7 @@ def test_truncate_is_counted(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "word " * 100}, {"target": "short"}])
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=32, overlong="truncate"))
     total = manifest(tmp_path)["total"]
-    assert total["truncated"] == total["tokens_in"] - total["trained"] > 0 and total["cut_documents"] == 0
+    assert total["truncated"] == total["tokens_in"] - total["trained"] > 0 and total["cut_documents"] == 1
 
 
 def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
@@ -270,13 +275,75 @@ def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path):
-    lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(3000))
+    lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(9000))
     packed = gzip.compress(lines) if kind == "gz" else pyarrow.compress(lines, codec="zstd", asbytes=True)
     path = tmp_path / "in" / f"rows.jsonl.{kind}"
     path.parent.mkdir()
     path.write_bytes(packed[: len(packed) // 2])
-    with pytest.raises(UserError, match=rf"{path}:\d+: "):
+    # What can be decompressed, by the byte.
+    whole = 0
+    stream = gzip.open(path) if kind == "gz" else pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    with contextlib.suppress(EOFError, OSError):
+        while byte := stream.read(1):
+            whole += byte == b"\n"
+    assert whole > 500
+    with pytest.raises(UserError, match=rf"{path}:{whole + 1}: the compressed data is cut short.*on_bad_row skip"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", on_bad_row="skip", splicing="none")
+    prepare.prepare_pretrain(**keywords)
+    assert len(read_jsonl(tmp_path / "out" / "jsonl")) == whole
+    told = manifest(tmp_path / "out")
+    assert told["bad_rows"] == 1 and told["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_compressed_file_with_nothing_in_it_is_refused(tokenizer_dir, tmp_path):
+    write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
+    (tmp_path / "in" / "more.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(UserError, match="more.jsonl.gz is empty; move it away"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", on_bad_row="skip"))
+
+
+def test_names_of_categories_reach_the_terminal_as_text(tokenizer_dir, tmp_path, capsys):
+    names = ["\x1b[31mred\nline", "新闻", "news"]
+    write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "a text", "category": name} for name in names])
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    told = capsys.readouterr().out
+    assert "\x1b" not in told and "␛[31mred␊line" in told
+    lines = [line for line in told.splitlines() if line.startswith(("新闻", "news "))]
+    assert len(lines) == 2 and terminal_width(lines[0]) == terminal_width(lines[1])
+
+
+def test_many_categories_are_dealt_in_a_moment(tokenizer_dir, tmp_path):
+    rows = [{"target": "a short text", "category": f"page {number}"} for number in range(4000)]
+    write_lines(tmp_path / "in" / "rows.jsonl", rows)
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", bins=3))
+    told = manifest(tmp_path / "out")
+    assert len(told["categories"]) == 4000 and all(tally["pieces"] == 1 for tally in told["categories"].values())
+
+
+@pytest.mark.parametrize("difference", ["none", "tokenizer.json", "the fast encoder"])
+def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokenizer_dir, tmp_path, monkeypatch, caplog):
+    """A difference that only texts late in the last file show."""
+    for name in "abc":
+        write_lines(tmp_path / "in" / f"{name}.jsonl", [{"target": f"the {name} {number}"} for number in range(900)])
+    write_lines(tmp_path / "in" / "c.jsonl", [{"target": "the c" if number < 700 else "late"} for number in range(900)])
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    if difference == "tokenizer.json":
+        content = json.loads((folder / "tokenizer.json").read_bytes())
+        replacing = {"type": "Replace", "pattern": {"String": "late"}, "content": "early"}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [replacing]}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    elif difference == "the fast encoder":
+        own = FastEncoder.encode
+
+        def encode(self, texts, *, dummy_prefix=True):
+            return own(self, [text.replace("late", "early") for text in texts], dummy_prefix=dummy_prefix)
+
+        monkeypatch.setattr(FastEncoder, "encode", encode)
+    encoder, counts = parity.choose_encoder(str(folder), plan.find_input_files([str(tmp_path / "in")]))
+    assert encoder is (Encoder if difference == "the fast encoder" else FastEncoder)
+    assert counts["sample_texts"] == 198 and bool(counts["sample_differing"]) is (difference == "tokenizer.json")
+    assert bool(caplog.records) is (difference != "none")
 
 
 @pytest.mark.parametrize("mistake", ["empty file", "a folder named as a file", "nested folders"])

@@ -151,6 +151,8 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
     with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
+    with pytest.raises(UserError, match=r"--data_arrow_output_dir was .*/out/arrow, now .*/out/other"):
+        prepare.prepare_pretrain(**{**keywords, "data_arrow_output_dir": str(tmp_path / "out" / "other")})
     path = inputs / "small.jsonl"
     times = path.stat()
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
@@ -195,10 +197,74 @@ def test_finished_output_is_said_and_other_settings_are_refused(
     assert first.returncode == 0, first.stderr
     before = contents(tmp_path / "out")
     again = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
-    assert again.returncode == 0 and "nothing to do" in again.stderr
+    assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
     other = run_script("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
     assert_user_error(other, "exists already, made of something else: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
+
+
+def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tmp_path):
+    keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
+    stop_before_the_bins(pytest.MonkeyPatch(), keywords)
+    planned = tmp_path / "out" / "cache" / "plan.json"
+    content = planned.read_text()
+    for damaged in ("{", "[]", '{"a": 1}'):
+        planned.write_text(damaged)
+        with pytest.raises(UserError, match=rf"--data_cache_dir: {planned} is damaged, or of another program"):
+            prepare.prepare_pretrain(**keywords)
+    planned.write_text(content)
+    prepare.prepare_pretrain(**keywords)
+    for missing in ("jsonl/part-00001.jsonl", "arrow/part-00000/state.json"):
+        whole = (tmp_path / "out" / missing).read_bytes()
+        (tmp_path / "out" / missing).unlink()
+        with pytest.raises(UserError, match=rf"{missing} is missing \(1 in all\)"):
+            prepare.prepare_pretrain(**keywords)
+        (tmp_path / "out" / missing).write_bytes(whole)
+    for damaged in ("{", "[]", '{"a": 1}'):
+        (tmp_path / "out" / "arrow" / "manifest.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"manifest.json is damaged or of another program"):
+            prepare.prepare_pretrain(**keywords)
+
+
+@pytest.mark.parametrize("change", ["longer", "gone"])
+def test_an_input_that_changes_while_it_is_read_is_told(change, monkeypatch, tokenizer_dir, tmp_path):
+    path = write_lines(tmp_path / "in" / "rows.jsonl", [{"target": f"text {number}"} for number in range(9)])
+    do_unit = prepare.do_unit
+
+    def do_and_change(task):
+        done = do_unit(task)
+        if change == "gone":
+            path.unlink()
+        else:
+            with path.open("ab") as file:
+                file.write(b'{"target": "one more"}\n')
+        return done
+
+    monkeypatch.setattr(prepare, "do_unit", do_and_change)
+    with pytest.raises(UserError, match=rf"{path} has .*while it was read"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_command_leaves_another_s_cache_alone(monkeypatch, inputs, tokenizer_dir, tmp_path):
+    first = settings([inputs], tokenizer_dir, tmp_path / "one", bins=2)
+    prepare.prepare_pretrain(**first)
+    second = {**settings([inputs], tokenizer_dir, tmp_path / "two", bins=2), "data_cache_dir": first["data_cache_dir"]}
+    stop_before_the_bins(monkeypatch, second)
+    before = contents(tmp_path / "one" / "cache")
+    prepare.prepare_pretrain(**first)
+    assert contents(tmp_path / "one" / "cache") == before and "plan.json" in before
+
+
+def test_shares_of_another_number_are_refused(inputs, tokenizer_dir, tmp_path, small_units):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out")
+    folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
+    with folders.locked((1, 2)):
+        with pytest.raises(RefusedError, match="another run is at work in .*shares-of-2.lock"):
+            prepare.prepare_pretrain(**keywords, shard=(2, 3))
+        with pytest.raises(RefusedError, match="another run is at work in .*share-1-of-2.lock"):
+            prepare.prepare_pretrain(**keywords, shard=(1, 2))
+        prepare.prepare_pretrain(**keywords, shard=(2, 2))
 
 
 def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, tmp_path):

@@ -12,8 +12,8 @@ with <s> = 1 and </s> = 2; -100 marks the tokens that carry no loss:
     {"input_ids": [1, 41287, 50162, ..., 33718, 53429, 2], "labels": [-100, -100, -100, ..., 33718, 53429, 2]}
 
 Fine-tuning, input of prepare_sft_dataset.py, one conversation a line. Roles are human (or user), assistant (or gpt)
-and, as the first message only, system; `category` defaults to "None". `message_formats` shows the other formats that
-are read, such as ShareGPT's and alpaca's:
+and system; `category` defaults to "None". `message_formats` shows the other formats that are read, such as
+ShareGPT's and alpaca's:
 
     {"messages": [{"from": "human", "content": "What are the three primary colors?"},
                   {"from": "assistant", "content": "The three primary colors are red, blue, and yellow."}]}

@@ -3,13 +3,14 @@
 As JSON, one `Tally`:
 
     {"documents": 3, "bytes": 1790, "characters": 1790, "tokens_in": 620, "trained": 560, "masked": 20,
-     "truncated": 0, "dropped": {"documents with an empty target": {"documents": 1, "tokens": 40}},
+     "truncated": 0, "dropped": {"conversations without an answer": {"documents": 1, "tokens": 40}},
      "predicted": 558, "pieces": 3, "cut_documents": 1, "held_out_documents": 0, "held_out_pieces": 0}
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
+from colossal_llama2.dataset.visible import terminal_width, visible_line
 from colossal_llama2.errors import RunError
 
 TABLE_ROWS = 20
@@ -26,8 +27,8 @@ class Tally:
         predicted: trained tokens that have one before them in their piece; the others carry no loss.
         truncated: tokens beyond max_length that --overlong truncate leaves out.
         dropped: reason to [records or pieces, tokens].
-        pieces: what goes into samples: whole documents and the pieces of `cut_documents`; `held_out_pieces` of them
-            are of documents in eval/.
+        pieces: what goes into samples: whole documents and the pieces of `cut_documents`, which are over max_length;
+            `held_out_pieces` of them are of documents in eval/.
     """
 
     documents: int = 0
@@ -168,47 +169,65 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
     return total
 
 
-def breakdown_table(heading: str, tallies: Dict[str, Tally]) -> str:
-    """One aligned line for each name, the largest first; those beyond `TABLE_ROWS` are summed up."""
+def tables(manifest: Mapping[str, Any]) -> str:
+    """The account in a manifest (see `manifest`) as aligned lines: by file, by category, and in all."""
+    inputs, categories = manifest["inputs"], manifest["categories"]
+    by_file = {entry["path"]: Tally.from_json(entry) for entry in inputs if "documents" in entry}
+    by_category = {name: Tally.from_json(entry) for name, entry in categories.items()}
+    parts = [_breakdown("file", by_file), _breakdown("category", by_category), _aligned(_summary(manifest))]
+    return "\n\n".join(parts)
+
+
+def _breakdown(heading: str, tallies: Mapping[str, Tally]) -> str:
+    """One line for each name, the largest first; those beyond `TABLE_ROWS` are summed up."""
     ordered = sorted(tallies.items(), key=lambda item: -item[1].tokens_in)
     shown, rest = ordered[:TABLE_ROWS], ordered[TABLE_ROWS:]
-    if rest:
-        shown.append((f"{len(rest):,} more, in manifest.json", _sum(tally for _, tally in rest)))
-    columns = ("documents", "tokens in", "trained", "masked", "truncated", "dropped")
-    lines = [(heading, *columns)]
-    for name, tally in shown:
+    lines = [(heading, "documents", "tokens in", "trained", "masked", "truncated", "dropped")]
+    remainder = [(f"{len(rest):,} more, in manifest.json", _sum(tally for _, tally in rest))] if rest else []
+    for name, tally in [*((visible_line(name), tally) for name, tally in shown), *remainder]:
         counts = (tally.documents, tally.tokens_in, tally.trained, tally.masked, tally.truncated, tally.dropped_tokens)
         lines.append((name, *(f"{count:,}" for count in counts)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    first, *others = widths
-    return "\n".join(
-        "  ".join([f"{name:<{first}}", *(f"{cell:>{width}}" for cell, width in zip(cells, others, strict=True))])
-        for name, *cells in lines
-    )
+    return _aligned(lines)
 
 
-def summary_table(account: Account, *, tokens_per_bin: List[int], num_samples: int, max_length: int) -> str:
-    """The account as aligned lines: name, number, remark."""
-    total = account.total()
-    skipped = f"{account.empty_lines:,} empty lines skipped"
-    if account.bad_rows:
-        skipped += f", {account.bad_rows:,} bad rows skipped, listed in bad_rows.jsonl"
+def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
+    """Rows of name, number and remark."""
+    total, settings = Tally.from_json(manifest["total"]), manifest["settings"]
+    max_length, num_samples = settings["max_length"], manifest["samples"]
+    skipped = f"{manifest['empty_lines']:,} empty lines skipped"
+    if manifest["bad_rows"]:
+        skipped += f", {manifest['bad_rows']:,} bad rows skipped, listed in bad_rows.jsonl"
+    tokens_per_bin = [entry["tokens"] for entry in manifest["bins"]]
     rows = [
         ("documents", f"{total.documents:,}", skipped),
-        *(("", f"{count:,}", f"in the format {name}") for name, count in sorted(account.formats.items())),
+        *(("", f"{count:,}", f"in the format {name}") for name, count in manifest["formats"].items()),
         ("tokens in", f"{total.tokens_in:,}", ""),
         ("  trained", f"{total.trained:,}", f"{total.trained / total.tokens_in:.2%}, {total.predicted:,} predicted"),
         ("  masked", f"{total.masked:,}", f"{total.masked / total.tokens_in:.2%}"),
         ("  truncated", f"{total.truncated:,}", f"{total.truncated / total.tokens_in:.2%}"),
         ("  dropped", f"{total.dropped_tokens:,}", f"{total.dropped_tokens / total.tokens_in:.2%}"),
         *(("", f"{tokens:,}", f"in {count:,} {why}") for why, (count, tokens) in sorted(total.dropped.items())),
-        ("cut documents", f"{total.cut_documents:,}", f"over {max_length:,} tokens"),
         ("samples", f"{num_samples:,}", f"of at most {max_length:,} tokens"),
         ("fill", f"{total.kept / (num_samples * max_length):.2%}", ""),
         ("bins", f"{len(tokens_per_bin):,}", ""),
         ("tokens per bin", f"{min(tokens_per_bin):,}", f"to {max(tokens_per_bin):,}"),
     ]
+    # A conversation is not cut but loses its last turns, which is among what is dropped.
+    if settings["stage"] == "pretrain":
+        rows.insert(-4, ("cut documents", f"{total.cut_documents:,}", f"over {max_length:,} tokens"))
     if total.held_out_documents:
         rows.append(("held out", f"{total.held_out_documents:,}", "documents in eval"))
-    names, numbers = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{names}}  {number:>{numbers}}  {remark}".rstrip() for name, number, remark in rows)
+    return rows
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart; the first, and remarks in a third and last, to the left, others to the right."""
+    widths = [max(map(terminal_width, column)) for column in zip(*lines, strict=True)]
+    told = []
+    for name, *cells in lines:
+        padded = [name + " " * (widths[0] - terminal_width(name))]
+        for column, cell in enumerate(cells, start=1):
+            is_remark = len(cells) == 2 and column == 2
+            padded.append(cell if is_remark else " " * (widths[column] - terminal_width(cell)) + cell)
+        told.append("  ".join(padded).rstrip())
+    return "\n".join(told)

@@ -108,7 +108,8 @@ def write_bin(task: BinTask) -> Dict[str, Any]:
             account["predicted"] += predicted
             arrow.write(columns)
             if settings.writes_jsonl:
-                _write_lines(jsonl, columns)
+                with store.full_disk_told(path, tokens * JSONL_BYTES_PER_TOKEN):
+                    _write_lines(jsonl, columns)
         account["pieces"] = len(members)
         account["fingerprint"] = arrow.finish()
     store.write_json_whole(bin_account_file(task.cache_dir, name), account)

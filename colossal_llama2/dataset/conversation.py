@@ -3,7 +3,8 @@
     SYSTEM TEXT + blank line
     Human: <s>TEXT</s>Assistant: <s>TEXT</s>Human: <s>TEXT</s>Assistant: <s>TEXT</s>
 
-with nothing between the messages, and one more <s> in front of everything. The marks are token ids, never text: a
+with nothing between the messages, and one more <s> in front of everything. The text of a later system message stands,
+with its blank line, before the name that follows it. The marks are token ids, never text: a
 message that holds the characters "<s>" keeps them as characters. Loss falls on what the assistant says and on the
 </s> that ends it.
 
@@ -33,10 +34,11 @@ class Turn(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one side says. `speaker` is "Human" or "Assistant"."""
+    """What one side says. `speaker` is "Human" or "Assistant"; `system_text` was told just before, if any."""
 
     speaker: str
     text: str
+    system_text: str = ""
 
     @property
     def is_trained(self) -> bool:
@@ -70,26 +72,33 @@ class Segment(NamedTuple):
 def read_conversation(turns: Iterable[Turn], *, system_text: Optional[str] = None) -> Conversation:
     """Check the turns of a record and sort them into exchanges.
 
-    Any order of human and assistant is taken, and empty texts are. `system_text` is one that the record tells apart
-    from its turns (None: it does not), and a first turn of the role system is one among them; with neither it is the
-    template's own. Raises ValueError with the reason for an unknown role, a second system text, or no turns.
+    Any order of roles is taken, and empty texts are. `system_text` is one that the record tells apart from its turns
+    (None: it does not), and a first turn of the role system is one among them; with neither it is the template's own.
+    Raises ValueError with the reason for an unknown role, two system texts of one place, a system message that nothing
+    follows, or no turns.
     """
     exchanges: List[List[Message]] = []
     current: List[Message] = []
+    told_before: Optional[str] = None
     for number, (role, text) in enumerate(turns, start=1):
-        if role == SYSTEM_ROLE:
-            if number > 1:
-                raise ValueError(f"message {number} has the role system, which only the first message may have")
-            if system_text is not None:
-                raise ValueError('message 1 has the role system, but the line has a "system" of its own; keep one')
-            system_text = text
-            continue
-        if role not in ROLES:
+        if role not in (*ROLES, SYSTEM_ROLE):
             raise ValueError(f"message {number} is from {role!r:.80}; roles are {', '.join([*ROLES, SYSTEM_ROLE])}")
-        current.append(Message(ROLES[role], text))
-        if current[-1].is_trained:
-            exchanges.append(current)
-            current = []
+        if role != SYSTEM_ROLE:
+            current.append(Message(ROLES[role], text, told_before or ""))
+            told_before = None
+            if current[-1].is_trained:
+                exchanges.append(current)
+                current = []
+        elif number > 1:
+            if told_before is not None:
+                raise ValueError(f"messages {number - 1} and {number} both have the role system; make them one")
+            told_before = text
+        elif system_text is not None:
+            raise ValueError('message 1 has the role system, but the line has a "system" of its own; keep one')
+        else:
+            system_text = text
+    if told_before is not None:
+        raise ValueError("the last message has the role system, and nothing follows it")
     if not exchanges and not current:
         raise ValueError("the conversation holds a system message and nothing else")
     return Conversation(SYSTEM_TEXT if system_text is None else system_text, exchanges, unanswered=current)
@@ -97,7 +106,11 @@ def read_conversation(turns: Iterable[Turn], *, system_text: Optional[str] = Non
 
 def opening_text(conversation: Conversation) -> str:
     """What stands before the first message's name: the system text and its blank line, or nothing if it is empty."""
-    return conversation.system_text + SYSTEM_END if conversation.system_text else ""
+    return _with_end(conversation.system_text)
+
+
+def _with_end(system_text: str) -> str:
+    return system_text + SYSTEM_END if system_text else ""
 
 
 def message_segments(messages: List[Message], *, opening: str = "") -> List[Segment]:
@@ -111,7 +124,8 @@ def message_segments(messages: List[Message], *, opening: str = "") -> List[Segm
     """
     segments = []
     for number, message in enumerate(messages):
-        name = f"{opening if number == 0 else ''}{message.speaker}{NAME_END}"
+        before = (opening if number == 0 else "") + _with_end(message.system_text)
+        name = f"{before}{message.speaker}{NAME_END}"
         segments.append(Segment(name, is_marked=False, is_trained=False))
         segments.append(Segment(message.text, is_marked=True, is_trained=message.is_trained))
     return segments
@@ -125,7 +139,8 @@ def chat_template(*, prefix_after_marks: bool) -> str:
     """
     prefix = "" if prefix_after_marks else " "
     assistant = ROLES["assistant"]
-    refusal = f"; roles are {', '.join(ROLES)}, and {SYSTEM_ROLE} for the first message alone"
+    twice = f" both have the role {SYSTEM_ROLE}; make them one"
+    refusal = f"; roles are {', '.join([*ROLES, SYSTEM_ROLE])}"
     return f"""\
 {{%- set speakers = {ROLES!a} -%}}
 {{{{- bos_token + {prefix!a} -}}}}
@@ -146,7 +161,14 @@ def chat_template(*, prefix_after_marks: bool) -> str:
     {{%- else -%}}
       {{{{- message['content'] + eos_token -}}}}
     {{%- endif -%}}
-  {{%- elif message['role'] != {SYSTEM_ROLE!a} or not loop.first -%}}
+  {{%- elif message['role'] == {SYSTEM_ROLE!a} -%}}
+    {{%- if loop.index > 2 and loop.previtem['role'] == {SYSTEM_ROLE!a} -%}}
+      {{{{- raise_exception('messages ' ~ loop.index0 ~ ' and ' ~ loop.index ~ {twice!a}) -}}}}
+    {{%- endif -%}}
+    {{%- if message['content'] and not loop.first -%}}
+      {{{{- message['content'] + {SYSTEM_END!a} -}}}}
+    {{%- endif -%}}
+  {{%- else -%}}
     {{{{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ {refusal!a}) -}}}}
   {{%- endif -%}}
 {{%- endfor -%}}

@@ -111,16 +111,17 @@ class Dealer:
 
     def deal(self, pieces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """Deal an array with the fields `category` and `length`; returns the pieces that got a bin, and their bins."""
-        categories = np.unique(pieces["category"])
-        return _joined([self._deal_category(int(category), pieces) for category in categories], pieces[:0])
+        pieces = pieces[np.argsort(pieces["category"], kind="stable")]
+        categories, starts = np.unique(pieces["category"], return_index=True)
+        each = zip(categories.tolist(), np.split(pieces, starts[1:]), strict=True) if len(pieces) else ()
+        return _joined([self._deal_category(category, own) for category, own in each], pieces[:0])
 
     def finish(self) -> Tuple[np.ndarray, np.ndarray]:
         """Deal what has been waiting, by category."""
         rest = [self._waiting.pop(category) for category in sorted(self._waiting)]
         return _joined([(pieces, self._rounds(pieces)) for pieces in rest], np.zeros(0, MEMBER))
 
-    def _deal_category(self, category: int, pieces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        own = pieces[pieces["category"] == category]
+    def _deal_category(self, category: int, own: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         if category in self._waiting:
             own = np.concatenate([self._waiting[category], own])
         own = own[np.argsort(-own["length"], kind="stable")]

@@ -14,21 +14,24 @@ last; it depends on the input, the settings and the tokenizer alone:
 The counts are those of `account`.
 """
 
+import os
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Collection, Dict, List, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import plan
 from colossal_llama2.dataset.account import Account
-from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs, RefusedError
+from colossal_llama2.dataset.output import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs, RefusedError
 from colossal_llama2.dataset.plan import InputFile
 from colossal_llama2.dataset.rows import sha256_of
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.store import read_json_or_none, write_json_whole
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer import fingerprint
 
 VERSION = 1
+MANIFEST_KEYS = {"settings", "tokenizer", "inputs", "bins"}
+NOT_OURS = "not ours"
 # What prepares the data of a stage, and what trains on it.
 COMMANDS = {
     "pretrain": ("prepare_pretrain_dataset.py", "train.py"),
@@ -36,7 +39,9 @@ COMMANDS = {
 }
 
 
-def plan_content(settings: Settings, files: Sequence[InputFile], tokenizer_sha256: str) -> Dict[str, Any]:
+def plan_content(
+    settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs
+) -> Dict[str, Any]:
     """What must be equal for a restart to go on."""
     return {
         "version": VERSION,
@@ -44,6 +49,7 @@ def plan_content(settings: Settings, files: Sequence[InputFile], tokenizer_sha25
         "settings": settings.as_dict(),
         "tokenizer": tokenizer_sha256,
         "inputs": [file._asdict() for file in files],
+        "outputs": folders.outputs,
     }
 
 
@@ -53,35 +59,50 @@ def begin_or_continue(folders: OutputDirs, content: Dict[str, Any]) -> bool:
     Raises UserError with what has changed.
     """
     path = folders.cache / PLAN_FILE
-    earlier = read_json_or_none(path)
-    if earlier is None:
-        write_json_whole(path, content)
-        return False
-    changes = _changed_settings(earlier.get("settings", {}), content["settings"])
-    if earlier.get("tokenizer") != content["tokenizer"]:
+    with folders.deciding():
+        earlier = _read_ours(path, content.keys())
+        if earlier is None:
+            write_json_whole(path, content)
+            return False
+    if earlier == NOT_OURS:
+        raise RefusedError(
+            f"{CACHE_FLAG}: {path} is damaged, or of another program or version; delete that folder or name another"
+        )
+    changes = _changed_settings(earlier["settings"], content["settings"])
+    changes += [
+        f"{flag} was {earlier['outputs'][flag]}, now {folder}"
+        for flag, folder in content["outputs"].items()
+        if earlier["outputs"].get(flag, folder) != folder
+    ]
+    if earlier["tokenizer"] != content["tokenizer"]:
         changes.append("the tokenizer is another one")
-    changes += _changed_inputs(earlier.get("inputs", []), content["inputs"], ("size", "mtime_ns"))
+    changes += _changed_inputs(earlier["inputs"], content["inputs"], ("size", "mtime_ns"))
     if not changes and earlier != content:
         changes.append("it was made by another version")
     if changes:
         raise RefusedError(
-            f"--data_cache_dir: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; give "
+            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; give "
             "the command as it was to go on, or delete that folder to begin anew"
         )
     return True
 
 
-def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
-    """Raise UserError with what is different, unless the finished output is what this command would write.
+def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the manifest of finished output. Raises UserError with what is different or missing, unless the output is
+    what this command would write.
 
     Inputs are compared by size, and by hash if they are newer than the output.
     """
     path = folders.final_arrow / MANIFEST_FILE
-    manifest = read_json_or_none(path) or {}
-    changes = _changed_settings(manifest.get("settings", {}), content["settings"])
-    if manifest.get("tokenizer", {}).get("sha256") != content["tokenizer"]:
+    manifest = _read_ours(path, MANIFEST_KEYS)
+    if manifest in (None, NOT_OURS):
+        raise UserError(
+            f"--data_arrow_output_dir: {path} is damaged or of another program; remove its folder or name another"
+        )
+    changes = _changed_settings(manifest["settings"], content["settings"])
+    if manifest["tokenizer"]["sha256"] != content["tokenizer"]:
         changes.append("the tokenizer is another one")
-    changes += _changed_inputs(manifest.get("inputs", []), content["inputs"], ("size",))
+    changes += _changed_inputs(manifest["inputs"], content["inputs"], ("size",))
     if not changes:
         newer = [file["path"] for file in content["inputs"] if file["mtime_ns"] > path.stat().st_mtime_ns]
         known = {file["path"]: file["sha256"] for file in manifest["inputs"]}
@@ -91,6 +112,51 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
             f"--data_arrow_output_dir: {folders.final_arrow} exists already, made of something else: "
             f"{'; '.join(changes)}; remove it or name another folder"
         )
+    _check_complete(folders.outputs, manifest)
+    return manifest
+
+
+def _check_complete(outputs: Dict[str, str], manifest: Dict[str, Any]) -> None:
+    """Raise UserError if a bin of finished output is not there any more."""
+    entries = [*manifest["bins"], *([manifest["eval"]] if manifest["eval"] else [])]
+    names = {"--data_arrow_output_dir": "{}/state.json", "--data_jsonl_output_dir": "{}.jsonl"}
+    missing = [
+        (flag, folder, path)
+        for flag, folder in outputs.items()
+        for path in (Path(folder, names[flag].format(entry["name"])) for entry in entries)
+        if not path.is_file()
+    ]
+    if missing:
+        flag, folder, path = missing[0]
+        raise UserError(
+            f"{flag}: {path} is missing ({len(missing):,} in all), though the output was finished; put it back, or "
+            "remove the output folders and give the command again"
+        )
+
+
+def check_unchanged(files: Sequence[InputFile]) -> None:
+    """Raise UserError if an input is not what it was when the run began."""
+    for file in files:
+        try:
+            status = os.stat(file.path)
+        except OSError as error:
+            raise UserError(f"{file.path} has gone while it was read ({error.strerror}); put it back and begin anew")
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise UserError(
+                f"{file.path} has changed while it was read ({file.size:,} bytes, now {status.st_size:,}); give the "
+                "command again when nothing writes there"
+            )
+
+
+def _read_ours(path: Path, keys: Collection[str]) -> Any:
+    """The object in a JSON file, None if there is none, `NOT_OURS` if it is damaged or has not these keys."""
+    try:
+        content = read_json_or_none(path)
+    except RunError:
+        return NOT_OURS
+    if content is None:
+        return None
+    return content if isinstance(content, dict) and keys <= content.keys() else NOT_OURS
 
 
 def read_manifest_of(part: str) -> Dict[str, Any]:
@@ -100,15 +166,11 @@ def read_manifest_of(part: str) -> Dict[str, Any]:
     """
     path = Path(part).resolve().parent / MANIFEST_FILE
     try:
-        manifest = read_json_or_none(path) or {}
-        return manifest if _is_manifest(manifest) else {}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); prepare the data again")
-
-
-def _is_manifest(content: Any) -> bool:
-    """Whether a file of that common name is one of ours."""
-    return isinstance(content, dict) and {"settings", "tokenizer", "bins"} <= content.keys()
+        content = read_json_or_none(path)
+    except RunError as error:
+        raise UserError(str(error))
+    # The name is a common one: others' files are none of ours.
+    return content if isinstance(content, dict) and MANIFEST_KEYS <= content.keys() else {}
 
 
 def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str) -> None:

@@ -1,10 +1,9 @@
 """A manifest.json as aligned lines, whatever it holds: names and values, nested ones indented, records as rows."""
 
 import re
-import unicodedata
 from typing import Any, Iterator, List, Mapping, Sequence
 
-from colossal_llama2.dataset.visible import visible_line
+from colossal_llama2.dataset.visible import terminal_width, visible_line
 
 MAX_ROWS = 20
 MAX_LISTED = 10
@@ -19,10 +18,10 @@ def manifest_lines(content: Mapping[str, Any], *, indent: str = "") -> Iterator[
     Long lists and tables are shortened with a count of what is left out.
     """
     plain = {name: _cell(value) for name, value in content.items() if _is_plain(value)}
-    width = max((_columns(visible_line(name)) for name in plain), default=0)
+    width = max((terminal_width(visible_line(name)) for name in plain), default=0)
     for name, text in plain.items():
         shown = visible_line(name)
-        yield f"{indent}{shown}{' ' * (width - _columns(shown))}  {text}".rstrip()
+        yield f"{indent}{shown}{' ' * (width - terminal_width(shown))}  {text}".rstrip()
     for name, value in content.items():
         if not _is_plain(value):
             yield f"{indent}{visible_line(name)}:"
@@ -46,10 +45,10 @@ def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str) -> Iterator[
     rows: List[List[str]] = [["", *map(visible_line, fields)]]
     for name, record in records.items():
         rows.append([_short(name), *(_cell(record[field]) if field in record else "" for field in fields)])
-    widths = [max(map(_columns, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(terminal_width, column)) for column in zip(*rows, strict=True)]
     for name, *cells in rows:
-        aligned = [" " * (width - _columns(cell)) + cell for cell, width in zip(cells, widths[1:], strict=True)]
-        yield "  ".join([indent + name + " " * (widths[0] - _columns(name)), *aligned]).rstrip()
+        aligned = [" " * (width - terminal_width(cell)) + cell for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join([indent + name + " " * (widths[0] - terminal_width(name)), *aligned]).rstrip()
 
 
 def _is_plain(value: Any) -> bool:
@@ -77,11 +76,6 @@ def _list_text(values: Sequence[Any]) -> str:
     if all(isinstance(value, (int, float)) for value in values):
         return f"{len(values):,} numbers, {_cell(min(values))} to {_cell(max(values))}"
     return f"{', '.join(map(_cell, values[:MAX_LISTED]))} and {len(values) - MAX_LISTED:,} more"
-
-
-def _columns(text: str) -> int:
-    """How many columns of a terminal `text` takes: Chinese characters take two each."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _short(text: str) -> str:

@@ -63,8 +63,7 @@ def _read_list(row: Dict[str, Any], name: str) -> Recognized:
             as_first = " as message 1 is" if number > 1 else ""
             raise ValueError(f'message {number} must be {{"{who}": ..., "{what}": ...}} with two strings{as_first}')
         turns.append(Turn(role, text))
-    # The original ignores what stands beside "messages".
-    return Recognized(turns, None if name == "messages" else _system_text(row), found)
+    return Recognized(turns, _system_text(row), found)
 
 
 def _format_of(message: Any) -> str:

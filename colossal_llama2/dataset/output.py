@@ -10,7 +10,7 @@ import os
 import shutil
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from colossal_llama2.dataset.store import TEMPORARY, remove_leftovers
 from colossal_llama2.errors import UserError
@@ -18,6 +18,7 @@ from colossal_llama2.files import check_can_create, sync_entries
 
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
+CACHE_FLAG = "--data_cache_dir"
 
 
 class RefusedError(UserError):
@@ -28,7 +29,7 @@ class OutputDirs:
     """The folders of one command. `jsonl` is None if no jsonl is to be written."""
 
     def __init__(self, *, cache: str, jsonl: Optional[str], arrow: str):
-        self._given = {"--data_cache_dir": cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
+        self._given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
         self._given = {flag: folder for flag, folder in self._given.items() if folder is not None}
         self.cache = Path(cache).resolve()
         # Arrow last: it is what training reads, so when it is there all is there.
@@ -38,6 +39,11 @@ class OutputDirs:
         self.arrow = self._partials[-1]
         self.jsonl = self._partials[0] if jsonl is not None else None
         self._made: List[Path] = []
+
+    @property
+    def outputs(self) -> Dict[str, str]:
+        """The output folders by their flags."""
+        return {flag: str(Path(folder).resolve()) for flag, folder in self._given.items() if flag != CACHE_FLAG}
 
     @property
     def is_finished(self) -> bool:
@@ -61,12 +67,12 @@ class OutputDirs:
 
     def _check_cache(self, given: str) -> None:
         if os.path.lexists(self.cache) and not self.cache.is_dir():
-            raise UserError(f"--data_cache_dir: {given} is not a folder; name another")
+            raise UserError(f"{CACHE_FLAG}: {given} is not a folder; name another")
         foreign = self.cache.is_dir() and not (self.cache / PLAN_FILE).exists() and [
             path for path in self.cache.iterdir() if not path.name.startswith(TEMPORARY)
         ]  # fmt: skip
         if foreign:
-            raise UserError(f"--data_cache_dir: {given} holds other files, such as {foreign[0].name}; name another")
+            raise UserError(f"{CACHE_FLAG}: {given} holds other files, such as {foreign[0].name}; name another")
 
     @property
     def is_being_published(self) -> bool:
@@ -85,9 +91,7 @@ class OutputDirs:
                     self._make(folder)
                     self._lock(stack, folder, fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
                 if shard:
-                    path = self.cache / f"{TEMPORARY}share-{shard[0]}-of-{shard[1]}.lock"
-                    path.touch()
-                    self._lock(stack, path, fcntl.LOCK_EX)
+                    self._lock_share(stack, *shard)
                 yield
             except RefusedError:
                 self._unmake()
@@ -101,6 +105,38 @@ class OutputDirs:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         self._made += missing
+
+    def _lock_share(self, stack: ExitStack, number: int, shares: int) -> None:
+        """Keep out the same share again, and shares of another number, which would do the same units."""
+        path = self.cache / f"{TEMPORARY}share-{number}-of-{shares}.lock"
+        path.touch()
+        self._lock(stack, path, fcntl.LOCK_EX)
+        all_shares = f"{TEMPORARY}shares-of-{shares}.lock"
+        (self.cache / all_shares).touch()
+        self._lock(stack, self.cache / all_shares, fcntl.LOCK_SH)
+        for other in self.cache.glob(f"{TEMPORARY}shares-of-*.lock"):
+            if other.name != all_shares:
+                with ExitStack() as tried:
+                    self._lock(tried, other, fcntl.LOCK_EX)
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Let one run after the other read the plan, or write it."""
+        path = self.cache / f"{TEMPORARY}plan.lock"
+        path.touch()
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def empty_cache_of(self, is_ours: Callable[[], bool]) -> None:
+        """Empty the cache unless a run is at work in it, or `is_ours`, asked when none can be, says no."""
+        with ExitStack() as stack:
+            try:
+                self._lock(stack, self.cache, fcntl.LOCK_EX)
+            except (RefusedError, FileNotFoundError):
+                return
+            if is_ours():
+                self.empty_cache()
 
     def _lock(self, stack: ExitStack, path: Path, kind: int) -> None:
         descriptor = os.open(path, os.O_RDONLY)

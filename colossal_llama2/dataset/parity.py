@@ -1,51 +1,72 @@
-"""Does SentencePiece give the same ids as the fast tokenizer of the folder, on the user's own text?
+"""Which encoder is taken, proven on the user's own text: on a sample of it, all tokenizers of the folder must agree.
 
-Training data is encoded with tokenizer.model, and whoever loads the folder in transformers gets tokenizer.json. They
-can differ (equal scores, unreachable characters, leading spaces), and then model and text do not fit each other.
+Training data is encoded by SentencePiece, or by `FastEncoder` where that gives the same ids; and whoever loads the
+folder in transformers gets tokenizer.json. That one can differ (equal scores, unreachable characters, leading spaces),
+and then model and text do not fit each other.
 """
 
 from itertools import islice
 from pathlib import Path
-from typing import Dict, Iterator, Sequence
+from typing import Dict, Iterator, List, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.tokenizer import FAST_FILE, Encoder
+from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
 SAMPLE_TEXTS = 200
-SAMPLE_CHARACTERS = 1000
+SAMPLE_CHARACTERS = 500
+SAMPLE_PLACES = 20
 
 
-def compare_on_sample(tokenizer_dir: str, encoder: Encoder, files: Sequence[InputFile]) -> Dict[str, int]:
-    """Encode the first texts with both, and warn if any differ; returns {"sample_texts": 200, "sample_differing": 0}.
+def choose_encoder(tokenizer_dir: str, files: Sequence[InputFile]) -> Tuple[Type[Encoder], Dict[str, int]]:
+    """The fastest encoder that gives SentencePiece's ids on a sample; and how far tokenizer.json gives them too.
 
-    A folder without tokenizer.json has nothing to compare with: both numbers are 0.
+    The sample is of texts from places all over the input. The second is {"sample_texts": 200, "sample_differing": 0};
+    a folder without tokenizer.json has nothing to compare with, and both numbers are 0. Warns of what differs.
     """
+    encoder = encoder_class(tokenizer_dir)
+    texts = sample_texts(files)
+    ids = Encoder(tokenizer_dir).encode(texts)
+    if encoder is not Encoder and (differing := _differing(encoder(tokenizer_dir).encode(texts), ids)):
+        logs.get_logger().warning(
+            f"the fast encoder gives other ids than SentencePiece for {differing} of {len(texts)} texts of a sample; "
+            "SentencePiece encodes"
+        )
+        encoder = Encoder
     path = Path(tokenizer_dir) / FAST_FILE
     if not path.is_file():
-        return {"sample_texts": 0, "sample_differing": 0}
-    from tokenizers import Tokenizer
-
-    fast = Tokenizer.from_file(str(path))
-    # In data, a mark is text; SentencePiece always takes it for text.
-    fast.encode_special_tokens = True
-    texts = list(islice(_texts(files), SAMPLE_TEXTS))
-    pairs = zip(encoder.encode(texts), texts, strict=True)
-    differing = sum(ids != fast.encode(text, add_special_tokens=False).ids for ids, text in pairs)
+        return encoder, {"sample_texts": 0, "sample_differing": 0}
+    differing = _differing(_fast_ids(path, texts), ids)
     if differing:
         logs.get_logger().warning(
-            f"{differing} of the first {len(texts)} texts are tokenized otherwise by {path}, which transformers loads, "
-            "than by tokenizer.model, which is taken here; init_tokenizer.py makes folders in which both agree"
+            f"of a sample of {len(texts)} texts, {differing} are tokenized otherwise by {path}, which transformers "
+            "loads, than by tokenizer.model, which is taken here; init_tokenizer.py makes folders in which both agree"
         )
-    return {"sample_texts": len(texts), "sample_differing": differing}
+    return encoder, {"sample_texts": len(texts), "sample_differing": differing}
 
 
-def _texts(files: Sequence[InputFile]) -> Iterator[str]:
-    """Texts of good rows, as many of each file at most as make the sample."""
-    for number, file in enumerate(files):
-        for line in islice(SpanReader(file, Span(number, 0, None)), SAMPLE_TEXTS):
-            yield from (text[:SAMPLE_CHARACTERS] for text in _strings(line.record or {}) if text)
+def sample_texts(files: Sequence[InputFile]) -> List[str]:
+    """The beginnings of up to `SAMPLE_TEXTS` texts, as many from each of the places."""
+    places = list(_places(files))
+    each = SAMPLE_TEXTS // len(places)
+    return [text for file, span in places for text in islice(_texts(file, span), each)]
+
+
+def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
+    """Spans to begin reading at: in some of many files, or several in each of a few."""
+    step = max(len(files) / SAMPLE_PLACES, 1)
+    for number in (int(index * step) for index in range(min(len(files), SAMPLE_PLACES))):
+        file = files[number]
+        count = 1 if file.is_compressed else max(SAMPLE_PLACES // len(files), 1)
+        for index in range(count):
+            yield file, Span(number, file.size * index // count, None if file.is_compressed else file.size)
+
+
+def _texts(file: InputFile, span: Span) -> Iterator[str]:
+    for line in islice(SpanReader(file, span), SAMPLE_TEXTS):
+        yield from (text[:SAMPLE_CHARACTERS] for text in _strings(line.record or {}) if text)
 
 
 def _strings(value) -> Iterator[str]:
@@ -55,3 +76,16 @@ def _strings(value) -> Iterator[str]:
         yield from (text for key, inner in value.items() if key != "category" for text in _strings(inner))
     elif isinstance(value, list):
         yield from (text for inner in value for text in _strings(inner))
+
+
+def _fast_ids(path: Path, texts: Sequence[str]) -> List[List[int]]:
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(str(path))
+    # In data, a mark is text; SentencePiece always takes it for text.
+    fast.encode_special_tokens = True
+    return [fast.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def _differing(ids: Sequence[List[int]], expected: Sequence[List[int]]) -> int:
+    return sum(one != other for one, other in zip(ids, expected, strict=True))

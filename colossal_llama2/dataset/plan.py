@@ -17,6 +17,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 from colossal_llama2.errors import UserError
 
 UNIT_BYTES = 4 << 20
+EMPTY_FILE = "is empty; move it away, or fetch it again if it should not be"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -103,7 +104,7 @@ def _input_file(path: Path, source: str) -> InputFile:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend that or move it away")
     if status.st_size == 0:
-        raise UserError(f"{path} is empty; move it away, or fetch it again if it should not be")
+        raise UserError(f"{path} {EMPTY_FILE}")
     return InputFile(str(path), source, status.st_size, status.st_mtime_ns)
 
 

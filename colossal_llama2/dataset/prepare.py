@@ -26,14 +26,13 @@ from colossal_llama2.dataset.bins import BinTask, write_bin
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
-from colossal_llama2.dataset.parity import compare_on_sample
+from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
-from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 # The name by which transformers finds it in a tokenizer's folder.
@@ -95,7 +94,7 @@ def _prepare(
     if not folders.is_finished:
         folders.check()
     files = find_input_files(data_input_dirs)
-    content = manifest.plan_content(settings, files, tokenizer_sha256)
+    content = manifest.plan_content(settings, files, tokenizer_sha256=tokenizer_sha256, folders=folders)
     if folders.is_finished:
         _say_finished(folders, content)
         return
@@ -117,9 +116,9 @@ def _check_execution(executor: str, ray_address: Optional[str], num_workers: Opt
 
 def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
     """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
-    manifest.check_finished(folders, content)
-    if store.read_json_or_none(folders.cache / PLAN_FILE) == content:
-        folders.empty_cache()
+    written = manifest.check_finished(folders, content)
+    folders.empty_cache_of(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
+    print(accounts.tables(written))
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
 
 
@@ -143,8 +142,7 @@ class _Run:
         if not self.execution.shard:
             self._remove_leftovers()
         if not self.folders.is_being_published:
-            encoder = encoder_class(self.tokenizer_dir)
-            self.sample = compare_on_sample(self.tokenizer_dir, encoder(self.tokenizer_dir), self.files)
+            encoder, self.sample = choose_encoder(self.tokenizer_dir, self.files)
             self._do_units(encoder)
             missing = [unit for unit in self.units if not self._is_done(unit)]
             if missing:
@@ -190,20 +188,20 @@ class _Run:
 
     def _finish(self, content: Dict[str, Any]) -> None:
         """Write the bins and the manifest, give the folders their names, and print the account."""
-        account, hashes = self._collect()
         if self.folders.is_being_published:
             written = store.read_json_or_none(self.folders.arrow / MANIFEST_FILE)
         else:
-            written = self._write(content, account, hashes)
+            written = self._write(content)
         self.folders.publish()
         self.folders.empty_cache()
-        tokens_per_bin = [entry["tokens"] for entry in written["bins"]]
-        self._print(account, tokens_per_bin=tokens_per_bin, num_samples=written["samples"])
+        print(accounts.tables(written))
 
-    def _write(self, content: Dict[str, Any], account: Account, hashes: Dict[int, str]) -> Dict[str, Any]:
+    def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""
         if self.execution.shard:
             self._remove_leftovers()
+        manifest.check_unchanged(self.files)
+        account, hashes = self._collect()
         self._check_enough(account)
         bins = self._write_bins()
         if self.execution.executor == "ray":
@@ -293,13 +291,3 @@ class _Run:
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
                 file.write(chat_template(prefix_after_marks=self.settings.prefix_after_marks).encode())
-
-    def _print(self, account: Account, *, tokens_per_bin: List[int], num_samples: int) -> None:
-        by_file = {self.files[number].path: tally for number, tally in account.by_file().items()}
-        print(accounts.breakdown_table("file", by_file), end="\n\n")
-        print(accounts.breakdown_table("category", account.by_category()), end="\n\n")
-        print(
-            accounts.summary_table(
-                account, tokens_per_bin=tokens_per_bin, num_samples=num_samples, max_length=self.settings.max_length
-            )
-        )

@@ -16,6 +16,7 @@ from colossal_llama2.files import parse_object
 # A document of this size is a mistake in the data, and a worker must not hold it in memory.
 MAX_LINE_BYTES = 32 << 20
 READ_BYTES = 1 << 20
+DAMAGE = (EOFError, zlib.error, OSError)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -45,9 +46,10 @@ class SpanReader:
                 yield from self._range(raw)
                 return
             hashed = io.BufferedReader(_HashingReader(raw, self._hash), READ_BYTES)
-            # Named, because a stream that nobody holds closes those below it, which are not read to their end yet.
-            stream = _decompressed(self._file.path, hashed, stack)
-            yield from self._whole(stream)
+            if self._file.is_compressed:
+                yield from self._whole(io.BufferedReader(_Decompressing(self._path, hashed, stack), READ_BYTES))
+            else:
+                yield from self._whole(hashed)
             while hashed.read(READ_BYTES):  # what a decompressor leaves unread
                 pass
 
@@ -91,11 +93,11 @@ class SpanReader:
                     return
                 number += 1
                 yield _checked(line, number, size, is_first=number == 1)
-        except (EOFError, zlib.error, OSError) as error:
+        except DAMAGE as error:
             if not self._file.is_compressed:
                 raise
-            problem = f"the compressed data is cut short or damaged here ({error}); fetch the file again"
-            yield Line(number + 1, 0, None, problem)
+            problem = f"the compressed data is cut short or damaged here ({error}), all after it is lost"
+            yield Line(number + 1, 0, None, f"{problem}; fetch the file again")
 
 
 class _HashingReader(io.RawIOBase):
@@ -119,15 +121,50 @@ def sha256_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _decompressed(path: str, stream, stack: ExitStack):
-    if path.endswith(".gz"):
-        return io.BufferedReader(stack.enter_context(gzip.GzipFile(fileobj=stream)), READ_BYTES)
-    if path.endswith(".zst"):
-        import pyarrow
+class _Decompressing(io.RawIOBase):
+    """The decompressed bytes of a .gz or .zst file, read from `stream`; all that there are before an error is raised.
 
-        source = pyarrow.PythonFile(stream, mode="r")
-        return io.BufferedReader(stack.enter_context(pyarrow.CompressedInputStream(source, "zstd")), READ_BYTES)
-    return stream
+    A decompressor that fails keeps to itself what it has of the block asked for. So the data up to that block is then
+    read once more, from `path`, and the block by the byte.
+    """
+
+    def __init__(self, path: str, stream, stack: ExitStack):
+        self._path, self._stack = path, stack
+        self._stream = _decompressor(path, stream, stack)
+        self._given, self._step = 0, READ_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            block = self._stream.read(min(len(buffer), self._step))
+        except DAMAGE:
+            if self._step == 1:
+                raise
+            self._begin_anew()
+            return self.readinto(buffer)
+        buffer[: len(block)] = block
+        self._given += len(block)
+        return len(block)
+
+    def _begin_anew(self) -> None:
+        """Come back to the place from the start of the file, and go on by the byte."""
+        self._step = 1
+        self._stream = _decompressor(self._path, self._stack.enter_context(open(self._path, "rb")), self._stack)
+        left = self._given
+        while left:
+            left -= len(self._stream.read(min(left, READ_BYTES)))
+
+
+def _decompressor(path: str, stream, stack: ExitStack):
+    """An object whose `read` gives decompressed bytes, and raises one of `DAMAGE`."""
+    if path.endswith(".gz"):
+        return stack.enter_context(gzip.GzipFile(fileobj=stream))
+    import pyarrow
+
+    source = pyarrow.PythonFile(stream, mode="r")
+    return stack.enter_context(pyarrow.CompressedInputStream(source, "zstd"))
 
 
 def _first_line_start(raw, start: int) -> int:

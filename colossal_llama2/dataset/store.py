@@ -66,11 +66,13 @@ def write_json_whole(path: Path, content: Any) -> None:
 
 
 def read_json_or_none(path: Path) -> Any:
-    """The value in a JSON file, None if there is no such file."""
+    """The value in a JSON file, None if there is no such file. Raises RunError if it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
 
 
 @contextmanager

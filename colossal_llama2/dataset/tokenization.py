@@ -20,7 +20,6 @@ from colossal_llama2.dataset.message_formats import recognize
 NO_CATEGORY_PRETRAIN = "unknown"
 NO_CATEGORY_SFT = "None"
 
-EMPTY_TARGET = "documents with an empty target"
 NO_ANSWER = "conversations without an answer"
 FIRST_EXCHANGE_TOO_LONG = "conversations whose first exchange is over max_length"
 LATER_EXCHANGES_TOO_LONG = "conversations cut after the last turn that fits"
@@ -65,6 +64,8 @@ def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
         raise ValueError('"target" is missing')
     if not isinstance(row["target"], str):
         raise ValueError('"target" must be a string')
+    if not row["target"]:
+        raise ValueError('"target" is empty')
     source = _optional_text(row, "source", default="")
     return PretrainRow(source, row["target"], _optional_text(row, "category", default=NO_CATEGORY_PRETRAIN))
 
@@ -101,10 +102,7 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
         else:
             # No copy: nobody changes either.
             labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
-        if row.target:
-            tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
-        else:
-            tokenized.append(Tokenized([], [], len(input_ids), (Drop(EMPTY_TARGET, len(input_ids)),)))
+        tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
     return tokenized
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from colossal_llama2.dataset import IGNORE_INDEX, store, tokenization
 from colossal_llama2.dataset.account import Account
-from colossal_llama2.dataset.plan import InputFile, Unit
+from colossal_llama2.dataset.plan import EMPTY_FILE, InputFile, Unit
 from colossal_llama2.dataset.rows import SpanReader, sha256_of
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.splicing import piece_lengths
@@ -29,6 +29,7 @@ from colossal_llama2.tokenizer import Encoder
 BATCH_BYTES = 1 << 20
 # Token ids are a third to a half of the bytes of the text, at four bytes each.
 CACHE_BYTES_PER_INPUT_BYTE = 3
+SKIP_HINT = ", or go on without such lines by --on_bad_row skip"
 MASKED_PIECES = "pieces of long sources without a trained token"
 # `document` counts the documents of the unit, `offset` the tokens before the piece in the unit's file.
 PIECE = np.dtype(
@@ -72,14 +73,13 @@ def do_unit(task: UnitTask) -> Progress:
         np.zeros(0, PIECE).tofile(folder / f"{unit.name}.pieces")
         store.write_json_whole(folder / f"{unit.name}.json", content)
         return Progress(0, 0, 0)
-    with store.appearing_file(
-        folder / f"{unit.name}.tokens", needed_bytes=unit.size * CACHE_BYTES_PER_INPUT_BYTE
-    ) as file:
-        worker = _UnitWorker(task, file)
+    needed = unit.size * CACHE_BYTES_PER_INPUT_BYTE
+    with (
+        store.appearing_file(folder / f"{unit.name}.tokens", needed_bytes=needed) as tokens,
+        store.appearing_file(folder / f"{unit.name}.pieces", needed_bytes=needed) as pieces,
+    ):
+        worker = _UnitWorker(task, tokens=tokens, pieces=pieces)
         worker.run()
-    with store.appearing_file(folder / f"{unit.name}.pieces", needed_bytes=unit.size) as file:
-        for pieces in worker.pieces:
-            file.write(pieces.tobytes())
     store.write_json_whole(folder / f"{unit.name}.json", worker.content())
     total = worker.account.total()
     return Progress(unit.size, total.documents, total.tokens_in)
@@ -108,14 +108,13 @@ class _Document(NamedTuple):
 class _UnitWorker:
     """The state of one unit while it is done: a batch of rows, and what has come of the earlier ones."""
 
-    def __init__(self, task: UnitTask, file):
-        self._task, self._file = task, file
+    def __init__(self, task: UnitTask, *, tokens, pieces):
+        self._task, self._tokens_file, self._pieces_file = task, tokens, pieces
         self._read, self._tokenize = _functions(task)
         self._rows: List[Tuple[int, Any]] = []
         self._batch_bytes = self._tokens_written = self._documents = 0
         # (file, category) to a number, in the order of appearance.
         self._slots: Dict[Tuple[int, str], int] = {}
-        self.pieces: List[np.ndarray] = []
         self.account = Account()
         self._hashes: Dict[str, str] = {}
         self._bad_rows: List[Dict[str, Any]] = []
@@ -125,6 +124,7 @@ class _UnitWorker:
         for span in self._task.unit.spans:
             file = self._task.files[span.file]
             reader = SpanReader(file, span, self._task.base)
+            lines_before = self.account.lines
             for line in reader:
                 self.account.lines += 1
                 self._batch_bytes += line.size
@@ -140,6 +140,8 @@ class _UnitWorker:
                     self._note_bad_row(file.path, reader.line_number(line.number), problem)
                 if self._batch_bytes >= BATCH_BYTES:
                     self._finish_batch()
+            if file.is_compressed and self.account.lines == lines_before:
+                raise UserError(f"{file.path} {EMPTY_FILE}")
             if reader.sha256 is not None:
                 self._hashes[str(span.file)] = reader.sha256
         self._finish_batch()
@@ -156,7 +158,7 @@ class _UnitWorker:
 
     def _note_bad_row(self, path: str, line: int, reason: str) -> None:
         if self._task.settings.on_bad_row == "fail":
-            raise UserError(f"{path}:{line}: {reason}")
+            raise UserError(f"{path}:{line}: {reason}{SKIP_HINT}")
         self.account.bad_rows += 1
         self._bad_rows.append({"file": path, "line": line, "reason": reason})
 
@@ -203,11 +205,11 @@ class _UnitWorker:
         ranges = zip(kept["offset"], kept["offset"] + kept["length"], strict=True)
         stretches = [coded[start:stop] for start, stop in ranges]
         if stretches:
-            self._file.write(np.concatenate(stretches).tobytes())
+            self._tokens_file.write(np.concatenate(stretches).tobytes())
         kept["offset"] = self._tokens_written + np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
         self._tokens_written += int(kept["length"].sum())
         self._documents += len(documents)
-        self.pieces.append(kept)
+        self._pieces_file.write(kept.tobytes())
 
     def _cut(self, documents: Sequence[_Document]) -> np.ndarray:
         """The pieces of the documents; `offset` counts from the batch's first token."""
@@ -220,9 +222,9 @@ class _UnitWorker:
             lengths: List[int] = [length]
             if length > settings.max_length:
                 tally = self.account.tally(file, category)
+                tally.cut_documents += 1
                 if settings.overlong == "split":
                     lengths = piece_lengths(length, max_length=settings.max_length)
-                    tally.cut_documents += 1
                 else:
                     lengths = [settings.max_length]
                     tally.truncated += length - settings.max_length
@@ -235,10 +237,14 @@ class _UnitWorker:
 
     def _count(self, pieces: np.ndarray, has_loss: np.ndarray) -> None:
         """Add the pieces of a batch to the tallies."""
-        for (file, category), slot in self._slots.items():
-            in_slot = pieces["category"] == slot
-            kept, dropped = pieces[in_slot & has_loss], pieces[in_slot & ~has_loss]
-            tally = self.account.tally(file, category)
+        slots = list(self._slots)
+        order = np.argsort(pieces["category"], kind="stable")
+        pieces, has_loss = pieces[order], has_loss[order]
+        present, starts = np.unique(pieces["category"], return_index=True)
+        for slot, start, stop in zip(present, starts, [*starts[1:], len(pieces)], strict=True):
+            own, own_loss = pieces[start:stop], has_loss[start:stop]
+            kept, dropped = own[own_loss], own[~own_loss]
+            tally = self.account.tally(*slots[slot])
             trained = int(kept["trained"].sum())
             tally.trained += trained
             tally.masked += int(kept["length"].sum()) - trained
@@ -253,7 +259,7 @@ def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     if task.settings.stage == "pretrain":
-        return _read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
+        return tokenization.read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(
         tokenization.tokenize_sft,
         encoder=encoder,
@@ -263,20 +269,14 @@ def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     return tokenization.read_sft_row, tokenize
 
 
-def _read_pretrain_row(record: Dict[str, Any]) -> tokenization.PretrainRow:
-    row = tokenization.read_pretrain_row(record)
-    if not row.target:
-        raise ValueError('"target" is empty')
-    return row
-
-
 def _texts(row) -> List[str]:
     """Every text of a checked record, those to learn last."""
     if isinstance(row, tokenization.PretrainRow):
         return [row.source, row.target]
     conversation = row.conversation
-    messages = [message.text for message in chain(*conversation.exchanges, conversation.unanswered)]
-    return [conversation.system_text, *messages]
+    messages = chain(*conversation.exchanges, conversation.unanswered)
+    texts = (text for message in messages for text in (message.system_text, message.text))
+    return [conversation.system_text, *texts]
 
 
 def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> int:
