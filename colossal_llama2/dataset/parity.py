@@ -12,6 +12,7 @@ from typing import Dict, Iterator, List, Sequence, Tuple, Type
 from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.rows import SpanReader
+from colossal_llama2.dataset.units import encoder_of
 from colossal_llama2.tokenizer import FAST_FILE, Encoder
 from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
@@ -28,8 +29,8 @@ def choose_encoder(tokenizer_dir: str, files: Sequence[InputFile]) -> Tuple[Type
     """
     encoder = encoder_class(tokenizer_dir)
     texts = sample_texts(files)
-    ids = Encoder(tokenizer_dir).encode(texts)
-    if encoder is not Encoder and (differing := _differing(encoder(tokenizer_dir).encode(texts), ids)):
+    ids = encoder_of(tokenizer_dir).encode(texts)
+    if encoder is not Encoder and (differing := _differing(encoder_of(tokenizer_dir, encoder).encode(texts), ids)):
         logs.get_logger().warning(
             f"the fast encoder gives other ids than SentencePiece for {differing} of {len(texts)} texts of a sample; "
             "SentencePiece encodes"

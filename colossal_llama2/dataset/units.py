@@ -7,13 +7,15 @@ Three files a unit, of which the last says that all are complete:
     unit-00000012.json     {"categories": ["news"], "hashes": {"0": "5f3a..."}, "account": {...}, "bad_rows": []}
 """
 
+import gc
 import hashlib
 import os
 from array import array
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Type
 
 import numpy as np
 
@@ -79,10 +81,23 @@ def do_unit(task: UnitTask) -> Progress:
         store.appearing_file(folder / f"{unit.name}.pieces", needed_bytes=needed) as pieces,
     ):
         worker = _UnitWorker(task, tokens=tokens, pieces=pieces)
-        worker.run()
+        with _no_garbage_collection():
+            worker.run()
     store.write_json_whole(folder / f"{unit.name}.json", worker.content())
     total = worker.account.total()
     return Progress(unit.size, total.documents, total.tokens_in)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Spare the search for cycles, a tenth of the work: a batch is some hundred thousand objects without any."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def unit_pieces(cache_dir: Path, unit: Unit) -> np.ndarray:
@@ -90,9 +105,9 @@ def unit_pieces(cache_dir: Path, unit: Unit) -> np.ndarray:
     return np.fromfile(cache_dir / f"{unit.name}.pieces", dtype=PIECE)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def encoder_of(tokenizer_dir: str, encoder_class: Type[Encoder] = Encoder) -> Encoder:
-    """The tokenizer of this process, loaded once."""
+    """An encoder of this process, loaded once."""
     return encoder_class(tokenizer_dir)
 
 
