@@ -17,7 +17,7 @@ from colossal_llama2.train.engine.booster import EngineSettings, settings_proble
 def settings(**changes) -> EngineSettings:
     values = {
         "plugin": "zero2", "precision": "bf16", "tp_size": 1, "zero_stage": 1, "max_norm": 1.0, "accumulation_steps": 1,
-        "use_flash_attn": False, "learning_rate": 1e-3, "weight_decay": 0.1,
+        "use_flash_attn": False, "chunked_loss": "auto", "learning_rate": 1e-3, "weight_decay": 0.1,
     }  # fmt: skip
     return EngineSettings(**{**values, **changes})
 

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -22,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
 from colossal_llama2.tokenizer import Encoder
 from tests import reference, tiny
-from tests.conftest import ROOT
+from tests.launching import distance, launch
 
 LENGTH = 48
 GLOBAL_BATCH = 16
@@ -200,16 +198,6 @@ def jobs(
 RESUMED = ("zero2", "3d_tp2", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
 
 
-def launch(folder: Path, specs: List[dict]) -> None:
-    """Run the commands on two ranks of one job, with a limit on its time."""
-    (folder / "jobs.json").write_text(json.dumps(specs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert process.returncode == 0, process.stderr[-6000:]
-
-
 @pytest.fixture(scope="module")
 def float32(parts, model_dir) -> reference.Trace:
     return reference.train(model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
@@ -225,12 +213,6 @@ def weights_of(job: Job) -> Dict[str, torch.Tensor]:
         name: param.detach().float()
         for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()
     }
-
-
-def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the expected weights."""
-    difference = sum(float((weights[name] - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
 
 
 @pytest.mark.parametrize("name", FLOAT32_RUNS)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.store import sync_folder
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import write_json
-from colossal_llama2.publishing import publish, sync
+from colossal_llama2.files import sync, sync_entries, write_json
+from colossal_llama2.publishing import publish
 
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
@@ -131,7 +130,7 @@ def publish_checkpoint(partial: Path, final: Path) -> None:
     pointer.write_text(final.name + "\n", encoding="utf-8")
     sync(pointer)
     os.replace(pointer, final.parent / LATEST_NAME)
-    sync_folder(final.parent)
+    sync_entries(final.parent)
 
 
 def remove_leftovers(save_dir: Path) -> None:

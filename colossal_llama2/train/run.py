@@ -7,7 +7,7 @@ import platform
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.loader import (
@@ -20,6 +20,7 @@ from colossal_llama2.dataset.loader import (
     highest_token_id,
     load_tokenized_dataset,
 )
+from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     plan = resuming.settle(plan, args.save_dir)
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
-    dataset = load_tokenized_dataset(args.dataset)
+    dataset = load_tokenized_dataset(args.dataset, args.document_mask)
     check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args), facts.parameters)
     check_token_ids(dataset, facts, engine)
@@ -124,6 +125,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         max_norm=args.gradient_clipping,
         accumulation_steps=args.accumulation_steps,
         use_flash_attn=args.use_flash_attn,
+        chunked_loss=args.chunked_loss,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
     )
@@ -152,6 +154,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         check_save_dir(args.save_dir, plan.resume_path)
         for name in ("save_dir", "tensorboard_dir", "config_file"):
             check_can_create(Path(getattr(args, name)), f"--{name}")
+        if not problems:
+            check_parts_fit(args.dataset, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -280,10 +284,14 @@ def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> N
         logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
 
 
-def versions() -> Dict[str, str]:
-    """Versions of what a result depends on, by name."""
+def versions() -> Dict[str, Optional[str]]:
+    """Versions of what a result depends on, by name; None for a kernel that is not installed."""
     found = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
-    return {**found, "python": platform.python_version(), "colossal_llama2": __version__}
+    kernels: Dict[str, Optional[str]] = dict.fromkeys(("flash-attn", "liger-kernel"))
+    for name in kernels:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            kernels[name] = metadata.version(name)
+    return {**found, **kernels, "python": platform.python_version(), "colossal_llama2": __version__}
 
 
 def write_config(args: argparse.Namespace, schedule: CosineSchedule) -> None:

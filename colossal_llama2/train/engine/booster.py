@@ -8,11 +8,17 @@ import socket
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.chunked_loss import HeadPart, use_chunked_loss
+from colossal_llama2.model.documents import MaskForm, attention_inputs
+from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange
+
+if TYPE_CHECKING:
+    from colossal_llama2.dataset.loader import Batch
 
 ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
@@ -22,7 +28,10 @@ GEMINI_CHUNKS_AT_LEAST = 8
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What decides how a step is computed. Sizes are numbers of ranks; `max_norm` 0 clips nothing."""
+    """What decides how a step is computed.
+
+    Sizes are numbers of ranks; `max_norm` 0 clips nothing; `chunked_loss` is auto, on or off.
+    """
 
     plugin: str
     precision: str
@@ -31,6 +40,7 @@ class EngineSettings:
     max_norm: float
     accumulation_steps: int
     use_flash_attn: bool
+    chunked_loss: str
     learning_rate: float
     weight_decay: float
 
@@ -191,6 +201,20 @@ def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
     return problems
 
 
+def _decide_chunked_loss(requested: str, plugin) -> bool:
+    """Whether to compute the loss by chunks. Raises UserError if it is asked for and cannot be done."""
+    obstacle = None
+    if getattr(plugin, "pp_size", 1) > 1:
+        obstacle = "pipeline stages, whose last one alone has the head"
+    elif getattr(plugin, "sp_size", 1) > 1:
+        obstacle = "sequence parallelism, which splits the tokens of the head"
+    if obstacle and requested == "on":
+        raise UserError(f"--chunked_loss on does not work with {obstacle}; leave the flag out")
+    if obstacle and requested == "auto":
+        logs.get_logger().info("The loss is not computed by chunks: that does not work with %s", obstacle)
+    return requested != "off" and not obstacle
+
+
 class Engine:
     """A boosted model and its optimizer on this rank.
 
@@ -209,6 +233,8 @@ class Engine:
         self._kind = PLUGINS[settings.plugin]
         plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
         self._booster = Booster(plugin=plugin)
+        self._tp_group = plugin.tp_group if settings.tp_size > 1 else None
+        self._chunks_loss = _decide_chunked_loss(settings.chunked_loss, plugin)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # The default group is that of all ranks.
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
@@ -237,12 +263,38 @@ class Engine:
             from colossal_llama2.train.engine import repairs
 
             repairs.clip_in_bf16(optimizer)
+        if self._kind.is_hybrid and self.settings.use_flash_attn:
+            from colossal_llama2.train.engine import documents
+
+            documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        if self._chunks_loss:
+            use_chunked_loss(self.unwrapped_model, self._head_part(model.config.vocab_size))
 
     @property
     def unwrapped_model(self):
         """The transformers model inside the plugin's wrapper; under 3d its layers hold this rank's shards."""
         return self.model.unwrap()
+
+    def _head_part(self, vocab_size: int) -> HeadPart:
+        if self._tp_group is None:
+            return HeadPart(first_token=0, rows=vocab_size)
+        import torch.distributed as dist
+
+        # The ranks hold equally many rows, of which the last ones pad the vocabulary.
+        rows = len(self.unwrapped_model.lm_head.weight)
+        first = dist.get_rank(self._tp_group) * rows
+        return HeadPart(first_token=first, rows=min(max(vocab_size - first, 0), rows), group=self._tp_group)
+
+    def attention_inputs(self, batch: "Batch") -> Dict[str, Any]:
+        """Keyword arguments of the model that say which tokens of a batch see which."""
+        form = MaskForm.BLOCKS
+        if self._kind.is_hybrid and self.settings.use_flash_attn:
+            form = MaskForm.NUMBERS
+        elif self.unwrapped_model.config._attn_implementation == "flash_attention_2":
+            form = MaskForm.BORDERS
+        dtype = dtype_of(self.settings.precision)
+        return attention_inputs(batch.attention_mask, batch.documents, form=form, dtype=dtype, device=self.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the next optimizer step."""

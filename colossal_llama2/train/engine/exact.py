@@ -1,8 +1,8 @@
 """What ColossalAI leaves out of its checkpoints, without which a run does not repeat the uninterrupted one bit by bit.
 
-    master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
-    loss scale       of fp16
-    random states    of Python, NumPy and PyTorch, as data
+master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
+loss scale       of fp16
+random states    of Python, NumPy and PyTorch, as data
 """
 
 import base64
@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import open_to_umask
-from colossal_llama2.publishing import sync
+from colossal_llama2.files import open_to_umask, sync
 
 if TYPE_CHECKING:
     from colossal_llama2.train.engine.booster import Engine
 
 MASTERS_NAME = "master_weights"
 # Settings that leave the split of the weights over ranks as it is.
-NOT_LAYOUT = ("max_norm", "accumulation_steps", "use_flash_attn", "learning_rate", "weight_decay")
+NOT_LAYOUT = ("max_norm", "accumulation_steps", "use_flash_attn", "chunked_loss", "learning_rate", "weight_decay")
 
 
 def layout(engine: "Engine") -> Dict[str, Any]:

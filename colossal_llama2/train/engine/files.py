@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import open_to_umask, write_json
+from colossal_llama2.files import open_to_umask, sync, write_json
 from colossal_llama2.model.loading import INDEX_FILE
-from colossal_llama2.publishing import sync
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
 
