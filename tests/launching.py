@@ -12,11 +12,11 @@ import torch
 from tests.conftest import ROOT
 
 
-def launch(folder: Path, specs: List[dict]) -> None:
+def launch(folder: Path, specs: List[dict], worker: str = "train_worker.py") -> None:
     """Run the commands on two ranks of one job, with a limit on its time."""
     (folder / "jobs.json").write_text(json.dumps(specs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
+    command += [str(ROOT / "tests" / worker), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840)
     assert process.returncode == 0, process.stderr[-6000:]
