@@ -5,31 +5,32 @@ All commands share one process group (see train_worker.py).
 
 import json
 import os
-import shutil
 import stat
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
-from colossal_llama2.tokenizer import Encoder
 from tests import reference, tiny
-from tests.conftest import ROOT
+from tests.training_jobs import (
+    CLIP,
+    GLOBAL_BATCH,
+    LR,
+    Job,
+    common_flags,
+    distance,
+    finished,
+    launch,
+    weights_of,
+    with_vocabulary,
+    write_data,
+)
 
-LENGTH = 48
-GLOBAL_BATCH = 16
 STEPS = 10
-LR = 2e-3
-# The gradient norm of this model is about 1 at the start: 0.3 clips every step.
-CLIP = 0.3
 
 BF16 = ["--mixed_precision", "bf16"]
 FP32 = ["--mixed_precision", "fp32"]
@@ -61,48 +62,9 @@ BFLOAT16_RUNS = {
 }  # fmt: skip
 
 
-@dataclass
-class Job:
-    """One finished command of the shared job."""
-
-    folder: Path
-    error: Optional[str]
-    first_moment_norm: Optional[float]
-
-    def scalars(self, name: str, run: str = "tb") -> List[float]:
-        """A TensorBoard curve, by step."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.folder / run))
-        events.Reload()
-        return [event.value for event in events.Scalars(name)]
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "ckpt" / "modeling"
-
-
-def write_data(folder: Path, tokenizer_dir: Path) -> List[str]:
-    """Two prepared parts of real text, of unequal lengths, some with a masked start."""
-    encoder = Encoder(tokenizer_dir)
-    stream = [token for ids in encoder.encode(tiny.english_documents()[:300]) for token in [1, *ids, 2]]
-    random = np.random.default_rng(0)
-    rows = []
-    for index in range(GLOBAL_BATCH * STEPS + 3):
-        ids = stream[index * LENGTH : index * LENGTH + int(random.integers(LENGTH // 2, LENGTH + 1))]
-        rows.append((ids, [-100] * 10 + ids[10:] if index % 3 == 0 else ids))
-    kind = datasets.Sequence(datasets.Value("int32"))
-    features = datasets.Features({"input_ids": kind, "labels": kind})
-    half = len(rows) // 2
-    for part, chosen in enumerate((rows[:half], rows[half:])):
-        columns = {"input_ids": [ids for ids, _ in chosen], "labels": [labels for _, labels in chosen]}
-        datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder / f"part-{part:05d}")
-    return [str(folder / f"part-{part:05d}") for part in range(2)]
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
-    return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
+    return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -123,15 +85,6 @@ def three_headed_dir(tmp_path_factory, tokenizer_dir) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("heads") / "model", tokenizer_dir, heads=3)
 
 
-def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
-    """A copy of a model with so many embedding rows."""
-    shutil.copytree(model_dir, folder)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    model.resize_token_embeddings(size, mean_resizing=False)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def odd_model_dir(tmp_path_factory, model_dir) -> Path:
     """A model whose vocabulary of 601 cannot be halved."""
@@ -148,9 +101,7 @@ def jobs(
 
     def add(name: str, *flags, script="train.py", model=model_dir, run="tb", home=None, moments=False) -> None:
         here = folder / (home or name)
-        common = ["--pretrained", model, "--dataset", *parts, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
-        common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / run, "--config_file", here / "config.json"]
-        common += ["--micro_batch_size", 8, "--accumulation_steps", 1]
+        common = common_flags(here, model, parts, run=run)
         specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], "moments": moments})
 
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
@@ -186,28 +137,10 @@ def jobs(
     add("foreign_ids", *zero2, model=small_model_dir)
     add("too_many_ranks", *FP32, *TP2, "--zero", "0", model=three_headed_dir)
     launch(folder, specs)
-    results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
-    return {
-        spec["name"]: Job(
-            folder=Path(spec["flags"][spec["flags"].index("--save_dir") + 1]).parent,
-            error=results[spec["name"]]["error"],
-            first_moment_norm=results[spec["name"]].get("first_moment_norm"),
-        )
-        for spec in specs
-    }
+    return {spec["name"]: finished(folder, spec) for spec in specs}
 
 
 RESUMED = ("zero2", "3d_tp2", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
-
-
-def launch(folder: Path, specs: List[dict]) -> None:
-    """Run the commands on two ranks of one job, with a limit on its time."""
-    (folder / "jobs.json").write_text(json.dumps(specs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert process.returncode == 0, process.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +151,6 @@ def float32(parts, model_dir) -> reference.Trace:
 @pytest.fixture(scope="module")
 def bfloat16(parts, model_dir) -> reference.Trace:
     return reference.train(model_dir, parts, precision="bf16", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
-
-
-def weights_of(job: Job) -> Dict[str, torch.Tensor]:
-    return {
-        name: param.detach().float()
-        for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()
-    }
-
-
-def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the expected weights."""
-    difference = sum(float((weights[name] - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
 
 
 @pytest.mark.parametrize("name", FLOAT32_RUNS)

@@ -2,21 +2,26 @@
 
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
 
-JOBS.json is a list of {"name", "script", "flags", "moments": bool}. Each is parsed and run as its script would; rank 0
-writes <name>.json with "error" (null, or the UserError's message) and, where asked for, Adam's first moment after
-step 1 ("first_moment_norm").
+JOBS.json is a list of {"name", "script", "flags", "moments": bool, "plugin_arguments": {}}. Each is parsed and run as
+its script would, `plugin_arguments` going to Gemini where no flag offers them; rank 0 writes <name>.json with "error"
+(null, or the UserError's message) and, where asked for, Adam's first moment after step 1 ("first_moment_norm").
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
+import traceback
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import run
+from colossal_llama2.train.engine import booster
 from colossal_llama2.train.engine.booster import Engine, launch, leave
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
@@ -41,8 +46,8 @@ def first_moments(engine: Engine) -> float:
     return math.sqrt(squares) / (1 - group["betas"][0])
 
 
-def record_moments(into: dict):
-    """Wrap Engine.step so that the first call notes Adam's first moment. Returns the function that takes it back."""
+def recording_moments(into: dict) -> contextlib.AbstractContextManager:
+    """Within it, the first Engine.step notes Adam's first moment."""
     step = Engine.step
 
     def recording_step(engine):
@@ -50,21 +55,27 @@ def record_moments(into: dict):
         into.setdefault("first_moment_norm", first_moments(engine))
         return norm
 
-    Engine.step = recording_step
-    return lambda: setattr(Engine, "step", step)
+    return mock.patch.object(Engine, "step", recording_step)
+
+
+def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
+    """Within it, Gemini is built with these arguments too."""
+    build = booster.gemini_arguments
+    return mock.patch.object(booster, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
 
 
 def run_job(job: dict) -> dict:
     """Run one command in the open process group."""
     result = {"error": None}
-    restore = record_moments(result) if job.get("moments") else lambda: None
-    try:
-        args = PARSERS[job["script"]]().parse_args(job["flags"])
-        run.run(args, run.check_inputs(args))
-    except UserError as error:
-        result["error"] = str(error)
-    finally:
-        restore()
+    with contextlib.ExitStack() as changes:
+        if job.get("moments"):
+            changes.enter_context(recording_moments(result))
+        changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))
+        try:
+            args = PARSERS[job["script"]]().parse_args(job["flags"])
+            run.run(args, run.check_inputs(args))
+        except UserError as error:
+            result["error"] = str(error)
     return result
 
 
@@ -74,7 +85,12 @@ def main() -> None:
     launch(seed=1024)
     for job in json.loads(jobs_path.read_text()):
         logs.get_logger().info("### %s", job["name"])
-        result = run_job(job)
+        try:
+            result = run_job(job)
+        except BaseException:
+            # The other ranks may be waiting for this one, which must not wait for them in turn.
+            traceback.print_exc()
+            os._exit(1)
         if logs.is_first_rank():
             jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()

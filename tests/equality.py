@@ -1,0 +1,299 @@
+"""Compare training under every plugin, parallel axis and option with a plain PyTorch loop, step by step.
+
+    python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
+    python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
+    python -m tests.equality --output table.md        the table as a file too
+
+Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
+compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
+norm of the difference of the final weights over the norm of the weights, and what share of the allowed norm of
+Adam's first moment came through clipping after step 1. One option is varied at a time.
+
+Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the gap between the plain loop on whole batches and on
+halved ones, measured anew for each model. The command ends with 1 if a row is outside.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from tests import reference, tiny, training_jobs
+from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
+
+FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
+GAPS = 2.0
+MOMENT_ALLOWED = 0.02
+ODD_VOCABULARY = 601
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the work.
+
+    Attributes:
+        flags: of train.py.
+        ranks: processes of the job.
+        data_size: how many of them see different data.
+        plugin_arguments: of ColossalAI's plugin, for what no flag offers.
+    """
+
+    flags: Tuple[str, ...]
+    ranks: int = 2
+    data_size: int = 2
+    plugin_arguments: Tuple[Tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that differs from the plain command."""
+
+    flags: Tuple[str, ...] = ()
+    accumulation_steps: int = 1
+    model: str = "plain"
+    clip: float = CLIP
+    freeze: bool = False
+
+
+HYBRID = ("--plugin", "3d", "--zero")
+OFFLOADED = (("offload_optim_frac", 1.0), ("offload_param_frac", 1.0))
+FLOAT32_LAYOUTS = {
+    "zero2": Layout(("--plugin", "zero2")),
+    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
+    "3d": Layout((*HYBRID, "0")),
+    "3d tp2": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
+    "3d tp2 flash": Layout((*HYBRID, "0", "--tp", "2", "--use_flash_attn"), data_size=1),
+    "3d tp2 dp2": Layout((*HYBRID, "0", "--tp", "2"), ranks=4),
+}
+BFLOAT16_LAYOUTS = {
+    "gemini": Layout(("--plugin", "gemini")),
+    "gemini offloaded": Layout(("--plugin", "gemini"), plugin_arguments=OFFLOADED),
+    "gemini_auto": Layout(("--plugin", "gemini_auto")),
+    "zero2": Layout(("--plugin", "zero2")),
+    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
+    "3d zero0": Layout((*HYBRID, "0")),
+    "3d zero1": Layout((*HYBRID, "1")),
+    "3d zero2": Layout((*HYBRID, "2")),
+    "3d tp2 zero0": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
+    "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
+    "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
+    "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
+}
+LAYOUTS = {"fp32": FLOAT32_LAYOUTS, "bf16": BFLOAT16_LAYOUTS}
+OPTIONS = {
+    "": Option(),
+    "unclipped": Option(flags=("--gradient_clipping", "0"), clip=0.0),
+    "accumulating 4": Option(accumulation_steps=4),
+    "recomputing": Option(flags=("--use_grad_checkpoint",)),
+    "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
+    "tied": Option(model="tied"),
+    f"vocabulary {ODD_VOCABULARY}": Option(model="odd"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    precision: str
+    layout_name: str
+    option_name: str
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.precision][self.layout_name]
+
+    @property
+    def option(self) -> Option:
+        return OPTIONS[self.option_name]
+
+    @property
+    def name(self) -> str:
+        return " ".join(word for word in (self.precision, self.layout_name, self.option_name) if word)
+
+    def spec(self, folder: Path, models: Dict[str, Path], parts: List[str]) -> dict:
+        """The command, for train_worker.py."""
+        home = folder / self.name.replace(" ", "_")
+        batch = GLOBAL_BATCH // self.layout.data_size // self.option.accumulation_steps
+        flags = training_jobs.common_flags(home, models[self.option.model], parts)
+        flags += ["--mixed_precision", self.precision, *self.layout.flags, *self.option.flags]
+        flags += ["--micro_batch_size", batch, "--accumulation_steps", self.option.accumulation_steps]
+        return {
+            "name": self.name.replace(" ", "_"),
+            "script": "train.py",
+            "flags": [str(flag) for flag in flags],
+            "moments": True,
+            "plugin_arguments": dict(self.layout.plugin_arguments),
+        }
+
+
+def all_cases() -> List[Case]:
+    """The matrix."""
+    return [
+        Case(precision, layout, option)
+        for precision, layouts in LAYOUTS.items()
+        for option in OPTIONS
+        for layout in layouts
+    ]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two runs are apart: relative, the largest over all steps; weights by norm."""
+
+    loss: float
+    norm: float
+    weights: float
+
+    def within(self, allowed: "Gap") -> bool:
+        """True if no figure is above the allowed one; not-a-number is above everything."""
+        return self.loss <= allowed.loss and self.norm <= allowed.norm and self.weights <= allowed.weights
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.1e}, norm {self.norm:.1e}, weights {self.weights:.1e}"
+
+
+def largest(values: List[float], expected: List[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True))
+
+
+def gap_of(trace: reference.Trace, expected: reference.Trace) -> Gap:
+    """How far a trace is from the reference."""
+    return Gap(
+        largest(trace.losses, expected.losses),
+        largest(trace.grad_norms, expected.grad_norms),
+        training_jobs.distance(trace.weights, expected.weights),
+    )
+
+
+def trace_of(job: Job) -> reference.Trace:
+    """What a finished command logged and saved."""
+    return reference.Trace(job.scalars("Loss"), job.scalars("Gradient Norm"), training_jobs.weights_of(job))
+
+
+class References:
+    """Plain loops, each run once: in float32 one that never pads, in bfloat16 one on whole batches."""
+
+    def __init__(self, models: Dict[str, Path], parts: List[str]):
+        self._models, self._parts, self._known = models, parts, {}
+
+    def of(self, case: Case) -> Tuple[reference.Trace, Gap]:
+        """The trace to compare with, and how far from it a command may be."""
+        key = (case.precision, case.option.model, case.option.clip, case.option.freeze)
+        if key not in self._known:
+            self._known[key] = self._run(case)
+        return self._known[key]
+
+    def _run(self, case: Case) -> Tuple[reference.Trace, Gap]:
+        def train(micro_batches: int) -> reference.Trace:
+            return reference.train(
+                self._models[case.option.model], self._parts, precision=case.precision, global_batch=GLOBAL_BATCH,
+                lr=LR, clip=case.option.clip, freeze=case.option.freeze, micro_batches=micro_batches,
+            )  # fmt: skip
+
+        if case.precision == "fp32":
+            return train(0), Gap(**FLOAT32_ALLOWED)
+        whole = train(1)
+        gap = gap_of(train(2), whole)
+        return whole, Gap(GAPS * gap.loss, GAPS * gap.norm, GAPS * gap.weights)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished case: `moment` is Adam's first moment after step 1 over what clipping allows, 1 if it is right."""
+
+    case: Case
+    gap: Gap
+    allowed: Gap
+    moment: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gap.within(self.allowed) and abs(self.moment - 1) <= MOMENT_ALLOWED
+
+    def cells(self) -> List[str]:
+        """The row of the table."""
+        figures = [
+            f"{getattr(self.gap, name):.1e} / {getattr(self.allowed, name):.1e}" for name in ("loss", "norm", "weights")
+        ]
+        return [self.case.name, *figures, f"{self.moment:.4f}", "equal" if self.passed else "DIFFERENT"]
+
+
+HEAD = ["configuration", "loss / allowed", "norm / allowed", "weights / allowed", "first moment", "result"]
+
+
+def compare(case: Case, job: Job, references: References) -> Row:
+    """Raises AssertionError if the command ended with an error."""
+    assert job.error is None, f"{case.name}: {job.error}"
+    expected, allowed = references.of(case)
+    norm = expected.grad_norms[0]
+    return Row(
+        case, gap_of(trace_of(job), expected), allowed, job.first_moment_norm / min(norm, case.option.clip or norm)
+    )
+
+
+def run_cases(cases: List[Case], folder: Path, steps: int) -> List[Row]:
+    """Launch all cases, those with the same number of ranks together, and compare each; a row is printed at once."""
+    models, parts = make_inputs(folder, steps)
+    references = References(models, parts)
+    rows = []
+    print_row(HEAD)
+    for ranks in sorted({case.layout.ranks for case in cases}):
+        chosen = [case for case in cases if case.layout.ranks == ranks]
+        home = folder / f"ranks-{ranks}"
+        home.mkdir()
+        specs = [case.spec(home, models, parts) for case in chosen]
+        training_jobs.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
+        for case, spec in zip(chosen, specs, strict=True):
+            rows.append(compare(case, training_jobs.finished(home, spec), references))
+            print_row(rows[-1].cells())
+    return rows
+
+
+def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], List[str]]:
+    """Models by name and prepared data."""
+    tokenizer = tiny.make_tokenizer(folder / "tokenizer")
+    plain = tiny.make_model(folder / "plain", tokenizer)
+    models = {
+        "plain": plain,
+        "tied": tiny.make_model(folder / "tied", tokenizer, tie=True),
+        "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
+    }
+    return models, training_jobs.write_data(folder / "data", tokenizer, steps)
+
+
+def print_row(cells: List[str]) -> None:
+    """One line of the table, at once."""
+    print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
+
+
+def as_markdown(rows: List[Row]) -> str:
+    """The table for a document."""
+    lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
+    parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
+    parser.add_argument("--output", default=None, help="file for the table in Markdown")
+    args = parser.parse_args(argv)
+    cases = [case for case in all_cases() if all(word in case.name for word in args.only)]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_cases(cases, Path(folder), args.steps)
+    failed = [row.case.name for row in rows if not row.passed]
+    print(f"{len(rows) - len(failed)} of {len(rows)} equal, in {time.monotonic() - start:.0f} s")
+    if args.output:
+        Path(args.output).write_text(as_markdown(rows))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Training commands that tests compare: their data, their launch on several ranks, and what they left behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import datasets
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from colossal_llama2.tokenizer import Encoder
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH = 48
+GLOBAL_BATCH = 16
+LR = 2e-3
+# The gradient norm of the small model is about 1 at the start: 0.3 clips every step.
+CLIP = 0.3
+
+
+@dataclass
+class Job:
+    """One finished command of a shared job."""
+
+    folder: Path
+    error: Optional[str]
+    first_moment_norm: Optional[float]
+
+    def scalars(self, name: str, run: str = "tb") -> List[float]:
+        """A TensorBoard curve, by step."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(self.folder / run), size_guidance={"scalars": 0})
+        events.Reload()
+        return [event.value for event in events.Scalars(name)]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "ckpt" / "modeling"
+
+
+def write_data(folder: Path, tokenizer_dir: Path, steps: int) -> List[str]:
+    """Two prepared parts of real text, of unequal lengths, some with a masked start; 3 samples are left over."""
+    encoder = Encoder(tokenizer_dir)
+    stream = [token for ids in encoder.encode(tiny.english_documents()[: 30 * steps]) for token in [1, *ids, 2]]
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(GLOBAL_BATCH * steps + 3):
+        ids = stream[index * LENGTH : index * LENGTH + int(random.integers(LENGTH // 2, LENGTH + 1))]
+        rows.append((ids, [-100] * 10 + ids[10:] if index % 3 == 0 else ids))
+    kind = datasets.Sequence(datasets.Value("int32"))
+    features = datasets.Features({"input_ids": kind, "labels": kind})
+    half = len(rows) // 2
+    for part, chosen in enumerate((rows[:half], rows[half:])):
+        columns = {"input_ids": [ids for ids, _ in chosen], "labels": [labels for _, labels in chosen]}
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder / f"part-{part:05d}")
+    return [str(folder / f"part-{part:05d}") for part in range(2)]
+
+
+def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
+    """A copy of a model with so many embedding rows."""
+    shutil.copytree(model_dir, folder)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def common_flags(home: Path, model, parts: List[str], *, run: str = "tb") -> list:
+    """The flags that every command has; later ones replace them."""
+    flags = ["--pretrained", model, "--dataset", *parts, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
+    flags += ["--save_dir", home / "ckpt", "--tensorboard_dir", home / run, "--config_file", home / "config.json"]
+    return [*flags, "--micro_batch_size", 8, "--accumulation_steps", 1]
+
+
+def launch(folder: Path, specs: List[dict], *, ranks: int = 2, timeout: float = 280) -> None:
+    """Run the commands on the ranks of one job, with a limit on its time (seconds)."""
+    (folder / "jobs.json").write_text(json.dumps(specs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert process.returncode == 0, process.stderr[-6000:]
+
+
+def finished(folder: Path, spec: dict) -> Job:
+    """What a launched command left in `folder`."""
+    result = json.loads((folder / f"{spec['name']}.json").read_text())
+    return Job(
+        folder=Path(spec["flags"][spec["flags"].index("--save_dir") + 1]).parent,
+        error=result["error"],
+        first_moment_norm=result.get("first_moment_norm"),
+    )
+
+
+def weights_of(job: Job) -> Dict[str, torch.Tensor]:
+    """The exported model's parameters, in float32."""
+    return {
+        name: param.detach().float()
+        for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()
+    }
+
+
+def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm of the expected weights."""
+    difference = sum(float((weights[name] - expected[name]).square().sum()) for name in expected)
+    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
