@@ -59,6 +59,9 @@ class Option:
 
 
 HYBRID = ("--plugin", "3d", "--zero")
+PP2 = ("--pp", "2")
+SEQUENCE = ("--enable_sequence_parallelism", "--sp_mode")
+ALL_TO_ALL = (*SEQUENCE, "all_to_all", "--sp", "2")
 OFFLOADED = (("offload_optim_frac", 1.0), ("offload_param_frac", 1.0))
 FLOAT32_LAYOUTS = {
     "zero2": Layout(("--plugin", "zero2")),
@@ -67,6 +70,16 @@ FLOAT32_LAYOUTS = {
     "3d tp2": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
     "3d tp2 flash": Layout((*HYBRID, "0", "--tp", "2", "--use_flash_attn"), data_size=1),
     "3d tp2 dp2": Layout((*HYBRID, "0", "--tp", "2"), ranks=4),
+    "3d pp2": Layout((*HYBRID, "0", *PP2), data_size=1),
+    "3d pp2 dp2": Layout((*HYBRID, "0", *PP2), ranks=4),
+    "3d pp2 tp2": Layout((*HYBRID, "0", *PP2, "--tp", "2"), ranks=4, data_size=1),
+    "3d sp2 all_to_all": Layout((*HYBRID, "0", *ALL_TO_ALL), data_size=1),
+    "3d sp2 all_to_all dp2": Layout((*HYBRID, "0", *ALL_TO_ALL), ranks=4),
+    "3d sp2 all_to_all tp2": Layout((*HYBRID, "0", *ALL_TO_ALL, "--tp", "2"), ranks=4, data_size=1),
+    "3d tp2 split_gather": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
+    "3d tp2 split_gather dp2": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
+    "3d tp2 ring": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
+    "3d tp4 ring": Layout((*HYBRID, "0", "--tp", "4", *SEQUENCE, "ring"), ranks=4, data_size=1),
 }
 BFLOAT16_LAYOUTS = {
     "gemini": Layout(("--plugin", "gemini")),
@@ -81,6 +94,15 @@ BFLOAT16_LAYOUTS = {
     "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
     "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
     "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
+    "3d pp2 zero0": Layout((*HYBRID, "0", *PP2), data_size=1),
+    "3d pp2 zero1": Layout((*HYBRID, "1", *PP2), data_size=1),
+    "3d pp2 dp2 zero1": Layout((*HYBRID, "1", *PP2), ranks=4),
+    "3d pp2 tp2 zero1": Layout((*HYBRID, "1", *PP2, "--tp", "2"), ranks=4, data_size=1),
+    "3d sp2 all_to_all zero1": Layout((*HYBRID, "1", *ALL_TO_ALL), data_size=1),
+    "3d sp2 all_to_all zero2": Layout((*HYBRID, "2", *ALL_TO_ALL), data_size=1),
+    "3d tp2 split_gather zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
+    "3d tp2 split_gather dp2 zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
+    "3d tp2 ring zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
 }
 LAYOUTS = {"fp32": FLOAT32_LAYOUTS, "bf16": BFLOAT16_LAYOUTS}
 OPTIONS = {

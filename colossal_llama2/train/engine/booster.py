@@ -1,6 +1,7 @@
 """How a model is split over ranks: ColossalAI's Booster and one of its plugins, behind the few calls a loop needs."""
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -21,7 +22,11 @@ GEMINI_CHUNKS_AT_LEAST = 8
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What decides how a step is computed. Sizes are numbers of ranks; `max_norm` 0 clips nothing."""
+    """What decides how a step is computed. Sizes are numbers of ranks; `max_norm` 0 clips nothing.
+
+    `microbatch_size` is the number of samples that a pipeline stage passes on; `sp_mode` is None without sequence
+    parallelism.
+    """
 
     plugin: str
     precision: str
@@ -32,6 +37,21 @@ class EngineSettings:
     use_flash_attn: bool
     learning_rate: float
     weight_decay: float
+    micro_batch_size: int = 1
+    pp_size: int = 1
+    microbatch_size: int = 1
+    sp_size: int = 1
+    sp_mode: Optional[str] = None
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold one copy of the model and see the same samples."""
+        return self.tp_size * self.pp_size * self.sp_size
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts of equal length into which a sample is split."""
+        return {None: 1, "all_to_all": self.sp_size}.get(self.sp_mode, self.tp_size)
 
 
 def launch(seed: int) -> None:
@@ -121,13 +141,20 @@ def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool) -> Dict[str, Any
     arguments = _common_arguments(settings)
     arguments.update(
         tp_size=settings.tp_size,
-        pp_size=1,
+        pp_size=settings.pp_size,
         zero_stage=settings.zero_stage,
         enable_flash_attention=settings.use_flash_attn,
         overlap_communication=not on_cpu,
         # Pad the vocabulary to a multiple of tp_size and no further.
         make_vocab_size_divisible_by=1,
     )
+    if settings.pp_size > 1:
+        # The cache would keep the shape of the first batch, and batches are as long as their longest sample.
+        arguments.update(microbatch_size=settings.microbatch_size, enable_metadata_cache=False)
+    if settings.sp_mode is not None:
+        arguments.update(
+            enable_sequence_parallelism=True, sequence_parallelism_mode=settings.sp_mode, sp_size=settings.sp_size
+        )
     return arguments
 
 
@@ -185,16 +212,50 @@ def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
         problems.append("--plugin 3d with --mixed_precision fp32 needs --zero 0, since its ZeRO trains in fp16 or bf16")
     if not kind.is_hybrid and settings.tp_size > 1:
         problems.append(f"--tp {settings.tp_size} needs --plugin 3d, {settings.plugin} has no tensor parallelism")
-    if world_size % settings.tp_size:
-        problems.append(f"--tp {settings.tp_size} does not divide the {world_size} processes of this job")
+    if not kind.is_hybrid and settings.pp_size > 1:
+        problems.append(f"--pp {settings.pp_size} needs --plugin 3d, {settings.plugin} has no pipeline")
+    if not kind.is_hybrid and settings.sp_mode is not None:
+        problems.append(f"--enable_sequence_parallelism needs --plugin 3d, {settings.plugin} does not split samples")
+    if world_size % settings.model_ranks:
+        sizes = {"--tp": settings.tp_size, "--pp": settings.pp_size, "--sp": settings.sp_size}
+        given = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        problems.append(f"{given} does not divide the {world_size} processes of this job")
+    return problems + _pipeline_problems(settings) + _sequence_problems(settings)
+
+
+def _pipeline_problems(settings: EngineSettings) -> List[str]:
+    if settings.pp_size == 1:
+        return []
+    problems = []
+    batch, part = settings.micro_batch_size, settings.microbatch_size
+    if batch % part or batch // part < settings.pp_size:
+        problems.append(
+            f"--micro_batch_size {batch} with --microbatch_size {part} keeps no {settings.pp_size} pipeline stages "
+            f"busy; give a multiple of --microbatch_size, at least {settings.pp_size * part}"
+        )
+    if settings.zero_stage == 2:
+        problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
+    return problems
+
+
+def _sequence_problems(settings: EngineSettings) -> List[str]:
+    if settings.sp_mode is None:
+        return [f"--sp {settings.sp_size} needs --enable_sequence_parallelism"] if settings.sp_size > 1 else []
+    problems = []
+    if settings.sp_mode == "all_to_all" and settings.sp_size == 1:
+        problems.append("--sp_mode all_to_all needs --sp, the number of ranks that share a sample")
+    if settings.sp_mode != "all_to_all" and settings.tp_size == 1:
+        problems.append(f"--sp_mode {settings.sp_mode} needs --tp, whose ranks share a sample")
+    if settings.sp_mode != "all_to_all" and settings.sp_size > 1:
+        problems.append(f"--sp is for --sp_mode all_to_all, {settings.sp_mode} takes the ranks of --tp; leave it out")
     return problems
 
 
 class Engine:
     """A boosted model and its optimizer on this rank.
 
-    Ranks that see the same data (the partners of one tensor-parallel group) share `data_rank`, from 0 to
-    `data_size` - 1.
+    Ranks that see the same data (the partners of a tensor-parallel or sequence-parallel group, and the stages of a
+    pipeline) share `data_rank`, from 0 to `data_size` - 1.
     """
 
     def __init__(self, settings: EngineSettings, parameters: int):
@@ -207,7 +268,7 @@ class Engine:
         self.device = get_accelerator().get_current_device()
         self._kind = PLUGINS[settings.plugin]
         plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
-        self._booster = Booster(plugin=plugin)
+        self._plugin, self._booster = plugin, Booster(plugin=plugin)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # The default group is that of all ranks.
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
@@ -247,6 +308,46 @@ class Engine:
         """Set the rate of the next optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    @property
+    def is_pipelined(self) -> bool:
+        """True if a step goes through `run_pipeline` instead of forward and `backward`."""
+        return self.settings.pp_size > 1
+
+    def run_pipeline(
+        self, inputs: Dict[str, Any], *, before_forward: Callable[[int], None], criterion: Callable[[Any, int], Any]
+    ) -> float:
+        """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
+
+        Args:
+            inputs: the model's keyword arguments, tensors of (samples, ...).
+            before_forward: called on every stage with the number of the microbatch, from 0.
+            criterion: called on the last stage with the model's outputs and that number; gives the loss to add.
+
+        Returns:
+            The sum of the losses, on every stage.
+        """
+        import torch
+        import torch.distributed as dist
+
+        scheduler = self._plugin.scheduler
+        # It holds to the size of the first step, and the last one of an epoch may be smaller.
+        scheduler.num_microbatches = scheduler.last_batch_size = None
+        forwards, losses = itertools.count(), itertools.count()
+        handle = self.unwrapped_model.register_forward_pre_hook(lambda *_: before_forward(next(forwards)))
+
+        def loss_to_add(outputs, _):
+            # ColossalAI takes the mean of the microbatches' losses.
+            return criterion(outputs, next(losses)) * scheduler.num_microbatches
+
+        try:
+            outputs = self._booster.execute_pipeline(iter([inputs]), self.model, loss_to_add, self.optimizer)
+        finally:
+            handle.remove()
+        known = outputs["loss"] is not None
+        loss = torch.tensor(float(outputs["loss"]) if known else 0.0, dtype=torch.float64, device=self.device)
+        dist.all_reduce(loss, group=self._plugin.pp_group)
+        return float(loss)
 
     def backward(self, loss, *, last: bool) -> None:
         """Accumulate the gradients of a loss; ranks need not meet before the `last` one of an optimizer step."""
