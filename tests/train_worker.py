@@ -19,7 +19,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import run
 from colossal_llama2.train.engine import booster
 from colossal_llama2.train.engine.booster import Engine, launch, leave
@@ -37,7 +37,8 @@ def first_moments(engine: Engine) -> float:
     for group in engine.optimizer.optim.param_groups:
         # Tensor parallelism splits every matrix of a LLaMA, which decay, and repeats the norms, which do not.
         repeats = 1 if group["weight_decay"] else engine.settings.tp_size
-        repeats *= 1 if sharded_by_zero else engine.data_size
+        # Ranks of --sp are data-parallel ones to ZeRO and hold the same parameters without it.
+        repeats *= 1 if sharded_by_zero else engine.data_size * engine.settings.sp_size
         for param in group["params"]:
             state = engine.optimizer.optim.state.get(param, {})
             if state:
@@ -74,7 +75,7 @@ def run_job(job: dict) -> dict:
         try:
             args = PARSERS[job["script"]]().parse_args(job["flags"])
             run.run(args, run.check_inputs(args))
-        except UserError as error:
+        except (UserError, RunError) as error:
             result["error"] = str(error)
     return result
 

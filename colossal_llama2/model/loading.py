@@ -25,6 +25,7 @@ class ModelFacts:
     attention_heads: int
     key_value_heads: int
     layers: int
+    ties_embeddings: bool
 
 
 def check_model_folder(path: str, flag: str) -> None:
@@ -86,6 +87,7 @@ def inspect_weights(path: str) -> ModelFacts:
         attention_heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
         layers=config.num_hidden_layers,
+        ties_embeddings=config.tie_word_embeddings,
     )
 
 

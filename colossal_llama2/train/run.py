@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
         Path(args.save_dir).mkdir(parents=True, exist_ok=True)
         write_config(args, schedule)
     tell_plan(args, engine, order, schedule, facts)
-    load_model(args, plan, engine, attention)
+    load_model(args, plan, engine, attention, ties_embeddings=facts.ties_embeddings)
     checkpointer = Checkpointer(
         engine=engine,
         save_dir=args.save_dir,
@@ -293,9 +293,11 @@ def tell_plan(
     )  # fmt: skip
 
 
-def load_model(args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str) -> None:
+def load_model(
+    args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str, *, ties_embeddings: bool
+) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
-    with engine.initializing():
+    with engine.initializing(ties_embeddings=ties_embeddings):
         model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

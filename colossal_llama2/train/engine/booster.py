@@ -275,9 +275,10 @@ class Engine:
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
         self.model = self.optimizer = None
 
-    def initializing(self) -> contextlib.AbstractContextManager:
+    def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
-        if not self._kind.is_lazy:
+        # The last stage of a pipeline would drop the embeddings before it has read the head that is tied to them.
+        if not self._kind.is_lazy or (ties_embeddings and self.is_pipelined):
             return contextlib.nullcontext()
         from colossalai.lazy import LazyInitContext
 
@@ -356,8 +357,9 @@ class Engine:
             self._booster.backward(loss, self.optimizer)
 
     def _can_wait(self) -> bool:
-        # DDP (3d without ZeRO) decides in the forward pass; ZeRO stage 2 and Gemini split gradients as they come.
-        return self._kind.is_hybrid and self.settings.zero_stage == 1 and self.data_size > 1
+        # ZeRO stage 2 and Gemini split gradients as they come. 3d without ZeRO decides in the forward pass whether
+        # data-parallel ranks meet, but tensor-parallel ones that share a sample would here, and sum up what is summed.
+        return self._kind.is_hybrid and self.settings.zero_stage < 2
 
     def step(self) -> Optional[float]:
         """Clip, update the parameters, clear the gradients.
