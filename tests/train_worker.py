@@ -2,12 +2,17 @@
 
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
 
-JOBS.json is a list of {"name", "script", "flags", "moments": bool, "plugin_arguments": {}}. Each is parsed and run as
-its script would, `plugin_arguments` going to Gemini where no flag offers them; rank 0 writes <name>.json with "error"
-(null, or the UserError's message) and, where asked for, Adam's first moment after step 1 ("first_moment_norm").
+JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
+or the message of a UserError or RunError) and perhaps "first_moment_norm". A job has "name", "script", "flags", and
+may have
+    moments             true: note the norm of Adam's first moment after step 1
+    plugin_arguments    arguments of Gemini that no flag offers
+    lifted              true: run what settings_problems refuses
+    unrepaired          names of FAULTS to put back
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -21,10 +26,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from colossal_llama2 import arguments, logs
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import run
-from colossal_llama2.train.engine import booster
+from colossal_llama2.train.engine import booster, repairs
 from colossal_llama2.train.engine.booster import Engine, launch, leave
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+# Repairs that replace a function of ColossalAI, and which.
+FAULTS = {
+    "ring_weight_gradients": ("colossalai.shardformer.layer._operation", "_ring_as_gather"),
+    "loss_in_float32": ("colossalai.shardformer.modeling.llama", "dist_cross_entropy"),
+}
+originals = {}
+install_repairs = repairs.install
+
+
+def repair_and_remember() -> None:
+    """Install the repairs, and keep what they replace in `originals`."""
+    for name, (module, attribute) in FAULTS.items():
+        originals[name] = getattr(importlib.import_module(module), attribute)
+    install_repairs()
+
+
+def without_repair(name: str) -> contextlib.AbstractContextManager:
+    """Within it, ColossalAI's own function is back."""
+    module, attribute = FAULTS[name]
+    return mock.patch.object(importlib.import_module(module), attribute, originals[name])
 
 
 def first_moments(engine: Engine) -> float:
@@ -72,6 +97,10 @@ def run_job(job: dict) -> dict:
         if job.get("moments"):
             changes.enter_context(recording_moments(result))
         changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))
+        for name in job.get("unrepaired", ()):
+            changes.enter_context(without_repair(name))
+        if job.get("lifted"):
+            changes.enter_context(mock.patch.object(run, "settings_problems", lambda *args, **keys: []))
         try:
             args = PARSERS[job["script"]]().parse_args(job["flags"])
             run.run(args, run.check_inputs(args))
@@ -83,7 +112,8 @@ def run_job(job: dict) -> dict:
 def main() -> None:
     jobs_path = Path(sys.argv[1])
     logs.configure_logging()
-    launch(seed=1024)
+    with mock.patch.object(repairs, "install", repair_and_remember):
+        launch(seed=1024)
     for job in json.loads(jobs_path.read_text()):
         logs.get_logger().info("### %s", job["name"])
         try:

@@ -111,6 +111,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         microbatch_size=args.microbatch_size,
         sp_size=args.sp,
         sp_mode=args.sp_mode if args.enable_sequence_parallelism else None,
+        embeddings_only=args.freeze_non_embeds_params,
     )
 
 

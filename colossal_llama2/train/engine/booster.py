@@ -42,6 +42,7 @@ class EngineSettings:
     microbatch_size: int = 1
     sp_size: int = 1
     sp_mode: Optional[str] = None
+    embeddings_only: bool = False
 
     @property
     def model_ranks(self) -> int:
@@ -235,6 +236,12 @@ def _pipeline_problems(settings: EngineSettings) -> List[str]:
         )
     if settings.zero_stage == 2:
         problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
+    if settings.sp_mode is not None and not settings.use_flash_attn:
+        problems.append("--pp with --enable_sequence_parallelism needs --use_flash_attn, plain attention fails there")
+    if settings.embeddings_only and settings.pp_size > 2:
+        problems.append(
+            f"--pp {settings.pp_size} with --freeze_non_embeds_params leaves stages that train nothing; give --pp 2"
+        )
     return problems
 
 
@@ -248,6 +255,11 @@ def _sequence_problems(settings: EngineSettings) -> List[str]:
         problems.append(f"--sp_mode {settings.sp_mode} needs --tp, whose ranks share a sample")
     if settings.sp_mode != "all_to_all" and settings.sp_size > 1:
         problems.append(f"--sp is for --sp_mode all_to_all, {settings.sp_mode} takes the ranks of --tp; leave it out")
+    if settings.sp_mode != "all_to_all" and settings.zero_stage == 2 and settings.accumulation_steps > 1:
+        problems.append(
+            f"--sp_mode {settings.sp_mode} with --accumulation_steps {settings.accumulation_steps} needs --zero 0 or "
+            f"1, since stage 2 cannot wait for the last micro batch"
+        )
     return problems
 
 
