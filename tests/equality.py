@@ -23,7 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from tests import reference, tiny, training_jobs
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
@@ -150,6 +150,7 @@ REFUSED = {
     ),
 }
 REFUSED_SECONDS = 90
+CASES_PER_LAUNCH = 16
 
 
 @dataclass(frozen=True)
@@ -292,16 +293,23 @@ def compare(case: Case, job: Job, references: References) -> Row:
     return Row(case, gap_of(trace_of(job), expected), allowed, moment)
 
 
+def launches(cases: List[Case]) -> Iterator[Tuple[int, List[Case]]]:
+    """Yield (ranks, cases that share a process group), so few at a time that rows appear now and then."""
+    for ranks in sorted({case.layout.ranks for case in cases}):
+        chosen = [case for case in cases if case.layout.ranks == ranks]
+        for start in range(0, len(chosen), CASES_PER_LAUNCH):
+            yield ranks, chosen[start : start + CASES_PER_LAUNCH]
+
+
 def run_cases(cases: List[Case], folder: Path, steps: int) -> List[Row]:
-    """Launch all cases, those with the same number of ranks together, and compare each; a row is printed at once."""
+    """Launch all cases and compare each; rows are printed after each launch."""
     models, parts = make_inputs(folder, steps)
     references = References(models, parts)
     rows = []
     print_row(HEAD)
     allowed = [case for case in cases if not case.is_refused]
-    for ranks in sorted({case.layout.ranks for case in allowed}):
-        chosen = [case for case in allowed if case.layout.ranks == ranks]
-        home = folder / f"ranks-{ranks}"
+    for number, (ranks, chosen) in enumerate(launches(allowed)):
+        home = folder / f"launch-{number}"
         home.mkdir()
         specs = [case.spec(home, models, parts) for case in chosen]
         training_jobs.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))

@@ -35,6 +35,9 @@ STEPS = 10
 BF16 = ["--mixed_precision", "bf16"]
 FP32 = ["--mixed_precision", "fp32"]
 TP2 = ["--plugin", "3d", "--tp", "2", "--micro_batch_size", "16"]
+PP2 = ["--plugin", "3d", "--pp", "2", "--micro_batch_size", "16", "--microbatch_size", "4"]
+SEQUENCE = ["--enable_sequence_parallelism", "--sp_mode"]
+SP2 = ["--plugin", "3d", *SEQUENCE, "all_to_all", "--sp", "2", "--micro_batch_size", "16"]
 # name -> flags; the rest of the flags is the same for all.
 FLOAT32_RUNS = {
     "zero2": [*FP32, "--plugin", "zero2"],
@@ -45,7 +48,17 @@ FLOAT32_RUNS = {
     "3d_zero0": [*FP32, "--plugin", "3d", "--zero", "0"],
     "3d_tp2": [*FP32, *TP2, "--zero", "0"],
     "3d_tp2_sdpa": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
-}
+    "3d_pp2": [*FP32, *PP2, "--zero", "0"],
+    "3d_pp2_accumulating": [
+        *FP32, *PP2, "--zero", "0", "--micro_batch_size", "4", "--accumulation_steps", "4", "--microbatch_size", "2",
+    ],
+    "3d_sp2_all_to_all": [*FP32, *SP2, "--zero", "0"],
+    "3d_tp2_ring": [*FP32, *TP2, "--zero", "0", *SEQUENCE, "ring"],
+    # Ranks that share a sample would sum up the gradients of its norms once per micro batch.
+    "3d_tp2_split_gather_accumulating": [
+        *FP32, *TP2, "--zero", "0", *SEQUENCE, "split_gather", "--micro_batch_size", "4", "--accumulation_steps", "4",
+    ],
+}  # fmt: skip
 BFLOAT16_RUNS = {
     "gemini_bf16": [*BF16, "--plugin", "gemini"],
     "gemini_bf16_accumulating": [
@@ -59,6 +72,7 @@ BFLOAT16_RUNS = {
         *BF16, "--plugin", "3d", "--micro_batch_size", "4", "--accumulation_steps", "2",
     ],
     "3d_tp2_zero1_bf16": [*BF16, *TP2],
+    "3d_pp2_zero1_bf16": [*BF16, *PP2],
 }  # fmt: skip
 
 
@@ -99,10 +113,10 @@ def jobs(
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
 
-    def add(name: str, *flags, script="train.py", model=model_dir, run="tb", home=None, moments=False) -> None:
+    def add(name: str, *flags, script="train.py", model=model_dir, run="tb", home=None, **options) -> None:
         here = folder / (home or name)
         common = common_flags(here, model, parts, run=run)
-        specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], "moments": moments})
+        specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], **options})
 
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
         add(name, *flags, "--save_interval", "5", moments=True)
@@ -123,7 +137,13 @@ def jobs(
     for name in ("noise", "noise_again"):
         add(name, *FP32, "--plugin", "zero2", "--use_neft", script="train_sft.py")
     add("noise_gemini", *BF16, "--plugin", "gemini", "--use_neft", script="train_sft.py")
+    add("noise_pp2", *FP32, *PP2, "--zero", "0", "--use_neft", script="train_sft.py")
     add("noise_tp2", *FP32, *TP2, "--zero", "0", "--use_neft", script="train_sft.py")
+    add("tied_pp2", *FP32, *PP2, "--zero", "0", model=tied_model_dir)
+    add("odd_vocabulary_pp2", *FP32, *PP2, "--zero", "0", model=odd_model_dir)
+    add("frozen_pp2", *FP32, *PP2, "--zero", "0", "--freeze_non_embeds_params")
+    add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], unrepaired=["ring_weight_gradients"])
+    add("loss_unrepaired", *BFLOAT16_RUNS["3d_pp2_zero1_bf16"], unrepaired=["loss_in_float32"])
     middle = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-5")
     end = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-10")
     zero2 = (*FP32, "--plugin", "zero2")
@@ -140,7 +160,7 @@ def jobs(
     return {spec["name"]: finished(folder, spec) for spec in specs}
 
 
-RESUMED = ("zero2", "3d_tp2", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
+RESUMED = ("zero2", "3d_tp2", "3d_pp2", "3d_sp2_all_to_all", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -210,13 +230,18 @@ def test_checkpoint_layout(jobs):
         assert head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["zero2", "gemini_bf16", "gemini_auto_bf16", "3d_tp2", "odd_vocabulary"])
+SAVED = ["zero2", "gemini_bf16", "gemini_auto_bf16", "3d_tp2", "3d_pp2", "odd_vocabulary", "odd_vocabulary_pp2"]
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_saved_model_loads_in_transformers(jobs, parts, name):
     assert jobs[name].error is None
     folder = jobs[name].model
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert (folder / "model-00001-of-00001.safetensors").is_file()
+    # Each stage of a pipeline writes a file of its own.
+    files = 2 if "pp2" in name else 1
+    assert len(list(folder.glob(f"model-0000?-of-{files:05d}.safetensors"))) == files
     assert len(AutoTokenizer.from_pretrained(folder)) <= model.config.vocab_size == len(model.lm_head.weight)
 
 
@@ -238,7 +263,15 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
     trace = reference.train(
         model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP, freeze=True
     )
-    assert jobs["frozen"].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+    for name in ("frozen", "frozen_pp2"):
+        assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+
+
+def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
+    assert jobs["ring_unrepaired"].scalars("Gradient Norm")[0] != pytest.approx(float32.grad_norms[0], rel=1e-2)
+    # In bf16, losses between 4 and 8 are multiples of 1/32.
+    assert jobs["loss_unrepaired"].scalars("Loss") != pytest.approx(bfloat16.losses, rel=5e-4)
+    assert jobs["3d_pp2_zero1_bf16"].scalars("Loss") == pytest.approx(bfloat16.losses, rel=5e-4)
 
 
 @pytest.mark.parametrize("name", ["gemini_fp16", "zero2_fp16"])
@@ -249,7 +282,9 @@ def test_fp16_trains(jobs, float32, name):
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("tied", 1e-5), ("tied_tp2", 1e-5), ("tied_gemini", 2e-3)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("tied", 1e-5), ("tied_tp2", 1e-5), ("tied_pp2", 1e-5), ("tied_gemini", 2e-3)]
+)
 def test_tied_embeddings_train_and_save(jobs, parts, tied_model_dir, name, tolerance):
     assert jobs[name].error is None
     trace = reference.train(tied_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
@@ -290,7 +325,7 @@ def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, flo
     losses = jobs["noise"].scalars("Loss")
     assert losses == jobs["noise_again"].scalars("Loss")
     assert losses != pytest.approx(float32.losses, rel=1e-4)
-    for name in ("noise_gemini", "noise_tp2"):
+    for name in ("noise_gemini", "noise_tp2", "noise_pp2"):
         assert jobs[name].error is None
         assert jobs[name].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
 
