@@ -242,3 +242,36 @@ def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         repairs.install()
     assert "0.6.0" in caplog.text
+
+
+@pytest.fixture
+def gloo_group():
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    cpu.install()
+    source, target = torch.arange(6.0).view(2, 3), torch.zeros(2, 3)
+    for name, arguments in (("reduce_scatter", (target, [source])), ("all_to_all", ([target], [source]))):
+        with pytest.raises(RuntimeError, match="does not support"):
+            getattr(distributed_c10d, name)(*arguments)
+        target.zero_()
+        assert getattr(dist, name)(*arguments, async_op=True).wait()
+        assert torch.equal(target, source)
+
+
+def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):
+    from colossalai.pipeline import p2p
+
+    cpu.install()
+    # What ColossalAI 0.5.0 compares with; if PyTorch has it one day, the patch can go.
+    assert not hasattr(torch.distributed.Backend, "HCCL")
+    assert p2p._check_for_nccl_hccl_backend(gloo_group) is False

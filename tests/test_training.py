@@ -197,6 +197,11 @@ def test_clipping_reaches_adam(jobs, float32, name):
     assert jobs[name].first_moment_norm == pytest.approx(CLIP, rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["gemini_bf16", "gemini_bf16_accumulating", "gemini_auto_bf16"])
+def test_gemini_shards_every_chunk(jobs, name):
+    assert len(jobs[name].chunks) > 1 and not any(jobs[name].chunks)
+
+
 def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
     assert jobs["unclipped"].first_moment_norm == pytest.approx(float32.grad_norms[0], rel=1e-3)
 

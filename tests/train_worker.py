@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
 
 JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
-or the message of a UserError or RunError) and perhaps "first_moment_norm". A job has "name", "script", "flags", and
-may have
+or the message of a UserError or RunError), perhaps "first_moment_norm", and "chunks" of Gemini.
+A job has "name", "script", "flags", and may have
     moments             true: note the norm of Adam's first moment after step 1
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
@@ -19,6 +19,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import List, Optional
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -72,6 +73,14 @@ def first_moments(engine: Engine) -> float:
     return math.sqrt(squares) / (1 - group["betas"][0])
 
 
+def chunks_kept_whole(engine: Engine) -> Optional[List[bool]]:
+    """For each of Gemini's chunks of parameters, whether every rank keeps all of it; None for other plugins."""
+    manager = getattr(engine.model, "chunk_manager", None)
+    if manager is None:
+        return None
+    return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
+
+
 def recording_moments(into: dict) -> contextlib.AbstractContextManager:
     """Within it, the first Engine.step notes Adam's first moment."""
     step = Engine.step
@@ -79,6 +88,7 @@ def recording_moments(into: dict) -> contextlib.AbstractContextManager:
     def recording_step(engine):
         norm = step(engine)
         into.setdefault("first_moment_norm", first_moments(engine))
+        into.setdefault("chunks", chunks_kept_whole(engine))
         return norm
 
     return mock.patch.object(Engine, "step", recording_step)

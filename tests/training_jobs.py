@@ -28,11 +28,12 @@ CLIP = 0.3
 
 @dataclass
 class Job:
-    """One finished command of a shared job."""
+    """One finished command of a shared job; train_worker.py says what it notes."""
 
     folder: Path
     error: Optional[str]
     first_moment_norm: Optional[float]
+    chunks: Optional[List[bool]]
 
     def scalars(self, name: str, run: str = "tb") -> List[float]:
         """A TensorBoard curve, by step."""
@@ -112,6 +113,7 @@ def finished(folder: Path, spec: dict) -> Job:
         folder=Path(spec["flags"][spec["flags"].index("--save_dir") + 1]).parent,
         error=result["error"],
         first_moment_norm=result.get("first_moment_norm"),
+        chunks=result.get("chunks"),
     )
 
 
