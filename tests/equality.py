@@ -9,10 +9,11 @@ compared with reference.py: the largest relative difference of the loss and of t
 norm of the difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over
 what clipping should have let through to it. One option is varied at a time.
 
-Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the gap between the plain loop on whole batches and on
-halved ones (on eighths where the command accumulates 4), measured anew for each model. The command ends with 1 if a
-row is outside. What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16
-instructions needs half an hour for the matrix.
+Allowed in float32: see FLOAT32_ALLOWED, or twice the gap between the plain loop without padding and with it, where
+that is more. In bfloat16: twice the gap between the plain loop on whole batches and on halves or quarters of them, and
+BFLOAT16_WEIGHTS. All gaps are measured anew for each model. The command ends with 1 if a row is outside.
+What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16 instructions needs
+half an hour for the matrix.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from tests import reference, tiny, training_jobs
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
+BFLOAT16_WEIGHTS = 1e-2
 GAPS = 2.0
 MOMENT_ALLOWED = 0.02
 ODD_VOCABULARY = 601
@@ -58,6 +60,7 @@ class Option:
     flags: Tuple[str, ...] = ()
     accumulation_steps: int = 1
     model: str = "plain"
+    data: str = "ragged"
     clip: float = CLIP
     freeze: bool = False
 
@@ -123,6 +126,7 @@ OPTIONS = {
     "recomputing": Option(flags=("--use_grad_checkpoint",)),
     "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
     "tied": Option(model="tied"),
+    "full rows": Option(data="full"),
     f"vocabulary {ODD_VOCABULARY}": Option(model="odd"),
 }
 
@@ -167,11 +171,11 @@ class Case:
     def _is_tied_pipeline(self) -> bool:
         return self.option.model == "tied" and "--pp" in self.layout.flags
 
-    def spec(self, folder: Path, models: Dict[str, Path], parts: List[str]) -> dict:
+    def spec(self, folder: Path, models: Dict[str, Path], parts: Dict[str, List[str]]) -> dict:
         """The command, for train_worker.py."""
         home = folder / self.name.replace(" ", "_")
         batch = GLOBAL_BATCH // self.layout.data_size // self.option.accumulation_steps
-        flags = training_jobs.common_flags(home, models[self.option.model], parts)
+        flags = training_jobs.common_flags(home, models[self.option.model], parts[self.option.data])
         flags += ["--mixed_precision", self.precision, *self.layout.flags, *self.option.flags]
         flags += ["--micro_batch_size", batch, "--accumulation_steps", self.option.accumulation_steps]
         return {
@@ -235,23 +239,27 @@ def trace_of(job: Job) -> reference.Trace:
 class References:
     """Plain loops, each run once: in float32 one that never pads, in bfloat16 one on whole batches."""
 
-    def __init__(self, models: Dict[str, Path], parts: List[str]):
+    def __init__(self, models: Dict[str, Path], parts: Dict[str, List[str]]):
         self._models, self._parts, self._known = models, parts, {}
 
     def of(self, case: Case) -> Tuple[reference.Trace, Gap]:
         """The trace to compare with, and how far from it a command may be."""
         if case.precision == "fp32":
-            return self._run(case, 0), Gap(**FLOAT32_ALLOWED)
+            unpadded = self._run(case, 0)
+            gap = gap_of(self._run(case, 2), unpadded)
+            least = Gap(**FLOAT32_ALLOWED)
+            return unpadded, Gap(max(GAPS * gap.loss, least.loss), max(GAPS * gap.norm, least.norm), least.weights)
         whole = self._run(case, 1)
-        gap = gap_of(self._run(case, 2 * case.option.accumulation_steps), whole)
-        return whole, Gap(GAPS * gap.loss, GAPS * gap.norm, GAPS * gap.weights)
+        gaps = [gap_of(self._run(case, parts), whole) for parts in (2, 4)]
+        loss, norm = max(gap.loss for gap in gaps), max(gap.norm for gap in gaps)
+        return whole, Gap(GAPS * loss, GAPS * norm, BFLOAT16_WEIGHTS)
 
     def _run(self, case: Case, micro_batches: int) -> reference.Trace:
-        key = (case.precision, case.option.model, case.option.clip, case.option.freeze, micro_batches)
+        key = (case.precision, case.option.model, case.option.data, case.option.clip, case.option.freeze, micro_batches)
         if key not in self._known:
             self._known[key] = reference.train(
-                self._models[case.option.model], self._parts, precision=case.precision, global_batch=GLOBAL_BATCH,
-                lr=LR, clip=case.option.clip, freeze=case.option.freeze, micro_batches=micro_batches,
+                self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
+                global_batch=GLOBAL_BATCH, lr=LR, clip=case.option.clip, freeze=case.option.freeze, micro_batches=micro_batches,
             )  # fmt: skip
         return self._known[key]
 
@@ -323,7 +331,9 @@ def run_cases(cases: List[Case], folder: Path, steps: int) -> List[Row]:
     return rows
 
 
-def why_refused(case: Case, home: Path, models: Dict[str, Path], parts: List[str], references: References) -> str:
+def why_refused(
+    case: Case, home: Path, models: Dict[str, Path], parts: Dict[str, List[str]], references: References
+) -> str:
     """What comes of a command that is refused, when it is run all the same."""
     spec = case.spec(home, models, parts)
     try:
@@ -340,8 +350,8 @@ def why_refused(case: Case, home: Path, models: Dict[str, Path], parts: List[str
     return f"{row.gap} apart, {row.allowed} allowed" if not row.passed else f"EQUAL, needs no refusal ({row.gap})"
 
 
-def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], List[str]]:
-    """Models by name and prepared data."""
+def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, List[str]]]:
+    """Models and prepared data, by name."""
     tokenizer = tiny.make_tokenizer(folder / "tokenizer")
     plain = tiny.make_model(folder / "plain", tokenizer)
     models = {
@@ -350,7 +360,11 @@ def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], List[str]]:
         "deep": tiny.make_model(folder / "deep", tokenizer, layers=3),
         "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
     }
-    return models, training_jobs.write_data(folder / "data", tokenizer, steps)
+    data = {
+        name: training_jobs.write_data(folder / name, tokenizer, steps, full=name == "full")
+        for name in ("ragged", "full")
+    }
+    return models, data
 
 
 def print_row(cells: List[str]) -> None:

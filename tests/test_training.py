@@ -54,6 +54,10 @@ FLOAT32_RUNS = {
     ],
     "3d_sp2_all_to_all": [*FP32, *SP2, "--zero", "0"],
     "3d_tp2_ring": [*FP32, *TP2, "--zero", "0", *SEQUENCE, "ring"],
+    # One sample at a time: some batches have no padding.
+    "3d_sp2_all_to_all_singly": [
+        *FP32, *SP2, "--zero", "0", "--micro_batch_size", "1", "--accumulation_steps", "16",
+    ],
     # Ranks that share a sample would sum up the gradients of its norms once per micro batch.
     "3d_tp2_split_gather_accumulating": [
         *FP32, *TP2, "--zero", "0", *SEQUENCE, "split_gather", "--micro_batch_size", "4", "--accumulation_steps", "4",

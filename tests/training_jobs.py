@@ -48,14 +48,19 @@ class Job:
         return self.folder / "ckpt" / "modeling"
 
 
-def write_data(folder: Path, tokenizer_dir: Path, steps: int) -> List[str]:
-    """Two prepared parts of real text, of unequal lengths, some with a masked start; 3 samples are left over."""
+def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = False) -> List[str]:
+    """Two prepared parts of real text, some samples with a masked start; 3 are left over.
+
+    Args:
+        full: all samples have LENGTH tokens, as spliced ones have; otherwise from the half of it.
+    """
     encoder = Encoder(tokenizer_dir)
     stream = [token for ids in encoder.encode(tiny.english_documents()[: 30 * steps]) for token in [1, *ids, 2]]
     random = np.random.default_rng(0)
     rows = []
     for index in range(GLOBAL_BATCH * steps + 3):
-        ids = stream[index * LENGTH : index * LENGTH + int(random.integers(LENGTH // 2, LENGTH + 1))]
+        length = LENGTH if full else int(random.integers(LENGTH // 2, LENGTH + 1))
+        ids = stream[index * LENGTH : index * LENGTH + length]
         rows.append((ids, [-100] * 10 + ids[10:] if index % 3 == 0 else ids))
     kind = datasets.Sequence(datasets.Value("int32"))
     features = datasets.Features({"input_ids": kind, "labels": kind})

@@ -166,9 +166,9 @@ class Collator:
     so that a padding token that is also a real one (</s>) is never hidden.
     """
 
-    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1):
-        """`length_divisor` divides `max_length` and the length of every batch."""
-        self._pad_token_id, self._max_length = pad_token_id, max_length
+    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1, always_masks: bool = False):
+        """`length_divisor` divides `max_length` and every batch's length; `always_masks` also where none is padded."""
+        self._pad_token_id, self._max_length, self._always_masks = pad_token_id, max_length, always_masks
         self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
     def __call__(self, rows) -> Batch:
@@ -188,7 +188,7 @@ class Collator:
         return Batch(
             input_ids=torch.from_numpy(padded_ids),
             labels=torch.from_numpy(padded_labels),
-            attention_mask=None if mask.all() else torch.from_numpy(mask.astype(np.int64)),
+            attention_mask=None if mask.all() and not self._always_masks else torch.from_numpy(mask.astype(np.int64)),
             lengths=torch.from_numpy(lengths),
             predicted=int((padded_labels[:, 1:] != IGNORE_INDEX).sum()),
         )

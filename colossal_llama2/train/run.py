@@ -325,10 +325,13 @@ def find_tokenizer(args: argparse.Namespace, plan: LoadPlan) -> str:
 def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
     tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)
+    settings = engine_settings(args)
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
         max_length=args.max_length,
-        length_divisor=engine_settings(args).sequence_shards,
+        length_divisor=settings.sequence_shards,
+        # Without one, transformers makes a causal mask that is a column too wide for ColossalAI's plain attention.
+        always_masks=settings.sp_mode is not None and not settings.use_flash_attn,
     )
 
 
