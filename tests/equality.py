@@ -259,7 +259,8 @@ class References:
         if key not in self._known:
             self._known[key] = reference.train(
                 self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
-                global_batch=GLOBAL_BATCH, lr=LR, clip=case.option.clip, freeze=case.option.freeze, micro_batches=micro_batches,
+                global_batch=GLOBAL_BATCH, lr=LR, clip=case.option.clip, freeze=case.option.freeze,
+                micro_batches=micro_batches,
             )  # fmt: skip
         return self._known[key]
 
