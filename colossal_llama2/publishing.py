@@ -19,6 +19,7 @@ from typing import Iterator
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.files import sync, sync_entries
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -74,18 +75,6 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def sync(path: Path) -> None:
-    """Return when a file, or a folder with everything in it, is on the disk."""
-    if path.is_dir():
-        for inner in path.iterdir():
-            sync(inner)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(folder: Path, target: Path, *, replace: bool) -> None:
     """Give a complete folder its final name in the same parent folder, atomically.
 
@@ -99,7 +88,7 @@ def publish(folder: Path, target: Path, *, replace: bool) -> None:
         _rename_in_two_steps(folder, target)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    _sync_entries(target.parent)
+    sync_entries(target.parent)
 
 
 def publish_into(folder: Path, target: Path, *, last: str) -> None:
@@ -107,17 +96,9 @@ def publish_into(folder: Path, target: Path, *, last: str) -> None:
     sync(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
         if path.name == last:
-            _sync_entries(target)
+            sync_entries(target)
         os.rename(path, target / path.name)
-    _sync_entries(target)
-
-
-def _sync_entries(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_entries(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

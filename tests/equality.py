@@ -2,7 +2,7 @@
 
     python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
     python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
-    python -m tests.equality --output table.md        the table as a file too
+    python -m tests.equality --output docs/equality.md    what it finds as a page too
 
 Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
 compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-from tests import reference, tiny, training_jobs
+from tests import launching, reference, tiny, training_jobs
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -64,6 +64,11 @@ class Option:
     clip: float = CLIP
     freeze: bool = False
 
+    @property
+    def reference(self) -> Tuple[str, str, float, bool]:
+        """What the plain loop must know of it."""
+        return self.model, self.data, self.clip, self.freeze
+
 
 HYBRID = ("--plugin", "3d", "--zero")
 PP2 = ("--pp", "2")
@@ -80,11 +85,12 @@ FLOAT32_LAYOUTS = {
     "3d pp2": Layout((*HYBRID, "0", *PP2), data_size=1),
     "3d pp2 dp2": Layout((*HYBRID, "0", *PP2), ranks=4),
     "3d pp2 tp2": Layout((*HYBRID, "0", *PP2, "--tp", "2"), ranks=4, data_size=1),
+    "3d pp2 sp2 all_to_all": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL), ranks=4, data_size=1),
     "3d pp2 sp2 all_to_all flash": Layout(
         (*HYBRID, "0", *PP2, *ALL_TO_ALL, "--use_flash_attn"), ranks=4, data_size=1
     ),
-    "3d pp2 tp2 split_gather flash": Layout(
-        (*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather", "--use_flash_attn"), ranks=4, data_size=1
+    "3d pp2 tp2 split_gather": Layout(
+        (*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather"), ranks=4, data_size=1
     ),
     "3d sp2 all_to_all": Layout((*HYBRID, "0", *ALL_TO_ALL), data_size=1),
     "3d sp2 all_to_all dp2": Layout((*HYBRID, "0", *ALL_TO_ALL), ranks=4),
@@ -127,6 +133,8 @@ OPTIONS = {
     "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
     "tied": Option(model="tied"),
     "full rows": Option(data="full"),
+    "documents": Option(flags=("--document_mask", "on"), data="spliced"),
+    "with logits": Option(flags=("--chunked_loss", "off")),
     f"vocabulary {ODD_VOCABULARY}": Option(model="odd"),
 }
 
@@ -136,10 +144,9 @@ REFUSED = {
     "fp32 gemini": ("fp32", Layout(("--plugin", "gemini")), Option()),
     "fp32 3d zero1": ("fp32", Layout((*HYBRID, "1")), Option()),
     "bf16 3d pp2 zero2": ("bf16", Layout((*HYBRID, "2", *PP2), data_size=1), Option()),
-    "fp32 3d pp2 sp2 all_to_all": ("fp32", Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL), ranks=4, data_size=1), Option()),
-    "fp32 3d pp2 tp2 split_gather": (
+    "fp32 3d pp2 with one part": (
         "fp32",
-        Layout((*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather"), ranks=4, data_size=1),
+        Layout((*HYBRID, "0", *PP2, "--microbatch_size", "16"), data_size=1),
         Option(),
     ),
     "fp32 3d pp3 frozen": (
@@ -227,7 +234,7 @@ def gap_of(trace: reference.Trace, expected: reference.Trace) -> Gap:
     return Gap(
         largest(trace.losses, expected.losses),
         largest(trace.grad_norms, expected.grad_norms),
-        training_jobs.distance(trace.weights, expected.weights),
+        launching.distance(trace.weights, expected.weights),
     )
 
 
@@ -255,12 +262,12 @@ class References:
         return whole, Gap(GAPS * loss, GAPS * norm, BFLOAT16_WEIGHTS)
 
     def _run(self, case: Case, micro_batches: int) -> reference.Trace:
-        key = (case.precision, case.option.model, case.option.data, case.option.clip, case.option.freeze, micro_batches)
+        key = (case.precision, case.option.reference, micro_batches)
         if key not in self._known:
             self._known[key] = reference.train(
                 self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
                 global_batch=GLOBAL_BATCH, lr=LR, clip=case.option.clip, freeze=case.option.freeze,
-                micro_batches=micro_batches,
+                micro_batches=micro_batches, unsplice=case.option.data == "spliced",
             )  # fmt: skip
         return self._known[key]
 
@@ -292,8 +299,9 @@ HEAD = ["configuration", "loss / allowed", "norm / allowed", "weights / allowed"
 
 
 def compare(case: Case, job: Job, references: References) -> Row:
-    """Raises AssertionError if the command ended with an error."""
+    """Raises AssertionError if the command ended with an error, or Gemini did not spread its chunks over the ranks."""
     assert job.error is None, f"{case.name}: {job.error}"
+    assert job.chunks is None or (len(job.chunks) > 1 and not any(job.chunks)), f"{case.name}: {job.chunks}"
     expected, allowed = references.of(case)
     norm = expected.grad_norms[0]
     moment = job.first_moment_norm
@@ -310,26 +318,31 @@ def launches(cases: List[Case]) -> Iterator[Tuple[int, List[Case]]]:
             yield ranks, chosen[start : start + CASES_PER_LAUNCH]
 
 
-def run_cases(cases: List[Case], folder: Path, steps: int) -> List[Row]:
-    """Launch all cases and compare each; rows are printed after each launch."""
+def run_cases(cases: List[Case], folder: Path, steps: int) -> Tuple[List[Row], Dict[str, str]]:
+    """Launch all cases and compare each; rows are printed after each launch.
+
+    Returns:
+        The rows of what is allowed, and for what is refused the reason.
+    """
     models, parts = make_inputs(folder, steps)
     references = References(models, parts)
-    rows = []
+    rows, refused = [], {}
     print_row(HEAD)
     allowed = [case for case in cases if not case.is_refused]
     for number, (ranks, chosen) in enumerate(launches(allowed)):
         home = folder / f"launch-{number}"
         home.mkdir()
         specs = [case.spec(home, models, parts) for case in chosen]
-        training_jobs.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
+        launching.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
         for case, spec in zip(chosen, specs, strict=True):
             rows.append(compare(case, training_jobs.finished(home, spec), references))
             print_row(rows[-1].cells())
     for case in (case for case in cases if case.is_refused):
         home = folder / case.name.replace(" ", "_")
         home.mkdir()
-        print(f"{case.name:44s} refused: {why_refused(case, home, models, parts, references)}", flush=True)
-    return rows
+        refused[case.name] = why_refused(case, home, models, parts, references)
+        print(f"{case.name:44s} refused: {refused[case.name]}", flush=True)
+    return rows, refused
 
 
 def why_refused(
@@ -338,7 +351,7 @@ def why_refused(
     """What comes of a command that is refused, when it is run all the same."""
     spec = case.spec(home, models, parts)
     try:
-        process = training_jobs.attempt(home, [spec], ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
+        process = launching.attempt(home, [spec], ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
     except subprocess.TimeoutExpired:
         return f"had not ended after {REFUSED_SECONDS} s"
     if process.returncode:
@@ -365,6 +378,7 @@ def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, Li
         name: training_jobs.write_data(folder / name, tokenizer, steps, full=name == "full")
         for name in ("ragged", "full")
     }
+    data["spliced"] = [training_jobs.write_spliced_data(folder / "spliced" / "part-00000", tokenizer, steps)]
     return models, data
 
 
@@ -373,10 +387,39 @@ def print_row(cells: List[str]) -> None:
     print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
 
 
-def as_markdown(rows: List[Row]) -> str:
-    """The table for a document."""
+PAGE = """# Training is the same mathematics under every plugin and option
+
+Written by `python -m tests.equality --output docs/equality.md`: {steps} optimizer steps of {batch} samples of real text
+with a LLaMA of two layers, on two to four CPU ranks, against a plain PyTorch loop on one. Loss and norm (of the
+gradient, before clipping) are the largest relative difference of any step; weights are the norm of the difference of
+the final weights over the norm of the weights; behind the slash is what is allowed. First moment: of Adam after step
+1, over what clipping lets through to it, 1 if it is right; "-" where ranks hold parts of it twice. The loss is computed
+by blocks of the vocabulary unless the row says "with logits"; "documents" are spliced samples, compared with their
+documents one by one. Gemini's models are cut in at least eight chunks, each spread over the ranks.
+
+In float32 1e-5 is allowed for loss and norm, or twice the gap between the plain loop without padding and with it, where
+that is more; 1e-4 for weights. In bf16 it is twice the gap between the plain loop on whole batches and on halves or
+quarters of them, and 1e-2 for weights. {equal} of {count} configurations are equal.
+
+{table}
+## Refused before training starts
+
+Run all the same, this comes of them:
+
+{refused}"""
+
+
+def as_page(rows: List[Row], refused: Dict[str, str], steps: int) -> str:
+    """What was found, as Markdown."""
     lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+    return PAGE.format(
+        steps=steps,
+        batch=GLOBAL_BATCH,
+        equal=sum(row.passed for row in rows),
+        count=len(rows),
+        table="".join("| " + " | ".join(cells) + " |\n" for cells in lines),
+        refused="".join(f"- {name}: {reason}\n" for name, reason in refused.items()),
+    )
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -384,16 +427,17 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
-    parser.add_argument("--output", default=None, help="file for the table in Markdown")
+    parser.add_argument("--output", default=None, help="file for a page in Markdown")
     args = parser.parse_args(argv)
     cases = [case for case in all_cases() if all(word in case.name for word in args.only)]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_cases(cases, Path(folder), args.steps)
+        rows, refused = run_cases(cases, Path(folder), args.steps)
     failed = [row.case.name for row in rows if not row.passed]
     print(f"{len(rows) - len(failed)} of {len(rows)} equal, in {time.monotonic() - start:.0f} s")
     if args.output:
-        Path(args.output).write_text(as_markdown(rows))
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(as_page(rows, refused, args.steps), encoding="utf-8")
     return 1 if failed else 0
 
 

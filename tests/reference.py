@@ -62,9 +62,15 @@ def loss_terms(model, samples, *, predicted: int, micro_batches: int) -> Iterato
         yield padded_cross_entropy_sum(model, samples[start : start + size]) / predicted
 
 
+def unspliced(samples, document_lengths):
+    """Each document of each sample, as a sample of its own."""
+    for (ids, labels), lengths in zip(samples, document_lengths, strict=True):
+        yield from zip(*(np.split(row, np.cumsum(lengths)[:-1]) for row in (ids, labels)), strict=True)
+
+
 def train(
     model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
-    freeze: bool = False, seed: int = 1024, micro_batches: int = 0,
+    freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False,
 ) -> Trace:  # fmt: skip
     """One epoch of AdamW with float32 master weights, in the given precision.
 
@@ -83,7 +89,7 @@ def train(
         {"params": [master for master in masters if master.dim() <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.95), eps=1e-8)
-    rows = load_tokenized_dataset(parts)
+    rows = load_tokenized_dataset(parts, "on" if unsplice else "off")
     order = SampleOrder(
         num_samples=len(rows), micro_batch_size=global_batch, data_size=1, accumulation_steps=1, seed=seed
     )
@@ -95,6 +101,8 @@ def train(
             (np.array(ids, dtype=np.int64), np.array(labels, dtype=np.int64))
             for ids, labels in zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)
         ]
+        if unsplice:
+            samples = list(unspliced(samples, table["sequence_lengths"].to_pylist()))
         predicted = sum(int((labels[1:] != -100).sum()) for _, labels in samples)
         model.zero_grad()
         loss = 0.0

@@ -17,6 +17,8 @@ PREPARE = {
     ("--data_arrow_output_dir",): ("o", "o", "arrow_output"),
     ("--max_length",): ("2048", 2048, 4096),
     ("--num_spliced_dataset_bins",): ("7", 7, 10),
+    ("--executor",): ("ray", "ray", "local"),
+    ("--ray_address",): ("10.0.0.1:6379", "10.0.0.1:6379", None),
 }
 TRAIN = {
     ("--pretrained",): ("m", "m", REQUIRED),
@@ -37,6 +39,8 @@ TRAIN = {
     ("--warmup_steps", "-s"): ("100", 100, None),
     ("--use_grad_checkpoint",): ([], True, False),
     ("--use_flash_attn",): ([], True, False),
+    ("--chunked_loss",): ("off", "off", "auto"),
+    ("--document_mask",): ("on", "on", "auto"),
     ("--freeze_non_embeds_params",): ([], True, False),
     ("--tp",): ("2", 2, 1),
     ("--zero", "--zero_stage"): ("2", 2, 1),

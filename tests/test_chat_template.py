@@ -1,6 +1,7 @@
 """The Jinja template against tokenize_sft: the same ids and the same mask, on real conversations and on odd ones."""
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -9,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.conversation import CHAT_TEMPLATE, ROLES
-from colossal_llama2.dataset.prepare import CHAT_TEMPLATE_FILE
+from colossal_llama2.dataset.conversation import ROLES, chat_template
+from colossal_llama2.dataset.prepare import CHAT_TEMPLATE_FILE, prepare_sft
 from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.tokenizer import Encoder, load_tokenizer
+from colossal_llama2.tokenizer import Encoder, load_tokenizer, puts_prefix_after_marks
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from tests.preparing import read_jsonl, write_lines
+from tests.preparing import settings as prepare_settings
 from tests.tiny import CHINESE
 
 TEXTS = st.text(st.sampled_from("ab  <s>/人工😀\n\t▁:'\"{%}"), max_size=10)
@@ -26,8 +29,21 @@ def chinese_dir(tokenizer_dir, tmp_path_factory) -> Path:
     pieces = [CHINESE[start : start + 2] for start in range(0, 40)] + ["人工智能"]
     (folder / "new.jsonl").write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces))
     expand_tokenizer(tokenizer_dir, folder / "tokenizer", folder / "new.jsonl")
-    (folder / "tokenizer" / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATE)
+    (folder / "tokenizer" / CHAT_TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=False))
     return folder / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def prefixing_dir(chinese_dir, tmp_path_factory) -> Path:
+    """The same with the normalizer of the tokenizer.json that LLaMA-2 ships, which prefixes the text after a mark."""
+    folder = shutil.copytree(chinese_dir, tmp_path_factory.mktemp("prefixing") / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    prepend, replace = {"type": "Prepend", "prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, {"type": "Replace", **replace}]}
+    content["pre_tokenizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / CHAT_TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=True))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +51,9 @@ def chinese(chinese_dir) -> tuple:
     return Encoder(chinese_dir), load_tokenizer(chinese_dir)
 
 
-def ours(encoder, messages, max_length=100_000) -> tuple:
-    (row,) = tokenize_sft([read_sft_row({"messages": messages})], encoder=encoder, max_length=max_length)
+def ours(encoder, messages, prefix_after_marks=False) -> tuple:
+    rows = [read_sft_row({"messages": messages})]
+    (row,) = tokenize_sft(rows, encoder=encoder, max_length=100_000, prefix_after_marks=prefix_after_marks)
     return row.input_ids, [int(label != IGNORE_INDEX) for label in row.labels]
 
 
@@ -59,15 +76,16 @@ def conversations(language: str) -> list:
 
 
 @pytest.mark.parametrize("language, count", [("chinese", 467), ("english", 2026)])
-@pytest.mark.parametrize("is_expanded", [False, True], ids=["bytes", "pieces"])
-def test_every_conversation_of_chatterbot_corpus(language, count, is_expanded, chinese_dir, tokenizer_dir):
-    folder = chinese_dir if is_expanded else tokenizer_dir
+@pytest.mark.parametrize("kind, prefixes", [("tokenizer", False), ("chinese", False), ("prefixing", True)])
+def test_every_conversation_of_chatterbot_corpus(language, count, kind, prefixes, request):
+    folder = request.getfixturevalue(f"{kind}_dir")
     encoder, tokenizer = Encoder(folder), load_tokenizer(folder)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    assert puts_prefix_after_marks(folder) is prefixes
+    tokenizer.chat_template = chat_template(prefix_after_marks=prefixes)
     talks = conversations(language)
     assert len(talks) == count and all(talks)
     for messages in talks:
-        assert theirs(tokenizer, messages) == ours(encoder, messages), messages
+        assert theirs(tokenizer, messages) == ours(encoder, messages, prefixes), messages
 
 
 @given(
@@ -107,6 +125,29 @@ def test_the_slow_tokenizer_gives_the_same_ids(chinese_dir):
     slow = AutoTokenizer.from_pretrained(chinese_dir, use_fast=False)
     messages = [{"role": "user", "content": "  你好 a"}, {"role": "assistant", "content": " 人工智能\n"}]
     assert slow.apply_chat_template(messages) == ours(Encoder(chinese_dir), messages)[0]
+
+
+def test_prepared_samples_follow_the_folder_s_tokenizer(prefixing_dir, tmp_path):
+    messages = [{"role": "user", "content": "你好 a"}, {"role": "assistant", "content": "人工智能"}]
+    write_lines(tmp_path / "in" / "a.jsonl", [{"messages": messages}])
+    prepare_sft(**prepare_settings([tmp_path / "in"], prefixing_dir, tmp_path))
+    (sample,) = read_jsonl(tmp_path / "jsonl")
+    template = (tmp_path / "arrow" / CHAT_TEMPLATE_FILE).read_text()
+    assert template == (prefixing_dir / CHAT_TEMPLATE_FILE).read_text()
+    assert sample["input_ids"] == load_tokenizer(prefixing_dir).apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_without_tokenizer_json_the_config_decides(chinese_dir, tmp_path, legacy):
+    for name in ("tokenizer.model", "special_tokens_map.json", "tokenizer_config.json"):
+        shutil.copy(chinese_dir / name, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy}))
+    assert puts_prefix_after_marks(tmp_path) is legacy
+    messages = [{"role": "user", "content": "你好 a"}, {"role": "assistant", "content": "人工智能"}]
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = chat_template(prefix_after_marks=legacy)
+    assert theirs(tokenizer, messages) == ours(Encoder(tmp_path), messages, legacy)
 
 
 @pytest.mark.parametrize(

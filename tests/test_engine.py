@@ -17,7 +17,7 @@ from colossal_llama2.train.engine.booster import EngineSettings, settings_proble
 def settings(**changes) -> EngineSettings:
     values = {
         "plugin": "zero2", "precision": "bf16", "tp_size": 1, "zero_stage": 1, "max_norm": 1.0, "accumulation_steps": 1,
-        "use_flash_attn": False, "learning_rate": 1e-3, "weight_decay": 0.1,
+        "use_flash_attn": False, "chunked_loss": "auto", "learning_rate": 1e-3, "weight_decay": 0.1,
     }  # fmt: skip
     return EngineSettings(**{**values, **changes})
 
@@ -73,11 +73,6 @@ def test_gemini_accumulates_only_if_told_so():
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 5, "microbatch_size": 2}, 2, ["--micro_batch_size 5"]),
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 2, "zero_stage": 2}, 2, ["--zero 0 or 1"]),
         ({"plugin": "3d", "pp_size": 3, "micro_batch_size": 3, "embeddings_only": True}, 3, ["--pp 2"]),
-        (
-            {"plugin": "3d", "pp_size": 2, "micro_batch_size": 2, "sp_mode": "all_to_all", "sp_size": 2},
-            4,
-            ["--use_flash_attn"],
-        ),
         ({"plugin": "3d", "sp_size": 2}, 2, ["--enable_sequence_parallelism"]),
         ({"plugin": "3d", "sp_mode": "all_to_all"}, 2, ["needs --sp"]),
         ({"plugin": "3d", "sp_mode": "ring"}, 2, ["needs --tp"]),

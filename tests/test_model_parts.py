@@ -1,5 +1,6 @@
 """Freezing, NEFTune, the choice of attention, and the check of stored weights."""
 
+import importlib.util
 import json
 import shutil
 
@@ -64,10 +65,13 @@ def test_attention_without_a_gpu():
     assert choose_attention(True, precision="bf16") == "sdpa"
 
 
-def test_missing_flash_attn_on_a_gpu_is_told(monkeypatch):
+def test_attention_on_a_gpu(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="requirements-gpu.txt"):
-        choose_attention(True, precision="bf16")
+    with caplog.at_level("INFO"):
+        assert choose_attention(True, precision="bf16") == "sdpa"
+    assert "requirements-gpu.txt" in caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn")
+    assert choose_attention(True, precision="bf16") == "flash_attention_2"
     assert choose_attention(True, precision="fp32") == "sdpa"
     assert choose_attention(True, precision="bf16", replaced=True) == "sdpa"
 

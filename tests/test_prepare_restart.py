@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 from tests.preparing import contents, flags, settings, write_lines
 
 # Gives one command again and again, each time in a fork that ends with SIGKILL: after some number of renamed or removed
-# files, or after some time, both drawn from a seed. Prints how many were killed before one came to its end.
+# files, or after some time, both drawn from a seed; or of one share of three, drawn too. Prints how many were killed
+# before one ended with all done.
 KILLER = """
 import json, os, random, signal, sys, time
 from colossal_llama2.dataset import plan, prepare
@@ -32,16 +33,19 @@ def count_down(function):
     return counted
 
 how, keywords = sys.argv[1], json.loads(sys.argv[2])
+manifest = os.path.join(keywords["data_arrow_output_dir"], "manifest.json")
 plan.UNIT_BYTES = 6000
 drawn, killed, counted_calls = random.Random(4), 0, [0]
 while killed < 300:
     # A few runs by the clock, then one that may end.
     seconds = drawn.uniform(0.02, 0.6) if how == "time" and killed < 10 else None
     counted_calls[0] = drawn.randint(1, 4)
+    if how == "shares":
+        keywords["shard"] = drawn.randint(1, 3), 3
     child = os.fork()
     if not child:
         os.dup2(2, 1)
-        if how == "files":
+        if how != "time":
             os.replace, os.rename, os.unlink = map(count_down, (os.replace, os.rename, os.unlink))
         prepare.prepare_pretrain(**keywords)
         os._exit(0)
@@ -49,10 +53,11 @@ while killed < 300:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code != -signal.SIGKILL:
+    if code == -signal.SIGKILL:
+        killed += 1
+    elif code or os.path.isfile(manifest):
         print(killed)
         sys.exit(code)
-    killed += 1
 """
 
 
@@ -83,7 +88,7 @@ def undisturbed(inputs, tokenizer_dir, tmp_path, small_units) -> dict:
     return contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("how, num_workers, least", [("files", 1, 20), ("time", 2, 3)])
+@pytest.mark.parametrize("how, num_workers, least", [("files", 1, 20), ("shares", 1, 20), ("time", 2, 3)])
 def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = {**options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
     done = subprocess.run(
@@ -94,6 +99,34 @@ def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tm
     assert int(done.stdout) >= least
     assert contents(tmp_path / "killed") == undisturbed
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["arrow", "cache", "jsonl"]
+
+
+# The command, with units so small that there are many.
+COMMAND = """
+from colossal_llama2.dataset import plan
+import prepare_pretrain_dataset
+
+plan.UNIT_BYTES = 6000
+prepare_pretrain_dataset.main()
+"""
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undisturbed):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "shared")
+    shares = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMAND, *map(str, flags({**keywords, "shard": f"{number}/{count}"}))],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(1, count + 1)
+    ]  # fmt: skip
+    ends = [share.communicate(timeout=100) for share in shares]
+    assert [share.returncode for share in shares] == [0] * count, ends
+    # One, whichever is last, writes the bins and prints the account.
+    assert sorted("tokens per bin" in out for out, _ in ends) == [False] * (count - 1) + [True]
+    assert all(("tokens per bin" in out) != ("this share is done" in err) for out, err in ends)
+    assert contents(tmp_path / "shared") == undisturbed
 
 
 def stop_before_the_bins(monkeypatch, keywords) -> None:
@@ -116,7 +149,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; give the command"):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
-    with pytest.raises(UserError, match="--no_jsonl was True, now False"):
+    with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
     path = inputs / "small.jsonl"
     times = path.stat()

@@ -24,6 +24,7 @@ PARSERS = {
     "inference_example.py": arguments.inference_parser,
     "colossal_llama2.tokenizer.mine_tokens": arguments.mine_tokens_parser,
     "colossal_llama2.tokenizer.compare": arguments.compare_parser,
+    "colossal_llama2.dataset.inspect_data": arguments.inspect_data_parser,
 }
 
 
@@ -71,7 +72,7 @@ def test_every_flag_is_in_a_table_with_its_default(script):
             assert told == ["`1`, SFT `8`"]
         elif isinstance(action.default, bool) and action.nargs == 0:
             assert set(told) == {"off"}, action.option_strings
-        elif action.dest != "help":
+        elif action.option_strings and action.dest != "help":
             assert told, action.option_strings
             assert action.default is None or f"`{action.default}`" in told, action.option_strings
 
@@ -119,7 +120,7 @@ def run(command, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     environment["PATH"] = f"{scripts}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 0, f"{command}\n{process.stderr[-3000:]}"
     return process.stdout
@@ -139,6 +140,8 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
     assert (workplace / "mined_tokens.jsonl").is_file()
     assert "tokenizer-zh" in outputs["colossal_llama2.tokenizer.compare"]
     assert "tokens per bin" in outputs["prepare_pretrain_dataset.py"]
+    assert "trained | " in outputs["colossal_llama2.dataset.inspect_data"]
+    assert (workplace / "charts" / "categories.png").is_file()
     assert (workplace / "checkpoint_dir_sft" / "modeling" / "tokenizer.model").is_file()
     assert "Answer:" in outputs["inference_example.py"]
 

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import datasets
 import pytest
 
+from colossal_llama2.dataset.manifest import check_parts_fit
+from colossal_llama2.dataset.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.tokenizer import Encoder
 from tests import tiny
 from tests.conftest import ROOT
+from tests.preparing import settings, write_lines
 
 PLACES = ("save_dir", "tensorboard_dir", "config_file")
 
@@ -84,6 +88,35 @@ def test_mistakes_end_in_one_line(run_script, assert_user_error, flags, tmp_path
     assert "Traceback" not in process.stderr
     assert all(word in errors[0] for word in words), errors[0]
     assert not (tmp_path / "save_dir").exists()
+
+
+def test_data_of_another_tokenizer_is_refused_before_anything(run_script, assert_user_error, flags, tmp_path, part):
+    prepared = shutil.copytree(part.parent, tmp_path / "prepared")
+    content = {"settings": {"stage": "pretrain"}, "tokenizer": {"sha256": "ab" * 32}, "bins": []}
+    (prepared / "manifest.json").write_text(json.dumps(content))
+    process = run_script("train.py", *flags, "--plugin", "zero2", "--dataset", str(prepared / "part-00000"))
+    assert_user_error(process, "part-00000: prepared with another tokenizer", "abababababab", "--tokenizer_dir")
+
+
+def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_path):
+    """The bins that each command makes, against each stage."""
+    rows = {
+        "pretrain": [{"target": "One."}],
+        "sft": [{"messages": [{"from": "human", "content": "Two?"}, {"from": "assistant", "content": "Yes."}]}],
+    }
+    for stage, command in (("pretrain", prepare_pretrain), ("sft", prepare_sft)):
+        write_lines(tmp_path / stage / "in" / "rows.jsonl", rows[stage])
+        command(**settings([tmp_path / stage / "in"], tokenizer_dir, tmp_path / stage))
+    parts = {stage: str(tmp_path / stage / "arrow" / "part-00000") for stage in rows}
+    for stage, script in (("pretrain", "train_sft.py"), ("sft", "train.py")):
+        caplog.clear()
+        check_parts_fit([parts[stage]], stage=stage, tokenizer_dir=str(model_dir))
+        assert not caplog.messages
+        other = next(name for name in rows if name != stage)
+        check_parts_fit(list(parts.values()), stage=other, tokenizer_dir=str(model_dir))
+        (message,) = caplog.messages
+        assert message.startswith(f"--dataset {parts[stage]}: made by prepare_{stage}_dataset.py")
+        assert message.endswith(f"but this is {script} (1 of 2 folders)")
 
 
 def test_several_mistakes_are_told_at_once(run_script, assert_user_error, flags):

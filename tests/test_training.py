@@ -16,15 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
 from tests import reference, tiny
+from tests.launching import distance, launch
 from tests.training_jobs import (
     CLIP,
     GLOBAL_BATCH,
     LR,
     Job,
     common_flags,
-    distance,
     finished,
-    launch,
     weights_of,
     with_vocabulary,
     write_data,
@@ -54,10 +53,6 @@ FLOAT32_RUNS = {
     ],
     "3d_sp2_all_to_all": [*FP32, *SP2, "--zero", "0"],
     "3d_tp2_ring": [*FP32, *TP2, "--zero", "0", *SEQUENCE, "ring"],
-    # One sample at a time: some batches have no padding.
-    "3d_sp2_all_to_all_singly": [
-        *FP32, *SP2, "--zero", "0", "--micro_batch_size", "1", "--accumulation_steps", "16",
-    ],
     # Ranks that share a sample would sum up the gradients of its norms once per micro batch.
     "3d_tp2_split_gather_accumulating": [
         *FP32, *TP2, "--zero", "0", *SEQUENCE, "split_gather", "--micro_batch_size", "4", "--accumulation_steps", "4",
@@ -76,13 +71,25 @@ BFLOAT16_RUNS = {
         *BF16, "--plugin", "3d", "--micro_batch_size", "4", "--accumulation_steps", "2",
     ],
     "3d_tp2_zero1_bf16": [*BF16, *TP2],
-    "3d_pp2_zero1_bf16": [*BF16, *PP2],
+    "3d_pp2_zero1_bf16": [*BF16, *PP2, "--chunked_loss", "off"],
 }  # fmt: skip
+
+UNPADDED_RUNS = {
+    "full_sp2_all_to_all": SP2,
+    "full_sp2_all_to_all_fused": [*SP2, "--use_flash_attn"],
+    "full_tp2_split_gather": [*TP2, *SEQUENCE, "split_gather"],
+}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
     return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir, STEPS)
+
+
+@pytest.fixture(scope="module")
+def full_parts(tmp_path_factory, tokenizer_dir) -> List[str]:
+    """Data of which no batch is padded, as spliced data is."""
+    return write_data(tmp_path_factory.mktemp("full"), tokenizer_dir, 3, full=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,7 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(
-    tmp_path_factory, parts, model_dir, odd_model_dir, tied_model_dir, small_model_dir, three_headed_dir
+    tmp_path_factory, parts, full_parts, model_dir, odd_model_dir, tied_model_dir, small_model_dir, three_headed_dir
 ) -> Dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
@@ -146,6 +153,8 @@ def jobs(
     add("tied_pp2", *FP32, *PP2, "--zero", "0", model=tied_model_dir)
     add("odd_vocabulary_pp2", *FP32, *PP2, "--zero", "0", model=odd_model_dir)
     add("frozen_pp2", *FP32, *PP2, "--zero", "0", "--freeze_non_embeds_params")
+    for name, flags in UNPADDED_RUNS.items():
+        add(name, *FP32, *flags, "--zero", "0", "--dataset", *full_parts)
     add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], unrepaired=["ring_weight_gradients"])
     add("loss_unrepaired", *BFLOAT16_RUNS["3d_pp2_zero1_bf16"], unrepaired=["loss_in_float32"])
     middle = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-5")
@@ -184,6 +193,14 @@ def test_float32_equals_plain_torch(jobs, float32, name):
     assert job.scalars("Loss") == pytest.approx(float32.losses, rel=1e-5)
     assert job.scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=2e-4)
     assert distance(weights_of(job), float32.weights) < 1e-4
+
+
+def test_batches_without_padding_equal_plain_torch(jobs, full_parts, model_dir):
+    trace = reference.train(model_dir, full_parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+    for name in UNPADDED_RUNS:
+        assert jobs[name].error is None
+        assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+        assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", BFLOAT16_RUNS)

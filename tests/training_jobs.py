@@ -1,11 +1,7 @@
-"""Training commands that tests compare: their data, their launch on several ranks, and what they left behind."""
+"""Training commands that tests compare: their data, and what they left behind."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -18,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from colossal_llama2.tokenizer import Encoder
 from tests import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 48
 GLOBAL_BATCH = 16
 LR = 2e-3
@@ -71,6 +66,25 @@ def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = Fa
     return [str(folder / f"part-{part:05d}") for part in range(2)]
 
 
+def write_spliced_data(folder: Path, tokenizer_dir: Path, steps: int) -> str:
+    """A prepared part of real text: one to four documents a sample, unequal lengths, some with a masked start."""
+    encoder = Encoder(tokenizer_dir)
+    documents = iter(encoder.encode(tiny.english_documents()[: 100 * steps]))
+    random = np.random.default_rng(0)
+    rows: Dict[str, list] = {"input_ids": [], "labels": [], "sequence_lengths": []}
+    for _ in range(GLOBAL_BATCH * steps):
+        pieces = [[1, *next(documents)[: int(random.integers(4, 40))], 2] for _ in range(int(random.integers(1, 5)))]
+        while sum(map(len, pieces)) > LENGTH:
+            pieces.pop()
+        labels = [[-100] * 3 + piece[3:] if random.random() < 0.3 else piece for piece in pieces]
+        rows["input_ids"].append(sum(pieces, []))
+        rows["labels"].append(sum(labels, []))
+        rows["sequence_lengths"].append([len(piece) for piece in pieces])
+    kind = datasets.Sequence(datasets.Value("int32"))
+    datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(rows, kind))).save_to_disk(folder)
+    return str(folder)
+
+
 def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
     """A copy of a model with so many embedding rows."""
     shutil.copytree(model_dir, folder)
@@ -85,30 +99,6 @@ def common_flags(home: Path, model, parts: List[str], *, run: str = "tb") -> lis
     flags = ["--pretrained", model, "--dataset", *parts, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
     flags += ["--save_dir", home / "ckpt", "--tensorboard_dir", home / run, "--config_file", home / "config.json"]
     return [*flags, "--micro_batch_size", 8, "--accumulation_steps", 1]
-
-
-def launch(folder: Path, specs: List[dict], *, ranks: int = 2, timeout: float = 280) -> None:
-    """Run the commands on the ranks of one job, with a limit on its time (seconds). AssertionError if it fails."""
-    process = attempt(folder, specs, ranks=ranks, timeout=timeout)
-    assert process.returncode == 0, process.stderr[-6000:]
-
-
-def attempt(folder: Path, specs: List[dict], *, ranks: int, timeout: float) -> subprocess.CompletedProcess:
-    """The same for commands that may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
-    (folder / "jobs.json").write_text(json.dumps(specs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            # The ranks are children of the launcher.
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def finished(folder: Path, spec: dict) -> Job:
@@ -128,9 +118,3 @@ def weights_of(job: Job) -> Dict[str, torch.Tensor]:
         name: param.detach().float()
         for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()
     }
-
-
-def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over the norm of the expected weights."""
-    difference = sum(float((weights[name] - expected[name]).square().sum()) for name in expected)
-    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5

@@ -7,16 +7,12 @@ As JSON, one `Tally`:
      "predicted": 558, "pieces": 3, "cut_documents": 1, "held_out_documents": 0, "held_out_pieces": 0}
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterable, List, Tuple
 
 from colossal_llama2.errors import RunError
 
 TABLE_ROWS = 20
-COUNTS = (
-    "documents", "bytes", "characters", "tokens_in", "trained", "masked", "truncated", "predicted", "pieces",
-    "cut_documents", "held_out_documents", "held_out_pieces",
-)  # fmt: skip
 
 
 @dataclass
@@ -92,6 +88,9 @@ class Tally:
         return cls(**{name: content[name] for name in COUNTS}, dropped=dropped)
 
 
+COUNTS = tuple(count.name for count in fields(Tally) if count.name != "dropped")
+
+
 @dataclass
 class Account:
     """The tallies of a whole run, by (file number, category); and its lines that are no documents."""
@@ -104,7 +103,10 @@ class Account:
 
     def tally(self, file: int, category: str) -> Tally:
         """The tally of one file and category."""
-        return self.tallies.setdefault((file, category), Tally())
+        key = (file, category)
+        if key not in self.tallies:
+            self.tallies[key] = Tally()
+        return self.tallies[key]
 
     def add(self, other: "Account") -> None:
         """Add the counts of `other`."""

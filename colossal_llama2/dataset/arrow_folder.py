@@ -77,19 +77,32 @@ def _arrow_type(kind):
     return pyarrow.list_(_arrow_type(kind[0])) if isinstance(kind, list) else pyarrow.type_for_alias(kind)
 
 
-def list_column(values: np.ndarray, counts: Sequence[int]):
-    """A column of lists: the next `counts[i]` of `values` make row i."""
+def number_column(values: np.ndarray):
+    """A column of numbers. `pyarrow.array` makes the same, but first imports pandas, in each worker."""
+    import pyarrow
+
+    kind = pyarrow.type_for_alias(str(values.dtype))
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])
+
+
+def list_column(values, counts: Sequence[int]):
+    """A column of lists: the next `counts[i]` of `values`, a numpy or arrow array, make row i."""
     import pyarrow
 
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), pyarrow.array(values))
+    items = number_column(values) if isinstance(values, np.ndarray) else values
+    return pyarrow.ListArray.from_arrays(number_column(offsets), items)
 
 
 def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequence[int]):
     """As `list_column`, of the strings that `numbers` stand for in `names`."""
     import pyarrow
 
-    return list_column(pyarrow.array(names, pyarrow.string()).take(pyarrow.array(numbers)), counts)
+    texts = [name.encode() for name in names]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"".join(texts))]
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(names), buffers)
+    return list_column(column.take(number_column(numbers)), counts)
 
 
 def rows_of(columns: Dict[str, Any]) -> List[Dict[str, Any]]:
@@ -98,8 +111,13 @@ def rows_of(columns: Dict[str, Any]) -> List[Dict[str, Any]]:
     for name, column in columns.items():
         values = column.type.value_type if hasattr(column.type, "value_type") else None
         if values is not None and str(values) in ("int32", "int64"):
-            flat = column.values.to_numpy()
-            listed[name] = np.split(flat, column.offsets.to_numpy()[1:-1])
+            flat, offsets = (_numbers(array) for array in (column.values, column.offsets))
+            listed[name] = [flat[start:stop] for start, stop in zip(offsets, offsets[1:], strict=False)]
         else:
             listed[name] = column.to_pylist()
     return [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
+
+
+def _numbers(column) -> np.ndarray:
+    """The inverse of `number_column`."""
+    return np.frombuffer(column.buffers()[1], str(column.type), count=len(column))

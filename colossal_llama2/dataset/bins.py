@@ -157,14 +157,15 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
     tokens = np.empty(int(lengths.sum()), np.int32)
     files: OrderedDict[int, int] = OrderedDict()
     try:
-        for index in np.lexsort((members["offset"], members["unit"])):
-            unit = int(members["unit"][index])
+        order = np.lexsort((members["offset"], members["unit"]))
+        sorted_columns = (members["unit"], members["offset"], lengths, starts)
+        for unit, offset, length, start in zip(*(column[order].tolist() for column in sorted_columns), strict=True):
             if unit not in files:
                 if len(files) >= MAX_OPEN_FILES:
                     os.close(files.popitem(last=False)[1])
                 files[unit] = os.open(cache_dir / f"unit-{unit:08d}.tokens", os.O_RDONLY)
-            place = tokens[starts[index] : starts[index] + lengths[index]]
-            count = os.preadv(files[unit], [place.data], int(members["offset"][index]) * tokens.itemsize)
+            place = tokens[start : start + length]
+            count = os.preadv(files[unit], [place.data], offset * tokens.itemsize)
             if count != place.nbytes:
                 raise OSError(f"unit-{unit:08d}.tokens in {cache_dir} is cut short; delete the folder and begin anew")
     finally:

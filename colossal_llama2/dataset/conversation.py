@@ -7,12 +7,9 @@ with nothing between the messages, and one more <s> in front of everything. The 
 message that holds the characters "<s>" keeps them as characters. Loss falls on what the assistant says and on the
 </s> that ends it.
 
-`CHAT_TEMPLATE` is the same for transformers, made of the same constants. With a fast tokenizer of LLaMA-2's kind
-(`legacy: false`), `apply_chat_template` gives the ids of `tokenization.tokenize_sft`, and with
-`return_assistant_tokens_mask=True` its mask. Two things it cannot do, whatever the template says. With `legacy: true`,
-and with the Prepend normalizer of some tokenizer.json, transformers puts a "▁" in front of the text behind each mark,
-so that every message begins with another token. And a mark that a message spells out, such as the characters "<s>",
-becomes the mark's id, which in training it never does.
+`chat_template` is the same for transformers, made of the same constants: `apply_chat_template` gives the ids of
+`tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask. One thing it cannot do: a mark that
+a message spells out, such as the characters "<s>", becomes the mark's id, which in training it never does.
 """
 
 from dataclasses import dataclass
@@ -120,17 +117,18 @@ def message_segments(messages: List[Message], *, opening: str = "") -> List[Segm
     return segments
 
 
-def _jinja_template() -> str:
+def chat_template(*, prefix_after_marks: bool) -> str:
     """The template above for transformers, which takes {"role", "content"}: the same text with its marks as text.
 
-    The space behind the first mark stands for the "▁" that SentencePiece puts before a text, and transformers, which
-    sees the mark in front, does not.
+    `prefix_after_marks` is `tokenizer.puts_prefix_after_marks`. SentencePiece puts a "▁" before the first text; where
+    transformers, which sees a mark in front, does not, a space stands for it.
     """
+    prefix = "" if prefix_after_marks else " "
     assistant = ROLES["assistant"]
     refusal = f"; roles are {', '.join(ROLES)}, and {SYSTEM_ROLE} for the first message alone"
     return f"""\
 {{%- set speakers = {ROLES!a} -%}}
-{{{{- bos_token + ' ' -}}}}
+{{{{- bos_token + {prefix!a} -}}}}
 {{%- set system_text = {SYSTEM_TEXT!a} -%}}
 {{%- if messages and messages[0]['role'] == {SYSTEM_ROLE!a} -%}}
   {{%- set system_text = messages[0]['content'] -%}}
@@ -156,6 +154,3 @@ def _jinja_template() -> str:
   {{{{- {assistant + NAME_END!a} + bos_token -}}}}
 {{%- endif -%}}
 """
-
-
-CHAT_TEMPLATE = _jinja_template()

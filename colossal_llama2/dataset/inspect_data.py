@@ -15,14 +15,14 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.manifest_table import manifest_lines, tokenizer_fingerprints
+from colossal_llama2.dataset.manifest_table import manifest_lines
+from colossal_llama2.dataset.output import MANIFEST_FILE
 from colossal_llama2.dataset.visible import visible, visible_line
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
 from colossal_llama2.tokenizer import Encoder, fingerprint
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
-MANIFEST_FILE = "manifest.json"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
 CATEGORY_COLUMNS = ("document_categories", "seq_category")
@@ -210,8 +210,8 @@ def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
     if not path.is_file():
         return
     manifest = read_json(path)
-    known = tokenizer_fingerprints(manifest)
-    if known and fingerprint(tokenizer_dir) not in known:
+    known = manifest.get("tokenizer", {}).get("sha256")
+    if known and fingerprint(tokenizer_dir) != known:
         logs.get_logger().warning(
             "%s names another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
         )

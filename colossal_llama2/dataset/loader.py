@@ -4,10 +4,11 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from colossal_llama2 import logs
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.errors import UserError
 
@@ -18,19 +19,22 @@ if TYPE_CHECKING:
 # Matrix kernels are fastest on lengths that are multiples of this.
 PAD_TO_MULTIPLE = 8
 CHECK_ROWS = 10_000
+DOCUMENT_COLUMN = "sequence_lengths"
 
 
-def load_tokenized_dataset(dataset_paths: Sequence[str]) -> "datasets.Dataset":
+def load_tokenized_dataset(dataset_paths: Sequence[str], document_mask: str = "off") -> "datasets.Dataset":
     """Load prepared folders and put their samples one after the other, in the given order.
 
     Args:
         dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote: arrow/part-00000 ...
+        document_mask: "on" or "auto" keeps the lengths of the documents in each sample, "auto" where they are there.
 
     Returns:
-        A memory-mapped dataset with the columns input_ids and labels, in arrow format.
+        A memory-mapped dataset with the columns input_ids and labels, in arrow format; and sequence_lengths, by which
+        a Collator keeps documents apart.
 
     Raises:
-        UserError: a folder is missing, is no prepared folder, or holds no samples.
+        UserError: a folder is missing, is no prepared folder, holds no samples, or lacks the lengths that "on" needs.
     """
     import datasets
 
@@ -44,11 +48,28 @@ def load_tokenized_dataset(dataset_paths: Sequence[str]) -> "datasets.Dataset":
         missing = {"input_ids", "labels"} - set(getattr(part, "column_names", ()))
         if missing:
             raise UserError(f"{path}: has no column {' and '.join(sorted(missing))}; prepare the data again")
-        parts.append(part.select_columns(["input_ids", "labels"]))
-    whole = datasets.concatenate_datasets(parts)
+        parts.append(part)
+    columns = ["input_ids", "labels"]
+    if document_mask != "off" and _all_have_documents(dataset_paths, parts, required=document_mask == "on"):
+        columns.append(DOCUMENT_COLUMN)
+    whole = datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
     if len(whole) == 0:
         raise UserError(f"--dataset {' '.join(dataset_paths)}: holds no samples")
     return whole.with_format("arrow")
+
+
+def _all_have_documents(paths: Sequence[str], parts: Sequence["datasets.Dataset"], *, required: bool) -> bool:
+    lacking = [path for path, part in zip(paths, parts, strict=True) if DOCUMENT_COLUMN not in part.column_names]
+    if lacking and required:
+        raise UserError(
+            f"--document_mask on: {lacking[0]} has no column {DOCUMENT_COLUMN}, which says where documents end; "
+            f"prepare the data again, or leave the flag out"
+        )
+    if lacking and len(lacking) < len(parts):
+        logs.get_logger().warning(
+            "%s has no column %s, so the documents of no sample are kept apart", lacking[0], DOCUMENT_COLUMN
+        )
+    return not lacking
 
 
 def check_prepared_folder(path: str) -> None:
@@ -82,6 +103,20 @@ def check_lengths(dataset: "datasets.Dataset", max_length: int) -> None:
             )
         if shortest == 0 or not compute.all(compute.equal(lengths, compute.list_value_length(rows["labels"]))).as_py():
             raise UserError("a sample of --dataset is empty, or has more labels than tokens or fewer; prepare it again")
+        if DOCUMENT_COLUMN in rows.column_names and not _documents_fill(rows[DOCUMENT_COLUMN], lengths):
+            raise UserError(f"a sample of --dataset has {DOCUMENT_COLUMN} that are not its length; prepare it again")
+
+
+def _documents_fill(documents: Any, lengths: Any) -> bool:
+    """Whether the lists of positive whole numbers in an arrow column sum to these lengths."""
+    import pyarrow.compute as compute
+
+    counts = np.asarray(compute.list_value_length(documents))
+    values = np.asarray(compute.list_flatten(documents))
+    if counts.min() < 1 or values.min() < 1:
+        return False
+    sums = np.add.reduceat(values.astype(np.int64), np.cumsum(counts) - counts)
+    return bool((sums == np.asarray(lengths)).all())
 
 
 def highest_token_id(dataset: "datasets.Dataset", *, share: int, shares: int) -> int:
@@ -145,6 +180,8 @@ class Batch:
         attention_mask: (batch, length) int64, 1 on tokens and 0 on padding; None if nothing is padded.
         lengths: (batch,) int64, tokens per sample.
         predicted: number of labels that count in the loss: not IGNORE_INDEX, and not a sample's first.
+        documents: (batch, length) int64, the number of a token's document in its row from 1, and 0 on padding; None if
+            each row is one document, or documents are not kept apart.
     """
 
     input_ids: "torch.Tensor"
@@ -152,6 +189,7 @@ class Batch:
     attention_mask: Optional["torch.Tensor"]
     lengths: "torch.Tensor"
     predicted: int
+    documents: Optional["torch.Tensor"] = None
 
     @property
     def tokens(self) -> int:
@@ -163,16 +201,17 @@ class Collator:
     """Turns rows of the dataset into a Batch.
 
     Pads to the longest sample, rounded up to a multiple of 8. The mask comes from the lengths, not from the token ids,
-    so that a padding token that is also a real one (</s>) is never hidden.
+    so that a padding token that is also a real one (</s>) is never hidden. Where rows say how long their documents are,
+    documents are kept apart, and the first token of a document is not predicted from the one before.
     """
 
-    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1, always_masks: bool = False):
-        """`length_divisor` divides `max_length` and every batch's length; `always_masks` also where none is padded."""
-        self._pad_token_id, self._max_length, self._always_masks = pad_token_id, max_length, always_masks
+    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1):
+        """`length_divisor` divides `max_length` and the length of every batch."""
+        self._pad_token_id, self._max_length = pad_token_id, max_length
         self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
     def __call__(self, rows) -> Batch:
-        """Collate an arrow table with the list columns input_ids and labels, which `check_lengths` has accepted."""
+        """Collate an arrow table of `load_tokenized_dataset`, which `check_lengths` has accepted."""
         import torch
 
         ids = [np.asarray(row.values) for row in rows["input_ids"]]
@@ -184,14 +223,30 @@ class Collator:
         for row, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):
             padded_ids[row, : len(row_ids)] = row_ids
             padded_labels[row, : len(row_labels)] = row_labels
+        documents = None
+        if DOCUMENT_COLUMN in rows.column_names:
+            documents = _document_numbers([np.asarray(row.values) for row in rows[DOCUMENT_COLUMN]], width)
+        if documents is not None:
+            padded_labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
         mask = np.arange(width) < lengths[:, None]
         return Batch(
             input_ids=torch.from_numpy(padded_ids),
             labels=torch.from_numpy(padded_labels),
-            attention_mask=None if mask.all() and not self._always_masks else torch.from_numpy(mask.astype(np.int64)),
+            attention_mask=None if mask.all() else torch.from_numpy(mask.astype(np.int64)),
             lengths=torch.from_numpy(lengths),
             predicted=int((padded_labels[:, 1:] != IGNORE_INDEX).sum()),
+            documents=None if documents is None else torch.from_numpy(documents),
         )
+
+
+def _document_numbers(lengths: Sequence[np.ndarray], width: int) -> Optional[np.ndarray]:
+    """(rows, width) numbers of documents of these lengths, as `Batch` has them; None if each row is one."""
+    if all(len(row) == 1 for row in lengths):
+        return None
+    numbers = np.zeros((len(lengths), width), dtype=np.int64)
+    for row, row_lengths in enumerate(lengths):
+        numbers[row, : row_lengths.sum()] = np.repeat(np.arange(1, len(row_lengths) + 1), row_lengths)
+    return numbers
 
 
 class StepLoader:

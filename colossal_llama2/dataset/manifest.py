@@ -14,8 +14,10 @@ last; it depends on the input, the settings and the tokenizer alone:
 The counts are those of `account`.
 """
 
+from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+from colossal_llama2 import logs
 from colossal_llama2.dataset import plan
 from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs, RefusedError
@@ -24,8 +26,14 @@ from colossal_llama2.dataset.rows import sha256_of
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.store import read_json_or_none, write_json_whole
 from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer import fingerprint
 
 VERSION = 1
+# What prepares the data of a stage, and what trains on it.
+COMMANDS = {
+    "pretrain": ("prepare_pretrain_dataset.py", "train.py"),
+    "sft": ("prepare_sft_dataset.py", "train_sft.py"),
+}
 
 
 def plan_content(settings: Settings, files: Sequence[InputFile], tokenizer_sha256: str) -> Dict[str, Any]:
@@ -82,6 +90,57 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
         raise UserError(
             f"--data_arrow_output_dir: {folders.final_arrow} exists already, made of something else: "
             f"{'; '.join(changes)}; remove it or name another folder"
+        )
+
+
+def read_manifest_of(part: str) -> Dict[str, Any]:
+    """The manifest of the prepared data that a part-* or eval folder belongs to; empty if none lies beside it.
+
+    Raises UserError for a manifest that is damaged.
+    """
+    path = Path(part).resolve().parent / MANIFEST_FILE
+    try:
+        manifest = read_json_or_none(path) or {}
+        return manifest if _is_manifest(manifest) else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); prepare the data again")
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether a file of that common name is one of ours."""
+    return isinstance(content, dict) and {"settings", "tokenizer", "bins"} <= content.keys()
+
+
+def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str) -> None:
+    """Compare prepared folders with the model's tokenizer and the command, as far as they say what they were made of.
+
+    Raises UserError for a folder whose ids are of another tokenizer. Warns of one of another stage, "pretrain" or
+    "sft": whoever mixes them on purpose may.
+    """
+    expected = fingerprint(tokenizer_dir)
+    others, unknown = [], []
+    for part in parts:
+        manifest = read_manifest_of(part)
+        if not manifest:
+            unknown.append(part)
+        elif manifest["tokenizer"]["sha256"] != expected:
+            raise UserError(
+                f"--dataset {part}: prepared with another tokenizer (tokenizer.model of SHA-256 "
+                f"{manifest['tokenizer']['sha256'][:12]}) than that of {tokenizer_dir} ({expected[:12]}); prepare the "
+                f"data with --tokenizer_dir {tokenizer_dir}"
+            )
+        elif manifest["settings"]["stage"] != stage:
+            others.append(part)
+    if others:
+        (other,) = COMMANDS.keys() - {stage}
+        logs.get_logger().warning(
+            f"--dataset {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
+            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders)"
+        )
+    if unknown:
+        logs.get_logger().warning(
+            f"--dataset {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
+            f"({len(unknown)} of {len(parts)} folders)"
         )
 
 

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from typing import Any, Iterator, List, Mapping, Sequence, Set
+from typing import Any, Iterator, List, Mapping, Sequence
 
 from colossal_llama2.dataset.visible import visible_line
 
@@ -27,18 +27,6 @@ def manifest_lines(content: Mapping[str, Any], *, indent: str = "") -> Iterator[
         if not _is_plain(value):
             yield f"{indent}{visible_line(name)}:"
             yield from _nested(value, indent=indent + INDENT)
-
-
-def tokenizer_fingerprints(content: Any, *, under_tokenizer: bool = False) -> Set[str]:
-    """Every SHA-256 that a manifest gives under a name with "tokenizer" in it."""
-    found: Set[str] = set()
-    for name, value in content.items() if isinstance(content, dict) else ():
-        is_of_tokenizer = under_tokenizer or "tokenizer" in name
-        if isinstance(value, dict):
-            found |= tokenizer_fingerprints(value, under_tokenizer=is_of_tokenizer)
-        elif isinstance(value, str) and is_of_tokenizer and SHA256.fullmatch(value):
-            found.add(value)
-    return found
 
 
 def _nested(value: Any, *, indent: str) -> Iterator[str]:

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from colossal_llama2.dataset.store import TEMPORARY, remove_leftovers, sync_folder
+from colossal_llama2.dataset.store import TEMPORARY, remove_leftovers
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create
+from colossal_llama2.files import check_can_create, sync_entries
 
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
@@ -153,7 +153,7 @@ class OutputDirs:
                 partial.rmdir()
             else:
                 os.rename(partial, final)
-                sync_folder(final.parent)
+                sync_entries(final.parent)
 
     def empty_cache(self) -> None:
         """Remove everything in the cache, the plan last: without it the rest would not be known as ours."""

@@ -14,7 +14,7 @@ from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.tokenizer import FAST_FILE, Encoder
 
 SAMPLE_TEXTS = 200
-SAMPLE_CHARACTERS = 2000
+SAMPLE_CHARACTERS = 1000
 
 
 def compare_on_sample(tokenizer_dir: str, encoder: Encoder, files: Sequence[InputFile]) -> Dict[str, int]:

@@ -12,9 +12,10 @@ settings and the tokenizer alone: not on the number of workers, the machine, or 
 
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -22,16 +23,17 @@ from colossal_llama2.dataset import bins as bins_module
 from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
 from colossal_llama2.dataset.bins import BinTask, write_bin
-from colossal_llama2.dataset.conversation import CHAT_TEMPLATE
+from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.parity import compare_on_sample
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit
-from colossal_llama2.dataset.workers import run_tasks
+from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder, fingerprint
+from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
+from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 # The name by which transformers finds it in a tokenizer's folder.
@@ -75,13 +77,17 @@ def _prepare(
     eval_fraction: float = 0.0,
     no_jsonl: bool = False,
     num_workers: Optional[int] = None,
+    executor: str = "local",
+    ray_address: Optional[str] = None,
     shard: Optional[Tuple[int, int]] = None,
 ) -> None:
     settings = Settings(
         stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
+        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir),
     )  # fmt: skip
-    execution = Execution(num_workers or len(os.sched_getaffinity(0)), shard)
+    _check_execution(executor, ray_address, num_workers)
+    execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
     jsonl_dir = None if no_jsonl else data_jsonl_output_dir
     folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
     tokenizer_sha256 = fingerprint(tokenizer_dir)
@@ -93,9 +99,20 @@ def _prepare(
     if folders.is_finished:
         _say_finished(folders, content)
         return
-    with folders.locked(shard):
-        run = _Run(settings, execution, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
+    # Ray first: that it is missing must not take back what an earlier run has done.
+    with task_runner(execution) as run_tasks, folders.locked(shard):
+        run = _Run(settings, execution, run_tasks, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
         run.go(content)
+
+
+def _check_execution(executor: str, ray_address: Optional[str], num_workers: Optional[int]) -> None:
+    """Raise UserError for flags of which one would not count."""
+    if ray_address is not None and executor != "ray":
+        raise UserError(f"--ray_address {ray_address} needs --executor ray, {executor} given; add it or leave both out")
+    if ray_address is not None and num_workers is not None:
+        raise UserError(
+            f"--num_workers {num_workers} given, but the cores of the cluster at --ray_address count; leave one out"
+        )
 
 
 def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
@@ -112,6 +129,7 @@ class _Run:
 
     settings: Settings
     execution: Execution
+    run_tasks: Callable
     folders: OutputDirs
     files: List[InputFile]
     units: List[Unit]
@@ -125,8 +143,9 @@ class _Run:
         if not self.execution.shard:
             self._remove_leftovers()
         if not self.folders.is_being_published:
-            self.sample = compare_on_sample(self.tokenizer_dir, Encoder(self.tokenizer_dir), self.files)
-            self._do_units()
+            encoder = encoder_class(self.tokenizer_dir)
+            self.sample = compare_on_sample(self.tokenizer_dir, encoder(self.tokenizer_dir), self.files)
+            self._do_units(encoder)
             missing = [unit for unit in self.units if not self._is_done(unit)]
             if missing:
                 logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
@@ -145,50 +164,63 @@ class _Run:
     def _is_done(self, unit: Unit) -> bool:
         return (self.folders.cache / f"{unit.name}.json").exists()
 
-    def _do_units(self) -> None:
+    def _do_units(self, encoder: Type[Encoder]) -> None:
         """Do this share of the units."""
         number, shares = self.execution.shard or (1, 1)
         own = [unit for unit in self.units if unit.number % shares == number - 1]
         waiting = [unit for unit in own if not self._is_done(unit)]
         documents = tokens = 0
         total, left = (sum(unit.size for unit in units) for units in (own, waiting))
+        tasks = (self._unit_task(unit, encoder) for unit in waiting)
+        start = time.monotonic()
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
         ) as progress:  # fmt: skip
-            for done in run_tasks(do_unit, map(self._unit_task, waiting), num_workers=self.execution.num_workers):
+            for done in self.run_tasks(do_unit, tasks):
                 documents += done.documents
                 tokens += done.tokens
-                progress.update(done.size, documents=f"{documents:,}", tokens=f"{tokens:,}")
+                rate = documents / max(time.monotonic() - start, 1e-9)
+                progress.update(done.size, documents=f"{documents:,} ({rate:,.0f}/s)", tokens=f"{tokens:,}")
 
-    def _unit_task(self, unit: Unit) -> UnitTask:
+    def _unit_task(self, unit: Unit, encoder: Type[Encoder]) -> UnitTask:
         files = {span.file: self.files[span.file] for span in unit.spans}
-        return UnitTask(unit, files, self.settings, self.tokenizer_dir, str(self.folders.cache), os.getcwd())
+        return UnitTask(
+            unit, files, self.settings, self.tokenizer_dir, encoder, str(self.folders.cache), os.getcwd()
+        )
 
     def _finish(self, content: Dict[str, Any]) -> None:
         """Write the bins and the manifest, give the folders their names, and print the account."""
         account, hashes = self._collect()
-        path = self.folders.arrow / MANIFEST_FILE
-        if not self.folders.is_being_published:
-            if self.execution.shard:
-                self._remove_leftovers()
-            self._check_enough(account)
-            written = self._write_bins()
-            kept = Tally(trained=sum(entry["trained"] for entry in written))
-            kept.masked = sum(entry["tokens"] for entry in written) - kept.trained
-            kept.predicted = sum(entry["predicted"] for entry in written)
-            account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
-            self._write_bad_rows()
-            self._write_chat_template()
-            tokenizer = {"sha256": content["tokenizer"], **self.sample}
-            whole = manifest.manifest_content(
-                self.settings, self.files, tokenizer=tokenizer, hashes=hashes, account=account, bins=written
-            )
-            store.write_json_whole(path, whole)
-        bins = store.read_json_or_none(path)["bins"]
-        samples = store.read_json_or_none(path)["samples"]
+        if self.folders.is_being_published:
+            written = store.read_json_or_none(self.folders.arrow / MANIFEST_FILE)
+        else:
+            written = self._write(content, account, hashes)
         self.folders.publish()
         self.folders.empty_cache()
-        self._print(account, tokens_per_bin=[entry["tokens"] for entry in bins], num_samples=samples)
+        tokens_per_bin = [entry["tokens"] for entry in written["bins"]]
+        self._print(account, tokens_per_bin=tokens_per_bin, num_samples=written["samples"])
+
+    def _write(self, content: Dict[str, Any], account: Account, hashes: Dict[int, str]) -> Dict[str, Any]:
+        """Write the bins, what lies beside them, and last the manifest, which is returned."""
+        if self.execution.shard:
+            self._remove_leftovers()
+        self._check_enough(account)
+        bins = self._write_bins()
+        if self.execution.executor == "ray":
+            # Of workers that were lost, whose tasks others have done.
+            self.folders.remove_leftovers()
+        kept = Tally(trained=sum(entry["trained"] for entry in bins))
+        kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
+        kept.predicted = sum(entry["predicted"] for entry in bins)
+        account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
+        self._write_bad_rows()
+        self._write_chat_template()
+        whole = manifest.manifest_content(
+            self.settings, self.files, tokenizer={"sha256": content["tokenizer"], **self.sample}, hashes=hashes,
+            account=account, bins=bins,
+        )  # fmt: skip
+        store.write_json_whole(self.folders.arrow / MANIFEST_FILE, whole)
+        return whole
 
     def _collect(self) -> Tuple[Account, Dict[int, str]]:
         """The accounts of all units together, and the hash of each file."""
@@ -234,7 +266,7 @@ class _Run:
         with logs.progress(
             total=len(tasks), initial=len(tasks) - len(waiting), description="write bins", unit="bins"
         ) as progress:  # fmt: skip
-            for _ in run_tasks(write_bin, waiting, num_workers=self.execution.num_workers):
+            for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
         return [json.loads(bins_module.bin_account_file(paths["cache_dir"], name).read_bytes()) for name in names]
@@ -260,7 +292,7 @@ class _Run:
         """Put the template of conversations beside them, for copying into the folder of a trained model."""
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
-                file.write(CHAT_TEMPLATE.encode())
+                file.write(chat_template(prefix_after_marks=self.settings.prefix_after_marks).encode())
 
     def _print(self, account: Account, *, tokens_per_bin: List[int], num_samples: int) -> None:
         by_file = {self.files[number].path: tally for number, tally in account.by_file().items()}

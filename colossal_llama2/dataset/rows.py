@@ -7,6 +7,7 @@ import json
 import os
 import zlib
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from colossal_llama2.dataset.plan import InputFile, Span
@@ -176,13 +177,22 @@ def _refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
 
     A flat record in which each key's bytes stand once, none of them escaped, needs no second parse.
     """
-    is_flat = not any(isinstance(value, (dict, list)) for value in record.values())
-    if is_flat and b"\\u00" not in line and all(line.count(f'"{key}"'.encode()) == 1 for key in record):
-        return
+    for key, value in record.items():
+        if isinstance(value, (dict, list)) or line.count(_quoted(key)) != 1:
+            break
+    else:
+        if b"\\u00" not in line:
+            return
     try:
         json.loads(line, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("nested too deeply; each line must be one JSON object in UTF-8")
+
+
+@lru_cache(maxsize=16)
+def _quoted(key: str) -> bytes:
+    """A key as it stands in a line, unless something in it is escaped."""
+    return f'"{key}"'.encode()
 
 
 def _unique_keys(pairs: List[tuple]) -> dict:

@@ -15,6 +15,7 @@ class Settings:
         on_bad_row: "fail" or "skip".
         eval_fraction: part of the documents of each category that goes to eval/.
         writes_jsonl: whether the samples are also written as jsonl.
+        prefix_after_marks: whether each text of a conversation has a "▁" of its own, as the tokenizer's folder decides.
     """
 
     stage: str
@@ -26,10 +27,12 @@ class Settings:
     on_bad_row: str
     eval_fraction: float
     writes_jsonl: bool
+    prefix_after_marks: bool = False
 
     # The flag behind each field, for messages.
     FLAGS = {
-        "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "--no_jsonl",
+        "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "writing jsonl",
+        "prefix_after_marks": "a text's leading space in tokenizer.json",
     }  # fmt: skip
 
     def as_dict(self) -> Dict[str, Any]:
@@ -55,8 +58,14 @@ class Settings:
 class Execution:
     """How the work is done. None of it changes the output.
 
-    `shard` is (i, n), i from 1 to n: the i-th of n shares of the units.
+    Attributes:
+        num_workers: processes on this machine; tasks at a time of a Ray that is started here.
+        executor: "local", or "ray".
+        ray_address: of the Ray cluster whose cores do the work, HOST:PORT or "auto"; None: of this machine alone.
+        shard: (i, n), i from 1 to n: the i-th of n shares of the units.
     """
 
     num_workers: int
+    executor: str = "local"
+    ray_address: Optional[str] = None
     shard: Optional[Tuple[int, int]] = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from colossal_llama2.errors import RunError
-from colossal_llama2.files import open_to_umask
+from colossal_llama2.files import open_to_umask, sync, sync_entries
 
 TEMPORARY = ".tmp-"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,11 +33,11 @@ def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             open_to_umask(temporary)
             yield temporary
-            sync_tree(temporary)
+            sync(temporary)
             # Of a run that died before it could note that this is done.
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            sync_entries(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -53,7 +53,7 @@ def appearing_file(path: Path, *, needed_bytes: int = 4096) -> Iterator[Any]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            sync_entries(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,24 +86,6 @@ def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
             f"{path}: {error.strerror}; about {needed_bytes:,} bytes needed, {shutil.disk_usage(folder).free:,} free "
             f"in {folder}; make room and give the same command again, it goes on where it stopped"
         )
-
-
-def sync_tree(folder: Path) -> None:
-    """Make sure that a folder's files and names are on the disk."""
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            with open(os.path.join(parent, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(parent))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -94,19 +94,27 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
     continuations = _encode_each((row.target for row in rows if row.source), encoder=encoder, dummy_prefix=False)
     tokenized = []
     for row in rows:
-        source = [encoder.bos_id, *openings[row.source]] if row.source else []
-        target = continuations[row.target] if row.source else [encoder.bos_id, *openings[row.target]]
-        input_ids = [*source, *target, encoder.eos_id]
-        if row.target:
+        if row.source:
+            source = [encoder.bos_id, *openings[row.source]]
+            input_ids = [*source, *continuations[row.target], encoder.eos_id]
             labels = [IGNORE_INDEX] * len(source) + input_ids[len(source) :]
+        else:
+            # No copy: nobody changes either.
+            labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
+        if row.target:
             tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
         else:
             tokenized.append(Tokenized([], [], len(input_ids), (Drop(EMPTY_TARGET, len(input_ids)),)))
     return tokenized
 
 
-def tokenize_sft(rows: Sequence[SftRow], *, encoder, max_length: int) -> List[Tokenized]:
+def tokenize_sft(
+    rows: Sequence[SftRow], *, encoder, max_length: int, prefix_after_marks: bool = False
+) -> List[Tokenized]:
     """Each conversation as one sample of at most `max_length` tokens, by the template of `conversation`.
+
+    `prefix_after_marks` gives each text a leading "▁" of its own, as the folder's tokenizer does in transformers (see
+    `tokenizer.puts_prefix_after_marks`); otherwise the first alone has one.
 
     Whole leading exchanges are kept while they fit. What is left out is told in `drops`: exchanges that do not fit,
     closing messages without an answer, and whole conversations of which nothing remains.
@@ -114,7 +122,8 @@ def tokenize_sft(rows: Sequence[SftRow], *, encoder, max_length: int) -> List[To
     plans = [_exchange_segments(row.conversation) for row in rows]
     texts = [[segment.text for exchange in plan for segment in exchange] for plan in plans]
     first_ids = _encode_each((text[0] for text in texts), encoder=encoder, dummy_prefix=True)
-    later_ids = _encode_each((part for text in texts for part in text[1:]), encoder=encoder, dummy_prefix=False)
+    later_texts = (part for text in texts for part in text[1:])
+    later_ids = _encode_each(later_texts, encoder=encoder, dummy_prefix=prefix_after_marks)
     tokenized = []
     for row, plan in zip(rows, plans, strict=True):
         exchanges = [_assemble(exchange, ids=later_ids, encoder=encoder) for exchange in plan[1:]]

@@ -13,7 +13,7 @@ from array import array
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple, Type
 
 import numpy as np
 
@@ -49,6 +49,7 @@ class UnitTask(NamedTuple):
     files: Dict[int, InputFile]
     settings: Settings
     tokenizer_dir: str
+    encoder_class: Type[Encoder]
     cache_dir: str
     base: str
 
@@ -90,9 +91,9 @@ def unit_pieces(cache_dir: Path, unit: Unit) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def encoder_of(tokenizer_dir: str) -> Encoder:
+def encoder_of(tokenizer_dir: str, encoder_class: Type[Encoder] = Encoder) -> Encoder:
     """The tokenizer of this process, loaded once."""
-    return Encoder(tokenizer_dir)
+    return encoder_class(tokenizer_dir)
 
 
 class _Document(NamedTuple):
@@ -170,14 +171,15 @@ class _UnitWorker:
             texts = _texts(row)
             tally.documents += 1
             tally.characters += sum(map(len, texts))
-            tally.bytes += sum(len(text.encode()) for text in texts)
+            sizes = [len(text.encode()) for text in texts]
+            tally.bytes += sum(sizes)
             tally.tokens_in += tokens.tokens_in
             for drop in tokens.drops:
                 tally.drop(drop.reason, documents=1, tokens=drop.tokens)
             if tokens.input_ids:
                 held_out = is_held_out(texts, self._task.settings)
                 tally.held_out_documents += held_out
-                documents.append(_Document(slot, _target_bytes(row, tokens), held_out, tokens))
+                documents.append(_Document(slot, _target_bytes(row, tokens, sizes), held_out, tokens))
             if hasattr(row, "format"):
                 self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
         if documents:
@@ -249,10 +251,15 @@ class _UnitWorker:
 
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
-    encoder = encoder_of(task.tokenizer_dir)
+    encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     if task.settings.stage == "pretrain":
         return _read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
-    tokenize = partial(tokenization.tokenize_sft, encoder=encoder, max_length=task.settings.max_length)
+    tokenize = partial(
+        tokenization.tokenize_sft,
+        encoder=encoder,
+        max_length=task.settings.max_length,
+        prefix_after_marks=task.settings.prefix_after_marks,
+    )
     return tokenization.read_sft_row, tokenize
 
 
@@ -272,10 +279,10 @@ def _texts(row) -> List[str]:
     return [conversation.system_text, *messages]
 
 
-def _target_bytes(row, tokens: tokenization.Tokenized) -> int:
-    """UTF-8 bytes of the text that carries the loss: of those answers of a conversation that are kept."""
+def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> int:
+    """UTF-8 bytes of the text that carries the loss: the last of `sizes`, or of a conversation the answers kept."""
     if isinstance(row, tokenization.PretrainRow):
-        return len(row.target.encode())
+        return sizes[-1]
     # Each answer ends with a trained </s>, the last token of the sample.
     kept = tokens.labels.count(tokens.labels[-1])
     return sum(len(exchange[-1].text.encode()) for exchange in row.conversation.exchanges[:kept])
@@ -295,8 +302,8 @@ def _coded(documents: Sequence[_Document]) -> np.ndarray:
     masked = []
     for document in documents:
         tokens = document.tokens
-        # Equal lists of the same objects are compared at once; only where there is a mask are labels read.
-        if tokens.labels != tokens.input_ids:
+        # Where there is no mask, both are one list.
+        if tokens.labels is not tokens.input_ids:
             masked.append((len(ids), np.array(tokens.labels, np.int32) == IGNORE_INDEX))
         ids.fromlist(tokens.input_ids)
     coded = np.frombuffer(ids, np.int32)

@@ -1,4 +1,4 @@
-"""Run tasks on the cores of this machine, and yield their results in the order of the tasks.
+"""Run tasks on this machine's cores, or a Ray cluster's (`ray_workers`); yield their results in the tasks' order.
 
 A task is a function's one argument; it writes what it makes to shared folders, so that a task may run twice.
 """
@@ -11,12 +11,31 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator
 
+from colossal_llama2.dataset.settings import Execution
 from colossal_llama2.errors import RunError
 
 TASKS_AHEAD = 2
 JOIN_SECONDS = 10
+# What tasks import. Those that are not there are passed over.
+PRELOADED = [
+    "colossal_llama2.dataset.bins", "kitoken", "orjson", "pyarrow.compute", "sentencepiece.sentencepiece_model_pb2",
+]  # fmt: skip
+
+
+@contextmanager
+def task_runner(execution: Execution) -> Iterator[Callable]:
+    """Yield `run(function, tasks)`: `run_tasks` on this machine, or the same on a Ray cluster."""
+    if execution.executor == "local":
+        yield partial(run_tasks, num_workers=execution.num_workers)
+        return
+    from colossal_llama2.dataset.ray_workers import ray_runner
+
+    with ray_runner(execution.ray_address, num_workers=execution.num_workers) as run:
+        yield run
 
 
 def run_tasks(function: Callable, tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
@@ -32,13 +51,13 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
     if len(first) <= 1:
         yield from map(function, first)
         return
-    # The server is a process without threads, so that forking it is safe, and has the imports that workers need.
+    # The server is a process that runs nothing, so that forking it is safe, and has the imports that workers need.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(["colossal_llama2.dataset.units"])
+        context.set_forkserver_preload(PRELOADED)
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(len(first), mp_context=context, initializer=_begin_worker)
+    pool = ProcessPoolExecutor(len(first), mp_context=context, initializer=begin_worker)
     try:
         running = deque(pool.submit(function, task) for task in first)
         for task in itertools.islice(remaining, (TASKS_AHEAD - 1) * num_workers):
@@ -61,7 +80,7 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     """Leave Ctrl+C to the parent, and end when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,7 +21,7 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create, copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.files import check_can_create, copy_files, read_json, sync, temporary_folder, write_json
 from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
@@ -32,7 +32,7 @@ from colossal_llama2.model.safetensors_stream import (
     target_size,
     write_shard,
 )
-from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers, sync
+from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
 from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder
 from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
 from colossal_llama2.tokenizer.init_tokenizer import read_added_tokens

@@ -134,10 +134,15 @@ def load_llama(path: str, *, precision: str, attention: str):
         precision: fp16, bf16 or fp32; what the weights are held in.
         attention: eager, sdpa or flash_attention_2, as transformers names them.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
     config = LlamaConfig.from_pretrained(path, attn_implementation=attention)
-    return LlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=dtypes[precision], use_safetensors=True)
+    return LlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True)
+
+
+def dtype_of(precision: str):
+    """The torch.dtype that a model is held in under --mixed_precision fp16, bf16 or fp32."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]

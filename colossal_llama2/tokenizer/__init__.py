@@ -2,10 +2,12 @@
 
 import hashlib
 import textwrap
+from functools import cached_property
 from pathlib import Path
 from typing import Iterable, List, Union
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import read_json
 
 MODEL_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
@@ -30,10 +32,8 @@ class Encoder:
     def __init__(self, tokenizer_dir: Union[str, Path]):
         self._tokenizer_dir = tokenizer_dir
         path = sentencepiece_file(tokenizer_dir)
-        content = path.read_bytes()
-        self._processor = _processor(content, path)
-        # A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model.
-        self._continuation_processor = _processor(content + _no_dummy_prefix(), path)
+        self._content = path.read_bytes()
+        self._processor = _processor(self._content, path)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -42,6 +42,11 @@ class Encoder:
                 f"{path} has no <s> or no </s>, which mark where documents begin and end; "
                 "give a tokenizer with both, such as LLaMA-2's"
             )
+
+    @cached_property
+    def _continuation_processor(self):
+        """A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model."""
+        return _processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
     def encode(self, texts: List[str], *, dummy_prefix: bool = True) -> List[List[int]]:
         """Token ids of each text, without <s> and </s>, on one thread.
@@ -64,7 +69,7 @@ class Encoder:
         return processor.decode([int(token) for token in ids])
 
     def __reduce__(self):
-        return Encoder, (self._tokenizer_dir,)
+        return type(self), (self._tokenizer_dir,)
 
 
 def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
@@ -104,6 +109,23 @@ def fingerprint(tokenizer_dir: Union[str, Path]) -> str:
     return hashlib.sha256(sentencepiece_file(tokenizer_dir).read_bytes()).hexdigest()
 
 
+def puts_prefix_after_marks(tokenizer_dir: Union[str, Path]) -> bool:
+    """Whether transformers puts "▁" before a text that follows a mark: "</s>Hi" becomes </s> ▁Hi, not </s> Hi.
+
+    tokenizer.json decides, which AutoTokenizer loads: the Prepend normalizer of the one that LLaMA-2 ships does so. A
+    folder without one is converted by `legacy` in its config, which is true where it is not said.
+    """
+    path = Path(tokenizer_dir, FAST_FILE)
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        processor = _processor(sentencepiece_file(tokenizer_dir).read_bytes(), path)
+        mark = processor.id_to_piece(processor.eos_id())
+        return Tokenizer.from_file(str(path)).encode(f"{mark}a", add_special_tokens=False).tokens[1].startswith("▁")
+    config = Path(tokenizer_dir, CONFIG_FILE)
+    return not config.is_file() or read_json(config).get("legacy") is not False
+
+
 def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     """Path of tokenizer.model in a tokenizer folder. Raises UserError if the folder or the file is missing."""
     folder = Path(tokenizer_dir)
@@ -128,7 +150,7 @@ def _processor(content: bytes, path: Path):
     return processor
 
 
-def _no_dummy_prefix() -> bytes:
+def no_dummy_prefix() -> bytes:
     """A message to append to a serialized model: protobuf merges the two, so only this one setting changes."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 

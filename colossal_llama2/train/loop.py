@@ -95,15 +95,16 @@ def accumulated_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise"
 
 def weighted_loss(engine: "Engine", batch: Batch, weight: float):
     """The model's mean loss over the batch's predicted tokens, times `weight`."""
-    mask = batch.attention_mask
     outputs = engine.model(
         input_ids=batch.input_ids.to(engine.device),
-        attention_mask=None if mask is None else mask.to(engine.device),
         labels=batch.labels.to(engine.device),
         use_cache=False,
+        **engine.attention_inputs(batch),
     )
+    if batch.predicted or outputs.logits is None:
+        return outputs.loss * weight
     # The mean over no token is NaN; a loss of zero that depends on the weights keeps the ranks' collectives in step.
-    return outputs.loss * weight if batch.predicted else outputs.logits[:, :1, :1].float().sum() * 0.0
+    return outputs.logits[:, :1, :1].float().sum() * 0.0
 
 
 def fit(

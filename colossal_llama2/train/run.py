@@ -20,6 +20,7 @@ from colossal_llama2.dataset.loader import (
     highest_token_id,
     load_tokenized_dataset,
 )
+from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
-    dataset = load_tokenized_dataset(args.dataset)
+    dataset = load_tokenized_dataset(args.dataset, args.document_mask)
     check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args), facts.parameters)
     check_token_ids(dataset, facts, engine)
@@ -104,6 +105,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         max_norm=args.gradient_clipping,
         accumulation_steps=args.accumulation_steps,
         use_flash_attn=args.use_flash_attn,
+        chunked_loss=args.chunked_loss,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
         micro_batch_size=args.micro_batch_size,
@@ -140,6 +142,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         check_save_dir(args.save_dir, plan.resume_path)
         for name in ("save_dir", "tensorboard_dir", "config_file"):
             check_can_create(Path(getattr(args, name)), f"--{name}")
+        if not problems:
+            check_parts_fit(args.dataset, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -325,13 +329,10 @@ def find_tokenizer(args: argparse.Namespace, plan: LoadPlan) -> str:
 def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
     tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)
-    settings = engine_settings(args)
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
         max_length=args.max_length,
-        length_divisor=settings.sequence_shards,
-        # Without one, transformers makes a causal mask that is a column too wide for ColossalAI's plain attention.
-        always_masks=settings.sp_mode is not None and not settings.use_flash_attn,
+        length_divisor=engine_settings(args).sequence_shards,
     )
 
 

@@ -9,10 +9,16 @@ import socket
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.chunked_loss import HeadPart, use_chunked_loss
+from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
+from colossal_llama2.model.loading import dtype_of
+
+if TYPE_CHECKING:
+    from colossal_llama2.dataset.loader import Batch
 
 ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
@@ -22,10 +28,10 @@ GEMINI_CHUNKS_AT_LEAST = 8
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What decides how a step is computed. Sizes are numbers of ranks; `max_norm` 0 clips nothing.
+    """What decides how a step is computed.
 
-    `microbatch_size` is the number of samples that a pipeline stage passes on; `sp_mode` is None without sequence
-    parallelism.
+    Sizes are numbers of ranks; `max_norm` 0 clips nothing; `chunked_loss` is auto, on or off; `microbatch_size` is the
+    number of samples that a pipeline stage passes on; `sp_mode` is None without sequence parallelism.
     """
 
     plugin: str
@@ -35,6 +41,7 @@ class EngineSettings:
     max_norm: float
     accumulation_steps: int
     use_flash_attn: bool
+    chunked_loss: str
     learning_rate: float
     weight_decay: float
     micro_batch_size: int = 1
@@ -236,8 +243,6 @@ def _pipeline_problems(settings: EngineSettings) -> List[str]:
         )
     if settings.zero_stage == 2:
         problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
-    if settings.sp_mode is not None and not settings.use_flash_attn:
-        problems.append("--pp with --enable_sequence_parallelism needs --use_flash_attn, plain attention fails there")
     if settings.embeddings_only and settings.pp_size > 2:
         problems.append(
             f"--pp {settings.pp_size} with --freeze_non_embeds_params leaves stages that train nothing; give --pp 2"
@@ -281,6 +286,7 @@ class Engine:
         self._kind = PLUGINS[settings.plugin]
         plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
         self._plugin, self._booster = plugin, Booster(plugin=plugin)
+        self._tp_group = plugin.tp_group if settings.tp_size > 1 else None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # The default group is that of all ranks.
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
@@ -310,12 +316,49 @@ class Engine:
             from colossal_llama2.train.engine import repairs
 
             repairs.clip_in_bf16(optimizer)
+        if self._kind.is_hybrid and self.settings.use_flash_attn:
+            from colossal_llama2.train.engine import documents
+
+            documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        has_head = not self.is_pipelined or self._plugin.stage_manager.is_last_stage()
+        if self.settings.chunked_loss != "off" and has_head:
+            splits = self.settings.sp_mode == "all_to_all"
+            use_chunked_loss(
+                self.unwrapped_model,
+                self._head_part(model.config.vocab_size),
+                sample_group=self._plugin.sp_group if splits else None,
+            )
 
     @property
     def unwrapped_model(self):
         """The transformers model inside the plugin's wrapper; under 3d its layers hold this rank's shards."""
         return self.model.unwrap()
+
+    def _head_part(self, vocab_size: int) -> HeadPart:
+        if self._tp_group is None:
+            return HeadPart(first_token=0, rows=vocab_size)
+        import torch.distributed as dist
+
+        # The ranks hold equally many rows, of which the last ones pad the vocabulary.
+        rows = len(self.unwrapped_model.lm_head.weight)
+        first = dist.get_rank(self._tp_group) * rows
+        return HeadPart(first_token=first, rows=min(max(vocab_size - first, 0), rows), group=self._tp_group)
+
+    def attention_inputs(self, batch: "Batch") -> Dict[str, Any]:
+        """Keyword arguments of the model that say which tokens of a batch see which."""
+        form = MaskForm.BLOCKS
+        if self._kind.is_hybrid and self.settings.use_flash_attn:
+            form = MaskForm.NUMBERS
+        elif self.unwrapped_model.config._attn_implementation == "flash_attention_2":
+            form = MaskForm.BORDERS
+        documents = batch.documents
+        if documents is None and self.settings.sp_mode is not None and form is MaskForm.BLOCKS:
+            # Without a mask of blocks transformers would make one: of the length of a rank's part of the samples on
+            # later stages, and a column too wide where nothing is padded. ColossalAI's plain attention takes neither.
+            documents = one_document_each(batch.lengths, batch.input_ids.shape[1])
+        dtype = dtype_of(self.settings.precision)
+        return attention_inputs(batch.attention_mask, documents, form=form, dtype=dtype, device=self.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the next optimizer step."""
@@ -328,13 +371,18 @@ class Engine:
         return self.settings.pp_size > 1
 
     def run_pipeline(
-        self, inputs: Dict[str, Any], *, before_forward: Callable[[int], None], criterion: Callable[[Any, int], Any]
+        self,
+        inputs: Dict[str, Any],
+        *,
+        more_inputs: Callable[[int], Dict[str, Any]],
+        criterion: Callable[[Any, int], Any],
     ) -> float:
         """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
 
         Args:
             inputs: the model's keyword arguments, tensors of (samples, ...).
-            before_forward: called on every stage with the number of the microbatch, from 0.
+            more_inputs: called on every stage, before it computes, with the number of the microbatch, from 0; gives
+                more keyword arguments.
             criterion: called on the last stage with the model's outputs and that number; gives the loss to add.
 
         Returns:
@@ -347,12 +395,15 @@ class Engine:
         # It holds to the size of the first step, and the last one of an epoch may be smaller.
         scheduler.num_microbatches = scheduler.last_batch_size = None
         forwards, losses = itertools.count(), itertools.count()
-        handle = self.unwrapped_model.register_forward_pre_hook(lambda *_: before_forward(next(forwards)))
+
+        def add_inputs(_, args, inputs):
+            return args, {**inputs, **more_inputs(next(forwards))}
 
         def loss_to_add(outputs, _):
             # ColossalAI takes the mean of the microbatches' losses.
             return criterion(outputs, next(losses)) * scheduler.num_microbatches
 
+        handle = self.unwrapped_model.register_forward_pre_hook(add_inputs, with_kwargs=True)
         try:
             outputs = self._booster.execute_pipeline(iter([inputs]), self.model, loss_to_add, self.optimizer)
         finally:

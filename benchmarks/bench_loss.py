@@ -1,0 +1,92 @@
+"""What the output head and its loss cost in memory and time, by blocks of the vocabulary over with all logits.
+
+    python benchmarks/bench_loss.py
+
+4,096 tokens, a vocabulary of 69,104, float32, forward and backward on this machine's CPU, each in a process of its own.
+Memory is the peak of the process (VmHWM) over what it holds before the step, less the two gradients, which are left in
+any case. Time is that of one CPU core. Needs 8 GB and nothing beside requirements.txt.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TOKENS, VOCABULARY = 4096, 69_104
+WIDTHS = (512, 1024)
+
+
+def main() -> None:
+    """Measure each case both ways and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measured(args.measure[0], int(args.measure[1]))))
+        return
+    print("hidden size    memory    time    loss differs by    gradients' norms by")
+    for width in WIDTHS:
+        logits, chunked = (run(way, width) for way in ("logits", "chunked"))
+        memory, seconds = (chunked[name] / logits[name] for name in ("bytes", "seconds"))
+        loss = abs(chunked["loss"] / logits["loss"] - 1)
+        norms = max(abs(a / b - 1) for a, b in zip(chunked["norms"], logits["norms"], strict=True))
+        print(f"{width:>11,}{memory:>10.3f}{seconds:>8.2f}{loss:>19.1e}{norms:>23.1e}", flush=True)
+
+
+def run(way: str, width: int) -> dict:
+    """Measure in a new process, since a peak is that of a process's life."""
+    command = [sys.executable, __file__, "--measure", way, str(width)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def measured(way: str, width: int) -> dict:
+    """Memory in bytes, seconds, loss and the norms of both gradients."""
+    import torch
+
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, width).requires_grad_()
+    weight = (torch.randn(VOCABULARY, width) / width**0.5).requires_grad_()
+    targets = torch.randint(VOCABULARY, (TOKENS,))
+    step(way, hidden[:64], weight[:512], targets[:64] % 512)
+    # 5 sets the peak back to what is held now.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory_field("VmRSS")
+    start = time.process_time()
+    loss, gradients = step(way, hidden, weight, targets)
+    seconds = time.process_time() - start
+    peak = memory_field("VmHWM") - before - sum(value.numel() * value.element_size() for value in gradients)
+    norms = [float(value.norm()) for value in gradients]
+    return {"bytes": peak, "seconds": seconds, "loss": float(loss), "norms": norms}
+
+
+def step(way: str, hidden, weight, targets):
+    """Forward and backward; returns the summed loss and the gradients of both."""
+    import torch
+
+    from colossal_llama2.model.chunked_loss import HeadPart, chunked_cross_entropy
+
+    if way == "chunked":
+        loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, len(weight)))
+    else:
+        # As transformers does it.
+        logits = (hidden @ weight.T).float()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        del logits
+    return loss.detach(), torch.autograd.grad(loss, (hidden, weight))
+
+
+def memory_field(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+if __name__ == "__main__":
+    main()

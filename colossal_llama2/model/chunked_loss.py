@@ -1,0 +1,211 @@
+"""The output head and its cross-entropy in one, without ever holding the logits of the whole vocabulary.
+
+Logits of 4,096 tokens over 69,104 pieces are 1.1 GB in float32, and a cross-entropy holds several such matrices. Here
+they are made for a block of the vocabulary at a time, twice: forward adds the block to each token's log-sum-exp, which
+is all that is kept; backward makes the block again and turns it into its rows of the weight's gradient, whole at once,
+and its share of the hidden states' gradient, which is summed in float32.
+
+The idea is that of Wijmans et al., "Cut your losses in large-vocabulary language models" (arXiv 2411.09009).
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2.dataset import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+# Logits that exist at a time: 16 MiB in float32, which a CPU's caches like, and a GPU's kernels are large enough.
+BLOCK_LOGITS = 2**22
+# Kernels are slow on fewer rows of the weight than this.
+MIN_BLOCK_ROWS = 128
+# Whose arguments are those that `_liger_sum` gives.
+LIGER_VERSION = "0.8."
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """What this rank holds of an output head.
+
+    Attributes:
+        first_token: the token id of the weight's first row.
+        rows: how many rows are tokens; the rest pads the vocabulary.
+        group: process group whose ranks hold the other parts; None if this is the whole head.
+    """
+
+    first_token: int
+    rows: int
+    group: Any = None
+
+
+def chunked_cross_entropy(
+    hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor", part: HeadPart
+) -> "torch.Tensor":
+    """Sum over all tokens of the loss of `hidden @ weight.T`, in float32, as a scalar.
+
+    Args:
+        hidden: (tokens, width) hidden states; the same on all ranks of `part.group`.
+        weight: (rows or more, width) rows of the head.
+        targets: (tokens,) token ids over the whole vocabulary; IGNORE_INDEX counts as nothing.
+    """
+    from torch.overrides import handle_torch_function, has_torch_function
+
+    if has_torch_function((hidden, weight)):
+        # Gemini's parameters are sharded: they are gathered around what it takes for one operation of PyTorch.
+        return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part)
+    if part.group is None and part.rows == len(weight) and _takes_liger(hidden):
+        return _liger_sum(hidden, weight, targets)
+    return _chunked_function().apply(hidden, weight, targets, part)
+
+
+def has_liger() -> bool:
+    """True if a GPU is there and a version of liger-kernel whose fused loss is known here. Imports nothing of it."""
+    from importlib import metadata
+
+    import torch
+
+    try:
+        return torch.cuda.is_available() and metadata.version("liger-kernel").startswith(LIGER_VERSION)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _takes_liger(hidden) -> bool:
+    import torch
+
+    # Liger makes gradients in forward, before they are scaled up: small ones would vanish in fp16.
+    return hidden.is_cuda and hidden.dtype is torch.bfloat16 and has_liger()
+
+
+def _liger_sum(hidden, weight, targets):
+    import torch
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32)
+    return loss(weight, hidden, targets)
+
+
+@functools.lru_cache(maxsize=1)
+def _chunked_function():
+    """The autograd.Function, made when torch is there."""
+    import torch
+
+    class ChunkedCrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets, part):
+            log_sum, target_logits = _log_sum_exp(hidden, weight, targets, part)
+            ctx.part = part
+            ctx.save_for_backward(hidden, weight, targets, log_sum)
+            return torch.where(targets == IGNORE_INDEX, 0.0, log_sum - target_logits).sum()
+
+        @staticmethod
+        def backward(ctx, grad_loss):
+            # Gemini's tensors replace in-place operations by others, which would be lost.
+            with torch._C.DisableTorchFunctionSubclass():
+                return (*_gradients(*ctx.saved_tensors, ctx.part, grad_loss, ctx.needs_input_grad), None, None)
+
+    return ChunkedCrossEntropy
+
+
+def _log_sum_exp(hidden, weight, targets, part: HeadPart):
+    """(tokens,) log-sum-exp over the vocabulary, and the logit of each target (0 where there is none); float32."""
+    import torch
+    import torch.distributed as dist
+
+    log_sum = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+    target_logits = torch.zeros_like(log_sum)
+    for rows, places, is_here in _blocks(targets, part):
+        logits = (hidden @ weight[rows].T).float()
+        target_logits += torch.where(is_here, logits.gather(1, places[:, None])[:, 0], 0.0)
+        log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+        del logits
+    if part.group is not None:
+        highest = log_sum.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=part.group)
+        sums = torch.stack([(log_sum - highest).exp(), target_logits])
+        dist.all_reduce(sums, group=part.group)
+        log_sum, target_logits = highest + sums[0].log(), sums[1]
+    return log_sum, target_logits
+
+
+def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, needed):
+    """Gradients of hidden states and weight, where needed."""
+    import torch
+    import torch.distributed as dist
+
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
+    if grad_weight is not None:
+        grad_weight[part.rows :] = 0.0
+    factor = torch.where(targets == IGNORE_INDEX, 0.0, grad_loss.float())
+    for rows, places, is_here in _blocks(targets, part):
+        block = weight[rows]
+        # The probabilities, less 1 at the target, are the gradient of the logits.
+        logits = (hidden @ block.T).float()
+        slopes = logits.sub_(log_sum[:, None]).exp_()
+        slopes.scatter_add_(1, places[:, None], -is_here[:, None].float())
+        slopes = slopes.mul_(factor[:, None]).to(weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden += slopes @ block
+        if grad_weight is not None:
+            torch.mm(slopes.T, hidden, out=grad_weight[rows])
+        del logits, slopes
+    if grad_hidden is not None:
+        if part.group is not None:
+            dist.all_reduce(grad_hidden, group=part.group)
+        grad_hidden = grad_hidden.to(hidden.dtype)
+    return grad_hidden, grad_weight
+
+
+def _blocks(targets, part: HeadPart):
+    """Yield for each block: its slice of rows, (tokens,) the target's place in it, and whether the target is in it."""
+    size = max(BLOCK_LOGITS // max(len(targets), 1), MIN_BLOCK_ROWS)
+    for start in range(0, part.rows, size):
+        stop = min(start + size, part.rows)
+        places = targets - (part.first_token + start)
+        is_here = (places >= 0) & (places < stop - start)
+        yield slice(start, stop), places.clamp(0, stop - start - 1), is_here
+
+
+def use_chunked_loss(model, part: HeadPart, *, sample_group: Any = None) -> None:
+    """Let a LLaMA compute its loss without logits, which it does not return any more.
+
+    Args:
+        model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.
+        part: what this rank holds of the head.
+        sample_group: process group whose ranks each have an equal part of every sample's hidden states at the head,
+            and whose gradients are averaged; None if samples are whole.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    forward_to_logits = model.forward
+
+    def forward_to_loss(labels, **inputs):
+        """The mean loss over the predicted tokens, 0 if there are none."""
+        hidden = forward_to_logits(**inputs).logits
+        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group)
+        return CausalLMOutputWithPast(loss=loss)
+
+    # Attributes of the instances, as ColossalAI does it: plugins find the model by its class.
+    model.forward = forward_to_loss
+    model.lm_head.forward = lambda hidden: hidden
+
+
+def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group):
+    """The loss of (batch, length) labels by hidden states of that length, or of this rank's part of it."""
+    import torch
+    import torch.distributed as dist
+
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    predicted = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    if sample_group is None:
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part) / predicted
+    size = dist.get_world_size(sample_group)
+    targets = targets.chunk(size, dim=1)[dist.get_rank(sample_group)]
+    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part)
+    total = own.detach().clone()
+    dist.all_reduce(total, group=sample_group)
+    # The value is the sum over ranks; the gradient is that of this rank's part, times what averaging takes away.
+    return (total + (own - own.detach()) * size) / predicted

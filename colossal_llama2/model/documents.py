@@ -1,0 +1,109 @@
+"""Keep the documents of a spliced sample apart: attention inside a document only, positions that restart at each.
+
+Every function here starts from `documents`, a (batch, length) tensor of whole numbers that says which document of its
+row a token is of: 1, 2, 3 ..., and 0 on the padding at the right. A row, of 3 + 2 tokens and 3 of padding:
+
+    documents    1 1 1 2 2 0 0 0
+    positions    0 1 2 0 1 0 1 2
+
+Padding is one more document: it sees itself, so that no row of any mask is hidden as a whole. SDPA's gradient of such a
+row is wrong on a CPU by the row's length.
+"""
+
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MaskForm(Enum):
+    """How an attention is told where documents end.
+
+    BLOCKS: a dense mask, for PyTorch's attention, eager or SDPA.
+    BORDERS: cumulative lengths, for flash-attn by transformers.
+    NUMBERS: `documents` as they are, for ColossalAI's attention (see train/engine/documents.py).
+    """
+
+    BLOCKS = "blocks"
+    BORDERS = "borders"
+    NUMBERS = "numbers"
+
+
+def attention_inputs(
+    attention_mask: Optional["torch.Tensor"],
+    documents: Optional["torch.Tensor"],
+    *,
+    form: MaskForm,
+    dtype: "torch.dtype",
+    device: "torch.device",
+) -> Dict[str, Any]:
+    """Keyword arguments of a LLaMA's forward pass that say which tokens see which.
+
+    Args:
+        attention_mask: (batch, length), 1 on tokens and 0 on padding; None if nothing is padded. It holds where
+            `documents` is None: each row is one document, and a causal mask is all it needs.
+        documents: (batch, length) on the CPU, see above.
+        dtype: number format of the model, which a dense mask is added in.
+        device: where the model is.
+    """
+    if documents is None:
+        return {"attention_mask": None if attention_mask is None else attention_mask.to(device)}
+    inputs: Dict[str, Any] = {"position_ids": position_ids(documents).to(device)}
+    if form is MaskForm.BLOCKS:
+        inputs["attention_mask"] = block_mask(documents.to(device), dtype)
+    elif form is MaskForm.NUMBERS:
+        inputs["attention_mask"] = documents.to(device)
+    else:
+        # Found on the CPU: on a GPU the longest length would make the host wait for it.
+        cumulative, longest = borders(documents)
+        cumulative = cumulative.to(device)
+        inputs.update(attention_mask=None, cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
+        inputs.update(max_length_q=longest, max_length_k=longest)
+    return inputs
+
+
+def one_document_each(lengths: "torch.Tensor", width: int) -> "torch.Tensor":
+    """(batch, width) `documents` of rows that are one document of these (batch,) lengths."""
+    import torch
+
+    return (torch.arange(width) < lengths[:, None]).long()
+
+
+def position_ids(documents: "torch.Tensor") -> "torch.Tensor":
+    """(batch, length) int64: the place of each token in its document."""
+    import torch
+
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    return places - torch.where(_starts(documents), places, 0).cummax(dim=1).values
+
+
+def block_mask(documents: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+    """(batch, 1, length, length): 0 where a token (row) sees another (column), the type's minimum elsewhere."""
+    import torch
+
+    sees = (documents[:, :, None] == documents[:, None, :]).tril()
+    mask = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=documents.device)
+    return mask.masked_fill_(sees, 0.0)[:, None]
+
+
+def borders(documents: "torch.Tensor") -> Tuple["torch.Tensor", int]:
+    """What flash-attn's kernels for unequal lengths need, over all rows one after the other, padding included.
+
+    Returns:
+        (documents + 1,) int32 cumulative lengths from 0 to batch * length, and the longest length.
+    """
+    import torch
+
+    starts = _starts(documents).flatten().nonzero().flatten()
+    cumulative = torch.cat([starts, starts.new_tensor([documents.numel()])]).to(torch.int32)
+    return cumulative, int(cumulative.diff().max())
+
+
+def _starts(documents: "torch.Tensor") -> "torch.Tensor":
+    """(batch, length) bool: whether a token is the first of its document."""
+    import torch
+
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return starts

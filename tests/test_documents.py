@@ -1,0 +1,117 @@
+"""Documents of a spliced sample, kept apart: by hand here, in whole runs in test_loss.py."""
+
+import datasets
+import pyarrow
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, prepare_fa2_from_position_ids
+
+from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.loader import Collator, check_lengths, load_tokenized_dataset
+from colossal_llama2.errors import UserError
+from colossal_llama2.model.documents import MaskForm, attention_inputs, block_mask, borders, position_ids
+from colossal_llama2.train.engine import cpu, documents
+
+DOCUMENTS = torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def test_positions_restart_at_each_document():
+    assert position_ids(DOCUMENTS).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
+
+
+def test_a_token_sees_its_document_up_to_itself_and_no_row_is_hidden():
+    sees = block_mask(DOCUMENTS, torch.float32)[0, 0] == 0
+    expected = [[1], [1, 1], [1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1, 1]]
+    assert [row.int().tolist()[: place + 1] for place, row in enumerate(sees)][:5] == expected
+    assert not sees.triu(1).any() and sees.diagonal().all()
+
+
+def test_borders_are_those_that_transformers_finds():
+    query = torch.zeros(2, 8, 1, 1)
+    *_, (cumulative, _), (longest, _) = prepare_fa2_from_position_ids(query, query, query, position_ids(DOCUMENTS))
+    ours = borders(DOCUMENTS)
+    assert torch.equal(ours[0], cumulative) and ours[0].dtype == cumulative.dtype and ours[1] == int(longest)
+    inputs = attention_inputs(None, DOCUMENTS, form=MaskForm.BORDERS, dtype=torch.float32, device=torch.device("cpu"))
+    assert inputs.keys() - {"attention_mask", "position_ids"} == FlashAttentionKwargs.__annotations__.keys()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
+    model = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation=attention)
+    ids = torch.arange(20, 36).view(2, 8)
+    inputs = attention_inputs(None, DOCUMENTS, form=MaskForm.BLOCKS, dtype=model.dtype, device=model.device)
+    with torch.no_grad():
+        spliced = model(ids, **inputs).logits
+        alone = [model(part).logits for part in (ids[:1, :3], ids[:1, 3:5], ids[1:])]
+    for logits, part in zip(alone, (spliced[:1, :3], spliced[:1, 3:5], spliced[1:]), strict=True):
+        assert torch.allclose(logits, part, atol=1e-5)
+
+
+def test_colossalai_attention_takes_documents():
+    from colossalai.shardformer.layer.attn import ColoAttention
+
+    cpu.install()
+    before = ColoAttention.prepare_attn_kwargs
+    documents.install()
+    installed = ColoAttention.prepare_attn_kwargs
+    documents.install()
+    assert ColoAttention.prepare_attn_kwargs is installed
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
+    shape = (2, 1, 8, 8)
+    out = ColoAttention.attention(
+        q, k, v, **installed(shape, q.dtype, q.device, q_padding_mask=DOCUMENTS, is_causal=True, invert=True)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=block_mask(DOCUMENTS, q.dtype))
+    assert torch.allclose(out, expected, atol=1e-6)
+    padding = (DOCUMENTS > 0).long()
+    ours, theirs = (
+        prepare(shape, q.dtype, q.device, q_padding_mask=padding, is_causal=True) for prepare in (installed, before)
+    )
+    assert ours.keys() == theirs.keys() and torch.equal(ours["attention_mask"], theirs["attention_mask"])
+
+
+def table(rows):
+    kind = pyarrow.list_(pyarrow.int32())
+    names = ("input_ids", "labels", "sequence_lengths")
+    return pyarrow.table({name: pyarrow.array([row[i] for row in rows], kind) for i, name in enumerate(names)})
+
+
+def test_collator_numbers_documents_and_predicts_none_from_another():
+    collate = Collator(pad_token_id=2, max_length=16)
+    ids = [1, 5, 2, 1, 7, 8, 2]
+    batch = collate(table([(ids, [-100, *ids[1:]], [3, 4]), ([1, 9, 2], [1, 9, 2], [3])]))
+    assert batch.documents.tolist() == [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
+    assert batch.labels[0].tolist() == [-100, 5, 2, IGNORE_INDEX, 7, 8, 2, -100]
+    assert batch.predicted == 2 + 3 + 2
+    # One document a row needs no more than the causal mask.
+    assert collate(table([(ids, ids, [7])])).documents is None
+    # Without the column, as the original: the first token of a document is predicted too.
+    batch = collate(table([(ids, ids, [3, 4])]).drop_columns("sequence_lengths"))
+    assert batch.documents is None and batch.predicted == 6
+
+
+def save(folder, **columns):
+    datasets.Dataset.from_dict(columns).save_to_disk(folder)
+    return str(folder)
+
+
+def test_data_without_borders(tmp_path, caplog):
+    ids = [[1, 5, 2, 1, 6, 2]]
+    plain = save(tmp_path / "part-00000", input_ids=ids, labels=ids)
+    spliced = save(tmp_path / "part-00001", input_ids=ids, labels=ids, sequence_lengths=[[3, 3]])
+    assert "sequence_lengths" in load_tokenized_dataset([spliced], "auto").column_names
+    for paths, mode in (([spliced], "off"), ([plain], "auto"), ([spliced, plain], "auto")):
+        assert "sequence_lengths" not in load_tokenized_dataset(paths, mode).column_names
+    assert "part-00000 has no column sequence_lengths" in caplog.text and len(caplog.records) == 1
+    with pytest.raises(UserError, match="--document_mask on: .*part-00000 has no column"):
+        load_tokenized_dataset([spliced, plain], "on")
+
+
+@pytest.mark.parametrize("lengths", [[3, 2], [], [6, 0], [7, -1]])
+def test_borders_that_do_not_fit_are_refused(tmp_path, lengths):
+    ids = [1, 5, 2, 1, 6, 2]
+    path = save(tmp_path / "part-00000", input_ids=[[1, 2], ids], labels=[[1, 2], ids], sequence_lengths=[[2], lengths])
+    with pytest.raises(UserError, match="sequence_lengths"):
+        check_lengths(load_tokenized_dataset([path], "on"), max_length=16)

@@ -1,0 +1,114 @@
+"""kitoken in SentencePiece's place: equal ids where `encoder_class` takes it, and which tokenizers it leaves alone."""
+
+import importlib.util
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.tokenizer.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.fast_encoder import FastEncoder, encoder_class
+from tests.tiny import CHINESE, english_documents
+
+pytest.importorskip("kitoken")
+
+WORDS = ["人工智能", "工智", "改变世界", "▁the▁", "清泉石上流"]
+MARKS = ["<s>", "</s>", "<unk>", "<0x0A>", "▁", "  ", " " * 31, "\n\n", "\0", "\ufeff", "e\u0301", "👩‍🚀", "\U0010ffff"]
+# A surrogate is no character, and no text in a file holds one.
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+TEXTS = st.lists(st.sampled_from([*MARKS, *"the state人工智能改变世界清泉"]) | CHARACTERS, max_size=40).map("".join)
+
+
+def folder_of(content: bytes, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer_dir) -> BpeModel:
+    return BpeModel.read(tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def extended_dir(model, tmp_path_factory) -> Path:
+    """The tiny tokenizer with Chinese pieces, as init_tokenizer.py closes it."""
+    plan = make_plan(model, [word for word in WORDS if "▁" not in word], closure="complete", piece_scores="below")
+    content = with_pieces(model.content, plan.pieces, plan.scores)
+    return folder_of(content, tmp_path_factory.mktemp("extended") / "tokenizer")
+
+
+@pytest.mark.parametrize("fixture", ["tokenizer_dir", "extended_dir"])
+def test_ids_are_those_of_sentencepiece(fixture, request):
+    folder = request.getfixturevalue(fixture)
+    assert encoder_class(folder) is FastEncoder
+    slow, fast = Encoder(folder), pickle.loads(pickle.dumps(FastEncoder(folder)))  # noqa: S301 - our own bytes
+    assert isinstance(fast, FastEncoder)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(TEXTS, max_size=3), st.booleans())
+    def check(texts, dummy_prefix):
+        ids = fast.encode(texts, dummy_prefix=dummy_prefix)
+        assert ids == slow.encode(texts, dummy_prefix=dummy_prefix)
+
+    check()
+    documents = [*english_documents()[:300], "\n".join(english_documents()[:300]), CHINESE * 200, " " * 5000, ""]
+    assert fast.encode(documents) == slow.encode(documents)
+
+
+def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
+    pieces = [*dict.fromkeys(WORDS[0]), WORDS[0]]
+    content = with_pieces(model.content, pieces, scores_below(model.lowest_merge, len(pieces)))
+    folder = folder_of(content, tmp_path / "unreached")
+    slow, fast = (kind(folder).encode([WORDS[0]], dummy_prefix=False) for kind in (Encoder, FastEncoder))
+    assert slow != fast
+    assert encoder_class(folder) is Encoder
+
+
+@pytest.mark.parametrize(
+    "pieces, scores",
+    [
+        (["人", "工", "人工", "智", "能", "智能"], [-1e6, -1e6, 0.0, -1e6, -1e6, 0.0]),  # two merges tie
+        (["人工"], [-1e6]),  # its characters come as bytes
+        (["▁the▁"], [-1e6]),  # a merge across a space
+    ],
+)  # fmt: skip
+def test_pieces_in_doubt_are_left_to_sentencepiece(pieces, scores, model, tmp_path):
+    assert encoder_class(folder_of(with_pieces(model.content, pieces, scores), tmp_path / "doubt")) is Encoder
+
+
+@pytest.mark.parametrize(
+    "settings_of_model",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"byte_fallback": False},
+        {"user_defined_symbols": ["[INST]"]},
+        {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True},
+    ],
+)
+def test_models_in_doubt_are_left_to_sentencepiece(settings_of_model, tmp_path):
+    import sentencepiece
+
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
+             "remove_extra_whitespaces": False}  # fmt: skip
+    classes = []
+    for name, changes in (("plain", {}), ("changed", settings_of_model)):
+        content = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(english_documents()[:200]), model_writer=content, vocab_size=400, minloglevel=2,
+            **{**plain, **changes},
+        )  # fmt: skip
+        classes.append(encoder_class(folder_of(content.getvalue(), tmp_path / name)))
+    assert classes == [FastEncoder, Encoder]
+
+
+def test_without_kitoken_sentencepiece_encodes(tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert encoder_class(tokenizer_dir) is Encoder

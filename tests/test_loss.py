@@ -1,0 +1,129 @@
+"""What a run's loss is, on two ranks: documents of spliced samples apart, and the head by chunks."""
+
+import json
+from pathlib import Path
+from typing import Dict, List
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import launching, reference
+from tests.training_jobs import CLIP, GLOBAL_BATCH, LENGTH, LR, write_spliced_data
+
+STEPS = 6
+ZERO2 = ["--mixed_precision", "fp32", "--plugin", "zero2"]
+HYBRID = ["--mixed_precision", "fp32", "--plugin", "3d", "--zero", "0"]
+TP2 = [*HYBRID, "--tp", "2", "--micro_batch_size", "16"]
+PP2 = [*HYBRID, "--pp", "2", "--micro_batch_size", "16", "--microbatch_size", "4"]
+SEQUENCE = ["--enable_sequence_parallelism", "--sp_mode"]
+SP2 = [*HYBRID, *SEQUENCE, "all_to_all", "--sp", "2", "--micro_batch_size", "16"]
+GEMINI = ["--mixed_precision", "bf16", "--plugin", "gemini"]
+WITH_LOGITS = ["--chunked_loss", "off"]
+FUSED = ["--use_flash_attn", "--use_grad_checkpoint"]
+FLOAT32_RUNS = {
+    "zero2": [*ZERO2, "--document_mask", "on", "--chunked_loss", "on"],
+    "zero2_fused": [*ZERO2, *FUSED],
+    "zero2_accumulating": [*ZERO2, *WITH_LOGITS, "--micro_batch_size", "2", "--accumulation_steps", "4"],
+    "3d": HYBRID,
+    "3d_tp2": TP2,
+    "3d_tp2_with_logits": [*TP2, *WITH_LOGITS],
+    "3d_tp2_fused": [*TP2, *FUSED],
+    "3d_pp2": PP2,
+    "3d_pp2_with_logits": [*PP2, *WITH_LOGITS],
+    "3d_pp2_fused": [*PP2, *FUSED, "--micro_batch_size", "4", "--accumulation_steps", "4", "--microbatch_size", "2"],
+    "3d_sp2_all_to_all": SP2,
+    "3d_sp2_all_to_all_with_logits": [*SP2, *WITH_LOGITS],
+    "3d_sp2_all_to_all_fused": [*SP2, *FUSED, "--micro_batch_size", "4", "--accumulation_steps", "4"],
+    "3d_tp2_split_gather": [*TP2, *SEQUENCE, "split_gather"],
+    "3d_tp2_ring_fused": [*TP2, *SEQUENCE, "ring", *FUSED],
+}
+BFLOAT16_RUNS = {
+    "gemini": GEMINI,
+    "gemini_with_logits": [*GEMINI, *WITH_LOGITS],
+    "gemini_auto_fused": ["--mixed_precision", "bf16", "--plugin", "gemini_auto", *FUSED],
+    "gemini_accumulating": [*GEMINI, "--micro_batch_size", "4", "--accumulation_steps", "2"],
+}
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory, tokenizer_dir) -> str:
+    return write_spliced_data(tmp_path_factory.mktemp("prepared") / "part-00000", tokenizer_dir, STEPS)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, part, model_dir) -> Path:
+    """Run every command of this file on two ranks; returns the folder of their folders."""
+    folder = tmp_path_factory.mktemp("jobs")
+    plain = folder / "part-00000"
+    datasets.load_from_disk(part).remove_columns("sequence_lengths").save_to_disk(plain)
+    specs = []
+    runs = {**FLOAT32_RUNS, **BFLOAT16_RUNS, "off": [*ZERO2, "--document_mask", "off"]}
+    runs["refused"] = [*ZERO2, "--document_mask", "on", "--dataset", plain]
+    for name, flags in runs.items():
+        here = folder / name
+        common = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
+        common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
+        common += ["--micro_batch_size", 8]
+        specs.append({"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]]})
+    launching.launch(folder, specs)
+    return folder
+
+
+def curve(folder: Path, name: str) -> List[float]:
+    """A TensorBoard curve, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+def distance(folder: Path, expected: Dict[str, torch.Tensor]) -> float:
+    """`launching.distance` of the saved weights."""
+    weights = AutoModelForCausalLM.from_pretrained(folder / "ckpt" / "modeling").named_parameters()
+    return launching.distance({name: weight.detach().float() for name, weight in weights}, expected)
+
+
+def documents_alone(part, model_dir, precision: str) -> reference.Trace:
+    return reference.train(
+        model_dir, [part], precision=precision, global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP, unsplice=True
+    )
+
+
+@pytest.fixture(scope="module")
+def float32(part, model_dir) -> reference.Trace:
+    return documents_alone(part, model_dir, "fp32")
+
+
+@pytest.fixture(scope="module")
+def bfloat16(part, model_dir) -> reference.Trace:
+    return documents_alone(part, model_dir, "bf16")
+
+
+@pytest.mark.parametrize("name", FLOAT32_RUNS)
+def test_spliced_documents_train_as_if_alone(jobs, float32, name):
+    assert json.loads((jobs / f"{name}.json").read_text())["error"] is None
+    assert curve(jobs / name, "Loss") == pytest.approx(float32.losses, rel=1e-5)
+    assert curve(jobs / name, "Gradient Norm") == pytest.approx(float32.grad_norms, rel=1e-5)
+    assert distance(jobs / name, float32.weights) < 1e-4
+
+
+@pytest.mark.parametrize("name", BFLOAT16_RUNS)
+def test_spliced_documents_train_as_if_alone_in_bfloat16(jobs, bfloat16, name):
+    assert json.loads((jobs / f"{name}.json").read_text())["error"] is None
+    assert curve(jobs / name, "Loss") == pytest.approx(bfloat16.losses, rel=1.5e-3)
+    assert curve(jobs / name, "Gradient Norm") == pytest.approx(bfloat16.grad_norms, rel=0.03)
+    assert distance(jobs / name, bfloat16.weights) < 0.01
+
+
+def test_off_is_one_text_per_sample(jobs, part, model_dir, float32):
+    trace = reference.train(model_dir, [part], precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+    assert curve(jobs / "off", "Loss") == pytest.approx(trace.losses, rel=1e-5)
+    assert trace.losses != pytest.approx(float32.losses, rel=1e-3)
+
+
+def test_data_without_documents_is_refused(jobs):
+    error = json.loads((jobs / "refused.json").read_text())["error"]
+    assert "--document_mask on" in error and "sequence_lengths" in error and not (jobs / "refused").exists()

@@ -1,0 +1,204 @@
+"""Preparation on a real Ray: a cluster of two nodes on loopback, and one that the command starts itself."""
+
+import contextlib
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from colossal_llama2 import arguments
+from colossal_llama2.dataset import plan, prepare
+from colossal_llama2.errors import UserError
+from tests import tiny
+from tests.conftest import ROOT
+from tests.preparing import contents, flags, settings, write_lines
+
+UNIT_BYTES = 40_000
+# The command, with units so small that there are many.
+COMMAND = f"""
+from colossal_llama2.dataset import plan
+import prepare_pretrain_dataset
+
+plan.UNIT_BYTES = {UNIT_BYTES}
+if __name__ == "__main__":
+    prepare_pretrain_dataset.main()
+"""
+DEADLINE_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    texts = tiny.english_documents()
+    rows = [{"target": "\n".join(texts[n : n + 3]), "category": f"topic-{n % 3}"} for n in range(1500)]
+    folder = tmp_path_factory.mktemp("inputs") / "in"
+    write_lines(folder / "large.jsonl", rows[:1490])
+    write_lines(folder / "small.jsonl", rows[1490:])
+    return folder
+
+
+@pytest.fixture
+def of_local(inputs, tokenizer_dir, tmp_path, monkeypatch) -> dict:
+    """The files of the local run."""
+    monkeypatch.setattr(plan, "UNIT_BYTES", UNIT_BYTES)
+    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "local"), num_workers=2)
+    return contents(tmp_path / "local")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head node of one core. Tests add the second."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args=node_options())
+    yield cluster
+    cluster.shutdown()
+
+
+def node_options() -> dict:
+    # To Ray, 127.0.0.1 is the address that other machines know this one by.
+    return {"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+
+
+def options(inputs, tokenizer_dir, output, **others) -> dict:
+    keywords = settings([inputs], tokenizer_dir, output, max_length=256, bins=8, eval_fraction=0.2, **others)
+    del keywords["num_workers"]
+    return keywords
+
+
+def start(keywords: dict, cwd) -> subprocess.Popen:
+    path = cwd / "command.py"
+    path.write_text(COMMAND)
+    return subprocess.Popen(
+        [sys.executable, str(path), *map(str, flags({**keywords, "executor": "ray"}))],
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def found(look, process: subprocess.Popen):
+    """What `look` finds, as soon as it finds something, while the command runs."""
+    end = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        result = look()
+        if result:
+            return result
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(process.communicate())
+
+
+def workers_at(title: str, parent: psutil.Process) -> list:
+    """The Ray workers below a process that are at a task."""
+    workers = []
+    for child in parent.children(recursive=True):
+        try:
+            workers += [child] if child.cmdline()[:1] == [title] else []
+        except psutil.Error:
+            pass
+    return workers
+
+
+def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
+    """Kill a node whose worker is writing a task's files: it is stopped first, so that the task cannot end before."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+    def stopped():
+        for worker in workers_at(title, raylet):
+            worker.suspend()
+            if worker.cmdline()[:1] == [title] and any("/.tmp-" in file.path for file in worker.open_files()):
+                return True
+            worker.resume()
+
+    found(stopped, process)
+    workers = raylet.children(recursive=True)
+    cluster.remove_node(node, allow_graceful=False)
+    # As of a machine that is gone: workers otherwise end by themselves, but a stopped one cannot.
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+
+
+def test_a_killed_node_s_units_and_bins_are_done_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
+    second = cluster.add_node(**node_options())
+    process = start(options(inputs, tokenizer_dir, tmp_path / "ray", ray_address=cluster.address), tmp_path)
+    kill_node_at("ray::do_unit", second, cluster, process)
+    third = cluster.add_node(**node_options())
+    kill_node_at("ray::write_bin", third, cluster, process)
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0, err
+    assert contents(tmp_path / "ray") == of_local
+    assert all("|" in line for line in err.splitlines()) and "ray" not in out + err, out + err
+
+
+def test_a_bad_row_is_told_as_on_one_machine(cluster, inputs, tokenizer_dir, tmp_path, assert_user_error):
+    write_lines(tmp_path / "bad" / "rows.jsonl", [{"target": "fine"}] * 9000 + [{"target": 3}])
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out", ray_address=cluster.address)
+    # Relative paths count from where the command is given.
+    process = start({**keywords, "data_input_dirs": [str(inputs), "bad"]}, tmp_path)
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    assert_user_error(done, "bad/rows.jsonl:9001: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_terminated_it_leaves_no_task_at_work(cluster, inputs, tokenizer_dir, tmp_path):
+    process = start(options(inputs, tokenizer_dir, tmp_path / "out", ray_address=cluster.address), tmp_path)
+    raylet = psutil.Process(cluster.head_node.all_processes["raylet"][0].process.pid)
+    found(lambda: workers_at("ray::do_unit", raylet), process)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, err.splitlines()[-1]) == (143, "prepare_pretrain_dataset.py: error: terminated")
+    assert not psutil.wait_procs(descendants, timeout=20)[1]
+    end = time.monotonic() + 20
+    while workers_at("ray::do_unit", raylet):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local, monkeypatch):
+    """A Ray that the command starts itself, without an address."""
+    keywords = options(inputs, tokenizer_dir, tmp_path / "ray")
+    process = start(keywords, tmp_path)
+    command = psutil.Process(process.pid)
+    found(lambda: list((tmp_path / "ray" / "cache").glob("unit-*.json")), process)
+    descendants = command.children(recursive=True)
+    (driver,) = [child for child in command.children() if "spawn_main" in " ".join(child.cmdline())]
+    driver.kill()
+    _, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 1 and "Ray has ended" in err.splitlines()[-1], err
+    assert not psutil.wait_procs(descendants, timeout=20)[1]
+    assert not (tmp_path / "ray" / "arrow").exists()
+    monkeypatch.setattr(plan, "UNIT_BYTES", UNIT_BYTES)
+    prepare.prepare_pretrain(**keywords, num_workers=1)
+    assert contents(tmp_path / "ray") == of_local
+
+
+def test_mistakes_with_ray_are_one_line(inputs, tokenizer_dir, tmp_path, monkeypatch, capsys):
+    keywords = {**options(inputs, tokenizer_dir, tmp_path / "out"), "executor": "ray"}
+
+    def refused(message: str, **others) -> None:
+        with pytest.raises(UserError, match=message):
+            prepare.prepare_pretrain(**{**keywords, **others})
+        assert not (tmp_path / "out").exists()
+
+    refused("--ray_address 127.0.0.1:1: no Ray cluster answers there", ray_address="127.0.0.1:1")
+    refused("needs --executor ray, local given", ray_address="127.0.0.1:1", executor="local")
+    refused("--num_workers 2 given, but the cores of the cluster", ray_address="127.0.0.1:1", num_workers=2)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.53.0")
+    refused(r"Ray 2.53.0 is installed, which is too old; run pip install 'ray>=2.54'")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    refused("Ray is not installed; run pip install")
+    for address in ("ray://127.0.0.1:10001", "somewhere"):
+        with pytest.raises(SystemExit):
+            arguments.prepare_sft_parser().parse_args(["--ray_address", address])
+        assert "HOST:PORT such as 10.0.0.1:6379, or auto allowed" in capsys.readouterr().err
