@@ -14,6 +14,7 @@ from typing import List, NoReturn, Optional, Sequence, Tuple
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
+SP_MODES = ("split_gather", "ring", "all_to_all")
 MODEL_DTYPES = ("float16", "bfloat16", "float32")
 MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
@@ -549,6 +550,21 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
     parallel.add_argument(
         "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, for 3d"
+    )
+    parallel.add_argument("--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for 3d")
+    parallel.add_argument(
+        "--microbatch_size", metavar="N", type=positive_int, default=1,
+        help="samples that a pipeline stage passes on at once, a divisor of --micro_batch_size",
+    )  # fmt: skip
+    parallel.add_argument(
+        "--enable_sequence_parallelism", action="store_true", help="split samples along their length too, for 3d"
+    )
+    parallel.add_argument(
+        "--sp_mode", choices=SP_MODES, default="split_gather",
+        help="split_gather and ring: among tensor-parallel ranks; all_to_all: among ranks of its own, see --sp",
+    )  # fmt: skip
+    parallel.add_argument(
+        "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for all_to_all"
     )
 
 

@@ -1,7 +1,8 @@
-"""Two ranks that run many training commands one after the other, and the distance of what they trained."""
+"""Ranks that run many training commands one after the other, and the distance of what they trained."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,32 @@ import torch
 from tests.conftest import ROOT
 
 
-def launch(folder: Path, specs: List[dict], worker: str = "train_worker.py") -> None:
-    """Run the commands on two ranks of one job, with a limit on its time."""
+def launch(
+    folder: Path, specs: List[dict], *, ranks: int = 2, timeout: float = 840, worker: str = "train_worker.py"
+) -> None:
+    """Run the commands on the ranks of one job, with a limit on its time (seconds). AssertionError if it fails."""
+    process = attempt(folder, specs, ranks=ranks, timeout=timeout, worker=worker)
+    assert process.returncode == 0, process.stderr[-6000:]
+
+
+def attempt(
+    folder: Path, specs: List[dict], *, ranks: int, timeout: float, worker: str = "train_worker.py"
+) -> subprocess.CompletedProcess:
+    """The same for commands that may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
     (folder / "jobs.json").write_text(json.dumps(specs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command += [str(ROOT / "tests" / worker), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=840)
-    assert process.returncode == 0, process.stderr[-6000:]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # The ranks are children of the launcher.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:

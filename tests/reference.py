@@ -5,7 +5,7 @@ Only the order of samples is taken from the suite (`SampleOrder`, tested by itse
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List
+from typing import Dict, Iterator, List
 
 import numpy as np
 import torch
@@ -40,6 +40,28 @@ def cross_entropy_sum(model, samples) -> torch.Tensor:
     return total
 
 
+def padded_cross_entropy_sum(model, samples) -> torch.Tensor:
+    """The same as one batch, padded on the right with token 0, which no token before it can see."""
+    width = max(len(ids) for ids, _ in samples)
+    inputs = torch.zeros(len(samples), width, dtype=torch.int64)
+    targets = torch.full((len(samples), width), -100)
+    for row, (ids, labels) in enumerate(samples):
+        inputs[row, : len(ids)] = torch.from_numpy(ids)
+        targets[row, : len(labels)] = torch.from_numpy(labels)
+    logits = model(inputs).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), reduction="sum")
+
+
+def loss_terms(model, samples, *, predicted: int, micro_batches: int) -> Iterator[torch.Tensor]:
+    """Yield the parts of the mean loss over `predicted` tokens: one of unpadded samples if `micro_batches` is 0."""
+    if not micro_batches:
+        yield cross_entropy_sum(model, samples) / predicted
+        return
+    size = -(-len(samples) // micro_batches)
+    for start in range(0, len(samples), size):
+        yield padded_cross_entropy_sum(model, samples[start : start + size]) / predicted
+
+
 def unspliced(samples, document_lengths):
     """Each document of each sample, as a sample of its own."""
     for (ids, labels), lengths in zip(samples, document_lengths, strict=True):
@@ -48,9 +70,13 @@ def unspliced(samples, document_lengths):
 
 def train(
     model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
-    freeze: bool = False, seed: int = 1024, unsplice: bool = False,
+    freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False,
 ) -> Trace:  # fmt: skip
-    """One epoch of AdamW with float32 master weights, in the given precision."""
+    """One epoch of AdamW with float32 master weights, in the given precision.
+
+    Args:
+        micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation="eager")
     if freeze:
@@ -78,9 +104,11 @@ def train(
         if unsplice:
             samples = list(unspliced(samples, table["sequence_lengths"].to_pylist()))
         predicted = sum(int((labels[1:] != -100).sum()) for _, labels in samples)
-        loss = cross_entropy_sum(model, samples) / predicted
         model.zero_grad()
-        loss.backward()
+        loss = 0.0
+        for term in loss_terms(model, samples, predicted=predicted, micro_batches=micro_batches):
+            term.backward()
+            loss += term.item()
         for master, param in zip(masters, working, strict=True):
             master.grad = param.grad.float()
         norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
@@ -90,7 +118,7 @@ def train(
         with torch.no_grad():
             for master, param in zip(masters, working, strict=True):
                 param.copy_(master)
-        trace.losses.append(loss.item())
+        trace.losses.append(loss)
         trace.grad_norms.append(norm.item())
     trace.weights = {name: param.detach().float() for name, param in model.named_parameters()}
     return trace

@@ -47,6 +47,11 @@ TRAIN = {
     ("--freeze_non_embeds_params",): ([], True, False),
     ("--tp",): ("2", 2, 1),
     ("--zero", "--zero_stage"): ("2", 2, 1),
+    ("--pp",): ("2", 2, 1),
+    ("--microbatch_size",): ("4", 4, 1),
+    ("--enable_sequence_parallelism",): ([], True, False),
+    ("--sp_mode",): ("ring", "ring", "split_gather"),
+    ("--sp",): ("2", 2, 1),
     ("--accumulation_steps",): ("4", 4, 1),
 }
 # Per parser: all spellings of a flag -> (words given, value parsed, the README's default).

@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Dict, List
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from colossal_llama2.tokenizer import Encoder
-from tests import launching, reference, tiny
+from tests import launching, reference
+from tests.training_jobs import CLIP, GLOBAL_BATCH, LENGTH, LR, write_spliced_data
 
-LENGTH, GLOBAL_BATCH, STEPS, LR, CLIP = 48, 16, 6, 2e-3, 0.3
+STEPS = 6
 ZERO2 = ["--mixed_precision", "fp32", "--plugin", "zero2"]
 HYBRID = ["--mixed_precision", "fp32", "--plugin", "3d", "--zero", "0"]
 TP2 = [*HYBRID, "--tp", "2", "--micro_batch_size", "16"]
+PP2 = [*HYBRID, "--pp", "2", "--micro_batch_size", "16", "--microbatch_size", "4"]
+SEQUENCE = ["--enable_sequence_parallelism", "--sp_mode"]
+SP2 = [*HYBRID, *SEQUENCE, "all_to_all", "--sp", "2", "--micro_batch_size", "16"]
 GEMINI = ["--mixed_precision", "bf16", "--plugin", "gemini"]
 WITH_LOGITS = ["--chunked_loss", "off"]
 FUSED = ["--use_flash_attn", "--use_grad_checkpoint"]
@@ -28,6 +30,14 @@ FLOAT32_RUNS = {
     "3d_tp2": TP2,
     "3d_tp2_with_logits": [*TP2, *WITH_LOGITS],
     "3d_tp2_fused": [*TP2, *FUSED],
+    "3d_pp2": PP2,
+    "3d_pp2_with_logits": [*PP2, *WITH_LOGITS],
+    "3d_pp2_fused": [*PP2, *FUSED, "--micro_batch_size", "4", "--accumulation_steps", "4", "--microbatch_size", "2"],
+    "3d_sp2_all_to_all": SP2,
+    "3d_sp2_all_to_all_with_logits": [*SP2, *WITH_LOGITS],
+    "3d_sp2_all_to_all_fused": [*SP2, *FUSED, "--micro_batch_size", "4", "--accumulation_steps", "4"],
+    "3d_tp2_split_gather": [*TP2, *SEQUENCE, "split_gather"],
+    "3d_tp2_ring_fused": [*TP2, *SEQUENCE, "ring", *FUSED],
 }
 BFLOAT16_RUNS = {
     "gemini": GEMINI,
@@ -37,28 +47,9 @@ BFLOAT16_RUNS = {
 }
 
 
-def write_spliced_data(folder: Path, tokenizer_dir: Path) -> str:
-    """A prepared part of real text: one to four documents a sample, unequal lengths, some with a masked start."""
-    encoder = Encoder(tokenizer_dir)
-    documents = iter(encoder.encode(tiny.english_documents()[:600]))
-    random = np.random.default_rng(0)
-    rows: Dict[str, list] = {"input_ids": [], "labels": [], "sequence_lengths": []}
-    for _ in range(GLOBAL_BATCH * STEPS):
-        pieces = [[1, *next(documents)[: int(random.integers(4, 40))], 2] for _ in range(int(random.integers(1, 5)))]
-        while sum(map(len, pieces)) > LENGTH:
-            pieces.pop()
-        labels = [[-100] * 3 + piece[3:] if random.random() < 0.3 else piece for piece in pieces]
-        rows["input_ids"].append(sum(pieces, []))
-        rows["labels"].append(sum(labels, []))
-        rows["sequence_lengths"].append([len(piece) for piece in pieces])
-    kind = datasets.Sequence(datasets.Value("int32"))
-    datasets.Dataset.from_dict(rows, features=datasets.Features(dict.fromkeys(rows, kind))).save_to_disk(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def part(tmp_path_factory, tokenizer_dir) -> str:
-    return write_spliced_data(tmp_path_factory.mktemp("prepared") / "part-00000", tokenizer_dir)
+    return write_spliced_data(tmp_path_factory.mktemp("prepared") / "part-00000", tokenizer_dir, STEPS)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,12 @@ LAYOUTS = {
     "3d_zero0_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--zero", "0"],
     "3d_zero1_bf16": ["--plugin", "3d", "--mixed_precision", "bf16"],
     "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
-}
+    "3d_pp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--pp", "2", "--micro_batch_size", "4"],
+    "3d_sp2_bf16": [
+        "--plugin", "3d", "--mixed_precision", "bf16", "--enable_sequence_parallelism", "--sp_mode", "all_to_all",
+        "--sp", "2", "--micro_batch_size", "4",
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def jobs(tmp_path_factory, parts, model_dir):
     tokenizer = tiny.make_tokenizer(folder / "other_tokenizer", vocab_size=550)
     tiny.make_model(folder / "other_tokenizer_model", tokenizer)
     add_others(add, folder)
-    launching.launch(folder, specs, "resume_worker.py")
+    launching.launch(folder, specs, worker="resume_worker.py")
     results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
     return {name: (folder / name, result["error"], result["log"]) for name, result in results.items()}
 

@@ -5,33 +5,38 @@ All commands share one process group (see train_worker.py).
 
 import json
 import os
-import shutil
 import stat
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
-from colossal_llama2.tokenizer import Encoder
 from tests import reference, tiny
 from tests.launching import distance, launch
+from tests.training_jobs import (
+    CLIP,
+    GLOBAL_BATCH,
+    LR,
+    Job,
+    common_flags,
+    finished,
+    weights_of,
+    with_vocabulary,
+    write_data,
+)
 
-LENGTH = 48
-GLOBAL_BATCH = 16
 STEPS = 10
-LR = 2e-3
-# The gradient norm of this model is about 1 at the start: 0.3 clips every step.
-CLIP = 0.3
 
 BF16 = ["--mixed_precision", "bf16"]
 FP32 = ["--mixed_precision", "fp32"]
 TP2 = ["--plugin", "3d", "--tp", "2", "--micro_batch_size", "16"]
+PP2 = ["--plugin", "3d", "--pp", "2", "--micro_batch_size", "16", "--microbatch_size", "4"]
+SEQUENCE = ["--enable_sequence_parallelism", "--sp_mode"]
+SP2 = ["--plugin", "3d", *SEQUENCE, "all_to_all", "--sp", "2", "--micro_batch_size", "16"]
 # name -> flags; the rest of the flags is the same for all.
 FLOAT32_RUNS = {
     "zero2": [*FP32, "--plugin", "zero2"],
@@ -42,7 +47,17 @@ FLOAT32_RUNS = {
     "3d_zero0": [*FP32, "--plugin", "3d", "--zero", "0"],
     "3d_tp2": [*FP32, *TP2, "--zero", "0"],
     "3d_tp2_sdpa": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
-}
+    "3d_pp2": [*FP32, *PP2, "--zero", "0"],
+    "3d_pp2_accumulating": [
+        *FP32, *PP2, "--zero", "0", "--micro_batch_size", "4", "--accumulation_steps", "4", "--microbatch_size", "2",
+    ],
+    "3d_sp2_all_to_all": [*FP32, *SP2, "--zero", "0"],
+    "3d_tp2_ring": [*FP32, *TP2, "--zero", "0", *SEQUENCE, "ring"],
+    # Ranks that share a sample would sum up the gradients of its norms once per micro batch.
+    "3d_tp2_split_gather_accumulating": [
+        *FP32, *TP2, "--zero", "0", *SEQUENCE, "split_gather", "--micro_batch_size", "4", "--accumulation_steps", "4",
+    ],
+}  # fmt: skip
 BFLOAT16_RUNS = {
     "gemini_bf16": [*BF16, "--plugin", "gemini"],
     "gemini_bf16_accumulating": [
@@ -56,51 +71,25 @@ BFLOAT16_RUNS = {
         *BF16, "--plugin", "3d", "--micro_batch_size", "4", "--accumulation_steps", "2",
     ],
     "3d_tp2_zero1_bf16": [*BF16, *TP2],
+    "3d_pp2_zero1_bf16": [*BF16, *PP2, "--chunked_loss", "off"],
 }  # fmt: skip
 
-
-@dataclass
-class Job:
-    """One finished command of the shared job."""
-
-    folder: Path
-    error: Optional[str]
-    first_moment_norm: Optional[float]
-
-    def scalars(self, name: str, run: str = "tb") -> List[float]:
-        """A TensorBoard curve, by step."""
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(self.folder / run))
-        events.Reload()
-        return [event.value for event in events.Scalars(name)]
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "ckpt" / "modeling"
-
-
-def write_data(folder: Path, tokenizer_dir: Path) -> List[str]:
-    """Two prepared parts of real text, of unequal lengths, some with a masked start."""
-    encoder = Encoder(tokenizer_dir)
-    stream = [token for ids in encoder.encode(tiny.english_documents()[:300]) for token in [1, *ids, 2]]
-    random = np.random.default_rng(0)
-    rows = []
-    for index in range(GLOBAL_BATCH * STEPS + 3):
-        ids = stream[index * LENGTH : index * LENGTH + int(random.integers(LENGTH // 2, LENGTH + 1))]
-        rows.append((ids, [-100] * 10 + ids[10:] if index % 3 == 0 else ids))
-    kind = datasets.Sequence(datasets.Value("int32"))
-    features = datasets.Features({"input_ids": kind, "labels": kind})
-    half = len(rows) // 2
-    for part, chosen in enumerate((rows[:half], rows[half:])):
-        columns = {"input_ids": [ids for ids, _ in chosen], "labels": [labels for _, labels in chosen]}
-        datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder / f"part-{part:05d}")
-    return [str(folder / f"part-{part:05d}") for part in range(2)]
+UNPADDED_RUNS = {
+    "full_sp2_all_to_all": SP2,
+    "full_sp2_all_to_all_fused": [*SP2, "--use_flash_attn"],
+    "full_tp2_split_gather": [*TP2, *SEQUENCE, "split_gather"],
+}
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
-    return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir)
+    return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir, STEPS)
+
+
+@pytest.fixture(scope="module")
+def full_parts(tmp_path_factory, tokenizer_dir) -> List[str]:
+    """Data of which no batch is padded, as spliced data is."""
+    return write_data(tmp_path_factory.mktemp("full"), tokenizer_dir, 3, full=True)
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +110,6 @@ def three_headed_dir(tmp_path_factory, tokenizer_dir) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("heads") / "model", tokenizer_dir, heads=3)
 
 
-def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
-    """A copy of a model with so many embedding rows."""
-    shutil.copytree(model_dir, folder)
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    model.resize_token_embeddings(size, mean_resizing=False)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def odd_model_dir(tmp_path_factory, model_dir) -> Path:
     """A model whose vocabulary of 601 cannot be halved."""
@@ -138,18 +118,16 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(
-    tmp_path_factory, parts, model_dir, odd_model_dir, tied_model_dir, small_model_dir, three_headed_dir
+    tmp_path_factory, parts, full_parts, model_dir, odd_model_dir, tied_model_dir, small_model_dir, three_headed_dir
 ) -> Dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
 
-    def add(name: str, *flags, script="train.py", model=model_dir, run="tb", home=None, moments=False) -> None:
+    def add(name: str, *flags, script="train.py", model=model_dir, run="tb", home=None, **options) -> None:
         here = folder / (home or name)
-        common = ["--pretrained", model, "--dataset", *parts, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
-        common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / run, "--config_file", here / "config.json"]
-        common += ["--micro_batch_size", 8, "--accumulation_steps", 1]
-        specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], "moments": moments})
+        common = common_flags(here, model, parts, run=run)
+        specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], **options})
 
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
         add(name, *flags, "--save_interval", "5", moments=True)
@@ -170,7 +148,15 @@ def jobs(
     for name in ("noise", "noise_again"):
         add(name, *FP32, "--plugin", "zero2", "--use_neft", script="train_sft.py")
     add("noise_gemini", *BF16, "--plugin", "gemini", "--use_neft", script="train_sft.py")
+    add("noise_pp2", *FP32, *PP2, "--zero", "0", "--use_neft", script="train_sft.py")
     add("noise_tp2", *FP32, *TP2, "--zero", "0", "--use_neft", script="train_sft.py")
+    add("tied_pp2", *FP32, *PP2, "--zero", "0", model=tied_model_dir)
+    add("odd_vocabulary_pp2", *FP32, *PP2, "--zero", "0", model=odd_model_dir)
+    add("frozen_pp2", *FP32, *PP2, "--zero", "0", "--freeze_non_embeds_params")
+    for name, flags in UNPADDED_RUNS.items():
+        add(name, *FP32, *flags, "--zero", "0", "--dataset", *full_parts)
+    add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], unrepaired=["ring_weight_gradients"])
+    add("loss_unrepaired", *BFLOAT16_RUNS["3d_pp2_zero1_bf16"], unrepaired=["loss_in_float32"])
     middle = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-5")
     end = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-10")
     zero2 = (*FP32, "--plugin", "zero2")
@@ -184,18 +170,10 @@ def jobs(
     add("foreign_ids", *zero2, model=small_model_dir)
     add("too_many_ranks", *FP32, *TP2, "--zero", "0", model=three_headed_dir)
     launch(folder, specs)
-    results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
-    return {
-        spec["name"]: Job(
-            folder=Path(spec["flags"][spec["flags"].index("--save_dir") + 1]).parent,
-            error=results[spec["name"]]["error"],
-            first_moment_norm=results[spec["name"]].get("first_moment_norm"),
-        )
-        for spec in specs
-    }
+    return {spec["name"]: finished(folder, spec) for spec in specs}
 
 
-RESUMED = ("zero2", "3d_tp2", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
+RESUMED = ("zero2", "3d_tp2", "3d_pp2", "3d_sp2_all_to_all", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +186,6 @@ def bfloat16(parts, model_dir) -> reference.Trace:
     return reference.train(model_dir, parts, precision="bf16", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
 
 
-def weights_of(job: Job) -> Dict[str, torch.Tensor]:
-    return {
-        name: param.detach().float()
-        for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()
-    }
-
-
 @pytest.mark.parametrize("name", FLOAT32_RUNS)
 def test_float32_equals_plain_torch(jobs, float32, name):
     job = jobs[name]
@@ -222,6 +193,14 @@ def test_float32_equals_plain_torch(jobs, float32, name):
     assert job.scalars("Loss") == pytest.approx(float32.losses, rel=1e-5)
     assert job.scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=2e-4)
     assert distance(weights_of(job), float32.weights) < 1e-4
+
+
+def test_batches_without_padding_equal_plain_torch(jobs, full_parts, model_dir):
+    trace = reference.train(model_dir, full_parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+    for name in UNPADDED_RUNS:
+        assert jobs[name].error is None
+        assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+        assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", BFLOAT16_RUNS)
@@ -237,6 +216,11 @@ def test_bfloat16_equals_plain_torch(jobs, bfloat16, name):
 def test_clipping_reaches_adam(jobs, float32, name):
     assert float32.grad_norms[0] > CLIP
     assert jobs[name].first_moment_norm == pytest.approx(CLIP, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["gemini_bf16", "gemini_bf16_accumulating", "gemini_auto_bf16"])
+def test_gemini_shards_every_chunk(jobs, name):
+    assert len(jobs[name].chunks) > 1 and not any(jobs[name].chunks)
 
 
 def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
@@ -272,13 +256,18 @@ def test_checkpoint_layout(jobs):
         assert head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
-@pytest.mark.parametrize("name", ["zero2", "gemini_bf16", "gemini_auto_bf16", "3d_tp2", "odd_vocabulary"])
+SAVED = ["zero2", "gemini_bf16", "gemini_auto_bf16", "3d_tp2", "3d_pp2", "odd_vocabulary", "odd_vocabulary_pp2"]
+
+
+@pytest.mark.parametrize("name", SAVED)
 def test_saved_model_loads_in_transformers(jobs, parts, name):
     assert jobs[name].error is None
     folder = jobs[name].model
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert (folder / "model-00001-of-00001.safetensors").is_file()
+    # Each stage of a pipeline writes a file of its own.
+    files = 2 if "pp2" in name else 1
+    assert len(list(folder.glob(f"model-0000?-of-{files:05d}.safetensors"))) == files
     assert len(AutoTokenizer.from_pretrained(folder)) <= model.config.vocab_size == len(model.lm_head.weight)
 
 
@@ -300,7 +289,15 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
     trace = reference.train(
         model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP, freeze=True
     )
-    assert jobs["frozen"].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+    for name in ("frozen", "frozen_pp2"):
+        assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+
+
+def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
+    assert jobs["ring_unrepaired"].scalars("Gradient Norm")[0] != pytest.approx(float32.grad_norms[0], rel=1e-2)
+    # In bf16, losses between 4 and 8 are multiples of 1/32.
+    assert jobs["loss_unrepaired"].scalars("Loss") != pytest.approx(bfloat16.losses, rel=5e-4)
+    assert jobs["3d_pp2_zero1_bf16"].scalars("Loss") == pytest.approx(bfloat16.losses, rel=5e-4)
 
 
 @pytest.mark.parametrize("name", ["gemini_fp16", "zero2_fp16"])
@@ -311,7 +308,9 @@ def test_fp16_trains(jobs, float32, name):
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("tied", 1e-5), ("tied_tp2", 1e-5), ("tied_gemini", 2e-3)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("tied", 1e-5), ("tied_tp2", 1e-5), ("tied_pp2", 1e-5), ("tied_gemini", 2e-3)]
+)
 def test_tied_embeddings_train_and_save(jobs, parts, tied_model_dir, name, tolerance):
     assert jobs[name].error is None
     trace = reference.train(tied_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
@@ -352,7 +351,7 @@ def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, flo
     losses = jobs["noise"].scalars("Loss")
     assert losses == jobs["noise_again"].scalars("Loss")
     assert losses != pytest.approx(float32.losses, rel=1e-4)
-    for name in ("noise_gemini", "noise_tp2"):
+    for name in ("noise_gemini", "noise_tp2", "noise_pp2"):
         assert jobs[name].error is None
         assert jobs[name].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
 

@@ -27,9 +27,9 @@ def make_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
 
 
 def make_model(
-    folder: Path, tokenizer_dir: Path, *, tie: bool = False, heads: int = 4, dtype: str = "float32"
+    folder: Path, tokenizer_dir: Path, *, tie: bool = False, heads: int = 4, layers: int = 2, dtype: str = "float32"
 ) -> Path:
-    """Write a 2-layer LLaMA with random weights and the tokenizer of `tokenizer_dir` to `folder` (may be the same)."""
+    """Write a LLaMA with random weights and the tokenizer of `tokenizer_dir` to `folder` (may be the same)."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +39,7 @@ def make_model(
         vocab_size=len(tokenizer),
         hidden_size=16 * heads,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=4096,

@@ -2,24 +2,55 @@
 
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
 
-JOBS.json is a list of {"name", "script", "flags", "moments": bool}. Each is parsed and run as its script would; rank 0
-writes <name>.json with "error" (null, or the UserError's message) and, where asked for, Adam's first moment after
-step 1 ("first_moment_norm").
+JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
+or the message of a UserError or RunError), perhaps "first_moment_norm", and "chunks" of Gemini.
+A job has "name", "script", "flags", and may have
+    moments             true: note the norm of Adam's first moment after step 1
+    plugin_arguments    arguments of Gemini that no flag offers
+    lifted              true: run what settings_problems refuses
+    unrepaired          names of FAULTS to put back
 """
 
+import contextlib
+import importlib
 import json
 import math
+import os
 import sys
+import traceback
 from pathlib import Path
+from typing import List, Optional
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import run
+from colossal_llama2.train.engine import booster, repairs
 from colossal_llama2.train.engine.booster import Engine, launch, leave
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+# Repairs that replace a function of ColossalAI, and which.
+FAULTS = {
+    "ring_weight_gradients": ("colossalai.shardformer.layer._operation", "_ring_as_gather"),
+    "loss_in_float32": ("colossalai.shardformer.modeling.llama", "dist_cross_entropy"),
+}
+originals = {}
+install_repairs = repairs.install
+
+
+def repair_and_remember() -> None:
+    """Install the repairs, and keep what they replace in `originals`."""
+    for name, (module, attribute) in FAULTS.items():
+        originals[name] = getattr(importlib.import_module(module), attribute)
+    install_repairs()
+
+
+def without_repair(name: str) -> contextlib.AbstractContextManager:
+    """Within it, ColossalAI's own function is back."""
+    module, attribute = FAULTS[name]
+    return mock.patch.object(importlib.import_module(module), attribute, originals[name])
 
 
 def first_moments(engine: Engine) -> float:
@@ -32,7 +63,8 @@ def first_moments(engine: Engine) -> float:
     for group in engine.optimizer.optim.param_groups:
         # Tensor parallelism splits every matrix of a LLaMA, which decay, and repeats the norms, which do not.
         repeats = 1 if group["weight_decay"] else engine.settings.tp_size
-        repeats *= 1 if sharded_by_zero else engine.data_size
+        # Ranks of --sp are data-parallel ones to ZeRO and hold the same parameters without it.
+        repeats *= 1 if sharded_by_zero else engine.data_size * engine.settings.sp_size
         for param in group["params"]:
             state = engine.optimizer.optim.state.get(param, {})
             if state:
@@ -41,40 +73,65 @@ def first_moments(engine: Engine) -> float:
     return math.sqrt(squares) / (1 - group["betas"][0])
 
 
-def record_moments(into: dict):
-    """Wrap Engine.step so that the first call notes Adam's first moment. Returns the function that takes it back."""
+def chunks_kept_whole(engine: Engine) -> Optional[List[bool]]:
+    """For each of Gemini's chunks of parameters, whether every rank keeps all of it; None for other plugins."""
+    manager = getattr(engine.model, "chunk_manager", None)
+    if manager is None:
+        return None
+    return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
+
+
+def recording_moments(into: dict) -> contextlib.AbstractContextManager:
+    """Within it, the first Engine.step notes Adam's first moment."""
     step = Engine.step
 
     def recording_step(engine):
         norm = step(engine)
         into.setdefault("first_moment_norm", first_moments(engine))
+        into.setdefault("chunks", chunks_kept_whole(engine))
         return norm
 
-    Engine.step = recording_step
-    return lambda: setattr(Engine, "step", step)
+    return mock.patch.object(Engine, "step", recording_step)
+
+
+def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
+    """Within it, Gemini is built with these arguments too."""
+    build = booster.gemini_arguments
+    return mock.patch.object(booster, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
 
 
 def run_job(job: dict) -> dict:
     """Run one command in the open process group."""
     result = {"error": None}
-    restore = record_moments(result) if job.get("moments") else lambda: None
-    try:
-        args = PARSERS[job["script"]]().parse_args(job["flags"])
-        run.run(args, run.check_inputs(args))
-    except UserError as error:
-        result["error"] = str(error)
-    finally:
-        restore()
+    with contextlib.ExitStack() as changes:
+        if job.get("moments"):
+            changes.enter_context(recording_moments(result))
+        changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))
+        for name in job.get("unrepaired", ()):
+            changes.enter_context(without_repair(name))
+        if job.get("lifted"):
+            changes.enter_context(mock.patch.object(run, "settings_problems", lambda *args, **keys: []))
+        try:
+            args = PARSERS[job["script"]]().parse_args(job["flags"])
+            run.run(args, run.check_inputs(args))
+        except (UserError, RunError) as error:
+            result["error"] = str(error)
     return result
 
 
 def main() -> None:
     jobs_path = Path(sys.argv[1])
     logs.configure_logging()
-    launch(seed=1024)
+    with mock.patch.object(repairs, "install", repair_and_remember):
+        launch(seed=1024)
     for job in json.loads(jobs_path.read_text()):
         logs.get_logger().info("### %s", job["name"])
-        result = run_job(job)
+        try:
+            result = run_job(job)
+        except BaseException:
+            # The other ranks may be waiting for this one, which must not wait for them in turn.
+            traceback.print_exc()
+            os._exit(1)
         if logs.is_first_rank():
             jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()

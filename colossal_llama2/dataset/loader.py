@@ -1,6 +1,7 @@
 """From prepared part-* folders to batches: which samples each rank reads, in which order, and how they are padded."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
@@ -204,8 +205,10 @@ class Collator:
     documents are kept apart, and the first token of a document is not predicted from the one before.
     """
 
-    def __init__(self, *, pad_token_id: int, max_length: int):
+    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1):
+        """`length_divisor` divides `max_length` and the length of every batch."""
         self._pad_token_id, self._max_length = pad_token_id, max_length
+        self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
     def __call__(self, rows) -> Batch:
         """Collate an arrow table of `load_tokenized_dataset`, which `check_lengths` has accepted."""
@@ -214,7 +217,7 @@ class Collator:
         ids = [np.asarray(row.values) for row in rows["input_ids"]]
         labels = [np.asarray(row.values) for row in rows["labels"]]
         lengths = np.array([len(row) for row in ids])
-        width = min(-(-lengths.max() // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE, self._max_length)
+        width = min(-(-lengths.max() // self._multiple) * self._multiple, self._max_length)
         padded_ids = np.full((len(ids), width), self._pad_token_id, dtype=np.int64)
         padded_labels = np.full((len(ids), width), IGNORE_INDEX, dtype=np.int64)
         for row, (row_ids, row_labels) in enumerate(zip(ids, labels, strict=True)):

@@ -169,21 +169,43 @@ def _blocks(targets, part: HeadPart):
         yield slice(start, stop), places.clamp(0, stop - start - 1), is_here
 
 
-def use_chunked_loss(model, part: HeadPart) -> None:
+def use_chunked_loss(model, part: HeadPart, *, sample_group: Any = None) -> None:
     """Let a LLaMA compute its loss without logits, which it does not return any more.
 
     Args:
-        model: a LlamaForCausalLM on this rank; its `model` and `lm_head` may be sharded.
+        model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.
         part: what this rank holds of the head.
+        sample_group: process group whose ranks each have an equal part of every sample's hidden states at the head,
+            and whose gradients are averaged; None if samples are whole.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    def forward_to_loss(input_ids, labels, **inputs):
-        """The mean loss over the predicted tokens, 0 if there are none."""
-        hidden = model.model(input_ids=input_ids, **inputs)[0]
-        targets = labels[:, 1:].flatten()
-        loss = chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), model.lm_head.weight, targets, part)
-        return CausalLMOutputWithPast(loss=loss / (targets != IGNORE_INDEX).sum().clamp(min=1))
+    forward_to_logits = model.forward
 
-    # An attribute of the instance, as ColossalAI does it: plugins find the model by its class.
+    def forward_to_loss(labels, **inputs):
+        """The mean loss over the predicted tokens, 0 if there are none."""
+        hidden = forward_to_logits(**inputs).logits
+        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group)
+        return CausalLMOutputWithPast(loss=loss)
+
+    # Attributes of the instances, as ColossalAI does it: plugins find the model by its class.
     model.forward = forward_to_loss
+    model.lm_head.forward = lambda hidden: hidden
+
+
+def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group):
+    """The loss of (batch, length) labels by hidden states of that length, or of this rank's part of it."""
+    import torch
+    import torch.distributed as dist
+
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    predicted = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    if sample_group is None:
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part) / predicted
+    size = dist.get_world_size(sample_group)
+    targets = targets.chunk(size, dim=1)[dist.get_rank(sample_group)]
+    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part)
+    total = own.detach().clone()
+    dist.all_reduce(total, group=sample_group)
+    # The value is the sum over ranks; the gradient is that of this rank's part, times what averaging takes away.
+    return (total + (own - own.detach()) * size) / predicted

@@ -63,6 +63,13 @@ def attention_inputs(
     return inputs
 
 
+def one_document_each(lengths: "torch.Tensor", width: int) -> "torch.Tensor":
+    """(batch, width) `documents` of rows that are one document of these (batch,) lengths."""
+    import torch
+
+    return (torch.arange(width) < lengths[:, None]).long()
+
+
 def position_ids(documents: "torch.Tensor") -> "torch.Tensor":
     """(batch, length) int64: the place of each token in its document."""
     import torch

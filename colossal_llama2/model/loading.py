@@ -24,6 +24,8 @@ class ModelFacts:
     max_position_embeddings: int
     attention_heads: int
     key_value_heads: int
+    layers: int
+    ties_embeddings: bool
 
 
 def check_model_folder(path: str, flag: str) -> None:
@@ -84,6 +86,8 @@ def inspect_weights(path: str) -> ModelFacts:
         max_position_embeddings=config.max_position_embeddings,
         attention_heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
+        layers=config.num_hidden_layers,
+        ties_embeddings=config.tie_word_embeddings,
     )
 
 

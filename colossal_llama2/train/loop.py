@@ -13,6 +13,7 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
 from colossal_llama2.errors import RunError
 from colossal_llama2.train.metrics import SilentWriter
+from colossal_llama2.train.pipeline import pipeline_loss
 from colossal_llama2.train.schedule import CosineSchedule
 
 if TYPE_CHECKING:
@@ -72,17 +73,26 @@ def train_step(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step
     """
     counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
     predicted, tokens = engine.sum_over_data(counts)
+    if engine.is_pipelined:
+        loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=max(int(predicted), 1))
+    else:
+        loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=max(int(predicted), 1))
+    grad_norm = engine.step()
+    (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
+    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=int(tokens))
+
+
+def accumulated_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int, predicted: int):
+    """Forward and backward of one micro batch after the other; returns the sum of their losses on this rank."""
     loss_sum = 0.0
     for micro_step, batch in enumerate(batches):
         noise.prepare(step=step, micro_step=micro_step, lengths=batch.lengths)
         # The engine averages gradients over ranks; data_size undoes that, for the sum over ranks is wanted.
-        weight = batch.predicted * engine.data_size / max(predicted, 1)
+        weight = batch.predicted * engine.data_size / predicted
         loss = weighted_loss(engine, batch, weight)
         engine.backward(loss, last=micro_step == len(batches) - 1)
         loss_sum = loss_sum + loss.detach().float()
-    grad_norm = engine.step()
-    (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
-    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=int(tokens))
+    return loss_sum
 
 
 def weighted_loss(engine: "Engine", batch: Batch, weight: float):

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
         ),
     )  # fmt: skip
     checkpointer.check_room()
-    load_model(args, plan, engine, attention, run_facts)
+    load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
     with contextlib.ExitStack() as parts:
         fit(
             state,
@@ -128,6 +128,12 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         chunked_loss=args.chunked_loss,
         learning_rate=args.lr,
         weight_decay=args.weight_decay,
+        micro_batch_size=args.micro_batch_size,
+        pp_size=args.pp,
+        microbatch_size=args.microbatch_size,
+        sp_size=args.sp,
+        sp_mode=args.sp_mode if args.enable_sequence_parallelism else None,
+        embeddings_only=args.freeze_non_embeds_params,
     )
 
 
@@ -137,7 +143,10 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     Returns:
         Where the weights come from.
     """
-    problems = settings_problems(engine_settings(args), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    settings = engine_settings(args)
+    problems = settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if args.max_length % settings.sequence_shards:
+        problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
     checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset]
@@ -164,17 +173,22 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
 
 
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
-    """Refuse samples longer than the model has positions, and a tensor-parallel size that does not divide its heads."""
+    """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
     if args.max_length > facts.max_position_embeddings:
         raise UserError(
             f"--max_length {args.max_length} given, the model has {facts.max_position_embeddings} positions "
             f"(max_position_embeddings of its config.json); give at most that"
         )
-    if facts.attention_heads % args.tp or facts.key_value_heads % args.tp:
+    # Ranks of --sp exchange whole heads, as ranks of --tp hold them.
+    splits = args.tp * args.sp
+    if facts.attention_heads % splits or facts.key_value_heads % splits:
+        given = f"--tp {args.tp}" if args.sp == 1 else f"--tp {args.tp} x --sp {args.sp}"
         raise UserError(
-            f"--tp {args.tp} does not divide the model's {facts.attention_heads} attention heads "
+            f"{given} does not divide the model's {facts.attention_heads} attention heads "
             f"and {facts.key_value_heads} key-value heads; give a number that does"
         )
+    if facts.layers < args.pp:
+        raise UserError(f"--pp {args.pp} given, the model has {facts.layers} layers; give at most that many stages")
 
 
 def check_token_ids(dataset, facts: ModelFacts, engine: Engine) -> None:
@@ -321,10 +335,16 @@ def tell_plan(
 
 
 def load_model(
-    args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str, run_facts: Dict[str, Any]
+    args: argparse.Namespace,
+    plan: LoadPlan,
+    engine: Engine,
+    attention: str,
+    run_facts: Dict[str, Any],
+    *,
+    ties_embeddings: bool,
 ) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
-    with engine.initializing():
+    with engine.initializing(ties_embeddings=ties_embeddings):
         model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -356,7 +376,11 @@ def has_tokenizer(folder: str) -> bool:
 def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
     tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)
-    return Collator(pad_token_id=tokenizer.pad_token_id, max_length=args.max_length)
+    return Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=args.max_length,
+        length_divisor=engine_settings(args).sequence_shards,
+    )
 
 
 def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractContextManager:

@@ -1,6 +1,7 @@
 """How a model is split over ranks: ColossalAI's Booster and one of its plugins, behind the few calls a loop needs."""
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, use_chunked_loss
-from colossal_llama2.model.documents import MaskForm, attention_inputs
+from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange
 
@@ -30,7 +31,8 @@ GEMINI_CHUNKS_AT_LEAST = 8
 class EngineSettings:
     """What decides how a step is computed.
 
-    Sizes are numbers of ranks; `max_norm` 0 clips nothing; `chunked_loss` is auto, on or off.
+    Sizes are numbers of ranks; `max_norm` 0 clips nothing; `chunked_loss` is auto, on or off; `microbatch_size` is the
+    number of samples that a pipeline stage passes on; `sp_mode` is None without sequence parallelism.
     """
 
     plugin: str
@@ -43,6 +45,22 @@ class EngineSettings:
     chunked_loss: str
     learning_rate: float
     weight_decay: float
+    micro_batch_size: int = 1
+    pp_size: int = 1
+    microbatch_size: int = 1
+    sp_size: int = 1
+    sp_mode: Optional[str] = None
+    embeddings_only: bool = False
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold one copy of the model and see the same samples."""
+        return self.tp_size * self.pp_size * self.sp_size
+
+    @property
+    def sequence_shards(self) -> int:
+        """Parts of equal length into which a sample is split."""
+        return {None: 1, "all_to_all": self.sp_size}.get(self.sp_mode, self.tp_size)
 
 
 def launch(seed: int) -> None:
@@ -132,13 +150,20 @@ def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool) -> Dict[str, Any
     arguments = _common_arguments(settings)
     arguments.update(
         tp_size=settings.tp_size,
-        pp_size=1,
+        pp_size=settings.pp_size,
         zero_stage=settings.zero_stage,
         enable_flash_attention=settings.use_flash_attn,
         overlap_communication=not on_cpu,
         # Pad the vocabulary to a multiple of tp_size and no further.
         make_vocab_size_divisible_by=1,
     )
+    if settings.pp_size > 1:
+        # The cache would keep the shape of the first batch, and batches are as long as their longest sample.
+        arguments.update(microbatch_size=settings.microbatch_size, enable_metadata_cache=False)
+    if settings.sp_mode is not None:
+        arguments.update(
+            enable_sequence_parallelism=True, sequence_parallelism_mode=settings.sp_mode, sp_size=settings.sp_size
+        )
     return arguments
 
 
@@ -196,30 +221,59 @@ def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
         problems.append("--plugin 3d with --mixed_precision fp32 needs --zero 0, since its ZeRO trains in fp16 or bf16")
     if not kind.is_hybrid and settings.tp_size > 1:
         problems.append(f"--tp {settings.tp_size} needs --plugin 3d, {settings.plugin} has no tensor parallelism")
-    if world_size % settings.tp_size:
-        problems.append(f"--tp {settings.tp_size} does not divide the {world_size} processes of this job")
+    if not kind.is_hybrid and settings.pp_size > 1:
+        problems.append(f"--pp {settings.pp_size} needs --plugin 3d, {settings.plugin} has no pipeline")
+    if not kind.is_hybrid and settings.sp_mode is not None:
+        problems.append(f"--enable_sequence_parallelism needs --plugin 3d, {settings.plugin} does not split samples")
+    if world_size % settings.model_ranks:
+        sizes = {"--tp": settings.tp_size, "--pp": settings.pp_size, "--sp": settings.sp_size}
+        given = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        problems.append(f"{given} does not divide the {world_size} processes of this job")
+    return problems + _pipeline_problems(settings) + _sequence_problems(settings)
+
+
+def _pipeline_problems(settings: EngineSettings) -> List[str]:
+    if settings.pp_size == 1:
+        return []
+    problems = []
+    batch, part = settings.micro_batch_size, settings.microbatch_size
+    if batch % part or batch // part < settings.pp_size:
+        problems.append(
+            f"--micro_batch_size {batch} with --microbatch_size {part} keeps no {settings.pp_size} pipeline stages "
+            f"busy; give a multiple of --microbatch_size, at least {settings.pp_size * part}"
+        )
+    if settings.zero_stage == 2:
+        problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
+    if settings.embeddings_only and settings.pp_size > 2:
+        problems.append(
+            f"--pp {settings.pp_size} with --freeze_non_embeds_params leaves stages that train nothing; give --pp 2"
+        )
     return problems
 
 
-def _decide_chunked_loss(requested: str, plugin) -> bool:
-    """Whether to compute the loss by chunks. Raises UserError if it is asked for and cannot be done."""
-    obstacle = None
-    if getattr(plugin, "pp_size", 1) > 1:
-        obstacle = "pipeline stages, whose last one alone has the head"
-    elif getattr(plugin, "sp_size", 1) > 1:
-        obstacle = "sequence parallelism, which splits the tokens of the head"
-    if obstacle and requested == "on":
-        raise UserError(f"--chunked_loss on does not work with {obstacle}; leave the flag out")
-    if obstacle and requested == "auto":
-        logs.get_logger().info("The loss is not computed by chunks: that does not work with %s", obstacle)
-    return requested != "off" and not obstacle
+def _sequence_problems(settings: EngineSettings) -> List[str]:
+    if settings.sp_mode is None:
+        return [f"--sp {settings.sp_size} needs --enable_sequence_parallelism"] if settings.sp_size > 1 else []
+    problems = []
+    if settings.sp_mode == "all_to_all" and settings.sp_size == 1:
+        problems.append("--sp_mode all_to_all needs --sp, the number of ranks that share a sample")
+    if settings.sp_mode != "all_to_all" and settings.tp_size == 1:
+        problems.append(f"--sp_mode {settings.sp_mode} needs --tp, whose ranks share a sample")
+    if settings.sp_mode != "all_to_all" and settings.sp_size > 1:
+        problems.append(f"--sp is for --sp_mode all_to_all, {settings.sp_mode} takes the ranks of --tp; leave it out")
+    if settings.sp_mode != "all_to_all" and settings.zero_stage == 2 and settings.accumulation_steps > 1:
+        problems.append(
+            f"--sp_mode {settings.sp_mode} with --accumulation_steps {settings.accumulation_steps} needs --zero 0 or "
+            f"1, since stage 2 cannot wait for the last micro batch"
+        )
+    return problems
 
 
 class Engine:
     """A boosted model and its optimizer on this rank.
 
-    Ranks that see the same data (the partners of one tensor-parallel group) share `data_rank`, from 0 to
-    `data_size` - 1.
+    Ranks that see the same data (the partners of a tensor-parallel or sequence-parallel group, and the stages of a
+    pipeline) share `data_rank`, from 0 to `data_size` - 1.
     """
 
     def __init__(self, settings: EngineSettings, parameters: int):
@@ -232,18 +286,18 @@ class Engine:
         self.device = get_accelerator().get_current_device()
         self._kind = PLUGINS[settings.plugin]
         plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
-        self._booster = Booster(plugin=plugin)
+        self._plugin, self._booster = plugin, Booster(plugin=plugin)
         self._tp_group = plugin.tp_group if settings.tp_size > 1 else None
-        self._chunks_loss = _decide_chunked_loss(settings.chunked_loss, plugin)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         # The default group is that of all ranks.
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
         self.model = self.optimizer = None
 
-    def initializing(self) -> contextlib.AbstractContextManager:
+    def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
-        if not self._kind.is_lazy:
+        # The last stage of a pipeline would drop the embeddings before it has read the head that is tied to them.
+        if not self._kind.is_lazy or (ties_embeddings and self.is_pipelined):
             return contextlib.nullcontext()
         from colossalai.lazy import LazyInitContext
 
@@ -268,8 +322,14 @@ class Engine:
 
             documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
-        if self._chunks_loss:
-            use_chunked_loss(self.unwrapped_model, self._head_part(model.config.vocab_size))
+        has_head = not self.is_pipelined or self._plugin.stage_manager.is_last_stage()
+        if self.settings.chunked_loss != "off" and has_head:
+            splits = self.settings.sp_mode == "all_to_all"
+            use_chunked_loss(
+                self.unwrapped_model,
+                self._head_part(model.config.vocab_size),
+                sample_group=self._plugin.sp_group if splits else None,
+            )
 
     @property
     def unwrapped_model(self):
@@ -293,13 +353,66 @@ class Engine:
             form = MaskForm.NUMBERS
         elif self.unwrapped_model.config._attn_implementation == "flash_attention_2":
             form = MaskForm.BORDERS
+        documents = batch.documents
+        if documents is None and self.settings.sp_mode is not None and form is MaskForm.BLOCKS:
+            # Without a mask of blocks transformers would make one: of the length of a rank's part of the samples on
+            # later stages, and a column too wide where nothing is padded. ColossalAI's plain attention takes neither.
+            documents = one_document_each(batch.lengths, batch.input_ids.shape[1])
         dtype = dtype_of(self.settings.precision)
-        return attention_inputs(batch.attention_mask, batch.documents, form=form, dtype=dtype, device=self.device)
+        return attention_inputs(batch.attention_mask, documents, form=form, dtype=dtype, device=self.device)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the next optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+
+    @property
+    def is_pipelined(self) -> bool:
+        """True if a step goes through `run_pipeline` instead of forward and `backward`."""
+        return self.settings.pp_size > 1
+
+    def run_pipeline(
+        self,
+        inputs: Dict[str, Any],
+        *,
+        more_inputs: Callable[[int], Dict[str, Any]],
+        criterion: Callable[[Any, int], Any],
+    ) -> float:
+        """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
+
+        Args:
+            inputs: the model's keyword arguments, tensors of (samples, ...).
+            more_inputs: called on every stage, before it computes, with the number of the microbatch, from 0; gives
+                more keyword arguments.
+            criterion: called on the last stage with the model's outputs and that number; gives the loss to add.
+
+        Returns:
+            The sum of the losses, on every stage.
+        """
+        import torch
+        import torch.distributed as dist
+
+        scheduler = self._plugin.scheduler
+        # It holds to the size of the first step, and the last one of an epoch may be smaller.
+        scheduler.num_microbatches = scheduler.last_batch_size = None
+        forwards, losses = itertools.count(), itertools.count()
+
+        def add_inputs(_, args, inputs):
+            return args, {**inputs, **more_inputs(next(forwards))}
+
+        def loss_to_add(outputs, _):
+            # ColossalAI takes the mean of the microbatches' losses.
+            return criterion(outputs, next(losses)) * scheduler.num_microbatches
+
+        handle = self.unwrapped_model.register_forward_pre_hook(add_inputs, with_kwargs=True)
+        try:
+            outputs = self._booster.execute_pipeline(iter([inputs]), self.model, loss_to_add, self.optimizer)
+        finally:
+            handle.remove()
+        known = outputs["loss"] is not None
+        loss = torch.tensor(float(outputs["loss"]) if known else 0.0, dtype=torch.float64, device=self.device)
+        dist.all_reduce(loss, group=self._plugin.pp_group)
+        return float(loss)
 
     def backward(self, loss, *, last: bool) -> None:
         """Accumulate the gradients of a loss; ranks need not meet before the `last` one of an optimizer step."""
@@ -308,8 +421,9 @@ class Engine:
             self._booster.backward(loss, self.optimizer)
 
     def _can_wait(self) -> bool:
-        # DDP (3d without ZeRO) decides in the forward pass; ZeRO stage 2 and Gemini split gradients as they come.
-        return self._kind.is_hybrid and self.settings.zero_stage == 1 and self.data_size > 1
+        # ZeRO stage 2 and Gemini split gradients as they come. 3d without ZeRO decides in the forward pass whether
+        # data-parallel ranks meet, but tensor-parallel ones that share a sample would here, and sum up what is summed.
+        return self._kind.is_hybrid and self.settings.zero_stage < 2
 
     def step(self) -> Optional[float]:
         """Clip, update the parameters, clear the gradients.

@@ -1,12 +1,14 @@
 """What ColossalAI 0.5.0 needs to run its Booster plugins where there is no GPU: the rehearsal of a cluster job.
 
 Nothing of ColossalAI is replaced by a look-alike: its plugins, optimizers and checkpoint code run as they are, over
-gloo. It lacks four things on a CPU, each supplied by one function here:
+gloo. It lacks six things on a CPU, each supplied by one function here:
 
     accelerator   a device whose streams and events do nothing            documented: set_accelerator
     kernels       CPU Adam and attention, by PyTorch's own fused kernels   documented: register_extension
     gemini        telling "the device" from "the host", which are both RAM patch, see `_patch_gemini_chunks`
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
+    pipelines     which backend a group has                                patch, see `_patch_backend_check`
+    sequences     two collectives that gloo lacks                          patch, see `_supply_collectives`
 
 `install` is called once, before any plugin is built.
 """
@@ -24,6 +26,8 @@ def install() -> None:
     _register_kernels()
     _patch_gemini_chunks()
     _patch_memory_tracer()
+    _patch_backend_check()
+    _supply_collectives()
 
 
 def _device():
@@ -284,3 +288,59 @@ def _patch_memory_tracer() -> None:
     global_context.num_processes_on_current_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     SyncCudaMemoryMonitor.start = start
     SyncCudaMemoryMonitor.finish = finish
+
+
+def _patch_backend_check() -> None:
+    """Let the stages of a pipeline talk over gloo.
+
+    pipeline/p2p.py:159 compares a group's backend with Backend.HCCL, which only a PyTorch for Ascend has; NCCL alone,
+    compared first, never gets there.
+    """
+    from colossalai.pipeline import p2p
+
+    p2p._check_for_nccl_hccl_backend = p2p.check_for_nccl_backend
+
+
+class _Done:
+    """The handle of a collective that has already ended."""
+
+    def wait(self, *args) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _supply_collectives() -> None:
+    """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
+
+    In PyTorch 2.5 gloo has only the forms that take one tensor; elsewhere the calls go where they went. gloo ends the
+    process if shapes differ, and so it is given flat tensors.
+    """
+    import torch
+    import torch.distributed as dist
+
+    reduce_scatter, all_to_all = dist.reduce_scatter, dist.all_to_all
+    if reduce_scatter.__module__ == __name__:
+        return
+
+    def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo":
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        flat = torch.empty(output.numel(), dtype=output.dtype)
+        dist.reduce_scatter_tensor(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
+        output.copy_(flat.view_as(output))
+        return _Done() if async_op else None
+
+    def flat_all_to_all(output_list, input_list, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo":
+            return all_to_all(output_list, input_list, group=group, async_op=async_op)
+        sent, received = ([part.numel() for part in parts] for parts in (input_list, output_list))
+        flat = torch.empty(sum(received), dtype=output_list[0].dtype)
+        inputs = torch.cat([part.reshape(-1) for part in input_list])
+        dist.all_to_all_single(flat, inputs, received, sent, group=group)
+        for part, values in zip(output_list, flat.split(received), strict=True):
+            part.copy_(values.view_as(part))
+        return _Done() if async_op else None
+
+    dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all

@@ -3,6 +3,8 @@
     clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
     refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
     save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
+    loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
+    ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
 """
 
 REPAIRED_VERSION = "0.5.0"
@@ -22,6 +24,8 @@ def install() -> None:
         )
         return
     save_padded_vocabulary()
+    loss_in_float32()
+    ring_weight_gradients()
 
 
 def clip_in_bf16(optimizer) -> None:
@@ -77,3 +81,43 @@ def save_padded_vocabulary() -> None:
     if take_back.__name__ != take_back_if_taken.__name__:
         api._hijack_back_detach_and_clone = take_back_if_taken
         hybrid_parallel_checkpoint_io.search_tp_partition_dim = search_tp_partition_dim
+
+
+def loss_in_float32() -> None:
+    """Compute the cross entropy of 3d in float32, as transformers does.
+
+    shardformer/layer/loss.py:235 sums the losses of a batch in the number format of the logits: 6.9223 becomes 6.9062
+    in bf16, and in fp16 the sum overflows; line 240 rounds the number of tokens with it.
+    """
+    import torch
+    from colossalai.shardformer.modeling import llama
+
+    cross_entropy = llama.dist_cross_entropy
+    if cross_entropy.__module__ == __name__:
+        return
+
+    def float32_cross_entropy(labels, logits, shard_config, vocab_size, dtype, seq_dim=1):
+        return cross_entropy(labels, logits.float(), shard_config, vocab_size, torch.float32, seq_dim)
+
+    llama.dist_cross_entropy = float32_cross_entropy
+
+
+def ring_weight_gradients() -> None:
+    """Give the backward pass of --sp_mode ring the whole gathered input.
+
+    shardformer/layer/_operation.py:470 keeps the tensor that a rank sent last instead of the one it received, and the
+    weight gradients of all column-parallel layers are computed from it. The products of the ring are not overlapped
+    with its messages any more, in exchange.
+    """
+    from colossalai.shardformer.layer import _operation
+
+    def gather_then_compute(
+        func, input_to_gather=None, input_local=None, process_group=None, gather_dim=1, keep_item=False
+    ):
+        gathered = {
+            name: _operation._gather(value.contiguous(), gather_dim, process_group)
+            for name, value in input_to_gather.items()
+        }
+        return func(**gathered, **input_local), gathered
+
+    _operation._ring_as_gather = gather_then_compute

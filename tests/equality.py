@@ -1,0 +1,445 @@
+"""Compare training under every plugin, parallel axis and option with a plain PyTorch loop, step by step.
+
+    python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
+    python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
+    python -m tests.equality --output docs/equality.md    what it finds as a page too
+
+Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
+compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
+norm of the difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over
+what clipping should have let through to it. One option is varied at a time.
+
+Allowed in float32: see FLOAT32_ALLOWED, or twice the gap between the plain loop without padding and with it, where
+that is more. In bfloat16: twice the gap between the plain loop on whole batches and on halves or quarters of them, and
+BFLOAT16_WEIGHTS. All gaps are measured anew for each model. The command ends with 1 if a row is outside.
+What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16 instructions needs
+half an hour for the matrix.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from tests import launching, reference, tiny, training_jobs
+from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
+
+FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
+BFLOAT16_WEIGHTS = 1e-2
+GAPS = 2.0
+MOMENT_ALLOWED = 0.02
+ODD_VOCABULARY = 601
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ranks share the work.
+
+    Attributes:
+        flags: of train.py.
+        ranks: processes of the job.
+        data_size: how many of them see different data.
+        plugin_arguments: of ColossalAI's plugin, for what no flag offers.
+    """
+
+    flags: Tuple[str, ...]
+    ranks: int = 2
+    data_size: int = 2
+    plugin_arguments: Tuple[Tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that differs from the plain command."""
+
+    flags: Tuple[str, ...] = ()
+    accumulation_steps: int = 1
+    model: str = "plain"
+    data: str = "ragged"
+    clip: float = CLIP
+    freeze: bool = False
+
+    @property
+    def reference(self) -> Tuple[str, str, float, bool]:
+        """What the plain loop must know of it."""
+        return self.model, self.data, self.clip, self.freeze
+
+
+HYBRID = ("--plugin", "3d", "--zero")
+PP2 = ("--pp", "2")
+SEQUENCE = ("--enable_sequence_parallelism", "--sp_mode")
+ALL_TO_ALL = (*SEQUENCE, "all_to_all", "--sp", "2")
+OFFLOADED = (("offload_optim_frac", 1.0), ("offload_param_frac", 1.0))
+FLOAT32_LAYOUTS = {
+    "zero2": Layout(("--plugin", "zero2")),
+    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
+    "3d": Layout((*HYBRID, "0")),
+    "3d tp2": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
+    "3d tp2 flash": Layout((*HYBRID, "0", "--tp", "2", "--use_flash_attn"), data_size=1),
+    "3d tp2 dp2": Layout((*HYBRID, "0", "--tp", "2"), ranks=4),
+    "3d pp2": Layout((*HYBRID, "0", *PP2), data_size=1),
+    "3d pp2 dp2": Layout((*HYBRID, "0", *PP2), ranks=4),
+    "3d pp2 tp2": Layout((*HYBRID, "0", *PP2, "--tp", "2"), ranks=4, data_size=1),
+    "3d pp2 sp2 all_to_all": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL), ranks=4, data_size=1),
+    "3d pp2 sp2 all_to_all flash": Layout(
+        (*HYBRID, "0", *PP2, *ALL_TO_ALL, "--use_flash_attn"), ranks=4, data_size=1
+    ),
+    "3d pp2 tp2 split_gather": Layout(
+        (*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather"), ranks=4, data_size=1
+    ),
+    "3d sp2 all_to_all": Layout((*HYBRID, "0", *ALL_TO_ALL), data_size=1),
+    "3d sp2 all_to_all dp2": Layout((*HYBRID, "0", *ALL_TO_ALL), ranks=4),
+    "3d sp2 all_to_all tp2": Layout((*HYBRID, "0", *ALL_TO_ALL, "--tp", "2"), ranks=4, data_size=1),
+    "3d tp2 split_gather": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
+    "3d tp2 split_gather dp2": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
+    "3d tp2 ring": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
+    "3d tp4 ring": Layout((*HYBRID, "0", "--tp", "4", *SEQUENCE, "ring"), ranks=4, data_size=1),
+}
+BFLOAT16_LAYOUTS = {
+    "gemini": Layout(("--plugin", "gemini")),
+    "gemini offloaded": Layout(("--plugin", "gemini"), plugin_arguments=OFFLOADED),
+    "gemini_auto": Layout(("--plugin", "gemini_auto")),
+    "zero2": Layout(("--plugin", "zero2")),
+    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
+    "3d zero0": Layout((*HYBRID, "0")),
+    "3d zero1": Layout((*HYBRID, "1")),
+    "3d zero2": Layout((*HYBRID, "2")),
+    "3d tp2 zero0": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
+    "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
+    "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
+    "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
+    "3d pp2 zero0": Layout((*HYBRID, "0", *PP2), data_size=1),
+    "3d pp2 zero1": Layout((*HYBRID, "1", *PP2), data_size=1),
+    "3d pp2 dp2 zero1": Layout((*HYBRID, "1", *PP2), ranks=4),
+    "3d pp2 tp2 zero1": Layout((*HYBRID, "1", *PP2, "--tp", "2"), ranks=4, data_size=1),
+    "3d sp2 all_to_all zero1": Layout((*HYBRID, "1", *ALL_TO_ALL), data_size=1),
+    "3d sp2 all_to_all zero2": Layout((*HYBRID, "2", *ALL_TO_ALL), data_size=1),
+    "3d tp2 split_gather zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
+    "3d tp2 split_gather dp2 zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
+    "3d tp2 ring zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
+}
+EVERY_OPTION_IN_BFLOAT16 = ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")
+LAYOUTS = {"fp32": FLOAT32_LAYOUTS, "bf16": BFLOAT16_LAYOUTS}
+OPTIONS = {
+    "": Option(),
+    "unclipped": Option(flags=("--gradient_clipping", "0"), clip=0.0),
+    "accumulating 4": Option(accumulation_steps=4),
+    "recomputing": Option(flags=("--use_grad_checkpoint",)),
+    "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
+    "tied": Option(model="tied"),
+    "full rows": Option(data="full"),
+    "documents": Option(flags=("--document_mask", "on"), data="spliced"),
+    "with logits": Option(flags=("--chunked_loss", "off")),
+    f"vocabulary {ODD_VOCABULARY}": Option(model="odd"),
+}
+
+
+# What is refused before training starts, and is run here all the same to show why: precision, layout, option.
+REFUSED = {
+    "fp32 gemini": ("fp32", Layout(("--plugin", "gemini")), Option()),
+    "fp32 3d zero1": ("fp32", Layout((*HYBRID, "1")), Option()),
+    "bf16 3d pp2 zero2": ("bf16", Layout((*HYBRID, "2", *PP2), data_size=1), Option()),
+    "fp32 3d pp2 with one part": (
+        "fp32",
+        Layout((*HYBRID, "0", *PP2, "--microbatch_size", "16"), data_size=1),
+        Option(),
+    ),
+    "fp32 3d pp3 frozen": (
+        "fp32",
+        Layout((*HYBRID, "0", "--pp", "3"), ranks=3, data_size=1),
+        Option(flags=("--freeze_non_embeds_params",), model="deep", freeze=True),
+    ),
+    "bf16 3d tp2 dp2 zero2 split_gather accumulating 4": (
+        "bf16",
+        Layout((*HYBRID, "2", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
+        Option(accumulation_steps=4),
+    ),
+}
+REFUSED_SECONDS = 90
+CASES_PER_LAUNCH = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    precision: str
+    layout: Layout
+    option: Option
+    is_refused: bool = False
+
+    @property
+    def _is_tied_pipeline(self) -> bool:
+        return self.option.model == "tied" and "--pp" in self.layout.flags
+
+    def spec(self, folder: Path, models: Dict[str, Path], parts: Dict[str, List[str]]) -> dict:
+        """The command, for train_worker.py."""
+        home = folder / self.name.replace(" ", "_")
+        batch = GLOBAL_BATCH // self.layout.data_size // self.option.accumulation_steps
+        flags = training_jobs.common_flags(home, models[self.option.model], parts[self.option.data])
+        flags += ["--mixed_precision", self.precision, *self.layout.flags, *self.option.flags]
+        flags += ["--micro_batch_size", batch, "--accumulation_steps", self.option.accumulation_steps]
+        return {
+            "name": self.name.replace(" ", "_"),
+            "script": "train.py",
+            "flags": [str(flag) for flag in flags],
+            # Both ends of a pipeline hold tied embeddings, which a sum over ranks would count twice.
+            "moments": not self._is_tied_pipeline,
+            "plugin_arguments": dict(self.layout.plugin_arguments),
+            "lifted": self.is_refused,
+        }
+
+
+def all_cases() -> List[Case]:
+    """The matrix: in float32 every option with every layout, in bfloat16 some options with some."""
+    named = [("fp32", layout, option) for option in OPTIONS for layout in FLOAT32_LAYOUTS]
+    for option in OPTIONS:
+        layouts = BFLOAT16_LAYOUTS if option in ("", "accumulating 4") else EVERY_OPTION_IN_BFLOAT16
+        named += [("bf16", layout, option) for layout in layouts]
+    cases = [
+        Case(" ".join(filter(None, names)), names[0], LAYOUTS[names[0]][names[1]], OPTIONS[names[2]]) for names in named
+    ]
+    return cases + [Case(name, *parts, is_refused=True) for name, parts in REFUSED.items()]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two runs are apart: relative, the largest over all steps; weights by norm."""
+
+    loss: float
+    norm: float
+    weights: float
+
+    def within(self, allowed: "Gap") -> bool:
+        """True if no figure is above the allowed one; not-a-number is above everything."""
+        return self.loss <= allowed.loss and self.norm <= allowed.norm and self.weights <= allowed.weights
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.1e}, norm {self.norm:.1e}, weights {self.weights:.1e}"
+
+
+def largest(values: List[float], expected: List[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True))
+
+
+def gap_of(trace: reference.Trace, expected: reference.Trace) -> Gap:
+    """How far a trace is from the reference."""
+    return Gap(
+        largest(trace.losses, expected.losses),
+        largest(trace.grad_norms, expected.grad_norms),
+        launching.distance(trace.weights, expected.weights),
+    )
+
+
+def trace_of(job: Job) -> reference.Trace:
+    """What a finished command logged and saved."""
+    return reference.Trace(job.scalars("Loss"), job.scalars("Gradient Norm"), training_jobs.weights_of(job))
+
+
+class References:
+    """Plain loops, each run once: in float32 one that never pads, in bfloat16 one on whole batches."""
+
+    def __init__(self, models: Dict[str, Path], parts: Dict[str, List[str]]):
+        self._models, self._parts, self._known = models, parts, {}
+
+    def of(self, case: Case) -> Tuple[reference.Trace, Gap]:
+        """The trace to compare with, and how far from it a command may be."""
+        if case.precision == "fp32":
+            unpadded = self._run(case, 0)
+            gap = gap_of(self._run(case, 2), unpadded)
+            least = Gap(**FLOAT32_ALLOWED)
+            return unpadded, Gap(max(GAPS * gap.loss, least.loss), max(GAPS * gap.norm, least.norm), least.weights)
+        whole = self._run(case, 1)
+        gaps = [gap_of(self._run(case, parts), whole) for parts in (2, 4)]
+        loss, norm = max(gap.loss for gap in gaps), max(gap.norm for gap in gaps)
+        return whole, Gap(GAPS * loss, GAPS * norm, BFLOAT16_WEIGHTS)
+
+    def _run(self, case: Case, micro_batches: int) -> reference.Trace:
+        key = (case.precision, case.option.reference, micro_batches)
+        if key not in self._known:
+            self._known[key] = reference.train(
+                self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
+                global_batch=GLOBAL_BATCH, lr=LR, clip=case.option.clip, freeze=case.option.freeze,
+                micro_batches=micro_batches, unsplice=case.option.data == "spliced",
+            )  # fmt: skip
+        return self._known[key]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished case: `moment` is Adam's first moment after step 1 over what clipping allows, 1 if it is right."""
+
+    case: Case
+    gap: Gap
+    allowed: Gap
+    moment: Optional[float]
+
+    @property
+    def passed(self) -> bool:
+        moment_is_right = self.moment is None or abs(self.moment - 1) <= MOMENT_ALLOWED
+        return self.gap.within(self.allowed) and moment_is_right
+
+    def cells(self) -> List[str]:
+        """The row of the table."""
+        figures = [
+            f"{getattr(self.gap, name):.1e} / {getattr(self.allowed, name):.1e}" for name in ("loss", "norm", "weights")
+        ]
+        moment = "-" if self.moment is None else f"{self.moment:.4f}"
+        return [self.case.name, *figures, moment, "equal" if self.passed else "DIFFERENT"]
+
+
+HEAD = ["configuration", "loss / allowed", "norm / allowed", "weights / allowed", "first moment", "result"]
+
+
+def compare(case: Case, job: Job, references: References) -> Row:
+    """Raises AssertionError if the command ended with an error, or Gemini did not spread its chunks over the ranks."""
+    assert job.error is None, f"{case.name}: {job.error}"
+    assert job.chunks is None or (len(job.chunks) > 1 and not any(job.chunks)), f"{case.name}: {job.chunks}"
+    expected, allowed = references.of(case)
+    norm = expected.grad_norms[0]
+    moment = job.first_moment_norm
+    if moment is not None:
+        moment /= min(norm, case.option.clip or norm)
+    return Row(case, gap_of(trace_of(job), expected), allowed, moment)
+
+
+def launches(cases: List[Case]) -> Iterator[Tuple[int, List[Case]]]:
+    """Yield (ranks, cases that share a process group), so few at a time that rows appear now and then."""
+    for ranks in sorted({case.layout.ranks for case in cases}):
+        chosen = [case for case in cases if case.layout.ranks == ranks]
+        for start in range(0, len(chosen), CASES_PER_LAUNCH):
+            yield ranks, chosen[start : start + CASES_PER_LAUNCH]
+
+
+def run_cases(cases: List[Case], folder: Path, steps: int) -> Tuple[List[Row], Dict[str, str]]:
+    """Launch all cases and compare each; rows are printed after each launch.
+
+    Returns:
+        The rows of what is allowed, and for what is refused the reason.
+    """
+    models, parts = make_inputs(folder, steps)
+    references = References(models, parts)
+    rows, refused = [], {}
+    print_row(HEAD)
+    allowed = [case for case in cases if not case.is_refused]
+    for number, (ranks, chosen) in enumerate(launches(allowed)):
+        home = folder / f"launch-{number}"
+        home.mkdir()
+        specs = [case.spec(home, models, parts) for case in chosen]
+        launching.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
+        for case, spec in zip(chosen, specs, strict=True):
+            rows.append(compare(case, training_jobs.finished(home, spec), references))
+            print_row(rows[-1].cells())
+    for case in (case for case in cases if case.is_refused):
+        home = folder / case.name.replace(" ", "_")
+        home.mkdir()
+        refused[case.name] = why_refused(case, home, models, parts, references)
+        print(f"{case.name:44s} refused: {refused[case.name]}", flush=True)
+    return rows, refused
+
+
+def why_refused(
+    case: Case, home: Path, models: Dict[str, Path], parts: Dict[str, List[str]], references: References
+) -> str:
+    """What comes of a command that is refused, when it is run all the same."""
+    spec = case.spec(home, models, parts)
+    try:
+        process = launching.attempt(home, [spec], ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"had not ended after {REFUSED_SECONDS} s"
+    if process.returncode:
+        errors = re.findall(r"^\w*(?:Error|Exception): .*", process.stderr, re.MULTILINE)
+        return f"fails: {errors[0] if errors else process.stderr[-200:]}"
+    job = training_jobs.finished(home, spec)
+    if job.error:
+        return f"ends: {job.error}"
+    row = compare(case, job, references)
+    return f"{row.gap} apart, {row.allowed} allowed" if not row.passed else f"EQUAL, needs no refusal ({row.gap})"
+
+
+def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, List[str]]]:
+    """Models and prepared data, by name."""
+    tokenizer = tiny.make_tokenizer(folder / "tokenizer")
+    plain = tiny.make_model(folder / "plain", tokenizer)
+    models = {
+        "plain": plain,
+        "tied": tiny.make_model(folder / "tied", tokenizer, tie=True),
+        "deep": tiny.make_model(folder / "deep", tokenizer, layers=3),
+        "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
+    }
+    data = {
+        name: training_jobs.write_data(folder / name, tokenizer, steps, full=name == "full")
+        for name in ("ragged", "full")
+    }
+    data["spliced"] = [training_jobs.write_spliced_data(folder / "spliced" / "part-00000", tokenizer, steps)]
+    return models, data
+
+
+def print_row(cells: List[str]) -> None:
+    """One line of the table, at once."""
+    print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
+
+
+PAGE = """# Training is the same mathematics under every plugin and option
+
+Written by `python -m tests.equality --output docs/equality.md`: {steps} optimizer steps of {batch} samples of real text
+with a LLaMA of two layers, on two to four CPU ranks, against a plain PyTorch loop on one. Loss and norm (of the
+gradient, before clipping) are the largest relative difference of any step; weights are the norm of the difference of
+the final weights over the norm of the weights; behind the slash is what is allowed. First moment: of Adam after step
+1, over what clipping lets through to it, 1 if it is right; "-" where ranks hold parts of it twice. The loss is computed
+by blocks of the vocabulary unless the row says "with logits"; "documents" are spliced samples, compared with their
+documents one by one. Gemini's models are cut in at least eight chunks, each spread over the ranks.
+
+In float32 1e-5 is allowed for loss and norm, or twice the gap between the plain loop without padding and with it, where
+that is more; 1e-4 for weights. In bf16 it is twice the gap between the plain loop on whole batches and on halves or
+quarters of them, and 1e-2 for weights. {equal} of {count} configurations are equal.
+
+{table}
+## Refused before training starts
+
+Run all the same, this comes of them:
+
+{refused}"""
+
+
+def as_page(rows: List[Row], refused: Dict[str, str], steps: int) -> str:
+    """What was found, as Markdown."""
+    lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
+    return PAGE.format(
+        steps=steps,
+        batch=GLOBAL_BATCH,
+        equal=sum(row.passed for row in rows),
+        count=len(rows),
+        table="".join("| " + " | ".join(cells) + " |\n" for cells in lines),
+        refused="".join(f"- {name}: {reason}\n" for name, reason in refused.items()),
+    )
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
+    parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
+    parser.add_argument("--output", default=None, help="file for a page in Markdown")
+    args = parser.parse_args(argv)
+    cases = [case for case in all_cases() if all(word in case.name for word in args.only)]
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rows, refused = run_cases(cases, Path(folder), args.steps)
+    failed = [row.case.name for row in rows if not row.passed]
+    print(f"{len(rows) - len(failed)} of {len(rows)} equal, in {time.monotonic() - start:.0f} s")
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(as_page(rows, refused, args.steps), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
