@@ -30,7 +30,7 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer import fingerprint
 
 VERSION = 1
-MANIFEST_KEYS = {"settings", "tokenizer", "inputs", "bins"}
+MANIFEST_KEYS = {"settings", "tokenizer", "bins"}
 NOT_OURS = "not ours"
 # What prepares the data of a stage, and what trains on it.
 COMMANDS = {
@@ -94,7 +94,7 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
     Inputs are compared by size, and by hash if they are newer than the output.
     """
     path = folders.final_arrow / MANIFEST_FILE
-    manifest = _read_ours(path, MANIFEST_KEYS)
+    manifest = _read_ours(path, {*MANIFEST_KEYS, "inputs", "total", "eval"})
     if manifest in (None, NOT_OURS):
         raise UserError(
             f"--data_arrow_output_dir: {path} is damaged or of another program; remove its folder or name another"
