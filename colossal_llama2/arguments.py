@@ -580,6 +580,18 @@ def _add_output_arguments(parser: CommandParser) -> None:
         "--load_checkpoint", metavar="DIR", default=None,
         help="a checkpoint folder to resume from, or its modeling/ folder to load weights alone",
     )  # fmt: skip
+    output.add_argument(
+        "--resume", choices=("auto",), default=None,
+        help="auto: go on from the newest whole checkpoint of --save_dir; if there is none, begin as without it",
+    )  # fmt: skip
+    output.add_argument(
+        "--keep_last", metavar="K", type=positive_int, default=None,
+        help="keep the K newest checkpoints and remove older ones (default: keep all)",
+    )  # fmt: skip
+    output.add_argument(
+        "--keep_every", metavar="STEPS", type=positive_int, default=None,
+        help="keep those whose step is a multiple of it, too",
+    )  # fmt: skip
     output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
     output.add_argument(
         "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"

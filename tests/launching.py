@@ -13,17 +13,21 @@ import torch
 from tests.conftest import ROOT
 
 
-def launch(folder: Path, specs: List[dict], *, ranks: int = 2, timeout: float = 840) -> None:
+def launch(
+    folder: Path, specs: List[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 840
+) -> None:
     """Run the commands on the ranks of one job, with a limit on its time (seconds). AssertionError if it fails."""
-    process = attempt(folder, specs, ranks=ranks, timeout=timeout)
+    process = attempt(folder, specs, worker, ranks=ranks, timeout=timeout)
     assert process.returncode == 0, process.stderr[-6000:]
 
 
-def attempt(folder: Path, specs: List[dict], *, ranks: int, timeout: float) -> subprocess.CompletedProcess:
+def attempt(
+    folder: Path, specs: List[dict], worker: str = "train_worker.py", *, ranks: int, timeout: float
+) -> subprocess.CompletedProcess:
     """The same for commands that may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
     (folder / "jobs.json").write_text(json.dumps(specs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += [str(ROOT / "tests" / "train_worker.py"), str(folder / "jobs.json")]
+    command += [str(ROOT / "tests" / worker), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -1,14 +1,34 @@
-"""What a run begins from, and which folders it may write to. Writing itself is in test_training.py."""
+"""What a run begins from, which folders it may write to, and whether a checkpoint is whole.
+
+Writing itself is in test_training.py, resuming in test_resume.py.
+"""
 
 import json
 
 import pytest
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.checkpoint import check_save_dir, plan_loading
 from colossal_llama2.train.loop import TrainState
+from tests.faults import damage
 
-STATES = {"epoch": 1, "step": 30, "sample_start_index": 80, "tokens_seen": 9000, "seed": 1024}
+STATES = {"epoch": 1, "step": 30, "sample_start_index": 80, "samples_seen": 180, "tokens_seen": 9000, "seed": 1024}
+
+
+def seal(folder, saved_at=1.0):
+    """Write the manifest of a folder."""
+    sizes = checkpoint_files.list_files(folder)
+    checkpoint_files.write_manifest(folder, checkpoint_files.file_entries(folder, sizes), saved_at=saved_at)
+    return folder
+
+
+def bare_checkpoint(save_dir, step, saved_at):
+    """A complete checkpoint with one file."""
+    folder = save_dir / f"epoch-0_step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "running_states.json").write_text("{}")
+    return seal(folder, saved_at)
 
 
 @pytest.fixture
@@ -21,7 +41,7 @@ def checkpoint(tmp_path):
     (folder / "optimizer" / "pytorch_optim.bin.index.json").write_text("{}")
     (folder / "lr_scheduler").write_text('{"peak": 0.1}')
     (folder / "running_states.json").write_text(json.dumps(STATES))
-    return folder
+    return seal(folder)
 
 
 def test_without_a_checkpoint():
@@ -33,7 +53,7 @@ def test_a_checkpoint_resumes_everything(checkpoint):
     plan = plan_loading("llama", str(checkpoint))
     assert (plan.model_path, plan.resume_path) == (str(checkpoint / "modeling"), str(checkpoint))
     state, saved = plan.read_states()
-    assert state == TrainState(epoch=1, step=30, sample_start_index=80, tokens_seen=9000)
+    assert state == TrainState(epoch=1, step=30, sample_start_index=80, samples_seen=180, tokens_seen=9000)
     assert saved["seed"] == 1024 and plan.read_schedule() == {"peak": 0.1}
 
 
@@ -60,6 +80,7 @@ def test_an_incomplete_checkpoint_is_refused(checkpoint, name):
 @pytest.mark.parametrize("text", ["{", "[]", '{"epoch": 1}', '{"epoch": null}'])
 def test_damaged_states_are_refused(checkpoint, text):
     (checkpoint / "running_states.json").write_text(text)
+    seal(checkpoint)
     with pytest.raises(UserError, match="running states"):
         plan_loading("llama", str(checkpoint)).read_states()
 
@@ -84,3 +105,55 @@ def test_another_run_s_folder_may_not(checkpoint, tmp_path):
 
 def test_a_resumed_run_goes_on_in_its_folder(checkpoint):
     check_save_dir(str(checkpoint.parent), str(checkpoint))
+
+
+def test_a_checkpoint_without_its_manifest_is_refused(checkpoint):
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(UserError, match="not written to its end"):
+        plan_loading("llama", str(checkpoint))
+    assert checkpoint_files.complete_checkpoints(checkpoint.parent) == []
+
+
+@pytest.mark.parametrize("kind", ["cut", "delete", "flip", "swap"])
+def test_every_damaged_file_is_named(checkpoint, kind):
+    for name in (*checkpoint_files.list_files(checkpoint), "manifest.json"):
+        before = (checkpoint / name).read_bytes()
+        damage.KINDS[kind](checkpoint / name)
+        found = checkpoint_files.sizes_problem(checkpoint)
+        found = found or next(checkpoint_files.content_problems(checkpoint), None)
+        assert found and name in found, (kind, name, found)
+        (checkpoint / name).write_bytes(before)
+    assert checkpoint_files.sizes_problem(checkpoint) is None
+
+
+def test_a_manifest_that_names_files_outside_is_refused(checkpoint):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name in ("../secret", "/etc/passwd", "a\\b", 7):
+        entry = {"path": name, "bytes": 1, "sha256": ""}
+        (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": [entry]}))
+        assert "not the manifest" in checkpoint_files.sizes_problem(checkpoint)
+
+
+def test_checkpoints_come_in_the_order_they_were_written(tmp_path):
+    late, early = bare_checkpoint(tmp_path, 5, saved_at=20.0), bare_checkpoint(tmp_path, 90, saved_at=10.0)
+    (tmp_path / "epoch-0_step-95").mkdir()
+    assert checkpoint_files.complete_checkpoints(tmp_path) == [early, late]
+
+
+def test_leftovers_go_and_what_was_being_replaced_comes_back(tmp_path):
+    kept = bare_checkpoint(tmp_path, 5, saved_at=1.0)
+    replaced = bare_checkpoint(tmp_path, 10, saved_at=2.0)
+    replaced.rename(tmp_path / "epoch-0_step-10.old")
+    for name in ("epoch-0_step-10.tmp", "epoch-0_step-5.old", "modeling.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest.tmp").write_text("x")
+    (tmp_path / "notes.tmp").write_text("the user's")
+    checkpoint_files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0_step-10", "epoch-0_step-5", "notes.tmp"]
+    assert checkpoint_files.complete_checkpoints(tmp_path) == [kept, replaced]
+
+
+def test_room_is_checked_before_a_save(tmp_path):
+    checkpoint_files.check_room(tmp_path, 1)
+    with pytest.raises(RunError, match="needs about .* are free"):
+        checkpoint_files.check_room(tmp_path, 10**18)

@@ -3,17 +3,21 @@
     <save_dir>/epoch-0_step-400/
         modeling/              Hugging Face model (safetensors), config and tokenizer
         optimizer/             Adam's moments (safetensors) and parameter groups
+        master_weights/        in half precision: the float32 weights of every rank (safetensors)
         lr_scheduler           the schedule's numbers (JSON)
-        running_states.json    epoch, step, samples and tokens consumed, settings; written last
+        running_states.json    epoch, step, samples and tokens consumed, random states, settings, versions
+        manifest.json          every file with its bytes and sha256; written last
+    <save_dir>/latest          the name of the checkpoint that was written last
     <save_dir>/modeling/       the model at the end of the run
 
-A checkpoint is written under a name that ends in .tmp and renamed when it is whole.
+A checkpoint is written under a name that ends in .tmp, and renamed when all of it is on the disk.
 """
 
 import contextlib
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
@@ -22,7 +26,11 @@ from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.files import copy_files, read_json, write_json
 from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama2.publishing import publish
 from colossal_llama2.tokenizer import TOKENIZER_FILES
+from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.checkpoint_files import MODEL_NAME, PARTIAL_SUFFIX
+from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.schedule import CosineSchedule
@@ -33,17 +41,18 @@ if TYPE_CHECKING:
 STATES_NAME = "running_states.json"
 SCHEDULE_NAME = "lr_scheduler"
 OPTIMIZER_NAME = "optimizer"
-MODEL_NAME = "modeling"
-PARTIAL_SUFFIX = ".tmp"
-OLD_SUFFIX = ".old.tmp"
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where a run begins: which folder its weights come from, and the checkpoint it resumes, if it does."""
+    """Where a run begins: which folder its weights come from, and the checkpoint it resumes, if it does.
+
+    `is_newest` says that --resume auto chose it, and may choose the one before it.
+    """
 
     model_path: str
     resume_path: Optional[str]
+    is_newest: bool = False
 
     def read_states(self) -> Tuple[TrainState, Dict[str, Any]]:
         """Where the resumed run was, and what else its running_states.json tells."""
@@ -78,6 +87,9 @@ def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
         for part in (f"{OPTIMIZER_NAME}/{OPTIMIZER_INDEX}", SCHEDULE_NAME):
             if not (folder / part).is_file():
                 raise UserError(f"--load_checkpoint {load_checkpoint}: has no {part}; resume from another checkpoint")
+        problem = checkpoint_files.sizes_problem(folder)
+        if problem:
+            raise UserError(f"--load_checkpoint {problem}; resume from another checkpoint")
         return LoadPlan(model_path=str(folder / MODEL_NAME), resume_path=str(folder))
     if (folder / "config.json").is_file():
         return LoadPlan(model_path=str(folder), resume_path=None)
@@ -90,9 +102,8 @@ def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
 
 
 def _checkpoints_in(folder: Path) -> List[str]:
-    """Names of the complete checkpoints in a --save_dir, the earliest step first."""
-    names = [child.name for child in folder.glob("epoch-*_step-*") if child.suffix != PARTIAL_SUFFIX]
-    return sorted(names, key=lambda name: (len(name), name))
+    """Names of the complete checkpoints in a --save_dir, the earliest first."""
+    return [path.name for path in checkpoint_files.complete_checkpoints(folder)]
 
 
 def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
@@ -104,13 +115,20 @@ def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
     folder = Path(save_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save_dir {save_dir}: is a file; give a folder")
-    taken = _checkpoints_in(folder) + [MODEL_NAME] * (folder / MODEL_NAME).exists()
+    named = sorted(path.name for path in folder.glob("epoch-*_step-*") if path.suffix != PARTIAL_SUFFIX)
+    taken = named + [MODEL_NAME] * (folder / MODEL_NAME).exists()
     resumes_here = resume_path is not None and Path(resume_path).resolve().parent == folder.resolve()
     if taken and not resumes_here:
-        raise UserError(
-            f"--save_dir {save_dir}: already holds {taken[0]} of another run; "
-            f"give a new folder, or resume with --load_checkpoint {save_dir}/<one of its checkpoints>"
-        )
+        complete = _checkpoints_in(folder)
+        cure = f"resume with --resume auto or --load_checkpoint {save_dir}/{complete[-1]}, or " if complete else ""
+        raise UserError(f"--save_dir {save_dir}: already holds {taken[0]} of another run; {cure}give a new folder")
+
+
+def expected_bytes(parameters: int, precision: str, *, frozen: bool) -> int:
+    """About how large a checkpoint of so many parameters will be: weights, Adam's two moments, master weights."""
+    weights = 4 if precision == "fp32" else 2
+    states = 0 if frozen else 8 + (0 if precision == "fp32" else 4)
+    return parameters * (weights + states)
 
 
 class Checkpointer:
@@ -126,49 +144,99 @@ class Checkpointer:
         tokenizer_path: str,
         schedule: CosineSchedule,
         facts: Dict[str, Any],
+        keep_last: Optional[int] = None,
+        keep_every: Optional[int] = None,
+        expected_bytes: int = 0,
     ):
         """
         Args:
             save_interval: in optimizer steps.
             model_path, tokenizer_path: folders whose configuration and tokenizer go into every saved model.
             facts: what is true of the whole run and goes into running_states.json, such as seed and sample count.
+            keep_last: how many of the newest checkpoints stay when a new one is complete; None: all.
+            keep_every: those whose step is a multiple of it stay too.
+            expected_bytes: room that a checkpoint needs, until one has shown it.
         """
         self._engine, self._save_interval, self._schedule, self._facts = engine, save_interval, schedule, facts
         self._save_dir, self._model_path, self._tokenizer_path = Path(save_dir), Path(model_path), Path(tokenizer_path)
+        self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
         self._last_saved: Optional[Path] = None
+        self._last_step: Optional[int] = None
 
     def save(self, state: TrainState, *, epoch_ends: bool) -> None:
         """Write a checkpoint if this step is one to save at."""
         if epoch_ends or state.step % self._save_interval == 0:
-            self._write(state)
+            self.save_now(state)
 
-    def _write(self, state: TrainState) -> None:
-        from safetensors import SafetensorError
+    def save_now(self, state: TrainState) -> None:
+        """Write a checkpoint, unless this step's is written already.
 
+        Raises:
+            RunError: on all ranks, if one of them cannot write.
+        """
+        if self._last_step == state.step:
+            return
+        start = time.monotonic()
         final = self._save_dir / f"epoch-{state.epoch}_step-{state.step}"
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        self.check_room()
         try:
-            self._write_parts(state, partial, final)
-        except (SafetensorError, OSError) as error:
-            # Of a full disk safetensors makes an error of its own kind. What is written takes the room, so it goes.
-            shutil.rmtree(partial, ignore_errors=True)
+            self._write_parts(state, partial)
+            written = time.monotonic()
+            self._seal(partial, final)
+        except RunError as error:
+            # What is written takes the room, so it goes.
+            if self._engine.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
-        self._last_saved = final
-        logs.get_logger().info("Saved %s", final)
+        self._last_saved, self._last_step = final, state.step
+        logs.get_logger().info(
+            "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
+            final, f"{self._expected_bytes:,}", time.monotonic() - start, time.monotonic() - written,
+        )  # fmt: skip
+        with self._engine.first_rank_only() as first:
+            if first:
+                checkpoint_files.remove_old(self._save_dir, keep_last=self._keep_last, keep_every=self._keep_every)
 
-    def _write_parts(self, state: TrainState, partial: Path, final: Path) -> None:
+    def check_room(self) -> None:
+        """Raise RunError, on all ranks, unless there is room for a checkpoint. Makes --save_dir if there is none."""
+        with self._engine.first_rank_only() as first:
+            if first:
+                self._save_dir.mkdir(parents=True, exist_ok=True)
+                checkpoint_files.check_room(self._save_dir, self._expected_bytes)
+
+    def _write_parts(self, state: TrainState, partial: Path) -> None:
         with self._engine.first_rank_only() as first:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                for name in (MODEL_NAME, OPTIMIZER_NAME):
+                    (partial / name).mkdir(parents=True)
         self._engine.save_model(str(partial / MODEL_NAME))
         self._engine.save_optimizer(str(partial / OPTIMIZER_NAME))
+        self._engine.save_masters(str(partial / exact.MASTERS_NAME))
+        ranks = exchange.gather_values(exact.rank_states(self._engine))
         with self._engine.first_rank_only() as first:
             if first:
                 self._copy_configuration(partial / MODEL_NAME)
                 write_json(partial / SCHEDULE_NAME, {**asdict(self._schedule), "step": state.step})
-                write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts})
-                _rename_over(partial, final)
+                write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts, "ranks": ranks})
+
+    def _seal(self, partial: Path, final: Path) -> None:
+        """List the files, each rank hashing a share of them, and give the checkpoint its name."""
+        engine = self._engine
+        with exchange.all_or_none():
+            mine = checkpoint_files.list_files(partial)
+        # A shared file system may show a rank what others wrote only after a while; what it wrote itself, at once.
+        own = mine if engine.rank == 0 else {n: size for n, size in mine.items() if f"rank-{engine.rank:05d}." in n}
+        sizes = {name: size for listed in exchange.gather_values(own) for name, size in listed.items()}
+        with exchange.all_or_none():
+            entries = checkpoint_files.file_entries(partial, sizes, share=engine.rank, shares=engine.world_size)
+        entries = [entry for share in exchange.gather_values(entries) for entry in share]
+        with engine.first_rank_only() as first:
+            if first:
+                checkpoint_files.write_manifest(partial, entries, saved_at=time.time())
+                checkpoint_files.publish_checkpoint(partial, final)
+        self._expected_bytes = sum(sizes.values())
 
     def _copy_configuration(self, folder: Path) -> None:
         """Tokenizer files and, but for the weights' number format, the config that the run began with.
@@ -186,24 +254,19 @@ class Checkpointer:
 
         Its weights are hard links where the file system has links, so they cost no room.
         """
-        final = self._save_dir / MODEL_NAME
         with self._engine.first_rank_only() as first:
             if first:
-                partial = final.with_name(final.name + PARTIAL_SUFFIX)
-                shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self._last_saved / MODEL_NAME, partial, copy_function=_link_weights)
-                _rename_over(partial, final)
-        return final
+                publish_model(self._last_saved)
+        return self._save_dir / MODEL_NAME
 
 
-def _rename_over(partial: Path, final: Path) -> None:
-    """Give a folder its final name; one of an earlier run that was resumed stays until the new one is there."""
-    old = final.with_name(final.name + OLD_SUFFIX)
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+def publish_model(checkpoint: Path) -> None:
+    """Put the model of a checkpoint beside it, as the result of the run; an earlier result is replaced."""
+    final = checkpoint.with_name(MODEL_NAME)
+    partial = final.with_name(final.name + PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint / MODEL_NAME, partial, copy_function=_link_weights)
+    publish(partial, final, replace=True)
 
 
 def _link_weights(source: str, target: str) -> None:

@@ -30,12 +30,14 @@ class TrainState:
         epoch: passes over the data that are complete.
         step: optimizer steps taken since the first epoch began.
         sample_start_index: samples of the current epoch that are consumed.
+        samples_seen: samples consumed since the first epoch began.
         tokens_seen: tokens consumed since the first epoch began, padding not counted.
     """
 
     epoch: int = 0
     step: int = 0
     sample_start_index: int = 0
+    samples_seen: int = 0
     tokens_seen: int = 0
 
     def to_dict(self) -> Dict[str, int]:
@@ -131,6 +133,7 @@ def fit(
             _stop_if_not_finite(result, state.step + 1)
             state.step += 1
             state.sample_start_index += taken
+            state.samples_seen += taken
             state.tokens_seen += result.tokens
             steps_left -= 1
             _show(state, result, learning_rate, time.monotonic() - start, metrics=metrics, progress=progress)

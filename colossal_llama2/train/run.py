@@ -7,7 +7,7 @@ import platform
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.loader import (
@@ -28,7 +28,16 @@ from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, load_llama
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
-from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, check_save_dir, plan_loading
+from colossal_llama2.train import resuming, save_folder
+from colossal_llama2.train.checkpoint import (
+    OPTIMIZER_NAME,
+    Checkpointer,
+    LoadPlan,
+    check_save_dir,
+    expected_bytes,
+    plan_loading,
+)
+from colossal_llama2.train.engine import exact
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
@@ -43,13 +52,15 @@ def train(args: argparse.Namespace) -> None:
         RunError: the loss is not a number any more.
     """
     plan = check_inputs(args)
-    launch(args.seed)
-    run(args, plan)
-    leave()
+    with save_folder.locked(args.save_dir) if logs.is_first_rank() else contextlib.nullcontext():
+        launch(args.seed)
+        run(args, plan)
+        leave()
 
 
 def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
+    plan = resuming.settle(plan, args.save_dir)
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
     dataset = load_tokenized_dataset(args.dataset, args.document_mask)
@@ -60,14 +71,16 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
     tokenizer_path = find_tokenizer(args, plan)
     run_facts = describe_run(args, engine, order, tokenizer_path)
     state = initial_state(args, plan, run_facts)
+    if args.resume and resuming.is_done(plan, state, order, args.num_epochs):
+        return resuming.finish_again(plan, engine)
     schedule = make_schedule(args, plan, state, order)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     loader = StepLoader(dataset, order, make_collator(args, tokenizer_path), engine.data_rank)
-    if engine.rank == 0:
-        Path(args.save_dir).mkdir(parents=True, exist_ok=True)
-        write_config(args, schedule)
+    save_folder.prepare(args.save_dir)
+    with engine.first_rank_only() as first:
+        if first:
+            write_config(args, schedule)
     tell_plan(args, engine, order, schedule, facts)
-    load_model(args, plan, engine, attention, ties_embeddings=facts.ties_embeddings)
     checkpointer = Checkpointer(
         engine=engine,
         save_dir=args.save_dir,
@@ -76,7 +89,14 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
         tokenizer_path=tokenizer_path,
         schedule=schedule,
         facts=run_facts,
-    )
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        expected_bytes=expected_bytes(
+            facts.parameters, args.mixed_precision, frozen=args.freeze_non_embeds_params
+        ),
+    )  # fmt: skip
+    checkpointer.check_room()
+    load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
     with contextlib.ExitStack() as parts:
         fit(
             state,
@@ -137,6 +157,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             problems.append(str(error))
     try:
         plan = plan_loading(args.pretrained, args.load_checkpoint)
+        plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
         if plan.model_path != args.pretrained:
             check_model_folder(plan.model_path, "--load_checkpoint")
         check_save_dir(args.save_dir, plan.resume_path)
@@ -204,19 +225,25 @@ def describe_run(args: argparse.Namespace, engine: Engine, order: SampleOrder, t
         "num_samples": order.num_samples,
         "dataset_fingerprints": dataset_fingerprints(args.dataset),
         "tokenizer": fingerprint(tokenizer_path),
+        "pretrained_tokenizer": fingerprint(args.pretrained) if has_tokenizer(args.pretrained) else None,
+        "model_shape": resuming.model_shape(args.pretrained),
         "seed": order.seed,
         "freeze_non_embeds_params": args.freeze_non_embeds_params,
         "world_size": engine.world_size,
         "data_parallel_size": engine.data_size,
+        "layout": exact.layout(engine),
         "settings": vars(args),
+        "versions": versions(),
+        "machine": resuming.machine(),
     }
 
 
-# What must be as in the checkpoint: the first four decide the place in the data, the last which states Adam has.
+# What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
 RESUMED_FACTS = {
     "num_samples": "--dataset",
     "dataset_fingerprints": "--dataset",
-    "tokenizer": "--pretrained",
+    "pretrained_tokenizer": "--pretrained",
+    "model_shape": "--pretrained",
     "seed": "--seed",
     "freeze_non_embeds_params": "--freeze_non_embeds_params",
 }
@@ -231,11 +258,12 @@ def initial_state(args: argparse.Namespace, plan: LoadPlan, run_facts: Dict[str,
     for name, flag in RESUMED_FACTS.items():
         if saved.get(name) != run_facts[name]:
             raise UserError(
-                f"--load_checkpoint {plan.resume_path}: {name} was {saved.get(name)}, this run has {run_facts[name]}; "
+                f"--load_checkpoint {plan.resume_path}: {resuming.difference(name, saved.get(name), run_facts[name])}; "
                 f"resume with the same {flag}, {weights_alone}"
             )
     if state.epoch >= args.num_epochs:
         raise UserError(f"--load_checkpoint {plan.resume_path}: is of epoch {state.epoch}, give a higher --num_epochs")
+    resuming.tell_verdict(plan, state, saved, run_facts)
     return state
 
 
@@ -270,15 +298,23 @@ def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> N
         logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
 
 
+def versions() -> Dict[str, Optional[str]]:
+    """Versions of what a result depends on, by name; None for a kernel that is not installed."""
+    found = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
+    kernels: Dict[str, Optional[str]] = dict.fromkeys(("flash-attn", "liger-kernel"))
+    for name in kernels:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            kernels[name] = metadata.version(name)
+    return {**found, **kernels, "python": platform.python_version(), "colossal_llama2": __version__}
+
+
 def write_config(args: argparse.Namespace, schedule: CosineSchedule) -> None:
     """Write the resolved flags and the versions they ran with to --config_file."""
-    versions = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
-    versions.update(python=platform.python_version(), colossal_llama2=__version__)
     path = Path(args.config_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     resolved = {"warmup_steps": schedule.warmup_steps, "total_steps": schedule.total_steps}
     resolved["world_size"] = int(os.environ["WORLD_SIZE"])
-    write_json(path, {**vars(args), **resolved, "versions": versions})
+    write_json(path, {**vars(args), **resolved, "versions": versions()})
 
 
 def tell_plan(
@@ -299,7 +335,8 @@ def tell_plan(
 
 
 def load_model(
-    args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str, *, ties_embeddings: bool
+    args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str, run_facts: Dict[str, Any],
+    *, ties_embeddings: bool,
 ) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
     with engine.initializing(ties_embeddings=ties_embeddings):
@@ -315,6 +352,7 @@ def load_model(
     engine.boost(model)
     if plan.resume_path is not None:
         engine.load_optimizer(str(Path(plan.resume_path, OPTIMIZER_NAME)))
+        resuming.restore_exactly(plan, engine, run_facts)
         logs.get_logger().info("Resumed %s", plan.resume_path)
     elif plan.model_path != args.pretrained:
         logs.get_logger().info("Took the weights of %s, and nothing else of that run", plan.model_path)
@@ -322,8 +360,12 @@ def load_model(
 
 def find_tokenizer(args: argparse.Namespace, plan: LoadPlan) -> str:
     """The folder that has the run's tokenizer: the loaded checkpoint, or --pretrained if that holds none."""
-    has_one = Path(plan.model_path, CONFIG_FILE).is_file()
-    return plan.model_path if has_one else args.pretrained
+    return plan.model_path if has_tokenizer(plan.model_path) else args.pretrained
+
+
+def has_tokenizer(folder: str) -> bool:
+    """True if a model folder has a tokenizer too."""
+    return Path(folder, CONFIG_FILE).is_file()
 
 
 def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:

@@ -16,6 +16,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, use_chunked_loss
 from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
 from colossal_llama2.model.loading import dtype_of
+from colossal_llama2.train.engine import exchange
 
 if TYPE_CHECKING:
     from colossal_llama2.dataset.loader import Batch
@@ -472,17 +473,20 @@ class Engine:
 
     @contextlib.contextmanager
     def first_rank_only(self) -> Iterator[bool]:
-        """Yield True on rank 0, and let no rank go on before rank 0 is done."""
-        yield self.rank == 0
-        self.barrier()
+        """Yield True on rank 0, let no rank go on before rank 0 is done, and let all fail if it fails."""
+        with exchange.all_or_none():
+            yield self.rank == 0
 
     def save_model(self, folder: str) -> None:
         """Write the whole model as sharded safetensors with config.json. Called on all ranks."""
         from colossal_llama2.train.engine import files
 
-        with files.tensors_written_apart():
+        if self._kind.is_gemini:
+            from colossal_llama2.train.engine import repairs
+
+            repairs.refresh_offloaded(self.optimizer)
+        with exchange.all_or_none(), files.tensors_written_apart():
             self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)
-        self.barrier()
         with self.first_rank_only() as first:
             if first:
                 files.rename_model_shards(folder)
@@ -491,12 +495,25 @@ class Engine:
         """Write the optimizer's state as safetensors and JSON. Called on all ranks."""
         from colossal_llama2.train.engine import files
 
-        with files.safetensors_instead_of_pickle():
+        with exchange.all_or_none(), files.safetensors_instead_of_pickle():
             self._booster.save_optimizer(self.optimizer, folder, shard=True, size_per_shard=4096)
-        self.barrier()
         with self.first_rank_only() as first:
             if first:
                 files.rename_optimizer_shards(folder)
+
+    def save_masters(self, folder: str) -> None:
+        """Write the float32 weights behind half-precision ones, a file per rank. Called on all ranks."""
+        from colossal_llama2.train.engine import exact
+
+        with exchange.all_or_none():
+            exact.save_masters(self, folder)
+
+    def load_masters(self, folder: str) -> None:
+        """Read what `save_masters` wrote on the same layout, after the rounded weights. Called on all ranks."""
+        from colossal_llama2.train.engine import exact
+
+        with exchange.all_or_none():
+            exact.load_masters(self, folder)
 
     def load_optimizer(self, folder: str) -> None:
         """Read what `save_optimizer` wrote, by any plugin on any number of ranks. Called on all ranks.

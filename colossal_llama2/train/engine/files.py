@@ -10,10 +10,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, List
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import open_to_umask, write_json
+from colossal_llama2.files import open_to_umask, sync, write_json
 from colossal_llama2.model.loading import INDEX_FILE
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
@@ -51,8 +51,10 @@ def _encode(value: Any, name: str, tensors: Dict[str, Any]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
-        # Pairs, since JSON would turn the integer keys of optimizer states into strings.
-        return {"dict": [[key, _encode(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
+        # Pairs, since JSON would turn the integer keys of optimizer states into strings. Sorted, since the order of
+        # keys after a resume is another one, and equal states must give equal files.
+        items = sorted(value.items(), key=lambda item: (str(type(item[0])), item[0]))
+        return {"dict": [[key, _encode(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in items]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return {kind: [_encode(item, f"{name}.{index}".lstrip("."), tensors) for index, item in enumerate(value)]}
@@ -84,11 +86,13 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     import torch
     from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io, utils
 
+    errors: List[Exception] = []
+
     def save(value, path, *args, **kwargs):
         # Ranks exchange objects through buffers in memory by the same functions; these are not files.
         if not isinstance(path, (str, os.PathLike)):
             return originals[0](value, path, *args, **kwargs)
-        return write_object(value, path)
+        return _write_or_note(errors, path, lambda: write_object(value, path))
 
     def load(path, *args, **kwargs):
         if not isinstance(path, (str, os.PathLike)):
@@ -105,6 +109,28 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     finally:
         for (module, name, _), original in zip(places, originals, strict=True):
             setattr(module, name, original)
+    _raise_first(errors)
+
+
+def _write_or_note(errors: List[Exception], path: Any, write: Callable[[], None]) -> None:
+    """Write a file and wait until it is on the disk; note an error, after which nothing more is written.
+
+    Between its writes ColossalAI lets the ranks exchange tensors: one that raised there would leave the others waiting.
+    """
+    from safetensors import SafetensorError
+
+    if errors:
+        return
+    try:
+        write()
+        sync(Path(path))
+    except (OSError, SafetensorError) as error:
+        errors.append(error)
+
+
+def _raise_first(errors: List[Exception]) -> None:
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager
@@ -117,20 +143,22 @@ def tensors_written_apart() -> Iterator[None]:
     import safetensors.torch
 
     save_file = safetensors.torch.save_file
+    errors: List[Exception] = []
 
-    def save_copies(tensors, *args, **kwargs):
+    def save_copies(tensors, path, *args, **kwargs):
         seen = set()
         apart = {}
         for name, tensor in tensors.items():
             apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
             seen.add(tensor.data_ptr())
-        return save_file(apart, *args, **kwargs)
+        _write_or_note(errors, path, lambda: save_file(apart, path, *args, **kwargs))
 
     safetensors.torch.save_file = save_copies
     try:
         yield
     finally:
         safetensors.torch.save_file = save_file
+    _raise_first(errors)
 
 
 def rename_model_shards(folder: str) -> None:

@@ -1,6 +1,7 @@
 """Faults of ColossalAI 0.5.0 that exist on every device, each mended by one small function.
 
     clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
+    refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
     save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
     loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
     ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
@@ -43,6 +44,17 @@ def clip_in_bf16(optimizer) -> None:
                     param.grad = param.grad.float()
 
     optimizer.register_step_pre_hook(promote_gradients)
+
+
+def refresh_offloaded(optimizer) -> None:
+    """Bring Gemini's half-precision weights up to date before they are saved.
+
+    zero/gemini/chunk/chunk.py:509: where weights and optimizer lie on the host, an update leaves the half-precision
+    chunk as it is until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
+    """
+    for chunk in optimizer.chunk16_set:
+        if not chunk.optim_sync_flag:
+            chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
 
 
 def save_padded_vocabulary() -> None:

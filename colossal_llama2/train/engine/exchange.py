@@ -1,0 +1,71 @@
+"""What ranks tell each other besides tensors: values as JSON, and that one of them failed.
+
+torch.distributed's own functions for objects pickle them; these do not.
+"""
+
+import contextlib
+import json
+import socket
+from typing import Any, Iterator, List, Tuple
+
+from colossal_llama2.errors import RunError, UserError
+
+
+def place() -> Tuple[int, int]:
+    """This rank, and how many there are."""
+    import torch.distributed as dist
+
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather_values(value: Any) -> List[Any]:
+    """The JSON values that all ranks give, by rank. Called on all ranks."""
+    import torch
+    import torch.distributed as dist
+    from colossalai.accelerator import get_accelerator
+
+    device = get_accelerator().get_current_device()
+    content = torch.frombuffer(bytearray(json.dumps(value).encode() or b" "), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor(len(content), dtype=torch.int64, device=device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(content)] = content
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [
+        json.loads(bytes(text[: int(size)].cpu().tolist())) for text, size in zip(gathered, sizes, strict=True)
+    ]  # fmt: skip
+
+
+def first_rank_value(value: Any) -> Any:
+    """The JSON value that rank 0 gives. Called on all ranks."""
+    return gather_values(value)[0]
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """A part of the work that fails on every rank if it fails on one. Called on all ranks.
+
+    What is inside may not wait for other ranks after it can have failed on this one.
+
+    Raises:
+        UserError, RunError: the rank that failed, its host and its reason; what is no fault of disk or user is
+            raised as it is by that rank.
+    """
+    from safetensors import SafetensorError
+
+    error = None
+    try:
+        yield
+    except Exception as caught:  # a bug of ours must not leave the other ranks waiting either
+        error = caught
+    kind = "user" if isinstance(error, UserError) else "run"
+    reports = gather_values(None if error is None else [kind, socket.gethostname(), str(error)])
+    failed = [(rank, *report) for rank, report in enumerate(reports) if report]
+    if error is not None and not isinstance(error, (UserError, RunError, OSError, SafetensorError)):
+        raise error
+    if failed:
+        rank, kind, host, text = failed[0]
+        where = f" (rank {rank} on {host})" if len(reports) > 1 and kind == "run" else ""
+        raise {"user": UserError, "run": RunError}[kind](f"{text}{where}")

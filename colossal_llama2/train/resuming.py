@@ -1,0 +1,163 @@
+"""Going on from a checkpoint: which one, whether it is whole, what must be the same, and what will be exact."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import read_json
+from colossal_llama2.model.loading import CONFIG_FILE
+from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.checkpoint import LoadPlan, plan_loading, publish_model
+from colossal_llama2.train.engine import exact, exchange
+from colossal_llama2.train.loop import TrainState
+
+SHAPE_KEYS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
+# Flags that change no number of a run. --pretrained and --dataset are compared by their content.
+NOT_NUMERIC = (
+    "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_checkpoint", "resume",
+    "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
+)  # fmt: skip
+
+
+def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: Optional[str] = None) -> LoadPlan:
+    """Resume the newest checkpoint of `save_dir` whose files have the right sizes; `otherwise` if there is none at all.
+
+    Args:
+        before: a checkpoint; only those written before it are looked at.
+
+    Raises:
+        UserError: there are checkpoints, and none is whole.
+    """
+    complete = checkpoint_files.complete_checkpoints(Path(save_dir))
+    if before is not None:
+        complete = complete[: complete.index(Path(before))] if Path(before) in complete else []
+    problem = None
+    for folder in reversed(complete):
+        try:
+            return replace(plan_loading("", str(folder)), is_newest=True)
+        except UserError as error:
+            problem = str(error).removeprefix("--load_checkpoint ").removesuffix("; resume from another checkpoint")
+            logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
+    if problem or before is not None:
+        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole; give a new --save_dir to begin anew")
+    return otherwise
+
+
+def settle(plan: LoadPlan, save_dir: str) -> LoadPlan:
+    """The plan of rank 0, when the content of its checkpoint was compared with the manifest. Called on all ranks.
+
+    Raises:
+        UserError: the checkpoint that --load_checkpoint names is damaged, or all that --resume auto could take are.
+    """
+    plan = LoadPlan(**exchange.first_rank_value(asdict(plan)))
+    while plan.resume_path is not None:
+        problem = _damage(Path(plan.resume_path))
+        if problem is None:
+            break
+        if not plan.is_newest:
+            raise UserError(f"--load_checkpoint {problem}; resume from another checkpoint")
+        logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
+        with exchange.all_or_none():
+            plan = newest_plan(save_dir, otherwise=plan, before=plan.resume_path)
+        plan = LoadPlan(**exchange.first_rank_value(asdict(plan)))
+    return plan
+
+
+def _damage(checkpoint: Path) -> Optional[str]:
+    """The first thing wrong with a checkpoint's content; each rank reads its share."""
+    rank, ranks = exchange.place()
+    with exchange.all_or_none():
+        problems = list(checkpoint_files.content_problems(checkpoint, share=rank, shares=ranks))
+    return next((problem for found in exchange.gather_values(problems) for problem in found), None)
+
+
+def model_shape(path: str) -> Dict[str, Any]:
+    """The sizes in a model's config.json that decide the shapes of its weights."""
+    config = read_json(Path(path, CONFIG_FILE))
+    return {key: config.get(key) for key in SHAPE_KEYS}
+
+
+def machine() -> Dict[str, Any]:
+    """What the last bits of a sum depend on besides software: the device, and on a CPU its threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "threads": None}
+    return {"device": "cpu", "threads": torch.get_num_threads()}
+
+
+def difference(name: str, before: Any, now: Any) -> str:
+    """In words: what changed since a checkpoint was written. Of two dicts only the entries that differ are told."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in now if before.get(key) != now[key]]
+        before, now = ({key: values.get(key) for key in keys} for values in (before, now))
+    return f"{name} was {before}, this run has {now}"
+
+
+def changes(saved: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+    """What differs from the run that was saved and can change the last bits of its numbers."""
+    pairs = [(name, saved.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
+    for group in ("settings", "versions", "machine"):
+        before = saved.get(group) or {}
+        pairs += [(name, before.get(name), value) for name, value in now[group].items() if name not in NOT_NUMERIC]
+    return [f"{name} {before} -> {value}" for name, before, value in pairs if before != _as_json(value)]
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def tell_verdict(plan: LoadPlan, state: TrainState, saved: Dict[str, Any], now: Dict[str, Any]) -> None:
+    """Log where a resumed run goes on and how exactly."""
+    tell = logs.get_logger()
+    tell.info(
+        "Resuming %s: epoch %d, step %d, %s samples and %s tokens consumed",
+        plan.resume_path, state.epoch, state.step, f"{state.samples_seen:,}", f"{state.tokens_seen:,}",
+    )  # fmt: skip
+    changed = changes(saved, now)
+    if not changed:
+        tell.info("What follows repeats the uninterrupted run bit for bit")
+        return
+    tell.warning(
+        "The same samples follow in the same order, but not bit for bit, since this changed: %s", ", ".join(changed)
+    )
+    if not _same_layout(saved, now):
+        tell.warning("The float32 master weights are left aside, they were split otherwise; rounded ones are taken")
+
+
+def _same_layout(saved: Dict[str, Any], now: Dict[str, Any]) -> bool:
+    return saved.get("layout") == _as_json(now["layout"])
+
+
+def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
+    """Give back what ColossalAI's own checkpoint lacks, as far as this job is laid out as the saved one was."""
+    _, saved = plan.read_states()
+    if not _same_layout(saved, now):
+        return
+    if exact.has_masters(engine):
+        engine.load_masters(str(Path(plan.resume_path, exact.MASTERS_NAME)))
+    try:
+        exact.restore_rank_states(engine, saved["ranks"][engine.rank])
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"{plan.resume_path}: its random states cannot be read ({error!r}); resume from another one")
+
+
+def is_done(plan: LoadPlan, state: TrainState, order: SampleOrder, num_epochs: int) -> bool:
+    """True if the checkpoint is the last of its run, which only may not have published its model."""
+    at_end = state.epoch == num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
+    return plan.resume_path is not None and at_end
+
+
+def finish_again(plan: LoadPlan, engine) -> None:
+    """Publish the model of a run whose last step is saved."""
+    with engine.first_rank_only() as first:
+        if first:
+            publish_model(Path(plan.resume_path))
+    logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", plan.resume_path)

@@ -1,0 +1,154 @@
+"""The folder that a run saves to: one run at a time, and seen by every host of the job.
+
+locked    before torch is imported: a second run in the same folder is refused
+prepare   before step 1: leftovers go, and every rank reads what rank 0 wrote
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Iterator, Optional
+
+from colossal_llama2 import logs
+from colossal_llama2.errors import UserError
+from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.engine import exchange
+
+LOCK_NAME = ".lock"
+# Shared file systems may show a new file to other hosts only after some seconds.
+SHARED_AFTER_SECONDS = 10.0
+
+
+@contextmanager
+def locked(save_dir: str) -> Iterator[None]:
+    """Hold a folder against other runs; it is made, and removed at the end if nothing was put into it.
+
+    The lock file says host and process. A dead process of this host has let go of its lock; whether one of another
+    host is dead cannot be known here, so that is never guessed.
+
+    Raises:
+        UserError: another run holds the folder.
+    """
+    folder = Path(save_dir)
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_NAME
+    descriptor = _open_locked(path)
+    try:
+        _check_owner(path, descriptor)
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            for empty in made:
+                empty.rmdir()
+
+
+def _open_locked(path: Path) -> int:
+    """Open the lock file and hold it; again, if the run that held it removed it in between."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = _owner(descriptor)
+            os.close(descriptor)
+            raise _held(path, owner, "wait until that run has ended, or end it")
+        except OSError:
+            pass  # a file system without locks: what the file says must do
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _owner(descriptor: int) -> Optional[dict]:
+    try:
+        content = json.loads(os.pread(descriptor, 1000, 0))
+        return {"host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_owner(path: Path, descriptor: int) -> None:
+    """Take over the lock of a dead process of this host, and of no other."""
+    owner = _owner(descriptor)
+    if owner is None:
+        return
+    if owner["host"] != socket.gethostname():
+        raise _held(path, owner, f"if that run is dead, remove {path}")
+    if _is_alive(owner["pid"]) and not _holds_lock_itself(descriptor):
+        raise _held(path, owner, "wait until that run has ended, or end it")
+    logs.get_logger().info("Taking over %s from process %d, which is dead", path, owner["pid"])
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _holds_lock_itself(descriptor: int) -> bool:
+    """True if the file system has locks: then this process has the lock, and the one in the file has not."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _held(path: Path, owner: Optional[dict], cure: str) -> UserError:
+    who = "another run" if owner is None else f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+    return UserError(f"--save_dir {path.parent}: {who} is writing to it; {cure}, or give another folder")
+
+
+def prepare(save_dir: str) -> None:
+    """Remove what a dead run left, and make sure that all ranks see the same folder. Called on all ranks.
+
+    Raises:
+        UserError: a rank does not see what rank 0 wrote, with its host.
+    """
+    folder = Path(save_dir)
+    is_first = logs.is_first_rank()
+    token_path = folder / f".token-{exchange.first_rank_value(secrets.token_hex(4))}"
+    with exchange.all_or_none():
+        if is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint_files.remove_leftovers(folder)
+            token_path.write_text(token_path.name)
+    seen = exchange.gather_values([socket.gethostname(), _appears(token_path)])
+    with exchange.all_or_none():
+        if is_first:
+            token_path.unlink(missing_ok=True)
+    blind = sorted({host for host, sees in seen if not sees})
+    if blind:
+        raise UserError(
+            f"--save_dir {save_dir}: what {seen[0][0]} writes there is not seen on {', '.join(blind)}; "
+            f"give a folder that all hosts share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + SHARED_AFTER_SECONDS
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,35 @@
+"""What can happen to a file of a checkpoint, by name."""
+
+from pathlib import Path
+
+
+def cut(path: Path) -> None:
+    """Lose the last byte, or a whole half of a longer file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: min(len(content) - 1, len(content) // 2 + 1)])
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle; the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def delete(path: Path) -> None:
+    """Remove the file."""
+    path.unlink()
+
+
+def swap(path: Path) -> None:
+    """Put in another file of as many bytes: the same ones, backwards."""
+    content = path.read_bytes()
+    path.write_bytes(content[::-1] if content[::-1] != content else bytes(len(content)))
+
+
+def add(path: Path) -> None:
+    """Put a file there that was not."""
+    path.write_text("{}")
+
+
+KINDS = {"cut": cut, "flip": flip, "delete": delete, "swap": swap, "add": add}

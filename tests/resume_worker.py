@@ -1,0 +1,69 @@
+"""One rank of a test job that saves, damages and resumes: many training commands in one process group.
+
+    torchrun --standalone --nproc_per_node 2 tests/resume_worker.py JOBS.json
+
+JOBS.json is a list of {"name", "script", "flags", "damage"}; "damage" lists [kind, path] that rank 0 applies first, by
+tests/faults/damage.py. Rank 0 writes <name>.json with "error" (null, or the message) and "log" (its lines).
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from colossal_llama2 import arguments, logs
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.train import run
+from colossal_llama2.train.engine import exchange
+from colossal_llama2.train.engine.booster import launch, leave
+from tests.faults import damage
+
+PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+
+
+class LineKeeper(logging.Handler):
+    """Keeps what was logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def run_job(job: dict, is_first: bool) -> dict:
+    """Run one command in the open process group."""
+    keeper = LineKeeper()
+    logs.get_logger().addHandler(keeper)
+    error = None
+    try:
+        for kind, path in job.get("damage", ()) if is_first else ():
+            damage.KINDS[kind](Path(path))
+        exchange.gather_values(None)
+        args = PARSERS[job["script"]]().parse_args(job["flags"])
+        run.run(args, run.check_inputs(args))
+    except (UserError, RunError) as caught:
+        error = str(caught)
+    finally:
+        logs.get_logger().removeHandler(keeper)
+    return {"error": error, "log": keeper.lines}
+
+
+def main() -> None:
+    jobs_path = Path(sys.argv[1])
+    logs.configure_logging()
+    launch(seed=1024)
+    is_first = logs.is_first_rank()
+    for job in json.loads(jobs_path.read_text()):
+        logs.get_logger().info("### %s", job["name"])
+        result = run_job(job, is_first)
+        if is_first:
+            jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Going on from a checkpoint on two ranks: bit for bit with every plugin, in another layout, and past damaged files."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.tokenizer import Encoder
+from tests import launching, tiny
+
+SAMPLES = 46
+# 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
+STEPS_AN_EPOCH = 6
+LAYOUTS = {
+    "zero2_fp32": ["--plugin", "zero2", "--mixed_precision", "fp32"],
+    "zero2_bf16": ["--plugin", "zero2", "--mixed_precision", "bf16"],
+    "zero2_fp16": ["--plugin", "zero2", "--mixed_precision", "fp16"],
+    "zero2_cpu_bf16": ["--plugin", "zero2_cpu", "--mixed_precision", "bf16"],
+    "gemini_bf16": ["--plugin", "gemini", "--mixed_precision", "bf16"],
+    "gemini_auto_bf16": ["--plugin", "gemini_auto", "--mixed_precision", "bf16"],
+    "3d_fp32": ["--plugin", "3d", "--mixed_precision", "fp32", "--zero", "0"],
+    "3d_zero0_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--zero", "0"],
+    "3d_zero1_bf16": ["--plugin", "3d", "--mixed_precision", "bf16"],
+    "3d_pp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--pp", "2", "--micro_batch_size", "4"],
+    "3d_sp2_bf16": [
+        "--plugin", "3d", "--mixed_precision", "bf16", "--enable_sequence_parallelism", "--sp_mode", "all_to_all",
+        "--sp", "2", "--micro_batch_size", "4",
+    ],
+    "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, tokenizer_dir):
+    encoder = Encoder(tokenizer_dir)
+    stream = [token for ids in encoder.encode(tiny.english_documents()[:200]) for token in [1, *ids, 2]]
+    folder = tmp_path_factory.mktemp("prepared")
+    for part in range(2):
+        rows = [stream[start : start + 16 + start % 9] for start in range(part * 2000, part * 2000 + SAMPLES // 2)]
+        datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder / f"part-{part}")
+    return [str(folder / f"part-{part}") for part in range(2)]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, parts, model_dir):
+    """Run every command of this file on two ranks: name -> (its folder, error, log)."""
+    folder = tmp_path_factory.mktemp("jobs")
+    specs = []
+
+    def add(name, *flags, home=None, damage=(), save_dir=None):
+        here = folder / (home or name)
+        common = ["--pretrained", model_dir, "--dataset", *parts, "--max_length", 64, "--lr", "2e-3", "--use_neft"]
+        common += ["--save_dir", save_dir or here / "ckpt", "--tensorboard_dir", folder / name / "tb"]
+        common += ["--config_file", folder / name / "config.json", "--micro_batch_size", 2, "--accumulation_steps", 2]
+        common += ["--num_epochs", 2, "--save_interval", 4]
+        words = [str(word) for word in [*common, *flags]]
+        specs.append({"name": name, "script": "train_sft.py", "flags": words, "damage": list(damage)})
+
+    for name, flags in LAYOUTS.items():
+        add(name, *flags)
+        add(f"{name}_again", *flags, "--load_checkpoint", folder / name / "ckpt" / "epoch-0_step-4")
+    tokenizer = tiny.make_tokenizer(folder / "other_tokenizer", vocab_size=550)
+    tiny.make_model(folder / "other_tokenizer_model", tokenizer)
+    add_others(add, folder)
+    launching.launch(folder, specs, "resume_worker.py")
+    results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
+    return {name: (folder / name, result["error"], result["log"]) for name, result in results.items()}
+
+
+def add_others(add, folder: Path) -> None:
+    """Commands on the checkpoints of zero2_fp32 and zero2_bf16, which damage copies of nothing else."""
+    fp32, bf16 = LAYOUTS["zero2_fp32"], LAYOUTS["zero2_bf16"]
+    middle = ("--load_checkpoint", folder / "zero2_bf16" / "ckpt" / "epoch-0_step-4")
+    add("other_micro_batch", *bf16, "--micro_batch_size", 1, "--accumulation_steps", 4, *middle)
+    add("other_layout", *LAYOUTS["3d_tp2_bf16"], *middle)
+    add("other_tokenizer", *bf16, "--pretrained", folder / "other_tokenizer_model", *middle)
+    add("keeping", *fp32, "--save_interval", 1, "--keep_last", 2, "--keep_every", 5)
+    add("auto_on_nothing", *fp32, "--resume", "auto")
+    ckpt = folder / "auto_on_nothing" / "ckpt"
+    optimizer = ckpt / "epoch-1_step-12" / "optimizer" / "pytorch_optim-00001.safetensors"
+    add("auto_done", *fp32, "--resume", "auto", home="auto_on_nothing")
+    damage = [["flip", str(optimizer)], ["delete", str(ckpt / "epoch-1_step-8" / "lr_scheduler")]]
+    add("auto_past_damage", *fp32, "--resume", "auto", home="auto_on_nothing", damage=damage)
+    damaged = ckpt / "epoch-0_step-6"
+    add("named_and_damaged", *fp32, "--load_checkpoint", damaged, home="elsewhere",
+        damage=[["flip", str(damaged / "modeling" / "generation_config.json")]])  # fmt: skip
+    names = ("epoch-0_step-4", "epoch-0_step-6", "epoch-1_step-12")
+    everything = [["add", str(ckpt / name / "stray.json")] for name in names]
+    everything += [["cut", str(ckpt / "epoch-1_step-8" / "manifest.json")]]
+    add("auto_on_ruins", *fp32, "--resume", "auto", home="auto_on_nothing", damage=everything)
+
+
+def losses(job):
+    """TensorBoard's losses by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(job[0] / "tb"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("Loss")}
+
+
+def contents(checkpoint: Path):
+    """Hashes of weights, optimizer states and master weights, and the states of every rank."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    states = json.loads((checkpoint / "running_states.json").read_text())
+    kept = {entry["path"]: entry["sha256"] for entry in files if "/" in entry["path"]}
+    return kept, states["ranks"], states["tokens_seen"], states["samples_seen"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(jobs, name):
+    straight, again = jobs[name], jobs[f"{name}_again"]
+    assert straight[1] is None and again[1] is None
+    assert "bit for bit" in " ".join(again[2]) and "not bit" not in " ".join(again[2])
+    whole = losses(straight)
+    assert len(whole) == 2 * STEPS_AN_EPOCH
+    assert losses(again) == {step: loss for step, loss in whole.items() if step > 4}
+    last = "ckpt/epoch-1_step-12"
+    assert contents(straight[0] / last) == contents(again[0] / last)
+    assert any("optimizer" in path for path in contents(again[0] / last)[0])
+
+
+def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):
+    straight = losses(jobs["zero2_bf16"])
+    for name, words in {
+        "other_micro_batch": ["micro_batch_size 2 -> 1", "accumulation_steps 2 -> 4"],
+        "other_layout": ["plugin zero2 -> 3d", "tp 1 -> 2", "left aside"],
+    }.items():
+        _, error, log = jobs[name]
+        assert error is None
+        assert "not bit for bit" in " ".join(log) and all(word in " ".join(log) for word in words)
+    # With other samples the noise and the losses would differ from the first digits on.
+    assert losses(jobs["other_layout"]) == pytest.approx(
+        {step: loss for step, loss in straight.items() if step > 4}, rel=2e-2
+    )
+
+
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
+def test_another_number_of_ranks_takes_the_same_order(ranks_before, ranks_after):
+    def taken(ranks, consumed, steps):
+        order = SampleOrder(num_samples=64, micro_batch_size=2, data_size=ranks, accumulation_steps=8 // ranks, seed=7)
+        ranked = [list(order.steps(0, consumed, rank)) for rank in range(ranks)]
+        step_ids = []
+        for step in range(steps):
+            micro = range(len(ranked[0][step][0]))
+            step_ids.append([int(i) for m in micro for rank in range(ranks) for i in ranked[rank][step][0][m]])
+        return step_ids
+
+    assert taken(ranks_before, 0, 4) == taken(ranks_before, 0, 2) + taken(ranks_after, 32, 2)
+
+
+def test_another_tokenizer_is_refused(jobs):
+    error = jobs["other_tokenizer"][1]
+    assert "pretrained_tokenizer was" in error and "--pretrained" in error
+
+
+def test_old_checkpoints_go_but_never_the_newest(jobs):
+    home, error, log = jobs["keeping"]
+    names = {path.name for path in (home / "ckpt").iterdir()}
+    assert error is None
+    assert names == {"epoch-0_step-5", "epoch-1_step-10", "epoch-1_step-11", "epoch-1_step-12", "latest", "modeling"}
+    assert (home / "ckpt" / "latest").read_text() == "epoch-1_step-12\n"
+    removed = [line for line in log if line.startswith("Removed")]
+    assert len(removed) == 8
+    for line in removed:
+        # When one goes, the two after it are there.
+        step = int(line.split("step-")[1].split(" ")[0])
+        earlier = log[: log.index(line)]
+        assert all(any(f"step-{later}:" in said for said in earlier) for later in (step + 1, step + 2))
+
+
+def test_resume_auto(jobs):
+    assert jobs["auto_on_nothing"][1] is None
+    assert "Done already" in jobs["auto_done"][2][-1]
+    _, error, log = jobs["auto_past_damage"]
+    assert error is None
+    told = [line for line in log if line.startswith(("--resume auto", "Resuming"))]
+    assert "pytorch_optim-00001.safetensors: its content is not what was written" in told[0]
+    assert "epoch-1_step-8: has no lr_scheduler" in told[1] and "epoch-0_step-6: epoch 0, step 6" in told[2]
+    assert losses(jobs["auto_past_damage"])[12] == losses(jobs["zero2_fp32"])[12]
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(jobs):
+    error = jobs["named_and_damaged"][1]
+    assert "epoch-0_step-6/modeling/generation_config.json" in error and "sha256" in error
+    assert "no checkpoint" in jobs["auto_on_ruins"][1] and "is whole" in jobs["auto_on_ruins"][1]

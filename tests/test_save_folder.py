@@ -1,0 +1,82 @@
+"""One run at a time in a --save_dir."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.train import save_folder
+
+HOLDER = """
+import sys
+from colossal_llama2.errors import UserError
+from colossal_llama2.train import save_folder
+try:
+    with save_folder.locked(sys.argv[1]):
+        print("won", flush=True)
+        sys.stdin.read()
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def start(folder):
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_many_starts_at_once_one_wins_and_the_others_name_it(tmp_path):
+    processes = [start(tmp_path / "runs" / "one") for _ in range(12)]
+    said = [process.stdout.readline() for process in processes]
+    winner = next(process for process, line in zip(processes, said, strict=True) if line == "won\n")
+    assert said.count("won\n") == 1
+    assert all(f"process {winner.pid} on " in line or "another run" in line for line in said if line != "won\n")
+    for process in processes:
+        process.communicate()
+    # Nothing was written, so nothing stays.
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+    process = start(tmp_path)
+    assert process.stdout.readline() == "won\n"
+    with pytest.raises(UserError, match=f"process {process.pid} on .* is writing to it"), save_folder.locked(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    assert (tmp_path / ".lock").is_file()
+    with save_folder.locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_the_lock_of_another_host_is_never_guessed_to_be_dead(tmp_path):
+    owner = {"host": "elsewhere", "pid": 1, "since": "2026-01-01 00:00:00"}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    with pytest.raises(UserError, match="process 1 on elsewhere.*remove .*/.lock"), save_folder.locked(tmp_path):
+        pass
+    assert json.loads((tmp_path / ".lock").read_text()) == owner
+
+
+def test_without_locks_a_living_process_keeps_the_folder(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError("no locks on this file system")
+
+    monkeypatch.setattr(save_folder.fcntl, "flock", no_locks)
+    owner = {"host": socket.gethostname(), "pid": os.getppid(), "since": "2026-01-01 00:00:00"}
+    (tmp_path / ".lock").write_text(json.dumps(owner))
+    with pytest.raises(UserError, match="wait until that run has ended"), save_folder.locked(tmp_path):
+        pass
+
+
+def test_the_lock_is_taken_before_torch_is_imported(tmp_path, run_script):
+    code = (
+        "import sys; from colossal_llama2.train import run, save_folder\n"
+        f"with save_folder.locked({str(tmp_path)!r}): print('torch' in sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.stdout == "False\n", process.stderr
