@@ -14,15 +14,15 @@ from tests.conftest import ROOT
 
 
 def launch(
-    folder: Path, specs: List[dict], *, ranks: int = 2, timeout: float = 840, worker: str = "train_worker.py"
+    folder: Path, specs: List[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 840
 ) -> None:
     """Run the commands on the ranks of one job, with a limit on its time (seconds). AssertionError if it fails."""
-    process = attempt(folder, specs, ranks=ranks, timeout=timeout, worker=worker)
+    process = attempt(folder, specs, worker, ranks=ranks, timeout=timeout)
     assert process.returncode == 0, process.stderr[-6000:]
 
 
 def attempt(
-    folder: Path, specs: List[dict], *, ranks: int, timeout: float, worker: str = "train_worker.py"
+    folder: Path, specs: List[dict], worker: str = "train_worker.py", *, ranks: int, timeout: float
 ) -> subprocess.CompletedProcess:
     """The same for commands that may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
     (folder / "jobs.json").write_text(json.dumps(specs))

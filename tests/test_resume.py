@@ -23,12 +23,12 @@ LAYOUTS = {
     "3d_fp32": ["--plugin", "3d", "--mixed_precision", "fp32", "--zero", "0"],
     "3d_zero0_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--zero", "0"],
     "3d_zero1_bf16": ["--plugin", "3d", "--mixed_precision", "bf16"],
-    "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
     "3d_pp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--pp", "2", "--micro_batch_size", "4"],
     "3d_sp2_bf16": [
         "--plugin", "3d", "--mixed_precision", "bf16", "--enable_sequence_parallelism", "--sp_mode", "all_to_all",
         "--sp", "2", "--micro_batch_size", "4",
     ],
+    "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
 }  # fmt: skip
 
 

@@ -335,13 +335,8 @@ def tell_plan(
 
 
 def load_model(
-    args: argparse.Namespace,
-    plan: LoadPlan,
-    engine: Engine,
-    attention: str,
-    run_facts: Dict[str, Any],
-    *,
-    ties_embeddings: bool,
+    args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str, run_facts: Dict[str, Any],
+    *, ties_embeddings: bool,
 ) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
     with engine.initializing(ties_embeddings=ties_embeddings):
