@@ -78,6 +78,11 @@ def positive_int(text: str) -> int:
     return _number(text, int, "a whole number of at least 1", lambda value: value >= 1)
 
 
+def at_least_two(text: str) -> int:
+    """A whole number of at least 2."""
+    return _number(text, int, "a whole number of at least 2", lambda value: value >= 2)
+
+
 def non_negative_int(text: str) -> int:
     """A whole number of at least 0."""
     return _number(text, int, "a whole number of at least 0", lambda value: value >= 0)
@@ -476,6 +481,26 @@ def train_sft_parser() -> CommandParser:
     return parser
 
 
+def selftest_parser() -> CommandParser:
+    """Flags of colossal_llama2.train.selftest: those of train.py that decide how a step is computed, and its own."""
+    parser = CommandParser(
+        "selftest",
+        "Prove that training on this machine is the mathematics of a plain loop, and resumes bit for bit.",
+        "  colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\\n"
+        "      --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest",
+    )
+    own = parser.add_argument_group("test")
+    own.add_argument(
+        "--work_dir", metavar="DIR", default="selftest", help="new folder that all hosts share; removed if all is equal"
+    )
+    own.add_argument("--steps", metavar="N", type=at_least_two, default=10, help="optimizer steps")
+    _add_compute_arguments(parser.add_argument_group("model"))
+    _add_recipe_arguments(parser, accumulation_steps=1, has_epochs=False)
+    _add_parallel_arguments(parser)
+    parser.set_defaults(micro_batch_size=2, mixed_precision="bf16")
+    return parser
+
+
 def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
     _add_model_arguments(parser)
     _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
@@ -495,6 +520,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
         help="longest sample; the data must not have a longer one",
     )  # fmt: skip
+    _add_compute_arguments(data)
+
+
+def _add_compute_arguments(data) -> None:
     data.add_argument(
         "--document_mask", choices=SWITCH, default="auto",
         help="keep the documents of a sample apart, in attention, positions and loss; auto: where the data says where "
@@ -515,9 +544,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
     )  # fmt: skip
 
 
-def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
+def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has_epochs: bool = True) -> None:
     recipe = parser.add_argument_group("optimization")
-    recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
+    if has_epochs:
+        recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
     recipe.add_argument(
         "--micro_batch_size", "--batch_size", metavar="N", type=positive_int, default=1,
         help="samples per forward pass and data-parallel rank",

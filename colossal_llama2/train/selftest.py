@@ -1,0 +1,260 @@
+"""Prove on this very machine that training does what it should, before a week of it.
+
+    colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\
+        --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest
+
+Takes the flags of train.py that decide how a step is computed, on whatever devices and ranks there are. It trains a
+small LLaMA on documents that CPython carries, through the real commands: prepare_pretrain_dataset.py, train.py, a
+checkpoint in the middle, and a resume from it. Then rank 0 does the same steps in a plain PyTorch loop, one document
+at a time. The losses, gradient norms and final weights must be equal but for rounding, and the resumed run must
+repeat the first bit for bit. Ends with 1 if they do not.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, Iterator, List
+
+from colossal_llama2 import arguments, errors, logs
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.train import plain_loop
+from colossal_llama2.train.plain_loop import Document, Trace
+
+VOCABULARY = 1024
+# Wide and deep enough to be split 8 times by every axis; so small that a CPU trains it in seconds.
+SHAPE = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 8, "max_position_embeddings": 512,
+}  # fmt: skip
+MAX_LENGTH = 128
+# Relative differences that are rounding: in float32, and at least, in bf16. There it is twice the gap between two plain
+# loops that only pad differently, where that is more.
+ALLOWED = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2)}
+GAPS = 2.0
+TOGETHER = 8
+
+
+def main(argv=None) -> None:
+    """Parse, run on this rank, and tell."""
+    args = arguments.selftest_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors("selftest"):
+        selftest(args)
+
+
+def selftest(args: argparse.Namespace) -> None:
+    """Train, resume, compare. Called once per process of the job.
+
+    Raises:
+        UserError: the flags do not fit each other or the ranks, or --work_dir is no new folder that all ranks see.
+        RunError: a difference that is not rounding.
+    """
+    from colossal_llama2.train import run
+    from colossal_llama2.train.engine import exchange
+    from colossal_llama2.train.engine.booster import launch, leave, settings_problems
+
+    work = Path(args.work_dir)
+    settings = run.engine_settings(args)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = settings_problems(settings, world_size=ranks)
+    if logs.is_first_rank() and work.exists():
+        problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
+    if args.mixed_precision == "fp16":
+        problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")
+    if problems:
+        raise UserError("; and ".join(problems))
+    launch(args.seed)
+    samples = args.micro_batch_size * args.accumulation_steps * (ranks // settings.model_ranks)
+    with exchange.all_or_none():
+        if logs.is_first_rank():
+            make_inputs(work, num_samples=samples * args.steps)
+    middle = Path("whole", "checkpoints", f"epoch-0_step-{args.steps // 2}")
+    for name, more in (("whole", {}), ("resumed", {"load_checkpoint": str(work / middle)})):
+        logs.get_logger().info("### %s: %d steps", name, args.steps)
+        train_args = training_arguments(args, work, name, **more)
+        run.run(train_args, run.check_inputs(train_args))
+    with exchange.all_or_none():
+        if logs.is_first_rank():
+            tell(args, work, compare(args, work, samples_a_step=samples))
+    leave()
+
+
+def training_arguments(args: argparse.Namespace, work: Path, name: str, **more) -> argparse.Namespace:
+    """The flags of one training command in the work folder."""
+    home = work / name
+    required = ["--pretrained", str(work / "model"), "--dataset", str(work / "part-00000")]
+    train_args = arguments.train_parser().parse_args(required)
+    paths = {"save_dir": "checkpoints", "tensorboard_dir": "logs", "config_file": "config.json"}
+    given = {key: value for key, value in vars(args).items() if hasattr(train_args, key)}
+    given.update({key: str(home / path) for key, path in paths.items()}, max_length=MAX_LENGTH, **more)
+    given.update(num_epochs=1, save_interval=max(args.steps // 2, 1))
+    vars(train_args).update(given)
+    return train_args
+
+
+def make_inputs(work: Path, *, num_samples: int) -> None:
+    """Write the model with its tokenizer, and so many samples of documents, again from the first if there are more."""
+    import datasets
+    import numpy as np
+
+    from colossal_llama2.dataset.prepare import prepare_pretrain
+
+    documents = python_documents()
+    data_dir, model_dir = work / "documents", work / "model"
+    for folder in (data_dir, model_dir):
+        folder.mkdir(parents=True)
+    make_model(model_dir, documents)
+    rows = (json.dumps({"target": document}) + "\n" for document in documents)
+    (data_dir / "documents.jsonl").write_text("".join(rows), encoding="utf-8")
+    with open(work / "prepared.txt", "w", encoding="utf-8") as account, contextlib.redirect_stdout(account):
+        prepare_pretrain(
+            data_input_dirs=[str(data_dir)], tokenizer_dir=str(model_dir), data_cache_dir=str(work / "cache"),
+            data_jsonl_output_dir=str(work / "jsonl"), data_arrow_output_dir=str(work / "arrow"),
+            max_length=MAX_LENGTH, num_spliced_dataset_bins=1, num_workers=1, no_jsonl=True,
+        )  # fmt: skip
+    datasets.disable_progress_bars()
+    prepared = datasets.load_from_disk(str(work / "arrow" / "part-00000"))
+    prepared.select(np.arange(num_samples) % len(prepared)).save_to_disk(str(work / "part-00000"))
+
+
+def python_documents() -> List[str]:
+    """Paragraphs of CPython's own documentation."""
+    import pydoc_data.topics
+
+    topics = pydoc_data.topics.topics
+    return [part.strip() for name in sorted(topics) for part in topics[name].split("\n\n") if part.strip()]
+
+
+def make_model(folder: Path, documents: List[str]) -> None:
+    """Write a tokenizer that was trained on the documents, and a LLaMA of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from colossal_llama2.tokenizer.from_text import train_vocabulary, write_tokenizer
+
+    lines = (line for document in documents for line in document.splitlines() if line.strip())
+    write_tokenizer(train_vocabulary(lines, VOCABULARY), folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **SHAPE))
+    model.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: what was found, and what is allowed."""
+
+    name: str
+    found: float
+    allowed: float
+
+    @property
+    def is_equal(self) -> bool:
+        """False for more than is allowed, and for what is no number."""
+        return self.found <= self.allowed
+
+
+def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> List[Row]:
+    """Run the plain loop on this rank's device and hold both training runs against it."""
+    whole, resumed = (trace_of(work / name) for name in ("whole", "resumed"))
+    steps = list(step_documents(args, work, samples_a_step))
+    plain = plain_trace(args, work, steps)
+    losses, norms, weights = ALLOWED[args.mixed_precision]
+    if args.mixed_precision == "bf16":
+        padded = plain_trace(args, work, steps, together=TOGETHER)
+        losses = max(losses, GAPS * largest(padded.losses, plain.losses))
+        norms = max(norms, GAPS * largest(padded.grad_norms, plain.grad_norms))
+    later = len(resumed.losses)
+    return [
+        Row("loss, largest relative difference of a step", largest(whole.losses, plain.losses), losses),
+        Row("gradient norm, the same", largest(whole.grad_norms, plain.grad_norms), norms),
+        Row("final weights, norm of the difference", distance(whole.weights, plain.weights), weights),
+        Row("resumed: loss", largest(resumed.losses, whole.losses[-later:]), 0.0),
+        Row("resumed: gradient norm", largest(resumed.grad_norms, whole.grad_norms[-later:]), 0.0),
+        Row("resumed: final weights", distance(resumed.weights, whole.weights), 0.0),
+    ]
+
+
+def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[List[Document]]:
+    """The documents of each optimizer step, or its samples whole if documents are not to be kept apart."""
+    from colossal_llama2.dataset.loader import DOCUMENT_COLUMN, SampleOrder, load_tokenized_dataset
+
+    rows = load_tokenized_dataset([str(work / "part-00000")], args.document_mask)
+    order = SampleOrder(len(rows), samples_a_step, data_size=1, accumulation_steps=1, seed=args.seed)
+    for (indices,), _ in order.steps(0, 0, 0):
+        samples = rows[indices].to_pydict()
+        lengths = samples.get(DOCUMENT_COLUMN, [[len(ids)] for ids in samples["input_ids"]])
+        documents = []
+        for ids, labels, own in zip(samples["input_ids"], samples["labels"], lengths, strict=True):
+            starts = [sum(own[:index]) for index in range(len(own))]
+            documents += [(ids[s : s + n], labels[s : s + n]) for s, n in zip(starts, own, strict=True)]
+        yield documents
+
+
+def plain_trace(args: argparse.Namespace, work: Path, steps: List[List[Document]], *, together: int = 1) -> Trace:
+    """The plain loop, in the precision of the test, with its schedule."""
+    from colossalai.accelerator import get_accelerator
+
+    from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+    from colossal_llama2.model.loading import load_llama
+    from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+
+    model = load_llama(str(work / "model"), precision=args.mixed_precision, attention="eager")
+    model = model.to(get_accelerator().get_current_device())
+    if args.freeze_non_embeds_params:
+        freeze_non_embedding_parameters(model)
+    schedule = CosineSchedule(args.lr, len(steps), warmup_steps(args.warmup_steps, len(steps)))
+    return plain_loop.train(
+        model, steps, learning_rate=schedule.learning_rate, max_norm=args.gradient_clipping,
+        weight_decay=args.weight_decay, together=together,
+    )  # fmt: skip
+
+
+def trace_of(home: Path) -> Trace:
+    """What a training command logged and saved."""
+    from safetensors.torch import load_file
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(home / "logs"), size_guidance={"scalars": 0})
+    events.Reload()
+    losses, norms = ([event.value for event in events.Scalars(name)] for name in ("Loss", "Gradient Norm"))
+    weights = {}
+    for shard in sorted((home / "checkpoints" / "modeling").glob("*.safetensors")):
+        weights.update({name: tensor.float() for name, tensor in load_file(shard).items()})
+    return Trace(losses, norms, weights)
+
+
+def largest(values: List[float], expected: List[float]) -> float:
+    """Largest relative difference; infinite if there are not equally many, or one is no number."""
+    if len(values) != len(expected):
+        return float("inf")
+    gaps = [abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True)]
+    return max(gaps) if all(gap == gap for gap in gaps) else float("inf")
+
+
+def distance(weights: Dict, expected: Dict) -> float:
+    """Norm of the difference of all weights over the norm of the expected ones."""
+    difference = sum(float((weights[name] - tensor).double().square().sum()) for name, tensor in expected.items())
+    return (difference / sum(float(tensor.double().square().sum()) for tensor in expected.values())) ** 0.5
+
+
+def tell(args: argparse.Namespace, work: Path, rows: List[Row]) -> None:
+    """Print the rows; remove the work folder if all are equal, and raise RunError if not."""
+    width = max(len(row.name) for row in rows)
+    print(f"{'selftest':{width}}     found   allowed")
+    for row in rows:
+        print(f"{row.name:{width}}  {row.found:8.1e}  {row.allowed:8.1e}  {'equal' if row.is_equal else 'DIFFERENT'}")
+    failed = [row.name for row in rows if not row.is_equal]
+    if failed:
+        raise RunError(f"not equal: {'; '.join(failed)}. Do not train so on this machine; what was run is in {work}")
+    shutil.rmtree(work)
+    verdict = "trains here as a plain loop does, and resumes bit for bit"
+    print(f"{args.plugin} in {args.mixed_precision} {verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
