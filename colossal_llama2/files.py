@@ -75,6 +75,14 @@ def jsonl_files(folder: Path) -> List[Path]:
     return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
 
 
+def check_is_utf8(path: str, flag: str) -> None:
+    """Raise a UserError for a name in another encoding, as unzipping makes of Chinese ones: JSON cannot hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag}: the name {path!a} is not UTF-8; rename it (convmv renames whole folders)")
+
+
 def check_can_create(path: Path, flag: str) -> None:
     """Raise a UserError unless the file or folder can be made, with the folders above it, or is there to write to."""
     parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))

@@ -4,9 +4,11 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from colossal_llama2.dataset import parity, plan, prepare
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.rows import MAX_LINE_BYTES
 from colossal_llama2.dataset.visible import terminal_width
+from colossal_llama2.dataset.workers import run_tasks
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint
 from colossal_llama2.tokenizer.fast_encoder import FastEncoder
@@ -360,3 +363,57 @@ def test_input_files_that_cannot_be_read_are_refused(mistake, tokenizer_dir, tmp
     with pytest.raises(UserError, match=words.get(mistake, "is not a regular file")):
         prepare.prepare_pretrain(**settings(folders, tokenizer_dir, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_json_cannot_hold_are_refused(tokenizer_dir, tmp_path):
+    path = write_lines(tmp_path / "in" / os.fsdecode(b"\xd6\xd0.jsonl"), documents(2))
+    with pytest.raises(UserError, match=r"is not UTF-8; rename it"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+    path.rename(tmp_path / "in" / "rows.jsonl")
+    with pytest.raises(UserError, match=r"--data_cache_dir: the name .* is not UTF-8"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / os.fsdecode(b"\xd6\xd0")))
+
+
+def test_a_file_beside_its_compressed_self_is_refused(tokenizer_dir, tmp_path):
+    path = write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
+    (tmp_path / "in" / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(UserError, match=r"rows.jsonl.gz and .*rows.jsonl have one name, as if one were a copy"):
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_a_damaged_fast_tokenizer_is_told(stage, inputs, tokenizer_dir, tmp_path):
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+        COMMANDS[stage](**settings([inputs[stage]], folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path, small_units):
+    write_lines(tmp_path / "in" / "rows.jsonl", [*documents(40), b"{"])
+    keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match=r"rows.jsonl:41: .*; other shares may be at work, delete .*cache when none"):
+        prepare.prepare_pretrain(**keywords, shard=(1, 1))
+    assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
+
+
+def test_results_come_as_they_are_done_and_the_first_error_is_told():
+    """A slow task does not hold up those behind it; of two mistakes the one earlier in the input is told."""
+    tasks = [(0, 1.0), *((number, 0.01) for number in range(1, 20))]
+    done = list(run_tasks(wait_and_return, tasks, num_workers=2))
+    assert sorted(done) == list(range(20)) and done[0] == 1 and done.index(0) > 5
+    with pytest.raises(UserError, match="task 1"):
+        list(run_tasks(wait_and_fail, [(0, 0.0), (1, 0.5), (2, 0.0), (3, 0.0)], num_workers=2))
+
+
+def wait_and_return(task):
+    number, seconds = task
+    time.sleep(seconds)
+    return number
+
+
+def wait_and_fail(task):
+    if wait_and_return(task):
+        raise UserError(f"task {task[0]}")
+    return task

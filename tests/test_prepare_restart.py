@@ -1,5 +1,6 @@
 """Killed, refused, finished, out of room: whatever ends a command, the same one ends with the same bytes."""
 
+import errno
 import gzip
 import json
 import os
@@ -9,8 +10,9 @@ import sys
 
 import pytest
 
-from colossal_llama2.dataset import plan, prepare
-from colossal_llama2.dataset.output import OutputDirs, RefusedError
+from colossal_llama2.dataset import dealing, plan, prepare, store
+from colossal_llama2.dataset.locks import RefusedError
+from colossal_llama2.dataset.output import OutputDirs
 from colossal_llama2.errors import RunError, UserError
 from tests import tiny
 from tests.conftest import ROOT
@@ -21,7 +23,7 @@ from tests.preparing import contents, flags, settings, write_lines
 # before one ended with all done.
 KILLER = """
 import json, os, random, signal, sys, time
-from colossal_llama2.dataset import plan, prepare
+from colossal_llama2.dataset import dealing, plan, prepare, store
 
 def count_down(function):
     def counted(*args, **keywords):
@@ -39,7 +41,7 @@ drawn, killed, counted_calls = random.Random(4), 0, [0]
 while killed < 300:
     # A few runs by the clock, then one that may end.
     seconds = drawn.uniform(0.02, 0.6) if how == "time" and killed < 10 else None
-    counted_calls[0] = drawn.randint(1, 4)
+    counted_calls[0] = drawn.randint(1, 7)
     if how == "shares":
         keywords["shard"] = drawn.randint(1, 3), 3
     child = os.fork()
@@ -172,6 +174,36 @@ def test_units_that_are_done_are_not_done_again(monkeypatch, inputs, tokenizer_d
     assert contents(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.parametrize(
+    "name", ["unit-00000001.pieces", "unit-00000001.tokens", "dealt/part-00001.members", "dealt/eval.members gone"]
+)
+def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, tokenizer_dir, tmp_path, undisturbed):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out")
+    stop_before_the_bins(monkeypatch, keywords)
+    path = tmp_path / "out" / "cache" / name.removesuffix(" gone")
+    if name.endswith(" gone"):
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-10])
+    prepare.prepare_pretrain(**keywords)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("name", ["unit-00000001.json", "dealt/names.json"])
+def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path, small_units):
+    keywords = options(inputs, tokenizer_dir, tmp_path / "out")
+    stop_before_the_bins(monkeypatch, keywords)
+    (tmp_path / "out" / "cache" / name).write_bytes(b'{"a')
+    with pytest.raises(RunError, match=rf"{name} is damaged .*; delete .* and prepare the data again"):
+        prepare.prepare_pretrain(**keywords)
+
+
+def test_members_are_written_in_any_number_of_steps(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
+    monkeypatch.setattr(dealing, "HELD_PIECES", 1)
+    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "out"))
+    assert contents(tmp_path / "out") == undisturbed
+
+
 def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
@@ -217,7 +249,7 @@ def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tm
     for missing in ("jsonl/part-00001.jsonl", "arrow/part-00000/state.json"):
         whole = (tmp_path / "out" / missing).read_bytes()
         (tmp_path / "out" / missing).unlink()
-        with pytest.raises(UserError, match=rf"{missing} is missing \(1 in all\)"):
+        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such in all\)"):
             prepare.prepare_pretrain(**keywords)
         (tmp_path / "out" / missing).write_bytes(whole)
     for damaged in ("{", "[]", '{"a": 1}'):
@@ -280,6 +312,12 @@ def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, t
         prepare.prepare_pretrain(**keywords)
 
 
+def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
+    with pytest.raises(RunError, match=rf"a: No space left.*about 7,000 bytes needed, [0-9,]+ free in {tmp_path};"):
+        with store.full_disk_told(tmp_path / "a", 7000):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
     """The limit on the size of a file stands for a full disk."""
     for name in ("limited", "free"):
@@ -291,7 +329,7 @@ def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)),
             )  # fmt: skip
             assert done.returncode == 1, done.stderr
-            assert len(done.stderr.splitlines()) == 1 and "bytes needed" in done.stderr and "free" in done.stderr
+            assert len(done.stderr.splitlines()) == 1 and "bytes needed; raise the limit" in done.stderr
             assert not (tmp_path / name / "arrow").exists()
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr

@@ -9,7 +9,9 @@ empty or missing; `category` defaults to "unknown"; other fields are ignored:
 Pre-training, output: several documents spliced into one sample. Here the one above, in a tokenizer that has its words,
 with <s> = 1 and </s> = 2; -100 marks the tokens that carry no loss:
 
-    {"input_ids": [1, 41287, 50162, ..., 33718, 53429, 2], "labels": [-100, -100, -100, ..., 33718, 53429, 2]}
+    {"input_ids": [1, 41287, 50162, ..., 33718, 53429, 2], "labels": [-100, -100, -100, ..., 33718, 53429, 2],
+     "sequence_lengths": [47], "document_categories": ["riddle"], "document_sources": ["zh"],
+     "document_target_bytes": [6]}
 
 Fine-tuning, input of prepare_sft_dataset.py, one conversation a line. Roles are human (or user), assistant (or gpt)
 and system; `category` defaults to "None". `message_formats` shows the other formats that are read, such as
@@ -18,10 +20,10 @@ ShareGPT's and alpaca's:
     {"messages": [{"from": "human", "content": "What are the three primary colors?"},
                   {"from": "assistant", "content": "The three primary colors are red, blue, and yellow."}]}
 
-Fine-tuning, output: one conversation a sample, with the text it was made from beside the ids:
+Fine-tuning, output: one conversation a sample, with the same columns, and with its text beside the ids:
 
     {"input_ids": [1, 319, 13563, ..., 13328, 29889, 2], "labels": [-100, -100, -100, ..., 13328, 29889, 2],
-     "inputs_decode": "A chat between a curious human and ...", "labels_decode": ["The three primary colors are ..."],
+     ..., "inputs_decode": "<s>A chat between a curious human ...", "labels_decode": ["The three primary colors ..."],
      "seq_length": 62, "seq_category": "None"}
 """
 

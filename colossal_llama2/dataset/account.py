@@ -125,7 +125,10 @@ class Account:
 
     def by_file(self) -> Dict[int, Tally]:
         """The tallies of each file, in the order of the input."""
-        return {file: _sum(tally for key, tally in self.tallies.items() if key[0] == file) for file in self._files()}
+        sums: Dict[int, Tally] = {}
+        for (file, _), tally in sorted(self.tallies.items()):
+            sums.setdefault(file, Tally()).add(tally)
+        return sums
 
     def by_category(self) -> Dict[str, Tally]:
         """The tallies of each category, by name."""
@@ -133,9 +136,6 @@ class Account:
         for (_, category), tally in sorted(self.tallies.items()):
             sums.setdefault(category, Tally()).add(tally)
         return dict(sorted(sums.items()))
-
-    def _files(self) -> List[int]:
-        return sorted({file for file, _ in self.tallies})
 
     def check(self, names: Dict[int, str], *, bins: Tally) -> None:
         """Raise RunError unless each file and category balances, and `bins` hold what is to be kept of all of them."""
@@ -145,8 +145,9 @@ class Account:
         total.check("all files")
         if (total.trained, total.masked, total.predicted) != (bins.trained, bins.masked, bins.predicted):
             raise RunError(
-                f"the account does not balance: {total.trained} trained and {total.masked} masked tokens were to be "
-                f"kept, but the bins hold {bins.trained} and {bins.masked}; no output folder was made"
+                f"the account does not balance: {total.trained} trained, {total.masked} masked and {total.predicted} "
+                f"predicted tokens were to be kept, but the bins hold {bins.trained}, {bins.masked} and "
+                f"{bins.predicted}; no output folder was made. Delete --data_cache_dir and give the command again"
             )
 
     def as_json(self) -> Dict[str, Any]:

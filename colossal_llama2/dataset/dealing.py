@@ -14,6 +14,7 @@ from colossal_llama2.dataset.units import PIECE, unit_pieces
 
 # Pieces held in memory before they are appended to the bins' files.
 HELD_PIECES = 1 << 18
+NAMES_FILE = "names.json"
 
 
 def deal_units(
@@ -24,25 +25,41 @@ def deal_units(
     Held-out pieces all go to the bin eval. Memory: `HELD_PIECES`, and fewer pieces than bins for each category.
     """
     final = cache_dir / "dealt"
-    if not final.exists():
+    if not _is_dealt(final, settings):
         size = sum((cache_dir / f"{unit.name}.pieces").stat().st_size for unit in units)
         with store.appearing_folder(final, needed_bytes=size) as folder:
             with _MemberFiles(folder, settings) as members:
                 categories, sources = _deal_units(units, files, members, settings=settings, cache_dir=cache_dir)
-            names = {"categories": categories, "sources": sources}
-            (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
-    names = json.loads((final / "names.json").read_bytes())
+            sizes = [path.stat().st_size for path in _members_files(folder, settings)]
+            names = {"categories": categories, "sources": sources, "sizes": sizes}
+            (folder / NAMES_FILE).write_text(json.dumps(names), encoding="utf-8")
+    names = store.read_json(final / NAMES_FILE)
     return names["categories"], names["sources"]
 
 
-def _deal_units(units, files, members: "_MemberFiles", *, settings: Settings, cache_dir: Path):
+def _members_files(folder: Path, settings: Settings) -> List[Path]:
+    return [folder / f"{settings.bin_name(number)}.members" for number in settings.all_bins]
+
+
+def _is_dealt(folder: Path, settings: Settings) -> bool:
+    """Whether an earlier run has dealt, and its files are as long as it left them."""
+    if not folder.exists():
+        return False
+    paths = _members_files(folder, settings)
+    sizes = store.read_json(folder / NAMES_FILE).get("sizes")
+    return sizes == [path.stat().st_size if path.exists() else None for path in paths]
+
+
+def _deal_units(
+    units: Sequence[Unit], files: Sequence[InputFile], members: "_MemberFiles", *, settings: Settings, cache_dir: Path
+) -> Tuple[List[str], List[str]]:
     sources = {name: number for number, name in enumerate(dict.fromkeys(file.source for file in files))}
     source_of_file = np.array([sources[file.source] for file in files], np.int32)
     categories: Dict[str, int] = {}
     dealer = Dealer(settings.num_bins)
     for unit in units:
         pieces = unit_pieces(cache_dir, unit)
-        names = json.loads((cache_dir / f"{unit.name}.json").read_bytes())["categories"]
+        names = store.read_json(cache_dir / f"{unit.name}.json")["categories"]
         numbers = np.array([categories.setdefault(name, len(categories)) for name in names], np.int32)
         entries = np.zeros(len(pieces), MEMBER)
         for name in set(MEMBER.names) & set(PIECE.names):
@@ -62,7 +79,7 @@ class _MemberFiles:
     """The members files of all bins, appended to in few large steps."""
 
     def __init__(self, folder: Path, settings: Settings):
-        self._paths = [folder / f"{settings.bin_name(number)}.members" for number in settings.all_bins]
+        self._paths = _members_files(folder, settings)
         self._held: List[Tuple[np.ndarray, np.ndarray]] = []
         self._count = 0
 
@@ -83,6 +100,8 @@ class _MemberFiles:
             self._flush()
 
     def _flush(self) -> None:
+        if not self._held:
+            return
         members, bins = (np.concatenate(column) for column in zip(*self._held, strict=True))
         self._held, self._count = [], 0
         order = np.argsort(bins, kind="stable")

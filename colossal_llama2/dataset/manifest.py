@@ -9,7 +9,7 @@ last; it depends on the input, the settings and the tokenizer alone:
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
      "empty_lines": 0, "bad_rows": 0, "formats": {}, "samples": 1, "fill": 0.97,
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
-               "fingerprint": "9b12..."}], "eval": null}
+               "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
 
 The counts are those of `account`.
 """
@@ -21,7 +21,9 @@ from typing import Any, Collection, Dict, List, Sequence
 from colossal_llama2 import logs
 from colossal_llama2.dataset import plan
 from colossal_llama2.dataset.account import Account
-from colossal_llama2.dataset.output import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs, RefusedError
+from colossal_llama2.dataset.arrow_folder import DATA_FILE
+from colossal_llama2.dataset.locks import RefusedError
+from colossal_llama2.dataset.output import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.plan import InputFile
 from colossal_llama2.dataset.rows import sha256_of
 from colossal_llama2.dataset.settings import Settings
@@ -104,7 +106,9 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
         changes.append("the tokenizer is another one")
     changes += _changed_inputs(manifest["inputs"], content["inputs"], ("size",))
     if not changes:
-        newer = [file["path"] for file in content["inputs"] if file["mtime_ns"] > path.stat().st_mtime_ns]
+        # A copy may have kept the time of its source; when it came here, the system alone says.
+        since = path.stat().st_mtime_ns
+        newer = [file["path"] for file in content["inputs"] if _came_after(file, since)]
         known = {file["path"]: file["sha256"] for file in manifest["inputs"]}
         changes = [f"{file} has other content" for file in newer if sha256_of(file) != known[file]]
     if changes:
@@ -117,21 +121,26 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
 
 
 def _check_complete(outputs: Dict[str, str], manifest: Dict[str, Any]) -> None:
-    """Raise UserError if a bin of finished output is not there any more."""
+    """Raise UserError if a bin of finished output is not there any more, or is cut."""
     entries = [*manifest["bins"], *([manifest["eval"]] if manifest["eval"] else [])]
     names = {"--data_arrow_output_dir": "{}/state.json", "--data_jsonl_output_dir": "{}.jsonl"}
-    missing = [
-        (flag, folder, path)
-        for flag, folder in outputs.items()
-        for path in (Path(folder, names[flag].format(entry["name"])) for entry in entries)
-        if not path.is_file()
-    ]
-    if missing:
-        flag, folder, path = missing[0]
+    files = [(flag, Path(folder, names[flag].format(e["name"]))) for flag, folder in outputs.items() for e in entries]
+    wrong = [(flag, path, "is missing") for flag, path in files if not path.is_file()]
+    for entry in entries:
+        data = Path(outputs["--data_arrow_output_dir"], entry["name"], DATA_FILE)
+        size = data.stat().st_size if data.is_file() else 0
+        if size != entry.get("bytes", size):
+            wrong.append(("--data_arrow_output_dir", data, f"has {size:,} bytes, not {entry['bytes']:,}"))
+    if wrong:
+        flag, path, problem = wrong[0]
         raise UserError(
-            f"{flag}: {path} is missing ({len(missing):,} in all), though the output was finished; put it back, or "
+            f"{flag}: {path} {problem} ({len(wrong):,} such in all), though the output was finished; put it back, or "
             "remove the output folders and give the command again"
         )
+
+
+def _came_after(file: Dict[str, Any], since: int) -> bool:
+    return max(file["mtime_ns"], os.stat(file["path"]).st_ctime_ns) > since
 
 
 def check_unchanged(files: Sequence[InputFile]) -> None:
@@ -156,7 +165,8 @@ def _read_ours(path: Path, keys: Collection[str]) -> Any:
         return NOT_OURS
     if content is None:
         return None
-    return content if isinstance(content, dict) and keys <= content.keys() else NOT_OURS
+    is_ours = isinstance(content, dict) and keys <= content.keys() and isinstance(content["settings"], dict)
+    return content if is_ours and isinstance(content["inputs"], list) else NOT_OURS
 
 
 def read_manifest_of(part: str) -> Dict[str, Any]:
@@ -219,7 +229,9 @@ def _changed_inputs(earlier: List[dict], now: List[dict], compared: Sequence[str
     changes += [f"{path} is missing" for path in before if path not in after]
     for path in before.keys() & after.keys():
         if any(before[path].get(name) != after[path][name] for name in compared):
-            changes.append(f"{path} has changed ({before[path].get('size'):,} bytes, now {after[path]['size']:,})")
+            size, now_size = before[path].get("size"), after[path]["size"]
+            how = "the same size, another time" if size == now_size else f"{size:,} bytes, now {now_size:,}"
+            changes.append(f"{path} has changed ({how})")
     if not changes and list(before) != list(after):
         changes.append("--data_input_dirs has another order")
     return sorted(changes)

@@ -5,24 +5,20 @@ the final names when all is complete: jsonl first, then arrow, which holds manif
 is done, so that the same command goes on after any end.
 """
 
-import fcntl
 import os
 import shutil
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
+from colossal_llama2.dataset.locks import RefusedError, hold
 from colossal_llama2.dataset.store import TEMPORARY, remove_leftovers
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create, sync_entries
+from colossal_llama2.files import check_can_create, check_is_utf8, sync_entries
 
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
 CACHE_FLAG = "--data_cache_dir"
-
-
-class RefusedError(UserError):
-    """A run that may not touch what is there: another one is at work, or what it left was made of something else."""
 
 
 class OutputDirs:
@@ -31,6 +27,10 @@ class OutputDirs:
     def __init__(self, *, cache: str, jsonl: Optional[str], arrow: str):
         self._given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
         self._given = {flag: folder for flag, folder in self._given.items() if folder is not None}
+        for flag, folder in self._given.items():
+            if not Path(folder).resolve().name:
+                raise UserError(f"{flag}: {folder} is no folder to write to; name one below it")
+            check_is_utf8(str(Path(folder).resolve()), flag)
         self.cache = Path(cache).resolve()
         # Arrow last: it is what training reads, so when it is there all is there.
         self._finals = [Path(folder).resolve() for folder in (jsonl, arrow) if folder is not None]
@@ -53,16 +53,17 @@ class OutputDirs:
     def check(self) -> None:
         """Raise UserError unless all folders can be made, apart from each other, or be gone on with."""
         resolved = {flag: Path(folder).resolve() for flag, folder in self._given.items()}
+        taken = [*resolved.items(), *zip(self.outputs, self._partials, strict=True)]
         for flag, given in self._given.items():
             folder = resolved[flag]
-            for other_flag, other in resolved.items():
+            for other_flag, other in taken:
                 if flag != other_flag and folder.is_relative_to(other):
                     raise UserError(f"{flag}: {given} is the folder of {other_flag} or inside it; name one beside it")
             if folder == self.cache:
                 self._check_cache(given)
             elif folder.exists() and not self.is_being_published:
                 raise UserError(f"{flag}: {given} exists already; remove it or name another folder")
-            if not folder.exists():
+            if folder == self.cache or not folder.exists():
                 check_can_create(folder, flag)
 
     def _check_cache(self, given: str) -> None:
@@ -85,21 +86,39 @@ class OutputDirs:
 
         A mistake in the user's data takes away all that was made, unless other shares may be at work.
         """
-        with ExitStack() as stack:
-            try:
+        try:
+            with ExitStack() as stack:
                 for folder in (self.cache, *self._partials):
                     self._make(folder)
-                    self._lock(stack, folder, fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
+                    hold(stack, self._lock_path(folder), shared=shard is not None)
                 if shard:
                     self._lock_share(stack, *shard)
-                yield
-            except RefusedError:
-                self._unmake()
-                raise
-            except UserError:
-                if not shard:
-                    self._take_back()
-                raise
+                if self.is_finished:
+                    raise RefusedError(f"another run has just finished {self.final_arrow}; give the command again")
+                with self._taken_back(shard):
+                    yield
+        except UserError:
+            self._unmake()
+            raise
+
+    def _lock_path(self, folder: Path) -> Path:
+        """The file that a run holds: in the cache, and beside an output folder, which is renamed with all in it."""
+        return folder / f"{TEMPORARY}run.lock" if folder == self.cache else folder.with_name(f"{folder.name}.lock")
+
+    @contextmanager
+    def _taken_back(self, shard: Optional[Tuple[int, int]]) -> Iterator[None]:
+        """Remove what was made if the user's data has a mistake, unless other shares may be at work."""
+        try:
+            yield
+        except RefusedError:
+            raise
+        except UserError as error:
+            if shard:
+                raise UserError(f"{error}; other shares may be at work, delete {self.cache} when none is any more")
+            self.empty_cache()
+            for folder in self._partials:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _make(self, folder: Path) -> None:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -108,51 +127,33 @@ class OutputDirs:
 
     def _lock_share(self, stack: ExitStack, number: int, shares: int) -> None:
         """Keep out the same share again, and shares of another number, which would do the same units."""
-        path = self.cache / f"{TEMPORARY}share-{number}-of-{shares}.lock"
-        path.touch()
-        self._lock(stack, path, fcntl.LOCK_EX)
+        hold(stack, self.cache / f"{TEMPORARY}share-{number}-of-{shares}.lock")
         all_shares = f"{TEMPORARY}shares-of-{shares}.lock"
-        (self.cache / all_shares).touch()
-        self._lock(stack, self.cache / all_shares, fcntl.LOCK_SH)
+        hold(stack, self.cache / all_shares, shared=True)
         for other in self.cache.glob(f"{TEMPORARY}shares-of-*.lock"):
             if other.name != all_shares:
                 with ExitStack() as tried:
-                    self._lock(tried, other, fcntl.LOCK_EX)
+                    hold(tried, other)
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
         """Let one run after the other read the plan, or write it."""
-        path = self.cache / f"{TEMPORARY}plan.lock"
-        path.touch()
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            hold(stack, self.cache / f"{TEMPORARY}plan.lock", wait=True)
             yield
 
-    def empty_cache_of(self, is_ours: Callable[[], bool]) -> None:
-        """Empty the cache unless a run is at work in it, or `is_ours`, asked when none can be, says no."""
-        with ExitStack() as stack:
-            try:
-                self._lock(stack, self.cache, fcntl.LOCK_EX)
-            except (RefusedError, FileNotFoundError):
-                return
-            if is_ours():
-                self.empty_cache()
+    def tidy_up(self, is_ours: Callable[[], bool]) -> None:
+        """Finish what a run that died at its very end left: its locks, and its cache if `is_ours` says so.
 
-    def _lock(self, stack: ExitStack, path: Path, kind: int) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedError(f"another run is at work in {path}; wait for it, or name other folders")
-        if not path.exists() or os.fstat(descriptor).st_ino != path.stat().st_ino:
-            raise RefusedError(f"another run has just finished with {path}; give the command again")
-
-    def _take_back(self) -> None:
-        self.empty_cache()
-        for folder in self._partials:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._unmake()
+        Nothing is touched in which a run is at work; `is_ours` is asked when none can be.
+        """
+        with ExitStack() as stack, suppress(UserError):
+            for path in filter(Path.exists, map(self._lock_path, self._partials)):
+                hold(stack, path)
+            if self.cache.is_dir():
+                hold(stack, self._lock_path(self.cache))
+                if is_ours():
+                    self.empty_cache()
 
     def _unmake(self) -> None:
         """Remove the folders that this run has made, if nothing is in them."""
@@ -165,17 +166,13 @@ class OutputDirs:
     @contextmanager
     def finishing(self) -> Iterator[bool]:
         """Yield whether this run is the one, of several shares, that writes the bins."""
-        path = self.cache / f"{TEMPORARY}finish.lock"
-        path.touch()
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield path.exists() and not self.is_finished
-        finally:
-            os.close(descriptor)
+        with ExitStack() as stack:
+            try:
+                hold(stack, self.cache / f"{TEMPORARY}finish.lock")
+            except RefusedError:
+                yield False
+                return
+            yield not self.is_finished
 
     def remove_leftovers(self) -> int:
         """Remove what dead runs were in the middle of writing; returns how many files and folders that were."""

@@ -13,7 +13,7 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.dataset.units import encoder_of
-from colossal_llama2.tokenizer import FAST_FILE, Encoder
+from colossal_llama2.tokenizer import FAST_FILE, Encoder, load_fast
 from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
 SAMPLE_TEXTS = 200
@@ -43,7 +43,8 @@ def choose_encoder(tokenizer_dir: str, files: Sequence[InputFile]) -> Tuple[Type
     if differing:
         logs.get_logger().warning(
             f"of a sample of {len(texts)} texts, {differing} are tokenized otherwise by {path}, which transformers "
-            "loads, than by tokenizer.model, which is taken here; init_tokenizer.py makes folders in which both agree"
+            "loads, than by tokenizer.model, which is taken here; in folders of init_tokenizer.py these are texts that "
+            "begin with spaces, others may differ in more"
         )
     return encoder, {"sample_texts": len(texts), "sample_differing": differing}
 
@@ -80,9 +81,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def _fast_ids(path: Path, texts: Sequence[str]) -> List[List[int]]:
-    from tokenizers import Tokenizer
-
-    fast = Tokenizer.from_file(str(path))
+    fast = load_fast(path)
     # In data, a mark is text; SentencePiece always takes it for text.
     fast.encode_special_tokens = True
     return [fast.encode(text, add_special_tokens=False).ids for text in texts]

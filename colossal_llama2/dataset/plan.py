@@ -12,9 +12,10 @@ computes its hash; the others are hashed while they are read.
 
 import stat
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import check_is_utf8
 
 UNIT_BYTES = 4 << 20
 EMPTY_FILE = "is empty; move it away, or fetch it again if it should not be"
@@ -76,6 +77,7 @@ def find_input_files(folders: Sequence[str]) -> List[InputFile]:
                 raise UserError(f"--data_input_dirs: of {given} and {folder} one is inside the other; name them apart")
         resolved.append(place)
         inside = sorted(_jsonl_paths(Path(folder)))
+        _refuse_copies(inside)
         if not inside:
             raise UserError(f"--data_input_dirs: {folder} has no *.jsonl file directly inside; subfolders are not read")
         files += [_input_file(path, source) for path in inside]
@@ -95,7 +97,17 @@ def _jsonl_paths(folder: Path) -> List[Path]:
         raise UserError(f"--data_input_dirs: {folder} may not be read; give yourself the right to")
 
 
+def _refuse_copies(paths: Sequence[Path]) -> None:
+    """Raise UserError for news.jsonl beside news.jsonl.gz: what decompressing leaves would be read twice."""
+    by_stem: Dict[Path, Path] = {}
+    for path in paths:
+        other = by_stem.setdefault(path.with_name(path.name.partition(".jsonl")[0]), path)
+        if other != path:
+            raise UserError(f"{path} and {other} have one name, as if one were a copy; move one away or rename it")
+
+
 def _input_file(path: Path, source: str) -> InputFile:
+    check_is_utf8(str(path), "--data_input_dirs")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -129,9 +141,10 @@ def units_of(files: Sequence[InputFile]) -> List[Unit]:
             size += file.size
             continue
         close()
+        # The hash first, as it takes longer than a range, and nothing waits for it.
+        units.append(Unit(len(units), (Span(index, 0, None),), True, 0))
         for start in range(0, file.size, UNIT_BYTES):
             stop = min(start + UNIT_BYTES, file.size)
             units.append(Unit(len(units), (Span(index, start, stop),), False, stop - start))
-        units.append(Unit(len(units), (Span(index, 0, None),), True, 0))
     close()
     return units

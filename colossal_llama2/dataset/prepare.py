@@ -22,6 +22,7 @@ from colossal_llama2.dataset import account as accounts
 from colossal_llama2.dataset import bins as bins_module
 from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
+from colossal_llama2.dataset.arrow_folder import DATA_FILE
 from colossal_llama2.dataset.bins import BinTask, write_bin
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.dealing import deal_units
@@ -29,7 +30,7 @@ from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
-from colossal_llama2.dataset.units import UnitTask, do_unit
+from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
@@ -117,7 +118,7 @@ def _check_execution(executor: str, ray_address: Optional[str], num_workers: Opt
 def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
     """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
     written = manifest.check_finished(folders, content)
-    folders.empty_cache_of(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
+    folders.tidy_up(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
     print(accounts.tables(written))
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
 
@@ -144,7 +145,7 @@ class _Run:
         if not self.folders.is_being_published:
             encoder, self.sample = choose_encoder(self.tokenizer_dir, self.files)
             self._do_units(encoder)
-            missing = [unit for unit in self.units if not self._is_done(unit)]
+            missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
             if missing:
                 logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
                 return
@@ -159,14 +160,11 @@ class _Run:
         if count:
             logs.get_logger().info(f"removed {count:,} half-written files and folders of an earlier run")
 
-    def _is_done(self, unit: Unit) -> bool:
-        return (self.folders.cache / f"{unit.name}.json").exists()
-
     def _do_units(self, encoder: Type[Encoder]) -> None:
         """Do this share of the units."""
         number, shares = self.execution.shard or (1, 1)
         own = [unit for unit in self.units if unit.number % shares == number - 1]
-        waiting = [unit for unit in own if not self._is_done(unit)]
+        waiting = [unit for unit in own if not is_done(self.folders.cache, unit)]
         documents = tokens = 0
         total, left = (sum(unit.size for unit in units) for units in (own, waiting))
         tasks = (self._unit_task(unit, encoder) for unit in waiting)
@@ -224,7 +222,7 @@ class _Run:
         """The accounts of all units together, and the hash of each file."""
         account, hashes = Account(), {}
         for unit in self.units:
-            content = json.loads((self.folders.cache / f"{unit.name}.json").read_bytes())
+            content = store.read_json(self.folders.cache / f"{unit.name}.json")
             account.add(Account.from_json(content["account"]))
             hashes.update({int(file): digest for file, digest in content["hashes"].items()})
         return account, hashes
@@ -242,6 +240,8 @@ class _Run:
             return
         reasons = "".join(f", {count} dropped: {reason}" for reason, (count, _) in sorted(total.dropped.items()))
         left = f"{total.documents} records give {pieces} pieces of at most {self.settings.max_length} tokens{reasons}"
+        if total.held_out_documents:
+            left += f", {total.held_out_documents} records held out by --eval_fraction"
         if account.bad_rows:
             left += f", {account.bad_rows} bad rows skipped"
         if not pieces:
@@ -267,13 +267,16 @@ class _Run:
             for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
-        return [json.loads(bins_module.bin_account_file(paths["cache_dir"], name).read_bytes()) for name in names]
+        return [store.read_json(bins_module.bin_account_file(paths["cache_dir"], name)) for name in names]
 
     def _is_written(self, task: BinTask) -> bool:
         name = self.settings.bin_name(task.number)
+        account = store.read_json_or_none(bins_module.bin_account_file(task.cache_dir, name))
+        data = Path(task.arrow_dir, name, DATA_FILE)
         return (
-            bins_module.bin_account_file(task.cache_dir, name).exists()
-            and Path(task.arrow_dir, name).is_dir()
+            account is not None
+            and data.is_file()
+            and data.stat().st_size == account["bytes"]
             and (not self.settings.writes_jsonl or Path(task.jsonl_dir, f"{name}.jsonl").is_file())
         )
 
@@ -283,7 +286,7 @@ class _Run:
             return
         with store.appearing_file(self.folders.arrow / BAD_ROWS_FILE) as file:
             for unit in self.units:
-                for row in json.loads((self.folders.cache / f"{unit.name}.json").read_bytes())["bad_rows"]:
+                for row in store.read_json(self.folders.cache / f"{unit.name}.json")["bad_rows"]:
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def _write_chat_template(self) -> None:

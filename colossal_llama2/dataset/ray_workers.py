@@ -1,4 +1,4 @@
-"""Run tasks on a Ray cluster: the same tasks as `workers` runs on this machine's cores, in the same order.
+"""Run tasks on a Ray cluster: the same tasks as `workers` runs on this machine's cores.
 
 Ray lives in a process of its own, which this one feeds with tasks. So its messages stay out of the log, it replaces
 nobody's signal handlers, and when it ends itself, as it does without its head node, the command can still tell.
@@ -15,7 +15,6 @@ import os
 import secrets
 import socket
 import traceback
-from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
@@ -35,7 +34,7 @@ GO_ON = "give the same command again, and it goes on where it stopped"
 
 @contextlib.contextmanager
 def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable]:
-    """Yield `run(function, tasks)`, which yields `function(task)` of each task, in order, as `workers.run_tasks` does.
+    """Yield `run(function, tasks)`, which yields what tasks give as they are done, as `workers.run_tasks` does.
 
     `address` is that of a cluster that this machine is a node of, HOST:PORT or "auto"; None starts a Ray with
     `num_workers` cores on this machine, which ends with the context. Raises UserError if Ray is missing or too old or
@@ -160,7 +159,7 @@ def _drive(connection, address: Optional[str], num_workers: int) -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    running: deque = deque()
+    running: List[Any] = []
     try:
         _connect(ray, address, num_workers)
         connection.send((_slots(ray), None))
@@ -199,26 +198,38 @@ def _slots(ray) -> int:
     return TASKS_AHEAD * max(int(ray.cluster_resources().get("CPU", 0)), 1)
 
 
-def _serve(ray, connection, running: deque) -> None:
+def _serve(ray, connection, running: List[Any]) -> None:
     while True:
         # Wait for a task if there is none, else take those that have come.
         while not running or connection.poll():
             function, task = connection.recv()
             remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
             running.append(remote.remote(task))
+        (done,), _ = ray.wait(running, num_returns=1)
+        result = _result(ray, running, done)
+        running.remove(done)
+        connection.send((_slots(ray), result))
+
+
+def _result(ray, running: List[Any], done: Any) -> Any:
+    """What a task gave. Raises the error of the first task that has one, if it has any: those before are waited for."""
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayError:
+        pass
+    for reference in running:
         try:
-            result = ray.get(running[0])
+            ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, (UserError, RunError, OSError)):
                 raise error.cause
             raise RuntimeError(str(error))
         except ray.exceptions.RayError as error:
             raise RunError(f"Ray has lost a task for good ({error}); {GO_ON}")
-        running.popleft()
-        connection.send((_slots(ray), result))
+    raise RunError(f"Ray has lost a task and found it again; {GO_ON}")
 
 
-def _cancel(ray, running: deque) -> None:
+def _cancel(ray, running: List[Any]) -> None:
     """End the workers that are at a task, and wait until they have ended."""
     for reference in running:
         ray.cancel(reference, force=True)

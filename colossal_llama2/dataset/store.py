@@ -16,6 +16,7 @@ from colossal_llama2.errors import RunError
 from colossal_llama2.files import open_to_umask, sync, sync_entries
 
 TEMPORARY = ".tmp-"
+GO_ON = "and give the same command again, it goes on where it stopped"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,6 +76,14 @@ def read_json_or_none(path: Path) -> Any:
         raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of the cache. Raises RunError if it is damaged or missing."""
+    content = read_json_or_none(path)
+    if content is None:
+        raise RunError(f"{path} is missing; delete {path.parent} and prepare the data again")
+    return content
+
+
 @contextmanager
 def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
     """Turn the system's error for a full disk into a RunError with needed and free bytes."""
@@ -84,10 +93,11 @@ def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         folder = next(parent for parent in path.absolute().parents if parent.exists())
-        raise RunError(
-            f"{path}: {error.strerror}; about {needed_bytes:,} bytes needed, {shutil.disk_usage(folder).free:,} free "
-            f"in {folder}; make room and give the same command again, it goes on where it stopped"
-        )
+        needed = f"{path}: {error.strerror}; about {needed_bytes:,} bytes needed"
+        if error.errno == errno.EFBIG:
+            raise RunError(f"{needed}; raise the limit on the size of a file (ulimit -f), {GO_ON}")
+        free = shutil.disk_usage(folder).free
+        raise RunError(f"{needed}, {free:,} free in {folder}; make room, {GO_ON}")
 
 
 def remove_leftovers(folder: Path) -> int:

@@ -4,7 +4,8 @@ Three files a unit, of which the last says that all are complete:
 
     unit-00000012.tokens   int32, the tokens of all pieces one after the other; a token without loss is ~id (below 0)
     unit-00000012.pieces   an array of PIECE, one entry a piece
-    unit-00000012.json     {"categories": ["news"], "hashes": {"0": "5f3a..."}, "account": {...}, "bad_rows": []}
+    unit-00000012.json     {"categories": ["news"], "hashes": {"0": "5f3a..."}, "account": {...}, "bad_rows": [],
+                            "tokens": 51207, "pieces": 390}
 """
 
 import gc
@@ -32,6 +33,7 @@ BATCH_BYTES = 1 << 20
 # Token ids are a third to a half of the bytes of the text, at four bytes each.
 CACHE_BYTES_PER_INPUT_BYTE = 3
 SKIP_HINT = ", or go on without such lines by --on_bad_row skip"
+NO_PIECES = {"tokens": 0, "pieces": 0}
 MASKED_PIECES = "pieces of long sources without a trained token"
 # `document` counts the documents of the unit, `offset` the tokens before the piece in the unit's file.
 PIECE = np.dtype(
@@ -71,7 +73,7 @@ def do_unit(task: UnitTask) -> Progress:
     if unit.hashes_only:
         (span,) = unit.spans
         hashes = {str(span.file): sha256_of(os.path.join(task.base, task.files[span.file].path))}
-        content = {"categories": [], "hashes": hashes, "account": Account().as_json(), "bad_rows": []}
+        content = {"categories": [], "hashes": hashes, "account": Account().as_json(), "bad_rows": [], **NO_PIECES}
         np.zeros(0, PIECE).tofile(folder / f"{unit.name}.pieces")
         store.write_json_whole(folder / f"{unit.name}.json", content)
         return Progress(0, 0, 0)
@@ -86,6 +88,19 @@ def do_unit(task: UnitTask) -> Progress:
     store.write_json_whole(folder / f"{unit.name}.json", worker.content())
     total = worker.account.total()
     return Progress(unit.size, total.documents, total.tokens_in)
+
+
+def is_done(cache_dir: Path, unit: Unit) -> bool:
+    """Whether an earlier run did a unit, and its files are as long as they were then."""
+    content = store.read_json_or_none(cache_dir / f"{unit.name}.json")
+    if content is None:
+        return False
+    sizes = {"pieces": PIECE.itemsize, "tokens": np.dtype(np.int32).itemsize}
+    paths = {name: cache_dir / f"{unit.name}.{name}" for name in sizes}
+    return all(
+        (path.stat().st_size if path.exists() else 0) == content.get(name, -1) * sizes[name]
+        for name, path in paths.items()
+    )
 
 
 @contextmanager
@@ -125,6 +140,8 @@ class _UnitWorker:
 
     def __init__(self, task: UnitTask, *, tokens, pieces):
         self._task, self._tokens_file, self._pieces_file = task, tokens, pieces
+        self._tokens_path = Path(task.cache_dir, f"{task.unit.name}.tokens")
+        self._needed_bytes = task.unit.size * CACHE_BYTES_PER_INPUT_BYTE
         self._read, self._tokenize = _functions(task)
         self._rows: List[Tuple[int, Any]] = []
         self._batch_bytes = self._tokens_written = self._documents = 0
@@ -169,6 +186,8 @@ class _UnitWorker:
             "hashes": self._hashes,
             "account": self.account.as_json(),
             "bad_rows": self._bad_rows,
+            "tokens": self._tokens_written,
+            "pieces": self.account.total().pieces,
         }
 
     def _note_bad_row(self, path: str, line: int, reason: str) -> None:
@@ -220,7 +239,8 @@ class _UnitWorker:
         ranges = zip(kept["offset"], kept["offset"] + kept["length"], strict=True)
         stretches = [coded[start:stop] for start, stop in ranges]
         if stretches:
-            self._tokens_file.write(np.concatenate(stretches).tobytes())
+            with store.full_disk_told(self._tokens_path, self._needed_bytes):
+                self._tokens_file.write(np.concatenate(stretches).tobytes())
         kept["offset"] = self._tokens_written + np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
         self._tokens_written += int(kept["length"].sum())
         self._documents += len(documents)

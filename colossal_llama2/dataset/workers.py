@@ -1,4 +1,4 @@
-"""Run tasks on this machine's cores, or a Ray cluster's (`ray_workers`); yield their results in the tasks' order.
+"""Run tasks on this machine's cores, or a Ray cluster's (`ray_workers`); yield their results as they come.
 
 A task is a function's one argument; it writes what it makes to shared folders, so that a task may run twice.
 """
@@ -8,12 +8,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Collection, Iterable, Iterator
 
 from colossal_llama2.dataset.settings import Execution
 from colossal_llama2.errors import RunError
@@ -39,7 +38,10 @@ def task_runner(execution: Execution) -> Iterator[Callable]:
 
 
 def run_tasks(function: Callable, tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
-    """`function(task)` of each task, in order. The error of the first task that has one is raised; the others stop."""
+    """`function(task)` of each task, as they are done. Raises the error of the first task in order that has one.
+
+    Then no more tasks begin, and those after it are stopped.
+    """
     if num_workers == 1:
         return map(function, tasks)
     return _run_in_processes(function, tasks, num_workers)
@@ -59,13 +61,18 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(len(first), mp_context=context, initializer=begin_worker)
     try:
-        running = deque(pool.submit(function, task) for task in first)
+        # In the order of the tasks, as dictionaries keep it.
+        running = {pool.submit(function, task): None for task in first}
         for task in itertools.islice(remaining, (TASKS_AHEAD - 1) * num_workers):
-            running.append(pool.submit(function, task))
+            running[pool.submit(function, task)] = None
         while running:
-            yield running.popleft().result()
-            for task in itertools.islice(remaining, 1):
-                running.append(pool.submit(function, task))
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            _raise_first_error(running, done)
+            for future in done:
+                del running[future]
+                yield future.result()
+            for task in itertools.islice(remaining, len(done)):
+                running[pool.submit(function, task)] = None
     except BrokenProcessPool:
         raise RunError(
             "a worker process was killed, perhaps because memory ran out; give the same command again, with fewer "
@@ -78,6 +85,14 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _raise_first_error(running: Iterable[Future], done: Collection[Future]) -> None:
+    """Raise the error of the first task that has one, if any of `done` has: those before it are waited for."""
+    if not any(future.exception() for future in done):
+        return
+    for future in running:
+        future.result()
 
 
 def begin_worker() -> None:

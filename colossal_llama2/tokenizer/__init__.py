@@ -117,13 +117,21 @@ def puts_prefix_after_marks(tokenizer_dir: Union[str, Path]) -> bool:
     """
     path = Path(tokenizer_dir, FAST_FILE)
     if path.is_file():
-        from tokenizers import Tokenizer
-
         processor = _processor(sentencepiece_file(tokenizer_dir).read_bytes(), path)
         mark = processor.id_to_piece(processor.eos_id())
-        return Tokenizer.from_file(str(path)).encode(f"{mark}a", add_special_tokens=False).tokens[1].startswith("▁")
+        return load_fast(path).encode(f"{mark}a", add_special_tokens=False).tokens[1].startswith("▁")
     config = Path(tokenizer_dir, CONFIG_FILE)
     return not config.is_file() or read_json(config).get("legacy") is not False
+
+
+def load_fast(path: Union[str, Path]):
+    """The `tokenizers.Tokenizer` of a tokenizer.json. Raises UserError if it is damaged."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library knows no other class
+        raise UserError(f"{path} cannot be read ({error}); copy it again from where the tokenizer comes from")
 
 
 def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
