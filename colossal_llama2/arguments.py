@@ -582,6 +582,20 @@ def _add_output_arguments(parser: CommandParser) -> None:
     )
 
 
+def verify_parser() -> CommandParser:
+    """Flags of colossal_llama2/train/verify.py."""
+    parser = CommandParser(
+        "python -m colossal_llama2.train.verify",
+        "Check one checkpoint: files, hashes, shapes, numbers, tokenizer. Exit code 0 if it is whole, 2 if it is not.",
+        "  python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT",
+        help="such as checkpoint_dir/epoch-0_step-400; of a run's folder, the newest in it",
+    )  # fmt: skip
+    return parser
+
+
 def inference_parser() -> CommandParser:
     """Flags of inference_example.py."""
     parser = CommandParser(
