@@ -334,13 +334,16 @@ class Engine:
         return 1.0
 
     def sum_over_data(self, values: Sequence[float]) -> List[float]:
-        """Sum numbers over the ranks that see different data (float64)."""
+        """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
+
+        All ranks take part, so that a number that is NaN, or not zero, on one of them is so in the sum that each gets.
+        """
         import torch
         import torch.distributed as dist
 
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self._data_group)
-        return total.tolist()
+        dist.all_reduce(total)
+        return (total / (self.world_size // self.data_size)).tolist()
 
     def max_over_ranks(self, value: int) -> int:
         """The largest of the numbers that all ranks give."""
