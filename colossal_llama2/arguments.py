@@ -576,6 +576,10 @@ def _add_output_arguments(parser: CommandParser) -> None:
         "--keep_every", metavar="STEPS", type=positive_int, default=None,
         help="keep those whose step is a multiple of it, too",
     )  # fmt: skip
+    output.add_argument(
+        "--max_bad_steps", metavar="N", type=non_negative_int, default=0,
+        help="steps whose loss or gradient norm is no number that are skipped before the run ends",
+    )  # fmt: skip
     output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
     output.add_argument(
         "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"

@@ -15,6 +15,8 @@ from tests import launching, tiny
 from tests.faults import damage
 
 SAMPLES = 46
+# Of a checkpoint, besides weights and moments.
+UNCHANGED = ("optimizer/pytorch_optim_group",)
 # 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
 STEPS_AN_EPOCH = 6
 LAYOUTS = {
@@ -28,6 +30,19 @@ LAYOUTS = {
     "3d_zero0_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--zero", "0"],
     "3d_zero1_bf16": ["--plugin", "3d", "--mixed_precision", "bf16"],
     "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
+}
+
+# Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
+POISONED = {
+    "zero2_fp32": (0, 3, "loss"),
+    "zero2_bf16": (1, 1, "gradient"),
+    "zero2_fp16": (1, 3, "loss"),
+    "zero2_cpu_bf16": (0, 3, "report"),
+    "gemini_bf16": (1, 1, "loss"),
+    "gemini_auto_bf16": (0, 3, "gradient"),
+    "3d_fp32": (1, 3, "gradient"),
+    "3d_zero0_bf16": (0, 3, "loss"),
+    "3d_tp2_bf16": (1, 3, "report"),
 }
 
 
@@ -48,14 +63,15 @@ def jobs(tmp_path_factory, parts, model_dir):
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
 
-    def add(name, *flags, home=None, damages=(), save_dir=None):
+    def add(name, *flags, home=None, damages=(), save_dir=None, poison=None):
         here = folder / (home or name)
         common = ["--pretrained", model_dir, "--dataset", *parts, "--max_length", 64, "--lr", "2e-3", "--use_neft"]
         common += ["--save_dir", save_dir or here / "ckpt", "--tensorboard_dir", folder / name / "tb"]
         common += ["--config_file", folder / name / "config.json", "--micro_batch_size", 2, "--accumulation_steps", 2]
         common += ["--num_epochs", 2, "--save_interval", 4]
         words = [str(word) for word in [*common, *flags]]
-        specs.append({"name": name, "script": "train_sft.py", "flags": words, "damage": list(damages)})
+        faults = {"damage": list(damages), "poison": poison}
+        specs.append({"name": name, "script": "train_sft.py", "flags": words, **faults})
 
     for name, flags in LAYOUTS.items():
         add(name, *flags)
@@ -76,6 +92,10 @@ def add_others(add, folder: Path) -> None:
     add("other_layout", *LAYOUTS["3d_tp2_bf16"], *middle)
     add("other_tokenizer", *bf16, "--pretrained", folder / "other_tokenizer_model", *middle)
     add("keeping", *fp32, "--save_interval", 1, "--keep_last", 2, "--keep_every", 5)
+    for name, poison in POISONED.items():
+        allowed = int(name != "zero2_fp32")
+        add(f"poisoned_{name}", *LAYOUTS[name], "--num_epochs", 1, "--save_interval", 1, "--max_bad_steps", allowed,
+            poison=poison)  # fmt: skip
     add("auto_on_nothing", *fp32, "--resume", "auto")
     ckpt = folder / "auto_on_nothing" / "ckpt"
     optimizer = ckpt / "epoch-1_step-12" / "optimizer" / "pytorch_optim-00001.safetensors"
@@ -185,6 +205,32 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(jobs):
     error = jobs["named_and_damaged"][1]
     assert "epoch-0_step-6/modeling/generation_config.json" in error and "sha256" in error
     assert "no checkpoint" in jobs["auto_on_ruins"][1] and "is whole" in jobs["auto_on_ruins"][1]
+
+
+def weights_and_moments(checkpoint: Path):
+    """Hashes of what an update changes."""
+    return {name: digest for name, digest in contents(checkpoint)[0].items() if not name.startswith(UNCHANGED)}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_a_bad_step_updates_nothing(jobs, name):
+    home, error, log = jobs[f"poisoned_{name}"]
+    _, step, kind = POISONED[name]
+    first = (step - 1) * 8
+    words = f"the {'gradient norm' if kind == 'gradient' else 'loss'} is "
+    told = next(line for line in (log if error is None else [error]) if line.startswith(words))
+    assert f"step {step}, samples {first} to {first + 7} of epoch 0 (rows " in told
+    order = SampleOrder(num_samples=SAMPLES, micro_batch_size=2, data_size=2, accumulation_steps=2, seed=1024)
+    assert f"(rows {', '.join(map(str, order.rows(0, first, first + 8)))} of the data)" in told
+    saved = {checkpoint_files.step_of(path): path for path in checkpoint_files.complete_checkpoints(home / "ckpt")}
+    if name == "zero2_fp32":
+        assert "--max_bad_steps 0 allowed" in error and sorted(saved) == [1, 2]
+        return
+    assert error is None and sorted(saved) == list(range(1, STEPS_AN_EPOCH + 1))
+    if step > 1:
+        assert weights_and_moments(saved[step]) == weights_and_moments(saved[step - 1])
+    assert weights_and_moments(saved[step + 1]) != weights_and_moments(saved[step])
+    list(verify.verify(str(saved[STEPS_AN_EPOCH])))
 
 
 def test_verify_accepts_whole_checkpoints(jobs):

@@ -45,8 +45,8 @@ def record_moments(into: dict):
     """Wrap Engine.step so that the first call notes Adam's first moment. Returns the function that takes it back."""
     step = Engine.step
 
-    def recording_step(engine):
-        norm = step(engine)
+    def recording_step(engine, **kwargs):
+        norm = step(engine, **kwargs)
         into.setdefault("first_moment_norm", first_moments(engine))
         return norm
 

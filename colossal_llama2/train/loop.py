@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
-from colossal_llama2.errors import RunError, Stopped
+from colossal_llama2.errors import Stopped
+from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.metrics import SilentWriter
 from colossal_llama2.train.schedule import CosineSchedule
 from colossal_llama2.train.stopping import NoSignals, agreed_signal, tell_stop
@@ -68,7 +69,7 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave.
+    """What one optimizer step gave. No update was made if a figure is no number.
 
     Attributes:
         loss: mean over the predicted tokens of all ranks and micro batches, in nats.
@@ -79,6 +80,14 @@ class StepResult:
     loss: float
     grad_norm: Optional[float]
     tokens: int
+
+    @property
+    def problem(self) -> Optional[str]:
+        """Which of the figures is no number, None if both are numbers. An overflow of fp16 is no problem."""
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            if value is not None and not math.isfinite(value):
+                return f"{name} is {value}"
+        return None
 
 
 def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> StepTotals:
@@ -104,8 +113,8 @@ def train_step(
         loss = weighted_loss(engine, batch, weight)
         engine.backward(loss, last=micro_step == len(batches) - 1)
         loss_sum = loss_sum + loss.detach().float()
-    grad_norm = engine.step()
     (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
+    grad_norm = engine.step(update=math.isfinite(loss_total))
     return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=totals.tokens)
 
 
@@ -135,11 +144,12 @@ def fit(
     metrics: SilentWriter,
     progress: logs.SilentProgress,
     stop: NoSignals,
+    bad_steps: BadSteps,
 ) -> None:
     """Train from `state` to the end of the last epoch, updating `state` as it goes.
 
     Raises:
-        RunError: the loss is no number any more, or a checkpoint cannot be written.
+        RunError: too many steps gave no numbers, or a checkpoint cannot be written.
         Stopped: a signal came to a rank; what was trained is saved.
     """
     stop.begin()
@@ -155,7 +165,7 @@ def fit(
             if totals.signal is not None:
                 _stop(totals.signal, checkpointer, state, is_trained=state.step > first_step)
             result = train_step(engine, batches, totals, noise=noise, step=state.step)
-            _stop_if_not_finite(result, state.step + 1)
+            bad_steps.check(result, state, loader.order, taken)
             state.step += 1
             state.sample_start_index += taken
             state.samples_seen += taken
@@ -176,12 +186,6 @@ def _stop(number: signal.Signals, checkpointer: "Checkpointer", state: TrainStat
     raise Stopped(
         number, f"{number.name} after step {state.step}, which is saved; go on with --load_checkpoint {folder}"
     )
-
-
-def _stop_if_not_finite(result: StepResult, step: int) -> None:
-    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-        if value is not None and not math.isfinite(value):
-            raise RunError(f"the {name} is {value} at step {step}, which is not saved; earlier checkpoints are whole")
 
 
 def _tell_dropped(loader: StepLoader, state: TrainState) -> None:

@@ -29,6 +29,7 @@ from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspec
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
 from colossal_llama2.train import resuming, save_folder
+from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.checkpoint import (
     OPTIMIZER_NAME,
     Checkpointer,
@@ -50,7 +51,7 @@ def train(args: argparse.Namespace) -> None:
 
     Raises:
         UserError: something that was given cannot be used; found before anything is written.
-        RunError: the loss is not a number any more.
+        RunError: losses are no numbers, a checkpoint cannot be written.
         Stopped: a signal came.
     """
     with contextlib.ExitStack() as around:
@@ -100,6 +101,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             noise=parts.enter_context(noise_of(args, engine)),
             checkpointer=checkpointer,
             stop=stop,
+            bad_steps=BadSteps(args.max_bad_steps),
             metrics=parts.enter_context(contextlib.closing(metrics_writer(args, engine, state))),
             progress=parts.enter_context(
                 logs.progress(total=schedule.total_steps, initial=state.step, description="train", unit="step")

@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import warnings
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
@@ -268,8 +269,28 @@ class Engine:
 
             documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        self._guard_updates()
         if self._chunks_loss:
             use_chunked_loss(self.unwrapped_model, self._head_part(model.config.vocab_size))
+
+    def _guard_updates(self) -> None:
+        """Let Adam do nothing where loss or gradient norm is no number.
+
+        The plugin around it goes through its step as always, since it has to let go of the gradients: Gemini's lie
+        where its weights were. All ranks know the same norm, so none of them updates.
+        """
+        # Weak, since a cycle of references would keep the plugin's process groups until Python looks for cycles, which
+        # each rank does at another moment. The groups close at their end, and for that the ranks have to meet.
+        adam_reference, wrapper_reference = weakref.ref(self.optimizer.optim), weakref.ref(self.optimizer)
+
+        def update_if_finite(*args, **kwargs):
+            adam, norm = adam_reference(), wrapper_reference()._current_grad_norm
+            if adam.may_update and (norm is None or math.isfinite(norm)):
+                type(adam).step(adam, *args, **kwargs)
+            else:
+                _begin_moments(adam)
+
+        self.optimizer.optim.step = update_if_finite
 
     @property
     def unwrapped_model(self):
@@ -311,12 +332,15 @@ class Engine:
         # DDP (3d without ZeRO) decides in the forward pass; ZeRO stage 2 and Gemini split gradients as they come.
         return self._kind.is_hybrid and self.settings.zero_stage == 1 and self.data_size > 1
 
-    def step(self) -> Optional[float]:
+    def step(self, *, update: bool = True) -> Optional[float]:
         """Clip, update the parameters, clear the gradients.
+
+        Without `update`, and where the norm is no number, parameters and moments stay as they are.
 
         Returns:
             The gradient norm before clipping, or None if fp16 overflowed and the update was skipped.
         """
+        self.optimizer.optim.may_update = update
         scale = self._loss_scale()
         # Every plugin keeps the norm of its last step in this attribute; a skipped step leaves it as it was.
         self.optimizer._current_grad_norm = None
@@ -417,6 +441,16 @@ class Engine:
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         self.barrier()
+
+
+def _begin_moments(adam) -> None:
+    """Give Adam's moments the values that they have before the first update, without which none can be saved."""
+    import torch
+
+    for param in (param for group in adam.param_groups for param in group["params"]):
+        if param.grad is not None and not adam.state[param]:
+            moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[param].update(step=0, **moments)
 
 
 def _parameter_groups(model, weight_decay: float) -> List[Dict[str, Any]]:
