@@ -580,6 +580,10 @@ def _add_output_arguments(parser: CommandParser) -> None:
         "--max_bad_steps", metavar="N", type=non_negative_int, default=0,
         help="steps whose loss or gradient norm is no number that are skipped before the run ends",
     )  # fmt: skip
+    output.add_argument(
+        "--dist_timeout", metavar="SECONDS", type=positive_float, default=600.0,
+        help="how long ranks wait for each other; a save must not take longer",
+    )  # fmt: skip
     output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
     output.add_argument(
         "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"

@@ -26,6 +26,10 @@ class RunError(Exception):
     """A fault at run time that no flag caused. The message says what failed and what is left intact."""
 
 
+class RankError(RunError):
+    """A fault that this rank tells, whatever its number, since the others may not know of it."""
+
+
 class Stopped(BaseException):
     """A signal ended the run in an orderly way. No `except Exception` swallows it."""
 
@@ -49,7 +53,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except UserError as error:
         _end(command, str(error), code=2)
     except RunError as error:
-        _end(command, str(error), code=1)
+        _end(command, str(error), code=1, is_shared=not isinstance(error, RankError))
     except Stopped as stopped:
         _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
     except OSError as error:

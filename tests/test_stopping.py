@@ -1,9 +1,10 @@
-"""Signals while a run trains: it saves on all ranks and ends with the documented exit code."""
+"""Runs that end early: by a signal, after which all ranks save, or because a rank dies or hangs."""
 
 import json
 import os
 import re
 import signal
+import socket
 import time
 
 import datasets
@@ -107,3 +108,26 @@ def test_a_signal_to_torchrun_reaches_the_ranks(start, number):
     # torchrun has exit codes of its own.
     assert run.end() == 1, run.said
     assert re.search(rf"stopped: {number.name} after step \d+, which is saved", run.said), run.said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_job_and_is_named(start, rank):
+    run = start(f"dead-{rank}", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    os.kill(run.pid_of(rank), signal.SIGKILL)
+    begin = time.monotonic()
+    assert run.end(seconds=15.0) == 1, run.said
+    assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
+    print(f"rank {rank} dead: the job ended after {time.monotonic() - begin:.1f} s")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_noticed(start, rank):
+    run = start(f"hung-{rank}", "--dist_timeout", "6", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    os.kill(run.pid_of(rank), signal.SIGSTOP)
+    deadline = time.monotonic() + 12.0
+    while "did not answer" not in run.said:
+        assert time.monotonic() < deadline, run.said
+        time.sleep(0.1)
+    assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import platform
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,7 @@ from colossal_llama2.train.checkpoint import (
 )
 from colossal_llama2.train.engine import exact
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
+from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
@@ -59,9 +61,11 @@ def train(args: argparse.Namespace) -> None:
         plan = check_inputs(args)
         if logs.is_first_rank():
             around.enter_context(save_folder.locked(args.save_dir))
-        launch(args.seed)
-        run(args, plan, stop)
-        leave()
+        launch(args.seed, timeout_seconds=args.dist_timeout)
+        stop.meet()
+        with watching(Path(sys.argv[0]).name, timeout_seconds=args.dist_timeout):
+            run(args, plan, stop)
+            leave()
 
 
 def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = None) -> None:

@@ -24,6 +24,9 @@ TORCHRUN_SECONDS = 30.0
 class NoSignals:
     """For programs that keep signals to themselves: none is ever received."""
 
+    def meet(self) -> None:
+        """Called when the ranks have met."""
+
     def begin(self) -> None:
         """Called before the first step."""
 
@@ -33,16 +36,17 @@ class NoSignals:
 
 
 class StopSignals(NoSignals):
-    """Notes the signals above inside a `with`; in a process without partners it raises Stopped before the first step.
+    """Notes the signals above inside a `with`, and before the process has met its partners raises Stopped at once.
 
-    Ranks agree on what they noted when a step begins. Partners of a rank that left earlier by itself would wait for it.
+    Ranks agree on what they noted when a step begins: if one left by itself, the others would wait for it. A process
+    without partners raises Stopped until its first step.
 
     A signal is noted by a thread, to which the system's handler writes its number: Python's own handlers wait while
     the main thread waits for other ranks, and a second SIGINT must not.
     """
 
     def __init__(self, *, has_partners: bool):
-        self._raises = not has_partners
+        self._has_partners, self._raises = has_partners, True
         self._counts = dict.fromkeys(SIGNALS, 0)
 
     def __enter__(self) -> "StopSignals":
@@ -60,6 +64,9 @@ class StopSignals(NoSignals):
         # The thread reads the end of it, and ends.
         self._inlet.close()
 
+    def meet(self) -> None:
+        self._raises = not self._has_partners
+
     def begin(self) -> None:
         self._raises = False
 
@@ -67,7 +74,8 @@ class StopSignals(NoSignals):
         return [float(self._counts[number] > 0) for number in SIGNALS]
 
     def _handle(self, number, frame) -> None:
-        if self._raises:
+        # After SIGUSR1 the launcher would take this process for done, and leave the others waiting for it.
+        if self._raises and not (self._has_partners and number == signal.SIGUSR1):
             raise Stopped(number, f"{signal.Signals(number).name} came before the first step; nothing was trained")
 
     def _note(self) -> None:

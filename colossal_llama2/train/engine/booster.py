@@ -8,6 +8,7 @@ import socket
 import warnings
 import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -46,8 +47,11 @@ class EngineSettings:
     weight_decay: float
 
 
-def launch(seed: int) -> None:
-    """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone."""
+def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
+    """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone.
+
+    Ranks wait for each other for `timeout_seconds` at most; None is PyTorch's default.
+    """
     # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
     # of TorchScript on a module that ColossalAI imports.
     # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
@@ -72,6 +76,8 @@ def launch(seed: int) -> None:
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if timeout_seconds is not None:
+        _set_timeout(timeout_seconds)
     colossalai.launch(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -83,6 +89,13 @@ def launch(seed: int) -> None:
     )
     if not torch.cuda.is_available():
         logs.get_logger().info("No GPU: this is a rehearsal on the CPU (gloo, PyTorch's Adam and attention kernels)")
+
+
+def _set_timeout(seconds: float) -> None:
+    """colossalai.launch and its meshes of groups take PyTorch's default, of which there is one per kind of network."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
 def leave() -> None:
