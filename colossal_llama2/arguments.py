@@ -622,10 +622,32 @@ def _add_output_arguments(parser: CommandParser) -> None:
         "--keep_every", metavar="STEPS", type=positive_int, default=None,
         help="keep those whose step is a multiple of it, too",
     )  # fmt: skip
+    output.add_argument(
+        "--max_bad_steps", metavar="N", type=non_negative_int, default=0,
+        help="steps whose loss or gradient norm is no number that are skipped before the run ends",
+    )  # fmt: skip
+    output.add_argument(
+        "--dist_timeout", metavar="SECONDS", type=positive_float, default=600.0,
+        help="how long ranks wait for each other; a save must not take longer",
+    )  # fmt: skip
     output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
     output.add_argument(
         "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"
     )
+
+
+def verify_parser() -> CommandParser:
+    """Flags of colossal_llama2/train/verify.py."""
+    parser = CommandParser(
+        "python -m colossal_llama2.train.verify",
+        "Check one checkpoint: files, hashes, shapes, numbers, tokenizer. Exit code 0 if it is whole, 2 if it is not.",
+        "  python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT",
+        help="such as checkpoint_dir/epoch-0_step-400; of a run's folder, the newest in it",
+    )  # fmt: skip
+    return parser
 
 
 def inference_parser() -> CommandParser:

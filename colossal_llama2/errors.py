@@ -4,6 +4,7 @@
     1    a fault at run time, such as a full disk (`RunError`, `OSError`)
     130  interrupted with Ctrl+C
     143  terminated (SIGTERM)
+    0    ended early on request, with all saved (SIGUSR1)
 
 Anything else is a bug of ours and keeps its traceback.
 """
@@ -25,6 +26,18 @@ class RunError(Exception):
     """A fault at run time that no flag caused. The message says what failed and what is left intact."""
 
 
+class RankError(RunError):
+    """A fault that this rank tells, whatever its number, since the others may not know of it."""
+
+
+class Stopped(BaseException):
+    """A signal ended the run in an orderly way. No `except Exception` swallows it."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
+
+
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn the errors above into one line, prefixed with the command's name, and an exit code.
@@ -40,7 +53,9 @@ def one_line_errors(command: str) -> Iterator[None]:
     except UserError as error:
         _end(command, str(error), code=2)
     except RunError as error:
-        _end(command, str(error), code=1)
+        _end(command, str(error), code=1, is_shared=not isinstance(error, RankError))
+    except Stopped as stopped:
+        _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(command, f"{where}{error.strerror or error}", code=1, is_shared=False)
@@ -73,12 +88,12 @@ def _ranks_have_met() -> bool:
     return _is_launched() and distributed is not None and distributed.is_initialized()
 
 
-def _end(command: str, message: str, *, code: int, is_shared: bool = True) -> NoReturn:
+def _end(command: str, message: str, *, code: int, is_shared: bool = True, kind: str = "error") -> NoReturn:
     text = " ".join(message.split())
     if not is_shared and _ranks_have_met():
         print(f"{command}: error: rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{command}: error: {text}", file=sys.stderr, flush=True)
+        print(f"{command}: {kind}: {text}", file=sys.stderr, flush=True)
     if _is_launched():
         _leave(code)
     raise SystemExit(code)

@@ -2,10 +2,12 @@
 
     torchrun --standalone --nproc_per_node 2 tests/resume_worker.py JOBS.json
 
-JOBS.json is a list of {"name", "script", "flags", "damage"}; "damage" lists [kind, path] that rank 0 applies first, by
-tests/faults/damage.py. Rank 0 writes <name>.json with "error" (null, or the message) and "log" (its lines).
+JOBS.json is a list of {"name", "script", "flags", "damage", "poison"}; "damage" lists [kind, path] that rank 0 applies
+first, by tests/faults/damage.py; "poison" is (rank, step, kind), for tests/faults/poison.py. Rank 0 writes <name>.json
+with "error" (null, or the message) and "log" (its lines).
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -18,7 +20,7 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import run
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import launch, leave
-from tests.faults import damage
+from tests.faults import damage, poison
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
 
@@ -44,7 +46,8 @@ def run_job(job: dict, is_first: bool) -> dict:
             damage.KINDS[kind](Path(path))
         exchange.gather_values(None)
         args = PARSERS[job["script"]]().parse_args(job["flags"])
-        run.run(args, run.check_inputs(args))
+        with poison.poisoned(*job["poison"]) if job.get("poison") else contextlib.nullcontext():
+            run.run(args, run.check_inputs(args))
     except (UserError, RunError) as caught:
         error = str(caught)
     finally:

@@ -28,6 +28,8 @@ TRAIN = {
     ("--resume",): ("auto", "auto", None),
     ("--keep_last",): ("3", 3, None),
     ("--keep_every",): ("1000", 1000, None),
+    ("--max_bad_steps",): ("2", 2, 0),
+    ("--dist_timeout",): ("60", 60.0, 600.0),
     ("--save_interval",): ("400", 400, 1000),
     ("--save_dir",): ("s", "s", "checkpoint_dir"),
     ("--tensorboard_dir",): ("b", "b", "logs_dir"),

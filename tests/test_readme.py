@@ -25,6 +25,7 @@ PARSERS = {
     "colossal_llama2.tokenizer.mine_tokens": arguments.mine_tokens_parser,
     "colossal_llama2.tokenizer.compare": arguments.compare_parser,
     "colossal_llama2.dataset.inspect_data": arguments.inspect_data_parser,
+    "colossal_llama2.train.verify": arguments.verify_parser,
 }
 
 
@@ -142,6 +143,7 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
     assert "tokens per bin" in outputs["prepare_pretrain_dataset.py"]
     assert "trained | " in outputs["colossal_llama2.dataset.inspect_data"]
     assert (workplace / "charts" / "categories.png").is_file()
+    assert "all as they were written" in outputs["colossal_llama2.train.verify"]
     assert (workplace / "checkpoint_dir_sft" / "modeling" / "tokenizer.model").is_file()
     assert "Answer:" in outputs["inference_example.py"]
 

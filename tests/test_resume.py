@@ -1,16 +1,22 @@
 """Going on from a checkpoint on two ranks: bit for bit with every plugin, in another layout, and past damaged files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
 from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.train import checkpoint_files, verify
 from tests import launching, tiny
+from tests.faults import damage
 
 SAMPLES = 46
+# Of a checkpoint, besides weights and moments.
+UNCHANGED = ("optimizer/pytorch_optim_group",)
 # 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
 STEPS_AN_EPOCH = 6
 LAYOUTS = {
@@ -31,6 +37,19 @@ LAYOUTS = {
     "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
 }  # fmt: skip
 
+# Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
+POISONED = {
+    "zero2_fp32": (0, 3, "loss"),
+    "zero2_bf16": (1, 1, "gradient"),
+    "zero2_fp16": (1, 3, "loss"),
+    "zero2_cpu_bf16": (0, 3, "report"),
+    "gemini_bf16": (1, 1, "loss"),
+    "gemini_auto_bf16": (0, 3, "gradient"),
+    "3d_fp32": (1, 3, "gradient"),
+    "3d_zero0_bf16": (0, 3, "loss"),
+    "3d_tp2_bf16": (1, 3, "report"),
+}
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tokenizer_dir):
@@ -49,14 +68,15 @@ def jobs(tmp_path_factory, parts, model_dir):
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
 
-    def add(name, *flags, home=None, damage=(), save_dir=None):
+    def add(name, *flags, home=None, damages=(), save_dir=None, poison=None):
         here = folder / (home or name)
         common = ["--pretrained", model_dir, "--dataset", *parts, "--max_length", 64, "--lr", "2e-3", "--use_neft"]
         common += ["--save_dir", save_dir or here / "ckpt", "--tensorboard_dir", folder / name / "tb"]
         common += ["--config_file", folder / name / "config.json", "--micro_batch_size", 2, "--accumulation_steps", 2]
         common += ["--num_epochs", 2, "--save_interval", 4]
         words = [str(word) for word in [*common, *flags]]
-        specs.append({"name": name, "script": "train_sft.py", "flags": words, "damage": list(damage)})
+        faults = {"damage": list(damages), "poison": poison}
+        specs.append({"name": name, "script": "train_sft.py", "flags": words, **faults})
 
     for name, flags in LAYOUTS.items():
         add(name, *flags)
@@ -77,19 +97,23 @@ def add_others(add, folder: Path) -> None:
     add("other_layout", *LAYOUTS["3d_tp2_bf16"], *middle)
     add("other_tokenizer", *bf16, "--pretrained", folder / "other_tokenizer_model", *middle)
     add("keeping", *fp32, "--save_interval", 1, "--keep_last", 2, "--keep_every", 5)
+    for name, poison in POISONED.items():
+        allowed = int(name != "zero2_fp32")
+        add(f"poisoned_{name}", *LAYOUTS[name], "--num_epochs", 1, "--save_interval", 1, "--max_bad_steps", allowed,
+            poison=poison)  # fmt: skip
     add("auto_on_nothing", *fp32, "--resume", "auto")
     ckpt = folder / "auto_on_nothing" / "ckpt"
     optimizer = ckpt / "epoch-1_step-12" / "optimizer" / "pytorch_optim-00001.safetensors"
     add("auto_done", *fp32, "--resume", "auto", home="auto_on_nothing")
-    damage = [["flip", str(optimizer)], ["delete", str(ckpt / "epoch-1_step-8" / "lr_scheduler")]]
-    add("auto_past_damage", *fp32, "--resume", "auto", home="auto_on_nothing", damage=damage)
+    damages = [["flip", str(optimizer)], ["delete", str(ckpt / "epoch-1_step-8" / "lr_scheduler")]]
+    add("auto_past_damage", *fp32, "--resume", "auto", home="auto_on_nothing", damages=damages)
     damaged = ckpt / "epoch-0_step-6"
     add("named_and_damaged", *fp32, "--load_checkpoint", damaged, home="elsewhere",
-        damage=[["flip", str(damaged / "modeling" / "generation_config.json")]])  # fmt: skip
+        damages=[["flip", str(damaged / "modeling" / "generation_config.json")]])  # fmt: skip
     names = ("epoch-0_step-4", "epoch-0_step-6", "epoch-1_step-12")
     everything = [["add", str(ckpt / name / "stray.json")] for name in names]
     everything += [["cut", str(ckpt / "epoch-1_step-8" / "manifest.json")]]
-    add("auto_on_ruins", *fp32, "--resume", "auto", home="auto_on_nothing", damage=everything)
+    add("auto_on_ruins", *fp32, "--resume", "auto", home="auto_on_nothing", damages=everything)
 
 
 def losses(job):
@@ -186,3 +210,92 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(jobs):
     error = jobs["named_and_damaged"][1]
     assert "epoch-0_step-6/modeling/generation_config.json" in error and "sha256" in error
     assert "no checkpoint" in jobs["auto_on_ruins"][1] and "is whole" in jobs["auto_on_ruins"][1]
+
+
+def weights_and_moments(checkpoint: Path):
+    """Hashes of what an update changes."""
+    return {name: digest for name, digest in contents(checkpoint)[0].items() if not name.startswith(UNCHANGED)}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_a_bad_step_updates_nothing(jobs, name):
+    home, error, log = jobs[f"poisoned_{name}"]
+    _, step, kind = POISONED[name]
+    first = (step - 1) * 8
+    words = f"the {'gradient norm' if kind == 'gradient' else 'loss'} is "
+    told = next(line for line in (log if error is None else [error]) if line.startswith(words))
+    assert f"step {step}, samples {first} to {first + 7} of epoch 0 (rows " in told
+    order = SampleOrder(num_samples=SAMPLES, micro_batch_size=2, data_size=2, accumulation_steps=2, seed=1024)
+    assert f"(rows {', '.join(map(str, order.rows(0, first, first + 8)))} of the data)" in told
+    saved = {checkpoint_files.step_of(path): path for path in checkpoint_files.complete_checkpoints(home / "ckpt")}
+    if name == "zero2_fp32":
+        assert "--max_bad_steps 0 allowed" in error and sorted(saved) == [1, 2]
+        return
+    assert error is None and sorted(saved) == list(range(1, STEPS_AN_EPOCH + 1))
+    if step > 1:
+        assert weights_and_moments(saved[step]) == weights_and_moments(saved[step - 1])
+    assert weights_and_moments(saved[step + 1]) != weights_and_moments(saved[step])
+    list(verify.verify(str(saved[STEPS_AN_EPOCH])))
+
+
+def test_verify_accepts_whole_checkpoints(jobs):
+    for name in LAYOUTS:
+        report = list(verify.verify(str(jobs[name][0] / "ckpt" / "epoch-1_step-12")))
+        assert [line.split()[0] for line in report] == ["checkpoint", "files", "place", *verify.CHECKS]
+    assert "epoch-1_step-12" in next(verify.verify(str(jobs["keeping"][0] / "ckpt")))
+
+
+WEIGHTS = "modeling/model-00001-of-00001.safetensors"
+MOMENTS = "optimizer/pytorch_optim-00001.safetensors"
+# (file, what is done to it, whether it was done before the manifest was written, what is said)
+BROKEN = [
+    (WEIGHTS, damage.flip, False, "sha256"),
+    (MOMENTS, damage.swap, False, "sha256"),
+    ("master_weights/rank-00001.safetensors", damage.delete, False, "is missing"),
+    ("master_weights/rank-00001.safetensors", damage.delete, True, "the run had 2 ranks"),
+    ("master_weights/rank-00001.safetensors", damage.cut, True, "cannot be read"),
+    (WEIGHTS, lambda path: rewrite(path, lambda name, t: t * float("nan")), True, "NaN"),
+    (MOMENTS, lambda path: rewrite(path, lambda name, t: t / 0), True, "NaN or infinite"),
+    (WEIGHTS, lambda path: rewrite(path, lambda name, t: t[:-1].clone()), True, "of shape"),
+    (MOMENTS, lambda path: rewrite(path, lambda name, t: t[:-1].clone()), True, "has shape (599, 64)"),
+    ("optimizer/pytorch_optim.bin.index.json", damage.cut, True, "is not JSON"),
+    ("running_states.json", lambda path: path.write_text("{}"), True, "not the running states"),
+    ("modeling/tokenizer.model", damage.flip, True, "not that of the run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(BROKEN)))
+def test_verify_names_what_is_wrong(jobs, tmp_path, capsys, case):
+    file, break_it, is_listed, words = BROKEN[case]
+    copy = shutil.copytree(jobs["zero2_bf16"][0] / "ckpt" / "epoch-1_step-12", tmp_path / "epoch-1_step-12")
+    break_it(copy / file)
+    if is_listed:
+        sizes = checkpoint_files.list_files(copy)
+        checkpoint_files.write_manifest(copy, checkpoint_files.file_entries(copy, sizes), saved_at=1.0)
+    with pytest.raises(SystemExit) as end:
+        verify.main([str(copy)])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and len(said.splitlines()) == 1
+    # A shape is told of the model, not of the file.
+    assert words in said and (file in said or "modeling: has" in said)
+
+
+def test_verify_compares_transformers_with_sentencepiece(jobs, tmp_path):
+    copy = shutil.copytree(jobs["zero2_bf16"][0] / "ckpt" / "epoch-1_step-12", tmp_path / "epoch-1_step-12")
+    fast = json.loads((copy / "modeling" / "tokenizer.json").read_text())
+    fast["model"]["merges"] = fast["model"]["merges"][:50]
+    (copy / "modeling" / "tokenizer.json").write_text(json.dumps(fast))
+    sizes = checkpoint_files.list_files(copy)
+    checkpoint_files.write_manifest(copy, checkpoint_files.file_entries(copy, sizes), saved_at=1.0)
+    with pytest.raises(UserError, match="fast tokenizer gives"):
+        list(verify.verify(str(copy)))
+
+
+def rewrite(path, change):
+    """Change every tensor of a safetensors file."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    save_file({name: change(name, tensor) for name, tensor in load_file(path).items()}, path, metadata=metadata)

@@ -85,8 +85,8 @@ def recording_moments(into: dict) -> contextlib.AbstractContextManager:
     """Within it, the first Engine.step notes Adam's first moment."""
     step = Engine.step
 
-    def recording_step(engine):
-        norm = step(engine)
+    def recording_step(engine, **kwargs):
+        norm = step(engine, **kwargs)
         into.setdefault("first_moment_norm", first_moments(engine))
         into.setdefault("chunks", chunks_kept_whole(engine))
         return norm

@@ -160,9 +160,16 @@ class SampleOrder:
         """Samples at the end of that epoch which are too few for one more micro batch of all ranks."""
         return (self.num_samples - consumed) % self.samples_per_micro_step
 
+    def rows(self, epoch: int, begin: int, end: int) -> List[int]:
+        """The rows of the data that are the samples `begin` to `end` - 1 of an epoch."""
+        return self._permutation(epoch)[begin:end].tolist()
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
     def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[Tuple[List[np.ndarray], int]]:
         """Yield, for each optimizer step, this rank's sample indices per micro batch and the samples all ranks took."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        order = self._permutation(epoch)
         width = self.samples_per_micro_step
         while consumed + width <= self.num_samples:
             micro_steps = min(self.accumulation_steps, (self.num_samples - consumed) // width)

@@ -162,20 +162,22 @@ class Checkpointer:
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
         self._last_saved: Optional[Path] = None
         self._last_step: Optional[int] = None
+        # How long the last save held up the training, None before the first.
+        self.pause_seconds: Optional[float] = None
 
     def save(self, state: TrainState, *, epoch_ends: bool) -> None:
         """Write a checkpoint if this step is one to save at."""
         if epoch_ends or state.step % self._save_interval == 0:
             self.save_now(state)
 
-    def save_now(self, state: TrainState) -> None:
-        """Write a checkpoint, unless this step's is written already.
+    def save_now(self, state: TrainState) -> Path:
+        """Write a checkpoint, unless this step's is written already; returns its folder.
 
         Raises:
             RunError: on all ranks, if one of them cannot write.
         """
         if self._last_step == state.step:
-            return
+            return self._last_saved
         start = time.monotonic()
         final = self._save_dir / f"epoch-{state.epoch}_step-{state.step}"
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
@@ -190,13 +192,15 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
         self._last_saved, self._last_step = final, state.step
+        self.pause_seconds = time.monotonic() - start
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
-            final, f"{self._expected_bytes:,}", time.monotonic() - start, time.monotonic() - written,
+            final, f"{self._expected_bytes:,}", self.pause_seconds, time.monotonic() - written,
         )  # fmt: skip
         with self._engine.first_rank_only() as first:
             if first:
                 checkpoint_files.remove_old(self._save_dir, keep_last=self._keep_last, keep_every=self._keep_every)
+        return final
 
     def check_room(self) -> None:
         """Raise RunError, on all ranks, unless there is room for a checkpoint. Makes --save_dir if there is none."""

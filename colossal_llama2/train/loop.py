@@ -5,16 +5,19 @@ decides when to save, `metrics` and `progress` show the figures.
 """
 
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
-from colossal_llama2.errors import RunError
+from colossal_llama2.errors import Stopped
+from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.metrics import SilentWriter
 from colossal_llama2.train.pipeline import pipeline_loss
 from colossal_llama2.train.schedule import CosineSchedule
+from colossal_llama2.train.stopping import NoSignals, agreed_signal, tell_stop
 
 if TYPE_CHECKING:
     from colossal_llama2.model.neftune import NoNoise
@@ -51,8 +54,23 @@ class TrainState:
 
 
 @dataclass(frozen=True)
+class StepTotals:
+    """What all ranks know when a step begins, by one reduction.
+
+    Attributes:
+        predicted: tokens that count in the step's loss.
+        tokens: consumed by the step, padding not counted.
+        signal: that came to a rank before now, None if none did.
+    """
+
+    predicted: int
+    tokens: int
+    signal: Optional[signal.Signals]
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave.
+    """What one optimizer step gave. No update was made if a figure is no number.
 
     Attributes:
         loss: mean over the predicted tokens of all ranks and micro batches, in nats.
@@ -64,22 +82,38 @@ class StepResult:
     grad_norm: Optional[float]
     tokens: int
 
+    @property
+    def problem(self) -> Optional[str]:
+        """Which of the figures is no number, None if both are numbers. An overflow of fp16 is no problem."""
+        for name, value in (("loss", self.loss), ("gradient norm", self.grad_norm)):
+            if value is not None and not math.isfinite(value):
+                return f"{name} is {value}"
+        return None
 
-def train_step(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int) -> StepResult:
+
+def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> StepTotals:
+    """Add up this rank's micro batches and signals with those of all ranks."""
+    counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
+    predicted, tokens, *signals = engine.sum_over_data([*counts, *stop.received()])
+    return StepTotals(predicted=int(predicted), tokens=int(tokens), signal=agreed_signal(signals))
+
+
+def train_step(
+    engine: "Engine", batches: List[Batch], totals: StepTotals, *, noise: "NoNoise", step: int
+) -> StepResult:
     """Forward and backward over this rank's micro batches, then one update.
 
     Each micro batch weighs by its number of predicted tokens, so that the gradient is that of the mean over all tokens
     of the step, however they are split over micro batches and ranks.
     """
-    counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
-    predicted, tokens = engine.sum_over_data(counts)
+    predicted = max(totals.predicted, 1)
     if engine.is_pipelined:
-        loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=max(int(predicted), 1))
+        loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=predicted)
     else:
-        loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=max(int(predicted), 1))
-    grad_norm = engine.step()
+        loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=predicted)
     (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
-    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=int(tokens))
+    grad_norm = engine.step(update=math.isfinite(loss_total))
+    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=totals.tokens)
 
 
 def accumulated_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int, predicted: int):
@@ -120,8 +154,17 @@ def fit(
     checkpointer: "Checkpointer",
     metrics: SilentWriter,
     progress: logs.SilentProgress,
+    stop: NoSignals,
+    bad_steps: BadSteps,
 ) -> None:
-    """Train from `state` to the end of the last epoch, updating `state` as it goes."""
+    """Train from `state` to the end of the last epoch, updating `state` as it goes.
+
+    Raises:
+        RunError: too many steps gave no numbers, or a checkpoint cannot be written.
+        Stopped: a signal came to a rank; what was trained is saved.
+    """
+    stop.begin()
+    first_step = state.step
     while state.epoch < num_epochs:
         steps_left = loader.order.steps_after(state.sample_start_index)
         _tell_dropped(loader, state)
@@ -129,8 +172,11 @@ def fit(
         for batches, taken in loader.steps(state.epoch, state.sample_start_index):
             learning_rate = schedule.learning_rate(state.step)
             engine.set_learning_rate(learning_rate)
-            result = train_step(engine, batches, noise=noise, step=state.step)
-            _stop_if_not_finite(result, state.step + 1)
+            totals = step_totals(engine, batches, stop)
+            if totals.signal is not None:
+                _stop(totals.signal, checkpointer, state, is_trained=state.step > first_step)
+            result = train_step(engine, batches, totals, noise=noise, step=state.step)
+            bad_steps.check(result, state, loader.order, taken)
             state.step += 1
             state.sample_start_index += taken
             state.samples_seen += taken
@@ -143,10 +189,14 @@ def fit(
         state.sample_start_index = 0
 
 
-def _stop_if_not_finite(result: StepResult, step: int) -> None:
-    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-        if value is not None and not math.isfinite(value):
-            raise RunError(f"the {name} is {value} at step {step}, which is not saved; earlier checkpoints are whole")
+def _stop(number: signal.Signals, checkpointer: "Checkpointer", state: TrainState, *, is_trained: bool) -> NoReturn:
+    if not is_trained:
+        raise Stopped(number, f"{number.name} came before the first step; nothing was trained")
+    tell_stop(number, save_seconds=checkpointer.pause_seconds)
+    folder = checkpointer.save_now(state)
+    raise Stopped(
+        number, f"{number.name} after step {state.step}, which is saved; go on with --load_checkpoint {folder}"
+    )
 
 
 def _tell_dropped(loader: StepLoader, state: TrainState) -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import platform
+import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from colossal_llama2.dataset.loader import (
     load_tokenized_dataset,
 )
 from colossal_llama2.dataset.manifest import check_parts_fit
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import Stopped, UserError
 from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
 from colossal_llama2.model.freezing import freeze_non_embedding_parameters
@@ -29,6 +30,7 @@ from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspec
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
 from colossal_llama2.train import resuming, save_folder
+from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.checkpoint import (
     OPTIMIZER_NAME,
     Checkpointer,
@@ -39,9 +41,11 @@ from colossal_llama2.train.checkpoint import (
 )
 from colossal_llama2.train.engine import exact
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
+from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.train.stopping import NoSignals, StopSignals, agreed_signal
 
 
 def train(args: argparse.Namespace) -> None:
@@ -49,17 +53,24 @@ def train(args: argparse.Namespace) -> None:
 
     Raises:
         UserError: something that was given cannot be used; found before anything is written.
-        RunError: the loss is not a number any more.
+        RunError: losses are no numbers, a checkpoint cannot be written.
+        Stopped: a signal came.
     """
-    plan = check_inputs(args)
-    with save_folder.locked(args.save_dir) if logs.is_first_rank() else contextlib.nullcontext():
-        launch(args.seed)
-        run(args, plan)
-        leave()
+    with contextlib.ExitStack() as around:
+        stop = around.enter_context(StopSignals(has_partners=int(os.environ.get("WORLD_SIZE", "1")) > 1))
+        plan = check_inputs(args)
+        if logs.is_first_rank():
+            around.enter_context(save_folder.locked(args.save_dir))
+        launch(args.seed, timeout_seconds=args.dist_timeout)
+        stop.meet()
+        with watching(Path(sys.argv[0]).name, timeout_seconds=args.dist_timeout):
+            run(args, plan, stop)
+            leave()
 
 
-def run(args: argparse.Namespace, plan: LoadPlan) -> None:
+def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = None) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
+    stop = stop or NoSignals()
     plan = resuming.settle(plan, args.save_dir)
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
@@ -81,20 +92,7 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
         if first:
             write_config(args, schedule)
     tell_plan(args, engine, order, schedule, facts)
-    checkpointer = Checkpointer(
-        engine=engine,
-        save_dir=args.save_dir,
-        save_interval=args.save_interval,
-        model_path=plan.model_path,
-        tokenizer_path=tokenizer_path,
-        schedule=schedule,
-        facts=run_facts,
-        keep_last=args.keep_last,
-        keep_every=args.keep_every,
-        expected_bytes=expected_bytes(
-            facts.parameters, args.mixed_precision, frozen=args.freeze_non_embeds_params
-        ),
-    )  # fmt: skip
+    checkpointer = make_checkpointer(args, plan, engine, schedule, facts, run_facts)
     checkpointer.check_room()
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
     with contextlib.ExitStack() as parts:
@@ -106,12 +104,17 @@ def run(args: argparse.Namespace, plan: LoadPlan) -> None:
             schedule=schedule,
             noise=parts.enter_context(noise_of(args, engine)),
             checkpointer=checkpointer,
+            stop=stop,
+            bad_steps=BadSteps(args.max_bad_steps),
             metrics=parts.enter_context(contextlib.closing(metrics_writer(args, engine, state))),
             progress=parts.enter_context(
                 logs.progress(total=schedule.total_steps, initial=state.step, description="train", unit="step")
             ),
         )
     final = checkpointer.finish()
+    number = agreed_signal(engine.sum_over_data(stop.received()))
+    if number is not None:
+        raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
     logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
 
 
@@ -375,6 +378,29 @@ def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:
         pad_token_id=tokenizer.pad_token_id,
         max_length=args.max_length,
         length_divisor=engine_settings(args).sequence_shards,
+    )
+
+
+def make_checkpointer(
+    args: argparse.Namespace,
+    plan: LoadPlan,
+    engine: Engine,
+    schedule: CosineSchedule,
+    facts: ModelFacts,
+    run_facts: Dict[str, Any],
+) -> Checkpointer:
+    """What saves to --save_dir."""
+    return Checkpointer(
+        engine=engine,
+        save_dir=args.save_dir,
+        save_interval=args.save_interval,
+        model_path=plan.model_path,
+        tokenizer_path=find_tokenizer(args, plan),
+        schedule=schedule,
+        facts=run_facts,
+        keep_last=args.keep_last,
+        keep_every=args.keep_every,
+        expected_bytes=expected_bytes(facts.parameters, args.mixed_precision, frozen=args.freeze_non_embeds_params),
     )
 
 

@@ -1,7 +1,7 @@
 """The folder that a run saves to: one run at a time, and seen by every host of the job.
 
-locked    before torch is imported: a second run in the same folder is refused
-prepare   before step 1: leftovers go, and every rank reads what rank 0 wrote
+    locked    before torch is imported: a second run in the same folder is refused
+    prepare   before step 1: leftovers go, and every rank reads what rank 0 wrote
 """
 
 import fcntl

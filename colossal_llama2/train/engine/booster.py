@@ -7,7 +7,9 @@ import math
 import os
 import socket
 import warnings
+import weakref
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
@@ -63,8 +65,11 @@ class EngineSettings:
         return {None: 1, "all_to_all": self.sp_size}.get(self.sp_mode, self.tp_size)
 
 
-def launch(seed: int) -> None:
-    """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone."""
+def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
+    """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone.
+
+    Ranks wait for each other for `timeout_seconds` at most; None is PyTorch's default.
+    """
     # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
     # of TorchScript on a module that ColossalAI imports.
     # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
@@ -89,6 +94,8 @@ def launch(seed: int) -> None:
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", "localhost")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if timeout_seconds is not None:
+        _set_timeout(timeout_seconds)
     colossalai.launch(
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
@@ -100,6 +107,13 @@ def launch(seed: int) -> None:
     )
     if not torch.cuda.is_available():
         logs.get_logger().info("No GPU: this is a rehearsal on the CPU (gloo, PyTorch's Adam and attention kernels)")
+
+
+def _set_timeout(seconds: float) -> None:
+    """colossalai.launch and its meshes of groups take PyTorch's default, of which there is one per kind of network."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
 def leave() -> None:
@@ -322,6 +336,7 @@ class Engine:
 
             documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        self._guard_updates()
         has_head = not self.is_pipelined or self._plugin.stage_manager.is_last_stage()
         if self.settings.chunked_loss != "off" and has_head:
             splits = self.settings.sp_mode == "all_to_all"
@@ -330,6 +345,25 @@ class Engine:
                 self._head_part(model.config.vocab_size),
                 sample_group=self._plugin.sp_group if splits else None,
             )
+
+    def _guard_updates(self) -> None:
+        """Let Adam do nothing where loss or gradient norm is no number.
+
+        The plugin around it goes through its step as always, since it has to let go of the gradients: Gemini's lie
+        where its weights were. All ranks know the same norm, so none of them updates.
+        """
+        # Weak, since a cycle of references would keep the plugin's process groups until Python looks for cycles, which
+        # each rank does at another moment. The groups close at their end, and for that the ranks have to meet.
+        adam_reference, wrapper_reference = weakref.ref(self.optimizer.optim), weakref.ref(self.optimizer)
+
+        def update_if_finite(*args, **kwargs):
+            adam, norm = adam_reference(), wrapper_reference()._current_grad_norm
+            if adam.may_update and (norm is None or math.isfinite(norm)):
+                type(adam).step(adam, *args, **kwargs)
+            else:
+                _begin_moments(adam)
+
+        self.optimizer.optim.step = update_if_finite
 
     @property
     def unwrapped_model(self):
@@ -425,12 +459,15 @@ class Engine:
         # data-parallel ranks meet, but tensor-parallel ones that share a sample would here, and sum up what is summed.
         return self._kind.is_hybrid and self.settings.zero_stage < 2
 
-    def step(self) -> Optional[float]:
+    def step(self, *, update: bool = True) -> Optional[float]:
         """Clip, update the parameters, clear the gradients.
+
+        Without `update`, and where the norm is no number, parameters and moments stay as they are.
 
         Returns:
             The gradient norm before clipping, or None if fp16 overflowed and the update was skipped.
         """
+        self.optimizer.optim.may_update = update
         scale = self._loss_scale()
         # Every plugin keeps the norm of its last step in this attribute; a skipped step leaves it as it was.
         self.optimizer._current_grad_norm = None
@@ -448,13 +485,16 @@ class Engine:
         return 1.0
 
     def sum_over_data(self, values: Sequence[float]) -> List[float]:
-        """Sum numbers over the ranks that see different data (float64)."""
+        """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
+
+        All ranks take part, so that a number that is NaN, or not zero, on one of them is so in the sum that each gets.
+        """
         import torch
         import torch.distributed as dist
 
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self._data_group)
-        return total.tolist()
+        dist.all_reduce(total)
+        return (total / (self.world_size // self.data_size)).tolist()
 
     def max_over_ranks(self, value: int) -> int:
         """The largest of the numbers that all ranks give."""
@@ -528,6 +568,16 @@ class Engine:
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         self.barrier()
+
+
+def _begin_moments(adam) -> None:
+    """Give Adam's moments the values that they have before the first update, without which none can be saved."""
+    import torch
+
+    for param in (param for group in adam.param_groups for param in group["params"]):
+        if param.grad is not None and not adam.state[param]:
+            moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[param].update(step=0, **moments)
 
 
 def _parameter_groups(model, weight_decay: float) -> List[Dict[str, Any]]:

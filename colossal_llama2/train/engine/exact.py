@@ -1,8 +1,8 @@
 """What ColossalAI leaves out of its checkpoints, without which a run does not repeat the uninterrupted one bit by bit.
 
-master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
-loss scale       of fp16
-random states    of Python, NumPy and PyTorch, as data
+    master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
+    loss scale       of fp16
+    random states    of Python, NumPy and PyTorch, as data
 """
 
 import base64

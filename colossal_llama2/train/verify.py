@@ -1,0 +1,201 @@
+"""Check one checkpoint: files, hashes, shapes, numbers, tokenizer.
+
+    python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400
+
+Of a run's folder, such as checkpoint_dir, the newest checkpoint is checked.
+
+Prints a line per check, and ends with exit code 0, or with 2 and what is wrong. Every tensor is read, one at a time, so
+a model of any size needs the memory of its largest matrix. Nothing is trained, nothing is written.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+from colossal_llama2 import arguments, errors, logs
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import read_json
+from colossal_llama2.model.loading import check_model_folder, inspect_weights, shard_names
+from colossal_llama2.tokenizer import MODEL_FILE, fingerprint
+from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, STATES_NAME, LoadPlan, plan_loading
+from colossal_llama2.train.checkpoint_files import MODEL_NAME
+from colossal_llama2.train.engine.exact import MASTERS_NAME
+from colossal_llama2.train.engine.files import OPTIMIZER_INDEX, read_object
+
+COMMAND = "python -m colossal_llama2.train.verify"
+# What running_states.json must hold besides the place in the data, and of which type.
+STATE_TYPES = {"layout": dict, "tokenizer": str, "ranks": list, "world_size": int, "freeze_non_embeds_params": bool}
+# Kinds of text on which SentencePiece and transformers part where a tokenizer's files are not of one make.
+PARITY_TEXTS = ("Hello, world! 1234.5", "明月松间照，清泉石上流。", "two  spaces\n\tand a tab", "naïve café 😀")
+
+
+def main(argv=None) -> None:
+    """Parse the flags and check the checkpoint."""
+    args = arguments.verify_parser().parse_args(argv)
+    logs.configure_logging()
+    with errors.one_line_errors(COMMAND):
+        for line in verify(args.checkpoint):
+            print(line, flush=True)
+
+
+def verify(checkpoint: str) -> Iterator[str]:
+    """Yield what was found, a line per check. Raises UserError at the first thing that is wrong."""
+    folder = Path(checkpoint)
+    if not (folder / STATES_NAME).is_file() and not (folder / checkpoint_files.MANIFEST_NAME).is_file():
+        complete = checkpoint_files.complete_checkpoints(folder)
+        if not complete:
+            raise UserError(f"{checkpoint}: holds no checkpoint; give a folder such as checkpoint_dir/epoch-0_step-400")
+        folder = complete[-1]
+    problem = checkpoint_files.sizes_problem(folder) or next(checkpoint_files.content_problems(folder), None)
+    if problem:
+        raise UserError(f"{problem}; take another checkpoint")
+    sizes = checkpoint_files.list_files(folder)
+    yield f"checkpoint {folder}"
+    yield f"files      {len(sizes)} of {sum(sizes.values()):,} bytes, all as they were written"
+    try:
+        plan = plan_loading("", str(folder))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--load_checkpoint "))
+    state, saved = plan.read_states()
+    _check_states(folder / STATES_NAME, saved)
+    place = f"epoch {state.epoch}, step {state.step}, {state.samples_seen:,} samples, {state.tokens_seen:,} tokens"
+    yield f"place      {place}"
+    for name, check in CHECKS.items():
+        yield f"{name:<10} {check(plan, saved)}"
+
+
+def _check_states(path: Path, saved: Dict[str, Any]) -> None:
+    for name, kind in STATE_TYPES.items():
+        if not isinstance(saved.get(name), kind):
+            raise UserError(f"{path}: {name} is {saved.get(name)!r}, no {kind.__name__}; take another checkpoint")
+    if len(saved["ranks"]) != saved["world_size"]:
+        raise UserError(f"{path}: has states of {len(saved['ranks'])} ranks, the run had {saved['world_size']}")
+
+
+def _check_model(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+    check_model_folder(plan.model_path, MODEL_NAME)
+    facts = inspect_weights(plan.model_path)
+    for name in shard_names(plan.model_path):
+        _read_all(Path(plan.model_path, name))
+    return f"{facts.parameters / 1e6:.1f} M parameters, shapes as its config.json says, all numbers finite"
+
+
+def _check_optimizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+    """Adam's two moments of each trained parameter, in the parameter's shape, and the groups that name them."""
+    folder = Path(plan.resume_path, OPTIMIZER_NAME)
+    weight_map, groups_name = _optimizer_index(folder / OPTIMIZER_INDEX)
+    expected = _trained_shapes(plan, saved)
+    found: Dict[str, Tuple[int, ...]] = {}
+    for name in sorted(set(weight_map.values())):
+        read_object(str(folder / name))
+        found |= _read_all(folder / name)
+    numbers = [number for group in read_object(str(folder / groups_name)) for number in group["params"]]
+    if sorted(numbers) != list(range(len(expected))):
+        raise UserError(f"{folder / groups_name}: is of {len(numbers)} parameters, {len(expected)} are trained")
+    for number, (parameter, shape) in enumerate(expected):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if found.get(f"{number}.{moment}") != shape:
+                raise UserError(
+                    f"{folder / weight_map.get(str(number), OPTIMIZER_INDEX)}: {moment} of {parameter} has shape "
+                    f"{found.get(f'{number}.{moment}')}, its weight {shape}; take another checkpoint"
+                )
+    return f"both moments of {len(expected)} parameters, shapes as the model's, all numbers finite"
+
+
+def _optimizer_index(path: Path) -> Tuple[Dict[str, str], str]:
+    """Which file has which parameter's state, and which one the groups."""
+    index = read_json(path)
+    try:
+        weight_map, groups_name = dict(index["weight_map"]), index["metadata"]["param_groups"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not an index of optimizer states ({error!r}); take another checkpoint")
+    for name in {*weight_map.values(), groups_name}:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise UserError(f"{path} names {name!r}; only plain file names are allowed")
+    return weight_map, groups_name
+
+
+def _trained_shapes(plan: LoadPlan, saved: Dict[str, Any]) -> List[Tuple[str, Tuple[int, ...]]]:
+    """Names and shapes of the trained parameters in the optimizer's order: matrices, then norms."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(plan.model_path))
+    if saved["freeze_non_embeds_params"]:
+        freeze_non_embedding_parameters(model)
+    trained = [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.requires_grad]
+    return [item for item in trained if len(item[1]) > 1] + [item for item in trained if len(item[1]) <= 1]
+
+
+def _check_masters(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+    if saved["layout"].get("precision") == "fp32":
+        return "none needed, the run is in float32"
+    total = 0
+    for rank in range(saved["world_size"]):
+        path = Path(plan.resume_path, MASTERS_NAME, f"rank-{rank:05d}.safetensors")
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, the run had {saved['world_size']} ranks; take another checkpoint")
+        total += sum(math.prod(shape) for shape in _read_all(path).values())
+    # Padding, and what ranks hold in common, comes on top.
+    needed = sum(math.prod(shape) for _, shape in _trained_shapes(plan, saved))
+    if total < needed:
+        raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; take another checkpoint")
+    return f"of {saved['world_size']} ranks, all numbers finite"
+
+
+def _check_tokenizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+    from colossal_llama2.tokenizer.parity import Tokenizers
+
+    folder = Path(plan.model_path)
+    if fingerprint(folder) != saved["tokenizer"]:
+        raise UserError(f"{folder / MODEL_FILE}: is not that of the run; take another checkpoint")
+    tokenizers = Tokenizers(folder)
+    rows = inspect_weights(plan.model_path).vocab_size
+    if len(tokenizers.fast) > rows:
+        raise UserError(f"{folder}: its tokenizer has {len(tokenizers.fast)} tokens, the model {rows} rows")
+    texts = list(PARITY_TEXTS)
+    # Whether transformers puts "▁" before a text is a setting of the tokenizer, and no fault.
+    allowed = [tokenizers.encoder.encode(texts, dummy_prefix=prefix) for prefix in (True, False)]
+    found = {"fast": tokenizers.fast_ids(texts)} | ({"slow": tokenizers.slow_ids(texts)} if tokenizers.slow else {})
+    for kind, encoded in found.items():
+        for text, ids, *right in zip(texts, encoded, *allowed, strict=True):
+            if ids not in right:
+                raise UserError(
+                    f"{folder}: transformers' {kind} tokenizer gives {ids} for {text!r}, {MODEL_FILE} {right[0]}; "
+                    f"its tokenizer files are not of one tokenizer"
+                )
+    return f"{len(tokenizers.fast)} tokens for {rows} rows; transformers encodes as SentencePiece does"
+
+
+CHECKS: Dict[str, Callable[[LoadPlan, Dict[str, Any]], str]] = {
+    "model": _check_model,
+    "optimizer": _check_optimizer,
+    "masters": _check_masters,
+    "tokenizer": _check_tokenizer,
+}
+
+
+def _read_all(path: Path) -> Dict[str, Tuple[int, ...]]:
+    """The shapes in a safetensors file, all of whose numbers are read. Raises UserError for NaN and infinity."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for key in file.keys():
+                tensor = file.get_tensor(key)
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{path}: {key} has numbers that are NaN or infinite; take an earlier checkpoint")
+                shapes[key] = tuple(tensor.shape)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); take another checkpoint")
+    return shapes
+
+
+if __name__ == "__main__":
+    main()

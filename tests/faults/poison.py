@@ -1,0 +1,42 @@
+"""Numbers of one rank that are spoilt at one step, as a faulty device or an outlier in the data spoils them.
+
+    loss        loss and gradients are NaN
+    gradient    the gradients are infinite, the loss is not
+    report      the loss is infinite, the gradients are not
+"""
+
+import contextlib
+import math
+from typing import Iterator
+
+from colossal_llama2.train.engine import exchange
+from colossal_llama2.train.engine.booster import Engine
+
+
+@contextlib.contextmanager
+def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
+    """Spoil what `Engine.backward` gets on a rank in the given optimizer step, counted from 1."""
+    backward = Engine.backward
+    done = 0
+
+    def spoiling(engine, loss, *, last):
+        nonlocal done
+        is_hit = done == step - 1 and exchange.place()[0] == rank
+        done += last
+        spoilt = {"loss": loss * math.nan, "gradient": infinite_gradient(loss)}.get(kind, loss) if is_hit else loss
+        backward(engine, spoilt, last=last)
+        if is_hit and kind != "gradient":
+            loss.data.fill_(math.nan if kind == "loss" else math.inf)
+
+    Engine.backward = spoiling
+    try:
+        yield
+    finally:
+        Engine.backward = backward
+
+
+def infinite_gradient(loss):
+    """The same loss, whose gradient is infinite."""
+    same = loss * 1.0
+    same.register_hook(lambda gradient: gradient * math.inf)
+    return same

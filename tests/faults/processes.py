@@ -1,0 +1,72 @@
+"""Runs of train.py in processes of their own, which a test signals or kills while they train."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import List, Optional
+
+from tests.conftest import ROOT
+
+START_SECONDS = 150.0
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+class Run:
+    """One job in a session of its own; `launcher` comes before train.py, none for a single process."""
+
+    def __init__(self, folder: Path, flags: List[str], launcher: Optional[List[str]] = None):
+        self.save_dir = folder / "save_dir"
+        folder.mkdir(parents=True, exist_ok=True)
+        places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
+        words = [*flags, *(str(word) for pair in places.items() for word in pair)]
+        command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+
+    @property
+    def said(self) -> str:
+        """What the job has written to stdout and stderr."""
+        return self._log.read_text()
+
+    def wait_for(self, checkpoint: str) -> None:
+        """Return when a checkpoint is complete."""
+        deadline = time.monotonic() + START_SECONDS
+        while not (self.save_dir / checkpoint).is_dir():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+    def pid_of(self, rank: int) -> int:
+        """The process of a rank, among all that the launcher started."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and self._is_rank(entry, rank):
+                return int(entry.name)
+        raise AssertionError(f"no rank {rank}: {self.said}")
+
+    def _is_rank(self, entry: Path, rank: int) -> bool:
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            words = (entry / "cmdline").read_bytes()
+        except OSError:
+            return False
+        return f"RANK={rank}".encode() in environment and os.fsencode(self.save_dir) in words
+
+    def end(self, seconds: float = 60.0) -> int:
+        """The exit code, once the job has ended by itself."""
+        try:
+            return self.process.wait(seconds)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End all of the job's processes, those that torchrun put into sessions of their own too."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and any(self._is_rank(entry, rank) for rank in range(2)):
+                os.kill(int(entry.name), signal.SIGKILL)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()

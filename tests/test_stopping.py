@@ -1,0 +1,133 @@
+"""Runs that end early: by a signal, after which all ranks save, or because a rank dies or hangs."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import datasets
+import pytest
+
+from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.train import checkpoint_files
+from tests import tiny
+from tests.faults.processes import TORCHRUN, Run
+
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
+FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400", "--max_length", "64"]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, tokenizer_dir, model_dir):
+    """Hours of training, saved after each 24 steps, or each 12 of two ranks."""
+    encoder = Encoder(tokenizer_dir)
+    rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
+    part = tmp_path_factory.mktemp("prepared") / "part-00000"
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(part)
+    return [*FLAGS, "--pretrained", str(model_dir), "--dataset", str(part)]
+
+
+@pytest.fixture
+def start(tmp_path, flags):
+    """Start a run in a named folder; all are ended with the test."""
+    runs = []
+
+    def start_one(name, *more, launcher=None):
+        runs.append(Run(tmp_path / name, [*flags, *more], launcher))
+        return runs[-1]
+
+    yield start_one
+    for run in runs:
+        run.kill()
+
+
+def assert_saved(run, number):
+    """All that was trained is in the last checkpoint, which the message names, and nothing lies about."""
+    told = re.search(rf"train.py: stopped: {number.name} after step (\d+), which is saved; .*_step-\1$", run.said, re.M)
+    assert told, run.said
+    newest = checkpoint_files.complete_checkpoints(run.save_dir)[-1]
+    assert checkpoint_files.step_of(newest) == int(told[1]) and checkpoint_files.sizes_problem(newest) is None
+    assert json.loads((newest / "running_states.json").read_text())["step"] == int(told[1])
+    assert not [path.name for path in run.save_dir.iterdir() if path.suffix == ".tmp" or path.name == ".lock"]
+    assert "Traceback" not in run.said and run.said.count("stopped:") == 1
+
+
+def test_a_signal_to_a_single_process(start):
+    runs = {number: start(number.name) for number in CODES}
+    for delay, (number, run) in enumerate(runs.items()):
+        run.wait_for("epoch-0_step-24")
+        time.sleep(0.1 * delay)
+        run.process.send_signal(number)
+    for number, run in runs.items():
+        assert run.end() == CODES[number], run.said
+        assert_saved(run, number)
+
+
+def test_a_signal_before_the_first_step(start):
+    early = start("early")
+    while "No GPU" not in early.said:
+        assert early.process.poll() is None, early.said
+        time.sleep(0.02)
+    early.process.send_signal(signal.SIGTERM)
+    assert early.end() == 143 and "before the first step" in early.said and not early.save_dir.exists(), early.said
+
+
+def test_a_signal_to_one_rank_stops_all(start):
+    run = start("one", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    os.kill(run.pid_of(rank=1), signal.SIGUSR1)
+    assert run.end() == 0, run.said
+    assert_saved(run, signal.SIGUSR1)
+
+
+def test_a_second_interrupt_ends_a_rank_that_waits_for_another(start):
+    run = start("twice", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    first, second = run.pid_of(rank=0), run.pid_of(rank=1)
+    os.kill(second, signal.SIGSTOP)
+    # By then rank 0 is inside a reduction, where Python runs no handler.
+    time.sleep(1.0)
+    os.kill(first, signal.SIGINT)
+    time.sleep(0.5)
+    assert os.path.exists(f"/proc/{first}") and "interrupted again" not in run.said
+    os.kill(first, signal.SIGINT)
+    deadline = time.monotonic() + 2.0
+    while "interrupted again" not in run.said:
+        assert time.monotonic() < deadline, run.said
+        time.sleep(0.02)
+    assert checkpoint_files.sizes_problem(checkpoint_files.complete_checkpoints(run.save_dir)[-1]) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_reaches_the_ranks(start, number):
+    run = start(number.name, launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    run.process.send_signal(number)
+    # torchrun has exit codes of its own.
+    assert run.end() == 1, run.said
+    assert re.search(rf"stopped: {number.name} after step \d+, which is saved", run.said), run.said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_job_and_is_named(start, rank):
+    run = start(f"dead-{rank}", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    os.kill(run.pid_of(rank), signal.SIGKILL)
+    begin = time.monotonic()
+    assert run.end(seconds=15.0) == 1, run.said
+    assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
+    print(f"rank {rank} dead: the job ended after {time.monotonic() - begin:.1f} s")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_noticed(start, rank):
+    run = start(f"hung-{rank}", "--dist_timeout", "6", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    os.kill(run.pid_of(rank), signal.SIGSTOP)
+    deadline = time.monotonic() + 12.0
+    while "did not answer" not in run.said:
+        assert time.monotonic() < deadline, run.said
+        time.sleep(0.1)
+    assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said
