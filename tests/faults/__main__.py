@@ -1,0 +1,59 @@
+"""Every fault, as often as there are places for it: prints the table of what was survived.
+
+    python -m tests.faults
+    python -m tests.faults --only crash_points --sample
+    python -m tests.faults --mutants
+
+Ends with 1 if something was not survived, and tells what. Runs on one CPU core; nothing is downloaded.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable, Dict, List
+
+from tests.faults import crash_points, place, warm
+from tests.faults.rows import HEADER, Row
+
+
+def crash_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Kills at every change of a file during a save."""
+    return crash_points.check(place.make(folder, samples=16), sample=5 if sample else None, seed=seed)
+
+
+CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
+    "crash_points": crash_rows,
+}
+
+
+def main(argv=None) -> None:
+    """Run the checks that were asked for, all if none was."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="these checks alone")
+    parser.add_argument("--sample", action="store_true", help="a few faults of each kind, in a minute or two")
+    parser.add_argument("--seed", type=int, default=1, help="decides sampled places and random moments")
+    parser.add_argument("--work_dir", type=Path, help="keep what was run in this new folder")
+    args = parser.parse_args(argv)
+    warm.import_everything()
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        work = args.work_dir or Path(temporary)
+        rows = run_checks(args.only, work, sample=args.sample, seed=args.seed)
+    sys.exit(0 if all(row.is_survived for row in rows) else 1)
+
+
+def run_checks(names: List[str], work: Path, *, sample: bool, seed: int) -> List[Row]:
+    """Run checks by name and print their rows as they come, with what was not survived below each."""
+    print(HEADER, flush=True)
+    rows = []
+    for name in names:
+        for row in CHECKS[name](work / name, sample, seed):
+            rows.append(row)
+            print(row, flush=True)
+            for problem in row.problems:
+                print(f"  {problem}", file=sys.stderr, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
