@@ -192,6 +192,8 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
         self._last_saved, self._last_step = final, state.step
+        # The checkpoint that the run resumed, whose files these were, may be the next that is removed.
+        self._model_path = self._tokenizer_path = final / MODEL_NAME
         self.pause_seconds = time.monotonic() - start
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from tests.faults import crash_points, place, warm
+from tests.faults import corruption, crash_points, kills, place, warm
 from tests.faults.rows import HEADER, Row
 
 
@@ -22,8 +22,25 @@ def crash_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     return crash_points.check(place.make(folder, samples=16), sample=5 if sample else None, seed=seed)
 
 
+def kill_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Kills of the whole process group while it trains."""
+    counts = {"zero2": 4} if sample else {"zero2": 34, "gemini": 33, "3d": 33}
+    rows = []
+    for plugin, count in counts.items():
+        here = place.make(folder / plugin, samples=kills.SAMPLES)
+        rows += kills.check(here, plugin, kills=count, ranks=2, seed=seed)
+    return rows
+
+
+def corruption_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Damaged files."""
+    return corruption.check(place.make(folder, samples=16), sample=8 if sample else None, seed=seed)
+
+
 CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "crash_points": crash_rows,
+    "kills": kill_rows,
+    "corruption": corruption_rows,
 }
 
 
