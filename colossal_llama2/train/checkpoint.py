@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 STATES_NAME = "running_states.json"
 SCHEDULE_NAME = "lr_scheduler"
 OPTIMIZER_NAME = "optimizer"
+CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,9 @@ class Checkpointer:
         copy_files(self._tokenizer_path, folder, TOKENIZER_FILES)
         written, original = read_json(folder / CONFIG_FILE), read_json(self._model_path / CONFIG_FILE)
         kept = {"architectures": written.get("architectures"), "torch_dtype": written.get("torch_dtype")}
-        write_json(folder / CONFIG_FILE, {**original, **kept})
+        # Entries that name code have no place in what others load.
+        safe = {key: value for key, value in original.items() if key not in CODE_KEYS}
+        write_json(folder / CONFIG_FILE, {**safe, **kept})
         copy_files(self._model_path, folder, (GENERATION_CONFIG_FILE,))
 
     def finish(self) -> Path:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from tests.faults import corruption, crash_points, kills, place, warm
+from tests.faults import corruption, crash_points, kills, malicious, place, warm
 from tests.faults.rows import HEADER, Row
 
 
@@ -37,10 +37,16 @@ def corruption_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     return corruption.check(place.make(folder, samples=16), sample=8 if sample else None, seed=seed)
 
 
+def malicious_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Files that would run code."""
+    return malicious.check(place.make(folder, samples=16), sample=6 if sample else None, seed=seed)
+
+
 CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "crash_points": crash_rows,
     "kills": kill_rows,
     "corruption": corruption_rows,
+    "malicious": malicious_rows,
 }
 
 

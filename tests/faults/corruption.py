@@ -49,13 +49,9 @@ def _problem(place: Place, checkpoint: Path, names: Set[str]) -> Optional[str]:
         errors = re.findall(r"^\S.*: error: .*", job.said, re.M)
         if code != 2 or len(errors) != 1 or "Traceback" in job.said:
             return f"exit code {code}: {job.said}"
-        if not any(f"{checkpoint.name}/{name}" in errors[0] for name in names) and not _is_missing_manifest(errors[0]):
+        if not any(name in errors[0] for name in names):
             return f"the file is not named: {errors[0]}"
     if place.save_dir("resumed").exists():
         return "train.py has written something"
     return None
 
-
-def _is_missing_manifest(error: str) -> bool:
-    """Said of the folder, since the file is not there."""
-    return f"has no {checkpoint_files.MANIFEST_NAME}" in error

@@ -1,6 +1,5 @@
 """Runs that are killed at random moments, again and again, and resumed: they end as if nothing had been.
 
-
 A moment is a seeded share of the time that the whole run takes on this machine. When a run comes to its end before it
 is killed, the next one begins anew, until there were as many kills as asked for.
 """

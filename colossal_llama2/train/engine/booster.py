@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from colossal_llama2 import logs
@@ -562,6 +563,7 @@ class Engine:
         """
         from colossal_llama2.train.engine import files
 
+        files.read_optimizer_index(Path(folder))
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         with files.safetensors_instead_of_pickle(step_as_tensor=self._kind.is_gemini):
             self._booster.load_optimizer(self.optimizer, folder)
