@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from tests.faults import corruption, crash_points, kills, malicious, place, warm
+from tests.faults import corruption, crash_points, kills, malicious, place, starts, steps, warm
 from tests.faults.rows import HEADER, Row
 
 
@@ -42,11 +42,35 @@ def malicious_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     return malicious.check(place.make(folder, samples=16), sample=6 if sample else None, seed=seed)
 
 
+def step_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Resuming from each step."""
+    return steps.check_each_step(place.make(folder, samples=steps.SAMPLES), every=10 if sample else 1)
+
+
+def start_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Simultaneous starts."""
+    return starts.check_starts(place.make(folder, samples=16), starts=10 if sample else 30)
+
+
+def signal_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Signals at random moments."""
+    return starts.check_signals(place.make(folder, samples=16), signals=4 if sample else 30, seed=seed)
+
+
+def rank_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Other numbers of ranks."""
+    return steps.check_orders() + ([] if sample else steps.check_ranks(place.make(folder, samples=48)))
+
+
 CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "crash_points": crash_rows,
     "kills": kill_rows,
     "corruption": corruption_rows,
     "malicious": malicious_rows,
+    "steps": step_rows,
+    "starts": start_rows,
+    "signals": signal_rows,
+    "ranks": rank_rows,
 }
 
 
