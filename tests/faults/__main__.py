@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from tests.faults import corruption, crash_points, kills, malicious, place, starts, steps, warm
+from tests.faults import corruption, crash_points, kills, malicious, mutants, place, starts, steps, warm
 from tests.faults.rows import HEADER, Row
 
 
@@ -79,13 +79,18 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="these checks alone")
     parser.add_argument("--sample", action="store_true", help="a few faults of each kind, in a minute or two")
+    parser.add_argument("--mutants", action="store_true", help="take guarantees out, one by one: checks must find it")
     parser.add_argument("--seed", type=int, default=1, help="decides sampled places and random moments")
     parser.add_argument("--work_dir", type=Path, help="keep what was run in this new folder")
     args = parser.parse_args(argv)
     warm.import_everything()
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         work = args.work_dir or Path(temporary)
-        rows = run_checks(args.only, work, sample=args.sample, seed=args.seed)
+        if args.mutants:
+            rows = mutants.check(work)
+            print(HEADER, *rows, sep="\n", flush=True)
+        else:
+            rows = run_checks(args.only, work, sample=args.sample, seed=args.seed)
     sys.exit(0 if all(row.is_survived for row in rows) else 1)
 
 
