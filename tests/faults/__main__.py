@@ -62,6 +62,11 @@ def rank_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     return steps.check_orders() + ([] if sample else steps.check_ranks(place.make(folder, samples=48)))
 
 
+def overflow_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """No update before the first save."""
+    return steps.check_overflow(place.make(folder, samples=24), plugins=["zero2"] if sample else list(steps.FP16))
+
+
 CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "crash_points": crash_rows,
     "kills": kill_rows,
@@ -71,6 +76,7 @@ CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "starts": start_rows,
     "signals": signal_rows,
     "ranks": rank_rows,
+    "overflow": overflow_rows,
 }
 
 

@@ -1,10 +1,11 @@
 """A run of 50 steps that is resumed from each of its steps, and the same samples on other numbers of ranks."""
 
 import shutil
-from typing import List, Optional
+from pathlib import Path
+from typing import List, Optional, Sequence
 
 from colossal_llama2.dataset.loader import SampleOrder
-from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train import checkpoint_files, verify
 from tests.faults import place as places
 from tests.faults import warm
 from tests.faults.place import Place
@@ -30,10 +31,10 @@ def check_each_step(place: Place, *, every: int) -> List[Row]:
     return [row]
 
 
-def _problem(place: Place, folder, expected: dict) -> Optional[str]:
+def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAGS) -> Optional[str]:
     shutil.rmtree(place.folder / "resumed", ignore_errors=True)
     shutil.copytree(folder, place.save_dir("resumed") / folder.name)
-    flags = place.flags("resumed", *FLAGS, "--save_interval", STEPS, "--resume", "auto")
+    flags = place.flags("resumed", *common, "--save_interval", STEPS, "--resume", "auto")
     job = warm.train(flags, place.log("resumed"))
     if job.wait() != 0:
         return job.said
@@ -97,3 +98,36 @@ def _losses(place: Place, name: str) -> dict:
     events = EventAccumulator(str(place.folder / name / "tb"))
     events.Reload()
     return {event.step: event.value for event in events.Scalars("Loss")}
+
+
+FP16 = {
+    "zero2": ["--plugin", "zero2"],
+    "zero2_cpu": ["--plugin", "zero2_cpu"],
+    "gemini": ["--plugin", "gemini"],
+    "3d": ["--plugin", "3d"],
+    "3d without ZeRO": ["--plugin", "3d", "--zero", "0"],
+}
+
+
+def check_overflow(place: Place, *, plugins: List[str]) -> List[Row]:
+    """In fp16, with a loss scale so high that the first steps overflow: save, verify, resume before any update."""
+    row = Row("fp16 overflows from the first step: saved, verified, resumed, equal at the end")
+    for name in plugins:
+        flags = ["--mixed_precision", "fp16", "--micro_batch_size", 4, "--save_interval", 1, *FP16[name]]
+        job = warm.train(place.flags(name, *flags), place.log(name), before=_raise_scale)
+        if job.wait() != 0:
+            row.tell(name, job.said)
+            continue
+        assert 0 < job.said.count("gradients overflowed") < 6, job.said
+        first = checkpoint_files.complete_checkpoints(place.save_dir(name))[0]
+        check = warm.Job(lambda first=first: verify.main([str(first)]), place.log("verified"))
+        problem = None if check.wait() == 0 else check.said
+        row.tell(name, problem or _problem(place, first, places.trained(place.save_dir(name)), flags))
+    return [row]
+
+
+def _raise_scale() -> None:
+    from colossal_llama2.train.engine import booster
+
+    common_arguments = booster._common_arguments
+    booster._common_arguments = lambda settings: {**common_arguments(settings), "initial_scale": 2.0**20}
