@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,7 +17,6 @@ from colossal_llama2.train import checkpoint_files
 from tests import tiny
 from tests.faults.processes import TORCHRUN, Run
 
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400", "--max_length", "64"]
 
 
@@ -55,23 +56,12 @@ def assert_saved(run, number):
 
 
 def test_a_signal_to_a_single_process(start):
-    runs = {number: start(number.name) for number in CODES}
-    for delay, (number, run) in enumerate(runs.items()):
-        run.wait_for("epoch-0_step-24")
-        time.sleep(0.1 * delay)
-        run.process.send_signal(number)
-    for number, run in runs.items():
-        assert run.end() == CODES[number], run.said
-        assert_saved(run, number)
-
-
-def test_a_signal_before_the_first_step(start):
-    early = start("early")
-    while "No GPU" not in early.said:
-        assert early.process.poll() is None, early.said
-        time.sleep(0.02)
-    early.process.send_signal(signal.SIGTERM)
-    assert early.end() == 143 and "before the first step" in early.said and not early.save_dir.exists(), early.said
+    """At random moments, and with each signal: tests/faults/starts.py."""
+    run = start("single")
+    run.wait_for("epoch-0_step-24")
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130, run.said
+    assert_saved(run, signal.SIGINT)
 
 
 def test_a_signal_to_one_rank_stops_all(start):
@@ -100,34 +90,58 @@ def test_a_second_interrupt_ends_a_rank_that_waits_for_another(start):
     assert checkpoint_files.sizes_problem(checkpoint_files.complete_checkpoints(run.save_dir)[-1]) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_torchrun_reaches_the_ranks(start, number):
-    run = start(number.name, launcher=TORCHRUN)
+def test_a_signal_to_torchrun_reaches_the_ranks(start):
+    run = start("torchrun", launcher=TORCHRUN)
     run.wait_for("epoch-0_step-12")
-    run.process.send_signal(number)
+    run.process.send_signal(signal.SIGTERM)
     # torchrun has exit codes of its own.
     assert run.end() == 1, run.said
-    assert re.search(rf"stopped: {number.name} after step \d+, which is saved", run.said), run.said
+    assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.said), run.said
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_dead_rank_ends_the_job_and_is_named(start, rank):
-    run = start(f"dead-{rank}", launcher=TORCHRUN)
+def test_two_interrupts_to_torchrun_leave_no_rank_and_whole_checkpoints(start):
+    run = start("interrupts", launcher=TORCHRUN)
     run.wait_for("epoch-0_step-12")
-    os.kill(run.pid_of(rank), signal.SIGKILL)
-    begin = time.monotonic()
-    assert run.end(seconds=15.0) == 1, run.said
-    assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
-    print(f"rank {rank} dead: the job ended after {time.monotonic() - begin:.1f} s")
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs_is_noticed(start, rank):
-    run = start(f"hung-{rank}", "--dist_timeout", "6", launcher=TORCHRUN)
-    run.wait_for("epoch-0_step-12")
-    os.kill(run.pid_of(rank), signal.SIGSTOP)
-    deadline = time.monotonic() + 12.0
-    while "did not answer" not in run.said:
+    ranks = [run.pid_of(rank) for rank in range(2)]
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(15.0) == 1
+    deadline = time.monotonic() + 5.0
+    while any(os.path.exists(f"/proc/{pid}") for pid in ranks):
         assert time.monotonic() < deadline, run.said
-        time.sleep(0.1)
-    assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said
+        time.sleep(0.02)
+    for checkpoint in checkpoint_files.complete_checkpoints(run.save_dir):
+        assert checkpoint_files.sizes_problem(checkpoint) is None
+
+
+def test_under_colossalai_run_a_signal_to_a_rank_stops_all(start):
+    launcher = [str(Path(sys.executable).with_name("colossalai")), "run", "--nproc_per_node", "2"]
+    run = start("colossalai", launcher=[*launcher, "--master_port", "29634"])
+    run.wait_for("epoch-0_step-12")
+    os.kill(run.pid_of(rank=0), signal.SIGUSR1)
+    assert run.end() == 0, run.said
+    assert re.search(r"stopped: SIGUSR1 after step \d+, which is saved", run.said), run.said
+
+
+def test_a_dead_rank_ends_the_job_and_is_named(start):
+    runs = [start(f"dead-{rank}", launcher=TORCHRUN) for rank in range(2)]
+    for run in runs:
+        run.wait_for("epoch-0_step-12")
+    for rank, run in enumerate(runs):
+        os.kill(run.pid_of(rank), signal.SIGKILL)
+        assert run.end(seconds=15.0) == 1, run.said
+        assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
+
+
+def test_a_rank_that_hangs_is_noticed(start):
+    runs = [start(f"hung-{rank}", "--dist_timeout", "6", launcher=TORCHRUN) for rank in range(2)]
+    for rank, run in enumerate(runs):
+        run.wait_for("epoch-0_step-12")
+        os.kill(run.pid_of(rank), signal.SIGSTOP)
+    deadline = time.monotonic() + 12.0
+    for run in runs:
+        while "did not answer" not in run.said:
+            assert time.monotonic() < deadline, run.said
+            time.sleep(0.1)
+        assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said

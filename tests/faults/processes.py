@@ -23,7 +23,9 @@ class Run:
         places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
         words = [*flags, *(str(word) for pair in places.items() for word in pair)]
         command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+        # `colossalai run` starts torchrun by its name.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
         self._log = folder / "log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
