@@ -484,6 +484,11 @@ class Engine:
                 return float(getattr(mixin, "loss_scale", 1.0))
         return 1.0
 
+    @property
+    def pins_batches(self) -> bool:
+        """Whether batches should lie in page-locked memory, from which a GPU copies while it works."""
+        return self.device.type == "cuda"
+
     def sum_over_data(self, values: Sequence[float]) -> List[float]:
         """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
 
