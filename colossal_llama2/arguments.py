@@ -515,7 +515,7 @@ def _add_model_arguments(parser: CommandParser) -> None:
         "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
     )
     data.add_argument(
-        "--dataset", metavar="DIR", nargs="+", default=[], help="prepared part-* folders, one or more; required"
+        "--dataset", metavar="DIR", nargs="+", required=True, help="prepared part-* folders, one or more"
     )
     data.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
@@ -599,10 +599,20 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
     )
 
 
+class _BenchmarkSwitch(argparse.Action):
+    """A switch after which --dataset need not be given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest == "dataset":
+                action.required = False
+
+
 def _add_benchmark_arguments(parser: CommandParser) -> None:
     benchmark = parser.add_argument_group("benchmark")
     benchmark.add_argument(
-        "--benchmark", action="store_true",
+        "--benchmark", action=_BenchmarkSwitch, nargs=0, default=False,
         help="measure steps on random tokens, in place of --dataset, and write nothing",
     )  # fmt: skip
     benchmark.add_argument(

@@ -32,7 +32,8 @@ def test_what_cannot_be_measured_is_refused(run_script, assert_user_error, model
     few = run_script("train.py", *flags(model_dir, "--num_samples", 3, "--micro_batch_size", 2), cwd=tmp_path)
     assert_user_error(few, "--num_samples 3 make 1 steps; give at least 12")
     alone = ["--pretrained", str(model_dir), "--profile", "x", "--plugin", "zero2", "--mixed_precision", "fp32"]
-    assert_user_error(run_script("train.py", *alone, cwd=tmp_path), "--dataset is required", "--profile needs")
+    assert_user_error(run_script("train.py", *alone, "--dataset", "y", cwd=tmp_path), "--profile needs --benchmark")
+    assert_user_error(run_script("train.py", *alone, cwd=tmp_path), "required: --dataset")
     assert not list(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ Nothing is written but the trace of --profile.
 
 import argparse
 import contextlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +131,13 @@ def peak_memory() -> int:
 @contextlib.contextmanager
 def _profiler(folder: Optional[str], rank: int) -> Iterator[Any]:
     """PyTorch's profiler, which writes rank-00000.json if a folder is given: for ui.perfetto.dev or chrome://tracing."""
-    from torch.profiler import ProfilerActivity, profile, supported_activities
+    import torch
+    from torch.profiler import ProfilerActivity, profile
 
-    activities = [kind for kind in (ProfilerActivity.CPU, ProfilerActivity.CUDA) if kind in supported_activities()]
-    with profile(activities=activities) as profiler:
+    # On a machine without a GPU the profiler's own library complains of that on every rank.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
         yield profiler
     if folder is not None:
         path = Path(folder, f"rank-{rank:05d}.json")

@@ -157,14 +157,12 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
-    if not (args.dataset or args.benchmark):
-        problems.append("--dataset is required; give the part-* folders of --data_arrow_output_dir")
     if args.profile is not None:
         if args.benchmark:
             checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
         else:
             problems.append("--profile needs --benchmark")
-    checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset]
+    checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset or ()]
     for check in checks:
         try:
             check()

@@ -116,6 +116,13 @@ def _set_timeout(seconds: float) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
+def current_device():
+    """The torch.device of this rank."""
+    from colossalai.accelerator import get_accelerator
+
+    return get_accelerator().get_current_device()
+
+
 def leave() -> None:
     """Leave the process group, once all ranks are done."""
     import torch.distributed as dist
@@ -293,11 +300,10 @@ class Engine:
     def __init__(self, settings: EngineSettings, parameters: int):
         import torch
         import torch.distributed as dist
-        from colossalai.accelerator import get_accelerator
         from colossalai.booster import Booster
 
         self.settings = settings
-        self.device = get_accelerator().get_current_device()
+        self.device = current_device()
         self._kind = PLUGINS[settings.plugin]
         plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
         self._plugin, self._booster = plugin, Booster(plugin=plugin)
