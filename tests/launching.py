@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +29,14 @@ def attempt(
     command += [str(ROOT / "tests" / worker), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            # The ranks are children of the launcher.
-            os.killpg(process.pid, signal.SIGKILL)
+            # The launcher ends its ranks, which are not in its process group.
+            process.terminate()
+            process.communicate(timeout=60)
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
