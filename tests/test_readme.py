@@ -26,6 +26,7 @@ PARSERS = {
     "colossal_llama2.tokenizer.compare": arguments.compare_parser,
     "colossal_llama2.dataset.inspect_data": arguments.inspect_data_parser,
     "colossal_llama2.train.verify": arguments.verify_parser,
+    "colossal_llama2.train.selftest": arguments.selftest_parser,
 }
 
 
