@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,13 @@ def attempt(
             process.communicate(timeout=60)
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def free_port() -> int:
+    """A port that no process of this machine listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:

@@ -24,7 +24,6 @@ SCRIPTS = {
     "prepare_pretrain_dataset.py": "--max_lengthh",
     "prepare_sft_dataset.py": "--data_cache_dirr",
     "train.py": "--save_intervall",
-    "colossal_llama2/train/selftest.py": "--work_dirr",
     "train_sft.py": "--use_neftt",
     "inference_example.py": "--input_txtt",
 }
