@@ -97,7 +97,7 @@ class StepResult:
 def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> StepTotals:
     """Add up this rank's micro batches and signals with those of all ranks."""
     counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
-    predicted, tokens, *signals = engine.sum_over_data([*counts, *stop.received()])
+    predicted, tokens, *signals = engine.sum_over_data([*counts, *stop.received()], known_to_host=True)
     return StepTotals(predicted=int(predicted), tokens=int(tokens), signal=agreed_signal(signals))
 
 

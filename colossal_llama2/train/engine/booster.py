@@ -309,6 +309,8 @@ class Engine:
         self._plugin, self._booster = plugin, Booster(plugin=plugin)
         self._tp_group = plugin.tp_group if settings.tp_size > 1 else None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # Where the ranks talk through GPUs, another way between their hosts.
+        self._host_group = dist.new_group(backend="gloo") if self.pins_batches else None
         # The default group is that of all ranks.
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
@@ -495,16 +497,18 @@ class Engine:
         """Whether batches should lie in page-locked memory, from which a GPU copies while it works."""
         return self.device.type == "cuda"
 
-    def sum_over_data(self, values: Sequence[float]) -> List[float]:
+    def sum_over_data(self, values: Sequence[float], *, known_to_host: bool = False) -> List[float]:
         """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
 
         All ranks take part, so that a number that is NaN, or not zero, on one of them is so in the sum that each gets.
+        Numbers that are `known_to_host` are summed by the hosts alone, which wait for no work of a GPU.
         """
         import torch
         import torch.distributed as dist
 
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        on_host = known_to_host and self._host_group is not None
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else self.device)
+        dist.all_reduce(total, group=self._host_group if on_host else None)
         return (total / (self.world_size // self.data_size)).tolist()
 
     def max_over_ranks(self, value: int) -> int:
