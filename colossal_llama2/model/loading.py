@@ -1,6 +1,7 @@
 """Load a LLaMA model for training, from safetensors, with every weight accounted for."""
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Tuple
@@ -41,7 +42,7 @@ def check_model_folder(path: str, flag: str) -> None:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{config_path}: not a JSON object ({error})")
     if model_type != "llama":
-        raise UserError(f"{flag} {path}: model_type is {model_type!r}, only 'llama' can be trained here")
+        raise UserError(f"{flag} {config_path}: model_type is {model_type!r}, only 'llama' can be trained here")
     if not (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
@@ -58,12 +59,8 @@ def inspect_weights(path: str) -> ModelFacts:
     Raises:
         UserError: a weight is missing, unknown, or of another shape.
     """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig.from_pretrained(path)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = model_without_weights(path)
+    config = model.config
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
@@ -89,6 +86,19 @@ def inspect_weights(path: str) -> ModelFacts:
         layers=config.num_hidden_layers,
         ties_embeddings=config.tie_word_embeddings,
     )
+
+
+def model_without_weights(path: str):
+    """The LlamaForCausalLM of a folder's config.json, on the meta device. Raises UserError if there can be none."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return LlamaForCausalLM(LlamaConfig.from_pretrained(path))
+    except Exception as error:  # what transformers raises for an entry that it cannot use is not told anywhere
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); mend the file")
 
 
 def _stored_shapes(path: str) -> Dict[str, Tuple[int, ...]]:

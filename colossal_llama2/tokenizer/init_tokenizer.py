@@ -196,7 +196,10 @@ def _special_tokens(source: Path, model: BpeModel, added_tokens: Dict[str, int])
     special = set(model.pieces).difference(model.scores).union(model.user_defined)
     for value in read_json(source / SPECIAL_TOKENS_FILE).values():
         for token in value if isinstance(value, list) else [value]:
-            special.add(token["content"] if isinstance(token, dict) else token)
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
+                raise UserError(f"{source / SPECIAL_TOKENS_FILE}: {token!r} is no token; copy the file again")
+            special.add(content)
     return special.union(added_tokens)
 
 

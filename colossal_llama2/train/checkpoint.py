@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 STATES_NAME = "running_states.json"
 SCHEDULE_NAME = "lr_scheduler"
 OPTIMIZER_NAME = "optimizer"
+CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
         self._last_saved, self._last_step = final, state.step
+        # The checkpoint that the run resumed, whose files these were, may be the next that is removed.
+        self._model_path = self._tokenizer_path = final / MODEL_NAME
         self.pause_seconds = time.monotonic() - start
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
@@ -250,7 +253,9 @@ class Checkpointer:
         copy_files(self._tokenizer_path, folder, TOKENIZER_FILES)
         written, original = read_json(folder / CONFIG_FILE), read_json(self._model_path / CONFIG_FILE)
         kept = {"architectures": written.get("architectures"), "torch_dtype": written.get("torch_dtype")}
-        write_json(folder / CONFIG_FILE, {**original, **kept})
+        # Entries that name code have no place in what others load.
+        safe = {key: value for key, value in original.items() if key not in CODE_KEYS}
+        write_json(folder / CONFIG_FILE, {**safe, **kept})
         copy_files(self._model_path, folder, (GENERATION_CONFIG_FILE,))
 
     def finish(self) -> Path:

@@ -155,9 +155,11 @@ def is_done(plan: LoadPlan, state: TrainState, order: SampleOrder, num_epochs: i
     return plan.resume_path is not None and at_end
 
 
-def finish_again(plan: LoadPlan, engine) -> None:
-    """Publish the model of a run whose last step is saved."""
+def finish_again(plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
+    """Do what a run that died after its last save left undone: remove old checkpoints, and publish the model."""
+    last = Path(plan.resume_path)
     with engine.first_rank_only() as first:
         if first:
-            publish_model(Path(plan.resume_path))
+            checkpoint_files.remove_old(last.parent, keep_last=keep_last, keep_every=keep_every)
+            publish_model(last)
     logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", plan.resume_path)

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     run_facts = describe_run(args, engine, order, tokenizer_path)
     state = initial_state(args, plan, run_facts)
     if args.resume and resuming.is_done(plan, state, order, args.num_epochs):
-        return resuming.finish_again(plan, engine)
+        save_folder.prepare(args.save_dir)
+        return resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every)
     schedule = make_schedule(args, plan, state, order)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     collator = make_collator(args, tokenizer_path)

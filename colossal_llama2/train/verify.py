@@ -14,14 +14,13 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import read_json
-from colossal_llama2.model.loading import check_model_folder, inspect_weights, shard_names
+from colossal_llama2.model.loading import check_model_folder, inspect_weights, model_without_weights, shard_names
 from colossal_llama2.tokenizer import MODEL_FILE, fingerprint
 from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, STATES_NAME, LoadPlan, plan_loading
 from colossal_llama2.train.checkpoint_files import MODEL_NAME
 from colossal_llama2.train.engine.exact import MASTERS_NAME
-from colossal_llama2.train.engine.files import OPTIMIZER_INDEX, read_object
+from colossal_llama2.train.engine.files import OPTIMIZER_INDEX, read_object, read_optimizer_index
 
 COMMAND = "python -m colossal_llama2.train.verify"
 # What running_states.json must hold besides the place in the data, and of which type.
@@ -84,7 +83,7 @@ def _check_model(plan: LoadPlan, saved: Dict[str, Any]) -> str:
 def _check_optimizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     """Adam's two moments of each trained parameter, in the parameter's shape, and the groups that name them."""
     folder = Path(plan.resume_path, OPTIMIZER_NAME)
-    weight_map, groups_name = _optimizer_index(folder / OPTIMIZER_INDEX)
+    weight_map, groups_name = read_optimizer_index(folder)
     expected = _trained_shapes(plan, saved)
     found: Dict[str, Tuple[int, ...]] = {}
     for name in sorted(set(weight_map.values())):
@@ -103,28 +102,11 @@ def _check_optimizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     return f"both moments of {len(expected)} parameters, shapes as the model's, all numbers finite"
 
 
-def _optimizer_index(path: Path) -> Tuple[Dict[str, str], str]:
-    """Which file has which parameter's state, and which one the groups."""
-    index = read_json(path)
-    try:
-        weight_map, groups_name = dict(index["weight_map"]), index["metadata"]["param_groups"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not an index of optimizer states ({error!r}); take another checkpoint")
-    for name in {*weight_map.values(), groups_name}:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
-            raise UserError(f"{path} names {name!r}; only plain file names are allowed")
-    return weight_map, groups_name
-
-
 def _trained_shapes(plan: LoadPlan, saved: Dict[str, Any]) -> List[Tuple[str, Tuple[int, ...]]]:
     """Names and shapes of the trained parameters in the optimizer's order: matrices, then norms."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(plan.model_path))
+    model = model_without_weights(plan.model_path)
     if saved["freeze_non_embeds_params"]:
         freeze_non_embedding_parameters(model)
     trained = [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.requires_grad]

@@ -32,4 +32,11 @@ def add(path: Path) -> None:
     path.write_text("{}")
 
 
+def exchange(path: Path, other: Path) -> None:
+    """Let two files trade places."""
+    content, others = path.read_bytes(), other.read_bytes()
+    path.write_bytes(others)
+    other.write_bytes(content)
+
+
 KINDS = {"cut": cut, "flip": flip, "delete": delete, "swap": swap, "add": add}

@@ -10,10 +10,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import open_to_umask, sync, write_json
+from colossal_llama2.files import open_to_umask, read_json, sync, write_json
 from colossal_llama2.model.loading import INDEX_FILE
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
@@ -159,6 +159,25 @@ def tensors_written_apart() -> Iterator[None]:
     finally:
         safetensors.torch.save_file = save_file
     _raise_first(errors)
+
+
+def read_optimizer_index(folder: Path) -> Tuple[Dict[str, str], str]:
+    """Which file of an optimizer folder has which parameter's state, and which one the groups.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside the folder.
+    """
+    path = folder / OPTIMIZER_INDEX
+    index = read_json(path)
+    try:
+        weight_map, groups_name = dict(index["weight_map"]), index["metadata"]["param_groups"]
+        names = sorted({*weight_map.values(), groups_name}, key=str)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not an index of optimizer states ({error!r}); take another checkpoint")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{path} names {name!r}; only plain *.safetensors file names are allowed")
+    return weight_map, groups_name
 
 
 def rename_model_shards(folder: str) -> None:

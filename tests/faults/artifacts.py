@@ -1,0 +1,210 @@
+"""Files that would run somebody's code if they were unpickled, imported, rendered or followed, by name.
+
+Each function plants one in a folder. The payload makes the file that `Payload.canary` names.
+"""
+
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict
+
+Plant = Callable[[Path, "Payload"], None]
+WEIGHTS, OPTIMIZER_INDEX = "model-00001-of-00001.safetensors", "optimizer/pytorch_optim.bin.index.json"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What must never happen: that `canary` appears."""
+
+    canary: Path
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+    @property
+    def pickled(self) -> bytes:
+        return pickle.dumps(self)
+
+    @property
+    def code(self) -> str:
+        return f"open({str(self.canary)!r}, 'w').close()\n"
+
+    @property
+    def torch_file(self) -> bytes:
+        """As torch.save writes it."""
+        import torch
+
+        content = io.BytesIO()
+        torch.save({"weight": self}, content)
+        return content.getvalue()
+
+    @property
+    def torchscript(self) -> bytes:
+        """An archive that torch.load(weights_only=True) of PyTorch 2.5 hands to TorchScript."""
+        import torch
+
+        content = io.BytesIO()
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), content)
+        return content.getvalue()
+
+
+def put(name: str, kind: str = "pickled") -> Plant:
+    """A file of this name that holds the payload in a form of `Payload`."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        content = getattr(payload, kind)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return plant
+
+
+def only(name: str, kind: str) -> Plant:
+    """The same, and no safetensors weights beside it."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        put(name, kind)(folder, payload)
+
+    return plant
+
+
+def change(name: str, **entries) -> Plant:
+    """Set entries of a JSON file; {canary} and {code} in a text become the payload's, and code.py is put beside it."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        filled = json.dumps(entries).replace("{canary}", str(payload.canary))
+        path.write_text(json.dumps({**content, **json.loads(filled)}))
+        (path.parent / "code.py").write_text(payload.code + "class Evil:\n    pass\n")
+
+    return plant
+
+
+def optimizer_names(name: str) -> Plant:
+    """Let the optimizer's index name this file, which holds a pickle."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        path = folder / OPTIMIZER_INDEX
+        index = json.loads(path.read_text())
+        index["metadata"]["param_groups"] = name
+        index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+        path.write_text(json.dumps(index))
+        put(f"optimizer/{name}", "torch_file")(folder, payload)
+
+    return plant
+
+
+def weights_name(name: str, kind: str = "torch_file", *, index: str = "model.safetensors.index.json") -> Plant:
+    """Let the index of the weights name this file."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        for path in folder.glob("model.safetensors"):
+            path.unlink()
+        place = (folder / name).resolve()
+        (folder / index).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        put(str(place), kind)(folder, payload)
+
+    return plant
+
+
+def embedded(name: str) -> Plant:
+    """A safetensors file whose metadata holds a pickle, as ColossalAI's asynchronous writer embeds it."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        import torch
+        from safetensors.torch import save_file
+
+        metadata = {"non_tensor_keys": "state", "structure": payload.pickled.decode("latin-1")}
+        save_file({"state": torch.frombuffer(bytearray(payload.pickled), dtype=torch.uint8)}, folder / name, metadata)
+
+    return plant
+
+
+def manifest_escapes(folder: Path, payload: Payload) -> None:
+    """A manifest that lists a file outside."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"].append({"path": "../../outside", "bytes": 1, "sha256": "0"})
+    path.write_text(json.dumps(manifest))
+
+
+def random_states(folder: Path, payload: Payload) -> None:
+    """Random states that are a pickle in text."""
+    path = folder / "running_states.json"
+    states = json.loads(path.read_text())
+    states["ranks"] = [dict.fromkeys(states["ranks"][0], payload.pickled.decode("latin-1"))]
+    path.write_text(json.dumps(states))
+
+
+TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch {canary}') }}{{ self.__init__.__globals__ }}"
+AUTO_MAP = {name: "code.Evil" for name in ("AutoConfig", "AutoModelForCausalLM")}
+EVIL_PAIR = ["code.Evil", None]
+
+CHECKPOINT: Dict[str, Plant] = {
+    "pytorch_optim_group.bin": put("optimizer/pytorch_optim_group.bin", "torch_file"),
+    "pytorch_optim-00001.bin": put("optimizer/pytorch_optim-00001.bin", "torch_file"),
+    "pytorch_optim.bin": put("optimizer/pytorch_optim.bin", "torch_file"),
+    "pickle as pytorch_optim-00001.safetensors": put("optimizer/pytorch_optim-00001.safetensors"),
+    "torch file as pytorch_optim_group.safetensors": put("optimizer/pytorch_optim_group.safetensors", "torch_file"),
+    "pickle inside pytorch_optim_group.safetensors": embedded("optimizer/pytorch_optim_group.safetensors"),
+    "optimizer index names a pickle": optimizer_names("pytorch_optim-00001.bin"),
+    "optimizer index names a file outside": optimizer_names("../../../outside.bin"),
+    "optimizer index is a pickle": put(OPTIMIZER_INDEX),
+    "pickle as lr_scheduler": put("lr_scheduler"),
+    "torch file as lr_scheduler": put("lr_scheduler", "torch_file"),
+    "pickle as running_states.json": put("running_states.json"),
+    "pickle in running_states.json": random_states,
+    "pickle as manifest.json": put("manifest.json"),
+    "manifest lists a file outside": manifest_escapes,
+    "torch file as master weights": put("master_weights/rank-00000.safetensors", "torch_file"),
+    "TorchScript as master weights": put("master_weights/rank-00000.safetensors", "torchscript"),
+    "pickle as weights of a checkpoint": put(f"modeling/{WEIGHTS}"),
+    "pytorch_model.bin in a checkpoint": put("modeling/pytorch_model.bin", "torch_file"),
+    "auto_map in a checkpoint": change("modeling/config.json", auto_map=AUTO_MAP),
+    "names of transformers' Trainer": put("rng_state.pth", "torch_file"),
+    "names of torch.distributed.checkpoint": put(".metadata"),
+}
+MODEL: Dict[str, Plant] = {
+    "pytorch_model.bin beside safetensors": put("pytorch_model.bin", "torch_file"),
+    "pytorch_model.bin alone": only("pytorch_model.bin", "torch_file"),
+    "TorchScript as pytorch_model.bin": only("pytorch_model.bin", "torchscript"),
+    "TorchScript as model.safetensors": put("model.safetensors", "torchscript"),
+    "pickle as model.safetensors": put("model.safetensors"),
+    "consolidated.00.pth alone": only("consolidated.00.pth", "torch_file"),
+    "weight index names a pickle": weights_name("pytorch_model-00001-of-00001.bin"),
+    "weight index names a file outside": weights_name("../outside.safetensors"),
+    "weight index names an absolute path": weights_name("/tmp/../tmp/nothing/outside.safetensors"),
+    "auto_map in config.json": change("config.json", auto_map=AUTO_MAP),
+    "auto_map and another model_type": change("config.json", auto_map=AUTO_MAP, model_type="evil"),
+    "attention named in config.json": change("config.json", _attn_implementation_internal="evil/kernel"),
+    "adapter_model.bin": put("adapter_model.bin", "torch_file"),
+    "adapter_config.json": change("adapter_config.json", peft_type="LORA", base_model_name_or_path="../evil"),
+    "custom_generate": put("custom_generate/generate.py", "code"),
+    "generation_config.json is a pickle": put("generation_config.json"),
+    "tf_model.h5 and flax_model.msgpack": put("flax_model.msgpack"),
+    "auto_map in tokenizer_config.json": change("tokenizer_config.json", auto_map={"AutoTokenizer": EVIL_PAIR}),
+    "tokenizer class that is code": change("tokenizer_config.json", tokenizer_class="code.Evil"),
+    "chat template with code": change("tokenizer_config.json", chat_template=TEMPLATE),
+    "chat_template.json with code": change("chat_template.json", chat_template=TEMPLATE),
+    "tokenizer.json of a strange type": change("tokenizer.json", model={"type": "code.Evil", "vocab": "{canary}"}),
+    "pickle as tokenizer.json": put("tokenizer.json"),
+    "pickle as tokenizer.model": put("tokenizer.model"),
+    "torch file as added_tokens.json": put("added_tokens.json", "torch_file"),
+    "special tokens with auto_map": change("special_tokens_map.json", auto_map={"AutoTokenizer": "code.Evil"}),
+    "tokenizer.pkl": put("tokenizer.pkl"),
+    "sitecustomize.py in the model's folder": put("sitecustomize.py", "code"),
+}
+SAMPLES: Dict[str, Plant] = {
+    "pickle as arrow data": put("data-00000-of-00001.arrow"),
+    "torch file as dataset_info.json": put("dataset_info.json", "torch_file"),
+    "samples named outside": change("state.json", _data_files=[{"filename": "../outside.arrow"}]),
+    "loading script in the samples": put("samples.py", "code"),
+    "feature type that is code": change("dataset_info.json", features={"input_ids": {"_type": "code.Evil"}}),
+    "pickled indices": change("state.json", _indices_data_files=[{"filename": "indices.pkl"}]),
+}

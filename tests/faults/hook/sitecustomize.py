@@ -1,0 +1,11 @@
+"""Python imports this at its start where this folder is in PYTHONPATH: unpickled files are then reported."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+
+from tests.faults import unpickling  # noqa: E402
+
+unpickling.install(os.environ[unpickling.REPORT_VARIABLE])

@@ -1,0 +1,183 @@
+"""Malicious files in checkpoints, models, tokenizers and samples: no payload runs, and no file is unpickled."""
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+from colossal_llama2.train import checkpoint_files, verify
+from tests.conftest import ROOT
+from tests.faults import artifacts, unpickling, warm
+from tests.faults import place as places
+from tests.faults.artifacts import Payload
+from tests.faults.place import Place
+from tests.faults.rows import Row
+
+FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, *places.PLUGINS["zero2"]]
+# Where an artifact is put, and what is planted there.
+KINDS = {"checkpoint": artifacts.CHECKPOINT, "model": artifacts.MODEL, "samples": artifacts.SAMPLES}
+# Commands that read such files, in processes that import all by themselves, in the full check.
+SUBPROCESSES = (
+    "pytorch_model.bin alone", "auto_map in config.json", "pickle as tokenizer.json", "pickle as lr_scheduler",
+)  # fmt: skip
+
+
+class Scene:
+    """A copy of a good checkpoint, model and samples, in which one artifact is put."""
+
+    def __init__(self, place: Place, checkpoint: Path):
+        self._place, self._checkpoint = place, checkpoint
+        self.folder = place.folder / "scene"
+        self.payload, self.report = Payload(self.folder / "canary"), self.folder / "unpickled"
+
+    def plant(self, kind: str, name: str) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for source, target in ((self._place.model, "model"), (self._place.samples, "samples")):
+            shutil.copytree(source, self.folder / target)
+        checkpoint = shutil.copytree(self._checkpoint, self.folder / "save_dir" / self._checkpoint.name)
+        target = checkpoint if kind == "checkpoint" else self.folder / kind
+        KINDS[kind][name](target, self.payload)
+        if "manifest" not in name:
+            # Whoever can write such a file can write a manifest that fits.
+            sizes = checkpoint_files.list_files(checkpoint)
+            entries = checkpoint_files.file_entries(checkpoint, sizes)
+            checkpoint_files.write_manifest(checkpoint, entries, saved_at=1.0)
+
+    def commands(self, kind: str) -> Dict[str, List[str]]:
+        """Scripts that read what was planted, with their flags."""
+        train = self._place.flags("unused", *FLAGS)
+        save_dir = "save_dir" if kind == "checkpoint" else "new"
+        for flag, name in {"--pretrained": "model", "--dataset": "samples", "--save_dir": save_dir}.items():
+            train[train.index(flag) + 1] = str(self.folder / name)
+        checkpoint = str(self.folder / "save_dir" / self._checkpoint.name)
+        if kind == "checkpoint":
+            return {"train.py": [*train, "--load_checkpoint", checkpoint], "verify": [checkpoint]}
+        if kind == "samples":
+            return {"train.py": train}
+        (self.folder / "pieces.jsonl").write_text('{"piece": "人工智能"}\n', encoding="utf-8")
+        return {
+            "train.py": train,
+            "inference_example.py": [
+                "--model_path", str(self.folder / "model"), "--device", "cpu",
+                "--input_txt", "a", "--max_new_tokens", "2",
+            ],
+            "init_tokenizer.py": [
+                "--source_tokenizer_dir", str(self.folder / "model"), "--target_tokenizer_dir",
+                str(self.folder / "target"), "--expand_tokens_file", str(self.folder / "pieces.jsonl"),
+            ],
+        }  # fmt: skip
+
+    def harm(self) -> Optional[str]:
+        """What the last commands have done that they must not."""
+        if self.payload.canary.exists():
+            return "the payload ran"
+        return f"unpickled: {self.report.read_text()}" if self.report.exists() else None
+
+
+def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
+    """Put each artifact, or `sample` of them, before every command that may read it."""
+    job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
+    assert job.wait() == 0, job.said
+    scene = Scene(place, checkpoint_files.complete_checkpoints(place.save_dir("whole"))[0])
+    chosen = [(kind, name) for kind, plants in KINDS.items() for name in plants]
+    if sample is not None:
+        chosen = random.Random(seed).sample(chosen, sample)
+    run = Row("malicious file: no payload runs, nothing is unpickled, one line or ignored")
+    guard = Row("the watch over pickle and torch.load notices what it must")
+    guard.tell("forked", _guard_problem(scene, _notices_in_fork(scene)))
+    for kind, name in chosen:
+        scene.plant(kind, name)
+        problems = [_problem(scene, script, flags) for script, flags in scene.commands(kind).items()]
+        run.tell(name, next(filter(None, problems), None) or scene.harm())
+    if sample is None:
+        guard.tell("started", _guard_problem(scene, _notices_in_subprocess(scene)))
+        for kind, name in [(kind, name) for kind, name in chosen if name in SUBPROCESSES]:
+            scene.plant(kind, name)
+            process = _start(scene, [str(ROOT / "train.py"), *scene.commands(kind)["train.py"]])
+            problem = _end_problem(process.returncode, process.stderr)
+            run.tell(f"{name}, in a process of its own", problem or scene.harm())
+    return [run, guard]
+
+
+def _problem(scene: Scene, script: str, flags: List[str]) -> Optional[str]:
+    job = warm.Job(lambda: _main(scene, script, flags), scene.folder / f"{script}.log")
+    code = job.wait()
+    problem = _end_problem(code, job.said)
+    return problem and f"{script}: {problem}"
+
+
+def _main(scene: Scene, script: str, flags: List[str]) -> None:
+    unpickling.install(str(scene.report))
+    os.chdir(scene.folder)
+    sys.argv = [script, *flags]
+    mains: Dict[str, Callable] = {"verify": verify.main}
+    if script not in mains:
+        mains[script] = __import__(script.removesuffix(".py")).main
+    mains[script](flags)
+
+
+def _end_problem(code: int, said: str) -> Optional[str]:
+    """A command ends well, since it does not read the file, or with one line."""
+    errors = re.findall(r"^\S.*: error: .*", said, re.M)
+    if "Traceback" in said or code not in (0, 1, 2) or len(errors) != (code != 0):
+        return f"exit code {code}: {said[-2000:]}"
+    return None
+
+
+def _notices_in_fork(scene: Scene) -> Callable[[], None]:
+    def read_pickles() -> None:
+        import pickle
+
+        import torch
+
+        unpickling.install(str(scene.report))
+        (scene.folder / "good.pkl").write_bytes(pickle.dumps(1))
+        torch.save({"a": 1}, scene.folder / "good.pt")
+        torch.load(scene.folder / "good.pt", weights_only=True)
+        with open(scene.folder / "good.pkl", "rb") as file:
+            pickle.load(file)  # noqa: S301
+            file.seek(0)
+            pickle.Unpickler(file).load()  # noqa: S301
+
+    def run() -> None:
+        scene.folder.mkdir(exist_ok=True)
+        job = warm.Job(read_pickles, scene.folder / "guard.log")
+        assert job.wait() == 0, job.said
+
+    return run
+
+
+def _notices_in_subprocess(scene: Scene) -> Callable[[], None]:
+    code = (
+        "import pickle, torch; pickle.dump(1, open('good.pkl', 'wb')); torch.save({'a': 1}, 'good.pt')\n"
+        "torch.load('good.pt', weights_only=True); pickle.load(open('good.pkl', 'rb'))\n"
+        "pickle.Unpickler(open('good.pkl', 'rb')).load()"
+    )
+
+    def run() -> None:
+        process = _start(scene, ["-c", code])
+        assert process.returncode == 0, process.stderr
+
+    return run
+
+
+def _guard_problem(scene: Scene, run: Callable[[], None]) -> Optional[str]:
+    scene.report.unlink(missing_ok=True)
+    run()
+    seen = {line.split()[0] for line in scene.report.read_text().splitlines()} if scene.report.exists() else set()
+    scene.report.unlink(missing_ok=True)
+    missed = {"torch.load", "pickle.load", "pickle.Unpickler"} - seen
+    return f"not noticed: {sorted(missed)}" if missed else None
+
+
+def _start(scene: Scene, words: List[str]) -> subprocess.CompletedProcess:
+    """A Python of its own, whose calls are watched too."""
+    environment = {**os.environ, unpickling.REPORT_VARIABLE: str(scene.report)}
+    environment["PYTHONPATH"] = str(ROOT / "tests" / "faults" / "hook")
+    return subprocess.run(
+        [sys.executable, *words], cwd=scene.folder, env=environment, capture_output=True, text=True, timeout=300
+    )

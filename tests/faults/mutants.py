@@ -1,0 +1,136 @@
+"""The checks checked: with one guarantee taken out of the code, a check that is about it must find something.
+
+A mutant is a replaced function in the process that forks the training commands, so that all of them have it.
+"""
+
+import contextlib
+import os
+import unittest.mock
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Tuple
+
+from colossal_llama2 import publishing
+from colossal_llama2.train import checkpoint, checkpoint_files
+from colossal_llama2.train.engine.booster import Engine
+from tests.faults import corruption, crash_points, place, steps
+from tests.faults.crash_points import Bench
+from tests.faults.rows import Row
+from tests.faults.trace import Operation
+
+publish_checkpoint, remove_old = checkpoint_files.publish_checkpoint, checkpoint_files.remove_old
+PARTIAL = f"epoch-0_step-{crash_points.STEPS}"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """What is taken out, by which replacements (owner, name, value), and the check that must find a problem."""
+
+    name: str
+    changes: Tuple[Tuple[Any, str, Any], ...]
+    finds: Callable[[Path], Optional[str]]
+
+
+def nothing(*args, **kwargs) -> None:
+    """In place of a function that does something."""
+
+
+def no_problems(*args, **kwargs):
+    """In place of a generator of problems."""
+    return iter(())
+
+
+def point_to(partial: Path, final: Path) -> None:
+    """What is left of publish_checkpoint where there is nothing to rename."""
+    (final.parent / "latest").write_text(final.name + "\n")
+
+
+def point_first(partial: Path, final: Path) -> None:
+    """`latest` before there is what it names."""
+    point_to(partial, final)
+    publish_checkpoint(partial, final)
+
+
+def remove_one_more(save_dir: Path, *, keep_last, keep_every) -> None:
+    """Keep one checkpoint less than asked for."""
+    remove_old(save_dir, keep_last=keep_last and keep_last - 1, keep_every=keep_every)
+
+
+def crashes(chosen: Callable[[Operation], bool], *, torn: bool = False) -> Callable[[Path], Optional[str]]:
+    """A check that kills at these changes of a save."""
+
+    def find(folder: Path) -> Optional[str]:
+        bench = Bench(place.make(folder, samples=16))
+        for number, operation in enumerate(bench.whole_trace.operations, start=1):
+            if chosen(operation):
+                bench.run(crash_at=number, torn=torn)
+                problem = bench.problem()
+                if problem:
+                    return f"{operation}: {problem}"
+        return None
+
+    return find
+
+
+def order(folder: Path) -> Optional[str]:
+    """The check of what is on the disk before what."""
+    return crash_points.order_problem(Bench(place.make(folder, samples=16)).whole_trace.operations)
+
+
+def damages(folder: Path) -> Optional[str]:
+    """The check of damaged files."""
+    (row,) = corruption.check(place.make(folder, samples=16), sample=6, seed=1)
+    return next(iter(row.problems), None)
+
+
+def resumes(folder: Path) -> Optional[str]:
+    """The check of exactness."""
+    (row,) = steps.check_each_step(place.make(folder, samples=steps.SAMPLES), every=25)
+    return next(iter(row.problems), None)
+
+
+SYNCS = tuple((owner, name, nothing) for owner in (publishing, checkpoint_files) for name in ("sync", "sync_entries"))
+MUTANTS: List[Mutant] = [
+    Mutant("no fsync", SYNCS, order),
+    Mutant(
+        "no rename: written under the final name",
+        ((checkpoint, "PARTIAL_SUFFIX", ""), (checkpoint_files, "publish_checkpoint", point_to)),
+        crashes(lambda operation: operation.kind == "write" and operation.path.endswith("manifest.json"), torn=True),
+    ),
+    Mutant(
+        "no manifest: sizes and hashes are not compared",
+        ((checkpoint_files, "sizes_problem", nothing), (checkpoint_files, "content_problems", no_problems)),
+        damages,
+    ),
+    Mutant(
+        "latest is moved first",
+        ((checkpoint_files, "publish_checkpoint", point_first),),
+        crashes(lambda operation: operation.kind == "rename" and operation.target == PARTIAL),
+    ),
+    Mutant(
+        "one checkpoint less is kept",
+        ((checkpoint_files, "remove_old", remove_one_more),),
+        crashes(lambda operation: operation.kind == "rmdir"),
+    ),
+    Mutant(
+        "leftovers stay",
+        ((checkpoint_files, "remove_leftovers", nothing),),
+        crashes(lambda operation: operation.kind == "fsync" and os.path.basename(operation.path) == "manifest.json"),
+    ),
+    Mutant("master weights are not read", ((Engine, "load_masters", nothing),), resumes),
+]
+
+
+def check(work: Path) -> List[Row]:
+    """A row per mutant: found, or what is missing in the checks."""
+    rows = []
+    for number, mutant in enumerate(MUTANTS):
+        row = Row(f"mutant found: {mutant.name}")
+        with contextlib.ExitStack() as stack:
+            for owner, name, value in mutant.changes:
+                stack.enter_context(unittest.mock.patch.object(owner, name, value))
+            found = mutant.finds(work / str(number))
+        row.tell(mutant.name, None if found else "no check has found it")
+        rows.append(row)
+        print(f"  {mutant.name}: {' '.join(str(found).split())[:300]}", flush=True)
+    return rows

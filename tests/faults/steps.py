@@ -1,0 +1,99 @@
+"""A run of 50 steps that is resumed from each of its steps, and the same samples on other numbers of ranks."""
+
+import shutil
+from typing import List, Optional
+
+from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.train import checkpoint_files
+from tests.faults import place as places
+from tests.faults import warm
+from tests.faults.place import Place
+from tests.faults.rows import Row
+
+# 25 steps an epoch; the last sample of each is left over.
+SAMPLES = 51
+FLAGS = ["--micro_batch_size", 2, "--num_epochs", 2, *places.PLUGINS["zero2"]]
+STEPS = 50
+WORLD_SIZES = (1, 2, 4)
+
+
+def check_each_step(place: Place, *, every: int) -> List[Row]:
+    """Resume from each step, or from every so manieth, and compare the ends."""
+    job = warm.train(place.flags("whole", *FLAGS, "--save_interval", 1), place.log("whole"))
+    assert job.wait() == 0, job.said
+    expected = places.trained(place.save_dir("whole"))
+    saved = checkpoint_files.complete_checkpoints(place.save_dir("whole"))
+    assert [checkpoint_files.step_of(path) for path in saved] == list(range(1, STEPS + 1))
+    row = Row("resumed from each step of 50, equal at the end")
+    for folder in saved[every - 1 :: every]:
+        row.tell(folder.name, _problem(place, folder, expected))
+    return [row]
+
+
+def _problem(place: Place, folder, expected: dict) -> Optional[str]:
+    shutil.rmtree(place.folder / "resumed", ignore_errors=True)
+    shutil.copytree(folder, place.save_dir("resumed") / folder.name)
+    flags = place.flags("resumed", *FLAGS, "--save_interval", STEPS, "--resume", "auto")
+    job = warm.train(flags, place.log("resumed"))
+    if job.wait() != 0:
+        return job.said
+    return None if places.trained(place.save_dir("resumed")) == expected else "the result is another one"
+
+
+def check_orders() -> List[Row]:
+    """Every change of the number of ranks, after every step of an epoch: no sample twice, none left out."""
+    row = Row("resumed on another number of ranks (1, 2, 4): same samples in the same order")
+    for before in WORLD_SIZES:
+        for after in WORLD_SIZES:
+            for step in range(1, 8) if before != after else ():
+                whole = _taken(before, 0, 8)
+                mixed = _taken(before, 0, 8)[:step] + _taken(after, step * 16, 8 - step)
+                seen = sorted(sample for samples in mixed for sample in samples)
+                good = mixed == whole and seen == list(range(128))
+                row.tell(f"{before} -> {after} after step {step}", None if good else f"{mixed}, not {whole}")
+    return [row]
+
+
+def _taken(ranks: int, consumed: int, steps: int) -> List[List[int]]:
+    """The samples of each step, in order, of 16 a step."""
+    order = SampleOrder(num_samples=128, micro_batch_size=2, data_size=ranks, accumulation_steps=8 // ranks, seed=7)
+    ranked = [list(order.steps(0, consumed, rank)) for rank in range(ranks)]
+    return [
+        [int(i) for micro in range(8 // ranks) for rank in range(ranks) for i in ranked[rank][step][0][micro]]
+        for step in range(steps)
+    ]
+
+
+def check_ranks(place: Place) -> List[Row]:
+    """A real run on one rank that goes on with two, and one the other way round; losses must be those of one rank."""
+    row = Row("run resumed on another number of ranks (1 -> 2, 2 -> 1): equal losses but for rounding")
+    fp32 = ["--plugin", "zero2", "--mixed_precision", "fp32", "--micro_batch_size", 2, "--save_interval", 5]
+    for before, after in ((1, 2), (2, 1)):
+        name = f"from_{before}"
+        for ranks, more in ((before, ()), (after, ("--resume", "auto"))):
+            flags = place.flags(name, *fp32, "--accumulation_steps", 2 // ranks, *more)
+            job = warm.train(flags, place.log(name), ranks=ranks)
+            assert job.wait() == 0, job.said
+            if not more:
+                expected = _losses(place, name)
+                _keep_first(place, name)
+        found = _losses(place, name)
+        gaps = [abs(found[step] / loss - 1) for step, loss in expected.items() if step > 5]
+        good = len(gaps) == 7 and max(gaps) < 1e-5
+        row.tell(f"{before} -> {after}", None if good else f"{found}, not {expected}")
+    return [row]
+
+
+def _keep_first(place: Place, name: str) -> None:
+    """Leave only the first checkpoint of a run."""
+    for path in [*checkpoint_files.complete_checkpoints(place.save_dir(name))[1:], place.save_dir(name) / "modeling"]:
+        shutil.rmtree(path)
+    shutil.rmtree(place.folder / name / "tb")
+
+
+def _losses(place: Place, name: str) -> dict:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(place.folder / name / "tb"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("Loss")}

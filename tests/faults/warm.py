@@ -1,0 +1,152 @@
+"""Training commands in processes that are forked from one that has imported everything, so that a start costs little.
+
+PyTorch, ColossalAI and transformers take seconds to import; a fork of a process that has done so takes milliseconds.
+The parent opens no process group and computes nothing, for the threads of either would not live in its children.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence
+
+from tests.conftest import ROOT
+
+PR_SET_PDEATHSIG = 1
+END_SECONDS = 120.0
+
+
+def import_everything() -> None:
+    """Import what a training command needs, in this process."""
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="-1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sys.path.insert(0, str(ROOT))
+    with warnings.catch_warnings(record=True):
+        import colossalai.booster.plugin  # noqa: F401
+        import datasets
+        import torch.distributed.optim
+        import torch.utils.tensorboard
+        from tensorboard.backend.event_processing import event_accumulator  # noqa: F401
+        from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
+    from colossal_llama2.train import run, verify  # noqa: F401
+
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+
+
+class Job:
+    """Forked processes of one command, one per rank, in a process group of their own. They die with their parent."""
+
+    def __init__(self, body: Callable[[], None], log: Path, *, ranks: int = 1):
+        """
+        Args:
+            body: what each process does; SystemExit gives its exit code, as in a command.
+            log: gets what they write to stdout and stderr.
+        """
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        log.write_text("")
+        port = _free_port()
+        self.pids: List[int] = []
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                _be_child(body, log, rank, ranks, port, group=self.pids[0] if self.pids else 0)
+            # Set on both sides, whichever comes first.
+            _set_group(pid, self.pids[0] if self.pids else pid)
+            self.pids.append(pid)
+        self._codes: List[Optional[int]] = [None] * ranks
+
+    @property
+    def said(self) -> str:
+        """What the processes have written."""
+        return self._log.read_text(errors="replace")
+
+    def is_running(self) -> bool:
+        """False when all processes have ended."""
+        for index, pid in enumerate(self.pids):
+            if self._codes[index] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                self._codes[index] = os.waitstatus_to_exitcode(status) if ended else None
+        return None in self._codes
+
+    def wait(self, seconds: float = END_SECONDS) -> int:
+        """The largest exit code of all processes, killed ones counting as 137; those that take too long are killed."""
+        deadline = time.monotonic() + seconds
+        while self.is_running() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self.is_running():
+            self.kill()
+            raise AssertionError(f"still running after {seconds:g} s: {self.said}")
+        return max(code if code >= 0 else 128 - code for code in self._codes)
+
+    def kill(self) -> None:
+        """Kill the whole process group, at once."""
+        try:
+            os.killpg(self.pids[0], signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        while self.is_running():
+            time.sleep(0.001)
+
+    def note_end(self, code: int) -> None:
+        """For whoever has waited for the only process itself."""
+        self._codes[0] = code
+
+
+def train(flags: Sequence[str], log: Path, *, ranks: int = 1, before: Optional[Callable[[], None]] = None) -> Job:
+    """Start train.py with these flags; `before` is called in each process first."""
+
+    def body() -> None:
+        import train as script
+
+        sys.argv = ["train.py", *map(str, flags)]
+        if before is not None:
+            before()
+        script.main(sys.argv[1:])
+
+    return Job(body, log, ranks=ranks)
+
+
+def _be_child(body, log: Path, rank: int, ranks: int, port: int, *, group: int) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setpgid(0, group)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        body()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _set_group(pid: int, group: int) -> None:
+    try:
+        os.setpgid(pid, group)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
