@@ -92,6 +92,8 @@ def _check_optimizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     numbers = [number for group in read_object(str(folder / groups_name)) for number in group["params"]]
     if sorted(numbers) != list(range(len(expected))):
         raise UserError(f"{folder / groups_name}: is of {len(numbers)} parameters, {len(expected)} are trained")
+    if not found:
+        return "no moments: no update was made yet"
     for number, (parameter, shape) in enumerate(expected):
         for moment in ("exp_avg", "exp_avg_sq"):
             if found.get(f"{number}.{moment}") != shape:

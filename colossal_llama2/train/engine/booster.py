@@ -230,20 +230,22 @@ class PluginKind:
         build: makes ColossalAI's plugin from (settings, parameters, on_cpu).
         is_gemini: parameters live in chunks. That takes half precision, clips inside Adam, and keeps steps as tensors.
         is_hybrid: has a mesh of groups of ranks, of which one sees different data.
+        needs_moments: it saves no optimizer that has made no update, as where fp16 overflows from the first step on.
         is_lazy: the model may be initialized without its weights, which are read when it is already split.
     """
 
     build: Callable[..., Any]
     is_gemini: bool = False
     is_hybrid: bool = False
+    needs_moments: bool = False
     is_lazy: bool = False
 
 
 PLUGINS: Dict[str, PluginKind] = {
     "gemini": PluginKind(_gemini_plugin, is_gemini=True, is_lazy=True),
     "gemini_auto": PluginKind(partial(_gemini_plugin, policy="auto"), is_gemini=True, is_lazy=True),
-    "zero2": PluginKind(_zero_plugin),
-    "zero2_cpu": PluginKind(partial(_zero_plugin, offload=True)),
+    "zero2": PluginKind(_zero_plugin, needs_moments=True),
+    "zero2_cpu": PluginKind(partial(_zero_plugin, offload=True), needs_moments=True),
     "3d": PluginKind(_hybrid_plugin, is_hybrid=True, is_lazy=True),
 }
 
@@ -498,6 +500,8 @@ class Engine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         norm = self.optimizer.get_grad_norm()
+        if norm is None and self._kind.needs_moments:
+            _begin_moments(self.optimizer.optim, without_gradient=True)
         return None if norm is None else float(norm) / scale
 
     def _loss_scale(self) -> float:
@@ -602,12 +606,12 @@ class Engine:
         self.barrier()
 
 
-def _begin_moments(adam) -> None:
+def _begin_moments(adam, *, without_gradient: bool = False) -> None:
     """Give Adam's moments the values that they have before the first update, without which none can be saved."""
     import torch
 
     for param in (param for group in adam.param_groups for param in group["params"]):
-        if param.grad is not None and not adam.state[param]:
+        if (param.grad is not None or without_gradient) and not adam.state[param]:
             moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[param].update(step=0, **moments)
 

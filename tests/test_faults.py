@@ -1,0 +1,46 @@
+"""A sample of the faults of tests/faults; `python -m tests.faults` has all of them, and --mutants checks the checks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults import trace
+
+KINDS = {
+    "a change of a file": 5,
+    "the middle of a write": 5,
+    "order on the disk": 1,
+    "at a random moment: zero2": 4,
+    "cut, flipped, deleted": 8,
+    "malicious file": 6,
+    "the watch over pickle": 1,
+    "each step of 50": 5,
+    "runs started at once": 10,
+    "SIGTERM, SIGINT or SIGUSR1": 4,
+    "(1, 2, 4)": 42,
+}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """What the command prints, and its rows by the kind of fault: all of them and those survived."""
+    reason = trace.can_trace()
+    if reason:
+        pytest.skip(reason)
+    command = [sys.executable, "-m", "tests.faults", "--sample", "--work_dir", str(tmp_path_factory.mktemp("faults"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return process
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_survived(table, kind):
+    (row,) = [line for line in table.stdout.splitlines() if kind in line]
+    assert row.split("|")[2].strip() == f"{KINDS[kind]}/{KINDS[kind]}", table.stderr[-4000:]
+
+
+def test_the_command_says_so(table):
+    assert table.returncode == 0, table.stderr[-4000:]
