@@ -506,6 +506,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
     _add_parallel_arguments(parser)
     _add_output_arguments(parser)
+    _add_benchmark_arguments(parser)
 
 
 def _add_model_arguments(parser: CommandParser) -> None:
@@ -596,6 +597,34 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel.add_argument(
         "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for all_to_all"
     )
+
+
+class _BenchmarkSwitch(argparse.Action):
+    """A switch after which --dataset need not be given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest == "dataset":
+                action.required = False
+
+
+def _add_benchmark_arguments(parser: CommandParser) -> None:
+    benchmark = parser.add_argument_group("benchmark")
+    benchmark.add_argument(
+        "--benchmark", action=_BenchmarkSwitch, nargs=0, default=False,
+        help="measure steps on random tokens, in place of --dataset, and write nothing",
+    )  # fmt: skip
+    benchmark.add_argument(
+        "--num_samples", metavar="N", type=positive_int, default=500, help="random samples, of --max_length tokens"
+    )
+    benchmark.add_argument(
+        "--profile", metavar="DIR", default=None, help="with --benchmark: folder for PyTorch's trace of two steps"
+    )
+    benchmark.add_argument(
+        "--peak_tflops", metavar="TFLOPS", type=positive_float, default=None,
+        help="what a device can do, for MFU (default: known for A100, A800, H100, H800 and some more)",
+    )  # fmt: skip
 
 
 def _add_output_arguments(parser: CommandParser) -> None:

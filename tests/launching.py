@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,15 +30,23 @@ def attempt(
     command += [str(ROOT / "tests" / worker), str(folder / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            # The ranks are children of the launcher.
-            os.killpg(process.pid, signal.SIGKILL)
+            # The launcher ends its ranks, which are not in its process group.
+            process.terminate()
+            process.communicate(timeout=60)
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def free_port() -> int:
+    """A port that no process of this machine listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:

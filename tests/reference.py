@@ -62,6 +62,23 @@ def loss_terms(model, samples, *, predicted: int, micro_batches: int) -> Iterato
         yield padded_cross_entropy_sum(model, samples[start : start + size]) / predicted
 
 
+def halve_matrices(model) -> None:
+    """Let each layer add up rounded halves, where two tensor-parallel ranks do: it shows what that does to bf16."""
+    linear = torch.nn.functional.linear
+
+    def by_rows(module):
+        return lambda x: torch.cat([linear(x, part) for part in module.weight.chunk(2)], -1)
+
+    def by_columns(module):
+        return lambda x: sum(map(linear, x.chunk(2, -1), module.weight.chunk(2, 1)))
+
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+            module.forward = by_rows(module)
+        elif name.endswith(("o_proj", "down_proj")):
+            module.forward = by_columns(module)
+
+
 def unspliced(samples, document_lengths):
     """Each document of each sample, as a sample of its own."""
     for (ids, labels), lengths in zip(samples, document_lengths, strict=True):
@@ -70,15 +87,18 @@ def unspliced(samples, document_lengths):
 
 def train(
     model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
-    freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False,
+    freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False, halved: bool = False,
 ) -> Trace:  # fmt: skip
     """One epoch of AdamW with float32 master weights, in the given precision.
 
     Args:
         micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
+        halved: see `halve_matrices`.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation="eager")
+    if halved:
+        halve_matrices(model)
     if freeze:
         for name, param in model.named_parameters():
             param.requires_grad_("embed_tokens" in name or "lm_head" in name)

@@ -12,6 +12,7 @@ import pytest
 from colossal_llama2 import arguments
 from tests import tiny
 from tests.conftest import ROOT
+from tests.launching import free_port
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
@@ -26,6 +27,7 @@ PARSERS = {
     "colossal_llama2.tokenizer.compare": arguments.compare_parser,
     "colossal_llama2.dataset.inspect_data": arguments.inspect_data_parser,
     "colossal_llama2.train.verify": arguments.verify_parser,
+    "colossal_llama2.train.selftest": arguments.selftest_parser,
 }
 
 
@@ -135,7 +137,7 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
         words = shlex.split(command)
         script = next((word for word in words if word in PARSERS), None)
         if script:
-            command = command.replace("--nproc_per_node 8", "--nproc_per_node 2 --master_port 29618")
+            command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
             outputs[script] = run(command.replace("--max_new_tokens 512", "--max_new_tokens 8"), workplace)
     assert outputs["init_tokenizer.py"].splitlines()[-1].startswith("asked 4, added ")
     assert (workplace / "mined_tokens.jsonl").is_file()
@@ -154,7 +156,7 @@ def test_the_example_script_runs_here_as_it_is(workplace):
         assert command in commands()
     run("cp train.example.sh train.sh && echo localhost > hostfile", workplace)
     dataset = "spliced_tokenized_output_arrow/part-00000 spliced_tokenized_output_arrow/part-00001"
-    settings = f"NPROC_PER_NODE=2 MASTER_PORT=29619 DATASET='{dataset}'"
+    settings = f"NPROC_PER_NODE=2 MASTER_PORT={free_port()} DATASET='{dataset}'"
     run(f"{settings} bash train.sh --micro_batch_size 1 --max_length 4096", workplace)
     (run_folder,) = (workplace / "runs" / "checkpoints").iterdir()
     assert (run_folder / "modeling" / "config.json").is_file()

@@ -14,6 +14,7 @@ from colossal_llama2.dataset.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.tokenizer import Encoder
 from tests import tiny
 from tests.conftest import ROOT
+from tests.launching import free_port
 from tests.preparing import settings, write_lines
 
 PLACES = ("save_dir", "tensorboard_dir", "config_file")
@@ -55,7 +56,7 @@ def test_the_readme_s_launcher(flags, tmp_path):
     hostfile.write_text("localhost\n")
     command = [
         os.path.join(os.path.dirname(sys.executable), "colossalai"), "run", "--nproc_per_node", "2",
-        "--hostfile", str(hostfile), "--master_port", "29617", "train_sft.py", *flags,
+        "--hostfile", str(hostfile), "--master_port", str(free_port()), "train_sft.py", *flags,
         "--plugin", "zero2_cpu", "--mixed_precision", "bf16", "--accumulation_steps", "4", "--use_neft",
     ]  # fmt: skip
     paths = {**environment(), "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}

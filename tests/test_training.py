@@ -130,7 +130,7 @@ def jobs(
         specs.append({"name": name, "script": script, "flags": [str(x) for x in [*common, *flags]], **options})
 
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
-        add(name, *flags, "--save_interval", "5", moments=True)
+        add(name, *flags, "--save_interval", 5 if name in RESUMED else 1000, moments=True)
         checkpoint = folder / name / "ckpt" / "epoch-0_step-5"
         if name in RESUMED:
             add(f"{name}_resumed", *flags, "--load_checkpoint", checkpoint, run="tb_resumed", home=name)
@@ -139,6 +139,8 @@ def jobs(
     add("frozen_gemini", *BF16, "--plugin", "gemini", "--freeze_non_embeds_params")
     add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
     add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
+    add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
+    add("3d_sp2_fp16", "--mixed_precision", "fp16", *SP2)
     add("tied", *FP32, "--plugin", "zero2", model=tied_model_dir)
     add("tied_gemini", *BF16, "--plugin", "gemini", model=tied_model_dir)
     add("tied_tp2", *FP32, *TP2, "--zero", "0", model=tied_model_dir)
@@ -173,7 +175,8 @@ def jobs(
     return {spec["name"]: finished(folder, spec) for spec in specs}
 
 
-RESUMED = ("zero2", "3d_tp2", "3d_pp2", "3d_sp2_all_to_all", "zero2_bf16", "gemini_bf16", "3d_zero1_bf16")
+# test_resume.py resumes the others too.
+RESUMED = ("zero2", "gemini_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +194,7 @@ def test_float32_equals_plain_torch(jobs, float32, name):
     job = jobs[name]
     assert job.error is None
     assert job.scalars("Loss") == pytest.approx(float32.losses, rel=1e-5)
-    assert job.scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=2e-4)
+    assert job.scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=1e-5)
     assert distance(weights_of(job), float32.weights) < 1e-4
 
 
@@ -231,10 +234,7 @@ def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
 def test_resume_goes_on_where_the_checkpoint_was(jobs, name):
     job = jobs[name]
     assert jobs[f"{name}_resumed"].error is None
-    # Half precision resumes from rounded master weights.
-    tolerance = 1e-6 if name in FLOAT32_RUNS else 2e-3
-    straight = job.scalars("Loss")
-    assert job.scalars("Loss", run="tb_resumed") == pytest.approx(straight[5:], rel=tolerance)
+    assert job.scalars("Loss", run="tb_resumed") == job.scalars("Loss")[5:]
     assert job.scalars("Learning Rate", run="tb_resumed") == pytest.approx(job.scalars("Learning Rate")[5:])
 
 
@@ -300,7 +300,7 @@ def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
     assert jobs["3d_pp2_zero1_bf16"].scalars("Loss") == pytest.approx(bfloat16.losses, rel=5e-4)
 
 
-@pytest.mark.parametrize("name", ["gemini_fp16", "zero2_fp16"])
+@pytest.mark.parametrize("name", ["gemini_fp16", "zero2_fp16", "3d_pp2_fp16", "3d_sp2_fp16"])
 def test_fp16_trains(jobs, float32, name):
     assert jobs[name].error is None
     assert jobs[name].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)

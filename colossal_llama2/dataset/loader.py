@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.prefetch import prefetched
 from colossal_llama2.errors import UserError
 
 if TYPE_CHECKING:
@@ -203,6 +204,11 @@ class Batch:
         """Tokens without padding."""
         return int(self.lengths.sum())
 
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory, from which copies to a GPU do not wait."""
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if hasattr(value, "pin_memory")}
+        return replace(self, **tensors)
+
 
 class Collator:
     """Turns rows of the dataset into a Batch.
@@ -257,12 +263,22 @@ def _document_numbers(lengths: Sequence[np.ndarray], width: int) -> Optional[np.
 
 
 class StepLoader:
-    """Reads this rank's micro batches, one optimizer step at a time."""
+    """Reads this rank's micro batches, one optimizer step at a time, some of them ahead.
 
-    def __init__(self, dataset: "datasets.Dataset", order: SampleOrder, collator: Collator, data_rank: int):
+    With `pins` they lie in memory that a GPU copies from while it works.
+    """
+
+    def __init__(
+        self, dataset: "datasets.Dataset", order: SampleOrder, collator: Collator, data_rank: int, *, pins: bool = False
+    ):
         self._dataset, self.order, self._collator, self._data_rank = dataset, order, collator, data_rank
+        self._pins = pins
 
     def steps(self, epoch: int, consumed: int) -> Iterator[Tuple[List[Batch], int]]:
         """Yield (micro batches of this rank, samples that all ranks took) for each optimizer step left in the epoch."""
+        return prefetched(self._steps(epoch, consumed))
+
+    def _steps(self, epoch: int, consumed: int) -> Iterator[Tuple[List[Batch], int]]:
         for indices, taken in self.order.steps(epoch, consumed, self._data_rank):
-            yield [self._collator(self._dataset[rows]) for rows in indices], taken
+            batches = [self._collator(self._dataset[rows]) for rows in indices]
+            yield [batch.pinned() for batch in batches] if self._pins else batches, taken

@@ -64,10 +64,16 @@ def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
         raise ValueError('"target" is missing')
     if not isinstance(row["target"], str):
         raise ValueError('"target" must be a string')
-    if not row["target"]:
-        raise ValueError('"target" is empty')
     source = _optional_text(row, "source", default="")
     return PretrainRow(source, row["target"], _optional_text(row, "category", default=NO_CATEGORY_PRETRAIN))
+
+
+def read_pretrain_document(row: Dict[str, Any]) -> PretrainRow:
+    """The same for a record that is trained on: an empty target is a mistake too."""
+    document = read_pretrain_row(row)
+    if not document.target:
+        raise ValueError('"target" is empty')
+    return document
 
 
 def read_sft_row(row: Dict[str, Any]) -> SftRow:

@@ -294,7 +294,7 @@ def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     if task.settings.stage == "pretrain":
-        return tokenization.read_pretrain_row, partial(tokenization.tokenize_pretrain, encoder=encoder)
+        return tokenization.read_pretrain_document, partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(
         tokenization.tokenize_sft,
         encoder=encoder,

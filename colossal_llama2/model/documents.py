@@ -48,12 +48,13 @@ def attention_inputs(
         device: where the model is.
     """
     if documents is None:
-        return {"attention_mask": None if attention_mask is None else attention_mask.to(device)}
-    inputs: Dict[str, Any] = {"position_ids": position_ids(documents).to(device)}
+        return {"attention_mask": None if attention_mask is None else attention_mask.to(device, non_blocking=True)}
+    there = documents.to(device, non_blocking=True)
+    inputs: Dict[str, Any] = {"position_ids": position_ids(there)}
     if form is MaskForm.BLOCKS:
-        inputs["attention_mask"] = block_mask(documents.to(device), dtype)
+        inputs["attention_mask"] = block_mask(there, dtype)
     elif form is MaskForm.NUMBERS:
-        inputs["attention_mask"] = documents.to(device)
+        inputs["attention_mask"] = there
     else:
         # Found on the CPU: on a GPU the longest length would make the host wait for it.
         cumulative, longest = borders(documents)

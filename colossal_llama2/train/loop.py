@@ -17,12 +17,15 @@ from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.metrics import SilentWriter
 from colossal_llama2.train.pipeline import pipeline_loss
 from colossal_llama2.train.schedule import CosineSchedule
+from colossal_llama2.train.step_timer import NoTimer
 from colossal_llama2.train.stopping import NoSignals, agreed_signal, tell_stop
 
 if TYPE_CHECKING:
     from colossal_llama2.model.neftune import NoNoise
     from colossal_llama2.train.checkpoint import Checkpointer
     from colossal_llama2.train.engine.booster import Engine
+
+NO_TIMER = NoTimer()
 
 
 @dataclass
@@ -94,12 +97,18 @@ class StepResult:
 def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> StepTotals:
     """Add up this rank's micro batches and signals with those of all ranks."""
     counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
-    predicted, tokens, *signals = engine.sum_over_data([*counts, *stop.received()])
+    predicted, tokens, *signals = engine.sum_over_data([*counts, *stop.received()], known_to_host=True)
     return StepTotals(predicted=int(predicted), tokens=int(tokens), signal=agreed_signal(signals))
 
 
 def train_step(
-    engine: "Engine", batches: List[Batch], totals: StepTotals, *, noise: "NoNoise", step: int
+    engine: "Engine",
+    batches: List[Batch],
+    totals: StepTotals,
+    *,
+    noise: "NoNoise",
+    step: int,
+    timer: NoTimer = NO_TIMER,
 ) -> StepResult:
     """Forward and backward over this rank's micro batches, then one update.
 
@@ -108,23 +117,29 @@ def train_step(
     """
     predicted = max(totals.predicted, 1)
     if engine.is_pipelined:
-        loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=predicted)
+        with timer.part("forward and backward"):
+            loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=predicted)
     else:
-        loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=predicted)
+        loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=predicted, timer=timer)
     (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
-    grad_norm = engine.step(update=math.isfinite(loss_total))
+    with timer.part("optimizer"):
+        grad_norm = engine.step(update=math.isfinite(loss_total))
     return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=totals.tokens)
 
 
-def accumulated_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int, predicted: int):
+def accumulated_loss(
+    engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int, predicted: int, timer: NoTimer
+):
     """Forward and backward of one micro batch after the other; returns the sum of their losses on this rank."""
     loss_sum = 0.0
     for micro_step, batch in enumerate(batches):
         noise.prepare(step=step, micro_step=micro_step, lengths=batch.lengths)
         # The engine averages gradients over ranks; data_size undoes that, for the sum over ranks is wanted.
         weight = batch.predicted * engine.data_size / predicted
-        loss = weighted_loss(engine, batch, weight)
-        engine.backward(loss, last=micro_step == len(batches) - 1)
+        with timer.part("forward"):
+            loss = weighted_loss(engine, batch, weight)
+        with timer.part("backward"):
+            engine.backward(loss, last=micro_step == len(batches) - 1)
         loss_sum = loss_sum + loss.detach().float()
     return loss_sum
 
@@ -132,8 +147,8 @@ def accumulated_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise"
 def weighted_loss(engine: "Engine", batch: Batch, weight: float):
     """The model's mean loss over the batch's predicted tokens, times `weight`."""
     outputs = engine.model(
-        input_ids=batch.input_ids.to(engine.device),
-        labels=batch.labels.to(engine.device),
+        input_ids=batch.input_ids.to(engine.device, non_blocking=True),
+        labels=batch.labels.to(engine.device, non_blocking=True),
         use_cache=False,
         **engine.attention_inputs(batch),
     )

@@ -31,6 +31,7 @@ from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
 from colossal_llama2.train import resuming, save_folder
 from colossal_llama2.train.bad_steps import BadSteps
+from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.checkpoint import (
     OPTIMIZER_NAME,
     Checkpointer,
@@ -59,12 +60,15 @@ def train(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopSignals(has_partners=int(os.environ.get("WORLD_SIZE", "1")) > 1))
         plan = check_inputs(args)
-        if logs.is_first_rank():
+        if logs.is_first_rank() and not args.benchmark:
             around.enter_context(save_folder.locked(args.save_dir))
         launch(args.seed, timeout_seconds=args.dist_timeout)
         stop.meet()
         with watching(Path(sys.argv[0]).name, timeout_seconds=args.dist_timeout):
-            run(args, plan, stop)
+            if args.benchmark:
+                benchmark(args)
+            else:
+                run(args, plan, stop)
             leave()
 
 
@@ -87,7 +91,8 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         return resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every)
     schedule = make_schedule(args, plan, state, order)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
-    loader = StepLoader(dataset, order, make_collator(args, tokenizer_path), engine.data_rank)
+    collator = make_collator(args, tokenizer_path)
+    loader = StepLoader(dataset, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
     with engine.first_rank_only() as first:
         if first:
@@ -153,12 +158,21 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
-    checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset]
+    if args.profile is not None:
+        if args.benchmark:
+            checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
+        else:
+            problems.append("--profile needs --benchmark")
+    checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset or ()]
     for check in checks:
         try:
             check()
         except UserError as error:
             problems.append(str(error))
+    if args.benchmark:
+        if problems:
+            raise UserError("; and ".join(problems))
+        return plan
     try:
         plan = plan_loading(args.pretrained, args.load_checkpoint)
         plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan

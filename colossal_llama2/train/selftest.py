@@ -197,14 +197,13 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
 
 def plain_trace(args: argparse.Namespace, work: Path, steps: List[List[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
-    from colossalai.accelerator import get_accelerator
-
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
     from colossal_llama2.model.loading import load_llama
+    from colossal_llama2.train.engine.booster import current_device
     from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 
     model = load_llama(str(work / "model"), precision=args.mixed_precision, attention="eager")
-    model = model.to(get_accelerator().get_current_device())
+    model = model.to(current_device())
     if args.freeze_non_embeds_params:
         freeze_non_embedding_parameters(model)
     schedule = CosineSchedule(args.lr, len(steps), warmup_steps(args.warmup_steps, len(steps)))

@@ -119,6 +119,13 @@ def _set_timeout(seconds: float) -> None:
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
 
 
+def current_device():
+    """The torch.device of this rank."""
+    from colossalai.accelerator import get_accelerator
+
+    return get_accelerator().get_current_device()
+
+
 def leave() -> None:
     """Leave the process group, once all ranks are done.
 
@@ -223,7 +230,7 @@ class PluginKind:
         build: makes ColossalAI's plugin from (settings, parameters, on_cpu).
         is_gemini: parameters live in chunks. That takes half precision, clips inside Adam, and keeps steps as tensors.
         is_hybrid: has a mesh of groups of ranks, of which one sees different data.
-        needs_moments: it cannot save an optimizer that has made no update, as where fp16 overflows from the start.
+        needs_moments: it saves no optimizer that has made no update, as where fp16 overflows from the first step on.
         is_lazy: the model may be initialized without its weights, which are read when it is already split.
     """
 
@@ -311,16 +318,17 @@ class Engine:
     def __init__(self, settings: EngineSettings, parameters: int):
         import torch
         import torch.distributed as dist
-        from colossalai.accelerator import get_accelerator
         from colossalai.booster import Booster
 
         self.settings = settings
-        self.device = get_accelerator().get_current_device()
+        self.device = current_device()
         self._kind = PLUGINS[settings.plugin]
         plugin = self._kind.build(settings, parameters, not torch.cuda.is_available())
         self._plugin, self._booster = plugin, Booster(plugin=plugin)
         self._tp_group = plugin.tp_group if settings.tp_size > 1 else None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        # Where the ranks talk through GPUs, another way between their hosts.
+        self._host_group = dist.new_group(backend="gloo") if self.pins_batches else None
         # The default group is that of all ranks.
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
@@ -504,16 +512,23 @@ class Engine:
                 return float(getattr(mixin, "loss_scale", 1.0))
         return 1.0
 
-    def sum_over_data(self, values: Sequence[float]) -> List[float]:
+    @property
+    def pins_batches(self) -> bool:
+        """Whether batches should lie in page-locked memory, from which a GPU copies while it works."""
+        return self.device.type == "cuda"
+
+    def sum_over_data(self, values: Sequence[float], *, known_to_host: bool = False) -> List[float]:
         """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
 
         All ranks take part, so that a number that is NaN, or not zero, on one of them is so in the sum that each gets.
+        Numbers that are `known_to_host` are summed by the hosts alone, which wait for no work of a GPU.
         """
         import torch
         import torch.distributed as dist
 
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        on_host = known_to_host and self._host_group is not None
+        total = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else self.device)
+        dist.all_reduce(total, group=self._host_group if on_host else None)
         return (total / (self.world_size // self.data_size)).tolist()
 
     def max_over_ranks(self, value: int) -> int:

@@ -1,0 +1,211 @@
+"""How fast training is under each plugin, over the Hugging Face Trainer and over bare PyTorch loops.
+
+    python benchmarks/bench_training.py --work_dir /tmp/bench_training
+
+Two ranks, one thread each, on the CPU or on the first two GPUs. Two models, two lengths of samples, the same number of
+tokens a step; full samples of random tokens, so nothing is padded. Every candidate is a job of its own:
+
+- bare loops: forward, backward and PyTorch's AdamW on each rank by itself. They exchange nothing, so this is what the
+  machine can do: the floor.
+- Trainer: transformers' own, data parallel (DDP), bf16 by autocast where that is the precision.
+- the plugins: train.py --benchmark.
+
+Prints tokens/s and peak memory of the largest rank as ratios, and each plugin's step by part. Seconds are those of one
+machine, and not printed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+RANKS = 2
+VOCABULARY = 8000
+MODELS = {
+    "8 M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4},
+    "20 M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
+}
+LENGTHS = (256, 1024)
+# Of each rank.
+TOKENS_A_STEP = 1024
+WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 8, 2
+PLUGINS: Dict[str, Tuple[str, ...]] = {
+    "zero2": ("--plugin", "zero2"),
+    "zero2_cpu": ("--plugin", "zero2_cpu"),
+    "gemini": ("--plugin", "gemini"),
+    "gemini_auto": ("--plugin", "gemini_auto"),
+    "3d, zero 1": ("--plugin", "3d", "--zero", "1"),
+    "3d, tp 2": ("--plugin", "3d", "--zero", "1", "--tp", "2"),
+}
+PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
+
+
+def main() -> None:
+    """Measure each candidate and print a table for each model and length."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="gemini has bf16 alone")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which of the two")
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of a sample")
+    parser.add_argument("--measure", choices=("bare", "trainer"), help=argparse.SUPPRESS)
+    parser.add_argument("--model_dir", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        measure = {"bare": bare_loop, "trainer": trainer}[args.measure]
+        tell(*measure(args.model_dir, args.lengths[0], args.precision))
+        return
+    args.work_dir.mkdir(parents=True)
+    try:
+        for name in args.models:
+            model_dir = make_model(args.work_dir / name.replace(" ", ""), MODELS[name])
+            for length in args.lengths:
+                print_table(f"{name}, {length:,} tokens", model_dir, length, args.precision)
+    finally:
+        shutil.rmtree(args.work_dir)
+
+
+def make_model(folder: Path, shape: Dict[str, int]) -> Path:
+    """Write a LLaMA of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = shape["num_attention_heads"]
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=heads, max_position_embeddings=4096, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def print_table(title: str, model_dir: Path, length: int, precision: str) -> None:
+    """Run all candidates on one model and length."""
+    found: Dict[str, Dict[str, float]] = {}
+    for name in ("bare", "trainer"):
+        script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
+        done = launch([*script, "--lengths", str(length), "--precision", precision])
+        rows = [json.loads(line) for line in done.splitlines() if line.startswith("{")]
+        combine = sum if name == "bare" else max
+        found[name] = {
+            "speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)
+        }  # fmt: skip
+    for name, flags in PLUGINS.items():
+        if precision == "bf16" or not name.startswith("gemini"):
+            found[name] = ours(model_dir, length, precision, flags)
+    floor, baseline = found["bare"], found["trainer"]
+    print(f"\n{title:24} over Trainer  over bare  memory over Trainer   " + "  ".join(PARTS), flush=True)
+    for name, row in found.items():
+        ratios = [row["speed"] / baseline["speed"], row["speed"] / floor["speed"], row["memory"] / baseline["memory"]]
+        shares = "  ".join(f"{row[part]:>{len(part) - 1}.0f}%" if part in row else " " * len(part) for part in PARTS)
+        print(f"{name:24} {ratios[0]:12.2f}  {ratios[1]:9.2f}  {ratios[2]:19.2f}   {shares}".rstrip(), flush=True)
+
+
+def launch(script: List[str]) -> str:
+    """Run a script on all ranks; returns what they print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS), *script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return done.stdout
+
+
+def ours(model_dir: Path, length: int, precision: str, flags: Tuple[str, ...]) -> Dict[str, float]:
+    """What train.py --benchmark tells. The partners of tensor parallelism share samples, so they take twice as many."""
+    data_ranks = 1 if "--tp" in flags else RANKS
+    batch = TOKENS_A_STEP // length * (RANKS // data_ranks)
+    samples = batch * data_ranks * (WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS)
+    script = ["train.py", "--benchmark", "--pretrained", model_dir, "--max_length", length, "--num_samples", samples]
+    script += ["--micro_batch_size", batch, "--mixed_precision", precision, "--use_flash_attn", *flags]
+    told = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", launch([str(word) for word in script]), re.MULTILINE))
+    figures = {name: float(told[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
+    return {**figures, "speed": figures["tokens/s"], "memory": figures["peak memory"] * 2**20}
+
+
+def tell(tokens: int, seconds: float) -> None:
+    """One line for the parent process."""
+    from colossal_llama2.train.benchmark import peak_memory
+
+    print(json.dumps({"speed": tokens / seconds, "memory": peak_memory()}), flush=True)
+
+
+def device():
+    """This rank's."""
+    import torch
+
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def random_tokens(count: int, length: int):
+    """(count, length) token ids."""
+    import torch
+
+    generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    return torch.randint(0, VOCABULARY, (count, length), generator=generator)
+
+
+def bare_loop(model_dir: Path, length: int, precision: str) -> Tuple[int, float]:
+    """Weights in the precision, AdamW on float32 copies, nothing else."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation="sdpa").to(device())
+    working = list(model.parameters())
+    masters = working if precision == "fp32" else [param.detach().float().requires_grad_() for param in working]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+    batch = TOKENS_A_STEP // length
+    rows = random_tokens(batch * (WARMUP_STEPS + TIMED_STEPS), length).split(batch)
+    for step, ids in enumerate(rows):
+        if step == WARMUP_STEPS:
+            start = time.perf_counter()
+        ids = ids.to(device())
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if precision != "fp32":
+            for master, param in zip(masters, working, strict=True):
+                master.grad, param.grad = param.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if precision != "fp32":
+            torch._foreach_copy_([param.data for param in working], [master.data for master in masters])
+        loss.item()
+    return TIMED_STEPS * TOKENS_A_STEP, time.perf_counter() - start
+
+
+def trainer(model_dir: Path, length: int, precision: str) -> Tuple[int, float]:
+    """transformers.Trainer on all ranks."""
+    import transformers
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    class Clock(transformers.TrainerCallback):
+        times: List[float] = []
+
+        def on_step_end(self, *args, **kwargs) -> None:
+            self.times.append(time.perf_counter())
+
+    transformers.logging.set_verbosity_error()
+    model = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa")
+    batch, steps = TOKENS_A_STEP // length, WARMUP_STEPS + TIMED_STEPS
+    rows = random_tokens(batch * RANKS * steps, length)
+    settings = TrainingArguments(
+        output_dir=str(model_dir.parent / "trainer"), per_device_train_batch_size=batch, max_steps=steps,
+        bf16=precision == "bf16", learning_rate=1e-4, max_grad_norm=1.0, save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True, ddp_find_unused_parameters=False, dataloader_num_workers=0,
+    )  # fmt: skip
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+    clock = Clock()
+    Trainer(model=model, args=settings, train_dataset=dataset, callbacks=[clock]).train()
+    return TIMED_STEPS * TOKENS_A_STEP * RANKS, clock.times[-1] - clock.times[WARMUP_STEPS - 1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Read and collate the next batches while the model works on this one."""
+
+import queue
+import threading
+from typing import Any, Iterable, Iterator, Tuple
+
+# Optimizer steps ahead. One is enough where reading is faster than training, two even out a slow one.
+DEPTH = 2
+LOOK_SECONDS = 0.2
+
+
+def prefetched(items: Iterable[Any], *, depth: int = DEPTH) -> Iterator[Any]:
+    """Yield the items in order, up to `depth` of them made ahead by a thread, which ends when this iterator does.
+
+    What making an item raises is raised here, in its place.
+    """
+    ready: queue.Queue[Tuple[str, Any]] = queue.Queue(depth)
+    ended = threading.Event()
+    thread = threading.Thread(target=_fill, args=(items, ready, ended), daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = ready.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _fill(items: Iterable[Any], ready: "queue.Queue[Tuple[str, Any]]", ended: threading.Event) -> None:
+    try:
+        for item in items:
+            if not _put(ready, ("item", item), ended):
+                return
+        _put(ready, ("end", None), ended)
+    except BaseException as error:
+        _put(ready, ("error", error), ended)
+
+
+def _put(ready: "queue.Queue[Tuple[str, Any]]", entry: Tuple[str, Any], ended: threading.Event) -> bool:
+    """Hand an entry over; False if nobody wants it any more."""
+    while not ended.is_set():
+        try:
+            ready.put(entry, timeout=LOOK_SECONDS)
+            return True
+        except queue.Full:
+            pass
+    return False

@@ -1,0 +1,245 @@
+"""How fast a training command is here: train.py and train_sft.py with --benchmark, on random tokens.
+
+Nothing is written but the trace of --profile.
+"""
+
+import argparse
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
+from colossal_llama2.errors import UserError
+from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
+from colossal_llama2.train.step_timer import NoTimer, StepTimer
+from colossal_llama2.train.stopping import NoSignals
+
+# The first steps allocate, tune kernels and fill caches.
+WARMUP_STEPS = 3
+PROFILED_STEPS = 2
+PADDING_ID = 0
+# Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
+PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the timed steps gave, over all ranks.
+
+    Attributes:
+        tokens: of all steps, padding not counted; `places`: with padding.
+        seconds: of all steps, by the clock.
+        parts: seconds of each part of a step, on the rank that runs this; the rest is what no part claims.
+        communication: part of a step in which collectives run, from other steps; they may overlap with the rest.
+        memory: bytes at the peak, of the rank that needs most.
+    """
+
+    steps: int
+    tokens: int
+    places: int
+    seconds: float
+    parts: Dict[str, float]
+    communication: float
+    memory: int
+
+
+def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int):
+    """Samples of so many random tokens, as `load_tokenized_dataset` gives them."""
+    import datasets
+    import numpy as np
+    import pyarrow
+
+    ids = np.random.default_rng(seed).integers(0, vocab_size, num_samples * length, dtype=np.int32)
+    offsets = pyarrow.array(np.arange(num_samples + 1, dtype=np.int32) * length)
+    column = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(ids))
+    table = pyarrow.table({"input_ids": column, "labels": column})
+    return datasets.Dataset(table).with_format("arrow")
+
+
+def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str]) -> Measured:
+    """Take the steps of an epoch: the first to warm up, the last two under the profiler, those between on the clock.
+
+    Raises:
+        UserError: there are too few.
+    """
+    steps = loader.order.steps_after(0)
+    least = WARMUP_STEPS + 1 + PROFILED_STEPS
+    if steps < least:
+        needed = least * loader.order.samples_per_micro_step * loader.order.accumulation_steps
+        raise UserError(f"--num_samples {loader.order.num_samples} make {steps} steps; give at least {needed}")
+    timed = steps - WARMUP_STEPS - PROFILED_STEPS
+    timer = StepTimer()
+    source = timer.each("data", loader.steps(0, 0))
+    take = _Steps(engine, source, noise=noise, timer=timer)
+    with logs.progress(total=steps, description="benchmark", unit="step") as progress:
+        for _ in range(WARMUP_STEPS):
+            take.one(progress)
+        timer.seconds()
+        engine.barrier()
+        before, start = (take.tokens, take.places), time.perf_counter()
+        for _ in range(timed):
+            take.one(progress)
+        parts = timer.seconds()
+        seconds = time.perf_counter() - start
+        tokens, places = take.tokens - before[0], take.places - before[1]
+        memory = engine.max_over_ranks(peak_memory())
+        with _profiler(profile_dir, engine.rank) as profiler:
+            start = time.perf_counter()
+            for _ in range(PROFILED_STEPS):
+                take.one(progress)
+            profiled_seconds = time.perf_counter() - start
+        for _ in source:
+            pass
+    communication = communication_seconds(profiler) / profiled_seconds
+    return Measured(timed, tokens, places, seconds, parts, communication, memory)
+
+
+class _Steps:
+    """Takes one optimizer step after the other and counts."""
+
+    def __init__(self, engine, source: Iterator[Tuple[List[Batch], int]], *, noise, timer: NoTimer):
+        self._engine, self._source, self._noise, self._timer = engine, source, noise, timer
+        self._step = self.tokens = self.places = 0
+
+    def one(self, progress: logs.SilentProgress) -> StepResult:
+        batches, _ = next(self._source)
+        totals: StepTotals = step_totals(self._engine, batches, NoSignals())
+        result = train_step(self._engine, batches, totals, noise=self._noise, step=self._step, timer=self._timer)
+        self._step += 1
+        self.tokens += result.tokens
+        # Of this rank, which the others resemble.
+        self.places += sum(batch.input_ids.numel() for batch in batches) * self._engine.data_size
+        progress.update(loss=f"{result.loss:.4f}")
+        return result
+
+
+def peak_memory() -> int:
+    """Bytes that this rank has had at most: of the GPU that PyTorch gave out, without one of the process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def _profiler(folder: Optional[str], rank: int) -> Iterator[Any]:
+    """PyTorch's profiler, which writes rank-00000.json if a folder is given: for ui.perfetto.dev or chrome://tracing."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    # On a machine without a GPU the profiler's own library complains of that on every rank.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
+        yield profiler
+    if folder is not None:
+        path = Path(folder, f"rank-{rank:05d}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        logs.get_logger().info("Trace of %d steps: %s", PROFILED_STEPS, path)
+
+
+def communication_seconds(profiler) -> float:
+    """Time in which at least one collective ran on this rank: NCCL's kernels, or gloo's work on a CPU."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.name.startswith(("gloo:", "ncclDevKernel", "ncclKernel"))
+    )
+    total, reached = 0.0, float("-inf")
+    for begin, end in spans:
+        total += max(end - max(begin, reached), 0.0)
+        reached = max(reached, end)
+    return total / 1e6
+
+
+def flops_per_token(config, parameters: int, length: int) -> float:
+    """Of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
+
+    Six for each weight that is multiplied, all but those of the input embeddings, and twelve for each layer, channel
+    and token that attention looks at. Recomputation is not counted.
+    """
+    multiplied = parameters
+    if not config.tie_word_embeddings:
+        multiplied -= config.vocab_size * config.hidden_size
+    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * length
+
+
+def known_peak(given: Optional[float]) -> Optional[float]:
+    """TFLOPS of this rank's device: what was given, or what its name says."""
+    import torch
+
+    if given is not None or not torch.cuda.is_available():
+        return given
+    name = torch.cuda.get_device_name()
+    # The longest word first, since H200 begins as H20 does.
+    words = sorted((word for word in PEAK_TFLOPS if word in name), key=len, reverse=True)
+    return PEAK_TFLOPS[words[0]] if words else None
+
+
+def report(found: Measured, *, ranks: int, flops: float, peak_tflops: Optional[float]) -> str:
+    """The figures as aligned lines: name, figure, remark."""
+    per_second = found.tokens / found.seconds
+    rows = [
+        ("tokens/s", f"{per_second:,.0f}", f"of all {ranks} ranks, {per_second / ranks:,.0f} of each"),
+        ("step", f"{found.seconds / found.steps:.3f} s", f"mean of {found.steps}, after {WARMUP_STEPS} to warm up"),
+    ]
+    rest = found.seconds - sum(found.parts.values())
+    for name, seconds in {**found.parts, "rest": rest}.items():
+        rows.append((f"  {name}", f"{seconds / found.seconds:.1%}", ""))
+    rows += [
+        ("communication", f"{found.communication:.1%}", "of a step, inside these parts; on a GPU it may overlap"),
+        ("peak memory", f"{found.memory / 2**20:,.0f} MiB", "of the rank that needs most"),
+        ("padding", f"{1 - found.tokens / found.places:.1%}", ""),
+        ("TFLOPS", f"{per_second * flops / ranks / 1e12:.3g}", "of each rank, recomputation not counted"),
+    ]
+    if peak_tflops is None:
+        rows.append(("MFU", "-", "the peak of this device is not known; give --peak_tflops"))
+    else:
+        share = per_second * flops / ranks / (peak_tflops * 1e12)
+        rows.append(("MFU", f"{share:.1%}", f"of {peak_tflops:g} TFLOPS"))
+    names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}".rstrip() for name, figure, remark in rows)
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Load the model of --pretrained and measure. Called on all ranks, inside a process group.
+
+    Raises:
+        UserError: the model does not fit the flags, or there are too few samples.
+    """
+    from transformers import LlamaConfig
+
+    from colossal_llama2.model.attention import choose_attention
+    from colossal_llama2.model.loading import inspect_weights
+    from colossal_llama2.train import run
+    from colossal_llama2.train.checkpoint import LoadPlan
+    from colossal_llama2.train.engine.booster import Engine
+
+    plan = LoadPlan(model_path=args.pretrained, resume_path=None)
+    facts = inspect_weights(args.pretrained)
+    run.check_model_fits(args, facts)
+    engine = Engine(run.engine_settings(args), facts.parameters)
+    order: SampleOrder = run.sample_order(args, args.num_samples, engine)
+    dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
+    loader = StepLoader(
+        dataset, order, Collator(pad_token_id=PADDING_ID, max_length=args.max_length), engine.data_rank,
+        pins=engine.pins_batches,
+    )  # fmt: skip
+    attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
+    run.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
+    with run.noise_of(args, engine) as noise:
+        found = measure(engine, loader, noise=noise, profile_dir=args.profile)
+    if engine.rank == 0:
+        config = LlamaConfig.from_pretrained(args.pretrained)
+        flops = flops_per_token(config, facts.parameters, args.max_length)
+        print(
+            report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)), flush=True
+        )
