@@ -3,12 +3,14 @@
 Writing itself is in test_training.py, resuming in test_resume.py.
 """
 
+import dataclasses
 import json
 
 import pytest
 
+from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train import checkpoint_files, resuming
 from colossal_llama2.train.checkpoint import check_save_dir, plan_loading
 from colossal_llama2.train.loop import TrainState
 from tests.faults import damage
@@ -157,3 +159,35 @@ def test_room_is_checked_before_a_save(tmp_path):
     checkpoint_files.check_room(tmp_path, 1)
     with pytest.raises(RunError, match="needs about .* are free"):
         checkpoint_files.check_room(tmp_path, 10**18)
+
+
+def test_a_clock_that_goes_back_removes_nothing_new(tmp_path):
+    bare_checkpoint(tmp_path, 1, saved_at=2000.0)
+    assert checkpoint_files.later_than_all(tmp_path, 3000.0) == 3000.0
+    saved_at = checkpoint_files.later_than_all(tmp_path, 1000.0)
+    assert saved_at > 2000.0
+    newest = bare_checkpoint(tmp_path, 2, saved_at=saved_at)
+    checkpoint_files.remove_old(newest, keep_last=1, keep_every=None)
+    assert checkpoint_files.complete_checkpoints(tmp_path) == [newest]
+
+
+def test_the_checkpoint_in_hand_is_never_removed(tmp_path):
+    """Where it is not the newest by its time, such as one that an earlier version wrote by a clock that was behind."""
+    in_hand, other = bare_checkpoint(tmp_path, 2, saved_at=1.0), bare_checkpoint(tmp_path, 1, saved_at=2.0)
+    checkpoint_files.remove_old(in_hand, keep_last=1, keep_every=None)
+    assert checkpoint_files.complete_checkpoints(tmp_path) == [in_hand, other]
+
+
+def test_only_what_auto_found_is_done_again(checkpoint):
+    """--load_checkpoint may name a finished run of another folder, in which nothing is this run's to remove."""
+    order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
+    plan = plan_loading("llama", str(checkpoint))
+    state, _ = plan.read_states()
+    assert not resuming.is_done(plan, state, order, num_epochs=2)
+    assert resuming.is_done(dataclasses.replace(plan, is_newest=True), state, order, num_epochs=2)
+
+
+@pytest.mark.parametrize("name", ["benchmark", "num_samples", "profile", "peak_tflops"])
+def test_flags_of_the_benchmark_do_not_change_a_run(name):
+    now = {"world_size": 1, "data_parallel_size": 1, "settings": {name: 7}, "versions": {}, "machine": {}}
+    assert resuming.changes({**now, "settings": {}}, now) == []

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import Stopped, UserError
 from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
 from colossal_llama2.train.step_timer import NoTimer, StepTimer
 from colossal_llama2.train.stopping import NoSignals
@@ -60,7 +60,7 @@ def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int)
     return datasets.Dataset(table).with_format("arrow")
 
 
-def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str]) -> Measured:
+def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str], stop: NoSignals) -> Measured:
     """Take the steps of an epoch: the first to warm up, the last two under the profiler, those between on the clock.
 
     Raises:
@@ -74,7 +74,7 @@ def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str]) ->
     timed = steps - WARMUP_STEPS - PROFILED_STEPS
     timer = StepTimer()
     source = timer.each("data", loader.steps(0, 0))
-    take = _Steps(engine, source, noise=noise, timer=timer)
+    take = _Steps(engine, source, noise=noise, timer=timer, stop=stop)
     with logs.progress(total=steps, description="benchmark", unit="step") as progress:
         for _ in range(WARMUP_STEPS):
             take.one(progress)
@@ -101,13 +101,17 @@ def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str]) ->
 class _Steps:
     """Takes one optimizer step after the other and counts."""
 
-    def __init__(self, engine, source: Iterator[Tuple[List[Batch], int]], *, noise, timer: NoTimer):
-        self._engine, self._source, self._noise, self._timer = engine, source, noise, timer
+    def __init__(
+        self, engine, source: Iterator[Tuple[List[Batch], int]], *, noise, timer: NoTimer, stop: NoSignals
+    ):  # fmt: skip
+        self._engine, self._source, self._noise, self._timer, self._stop = engine, source, noise, timer, stop
         self._step = self.tokens = self.places = 0
 
     def one(self, progress: logs.SilentProgress) -> StepResult:
         batches, _ = next(self._source)
-        totals: StepTotals = step_totals(self._engine, batches, NoSignals())
+        totals: StepTotals = step_totals(self._engine, batches, self._stop)
+        if totals.signal is not None:
+            raise Stopped(totals.signal, f"{totals.signal.name} came; nothing was written")
         result = train_step(self._engine, batches, totals, noise=self._noise, step=self._step, timer=self._timer)
         self._step += 1
         self.tokens += result.tokens
@@ -209,11 +213,12 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: Optional[f
     return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}".rstrip() for name, figure, remark in rows)
 
 
-def benchmark(args: argparse.Namespace) -> None:
+def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     """Load the model of --pretrained and measure. Called on all ranks, inside a process group.
 
     Raises:
         UserError: the model does not fit the flags, or there are too few samples.
+        Stopped: a signal came to a rank.
     """
     from transformers import LlamaConfig
 
@@ -236,7 +241,7 @@ def benchmark(args: argparse.Namespace) -> None:
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     run.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
     with run.noise_of(args, engine) as noise:
-        found = measure(engine, loader, noise=noise, profile_dir=args.profile)
+        found = measure(engine, loader, noise=noise, profile_dir=args.profile, stop=stop)
     if engine.rank == 0:
         config = LlamaConfig.from_pretrained(args.pretrained)
         flops = flops_per_token(config, facts.parameters, args.max_length)

@@ -202,7 +202,7 @@ class Checkpointer:
         )  # fmt: skip
         with self._engine.first_rank_only() as first:
             if first:
-                checkpoint_files.remove_old(self._save_dir, keep_last=self._keep_last, keep_every=self._keep_every)
+                checkpoint_files.remove_old(final, keep_last=self._keep_last, keep_every=self._keep_every)
         return final
 
     def check_room(self) -> None:
@@ -241,7 +241,8 @@ class Checkpointer:
         entries = [entry for share in exchange.gather_values(entries) for entry in share]
         with engine.first_rank_only() as first:
             if first:
-                checkpoint_files.write_manifest(partial, entries, saved_at=time.time())
+                saved_at = checkpoint_files.later_than_all(self._save_dir, time.time())
+                checkpoint_files.write_manifest(partial, entries, saved_at=saved_at)
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes = sum(sizes.values())
 

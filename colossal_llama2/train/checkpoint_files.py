@@ -19,6 +19,7 @@ from colossal_llama2.files import sync, sync_entries, write_json
 from colossal_llama2.publishing import publish
 
 MANIFEST_NAME = "manifest.json"
+LEAST_SECONDS_APART = 1e-3
 LATEST_NAME = "latest"
 MODEL_NAME = "modeling"
 PARTIAL_SUFFIX = ".tmp"
@@ -37,13 +38,22 @@ def complete_checkpoints(save_dir: Path) -> List[Path]:
     found = []
     for folder in save_dir.glob("epoch-*_step-*") if save_dir.is_dir() else ():
         if CHECKPOINT_NAME.fullmatch(folder.name) and (folder / MANIFEST_NAME).is_file():
-            try:
-                saved_at = float(read_manifest(folder)["saved_at"])
-            except UserError:
-                # Not to be read: it can be no more than the last choice, where the reason is told.
-                saved_at = 0.0
-            found.append((saved_at, step_of(folder), folder))
+            found.append((_saved_at(folder), step_of(folder), folder))
     return [folder for *_, folder in sorted(found)]
+
+
+def _saved_at(checkpoint: Path) -> float:
+    try:
+        return float(read_manifest(checkpoint)["saved_at"])
+    except UserError:
+        # Not to be read: it can be no more than the last choice, where the reason is told.
+        return 0.0
+
+
+def later_than_all(save_dir: Path, now: float) -> float:
+    """`now`, or just after the newest complete checkpoint: clocks go back, and differ between hosts."""
+    complete = complete_checkpoints(save_dir)
+    return max(now, _saved_at(complete[-1]) + LEAST_SECONDS_APART) if complete else now
 
 
 def list_files(folder: Path) -> Dict[str, int]:
@@ -147,15 +157,16 @@ def remove_leftovers(save_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def remove_old(save_dir: Path, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
-    """Remove complete checkpoints but the `keep_last` newest and those whose step is a multiple of `keep_every`.
+def remove_old(checkpoint: Path, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
+    """Remove complete checkpoints beside `checkpoint` but the `keep_last` newest and multiples of `keep_every` steps.
 
-    Called when the newest is complete, so there are never fewer than `keep_last`, once there were so many.
+    Called when the newest is complete, so there are never fewer than `keep_last`, once there were so many. `checkpoint`
+    itself stays, whatever its age.
     """
     if keep_last is None:
         return
-    for folder in complete_checkpoints(save_dir)[:-keep_last]:
-        if keep_every is None or step_of(folder) % keep_every:
+    for folder in complete_checkpoints(checkpoint.parent)[:-keep_last]:
+        if folder != checkpoint and (keep_every is None or step_of(folder) % keep_every):
             # Out of sight at once, since a removal can be cut short too. It has no complete name, so it never returns.
             doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
             shutil.rmtree(doomed, ignore_errors=True)

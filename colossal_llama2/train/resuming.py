@@ -23,6 +23,7 @@ SHAPE_KEYS = (
 NOT_NUMERIC = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
+    "benchmark", "num_samples", "profile", "peak_tflops",
 )  # fmt: skip
 
 
@@ -150,9 +151,9 @@ def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
 
 
 def is_done(plan: LoadPlan, state: TrainState, order: SampleOrder, num_epochs: int) -> bool:
-    """True if the checkpoint is the last of its run, which only may not have published its model."""
+    """True if --resume auto found the last checkpoint of its run, which only may not have published its model."""
     at_end = state.epoch == num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
-    return plan.resume_path is not None and at_end
+    return plan.is_newest and at_end
 
 
 def finish_again(plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
@@ -160,6 +161,6 @@ def finish_again(plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every
     last = Path(plan.resume_path)
     with engine.first_rank_only() as first:
         if first:
-            checkpoint_files.remove_old(last.parent, keep_last=keep_last, keep_every=keep_every)
             publish_model(last)
+            checkpoint_files.remove_old(last, keep_last=keep_last, keep_every=keep_every)
     logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", plan.resume_path)

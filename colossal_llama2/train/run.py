@@ -66,7 +66,7 @@ def train(args: argparse.Namespace) -> None:
         stop.meet()
         with watching(Path(sys.argv[0]).name, timeout_seconds=args.dist_timeout):
             if args.benchmark:
-                benchmark(args)
+                benchmark(args, stop)
             else:
                 run(args, plan, stop)
             leave()
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     tokenizer_path = find_tokenizer(args, plan)
     run_facts = describe_run(args, engine, order, tokenizer_path)
     state = initial_state(args, plan, run_facts)
-    if args.resume and resuming.is_done(plan, state, order, args.num_epochs):
+    if resuming.is_done(plan, state, order, args.num_epochs):
         save_folder.prepare(args.save_dir)
         return resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every)
     schedule = make_schedule(args, plan, state, order)

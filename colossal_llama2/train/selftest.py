@@ -36,6 +36,8 @@ MAX_LENGTH = 128
 ALLOWED = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2)}
 GAPS = 2.0
 TOGETHER = 8
+# The plain loop runs on one rank alone, while the others wait.
+WAIT_SECONDS = 3600.0
 
 
 def main(argv=None) -> None:
@@ -54,20 +56,30 @@ def selftest(args: argparse.Namespace) -> None:
         RunError: a difference that is not rounding.
     """
     from colossal_llama2.train import run
-    from colossal_llama2.train.engine import exchange
     from colossal_llama2.train.engine.booster import launch, leave, settings_problems
+    from colossal_llama2.train.engine.watch import watching
 
     work = Path(args.work_dir)
-    settings = run.engine_settings(args)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = settings_problems(settings, world_size=ranks)
+    problems = settings_problems(run.engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and work.exists():
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")
     if problems:
         raise UserError("; and ".join(problems))
-    launch(args.seed)
+    launch(args.seed, timeout_seconds=WAIT_SECONDS)
+    with watching("selftest", timeout_seconds=WAIT_SECONDS):
+        run_and_compare(args, work, ranks=ranks)
+        leave()
+
+
+def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None:
+    """The test itself, inside a process group."""
+    from colossal_llama2.train import run
+    from colossal_llama2.train.engine import exchange
+
+    settings = run.engine_settings(args)
     samples = args.micro_batch_size * args.accumulation_steps * (ranks // settings.model_ranks)
     with exchange.all_or_none():
         if logs.is_first_rank():
@@ -80,7 +92,6 @@ def selftest(args: argparse.Namespace) -> None:
     with exchange.all_or_none():
         if logs.is_first_rank():
             tell(args, work, compare(args, work, samples_a_step=samples))
-    leave()
 
 
 def training_arguments(args: argparse.Namespace, work: Path, name: str, **more) -> argparse.Namespace:

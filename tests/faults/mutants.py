@@ -51,9 +51,9 @@ def point_first(partial: Path, final: Path) -> None:
     publish_checkpoint(partial, final)
 
 
-def remove_one_more(save_dir: Path, *, keep_last, keep_every) -> None:
+def remove_one_more(checkpoint: Path, *, keep_last, keep_every) -> None:
     """Keep one checkpoint less than asked for."""
-    remove_old(save_dir, keep_last=keep_last and keep_last - 1, keep_every=keep_every)
+    remove_old(checkpoint, keep_last=keep_last and keep_last - 1, keep_every=keep_every)
 
 
 def crashes(chosen: Callable[[Operation], bool], *, torn: bool = False) -> Callable[[Path], Optional[str]]:
