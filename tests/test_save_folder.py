@@ -37,8 +37,17 @@ def test_of_many_starts_at_once_one_wins_and_the_others_name_it(tmp_path):
     assert all(f"process {winner.pid} on " in line or "another run" in line for line in said if line != "won\n")
     for process in processes:
         process.communicate()
-    # Nothing was written, so nothing stays.
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_folder_to_which_nothing_was_written_does_not_stay(tmp_path):
+    with save_folder.locked(tmp_path / "runs" / "one"):
+        assert (tmp_path / "runs" / "one" / ".lock").is_file()
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    with save_folder.locked(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):

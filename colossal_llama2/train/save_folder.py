@@ -26,7 +26,9 @@ SHARED_AFTER_SECONDS = 10.0
 
 @contextmanager
 def locked(save_dir: str) -> Iterator[None]:
-    """Hold a folder against other runs; it is made, and removed at the end if nothing was put into it.
+    """Hold a folder against other runs. Folders that this call makes go at its end, if nothing was put into them.
+
+    Of many calls at once one may have made what another holds; then an empty folder may stay.
 
     The lock file says host and process. A dead process of this host has let go of its lock; whether one of another
     host is dead cannot be known here, so that is never guessed.
