@@ -521,6 +521,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
         help="longest sample; the data must not have a longer one",
     )  # fmt: skip
+    data.add_argument(
+        "--train_new_rows_only", action="store_true",
+        help="train only the rows of the embeddings that init_model.py added; all else stays as it is, bit for bit",
+    )  # fmt: skip
     _add_compute_arguments(data)
 
 

@@ -5,7 +5,7 @@ Only the order of samples is taken from the suite (`SampleOrder`, tested by itse
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -88,12 +88,14 @@ def unspliced(samples, document_lengths):
 def train(
     model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
     freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False, halved: bool = False,
+    trained_rows: Sequence[Tuple[int, int]] = (),
 ) -> Trace:  # fmt: skip
     """One epoch of AdamW with float32 master weights, in the given precision.
 
     Args:
         micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
         halved: see `halve_matrices`.
+        trained_rows: with `freeze`, [begin, end) ranges of the rows whose gradients are not cleared.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation="eager")
@@ -131,6 +133,11 @@ def train(
             loss += term.item()
         for master, param in zip(masters, working, strict=True):
             master.grad = param.grad.float()
+            if trained_rows:
+                frozen = torch.ones(len(master), dtype=torch.bool)
+                for begin, end in trained_rows:
+                    frozen[begin:end] = False
+                master.grad[frozen] = 0.0
         norm = torch.nn.utils.clip_grad_norm_(masters, clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total_steps, lr)

@@ -46,6 +46,7 @@ TRAIN = {
     ("--use_flash_attn",): ([], True, False),
     ("--chunked_loss",): ("off", "off", "auto"),
     ("--document_mask",): ("on", "on", "auto"),
+    ("--train_new_rows_only",): ([], True, False),
     ("--freeze_non_embeds_params",): ([], True, False),
     ("--tp",): ("2", 2, 1),
     ("--zero", "--zero_stage"): ("2", 2, 1),

@@ -84,7 +84,7 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
         f"vocabulary 600 -> {600 + added}, {added} rows initialized in each of 2 matrices, {size:,} bytes written"
     )
     config, old_config = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", model_dir))
-    assert config == {**old_config, "vocab_size": 600 + added}
+    assert config == {**old_config, "vocab_size": 600 + added, "initialized_rows": [[600, 600 + added]]}
     generation = "generation_config.json"
     assert json.loads((tmp_path / "out" / generation).read_text()) == json.loads((model_dir / generation).read_text())
     assert not list(tmp_path.glob(".*"))
@@ -148,6 +148,7 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
     (ids,) = Encoder(source).encode(["<late>"], dummy_prefix=False)
     torch.testing.assert_close(matrix[late], weights_of(source)[INPUT_EMBEDDING][ids].mean(0))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["initialized_rows"] == [[600, pad], [late, late + 1]]
     assert (config["pad_token_id"], config["eos_token_id"]) == (pad, [2, pad])
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["pad_token_id"] == pad
 

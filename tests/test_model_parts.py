@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+from colossal_llama2.model.freezing import freeze_non_embedding_parameters, read_new_rows
 from colossal_llama2.model.loading import check_model_folder, inspect_weights, load_llama, shard_names
 from colossal_llama2.model.neftune import embedding_noise
+from colossal_llama2.train.row_health import RowHealth
 
 
 @pytest.fixture
@@ -174,3 +175,33 @@ def test_tied_model_is_inspected(tmp_path):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert inspect_weights(str(tmp_path)).vocab_size == 32
+
+
+@pytest.mark.parametrize("ranges", [[[8, 8]], [[8, 9], [3, 5]], [[8, 601]], [[8]], [8, 9], "8-9", [[-1, 3]]])
+def test_impossible_new_rows_are_refused(folder, ranges):
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(UserError, match=r'"initialized_rows": \[\[FIRST, '):
+        read_new_rows(str(folder))
+    (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": ranges}))
+    with pytest.raises(UserError, match="ascending"):
+        read_new_rows(str(folder))
+    (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": [[8, 9], [20, 24]]}))
+    assert read_new_rows(str(folder)) == ((8, 9), (20, 24))
+
+
+def test_row_health_tells_what_moved(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    health = RowHealth(str(folder), ((8, 12),), "bf16")
+    model = LlamaForCausalLM.from_pretrained(folder).bfloat16()
+    embedding, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    embedding[9:12] += 0.5
+    head[8:12] += 0.5
+    model.save_pretrained(tmp_path / "later")
+    figures = health.tell(tmp_path / "later")
+    assert figures["Rows/embed_tokens moved"] == 0.75 and figures["Rows/lm_head moved"] == 1.0
+    assert figures["Rows/lm_head norm"] == pytest.approx(head[8:12].float().norm(dim=1).mean().item(), rel=1e-6)
+    assert "embed_tokens: 75.0 % of 4 new rows have moved" in caplog.text
+    head[12] *= -1
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(RunError, match="row 12 of lm_head.weight has changed"):
+        health.tell(tmp_path / "broken")

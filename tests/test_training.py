@@ -5,6 +5,7 @@ All commands share one process group (see train_worker.py).
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Dict, List
@@ -80,6 +81,18 @@ UNPADDED_RUNS = {
     "full_tp2_split_gather": [*TP2, *SEQUENCE, "split_gather"],
 }
 
+ROWS_RUNS = {
+    "rows_zero2": [*FP32, "--plugin", "zero2"],
+    "rows_tp2": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
+    "rows_pp2": [*FP32, *PP2, "--zero", "0"],
+    "rows_tp2_split_gather": [*FP32, *TP2, "--zero", "0", *SEQUENCE, "split_gather"],
+    "rows_sp2": [*FP32, *SP2, "--zero", "0"],
+    "rows_zero2_bf16": [*BF16, "--plugin", "zero2"],
+    "rows_gemini_bf16": [*BF16, "--plugin", "gemini"],
+    "rows_gemini_auto_bf16": [*BF16, "--plugin", "gemini_auto", "--micro_batch_size", "4", "--accumulation_steps", "2"],
+    "rows_tp2_bf16": [*BF16, *TP2],
+}
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
@@ -116,9 +129,23 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
     return with_vocabulary(model_dir, tmp_path_factory.mktemp("odd") / "model", 601)
 
 
+NEW_ROWS = [[400, 560], [570, 601]]
+
+
+@pytest.fixture(scope="module")
+def grown_model_dir(tmp_path_factory, odd_model_dir) -> Path:
+    """That model, of which rows of each half are new."""
+    folder = tmp_path_factory.mktemp("grown") / "model"
+    shutil.copytree(odd_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": NEW_ROWS}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def jobs(
-    tmp_path_factory, parts, full_parts, model_dir, odd_model_dir, tied_model_dir, small_model_dir, three_headed_dir
+    tmp_path_factory, parts, full_parts, model_dir, odd_model_dir, grown_model_dir, tied_model_dir, small_model_dir,
+    three_headed_dir,
 ) -> Dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
@@ -137,6 +164,8 @@ def jobs(
     add("unclipped", *FP32, "--plugin", "zero2", "--gradient_clipping", "0", moments=True)
     add("frozen", *FP32, "--plugin", "zero2", "--freeze_non_embeds_params")
     add("frozen_gemini", *BF16, "--plugin", "gemini", "--freeze_non_embeds_params")
+    for name, flags in ROWS_RUNS.items():
+        add(name, *flags, "--train_new_rows_only", model=grown_model_dir)
     add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
     add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
     add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
@@ -291,6 +320,30 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
     )
     for name in ("frozen", "frozen_pp2"):
         assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS_RUNS)
+def test_new_rows_alone_are_trained(jobs, parts, grown_model_dir, name):
+    assert jobs[name].error is None
+    start = AutoModelForCausalLM.from_pretrained(grown_model_dir).state_dict()
+    is_new = torch.zeros(601, dtype=torch.bool)
+    for begin, end in NEW_ROWS:
+        is_new[begin:end] = True
+    for key, after in weights_of(jobs[name]).items():
+        before = start[key].bfloat16().float() if name.endswith("bf16") else start[key]
+        if "embed_tokens" in key or "lm_head" in key:
+            same = (after.view(torch.int32) == before.view(torch.int32)).all(1)
+            assert same[~is_new].all(), key
+            assert not same[is_new].all() if "embed_tokens" in key else not same[is_new].any(), key
+        else:
+            assert torch.equal(after.view(torch.int32), before.view(torch.int32)), key
+    trace = reference.train(
+        grown_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP, decay=0.0, freeze=True,
+        trained_rows=NEW_ROWS,
+    )  # fmt: skip
+    tolerance = 1.5e-3 if name.endswith("bf16") else 1e-5
+    assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
+    assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=20 * tolerance)
 
 
 def test_faults_show_without_their_repairs(jobs, float32, bfloat16):

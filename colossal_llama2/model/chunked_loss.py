@@ -10,7 +10,7 @@ The idea is that of Wijmans et al., "Cut your losses in large-vocabulary languag
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, List, Optional, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
 
@@ -33,11 +33,20 @@ class HeadPart:
         first_token: the token id of the weight's first row.
         rows: how many rows are tokens; the rest pads the vocabulary.
         group: process group whose ranks hold the other parts; None if this is the whole head.
+        trained: [begin, end) ranges of token ids; the gradient of all other rows is zero. None: all are trained.
     """
 
     first_token: int
     rows: int
     group: Any = None
+    trained: Optional[Tuple[Tuple[int, int], ...]] = None
+
+    def trained_in(self, start: int, stop: int) -> List[Tuple[int, int]]:
+        """The [begin, end) ranges of trained rows among the weight's rows `start` to `stop` - 1."""
+        if self.trained is None:
+            return [(start, stop)]
+        here = [(begin - self.first_token, end - self.first_token) for begin, end in self.trained]
+        return [(max(begin, start), min(end, stop)) for begin, end in here if begin < stop and end > start]
 
 
 def chunked_cross_entropy(
@@ -55,7 +64,7 @@ def chunked_cross_entropy(
     if has_torch_function((hidden, weight)):
         # Gemini's parameters are sharded: they are gathered around what it takes for one operation of PyTorch.
         return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part)
-    if part.group is None and part.rows == len(weight) and _takes_liger(hidden):
+    if part.group is None and part.trained is None and part.rows == len(weight) and _takes_liger(hidden):
         return _liger_sum(hidden, weight, targets)
     return _chunked_function().apply(hidden, weight, targets, part)
 
@@ -136,8 +145,10 @@ def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, need
     import torch.distributed as dist
 
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
-    grad_weight = torch.empty_like(weight) if needed[1] else None
-    if grad_weight is not None:
+    grad_weight = None
+    if needed[1]:
+        # Rows that are not trained get no other value.
+        grad_weight = torch.empty_like(weight) if part.trained is None else torch.zeros_like(weight)
         grad_weight[part.rows :] = 0.0
     factor = torch.where(targets == IGNORE_INDEX, 0.0, grad_loss.float())
     for rows, places, is_here in _blocks(targets, part):
@@ -150,7 +161,8 @@ def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, need
         if grad_hidden is not None:
             grad_hidden += slopes @ block
         if grad_weight is not None:
-            torch.mm(slopes.T, hidden, out=grad_weight[rows])
+            for begin, end in part.trained_in(rows.start, rows.stop):
+                torch.mm(slopes[:, begin - rows.start : end - rows.start].T, hidden, out=grad_weight[begin:end])
         del logits, slopes
     if grad_hidden is not None:
         if part.group is not None:

@@ -22,7 +22,7 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, copy_files, read_json, sync, temporary_folder, write_json
-from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -64,6 +64,13 @@ class Rows:
     def vocab_size(self) -> int:
         """Rows of the target's matrices."""
         return self.kept + len(self.bags)
+
+    @property
+    def new_ranges(self) -> List[List[int]]:
+        """Target rows that are new, as ascending [begin, end) ranges: all from `kept` on but those that moved."""
+        borders = [self.kept - 1, *sorted(self.moved_ids.values()), self.vocab_size]
+        between = zip(borders[:-1], borders[1:], strict=True)
+        return [[before + 1, after] for before, after in between if before + 1 < after]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -282,6 +289,7 @@ def _write_weights(source: Path, folder: Path, shards: List[Shard], change: Chan
 
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
+    changed[NEW_ROWS_KEY] = rows.new_ranges
     if changed.pop("auto_map", None):
         logs.get_logger().info("%s: auto_map is left out: it names code, and transformers has LLaMA's", CONFIG_FILE)
     if dtype != "source":

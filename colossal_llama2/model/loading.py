@@ -14,6 +14,8 @@ CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+# In config.json: the rows that init_model.py added to the embeddings, as [begin, end) ranges of token ids.
+NEW_ROWS_KEY = "initialized_rows"
 
 
 @dataclass(frozen=True)

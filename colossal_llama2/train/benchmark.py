@@ -231,7 +231,7 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     facts = inspect_weights(args.pretrained)
     run.check_model_fits(args, facts)
-    engine = Engine(run.engine_settings(args), facts.parameters)
+    engine = Engine(run.engine_settings(args, trained_rows=run.rows_to_train(args, plan)), facts.parameters)
     order: SampleOrder = run.sample_order(args, args.num_samples, engine)
     dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
     loader = StepLoader(

@@ -33,6 +33,7 @@ from colossal_llama2.train.checkpoint_files import MODEL_NAME, PARTIAL_SUFFIX
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
 from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.schedule import CosineSchedule
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Checkpointer:
         keep_last: Optional[int] = None,
         keep_every: Optional[int] = None,
         expected_bytes: int = 0,
+        row_health: Optional[RowHealth] = None,
     ):
         """
         Args:
@@ -157,10 +159,12 @@ class Checkpointer:
             keep_last: how many of the newest checkpoints stay when a new one is complete; None: all.
             keep_every: those whose step is a multiple of it stay too.
             expected_bytes: room that a checkpoint needs, until one has shown it.
+            row_health: on rank 0, what looks at each model that is saved.
         """
         self._engine, self._save_interval, self._schedule, self._facts = engine, save_interval, schedule, facts
         self._save_dir, self._model_path, self._tokenizer_path = Path(save_dir), Path(model_path), Path(tokenizer_path)
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
+        self._row_health = row_health
         self._last_saved: Optional[Path] = None
         self._last_step: Optional[int] = None
         # How long the last save held up the training, None before the first.
@@ -201,6 +205,8 @@ class Checkpointer:
             final, f"{self._expected_bytes:,}", self.pause_seconds, time.monotonic() - written,
         )  # fmt: skip
         with self._engine.first_rank_only() as first:
+            if first and self._row_health is not None:
+                self._row_health.tell(final / MODEL_NAME)
             if first:
                 checkpoint_files.remove_old(final, keep_last=self._keep_last, keep_every=self._keep_every)
         return final

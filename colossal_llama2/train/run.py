@@ -25,7 +25,7 @@ from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.errors import Stopped, UserError
 from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+from colossal_llama2.model.freezing import Ranges, freeze_non_embedding_parameters, read_new_rows
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, load_llama
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
@@ -45,6 +45,7 @@ from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch,
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
+from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 from colossal_llama2.train.stopping import NoSignals, StopSignals, agreed_signal
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     check_model_fits(args, facts)
     dataset = load_tokenized_dataset(args.dataset, args.document_mask)
     check_lengths(dataset, args.max_length)
-    engine = Engine(engine_settings(args), facts.parameters)
+    engine = Engine(engine_settings(args, trained_rows=rows_to_train(args, plan)), facts.parameters)
     check_token_ids(dataset, facts, engine)
     order = sample_order(args, len(dataset), engine)
     tokenizer_path = find_tokenizer(args, plan)
@@ -124,7 +125,12 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
 
 
-def engine_settings(args: argparse.Namespace) -> EngineSettings:
+def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
+    """The rows of --train_new_rows_only, None without it. Raises UserError if the model does not tell which are new."""
+    return read_new_rows(plan.model_path) if args.train_new_rows_only else None
+
+
+def engine_settings(args: argparse.Namespace, *, trained_rows: Optional[Ranges] = None) -> EngineSettings:
     """The flags that decide how a step is computed."""
     return EngineSettings(
         plugin=args.plugin,
@@ -142,8 +148,14 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         microbatch_size=args.microbatch_size,
         sp_size=args.sp,
         sp_mode=args.sp_mode if args.enable_sequence_parallelism else None,
-        embeddings_only=args.freeze_non_embeds_params,
+        embeddings_only=trains_embeddings_alone(args),
+        trained_rows=trained_rows,
     )
+
+
+def trains_embeddings_alone(args: argparse.Namespace) -> bool:
+    """Whether all but the embeddings is frozen."""
+    return args.freeze_non_embeds_params or getattr(args, "train_new_rows_only", False)
 
 
 def check_inputs(args: argparse.Namespace) -> LoadPlan:
@@ -156,6 +168,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     problems = settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
+    if args.train_new_rows_only and args.chunked_loss == "off":
+        problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
     if args.profile is not None:
@@ -181,6 +195,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         check_save_dir(args.save_dir, plan.resume_path)
         for name in ("save_dir", "tensorboard_dir", "config_file"):
             check_can_create(Path(getattr(args, name)), f"--{name}")
+        rows_to_train(args, plan)
         if not problems:
             check_parts_fit(args.dataset, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
     except UserError as error:
@@ -246,7 +261,8 @@ def describe_run(args: argparse.Namespace, engine: Engine, order: SampleOrder, t
         "pretrained_tokenizer": fingerprint(args.pretrained) if has_tokenizer(args.pretrained) else None,
         "model_shape": resuming.model_shape(args.pretrained),
         "seed": order.seed,
-        "freeze_non_embeds_params": args.freeze_non_embeds_params,
+        "freeze_non_embeds_params": trains_embeddings_alone(args),
+        "trained_rows": engine.settings.trained_rows and [list(borders) for borders in engine.settings.trained_rows],
         "world_size": engine.world_size,
         "data_parallel_size": engine.data_size,
         "layout": exact.layout(engine),
@@ -264,6 +280,7 @@ RESUMED_FACTS = {
     "model_shape": "--pretrained",
     "seed": "--seed",
     "freeze_non_embeds_params": "--freeze_non_embeds_params",
+    "trained_rows": "--train_new_rows_only",
 }
 
 
@@ -361,11 +378,13 @@ def load_model(
         model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.freeze_non_embeds_params:
+    if trains_embeddings_alone(args):
         trainable, frozen = freeze_non_embedding_parameters(model)
+        rows = sum(end - begin for begin, end in engine.settings.trained_rows or ())
         logs.get_logger().info(
-            "Embeddings alone are trained: %.1f M parameters, %.1f M frozen", trainable / 1e6, frozen / 1e6
-        )
+            "%s alone are trained: %.1f M parameters, %.1f M frozen",
+            f"{rows:,} new rows of the embeddings" if rows else "Embeddings", trainable / 1e6, frozen / 1e6,
+        )  # fmt: skip
     model.train()
     engine.boost(model)
     if plan.resume_path is not None:
@@ -405,7 +424,10 @@ def make_checkpointer(
     run_facts: Dict[str, Any],
 ) -> Checkpointer:
     """What saves to --save_dir."""
+    trained = engine.settings.trained_rows
+    watches_rows = trained is not None and engine.rank == 0
     return Checkpointer(
+        row_health=RowHealth(plan.model_path, trained, args.mixed_precision) if watches_rows else None,
         engine=engine,
         save_dir=args.save_dir,
         save_interval=args.save_interval,
@@ -415,7 +437,7 @@ def make_checkpointer(
         facts=run_facts,
         keep_last=args.keep_last,
         keep_every=args.keep_every,
-        expected_bytes=expected_bytes(facts.parameters, args.mixed_precision, frozen=args.freeze_non_embeds_params),
+        expected_bytes=expected_bytes(facts.parameters, args.mixed_precision, frozen=trains_embeddings_alone(args)),
     )
 
 

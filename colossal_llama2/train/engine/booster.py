@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, use_chunked_loss
 from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
+from colossal_llama2.model.freezing import train_rows_only
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange
 
@@ -37,7 +38,8 @@ class EngineSettings:
     """What decides how a step is computed.
 
     Sizes are numbers of ranks; `max_norm` 0 clips nothing; `chunked_loss` is auto, on or off; `microbatch_size` is the
-    number of samples that a pipeline stage passes on; `sp_mode` is None without sequence parallelism.
+    number of samples that a pipeline stage passes on; `sp_mode` is None without sequence parallelism; of the
+    embeddings the rows of `trained_rows` alone are trained, [begin, end) ranges of token ids, None: all.
     """
 
     plugin: str
@@ -56,6 +58,7 @@ class EngineSettings:
     sp_size: int = 1
     sp_mode: Optional[str] = None
     embeddings_only: bool = False
+    trained_rows: Optional[Tuple[Tuple[int, int], ...]] = None
 
     @property
     def model_ranks(self) -> int:
@@ -348,7 +351,8 @@ class Engine:
         from colossalai.nn.optimizer import HybridAdam
 
         optimizer = HybridAdam(
-            _parameter_groups(model, self.settings.weight_decay),
+            # Decay would move the rows that are not trained, and it cannot be told to spare them.
+            _parameter_groups(model, 0.0 if self.settings.trained_rows else self.settings.weight_decay),
             lr=self.settings.learning_rate,
             betas=ADAM_BETAS,
             adamw_mode=True,
@@ -363,6 +367,7 @@ class Engine:
             documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
         self._guard_updates()
+        self._train_rows_only(model.config.vocab_size)
         has_head = not self.is_pipelined or self._plugin.stage_manager.is_last_stage()
         if self.settings.chunked_loss != "off" and has_head:
             splits = self.settings.sp_mode == "all_to_all"
@@ -371,6 +376,12 @@ class Engine:
                 self._head_part(model.config.vocab_size),
                 sample_group=self._plugin.sp_group if splits else None,
             )
+
+    def _train_rows_only(self, vocab_size: int) -> None:
+        has_embedding = not self.is_pipelined or self._plugin.stage_manager.is_first_stage()
+        if self.settings.trained_rows and has_embedding:
+            embedding = self.unwrapped_model.get_input_embeddings()
+            train_rows_only(embedding, self.settings.trained_rows, vocab_size=vocab_size)
 
     def _guard_updates(self) -> None:
         """Let Adam do nothing where loss or gradient norm is no number.
@@ -398,13 +409,18 @@ class Engine:
 
     def _head_part(self, vocab_size: int) -> HeadPart:
         if self._tp_group is None:
-            return HeadPart(first_token=0, rows=vocab_size)
+            return HeadPart(first_token=0, rows=vocab_size, trained=self.settings.trained_rows)
         import torch.distributed as dist
 
         # The ranks hold equally many rows, of which the last ones pad the vocabulary.
         rows = len(self.unwrapped_model.lm_head.weight)
         first = dist.get_rank(self._tp_group) * rows
-        return HeadPart(first_token=first, rows=min(max(vocab_size - first, 0), rows), group=self._tp_group)
+        return HeadPart(
+            first_token=first,
+            rows=min(max(vocab_size - first, 0), rows),
+            group=self._tp_group,
+            trained=self.settings.trained_rows,
+        )
 
     def attention_inputs(self, batch: "Batch") -> Dict[str, Any]:
         """Keyword arguments of the model that say which tokens of a batch see which."""

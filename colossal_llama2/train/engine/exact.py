@@ -21,7 +21,7 @@ MASTERS_NAME = "master_weights"
 # Settings that leave the split of the weights over ranks as it is.
 NOT_LAYOUT = (
     "max_norm", "accumulation_steps", "use_flash_attn", "chunked_loss", "learning_rate", "weight_decay",
-    "micro_batch_size", "microbatch_size",
+    "micro_batch_size", "microbatch_size", "trained_rows",
 )  # fmt: skip
 
 
