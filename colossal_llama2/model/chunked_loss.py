@@ -2,8 +2,8 @@
 
 Logits of 4,096 tokens over 69,104 pieces are 1.1 GB in float32, and a cross-entropy holds several such matrices. Here
 they are made for a block of the vocabulary at a time, twice: forward adds the block to each token's log-sum-exp, which
-is all that is kept; backward makes the block again and turns it into its rows of the weight's gradient, whole at once,
-and its share of the hidden states' gradient, which is summed in float32.
+is all that is kept but for the first few blocks; backward makes the others again, and turns each into its rows of the
+weight's gradient, whole at once, and its share of the hidden states' gradient, which is summed in float32.
 
 The idea is that of Wijmans et al., "Cut your losses in large-vocabulary language models" (arXiv 2411.09009).
 """
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Logits that exist at a time: 16 MiB in float32, which a CPU's caches like, and a GPU's kernels are large enough.
 BLOCK_LOGITS = 2**22
+# Logits that are kept from forward to backward, whose product need not be computed twice: all, where they are few.
+KEPT_LOGITS = 2**24
 # Kernels are slow on fewer rows of the weight than this.
 MIN_BLOCK_ROWS = 128
 # Whose arguments are those that `_liger_sum` gives.
@@ -104,8 +106,9 @@ def _chunked_function():
     class ChunkedCrossEntropy(torch.autograd.Function):
         @staticmethod
         def forward(ctx, hidden, weight, targets, part):
-            log_sum, target_logits = _log_sum_exp(hidden, weight, targets, part)
-            ctx.part = part
+            ctx.part, ctx.kept = part, []
+            room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
+            log_sum, target_logits = _log_sum_exp(hidden, weight, targets, part, kept=ctx.kept, room=room)
             ctx.save_for_backward(hidden, weight, targets, log_sum)
             return torch.where(targets == IGNORE_INDEX, 0.0, log_sum - target_logits).sum()
 
@@ -113,20 +116,28 @@ def _chunked_function():
         def backward(ctx, grad_loss):
             # Gemini's tensors replace in-place operations by others, which would be lost.
             with torch._C.DisableTorchFunctionSubclass():
-                return (*_gradients(*ctx.saved_tensors, ctx.part, grad_loss, ctx.needs_input_grad), None, None)
+                gradients = _gradients(*ctx.saved_tensors, ctx.part, grad_loss, ctx.needs_input_grad, kept=ctx.kept)
+                return (*gradients, None, None)
 
     return ChunkedCrossEntropy
 
 
-def _log_sum_exp(hidden, weight, targets, part: HeadPart):
-    """(tokens,) log-sum-exp over the vocabulary, and the logit of each target (0 where there is none); float32."""
+def _log_sum_exp(hidden, weight, targets, part: HeadPart, *, kept: List[Any], room: int):
+    """(tokens,) log-sum-exp over the vocabulary, and the logit of each target (0 where there is none); float32.
+
+    The logits of the first blocks are added to `kept`, in the weight's number format, up to `room` of them.
+    """
     import torch
     import torch.distributed as dist
 
     log_sum = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
     target_logits = torch.zeros_like(log_sum)
     for rows, places, is_here in _blocks(targets, part):
-        logits = (hidden @ weight[rows].T).float()
+        logits = hidden @ weight[rows].T
+        room -= logits.numel()
+        if room >= 0:
+            kept.append(logits)
+        logits = logits.float()
         target_logits += torch.where(is_here, logits.gather(1, places[:, None])[:, 0], 0.0)
         log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
         del logits
@@ -139,8 +150,8 @@ def _log_sum_exp(hidden, weight, targets, part: HeadPart):
     return log_sum, target_logits
 
 
-def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, needed):
-    """Gradients of hidden states and weight, where needed."""
+def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, needed, *, kept: List[Any]):
+    """Gradients of hidden states and weight, where needed. Uses up `kept`."""
     import torch
     import torch.distributed as dist
 
@@ -154,7 +165,7 @@ def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, need
     for rows, places, is_here in _blocks(targets, part):
         block = weight[rows]
         # The probabilities, less 1 at the target, are the gradient of the logits.
-        logits = (hidden @ block.T).float()
+        logits = (kept.pop(0) if kept else hidden @ block.T).float()
         slopes = logits.sub_(log_sum[:, None]).exp_()
         slopes.scatter_add_(1, places[:, None], -is_here[:, None].float())
         slopes = slopes.mul_(factor[:, None]).to(weight.dtype)
