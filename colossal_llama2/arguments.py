@@ -21,6 +21,7 @@ SPLICINGS = ("best_fit", "sequential", "none")
 MINED_SCRIPTS = ("han", "any")
 MAX_LENGTH = 2**20
 SWITCH = ("auto", "on", "off")
+MIXTURE_ENDS = ("repeat", "stop")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -149,6 +150,15 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"'{text}' given, True or False allowed")
     return values[text.lower()]
+
+
+def source_weight(text: str) -> str:
+    """SOURCE=WEIGHT, as it was given: a name and a number above 0."""
+    name, _, weight = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"'{text}' given, SOURCE=WEIGHT such as zh=0.8 allowed")
+    positive_float(weight)
+    return text
 
 
 def path_list(text: str) -> List[str]:
@@ -515,8 +525,10 @@ def _add_model_arguments(parser: CommandParser) -> None:
         "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
     )
     data.add_argument(
-        "--dataset", metavar="DIR", nargs="+", required=True, help="prepared part-* folders, one or more"
-    )
+        "--dataset", metavar="DIR", nargs="+", required=True,
+        help="prepared part-* folders, or folders that hold such; NAME=DIR names the source",
+    )  # fmt: skip
+    _add_order_arguments(data)
     data.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
         help="longest sample; the data must not have a longer one",
@@ -526,6 +538,23 @@ def _add_model_arguments(parser: CommandParser) -> None:
         help="train only the rows of the embeddings that init_model.py added; all else stays as it is, bit for bit",
     )  # fmt: skip
     _add_compute_arguments(data)
+
+
+def _add_order_arguments(data) -> None:
+    data.add_argument(
+        "--bucketed", action="store_true",
+        help="read bucket after bucket, part k of every source being bucket k, and shuffle inside a bucket alone; "
+        "without it everything is shuffled together",
+    )  # fmt: skip
+    data.add_argument(
+        "--mixture", metavar="SOURCE=WEIGHT", nargs="+", type=source_weight, default=None,
+        help="share of each source in the tokens of a bucket; the source named first is read once "
+        "(default: what is there)",
+    )  # fmt: skip
+    data.add_argument(
+        "--mixture_end", choices=MIXTURE_ENDS, default="repeat",
+        help="a source of --mixture that runs out is read again, or the bucket ends with it",
+    )  # fmt: skip
 
 
 def _add_compute_arguments(data) -> None:

@@ -23,6 +23,9 @@ PREPARE = {
 TRAIN = {
     ("--pretrained",): ("m", "m", REQUIRED),
     ("--dataset",): (["d/part-00000", "d/part-00001"], ["d/part-00000", "d/part-00001"], REQUIRED),
+    ("--bucketed",): ([], True, False),
+    ("--mixture",): (["zh=0.8", "en=0.2"], ["zh=0.8", "en=0.2"], None),
+    ("--mixture_end",): ("stop", "stop", "repeat"),
     ("--plugin",): ("3d", "3d", "gemini"),
     ("--load_checkpoint",): ("c", "c", None),
     ("--resume",): ("auto", "auto", None),

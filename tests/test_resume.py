@@ -15,12 +15,16 @@ from tests import launching, tiny
 from tests.faults import damage
 
 SAMPLES = 46
+# What a --save_dir holds besides checkpoints.
+TOP_FILES = {"latest", "modeling", "plan.json"}
 # Of a checkpoint, besides weights and moments.
 UNCHANGED = ("optimizer/pytorch_optim_group",)
 # 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
 STEPS_AN_EPOCH = 6
 LAYOUTS = {
     "zero2_fp32": ["--plugin", "zero2", "--mixed_precision", "fp32"],
+    # The first of two buckets has 23 samples, step 4 is the 32nd.
+    "zero2_fp32_bucketed": ["--plugin", "zero2", "--mixed_precision", "fp32", "--bucketed"],
     "zero2_bf16": ["--plugin", "zero2", "--mixed_precision", "bf16"],
     "zero2_fp16": ["--plugin", "zero2", "--mixed_precision", "fp16"],
     "zero2_cpu_bf16": ["--plugin", "zero2_cpu", "--mixed_precision", "bf16"],
@@ -95,6 +99,7 @@ def add_others(add, folder: Path) -> None:
     middle = ("--load_checkpoint", folder / "zero2_bf16" / "ckpt" / "epoch-0_step-4")
     add("other_micro_batch", *bf16, "--micro_batch_size", 1, "--accumulation_steps", 4, *middle)
     add("other_layout", *LAYOUTS["3d_tp2_bf16"], *middle)
+    add("other_order", *bf16, "--bucketed", *middle)
     add("other_tokenizer", *bf16, "--pretrained", folder / "other_tokenizer_model", *middle)
     add("keeping", *fp32, "--save_interval", 1, "--keep_last", 2, "--keep_every", 5)
     for name, poison in POISONED.items():
@@ -175,16 +180,18 @@ def test_another_number_of_ranks_takes_the_same_order(ranks_before, ranks_after)
     assert taken(ranks_before, 0, 4) == taken(ranks_before, 0, 2) + taken(ranks_after, 32, 2)
 
 
-def test_another_tokenizer_is_refused(jobs):
+def test_another_tokenizer_or_order_is_refused(jobs):
     error = jobs["other_tokenizer"][1]
     assert "pretrained_tokenizer was" in error and "--pretrained" in error
+    error = jobs["other_order"][1]
+    assert "bucketed was None, this run has True; resume with the same --bucketed" in error
 
 
 def test_old_checkpoints_go_but_never_the_newest(jobs):
     home, error, log = jobs["keeping"]
     names = {path.name for path in (home / "ckpt").iterdir()}
     assert error is None
-    assert names == {"epoch-0_step-5", "epoch-1_step-10", "epoch-1_step-11", "epoch-1_step-12", "latest", "modeling"}
+    assert names == {"epoch-0_step-5", "epoch-1_step-10", "epoch-1_step-11", "epoch-1_step-12"} | TOP_FILES
     assert (home / "ckpt" / "latest").read_text() == "epoch-1_step-12\n"
     removed = [line for line in log if line.startswith("Removed")]
     assert len(removed) == 8

@@ -269,7 +269,7 @@ def test_resume_goes_on_where_the_checkpoint_was(jobs, name):
 
 def test_checkpoint_layout(jobs):
     folder = jobs["gemini_bf16"].folder / "ckpt"
-    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0_step-10", "epoch-0_step-5", "latest", "modeling"]
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0_step-10", "epoch-0_step-5", "latest", "modeling", "plan.json"]
     checkpoint = folder / "epoch-0_step-5"
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "lr_scheduler", "manifest.json", "master_weights", "modeling", "optimizer", "running_states.json",
@@ -397,7 +397,7 @@ def test_epochs_end_with_a_step_of_what_is_left(jobs):
     # 10 micro batches of all ranks an epoch, 4 accumulated: steps of 4, 4 and 2.
     assert len(jobs["two_epochs"].scalars("Loss")) == 6
     names = sorted(path.name for path in (jobs["two_epochs"].folder / "ckpt").iterdir())
-    assert names == ["epoch-0_step-3", "epoch-1_step-6", "latest", "modeling"]
+    assert names == ["epoch-0_step-3", "epoch-1_step-6", "latest", "modeling", "plan.json"]
 
 
 def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, float32):

@@ -10,7 +10,9 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.buckets import Buckets
 from colossal_llama2.dataset.prefetch import prefetched
+from colossal_llama2.dataset.sources import resolve_parts
 from colossal_llama2.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def load_tokenized_dataset(dataset_paths: Sequence[str], document_mask: str = "o
     """Load prepared folders and put their samples one after the other, in the given order.
 
     Args:
-        dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote: arrow/part-00000 ...
+        dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote, as --dataset takes them.
         document_mask: "on" or "auto" keeps the lengths of the documents in each sample, "auto" where they are there.
 
     Returns:
@@ -39,19 +41,10 @@ def load_tokenized_dataset(dataset_paths: Sequence[str], document_mask: str = "o
     """
     import datasets
 
-    parts = []
-    for path in dataset_paths:
-        check_prepared_folder(path)
-        try:
-            part = datasets.load_from_disk(path)
-        except Exception as error:  # whatever pyarrow and datasets raise for a file that is cut or empty
-            raise UserError(f"--dataset {path}: cannot be loaded ({type(error).__name__}: {error}); prepare it again")
-        missing = {"input_ids", "labels"} - set(getattr(part, "column_names", ()))
-        if missing:
-            raise UserError(f"{path}: has no column {' and '.join(sorted(missing))}; prepare the data again")
-        parts.append(part)
+    paths = [part.path for part in resolve_parts(dataset_paths)]
+    parts = [load_part(path) for path in paths]
     columns = ["input_ids", "labels"]
-    if document_mask != "off" and _all_have_documents(dataset_paths, parts, required=document_mask == "on"):
+    if document_mask != "off" and _all_have_documents(paths, parts, required=document_mask == "on"):
         columns.append(DOCUMENT_COLUMN)
     whole = datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
     if len(whole) == 0:
@@ -73,15 +66,18 @@ def _all_have_documents(paths: Sequence[str], parts: Sequence["datasets.Dataset"
     return not lacking
 
 
-def check_prepared_folder(path: str) -> None:
-    """Raise a UserError unless `path` looks like one part-* folder. Reads no data and imports nothing."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"--dataset {path}: no such folder; give the part-* folders of --data_arrow_output_dir")
-    if not (folder / "dataset_info.json").is_file() or not (folder / "state.json").is_file():
-        parts = sorted(child.name for child in folder.glob("part-*") if child.is_dir())
-        cure = f"list its parts: {path}/{parts[0]} ..." if parts else "prepare it with prepare_pretrain_dataset.py"
-        raise UserError(f"--dataset {path}: not a prepared part-* folder; {cure}")
+def load_part(path: str) -> "datasets.Dataset":
+    """One part-* folder, memory-mapped, with all its columns. Raises UserError if it is damaged or lacks a column."""
+    import datasets
+
+    try:
+        part = datasets.load_from_disk(path)
+    except Exception as error:  # whatever pyarrow and datasets raise for a file that is cut or empty
+        raise UserError(f"--dataset {path}: cannot be loaded ({type(error).__name__}: {error}); prepare it again")
+    missing = {"input_ids", "labels"} - set(getattr(part, "column_names", ()))
+    if missing:
+        raise UserError(f"{path}: has no column {' and '.join(sorted(missing))}; prepare the data again")
+    return part
 
 
 def dataset_fingerprints(dataset_paths: Sequence[str]) -> List[str]:
@@ -134,8 +130,12 @@ def highest_token_id(dataset: "datasets.Dataset", *, share: int, shares: int) ->
 class SampleOrder:
     """The order of samples over epochs, steps and ranks: a pure function of these numbers.
 
-    One seeded permutation an epoch; each micro batch of the whole job takes the next samples of it, and each rank its
-    slice of them. So the order does not depend on the number of ranks, and a place in it is a count of samples.
+    One seeded permutation an epoch, or bucket after bucket; each micro batch of the whole job takes the next samples of
+    it, and each rank its slice of them. So the order does not depend on the number of ranks, and a place in it is a
+    count of samples.
+
+    Attributes:
+        num_samples: of an epoch: those of the data, or of `buckets` if there are some.
     """
 
     num_samples: int
@@ -143,6 +143,7 @@ class SampleOrder:
     data_size: int
     accumulation_steps: int
     seed: int
+    buckets: Optional[Buckets] = None
 
     @property
     def samples_per_micro_step(self) -> int:
@@ -163,14 +164,21 @@ class SampleOrder:
 
     def rows(self, epoch: int, begin: int, end: int) -> List[int]:
         """The rows of the data that are the samples `begin` to `end` - 1 of an epoch."""
-        return self._permutation(epoch)[begin:end].tolist()
+        return self.epoch_rows(epoch)[begin:end].tolist()
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """(num_samples,) rows of the data in the order of an epoch, those that are left over at its end included."""
+        if self.buckets is not None:
+            return self.buckets.rows(seed=self.seed, epoch=epoch)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+    def bucket_of(self, position: int) -> int:
+        """The bucket of the sample at that place of any epoch, both counted from 0; 0 without buckets."""
+        return self.buckets.bucket_of(position) if self.buckets is not None else 0
 
     def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[Tuple[List[np.ndarray], int]]:
         """Yield, for each optimizer step, this rank's sample indices per micro batch and the samples all ranks took."""
-        order = self._permutation(epoch)
+        order = self.epoch_rows(epoch)
         width = self.samples_per_micro_step
         while consumed + width <= self.num_samples:
             micro_steps = min(self.accumulation_steps, (self.num_samples - consumed) // width)

@@ -19,11 +19,11 @@ SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
-# Flags that change no number of a run. --pretrained and --dataset are compared by their content.
+# Flags that change no number of a run, or must be equal anyway. --pretrained and --dataset are compared by content.
 NOT_NUMERIC = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
-    "benchmark", "num_samples", "profile", "peak_tflops",
+    "bucketed", "mixture", "mixture_end", "benchmark", "num_samples", "profile", "peak_tflops",
 )  # fmt: skip
 
 

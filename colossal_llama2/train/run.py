@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from colossal_llama2 import __version__, logs
+from colossal_llama2.dataset.buckets import Buckets
 from colossal_llama2.dataset.loader import (
     Collator,
     SampleOrder,
     StepLoader,
     check_lengths,
-    check_prepared_folder,
     dataset_fingerprints,
     highest_token_id,
     load_tokenized_dataset,
 )
 from colossal_llama2.dataset.manifest import check_parts_fit
+from colossal_llama2.dataset.measuring import measure_parts
+from colossal_llama2.dataset.sources import Data, resolve_data
 from colossal_llama2.errors import Stopped, UserError
 from colossal_llama2.files import check_can_create, write_json
 from colossal_llama2.model.attention import choose_attention
@@ -29,6 +31,7 @@ from colossal_llama2.model.freezing import Ranges, freeze_non_embedding_paramete
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, load_llama
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.tokenizer import CONFIG_FILE, fingerprint, load_tokenizer
+from colossal_llama2.train import plan as plans
 from colossal_llama2.train import resuming, save_folder
 from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.benchmark import benchmark
@@ -79,13 +82,15 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     plan = resuming.settle(plan, args.save_dir)
     facts = inspect_weights(plan.model_path)
     check_model_fits(args, facts)
-    dataset = load_tokenized_dataset(args.dataset, args.document_mask)
+    data = data_of(args)
+    dataset = load_tokenized_dataset(data.paths, args.document_mask)
     check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args, trained_rows=rows_to_train(args, plan)), facts.parameters)
     check_token_ids(dataset, facts, engine)
-    order = sample_order(args, len(dataset), engine)
+    measured = measure_parts(data.parts)
+    order = sample_order(args, len(dataset), engine, buckets=plans.buckets_of(data, measured))
     tokenizer_path = find_tokenizer(args, plan)
-    run_facts = describe_run(args, engine, order, tokenizer_path)
+    run_facts = describe_run(args, engine, order, tokenizer_path, data)
     state = initial_state(args, plan, run_facts)
     if resuming.is_done(plan, state, order, args.num_epochs):
         save_folder.prepare(args.save_dir)
@@ -99,6 +104,10 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         if first:
             write_config(args, schedule)
     tell_plan(args, engine, order, schedule, facts)
+    with engine.first_rank_only() as first:
+        if first:
+            content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule)
+            plans.tell_and_save(content, args.save_dir)
     checkpointer = make_checkpointer(args, plan, engine, schedule, facts, run_facts)
     checkpointer.check_room()
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
@@ -122,7 +131,10 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     number = agreed_signal(engine.sum_over_data(stop.received()))
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
-    logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
+    logs.get_logger().info(
+        "Done: %d steps, %s tokens; samples left over at the ends of epochs: %s. The model is in %s",
+        state.step, f"{state.tokens_seen:,}", f"{args.num_epochs * order.num_samples - state.samples_seen:,}", final,
+    )  # fmt: skip
 
 
 def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
@@ -177,7 +189,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
         else:
             problems.append("--profile needs --benchmark")
-    checks += [lambda path=path: check_prepared_folder(path) for path in args.dataset or ()]
+    checks.append(lambda: data_of(args))
     for check in checks:
         try:
             check()
@@ -197,7 +209,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             check_can_create(Path(getattr(args, name)), f"--{name}")
         rows_to_train(args, plan)
         if not problems:
-            check_parts_fit(args.dataset, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
+            check_parts_fit(data_of(args).paths, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -234,29 +246,35 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine) -> None:
         )
 
 
-def sample_order(args: argparse.Namespace, num_samples: int, engine: Engine) -> SampleOrder:
+def data_of(args: argparse.Namespace) -> Data:
+    """The parts that the flags name, quickly; with --benchmark there may be none."""
+    return resolve_data(
+        args.dataset or (), bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end
+    )
+
+
+def sample_order(
+    args: argparse.Namespace, num_samples: int, engine: Engine, buckets: Optional[Buckets] = None
+) -> SampleOrder:
     """The order of samples, if there are enough for one micro batch on every rank."""
-    order = SampleOrder(
-        num_samples=num_samples,
+    return plans.make_order(
+        num_samples,
         micro_batch_size=args.micro_batch_size,
         data_size=engine.data_size,
         accumulation_steps=args.accumulation_steps,
         seed=args.seed,
+        buckets=buckets,
     )
-    if order.steps_after(0) == 0:
-        raise UserError(
-            f"--dataset has {num_samples} samples, one micro batch needs {order.samples_per_micro_step} "
-            f"(--micro_batch_size {args.micro_batch_size} on {engine.data_size} data-parallel ranks); "
-            f"give more data, or smaller micro batches"
-        )
-    return order
 
 
-def describe_run(args: argparse.Namespace, engine: Engine, order: SampleOrder, tokenizer_path: str) -> Dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace, engine: Engine, order: SampleOrder, tokenizer_path: str, data: Data
+) -> Dict[str, Any]:
     """What running_states.json says of the whole run."""
     return {
         "num_samples": order.num_samples,
-        "dataset_fingerprints": dataset_fingerprints(args.dataset),
+        "dataset_fingerprints": dataset_fingerprints(data.paths),
+        **data.facts(),
         "tokenizer": fingerprint(tokenizer_path),
         "pretrained_tokenizer": fingerprint(args.pretrained) if has_tokenizer(args.pretrained) else None,
         "model_shape": resuming.model_shape(args.pretrained),
@@ -276,6 +294,10 @@ def describe_run(args: argparse.Namespace, engine: Engine, order: SampleOrder, t
 RESUMED_FACTS = {
     "num_samples": "--dataset",
     "dataset_fingerprints": "--dataset",
+    "bucketed": "--bucketed",
+    "mixture": "--mixture",
+    "mixture_end": "--mixture_end",
+    "sources": "--dataset",
     "pretrained_tokenizer": "--pretrained",
     "model_shape": "--pretrained",
     "seed": "--seed",

@@ -94,7 +94,8 @@ class Bench:
         job = warm.train(self.place.flags("killed", *RESUMING), self.place.log("killed_resumed"))
         if job.wait() != 0:
             return f"--resume auto failed: {job.said}"
-        names = {f"epoch-0_step-{step}" for step in range(STEPS - KEEP_LAST + 1, STEPS + 1)} | {"latest", "modeling"}
+        names = {f"epoch-0_step-{step}" for step in range(STEPS - KEEP_LAST + 1, STEPS + 1)}
+        names |= {"latest", "modeling", "plan.json"}
         present = set(os.listdir(save_dir))
         if present != names:
             return f"at the end there are {sorted(present)}"

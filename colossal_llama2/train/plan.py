@@ -1,0 +1,337 @@
+"""What a run is going to read and do, before its first step: as plain data (plan.json) and as a table.
+
+    {"version": 1, "epochs": 1, "steps": 600, "samples_a_step": 4, "bucketed": true,
+     "epoch": {"samples": 2402, "tokens": 301000, "steps": 600, "left_over_samples": 2, "left_over_tokens": 250},
+     "buckets": [{"bucket": 0, "samples": 1200, "tokens": 150000, "first_step": 1, "last_step": 300, "absent": [],
+         "sources": {"zh": {"parts": ["zh/part-00000"], "samples_there": 960, "tokens_there": 120000, "samples": 960,
+             "tokens": 120000, "again": 0, "left_out": 0, "left_out_tokens": 0, "share": 0.8, "asked": 0.8,
+             "categories": {"news": 120000}}, "en": ...}}, ...],
+     "sources": {"zh": {"samples": 1920, "tokens": 240000, "share": 0.8}, ...},
+     "categories": {"news": {"tokens": 240000, "share": 0.8}, ...}, "mixture": {"zh": 0.8, "en": 0.2},
+     "mixture_end": "repeat", "warmup_steps": 15,
+     "learning_rate": [[1, 2e-05], ..., [600, 3e-05]], "notes": ["en has no part left in buckets 3 to 9"]}
+
+Samples and tokens are those of the first epoch, the left-over ones included; any other has as many samples of each
+source. "again": of "samples", those that a source gives after each of its samples was read. "left_out": samples of a
+source that the epoch never reads. Steps are counted from 1. Nothing here needs torch.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.buckets import Buckets, MeasuredPart, make_buckets
+from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.dataset.measuring import category_tokens, measure_parts
+from colossal_llama2.dataset.sources import Data
+from colossal_llama2.dataset.visible import terminal_width, visible_line
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import write_json
+from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+
+PLAN_NAME = "plan.json"
+VERSION = 1
+CURVE_POINTS = 33
+MAX_ROWS = 24
+TOLERANCE = 0.01
+
+
+def make_order(
+    num_samples: int,
+    *,
+    micro_batch_size: int,
+    data_size: int,
+    accumulation_steps: int,
+    seed: int,
+    buckets: Optional[Buckets] = None,
+) -> SampleOrder:
+    """The order of samples. Raises UserError if there are not enough for one micro batch on every rank.
+
+    Args:
+        num_samples: of the data; with buckets, they say how many an epoch has.
+        data_size: number of data-parallel ranks.
+    """
+    num_samples = buckets.num_samples if buckets else num_samples
+    order = SampleOrder(num_samples, micro_batch_size, data_size, accumulation_steps, seed, buckets)
+    if order.steps_after(0) == 0:
+        raise UserError(
+            f"--dataset has {num_samples} samples, one micro batch needs {order.samples_per_micro_step} "
+            f"(--micro_batch_size {micro_batch_size} on {data_size} data-parallel ranks); "
+            f"give more data, or smaller micro batches"
+        )
+    return order
+
+
+def buckets_of(data: Data, measured: Sequence[MeasuredPart]) -> Optional[Buckets]:
+    """The buckets that the order follows; None for one shuffle of everything."""
+    return make_buckets(measured, bucketed=data.bucketed, mixture=data.mixture) if data.is_ordered else None
+
+
+def plan_settings(
+    data: Data,
+    *,
+    micro_batch_size: int,
+    data_size: int,
+    accumulation_steps: int,
+    seed: int,
+    num_epochs: int,
+    learning_rate: float,
+    warmup: Optional[int],
+) -> Dict[str, Any]:
+    """The plan of a run that begins anew, from its settings alone.
+
+    Args:
+        data_size: number of data-parallel ranks.
+        learning_rate: the peak.
+        warmup: steps that were asked for, if any were.
+    """
+    measured = measure_parts(data.parts)
+    order = make_order(
+        sum(len(lengths) for _, lengths in measured), micro_batch_size=micro_batch_size, data_size=data_size,
+        accumulation_steps=accumulation_steps, seed=seed, buckets=buckets_of(data, measured),
+    )  # fmt: skip
+    total_steps = num_epochs * order.steps_after(0)
+    schedule = CosineSchedule(learning_rate, total_steps, warmup_steps(warmup, total_steps))
+    return build_plan(data, measured, order, num_epochs=num_epochs, schedule=schedule)
+
+
+def build_plan(
+    data: Data, measured: Sequence[MeasuredPart], order: SampleOrder, *, num_epochs: int, schedule: CosineSchedule
+) -> Dict[str, Any]:
+    """The plan as in this module's docstring, counted in the very order that the run follows."""
+    rows = order.epoch_rows(0)
+    lengths = np.concatenate([part_lengths for _, part_lengths in measured])
+    times = np.bincount(rows, minlength=len(lengths))
+    left_over = order.dropped_after(0)
+    buckets = _buckets(data, measured, times, order)
+    tokens = sum(bucket["tokens"] for bucket in buckets)
+    content = {
+        "version": VERSION,
+        "epochs": num_epochs,
+        "steps": schedule.total_steps,
+        "samples_a_step": order.samples_per_micro_step * order.accumulation_steps,
+        "bucketed": data.bucketed,
+        "mixture": dict(data.mixture.shares) if data.mixture else None,
+        "mixture_end": data.mixture.end if data.mixture else None,
+        "epoch": {
+            "samples": order.num_samples,
+            "tokens": tokens,
+            "steps": order.steps_after(0),
+            "left_over_samples": left_over,
+            "left_over_tokens": int(lengths[rows[len(rows) - left_over :]].sum()),
+        },
+        "buckets": buckets,
+        "sources": _source_totals(buckets, tokens),
+        "categories": _category_totals(buckets, tokens),
+        "warmup_steps": schedule.warmup_steps,
+        "learning_rate": _curve(schedule),
+    }
+    return {**content, "notes": list(_notes(content, data))}
+
+
+def _buckets(
+    data: Data, measured: Sequence[MeasuredPart], times: np.ndarray, order: SampleOrder
+) -> List[Dict[str, Any]]:
+    """The account of each bucket; `times` says how often an epoch reads each row."""
+    starts = np.cumsum([0, *(len(lengths) for _, lengths in measured)])
+    names = list(dict.fromkeys(part.source for part in data.parts))
+    groups: Dict[int, Dict[str, List[int]]] = {}
+    for index, part in enumerate(data.parts):
+        bucket = part.bucket if data.bucketed else 0
+        groups.setdefault(bucket, {}).setdefault(part.source, []).append(index)
+    per_step = order.samples_per_micro_step * order.accumulation_steps
+    buckets, done = [], 0
+    for number, indices_by_source in sorted(groups.items()):
+        sources = {}
+        for name, indices in indices_by_source.items():
+            shares = [times[starts[index] : starts[index + 1]] for index in indices]
+            sources[name] = _source([measured[index] for index in indices], shares)
+        samples, tokens = (sum(source[kind] for source in sources.values()) for kind in ("samples", "tokens"))
+        total = sum(data.mixture.shares[name] for name in sources) if data.mixture else 0
+        for name, source in sources.items():
+            source["share"] = round(source["tokens"] / max(tokens, 1), 6)
+            source["asked"] = round(data.mixture.shares[name] / total, 6) if data.mixture else None
+        buckets.append(
+            {
+                "bucket": number,
+                "samples": samples,
+                "tokens": tokens,
+                "first_step": done // per_step + 1,
+                "last_step": min(-(-(done + samples) // per_step), order.steps_after(0)),
+                "absent": [name for name in names if name not in sources],
+                "sources": sources,
+            }
+        )
+        done += samples
+    return buckets
+
+
+def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> Dict[str, Any]:
+    """The account of a source in a bucket."""
+    lengths, read = np.concatenate([lengths for _, lengths in parts]), np.concatenate(times)
+    categories: Counter = Counter()
+    for (part, _), part_times in zip(parts, times, strict=True):
+        categories.update(category_tokens(part.path, part_times))
+    return {
+        "parts": [part.path for part, _ in parts],
+        "samples_there": len(lengths),
+        "tokens_there": int(lengths.sum()),
+        "samples": int(read.sum()),
+        "tokens": int((lengths * read).sum()),
+        "again": int(np.maximum(read - 1, 0).sum()),
+        "left_out": int((read == 0).sum()),
+        "left_out_tokens": int(lengths[read == 0].sum()),
+        "categories": {name: count for name, count in sorted(categories.items()) if count},
+    }
+
+
+def _source_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str, Any]:
+    totals: Dict[str, Dict[str, Any]] = {}
+    for bucket in buckets:
+        for name, source in bucket["sources"].items():
+            total = totals.setdefault(name, {"samples": 0, "tokens": 0})
+            total["samples"] += source["samples"]
+            total["tokens"] += source["tokens"]
+    return {name: {**total, "share": round(total["tokens"] / tokens, 6)} for name, total in totals.items()}
+
+
+def _category_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str, Any]:
+    totals: Counter = Counter()
+    for bucket in buckets:
+        for source in bucket["sources"].values():
+            totals.update(source["categories"])
+    return {name: {"tokens": count, "share": round(count / tokens, 6)} for name, count in totals.most_common()}
+
+
+def _curve(schedule: CosineSchedule) -> List[Tuple[int, float]]:
+    """Points (step, learning rate), with the first and last step and the end of the warm-up."""
+    steps = set(np.linspace(0, schedule.total_steps - 1, CURVE_POINTS).round().astype(int).tolist())
+    steps.add(min(max(schedule.warmup_steps - 1, 0), schedule.total_steps - 1))
+    return [(step + 1, float(f"{schedule.learning_rate(step):.6g}")) for step in sorted(steps)]
+
+
+def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:
+    """What a user should know beforehand: what is missing, read again, or not read at all."""
+    for path, count in Counter(data.paths).items():
+        if count > 1:
+            yield f"{path} is given {count} times, and read as often"
+    buckets = content["buckets"]
+    for name in content["sources"]:
+        absent = [bucket["bucket"] for bucket in buckets if name in bucket["absent"]]
+        if absent:
+            yield f"{name} has no part left in {_bucket_list(absent)}"
+        held = {bucket["bucket"]: bucket["sources"][name] for bucket in buckets if name in bucket["sources"]}
+        again = [number for number, source in held.items() if source["again"]]
+        if again:
+            most = max(source["samples"] / source["samples_there"] for source in held.values())
+            samples = sum(source["again"] for source in held.values())
+            yield f"{name} runs out in {_bucket_list(again)}: {samples:,} samples are read again, at most {most:.2f} times"
+        left_out = [number for number, source in held.items() if source["left_out"]]
+        if left_out:
+            samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
+            yield f"{samples:,} samples ({tokens:,} tokens) of {name} are left out in {_bucket_list(left_out)}"
+    missed = [bucket["bucket"] for bucket in buckets if _misses_shares(bucket)]
+    if missed:
+        yield f"{_bucket_list(missed)}: too few samples to reach the asked shares within {TOLERANCE:.0%}"
+    epoch = content["epoch"]
+    if epoch["left_over_samples"]:
+        yield (
+            f"{epoch['left_over_samples']:,} samples ({epoch['left_over_tokens']:,} tokens in the first) are left over "
+            f"at the end of each epoch, too few for a micro batch on every rank"
+        )
+
+
+def _misses_shares(bucket: Dict[str, Any]) -> bool:
+    sources = bucket["sources"].values()
+    return any(source["asked"] is not None and abs(source["share"] - source["asked"]) > TOLERANCE for source in sources)
+
+
+def _bucket_list(numbers: Sequence[int]) -> str:
+    """In words: bucket 0; buckets 0, 2 to 9."""
+    runs: List[List[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in runs]
+    return f"bucket{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
+
+
+def tell_and_save(content: Dict[str, Any], save_dir: str) -> None:
+    """Log the plan and write it to `save_dir`, in place of an earlier one."""
+    for line in plan_lines(content):
+        logs.get_logger().info("%s", line)
+    write_json(Path(save_dir, PLAN_NAME), content)
+
+
+def plan_lines(content: Dict[str, Any]) -> Iterator[str]:
+    """The plan as text: totals, a row for each bucket and source, the categories, the learning rate, the notes."""
+    epoch = content["epoch"]
+    kind = "buckets in order, each shuffled by itself" if content["bucketed"] else "one shuffle of everything"
+    yield (
+        f"Plan: {kind}; {epoch['samples']:,} samples and {epoch['tokens']:,} tokens an epoch, epochs: "
+        f"{content['epochs']}; steps: {content['steps']:,} of {content['samples_a_step']:,} samples"
+    )
+    yield from _table(_bucket_rows(content), left=2)
+    yield from _table(_category_rows(content), left=1)
+    points = content["learning_rate"]
+    peak = max(points, key=lambda point: point[1])
+    shown = dict.fromkeys([tuple(points[0]), tuple(peak), tuple(points[len(points) // 2]), tuple(points[-1])])
+    curve = ", ".join(f"{rate:.2e} at step {step:,}" for step, rate in sorted(shown))
+    yield f"learning rate: {curve}; warm-up steps: {content['warmup_steps']:,}"
+    for note in content["notes"][:MAX_ROWS]:
+        yield f"note: {visible_line(note)}"
+    if len(content["notes"]) > MAX_ROWS:
+        yield f"and {len(content['notes']) - MAX_ROWS:,} more notes in {PLAN_NAME}"
+
+
+def _bucket_rows(content: Dict[str, Any]) -> List[List[str]]:
+    head = ["bucket", "source", "parts", "samples", "tokens", "share", "steps"]
+    has_mixture = content["mixture"] is not None
+    rows = [[*head, "asked", "read", "left out"] if has_mixture else head]
+    for bucket in content["buckets"]:
+        steps = f"{bucket['first_step']:,}-{bucket['last_step']:,}"
+        for position, (name, source) in enumerate(bucket["sources"].items()):
+            row = ["" if position else str(bucket["bucket"]), visible_line(name), f"{len(source['parts']):,}"]
+            row += [f"{source['samples']:,}", f"{source['tokens']:,}", f"{source['share']:.1%}"]
+            row.append("" if position else steps)
+            if has_mixture:
+                read = source["samples"] / max(source["samples_there"], 1)
+                row += [f"{source['asked']:.1%}", f"{read:.2f}x", f"{source['left_out']:,}"]
+            rows.append(row)
+    shown = rows[: MAX_ROWS + 1]
+    if len(shown) < len(rows):
+        shown.append(["...", f"{len(rows) - len(shown):,} more"])
+    if len(content["buckets"]) > 1:
+        for name, total in content["sources"].items():
+            row = ["all", visible_line(name), "", f"{total['samples']:,}", f"{total['tokens']:,}"]
+            shown.append([*row, f"{total['share']:.1%}"])
+    return shown
+
+
+def _category_rows(content: Dict[str, Any]) -> List[List[str]]:
+    rows = [["category", "tokens", "share"]]
+    for name, total in content["categories"].items():
+        rows.append([visible_line(name), f"{total['tokens']:,}", f"{total['share']:.1%}"])
+    if len(rows) > MAX_ROWS + 1:
+        more = len(rows) - MAX_ROWS - 1
+        rows = [*rows[: MAX_ROWS + 1], [f"... {more:,} more"]]
+    return rows
+
+
+def _table(rows: Sequence[Sequence[str]], *, left: int) -> Iterator[str]:
+    """Aligned lines; the first `left` columns, which hold names, to the left."""
+    columns = max(map(len, rows))
+    full = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(terminal_width(cell) for cell in column) for column in zip(*full, strict=True)]
+    for row in full:
+        gaps = [" " * (width - terminal_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            cell + gap if position < left else gap + cell
+            for position, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
