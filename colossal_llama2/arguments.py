@@ -161,6 +161,23 @@ def source_weight(text: str) -> str:
     return text
 
 
+def named_path(text: str) -> str:
+    """NAME=PATH, as it is."""
+    name, sign, path = text.partition("=")
+    if not sign or not name or not path or "/" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} given, NAME=PATH allowed, such as en=arrow_en/eval")
+    return text
+
+
+def named_share(text: str) -> str:
+    """NAME=SHARE, a share over 0, as it is."""
+    name, sign, value = text.rpartition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} given, NAME=SHARE allowed, such as en=0.05")
+    positive_float(value)
+    return text
+
+
 def path_list(text: str) -> List[str]:
     """A comma-separated list of folders, in the given order."""
     paths = [part.strip() for part in text.split(",")]
@@ -515,6 +532,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     _add_model_arguments(parser)
     _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
     _add_parallel_arguments(parser)
+    _add_evaluation_arguments(parser)
     _add_output_arguments(parser)
     _add_benchmark_arguments(parser)
 
@@ -658,6 +676,26 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
         "--peak_tflops", metavar="TFLOPS", type=positive_float, default=None,
         help="what a device can do, for MFU (default: known for A100, A800, H100, H800 and some more)",
     )  # fmt: skip
+
+
+def _add_evaluation_arguments(parser: CommandParser) -> None:
+    evaluation = parser.add_argument_group("evaluation while training")
+    evaluation.add_argument(
+        "--eval_dataset", metavar="NAME=DIR", nargs="+", type=named_path, default=(),
+        help="held-out samples to measure loss and bits per byte on, before the first step and later: folders that a "
+        "prepare command wrote with --eval_fraction, each under a name",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--eval_interval", metavar="STEPS", type=positive_int, default=None,
+        help="optimizer steps between evaluations (default: at the ends of epochs alone)",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--forgetting_alarm", metavar="NAME=SHARE", nargs="+", type=named_share, default=(),
+        help="warn when the bits per byte of that --eval_dataset are higher than at first by more than this share",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--on_forgetting", choices=("warn", "stop"), default="warn", help="what --forgetting_alarm does"
+    )
 
 
 def _add_output_arguments(parser: CommandParser) -> None:

@@ -59,6 +59,10 @@ TRAIN = {
     ("--sp_mode",): ("ring", "ring", "split_gather"),
     ("--sp",): ("2", 2, 1),
     ("--accumulation_steps",): ("4", 4, 1),
+    ("--eval_dataset",): (["en=a", "zh=b"], ["en=a", "zh=b"], ()),
+    ("--eval_interval",): ("200", 200, None),
+    ("--forgetting_alarm",): ("en=0.05", ["en=0.05"], ()),
+    ("--on_forgetting",): ("stop", "stop", "warn"),
 }
 # Per parser: all spellings of a flag -> (words given, value parsed, the README's default).
 FLAGS = {

@@ -11,7 +11,7 @@ from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.prepare import prepare_pretrain
 from colossal_llama2.dataset.sources import resolve_data
 from colossal_llama2.errors import UserError
-from colossal_llama2.train.plan import build_plan, buckets_of, make_order, plan_lines, plan_settings
+from colossal_llama2.train.plan import buckets_of, build_plan, make_order, plan_lines, plan_settings
 from colossal_llama2.train.schedule import CosineSchedule
 from tests import tiny
 from tests.preparing import read_jsonl, settings, write_lines

@@ -25,11 +25,14 @@ CHECK_ROWS = 10_000
 DOCUMENT_COLUMN = "sequence_lengths"
 
 
-def load_tokenized_dataset(dataset_paths: Sequence[str], document_mask: str = "off") -> "datasets.Dataset":
+def load_tokenized_dataset(
+    dataset_paths: Sequence[str], document_mask: str = "off", *, flag: str = "--dataset"
+) -> "datasets.Dataset":
     """Load prepared folders and put their samples one after the other, in the given order.
 
     Args:
         dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote, as --dataset takes them.
+        flag: what named the folders, for messages.
         document_mask: "on" or "auto" keeps the lengths of the documents in each sample, "auto" where they are there.
 
     Returns:
@@ -42,13 +45,13 @@ def load_tokenized_dataset(dataset_paths: Sequence[str], document_mask: str = "o
     import datasets
 
     paths = [part.path for part in resolve_parts(dataset_paths)]
-    parts = [load_part(path) for path in paths]
+    parts = [load_part(path, flag=flag) for path in paths]
     columns = ["input_ids", "labels"]
     if document_mask != "off" and _all_have_documents(paths, parts, required=document_mask == "on"):
         columns.append(DOCUMENT_COLUMN)
     whole = datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
     if len(whole) == 0:
-        raise UserError(f"--dataset {' '.join(dataset_paths)}: holds no samples")
+        raise UserError(f"{flag} {' '.join(dataset_paths)}: holds no samples")
     return whole.with_format("arrow")
 
 
@@ -66,14 +69,14 @@ def _all_have_documents(paths: Sequence[str], parts: Sequence["datasets.Dataset"
     return not lacking
 
 
-def load_part(path: str) -> "datasets.Dataset":
+def load_part(path: str, *, flag: str = "--dataset") -> "datasets.Dataset":
     """One part-* folder, memory-mapped, with all its columns. Raises UserError if it is damaged or lacks a column."""
     import datasets
 
     try:
         part = datasets.load_from_disk(path)
     except Exception as error:  # whatever pyarrow and datasets raise for a file that is cut or empty
-        raise UserError(f"--dataset {path}: cannot be loaded ({type(error).__name__}: {error}); prepare it again")
+        raise UserError(f"{flag} {path}: cannot be loaded ({type(error).__name__}: {error}); prepare it again")
     missing = {"input_ids", "labels"} - set(getattr(part, "column_names", ()))
     if missing:
         raise UserError(f"{path}: has no column {' and '.join(sorted(missing))}; prepare the data again")
@@ -86,7 +89,7 @@ def dataset_fingerprints(dataset_paths: Sequence[str]) -> List[str]:
     return [str(state.get("_fingerprint")) for state in states]
 
 
-def check_lengths(dataset: "datasets.Dataset", max_length: int) -> None:
+def check_lengths(dataset: "datasets.Dataset", max_length: int, *, flag: str = "--dataset") -> None:
     """Raise a UserError for a sample that is longer than `max_length`, empty, or without a label for each token."""
     import pyarrow.compute as compute
 
@@ -95,13 +98,13 @@ def check_lengths(dataset: "datasets.Dataset", max_length: int) -> None:
         shortest, longest = compute.min_max(lengths).as_py().values()
         if longest > max_length:
             raise UserError(
-                f"a sample of --dataset has {longest} tokens, --max_length {max_length} given; "
+                f"a sample of {flag} has {longest} tokens, --max_length {max_length} given; "
                 f"raise it, or prepare the data with that --max_length"
             )
         if shortest == 0 or not compute.all(compute.equal(lengths, compute.list_value_length(rows["labels"]))).as_py():
-            raise UserError("a sample of --dataset is empty, or has more labels than tokens or fewer; prepare it again")
+            raise UserError(f"a sample of {flag} is empty, or has more labels than tokens or fewer; prepare it again")
         if DOCUMENT_COLUMN in rows.column_names and not _documents_fill(rows[DOCUMENT_COLUMN], lengths):
-            raise UserError(f"a sample of --dataset has {DOCUMENT_COLUMN} that are not its length; prepare it again")
+            raise UserError(f"a sample of {flag} has {DOCUMENT_COLUMN} that are not its length; prepare it again")
 
 
 def _documents_fill(documents: Any, lengths: Any) -> bool:

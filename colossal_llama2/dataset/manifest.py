@@ -183,7 +183,7 @@ def read_manifest_of(part: str) -> Dict[str, Any]:
     return content if isinstance(content, dict) and MANIFEST_KEYS <= content.keys() else {}
 
 
-def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str) -> None:
+def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, flag: str = "--dataset") -> None:
     """Compare prepared folders with the model's tokenizer and the command, as far as they say what they were made of.
 
     Raises UserError for a folder whose ids are of another tokenizer. Warns of one of another stage, "pretrain" or
@@ -197,7 +197,7 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str) -> 
             unknown.append(part)
         elif manifest["tokenizer"]["sha256"] != expected:
             raise UserError(
-                f"--dataset {part}: prepared with another tokenizer (tokenizer.model of SHA-256 "
+                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 "
                 f"{manifest['tokenizer']['sha256'][:12]}) than that of {tokenizer_dir} ({expected[:12]}); prepare the "
                 f"data with --tokenizer_dir {tokenizer_dir}"
             )
@@ -206,12 +206,12 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str) -> 
     if others:
         (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
-            f"--dataset {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
+            f"{flag} {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
             f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders)"
         )
     if unknown:
         logs.get_logger().warning(
-            f"--dataset {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
+            f"{flag} {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
             f"({len(unknown)} of {len(parts)} folders)"
         )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from colossal_llama2.model.neftune import NoNoise
     from colossal_llama2.train.checkpoint import Checkpointer
     from colossal_llama2.train.engine.booster import Engine
+    from colossal_llama2.train.evaluation import SilentEvaluator
 
 NO_TIMER = NoTimer()
 
@@ -171,14 +172,16 @@ def fit(
     progress: logs.SilentProgress,
     stop: NoSignals,
     bad_steps: BadSteps,
+    evaluator: "SilentEvaluator",
 ) -> None:
     """Train from `state` to the end of the last epoch, updating `state` as it goes.
 
     Raises:
-        RunError: too many steps gave no numbers, or a checkpoint cannot be written.
+        RunError: too many steps gave no numbers, a checkpoint cannot be written, or the evaluation ends the run.
         Stopped: a signal came to a rank; what was trained is saved.
     """
     stop.begin()
+    evaluator.before_training(state)
     first_step = state.step
     while state.epoch < num_epochs:
         steps_left = loader.order.steps_after(state.sample_start_index)
@@ -198,6 +201,7 @@ def fit(
             state.tokens_seen += result.tokens
             steps_left -= 1
             _show(state, result, learning_rate, time.monotonic() - start, metrics=metrics, progress=progress)
+            evaluator.after_step(state, epoch_ends=steps_left == 0, save_now=checkpointer.save_now)
             checkpointer.save(state, epoch_ends=steps_left == 0)
             start = time.monotonic()
         state.epoch += 1

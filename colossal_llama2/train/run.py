@@ -8,10 +8,11 @@ import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.buckets import Buckets
+from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
 from colossal_llama2.dataset.loader import (
     Collator,
     SampleOrder,
@@ -46,6 +47,7 @@ from colossal_llama2.train.checkpoint import (
 from colossal_llama2.train.engine import exact
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.engine.watch import watching
+from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
 from colossal_llama2.train.row_health import RowHealth
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args, trained_rows=rows_to_train(args, plan)), facts.parameters)
     check_token_ids(dataset, facts, engine)
+    eval_sets = load_eval_sets(args, facts, engine)
     measured = measure_parts(data.parts)
     order = sample_order(args, len(dataset), engine, buckets=plans.buckets_of(data, measured))
     tokenizer_path = find_tokenizer(args, plan)
@@ -112,6 +115,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     checkpointer.check_room()
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
     with contextlib.ExitStack() as parts:
+        metrics = parts.enter_context(contextlib.closing(metrics_writer(args, engine, state)))
         fit(
             state,
             num_epochs=args.num_epochs,
@@ -122,7 +126,8 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             checkpointer=checkpointer,
             stop=stop,
             bad_steps=BadSteps(args.max_bad_steps),
-            metrics=parts.enter_context(contextlib.closing(metrics_writer(args, engine, state))),
+            metrics=metrics,
+            evaluator=make_evaluator(args, plan, engine, eval_sets, collator, run_facts, metrics=metrics),
             progress=parts.enter_context(
                 logs.progress(total=schedule.total_steps, initial=state.step, description="train", unit="step")
             ),
@@ -189,7 +194,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
         else:
             problems.append("--profile needs --benchmark")
-    checks.append(lambda: data_of(args))
+    checks += [lambda: data_of(args), lambda: resolve_eval_sets(args.eval_dataset)]
+    problems += evaluation_problems(args)
     for check in checks:
         try:
             check()
@@ -209,7 +215,10 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             check_can_create(Path(getattr(args, name)), f"--{name}")
         rows_to_train(args, plan)
         if not problems:
-            check_parts_fit(data_of(args).paths, stage=args.stage, tokenizer_dir=find_tokenizer(args, plan))
+            tokenizer_path = find_tokenizer(args, plan)
+            check_parts_fit(data_of(args).paths, stage=args.stage, tokenizer_dir=tokenizer_path)
+            eval_paths = [one.path for one in resolve_eval_sets(args.eval_dataset)]
+            check_parts_fit(eval_paths, stage=args.stage, tokenizer_dir=tokenizer_path, flag="--eval_dataset")
     except UserError as error:
         problems.append(str(error))
     if problems:
@@ -236,14 +245,71 @@ def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
         raise UserError(f"--pp {args.pp} given, the model has {facts.layers} layers; give at most that many stages")
 
 
-def check_token_ids(dataset, facts: ModelFacts, engine: Engine) -> None:
+def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
     """Refuse data of another tokenizer; each rank looks through its share."""
     highest = engine.max_over_ranks(highest_token_id(dataset, share=engine.rank, shares=engine.world_size))
     if highest >= facts.vocab_size:
         raise UserError(
-            f"--dataset has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "
+            f"{flag} has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "
             f"prepare the data with the tokenizer of the model"
         )
+
+
+def load_eval_sets(args: argparse.Namespace, facts: ModelFacts, engine: Engine) -> List[LoadedSet]:
+    """The data of --eval_dataset, checked as that of --dataset is."""
+    sets = []
+    for name, path in resolve_eval_sets(args.eval_dataset):
+        flag = f"--eval_dataset {name}="
+        samples = load_tokenized_dataset([path], args.document_mask, flag=flag)
+        check_lengths(samples, args.max_length, flag=flag)
+        check_token_ids(samples, facts, engine, flag=flag)
+        known_bytes = target_bytes(path)
+        if not known_bytes:
+            logs.get_logger().warning("%s%s does not say how many bytes of text it has: no bits per byte", flag, path)
+        sets.append(LoadedSet(name, samples, known_bytes))
+    return sets
+
+
+def make_evaluator(
+    args: argparse.Namespace,
+    plan: LoadPlan,
+    engine: Engine,
+    sets: List[LoadedSet],
+    collator: Collator,
+    run_facts: Dict[str, Any],
+    *,
+    metrics: SilentWriter,
+) -> SilentEvaluator:
+    """What measures the model on --eval_dataset; checkpoints get what it finds."""
+    if not sets:
+        return SilentEvaluator()
+    saved = plan.read_states()[1] if plan.resume_path is not None else {}
+    run_facts["evaluations"] = list(saved.get("evaluations") or ())
+    return Evaluator(
+        engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
+        alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
+    )  # fmt: skip
+
+
+def alarm_limits(args: argparse.Namespace) -> Dict[str, float]:
+    """--forgetting_alarm: by which share each set's bits per byte may rise."""
+    pairs = (word.rpartition("=") for word in args.forgetting_alarm)
+    return {name: float(limit) for name, _, limit in pairs}
+
+
+def evaluation_problems(args: argparse.Namespace) -> List[str]:
+    """What is wrong with the flags of evaluation, one sentence each."""
+    names = [word.partition("=")[0] for word in args.eval_dataset]
+    problems = [
+        f"--forgetting_alarm {name}: there is no --eval_dataset of that name; give one of {', '.join(names) or 'none'}"
+        for name in alarm_limits(args)
+        if name not in names
+    ]
+    if args.eval_interval is not None and not names:
+        problems.append("--eval_interval needs --eval_dataset")
+    if names and args.benchmark:
+        problems.append("--eval_dataset does nothing with --benchmark; leave one of them out")
+    return problems
 
 
 def data_of(args: argparse.Namespace) -> Data:

@@ -442,6 +442,27 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without gradients, after which training goes on as if there had been none."""
+        import torch
+
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._gathered_for_warmup():
+                yield
+        finally:
+            self.model.train()
+
+    def _gathered_for_warmup(self) -> contextlib.AbstractContextManager:
+        """gemini_auto takes no forward pass without gradients before its first step: it runs on gathered weights."""
+        manager = getattr(self.model, "gemini_manager", None)
+        if manager is None or not manager.need_warmup or not manager.is_warmup():
+            return contextlib.nullcontext()
+        from colossal_llama2.train.engine import repairs
+
+        return repairs.gathered_weights(self.model)
+
     @property
     def is_pipelined(self) -> bool:
         """True if a step goes through `run_pipeline` instead of forward and `backward`."""
@@ -455,6 +476,8 @@ class Engine:
         criterion: Callable[[Any, int], Any],
     ) -> float:
         """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
+
+        Where gradients are switched off, forward alone.
 
         Args:
             inputs: the model's keyword arguments, tensors of (samples, ...).
@@ -480,9 +503,13 @@ class Engine:
             # ColossalAI takes the mean of the microbatches' losses.
             return criterion(outputs, next(losses)) * scheduler.num_microbatches
 
+        # Without gradients there are none to exchange, which ColossalAI would do all the same.
+        trains = torch.is_grad_enabled()
+        optimizer, exchanging = (self.optimizer, contextlib.nullcontext()) if trains else (None, self.model.no_sync())
         handle = self.unwrapped_model.register_forward_pre_hook(add_inputs, with_kwargs=True)
         try:
-            outputs = self._booster.execute_pipeline(iter([inputs]), self.model, loss_to_add, self.optimizer)
+            with exchanging:
+                outputs = self._booster.execute_pipeline(iter([inputs]), self.model, loss_to_add, optimizer)
         finally:
             handle.remove()
         known = outputs["loss"] is not None

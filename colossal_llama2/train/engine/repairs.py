@@ -5,7 +5,11 @@
     save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
     loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
     ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
+    gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
 """
+
+import contextlib
+from typing import Iterator
 
 REPAIRED_VERSION = "0.5.0"
 
@@ -121,3 +125,21 @@ def ring_weight_gradients() -> None:
         return func(**gathered, **input_local), gathered
 
     _operation._ring_as_gather = gather_then_compute
+
+
+@contextlib.contextmanager
+def gathered_weights(gemini) -> Iterator[None]:
+    """Run Gemini's model as it is, with all half-precision weights gathered on each device.
+
+    zero/gemini/gemini_ddp.py:278 refuses to go forward without gradients before a step has told what memory is needed.
+    Nothing is recorded here, so that the first step still can. Weights are let go as line 260 does it.
+    """
+    for chunk in gemini.chunk_manager.get_chunks(gemini.fp16_params):
+        gemini.chunk_manager.access_chunk(chunk)
+    gemini.forward = gemini.module.forward
+    try:
+        yield
+    finally:
+        del gemini.forward
+        gemini._post_forward()
+        gemini.gemini_manager.reset_attributes()

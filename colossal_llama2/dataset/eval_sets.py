@@ -1,0 +1,52 @@
+"""Held-out text that a run is measured on: what --eval_dataset names, and how many bytes of text it predicts."""
+
+from pathlib import Path
+from typing import List, NamedTuple, Optional, Sequence
+
+from colossal_llama2.dataset.loader import CHECK_ROWS, load_part
+from colossal_llama2.dataset.sources import is_part
+from colossal_llama2.errors import UserError
+
+EVAL_NAME = "eval"
+BYTES_COLUMN = "document_target_bytes"
+
+
+class EvalSet(NamedTuple):
+    """A name, and the folder of samples behind it."""
+
+    name: str
+    path: str
+
+
+def resolve_eval_sets(given: Sequence[str]) -> List[EvalSet]:
+    """The folders that NAME=PATH of --eval_dataset name: of samples, or with such a folder called eval/ in them.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    problems, found = [], []
+    for name, _, path in (word.partition("=") for word in given):
+        folder = next((folder for folder in (Path(path), Path(path, EVAL_NAME)) if is_part(folder)), None)
+        if folder is None:
+            problems.append(
+                f"--eval_dataset {name}={path}: holds no prepared samples, and no {EVAL_NAME}/ of such; give what "
+                f"prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote with --eval_fraction"
+            )
+        elif name in [one.name for one in found]:
+            problems.append(f"--eval_dataset: two are called {name}; give each its own name")
+        else:
+            found.append(EvalSet(name, str(folder)))
+    if problems:
+        raise UserError("; and ".join(problems))
+    return found
+
+
+def target_bytes(path: str) -> Optional[int]:
+    """UTF-8 bytes of all text that a folder of samples predicts; None if it does not say, as older data."""
+    import pyarrow.compute as compute
+
+    part = load_part(path)
+    if BYTES_COLUMN not in part.column_names:
+        return None
+    tables = part.select_columns([BYTES_COLUMN]).with_format("arrow").iter(CHECK_ROWS)
+    return sum(compute.sum(compute.list_flatten(rows[BYTES_COLUMN])).as_py() or 0 for rows in tables)

@@ -1,0 +1,202 @@
+"""How well a model predicts held-out text while it trains: loss per token, perplexity and bits per byte.
+
+Bits per byte, loss / ln 2 * predicted tokens / bytes of the predicted text, do not depend on how a tokenizer cuts the
+text, so they can be compared across vocabularies. `</s>` is predicted too, though it is no text.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.loader import Batch, Collator
+from colossal_llama2.errors import RunError
+from colossal_llama2.model.neftune import NoNoise
+from colossal_llama2.train.loop import TrainState, weighted_loss
+from colossal_llama2.train.metrics import SilentWriter
+from colossal_llama2.train.pipeline import pipeline_loss
+
+if TYPE_CHECKING:
+    import datasets
+
+    from colossal_llama2.train.engine.booster import Engine
+
+# What is measured of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}.
+Figures = Dict[str, Dict[str, float]]
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """A set of held-out samples.
+
+    Attributes:
+        samples: as `load_tokenized_dataset` gives them.
+        target_bytes: of the text that they predict; None if unknown.
+    """
+
+    name: str
+    samples: "datasets.Dataset"
+    target_bytes: Optional[int]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """By which share of its first value a set's figure may rise, and whether the run ends if it rises by more."""
+
+    limits: Dict[str, float]
+    stops: bool = False
+
+
+class SilentEvaluator:
+    """Of a run that is not measured."""
+
+    history: Sequence[Dict[str, Any]] = ()
+
+    def before_training(self, state: TrainState) -> None:
+        """Measure the model that the run begins with, unless a resumed run has done so."""
+
+    def after_step(self, state: TrainState, *, epoch_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
+        """Measure it if that is due.
+
+        Raises:
+            RunError: on all ranks, if the old language is forgotten and the run shall end then; it is saved.
+        """
+
+
+class Evaluator(SilentEvaluator):
+    """Measures all sets when it is due. All ranks call its methods together.
+
+    Attributes:
+        history: what was measured, [{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}, ...]; a resumed run begins
+            with that of its checkpoint.
+    """
+
+    def __init__(
+        self, engine: "Engine", sets: Sequence[LoadedSet], collator: Collator, *, interval: Optional[int],
+        alarm: Alarm, metrics: SilentWriter, history: List[Dict[str, Any]],
+    ):  # fmt: skip
+        """`interval` in optimizer steps; None for the ends of epochs alone, which are measured in any case."""
+        self._engine, self._sets, self._collator, self._interval = engine, sets, collator, interval
+        self._alarm, self._metrics, self.history = alarm, metrics, history
+        self._alarmed: List[str] = []
+
+    def before_training(self, state: TrainState) -> None:
+        names = {name for entry in self.history for name in entry["figures"]}
+        if any(one.name not in names for one in self._sets):
+            self._measure(state.step)
+
+    def after_step(self, state: TrainState, *, epoch_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
+        if not epoch_ends and (self._interval is None or state.step % self._interval):
+            return
+        risen = self._risen(self._measure(state.step))
+        for name, sentence in risen.items():
+            if not self._alarm.stops and name not in self._alarmed:
+                logs.get_logger().warning("%s", sentence)
+        self._alarmed = list(risen)
+        if risen and self._alarm.stops:
+            folder = save_now(state)
+            raise RunError(
+                f"{'; '.join(risen.values())}; the run ends, step {state.step} is saved: go on with --load_checkpoint "
+                f"{folder} and another --forgetting_alarm, or mix in more of {', '.join(risen)}"
+            )
+
+    def _measure(self, step: int) -> Figures:
+        figures: Figures = {}
+        for one in self._sets:
+            start = time.monotonic()
+            nats, predicted = summed_loss(self._engine, one.samples, self._collator)
+            figures[one.name] = figures_of(nats, predicted, one.target_bytes)
+            self._tell(step, one.name, figures[one.name], time.monotonic() - start)
+        self.history.append({"step": step, "figures": figures})
+        names = {f"Evaluation/{name}/{key}": v for name, values in figures.items() for key, v in values.items()}
+        self._metrics.write(step, names)
+        return figures
+
+    def _tell(self, step: int, name: str, figures: Dict[str, float], seconds: float) -> None:
+        key, first = self._first(name)
+        since = f", {figures[key] / first - 1:+.2%} since the first" if first else ""
+        bits = f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else ""
+        logs.get_logger().info(
+            "step %d: %s: loss %.4f, perplexity %.2f%s%s (%.1f s)",
+            step, name, figures["loss"], figures["perplexity"], bits, since, seconds,
+        )  # fmt: skip
+
+    def _first(self, name: str) -> tuple:
+        """Which figure of a set is compared, and its first value, None if there is none yet."""
+        for entry in self.history:
+            if name in entry["figures"]:
+                figures = entry["figures"][name]
+                key = "bits_per_byte" if "bits_per_byte" in figures else "loss"
+                return key, figures[key]
+        return "loss", None
+
+    def _risen(self, figures: Figures) -> Dict[str, str]:
+        """The sets whose figure has risen too far, each with a sentence that says so."""
+        risen = {}
+        for name, limit in self._alarm.limits.items():
+            key, first = self._first(name)
+            now = figures[name][key]
+            # Not "now > ...", which a NaN is not.
+            if not now <= first * (1 + limit):
+                risen[name] = (
+                    f"--forgetting_alarm {name}={limit:g}: {key.replace('_', ' ')} of {name} went from {first:.4f} "
+                    f"to {now:.4f}, by {now / first - 1:+.1%}"
+                )
+        return risen
+
+
+def figures_of(nats: float, predicted: int, target_bytes: Optional[int]) -> Dict[str, float]:
+    """The figures of a summed loss, by name. Bits per byte are left out where the bytes are unknown."""
+    loss = nats / predicted
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if target_bytes:
+        figures["bits_per_byte"] = nats / math.log(2) / target_bytes
+    return figures
+
+
+def summed_loss(engine: "Engine", samples: "datasets.Dataset", collator: Collator) -> tuple:
+    """The model's loss on all samples.
+
+    The samples are dealt to the data-parallel ranks, all of which make the same number of forward passes, some of
+    them on a sample that does not count. Training goes on afterwards as if nothing had been.
+
+    Returns:
+        Sum over the predicted tokens, in nats, and their number; over all ranks.
+    """
+    nats, predicted = 0.0, 0
+    with engine.evaluating():
+        for batch in _share(engine, samples, collator):
+            predicted += batch.predicted
+            if engine.is_pipelined:
+                nats += pipeline_loss(engine, [batch], noise=NoNoise(), step=0, predicted=engine.data_size)
+            else:
+                # Added up on the device, so that the host need not wait for each batch; in float64, which adds nothing.
+                nats = nats + weighted_loss(engine, batch, batch.predicted).double()
+    total, count = engine.sum_over_data([float(nats), predicted])
+    return total, round(count)
+
+
+def _share(engine: "Engine", samples: "datasets.Dataset", collator: Collator) -> Iterator[Batch]:
+    """This rank's micro batches, all of the same size."""
+    size = engine.settings.micro_batch_size
+    width = size * engine.data_size
+    for start in range(0, len(samples), width):
+        begin = start + engine.data_rank * size
+        rows = np.arange(begin, begin + size)
+        counts = rows < len(samples)
+        batch = collator(samples[np.where(counts, rows, 0)])
+        yield batch if counts.all() else _masked(batch, counts)
+
+
+def _masked(batch: Batch, counts: np.ndarray) -> Batch:
+    """The same batch, of which only some rows predict anything."""
+    from dataclasses import replace
+
+    import torch
+
+    labels = batch.labels.masked_fill(~torch.from_numpy(counts)[:, None], IGNORE_INDEX)
+    return replace(batch, labels=labels, predicted=int((labels[:, 1:] != IGNORE_INDEX).sum()))

@@ -1,0 +1,172 @@
+"""Evaluation while training, by the real ColossalAI, against plain transformers on each document by itself."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Dict
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from colossal_llama2.dataset.prepare import prepare_pretrain
+from tests import preparing, tiny
+from tests.launching import launch
+from tests.training_jobs import Job, finished, weights_of
+
+LENGTH = 64
+FP32 = ["--mixed_precision", "fp32"]
+BF16 = ["--mixed_precision", "bf16"]
+TP2 = ["--plugin", "3d", "--tp", "2"]
+PP2 = ["--plugin", "3d", "--pp", "2", "--microbatch_size", "2"]
+SP2 = ["--plugin", "3d", "--enable_sequence_parallelism", "--sp_mode", "all_to_all", "--sp", "2"]
+FLOAT32_RUNS = {
+    "zero2": [*FP32, "--plugin", "zero2"],
+    "zero2_all_logits": [*FP32, "--plugin", "zero2", "--chunked_loss", "off", "--use_flash_attn"],
+    "zero2_cpu": [*FP32, "--plugin", "zero2_cpu", "--micro_batch_size", "3"],
+    "3d": [*FP32, "--plugin", "3d", "--zero", "0"],
+    "3d_tp2": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
+    "3d_pp2": [*FP32, *PP2, "--zero", "0"],
+    "3d_sp2": [*FP32, *SP2, "--zero", "0"],
+    "one_rank": [*FP32, "--plugin", "zero2"],
+}
+BFLOAT16_RUNS = {
+    "zero2_bf16": [*BF16, "--plugin", "zero2"],
+    "gemini": [*BF16, "--plugin", "gemini"],
+    "gemini_auto": [*BF16, "--plugin", "gemini_auto"],
+    "3d_tp2_bf16": [*BF16, *TP2],
+    "3d_pp2_bf16": [*BF16, *PP2],
+}
+UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, tokenizer_dir) -> Path:
+    """A prepared folder of real text with a held-out part, whose samples are of several documents."""
+    folder = tmp_path_factory.mktemp("prepared")
+    rows = [
+        {"target": text[:150], **({"source": "Documentation: "} if number % 4 == 0 else {})}
+        for number, text in enumerate(tiny.english_documents()[:90])
+    ]
+    preparing.write_lines(folder / "en" / "text.jsonl", rows)
+    prepare_pretrain(
+        **preparing.settings([folder / "en"], tokenizer_dir, folder, max_length=LENGTH, bins=2, eval_fraction=0.3)
+    )
+    return folder / "arrow"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, prepared, model_dir) -> Dict[str, Job]:
+    """Every run of this file, by name."""
+    folder = tmp_path_factory.mktemp("jobs")
+    specs = {}
+    # One document a row and no byte counts, as data from elsewhere.
+    plain = folder / "plain"
+    datasets.load_from_disk(prepared / "eval").select_columns(["input_ids", "labels"]).save_to_disk(plain)
+
+    def add(name: str, *flags, home=None) -> None:
+        here = folder / (home or name)
+        common = ["--pretrained", model_dir, "--dataset", prepared, "--max_length", LENGTH, "--lr", "1e-3"]
+        common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
+        common += ["--micro_batch_size", "4", "--save_interval", "4"]
+        specs[name] = {"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]]}
+
+    measured = ("--eval_dataset", f"en={prepared}", "--eval_interval", "4")
+    for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
+        add(name, *measured, *flags)
+        if name in UNMEASURED:
+            add(f"{name}_unmeasured", *flags)
+    zero2 = FLOAT32_RUNS["zero2"]
+    add("forgets", *measured, *zero2, "--lr", "1", "--forgetting_alarm", "en=0.1", "--on_forgetting", "stop")
+    resumed = ("--lr", "1", "--forgetting_alarm", "en=0.1", "--load_checkpoint", folder / "forgets/ckpt/epoch-0_step-4")
+    add("goes_on", *measured, *zero2, *resumed, home="forgets")
+    add("plain", *zero2, "--eval_dataset", f"old={plain}", f"en={prepared / 'eval'}", "--document_mask", "off")
+    launch(folder, [spec for name, spec in specs.items() if name != "one_rank"])
+    ranks = tmp_path_factory.mktemp("one_rank")
+    launch(ranks, [specs["one_rank"]], ranks=1)
+    shutil.copy(ranks / "one_rank.json", folder)
+    return {name: finished(folder, spec) for name, spec in specs.items()}
+
+
+def history(job: Job) -> list:
+    """The evaluations that the last checkpoint tells."""
+    last = (job.folder / "ckpt" / "latest").read_text().strip()
+    return json.loads((job.folder / "ckpt" / last / "running_states.json").read_text())["evaluations"]
+
+
+@torch.no_grad()
+def plain_figures(model, eval_dir: Path, *, apart: bool = True) -> Dict[str, float]:
+    """By transformers alone: each document through the model by itself, or each sample as one if not `apart`."""
+    nats, predicted, target_bytes = 0.0, 0, 0
+    for sample in datasets.load_from_disk(eval_dir):
+        start = 0
+        for length in sample["sequence_lengths"] if apart else [len(sample["input_ids"])]:
+            ids, labels = (torch.tensor(sample[name][start : start + length]) for name in ("input_ids", "labels"))
+            start += length
+            logits = model(ids[None]).logits[0, :-1].float()
+            nats += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+            predicted += int((labels[1:] != -100).sum())
+        target_bytes += sum(sample["document_target_bytes"])
+    loss = nats / predicted
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": nats / math.log(2) / target_bytes}
+
+
+@pytest.mark.parametrize("name", [*FLOAT32_RUNS, *BFLOAT16_RUNS])
+def test_figures_are_those_of_transformers(jobs, prepared, model_dir, name):
+    assert jobs[name].error is None
+    entries = history(jobs[name])
+    assert [entry["step"] for entry in entries][:2] == [0, 4] and len(entries) >= 3
+    first, last = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_dir, jobs[name].model))
+    exact = name in FLOAT32_RUNS
+    for model, entry in ((first if exact else first.bfloat16().float(), entries[0]), (last.float(), entries[-1])):
+        expected = plain_figures(model, prepared / "eval")
+        for key, value in expected.items():
+            # The exponent of the perplexity makes a relative error of an absolute one.
+            scale = 1 if key != "perplexity" else expected["loss"]
+            assert entry["figures"]["en"][key] == pytest.approx(value, rel=(1e-6 if exact else 1e-3) * scale), key
+    assert jobs[name].scalars("Evaluation/en/bits_per_byte") == pytest.approx(
+        [entry["figures"]["en"]["bits_per_byte"] for entry in entries]
+    )
+
+
+def test_figures_do_not_depend_on_plugin_or_ranks(jobs):
+    firsts = [history(jobs[name])[0]["figures"]["en"]["bits_per_byte"] for name in FLOAT32_RUNS]
+    assert firsts == pytest.approx([firsts[0]] * len(firsts), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", UNMEASURED)
+def test_evaluation_leaves_the_training_as_it_is(jobs, name):
+    assert jobs[f"{name}_unmeasured"].error is None
+    with_it, without = (weights_of(jobs[job]) for job in (name, f"{name}_unmeasured"))
+    assert all(torch.equal(with_it[key], without[key]) for key in without)
+
+
+def test_forgetting_ends_the_run_and_is_saved(jobs):
+    error = jobs["forgets"].error
+    assert "--forgetting_alarm en=0.1: bits per byte of en went from" in error and "epoch-0_step-4" in error
+    assert jobs["goes_on"].error is None
+    entries = history(jobs["goes_on"])
+    assert [entry["step"] for entry in entries] == [0, 4, 5]
+    assert entries[1]["figures"]["en"]["bits_per_byte"] > 1.1 * entries[0]["figures"]["en"]["bits_per_byte"]
+
+
+def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
+    first = history(jobs["plain"])[0]["figures"]
+    assert list(first) == ["old", "en"] and sorted(first["old"]) == ["loss", "perplexity"]
+    expected = plain_figures(AutoModelForCausalLM.from_pretrained(model_dir), prepared / "eval", apart=False)
+    assert first["en"] == pytest.approx(expected, rel=1e-5) and first["old"]["loss"] == first["en"]["loss"]
+
+
+def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepared, model_dir, tmp_path):
+    flags = ["--pretrained", model_dir, "--dataset", prepared, "--save_dir", tmp_path / "ckpt"]
+    process = run_script(
+        "train.py", *flags, "--eval_dataset", "en=nowhere", f"en={prepared}", f"en={prepared / 'eval'}",
+        "--forgetting_alarm", "zh=0.1", cwd=tmp_path,
+    )  # fmt: skip
+    words = ("en=nowhere: holds no prepared samples", "two are called en", "--forgetting_alarm zh: there is no")
+    assert_user_error(process, *words)
+    assert_user_error(run_script("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")
+    assert_user_error(run_script("train.py", *flags, "--eval_dataset", "x", cwd=tmp_path), "NAME=PATH allowed")
+    assert not (tmp_path / "ckpt").exists()
