@@ -29,7 +29,7 @@ def load_tokenized_dataset(dataset_paths: Sequence[str], document_mask: str = "o
     """Load prepared folders and put their samples one after the other, in the given order.
 
     Args:
-        dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote, as --dataset takes them.
+        dataset_paths: what prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote, as --dataset takes it.
         document_mask: "on" or "auto" keeps the lengths of the documents in each sample, "auto" where they are there.
 
     Returns:

@@ -233,9 +233,7 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine) -> None:
 
 def data_of(args: argparse.Namespace) -> Data:
     """The parts that the flags name, quickly; with --benchmark there may be none."""
-    return resolve_data(
-        args.dataset or (), bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end
-    )
+    return resolve_data(args.dataset or (), bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end)
 
 
 def sample_order(
