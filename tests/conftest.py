@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import logs
-from tests import tiny
+from tests import preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +31,12 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A 2-layer float32 LLaMA with the tokenizer of `tokenizer_dir`. Read only."""
     return tiny.make_model(tmp_path_factory.mktemp("tiny_model") / "model", tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def two_sources(tmp_path_factory, tokenizer_dir) -> Path:
+    """Two prepared sources, as `preparing.write_two_sources` writes them. Read only."""
+    return preparing.write_two_sources(tmp_path_factory.mktemp("two_sources"), tokenizer_dir)
 
 
 @pytest.fixture(scope="session")

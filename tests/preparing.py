@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.prepare import prepare_pretrain
 from colossal_llama2.dataset.splicing import piece_lengths
+from tests import tiny
 
 Piece = Tuple[Tuple[int, ...], Tuple[int, ...], str]
 
@@ -32,6 +34,20 @@ def settings(inputs, tokenizer_dir, output: Path, *, max_length: int = 128, bins
         "num_workers": 1,
         **others,
     }
+
+
+def write_two_sources(folder: Path, tokenizer_dir: Path) -> Path:
+    """Prepare real text as two sources: new/arrow of three parts and two categories, old/arrow of two parts."""
+    documents = tiny.english_documents()
+    rows = {
+        "new": [{"target": text, "category": f"kind {number % 2}"} for number, text in enumerate(documents[:420])],
+        "old": [{"target": text, "category": "docs"} for text in documents[420:500]],
+    }
+    for bins, (name, lines) in zip((3, 2), rows.items(), strict=True):
+        write_lines(folder / "in" / name / "rows.jsonl", lines)
+        output = settings([folder / "in" / name], tokenizer_dir, folder / name, bins=bins, eval_fraction=0.05)
+        prepare_pretrain(**output)
+    return folder
 
 
 def flags(keywords: dict) -> list:

@@ -136,4 +136,3 @@ def test_without_buckets_the_order_is_what_it_was():
     order = SampleOrder(num_samples=10, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1024)
     assert order.epoch_rows(1).tolist() == np.random.default_rng([1024, 1]).permutation(10).tolist()
     assert order.bucket_of(7) == 0
-

@@ -8,9 +8,11 @@ import datasets
 import pytest
 
 from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.dataset.sources import resolve_data
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files, verify
+from colossal_llama2.train.plan import plan_lines, plan_settings
 from tests import launching, tiny
 from tests.faults import damage
 
@@ -40,6 +42,13 @@ LAYOUTS = {
     ],
     "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
 }  # fmt: skip
+# 360 samples; step 13 is in the middle of the second bucket, where "old" is read a second time.
+MIXTURE = ["new=0.7", "old=0.3"]
+MIXED_STEP = 13
+MIXED = [
+    "--bucketed", "--mixture", *MIXTURE, "--max_length", "128", "--micro_batch_size", "8", "--accumulation_steps", "1",
+    "--num_epochs", "1", "--save_interval", str(MIXED_STEP),
+]  # fmt: skip
 
 # Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
 POISONED = {
@@ -67,7 +76,7 @@ def parts(tmp_path_factory, tokenizer_dir):
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, parts, model_dir):
+def jobs(tmp_path_factory, parts, model_dir, two_sources):
     """Run every command of this file on two ranks: name -> (its folder, error, log)."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
@@ -87,10 +96,18 @@ def jobs(tmp_path_factory, parts, model_dir):
         add(f"{name}_again", *flags, "--load_checkpoint", folder / name / "ckpt" / "epoch-0_step-4")
     tokenizer = tiny.make_tokenizer(folder / "other_tokenizer", vocab_size=550)
     tiny.make_model(folder / "other_tokenizer_model", tokenizer)
+    mixed = [*LAYOUTS["zero2_fp32"], "--dataset", *sources_in(two_sources), *MIXED]
+    add("mixed", *mixed)
+    add("mixed_again", *mixed, "--load_checkpoint", folder / "mixed" / "ckpt" / f"epoch-0_step-{MIXED_STEP}")
     add_others(add, folder)
     launching.launch(folder, specs, worker="resume_worker.py")
     results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
     return {name: (folder / name, result["error"], result["log"]) for name, result in results.items()}
+
+
+def sources_in(two_sources):
+    """What --dataset gets for both."""
+    return [f"{name}={two_sources / name / 'arrow'}" for name in ("old", "new")]
 
 
 def add_others(add, folder: Path) -> None:
@@ -149,6 +166,26 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(jobs, name):
     last = "ckpt/epoch-1_step-12"
     assert contents(straight[0] / last) == contents(again[0] / last)
     assert any("optimizer" in path for path in contents(again[0] / last)[0])
+
+
+def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sources):
+    data = resolve_data(sources_in(two_sources), bucketed=True, mixture=MIXTURE)
+    plan = plan_settings(
+        data, micro_batch_size=8, data_size=2, accumulation_steps=1, seed=1024, num_epochs=1, learning_rate=2e-3,
+        warmup=None,
+    )  # fmt: skip
+    second = plan["buckets"][1]
+    assert second["first_step"] < MIXED_STEP < second["last_step"] and second["sources"]["old"]["again"]
+    home, error, log = jobs["mixed"]
+    assert error is None and json.loads((home / "ckpt" / "plan.json").read_text()) == json.loads(json.dumps(plan))
+    assert [line for line in log if line in set(plan_lines(plan))] == list(plan_lines(plan))
+    epoch, last = plan["epoch"], f"ckpt/epoch-0_step-{plan['steps']}"
+    states = json.loads((home / last / "running_states.json").read_text())
+    assert states["tokens_seen"] == epoch["tokens"] - epoch["left_over_tokens"]
+    assert states["samples_seen"] == epoch["samples"] - epoch["left_over_samples"]
+    assert f"samples left over at the ends of epochs: {epoch['left_over_samples']}." in log[-1]
+    again = jobs["mixed_again"]
+    assert "bit for bit" in " ".join(again[2]) and contents(home / last) == contents(again[0] / last)
 
 
 def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):

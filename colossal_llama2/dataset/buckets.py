@@ -3,8 +3,8 @@
 Bucket k holds part k of every source. Inside it, each source is shuffled and spread evenly over the bucket. With shares
 in tokens (`Mixture`), a source gives fewer samples than it has, or gives some again.
 
-The order is a pure function of lengths, shares, seed and epoch. An epoch takes the same number of samples of each source
-as any other; which ones of a source that has too many, changes from epoch to epoch until all were taken.
+The order is a pure function of lengths, shares, seed and epoch. Every epoch takes the same number of samples of a
+source; of one that has too many it takes others each time, until all were taken.
 """
 
 from bisect import bisect_right

@@ -31,7 +31,7 @@ def load_tokenized_dataset(
     """Load prepared folders and put their samples one after the other, in the given order.
 
     Args:
-        dataset_paths: folders that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote, as --dataset takes them.
+        dataset_paths: what prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote, as --dataset takes it.
         flag: what named the folders, for messages.
         document_mask: "on" or "auto" keeps the lengths of the documents in each sample, "auto" where they are there.
 

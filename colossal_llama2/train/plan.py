@@ -228,11 +228,13 @@ def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:
         if again:
             most = max(source["samples"] / source["samples_there"] for source in held.values())
             samples = sum(source["again"] for source in held.values())
-            yield f"{name} runs out in {_bucket_list(again)}: {samples:,} samples are read again, at most {most:.2f} times"
+            where = f" in {_bucket_list(again)}" if data.bucketed else ""
+            yield f"{name} runs out{where}: {samples:,} samples are read again, at most {most:.2f} times"
         left_out = [number for number, source in held.items() if source["left_out"]]
         if left_out:
             samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
-            yield f"{samples:,} samples ({tokens:,} tokens) of {name} are left out in {_bucket_list(left_out)}"
+            where = f" in {_bucket_list(left_out)}" if data.bucketed else ""
+            yield f"{samples:,} samples ({tokens:,} tokens) of {name} are left out{where}"
     missed = [bucket["bucket"] for bucket in buckets if _misses_shares(bucket)]
     if missed:
         yield f"{_bucket_list(missed)}: too few samples to reach the asked shares within {TOLERANCE:.0%}"

@@ -314,9 +314,7 @@ def evaluation_problems(args: argparse.Namespace) -> List[str]:
 
 def data_of(args: argparse.Namespace) -> Data:
     """The parts that the flags name, quickly; with --benchmark there may be none."""
-    return resolve_data(
-        args.dataset or (), bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end
-    )
+    return resolve_data(args.dataset or (), bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end)
 
 
 def sample_order(
