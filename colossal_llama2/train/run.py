@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 from colossal_llama2 import __version__, logs
+from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.loader import (
     Collator,
     SampleOrder,
@@ -40,7 +41,7 @@ from colossal_llama2.train.checkpoint import (
     expected_bytes,
     plan_loading,
 )
-from colossal_llama2.train.engine import exact
+from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.loop import TrainState, fit
@@ -62,11 +63,13 @@ def train(args: argparse.Namespace) -> None:
         plan = check_inputs(args)
         if logs.is_first_rank() and not args.benchmark:
             around.enter_context(save_folder.locked(args.save_dir))
+            plan = check_again(args, plan)
         launch(args.seed, timeout_seconds=args.dist_timeout)
         stop.meet()
-        with watching(Path(sys.argv[0]).name, timeout_seconds=args.dist_timeout):
+        command = Path(sys.argv[0]).name
+        with watching(command, timeout_seconds=args.dist_timeout, before_end=save_folder.let_go):
             if args.benchmark:
-                benchmark(args, stop)
+                benchmark(with_defaults(args), stop)
             else:
                 run(args, plan, stop)
             leave()
@@ -74,24 +77,28 @@ def train(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = None) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
-    stop = stop or NoSignals()
+    stop, args = stop or NoSignals(), with_defaults(args)
     plan = resuming.settle(plan, args.save_dir)
-    facts = inspect_weights(plan.model_path)
-    check_model_fits(args, facts)
-    dataset = load_tokenized_dataset(args.dataset, args.document_mask)
-    check_lengths(dataset, args.max_length)
+    # A rank may see what the others do not, such as a file that its host cannot read: all must hear of it.
+    with exchange.all_or_none():
+        facts = inspect_weights(plan.model_path)
+        check_model_fits(args, facts)
+        dataset = load_tokenized_dataset(args.dataset, args.document_mask)
+        check_lengths(dataset, args.max_length)
     engine = Engine(engine_settings(args), facts.parameters)
     check_token_ids(dataset, facts, engine)
     order = sample_order(args, len(dataset), engine)
     tokenizer_path = find_tokenizer(args, plan)
-    run_facts = describe_run(args, engine, order, tokenizer_path)
-    state = initial_state(args, plan, run_facts)
+    with exchange.all_or_none():
+        run_facts = describe_run(args, engine, order, tokenizer_path)
+        state = initial_state(args, plan, run_facts)
     if resuming.is_done(plan, state, order, args.num_epochs):
         save_folder.prepare(args.save_dir)
         return resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every)
-    schedule = make_schedule(args, plan, state, order)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
-    collator = make_collator(args, tokenizer_path)
+    with exchange.all_or_none():
+        schedule = make_schedule(args, plan, state, order)
+        collator = make_collator(args, tokenizer_path)
     loader = StepLoader(dataset, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
     with engine.first_rank_only() as first:
@@ -126,6 +133,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
 
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
     """The flags that decide how a step is computed."""
+    args = with_defaults(args)
     return EngineSettings(
         plugin=args.plugin,
         precision=args.mixed_precision,
@@ -153,7 +161,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         Where the weights come from.
     """
     settings = engine_settings(args)
-    problems = settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    problems = unused_flags(args)
+    problems += settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
@@ -190,6 +199,13 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     return plan
 
 
+def check_again(args: argparse.Namespace, plan: LoadPlan) -> LoadPlan:
+    """The plan, now that --save_dir is held: another run may have saved there after the checks, and ended."""
+    plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
+    check_save_dir(args.save_dir, plan.resume_path)
+    return plan
+
+
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
     if args.max_length > facts.max_position_embeddings:
@@ -211,7 +227,9 @@ def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
 
 def check_token_ids(dataset, facts: ModelFacts, engine: Engine) -> None:
     """Refuse data of another tokenizer; each rank looks through its share."""
-    highest = engine.max_over_ranks(highest_token_id(dataset, share=engine.rank, shares=engine.world_size))
+    with exchange.all_or_none():
+        highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
+    highest = engine.max_over_ranks(highest)
     if highest >= facts.vocab_size:
         raise UserError(
             f"--dataset has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "
@@ -357,7 +375,7 @@ def load_model(
     *, ties_embeddings: bool,
 ) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
-    with engine.initializing(ties_embeddings=ties_embeddings):
+    with exchange.all_or_none(), engine.initializing(ties_embeddings=ties_embeddings):
         model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
