@@ -137,4 +137,5 @@ def test_it_is_one_line_and_a_mistake_of_the_user(views, tmp_path):
     told = [line for line in process.stderr.splitlines() if line.startswith("train.py: error:")]
     assert len(told) == 1 and INPUTS["data"] in told[0], process.stderr
     # What torchrun says of the rank that ended first.
-    assert "exitcode  : 2" in process.stderr and not Path(tmp_path, "ckpt").exists()
+    assert "exitcode  : 2" in process.stderr and "exitcode  : 1" not in process.stderr
+    assert not Path(tmp_path, "ckpt").exists()

@@ -218,7 +218,7 @@ def _write_tensor(
     if too_large:
         dtype = FLOATS[entry["dtype"]][0]
         raise UserError(
-            f"{name} would hold {too_large:,} numbers that are too large for --dtype {dtype}; nothing was kept. "
+            f"{name}: {too_large:,} of its numbers would be too large for --dtype {dtype}; nothing was kept. "
             "Use bfloat16 or float32"
         )
 
