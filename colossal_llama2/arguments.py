@@ -1,7 +1,8 @@
 """Every flag of every command, defined once, in plain argparse.
 
 A flag that the original's README and code spell differently has both spellings on one line. What argparse can judge
-by itself (type, range, choice) is judged here; what needs two flags or the file system is judged by the command.
+by itself (type, range, choice) is judged here; what needs two flags or the file system is judged by the command, which
+asks `unused_flags` for those that would change nothing, and takes their defaults from `with_defaults`.
 This module imports nothing but the standard library, so `--help` is instant.
 """
 
@@ -10,7 +11,7 @@ import difflib
 import math
 import re
 import sys
-from typing import List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -195,6 +196,51 @@ def _number(text: str, kind: type, allowed: str, accepts):
     if not is_allowed:
         raise argparse.ArgumentTypeError(f"'{text}' given, {allowed} allowed")
     return value
+
+
+# Flags that mean something only beside others. Argparse's default is None, which tells whether one was given.
+
+
+class DependentFlag(NamedTuple):
+    """A flag's default, what it needs, in words, and whether the other flags have that."""
+
+    default: Any
+    needs: str
+    is_used: Callable[[argparse.Namespace], bool]
+
+
+DEPENDENT_FLAGS: Dict[str, DependentFlag] = {
+    "zero": DependentFlag(1, "needs --plugin 3d", lambda args: args.plugin == "3d"),
+    "microbatch_size": DependentFlag(1, "needs --pp of at least 2", lambda args: args.pp > 1),
+    "sp_mode": DependentFlag(
+        "split_gather", "needs --enable_sequence_parallelism", lambda args: args.enable_sequence_parallelism
+    ),
+    "neft_alpha": DependentFlag(5.0, "needs --use_neft", lambda args: args.use_neft),
+    "keep_every": DependentFlag(None, "needs --keep_last", lambda args: args.keep_last is not None),
+    "num_samples": DependentFlag(500, "needs --benchmark", lambda args: args.benchmark),
+    "load_checkpoint": DependentFlag(None, "is not for --benchmark, which loads none", lambda args: not args.benchmark),
+    "resume": DependentFlag(None, "is not for --benchmark, which saves nothing", lambda args: not args.benchmark),
+}
+
+
+def unused_flags(args: argparse.Namespace) -> List[str]:
+    """One sentence for each flag that was given and would change nothing."""
+    given = {name: getattr(args, name, None) for name in DEPENDENT_FLAGS}
+    return [
+        f"--{name} {value} {DEPENDENT_FLAGS[name].needs}; leave it out"
+        for name, value in given.items()
+        if value is not None and not DEPENDENT_FLAGS[name].is_used(args)
+    ]
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """The same flags, with the defaults of those that were not given."""
+    unset = [name for name in DEPENDENT_FLAGS if getattr(args, name, "not a flag of this command") is None]
+    return argparse.Namespace(**{**vars(args), **{name: DEPENDENT_FLAGS[name].default for name in unset}})
+
+
+def _default(name: str) -> str:
+    return f"(default: {DEPENDENT_FLAGS[name].default})"
 
 
 # One parser per command.
@@ -502,8 +548,8 @@ def train_sft_parser() -> CommandParser:
     sft = parser.add_argument_group("fine-tuning")
     sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
     sft.add_argument(
-        "--neft_alpha", metavar="ALPHA", type=positive_float, default=5.0,
-        help="scale of NEFTune's noise; the paper tries 5, 10 and 15",
+        "--neft_alpha", metavar="ALPHA", type=positive_float, default=None,
+        help=f"scale of NEFTune's noise; the paper tries 5, 10 and 15 {_default('neft_alpha')}",
     )  # fmt: skip
     return parser
 
@@ -631,19 +677,22 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
     parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
     parallel.add_argument(
-        "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=1, help="ZeRO stage, for 3d"
-    )
+        "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=None,
+        help=f"ZeRO stage, for 3d {_default('zero')}",
+    )  # fmt: skip
     parallel.add_argument("--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for 3d")
     parallel.add_argument(
-        "--microbatch_size", metavar="N", type=positive_int, default=1,
-        help="samples that a pipeline stage passes on at once, a divisor of --micro_batch_size",
+        "--microbatch_size", metavar="N", type=positive_int, default=None,
+        help="samples that a pipeline stage passes on at once, a divisor of --micro_batch_size "
+        f"{_default('microbatch_size')}",
     )  # fmt: skip
     parallel.add_argument(
         "--enable_sequence_parallelism", action="store_true", help="split samples along their length too, for 3d"
     )
     parallel.add_argument(
-        "--sp_mode", choices=SP_MODES, default="split_gather",
-        help="split_gather and ring: among tensor-parallel ranks; all_to_all: among ranks of its own, see --sp",
+        "--sp_mode", choices=SP_MODES, default=None,
+        help="split_gather and ring: among tensor-parallel ranks; all_to_all: among ranks of its own, see --sp "
+        f"{_default('sp_mode')}",
     )  # fmt: skip
     parallel.add_argument(
         "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for all_to_all"
@@ -667,8 +716,9 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
         help="measure steps on random tokens, in place of --dataset, and write nothing",
     )  # fmt: skip
     benchmark.add_argument(
-        "--num_samples", metavar="N", type=positive_int, default=500, help="random samples, of --max_length tokens"
-    )
+        "--num_samples", metavar="N", type=positive_int, default=None,
+        help=f"random samples, of --max_length tokens {_default('num_samples')}",
+    )  # fmt: skip
     benchmark.add_argument(
         "--profile", metavar="DIR", default=None, help="with --benchmark: folder for PyTorch's trace of two steps"
     )

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2.errors import UserError
 
@@ -111,6 +111,25 @@ def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
             shutil.copytree(source / name, folder / name)
         elif (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+
+
+def contents_of(folder: Path, names: Sequence[str]) -> Dict[str, bytes]:
+    """The contents of those of the named files and folders that exist, by path inside `folder`, following links."""
+    found: Dict[str, bytes] = {}
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            found.update(contents_of(folder, sorted(f"{name}/{inside.name}" for inside in path.iterdir())))
+        elif path.exists():
+            found[name] = path.read_bytes()
+    return found
+
+
+def write_contents(folder: Path, contents: Dict[str, bytes]) -> None:
+    """Write what `contents_of` gave into another folder."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 @contextmanager

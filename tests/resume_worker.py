@@ -2,9 +2,13 @@
 
     torchrun --standalone --nproc_per_node 2 tests/resume_worker.py JOBS.json
 
-JOBS.json is a list of {"name", "script", "flags", "damage", "poison"}; "damage" lists [kind, path] that rank 0 applies
-first, by tests/faults/damage.py; "poison" is (rank, step, kind), for tests/faults/poison.py. Rank 0 writes <name>.json
-with "error" (null, or the message) and "log" (its lines).
+JOBS.json is a list of {"name", "script", "flags"}, of which each may have
+    damage    a list of [kind, path] that rank 0 applies first, by tests/faults/damage.py
+    poison    (rank, step, kind), for tests/faults/poison.py
+    fault     a kind of tests/faults/one_rank.py
+    views     a folder with rank-0 and rank-1, in which each rank works: what it sees at a relative path is its own
+Rank 0 writes <name>.json with "error" (null, or the message), "log" (its lines) and "ranks": of each rank its error,
+and what was half written in --save_dir when it knew.
 """
 
 import contextlib
@@ -20,7 +24,7 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import run
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import launch, leave
-from tests.faults import damage, poison
+from tests.faults import damage, one_rank, poison
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
 
@@ -40,19 +44,25 @@ def run_job(job: dict, is_first: bool) -> dict:
     """Run one command in the open process group."""
     keeper = LineKeeper()
     logs.get_logger().addHandler(keeper)
-    error = None
+    error, left = None, []
     try:
         for kind, path in job.get("damage", ()) if is_first else ():
             damage.KINDS[kind](Path(path))
         exchange.gather_values(None)
         args = PARSERS[job["script"]]().parse_args(job["flags"])
-        with poison.poisoned(*job["poison"]) if job.get("poison") else contextlib.nullcontext():
+        with contextlib.ExitStack() as around:
+            if job.get("views"):
+                around.enter_context(contextlib.chdir(Path(job["views"], f"rank-{exchange.place()[0]}")))
+            if job.get("poison"):
+                around.enter_context(poison.poisoned(*job["poison"]))
+            if job.get("fault"):
+                around.enter_context(one_rank.befalling(job["fault"]))
             run.run(args, run.check_inputs(args))
     except (UserError, RunError) as caught:
-        error = str(caught)
+        error, left = str(caught), [path.name for path in Path(args.save_dir).glob("*.tmp")]
     finally:
         logs.get_logger().removeHandler(keeper)
-    return {"error": error, "log": keeper.lines}
+    return {"error": error, "log": keeper.lines, "ranks": exchange.gather_values([error, left])}
 
 
 def main() -> None:

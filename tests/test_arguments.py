@@ -141,7 +141,7 @@ def test_every_flag_of_the_original_parses_under_each_spelling(make_parser):
 @PARSERS
 def test_defaults_are_those_of_the_readme(make_parser):
     flags = FLAGS[make_parser]
-    parsed = make_parser().parse_args(required_words(flags))
+    parsed = arguments.with_defaults(make_parser().parse_args(required_words(flags)))
     for names, (_, value, default) in flags.items():
         assert getattr(parsed, destination(names)) == (value if default is REQUIRED else default), names
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -315,7 +316,7 @@ def test_a_number_too_large_for_the_dtype_is_refused(model_dir, expanded, tmp_pa
     init_model(source, expanded, tmp_path / "kept", dtype="float16")
     tensors["model.norm.weight"][2] = 70000.0
     save_file(tensors, source / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="model.norm.weight holds numbers too large for --dtype float16"):
+    with pytest.raises(UserError, match="model.norm.weight: 1 of its numbers would be too large for --dtype float16"):
         init_model(source, expanded, tmp_path / "out", dtype="float16")
     init_model(source, expanded, tmp_path / "out", dtype="bfloat16")
     with pytest.raises(ValueError, match="dtype is 'fp16'"):
@@ -324,6 +325,20 @@ def test_a_number_too_large_for_the_dtype_is_refused(model_dir, expanded, tmp_pa
     with pytest.raises(UserError, match="quantized"):
         init_model(source, expanded, tmp_path / "quantized", dtype="float16")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_row_that_moves_may_be_too_large_too(model_dir, tmp_path):
+    source = padded(model_dir, tmp_path / "source", 1)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(source)
+    tensors = load_file(source / WEIGHTS_FILE)
+    tensors[INPUT_EMBEDDING][600, :3] = torch.tensor([65504.0, 70000.0, -1e30])
+    save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
+    target_tokenizer = expand(source, tmp_path)
+    with pytest.raises(UserError, match="embed_tokens.weight: 2 of its numbers would be too large"):
+        init_model(source, target_tokenizer, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_config_code_is_never_run_and_sizes_must_match(model_dir, expanded, tmp_path, caplog):
@@ -419,7 +434,29 @@ def test_what_overwrite_refuses(model_dir, expanded, tmp_path):
         (linked / path.name).symlink_to(path)
     with pytest.raises(UserError, match="which is in the target"):
         init_model(linked, expanded, source, overwrite=True)
+    finished = tmp_path / "finished"
+    init_model(model_dir, expanded, finished)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "pytorch_model.bin.index.json"):
+        (finished / name).write_text("mine")
+        with pytest.raises(UserError, match=f"would remove {name}"):
+            init_model(model_dir, expanded, finished, overwrite=True)
+        (finished / name).unlink()
     assert len(list(other.iterdir())) == 2 and (source / WEIGHTS_FILE).exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, expanded, tmp_path, monkeypatch):
+    init_model(model_dir, expanded, tmp_path / "out")
+    (tmp_path / "new").mkdir()
+    for target, closed, named in (
+        (tmp_path / "new" / "out", tmp_path / "new", {}),
+        (tmp_path / "out", tmp_path, {"overwrite": True}),
+        (tmp_path / "out", tmp_path / "out", {"overwrite": True}),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"cannot be written in {closed};"):
+            # Root may write everywhere, so the system's answer is replaced.
+            patch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
+            patch.setattr("colossal_llama2.model.init_model._read_config", None)
+            init_model(model_dir, expanded, target, **named)
 
 
 # Killed runs.

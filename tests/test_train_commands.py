@@ -9,9 +9,12 @@ import sys
 import datasets
 import pytest
 
+from colossal_llama2 import arguments
 from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.prepare import prepare_pretrain, prepare_sft
+from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.train import run, save_folder
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -129,6 +132,32 @@ def test_a_used_save_dir_is_refused(run_script, assert_user_error, flags, tmp_pa
     (tmp_path / "save_dir" / "epoch-0_step-5").mkdir(parents=True)
     process = run_script("train.py", *flags, "--plugin", "zero2")
     assert_user_error(process, "already holds epoch-0_step-5", "give a new folder")
+
+
+def test_a_folder_that_was_written_to_between_check_and_lock_is_refused(flags, tmp_path, monkeypatch):
+    """Another run may hold it, save and end just then."""
+    locked = save_folder.locked
+    other = tmp_path / "save_dir" / "epoch-0_step-5"
+
+    def locked_later(save_dir):
+        other.mkdir(parents=True)
+        return locked(save_dir)
+
+    monkeypatch.setattr(save_folder, "locked", locked_later)
+    with pytest.raises(UserError, match="already holds epoch-0_step-5 of another run"):
+        run.train(arguments.train_parser().parse_args([*flags, "--plugin", "zero2"]))
+    assert other.is_dir() and not other.with_name(".lock").exists()
+
+
+def test_flags_that_would_change_nothing_are_refused_at_once(run_script, assert_user_error, flags):
+    unused = {"zero": 1, "microbatch_size": 1, "sp_mode": "ring", "neft_alpha": 5.0, "num_samples": 9, "keep_every": 2}
+    words = [word for name, value in unused.items() for word in (f"--{name}", str(value))]
+    process = run_script("train_sft.py", *flags, "--plugin", "zero2", *words)
+    assert_user_error(process, *(f"--{name} {value} needs --" for name, value in unused.items()))
+    loading = ["--load_checkpoint", "somewhere", "--resume", "auto"]
+    process = run_script("train.py", *flags, "--plugin", "3d", "--zero", "0", "--benchmark", *loading)
+    assert_user_error(process, "--load_checkpoint somewhere is not for --benchmark", "--resume auto is not for")
+    assert "--zero" not in process.stderr
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_path):

@@ -9,6 +9,7 @@ its tokenizer has tokens (padding to a round number): no token ever used these r
 """
 
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, copy_files, read_json, sync, temporary_folder, write_json
-from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE
+from colossal_llama2.model.loading import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    INDEX_FILE,
+    NEW_ROWS_KEY,
+    WEIGHTS_FILE,
+    shard_names,
+)
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -39,6 +47,8 @@ from colossal_llama2.tokenizer.init_tokenizer import read_added_tokens
 from colossal_llama2.tokenizer.report import REPORT_FILE
 
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
+# Weights keep the source's names, which an index lists beside them; a run that was killed may leave some without one.
+WEIGHTS_NAME = re.compile(r"model(-\d+(-of-\d+)?)?\.safetensors")
 INPUT_EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_EMBEDDING = "lm_head.weight"
 MATRICES = (INPUT_EMBEDDING, OUTPUT_EMBEDDING)
@@ -166,13 +176,20 @@ def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: boo
         raise UserError(
             f"--target_model_path {target} exists already; give a new folder, or --target_tokenizer_path's own"
         )
+    check_can_create(target, "--target_model_path")
+    if overwrite:
+        # The new one is made beside it.
+        check_can_create(target.parent, "--target_model_path")
 
 
 def _check_replaceable(target: Path, source: Path) -> None:
     """Refuse to replace a folder with anything in it that this command does not write, or that the source needs."""
-    patterns = [pattern for pattern in (*MODEL_PATTERNS, *COPIED_FILES) if pattern != "*.bin"]
-    ours = {path.name for pattern in patterns for path in target.glob(pattern)}
-    foreign = sorted({path.name for path in target.iterdir()} - ours)
+    found = {path.name for path in target.iterdir()}
+    ours = {INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *COPIED_FILES}
+    ours.update(name for name in found if WEIGHTS_NAME.fullmatch(name))
+    if INDEX_FILE in found:
+        ours.update(shard_names(str(target)))
+    foreign = sorted(found - ours)
     if foreign:
         raise UserError(
             f"--overwrite would remove {foreign[0]} from --target_model_path {target}, which init_model.py does not "
@@ -181,7 +198,6 @@ def _check_replaceable(target: Path, source: Path) -> None:
     for path in (source, *source.iterdir()):
         if target in (Path(os.path.realpath(path)), *Path(os.path.realpath(path)).parents):
             raise UserError(f"--overwrite would remove {path}, which is in the target {target}; give a new folder")
-    check_can_create(target, "--target_model_path")
 
 
 def _read_config(source: Path, dtype: str) -> dict:

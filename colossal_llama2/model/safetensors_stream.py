@@ -200,7 +200,7 @@ def write_shard(shard: Shard, path: Path, change: Change, advance: Advance) -> N
 def _write_tensor(
     shard: Shard, name: str, entry: dict, *, source: FileIO, target: FileIO, change: Change, advance: Advance
 ) -> None:
-    old = shard.tensors[name]
+    old, too_large = shard.tensors[name], 0
     begin, length = shard.data_start + old["data_offsets"][0], _data_bytes(old)
     if name in change.matrices:
         length = length // old["shape"][0] * change.kept
@@ -208,12 +208,19 @@ def _write_tensor(
         _copy(source, target, begin=begin, length=length, advance=advance)
     else:
         for values in _chunks(source, begin=begin, length=length, dtype=old["dtype"]):
-            _check_fits(values, entry["dtype"], name)
+            too_large += _too_large(values, entry["dtype"])
             _write_values(target, values, entry["dtype"], advance)
     if name in change.matrices:
         with _one_thread():
             for rows in _mean_rows(source, begin=begin, entry=old, bags=change.bags):
+                too_large += _too_large(rows, entry["dtype"])
                 _write_values(target, rows, entry["dtype"], advance)
+    if too_large:
+        dtype = FLOATS[entry["dtype"]][0]
+        raise UserError(
+            f"{name}: {too_large:,} of its numbers would be too large for --dtype {dtype}; nothing was kept. "
+            "Use bfloat16 or float32"
+        )
 
 
 def _copy(source: FileIO, target: FileIO, *, begin: int, length: int, advance: Advance) -> None:
@@ -296,18 +303,15 @@ def _write_values(target: FileIO, values, dtype: str, advance: Advance) -> None:
     _write(target, converted.view(-1).view(torch.uint8).numpy(), advance)
 
 
-def _check_fits(values, dtype: str, name: str) -> None:
-    """Raise UserError if a number becomes infinite in `dtype`. A mean needs no check where its rows have passed it."""
+def _too_large(values, dtype: str) -> int:
+    """How many finite numbers become infinite in `dtype`."""
     import torch
 
     largest = torch.finfo(getattr(torch, FLOATS[dtype][0])).max
     # One quick pass; what it does not clear (large, infinite or not a number) is looked at closely.
     if all(abs(bound) <= largest for bound in map(float, values.aminmax())):
-        return
-    if (values.to(getattr(torch, FLOATS[dtype][0])).isinf() & ~values.isinf()).any():
-        raise UserError(
-            f"{name} holds numbers too large for --dtype {FLOATS[dtype][0]}; nothing was kept. Use bfloat16 or float32"
-        )
+        return 0
+    return int((values.to(getattr(torch, FLOATS[dtype][0])).isinf() & ~values.isinf()).sum())
 
 
 def _read(source: FileIO, begin: int, buffer) -> None:

@@ -160,6 +160,8 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
             f"--target_tokenizer_dir {target} holds {others[0]}, which is no file of a tokenizer; "
             "--overwrite replaces only a folder that holds nothing else"
         )
+    # The new one is made beside it.
+    check_can_create(target.parent, "--target_tokenizer_dir")
 
 
 def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:

@@ -226,12 +226,15 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     from colossal_llama2.model.loading import inspect_weights
     from colossal_llama2.train import run
     from colossal_llama2.train.checkpoint import LoadPlan
+    from colossal_llama2.train.engine import exchange
     from colossal_llama2.train.engine.booster import Engine
 
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
-    facts = inspect_weights(args.pretrained)
-    run.check_model_fits(args, facts)
-    engine = Engine(run.engine_settings(args, trained_rows=run.rows_to_train(args, plan)), facts.parameters)
+    with exchange.all_or_none():
+        facts = inspect_weights(args.pretrained)
+        run.check_model_fits(args, facts)
+        trained_rows = run.rows_to_train(args, plan)
+    engine = Engine(run.engine_settings(args, trained_rows=trained_rows), facts.parameters)
     order: SampleOrder = run.sample_order(args, args.num_samples, engine)
     dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
     loader = StepLoader(

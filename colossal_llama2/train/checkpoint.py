@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import copy_files, read_json, write_json
+from colossal_llama2.files import contents_of, read_json, write_contents, write_json
 from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE
 from colossal_llama2.publishing import publish
 from colossal_llama2.tokenizer import TOKENIZER_FILES
@@ -154,7 +154,8 @@ class Checkpointer:
         """
         Args:
             save_interval: in optimizer steps.
-            model_path, tokenizer_path: folders whose configuration and tokenizer go into every saved model.
+            model_path, tokenizer_path: folders whose configuration and tokenizer go into every saved model. They are
+                read here, since the checkpoint that the run resumed may be removed or moved away while it goes on.
             facts: what is true of the whole run and goes into running_states.json, such as seed and sample count.
             keep_last: how many of the newest checkpoints stay when a new one is complete; None: all.
             keep_every: those whose step is a multiple of it stay too.
@@ -162,13 +163,18 @@ class Checkpointer:
             row_health: on rank 0, what looks at each model that is saved.
         """
         self._engine, self._save_interval, self._schedule, self._facts = engine, save_interval, schedule, facts
-        self._save_dir, self._model_path, self._tokenizer_path = Path(save_dir), Path(model_path), Path(tokenizer_path)
+        self._save_dir, self._small_files, self._config = Path(save_dir), {}, {}
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
         self._row_health = row_health
         self._last_saved: Optional[Path] = None
         self._last_step: Optional[int] = None
         # How long the last save held up the training, None before the first.
         self.pause_seconds: Optional[float] = None
+        with engine.first_rank_only() as first:
+            if first:
+                self._config = read_json(Path(model_path, CONFIG_FILE))
+                self._small_files = contents_of(Path(tokenizer_path), TOKENIZER_FILES)
+                self._small_files.update(contents_of(Path(model_path), (GENERATION_CONFIG_FILE,)))
 
     def save(self, state: TrainState, *, epoch_ends: bool) -> None:
         """Write a checkpoint if this step is one to save at."""
@@ -191,14 +197,13 @@ class Checkpointer:
             self._write_parts(state, partial)
             written = time.monotonic()
             self._seal(partial, final)
-        except RunError as error:
-            # What is written takes the room, so it goes.
-            if self._engine.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+        except (UserError, RunError) as error:
+            # What is written takes the room, so it goes. Nobody leaves before: whoever does takes the others along.
+            with self._engine.first_rank_only() as first:
+                if first:
+                    shutil.rmtree(partial, ignore_errors=True)
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
         self._last_saved, self._last_step = final, state.step
-        # The checkpoint that the run resumed, whose files these were, may be the next that is removed.
-        self._model_path = self._tokenizer_path = final / MODEL_NAME
         self.pause_seconds = time.monotonic() - start
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
@@ -230,7 +235,7 @@ class Checkpointer:
         ranks = exchange.gather_values(exact.rank_states(self._engine))
         with self._engine.first_rank_only() as first:
             if first:
-                self._copy_configuration(partial / MODEL_NAME)
+                self._write_configuration(partial / MODEL_NAME)
                 write_json(partial / SCHEDULE_NAME, {**asdict(self._schedule), "step": state.step})
                 write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts, "ranks": ranks})
 
@@ -252,18 +257,17 @@ class Checkpointer:
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes = sum(sizes.values())
 
-    def _copy_configuration(self, folder: Path) -> None:
+    def _write_configuration(self, folder: Path) -> None:
         """Tokenizer files and, but for the weights' number format, the config that the run began with.
 
         ColossalAI's own config.json also tells transformers which attention this run used.
         """
-        copy_files(self._tokenizer_path, folder, TOKENIZER_FILES)
-        written, original = read_json(folder / CONFIG_FILE), read_json(self._model_path / CONFIG_FILE)
+        write_contents(folder, self._small_files)
+        written = read_json(folder / CONFIG_FILE)
         kept = {"architectures": written.get("architectures"), "torch_dtype": written.get("torch_dtype")}
         # Entries that name code have no place in what others load.
-        safe = {key: value for key, value in original.items() if key not in CODE_KEYS}
+        safe = {key: value for key, value in self._config.items() if key not in CODE_KEYS}
         write_json(folder / CONFIG_FILE, {**safe, **kept})
-        copy_files(self._model_path, folder, (GENERATION_CONFIG_FILE,))
 
     def finish(self) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.

@@ -138,16 +138,21 @@ def _same_layout(saved: Dict[str, Any], now: Dict[str, Any]) -> bool:
 
 
 def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
-    """Give back what ColossalAI's own checkpoint lacks, as far as this job is laid out as the saved one was."""
-    _, saved = plan.read_states()
+    """Give back what ColossalAI's own checkpoint lacks, as far as this job is laid out as the saved one was.
+
+    Called on all ranks.
+    """
+    with exchange.all_or_none():
+        _, saved = plan.read_states()
     if not _same_layout(saved, now):
         return
     if exact.has_masters(engine):
         engine.load_masters(str(Path(plan.resume_path, exact.MASTERS_NAME)))
-    try:
-        exact.restore_rank_states(engine, saved["ranks"][engine.rank])
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"{plan.resume_path}: its random states cannot be read ({error!r}); resume from another one")
+    with exchange.all_or_none():
+        try:
+            exact.restore_rank_states(engine, saved["ranks"][engine.rank])
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"{plan.resume_path}: its random states cannot be read ({error!r}); resume another one")
 
 
 def is_done(plan: LoadPlan, state: TrainState, order: SampleOrder, num_epochs: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from colossal_llama2 import __version__, logs
+from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.buckets import Buckets
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
 from colossal_llama2.dataset.loader import (
@@ -44,7 +45,7 @@ from colossal_llama2.train.checkpoint import (
     expected_bytes,
     plan_loading,
 )
-from colossal_llama2.train.engine import exact
+from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator
@@ -68,11 +69,13 @@ def train(args: argparse.Namespace) -> None:
         plan = check_inputs(args)
         if logs.is_first_rank() and not args.benchmark:
             around.enter_context(save_folder.locked(args.save_dir))
+            plan = check_again(args, plan)
         launch(args.seed, timeout_seconds=args.dist_timeout)
         stop.meet()
-        with watching(Path(sys.argv[0]).name, timeout_seconds=args.dist_timeout):
+        command = Path(sys.argv[0]).name
+        with watching(command, timeout_seconds=args.dist_timeout, before_end=save_folder.let_go):
             if args.benchmark:
-                benchmark(args, stop)
+                benchmark(with_defaults(args), stop)
             else:
                 run(args, plan, stop)
             leave()
@@ -80,27 +83,34 @@ def train(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = None) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
-    stop = stop or NoSignals()
+    stop, args = stop or NoSignals(), with_defaults(args)
     plan = resuming.settle(plan, args.save_dir)
-    facts = inspect_weights(plan.model_path)
-    check_model_fits(args, facts)
-    data = data_of(args)
-    dataset = load_tokenized_dataset(data.paths, args.document_mask)
-    check_lengths(dataset, args.max_length)
-    engine = Engine(engine_settings(args, trained_rows=rows_to_train(args, plan)), facts.parameters)
+    # A rank may see what the others do not, such as a file that its host cannot read: all must hear of it.
+    with exchange.all_or_none():
+        facts = inspect_weights(plan.model_path)
+        check_model_fits(args, facts)
+        data = data_of(args)
+        dataset = load_tokenized_dataset(data.paths, args.document_mask)
+        check_lengths(dataset, args.max_length)
+        measured = measure_parts(data.parts)
+        eval_sets = load_eval_sets(args)
+        settings = engine_settings(args, trained_rows=rows_to_train(args, plan))
+    engine = Engine(settings, facts.parameters)
     check_token_ids(dataset, facts, engine)
-    eval_sets = load_eval_sets(args, facts, engine)
-    measured = measure_parts(data.parts)
+    for one in eval_sets:
+        check_token_ids(one.samples, facts, engine, flag=f"--eval_dataset {one.name}")
     order = sample_order(args, len(dataset), engine, buckets=plans.buckets_of(data, measured))
     tokenizer_path = find_tokenizer(args, plan)
-    run_facts = describe_run(args, engine, order, tokenizer_path, data)
-    state = initial_state(args, plan, run_facts)
+    with exchange.all_or_none():
+        run_facts = describe_run(args, engine, order, tokenizer_path, data)
+        state = initial_state(args, plan, run_facts)
     if resuming.is_done(plan, state, order, args.num_epochs):
         save_folder.prepare(args.save_dir)
         return resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every)
-    schedule = make_schedule(args, plan, state, order)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
-    collator = make_collator(args, tokenizer_path)
+    with exchange.all_or_none():
+        schedule = make_schedule(args, plan, state, order)
+        collator = make_collator(args, tokenizer_path)
     loader = StepLoader(dataset, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
     with engine.first_rank_only() as first:
@@ -149,6 +159,7 @@ def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
 
 def engine_settings(args: argparse.Namespace, *, trained_rows: Optional[Ranges] = None) -> EngineSettings:
     """The flags that decide how a step is computed."""
+    args = with_defaults(args)
     return EngineSettings(
         plugin=args.plugin,
         precision=args.mixed_precision,
@@ -182,7 +193,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         Where the weights come from.
     """
     settings = engine_settings(args)
-    problems = settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    problems = unused_flags(args)
+    problems += settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     if args.train_new_rows_only and args.chunked_loss == "off":
@@ -226,6 +238,13 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     return plan
 
 
+def check_again(args: argparse.Namespace, plan: LoadPlan) -> LoadPlan:
+    """The plan, now that --save_dir is held: another run may have saved there after the checks, and ended."""
+    plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
+    check_save_dir(args.save_dir, plan.resume_path)
+    return plan
+
+
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
     if args.max_length > facts.max_position_embeddings:
@@ -247,7 +266,9 @@ def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
 
 def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
     """Refuse data of another tokenizer; each rank looks through its share."""
-    highest = engine.max_over_ranks(highest_token_id(dataset, share=engine.rank, shares=engine.world_size))
+    with exchange.all_or_none():
+        highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
+    highest = engine.max_over_ranks(highest)
     if highest >= facts.vocab_size:
         raise UserError(
             f"{flag} has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "
@@ -255,17 +276,16 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "
         )
 
 
-def load_eval_sets(args: argparse.Namespace, facts: ModelFacts, engine: Engine) -> List[LoadedSet]:
+def load_eval_sets(args: argparse.Namespace) -> List[LoadedSet]:
     """The data of --eval_dataset, checked as that of --dataset is."""
     sets = []
     for name, path in resolve_eval_sets(args.eval_dataset):
-        flag = f"--eval_dataset {name}="
+        flag = f"--eval_dataset {name}"
         samples = load_tokenized_dataset([path], args.document_mask, flag=flag)
         check_lengths(samples, args.max_length, flag=flag)
-        check_token_ids(samples, facts, engine, flag=flag)
         known_bytes = target_bytes(path)
         if not known_bytes:
-            logs.get_logger().warning("%s%s does not say how many bytes of text it has: no bits per byte", flag, path)
+            logs.get_logger().warning("%s: %s does not say how many bytes of text it has: no bits per byte", flag, path)
         sets.append(LoadedSet(name, samples, known_bytes))
     return sets
 
@@ -460,7 +480,7 @@ def load_model(
     *, ties_embeddings: bool,
 ) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
-    with engine.initializing(ties_embeddings=ties_embeddings):
+    with exchange.all_or_none(), engine.initializing(ties_embeddings=ties_embeddings):
         model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
     if args.use_grad_checkpoint:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

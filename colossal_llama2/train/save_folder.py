@@ -1,6 +1,7 @@
 """The folder that a run saves to: one run at a time, and seen by every host of the job.
 
     locked    before torch is imported: a second run in the same folder is refused
+    let_go    before a process ends itself at once: a lock that it holds would keep a restart on another host out
     prepare   before step 1: leftovers go, and every rank reads what rank 0 wrote
 """
 
@@ -12,7 +13,7 @@ import socket
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Set
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -22,6 +23,9 @@ from colossal_llama2.train.engine import exchange
 LOCK_NAME = ".lock"
 # Shared file systems may show a new file to other hosts only after some seconds.
 SHARED_AFTER_SECONDS = 10.0
+
+# The lock files that this process holds.
+_held_here: Set[Path] = set()
 
 
 @contextmanager
@@ -46,15 +50,24 @@ def locked(save_dir: str) -> Iterator[None]:
         content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(content).encode(), 0)
+        _held_here.add(path)
         try:
             yield
         finally:
+            _held_here.discard(path)
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
         with suppress(OSError):
             for empty in made:
                 empty.rmdir()
+
+
+def let_go() -> None:
+    """Remove the lock file that this process holds, if it holds one: it is about to end without leaving `locked`."""
+    for path in tuple(_held_here):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _open_locked(path: Path) -> int:

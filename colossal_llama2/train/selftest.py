@@ -61,7 +61,7 @@ def selftest(args: argparse.Namespace) -> None:
 
     work = Path(args.work_dir)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = settings_problems(run.engine_settings(args), world_size=ranks)
+    problems = arguments.unused_flags(args) + settings_problems(run.engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and work.exists():
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":

@@ -640,13 +640,14 @@ class Engine:
         """
         from colossal_llama2.train.engine import files
 
-        files.read_optimizer_index(Path(folder))
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        with files.safetensors_instead_of_pickle(step_as_tensor=self._kind.is_gemini):
-            self._booster.load_optimizer(self.optimizer, folder)
+        # No plugin lets ranks talk to each other while it reads.
+        with exchange.all_or_none():
+            files.read_optimizer_index(Path(folder))
+            with files.safetensors_instead_of_pickle(step_as_tensor=self._kind.is_gemini):
+                self._booster.load_optimizer(self.optimizer, folder)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
-        self.barrier()
 
 
 def _begin_moments(adam, *, without_gradient: bool = False) -> None:

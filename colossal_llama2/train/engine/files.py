@@ -82,11 +82,10 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
 
     checkpoint_io/utils.py:492,504,685,748, hybrid_parallel_checkpoint_io.py:697 and gemini_plugin.py:272,345 call
     torch.save and torch.load; for a name that ends in .safetensors they call `load_flat`, which unpickles its metadata.
+    An error in writing is raised at the end.
     """
     import torch
     from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io, utils
-
-    errors: List[Exception] = []
 
     def save(value, path, *args, **kwargs):
         # Ranks exchange objects through buffers in memory by the same functions; these are not files.
@@ -102,18 +101,68 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     places = [(torch, "save", save), (torch, "load", load)]
     places += [(module, "load_flat", load) for module in (utils, hybrid_parallel_checkpoint_io)]
     originals = [getattr(module, name) for module, name, _ in places]
+    with _errors_at_the_end() as errors, _replaced(places):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(places: List[Tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within it, the named attributes of modules and classes are others."""
+    originals = [getattr(owner, name) for owner, name, _ in places]
     try:
-        for module, name, replacement in places:
-            setattr(module, name, replacement)
+        for owner, name, replacement in places:
+            setattr(owner, name, replacement)
         yield
     finally:
-        for (module, name, _), original in zip(places, originals, strict=True):
-            setattr(module, name, original)
-    _raise_first(errors)
+        for (owner, name, _), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _errors_at_the_end() -> Iterator[List[Exception]]:
+    """Collect errors of writing in the list that it yields, and raise the first one at the end.
+
+    With --plugin 3d each stage of a pipeline also makes a folder and writes its part of the index
+    (hybrid_parallel_checkpoint_io.py:242,301,334,499,575,611), before a barrier; there errors are noted too.
+    """
+    from colossalai.checkpoint_io import CheckpointIndexFile, hybrid_parallel_checkpoint_io
+    from safetensors import SafetensorError
+
+    errors: List[Exception] = []
+    write_index = CheckpointIndexFile.write_index_file
+
+    class NotingPath(type(Path())):
+        def mkdir(self, *args, **kwargs):
+            _note(errors, lambda: Path(self).mkdir(*args, **kwargs))
+
+    def write_index_or_note(index, name):
+        _note(errors, lambda: write_index(index, name))
+
+    places = [(CheckpointIndexFile, "write_index_file", write_index_or_note)]
+    places += [(hybrid_parallel_checkpoint_io, "Path", NotingPath)]
+    try:
+        with _replaced(places):
+            yield errors
+    except (OSError, SafetensorError):
+        # What fails later may fail for want of what could not be written.
+        if not errors:
+            raise
+    if errors:
+        raise errors[0]
 
 
 def _write_or_note(errors: List[Exception], path: Any, write: Callable[[], None]) -> None:
-    """Write a file and wait until it is on the disk; note an error, after which nothing more is written.
+    """Write a file and wait until it is on the disk; note an error."""
+
+    def write_and_sync() -> None:
+        write()
+        sync(Path(path))
+
+    _note(errors, write_and_sync)
+
+
+def _note(errors: List[Exception], write: Callable[[], None]) -> None:
+    """Write something; note an error, after which nothing more is written.
 
     Between its writes ColossalAI lets the ranks exchange tensors: one that raised there would leave the others waiting.
     """
@@ -123,14 +172,8 @@ def _write_or_note(errors: List[Exception], path: Any, write: Callable[[], None]
         return
     try:
         write()
-        sync(Path(path))
     except (OSError, SafetensorError) as error:
         errors.append(error)
-
-
-def _raise_first(errors: List[Exception]) -> None:
-    if errors:
-        raise errors[0]
 
 
 @contextlib.contextmanager
@@ -143,7 +186,6 @@ def tensors_written_apart() -> Iterator[None]:
     import safetensors.torch
 
     save_file = safetensors.torch.save_file
-    errors: List[Exception] = []
 
     def save_copies(tensors, path, *args, **kwargs):
         seen = set()
@@ -153,12 +195,8 @@ def tensors_written_apart() -> Iterator[None]:
             seen.add(tensor.data_ptr())
         _write_or_note(errors, path, lambda: save_file(apart, path, *args, **kwargs))
 
-    safetensors.torch.save_file = save_copies
-    try:
+    with _errors_at_the_end() as errors, _replaced([(safetensors.torch, "save_file", save_copies)]):
         yield
-    finally:
-        safetensors.torch.save_file = save_file
-    _raise_first(errors)
 
 
 def read_optimizer_index(folder: Path) -> Tuple[Dict[str, str], str]:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import Dict, Iterator
+from typing import Callable, Dict, Iterator
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RankError, RunError, Stopped
@@ -27,8 +27,13 @@ TIMED_OUT = "Timed out waiting"
 
 
 @contextmanager
-def watching(command: str, *, timeout_seconds: float) -> Iterator[None]:
+def watching(
+    command: str, *, timeout_seconds: float, before_end: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """End this process with one line when another rank's process dies inside the `with`. Called on all ranks.
+
+    Args:
+        before_end: called before this process ends so.
 
     Raises:
         RunError: another rank did not answer for `timeout_seconds`.
@@ -38,7 +43,7 @@ def watching(command: str, *, timeout_seconds: float) -> Iterator[None]:
         yield
         return
     hosts = dict(enumerate(exchange.gather_values(socket.gethostname())))
-    watch = _Watch(command, rank, hosts, _connect(rank, ranks))
+    watch = _Watch(command, rank, hosts, _connect(rank, ranks), before_end)
     threading.Thread(target=watch.run, daemon=True).start()
     farewell = FAILED
     try:
@@ -64,9 +69,16 @@ def watching(command: str, *, timeout_seconds: float) -> Iterator[None]:
 class _Watch:
     """One end or, on rank 0, all ends of the connections."""
 
-    def __init__(self, command: str, rank: int, hosts: Dict[int, str], connections: Dict[int, socket.socket]):
+    def __init__(
+        self,
+        command: str,
+        rank: int,
+        hosts: Dict[int, str],
+        connections: Dict[int, socket.socket],
+        before_end: Callable[[], None],
+    ):
         self._command, self._rank, self._hosts, self._connections = command, rank, hosts, connections
-        self._is_leaving = False
+        self._before_end, self._is_leaving = before_end, False
 
     def leave(self, farewell: bytes) -> None:
         """Tell the others that this rank ends, and how."""
@@ -102,6 +114,7 @@ class _Watch:
                 f"go on with --resume auto",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+        self._before_end()
         os._exit(1)
 
     def _tell(self, text: bytes) -> None:
@@ -141,16 +154,28 @@ def _connect(rank: int, ranks: int) -> Dict[int, socket.socket]:
 
 
 def _accept(listener: socket.socket, count: int, secret: str, *, into: Dict[int, socket.socket]) -> None:
+    """Wait for the ranks from 1 to `count`. Whoever else connects, and says something else or nothing, is ignored."""
     deadline = time.monotonic() + CONNECT_SECONDS
-    while len(into) < count:
-        listener.settimeout(max(deadline - time.monotonic(), 0.01))
-        connection, _ = listener.accept()
-        connection.settimeout(CONNECT_SECONDS)
-        said = connection.recv(64).decode(errors="replace").split()
-        if len(said) == 2 and said[0] == secret and said[1].isdigit():
-            into[int(said[1])] = _lasting(connection)
-        else:
-            connection.close()
+    ranks = {str(rank) for rank in range(1, count + 1)}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while len(into) < count and time.monotonic() < deadline:
+            for key, _ in selector.select(max(deadline - time.monotonic(), 0.01)):
+                if key.fileobj is listener:
+                    with suppress(OSError):
+                        selector.register(listener.accept()[0], selectors.EVENT_READ)
+                    continue
+                selector.unregister(key.fileobj)
+                said = _receive(key.fileobj).decode(errors="replace").split()
+                if len(said) == 2 and said[0] == secret and said[1] in ranks:
+                    into[int(said[1])] = _lasting(key.fileobj)
+                else:
+                    key.fileobj.close()
+        for key in selector.get_map().values():
+            if key.fileobj is not listener:
+                key.fileobj.close()
+    if len(into) < count:
+        raise TimeoutError(f"{count - len(into)} of them did not connect within {CONNECT_SECONDS:g} s")
 
 
 def _lasting(connection: socket.socket) -> socket.socket:
