@@ -506,6 +506,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
     _add_parallel_arguments(parser)
     _add_output_arguments(parser)
+    _add_dry_run_arguments(parser)
     _add_benchmark_arguments(parser)
 
 
@@ -624,6 +625,18 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
     benchmark.add_argument(
         "--peak_tflops", metavar="TFLOPS", type=positive_float, default=None,
         help="what a device can do, for MFU (default: known for A100, A800, H100, H800 and some more)",
+    )  # fmt: skip
+
+
+def _add_dry_run_arguments(parser: CommandParser) -> None:
+    dry_run = parser.add_argument_group("dry run")
+    dry_run.add_argument(
+        "--dry_run", action="store_true",
+        help="check everything, print the plan, memory and disk, and end without a step; nothing is written",
+    )  # fmt: skip
+    dry_run.add_argument(
+        "--num_ranks", metavar="N", type=positive_int, default=None,
+        help="with --dry_run: plan for so many GPUs, which need not be here (default: the launcher's processes)",
     )  # fmt: skip
 
 

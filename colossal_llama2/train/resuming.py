@@ -23,7 +23,7 @@ SHAPE_KEYS = (
 NOT_NUMERIC = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
-    "benchmark", "num_samples", "profile", "peak_tflops",
+    "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.loader import (
@@ -57,6 +57,11 @@ def train(args: argparse.Namespace) -> None:
         RunError: losses are no numbers, a checkpoint cannot be written.
         Stopped: a signal came.
     """
+    if args.dry_run:
+        # It takes its checks from this module.
+        from colossal_llama2.train.dry_run import dry_run
+
+        return dry_run(args)
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopSignals(has_partners=int(os.environ.get("WORLD_SIZE", "1")) > 1))
         plan = check_inputs(args)
@@ -124,6 +129,11 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     logs.get_logger().info("Done: %d steps, %s tokens. The model is in %s", state.step, f"{state.tokens_seen:,}", final)
 
 
+def world_size_of(args: argparse.Namespace) -> int:
+    """Processes of the job: those of the launcher, or with --dry_run those that --num_ranks names."""
+    return getattr(args, "num_ranks", None) or int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
     """The flags that decide how a step is computed."""
     return EngineSettings(
@@ -153,7 +163,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         Where the weights come from.
     """
     settings = engine_settings(args)
-    problems = settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    problems = settings_problems(settings, world_size=world_size_of(args))
+    problems += dry_run_problems(args)
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
@@ -188,6 +199,16 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     if problems:
         raise UserError("; and ".join(problems))
     return plan
+
+
+def dry_run_problems(args: argparse.Namespace) -> List[str]:
+    """What is wrong with the flags of --dry_run, which a self-test does not have."""
+    problems = []
+    if getattr(args, "num_ranks", None) is not None and not args.dry_run:
+        problems.append(f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher")
+    if getattr(args, "dry_run", False) and args.benchmark:
+        problems.append("--dry_run takes no step, --benchmark measures some; give one of them")
+    return problems
 
 
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
