@@ -2,10 +2,10 @@
 
     python benchmarks/bench_memory.py --work_dir /tmp/bench_memory
 
-train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. Of each rank:
-its highest resident memory (VmHWM) when the timed steps are done, less what was resident after imports. The prediction
-is that of colossal_llama2/train/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted to what
-comes out here.
+train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. Of each
+rank: its highest resident memory (VmHWM) during four steps, less what was resident after imports. The prediction is
+that of colossal_llama2/train/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted to what
+comes out here. The last column is the highest while the model is loaded and split, which the prediction is not about.
 
 glibc keeps freed memory for later, and the more the larger what was freed; MALLOC_MMAP_THRESHOLD_ makes it give back
 all that is at least 64 KB, so that what is resident is what is in use. --default_malloc leaves glibc as it is: how much
@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Dict, List, Tuple
 
@@ -39,12 +40,12 @@ CASES: Dict[str, Tuple[str, int, int, int, str]] = {
     "zero2, fp32, all logits": ("45 M", 2, 512, 1, "--plugin zero2 --mixed_precision fp32 --chunked_loss off"),
     "zero2, fp32, accumulated": ("85 M", 2, 256, 1, "--plugin zero2 --mixed_precision fp32 --accumulation_steps 2"),
     "zero2_cpu, fp32": ("85 M", 2, 256, 1, "--plugin zero2_cpu --mixed_precision fp32"),
-    "zero2, bf16": ("85 M", 2, 64, 1, "--plugin zero2 --mixed_precision bf16"),
-    "gemini, bf16": ("85 M", 2, 64, 1, "--plugin gemini --mixed_precision bf16"),
-    "gemini_auto, bf16": ("85 M", 2, 64, 1, "--plugin gemini_auto --mixed_precision bf16"),
+    "zero2, bf16": ("85 M", 2, 16, 1, "--plugin zero2 --mixed_precision bf16"),
+    "gemini, bf16": ("85 M", 2, 16, 1, "--plugin gemini --mixed_precision bf16"),
+    "gemini_auto, bf16": ("85 M", 2, 16, 1, "--plugin gemini_auto --mixed_precision bf16"),
     "3d, tp 2, fp32": ("85 M", 2, 512, 1, "--plugin 3d --tp 2 --zero 0 --mixed_precision fp32"),
     "3d, fp32": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"),
-    "3d, zero 1, bf16": ("85 M", 2, 64, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
+    "3d, zero 1, bf16": ("85 M", 2, 16, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
     "zero2, one rank": ("45 M", 1, 512, 1, "--plugin zero2 --mixed_precision fp32"),
 }
 STEPS = 6
@@ -63,16 +64,17 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True)
     try:
-        print(f"{'MB per rank':32} {'predicted':>10} {'measured':>10}  predicted / measured", flush=True)
+        print(f"{'MB per rank':32}  predicted   measured  predicted / measured   while loading", flush=True)
         for name in args.cases:
             predicted, measured = compare(name, args.work_dir, default_malloc=args.default_malloc)
-            row = f"{name:32} {predicted / 1e6:>10,.0f} {measured / 1e6:>10,.0f}  {predicted / measured:.3f}"
-            print(row, flush=True)
+            steps, loading = measured["steps"], measured["loading"]
+            first, second, last = (f"{size / 1e6:,.0f}" for size in (predicted, steps, loading))
+            print(f"{name:32} {first:>10} {second:>10} {predicted / steps:>21.3f} {last:>15}", flush=True)
     finally:
         shutil.rmtree(args.work_dir)
 
 
-def compare(name: str, work_dir: Path, *, default_malloc: bool = False) -> Tuple[int, int]:
+def compare(name: str, work_dir: Path, *, default_malloc: bool = False) -> Tuple[int, Dict[str, int]]:
     """Bytes predicted and measured, of the rank that needs most."""
     model, ranks, length, batch, flags = CASES[name]
     model_dir = work_dir / model.replace(" ", "")
@@ -82,7 +84,7 @@ def compare(name: str, work_dir: Path, *, default_malloc: bool = False) -> Tuple
     samples = STEPS * batch * (1 if "--tp" in flags else ranks) * accumulated
     words = ["--benchmark", "--pretrained", str(model_dir), "--max_length", str(length), "--num_samples", str(samples)]
     words += ["--micro_batch_size", str(batch), *flags.split()]
-    return predict(words, ranks), max(launch(words, ranks, {} if default_malloc else MALLOC))
+    return predict(words, ranks), launch(words, ranks, {} if default_malloc else MALLOC)
 
 
 def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> None:
@@ -111,44 +113,58 @@ def predict(words: List[str], ranks: int) -> int:
     return rank_memory(shape, memory_plan(args, ranks, has_documents=False, on_cpu=True)).peak
 
 
-def launch(words: List[str], ranks: int, malloc: Dict[str, str]) -> List[int]:
-    """Run train.py on so many ranks; returns the bytes that each took."""
+def launch(words: List[str], ranks: int, malloc: Dict[str, str]) -> Dict[str, int]:
+    """Run train.py on so many ranks; returns the bytes of the rank that took most: in its steps, and while loading."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **malloc}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment.update(CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_COMPILE_THREADS="1")
     done = subprocess.run(
         [*command, __file__, "--measure", *words], env=environment, capture_output=True, text=True, cwd=ROOT
     )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    found = [json.loads(line)["bytes"] for line in done.stdout.splitlines() if line.startswith('{"bytes"')]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"steps"')]
     assert len(found) == ranks, done.stdout
-    return found
+    return {name: max(row[name] for row in found) for name in found[0]}
 
 
 def measure(words: List[str]) -> None:
-    """One rank: import, note what is resident, train, and tell the highest since then."""
+    """One rank: import, note what is resident, train, and tell the highest while loading and during the steps."""
     import colossalai.booster.plugin  # noqa: F401
     import datasets  # noqa: F401
     import torch.distributed.optim
     import transformers.models.llama.modeling_llama  # noqa: F401
     from colossalai.shardformer.policies import llama  # noqa: F401
-    from torch.profiler import profile  # noqa: F401
 
     import train
     from colossal_llama2.train import benchmark, run  # noqa: F401
 
-    before = status("VmRSS")
-    # 5 lets the highest figure begin anew (Linux, Documentation/filesystems/proc.rst).
-    Path("/proc/self/clear_refs").write_text("5")
+    before = highest_from_here()
+    take_steps = benchmark.measure
+    loading = 0
 
-    def tell_peak() -> int:
-        # Asked for before the profiler starts, which takes memory of its own.
-        print(json.dumps({"bytes": status("VmHWM") - before}), flush=True)
-        return status("VmHWM")
+    def measure_steps(*args, **keywords):
+        nonlocal loading
+        loading = status("VmHWM") - before
+        highest_from_here()
+        return take_steps(*args, **keywords)
 
-    benchmark.peak_memory = tell_peak
+    def tell_peak() -> None:
+        # Asked for when the timed steps are done; those under the profiler would follow.
+        print(json.dumps({"steps": status("VmHWM") - before, "loading": loading}), flush=True)
+        torch.distributed.barrier()
+        time.sleep(1)
+        os._exit(0)
+
+    benchmark.measure, benchmark.peak_memory = measure_steps, tell_peak
     train.main(words)
+
+
+def highest_from_here() -> int:
+    """Let the highest figure begin anew; returns what is resident."""
+    # 5 does that (Linux, Documentation/filesystems/proc.rst).
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def status(name: str) -> int:

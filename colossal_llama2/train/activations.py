@@ -1,7 +1,7 @@
 """What one micro batch keeps in memory between forward and backward, and what backward needs besides.
 
-Counted tensor by tensor from what autograd saves for the LLaMA of transformers 4.51 (modeling_llama.py) and for the loss
-of model/chunked_loss.py, as Korthikanti et al. count them for GPT ("Reducing activation recomputation in large
+Counted tensor by tensor from what autograd saves for the LLaMA of transformers 4.51 (modeling_llama.py) and for the
+loss of model/chunked_loss.py, as Korthikanti et al. count them for GPT ("Reducing activation recomputation in large
 transformer models", arXiv 2205.05198, section 4). Their 34 bytes per token and channel are not ours: LLaMA's gated MLP
 keeps four matrices instead of two and a half, its norms compute in float32, and there is no dropout.
 """
@@ -221,9 +221,13 @@ def backward_moments(stage: StageShape, batch: MicroBatch) -> List[Moment]:
     """The operations of backward in their order, on one rank: loss, final norm, layers from the last, embeddings."""
     sizes = _Sizes(stage, batch)
     tape = _Tape(kept_bytes(stage, batch))
+    # The head's gradient waits for that of the embeddings if they are one weight.
+    tied = stage.model.ties_embeddings and stage.has_embeddings and stage.has_head
+    waiting = batch.element * stage.embedding_weights() if tied else 0
     if stage.has_head:
         _, logits = loss_bytes(stage, batch)
-        tape.do(new=sizes.hidden, logits=logits, weights=[("head", stage.embedding_weights())])
+        head = [] if tied else [("head", stage.embedding_weights())]
+        tape.do(new=sizes.hidden + waiting, logits=logits, weights=head)
         _norm(tape, sizes, batch, meets_residual=False)
     else:
         tape.do(new=sizes.hidden)
@@ -235,7 +239,7 @@ def backward_moments(stage: StageShape, batch: MicroBatch) -> List[Moment]:
         _attention(tape, sizes, stage, batch)
         _norm(tape, sizes, batch)
     if stage.has_embeddings:
-        tape.do(weights=[("embeddings", stage.embedding_weights())])
+        tape.do(free=waiting, weights=[("embeddings", stage.embedding_weights())])
     return tape.moments
 
 

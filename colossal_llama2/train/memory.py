@@ -5,15 +5,15 @@ parts, and the largest is the peak. What stays is counted as in "ZeRO: memory op
 parameter models" (Rajbhandari et al., arXiv 1910.02054, section 3), activations in activations.py, and buffers by
 following what ColossalAI 0.5.0 does, whose files are named below (paths inside the package).
 
-Not counted: what a process needs before it has a model (Python, libraries; on a GPU CUDA's and NCCL's own memory), holes
-that an allocator leaves, and saving.
+Not counted: what a process needs before it has a model (Python, libraries; on a GPU CUDA's and NCCL's own memory),
+holes that an allocator leaves, loading and saving.
 """
 
 import bisect
 import math
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Sequence, Set, Tuple
 
 from colossal_llama2.train import activations
 from colossal_llama2.train.activations import FLOAT32, MicroBatch, ModelShape, StageShape
@@ -350,16 +350,18 @@ class _GeminiKeeper(_Keeper):
     def __init__(self, stage: StageShape, plan: Plan):
         super().__init__(stage, plan)
         self.shards, self.reuses = plan.shards, plan.settings.accumulation_steps == 1
-        self.is_auto = plan.settings.plugin == "gemini_auto"
         sizes = [size for _, size in self.weights]
         minimum = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy="static")
         self.chunks = chunk_sizes(sizes, minimum_m=minimum["min_chunk_size_m"], shards=self.shards)
-        self.places = _places(sizes, self.chunks)
-        self.left = [self.places.count(chunk) for chunk in range(len(self.chunks))]
+        places = _places(sizes, self.chunks)
+        # Backward takes the weights of a name from the last one on.
+        self.waiting: Dict[str, List[int]] = {}
+        for (name, _), chunk in zip(self.weights, places, strict=True):
+            self.waiting.setdefault(name, []).append(chunk)
+        self.left = [places.count(chunk) for chunk in range(len(self.chunks))]
         self.elements = sum(self.chunks)
         self.shard = self.elements // self.shards
-        self.gathered: set = set(range(len(self.chunks))) if self.is_auto else set()
-        self.next = len(sizes) - 1
+        self.gathered: Set[int] = set(range(len(self.chunks))) if plan.settings.plugin == "gemini_auto" else set()
 
     def constant(self) -> Dict[str, int]:
         frozen = (self.all - self.trained) * self.element
@@ -383,29 +385,12 @@ class _GeminiKeeper(_Keeper):
 
     def after(self, weights: Weights) -> List[Dict[str, int]]:
         found = []
-        for name, _ in sorted(weights, key=lambda pair: pair[0] == "embeddings"):
-            found += self._gradient(self._chunk_of(name))
+        for name, size in weights:
+            found += self._gradient(self.waiting[name].pop(), size)
         return found or [{"buffers": self._extra(self.gathered)}]
 
-    def _chunk_of(self, name: str) -> Tuple[int, int]:
-        """Chunk and elements of the next weight of that name, from the last one backwards."""
-        for number in range(len(self.weights) - 1, -1, -1):
-            if self.weights[number][0] == name and self.left_of(number):
-                self._done.add(number)
-                return self.places[number], self.weights[number][1]
-        return self.places[0], self.weights[0][1]
-
-    _done: set = frozenset()
-
-    def left_of(self, number: int) -> bool:
-        """Whether the gradient of that weight has not come yet."""
-        if not self._done:
-            self._done = set()
-        return number not in self._done
-
-    def _gradient(self, where: Tuple[int, int]) -> List[Dict[str, int]]:
+    def _gradient(self, chunk: int, size: int) -> List[Dict[str, int]]:
         """A gradient comes into its chunk, which is reduced when it is the last (gemini_ddp.py:357)."""
-        chunk, size = where
         self.gathered.add(chunk)
         own = 0 if self.reuses else self.chunks[chunk] * self.element
         parts = {"gradients": size * self.element, "buffers": self._extra(self.gathered) + own}
