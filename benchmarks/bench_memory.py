@@ -131,6 +131,7 @@ def launch(words: List[str], ranks: int, malloc: Dict[str, str]) -> Dict[str, in
 def measure(words: List[str]) -> None:
     """One rank: import, note what is resident, train, and tell the highest while loading and during the steps."""
     import colossalai.booster.plugin  # noqa: F401
+    import colossalai.legacy.core  # noqa: F401
     import datasets  # noqa: F401
     import torch.distributed.optim
     import transformers.models.llama.modeling_llama  # noqa: F401
