@@ -580,6 +580,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     _add_parallel_arguments(parser)
     _add_evaluation_arguments(parser)
     _add_output_arguments(parser)
+    _add_dry_run_arguments(parser)
     _add_benchmark_arguments(parser)
 
 
@@ -746,6 +747,18 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
     evaluation.add_argument(
         "--on_forgetting", choices=("warn", "stop"), default="warn", help="what --forgetting_alarm does"
     )
+
+
+def _add_dry_run_arguments(parser: CommandParser) -> None:
+    dry_run = parser.add_argument_group("dry run")
+    dry_run.add_argument(
+        "--dry_run", action="store_true",
+        help="check everything, print the plan, memory and disk, and end without a step; nothing is written",
+    )  # fmt: skip
+    dry_run.add_argument(
+        "--num_ranks", metavar="N", type=positive_int, default=None,
+        help="with --dry_run: plan for so many GPUs, which need not be here (default: the launcher's processes)",
+    )  # fmt: skip
 
 
 def _add_output_arguments(parser: CommandParser) -> None:

@@ -23,7 +23,8 @@ SHAPE_KEYS = (
 NOT_NUMERIC = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
-    "bucketed", "mixture", "mixture_end", "benchmark", "num_samples", "profile", "peak_tflops",
+    "bucketed", "mixture", "mixture_end", "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
+    "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
 )  # fmt: skip
 
 

@@ -64,6 +64,11 @@ def train(args: argparse.Namespace) -> None:
         RunError: losses are no numbers, a checkpoint cannot be written.
         Stopped: a signal came.
     """
+    if args.dry_run:
+        # It takes its checks from this module.
+        from colossal_llama2.train.dry_run import dry_run
+
+        return dry_run(args)
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopSignals(has_partners=int(os.environ.get("WORLD_SIZE", "1")) > 1))
         plan = check_inputs(args)
@@ -157,6 +162,11 @@ def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
     return read_new_rows(plan.model_path) if args.train_new_rows_only else None
 
 
+def world_size_of(args: argparse.Namespace) -> int:
+    """Processes of the job: those of the launcher, or with --dry_run those that --num_ranks names."""
+    return getattr(args, "num_ranks", None) or int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def engine_settings(args: argparse.Namespace, *, trained_rows: Optional[Ranges] = None) -> EngineSettings:
     """The flags that decide how a step is computed."""
     args = with_defaults(args)
@@ -194,7 +204,8 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     """
     settings = engine_settings(args)
     problems = unused_flags(args)
-    problems += settings_problems(settings, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    problems += settings_problems(settings, world_size=world_size_of(args))
+    problems += dry_run_problems(args)
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     if args.train_new_rows_only and args.chunked_loss == "off":
@@ -245,6 +256,16 @@ def check_again(args: argparse.Namespace, plan: LoadPlan) -> LoadPlan:
     return plan
 
 
+def dry_run_problems(args: argparse.Namespace) -> List[str]:
+    """What is wrong with the flags of --dry_run, which a self-test does not have."""
+    problems = []
+    if getattr(args, "num_ranks", None) is not None and not args.dry_run:
+        problems.append(f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher")
+    if getattr(args, "dry_run", False) and args.benchmark:
+        problems.append("--dry_run takes no step, --benchmark measures some; give one of them")
+    return problems
+
+
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
     if args.max_length > facts.max_position_embeddings:
@@ -268,7 +289,11 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "
     """Refuse data of another tokenizer; each rank looks through its share."""
     with exchange.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
-    highest = engine.max_over_ranks(highest)
+    check_highest_id(engine.max_over_ranks(highest), facts, flag=flag)
+
+
+def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:
+    """Raise a UserError if a token id is beyond the model's vocabulary."""
     if highest >= facts.vocab_size:
         raise UserError(
             f"{flag} has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "

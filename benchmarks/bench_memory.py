@@ -1,0 +1,178 @@
+"""How near --dry_run's memory is to what training takes.
+
+    python benchmarks/bench_memory.py --work_dir /tmp/bench_memory
+
+train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. Of each
+rank: its highest resident memory (VmHWM) during four steps, less what was resident after imports. The prediction is
+that of colossal_llama2/train/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted to what
+comes out here. The last column is the highest while the model is loaded and split, which the prediction is not about.
+
+glibc keeps freed memory for later, and the more the larger what was freed; MALLOC_MMAP_THRESHOLD_ makes it give back
+all that is at least 64 KB, so that what is resident is what is in use. --default_malloc leaves glibc as it is: how much
+a rehearsal takes beyond what it uses.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# hidden_size, intermediate_size, layers, heads, vocabulary.
+MODELS = {
+    "45 M": (512, 1376, 4, 8, 32000),
+    "85 M": (768, 2048, 5, 12, 32000),
+    "161 M": (1024, 2752, 8, 16, 29000),
+}
+# Name: model, ranks, tokens of a sample, samples of a micro batch, flags.
+CASES: Dict[str, Tuple[str, int, int, int, str]] = {
+    "zero2, fp32": ("45 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
+    "zero2, fp32, fused attention": ("85 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32 --use_flash_attn"),
+    "zero2, fp32, 161 M": ("161 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32 --use_flash_attn"),
+    "zero2, fp32, checkpointing": ("85 M", 2, 512, 1, "--plugin zero2 --mixed_precision fp32 --use_grad_checkpoint"),
+    "zero2, fp32, all logits": ("45 M", 2, 512, 1, "--plugin zero2 --mixed_precision fp32 --chunked_loss off"),
+    "zero2, fp32, accumulated": ("85 M", 2, 256, 1, "--plugin zero2 --mixed_precision fp32 --accumulation_steps 2"),
+    "zero2_cpu, fp32": ("85 M", 2, 256, 1, "--plugin zero2_cpu --mixed_precision fp32"),
+    "zero2, bf16": ("85 M", 2, 16, 1, "--plugin zero2 --mixed_precision bf16"),
+    "gemini, bf16": ("85 M", 2, 16, 1, "--plugin gemini --mixed_precision bf16"),
+    "gemini_auto, bf16": ("85 M", 2, 16, 1, "--plugin gemini_auto --mixed_precision bf16"),
+    "3d, tp 2, fp32": ("85 M", 2, 512, 1, "--plugin 3d --tp 2 --zero 0 --mixed_precision fp32"),
+    "3d, fp32": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"),
+    "3d, zero 1, bf16": ("85 M", 2, 16, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
+    "zero2, one rank": ("45 M", 1, 512, 1, "--plugin zero2 --mixed_precision fp32"),
+}
+STEPS = 6
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}
+
+
+def main() -> None:
+    """Measure each case and print a line for it."""
+    if sys.argv[1:2] == ["--measure"]:
+        measure(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which")
+    parser.add_argument("--default_malloc", action="store_true", help="leave glibc's settings as they are")
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True)
+    try:
+        print(f"{'MB per rank':32}  predicted   measured  predicted / measured   while loading", flush=True)
+        for name in args.cases:
+            predicted, measured = compare(name, args.work_dir, default_malloc=args.default_malloc)
+            steps, loading = measured["steps"], measured["loading"]
+            first, second, last = (f"{size / 1e6:,.0f}" for size in (predicted, steps, loading))
+            print(f"{name:32} {first:>10} {second:>10} {predicted / steps:>21.3f} {last:>15}", flush=True)
+    finally:
+        shutil.rmtree(args.work_dir)
+
+
+def compare(name: str, work_dir: Path, *, default_malloc: bool = False) -> Tuple[int, Dict[str, int]]:
+    """Bytes predicted and measured, of the rank that needs most."""
+    model, ranks, length, batch, flags = CASES[name]
+    model_dir = work_dir / model.replace(" ", "")
+    if not model_dir.exists():
+        make_model(model_dir, *MODELS[model])
+    accumulated = 2 if "--accumulation_steps" in flags else 1
+    samples = STEPS * batch * (1 if "--tp" in flags else ranks) * accumulated
+    words = ["--benchmark", "--pretrained", str(model_dir), "--max_length", str(length), "--num_samples", str(samples)]
+    words += ["--micro_batch_size", str(batch), *flags.split()]
+    return predict(words, ranks), launch(words, ranks, {} if default_malloc else MALLOC)
+
+
+def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> None:
+    """Write a LLaMA of random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=4096,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def predict(words: List[str], ranks: int) -> int:
+    """Bytes by the formulas, for the flags of a run on a CPU."""
+    from colossal_llama2 import arguments
+    from colossal_llama2.model.loading import model_without_weights
+    from colossal_llama2.train.activations import ModelShape
+    from colossal_llama2.train.dry_run import memory_plan
+    from colossal_llama2.train.memory import rank_memory
+
+    args = arguments.train_parser().parse_args(words)
+    shape = ModelShape.of(model_without_weights(args.pretrained).config)
+    return rank_memory(shape, memory_plan(args, ranks, has_documents=False, on_cpu=True)).peak
+
+
+def launch(words: List[str], ranks: int, malloc: Dict[str, str]) -> Dict[str, int]:
+    """Run train.py on so many ranks; returns the bytes of the rank that took most: in its steps, and while loading."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **malloc}
+    environment.update(CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_COMPILE_THREADS="1")
+    done = subprocess.run(
+        [*command, __file__, "--measure", *words], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"steps"')]
+    assert len(found) == ranks, done.stdout
+    return {name: max(row[name] for row in found) for name in found[0]}
+
+
+def measure(words: List[str]) -> None:
+    """One rank: import, note what is resident, train, and tell the highest while loading and during the steps."""
+    import colossalai.booster.plugin  # noqa: F401
+    import colossalai.legacy.core  # noqa: F401
+    import datasets  # noqa: F401
+    import torch.distributed.optim
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from colossalai.shardformer.policies import llama  # noqa: F401
+
+    import train
+    from colossal_llama2.train import benchmark, run  # noqa: F401
+
+    before = highest_from_here()
+    take_steps = benchmark.measure
+    loading = 0
+
+    def measure_steps(*args, **keywords):
+        nonlocal loading
+        loading = status("VmHWM") - before
+        highest_from_here()
+        return take_steps(*args, **keywords)
+
+    def tell_peak() -> None:
+        # Asked for when the timed steps are done; those under the profiler would follow.
+        print(json.dumps({"steps": status("VmHWM") - before, "loading": loading}), flush=True)
+        torch.distributed.barrier()
+        time.sleep(1)
+        os._exit(0)
+
+    benchmark.measure, benchmark.peak_memory = measure_steps, tell_peak
+    train.main(words)
+
+
+def highest_from_here() -> int:
+    """Let the highest figure begin anew; returns what is resident."""
+    # 5 does that (Linux, Documentation/filesystems/proc.rst).
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """Bytes under a name in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""--dry_run: everything that a run checks before its first step, its plan, its memory and its disk, and no step.
+
+It needs neither a process group nor a GPU, reads no weights and writes nothing, so a laptop answers for a cluster.
+"""
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, List, Optional, Sequence
+
+from colossal_llama2 import logs
+from colossal_llama2.arguments import with_defaults
+from colossal_llama2.dataset.loader import (
+    DOCUMENT_COLUMN,
+    SampleOrder,
+    check_lengths,
+    highest_token_id,
+    load_tokenized_dataset,
+)
+from colossal_llama2.dataset.measuring import measure_parts
+from colossal_llama2.dataset.sources import Data
+from colossal_llama2.errors import UserError
+from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, model_without_weights
+from colossal_llama2.tokenizer import load_tokenizer
+from colossal_llama2.train import plan as plans
+from colossal_llama2.train import run
+from colossal_llama2.train.activations import ModelShape
+from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
+from colossal_llama2.train.engine.booster import EngineSettings
+from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
+from colossal_llama2.train.schedule import CosineSchedule
+
+GIB = 2**30
+# Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
+CPU_MARGIN, GPU_MARGIN = 15, 20
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a job that is only thought of: what checks and plans ask of an Engine."""
+
+    settings: EngineSettings
+    world_size: int
+    rank: int = 0
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that see different data."""
+        return self.world_size // self.settings.model_ranks
+
+
+class _Problems(List[str]):
+    """What is wrong, gathered."""
+
+    def check(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns, or None with its UserError noted."""
+        try:
+            return action()
+        except UserError as error:
+            self.append(str(error))
+            return None
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Check, and print what a run of these flags would do.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    problems = _Problems()
+    plan = problems.check(lambda: run.check_inputs(args))
+    args = with_defaults(args)
+    ranks = Ranks(run.engine_settings(args), run.world_size_of(args))
+    has_flags = plan is not None
+    plan = plan or LoadPlan(model_path=args.pretrained, resume_path=None)
+    facts = _inspect_model(args, plan, problems)
+    dataset = _inspect_data(args, facts, problems, has_flags=has_flags)
+    content = order = schedule = None
+    if dataset is not None and has_flags:
+        data = run.data_of(args)
+        measured = measure_parts(data.parts)
+        buckets = plans.buckets_of(data, measured)
+        order = problems.check(lambda: run.sample_order(args, len(dataset), ranks, buckets))
+        problems.check(lambda: _check_eval_sets(args, facts))
+    if order is not None:
+        schedule = problems.check(lambda: _plan_steps(args, plan, ranks, order, data))
+    if schedule is not None:
+        content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule)
+    if problems or not logs.is_first_rank():
+        _end(problems)
+        return
+    run.tell_plan(args, ranks, order, schedule, facts)
+    for line in plans.plan_lines(content):
+        logs.get_logger().info("%s", line)
+    on_cpu = not _plans_for_gpus(args)
+    shape = ModelShape.of(model_without_weights(plan.model_path).config)
+    has_documents = DOCUMENT_COLUMN in dataset.column_names
+    memory = rank_memory(shape, memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu))
+    print(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu))
+    print(_disk_lines(args, facts, saved_steps(order, args.num_epochs, args.save_interval)))
+    print("dry run: nothing was trained, nothing was written", flush=True)
+
+
+def _end(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("; and ".join(dict.fromkeys(problems)))
+
+
+def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems) -> Optional[ModelFacts]:
+    """Shapes against config.json, both against the flags, and the tokenizer against the vocabulary."""
+    try:
+        check_model_folder(plan.model_path, "--pretrained")
+    except UserError:
+        return None  # told by check_inputs
+    facts = problems.check(lambda: inspect_weights(plan.model_path))
+    if facts is not None:
+        problems.check(lambda: run.check_model_fits(args, facts))
+        problems.check(lambda: _check_tokenizer(args, plan, facts))
+    return facts
+
+
+def _check_tokenizer(args: argparse.Namespace, plan: LoadPlan, facts: ModelFacts) -> None:
+    path = run.find_tokenizer(args, plan)
+    pieces = len(load_tokenizer(path, pad_token=args.pad_token))
+    if pieces > facts.vocab_size:
+        raise UserError(
+            f"the tokenizer of {path} has {pieces} tokens, the model's vocabulary {facts.vocab_size}; "
+            f"give a model that init_model.py made for this tokenizer"
+        )
+
+
+def _inspect_data(
+    args: argparse.Namespace, facts: Optional[ModelFacts], problems: _Problems, *, has_flags: bool
+):
+    """The samples, when their lengths and token ids were looked at; None if they cannot be read."""
+    try:
+        data = run.data_of(args)
+    except UserError:
+        return None  # told by check_inputs
+    dataset = problems.check(lambda: load_tokenized_dataset(data.paths, args.document_mask))
+    if dataset is not None:
+        problems.check(lambda: check_lengths(dataset, args.max_length))
+        if facts is not None and has_flags:
+            problems.check(lambda: run.check_highest_id(highest_token_id(dataset, share=0, shares=1), facts))
+    return dataset
+
+
+def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> None:
+    for one in run.load_eval_sets(args):
+        if facts is not None:
+            highest = highest_token_id(one.samples, share=0, shares=1)
+            run.check_highest_id(highest, facts, flag=f"--eval_dataset {one.name}")
+
+
+def _plan_steps(
+    args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
+) -> CosineSchedule:
+    facts = run.describe_run(args, ranks, order, run.find_tokenizer(args, plan), data) if plan.resume_path else {}
+    state: TrainState = run.initial_state(args, plan, facts)
+    return run.make_schedule(args, plan, state, order)
+
+
+def _plans_for_gpus(args: argparse.Namespace) -> bool:
+    """For a number of ranks that is only thought of, GPUs; else what this machine has."""
+    import torch
+
+    return args.num_ranks is not None or torch.cuda.is_available()
+
+
+def memory_plan(args: argparse.Namespace, ranks: int, *, has_documents: bool, on_cpu: bool) -> Plan:
+    """What the memory of a run depends on, from its flags. On GPUs flash-attn is taken to be installed."""
+    attention = "eager"
+    if args.use_flash_attn:
+        attention = "sdpa" if on_cpu or args.mixed_precision == "fp32" else "flash"
+    return Plan(
+        settings=run.engine_settings(args),
+        ranks=ranks,
+        max_length=args.max_length,
+        attention=attention,
+        chunked_loss=args.chunked_loss != "off",
+        checkpointing=args.use_grad_checkpoint,
+        has_documents=has_documents and args.document_mask != "off",
+        on_cpu=on_cpu,
+    )
+
+
+def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
+    """The parts at each moment as aligned lines, and what the figures are worth."""
+    device = "CPU" if on_cpu else "GPU"
+    rows = [[f"memory per rank, GiB ({ranks} x {device})", *MOMENTS]]
+    for part in PARTS:
+        sizes = [memory.device[moment].get(part, 0) for moment in MOMENTS]
+        if any(sizes):
+            rows.append([f"  {part}", *(f"{size / GIB:.2f}" for size in sizes)])
+    rows.append(["  total", *(f"{sum(memory.device[moment].values()) / GIB:.2f}" for moment in MOMENTS)])
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{row[0]:<{width}}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    for part, size in memory.host.items():
+        lines.append(f"  in the host's memory: {part} {size / GIB:.2f}")
+    peak = f"peak: {memory.peak / GIB:.2f} GiB, at {memory.peak_moment}; computed, not measured;"
+    if on_cpu:
+        lines.append(f"{peak} expect +-{CPU_MARGIN} %, and about 1 GiB more for Python and libraries")
+    else:
+        lines.append(f"{peak} expect +-{GPU_MARGIN} %, since no GPU was ever measured,")
+        lines.append("and 1 to 2 GiB more for CUDA, NCCL and what the allocator leaves unused")
+    return "\n".join(lines)
+
+
+def saved_steps(order: SampleOrder, num_epochs: int, save_interval: int) -> List[int]:
+    """The steps after which a run saves: multiples of `save_interval`, and the end of each epoch."""
+    steps = order.steps_after(0)
+    ends = [epoch * steps for epoch in range(1, num_epochs + 1)]
+    return sorted({*range(save_interval, num_epochs * steps + 1, save_interval), *ends})
+
+
+def most_kept(steps: Sequence[int], *, keep_last: Optional[int], keep_every: Optional[int]) -> int:
+    """Checkpoints that lie on the disk at once: an old one goes when the new one is complete."""
+    most, kept = 0, []
+    for step in steps:
+        kept.append(step)
+        most = max(most, len(kept))
+        if keep_last is not None:
+            kept = [old for old in kept[:-keep_last] if keep_every and old % keep_every == 0] + kept[-keep_last:]
+    return most
+
+
+def _disk_lines(args: argparse.Namespace, facts: ModelFacts, steps: Sequence[int]) -> str:
+    """What checkpoints need, against what is free where --save_dir is or will be."""
+    each = expected_bytes(facts.parameters, args.mixed_precision, frozen=run.trains_embeddings_alone(args))
+    count = most_kept(steps, keep_last=args.keep_last, keep_every=args.keep_every)
+    folder = Path(args.save_dir).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    lines = [
+        f"disk: {len(steps)} checkpoints of {each / 1e9:,.1f} GB, at most {count} at once: "
+        f"{count * each / 1e9:,.1f} GB of {free / 1e9:,.1f} GB free here"
+    ]
+    if free < count * each:
+        lines.append(f"  there is room for {free // each} of them; make room, or keep fewer with --keep_last")
+    return "\n".join(lines)

@@ -1,0 +1,215 @@
+"""--dry_run of the training commands, and the formulas behind its memory, against sums made by hand."""
+
+import json
+import os
+import re
+import struct
+from dataclasses import replace
+
+import pytest
+
+from colossal_llama2 import arguments
+from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.errors import UserError
+from colossal_llama2.train import activations, dry_run, memory, run
+from colossal_llama2.train.activations import MicroBatch, ModelShape
+from colossal_llama2.train.dry_run import most_kept, saved_steps
+from colossal_llama2.train.engine.booster import EngineSettings
+from tests.training_jobs import write_data
+
+LLAMA_7B = ModelShape(
+    hidden_size=4096, intermediate_size=11008, layers=32, heads=32, key_value_heads=32, head_size=128,
+    vocab_size=32000, ties_embeddings=False,
+)  # fmt: skip
+# LLaMA-2-7B has so many, as its authors' checkpoint does.
+PARAMETERS_7B = 6_738_415_616
+SETTINGS = EngineSettings(
+    plugin="zero2", precision="bf16", tp_size=1, zero_stage=1, max_norm=1.0, accumulation_steps=1,
+    use_flash_attn=True, chunked_loss="auto", learning_rate=1e-4, weight_decay=0.1,
+)  # fmt: skip
+
+
+def plan(ranks, *, checkpointing=False, on_cpu=False, chunked_loss=True, attention="flash", **settings):
+    return memory.Plan(
+        settings=replace(SETTINGS, **settings), ranks=ranks, max_length=4096, attention=attention,
+        chunked_loss=chunked_loss, checkpointing=checkpointing, has_documents=True, on_cpu=on_cpu,
+    )  # fmt: skip
+
+
+def found(ranks, *, shape=LLAMA_7B, **others):
+    return memory.rank_memory(shape, plan(ranks, **others))
+
+
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_zero2_of_a_7b_is_that_of_the_zero_paper(ranks):
+    """Section 3 of arXiv 1910.02054, stage 2: 2 bytes of weights, 2 + 12 over the ranks of gradients and states."""
+    parts = found(ranks).device["update"]
+    assert parts["weights"] == 2 * PARAMETERS_7B
+    assert parts["master weights"] + parts["optimizer"] == 12 * PARAMETERS_7B // ranks
+    # The half-precision gradients and their float32 copies at the norm, or less when weights are gathered.
+    assert 2 * PARAMETERS_7B // ranks <= parts["gradients"] <= 6 * PARAMETERS_7B // ranks
+    # A bucket of 12 Mi elements of each rank's share is gathered at once: small beside weights, not beside shares.
+    assert parts["buffers"] <= (2 + ranks) * 2 * memory.ZERO_BUCKET
+
+
+def test_what_plugins_keep_of_a_7b():
+    tp = found(8, plugin="3d", tp_size=8, zero_stage=0).device["update"]
+    norms = 65 * 4096
+    assert tp["weights"] == 2 * ((PARAMETERS_7B - norms) // 8 + norms)
+    assert tp["optimizer"] == 2 * tp["master weights"] == 4 * tp["weights"]
+    half = found(8, plugin="3d", pp_size=2, zero_stage=0, micro_batch_size=2)
+    assert half.device["update"]["weights"] == 2 * (16 * 202_383_360 + 32000 * 4096 + 4096 * (half.peak_moment == ""))
+    offloaded = found(64, plugin="zero2_cpu")
+    assert offloaded.host["optimizer"] == 8 * PARAMETERS_7B // 64
+    assert "optimizer" not in offloaded.device["update"]
+
+
+def test_gemini_shards_everything_and_gathers_a_chunk():
+    parts = found(64, plugin="gemini").device["backward"]
+    # Chunks hold two or three matrices, and what is left of them is padding.
+    assert 2 * PARAMETERS_7B / 64 <= parts["weights"] < 1.15 * 2 * PARAMETERS_7B / 64
+    assert parts["optimizer"] == 2 * parts["master weights"] == 4 * parts["weights"]
+    assert parts["buffers"] < 3 * 2 * 64 * 2**20 * 2
+    accumulating = found(64, plugin="gemini", accumulation_steps=2).device["backward"]
+    assert accumulating["gradients"] >= parts["weights"]
+
+
+def test_chunks_hold_every_weight_and_divide_among_ranks():
+    sizes = [5000, 700, 700, 300, 900, 20, 5000]
+    for shards in (1, 2, 3):
+        chunks = memory.chunk_sizes(sizes, minimum_m=1024 / 2**20, shards=shards)
+        assert sum(chunks) >= sum(sizes) and all(size % shards == 0 for size in chunks)
+    assert memory.chunk_sizes(sizes, minimum_m=1, shards=2) == [sum(sizes)]
+
+
+def test_activations_of_a_layer_by_hand():
+    """One token more costs what autograd saves for it, counted here once more from the code of the layer."""
+    batch = MicroBatch(
+        samples=1, length=1024, element=2, attention="flash", chunked_loss=True, checkpointing=False,
+        has_documents=False,
+    )  # fmt: skip
+    stage = memory.stage_shapes(LLAMA_7B, SETTINGS)[0]
+    one, two = (activations.kept_bytes(replace(stage, layers=layers), batch) for layers in (1, 2))
+    hidden, inner = 4096, 11008
+    # Two norms (float32 input, result before and after the weight), q, k, v and what o_proj takes, four of the MLP,
+    # and the attention's log-sum-exp.
+    assert (two - one) // 1024 == 2 * (4 + 2 + 2) * hidden + 4 * 2 * hidden + 4 * 2 * inner + 4 * 32
+    kept = activations.kept_bytes(stage, replace(batch, checkpointing=True))
+    # The inputs of 32 layers, the last norm, and the cosines and sines of one head.
+    assert kept // 1024 == 32 * 2 * hidden + (4 + 2 + 2) * hidden + 2 * 2 * 128
+    eager = activations.kept_bytes(stage, replace(batch, attention="eager"))
+    assert eager - activations.kept_bytes(stage, batch) == pytest.approx(32 * 32 * 6 * 1024**2, rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash"])
+@pytest.mark.parametrize("element", [2, 4])
+@pytest.mark.parametrize("key_value_heads", [32, 8])
+@pytest.mark.parametrize("trains_layers", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_backward_lets_go_of_all_it_was_left(attention, element, key_value_heads, trains_layers, checkpointing):
+    batch = MicroBatch(
+        samples=2, length=512, element=element, attention=attention, chunked_loss=True, checkpointing=checkpointing,
+        has_documents=True, trains_layers=trains_layers,
+    )  # fmt: skip
+    (stage,) = memory.stage_shapes(replace(LLAMA_7B, key_value_heads=key_value_heads), SETTINGS)
+    moments = activations.backward_moments(stage, batch)
+    shared = activations.kept_bytes(replace(stage, layers=0, has_head=False), batch)
+    # What is left is the mask, the rotary embedding, and the gradient of the embeddings' result.
+    assert moments[-1].activations == shared + element * batch.tokens * 4096
+    weights = [size for moment in moments for _, size in moment.weights]
+    assert sum(weights) == activations_weights(stage, trains_layers)
+
+
+def activations_weights(stage, trains_layers):
+    layers = stage.layers * sum(size for _, size in stage.layer_weights()) + 4096
+    return 2 * stage.embedding_weights() + trains_layers * layers
+
+
+def test_chunked_loss_and_checkpointing_save_what_they_say():
+    whole = found(8, chunked_loss=False).device["loss"]["logits"]
+    assert whole == 4096 * 32000 * 10 and found(8).device["loss"]["logits"] < whole / 20
+    assert found(8, checkpointing=True).peak < 0.7 * found(8).peak
+
+
+def test_checkpoints_on_the_disk():
+    order = SampleOrder(num_samples=103, micro_batch_size=2, data_size=5, accumulation_steps=1, seed=0)
+    assert saved_steps(order, 2, 4) == [4, 8, 10, 12, 16, 20]
+    steps = [10, 20, 30, 40, 50]
+    assert most_kept(steps, keep_last=None, keep_every=None) == 5
+    assert most_kept(steps, keep_last=2, keep_every=None) == 3
+    assert most_kept(steps, keep_last=1, keep_every=10) == 5
+    assert most_kept(steps, keep_last=1, keep_every=20) == 3
+
+
+def hollow_model(folder, model_dir, **sizes):
+    """A model folder whose safetensors have a header and holes in place of weights."""
+    from colossal_llama2.model.loading import model_without_weights
+
+    folder.mkdir()
+    for path in model_dir.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = {**json.loads((folder / "config.json").read_text()), **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, tensor in model_without_weights(str(folder)).state_dict().items():
+        start, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tokenizer_dir):
+    return write_data(tmp_path_factory.mktemp("dry") / "arrow", tokenizer_dir, steps=20)
+
+
+def test_a_7b_on_64_gpus_is_planned_here(run_script, model_dir, data, tmp_path):
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    hollow = hollow_model(tmp_path / "7b", model_dir, **sizes, num_key_value_heads=32, head_dim=128)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    words = ["--pretrained", hollow, "--dataset", *data, "--dry_run", "--num_ranks", 64, "--plugin", "3d", "--tp", 8]
+    done = run_script("train.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "64 processes, data parallel over 8" in done.stderr
+    assert "steps: 40, warm-up: 1" in done.stderr
+    table = re.findall(r"^  (\w[\w ]*?) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
+    *parts, (name, *totals) = [(name, *map(float, figures)) for name, *figures in table]
+    assert name == "total" and len(parts) == len(memory.PARTS)
+    assert totals == pytest.approx([sum(part[column] for part in parts) for column in (1, 2, 3)], abs=0.05)
+    assert f"peak: {max(totals):.2f} GiB" in done.stdout
+    assert "computed, not measured; expect +-20 %" in done.stdout
+    assert re.search(r"disk: 1 checkpoints of \S+ GB, at most 1 at once", done.stdout)
+    assert done.stdout.endswith("dry run: nothing was trained, nothing was written\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--pretrained", str(model_dir), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
+    dry_run.dry_run(arguments.train_sft_parser().parse_args(words))
+    told = capsys.readouterr().out
+    assert "(1 x CPU)" in told and "expect +-15 %" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def message(*words):
+        args = arguments.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *data, *words])
+        with pytest.raises(UserError) as error:
+            dry_run.dry_run(args) if args.dry_run else run.check_inputs(args)
+        return str(error.value)
+
+    tp = ["--dry_run", "--num_ranks", "6", "--plugin", "3d", "--tp", "4", "--zero", "2"]
+    told = message(*tp, "--max_length", "16", "--save_dir", data[0] + "/state.json")
+    for words in ("--tp 4 does not divide the 6 processes", "is a file", "--max_length 16 given"):
+        assert words in told
+    assert "has 323 samples, one micro batch needs 4096" in message("--dry_run", "--num_ranks", "4096")
+    assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
+    assert "give one of them" in message("--dry_run", "--benchmark")
+    assert not list(tmp_path.iterdir())
