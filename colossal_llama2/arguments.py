@@ -682,7 +682,7 @@ def _add_settings_arguments(parser: CommandParser) -> None:
     settings = parser.add_argument_group("settings of another run")
     settings.add_argument(
         settings_file.FLAG, metavar="FILE", default=None,
-        help="take settings from a file that --config_file wrote, such as <save_dir>/settings.json; flags beside it win",
+        help="take settings from a file that --config_file wrote, such as <save_dir>/settings.json; other flags win",
     )  # fmt: skip
 
 

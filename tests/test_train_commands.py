@@ -12,6 +12,7 @@ import pytest
 from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.train import checkpoint_files
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -139,5 +140,6 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_p
     assert process.returncode == 1, process.stderr
     assert process.stderr.splitlines()[-1].startswith("train.py: error: ")
     assert "cannot be written" in process.stderr and "Traceback" not in process.stderr
-    # The folder was new and nothing is in it, so it goes too.
-    assert not (tmp_path / "save_dir").exists()
+    # What the steps have shown stays.
+    left = {path.name for path in (tmp_path / "save_dir").iterdir()}
+    assert left == {checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}

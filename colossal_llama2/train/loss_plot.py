@@ -12,12 +12,12 @@ Point = Tuple[int, float]
 # Drawn twice as large and made smaller, which smooths the lines.
 SCALE = 2
 SIZE = (1200, 600)
-LEFT, TOP, RIGHT, BOTTOM = 80, 56, 200, 60
+LEFT, TOP, RIGHT, BOTTOM = 80, 72, 200, 60
 FONT_SIZE = 15
 RAW, SMOOTHED, GRID, BORDER = "#b3cde3", COLOURS[0], "#e5e5e5", "#888888"
 EVALUATION_COLOURS = COLOURS[1:]
 MAX_TICKS = 8
-# The smoothed line looks back over about this share of the run.
+# The smoothed line looks over about this share of the run, to each side.
 SMOOTHED_SHARE = 1 / 50
 MIN_SMOOTHED_STEPS = 10
 # Borders closer than this many pixels are not to be told apart.
@@ -52,15 +52,25 @@ def curves_of(records: Iterable[Dict[str, Any]]) -> Curves:
 
 
 def smoothed(points: List[Point]) -> List[Point]:
-    """An exponential mean that begins with the first value, not with zero."""
+    """A mean whose weights fall exponentially to both sides, so that it does not lag behind."""
     span = max(MIN_SMOOTHED_STEPS, len(points) * SMOOTHED_SHARE)
     keep = 1 - 2 / (span + 1)
-    total = weight = 0.0
+    values = [value for _, value in points]
+    before, after = _running(values, keep), _running(values[::-1], keep)[::-1]
     means = []
-    for step, value in points:
-        total, weight = keep * total + value, keep * weight + 1
-        means.append((step, total / weight))
+    for (step, value), (total, weight), (more, more_weight) in zip(points, before, after, strict=True):
+        # Both have the value itself.
+        means.append((step, (total + more - value) / (weight + more_weight - 1)))
     return means
+
+
+def _running(values: List[float], keep: float) -> List[Tuple[float, float]]:
+    """Of each value and those before it: their sum, and that of their weights, which fall by `keep` a step."""
+    sums, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        sums.append((total, weight))
+    return sums
 
 
 def draw(curves: Curves, *, title: str) -> bytes:
@@ -68,7 +78,7 @@ def draw(curves: Curves, *, title: str) -> bytes:
     image_module, draw_module, font = pillow(FONT_SIZE * SCALE, needed_for="loss.png")
     image = image_module.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), "white")
     canvas = _Canvas(draw_module.Draw(image), font, curves)
-    canvas.text((LEFT, 24), title, anchor="lm")
+    canvas.text((SIZE[0] / 2, 18), title, anchor="mm")
     canvas.grid()
     canvas.borders(curves.borders)
     canvas.line(curves.losses, RAW, width=1)
@@ -77,6 +87,7 @@ def draw(curves: Curves, *, title: str) -> bytes:
         canvas.line(points, colour, width=1)
         canvas.dots(points, colour)
     entries = [("loss of a step", RAW), ("smoothed", SMOOTHED)]
+    entries += [(f"{curves.borders[0][1].split()[0]} begins", BORDER)] if curves.borders else []
     canvas.legend(entries + list(zip((f"evaluation {name}" for name in curves.evaluations), _colours(), strict=False)))
     content = io.BytesIO()
     image.resize(SIZE, image_module.LANCZOS).save(content, format="PNG")
@@ -128,7 +139,7 @@ class _Canvas:
             self.text((self._x(step), self._bottom + 16), f"{step:,}", anchor="mm")
         self._segment((LEFT, self._bottom), (self._right, self._bottom), "black")
         self.text(((LEFT + self._right) / 2, SIZE[1] - 14), "optimizer step", anchor="mm")
-        self.text((8, TOP - 12), "loss, nats per token", anchor="lm")
+        self.text((8, TOP - 24), "loss, nats per token", anchor="lm")
 
     def borders(self, borders: List[Tuple[int, str]]) -> None:
         """Dashed lines with a name each, unless they lie too close together."""

@@ -179,7 +179,7 @@ def shown(record: Dict[str, Any]) -> Dict[str, str]:
         "loss": f"{record['loss']:.4f}",
         "lr": f"{record['lr']:.2e}",
         "norm": "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}",
-        "tok/s": f"{record['tokens_per_second']:,.0f}",
+        "tok/s": short_count(record["tokens_per_second"]),
         "epoch": str(record["epoch"]),
     }
     if "bucket" in record:
@@ -189,6 +189,14 @@ def shown(record: Dict[str, Any]) -> Dict[str, str]:
     figures["padding"] = f"{record['padding_share']:.1%}"
     figures["memory"] = f"{record['memory_bytes'] / 2**30:.1f} GiB"
     return figures
+
+
+def short_count(value: float) -> str:
+    """Three digits or four: 812, 7,758, 18.4k, 1.24M."""
+    for least, unit, name, digits in ((1e6, 1e6, "M", 2), (1e4, 1e3, "k", 1)):
+        if value >= least:
+            return f"{value / unit:.{digits}f}{name}"
+    return f"{value:,.0f}"
 
 
 def told_groups(amounts: Optional[Sequence[Amount]], tally: "LossTally") -> Optional[Groups]:
@@ -239,9 +247,7 @@ def reporting(
             progress=parts.enter_context(progress),
             groups=[amount[:2] for amount in report.amounts or ()],
             bucket_of=getattr(order, "bucket_of", None),
-            flops_per_token=functools.partial(
-                flops_per_token, config, parameters
-            ),
+            flops_per_token=functools.partial(flops_per_token, config, parameters),
             peak_flops=None if peak is None else peak * 1e12 * engine.world_size,
         )
         yield parts.enter_context(contextlib.closing(reporter))
