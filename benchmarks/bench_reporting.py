@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 from colossal_llama2 import arguments, logs  # noqa: E402
 
 VOCABULARY, LENGTH = 8000, 256
-STEPS, WARMUP_STEPS = 60, 5
-TURNS = 4
+STEPS, WARMUP_STEPS = 40, 5
+TURNS = 3
 MODELS = {
     "0.6 M": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
     "8 M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4},
@@ -42,7 +42,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True)
     # As on a cluster, where stderr is a file.
     logs.configure_logging()
-    logs.get_logger().setLevel("WARNING")
+    logs.get_logger().setLevel("ERROR")
     try:
         launch(seed=1)
         part = make_data(args.work_dir / "part-00000")
@@ -80,7 +80,7 @@ def make_data(folder: Path) -> Path:
 
     random = np.random.default_rng(0)
     rows = []
-    for number in range(4 * STEPS):
+    for number in range(STEPS):
         ids = random.integers(3, 500, LENGTH).tolist()
         sources, categories = zip(*(GROUPS[(number + i) % len(GROUPS)] for i in range(4)), strict=True)
         rows.append(
@@ -124,7 +124,7 @@ def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[flo
     """Run once; returns the time of each step but the first ones."""
     from colossal_llama2.train import run
 
-    flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 4]
+    flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
     flags += ["--tensorboard_dir", home / "tb", "--config_file", home / "config.json", "--use_flash_attn"]
     args = arguments.train_parser().parse_args([str(flag) for flag in flags])
