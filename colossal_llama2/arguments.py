@@ -3,7 +3,7 @@
 A flag that the original's README and code spell differently has both spellings on one line. What argparse can judge
 by itself (type, range, choice) is judged here; what needs two flags or the file system is judged by the command, which
 asks `unused_flags` for those that would change nothing, and takes their defaults from `with_defaults`.
-This module imports nothing but the standard library, so `--help` is instant.
+This module imports little but the standard library, so `--help` is instant.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import math
 import re
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+
+from colossal_llama2 import settings_file
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -47,6 +49,7 @@ class CommandParser(argparse.ArgumentParser):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         words = list(sys.argv[1:] if args is None else args)
+        words = [*self._loaded_words(words), *words]
         # Unknown flags first: a misspelt required flag should be called misspelt, not missing.
         for word in words[: words.index("--")] if "--" in words else words:
             flag = word.split("=", 1)[0]
@@ -57,6 +60,15 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unexpected {' '.join(unknown)}; quote a value that has spaces, and check its flag")
         return parsed
+
+    def _loaded_words(self, words: Sequence[str]) -> List[str]:
+        path = settings_file.named_file(words) if settings_file.FLAG in self._option_string_actions else None
+        if path is None:
+            return []
+        try:
+            return settings_file.words_of(path, self)
+        except ValueError as error:
+            self.error(str(error))
 
     def _suggestion(self, flag: str) -> str:
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
@@ -581,6 +593,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     _add_evaluation_arguments(parser)
     _add_output_arguments(parser)
     _add_dry_run_arguments(parser)
+    _add_settings_arguments(parser)
     _add_benchmark_arguments(parser)
 
 
@@ -725,7 +738,7 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
     )
     benchmark.add_argument(
         "--peak_tflops", metavar="TFLOPS", type=positive_float, default=None,
-        help="what a device can do, for MFU (default: known for A100, A800, H100, H800 and some more)",
+        help="what a device can do, for MFU, also while training (default: known for A100, A800, H100 and some more)",
     )  # fmt: skip
 
 
@@ -797,6 +810,14 @@ def _add_output_arguments(parser: CommandParser) -> None:
     output.add_argument(
         "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"
     )
+
+
+def _add_settings_arguments(parser: CommandParser) -> None:
+    settings = parser.add_argument_group("settings of another run")
+    settings.add_argument(
+        settings_file.FLAG, metavar="FILE", default=None,
+        help="take settings from a file that --config_file wrote, such as <save_dir>/settings.json; other flags win",
+    )  # fmt: skip
 
 
 def verify_parser() -> CommandParser:

@@ -101,7 +101,12 @@ def open_to_umask(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a value as transformers writes its own: indented, UTF-8, one newline at the end."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(content), encoding="utf-8")
+
+
+def to_json(content: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:

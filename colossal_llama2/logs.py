@@ -3,6 +3,7 @@
 A terminal gets a tqdm bar; anything else (a file, a pipe, CI) gets one plain line now and then, never carriage returns.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -27,11 +28,20 @@ def configure_logging() -> None:
     """Send the suite's log lines to stderr: all of them from rank 0, errors alone from the others."""
     logger = get_logger()
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _LinesAboveBars(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s | %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.propagate = False
+
+
+class _LinesAboveBars(logging.StreamHandler):
+    """Takes bars away while a line is written, so that it gets a line of the terminal for itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        with tqdm.external_write_mode(file=self.stream) if tqdm else contextlib.nullcontext():
+            super().emit(record)
 
 
 class SilentProgress:
@@ -59,7 +69,16 @@ class SilentProgress:
 class BarProgress(SilentProgress):
     """A tqdm bar on a terminal."""
 
-    def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int, unit_scale: bool):
+    def __init__(
+        self,
+        *,
+        total: Optional[int],
+        description: str,
+        unit: str,
+        initial: int,
+        unit_scale: bool,
+        bar_format: Optional[str] = None,
+    ):
         from tqdm import tqdm
 
         # A terminal that says it has no columns (some containers' do) would get an empty bar.
@@ -70,6 +89,7 @@ class BarProgress(SilentProgress):
             unit=unit,
             initial=initial,
             unit_scale=unit_scale,
+            bar_format=bar_format,
             dynamic_ncols=width_is_known,
             ncols=None if width_is_known else 80,
         )
@@ -128,11 +148,23 @@ class LineProgress(SilentProgress):
 
 
 def progress(
-    *, total: Optional[int], description: str, unit: str, initial: int = 0, unit_scale: bool = False
+    *,
+    total: Optional[int],
+    description: str,
+    unit: str,
+    initial: int = 0,
+    unit_scale: bool = False,
+    bar_format: Optional[str] = None,
 ) -> SilentProgress:
-    """A progress display for `total` units (None: unknown), of the kind that fits stderr and this process's rank."""
+    """A progress display for `total` units (None: unknown), of the kind that fits stderr and this process's rank.
+
+    `bar_format` is tqdm's, for a bar with much to tell.
+    """
     if not is_first_rank():
         return SilentProgress()
     if sys.stderr.isatty():
-        return BarProgress(total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale)
+        return BarProgress(
+            total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale,
+            bar_format=bar_format,
+        )  # fmt: skip
     return LineProgress(total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale)

@@ -21,6 +21,19 @@ COUNT_TO_FIVE = (
     "    for _ in range(5):\n"
     "        shown.update(1, loss='1.25')\n"
 )
+# The bar of a training run, with more figures than fit beside it, and a log line in the middle.
+TRAIN = (
+    "from colossal_llama2 import logs\n"
+    "from colossal_llama2.train.reporting import BAR_FORMAT, shown\n"
+    "logs.configure_logging()\n"
+    "record = dict(loss=2.83912, lr=9.7e-05, grad_norm=0.4117, tokens_per_second=1234567.0, epoch=0, bucket=3)\n"
+    "record.update(mfu=0.43, padding_share=0.011, memory_bytes=2**36)\n"
+    "place = dict(total=200000, initial=123450)\n"
+    "with logs.progress(**place, description='train', unit='step', bar_format=BAR_FORMAT) as bar:\n"
+    "    for step in range(3):\n"
+    "        bar.update(**shown(record))\n"
+    "        logs.get_logger().info('saved')\n"
+)
 
 
 @pytest.fixture
@@ -41,11 +54,11 @@ def count_to_five(**environment) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def count_to_five_on_a_terminal() -> str:
-    """The same program with a pseudo-terminal as its stderr; returns what the terminal received."""
+def on_a_terminal(program: str, columns: int) -> str:
+    """Run a program with a pseudo-terminal as its stderr; returns what the terminal received."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))  # a fresh one has no width, and tqdm draws as much as fits
-    with subprocess.Popen([sys.executable, "-c", COUNT_TO_FIVE], cwd=ROOT, stderr=theirs) as process:
+    termios.tcsetwinsize(theirs, (24, columns))  # a fresh one has no width, and tqdm draws as much as fits
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=theirs) as process:
         os.close(theirs)
         received = b""
         while True:
@@ -62,10 +75,21 @@ def count_to_five_on_a_terminal() -> str:
 
 
 def test_a_terminal_gets_a_bar():
-    received = count_to_five_on_a_terminal()
+    received = on_a_terminal(COUNT_TO_FIVE, 100)
     assert "before" in received
     assert "counting: 100%" in received and "5/5" in received and "loss=1.25" in received
     assert "\r" in received.replace("\r\n", "")
+
+
+@pytest.mark.parametrize("columns", [80, 160])
+def test_a_training_bar_never_wraps_and_lines_stand_alone(columns):
+    received = on_a_terminal(TRAIN, columns).replace("\r\n", "\r").split("\r")
+    bars = [line for line in received if line.startswith("train 1234")]
+    assert bars and all(len(line) < columns for line in received)
+    assert all("loss=2.8391, lr=9.70e-05, norm=0.412" in line for line in bars[1:])
+    assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 160)
+    # A bar is taken away before a line is written, and drawn again after it.
+    assert sum(line.endswith("| saved") and line[2] == ":" for line in received) == 3
 
 
 def test_a_file_gets_plain_lines():

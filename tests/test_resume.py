@@ -227,6 +227,7 @@ def test_another_tokenizer_or_order_is_refused(jobs):
 def test_old_checkpoints_go_but_never_the_newest(jobs):
     home, error, log = jobs["keeping"]
     names = {path.name for path in (home / "ckpt").iterdir()}
+    names -= {checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}
     assert error is None
     assert names == {"epoch-0_step-5", "epoch-1_step-10", "epoch-1_step-11", "epoch-1_step-12"} | TOP_FILES
     assert (home / "ckpt" / "latest").read_text() == "epoch-1_step-12\n"

@@ -55,6 +55,7 @@ def assert_saved(run, number):
     assert json.loads((newest / "running_states.json").read_text())["step"] == int(told[1])
     assert not [path.name for path in run.save_dir.iterdir() if path.suffix == ".tmp" or path.name == ".lock"]
     assert "Traceback" not in run.said and run.said.count("stopped:") == 1
+    assert {path.name for path in run.save_dir.iterdir()} >= {"train_log.jsonl", *checkpoint_files.REPORT_NAMES}
 
 
 def test_a_signal_to_a_single_process(start):

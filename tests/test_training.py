@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
+from colossal_llama2.train import checkpoint_files
 from tests import reference, tiny
 from tests.launching import distance, launch
 from tests.training_jobs import (
@@ -31,6 +32,8 @@ from tests.training_jobs import (
 )
 
 STEPS = 10
+# What a run leaves beside its checkpoints.
+REPORTS = ["plan.json", checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES]
 
 BF16 = ["--mixed_precision", "bf16"]
 FP32 = ["--mixed_precision", "fp32"]
@@ -269,8 +272,8 @@ def test_resume_goes_on_where_the_checkpoint_was(jobs, name):
 
 def test_checkpoint_layout(jobs):
     folder = jobs["gemini_bf16"].folder / "ckpt"
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"epoch-0_step-10", "epoch-0_step-5", "latest", "modeling", "plan.json"}
+    names = sorted([*REPORTS, "epoch-0_step-10", "epoch-0_step-5", "latest", "modeling"])
+    assert sorted(path.name for path in folder.iterdir()) == names
     checkpoint = folder / "epoch-0_step-5"
     assert sorted(path.name for path in checkpoint.iterdir()) == [
         "lr_scheduler", "manifest.json", "master_weights", "modeling", "optimizer", "running_states.json",
@@ -398,7 +401,7 @@ def test_epochs_end_with_a_step_of_what_is_left(jobs):
     # 10 micro batches of all ranks an epoch, 4 accumulated: steps of 4, 4 and 2.
     assert len(jobs["two_epochs"].scalars("Loss")) == 6
     names = sorted(path.name for path in (jobs["two_epochs"].folder / "ckpt").iterdir())
-    assert names == ["epoch-0_step-3", "epoch-1_step-6", "latest", "modeling", "plan.json"]
+    assert names == sorted([*REPORTS, "epoch-0_step-3", "epoch-1_step-6", "latest", "modeling"])
 
 
 def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, float32):

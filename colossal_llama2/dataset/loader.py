@@ -11,6 +11,7 @@ import numpy as np
 from colossal_llama2 import logs
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.buckets import Buckets
+from colossal_llama2.dataset.groups import NAME_COLUMNS, Groups
 from colossal_llama2.dataset.prefetch import prefetched
 from colossal_llama2.dataset.sources import resolve_parts
 from colossal_llama2.errors import UserError
@@ -37,7 +38,7 @@ def load_tokenized_dataset(
 
     Returns:
         A memory-mapped dataset with the columns input_ids and labels, in arrow format; and sequence_lengths, by which
-        a Collator keeps documents apart.
+        a Collator keeps documents apart, with document_sources and document_categories where all parts have them.
 
     Raises:
         UserError: a folder is missing, is no prepared folder, holds no samples, or lacks the lengths that "on" needs.
@@ -49,6 +50,8 @@ def load_tokenized_dataset(
     columns = ["input_ids", "labels"]
     if document_mask != "off" and _all_have_documents(paths, parts, required=document_mask == "on"):
         columns.append(DOCUMENT_COLUMN)
+        if all(set(NAME_COLUMNS) <= set(part.column_names) for part in parts):
+            columns += NAME_COLUMNS
     whole = datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
     if len(whole) == 0:
         raise UserError(f"{flag} {' '.join(dataset_paths)}: holds no samples")
@@ -201,6 +204,9 @@ class Batch:
         predicted: number of labels that count in the loss: not IGNORE_INDEX, and not a sample's first.
         documents: (batch, length) int64, the number of a token's document in its row from 1, and 0 on padding; None if
             each row is one document, or documents are not kept apart.
+        groups: (batch, length) int64, the group (see `Groups`) of the token that each token predicts, 0 where there is
+            none; None if groups are not told apart.
+        group_counts: (groups,) how many predicted tokens each group has.
     """
 
     input_ids: "torch.Tensor"
@@ -209,6 +215,8 @@ class Batch:
     lengths: "torch.Tensor"
     predicted: int
     documents: Optional["torch.Tensor"] = None
+    groups: Optional["torch.Tensor"] = None
+    group_counts: Optional["np.ndarray"] = None
 
     @property
     def tokens(self) -> int:
@@ -229,8 +237,9 @@ class Collator:
     documents are kept apart, and the first token of a document is not predicted from the one before.
     """
 
-    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1):
-        """`length_divisor` divides `max_length` and the length of every batch."""
+    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1, groups: Optional[Groups] = None):
+        """`length_divisor` divides `max_length` and the length of every batch; `groups` are to be told apart."""
+        self._groups = groups
         self._pad_token_id, self._max_length = pad_token_id, max_length
         self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
@@ -253,6 +262,9 @@ class Collator:
         if documents is not None:
             padded_labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
         mask = np.arange(width) < lengths[:, None]
+        groups = counts = None
+        if self._groups is not None:
+            groups, counts = self._groups.of_predicted(rows, padded_labels)
         return Batch(
             input_ids=torch.from_numpy(padded_ids),
             labels=torch.from_numpy(padded_labels),
@@ -260,6 +272,8 @@ class Collator:
             lengths=torch.from_numpy(lengths),
             predicted=int((padded_labels[:, 1:] != IGNORE_INDEX).sum()),
             documents=None if documents is None else torch.from_numpy(documents),
+            groups=None if groups is None else torch.from_numpy(groups),
+            group_counts=counts,
         )
 
 

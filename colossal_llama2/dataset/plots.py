@@ -74,11 +74,11 @@ def total_categories(bins: Mapping[str, Mapping[str, int]]) -> Dict[str, int]:
 def _draw_bars(
     bars: Sequence[Bar], path: Path, *, title: str, axes: Tuple[str, str], colours: Sequence[str], legend: List[str]
 ) -> None:
-    image_module, draw_module, font = _pillow()
+    image_module, draw_module, font = pillow()
     image = image_module.new("RGB", SIZE, "white")
     draw = draw_module.Draw(image)
     right, bottom = SIZE[0] - RIGHT - (LEGEND_WIDTH if legend else 0), SIZE[1] - BOTTOM
-    draw.text((8, 6), _drawable(title, font), fill="black", font=font)
+    draw.text((8, 6), drawable(title, font), fill="black", font=font)
     step = _round_up(max(sum(bar.layers) for bar in bars) / MAX_TICKS)
     top_value = step * math.ceil(max(sum(bar.layers) for bar in bars) / step)
     scale = (bottom - TOP) / top_value
@@ -95,7 +95,7 @@ def _draw_bars(
                 draw.rectangle((start, height - layer * scale, max(start, end - 1), height), fill=colour)
                 height -= layer * scale
         if bar.label:
-            draw.text((start, bottom + 6), _drawable(bar.label, font), fill="black", font=font)
+            draw.text((start, bottom + 6), drawable(bar.label, font), fill="black", font=font)
     draw.line((LEFT, bottom, right, bottom), fill="black")
     draw.text(((LEFT + right) / 2, SIZE[1] - 25), axes[0], fill="black", font=font, anchor="mm")
     draw.text((8, TOP - 22), axes[1], fill="black", font=font, anchor="lm")
@@ -108,27 +108,27 @@ def _draw_legend(draw, font, entries: Sequence[Tuple[str, str]]) -> None:
     for number, (name, colour) in enumerate(entries):
         top = TOP + number * (FONT_SIZE + 10)
         draw.rectangle((left, top, left + FONT_SIZE, top + FONT_SIZE), fill=colour)
-        text = _drawable(name, font)
+        text = drawable(name, font)
         while text and draw.textlength(text, font=font) > LEGEND_WIDTH - 50:
             text = text[:-2] + "…" if len(text) > 2 else ""
         draw.text((left + FONT_SIZE + 8, top), text, fill="black", font=font)
 
 
-def _pillow() -> tuple:
-    """Pillow's Image and ImageDraw modules, and the font to write with."""
+def pillow(font_size: int = FONT_SIZE, *, needed_for: str = "--plots") -> tuple:
+    """Pillow's Image and ImageDraw modules, and the font to write with. UserError where Pillow is not installed."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        raise UserError("--plots needs Pillow, which is not installed; run: pip install -r requirements.txt")
+        raise UserError(f"{needed_for} needs Pillow, which is not installed; run: pip install -r requirements.txt")
     for name in FONTS:
         try:
-            return Image, ImageDraw, ImageFont.truetype(name, FONT_SIZE)
+            return Image, ImageDraw, ImageFont.truetype(name, font_size)
         except OSError:
             continue
-    return Image, ImageDraw, ImageFont.load_default(FONT_SIZE)
+    return Image, ImageDraw, ImageFont.load_default(font_size)
 
 
-def _drawable(text: str, font) -> str:
+def drawable(text: str, font) -> str:
     """`text` with characters that the font lacks written by their numbers, such as U+8C1C."""
     missing = bytes(font.getmask("\U0010ffff"))  # no font has it: what is drawn instead
     return "".join(

@@ -10,7 +10,7 @@ The idea is that of Wijmans et al., "Cut your losses in large-vocabulary languag
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
 
@@ -52,7 +52,11 @@ class HeadPart:
 
 
 def chunked_cross_entropy(
-    hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor", part: HeadPart
+    hidden: "torch.Tensor",
+    weight: "torch.Tensor",
+    targets: "torch.Tensor",
+    part: HeadPart,
+    tell: Optional[Callable[["torch.Tensor"], None]] = None,
 ) -> "torch.Tensor":
     """Sum over all tokens of the loss of `hidden @ weight.T`, in float32, as a scalar.
 
@@ -60,15 +64,18 @@ def chunked_cross_entropy(
         hidden: (tokens, width) hidden states; the same on all ranks of `part.group`.
         weight: (rows or more, width) rows of the head.
         targets: (tokens,) token ids over the whole vocabulary; IGNORE_INDEX counts as nothing.
+        tell: called in the forward pass with the (tokens,) float32 loss of each token, 0 where there is no target;
+            not called by Liger's kernel, which has no such losses.
     """
     from torch.overrides import handle_torch_function, has_torch_function
 
     if has_torch_function((hidden, weight)):
         # Gemini's parameters are sharded: they are gathered around what it takes for one operation of PyTorch.
-        return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part)
-    if part.group is None and part.trained is None and part.rows == len(weight) and _takes_liger(hidden):
+        return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part, tell)
+    is_whole = part.group is None and part.trained is None and part.rows == len(weight)
+    if is_whole and takes_liger(hidden.device, hidden.dtype):
         return _liger_sum(hidden, weight, targets)
-    return _chunked_function().apply(hidden, weight, targets, part)
+    return _chunked_function().apply(hidden, weight, targets, part, tell)
 
 
 def has_liger() -> bool:
@@ -83,11 +90,12 @@ def has_liger() -> bool:
         return False
 
 
-def _takes_liger(hidden) -> bool:
+def takes_liger(device: "torch.device", dtype: "torch.dtype") -> bool:
+    """Whether hidden states of this kind go through Liger's kernel, where the head is whole."""
     import torch
 
     # Liger makes gradients in forward, before they are scaled up: small ones would vanish in fp16.
-    return hidden.is_cuda and hidden.dtype is torch.bfloat16 and has_liger()
+    return device.type == "cuda" and dtype is torch.bfloat16 and has_liger()
 
 
 def _liger_sum(hidden, weight, targets):
@@ -105,19 +113,22 @@ def _chunked_function():
 
     class ChunkedCrossEntropy(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, targets, part):
+        def forward(ctx, hidden, weight, targets, part, tell):
             ctx.part, ctx.kept = part, []
             room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
             log_sum, target_logits = _log_sum_exp(hidden, weight, targets, part, kept=ctx.kept, room=room)
             ctx.save_for_backward(hidden, weight, targets, log_sum)
-            return torch.where(targets == IGNORE_INDEX, 0.0, log_sum - target_logits).sum()
+            losses = torch.where(targets == IGNORE_INDEX, 0.0, log_sum - target_logits)
+            if tell is not None:
+                tell(losses)
+            return losses.sum()
 
         @staticmethod
         def backward(ctx, grad_loss):
             # Gemini's tensors replace in-place operations by others, which would be lost.
             with torch._C.DisableTorchFunctionSubclass():
                 gradients = _gradients(*ctx.saved_tensors, ctx.part, grad_loss, ctx.needs_input_grad, kept=ctx.kept)
-                return (*gradients, None, None)
+                return (*gradients, None, None, None)
 
     return ChunkedCrossEntropy
 
@@ -192,7 +203,9 @@ def _blocks(targets, part: HeadPart):
         yield slice(start, stop), places.clamp(0, stop - start - 1), is_here
 
 
-def use_chunked_loss(model, part: HeadPart, *, sample_group: Any = None) -> None:
+def use_chunked_loss(
+    model, part: HeadPart, *, sample_group: Any = None, tell: Optional[Callable[..., None]] = None
+) -> None:
     """Let a LLaMA compute its loss without logits, which it does not return any more.
 
     Args:
@@ -200,6 +213,8 @@ def use_chunked_loss(model, part: HeadPart, *, sample_group: Any = None) -> None
         part: what this rank holds of the head.
         sample_group: process group whose ranks each have an equal part of every sample's hidden states at the head,
             and whose gradients are averaged; None if samples are whole.
+        tell: called in each forward pass with the (tokens,) losses of `chunked_cross_entropy`, and with the keyword
+            `share`, (rank, ranks) in `sample_group`: the tokens are that part of the length of each sample.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -208,7 +223,7 @@ def use_chunked_loss(model, part: HeadPart, *, sample_group: Any = None) -> None
     def forward_to_loss(labels, **inputs):
         """The mean loss over the predicted tokens, 0 if there are none."""
         hidden = forward_to_logits(**inputs).logits
-        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group)
+        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group, tell)
         return CausalLMOutputWithPast(loss=loss)
 
     # Attributes of the instances, as ColossalAI does it: plugins find the model by its class.
@@ -216,7 +231,7 @@ def use_chunked_loss(model, part: HeadPart, *, sample_group: Any = None) -> None
     model.lm_head.forward = lambda hidden: hidden
 
 
-def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group):
+def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group, tell):
     """The loss of (batch, length) labels by hidden states of that length, or of this rank's part of it."""
     import torch
     import torch.distributed as dist
@@ -224,10 +239,11 @@ def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group):
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     predicted = (targets != IGNORE_INDEX).sum().clamp(min=1)
     if sample_group is None:
-        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part) / predicted
-    size = dist.get_world_size(sample_group)
-    targets = targets.chunk(size, dim=1)[dist.get_rank(sample_group)]
-    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part)
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, tell) / predicted
+    rank, size = dist.get_rank(sample_group), dist.get_world_size(sample_group)
+    targets = targets.chunk(size, dim=1)[rank]
+    tell_share = None if tell is None else functools.partial(tell, share=(rank, size))
+    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, tell_share)
     total = own.detach().clone()
     dist.all_reduce(total, group=sample_group)
     # The value is the sum over ranks; the gradient is that of this rank's part, times what averaging takes away.

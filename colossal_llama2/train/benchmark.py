@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
 from colossal_llama2.errors import Stopped, UserError
+from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
 from colossal_llama2.train.step_timer import NoTimer, StepTimer
 from colossal_llama2.train.stopping import NoSignals
@@ -22,8 +23,6 @@ from colossal_llama2.train.stopping import NoSignals
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
 PADDING_ID = 0
-# Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
-PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
 
 
 @dataclass(frozen=True)
@@ -121,17 +120,6 @@ class _Steps:
         return result
 
 
-def peak_memory() -> int:
-    """Bytes that this rank has had at most: of the GPU that PyTorch gave out, without one of the process."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @contextlib.contextmanager
 def _profiler(folder: Optional[str], rank: int) -> Iterator[Any]:
     """PyTorch's profiler, which writes rank-00000.json if a folder is given: for ui.perfetto.dev or chrome://tracing."""
@@ -162,30 +150,6 @@ def communication_seconds(profiler) -> float:
         total += max(end - max(begin, reached), 0.0)
         reached = max(reached, end)
     return total / 1e6
-
-
-def flops_per_token(config, parameters: int, length: int) -> float:
-    """Of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
-
-    Six for each weight that is multiplied, all but those of the input embeddings, and twelve for each layer, channel
-    and token that attention looks at. Recomputation is not counted.
-    """
-    multiplied = parameters
-    if not config.tie_word_embeddings:
-        multiplied -= config.vocab_size * config.hidden_size
-    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * length
-
-
-def known_peak(given: Optional[float]) -> Optional[float]:
-    """TFLOPS of this rank's device: what was given, or what its name says."""
-    import torch
-
-    if given is not None or not torch.cuda.is_available():
-        return given
-    name = torch.cuda.get_device_name()
-    # The longest word first, since H200 begins as H20 does.
-    words = sorted((word for word in PEAK_TFLOPS if word in name), key=len, reverse=True)
-    return PEAK_TFLOPS[words[0]] if words else None
 
 
 def report(found: Measured, *, ranks: int, flops: float, peak_tflops: Optional[float]) -> str:
@@ -248,6 +212,4 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     if engine.rank == 0:
         config = LlamaConfig.from_pretrained(args.pretrained)
         flops = flops_per_token(config, facts.parameters, args.max_length)
-        print(
-            report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)), flush=True
-        )
+        print(report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)), flush=True)

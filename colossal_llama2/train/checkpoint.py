@@ -20,7 +20,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
@@ -33,6 +33,7 @@ from colossal_llama2.train.checkpoint_files import MODEL_NAME, PARTIAL_SUFFIX
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
 from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.reporting import SilentReporter
 from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.schedule import CosineSchedule
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 STATES_NAME = "running_states.json"
 SCHEDULE_NAME = "lr_scheduler"
 OPTIMIZER_NAME = "optimizer"
+CARD_NAME = "README.md"
 CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
 
@@ -166,6 +168,8 @@ class Checkpointer:
         self._save_dir, self._small_files, self._config = Path(save_dir), {}, {}
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
         self._row_health = row_health
+        # Is told of saves.
+        self.reporter = SilentReporter()
         self._last_saved: Optional[Path] = None
         self._last_step: Optional[int] = None
         # How long the last save held up the training, None before the first.
@@ -190,6 +194,7 @@ class Checkpointer:
         if self._last_step == state.step:
             return self._last_saved
         start = time.monotonic()
+        self.reporter.before_save()
         final = self._save_dir / f"epoch-{state.epoch}_step-{state.step}"
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         self.check_room()
@@ -205,6 +210,7 @@ class Checkpointer:
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
         self._last_saved, self._last_step = final, state.step
         self.pause_seconds = time.monotonic() - start
+        self.reporter.saved(state.step, final.name, self.pause_seconds)
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
             final, f"{self._expected_bytes:,}", self.pause_seconds, time.monotonic() - written,
@@ -269,23 +275,26 @@ class Checkpointer:
         safe = {key: value for key, value in self._config.items() if key not in CODE_KEYS}
         write_json(folder / CONFIG_FILE, {**safe, **kept})
 
-    def finish(self) -> Path:
+    def finish(self, card: Optional[Callable[[], str]] = None) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.
 
-        Its weights are hard links where the file system has links, so they cost no room.
+        Its weights are hard links where the file system has links, so they cost no room. `card` is called on rank 0 and
+        gives what is put into its README.md.
         """
         with self._engine.first_rank_only() as first:
             if first:
-                publish_model(self._last_saved)
+                publish_model(self._last_saved, card() if card else None)
         return self._save_dir / MODEL_NAME
 
 
-def publish_model(checkpoint: Path) -> None:
-    """Put the model of a checkpoint beside it, as the result of the run; an earlier result is replaced."""
+def publish_model(checkpoint: Path, card: Optional[str] = None) -> None:
+    """Put the model of a checkpoint beside it, as the result of the run, with a README.md; replaces an earlier one."""
     final = checkpoint.with_name(MODEL_NAME)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint / MODEL_NAME, partial, copy_function=_link_weights)
+    if card is not None:
+        (partial / CARD_NAME).write_text(card, encoding="utf-8")
     publish(partial, final, replace=True)
 
 

@@ -25,7 +25,11 @@ MODEL_NAME = "modeling"
 PARTIAL_SUFFIX = ".tmp"
 OLD_SUFFIX = ".old"
 CHECKPOINT_NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
-LEFTOVER_NAME = re.compile(rf"(epoch-\d+_step-\d+|{MODEL_NAME}|{LATEST_NAME})\.(tmp|old)|\.token-[0-9a-f]{{8}}")
+LOG_NAME = "train_log.jsonl"
+# What a run leaves beside its checkpoints when it ends.
+REPORT_NAMES = ("settings.json", "environment.json", "loss.png")
+_OURS = "|".join(map(re.escape, (MODEL_NAME, LATEST_NAME, LOG_NAME, *REPORT_NAMES)))
+LEFTOVER_NAME = re.compile(rf"(epoch-\d+_step-\d+|{_OURS})\.(tmp|old)|\.token-[0-9a-f]{{8}}")
 
 
 def step_of(checkpoint: Path) -> int:

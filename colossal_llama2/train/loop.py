@@ -1,20 +1,19 @@
 """The training loop: what one optimizer step is, and what happens between steps.
 
 It knows neither the command line nor ColossalAI: `engine` splits the model, `loader` reads the data, `checkpointer`
-decides when to save, `metrics` and `progress` show the figures.
+decides when to save, `metrics` shows the figures.
 """
 
 import math
 import signal
 import time
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
 from colossal_llama2.errors import Stopped
 from colossal_llama2.train.bad_steps import BadSteps
-from colossal_llama2.train.metrics import SilentWriter
 from colossal_llama2.train.pipeline import pipeline_loss
 from colossal_llama2.train.schedule import CosineSchedule
 from colossal_llama2.train.step_timer import NoTimer
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from colossal_llama2.train.checkpoint import Checkpointer
     from colossal_llama2.train.engine.booster import Engine
     from colossal_llama2.train.evaluation import SilentEvaluator
+    from colossal_llama2.train.reporting import SilentReporter
 
 NO_TIMER = NoTimer()
 
@@ -64,11 +64,13 @@ class StepTotals:
     Attributes:
         predicted: tokens that count in the step's loss.
         tokens: consumed by the step, padding not counted.
+        places: of the step, padding counted.
         signal: that came to a rank before now, None if none did.
     """
 
     predicted: int
     tokens: int
+    places: int
     signal: Optional[signal.Signals]
 
 
@@ -80,11 +82,13 @@ class StepResult:
         loss: mean over the predicted tokens of all ranks and micro batches, in nats.
         grad_norm: before clipping; None if fp16 overflowed and no update was made.
         tokens: consumed by all ranks, padding not counted.
+        by_group: what `LossTally.take` gave, summed over all ranks; empty if there is none.
     """
 
     loss: float
     grad_norm: Optional[float]
     tokens: int
+    by_group: Sequence[float] = ()
 
     @property
     def problem(self) -> Optional[str]:
@@ -98,8 +102,10 @@ class StepResult:
 def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> StepTotals:
     """Add up this rank's micro batches and signals with those of all ranks."""
     counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
-    predicted, tokens, *signals = engine.sum_over_data([*counts, *stop.received()], known_to_host=True)
-    return StepTotals(predicted=int(predicted), tokens=int(tokens), signal=agreed_signal(signals))
+    counts.append(sum(batch.input_ids.numel() for batch in batches))
+    predicted, tokens, places, *signals = engine.sum_over_data([*counts, *stop.received()], known_to_host=True)
+    number = agreed_signal(signals)
+    return StepTotals(predicted=int(predicted), tokens=int(tokens), places=int(places), signal=number)
 
 
 def train_step(
@@ -122,10 +128,12 @@ def train_step(
             loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=predicted)
     else:
         loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=predicted, timer=timer)
-    (loss_total,) = engine.sum_over_data([float(loss_sum) / engine.data_size])
+    # What is tallied comes with the loss, for which the host waits in any case.
+    loss = float(loss_sum) / engine.data_size
+    loss_total, *by_group = engine.sum_over_data([loss, *engine.loss_tally.take(batches)])
     with timer.part("optimizer"):
         grad_norm = engine.step(update=math.isfinite(loss_total))
-    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=totals.tokens)
+    return StepResult(loss=loss_total, grad_norm=grad_norm, tokens=totals.tokens, by_group=by_group)
 
 
 def accumulated_loss(
@@ -147,6 +155,7 @@ def accumulated_loss(
 
 def weighted_loss(engine: "Engine", batch: Batch, weight: float):
     """The model's mean loss over the batch's predicted tokens, times `weight`."""
+    engine.loss_tally.expect(batch.groups)
     outputs = engine.model(
         input_ids=batch.input_ids.to(engine.device, non_blocking=True),
         labels=batch.labels.to(engine.device, non_blocking=True),
@@ -168,8 +177,7 @@ def fit(
     schedule: CosineSchedule,
     noise: "NoNoise",
     checkpointer: "Checkpointer",
-    metrics: SilentWriter,
-    progress: logs.SilentProgress,
+    metrics: "SilentReporter",
     stop: NoSignals,
     bad_steps: BadSteps,
     evaluator: "SilentEvaluator",
@@ -187,20 +195,21 @@ def fit(
         steps_left = loader.order.steps_after(state.sample_start_index)
         _tell_dropped(loader, state)
         start = time.monotonic()
-        for batches, taken in loader.steps(state.epoch, state.sample_start_index):
+        for batches, taken in metrics.timer.each("data", loader.steps(state.epoch, state.sample_start_index)):
             learning_rate = schedule.learning_rate(state.step)
             engine.set_learning_rate(learning_rate)
             totals = step_totals(engine, batches, stop)
             if totals.signal is not None:
                 _stop(totals.signal, checkpointer, state, is_trained=state.step > first_step)
-            result = train_step(engine, batches, totals, noise=noise, step=state.step)
+            result = train_step(engine, batches, totals, noise=noise, step=state.step, timer=metrics.timer)
             bad_steps.check(result, state, loader.order, taken)
             state.step += 1
             state.sample_start_index += taken
             state.samples_seen += taken
             state.tokens_seen += result.tokens
             steps_left -= 1
-            _show(state, result, learning_rate, time.monotonic() - start, metrics=metrics, progress=progress)
+            seconds = time.monotonic() - start
+            metrics.step(state, totals, result, learning_rate=learning_rate, taken=taken, seconds=seconds)
             evaluator.after_step(state, epoch_ends=steps_left == 0, save_now=checkpointer.save_now)
             checkpointer.save(state, epoch_ends=steps_left == 0)
             start = time.monotonic()
@@ -225,22 +234,3 @@ def _tell_dropped(loader: StepLoader, state: TrainState) -> None:
             "epoch %d: %d of %d samples are left over, too few for a micro batch on every rank",
             state.epoch, dropped, loader.order.num_samples,
         )  # fmt: skip
-
-
-def _show(
-    state: TrainState, result: StepResult, learning_rate: float, seconds: float, *, metrics, progress
-) -> None:
-    tokens_per_second = result.tokens / seconds
-    figures = {"Loss": result.loss, "Learning Rate": learning_rate, "Tokens per Second": tokens_per_second}
-    if result.grad_norm is None:
-        logs.get_logger().info("step %d: gradients overflowed fp16, no update; the loss scale is lowered", state.step)
-    else:
-        figures["Gradient Norm"] = result.grad_norm
-    metrics.write(state.step, figures)
-    progress.update(
-        epoch=str(state.epoch),
-        loss=f"{result.loss:.4f}",
-        lr=f"{learning_rate:.2e}",
-        grad_norm="overflow" if result.grad_norm is None else f"{result.grad_norm:.3f}",
-        tokens_per_s=f"{tokens_per_second:,.0f}",
-    )

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
@@ -21,7 +21,7 @@ SHAPE_KEYS = (
 )  # fmt: skip
 # Flags that change no number of a run, or must be equal anyway. --pretrained and --dataset are compared by content.
 NOT_NUMERIC = (
-    "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_checkpoint", "resume",
+    "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
     "bucketed", "mixture", "mixture_end", "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
     "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
@@ -162,11 +162,13 @@ def is_done(plan: LoadPlan, state: TrainState, order: SampleOrder, num_epochs: i
     return plan.is_newest and at_end
 
 
-def finish_again(plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
+def finish_again(
+    plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int], card: Callable[[], str]
+) -> None:
     """Do what a run that died after its last save left undone: remove old checkpoints, and publish the model."""
     last = Path(plan.resume_path)
     with engine.first_rank_only() as first:
         if first:
-            publish_model(last)
+            publish_model(last, card())
             checkpoint_files.remove_old(last, keep_last=keep_last, keep_every=keep_every)
     logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", plan.resume_path)

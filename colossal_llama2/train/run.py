@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import platform
 import sys
@@ -14,6 +15,7 @@ from colossal_llama2 import __version__, logs
 from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.buckets import Buckets
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
+from colossal_llama2.dataset.groups import Groups
 from colossal_llama2.dataset.loader import (
     Collator,
     SampleOrder,
@@ -50,8 +52,9 @@ from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch,
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator
 from colossal_llama2.train.loop import TrainState, fit
-from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
+from colossal_llama2.train.reporting import reporting, told_groups
 from colossal_llama2.train.row_health import RowHealth
+from colossal_llama2.train.run_report import RunReport, amounts_of_all, environment
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 from colossal_llama2.train.stopping import NoSignals, StopSignals, agreed_signal
 
@@ -109,18 +112,19 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     with exchange.all_or_none():
         run_facts = describe_run(args, engine, order, tokenizer_path, data)
         state = initial_state(args, plan, run_facts)
+    report = make_report(args, engine, dataset)
     if resuming.is_done(plan, state, order, args.num_epochs):
-        save_folder.prepare(args.save_dir)
-        return resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every)
+        return finish_again(args, plan, engine, state, report)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     with exchange.all_or_none():
         schedule = make_schedule(args, plan, state, order)
-        collator = make_collator(args, tokenizer_path)
+        report.know_steps(schedule.total_steps, schedule.warmup_steps)
+        collator = make_collator(args, tokenizer_path, told_groups(report.amounts, engine.loss_tally))
     loader = StepLoader(dataset, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
     with engine.first_rank_only() as first:
         if first:
-            write_config(args, schedule)
+            write_config(args, report.settings)
     tell_plan(args, engine, order, schedule, facts)
     with engine.first_rank_only() as first:
         if first:
@@ -130,7 +134,15 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     checkpointer.check_room()
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
     with contextlib.ExitStack() as parts:
-        metrics = parts.enter_context(contextlib.closing(metrics_writer(args, engine, state)))
+        checkpointer.reporter = parts.enter_context(
+            reporting(
+                engine=engine, state=state, report=report, plan=plan, order=order, parameters=facts.parameters,
+                tensorboard_dir=args.tensorboard_dir, peak_tflops=args.peak_tflops,
+            )
+        )  # fmt: skip
+        evaluator = make_evaluator(
+            args, plan, engine, eval_sets, make_collator(args, tokenizer_path), run_facts, metrics=checkpointer.reporter
+        )
         fit(
             state,
             num_epochs=args.num_epochs,
@@ -141,13 +153,10 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             checkpointer=checkpointer,
             stop=stop,
             bad_steps=BadSteps(args.max_bad_steps),
-            metrics=metrics,
-            evaluator=make_evaluator(args, plan, engine, eval_sets, collator, run_facts, metrics=metrics),
-            progress=parts.enter_context(
-                logs.progress(total=schedule.total_steps, initial=state.step, description="train", unit="step")
-            ),
+            metrics=checkpointer.reporter,
+            evaluator=evaluator,
         )
-    final = checkpointer.finish()
+    final = checkpointer.finish(card=lambda: report.card(tokens_seen=state.tokens_seen))
     number = agreed_signal(engine.sum_over_data(stop.received()))
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
@@ -323,7 +332,7 @@ def make_evaluator(
     collator: Collator,
     run_facts: Dict[str, Any],
     *,
-    metrics: SilentWriter,
+    metrics: SilentReporter,
 ) -> SilentEvaluator:
     """What measures the model on --eval_dataset; checkpoints get what it finds."""
     if not sets:
@@ -474,13 +483,11 @@ def versions() -> Dict[str, Optional[str]]:
     return {**found, **kernels, "python": platform.python_version(), "colossal_llama2": __version__}
 
 
-def write_config(args: argparse.Namespace, schedule: CosineSchedule) -> None:
+def write_config(args: argparse.Namespace, settings: Dict[str, Any]) -> None:
     """Write the resolved flags and the versions they ran with to --config_file."""
     path = Path(args.config_file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    resolved = {"warmup_steps": schedule.warmup_steps, "total_steps": schedule.total_steps}
-    resolved["world_size"] = int(os.environ["WORLD_SIZE"])
-    write_json(path, {**vars(args), **resolved, "versions": versions()})
+    write_json(path, settings)
 
 
 def tell_plan(
@@ -536,13 +543,14 @@ def has_tokenizer(folder: str) -> bool:
     return Path(folder, CONFIG_FILE).is_file()
 
 
-def make_collator(args: argparse.Namespace, tokenizer_path: str) -> Collator:
+def make_collator(args: argparse.Namespace, tokenizer_path: str, groups: Optional[Groups] = None) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
     tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
         max_length=args.max_length,
         length_divisor=engine_settings(args).sequence_shards,
+        groups=groups,
     )
 
 
@@ -580,6 +588,26 @@ def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractCon
     return embedding_noise(engine.unwrapped_model, alpha=args.neft_alpha, seed=args.seed, data_rank=engine.data_rank)
 
 
-def metrics_writer(args: argparse.Namespace, engine: Engine, state: TrainState) -> SilentWriter:
-    """TensorBoard on rank 0."""
-    return TensorBoardWriter(args.tensorboard_dir, last_step=state.step) if engine.rank == 0 else SilentWriter()
+def make_report(args: argparse.Namespace, engine: Engine, dataset) -> RunReport:
+    """What the run leaves at its end. Called on all ranks."""
+    settings = {**vars(args), "world_size": engine.world_size, "versions": versions()}
+    takes_weights = args.load_checkpoint is not None and Path(args.load_checkpoint, "config.json").is_file()
+    return RunReport(
+        save_dir=args.save_dir,
+        settings=settings,
+        environment=environment(settings["versions"]),
+        amounts=amounts_of_all(dataset),
+        origin=args.load_checkpoint if takes_weights else args.pretrained,
+    )
+
+
+def finish_again(
+    args: argparse.Namespace, plan: LoadPlan, engine: Engine, state: TrainState, report: RunReport
+) -> None:
+    """The end of a run that died after its last save."""
+    report.know_steps(state.step, warmup_steps(args.warmup_steps, state.step))
+    save_folder.prepare(args.save_dir)
+    if engine.rank == 0:
+        report.write_files()
+    card = functools.partial(report.card, tokens_seen=state.tokens_seen)
+    resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every, card=card)

@@ -4,9 +4,12 @@ import contextlib
 import time
 from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Tuple
 
+# Name of a part, its begin and its end: seconds of the host's clock, or events of a GPU.
+Mark = Tuple[str, Any, Any]
+
 
 class NoTimer:
-    """Measures nothing: for training."""
+    """Measures nothing: for ranks whose times are not told."""
 
     def part(self, name: str) -> ContextManager[None]:
         """A context whose time belongs to a part of the step."""
@@ -27,7 +30,7 @@ class StepTimer(NoTimer):
         import torch
 
         self._on_gpu = torch.cuda.is_available()
-        self._marks: List[Tuple[str, Any, Any]] = []
+        self._marks: List[Mark] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -61,9 +64,23 @@ class StepTimer(NoTimer):
             import torch
 
             torch.cuda.synchronize()
-        sums: Dict[str, float] = {}
-        for name, begin, end in self._marks:
-            passed = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
-            sums[name] = sums.get(name, 0.0) + passed
-        self._marks.clear()
-        return sums
+        return seconds_of(self.take())
+
+    @property
+    def is_late(self) -> bool:
+        """True if `take` may give marks that the GPU has not reached yet; one optimizer step later it has."""
+        return self._on_gpu
+
+    def take(self) -> List[Mark]:
+        """The marks since the last call, for `seconds_of`. Waits for nothing."""
+        marks, self._marks = self._marks, []
+        return marks
+
+
+def seconds_of(marks: Iterable[Mark]) -> Dict[str, float]:
+    """The sum of each part, by name; a GPU must have reached all of the marks."""
+    sums: Dict[str, float] = {}
+    for name, begin, end in marks:
+        passed = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+        sums[name] = sums.get(name, 0.0) + passed
+    return sums

@@ -95,7 +95,7 @@ class Bench:
         if job.wait() != 0:
             return f"--resume auto failed: {job.said}"
         names = {f"epoch-0_step-{step}" for step in range(STEPS - KEEP_LAST + 1, STEPS + 1)}
-        names |= {"latest", "modeling", "plan.json"}
+        names |= {"latest", "modeling", "plan.json", checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}
         present = set(os.listdir(save_dir))
         if present != names:
             return f"at the end there are {sorted(present)}"

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn,
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.chunked_loss import HeadPart, use_chunked_loss
+from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunked_loss
 from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
 from colossal_llama2.model.freezing import train_rows_only
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange
+from colossal_llama2.train.loss_tally import LossTally
 
 if TYPE_CHECKING:
     from colossal_llama2.dataset.loader import Batch
@@ -336,6 +337,7 @@ class Engine:
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
         self.model = self.optimizer = None
+        self.loss_tally = LossTally(self.device, unfed=self._why_no_token_losses())
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
@@ -375,6 +377,7 @@ class Engine:
                 self.unwrapped_model,
                 self._head_part(model.config.vocab_size),
                 sample_group=self._plugin.sp_group if splits else None,
+                tell=self.loss_tally.add,
             )
 
     def _train_rows_only(self, vocab_size: int) -> None:
@@ -382,6 +385,15 @@ class Engine:
         if self.settings.trained_rows and has_embedding:
             embedding = self.unwrapped_model.get_input_embeddings()
             train_rows_only(embedding, self.settings.trained_rows, vocab_size=vocab_size)
+
+    def _why_no_token_losses(self) -> Optional[str]:
+        if self.is_pipelined:
+            return "the stages of a pipeline share the loss of their samples alone"
+        if self.settings.chunked_loss == "off":
+            return "--chunked_loss off gives the mean of all tokens alone"
+        if self._tp_group is None and takes_liger(self.device, dtype_of(self.settings.precision)):
+            return "Liger's kernel gives the sum of all tokens alone"
+        return None
 
     def _guard_updates(self) -> None:
         """Let Adam do nothing where loss or gradient norm is no number.

@@ -1,0 +1,139 @@
+"""What it costs to show a run: a step with TensorBoard, train_log.jsonl, lines and losses by source, or without.
+
+    python benchmarks/bench_reporting.py --work_dir /tmp/bench_reporting
+
+One rank, plugin zero2, on the CPU or the first GPU. Runs with and without take turns, over the same samples, and the
+median step of each kind is compared. The smaller the model, the more shows.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from colossal_llama2 import arguments, logs  # noqa: E402
+
+VOCABULARY, LENGTH = 8000, 256
+STEPS, WARMUP_STEPS = 40, 5
+TURNS = 3
+MODELS = {
+    "0.6 M": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "8 M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4},
+}
+GROUPS = [(f"source{number % 4}", f"category{number % 6}") for number in range(12)]
+
+
+def main() -> None:
+    """Measure each model and print a row for it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
+    args = parser.parse_args()
+    from colossal_llama2.train.engine.booster import launch, leave
+
+    args.work_dir.mkdir(parents=True)
+    # As on a cluster, where stderr is a file.
+    logs.configure_logging()
+    logs.get_logger().setLevel("ERROR")
+    try:
+        launch(seed=1)
+        part = make_data(args.work_dir / "part-00000")
+        print("model     step with / without    cost of a step")
+        for name, shape in MODELS.items():
+            model_dir = make_model(args.work_dir / name.replace(" ", ""), shape)
+            seconds: Dict[str, List[float]] = {"with": [], "without": []}
+            for turn in range(TURNS):
+                for kind, steps in seconds.items():
+                    steps += step_seconds(args.work_dir / f"{name}-{kind}-{turn}", model_dir, part, kind)
+            shown, silent = (statistics.median(steps) for steps in seconds.values())
+            print(f"{name:8}  {shown / silent:18.3f}    {1e3 * (shown - silent):8.2f} ms of {1e3 * silent:.1f} ms")
+        leave()
+    finally:
+        shutil.rmtree(args.work_dir)
+
+
+def make_model(folder: Path, shape: Dict[str, int]) -> Path:
+    """Write a LLaMA of random weights, and a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests import tiny
+
+    tiny.make_tokenizer(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=4096, **shape)).save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path) -> Path:
+    """Full samples of random tokens, four documents each."""
+    import datasets
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(STEPS):
+        ids = random.integers(3, 500, LENGTH).tolist()
+        sources, categories = zip(*(GROUPS[(number + i) % len(GROUPS)] for i in range(4)), strict=True)
+        rows.append(
+            {
+                "input_ids": ids, "labels": ids, "sequence_lengths": [LENGTH // 4] * 4,
+                "document_sources": list(sources), "document_categories": list(categories),
+            }
+        )  # fmt: skip
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    return folder
+
+
+@contextlib.contextmanager
+def watched(kind: str, ends: List[float]) -> Iterator[None]:
+    """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
+    from colossal_llama2.train import reporting, run
+
+    @contextlib.contextmanager
+    def silent(**parts):
+        yield reporting.SilentReporter()
+
+    def noting(show):
+        def step(*args, **keywords):
+            ends.append(time.perf_counter())
+            return show(*args, **keywords)
+
+        return step
+
+    with contextlib.ExitStack() as changes:
+        changed = reporting.Reporter
+        if kind == "without":
+            changed = reporting.SilentReporter
+            changes.enter_context(mock.patch.object(run, "reporting", silent))
+            changes.enter_context(mock.patch.object(run, "told_groups", lambda *args: None))
+        changes.enter_context(mock.patch.object(changed, "step", noting(changed.step)))
+        yield
+
+
+def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[float]:
+    """Run once; returns the time of each step but the first ones."""
+    from colossal_llama2.train import run
+
+    flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
+    flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
+    flags += ["--tensorboard_dir", home / "tb", "--config_file", home / "config.json", "--use_flash_attn"]
+    args = arguments.train_parser().parse_args([str(flag) for flag in flags])
+    ends: List[float] = []
+    with watched(kind, ends):
+        run.run(args, run.check_inputs(args))
+    return [end - begin for begin, end in zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

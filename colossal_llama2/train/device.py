@@ -1,0 +1,41 @@
+"""What a rank's device can do, what it was asked to do, and how much memory that took."""
+
+from typing import Optional
+
+# Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
+PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
+
+
+def peak_memory() -> int:
+    """Bytes that this rank has had at most: of the GPU that PyTorch gave out, without one of the process."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def flops_per_token(config, parameters: int, length: int) -> float:
+    """Of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
+
+    Six for each weight that is multiplied, all but those of the input embeddings, and twelve for each layer, channel
+    and token that attention looks at. Recomputation is not counted.
+    """
+    multiplied = parameters
+    if not config.tie_word_embeddings:
+        multiplied -= config.vocab_size * config.hidden_size
+    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * length
+
+
+def known_peak(given: Optional[float]) -> Optional[float]:
+    """TFLOPS of this rank's device: what was given, or what its name says."""
+    import torch
+
+    if given is not None or not torch.cuda.is_available():
+        return given
+    name = torch.cuda.get_device_name()
+    # The longest word first, since H200 begins as H20 does.
+    words = sorted((word for word in PEAK_TFLOPS if word in name), key=len, reverse=True)
+    return PEAK_TFLOPS[words[0]] if words else None

@@ -1,0 +1,253 @@
+"""What a run shows of itself: TensorBoard, train_log.jsonl, and a bar or lines, all by one object, on rank 0.
+
+Nothing here waits for a GPU. Loss and gradient norm are there when a step ends, since the loop itself needs them; a
+GPU's times are read when the next step is through, by which it has reached their marks.
+"""
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.groups import MAX_GROUPS, Amount, Groups, by_name
+from colossal_llama2.train import train_log
+from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
+from colossal_llama2.train.step_timer import Mark, NoTimer, StepTimer, seconds_of
+from colossal_llama2.train.train_log import TrainLog, evaluation_record
+
+if TYPE_CHECKING:
+    from colossal_llama2.dataset.loader import SampleOrder
+    from colossal_llama2.train.checkpoint import LoadPlan
+    from colossal_llama2.train.engine.booster import Engine
+    from colossal_llama2.train.loop import StepResult, StepTotals, TrainState
+    from colossal_llama2.train.loss_tally import LossTally
+    from colossal_llama2.train.run_report import RunReport
+
+# Of train_log.jsonl to TensorBoard.
+SCALARS = {
+    "loss": "Loss",
+    "lr": "Learning Rate",
+    "grad_norm": "Gradient Norm",
+    "tokens_per_second": "Tokens per Second",
+    "padding_share": "Padding Share",
+    "mfu": "MFU",
+    "memory_bytes": "Memory in Bytes",
+    "epoch": "Epoch",
+    "bucket": "Bucket",
+}
+# tqdm's: what is left of the width is the bar.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+FAMILIES = {"seconds": "Seconds", "loss_by_source": "Loss by Source", "loss_by_category": "Loss by Category"}
+
+
+class SilentReporter(SilentWriter):
+    """Shows nothing and measures nothing: for every rank but the first."""
+
+    timer = NoTimer()
+
+    def step(
+        self,
+        state: "TrainState",
+        totals: "StepTotals",
+        result: "StepResult",
+        *,
+        learning_rate: float,
+        taken: int,
+        seconds: float,
+    ) -> None:
+        """Show a step.
+
+        Args:
+            state: after the step, before its epoch ends.
+            taken: samples of the step, over all ranks.
+            seconds: from the end of the one before, saves and evaluations not counted.
+        """
+
+    def before_save(self) -> None:
+        """Called before a checkpoint is written: what was shown till now must not be lost any more."""
+
+    def saved(self, step: int, name: str, seconds: float) -> None:
+        """Show that a checkpoint was written, and how long that held up the training."""
+
+
+class Reporter(SilentReporter):
+    """Shows all that is known."""
+
+    def __init__(
+        self,
+        *,
+        writer: SilentWriter,
+        log: TrainLog,
+        progress: logs.SilentProgress,
+        groups: Sequence[Tuple[str, str]] = (),
+        bucket_of: Optional[Callable[[int], int]] = None,
+        flops_per_token: Callable[[int], float],
+        peak_flops: Optional[float],
+    ):
+        """
+        Args:
+            groups: (source, category) of each group whose loss a StepResult tells, in its order.
+            bucket_of: the bucket in which the sample at a place of any epoch is, both counted from 0.
+            flops_per_token: of samples of so many tokens.
+            peak_flops: what all ranks together can do in a second; None if that is not known.
+        """
+        self._writer, self._log, self._progress, self._groups = writer, log, progress, groups
+        self._bucket_of, self._flops_per_token, self._peak_flops = bucket_of, flops_per_token, peak_flops
+        self.timer = StepTimer()
+        self._late: List[Tuple[Dict[str, Any], List[Mark]]] = []
+
+    def step(self, state, totals, result, *, learning_rate, taken, seconds) -> None:
+        record: Dict[str, Any] = {"step": state.step, "epoch": state.epoch}
+        if self._bucket_of is not None:
+            record["bucket"] = self._bucket_of(state.sample_start_index - taken)
+        record.update(loss=result.loss, lr=learning_rate, grad_norm=result.grad_norm, tokens=result.tokens)
+        record["tokens_per_second"] = round(result.tokens / seconds, 1)
+        record["padding_share"] = round(1 - totals.tokens / totals.places, 6)
+        if self._peak_flops is not None:
+            flops = self._flops_per_token(result.tokens // taken) * result.tokens
+            record["mfu"] = round(flops / seconds / self._peak_flops, 6)
+        record["memory_bytes"] = peak_memory()
+        if result.by_group:
+            record.update(self._by_name(result.by_group))
+        self._settle()
+        self._late.append((record, self.timer.take()))
+        if not self.timer.is_late:
+            self._settle()
+        if result.grad_norm is None:
+            logs.get_logger().info(
+                "step %d: gradients overflowed fp16, no update; the loss scale is lowered", state.step
+            )
+        self._progress.update(**shown(record))
+
+    def _by_name(self, by_group: Sequence[float]) -> Dict[str, Dict[str, float]]:
+        """The mean loss over the tokens of each source and of each category that the step has some of."""
+        sums, counts = by_group[: len(self._groups)], by_group[len(self._groups) :]
+        means = {}
+        for column, name in enumerate(("loss_by_source", "loss_by_category")):
+            losses, tokens = (by_name(self._groups, values, column=column) for values in (sums, counts))
+            means[name] = {key: losses[key] / tokens[key] for key in losses if tokens[key]}
+        return means
+
+    def _settle(self) -> None:
+        """Write down the steps whose times can be read."""
+        for record, marks in self._late:
+            record["seconds"] = {part: round(value, 6) for part, value in seconds_of(marks).items()}
+            self._log.write(record)
+            self._writer.write(record["step"], scalars(record))
+        self._late.clear()
+
+    def _settle_all(self) -> None:
+        if self._late:
+            import torch
+
+            torch.cuda.synchronize()
+            self._settle()
+
+    def write(self, step: int, figures: Dict[str, float]) -> None:
+        self._settle_all()
+        self._log.write(evaluation_record(step, figures))
+        self._writer.write(step, figures)
+
+    def before_save(self) -> None:
+        self._settle_all()
+        self._log.sync()
+
+    def saved(self, step: int, name: str, seconds: float) -> None:
+        self._log.write({"step": step, "checkpoint": name, "seconds": {"save": round(seconds, 6)}})
+        self._writer.write(step, {"Seconds/save": seconds})
+
+    def close(self) -> None:
+        # Where a GPU has failed, that is told already.
+        with contextlib.suppress(RuntimeError):
+            self._settle_all()
+        self._log.close()
+        self._writer.close()
+
+
+def scalars(record: Dict[str, Any]) -> Dict[str, float]:
+    """The figures of a step's line as TensorBoard names them."""
+    figures = {SCALARS[key]: record[key] for key in SCALARS if record.get(key) is not None}
+    for key, family in FAMILIES.items():
+        figures.update({f"{family}/{name}": value for name, value in record.get(key, {}).items()})
+    return figures
+
+
+def shown(record: Dict[str, Any]) -> Dict[str, str]:
+    """What bar and lines tell of a step, the most important first: a narrow terminal cuts the end."""
+    figures = {
+        "loss": f"{record['loss']:.4f}",
+        "lr": f"{record['lr']:.2e}",
+        "norm": "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}",
+        "tok/s": short_count(record["tokens_per_second"]),
+        "epoch": str(record["epoch"]),
+    }
+    if "bucket" in record:
+        figures["bucket"] = str(record["bucket"])
+    if "mfu" in record:
+        figures["MFU"] = f"{record['mfu']:.1%}"
+    figures["padding"] = f"{record['padding_share']:.1%}"
+    figures["memory"] = f"{record['memory_bytes'] / 2**30:.1f} GiB"
+    return figures
+
+
+def short_count(value: float) -> str:
+    """Three digits or four: 812, 7,758, 18.4k, 1.24M."""
+    for least, unit, name, digits in ((1e6, 1e6, "M", 2), (1e4, 1e3, "k", 1)):
+        if value >= least:
+            return f"{value / unit:.{digits}f}{name}"
+    return f"{value:,.0f}"
+
+
+def told_groups(amounts: Optional[Sequence[Amount]], tally: "LossTally") -> Optional[Groups]:
+    """The groups whose losses are told apart, if they can be; begins the tally. Why they cannot be is said, once."""
+    reason = None
+    if amounts is None:
+        reason = "the data does not say where documents come from, or they are not kept apart"
+    elif len(amounts) > MAX_GROUPS:
+        reason = f"the data has {len(amounts)} pairs of them, more than {MAX_GROUPS}"
+    reason = reason or tally.unfed
+    if reason:
+        logs.get_logger().info("No loss by source and category: %s", reason)
+        return None
+    tally.begin(len(amounts))
+    return Groups([amount[:2] for amount in amounts])
+
+
+@contextlib.contextmanager
+def reporting(
+    *,
+    engine: "Engine",
+    state: "TrainState",
+    report: "RunReport",
+    plan: "LoadPlan",
+    order: "SampleOrder",
+    parameters: int,
+    tensorboard_dir: str,
+    peak_tflops: Optional[float],
+) -> Iterator[SilentReporter]:
+    """What shows a run that goes on from `state`; at its end, however that comes, the report's files are written."""
+    if engine.rank > 0:
+        yield SilentReporter()
+        return
+    from transformers import LlamaConfig
+
+    config = LlamaConfig.from_pretrained(plan.model_path)
+    peak = known_peak(peak_tflops)
+    with contextlib.ExitStack() as parts:
+        parts.callback(report.write_files)
+        path = train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path)
+        progress = logs.progress(
+            total=report.settings["total_steps"], initial=state.step, description="train", unit="step",
+            bar_format=BAR_FORMAT,
+        )  # fmt: skip
+        reporter = Reporter(
+            writer=TensorBoardWriter(tensorboard_dir, last_step=state.step),
+            log=TrainLog(path),
+            progress=parts.enter_context(progress),
+            groups=[amount[:2] for amount in report.amounts or ()],
+            bucket_of=None if order.buckets is None else order.bucket_of,
+            flops_per_token=functools.partial(flops_per_token, config, parameters),
+            peak_flops=None if peak is None else peak * 1e12 * engine.world_size,
+        )
+        yield parts.enter_context(contextlib.closing(reporter))

@@ -1,0 +1,108 @@
+"""What a run leaves beside its checkpoints, and in its model: settings, environment, the loss curve, the model card."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.groups import Amount, amounts, merged
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import sync, sync_entries, to_json
+from colossal_llama2.train import loss_plot, model_card, train_log
+from colossal_llama2.train.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX, REPORT_NAMES
+
+SETTINGS_NAME, ENVIRONMENT_NAME, PLOT_NAME = REPORT_NAMES
+
+
+@dataclass
+class RunReport:
+    """Knows what is the same all through a run.
+
+    Attributes:
+        settings: what --config_file holds.
+        environment: what `environment` gave.
+        amounts: how much data of each source and category there is; None if the data does not say.
+        origin: the model folder that the weights come from.
+    """
+
+    save_dir: str
+    settings: Dict[str, Any]
+    environment: Dict[str, Any]
+    amounts: Optional[List[Amount]]
+    origin: str
+
+    def know_steps(self, total_steps: int, warmup_steps: int) -> None:
+        """Add to the settings what the amount of data has decided."""
+        self.settings.update(total_steps=total_steps, warmup_steps=warmup_steps)
+
+    def write_files(self) -> None:
+        """Write the three files, each whole or not at all. What fails is told, and ends nothing."""
+        folder = Path(self.save_dir)
+        if not (folder / LOG_NAME).is_file():
+            return
+        try:
+            _write_whole(folder / SETTINGS_NAME, to_json(self.settings).encode())
+            _write_whole(folder / ENVIRONMENT_NAME, to_json(self.environment).encode())
+            curves = loss_plot.curves_of(train_log.read(folder / LOG_NAME))
+            if curves.losses:
+                _write_whole(folder / PLOT_NAME, loss_plot.draw(curves, title=f"Training loss, {folder.name}"))
+        except UserError as error:
+            logs.get_logger().warning("No loss curve is drawn: %s", error)
+        except OSError as error:
+            logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, ", ".join(REPORT_NAMES), error)
+
+    def card(self, *, tokens_seen: int) -> str:
+        """The README.md of the model at the end of the run."""
+        return model_card.render(
+            settings=self.settings,
+            origin=self.origin,
+            amounts=self.amounts or [],
+            records=train_log.read(Path(self.save_dir, LOG_NAME)),
+            tokens_seen=tokens_seen,
+        )
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    partial.write_bytes(content)
+    sync(partial)
+    os.replace(partial, path)
+    sync_entries(path.parent)
+
+
+def amounts_of_all(dataset) -> Optional[List[Amount]]:
+    """How much data of each source and category there is, None if it does not say. Called on all ranks."""
+    from colossal_llama2.train.engine import exchange
+
+    rank, ranks = exchange.place()
+    found = exchange.gather_values(amounts(dataset, share=rank, shares=ranks))
+    return None if None in found else merged(row for rows in found for row in rows)
+
+
+def environment(versions: Dict[str, Any]) -> Dict[str, Any]:
+    """Software, and the hosts with their devices and ranks. Called on all ranks."""
+    import socket
+
+    import torch
+
+    from colossal_llama2.train.engine import exchange
+
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    device = f"{gpu.name}, {gpu.total_memory:,} bytes" if gpu else "cpu"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mine = [socket.gethostname(), device, os.cpu_count(), memory, torch.get_num_threads()]
+    ranks = exchange.gather_values(mine)
+    hosts: Dict[str, Dict[str, Any]] = {}
+    for rank, (host, device, cores, memory, threads) in enumerate(ranks):
+        known = hosts.setdefault(host, {"cpu_cores": cores, "memory_bytes": memory, "ranks": {}})
+        known["ranks"][str(rank)] = {"device": device, "threads": threads}
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "cuda": torch.version.cuda,
+        "processor": platform.processor() or platform.machine(),
+        "world_size": len(ranks),
+        "hosts": hosts,
+    }

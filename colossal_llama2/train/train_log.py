@@ -1,0 +1,125 @@
+"""train_log.jsonl in --save_dir: what a run has shown, one line for each step, evaluation and checkpoint.
+
+    {"step": 400, "epoch": 0, "bucket": 1, "loss": 2.8391, "lr": 9.7e-05, "grad_norm": 0.41, "tokens": 16200,
+     "tokens_per_second": 2806.1, "padding_share": 0.011, "mfu": 0.43, "memory_bytes": 2147483648,
+     "seconds": {"data": 0.01, "forward": 1.9, "backward": 3.7, "optimizer": 0.2},
+     "loss_by_source": {"en": 2.5, "zh": 3.1}, "loss_by_category": {"news": 2.9, "web": 2.8}}
+    {"step": 400, "evaluation": {"en": {"loss": 2.61, "bits_per_byte": 0.93}}}
+    {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
+
+What a run does not know is left out; what is no number is null. A step's line is in the file before its checkpoint is
+whole, so a run that goes on from a checkpoint finds all lines up to it, and cuts away later ones.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional, Tuple
+
+from colossal_llama2 import logs
+from colossal_llama2.files import parse_object, sync, sync_entries
+from colossal_llama2.train.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX
+
+EVALUATION = "Evaluation/"
+
+
+def read(path: Path) -> Iterator[Dict[str, Any]]:
+    """The records in a log, in order; none if there is no file. What a killed run wrote half of is left out."""
+    for record, _ in _lines(path):
+        if record is not None:
+            yield record
+
+
+def _lines(path: Path) -> Iterator[Tuple[Optional[Dict[str, Any]], bytes]]:
+    """(record, line); the record is None if the line is none of ours."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = parse_object(line)
+                yield record if isinstance(record.get("step"), int) and line.endswith(b"\n") else None, line
+            except ValueError:
+                yield None, line
+
+
+def begin(save_dir: str, *, last_step: int, resumed_from: Optional[str] = None) -> Path:
+    """The log of a run that goes on after `last_step`: later lines are cut away, in one step, and it is said.
+
+    Args:
+        resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's is copied.
+    """
+    path = Path(save_dir, LOG_NAME)
+    if resumed_from is not None and not path.exists():
+        earlier = Path(resumed_from).absolute().parent / LOG_NAME
+        if earlier.is_file():
+            _write_whole(path, earlier, last_step)
+            logs.get_logger().info("%s begins with the lines of %s up to step %d", path, earlier, last_step)
+            return path
+    lost = sum(1 for record, _ in _lines(path) if record is None or record["step"] > last_step)
+    if lost:
+        _write_whole(path, path, last_step)
+        logs.get_logger().info("%s: %d lines after step %d are cut away, the run goes on from there",
+                               path, lost, last_step)  # fmt: skip
+    return path
+
+
+def _write_whole(path: Path, source: Path, last_step: int) -> None:
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("wb") as file:
+        for record, line in _lines(source):
+            if record is not None and record["step"] <= last_step:
+                file.write(line)
+    shutil.copymode(source, partial)
+    sync(partial)
+    os.replace(partial, path)
+    sync_entries(path.parent)
+
+
+class TrainLog:
+    """Appends records. If the disk takes none, that is said once, and the run goes on."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = None
+        self._is_torn = self._has_failed = False
+
+    def write(self, record: Dict[str, Any]) -> None:
+        """Append one record, at once."""
+        import orjson
+
+        # orjson writes null for NaN and infinity.
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            line = b"\n" + line if self._is_torn else line
+            self._is_torn = self._file.write(line) != len(line)
+        except OSError as error:
+            self._is_torn = True
+            if not self._has_failed:
+                self._has_failed = True
+                logs.get_logger().warning("%s cannot be written (%s); it lacks some steps", self._path, error.strerror)
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def evaluation_record(step: int, figures: Dict[str, float]) -> Dict[str, Any]:
+    """The line for figures that are named as in TensorBoard: "Evaluation/en/loss", or otherwise."""
+    record: Dict[str, Any] = {"step": step}
+    for name, value in figures.items():
+        if name.startswith(EVALUATION) and name.count("/") > 1:
+            _, data, figure = name.split("/", 2)
+            record.setdefault("evaluation", {}).setdefault(data, {})[figure] = float(value)
+        else:
+            record.setdefault("figures", {})[name] = float(value)
+    return record

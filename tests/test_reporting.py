@@ -1,0 +1,273 @@
+"""What a run shows of itself: losses by source, train_log.jsonl, TensorBoard, the plot, the model card, settings."""
+
+import io
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Dict, List
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from colossal_llama2.dataset.groups import Amount
+from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.train import loss_plot, model_card, run_report, train_log
+from colossal_llama2.train.reporting import Reporter
+from tests import launching, tiny
+
+LENGTH, STEPS, BATCH = 64, 4, 4
+GROUPS = [("en", "ref"), ("en", "web"), ("zh", "news")]
+ZERO2 = ["--plugin", "zero2", "--mixed_precision", "fp32"]
+THREE_D = ["--plugin", "3d", "--mixed_precision", "fp32", "--zero", "0"]
+BF16 = ["--mixed_precision", "bf16"]
+TP2 = ["--tp", "2", "--micro_batch_size", BATCH]
+SPLIT = ["--enable_sequence_parallelism", "--micro_batch_size", BATCH]
+# Two ranks each; a step has BATCH samples.
+RUNS: Dict[str, list] = {
+    "zero2": [*ZERO2, "--micro_batch_size", 1, "--accumulation_steps", 2, "--save_interval", 2],
+    "gemini": ["--plugin", "gemini", *BF16],
+    "3d_tp2": [*THREE_D, *TP2],
+    "3d_all_to_all": [*THREE_D, *SPLIT, "--sp_mode", "all_to_all", "--sp", "2"],
+}
+UNTOLD = {"3d_pp2": [*THREE_D, "--pp", "2", "--micro_batch_size", BATCH]}
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory, tokenizer_dir) -> str:
+    """Samples of one to three documents of two sources; one document is masked, some samples are padded."""
+    documents = iter(Encoder(tokenizer_dir).encode(tiny.english_documents()[:200]))
+    chance = random.Random(0)
+    names = ["input_ids", "labels", "sequence_lengths", "document_sources", "document_categories"]
+    rows: Dict[str, list] = {name: [] for name in names}
+    for number in range(STEPS * BATCH + 1):
+        pieces = [[1, *next(documents)[:18], 2] for _ in range(chance.randint(1, 3))]
+        groups = [chance.choice(GROUPS) for _ in pieces]
+        labels = [[-100] * len(piece) if number == 1 and i == 0 else piece for i, piece in enumerate(pieces)]
+        values = [sum(pieces, []), sum(labels, []), list(map(len, pieces)), *map(list, zip(*groups, strict=True))]
+        for name, value in zip(names, values, strict=True):
+            rows[name].append(value)
+    folder = tmp_path_factory.mktemp("prepared") / "part-00000"
+    number, text = (datasets.Sequence(datasets.Value(kind)) for kind in ("int32", "string"))
+    kinds = datasets.Features(dict(zip(names, (number, number, number, text, text), strict=True)))
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(folder)
+    return str(folder)
+
+
+def flags_of(home: Path, model_dir: Path, part: str, *more) -> List[str]:
+    words = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--lr", 1e-3]
+    words += ["--save_dir", home / "ckpt", "--tensorboard_dir", home / "tb", "--config_file", home / "config.json"]
+    return [str(word) for word in [*words, "--micro_batch_size", BATCH // 2, "--peak_tflops", 1, *more]]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory, part, model_dir) -> Path:
+    """Run every command on two ranks; returns the folder of their folders."""
+    folder = tmp_path_factory.mktemp("jobs")
+    runs = {**RUNS, **UNTOLD}
+    specs = [
+        {"name": name, "script": "train.py", "flags": flags_of(folder / name, model_dir, part, *flags)}
+        for name, flags in runs.items()
+    ]
+    middle = folder / "zero2" / "ckpt" / "epoch-0_step-2"
+    more = [*RUNS["zero2"], "--load_checkpoint", middle]
+    specs.append({"name": "resumed", "script": "train.py", "flags": flags_of(folder / "zero2", model_dir, part, *more)})
+    flags = flags_of(folder / "elsewhere", model_dir, part, *more)
+    specs.append({"name": "elsewhere", "script": "train.py", "flags": flags})
+    launching.launch(folder, specs)
+    for spec in specs:
+        assert json.loads((folder / f"{spec['name']}.json").read_text())["error"] is None
+    return folder
+
+
+def log_of(home: Path) -> List[dict]:
+    return [json.loads(line) for line in (home / "ckpt" / "train_log.jsonl").read_text().splitlines()]
+
+
+def steps_of(home: Path) -> List[dict]:
+    return [record for record in log_of(home) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def first_step(part, model_dir) -> Dict[str, Dict[str, float]]:
+    """Mean loss of the first step's tokens by name, of the plain model, a document at a time."""
+    rows = datasets.load_from_disk(part)
+    order = SampleOrder(len(rows), micro_batch_size=BATCH, data_size=1, accumulation_steps=1, seed=1024)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    sums: Dict[str, list] = {}
+    for row in (rows[int(index)] for index in next(order.steps(0, 0, 0))[0][0]):
+        start = 0
+        names = zip(row["sequence_lengths"], row["document_sources"], row["document_categories"], strict=True)
+        for length, source, category in names:
+            ids, labels = (torch.tensor([row[key][start : start + length]]) for key in ("input_ids", "labels"))
+            start += length
+            logits = model(ids).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100)
+            for key in (f"source {source}", f"category {category}"):
+                total = sums.setdefault(key, [0.0, 0])
+                total[0], total[1] = total[0] + loss.item(), total[1] + int((labels[0, 1:] != -100).sum())
+    means = {key: loss / count for key, (loss, count) in sums.items() if count}
+    kinds = ("source", "category")
+    return {kind: {key.split()[1]: mean for key, mean in means.items() if key.startswith(kind)} for kind in kinds}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_by_source_and_category_are_those_of_the_plain_model(jobs, first_step, name):
+    record, rel = steps_of(jobs / name)[0], 2e-3 if name == "gemini" else 1e-5
+    assert len(first_step["source"]) == 2 and len(first_step["category"]) == 3
+    for kind, expected in first_step.items():
+        assert record[f"loss_by_{kind}"] == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_where_there_is_no_loss_by_source_the_rest_is_told(jobs, name):
+    assert len(steps_of(jobs / name)) == STEPS
+    assert not [key for record in steps_of(jobs / name) for key in record if key.startswith("loss_by")]
+
+
+def test_log_and_tensorboard_say_the_same(jobs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    records = steps_of(jobs / "zero2")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    parts = {"data", "forward", "backward", "optimizer"}
+    for record in records:
+        assert set(record["seconds"]) == parts and all(value >= 0 for value in record["seconds"].values())
+        assert 0 < record["padding_share"] < 1 and record["mfu"] > 0 and record["memory_bytes"] > 2**20
+    saves = [record for record in log_of(jobs / "zero2") if "checkpoint" in record]
+    assert [(save["step"], save["checkpoint"]) for save in saves] == [(2, "epoch-0_step-2"), (4, "epoch-0_step-4")]
+    events = EventAccumulator(str(jobs / "zero2" / "tb"))
+    events.Reload()
+    found = {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found["Loss"] == pytest.approx([record["loss"] for record in records])
+    for name, key in (("Loss by Source/zh", "loss_by_source"), ("Loss by Category/web", "loss_by_category")):
+        assert found[name] == pytest.approx([record[key][name.split("/")[1]] for record in records])
+    assert set(found) >= {f"Seconds/{part}" for part in [*parts, "save"]} | {"MFU", "Padding Share", "Memory in Bytes"}
+
+
+def test_a_resumed_run_shows_one_whole_curve(jobs):
+    """The first run took all steps; lines after the resumed one were cut away. A new folder begins with a copy."""
+    for home in ("zero2", "elsewhere"):
+        records = log_of(jobs / home)
+        assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+        assert [record["step"] for record in records if "checkpoint" in record] == [2, 4]
+
+
+def test_the_card_is_one_for_hubs(jobs, part):
+    card = ModelCard.load(jobs / "zero2" / "ckpt" / "modeling" / "README.md")
+    assert card.data.language == ["en", "zh"] and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation" and card.data.base_model == "model"
+    rows = datasets.load_from_disk(part)
+    tokens = sum(map(sum, rows["sequence_lengths"]))
+    assert f"| all |  | {sum(map(len, rows['sequence_lengths']))} | {tokens:,} | 100.0% |" in card.text
+    assert "| `--plugin` | zero2 |" in card.text and "| optimizer steps | 4 |" in card.text
+    # Not in the checkpoint, whose files are listed, and the same where the same was trained.
+    assert not (jobs / "zero2" / "ckpt" / "epoch-0_step-4" / "modeling" / "README.md").exists()
+    assert (jobs / "elsewhere" / "ckpt" / "modeling" / "README.md").read_text() == card.content
+
+
+def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
+    (tmp_path / "README.md").write_text("---\nbase_model: meta-llama/Llama-2-7b-hf\n---\n# x\n")
+    figures = {f"Evaluation/zh/{name}": value for name, value in (("loss", 3.5), ("bits_per_byte", 1.25))}
+    records = [train_log.evaluation_record(step, figures) for step in (0, 5, 10)]
+    records += [{"step": step, "loss": 20.0 - step} for step in range(1, 11)]
+    settings = dict(stage="sft", plugin="gemini", mixed_precision="bf16", world_size=8, total_steps=10, num_epochs=1)
+    text = model_card.render(
+        settings={**settings, "versions": {"torch": "2.5.1", "flash-attn": None}}, origin=str(tmp_path),
+        amounts=[Amount("b|d", "x", 2, 30)], records=records, tokens_seen=30,
+    )  # fmt: skip
+    assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- zh\n" in text
+    assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
+    assert "| b\\|d | x | 2 | 30 | 100.0% |" in text and "mean of the last 1 steps | 10.0000 |" in text
+
+
+def test_run_folder_and_settings(jobs):
+    folder = jobs / "zero2" / "ckpt"
+    assert json.loads((folder / "settings.json").read_text()) == json.loads((jobs / "zero2/config.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
+    (host,) = environment["hosts"].values()
+    assert environment["world_size"] == 2 and list(host["ranks"]) == ["0", "1"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_draws_what_is_in_the_log():
+    records = [{"step": 0, "evaluation": {"zh": {"loss": 9.0}}}]
+    records += [{"step": step, "epoch": 0, "bucket": step // 100, "loss": 8 / step**0.2} for step in range(1, 301)]
+    records.append({"step": 300, "evaluation": {"zh": {"loss": 4.0}}})
+    records.append({"step": 301, "epoch": 0, "bucket": 3, "loss": None})
+    curves = loss_plot.curves_of(records)
+    assert curves.borders == [(100, "bucket 1"), (200, "bucket 2"), (300, "bucket 3")]
+    assert curves.evaluations == {"zh": [(0, 9.0), (300, 4.0)]} and len(curves.losses) == 300
+    line = [(step, 2.0 * step) for step in range(50)]
+    assert loss_plot.smoothed(line)[25][1] == pytest.approx(50.0, rel=0.01)
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(loss_plot.draw(curves, title="x"))).convert("RGB")
+    colours = {colour for _, colour in image.getcolors(2**20)}
+    assert image.size == loss_plot.SIZE
+    for colour in (loss_plot.SMOOTHED, loss_plot.EVALUATION_COLOURS[0]):
+        assert tuple(bytes.fromhex(colour[1:])) in colours
+    loss_plot.draw(loss_plot.curves_of([{"step": 7, "epoch": 0, "loss": 0.0}]), title="a single step")
+
+
+def test_without_pillow_one_line_says_so(tmp_path, monkeypatch, caplog):
+    train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, origin="x")
+    report.write_files()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.json", "settings.json", "train_log.jsonl"]
+    assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs Pillow" in message]
+
+
+def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    log = train_log.TrainLog(tmp_path / "train_log.jsonl")
+    for step in range(1, 6):
+        log.write({"step": step, "loss": math.nan if step == 2 else 1.0})
+    log.close()
+    with open(tmp_path / "train_log.jsonl", "ab") as file:
+        file.write(b'{"step": 6, "lo')
+    assert [record["loss"] for record in train_log.read(tmp_path / "train_log.jsonl")] == [1.0, None, 1.0, 1.0, 1.0]
+    path = train_log.begin(str(tmp_path), last_step=3)
+    assert [record["step"] for record in train_log.read(path)] == [1, 2, 3] and path.read_bytes().endswith(b"}\n")
+    assert "3 lines after step 3 are cut away" in caplog.text
+    assert [child.name for child in tmp_path.iterdir()] == ["train_log.jsonl"]
+
+
+def test_a_full_disk_ends_no_run(tmp_path, caplog):
+    log = train_log.TrainLog(Path("/dev/full"))
+    for step in range(3):
+        log.write({"step": step})
+    assert caplog.text.count("cannot be written (No space left on device)") == 1
+
+
+class LateTimer:
+    """A timer like that of a GPU, whose marks cannot be read before the next step."""
+
+    is_late = True
+
+    def take(self):
+        return [("forward", 0.0, 1.5)]
+
+
+def test_a_gpu_s_times_are_read_one_step_later(tmp_path):
+    written = SimpleNamespace(write=lambda step, figures: steps.append((step, figures["Bucket"])), close=lambda: None)
+    steps: List[tuple] = []
+    reporter = Reporter(
+        writer=written, log=train_log.TrainLog(tmp_path / "log"), progress=SimpleNamespace(update=lambda **shown: None),
+        bucket_of=lambda epoch, position: 10 * epoch + position, flops_per_token=lambda length: 1.0, peak_flops=None,
+    )  # fmt: skip
+    reporter.timer = LateTimer()
+    totals = SimpleNamespace(tokens=8, places=10)
+    result = SimpleNamespace(loss=1.0, grad_norm=1.0, tokens=8, by_group=())
+    for step in (1, 2, 3):
+        state = SimpleNamespace(step=step, epoch=1, sample_start_index=2 * step)
+        reporter.step(state, totals, result, learning_rate=0.1, taken=2, seconds=2.0)
+        assert steps == [(done, 10 + 2 * (done - 1)) for done in range(1, step)]
+    assert next(train_log.read(tmp_path / "log"))["seconds"] == {"forward": 1.5}
