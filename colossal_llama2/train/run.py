@@ -52,7 +52,7 @@ from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch,
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator
 from colossal_llama2.train.loop import TrainState, fit
-from colossal_llama2.train.reporting import reporting, told_groups
+from colossal_llama2.train.reporting import SilentReporter, reporting, told_groups
 from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.run_report import RunReport, amounts_of_all, environment
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
