@@ -3,7 +3,9 @@
     python benchmarks/bench_reporting.py --work_dir /tmp/bench_reporting
 
 One rank, plugin zero2, on the CPU or the first GPU. Runs with and without take turns, over the same samples, and the
-median step of each kind is compared. The smaller the model, the more shows.
+median step of each kind is compared, by the clock and by the CPU time of all threads, which a busy machine changes
+less.
+The smaller the model, the more shows.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Tuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,15 +48,18 @@ def main() -> None:
     try:
         launch(seed=1)
         part = make_data(args.work_dir / "part-00000")
-        print("model     step with / without    cost of a step")
+        print("model     step with / without  CPU with / without  CPU time of showing a step")
         for name, shape in MODELS.items():
             model_dir = make_model(args.work_dir / name.replace(" ", ""), shape)
-            seconds: Dict[str, List[float]] = {"with": [], "without": []}
+            seconds: Dict[str, List[Tuple[float, float]]] = {"with": [], "without": []}
             for turn in range(TURNS):
                 for kind, steps in seconds.items():
                     steps += step_seconds(args.work_dir / f"{name}-{kind}-{turn}", model_dir, part, kind)
-            shown, silent = (statistics.median(steps) for steps in seconds.values())
-            print(f"{name:8}  {shown / silent:18.3f}    {1e3 * (shown - silent):8.2f} ms of {1e3 * silent:.1f} ms")
+            (clock, busy), (silent_clock, silent_busy) = (
+                [statistics.median(values) for values in zip(*steps, strict=True)] for steps in seconds.values()
+            )
+            ratios = f"{clock / silent_clock:19.3f}  {busy / silent_busy:18.3f}"
+            print(f"{name:8}  {ratios}  {1e3 * (busy - silent_busy):.2f} ms of {1e3 * busy:.1f} ms", flush=True)
         leave()
     finally:
         shutil.rmtree(args.work_dir)
@@ -95,7 +100,7 @@ def make_data(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def watched(kind: str, ends: List[float]) -> Iterator[None]:
+def watched(kind: str, ends: List[Tuple[float, float]]) -> Iterator[None]:
     """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
     from colossal_llama2.train import reporting, run
 
@@ -105,7 +110,7 @@ def watched(kind: str, ends: List[float]) -> Iterator[None]:
 
     def noting(show):
         def step(*args, **keywords):
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
             return show(*args, **keywords)
 
         return step
@@ -120,18 +125,19 @@ def watched(kind: str, ends: List[float]) -> Iterator[None]:
         yield
 
 
-def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[float]:
-    """Run once; returns the time of each step but the first ones."""
+def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[Tuple[float, float]]:
+    """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
     from colossal_llama2.train import run
 
     flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
     flags += ["--tensorboard_dir", home / "tb", "--config_file", home / "config.json", "--use_flash_attn"]
     args = arguments.train_parser().parse_args([str(flag) for flag in flags])
-    ends: List[float] = []
+    ends: List[Tuple[float, float]] = []
     with watched(kind, ends):
         run.run(args, run.check_inputs(args))
-    return [end - begin for begin, end in zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)]
+    pairs = zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)
+    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairs]
 
 
 if __name__ == "__main__":
