@@ -660,6 +660,10 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
     recipe = parser.add_argument_group("optimization")
     if has_epochs:
         recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
+        recipe.add_argument(
+            "--max_steps", metavar="STEPS", type=positive_int, default=None,
+            help="end after so many optimizer steps, in the middle of an epoch if need be (default: with the epochs)",
+        )  # fmt: skip
     recipe.add_argument(
         "--micro_batch_size", "--batch_size", metavar="N", type=positive_int, default=1,
         help="samples per forward pass and data-parallel rank",
@@ -785,6 +789,10 @@ def _add_output_arguments(parser: CommandParser) -> None:
     output.add_argument(
         "--load_checkpoint", metavar="DIR", default=None,
         help="a checkpoint folder to resume from, or its modeling/ folder to load weights alone",
+    )  # fmt: skip
+    output.add_argument(
+        "--continue_data", action="store_true",
+        help="with --load_checkpoint CHECKPOINT/modeling: begin at the sample that the checkpoint had come to",
     )  # fmt: skip
     output.add_argument(
         "--resume", choices=("auto",), default=None,

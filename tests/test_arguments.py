@@ -59,6 +59,8 @@ TRAIN = {
     ("--sp_mode",): ("ring", "ring", "split_gather"),
     ("--sp",): ("2", 2, 1),
     ("--accumulation_steps",): ("4", 4, 1),
+    ("--max_steps",): ("90", 90, None),
+    ("--continue_data",): ([], True, False),
     ("--eval_dataset",): (["en=a", "zh=b"], ["en=a", "zh=b"], ()),
     ("--eval_interval",): ("200", 200, None),
     ("--forgetting_alarm",): ("en=0.05", ["en=0.05"], ()),

@@ -133,7 +133,8 @@ def test_chunked_loss_and_checkpointing_save_what_they_say():
 
 def test_checkpoints_on_the_disk():
     order = SampleOrder(num_samples=103, micro_batch_size=2, data_size=5, accumulation_steps=1, seed=0)
-    assert saved_steps(order, 2, 4) == [4, 8, 10, 12, 16, 20]
+    assert saved_steps(order, 2, 4, total_steps=20) == [4, 8, 10, 12, 16, 20]
+    assert saved_steps(order, 2, 4, total_steps=11) == [4, 8, 10, 11]
     steps = [10, 20, 30, 40, 50]
     assert most_kept(steps, keep_last=None, keep_every=None) == 5
     assert most_kept(steps, keep_last=2, keep_every=None) == 3

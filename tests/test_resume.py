@@ -118,6 +118,10 @@ def add_others(add, folder: Path) -> None:
     add("other_layout", *LAYOUTS["3d_tp2_bf16"], *middle)
     add("other_order", *bf16, "--bucketed", *middle)
     add("other_tokenizer", *bf16, "--pretrained", folder / "other_tokenizer_model", *middle)
+    add("stage_one", *fp32, "--max_steps", 3)
+    second = ("--continue_data", "--load_checkpoint", folder / "stage_one" / "ckpt" / "epoch-0_step-3" / "modeling")
+    add("stage_two", *fp32, *second)
+    add("stage_two_of_other_data", *fp32, *second, "--seed", 5)
     add("keeping", *fp32, "--save_interval", 1, "--keep_last", 2, "--keep_every", 5)
     for name, poison in POISONED.items():
         allowed = int(name != "zero2_fp32")
@@ -222,6 +226,18 @@ def test_another_tokenizer_or_order_is_refused(jobs):
     assert "pretrained_tokenizer was" in error and "--pretrained" in error
     error = jobs["other_order"][1]
     assert "bucketed was None, this run has True; resume with the same --bucketed" in error
+
+
+def test_a_stage_goes_on_in_the_data_of_another(jobs):
+    home, error, log = jobs["stage_one"]
+    assert error is None and (home / "ckpt" / "epoch-0_step-3" / "modeling").is_dir()
+    assert any(line.startswith("Done: 3 steps") for line in log)
+    home, error, log = jobs["stage_two"]
+    assert error is None
+    # 8 samples a step, 46 an epoch, of which 2 are too few for a micro batch: 20 and 44 are left.
+    assert any(line.startswith("Data: going on from") and line.endswith("epoch 0, sample 24") for line in log)
+    assert any(line.startswith("Done: 9 steps") and "were not read: 4." in line for line in log)
+    assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]
 
 
 def test_old_checkpoints_go_but_never_the_newest(jobs):

@@ -99,7 +99,8 @@ def dry_run(args: argparse.Namespace) -> None:
     has_documents = DOCUMENT_COLUMN in dataset.column_names
     memory = rank_memory(shape, memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu))
     print(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu))
-    print(_disk_lines(args, facts, saved_steps(order, args.num_epochs, args.save_interval)))
+    saves = saved_steps(order, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
+    print(_disk_lines(args, facts, saves))
     print("dry run: nothing was trained, nothing was written", flush=True)
 
 
@@ -157,8 +158,9 @@ def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> N
 def _plan_steps(
     args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
 ) -> CosineSchedule:
-    facts = run.describe_run(args, ranks, order, run.find_tokenizer(args, plan), data) if plan.resume_path else {}
-    state: TrainState = run.initial_state(args, plan, facts)
+    needs_facts = plan.resume_path or args.continue_data
+    facts = run.describe_run(args, ranks, order, run.find_tokenizer(args, plan), data) if needs_facts else {}
+    state: TrainState = run.initial_state(args, plan, facts, order)
     return run.make_schedule(args, plan, state, order)
 
 
@@ -208,11 +210,12 @@ def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
     return "\n".join(lines)
 
 
-def saved_steps(order: SampleOrder, num_epochs: int, save_interval: int) -> List[int]:
-    """The steps after which a run saves: multiples of `save_interval`, and the end of each epoch."""
+def saved_steps(order: SampleOrder, num_epochs: int, save_interval: int, *, total_steps: int) -> List[int]:
+    """The steps after which a run saves: multiples of `save_interval`, and the end of each epoch and of the run."""
     steps = order.steps_after(0)
     ends = [epoch * steps for epoch in range(1, num_epochs + 1)]
-    return sorted({*range(save_interval, num_epochs * steps + 1, save_interval), *ends})
+    saved = {*range(save_interval, num_epochs * steps + 1, save_interval), *ends, total_steps}
+    return sorted(step for step in saved if step <= total_steps)
 
 
 def most_kept(steps: Sequence[int], *, keep_last: Optional[int], keep_every: Optional[int]) -> int:

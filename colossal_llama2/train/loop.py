@@ -182,7 +182,7 @@ def fit(
     bad_steps: BadSteps,
     evaluator: "SilentEvaluator",
 ) -> None:
-    """Train from `state` to the end of the last epoch, updating `state` as it goes.
+    """Train from `state` to the end of the last epoch or of the schedule, updating `state` as it goes.
 
     Raises:
         RunError: too many steps gave no numbers, a checkpoint cannot be written, or the evaluation ends the run.
@@ -191,7 +191,7 @@ def fit(
     stop.begin()
     evaluator.before_training(state)
     first_step = state.step
-    while state.epoch < num_epochs:
+    while state.epoch < num_epochs and state.step < schedule.total_steps:
         steps_left = loader.order.steps_after(state.sample_start_index)
         _tell_dropped(loader, state)
         start = time.monotonic()
@@ -208,10 +208,13 @@ def fit(
             state.samples_seen += taken
             state.tokens_seen += result.tokens
             steps_left -= 1
+            ends = steps_left == 0 or state.step == schedule.total_steps
             seconds = time.monotonic() - start
             metrics.step(state, totals, result, learning_rate=learning_rate, taken=taken, seconds=seconds)
-            evaluator.after_step(state, epoch_ends=steps_left == 0, save_now=checkpointer.save_now)
-            checkpointer.save(state, epoch_ends=steps_left == 0)
+            evaluator.after_step(state, epoch_ends=ends, save_now=checkpointer.save_now)
+            checkpointer.save(state, epoch_ends=ends)
+            if ends:
+                break
             start = time.monotonic()
         state.epoch += 1
         state.sample_start_index = 0

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Collection, Dict, List, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
@@ -156,10 +156,45 @@ def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
             raise UserError(f"{plan.resume_path}: its random states cannot be read ({error!r}); resume another one")
 
 
-def is_done(plan: LoadPlan, state: TrainState, order: SampleOrder, num_epochs: int) -> bool:
+def is_done(
+    plan: LoadPlan, state: TrainState, order: SampleOrder, *, num_epochs: int, max_steps: Optional[int]
+) -> bool:
     """True if --resume auto found the last checkpoint of its run, which only may not have published its model."""
     at_end = state.epoch == num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
-    return plan.is_newest and at_end
+    return plan.is_newest and (at_end or state.step == max_steps)
+
+
+def continued_state(
+    plan: LoadPlan, now: Dict[str, Any], order: SampleOrder, *, num_epochs: int, data_facts: Collection[str]
+) -> TrainState:
+    """The state of a new run that goes on in the data where another one, whose weights it takes, had come to.
+
+    Args:
+        now: the facts of this run, of which `data_facts` must be as they were.
+
+    Raises:
+        UserError: they are not, or the data is read to its end.
+    """
+    earlier = replace(plan, resume_path=str(Path(plan.model_path).parent))
+    state, saved = earlier.read_states()
+    for name in data_facts:
+        if saved.get(name) != now[name]:
+            raise UserError(
+                f"--continue_data: {difference(name, saved.get(name), now[name])}, so there is no place in the data to "
+                f"go on from; give the data as it was, or leave the flag out"
+            )
+    place = TrainState(epoch=state.epoch, sample_start_index=state.sample_start_index)
+    if order.steps_after(place.sample_start_index) == 0:
+        place = TrainState(epoch=state.epoch + 1)
+    if place.epoch >= num_epochs:
+        raise UserError(
+            f"--continue_data: {earlier.resume_path} has read {state.epoch + 1} epochs of the data, all of it; give a "
+            f"higher --num_epochs, or leave the flag out to read it again"
+        )
+    logs.get_logger().info(
+        "Data: going on from %s, epoch %d, sample %s", earlier.resume_path, place.epoch, f"{place.sample_start_index:,}"
+    )
+    return place
 
 
 def finish_again(

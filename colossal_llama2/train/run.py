@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import math
 import os
 import platform
 import sys
@@ -40,7 +41,9 @@ from colossal_llama2.train import resuming, save_folder
 from colossal_llama2.train.bad_steps import BadSteps
 from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.checkpoint import (
+    MODEL_NAME,
     OPTIMIZER_NAME,
+    STATES_NAME,
     Checkpointer,
     LoadPlan,
     check_save_dir,
@@ -111,9 +114,9 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     tokenizer_path = find_tokenizer(args, plan)
     with exchange.all_or_none():
         run_facts = describe_run(args, engine, order, tokenizer_path, data)
-        state = initial_state(args, plan, run_facts)
+        state = initial_state(args, plan, run_facts, order)
     report = make_report(args, engine, dataset)
-    if resuming.is_done(plan, state, order, args.num_epochs):
+    if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps):
         return finish_again(args, plan, engine, state, report)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     with exchange.all_or_none():
@@ -160,9 +163,10 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     number = agreed_signal(engine.sum_over_data(stop.received()))
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
+    unread = args.num_epochs * order.num_samples - run_facts.get("first_sample", 0) - state.samples_seen
     logs.get_logger().info(
-        "Done: %d steps, %s tokens; samples left over at the ends of epochs: %s. The model is in %s",
-        state.step, f"{state.tokens_seen:,}", f"{args.num_epochs * order.num_samples - state.samples_seen:,}", final,
+        "Done: %d steps, %s tokens; samples that were not read: %s. The model is in %s",
+        state.step, f"{state.tokens_seen:,}", f"{unread:,}", final,
     )  # fmt: skip
 
 
@@ -243,6 +247,11 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         if plan.model_path != args.pretrained:
             check_model_folder(plan.model_path, "--load_checkpoint")
         check_save_dir(args.save_dir, plan.resume_path)
+        if args.continue_data and plan.resume_path is None and not Path(plan.model_path, "..", STATES_NAME).is_file():
+            problems.append(
+                f"--continue_data needs --load_checkpoint CHECKPOINT/{MODEL_NAME}, whose {STATES_NAME} tells the place "
+                f"in the data"
+            )
         for name in ("save_dir", "tensorboard_dir", "config_file"):
             check_can_create(Path(getattr(args, name)), f"--{name}")
         rows_to_train(args, plan)
@@ -409,26 +418,38 @@ def describe_run(
 
 
 # What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
-RESUMED_FACTS = {
+DATA_FACTS = {
     "num_samples": "--dataset",
     "dataset_fingerprints": "--dataset",
     "bucketed": "--bucketed",
     "mixture": "--mixture",
     "mixture_end": "--mixture_end",
     "sources": "--dataset",
+    "seed": "--seed",
+}
+RESUMED_FACTS = {
+    **DATA_FACTS,
     "pretrained_tokenizer": "--pretrained",
     "model_shape": "--pretrained",
-    "seed": "--seed",
     "freeze_non_embeds_params": "--freeze_non_embeds_params",
     "trained_rows": "--train_new_rows_only",
 }
 
 
-def initial_state(args: argparse.Namespace, plan: LoadPlan, run_facts: Dict[str, Any]) -> TrainState:
+def initial_state(
+    args: argparse.Namespace, plan: LoadPlan, run_facts: Dict[str, Any], order: SampleOrder
+) -> TrainState:
     """The state to begin from: that of the resumed checkpoint, if this run goes on with the same things."""
     if plan.resume_path is None:
-        return TrainState()
+        if not args.continue_data:
+            return TrainState()
+        state = resuming.continued_state(
+            plan, run_facts, order, num_epochs=args.num_epochs, data_facts=DATA_FACTS
+        )  # fmt: skip
+        run_facts["first_sample"] = state.epoch * order.num_samples + state.sample_start_index
+        return state
     state, saved = plan.read_states()
+    run_facts["first_sample"] = saved.get("first_sample", 0)
     weights_alone = f"or take its weights alone: --load_checkpoint {plan.model_path}"
     for name, flag in RESUMED_FACTS.items():
         if saved.get(name) != run_facts[name]:
@@ -453,7 +474,12 @@ def make_schedule(
             f"--load_checkpoint {plan.resume_path}: its {args.num_epochs} epochs are trained, the model is in "
             f"{plan.model_path}; give a higher --num_epochs to go on"
         )
-    total_steps = state.step + steps_left
+    if state.step >= (args.max_steps or math.inf):
+        raise UserError(
+            f"--load_checkpoint {plan.resume_path}: its step {state.step} is not before --max_steps {args.max_steps}, "
+            f"the model is in {plan.model_path}; give a higher --max_steps to go on"
+        )
+    total_steps = min(state.step + steps_left, args.max_steps or math.inf)
     schedule = CosineSchedule(args.lr, total_steps, warmup_steps(args.warmup_steps, total_steps))
     if schedule.warmup_steps >= total_steps:
         logs.get_logger().warning(
