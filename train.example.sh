@@ -4,6 +4,10 @@
 #
 # Each variable can come from the environment instead, and arguments go to train.py, where a flag's last value counts:
 #   NPROC_PER_NODE=2 DATASET="arrow/part-00000 arrow/part-00001" bash train.sh --plugin gemini --lr 3e-4
+# All three stages of docs/recipe.md, one after the other, each from the weights of the one before:
+#   STAGE=align RUN_NAME=align bash train.sh
+#   STAGE=inject RUN_NAME=inject PRETRAINED_MODEL_PATH=runs/checkpoints/align/modeling bash train.sh
+#   STAGE=replay RUN_NAME=replay PRETRAINED_MODEL_PATH=runs/checkpoints/inject/modeling bash train.sh
 # train_sft.example.sh is its twin, apart because each is copied and edited by itself.
 # Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
 set -euo pipefail
@@ -26,6 +30,15 @@ PARENT_SAVE_DIR="${PARENT_SAVE_DIR:-runs/checkpoints}"
 PARENT_TENSORBOARD_DIR="${PARENT_TENSORBOARD_DIR:-runs/tensorboard}"
 PARENT_CONFIG_FILE="${PARENT_CONFIG_FILE:-runs/configs}"
 PRETRAINED_MODEL_PATH="${PRETRAINED_MODEL_PATH:-llama-2-7b-zh}"
+
+# Which stage of the recipe this is:
+#   align    the rows alone that init_model.py added: new tokens find their place, and nothing else moves
+#   inject   all weights, bucket by bucket: the knowledge of the new language
+#   replay   all weights, with the old language mixed in (MIXTURE), so that it comes back
+STAGE="${STAGE:-inject}"
+# Shares of the sources of `dataset` in the tokens of each bucket, for replay; a source is named as the folder that its
+# part-* folders lie in, or as NAME=PATH says.
+MIXTURE="${MIXTURE:-zh=0.5 en=0.5}"
 
 # All part-* folders to train on, from one output folder of prepare_pretrain_dataset.py or several.
 declare -a dataset=(
@@ -54,8 +67,21 @@ while read -r host _; do
     fi
 done <"$HOSTFILE"
 
-RUN_NAME="$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)"
+RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
 mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
+
+case "$STAGE" in
+    align) stage=(--train_new_rows_only --lr 3e-4) ;;
+    inject) stage=(--bucketed --lr 1e-4) ;;
+    replay)
+        read -r -a mixture <<<"$MIXTURE"
+        stage=(--bucketed --mixture "${mixture[@]}" --lr 3e-5)
+        ;;
+    *)
+        echo "$0: error: STAGE is $STAGE; give align, inject or replay" >&2
+        exit 2
+        ;;
+esac
 
 declare -a arguments=(
     --pretrained "$PRETRAINED_MODEL_PATH"
@@ -67,7 +93,7 @@ declare -a arguments=(
     --config_file "${PARENT_CONFIG_FILE%/}/$RUN_NAME.json"
     --num_epochs 1
     --micro_batch_size 8
-    --lr 1e-4
+    "${stage[@]}"
     --mixed_precision bf16
     --gradient_clipping 1.0
     --weight_decay 0.01

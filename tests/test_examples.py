@@ -19,7 +19,7 @@ PARSERS = {"train": arguments.train_parser, "train_sft": arguments.train_sft_par
 NAMES = pytest.mark.parametrize("name", PARSERS)
 VARIABLES = (
     "HOSTFILE", "NPROC_PER_NODE", "MASTER_PORT", "PROJECT_NAME", "PARENT_SAVE_DIR", "PARENT_TENSORBOARD_DIR",
-    "PARENT_CONFIG_FILE", "PRETRAINED_MODEL_PATH", "DATASET",
+    "PARENT_CONFIG_FILE", "PRETRAINED_MODEL_PATH", "DATASET", "STAGE", "RUN_NAME", "MIXTURE",
 )  # fmt: skip
 
 
@@ -77,6 +77,18 @@ def test_the_two_differ_where_the_readme_says(workplace):
     pretraining, fine_tuning = (launched(workplace / f"{name}.sh")[1] for name in PARSERS)
     assert (pretraining.lr, pretraining.accumulation_steps) == (1e-4, 1)
     assert (fine_tuning.lr, fine_tuning.accumulation_steps, fine_tuning.use_neft) == (5e-5, 8, True)
+
+
+def test_the_stages_of_the_recipe(workplace):
+    stages = {name: launched(workplace / "train.sh", STAGE=name)[1] for name in ("align", "inject", "replay")}
+    assert [name for name, args in stages.items() if args.train_new_rows_only] == ["align"]
+    assert [name for name, args in stages.items() if args.bucketed] == ["inject", "replay"]
+    assert stages["replay"].mixture == ["zh=0.5", "en=0.5"] and stages["inject"].mixture is None
+    assert stages["align"].lr > stages["inject"].lr > stages["replay"].lr
+    named = launched(workplace / "train.sh", STAGE="replay", RUN_NAME="last one", MIXTURE="new=0.8 old=0.2")[1]
+    assert named.save_dir == "runs/checkpoints/last one" and named.mixture == ["new=0.8", "old=0.2"]
+    process = run(workplace / "train.sh", STAGE="first")
+    assert process.returncode == 2 and "STAGE is first; give align, inject or replay" in process.stderr
 
 
 @NAMES
