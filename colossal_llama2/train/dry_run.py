@@ -35,7 +35,7 @@ from colossal_llama2.train.schedule import CosineSchedule
 GIB = 2**30
 # Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
 CPU_MARGIN, GPU_MARGIN = 15, 20
-# With --tp 2 a CPU took so much more: something as large as the activations lives on after backward, cause unknown.
+# With --tp 2 a CPU took so much more: about as much as the gradients lives on after backward, cause unknown.
 TP_MORE = 35
 
 
