@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import itertools
 import logging
 import math
@@ -379,6 +380,9 @@ class Engine:
                 sample_group=self._plugin.sp_group if splits else None,
                 tell=self.loss_tally.add,
             )
+        # Lazy loading leaves cycles of references, in which whole weights wait for Python to look (64 MB of 85 M
+        # parameters, measured).
+        gc.collect()
 
     def _train_rows_only(self, vocab_size: int) -> None:
         has_embedding = not self.is_pipelined or self._plugin.stage_manager.is_first_stage()
