@@ -187,7 +187,7 @@ def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sou
     states = json.loads((home / last / "running_states.json").read_text())
     assert states["tokens_seen"] == epoch["tokens"] - epoch["left_over_tokens"]
     assert states["samples_seen"] == epoch["samples"] - epoch["left_over_samples"]
-    assert f"samples left over at the ends of epochs: {epoch['left_over_samples']}." in log[-1]
+    assert f"samples that were not read: {epoch['left_over_samples']}." in log[-1]
     again = jobs["mixed_again"]
     assert "bit for bit" in " ".join(again[2]) and contents(home / last) == contents(again[0] / last)
 
