@@ -10,11 +10,11 @@ import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.arguments import unused_flags, with_defaults
-from colossal_llama2.dataset.buckets import Buckets
+from colossal_llama2.dataset.buckets import Buckets, MeasuredPart
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
 from colossal_llama2.dataset.groups import Groups
 from colossal_llama2.dataset.loader import (
@@ -61,6 +61,9 @@ from colossal_llama2.train.run_report import RunReport, amounts_of_all, environm
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 from colossal_llama2.train.stopping import NoSignals, StopSignals, agreed_signal
 
+if TYPE_CHECKING:
+    import datasets
+
 
 def train(args: argparse.Namespace) -> None:
     """Run train.py or train_sft.py. Called once per process of the job, with the same flags in each.
@@ -98,24 +101,18 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     plan = resuming.settle(plan, args.save_dir)
     # A rank may see what the others do not, such as a file that its host cannot read: all must hear of it.
     with exchange.all_or_none():
-        facts = inspect_weights(plan.model_path)
-        check_model_fits(args, facts)
-        data = data_of(args)
-        dataset = load_tokenized_dataset(data.paths, args.document_mask)
-        check_lengths(dataset, args.max_length)
-        measured = measure_parts(data.parts)
-        eval_sets = load_eval_sets(args)
+        given = read_given(args, plan)
         settings = engine_settings(args, trained_rows=rows_to_train(args, plan))
-    engine = Engine(settings, facts.parameters)
-    check_token_ids(dataset, facts, engine)
-    for one in eval_sets:
-        check_token_ids(one.samples, facts, engine, flag=f"--eval_dataset {one.name}")
-    order = sample_order(args, len(dataset), engine, buckets=plans.buckets_of(data, measured))
+    engine = Engine(settings, given.model.parameters)
+    check_token_ids(given.samples, given.model, engine)
+    for one in given.eval_sets:
+        check_token_ids(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
+    order = sample_order(args, len(given.samples), engine, buckets=plans.buckets_of(given.data, given.measured))
     tokenizer_path = find_tokenizer(args, plan)
     with exchange.all_or_none():
-        run_facts = describe_run(args, engine, order, tokenizer_path, data)
+        run_facts = describe_run(args, engine, order, tokenizer_path, given.data)
         state = initial_state(args, plan, run_facts, order)
-    report = make_report(args, engine, dataset)
+    report = make_report(args, engine, given.samples)
     if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps):
         return finish_again(args, plan, engine, state, report)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
@@ -123,29 +120,23 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         schedule = make_schedule(args, plan, state, order)
         report.know_steps(schedule.total_steps, schedule.warmup_steps)
         collator = make_collator(args, tokenizer_path, told_groups(report.amounts, engine.loss_tally))
-    loader = StepLoader(dataset, order, collator, engine.data_rank, pins=engine.pins_batches)
+    loader = StepLoader(given.samples, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
+    tell_plan(args, engine, order, schedule, given.model)
     with engine.first_rank_only() as first:
         if first:
             write_config(args, report.settings)
-    tell_plan(args, engine, order, schedule, facts)
-    with engine.first_rank_only() as first:
-        if first:
-            content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule)
-            plans.tell_and_save(content, args.save_dir)
-    checkpointer = make_checkpointer(args, plan, engine, schedule, facts, run_facts)
+            plans.tell_and_save(make_plan(args, given, order, schedule, state), args.save_dir)
+    checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts)
     checkpointer.check_room()
-    load_model(args, plan, engine, attention, run_facts, ties_embeddings=facts.ties_embeddings)
+    load_model(args, plan, engine, attention, run_facts, ties_embeddings=given.model.ties_embeddings)
     with contextlib.ExitStack() as parts:
         checkpointer.reporter = parts.enter_context(
             reporting(
-                engine=engine, state=state, report=report, plan=plan, order=order, parameters=facts.parameters,
+                engine=engine, state=state, report=report, plan=plan, order=order, parameters=given.model.parameters,
                 tensorboard_dir=args.tensorboard_dir, peak_tflops=args.peak_tflops,
             )
         )  # fmt: skip
-        evaluator = make_evaluator(
-            args, plan, engine, eval_sets, make_collator(args, tokenizer_path), run_facts, metrics=checkpointer.reporter
-        )
         fit(
             state,
             num_epochs=args.num_epochs,
@@ -157,9 +148,49 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             stop=stop,
             bad_steps=BadSteps(args.max_bad_steps),
             metrics=checkpointer.reporter,
-            evaluator=evaluator,
+            evaluator=make_evaluator(args, plan, engine, given.eval_sets, run_facts, metrics=checkpointer.reporter),
         )
     final = checkpointer.finish(card=lambda: report.card(tokens_seen=state.tokens_seen))
+    tell_end(args, engine, state, order, run_facts, final, stop)
+
+
+class Given(NamedTuple):
+    """What the flags name: the model's shape, samples, how they are counted, and what to evaluate on."""
+
+    model: ModelFacts
+    data: Data
+    samples: "datasets.Dataset"
+    measured: List[MeasuredPart]
+    eval_sets: List[LoadedSet]
+
+
+def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
+    """Open model and data, and check them against each other and the flags. Raises UserError."""
+    model = inspect_weights(plan.model_path)
+    check_model_fits(args, model)
+    data = data_of(args)
+    samples = load_tokenized_dataset(data.paths, args.document_mask)
+    check_lengths(samples, args.max_length)
+    return Given(model, data, samples, measure_parts(data.parts), load_eval_sets(args))
+
+
+def make_plan(
+    args: argparse.Namespace, given: Given, order: SampleOrder, schedule: CosineSchedule, state: TrainState
+) -> Dict[str, Any]:
+    """What will be read, as plan.json holds it."""
+    return plans.build_plan(given.data, given.measured, order, num_epochs=args.num_epochs, schedule=schedule)
+
+
+def tell_end(
+    args: argparse.Namespace,
+    engine: Engine,
+    state: TrainState,
+    order: SampleOrder,
+    run_facts: Dict[str, Any],
+    final: Path,
+    stop: NoSignals,
+) -> None:
+    """Say that all is done. Raises Stopped if a signal came meanwhile."""
     number = agreed_signal(engine.sum_over_data(stop.received()))
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
@@ -338,7 +369,6 @@ def make_evaluator(
     plan: LoadPlan,
     engine: Engine,
     sets: List[LoadedSet],
-    collator: Collator,
     run_facts: Dict[str, Any],
     *,
     metrics: SilentReporter,
@@ -348,6 +378,7 @@ def make_evaluator(
         return SilentEvaluator()
     saved = plan.read_states()[1] if plan.resume_path is not None else {}
     run_facts["evaluations"] = list(saved.get("evaluations") or ())
+    collator = make_collator(args, find_tokenizer(args, plan))
     return Evaluator(
         engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
         alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
