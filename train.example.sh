@@ -4,10 +4,11 @@
 #
 # Each variable can come from the environment instead, and arguments go to train.py, where a flag's last value counts:
 #   NPROC_PER_NODE=2 DATASET="arrow/part-00000 arrow/part-00001" bash train.sh --plugin gemini --lr 3e-4
-# All three stages of docs/recipe.md, one after the other, each from the weights of the one before:
-#   STAGE=align RUN_NAME=align bash train.sh
-#   STAGE=inject RUN_NAME=inject PRETRAINED_MODEL_PATH=runs/checkpoints/align/modeling bash train.sh
-#   STAGE=replay RUN_NAME=replay PRETRAINED_MODEL_PATH=runs/checkpoints/inject/modeling bash train.sh
+# All three stages of docs/recipe.md, one after the other, each from the weights of the one before, and the second one
+# from its place in the data too:
+#   STAGE=align RUN_NAME=align ALIGN_STEPS=1000 bash train.sh
+#   STAGE=inject RUN_NAME=inject AFTER=runs/checkpoints/align/epoch-0_step-1000 bash train.sh
+#   STAGE=replay RUN_NAME=replay PRETRAINED_MODEL_PATH=runs/checkpoints/inject/modeling MIXTURE="zh=0.5 en=0.5" bash train.sh
 # train_sft.example.sh is its twin, apart because each is copied and edited by itself.
 # Paths are relative to this script's folder. On several hosts it and the paths must be the same on each.
 set -euo pipefail
@@ -36,9 +37,13 @@ PRETRAINED_MODEL_PATH="${PRETRAINED_MODEL_PATH:-llama-2-7b-zh}"
 #   inject   all weights, bucket by bucket: the knowledge of the new language
 #   replay   all weights, with the old language mixed in (MIXTURE), so that it comes back
 STAGE="${STAGE:-inject}"
-# Shares of the sources of `dataset` in the tokens of each bucket, for replay; a source is named as the folder that its
-# part-* folders lie in, or as NAME=PATH says.
-MIXTURE="${MIXTURE:-zh=0.5 en=0.5}"
+# For align: after how many optimizer steps it ends.
+ALIGN_STEPS="${ALIGN_STEPS:-1000}"
+# For inject: the checkpoint of align to go on from, with the same data; empty if there was none.
+AFTER="${AFTER:-}"
+# For replay: shares of the sources of `dataset` in the tokens of each bucket, such as "zh=0.5 en=0.5". A source is named
+# as the folder that its part-* folders lie in, or as NAME=PATH says.
+MIXTURE="${MIXTURE:-}"
 
 # All part-* folders to train on, from one output folder of prepare_pretrain_dataset.py or several.
 declare -a dataset=(
@@ -71,9 +76,18 @@ RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
 mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 
 case "$STAGE" in
-    align) stage=(--train_new_rows_only --lr 3e-4) ;;
-    inject) stage=(--bucketed --lr 1e-4) ;;
+    align) stage=(--bucketed --train_new_rows_only --lr 3e-4 --max_steps "$ALIGN_STEPS") ;;
+    inject)
+        stage=(--bucketed --lr 1e-4)
+        if [[ -n "$AFTER" ]]; then
+            stage+=(--load_checkpoint "${AFTER%/}/modeling" --continue_data)
+        fi
+        ;;
     replay)
+        if [[ -z "$MIXTURE" ]]; then
+            echo "$0: error: STAGE=replay needs MIXTURE, shares of sources such as MIXTURE=\"zh=0.5 en=0.5\"" >&2
+            exit 2
+        fi
         read -r -a mixture <<<"$MIXTURE"
         stage=(--bucketed --mixture "${mixture[@]}" --lr 3e-5)
         ;;

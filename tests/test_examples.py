@@ -19,7 +19,8 @@ PARSERS = {"train": arguments.train_parser, "train_sft": arguments.train_sft_par
 NAMES = pytest.mark.parametrize("name", PARSERS)
 VARIABLES = (
     "HOSTFILE", "NPROC_PER_NODE", "MASTER_PORT", "PROJECT_NAME", "PARENT_SAVE_DIR", "PARENT_TENSORBOARD_DIR",
-    "PARENT_CONFIG_FILE", "PRETRAINED_MODEL_PATH", "DATASET", "STAGE", "RUN_NAME", "MIXTURE",
+    "PARENT_CONFIG_FILE", "PRETRAINED_MODEL_PATH", "DATASET", "STAGE", "RUN_NAME", "MIXTURE", "AFTER",
+    "ALIGN_STEPS",
 )  # fmt: skip
 
 
@@ -80,15 +81,19 @@ def test_the_two_differ_where_the_readme_says(workplace):
 
 
 def test_the_stages_of_the_recipe(workplace):
-    stages = {name: launched(workplace / "train.sh", STAGE=name)[1] for name in ("align", "inject", "replay")}
-    assert [name for name, args in stages.items() if args.train_new_rows_only] == ["align"]
-    assert [name for name, args in stages.items() if args.bucketed] == ["inject", "replay"]
+    given = {"MIXTURE": "zh=0.5 en=0.5", "AFTER": "align's/epoch-0_step-9/", "ALIGN_STEPS": "9"}
+    names = ("align", "inject", "replay")
+    stages = {name: launched(workplace / "train.sh", STAGE=name, **given)[1] for name in names}
+    assert [(args.train_new_rows_only, args.max_steps) for args in stages.values()] == [(True, 9), *[(False, None)] * 2]
+    assert all(args.bucketed for args in stages.values())
+    assert stages["inject"].load_checkpoint == "align's/epoch-0_step-9/modeling" and stages["inject"].continue_data
     assert stages["replay"].mixture == ["zh=0.5", "en=0.5"] and stages["inject"].mixture is None
     assert stages["align"].lr > stages["inject"].lr > stages["replay"].lr
     named = launched(workplace / "train.sh", STAGE="replay", RUN_NAME="last one", MIXTURE="new=0.8 old=0.2")[1]
     assert named.save_dir == "runs/checkpoints/last one" and named.mixture == ["new=0.8", "old=0.2"]
     process = run(workplace / "train.sh", STAGE="first")
     assert process.returncode == 2 and "STAGE is first; give align, inject or replay" in process.stderr
+    assert "STAGE=replay needs MIXTURE" in run(workplace / "train.sh", STAGE="replay").stderr
 
 
 @NAMES

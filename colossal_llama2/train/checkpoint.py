@@ -200,6 +200,7 @@ class Checkpointer:
         self.check_room()
         try:
             self._write_parts(state, partial)
+            figures = self._look_at_rows(partial)
             written = time.monotonic()
             self._seal(partial, final)
         except (UserError, RunError) as error:
@@ -211,16 +212,21 @@ class Checkpointer:
         self._last_saved, self._last_step = final, state.step
         self.pause_seconds = time.monotonic() - start
         self.reporter.saved(state.step, final.name, self.pause_seconds)
+        if figures:
+            self.reporter.write(state.step, figures)
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
             final, f"{self._expected_bytes:,}", self.pause_seconds, time.monotonic() - written,
         )  # fmt: skip
         with self._engine.first_rank_only() as first:
-            if first and self._row_health is not None:
-                self._row_health.tell(final / MODEL_NAME)
             if first:
                 checkpoint_files.remove_old(final, keep_last=self._keep_last, keep_every=self._keep_every)
         return final
+
+    def _look_at_rows(self, partial: Path) -> Dict[str, float]:
+        """What became of the rows of --train_new_rows_only, on rank 0. RunError, on all, if others have changed."""
+        with self._engine.first_rank_only() as first:
+            return self._row_health.tell(partial / MODEL_NAME) if first and self._row_health is not None else {}
 
     def check_room(self) -> None:
         """Raise RunError, on all ranks, unless there is room for a checkpoint. Makes --save_dir if there is none."""

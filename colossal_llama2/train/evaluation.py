@@ -14,7 +14,7 @@ import numpy as np
 from colossal_llama2 import logs
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.loader import Batch, Collator
-from colossal_llama2.errors import RunError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.neftune import NoNoise
 from colossal_llama2.train.loop import TrainState, weighted_loss
 from colossal_llama2.train.metrics import SilentWriter
@@ -51,6 +51,25 @@ class Alarm:
     stops: bool = False
 
 
+def history_of(saved: Dict[str, Any], fingerprints: Dict[str, str]) -> List[Dict[str, Any]]:
+    """The evaluations that a resumed checkpoint tells, but for those of a name that stands for other samples now.
+
+    Args:
+        saved: its running_states.json.
+        fingerprints: of the samples of each name now.
+    """
+    before = saved.get("eval_fingerprints") or {}
+    others = {name for name, value in fingerprints.items() if before.get(name, value) != value}
+    for name in sorted(others):
+        logs.get_logger().warning("--eval_dataset %s: other samples than before, so it is compared from here on", name)
+    history = []
+    for entry in saved.get("evaluations") or ():
+        figures = {name: values for name, values in entry["figures"].items() if name not in others}
+        if figures:
+            history.append({"step": entry["step"], "figures": figures})
+    return history
+
+
 class SilentEvaluator:
     """Of a run that is not measured."""
 
@@ -59,7 +78,9 @@ class SilentEvaluator:
     def before_training(self, state: TrainState) -> None:
         """Measure the model that the run begins with, unless a resumed run has done so."""
 
-    def after_step(self, state: TrainState, *, epoch_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
+    def after_step(
+        self, state: TrainState, *, epoch_ends: bool, run_ends: bool, save_now: Callable[[TrainState], Any]
+    ) -> None:
         """Measure it if that is due.
 
         Raises:
@@ -89,15 +110,19 @@ class Evaluator(SilentEvaluator):
         if any(one.name not in names for one in self._sets):
             self._measure(state.step)
 
-    def after_step(self, state: TrainState, *, epoch_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
+    def after_step(
+        self, state: TrainState, *, epoch_ends: bool, run_ends: bool, save_now: Callable[[TrainState], Any]
+    ) -> None:
         if not epoch_ends and (self._interval is None or state.step % self._interval):
             return
         risen = self._risen(self._measure(state.step))
+        # After the last step there is nothing left to stop.
+        stops = self._alarm.stops and not run_ends
         for name, sentence in risen.items():
-            if not self._alarm.stops and name not in self._alarmed:
+            if not stops and name not in self._alarmed:
                 logs.get_logger().warning("%s", sentence)
         self._alarmed = list(risen)
-        if risen and self._alarm.stops:
+        if risen and stops:
             folder = save_now(state)
             raise RunError(
                 f"{'; '.join(risen.values())}; the run ends, step {state.step} is saved: go on with --load_checkpoint "
@@ -109,6 +134,8 @@ class Evaluator(SilentEvaluator):
         for one in self._sets:
             start = time.monotonic()
             nats, predicted = summed_loss(self._engine, one.samples, self._collator)
+            if predicted == 0:
+                raise UserError(f"--eval_dataset {one.name}: none of its tokens is to be predicted; give other data")
             figures[one.name] = figures_of(nats, predicted, one.target_bytes)
             self._tell(step, one.name, figures[one.name], time.monotonic() - start)
         self.history.append({"step": step, "figures": figures})

@@ -211,7 +211,9 @@ def fit(
             ends = steps_left == 0 or state.step == schedule.total_steps
             seconds = time.monotonic() - start
             metrics.step(state, totals, result, learning_rate=learning_rate, taken=taken, seconds=seconds)
-            evaluator.after_step(state, epoch_ends=ends, save_now=checkpointer.save_now)
+            evaluator.after_step(
+                state, epoch_ends=ends, run_ends=state.step == schedule.total_steps, save_now=checkpointer.save_now
+            )
             checkpointer.save(state, epoch_ends=ends)
             if ends:
                 break

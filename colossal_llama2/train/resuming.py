@@ -23,7 +23,8 @@ SHAPE_KEYS = (
 NOT_NUMERIC = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
-    "bucketed", "mixture", "mixture_end", "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
+    "bucketed", "mixture", "mixture_end", "continue_data",
+    "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
     "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
 )  # fmt: skip
 
@@ -108,7 +109,9 @@ def changes(saved: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
     pairs = [(name, saved.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
     for group in ("settings", "versions", "machine"):
         before = saved.get(group) or {}
-        pairs += [(name, before.get(name), value) for name, value in now[group].items() if name not in NOT_NUMERIC]
+        # A flag that was not there yet was as its default is.
+        told = [name for name in now[group] if name not in NOT_NUMERIC and (name in before or group != "settings")]
+        pairs += [(name, before.get(name), now[group][name]) for name in told]
     return [f"{name} {before} -> {value}" for name, before, value in pairs if before != _as_json(value)]
 
 

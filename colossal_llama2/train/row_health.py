@@ -19,7 +19,7 @@ BLOCK_ROWS = 4096
 
 
 class RowHealth:
-    """Compares saved embeddings with those that a run began with. Used on one rank.
+    """Compares saved embeddings with those that a run began with, or was resumed with. Used on one rank.
 
     Keeps 8 bytes for each row, and reads a block of rows at a time.
     """
@@ -31,7 +31,7 @@ class RowHealth:
             trained: [begin, end) ranges of token ids that are trained.
             precision: fp16, bf16 or fp32, to which the weights were rounded when they were loaded.
         """
-        self._trained, self._precision = trained, precision
+        self._origin, self._trained, self._precision = model_path, trained, precision
         self._before = {name: _digests(rows) for name, rows in self._matrices(model_path)}
 
     def tell(self, folder: Path) -> Dict[str, float]:
@@ -42,6 +42,8 @@ class RowHealth:
         """
         figures: Dict[str, float] = {}
         for name, rows in self._matrices(str(folder)):
+            if name not in self._before:
+                continue  # tied embeddings may be stored under both names
             moved, norms = _compare(rows, self._before[name])
             is_trained = np.zeros(len(moved), dtype=bool)
             for begin, end in self._trained:
@@ -53,8 +55,8 @@ class RowHealth:
             matrix = name.split(".")[-2]
             share = float(moved[is_trained].mean())
             logs.get_logger().info(
-                "%s: %.1f %% of %s new rows have moved; norms %.3f to %.3f, mean %.3f; of the old rows, mean %.3f",
-                matrix, 100 * share, f"{len(new):,}", new.min(), new.max(), new.mean(),
+                "%s: %.1f %% of %s new rows have moved since %s; norms %.3f to %.3f, mean %.3f; old rows, mean %.3f",
+                matrix, 100 * share, f"{len(new):,}", self._origin, new.min(), new.max(), new.mean(),
                 old.mean() if len(old) else float("nan"),
             )  # fmt: skip
             figures.update({f"Rows/{matrix} moved": share, f"Rows/{matrix} norm": float(new.mean())})

@@ -53,7 +53,7 @@ from colossal_llama2.train.checkpoint import (
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch, leave, settings_problems
 from colossal_llama2.train.engine.watch import watching
-from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator
+from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator, history_of
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.reporting import SilentReporter, reporting, told_groups
 from colossal_llama2.train.row_health import RowHealth
@@ -374,10 +374,13 @@ def make_evaluator(
     metrics: SilentReporter,
 ) -> SilentEvaluator:
     """What measures the model on --eval_dataset; checkpoints get what it finds."""
+    saved = plan.read_states()[1] if plan.resume_path is not None else {}
+    fingerprints = {one.name: dataset_fingerprints([one.path])[0] for one in resolve_eval_sets(args.eval_dataset)}
+    # Kept through a run that is not measured, too.
+    run_facts["evaluations"] = history_of(saved, fingerprints)
+    run_facts["eval_fingerprints"] = {**(saved.get("eval_fingerprints") or {}), **fingerprints}
     if not sets:
         return SilentEvaluator()
-    saved = plan.read_states()[1] if plan.resume_path is not None else {}
-    run_facts["evaluations"] = list(saved.get("evaluations") or ())
     collator = make_collator(args, find_tokenizer(args, plan))
     return Evaluator(
         engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
@@ -462,8 +465,8 @@ RESUMED_FACTS = {
     **DATA_FACTS,
     "pretrained_tokenizer": "--pretrained",
     "model_shape": "--pretrained",
-    "freeze_non_embeds_params": "--freeze_non_embeds_params",
     "trained_rows": "--train_new_rows_only",
+    "freeze_non_embeds_params": "--freeze_non_embeds_params",
 }
 
 

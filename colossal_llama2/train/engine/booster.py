@@ -290,7 +290,8 @@ def _pipeline_problems(settings: EngineSettings) -> List[str]:
         problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
     if settings.embeddings_only and settings.pp_size > 2:
         problems.append(
-            f"--pp {settings.pp_size} with --freeze_non_embeds_params leaves stages that train nothing; give --pp 2"
+            f"--pp {settings.pp_size} leaves stages that train nothing, with --freeze_non_embeds_params or "
+            f"--train_new_rows_only; give --pp 2"
         )
     return problems
 
