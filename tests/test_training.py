@@ -135,14 +135,18 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
 NEW_ROWS = [[400, 560], [570, 601]]
 
 
+def grown(model_dir: Path, folder: Path, rows: list) -> Path:
+    """A copy of a model that says which rows are new."""
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": rows}))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def grown_model_dir(tmp_path_factory, odd_model_dir) -> Path:
     """That model, of which rows of each half are new."""
-    folder = tmp_path_factory.mktemp("grown") / "model"
-    shutil.copytree(odd_model_dir, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": NEW_ROWS}))
-    return folder
+    return grown(odd_model_dir, tmp_path_factory.mktemp("grown") / "model", NEW_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,8 @@ def jobs(
     add("frozen_gemini", *BF16, "--plugin", "gemini", "--freeze_non_embeds_params")
     for name, flags in ROWS_RUNS.items():
         add(name, *flags, "--train_new_rows_only", model=grown_model_dir)
+    grown_and_tied = grown(tied_model_dir, folder / "grown_and_tied", NEW_ROWS[:1])
+    add("rows_tied", *FP32, "--plugin", "zero2", "--train_new_rows_only", model=grown_and_tied)
     add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
     add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
     add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
@@ -348,6 +354,15 @@ def test_new_rows_alone_are_trained(jobs, parts, grown_model_dir, name):
     tolerance = 1.5e-3 if name.endswith("bf16") else 1e-5
     assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=20 * tolerance)
+
+
+def test_new_rows_of_tied_embeddings(jobs, tied_model_dir):
+    assert jobs["rows_tied"].error is None
+    before = AutoModelForCausalLM.from_pretrained(tied_model_dir).lm_head.weight
+    after = AutoModelForCausalLM.from_pretrained(jobs["rows_tied"].model).lm_head.weight
+    begin, end = NEW_ROWS[0]
+    same = (after.view(torch.int32) == before.view(torch.int32)).all(1)
+    assert same[:begin].all() and same[end:].all() and not same[begin:end].any()
 
 
 def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
