@@ -215,7 +215,8 @@ def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
     home = jobs / name
     written = json.loads((home / "config.json").read_text())
     assert ("zero" in written, "sp_mode" in written) == (name.startswith("3d"),) * 2
-    again = arguments.train_parser().parse_args(["--load_config", str(home / "config.json"), "--save_dir", f"{tmp_path}/x"])
+    words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
+    again = arguments.train_parser().parse_args(words)
     again.num_ranks, again.dry_run = 2, True
     assert run.check_inputs(again).resume_path is None
     assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)
