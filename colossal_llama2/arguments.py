@@ -251,6 +251,12 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **{name: DEPENDENT_FLAGS[name].default for name in unset}})
 
 
+def used_flags(args: argparse.Namespace) -> Dict[str, Any]:
+    """All flags by name but those that change nothing beside the others: what the same parser takes again."""
+    is_used = {name: flag.is_used for name, flag in DEPENDENT_FLAGS.items() if hasattr(args, name)}
+    return {name: value for name, value in vars(args).items() if name not in is_used or is_used[name](args)}
+
+
 def _default(name: str) -> str:
     return f"(default: {DEPENDENT_FLAGS[name].default})"
 
@@ -749,7 +755,7 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
 def _add_evaluation_arguments(parser: CommandParser) -> None:
     evaluation = parser.add_argument_group("evaluation while training")
     evaluation.add_argument(
-        "--eval_dataset", metavar="NAME=DIR", nargs="+", type=named_path, default=(),
+        "--eval_dataset", metavar="NAME=DIR", nargs="+", type=named_path, default=None,
         help="held-out samples to measure loss and bits per byte on, before the first step and later: folders that a "
         "prepare command wrote with --eval_fraction, each under a name",
     )  # fmt: skip
@@ -758,7 +764,7 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         help="optimizer steps between evaluations (default: at the ends of epochs alone)",
     )  # fmt: skip
     evaluation.add_argument(
-        "--forgetting_alarm", metavar="NAME=SHARE", nargs="+", type=named_share, default=(),
+        "--forgetting_alarm", metavar="NAME=SHARE", nargs="+", type=named_share, default=None,
         help="warn when the bits per byte of that --eval_dataset are higher than at first by more than this share",
     )  # fmt: skip
     evaluation.add_argument(

@@ -6,6 +6,7 @@ words are put: so the command line wins. A switch that the file turns on stays o
 
 import argparse
 import difflib
+import itertools
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -19,7 +20,7 @@ COMMANDS = {"pretrain": "train.py", "sft": "train_sft.py"}
 def named_file(words: Sequence[str]) -> Optional[str]:
     """The file that --load_config names in a command line, the last one if there are several."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:]):
         if word == "--":
             break
         if word == FLAG:

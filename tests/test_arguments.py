@@ -61,9 +61,9 @@ TRAIN = {
     ("--accumulation_steps",): ("4", 4, 1),
     ("--max_steps",): ("90", 90, None),
     ("--continue_data",): ([], True, False),
-    ("--eval_dataset",): (["en=a", "zh=b"], ["en=a", "zh=b"], ()),
+    ("--eval_dataset",): (["en=a", "zh=b"], ["en=a", "zh=b"], None),
     ("--eval_interval",): ("200", 200, None),
-    ("--forgetting_alarm",): ("en=0.05", ["en=0.05"], ()),
+    ("--forgetting_alarm",): ("en=0.05", ["en=0.05"], None),
     ("--on_forgetting",): ("stop", "stop", "warn"),
 }
 # Per parser: all spellings of a flag -> (words given, value parsed, the README's default).

@@ -123,6 +123,17 @@ def test_more_labels_than_tokens_are_refused(tmp_path):
         check_lengths(load_tokenized_dataset([str(tmp_path / "part-00000")]), max_length=16)
 
 
+@pytest.mark.parametrize("sources", [["zh"], ["zh", "en", "en"], None])
+def test_a_source_for_each_document_is_needed(tmp_path, sources):
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "sequence_lengths": [2, 1], "document_categories": ["a", "b"]}
+    rows = [{**row, "document_sources": names} for names in (["zh", "en"], sources)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "part-00000")
+    dataset = load_tokenized_dataset([str(tmp_path)], "auto")
+    with pytest.raises(UserError, match="not one of document_sources for each document"):
+        check_lengths(dataset, max_length=16)
+    check_lengths(dataset.select([0]), max_length=16)
+
+
 def test_ranks_divide_the_search_for_the_highest_id(tmp_path):
     dataset = load_tokenized_dataset([save(tmp_path / "part-00000", [[1, 5], [2, 90], [7], [3, 4], [8]])])
     assert [highest_token_id(dataset, share=rank, shares=2) for rank in range(2)] == [90, 8]

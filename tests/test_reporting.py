@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,12 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
+from colossal_llama2 import arguments
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import loss_plot, model_card, run_report, train_log
+from colossal_llama2.train import loss_plot, model_card, run, run_report, train_log
+from colossal_llama2.train.metrics import TensorBoardWriter
 from colossal_llama2.train.reporting import Reporter
 from tests import launching, tiny
 
@@ -178,13 +181,45 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     records = [train_log.evaluation_record(step, figures) for step in (0, 5, 10)]
     records += [{"step": step, "loss": 20.0 - step} for step in range(1, 11)]
     settings = dict(stage="sft", plugin="gemini", mixed_precision="bf16", world_size=8, total_steps=10, num_epochs=1)
+    settings.update(versions={"torch": "2.5.1", "flash-attn": None}, mixture=["zh=0.8", "b=0.2"], mixture_end="stop")
+    settings.update(eval_interval=5, forgetting_alarm=None, save_interval=3)
     text = model_card.render(
-        settings={**settings, "versions": {"torch": "2.5.1", "flash-attn": None}}, origin=str(tmp_path),
+        settings=settings, base_model=model_card.base_model(str(tmp_path)), sources=["fr", "x.y"],
         amounts=[Amount("b|d", "x", 2, 30)], records=records, tokens_seen=30,
     )  # fmt: skip
-    assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- zh\n" in text
+    assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
+    told = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
+    assert "took the shares `zh=0.8 b=0.2`" in text and "One epoch" not in text
+    names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end", "eval_interval")
+    assert told == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
     assert "| b\\|d | x | 2 | 30 | 100.0% |" in text and "mean of the last 1 steps | 10.0000 |" in text
+
+
+def test_a_checkpoint_s_model_is_called_after_what_its_run_began_with(jobs, tmp_path):
+    states = json.loads((jobs / "elsewhere" / "ckpt" / "epoch-0_step-4" / "running_states.json").read_text())
+    assert states["base_model"] == "model"
+    folder = tmp_path / "epoch-0_step-2" / "modeling"
+    folder.mkdir(parents=True)
+    assert model_card.base_model(str(folder)) == "epoch-0_step-2"
+    for states, expected in (
+        ({"settings": {"pretrained": str(jobs / "zero2" / "ckpt" / "modeling")}}, "model"),
+        ({"settings": {"pretrained": "some/where"}, "base_model": "named"}, "named"),
+    ):
+        (folder.parent / "running_states.json").write_text(json.dumps(states))
+        assert model_card.base_model(str(folder)) == expected
+
+
+@pytest.mark.parametrize("name", ["gemini", "3d_all_to_all"])
+def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
+    home = jobs / name
+    written = json.loads((home / "config.json").read_text())
+    assert ("zero" in written, "sp_mode" in written) == (name.startswith("3d"),) * 2
+    words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
+    again = arguments.train_parser().parse_args(words)
+    again.num_ranks, again.dry_run = 2, True
+    assert run.check_inputs(again).resume_path is None
+    assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)
 
 
 def test_run_folder_and_settings(jobs):
@@ -213,13 +248,16 @@ def test_the_plot_draws_what_is_in_the_log():
     assert image.size == loss_plot.SIZE
     for colour in (loss_plot.SMOOTHED, loss_plot.EVALUATION_COLOURS[0]):
         assert tuple(bytes.fromhex(colour[1:])) in colours
-    loss_plot.draw(loss_plot.curves_of([{"step": 7, "epoch": 0, "loss": 0.0}]), title="a single step")
+    loss_plot.draw(loss_plot.curves_of([{"step": s, "epoch": 0, "loss": 1e17} for s in (1, 2)]), title="as large")
+    single = loss_plot.draw(loss_plot.curves_of([{"step": 7, "epoch": 0, "loss": 0.0}]), title="a single step")
+    plot = Image.open(io.BytesIO(single)).convert("RGB").crop((0, 0, loss_plot.SIZE[0] - loss_plot.RIGHT, 9999))
+    assert tuple(bytes.fromhex(loss_plot.SMOOTHED[1:])) in {colour for _, colour in plot.getcolors(2**24)}
 
 
 def test_without_pillow_one_line_says_so(tmp_path, monkeypatch, caplog):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setitem(sys.modules, "PIL", None)
-    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, origin="x")
+    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.json", "settings.json", "train_log.jsonl"]
     assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs Pillow" in message]
@@ -234,17 +272,58 @@ def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
     with open(tmp_path / "train_log.jsonl", "ab") as file:
         file.write(b'{"step": 6, "lo')
     assert [record["loss"] for record in train_log.read(tmp_path / "train_log.jsonl")] == [1.0, None, 1.0, 1.0, 1.0]
-    path = train_log.begin(str(tmp_path), last_step=3)
+    path = train_log.begin(str(tmp_path), last_step=3, resumed_from=str(tmp_path / "epoch-0_step-3"))
     assert [record["step"] for record in train_log.read(path)] == [1, 2, 3] and path.read_bytes().endswith(b"}\n")
     assert "3 lines after step 3 are cut away" in caplog.text
     assert [child.name for child in tmp_path.iterdir()] == ["train_log.jsonl"]
+    # A run that died before its first checkpoint leaves evaluations of step 0.
+    train_log.TrainLog(path).write({"step": 0, "evaluation": {}})
+    assert train_log.begin(str(tmp_path), last_step=0).read_bytes() == b""
+    assert "4 lines of an earlier run" in caplog.text
 
 
 def test_a_full_disk_ends_no_run(tmp_path, caplog):
     log = train_log.TrainLog(Path("/dev/full"))
     for step in range(3):
         log.write({"step": step})
+    log.sync()  # The device takes no sync either.
     assert caplog.text.count("cannot be written (No space left on device)") == 1
+
+
+def test_tensorboard_on_a_full_disk_ends_no_run(tmp_path, caplog):
+    writer, limits = TensorBoardWriter(str(tmp_path), last_step=-1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        for step in range(1000):
+            writer.write(step, {"x" * 100: 1.0})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("cannot be written (File too large)") == 1
+
+
+def test_a_new_run_replaces_what_one_before_it_has_shown(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for last_step, steps in ((-1, (0, 1, 2)), (1, (2, 3)), (-1, (0,))):
+        writer = TensorBoardWriter(str(tmp_path), last_step=last_step)
+        for step in steps:
+            writer.write(step, {"x": 10.0 * last_step + step})
+        writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("x")] == [(0, -10.0)]
+
+
+def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
+    train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
+    monkeypatch.setattr(loss_plot, "SIZE", None)
+    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
+    report.write_files()
+    assert report.card(tokens_seen=1) is None
+    assert [text.split(": ")[1].split(" (")[0] for text in caplog.messages] == [
+        "not all of settings.json, environment.json, loss.png could be written", "the model gets no card",
+    ]  # fmt: skip
 
 
 class LateTimer:

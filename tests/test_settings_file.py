@@ -85,6 +85,19 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, content, words):
     assert end.value.code == 2 and words in line and "--config_file" in line
 
 
+def test_without_arguments_the_required_flags_are_named(capsys):
+    with pytest.raises(SystemExit):
+        arguments.train_parser().parse_args([])
+    assert "required: --pretrained, --dataset" in capsys.readouterr().err
+
+
+def test_defaults_of_lists_and_flags_that_are_not_used_come_back(file_of):
+    args = arguments.with_defaults(arguments.train_parser().parse_args(REQUIRED))
+    path = file_of(REQUIRED, **arguments.used_flags(args))
+    again = arguments.train_parser().parse_args(["--load_config", path])
+    assert not arguments.unused_flags(again) and (again.zero, again.eval_dataset) == (None, None)
+
+
 def test_required_flags_are_still_required(tmp_path, capsys):
     (tmp_path / "a").write_text('{"pretrained": "m", "plugin": null}')
     with pytest.raises(SystemExit):
@@ -94,7 +107,6 @@ def test_required_flags_are_still_required(tmp_path, capsys):
 
 def test_pairs_are_written_as_on_the_command_line():
     parser = arguments.train_parser()
-    parser.add_argument("--mixture", nargs="+", type=lambda text: tuple(text.split("=")), help="x")
     for value in ([["zh", 0.8], ["en", 0.2]], {"zh": 0.8, "en": 0.2}, ["zh=0.8", "en=0.2"]):
         action = parser._option_string_actions["--mixture"]
         assert settings_file._words(action, value, parser, "here") == ["--mixture", "zh=0.8", "en=0.2"]

@@ -18,14 +18,14 @@ class EvalSet(NamedTuple):
     path: str
 
 
-def resolve_eval_sets(given: Sequence[str]) -> List[EvalSet]:
+def resolve_eval_sets(given: Optional[Sequence[str]]) -> List[EvalSet]:
     """The folders that NAME=PATH of --eval_dataset name: of samples, or with such a folder called eval/ in them.
 
     Raises:
         UserError: with everything that is wrong.
     """
     problems, found = [], []
-    for name, _, path in (word.partition("=") for word in given):
+    for name, _, path in (word.partition("=") for word in given or ()):
         folder = next((folder for folder in (Path(path), Path(path, EVAL_NAME)) if is_part(folder)), None)
         if folder is None:
             problems.append(

@@ -87,9 +87,7 @@ class Groups:
         return groups, np.bincount(groups[is_predicted], minlength=len(self.pairs))
 
 
-def by_name(
-    pairs: Sequence[Tuple[str, str]], values: Sequence[float], *, column: int
-) -> Dict[str, float]:  # fmt: skip
+def by_name(pairs: Sequence[Tuple[str, str]], values: Sequence[float], *, column: int) -> Dict[str, float]:
     """Values of groups, added up by source (`column` 0) or by category (1)."""
     sums: Dict[str, float] = {}
     for pair, value in zip(pairs, values, strict=True):

@@ -93,7 +93,10 @@ def dataset_fingerprints(dataset_paths: Sequence[str]) -> List[str]:
 
 
 def check_lengths(dataset: "datasets.Dataset", max_length: int, *, flag: str = "--dataset") -> None:
-    """Raise a UserError for a sample that is longer than `max_length`, empty, or without a label for each token."""
+    """Raise a UserError for a sample that is too long, empty, or whose columns do not fit each other.
+
+    It has a label for each token, documents that fill it, and a source and a category for each of them.
+    """
     import pyarrow.compute as compute
 
     for rows in dataset.iter(CHECK_ROWS):
@@ -108,6 +111,9 @@ def check_lengths(dataset: "datasets.Dataset", max_length: int, *, flag: str = "
             raise UserError(f"a sample of {flag} is empty, or has more labels than tokens or fewer; prepare it again")
         if DOCUMENT_COLUMN in rows.column_names and not _documents_fill(rows[DOCUMENT_COLUMN], lengths):
             raise UserError(f"a sample of {flag} has {DOCUMENT_COLUMN} that are not its length; prepare it again")
+        for name in sorted(set(NAME_COLUMNS) & set(rows.column_names)):
+            if not _same_counts(rows[name], rows[DOCUMENT_COLUMN]):
+                raise UserError(f"a sample of {flag} has not one of {name} for each document; prepare it again")
 
 
 def _documents_fill(documents: Any, lengths: Any) -> bool:
@@ -120,6 +126,14 @@ def _documents_fill(documents: Any, lengths: Any) -> bool:
         return False
     sums = np.add.reduceat(values.astype(np.int64), np.cumsum(counts) - counts)
     return bool((sums == np.asarray(lengths)).all())
+
+
+def _same_counts(lists: Any, others: Any) -> bool:
+    """Whether the lists in an arrow column have as many entries as those in another, which has no null."""
+    import pyarrow.compute as compute
+
+    is_same = compute.equal(compute.list_value_length(lists), compute.list_value_length(others))
+    return compute.all(compute.fill_null(is_same, False)).as_py()
 
 
 def highest_token_id(dataset: "datasets.Dataset", *, share: int, shares: int) -> int:
@@ -239,7 +253,7 @@ class Collator:
 
     def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1, groups: Optional[Groups] = None):
         """`length_divisor` divides `max_length` and the length of every batch; `groups` are to be told apart."""
-        self._groups = groups
+        self.groups = groups
         self._pad_token_id, self._max_length = pad_token_id, max_length
         self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
@@ -263,8 +277,8 @@ class Collator:
             padded_labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
         mask = np.arange(width) < lengths[:, None]
         groups = counts = None
-        if self._groups is not None:
-            groups, counts = self._groups.of_predicted(rows, padded_labels)
+        if self.groups is not None:
+            groups, counts = self.groups.of_predicted(rows, padded_labels)
         return Batch(
             input_ids=torch.from_numpy(padded_ids),
             labels=torch.from_numpy(padded_labels),
@@ -296,6 +310,9 @@ class StepLoader:
     def __init__(
         self, dataset: "datasets.Dataset", order: SampleOrder, collator: Collator, data_rank: int, *, pins: bool = False
     ):
+        if collator.groups is None:
+            # Names that nobody asks for would be read with each sample.
+            dataset = dataset.select_columns([name for name in dataset.column_names if name not in NAME_COLUMNS])
         self._dataset, self.order, self._collator, self._data_rank = dataset, order, collator, data_rank
         self._pins = pins
 

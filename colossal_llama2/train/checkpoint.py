@@ -281,11 +281,11 @@ class Checkpointer:
         safe = {key: value for key, value in self._config.items() if key not in CODE_KEYS}
         write_json(folder / CONFIG_FILE, {**safe, **kept})
 
-    def finish(self, card: Optional[Callable[[], str]] = None) -> Path:
+    def finish(self, card: Optional[Callable[[], Optional[str]]] = None) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.
 
         Its weights are hard links where the file system has links, so they cost no room. `card` is called on rank 0 and
-        gives what is put into its README.md.
+        gives what is put into its README.md, or None.
         """
         with self._engine.first_rank_only() as first:
             if first:

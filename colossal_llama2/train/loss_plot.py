@@ -107,7 +107,8 @@ class _Canvas:
         points = [*curves.losses, *(point for points in curves.evaluations.values() for point in points)]
         self._first, self._last = min(step for step, _ in points), max(step for step, _ in points)
         low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-        self._tick = nice_tick((high - low) / MAX_TICKS or 0.1)
+        # Where all are equal, a tick that is not lost in rounding.
+        self._tick = nice_tick((high - low) / MAX_TICKS or max(0.1, abs(high) / 1000))
         self._low = math.floor(low / self._tick) * self._tick
         self._high = max(math.ceil(high / self._tick) * self._tick, self._low + self._tick)
         self._right, self._bottom = SIZE[0] - RIGHT, SIZE[1] - BOTTOM
@@ -154,7 +155,9 @@ class _Canvas:
             self.text((x + 4, TOP + 2), name.split()[-1] if len(borders) > 6 else name, anchor="la", fill=BORDER)
 
     def line(self, points: List[Point], colour: str, *, width: float) -> None:
-        """A line through points; of many in one column of pixels, the lowest and the highest."""
+        """A line through points; of many in one column of pixels, the lowest and the highest. Of one, a dot."""
+        if len(points) == 1:
+            return self.dots(points, colour)
         columns: Dict[int, List[float]] = {}
         for step, loss in points:
             columns.setdefault(round(self._x(step) * SCALE), []).append(self._y(loss))

@@ -3,13 +3,13 @@
 It says only what the same run says again, if it is killed and resumed: no times, no paths of checkpoints.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from colossal_llama2.dataset.groups import Amount
-from colossal_llama2.train.checkpoint import CARD_NAME
+from colossal_llama2.train.checkpoint import CARD_NAME, STATES_NAME
 from colossal_llama2.train.checkpoint_files import MODEL_NAME
-from colossal_llama2.train.resuming import NOT_NUMERIC
 
 # Two-letter codes of ISO 639-1, by which hubs sort models.
 LANGUAGES = frozenset(
@@ -19,8 +19,13 @@ LANGUAGES = frozenset(
     "ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st "
     "su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
 )
-# Of the settings: told elsewhere in the card, or nothing that somebody would set.
-NOT_SETTINGS = (*NOT_NUMERIC, "stage", "pad_token", "versions", "world_size", "total_steps")
+# Of the settings: places on a disk, what is told elsewhere in the card, and what has no part in the model.
+NOT_SETTINGS = (
+    "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
+    "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "eval_dataset", "benchmark",
+    "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks", "stage", "pad_token", "versions", "world_size",
+    "total_steps",
+)  # fmt: skip
 # The final loss is the mean over a tenth of the run, and over at most so many steps.
 FINAL_STEPS = 100
 HOW = {"pretrain": "Continued pre-training", "sft": "Supervised fine-tuning"}
@@ -29,24 +34,26 @@ HOW = {"pretrain": "Continued pre-training", "sft": "Supervised fine-tuning"}
 def render(
     *,
     settings: Dict[str, Any],
-    origin: str,
+    base_model: str,
     amounts: Sequence[Amount],
     records: Iterable[Dict[str, Any]],
     tokens_seen: int,
+    sources: Sequence[str] = (),
 ) -> str:
     """The text of the card.
 
     Args:
         settings: what --config_file holds.
-        origin: the model folder that the weights come from.
-        amounts: how much data of each source and category there is, in one epoch.
+        base_model: the name of the model that the weights come from.
+        amounts: how much data of each source and category there is.
         records: those of train_log.jsonl.
         tokens_seen: over all epochs, padding not counted.
+        sources: names of the folders of --dataset.
     """
     losses, evaluations = _curves(records)
     parts = [
-        _front_matter(origin, [amount.source for amount in amounts] + list(evaluations)),
-        f"# {HOW[settings['stage']]} of {base_model(origin)}",
+        _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations]),
+        f"# {HOW[settings['stage']]} of {base_model}",
         _how(settings, tokens_seen, losses),
         _data(amounts, settings),
         _evaluation(evaluations),
@@ -56,27 +63,44 @@ def render(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def base_model(origin: str) -> str:
-    """The name of the model that training began with: that in the card of `origin`, or the folder's own."""
+def base_model(model_path: str) -> str:
+    """The name of the model that these weights come from.
+
+    That in the card of the folder; of a checkpoint's model, that which its run began with; or else the folder's own.
+    """
+    folder = Path(model_path).absolute()
+    named = _named_by_card(folder / CARD_NAME)
+    if named is not None:
+        return named
+    if folder.name != MODEL_NAME:
+        return folder.name
+    try:
+        states = json.loads(folder.with_name(STATES_NAME).read_bytes())
+        known, pretrained = states.get("base_model"), states.get("settings", {}).get("pretrained")
+    except (OSError, ValueError, AttributeError):
+        known = pretrained = None
+    if isinstance(known, str):
+        return known
+    # Checkpoints of earlier versions.
+    is_other = isinstance(pretrained, str) and Path(pretrained).absolute() != folder
+    return base_model(pretrained) if is_other else folder.parent.name
+
+
+def _named_by_card(card: Path) -> Optional[str]:
     import yaml
 
-    card = Path(origin, CARD_NAME)
-    if card.is_file():
+    try:
         text = card.read_text(encoding="utf-8", errors="replace")
-        try:
-            named = yaml.safe_load(text.split("---\n")[1])["base_model"] if text.startswith("---\n") else None
-        except (yaml.YAMLError, IndexError, KeyError, TypeError):
-            named = None
-        if isinstance(named, str):
-            return named
-    folder = Path(origin).absolute()
-    return folder.parent.name if folder.name == MODEL_NAME else folder.name
+        named = yaml.safe_load(text.split("---\n")[1])["base_model"] if text.startswith("---\n") else None
+    except (OSError, yaml.YAMLError, IndexError, KeyError, TypeError):
+        return None
+    return named if isinstance(named, str) else None
 
 
-def _front_matter(origin: str, names: Sequence[str]) -> str:
+def _front_matter(base_model: str, names: Sequence[str]) -> str:
     import yaml
 
-    matter: Dict[str, Any] = {"base_model": base_model(origin)}
+    matter: Dict[str, Any] = {"base_model": base_model}
     languages = sorted({name for name in names if name in LANGUAGES})
     if languages:
         matter["language"] = languages
@@ -124,7 +148,10 @@ def _data(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
     ]
     rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])
     columns = ["source", "category", "documents", "tokens", "share"]
-    return "## Data\n\nOne epoch; a document that was cut counts once for each piece.\n\n" + _table(columns, rows)
+    what = "One epoch"
+    if settings.get("mixture"):
+        what = f"What was there to take from; training took the shares `{_cell(settings['mixture'])}`"
+    return f"## Data\n\n{what}; a document that was cut counts once for each piece.\n\n" + _table(columns, rows)
 
 
 def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]]) -> str:

@@ -226,24 +226,31 @@ def reporting(
     tensorboard_dir: str,
     peak_tflops: Optional[float],
 ) -> Iterator[SilentReporter]:
-    """What shows a run that goes on from `state`; at its end, however that comes, the report's files are written."""
-    if engine.rank > 0:
+    """What shows a run that goes on from `state`; at its end, however that comes, the report's files are written.
+
+    Called on all ranks, and raised on all if the first cannot begin its files.
+    """
+    with engine.first_rank_only() as first:
+        if first:
+            from transformers import LlamaConfig
+
+            config = LlamaConfig.from_pretrained(plan.model_path)
+            is_new = plan.resume_path is None
+            log = TrainLog(train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path))
+            writer = TensorBoardWriter(tensorboard_dir, last_step=-1 if is_new else state.step)
+    if not first:
         yield SilentReporter()
         return
-    from transformers import LlamaConfig
-
-    config = LlamaConfig.from_pretrained(plan.model_path)
     peak = known_peak(peak_tflops)
     with contextlib.ExitStack() as parts:
         parts.callback(report.write_files)
-        path = train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path)
         progress = logs.progress(
             total=report.settings["total_steps"], initial=state.step, description="train", unit="step",
             bar_format=BAR_FORMAT,
         )  # fmt: skip
         reporter = Reporter(
-            writer=TensorBoardWriter(tensorboard_dir, last_step=state.step),
-            log=TrainLog(path),
+            writer=writer,
+            log=log,
             progress=parts.enter_context(progress),
             groups=[amount[:2] for amount in report.amounts or ()],
             bucket_of=None if order.buckets is None else order.bucket_of,

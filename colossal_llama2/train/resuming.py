@@ -201,7 +201,7 @@ def continued_state(
 
 
 def finish_again(
-    plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int], card: Callable[[], str]
+    plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int], card: Callable[[], Optional[str]]
 ) -> None:
     """Do what a run that died after its last save left undone: remove old checkpoints, and publish the model."""
     last = Path(plan.resume_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional
 
 from colossal_llama2 import __version__, logs
-from colossal_llama2.arguments import unused_flags, with_defaults
+from colossal_llama2.arguments import unused_flags, used_flags, with_defaults
 from colossal_llama2.dataset.buckets import Buckets, MeasuredPart
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
 from colossal_llama2.dataset.groups import Groups
@@ -55,6 +55,7 @@ from colossal_llama2.train.engine.booster import Engine, EngineSettings, launch,
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator, history_of
 from colossal_llama2.train.loop import TrainState, fit
+from colossal_llama2.train.model_card import base_model
 from colossal_llama2.train.reporting import SilentReporter, reporting, told_groups
 from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.run_report import RunReport, amounts_of_all, environment
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     with exchange.all_or_none():
         run_facts = describe_run(args, engine, order, tokenizer_path, given.data)
         state = initial_state(args, plan, run_facts, order)
-    report = make_report(args, engine, given.samples)
+    report = make_report(args, engine, plan, given, run_facts)
     if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps):
         return finish_again(args, plan, engine, state, report)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
@@ -390,13 +391,13 @@ def make_evaluator(
 
 def alarm_limits(args: argparse.Namespace) -> Dict[str, float]:
     """--forgetting_alarm: by which share each set's bits per byte may rise."""
-    pairs = (word.rpartition("=") for word in args.forgetting_alarm)
+    pairs = (word.rpartition("=") for word in args.forgetting_alarm or ())
     return {name: float(limit) for name, _, limit in pairs}
 
 
 def evaluation_problems(args: argparse.Namespace) -> List[str]:
     """What is wrong with the flags of evaluation, one sentence each."""
-    names = [word.partition("=")[0] for word in args.eval_dataset]
+    names = [word.partition("=")[0] for word in args.eval_dataset or ()]
     problems = [
         f"--forgetting_alarm {name}: there is no --eval_dataset of that name; give one of {', '.join(names) or 'none'}"
         for name in alarm_limits(args)
@@ -477,9 +478,7 @@ def initial_state(
     if plan.resume_path is None:
         if not args.continue_data:
             return TrainState()
-        state = resuming.continued_state(
-            plan, run_facts, order, num_epochs=args.num_epochs, data_facts=DATA_FACTS
-        )  # fmt: skip
+        state = resuming.continued_state(plan, run_facts, order, num_epochs=args.num_epochs, data_facts=DATA_FACTS)
         run_facts["first_sample"] = state.epoch * order.num_samples + state.sample_start_index
         return state
     state, saved = plan.read_states()
@@ -624,9 +623,11 @@ def make_checkpointer(
 ) -> Checkpointer:
     """What saves to --save_dir."""
     trained = engine.settings.trained_rows
-    watches_rows = trained is not None and engine.rank == 0
+    with engine.first_rank_only() as first:
+        watches_rows = first and trained is not None
+        row_health = RowHealth(plan.model_path, trained, args.mixed_precision) if watches_rows else None
     return Checkpointer(
-        row_health=RowHealth(plan.model_path, trained, args.mixed_precision) if watches_rows else None,
+        row_health=row_health,
         engine=engine,
         save_dir=args.save_dir,
         save_interval=args.save_interval,
@@ -648,16 +649,19 @@ def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractCon
     return embedding_noise(engine.unwrapped_model, alpha=args.neft_alpha, seed=args.seed, data_rank=engine.data_rank)
 
 
-def make_report(args: argparse.Namespace, engine: Engine, dataset) -> RunReport:
-    """What the run leaves at its end. Called on all ranks."""
-    settings = {**vars(args), "world_size": engine.world_size, "versions": versions()}
-    takes_weights = args.load_checkpoint is not None and Path(args.load_checkpoint, "config.json").is_file()
+def make_report(
+    args: argparse.Namespace, engine: Engine, plan: LoadPlan, given: Given, run_facts: Dict[str, Any]
+) -> RunReport:
+    """What the run leaves at its end; checkpoints get the name of its base model. Called on all ranks."""
+    settings = {**used_flags(args), "world_size": engine.world_size, "versions": versions()}
+    run_facts["base_model"] = exchange.first_rank_value(base_model(plan.model_path))
     return RunReport(
         save_dir=args.save_dir,
         settings=settings,
         environment=environment(settings["versions"]),
-        amounts=amounts_of_all(dataset),
-        origin=args.load_checkpoint if takes_weights else args.pretrained,
+        amounts=amounts_of_all(given.samples),
+        base_model=run_facts["base_model"],
+        sources=list(dict.fromkeys(part.source for part in given.data.parts)),
     )
 
 

@@ -4,7 +4,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.groups import Amount, amounts, merged
@@ -24,14 +24,16 @@ class RunReport:
         settings: what --config_file holds.
         environment: what `environment` gave.
         amounts: how much data of each source and category there is; None if the data does not say.
-        origin: the model folder that the weights come from.
+        base_model: the name of the model that the weights come from.
+        sources: names of the folders of --dataset.
     """
 
     save_dir: str
     settings: Dict[str, Any]
     environment: Dict[str, Any]
     amounts: Optional[List[Amount]]
-    origin: str
+    base_model: str
+    sources: Sequence[str] = ()
 
     def know_steps(self, total_steps: int, warmup_steps: int) -> None:
         """Add to the settings what the amount of data has decided."""
@@ -50,18 +52,30 @@ class RunReport:
                 _write_whole(folder / PLOT_NAME, loss_plot.draw(curves, title=f"Training loss, {folder.name}"))
         except UserError as error:
             logs.get_logger().warning("No loss curve is drawn: %s", error)
-        except OSError as error:
-            logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, ", ".join(REPORT_NAMES), error)
+        except Exception as error:  # a bug of ours must not take the model along, which is worth more than a picture
+            names = ", ".join(REPORT_NAMES)
+            logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, _in_words(error))
 
-    def card(self, *, tokens_seen: int) -> str:
-        """The README.md of the model at the end of the run."""
-        return model_card.render(
-            settings=self.settings,
-            origin=self.origin,
-            amounts=self.amounts or [],
-            records=train_log.read(Path(self.save_dir, LOG_NAME)),
-            tokens_seen=tokens_seen,
-        )
+    def card(self, *, tokens_seen: int) -> Optional[str]:
+        """The README.md of the model at the end of the run; None, which is told, if it cannot be made."""
+        try:
+            text = model_card.render(
+                settings=self.settings,
+                base_model=self.base_model,
+                amounts=self.amounts or [],
+                sources=self.sources,
+                records=train_log.read(Path(self.save_dir, LOG_NAME)),
+                tokens_seen=tokens_seen,
+            )
+            text.encode()
+            return text
+        except Exception as error:  # nor a card
+            logs.get_logger().warning("%s: the model gets no card (%s)", self.save_dir, _in_words(error))
+            return None
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, OSError) else repr(error)
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -77,7 +91,9 @@ def amounts_of_all(dataset) -> Optional[List[Amount]]:
     from colossal_llama2.train.engine import exchange
 
     rank, ranks = exchange.place()
-    found = exchange.gather_values(amounts(dataset, share=rank, shares=ranks))
+    with exchange.all_or_none():
+        mine = amounts(dataset, share=rank, shares=ranks)
+    found = exchange.gather_values(mine)
     return None if None in found else merged(row for rows in found for row in rows)
 
 

@@ -8,7 +8,8 @@
     {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
 
 What a run does not know is left out; what is no number is null. A step's line is in the file before its checkpoint is
-whole, so a run that goes on from a checkpoint finds all lines up to it, and cuts away later ones.
+whole, so a run that goes on from a checkpoint finds all lines up to it, and cuts away later ones. One that begins anew
+cuts away all.
 """
 
 import os
@@ -47,9 +48,12 @@ def begin(save_dir: str, *, last_step: int, resumed_from: Optional[str] = None) 
     """The log of a run that goes on after `last_step`: later lines are cut away, in one step, and it is said.
 
     Args:
-        resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's is copied.
+        resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's is copied. None
+            for a run that begins anew: all lines are cut away, those before the first step too.
     """
     path = Path(save_dir, LOG_NAME)
+    if resumed_from is None:
+        last_step = -1
     if resumed_from is not None and not path.exists():
         earlier = Path(resumed_from).absolute().parent / LOG_NAME
         if earlier.is_file():
@@ -59,8 +63,12 @@ def begin(save_dir: str, *, last_step: int, resumed_from: Optional[str] = None) 
     lost = sum(1 for record, _ in _lines(path) if record is None or record["step"] > last_step)
     if lost:
         _write_whole(path, path, last_step)
-        logs.get_logger().info("%s: %d lines after step %d are cut away, the run goes on from there",
-                               path, lost, last_step)  # fmt: skip
+        if resumed_from is None:
+            logs.get_logger().info("%s: %d lines of an earlier run are cut away, this one begins anew", path, lost)
+        else:
+            logs.get_logger().info(
+                "%s: %d lines after step %d are cut away, the run goes on from there", path, lost, last_step
+            )
     return path
 
 
@@ -97,19 +105,28 @@ class TrainLog:
             self._is_torn = self._file.write(line) != len(line)
         except OSError as error:
             self._is_torn = True
-            if not self._has_failed:
-                self._has_failed = True
-                logs.get_logger().warning("%s cannot be written (%s); it lacks some steps", self._path, error.strerror)
+            self._tell_once(error)
+
+    def _tell_once(self, error: OSError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            logs.get_logger().warning("%s cannot be written (%s); it lacks some steps", self._path, error.strerror)
 
     def sync(self) -> None:
-        """Return when what was written is on the disk."""
+        """Return when what was written is on the disk, or cannot get there."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._tell_once(error)
 
     def close(self) -> None:
         """Write no more."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as error:
+                self._tell_once(error)
             self._file = None
 
 

@@ -339,7 +339,7 @@ class Engine:
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
         self.model = self.optimizer = None
-        self.loss_tally = LossTally(self.device, unfed=self._why_no_token_losses())
+        self.loss_tally = LossTally(self.device, unfed=self._why_no_rank_has_token_losses())
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
@@ -391,12 +391,21 @@ class Engine:
             embedding = self.unwrapped_model.get_input_embeddings()
             train_rows_only(embedding, self.settings.trained_rows, vocab_size=vocab_size)
 
+    def _why_no_rank_has_token_losses(self) -> Optional[str]:
+        """The reason of this rank, or that others have one: all ranks add up their sums, or none. Called on all."""
+        reason = self._why_no_token_losses()
+        if self.max_over_ranks(int(reason is not None)) and reason is None:
+            return "Liger's kernel, which is installed on other hosts, gives the sum of all tokens alone"
+        return reason
+
     def _why_no_token_losses(self) -> Optional[str]:
         if self.is_pipelined:
             return "the stages of a pipeline share the loss of their samples alone"
         if self.settings.chunked_loss == "off":
             return "--chunked_loss off gives the mean of all tokens alone"
-        if self._tp_group is None and takes_liger(self.device, dtype_of(self.settings.precision)):
+        # As in the chunked loss: a head of which a part is held, or trained, is none for it.
+        is_whole = self._tp_group is None and self.settings.trained_rows is None
+        if is_whole and takes_liger(self.device, dtype_of(self.settings.precision)):
             return "Liger's kernel gives the sum of all tokens alone"
         return None
 
