@@ -227,6 +227,8 @@ DEPENDENT_FLAGS: Dict[str, DependentFlag] = {
     "sp_mode": DependentFlag(
         "split_gather", "needs --enable_sequence_parallelism", lambda args: args.enable_sequence_parallelism
     ),
+    "mixture_end": DependentFlag("repeat", "needs --mixture", lambda args: args.mixture is not None),
+    "on_forgetting": DependentFlag("warn", "needs --forgetting_alarm", lambda args: bool(args.forgetting_alarm)),
     "neft_alpha": DependentFlag(5.0, "needs --use_neft", lambda args: args.use_neft),
     "keep_every": DependentFlag(None, "needs --keep_last", lambda args: args.keep_last is not None),
     "num_samples": DependentFlag(500, "needs --benchmark", lambda args: args.benchmark),
@@ -636,8 +638,9 @@ def _add_order_arguments(data) -> None:
         "(default: what is there)",
     )  # fmt: skip
     data.add_argument(
-        "--mixture_end", choices=MIXTURE_ENDS, default="repeat",
-        help="a source of --mixture that runs out is read again, or the bucket ends with it",
+        "--mixture_end", choices=MIXTURE_ENDS, default=None,
+        help="a source of --mixture that runs out is read again, or the bucket ends with it "
+        f"{_default('mixture_end')}",
     )  # fmt: skip
 
 
@@ -768,8 +771,9 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         help="warn when the bits per byte of that --eval_dataset are higher than at first by more than this share",
     )  # fmt: skip
     evaluation.add_argument(
-        "--on_forgetting", choices=("warn", "stop"), default="warn", help="what --forgetting_alarm does"
-    )
+        "--on_forgetting", choices=("warn", "stop"), default=None,
+        help=f"what --forgetting_alarm does {_default('on_forgetting')}",
+    )  # fmt: skip
 
 
 def _add_dry_run_arguments(parser: CommandParser) -> None:

@@ -3,11 +3,16 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.prepare import prepare_pretrain
+from colossal_llama2.dataset.sources import Data
 from colossal_llama2.dataset.splicing import piece_lengths
+from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.plan import buckets_of, build_plan, make_order
+from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 from tests import tiny
 
 Piece = Tuple[Tuple[int, ...], Tuple[int, ...], str]
@@ -48,6 +53,27 @@ def write_two_sources(folder: Path, tokenizer_dir: Path) -> Path:
         output = settings([folder / "in" / name], tokenizer_dir, folder / name, bins=bins, eval_fraction=0.05)
         prepare_pretrain(**output)
     return folder
+
+
+def plan_settings(
+    data: Data,
+    *,
+    num_epochs: int,
+    learning_rate: float,
+    warmup: Optional[int] = None,
+    state: Optional[TrainState] = None,
+    max_steps: Optional[int] = None,
+    **order_settings,
+) -> Dict[str, Any]:
+    """The plan of a run of these settings, which begins anew or at `state`."""
+    state, measured = state or TrainState(), measure_parts(data.parts)
+    samples = sum(len(lengths) for _, lengths in measured)
+    order = make_order(samples, **order_settings, buckets=buckets_of(data, measured))
+    total_steps = state.step + order.steps_after(state.sample_start_index)
+    total_steps += (num_epochs - state.epoch - 1) * order.steps_after(0)
+    total_steps = min(total_steps, max_steps or total_steps)
+    schedule = CosineSchedule(learning_rate, total_steps, warmup_steps(warmup, total_steps))
+    return build_plan(data, measured, order, num_epochs=num_epochs, schedule=schedule, state=state)
 
 
 def flags(keywords: dict) -> list:

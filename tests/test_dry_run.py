@@ -3,18 +3,26 @@
 import json
 import os
 import re
+import shutil
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from colossal_llama2 import arguments
+from colossal_llama2.arguments import with_defaults
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.errors import UserError
-from colossal_llama2.train import activations, dry_run, memory, run
+from colossal_llama2.files import write_json
+from colossal_llama2.model.loading import inspect_weights
+from colossal_llama2.train import activations, checkpoint_files, dry_run, memory, run
 from colossal_llama2.train.activations import MicroBatch, ModelShape
+from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
 from colossal_llama2.train.dry_run import most_kept, saved_steps
 from colossal_llama2.train.engine.booster import EngineSettings
+from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
+from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.schedule import CosineSchedule
 from tests.training_jobs import write_data
 
 LLAMA_7B = ModelShape(
@@ -133,13 +141,27 @@ def test_chunked_loss_and_checkpointing_save_what_they_say():
 
 def test_checkpoints_on_the_disk():
     order = SampleOrder(num_samples=103, micro_batch_size=2, data_size=5, accumulation_steps=1, seed=0)
-    assert saved_steps(order, 2, 4, total_steps=20) == [4, 8, 10, 12, 16, 20]
-    assert saved_steps(order, 2, 4, total_steps=11) == [4, 8, 10, 11]
+    begin = TrainState()
+    assert saved_steps(order, begin, 2, 4, total_steps=20) == [4, 8, 10, 12, 16, 20]
+    assert saved_steps(order, begin, 2, 4, total_steps=11) == [4, 8, 10, 11]
+    # Begun in the middle of the first epoch's data, resumed there, and resumed at its end.
+    middle = TrainState(sample_start_index=70)
+    assert saved_steps(order, middle, 2, 4, total_steps=13) == [3, 4, 8, 12, 13]
+    assert saved_steps(order, replace(middle, step=7), 2, 4, total_steps=20) == [8, 10, 12, 16, 20]
+    end = TrainState(step=10, sample_start_index=100)
+    assert saved_steps(order, end, 2, 4, total_steps=20) == [12, 16, 20]
     steps = [10, 20, 30, 40, 50]
     assert most_kept(steps, keep_last=None, keep_every=None) == 5
     assert most_kept(steps, keep_last=2, keep_every=None) == 3
     assert most_kept(steps, keep_last=1, keep_every=10) == 5
     assert most_kept(steps, keep_last=1, keep_every=20) == 3
+
+
+def test_a_checkpoint_of_embeddings_alone_has_their_states():
+    embeddings = 2 * 69_104 * 4096
+    whole = PARAMETERS_7B - 2 * 32_000 * 4096 + embeddings
+    assert expected_bytes(whole, "bf16", trained=embeddings) == 2 * whole + 12 * embeddings
+    assert expected_bytes(whole, "fp32", trained=whole) == 12 * whole
 
 
 def hollow_model(folder, model_dir, **sizes):
@@ -214,3 +236,64 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
     assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
     assert "give one of them" in message("--dry_run", "--benchmark")
     assert not list(tmp_path.iterdir())
+
+
+def write_checkpoint(folder, words, model, dataset_samples, **state):
+    """A checkpoint of a run of these flags: what a resume looks at before it loads, the weights included."""
+    args = with_defaults(arguments.train_parser().parse_args(words))
+    plan = LoadPlan(model_path=str(model), resume_path=None)
+    ranks = dry_run.Ranks(run.engine_settings(args, trained_rows=run.rows_to_train(args, plan)), 1)
+    order = run.sample_order(args, dataset_samples, ranks)
+    facts = run.describe_run(args, ranks, order, str(model), run.data_of(args))
+    shutil.copytree(model, folder / "modeling")
+    write_json(folder / "running_states.json", {**facts, **TrainState(**state).to_dict()})
+    write_json(folder / "lr_scheduler", asdict(CosineSchedule(args.lr, 40, 1)))
+    (folder / "optimizer").mkdir()
+    write_json(folder / "optimizer" / OPTIMIZER_INDEX, {})
+    files = checkpoint_files.file_entries(folder, checkpoint_files.list_files(folder))
+    write_json(folder / "manifest.json", {"files": files, "saved_at": 1.0})
+
+
+def test_a_resume_of_new_rows_is_planned_until_nothing_is_left(model_dir, data, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["initialized_rows"] = [[config["vocab_size"] - 9, config["vocab_size"]]]
+    write_json(model / "config.json", config)
+    words = ["--pretrained", str(model), "--dataset", *data, "--dry_run", "--plugin", "zero2", "--save_interval", "5"]
+    words += ["--train_new_rows_only", "--micro_batch_size", "8", "--accumulation_steps", "1"]
+    saved = tmp_path / "checkpoint_dir" / "epoch-0_step-12"
+    write_checkpoint(saved, words, model, 323, step=12, sample_start_index=96)
+
+    def told(*more):
+        dry_run.dry_run(arguments.train_parser().parse_args([*words, *more]))
+        return capsys.readouterr().out
+
+    with caplog.at_level("INFO"):
+        out = told("--load_checkpoint", str(saved))
+    # After steps 15, 20, 25, 30, 35 and 40.
+    assert "disk: 6 checkpoints" in out and "it begins with sample 96 of epoch 0" in caplog.text
+    embeddings = 2 * config["vocab_size"] * config["hidden_size"]
+    facts = inspect_weights(str(model))
+    assert facts.embedding_parameters == embeddings < facts.parameters
+    assert "disk: 6 checkpoints" in told("--resume", "auto")
+    assert f"{saved.relative_to(tmp_path)} is the end of its run" in told("--resume", "auto", "--max_steps", "12")
+    with pytest.raises(UserError, match="freeze_non_embeds_params was True"):
+        words.remove("--train_new_rows_only")
+        told("--resume", "auto")
+
+
+def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def message(*words):
+        with pytest.raises(UserError) as error:
+            run.check_inputs(arguments.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *words]))
+        return str(error.value)
+
+    told = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
+    assert "--mixture_end stop needs --mixture" in told and "--on_forgetting warn needs --forgetting_alarm" in told
+    told = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
+    assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
+    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
+    assert run.data_of(args).mixture.end == "repeat"

@@ -2,15 +2,19 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from colossal_llama2.dataset.arrow_folder import ArrowFolder
 from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import resolve_data
 from colossal_llama2.errors import UserError
-from colossal_llama2.train.plan import buckets_of, build_plan, make_order, plan_lines, plan_settings
+from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.plan import buckets_of, build_plan, make_order, plan_lines
 from colossal_llama2.train.schedule import CosineSchedule
+from tests.preparing import plan_settings
 
 MIXTURE = ["new=0.7", "old=0.3"]
 
@@ -22,7 +26,7 @@ def data_of(folder, **flags):
 def plan_of(data, **changes):
     numbers = {
         "micro_batch_size": 2, "data_size": 2, "accumulation_steps": 1, "seed": 1, "num_epochs": 2,
-        "learning_rate": 3e-4, "warmup": None,
+        "learning_rate": 3e-4,
     }  # fmt: skip
     return plan_settings(data, **{**numbers, **changes})
 
@@ -81,7 +85,7 @@ def test_the_plan_counts_the_order_itself(two_sources):
     measured = measure_parts(data.parts)
     numbers = {"micro_batch_size": 8, "data_size": 4, "accumulation_steps": 1, "seed": 1}
     order = make_order(0, **numbers, buckets=buckets_of(data, measured))
-    plan = build_plan(data, measured, order, num_epochs=1, schedule=CosineSchedule(1e-3, 7, 3))
+    plan = build_plan(data, measured, order, num_epochs=1, schedule=CosineSchedule(1e-3, 7, 3), state=TrainState())
     lengths = np.concatenate([lengths for _, lengths in measured])
     left_over = order.epoch_rows(0)[order.steps_after(0) * 32 :]
     assert plan["epoch"]["left_over_samples"] == len(left_over) == len(lengths) % 32 > 0
@@ -89,3 +93,59 @@ def test_the_plan_counts_the_order_itself(two_sources):
     assert plan["epoch"]["tokens"] == lengths.sum() and plan["warmup_steps"] == 3 and plan["steps"] == 7
     with pytest.raises(UserError, match="one micro batch needs"):
         plan_of(data, data_size=10_000)
+
+
+def test_a_part_without_samples_is_in_no_bucket(two_sources, tmp_path):
+    parts = data_of(two_sources).parts
+    new, old = ([part.path for part in parts if part.source == name] for name in ("new", "old"))
+    # As a prepare command leaves, if there are more bins than samples.
+    empty, *_ = empties = [str(tmp_path / name) for name in ("a", "b", "c")]
+    for path in empties:
+        Path(path).mkdir()
+        ArrowFolder(Path(path), {"input_ids": ["int32"], "labels": ["int32"]}).finish()
+    # Bucket 1 has samples of the new source alone, bucket 2 has none; the third source has none anywhere.
+    words = [f"new={path}" for path in (new[0], new[1], empties[0], new[2])]
+    words += [f"old={path}" for path in (old[0], empties[1], empties[2], old[1])]
+    plan = plan_of(resolve_data(words, bucketed=True, mixture=MIXTURE))
+    assert [(bucket["bucket"], bucket["absent"]) for bucket in plan["buckets"]] == [(0, []), (1, ["old"]), (3, [])]
+    first, second, _ = plan["buckets"]
+    assert first["sources"]["old"]["again"] and second["sources"]["new"]["asked"] == 1
+    notes = "\n".join(plan["notes"])
+    assert "old has no part left in bucket 1" in notes and "to reach the asked shares" not in notes
+    bare = plan_of(resolve_data([f"new={new[0]}", f"bare={empty}"], bucketed=True))
+    assert "bare holds no samples" in bare["notes"] and "bare" not in bare["buckets"][0]["sources"]
+
+
+def test_steps_are_those_of_this_run(two_sources):
+    """Against the order itself: the run ends early, or begins in the middle, or at the end of an epoch."""
+    data = data_of(two_sources, bucketed=True)
+    ends = np.cumsum([bucket["samples"] for bucket in plan_of(data)["buckets"]]).tolist()
+    begin = ends[0] + 4
+
+    def read_by(state, **changes):
+        """Of each bucket: the first and last step of the plan."""
+        plan = plan_of(data, state=state, **changes)
+        return plan, [(bucket["first_step"], bucket["last_step"]) for bucket in plan["buckets"]]
+
+    # 4 samples a step.
+    places = [(0, ends[0]), (ends[0], ends[1]), (ends[1], ends[2] - ends[2] % 4)]
+    expected = [(first // 4 + 1, -(-end // 4)) for first, end in places]
+    assert read_by(None)[1] == expected
+    cut, steps = read_by(None, max_steps=expected[0][1] + 2)
+    last = cut["steps"]
+    assert steps == [expected[0], (expected[1][0], last), (None, None)]
+    assert cut["ends"] == {"epoch": 0, "sample": 4 * last, "step": last}
+    (note,) = [note for note in cut["notes"] if note.startswith("it ends")]
+    assert f"after step {last} in epoch 0, bucket 1; {2 * ends[2] - 4 * last:,} samples are not read" in note
+    assert any(line.startswith("2 ") and line.endswith(" -") for line in plan_lines(cut))
+    # A new run goes on in the data of another one; a resumed one keeps its count of steps.
+    for step in (0, 100):
+        resumed, steps = read_by(TrainState(epoch=1, step=step, sample_start_index=begin))
+        first = step + (ends[1] - begin) // 4 + 1
+        assert steps == [(None, None), (step + 1, step - (begin - ends[1]) // 4), (first, resumed["steps"])]
+        assert f"it begins with sample {begin} of epoch 1, bucket 1" in "\n".join(resumed["notes"])
+        assert not any("not read" in note for note in resumed["notes"])
+    whole = expected[2][1]
+    at_end, steps = read_by(TrainState(epoch=0, step=whole, sample_start_index=4 * whole))
+    assert at_end["begins"] == {"epoch": 1, "sample": 0, "step": whole}
+    assert steps == [(whole + first, whole + last) for first, last in expected]

@@ -12,9 +12,10 @@ from colossal_llama2.dataset.sources import resolve_data
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files, verify
-from colossal_llama2.train.plan import plan_lines, plan_settings
+from colossal_llama2.train.plan import plan_lines
 from tests import launching, tiny
 from tests.faults import damage
+from tests.preparing import plan_settings
 
 SAMPLES = 46
 # What a --save_dir holds besides checkpoints.

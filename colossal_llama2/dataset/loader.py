@@ -45,7 +45,7 @@ def load_tokenized_dataset(
     """
     import datasets
 
-    paths = [part.path for part in resolve_parts(dataset_paths)]
+    paths = [part.path for part in resolve_parts(dataset_paths, flag=flag)]
     parts = [load_part(path, flag=flag) for path in paths]
     columns = ["input_ids", "labels"]
     if document_mask != "off" and _all_have_documents(paths, parts, required=document_mask == "on"):

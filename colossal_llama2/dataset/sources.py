@@ -86,12 +86,13 @@ def resolve_data(
     return Data(parts, bucketed, parse_mixture(mixture, mixture_end, [part.source for part in parts]))
 
 
-def resolve_parts(given: Sequence[str], *, names_matter: bool = False) -> List[Part]:
+def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str = "--dataset") -> List[Part]:
     """The parts that the words of --dataset name, in the given order.
 
     Args:
         given: part-* folders, or folders that hold such (whose eval/ is left out), each with or without NAME= before.
         names_matter: refuse two folders under one name; otherwise more of their paths tells them apart.
+        flag: what named the folders, for messages.
 
     Raises:
         UserError: with everything that is wrong.
@@ -100,7 +101,7 @@ def resolve_parts(given: Sequence[str], *, names_matter: bool = False) -> List[P
     problems = []
     for word in given:
         try:
-            found += _parts_of(word)
+            found += _parts_of(word, flag)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -114,24 +115,24 @@ def resolve_parts(given: Sequence[str], *, names_matter: bool = False) -> List[P
     return parts
 
 
-def _parts_of(word: str) -> List[_Found]:
+def _parts_of(word: str, flag: str) -> List[_Found]:
     name, path = _split(word)
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"--dataset {word}: no such folder; give part-* folders of --data_arrow_output_dir, or all of it, "
+            f"{flag} {word}: no such folder; give part-* folders of --data_arrow_output_dir, or all of it, "
             f"as PATH or NAME=PATH"
         )
     inside = [] if is_part(folder) else _parts_inside(folder)
     if not inside and not is_part(folder):
         raise UserError(
-            f"--dataset {word}: not a prepared part-* folder, and holds none; prepare it with "
+            f"{flag} {word}: not a prepared part-* folder, and holds none; prepare it with "
             "prepare_pretrain_dataset.py"
         )
     for part in inside:
         if not is_part(part):
-            raise UserError(f"--dataset {word}: {part.name} in it is no whole part-* folder; prepare the data again")
-    _check_all_there(word, inside)
+            raise UserError(f"{flag} {word}: {part.name} in it is no whole part-* folder; prepare the data again")
+    _check_all_there(word, inside, flag)
     paths = [str(part) for part in inside] or [path]
     return [_Found(name, part, os.path.dirname(os.path.abspath(part))) for part in paths]
 
@@ -157,7 +158,7 @@ def _parts_inside(folder: Path) -> List[Path]:
     return sorted(inside, key=lambda child: (int(numbers[child][0]) if numbers[child] else -1, child.name))
 
 
-def _check_all_there(word: str, inside: Sequence[Path]) -> None:
+def _check_all_there(word: str, inside: Sequence[Path], flag: str) -> None:
     """Refuse a prepared folder of which parts are missing, as after a copy that broke off."""
     if not inside:
         return
@@ -166,7 +167,7 @@ def _check_all_there(word: str, inside: Sequence[Path]) -> None:
     missing = sorted(set(listed) - {part.name for part in inside})
     if missing:
         raise UserError(
-            f"--dataset {word}: {missing[0]} is missing ({len(missing)} of the {len(listed)} parts that manifest.json "
+            f"{flag} {word}: {missing[0]} is missing ({len(missing)} of the {len(listed)} parts that manifest.json "
             f"lists); copy it again, or list the parts that are to be used"
         )
 

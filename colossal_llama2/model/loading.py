@@ -20,9 +20,13 @@ NEW_ROWS_KEY = "initialized_rows"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a checkpoint before its weights are read: sizes in elements and rows."""
+    """What is known of a checkpoint before its weights are read: sizes in elements and rows.
+
+    `embedding_parameters` are those of `parameters` that --freeze_non_embeds_params trains.
+    """
 
     parameters: int
+    embedding_parameters: int
     vocab_size: int
     max_position_embeddings: int
     attention_heads: int
@@ -79,8 +83,11 @@ def inspect_weights(path: str) -> ModelFacts:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{path}: {sorted(problems)[0]}{more}; weights and config.json must be of the same model")
+    # One weight, if they are tied.
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return ModelFacts(
         parameters=sum(param.numel() for param in model.parameters()),
+        embedding_parameters=sum(weight.numel() for weight in embeddings),
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         attention_heads=config.num_attention_heads,

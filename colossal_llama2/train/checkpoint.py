@@ -128,11 +128,15 @@ def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
         raise UserError(f"--save_dir {save_dir}: already holds {taken[0]} of another run; {cure}give a new folder")
 
 
-def expected_bytes(parameters: int, precision: str, *, frozen: bool) -> int:
-    """About how large a checkpoint of so many parameters will be: weights, Adam's two moments, master weights."""
+def expected_bytes(parameters: int, precision: str, *, trained: int) -> int:
+    """About how large a checkpoint of so many parameters will be: weights, Adam's two moments, master weights.
+
+    Args:
+        trained: how many of them are trained; the others have no moments and no master weights.
+    """
     weights = 4 if precision == "fp32" else 2
-    states = 0 if frozen else 8 + (0 if precision == "fp32" else 4)
-    return parameters * (weights + states)
+    states = 8 + (0 if precision == "fp32" else 4)
+    return parameters * weights + trained * states
 
 
 class Checkpointer:

@@ -24,13 +24,12 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, model_without_weights
 from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.train import plan as plans
-from colossal_llama2.train import run
+from colossal_llama2.train import resuming, run
 from colossal_llama2.train.activations import ModelShape
 from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
 from colossal_llama2.train.engine.booster import EngineSettings
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
-from colossal_llama2.train.schedule import CosineSchedule
 
 GIB = 2**30
 # Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
@@ -74,12 +73,13 @@ def dry_run(args: argparse.Namespace) -> None:
     problems = _Problems()
     plan = problems.check(lambda: run.check_inputs(args))
     args = with_defaults(args)
-    ranks = Ranks(run.engine_settings(args), run.world_size_of(args))
     has_flags = plan is not None
     plan = plan or LoadPlan(model_path=args.pretrained, resume_path=None)
+    rows = problems.check(lambda: run.rows_to_train(args, plan)) if has_flags else None
+    ranks = Ranks(run.engine_settings(args, trained_rows=rows), run.world_size_of(args))
     facts = _inspect_model(args, plan, problems)
     dataset = _inspect_data(args, facts, problems, has_flags=has_flags)
-    content = order = schedule = None
+    content = order = state = schedule = None
     if dataset is not None and has_flags:
         data = run.data_of(args)
         measured = measure_parts(data.parts)
@@ -87,11 +87,17 @@ def dry_run(args: argparse.Namespace) -> None:
         order = problems.check(lambda: run.sample_order(args, len(dataset), ranks, buckets))
         problems.check(lambda: _check_eval_sets(args, facts))
     if order is not None:
-        schedule = problems.check(lambda: _plan_steps(args, plan, ranks, order, data))
+        state = problems.check(lambda: _initial_state(args, plan, ranks, order, data))
+    is_done = state is not None and _is_done(args, plan, state, order)
+    if state is not None and not is_done:
+        schedule = problems.check(lambda: run.make_schedule(args, plan, state, order))
     if schedule is not None:
-        content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule)
+        content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule, state=state)
     if problems or not logs.is_first_rank():
         _end(problems)
+        return
+    if is_done:
+        print(f"dry run: {plan.resume_path} is the end of its run, which would take no step; nothing was written")
         return
     run.tell_plan(args, ranks, order, schedule, facts)
     for line in plans.plan_lines(content):
@@ -101,7 +107,7 @@ def dry_run(args: argparse.Namespace) -> None:
     has_documents = DOCUMENT_COLUMN in dataset.column_names
     memory = rank_memory(shape, memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu))
     print(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu, splits=args.tp))
-    saves = saved_steps(order, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
+    saves = saved_steps(order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
     print(_disk_lines(args, facts, saves))
     print("dry run: nothing was trained, nothing was written", flush=True)
 
@@ -157,13 +163,16 @@ def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> N
             run.check_highest_id(highest, facts, flag=f"--eval_dataset {one.name}")
 
 
-def _plan_steps(
+def _initial_state(
     args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
-) -> CosineSchedule:
+) -> TrainState:
     needs_facts = plan.resume_path or args.continue_data
     facts = run.describe_run(args, ranks, order, run.find_tokenizer(args, plan), data) if needs_facts else {}
-    state: TrainState = run.initial_state(args, plan, facts, order)
-    return run.make_schedule(args, plan, state, order)
+    return run.initial_state(args, plan, facts, order)
+
+
+def _is_done(args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder) -> bool:
+    return resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps)
 
 
 def _plans_for_gpus(args: argparse.Namespace) -> bool:
@@ -214,12 +223,17 @@ def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool, splits: int = 
     return "\n".join(lines)
 
 
-def saved_steps(order: SampleOrder, num_epochs: int, save_interval: int, *, total_steps: int) -> List[int]:
-    """The steps after which a run saves: multiples of `save_interval`, and the end of each epoch and of the run."""
-    steps = order.steps_after(0)
-    ends = [epoch * steps for epoch in range(1, num_epochs + 1)]
-    saved = {*range(save_interval, num_epochs * steps + 1, save_interval), *ends, total_steps}
-    return sorted(step for step in saved if step <= total_steps)
+def saved_steps(
+    order: SampleOrder, state: TrainState, num_epochs: int, save_interval: int, *, total_steps: int
+) -> List[int]:
+    """The steps after which a run that begins at `state` saves.
+
+    Multiples of `save_interval`, and the end of each epoch and of the run.
+    """
+    first_end = state.step + order.steps_after(state.sample_start_index)
+    ends = [first_end + epoch * order.steps_after(0) for epoch in range(num_epochs - state.epoch)]
+    saved = {*range(save_interval, total_steps + 1, save_interval), *ends, total_steps}
+    return sorted(step for step in saved if state.step < step <= total_steps)
 
 
 def most_kept(steps: Sequence[int], *, keep_last: Optional[int], keep_every: Optional[int]) -> int:
@@ -235,7 +249,7 @@ def most_kept(steps: Sequence[int], *, keep_last: Optional[int], keep_every: Opt
 
 def _disk_lines(args: argparse.Namespace, facts: ModelFacts, steps: Sequence[int]) -> str:
     """What checkpoints need, against what is free where --save_dir is or will be."""
-    each = expected_bytes(facts.parameters, args.mixed_precision, frozen=run.trains_embeddings_alone(args))
+    each = expected_bytes(facts.parameters, args.mixed_precision, trained=run.trained_parameters(args, facts))
     count = most_kept(steps, keep_last=args.keep_last, keep_every=args.keep_every)
     folder = Path(args.save_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free

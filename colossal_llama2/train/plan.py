@@ -9,28 +9,34 @@
      "sources": {"zh": {"samples": 1920, "tokens": 240000, "share": 0.8}, ...},
      "categories": {"news": {"tokens": 240000, "share": 0.8}, ...}, "mixture": {"zh": 0.8, "en": 0.2},
      "mixture_end": "repeat", "warmup_steps": 15,
+     "begins": {"epoch": 0, "sample": 0, "step": 0}, "ends": {"epoch": 0, "sample": 2400, "step": 600},
      "learning_rate": [[1, 2e-05], ..., [600, 3e-05]], "notes": ["en has no part left in buckets 3 to 9"]}
 
 Samples and tokens are those of the first epoch, the left-over ones included; any other has as many samples of each
 source. "again": of "samples", those that a source gives after each of its samples was read. "left_out": samples of a
-source that the epoch never reads. Steps are counted from 1. Nothing here needs torch.
+source that the epoch never reads. A part without samples is in no bucket. Steps are counted from 1; those of a bucket
+are of the epoch in which the run begins, from there on, and null if it reads nothing of the bucket there. "begins" and
+"ends" are places: epochs that are complete, samples of the next one, and steps of the run. Nothing here needs torch.
 """
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.buckets import Buckets, MeasuredPart, make_buckets
 from colossal_llama2.dataset.loader import SampleOrder
-from colossal_llama2.dataset.measuring import category_tokens, measure_parts
+from colossal_llama2.dataset.measuring import category_tokens
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.dataset.visible import terminal_width, visible_line
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import write_json
-from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.train.schedule import CosineSchedule
+
+if TYPE_CHECKING:
+    from colossal_llama2.train.loop import TrainState
 
 PLAN_NAME = "plan.json"
 VERSION = 1
@@ -70,49 +76,44 @@ def buckets_of(data: Data, measured: Sequence[MeasuredPart]) -> Optional[Buckets
     return make_buckets(measured, bucketed=data.bucketed, mixture=data.mixture) if data.is_ordered else None
 
 
-def plan_settings(
-    data: Data,
-    *,
-    micro_batch_size: int,
-    data_size: int,
-    accumulation_steps: int,
-    seed: int,
-    num_epochs: int,
-    learning_rate: float,
-    warmup: Optional[int],
-) -> Dict[str, Any]:
-    """The plan of a run that begins anew, from its settings alone.
+class _Place(NamedTuple):
+    """Where a run is: epochs that are complete, samples of the next one that are read, and steps that are taken."""
 
-    Args:
-        data_size: number of data-parallel ranks.
-        learning_rate: the peak.
-        warmup: steps that were asked for, if any were.
-    """
-    measured = measure_parts(data.parts)
-    order = make_order(
-        sum(len(lengths) for _, lengths in measured), micro_batch_size=micro_batch_size, data_size=data_size,
-        accumulation_steps=accumulation_steps, seed=seed, buckets=buckets_of(data, measured),
-    )  # fmt: skip
-    total_steps = num_epochs * order.steps_after(0)
-    schedule = CosineSchedule(learning_rate, total_steps, warmup_steps(warmup, total_steps))
-    return build_plan(data, measured, order, num_epochs=num_epochs, schedule=schedule)
+    epoch: int
+    sample: int
+    step: int
 
 
 def build_plan(
-    data: Data, measured: Sequence[MeasuredPart], order: SampleOrder, *, num_epochs: int, schedule: CosineSchedule
+    data: Data,
+    measured: Sequence[MeasuredPart],
+    order: SampleOrder,
+    *,
+    num_epochs: int,
+    schedule: CosineSchedule,
+    state: "TrainState",
 ) -> Dict[str, Any]:
-    """The plan as in this module's docstring, counted in the very order that the run follows."""
+    """The plan as in this module's docstring, counted in the very order that the run follows.
+
+    Args:
+        state: where the run begins, at which there is a step left.
+    """
     rows = order.epoch_rows(0)
     lengths = np.concatenate([part_lengths for _, part_lengths in measured])
     times = np.bincount(rows, minlength=len(lengths))
     left_over = order.dropped_after(0)
-    buckets = _buckets(data, measured, times, order)
+    begins = _Place(state.epoch, state.sample_start_index, state.step)
+    if order.steps_after(begins.sample) == 0:
+        # A checkpoint at the end of an epoch; the next one follows.
+        begins = _Place(state.epoch + 1, 0, state.step)
+    ends = _end_of_run(order, begins, schedule.total_steps)
+    buckets = _buckets(data, measured, times, order, begins, total_steps=schedule.total_steps)
     tokens = sum(bucket["tokens"] for bucket in buckets)
     content = {
         "version": VERSION,
         "epochs": num_epochs,
         "steps": schedule.total_steps,
-        "samples_a_step": order.samples_per_micro_step * order.accumulation_steps,
+        "samples_a_step": _samples_a_step(order),
         "bucketed": data.bucketed,
         "mixture": dict(data.mixture.shares) if data.mixture else None,
         "mixture_end": data.mixture.end if data.mixture else None,
@@ -127,22 +128,52 @@ def build_plan(
         "sources": _source_totals(buckets, tokens),
         "categories": _category_totals(buckets, tokens),
         "warmup_steps": schedule.warmup_steps,
+        "begins": begins._asdict(),
+        "ends": ends._asdict(),
         "learning_rate": _curve(schedule),
     }
-    return {**content, "notes": list(_notes(content, data))}
+    return {**content, "notes": [*_notes(content, data), *_place_notes(begins, ends, order, content)]}
+
+
+def _samples_a_step(order: SampleOrder) -> int:
+    return order.samples_per_micro_step * order.accumulation_steps
+
+
+def _end_of_run(order: SampleOrder, begins: _Place, total_steps: int) -> _Place:
+    epoch, sample, steps = begins.epoch, begins.sample, total_steps - begins.step
+    while steps > order.steps_after(sample):
+        epoch, sample, steps = epoch + 1, 0, steps - order.steps_after(sample)
+    end = min(sample + steps * _samples_a_step(order), order.num_samples - order.dropped_after(sample))
+    return _Place(epoch, end, total_steps)
+
+
+def _steps_of(
+    first: int, end: int, order: SampleOrder, begins: _Place, *, total_steps: int
+) -> Tuple[Optional[int], Optional[int]]:
+    """First and last step that read samples `first` to `end` - 1 of the epoch in which the run begins."""
+    first, end = max(first, begins.sample), min(end, order.num_samples - order.dropped_after(begins.sample))
+    first_step = begins.step + (first - begins.sample) // _samples_a_step(order) + 1
+    last_step = begins.step - (begins.sample - end) // _samples_a_step(order)
+    return (first_step, min(last_step, total_steps)) if first < end and first_step <= total_steps else (None, None)
 
 
 def _buckets(
-    data: Data, measured: Sequence[MeasuredPart], times: np.ndarray, order: SampleOrder
+    data: Data,
+    measured: Sequence[MeasuredPart],
+    times: np.ndarray,
+    order: SampleOrder,
+    begins: _Place,
+    *,
+    total_steps: int,
 ) -> List[Dict[str, Any]]:
     """The account of each bucket; `times` says how often an epoch reads each row."""
     starts = np.cumsum([0, *(len(lengths) for _, lengths in measured)])
     names = list(dict.fromkeys(part.source for part in data.parts))
     groups: Dict[int, Dict[str, List[int]]] = {}
-    for index, part in enumerate(data.parts):
-        bucket = part.bucket if data.bucketed else 0
-        groups.setdefault(bucket, {}).setdefault(part.source, []).append(index)
-    per_step = order.samples_per_micro_step * order.accumulation_steps
+    for index, (part, lengths) in enumerate(measured):
+        # As make_buckets does.
+        if len(lengths):
+            groups.setdefault(part.bucket if data.bucketed else 0, {}).setdefault(part.source, []).append(index)
     buckets, done = [], 0
     for number, indices_by_source in sorted(groups.items()):
         sources = {}
@@ -154,13 +185,14 @@ def _buckets(
         for name, source in sources.items():
             source["share"] = round(source["tokens"] / max(tokens, 1), 6)
             source["asked"] = round(data.mixture.shares[name] / total, 6) if data.mixture else None
+        first_step, last_step = _steps_of(done, done + samples, order, begins, total_steps=total_steps)
         buckets.append(
             {
                 "bucket": number,
                 "samples": samples,
                 "tokens": tokens,
-                "first_step": done // per_step + 1,
-                "last_step": min(-(-(done + samples) // per_step), order.steps_after(0)),
+                "first_step": first_step,
+                "last_step": last_step,
                 "absent": [name for name in names if name not in sources],
                 "sources": sources,
             }
@@ -219,7 +251,10 @@ def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:
         if count > 1:
             yield f"{path} is given {count} times, and read as often"
     buckets = content["buckets"]
-    for name in content["sources"]:
+    for name in dict.fromkeys(part.source for part in data.parts):
+        if name not in content["sources"]:
+            yield f"{name} holds no samples"
+            continue
         absent = [bucket["bucket"] for bucket in buckets if name in bucket["absent"]]
         if absent:
             yield f"{name} has no part left in {_bucket_list(absent)}"
@@ -244,6 +279,20 @@ def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:
             f"{epoch['left_over_samples']:,} samples ({epoch['left_over_tokens']:,} tokens in the first) are left over "
             f"at the end of each epoch, too few for a micro batch on every rank"
         )
+
+
+def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: Dict[str, Any]) -> Iterator[str]:
+    """Where a run begins, if not at the first sample; where it ends, if before the last."""
+
+    def where(place: _Place, sample: int) -> str:
+        return f"epoch {place.epoch}" + (f", bucket {order.bucket_of(sample)}" if content["bucketed"] else "")
+
+    if begins.epoch or begins.sample:
+        here = where(begins, begins.sample)
+        yield f"it begins with sample {begins.sample:,} of {here}; steps are those of that epoch"
+    unread = (content["epochs"] - ends.epoch) * order.num_samples - ends.sample
+    if ends.epoch < content["epochs"] - 1 or order.steps_after(ends.sample):
+        yield f"it ends after step {ends.step:,} in {where(ends, ends.sample - 1)}; {unread:,} samples are not read"
 
 
 def _misses_shares(bucket: Dict[str, Any]) -> bool:
@@ -296,7 +345,7 @@ def _bucket_rows(content: Dict[str, Any]) -> List[List[str]]:
     has_mixture = content["mixture"] is not None
     rows = [[*head, "asked", "read", "left out"] if has_mixture else head]
     for bucket in content["buckets"]:
-        steps = f"{bucket['first_step']:,}-{bucket['last_step']:,}"
+        steps = "-" if bucket["first_step"] is None else f"{bucket['first_step']:,}-{bucket['last_step']:,}"
         for position, (name, source) in enumerate(bucket["sources"].items()):
             row = ["" if position else str(bucket["bucket"]), visible_line(name), f"{len(source['parts']):,}"]
             row += [f"{source['samples']:,}", f"{source['tokens']:,}", f"{source['share']:.1%}"]

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import sys
+from collections import Counter
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -156,7 +157,10 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
 
 
 class Given(NamedTuple):
-    """What the flags name: the model's shape, samples, how they are counted, and what to evaluate on."""
+    """What the flags name: the model's shape, samples, how they are counted, and what to evaluate on.
+
+    `measured` is empty where nobody asks for it: without buckets, only rank 0 has a plan to tell.
+    """
 
     model: ModelFacts
     data: Data
@@ -172,14 +176,17 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
     data = data_of(args)
     samples = load_tokenized_dataset(data.paths, args.document_mask)
     check_lengths(samples, args.max_length)
-    return Given(model, data, samples, measure_parts(data.parts), load_eval_sets(args))
+    measured = measure_parts(data.parts) if data.is_ordered or logs.is_first_rank() else []
+    return Given(model, data, samples, measured, load_eval_sets(args))
 
 
 def make_plan(
     args: argparse.Namespace, given: Given, order: SampleOrder, schedule: CosineSchedule, state: TrainState
 ) -> Dict[str, Any]:
     """What will be read, as plan.json holds it."""
-    return plans.build_plan(given.data, given.measured, order, num_epochs=args.num_epochs, schedule=schedule)
+    return plans.build_plan(
+        given.data, given.measured, order, num_epochs=args.num_epochs, schedule=schedule, state=state
+    )
 
 
 def tell_end(
@@ -209,7 +216,7 @@ def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
 
 def world_size_of(args: argparse.Namespace) -> int:
     """Processes of the job: those of the launcher, or with --dry_run those that --num_ranks names."""
-    return getattr(args, "num_ranks", None) or int(os.environ.get("WORLD_SIZE", "1"))
+    return args.num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def engine_settings(args: argparse.Namespace, *, trained_rows: Optional[Ranges] = None) -> EngineSettings:
@@ -238,7 +245,13 @@ def engine_settings(args: argparse.Namespace, *, trained_rows: Optional[Ranges] 
 
 def trains_embeddings_alone(args: argparse.Namespace) -> bool:
     """Whether all but the embeddings is frozen."""
+    # The self-test's own flags lack the second.
     return args.freeze_non_embeds_params or getattr(args, "train_new_rows_only", False)
+
+
+def trained_parameters(args: argparse.Namespace, facts: ModelFacts) -> int:
+    """Elements of the weights that have an optimizer state; new rows have it with all of their embeddings."""
+    return facts.embedding_parameters if trains_embeddings_alone(args) else facts.parameters
 
 
 def check_inputs(args: argparse.Namespace) -> LoadPlan:
@@ -307,11 +320,11 @@ def check_again(args: argparse.Namespace, plan: LoadPlan) -> LoadPlan:
 
 
 def dry_run_problems(args: argparse.Namespace) -> List[str]:
-    """What is wrong with the flags of --dry_run, which a self-test does not have."""
+    """What is wrong with the flags of --dry_run, one sentence each."""
     problems = []
-    if getattr(args, "num_ranks", None) is not None and not args.dry_run:
+    if args.num_ranks is not None and not args.dry_run:
         problems.append(f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher")
-    if getattr(args, "dry_run", False) and args.benchmark:
+    if args.dry_run and args.benchmark:
         problems.append("--dry_run takes no step, --benchmark measures some; give one of them")
     return problems
 
@@ -398,9 +411,15 @@ def alarm_limits(args: argparse.Namespace) -> Dict[str, float]:
 def evaluation_problems(args: argparse.Namespace) -> List[str]:
     """What is wrong with the flags of evaluation, one sentence each."""
     names = [word.partition("=")[0] for word in args.eval_dataset or ()]
+    alarms = Counter(word.rpartition("=")[0] for word in args.forgetting_alarm or ())
     problems = [
+        f"--forgetting_alarm: {name} is named {count} times; name it once"
+        for name, count in alarms.items()
+        if count > 1
+    ]
+    problems += [
         f"--forgetting_alarm {name}: there is no --eval_dataset of that name; give one of {', '.join(names) or 'none'}"
-        for name in alarm_limits(args)
+        for name in alarms
         if name not in names
     ]
     if args.eval_interval is not None and not names:
@@ -412,6 +431,7 @@ def evaluation_problems(args: argparse.Namespace) -> List[str]:
 
 def data_of(args: argparse.Namespace) -> Data:
     """The parts that the flags name, quickly; with --benchmark there may be none."""
+    args = with_defaults(args)
     return resolve_data(args.dataset or (), bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end)
 
 
@@ -637,7 +657,7 @@ def make_checkpointer(
         facts=run_facts,
         keep_last=args.keep_last,
         keep_every=args.keep_every,
-        expected_bytes=expected_bytes(facts.parameters, args.mixed_precision, frozen=trains_embeddings_alone(args)),
+        expected_bytes=expected_bytes(facts.parameters, args.mixed_precision, trained=trained_parameters(args, facts)),
     )
 
 
