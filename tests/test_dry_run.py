@@ -278,7 +278,7 @@ def test_a_resume_of_new_rows_is_planned_until_nothing_is_left(model_dir, data, 
     assert facts.embedding_parameters == embeddings < facts.parameters
     assert "disk: 6 checkpoints" in told("--resume", "auto")
     assert f"{saved.relative_to(tmp_path)} is the end of its run" in told("--resume", "auto", "--max_steps", "12")
-    with pytest.raises(UserError, match="freeze_non_embeds_params was True"):
+    with pytest.raises(UserError, match="trained_rows was"):
         words.remove("--train_new_rows_only")
         told("--resume", "auto")
 

@@ -71,7 +71,10 @@ def trained(save_dir: Path) -> Dict[str, Any]:
     newest = checkpoint_files.complete_checkpoints(save_dir)[-1]
     states = json.loads((newest / "running_states.json").read_text())
     counts = {name: states[name] for name in ("epoch", "step", "samples_seen", "tokens_seen", "ranks")}
-    return {**counts, "checkpoint": _inner_hashes(newest), "model": hashes(save_dir / "modeling")}
+    model = hashes(save_dir / "modeling")
+    # The model card tells of the log, which a checkpoint that was copied elsewhere has not taken along.
+    del model["README.md"]
+    return {**counts, "checkpoint": _inner_hashes(newest), "model": model}
 
 
 def _inner_hashes(checkpoint: Path) -> Dict[str, str]:
