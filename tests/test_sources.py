@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from colossal_llama2.dataset.loader import load_tokenized_dataset
 from colossal_llama2.dataset.sources import Part, parse_mixture, resolve_data, resolve_parts
 from colossal_llama2.errors import UserError
 
@@ -80,6 +81,8 @@ def test_every_mistake_is_told_at_once(tmp_path):
     assert "not a prepared part-* folder" in told[1] and "prepare_pretrain_dataset.py" in told[1]
     assert "part-00000 in it is no whole part-* folder" in told[2]
     assert "--dataset zh=nowhere: no such folder" in told[3] and "NAME=PATH" in told[3]
+    with pytest.raises(UserError, match="^--eval_dataset en nowhere: no such folder"):
+        load_tokenized_dataset(["nowhere"], flag="--eval_dataset en")
 
 
 def test_shares_of_a_mixture():
