@@ -59,7 +59,7 @@ def run_job(job: dict, is_first: bool) -> dict:
                 around.enter_context(one_rank.befalling(job["fault"]))
             run.run(args, run.check_inputs(args))
     except (UserError, RunError) as caught:
-        error, left = str(caught), [path.name for path in Path(args.save_dir).glob("*.tmp")]
+        error, left = str(caught), [path.name for path in Path(args.save_dir).glob("epoch-*.tmp")]
     finally:
         logs.get_logger().removeHandler(keeper)
     return {"error": error, "log": keeper.lines, "ranks": exchange.gather_values([error, left])}

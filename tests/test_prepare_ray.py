@@ -124,10 +124,10 @@ def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
 
 
 def test_a_killed_node_s_units_and_bins_are_done_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
-    second = cluster.add_node(**node_options())
+    # Both from the start: the bins may be written before a node that joins meanwhile is known.
+    second, third = (cluster.add_node(**node_options()) for _ in range(2))
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray", ray_address=cluster.address), tmp_path)
     kill_node_at("ray::do_unit", second, cluster, process)
-    third = cluster.add_node(**node_options())
     kill_node_at("ray::write_bin", third, cluster, process)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode == 0, err
