@@ -183,8 +183,8 @@ def test_only_what_auto_found_is_done_again(checkpoint):
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     plan = plan_loading("llama", str(checkpoint))
     state, _ = plan.read_states()
-    assert not resuming.is_done(plan, state, order, num_epochs=2)
-    assert resuming.is_done(dataclasses.replace(plan, is_newest=True), state, order, num_epochs=2)
+    assert not resuming.is_done(plan, state, order, num_epochs=2, max_steps=None)
+    assert resuming.is_done(dataclasses.replace(plan, is_newest=True), state, order, num_epochs=2, max_steps=None)
 
 
 @pytest.mark.parametrize("name", ["benchmark", "num_samples", "profile", "peak_tflops"])
