@@ -161,6 +161,7 @@ def evolve(symbols: Sequence[str], scores: Dict[str, float]) -> List[str]:
     """Merge neighbours as SentencePiece does, the best score first and of equals the leftmost, until none can.
 
     `scores` are the pieces that merges can make. Cost: the square of the number of symbols, of which a piece has few.
+    A score of 0.0 is better than one of -0.0, which LLaMA's first merge has: SentencePiece compares their bits.
 
         evolve("abab", {"ab": -1.0}) -> ["ab", "ab"]
     """
@@ -169,8 +170,8 @@ def evolve(symbols: Sequence[str], scores: Dict[str, float]) -> List[str]:
         best, at = None, -1
         for index in range(len(symbols) - 1):
             score = scores.get(symbols[index] + symbols[index + 1])
-            if score is not None and (best is None or score > best):
-                best, at = score, index
+            if score is not None and (best is None or (score, math.copysign(1.0, score)) > best):
+                best, at = (score, math.copysign(1.0, score)), index
         if at < 0:
             break
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
