@@ -79,7 +79,7 @@ class Bench:
                 return job.said
             self._verified.add(key)
         model = save_dir / "modeling"
-        if model.exists() and places.hashes(model) != self.expected["model"]:
+        if model.exists() and places.model_hashes(model) != self.expected["model"]:
             return "modeling is not the model of the last step"
         return None
 

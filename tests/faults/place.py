@@ -71,10 +71,15 @@ def trained(save_dir: Path) -> Dict[str, Any]:
     newest = checkpoint_files.complete_checkpoints(save_dir)[-1]
     states = json.loads((newest / "running_states.json").read_text())
     counts = {name: states[name] for name in ("epoch", "step", "samples_seen", "tokens_seen", "ranks")}
-    model = hashes(save_dir / "modeling")
-    # The model card tells of the log, which a checkpoint that was copied elsewhere has not taken along.
-    del model["README.md"]
-    return {**counts, "checkpoint": _inner_hashes(newest), "model": model}
+    return {**counts, "checkpoint": _inner_hashes(newest), "model": model_hashes(save_dir / "modeling")}
+
+
+def model_hashes(folder: Path) -> Dict[str, str]:
+    """SHA-256 of every file of a final model but its card.
+
+    The card tells of the log too, which a checkpoint that was copied elsewhere has not taken along.
+    """
+    return {name: digest for name, digest in hashes(folder).items() if name != "README.md"}
 
 
 def _inner_hashes(checkpoint: Path) -> Dict[str, str]:
