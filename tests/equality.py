@@ -437,9 +437,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
+    parser.add_argument("--ranks", nargs="+", type=int, default=None, help="only rows of so many ranks")
     parser.add_argument("--output", default=None, help="file for a page in Markdown")
     args = parser.parse_args(argv)
-    cases = [case for case in all_cases() if all(word in case.name for word in args.only)]
+    named = [case for case in all_cases() if all(word in case.name for word in args.only)]
+    cases = [case for case in named if args.ranks is None or case.layout.ranks in args.ranks]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows, refused = run_cases(cases, Path(folder), args.steps)
