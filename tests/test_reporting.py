@@ -20,7 +20,7 @@ from colossal_llama2 import arguments
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import loss_plot, model_card, run, run_report, train_log
+from colossal_llama2.train import checks, loss_plot, model_card, run_report, train_log
 from colossal_llama2.train.metrics import TensorBoardWriter
 from colossal_llama2.train.reporting import Reporter
 from tests import launching, tiny
@@ -218,7 +218,7 @@ def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
     words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
     again = arguments.train_parser().parse_args(words)
     again.num_ranks, again.dry_run = 2, True
-    assert run.check_inputs(again).resume_path is None
+    assert checks.check_inputs(again).resume_path is None
     assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)
 
 

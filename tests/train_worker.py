@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import run
+from colossal_llama2.train import checks, run
 from colossal_llama2.train.engine import booster, repairs
 from colossal_llama2.train.engine.booster import Engine, launch, leave
 
@@ -110,10 +110,10 @@ def run_job(job: dict) -> dict:
         for name in job.get("unrepaired", ()):
             changes.enter_context(without_repair(name))
         if job.get("lifted"):
-            changes.enter_context(mock.patch.object(run, "settings_problems", lambda *args, **keys: []))
+            changes.enter_context(mock.patch.object(checks, "settings_problems", lambda *args, **keys: []))
         try:
             args = PARSERS[job["script"]]().parse_args(job["flags"])
-            run.run(args, run.check_inputs(args))
+            run.run(args, checks.check_inputs(args))
         except (UserError, RunError) as error:
             result["error"] = str(error)
     return result
