@@ -88,15 +88,17 @@ def dry_run(args: argparse.Namespace) -> None:
         problems.check(lambda: _check_eval_sets(args, facts))
     if order is not None:
         state = problems.check(lambda: _initial_state(args, plan, ranks, order, data))
-    is_done = state is not None and _is_done(args, plan, state, order)
-    if state is not None and not is_done:
-        schedule = problems.check(lambda: resuming.make_schedule(args, plan, state, order))
-    if schedule is not None:
+    owes = state is not None and eval_parts.owes_evaluation(args, plan)
+    takes_none = state is not None and _is_done(args, plan, state, order, owes)
+    if state is not None and not takes_none:
+        schedule = problems.check(lambda: resuming.make_schedule(args, plan, state, order, owes_evaluation=owes))
+    takes_none = takes_none or (schedule is not None and schedule.total_steps == state.step)
+    if schedule is not None and not takes_none:
         content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule, state=state)
     if problems or not logs.is_first_rank():
         _end(problems)
         return
-    if is_done:
+    if takes_none:
         print(f"dry run: {plan.resume_path} is the end of its run, which would take no step; nothing was written")
         return
     description.tell_plan(args, ranks, order, schedule, facts)
@@ -171,8 +173,10 @@ def _initial_state(
     return resuming.initial_state(args, plan, facts, order)
 
 
-def _is_done(args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder) -> bool:
-    return resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps)
+def _is_done(args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder, owes: bool) -> bool:
+    return resuming.is_done(
+        plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes
+    )
 
 
 def _plans_for_gpus(args: argparse.Namespace) -> bool:

@@ -9,8 +9,9 @@ from colossal_llama2.dataset.loader import check_lengths, dataset_fingerprints, 
 from colossal_llama2.train import flags
 from colossal_llama2.train.checkpoint import LoadPlan
 from colossal_llama2.train.engine.booster import Engine
-from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator, history_of
+from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator, history_of, is_cut_short
 from colossal_llama2.train.reporting import SilentReporter
+from colossal_llama2.train.stopping import NoSignals
 
 
 def load_eval_sets(args: argparse.Namespace) -> List[LoadedSet]:
@@ -35,6 +36,7 @@ def make_evaluator(
     run_facts: Dict[str, Any],
     *,
     metrics: SilentReporter,
+    stop: NoSignals,
 ) -> SilentEvaluator:
     """What measures the model on --eval_dataset; checkpoints get what it finds."""
     saved = plan.read_states()[1] if plan.resume_path is not None else {}
@@ -47,8 +49,14 @@ def make_evaluator(
     collator = flags.make_collator(args, flags.find_tokenizer(args, plan))
     return Evaluator(
         engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
+        stop=stop, makes_up=owes_evaluation(args, plan),
         alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
     )  # fmt: skip
+
+
+def owes_evaluation(args: argparse.Namespace, plan: LoadPlan) -> bool:
+    """Whether the run makes up for an evaluation that a signal has cut short in the one that it resumes."""
+    return bool(args.eval_dataset) and plan.resume_path is not None and is_cut_short(plan.read_states()[1])
 
 
 def alarm_limits(args: argparse.Namespace) -> Dict[str, float]:

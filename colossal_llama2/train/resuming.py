@@ -181,11 +181,17 @@ def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
 
 
 def is_done(
-    plan: LoadPlan, state: TrainState, order: SampleOrder, *, num_epochs: int, max_steps: Optional[int]
+    plan: LoadPlan,
+    state: TrainState,
+    order: SampleOrder,
+    *,
+    num_epochs: int,
+    max_steps: Optional[int],
+    owes_evaluation: bool,
 ) -> bool:
     """True if --resume auto found the last checkpoint of its run, which only may not have published its model."""
     at_end = state.epoch == num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
-    return plan.is_newest and (at_end or state.step == max_steps)
+    return plan.is_newest and (at_end or state.step == max_steps) and not owes_evaluation
 
 
 def initial_state(
@@ -247,17 +253,21 @@ def _continued_state(
 
 
 def make_schedule(
-    args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder
+    args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder, *, owes_evaluation: bool
 ) -> CosineSchedule:
-    """The learning rate over all steps of the run, those before a resume included."""
+    """The learning rate over all steps of the run, those before a resume included.
+
+    Raises:
+        UserError: no step is left, nor an evaluation to make up for.
+    """
     steps_left = order.steps_after(state.sample_start_index)
     steps_left += (args.num_epochs - state.epoch - 1) * order.steps_after(0)
-    if steps_left == 0:
+    if steps_left == 0 and not owes_evaluation:
         raise UserError(
             f"--load_checkpoint {plan.resume_path}: its {args.num_epochs} epochs are trained, the model is in "
             f"{plan.model_path}; give a higher --num_epochs to go on"
         )
-    if state.step >= (args.max_steps or math.inf):
+    if state.step >= (args.max_steps or math.inf) + owes_evaluation:
         raise UserError(
             f"--load_checkpoint {plan.resume_path}: its step {state.step} is not before --max_steps {args.max_steps}, "
             f"the model is in {plan.model_path}; give a higher --max_steps to go on"

@@ -86,21 +86,20 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     with exchange.all_or_none():
         run_facts = description.describe_run(args, engine, order, tokenizer_path, given.data)
         state = resuming.initial_state(args, plan, run_facts, order)
+        owes = eval_parts.owes_evaluation(args, plan)
     report = make_report(args, engine, plan, given, run_facts)
-    if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps):
+    if resuming.is_done(
+        plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes
+    ):
         return finish_again(args, plan, engine, state, report)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     with exchange.all_or_none():
-        schedule = resuming.make_schedule(args, plan, state, order)
+        schedule = resuming.make_schedule(args, plan, state, order, owes_evaluation=owes)
         report.know_steps(schedule.total_steps, schedule.warmup_steps)
         collator = flags.make_collator(args, tokenizer_path, told_groups(report.amounts, engine.loss_tally))
     loader = StepLoader(given.samples, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
-    description.tell_plan(args, engine, order, schedule, given.model)
-    with engine.first_rank_only() as first:
-        if first:
-            write_config(args, report.settings)
-            plans.tell_and_save(make_plan(args, given, order, schedule, state), args.save_dir)
+    tell_beginning(args, engine, given, order, schedule, state, report)
     checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts)
     checkpointer.check_room()
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=given.model.ties_embeddings)
@@ -123,7 +122,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             bad_steps=BadSteps(args.max_bad_steps),
             metrics=checkpointer.reporter,
             evaluator=eval_parts.make_evaluator(
-                args, plan, engine, given.eval_sets, run_facts, metrics=checkpointer.reporter
+                args, plan, engine, given.eval_sets, run_facts, metrics=checkpointer.reporter, stop=stop
             ),
         )
     final = checkpointer.finish(card=lambda: report.card(tokens_seen=state.tokens_seen))
@@ -154,13 +153,27 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
     return Given(model, data, samples, measured, eval_parts.load_eval_sets(args))
 
 
-def make_plan(
-    args: argparse.Namespace, given: Given, order: SampleOrder, schedule: CosineSchedule, state: TrainState
-) -> Dict[str, Any]:
-    """What will be read, as plan.json holds it."""
-    return plans.build_plan(
-        given.data, given.measured, order, num_epochs=args.num_epochs, schedule=schedule, state=state
-    )
+def tell_beginning(
+    args: argparse.Namespace,
+    engine: Engine,
+    given: Given,
+    order: SampleOrder,
+    schedule: CosineSchedule,
+    state: TrainState,
+    report: RunReport,
+) -> None:
+    """Log what the run is going to do, and write it to plan.json and --config_file. Called on all ranks."""
+    description.tell_plan(args, engine, order, schedule, given.model)
+    with engine.first_rank_only() as first:
+        if not first:
+            return
+        write_config(args, report.settings)
+        # A run that only makes up for an evaluation reads nothing.
+        if schedule.total_steps > state.step:
+            plan = plans.build_plan(
+                given.data, given.measured, order, num_epochs=args.num_epochs, schedule=schedule, state=state
+            )
+            plans.tell_and_save(plan, args.save_dir)
 
 
 def tell_end(
