@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
-from colossal_llama2.dataset.loader import check_lengths, dataset_fingerprints, load_tokenized_dataset
+from colossal_llama2.dataset.loader import check_lengths, dataset_fingerprints, load_tokenized_dataset, without_names
 from colossal_llama2.train import flags
 from colossal_llama2.train.checkpoint import LoadPlan
 from colossal_llama2.train.engine.booster import Engine
@@ -19,7 +19,8 @@ def load_eval_sets(args: argparse.Namespace) -> List[LoadedSet]:
     sets = []
     for name, path in resolve_eval_sets(args.eval_dataset):
         flag = f"--eval_dataset {name}"
-        samples = load_tokenized_dataset([path], args.document_mask, flag=flag)
+        # Nothing is told by source and category there.
+        samples = without_names(load_tokenized_dataset([path], args.document_mask, flag=flag))
         check_lengths(samples, args.max_length, flag=flag)
         known_bytes = target_bytes(path)
         if not known_bytes:
