@@ -6,13 +6,13 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.arguments import used_flags, with_defaults
 from colossal_llama2.dataset.buckets import MeasuredPart
 from colossal_llama2.dataset.loader import SampleOrder, StepLoader, check_lengths, load_tokenized_dataset
-from colossal_llama2.dataset.measuring import measure_parts
+from colossal_llama2.dataset.measuring import measure_parts, read_by_source
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.errors import Stopped
 from colossal_llama2.files import write_json
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     if resuming.is_done(
         plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes
     ):
-        return finish_again(args, plan, engine, state, report)
+        return finish_again(args, plan, engine, state, report, card_writer(report, given, order, state, run_facts))
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     with exchange.all_or_none():
         schedule = resuming.make_schedule(args, plan, state, order, owes_evaluation=owes)
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
                 args, plan, engine, given.eval_sets, run_facts, metrics=checkpointer.reporter, stop=stop
             ),
         )
-    final = checkpointer.finish(card=lambda: report.card(tokens_seen=state.tokens_seen))
+    final = checkpointer.finish(card=card_writer(report, given, order, state, run_facts))
     tell_end(args, engine, state, order, run_facts, final, stop)
 
 
@@ -283,13 +283,31 @@ def make_report(
     )
 
 
+def card_writer(
+    report: RunReport, given: Given, order: SampleOrder, state: TrainState, run_facts: Dict[str, Any]
+) -> Callable[[], Optional[str]]:
+    """What writes the model card of a run that has come to `state`; to be called on rank 0."""
+    read = functools.partial(
+        read_by_source,
+        given.measured,
+        order,
+        first_sample=run_facts.get("first_sample", 0),
+        samples_seen=state.samples_seen,
+    )
+    return functools.partial(report.card, tokens_seen=state.tokens_seen, read=read)
+
+
 def finish_again(
-    args: argparse.Namespace, plan: LoadPlan, engine: Engine, state: TrainState, report: RunReport
+    args: argparse.Namespace,
+    plan: LoadPlan,
+    engine: Engine,
+    state: TrainState,
+    report: RunReport,
+    card: Callable[[], Optional[str]],
 ) -> None:
     """The end of a run that died after its last save."""
     report.know_steps(state.step, warmup_steps(args.warmup_steps, state.step))
     save_folder.prepare(args.save_dir)
     if engine.rank == 0:
         report.write_files()
-    card = functools.partial(report.card, tokens_seen=state.tokens_seen)
     resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every, card=card)
