@@ -127,7 +127,7 @@ def watched(kind: str, ends: List[Tuple[float, float]]) -> Iterator[None]:
 
 def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[Tuple[float, float]]:
     """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
-    from colossal_llama2.train import run
+    from colossal_llama2.train import checks, run
 
     flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
@@ -135,7 +135,7 @@ def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[Tup
     args = arguments.train_parser().parse_args([str(flag) for flag in flags])
     ends: List[Tuple[float, float]] = []
     with watched(kind, ends):
-        run.run(args, run.check_inputs(args))
+        run.run(args, checks.check_inputs(args))
     pairs = zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)
     return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairs]
 

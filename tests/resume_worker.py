@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import run
+from colossal_llama2.train import checks, run
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import launch, leave
 from tests.faults import damage, one_rank, poison
@@ -57,7 +57,7 @@ def run_job(job: dict, is_first: bool) -> dict:
                 around.enter_context(poison.poisoned(*job["poison"]))
             if job.get("fault"):
                 around.enter_context(one_rank.befalling(job["fault"]))
-            run.run(args, run.check_inputs(args))
+            run.run(args, checks.check_inputs(args))
     except (UserError, RunError) as caught:
         error, left = str(caught), [path.name for path in Path(args.save_dir).glob("epoch-*.tmp")]
     finally:

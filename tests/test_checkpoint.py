@@ -183,8 +183,11 @@ def test_only_what_auto_found_is_done_again(checkpoint):
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     plan = plan_loading("llama", str(checkpoint))
     state, _ = plan.read_states()
-    assert not resuming.is_done(plan, state, order, num_epochs=2, max_steps=None)
-    assert resuming.is_done(dataclasses.replace(plan, is_newest=True), state, order, num_epochs=2, max_steps=None)
+    run = {"num_epochs": 2, "max_steps": None}
+    newest = dataclasses.replace(plan, is_newest=True)
+    assert not resuming.is_done(plan, state, order, **run, owes_evaluation=False)
+    assert resuming.is_done(newest, state, order, **run, owes_evaluation=False)
+    assert not resuming.is_done(newest, state, order, **run, owes_evaluation=True)
 
 
 @pytest.mark.parametrize("name", ["benchmark", "num_samples", "profile", "peak_tflops"])

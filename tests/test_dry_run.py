@@ -15,7 +15,7 @@ from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import write_json
 from colossal_llama2.model.loading import inspect_weights
-from colossal_llama2.train import activations, checkpoint_files, dry_run, memory, run
+from colossal_llama2.train import activations, checkpoint_files, checks, description, dry_run, flags, memory
 from colossal_llama2.train.activations import MicroBatch, ModelShape
 from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
 from colossal_llama2.train.dry_run import most_kept, saved_steps
@@ -225,7 +225,7 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
     def message(*words):
         args = arguments.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *data, *words])
         with pytest.raises(UserError) as error:
-            dry_run.dry_run(args) if args.dry_run else run.check_inputs(args)
+            dry_run.dry_run(args) if args.dry_run else checks.check_inputs(args)
         return str(error.value)
 
     tp = ["--dry_run", "--num_ranks", "6", "--plugin", "3d", "--tp", "4", "--zero", "2"]
@@ -242,9 +242,9 @@ def write_checkpoint(folder, words, model, dataset_samples, **state):
     """A checkpoint of a run of these flags: what a resume looks at before it loads, the weights included."""
     args = with_defaults(arguments.train_parser().parse_args(words))
     plan = LoadPlan(model_path=str(model), resume_path=None)
-    ranks = dry_run.Ranks(run.engine_settings(args, trained_rows=run.rows_to_train(args, plan)), 1)
-    order = run.sample_order(args, dataset_samples, ranks)
-    facts = run.describe_run(args, ranks, order, str(model), run.data_of(args))
+    ranks = dry_run.Ranks(flags.engine_settings(args, trained_rows=flags.rows_to_train(args, plan)), 1)
+    order = flags.sample_order(args, dataset_samples, ranks)
+    facts = description.describe_run(args, ranks, order, str(model), flags.data_of(args))
     shutil.copytree(model, folder / "modeling")
     write_json(folder / "running_states.json", {**facts, **TrainState(**state).to_dict()})
     write_json(folder / "lr_scheduler", asdict(CosineSchedule(args.lr, 40, 1)))
@@ -288,7 +288,8 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
 
     def message(*words):
         with pytest.raises(UserError) as error:
-            run.check_inputs(arguments.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *words]))
+            words = ["--pretrained", str(model_dir), "--dataset", *words]
+            checks.check_inputs(arguments.train_parser().parse_args(words))
         return str(error.value)
 
     told = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
@@ -296,4 +297,4 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
     told = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
     assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
     args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
-    assert run.data_of(args).mixture.end == "repeat"
+    assert flags.data_of(args).mixture.end == "repeat"

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from colossal_llama2.dataset.prepare import prepare_pretrain
+from colossal_llama2.train import train_log
 from tests import preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of
@@ -40,6 +41,8 @@ BFLOAT16_RUNS = {
     "3d_pp2_bf16": [*BF16, *PP2],
 }
 UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
+# Which evaluation a signal cuts short, of which run: that after step 4, and that after the last step, 5.
+CUT = {"cut_at_4": (1, "3d_pp2_bf16"), "cut_at_the_end": (2, "zero2")}
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +69,12 @@ def jobs(tmp_path_factory, prepared, model_dir) -> Dict[str, Job]:
     plain = folder / "plain"
     datasets.load_from_disk(prepared / "eval").select_columns(["input_ids", "labels"]).save_to_disk(plain)
 
-    def add(name: str, *flags, home=None) -> None:
+    def add(name: str, *flags, home=None, **more) -> None:
         here = folder / (home or name)
         common = ["--pretrained", model_dir, "--dataset", prepared, "--max_length", LENGTH, "--lr", "1e-3"]
         common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
         common += ["--micro_batch_size", "4", "--save_interval", "4"]
-        specs[name] = {"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]]}
+        specs[name] = {"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]], **more}
 
     measured = ("--eval_dataset", f"en={prepared}", "--eval_interval", "4")
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
@@ -82,6 +85,14 @@ def jobs(tmp_path_factory, prepared, model_dir) -> Dict[str, Job]:
     add("forgets", *measured, *zero2, "--lr", "1", "--forgetting_alarm", "en=0.1", "--on_forgetting", "stop")
     resumed = ("--lr", "1", "--forgetting_alarm", "en=0.1", "--load_checkpoint", folder / "forgets/ckpt/epoch-0_step-4")
     add("goes_on", *measured, *zero2, *resumed, home="forgets")
+    batches = -(-len(datasets.load_from_disk(prepared / "eval")) // 8)
+    add("cut_at_0", *measured, *zero2, signal_at=1)
+    for name, (place, of) in CUT.items():
+        flags = [*measured, *{**FLOAT32_RUNS, **BFLOAT16_RUNS}[of]]
+        # Ranks of a pipeline read the same samples.
+        add(name, *flags, signal_at=place * batches * (1 + ("pp2" in of)) + 2)
+        for again in ("resumed", "done"):
+            add(f"{name}_{again}", *flags, "--resume", "auto", home=name)
     add("plain", *zero2, "--eval_dataset", f"old={plain}", f"en={prepared / 'eval'}", "--document_mask", "off")
     launch(folder, [spec for name, spec in specs.items() if name != "one_rank"])
     ranks = tmp_path_factory.mktemp("one_rank")
@@ -150,6 +161,31 @@ def test_forgetting_ends_the_run_and_is_saved(jobs):
     entries = history(jobs["goes_on"])
     assert [entry["step"] for entry in entries] == [0, 4, 5]
     assert entries[1]["figures"]["en"]["bits_per_byte"] > 1.1 * entries[0]["figures"]["en"]["bits_per_byte"]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_signal_leaves_an_evaluation_unfinished_and_a_resume_makes_up_for_it(jobs, name):
+    place, of = CUT[name]
+    cut, resumed, whole = jobs[name], jobs[f"{name}_resumed"], jobs[of]
+    entries = history(whole)
+    step = entries[place]["step"]
+    ends = f"SIGTERM after step {step}, which is " + ("the last; the model is in" if place == 2 else "saved; go on")
+    assert cut.error.startswith(ends) and cut.after == 0
+    assert resumed.error is None and jobs[f"{name}_done"].error is None
+    checkpoint = json.loads((cut.folder / f"ckpt/epoch-0_step-{step}/running_states.json").read_text())
+    left = entries if place == 2 else [*entries[:place], {"step": step, "figures": {}}]
+    assert checkpoint["evaluations"] == left and history(resumed) == entries
+    logged = list(train_log.read(cut.folder / "ckpt" / "train_log.jsonl"))
+    assert [record["step"] for record in logged if "evaluation" in record] == [entry["step"] for entry in entries]
+    table = [(run.model / "README.md").read_text().split("## Settings")[0] for run in (resumed, whole)]
+    assert table[0] == table[1] and f"| en | {entries[-1]['step']} |" in table[0]
+    found, expected = weights_of(resumed), weights_of(whole)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_signal_in_the_first_evaluation_leaves_nothing(jobs):
+    assert jobs["cut_at_0"].error == "SIGTERM came before the first step; nothing was trained"
+    assert jobs["cut_at_0"].after == 0 and not list((jobs["cut_at_0"].folder / "ckpt").glob("epoch*"))
 
 
 def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):

@@ -12,7 +12,7 @@ import pytest
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, init_tokenizer
-from colossal_llama2.tokenizer.bpe_model import BpeModel
+from colossal_llama2.tokenizer.bpe_model import BpeModel, read_model
 from colossal_llama2.tokenizer.closure import make_plan
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from colossal_llama2.tokenizer.parity import PieceFinder
@@ -59,7 +59,7 @@ def target(source, tmp_path_factory):
 
 
 def pieces_of(folder):
-    return [piece.piece for piece in init_tokenizer.read_model(folder).pieces]
+    return [piece.piece for piece in read_model(folder).pieces]
 
 
 def test_pieces_come_in_file_order_then_what_closure_adds(source, target):
@@ -78,7 +78,7 @@ def test_pieces_come_in_file_order_then_what_closure_adds(source, target):
 def test_new_scores_differ_and_lie_below_every_old_merge(source, target):
     import numpy
 
-    model = init_tokenizer.read_model(target)
+    model = read_model(target)
     old = len(pieces_of(source))
     new_scores = numpy.array([piece.score for piece in model.pieces[old:]], dtype=numpy.float32)
     merges = [piece.score for piece in model.pieces[:old] if piece.type == 1 and len(piece.piece) > 1]

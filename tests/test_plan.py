@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from colossal_llama2.dataset.arrow_folder import ArrowFolder
-from colossal_llama2.dataset.measuring import measure_parts
+from colossal_llama2.dataset.measuring import measure_parts, read_by_source
 from colossal_llama2.dataset.sources import resolve_data
 from colossal_llama2.errors import UserError
 from colossal_llama2.train.loop import TrainState
@@ -67,6 +67,30 @@ def test_buckets_a_mixture_and_what_is_missing(two_sources):
     points = plan["learning_rate"]
     assert points[0][0] == 1 and points[-1][0] == plan["steps"] and max(rate for _, rate in points) == 3e-4
     json.dumps(plan)
+
+
+def test_what_was_read_of_each_source_is_counted_over_epochs(two_sources):
+    data = data_of(two_sources, bucketed=True, mixture=MIXTURE)
+    measured = measure_parts(data.parts)
+    numbers = {"micro_batch_size": 2, "data_size": 2, "accumulation_steps": 3, "seed": 1}
+    order = make_order(0, **numbers, buckets=buckets_of(data, measured))
+    owners = [(part.source, int(length)) for part, lengths in measured for length in lengths]
+    # From the middle of an epoch on, to the middle of the one after the next.
+    first, steps = 40, order.steps_after(40) + order.steps_after(0) + 5
+    expected: Counter = Counter()
+    taken = 0
+    for epoch, begin in ((0, first), (1, 0), (2, 0)):
+        for ranks in zip(*(order.steps(epoch, begin, rank) for rank in range(2)), strict=True):
+            if steps == 0:
+                break
+            steps, taken = steps - 1, taken + ranks[0][1]
+            for row in (int(row) for batches, _ in ranks for batch in batches for row in batch):
+                source, length = owners[row]
+                expected.update({(source, "samples"): 1, (source, "tokens"): length})
+    found = read_by_source(measured, order, first_sample=first, samples_seen=taken)
+    assert {(one.source, kind): getattr(one, kind) for one in found for kind in ("samples", "tokens")} == expected
+    assert [(one.source, one.samples_there) for one in found] == list(Counter(source for source, _ in owners).items())
+    assert found[1].source == "old" and found[1].samples > 2 * found[1].samples_there
 
 
 def test_a_source_that_runs_out_can_end_the_bucket(two_sources):

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from colossal_llama2 import arguments
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import loss_plot, model_card, run, run_report, train_log
+from colossal_llama2.train import checks, loss_plot, model_card, run_report, train_log
 from colossal_llama2.train.metrics import TensorBoardWriter
 from colossal_llama2.train.reporting import Reporter
 from tests import launching, tiny
@@ -168,6 +169,7 @@ def test_the_card_is_one_for_hubs(jobs, part):
     assert card.data.pipeline_tag == "text-generation" and card.data.base_model == "model"
     rows = datasets.load_from_disk(part)
     tokens = sum(map(sum, rows["sequence_lengths"]))
+    assert f"| {Path(part).parent.name} | {len(rows)} | {BATCH * STEPS} | 0.94 |" in card.text
     assert f"| all |  | {sum(map(len, rows['sequence_lengths']))} | {tokens:,} | 100.0% |" in card.text
     assert "| `--plugin` | zero2 |" in card.text and "| optimizer steps | 4 |" in card.text
     # Not in the checkpoint, whose files are listed, and the same where the same was trained.
@@ -186,10 +188,13 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     text = model_card.render(
         settings=settings, base_model=model_card.base_model(str(tmp_path)), sources=["fr", "x.y"],
         amounts=[Amount("b|d", "x", 2, 30)], records=records, tokens_seen=30,
+        read=[SourceRead("zh", 9, 18, 2400), SourceRead("b", 4, 3, 600)],
     )  # fmt: skip
     assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
     told = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
-    assert "took the shares `zh=0.8 b=0.2`" in text and "One epoch" not in text
+    assert "Asked for: `zh=0.8 b=0.2`." in text and "What was there" in text and "One epoch" not in text
+    assert "| zh | 9 | 18 | 2.00 | 2,400 | 80.0% |\n| b | 4 | 3 | 0.75 | 600 | 20.0% |\n" in text
+    assert "| all | 13 | 21 |  | 3,000 | 100.0% |" in text
     names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end", "eval_interval")
     assert told == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
@@ -218,7 +223,7 @@ def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
     words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
     again = arguments.train_parser().parse_args(words)
     again.num_ranks, again.dry_run = 2, True
-    assert run.check_inputs(again).resume_path is None
+    assert checks.check_inputs(again).resume_path is None
     assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)
 
 
@@ -320,7 +325,7 @@ def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(loss_plot, "SIZE", None)
     report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
-    assert report.card(tokens_seen=1) is None
+    assert report.card(tokens_seen=1, read=list) is None
     assert [text.split(": ")[1].split(" (")[0] for text in caplog.messages] == [
         "not all of settings.json, environment.json, loss.png could be written", "the model gets no card",
     ]  # fmt: skip

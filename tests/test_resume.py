@@ -190,7 +190,14 @@ def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sou
     assert states["samples_seen"] == epoch["samples"] - epoch["left_over_samples"]
     assert f"samples that were not read: {epoch['left_over_samples']}." in log[-1]
     again = jobs["mixed_again"]
+    card, card_again = ((job[0] / "ckpt" / "modeling" / "README.md").read_text() for job in (jobs["mixed"], again))
+    assert f"| {states['samples_seen']} |  | {states['tokens_seen']:,} | 100.0% |" in card
+    assert _read_part(card) == _read_part(card_again) and "| old |" in _read_part(card)
     assert "bit for bit" in " ".join(again[2]) and contents(home / last) == contents(again[0] / last)
+
+
+def _read_part(card: str) -> str:
+    return card.split("What training has read.")[1].split("What was there")[0]
 
 
 def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):

@@ -3,12 +3,14 @@
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
 
 JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
-or the message of a UserError or RunError), perhaps "first_moment_norm", and "chunks" of Gemini.
+or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and "chunks" of Gemini.
 A job has "name", "script", "flags", and may have
     moments             true: note the norm of Adam's first moment after step 1
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
     unrepaired          names of FAULTS to put back
+    signal_at           rank 1 gets a SIGTERM when it has collated so many batches of evaluations; "after" tells how
+                        many it collated then
 """
 
 import contextlib
@@ -16,19 +18,22 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
+import time
 import traceback
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
-from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import run
-from colossal_llama2.train.engine import booster, repairs
+from colossal_llama2.errors import RunError, Stopped, UserError
+from colossal_llama2.train import checks, evaluation, run
+from colossal_llama2.train.engine import booster, exchange, repairs
 from colossal_llama2.train.engine.booster import Engine, launch, leave
+from colossal_llama2.train.stopping import NoSignals, StopSignals
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
 # Repairs that replace a function of ColossalAI, and which.
@@ -100,21 +105,43 @@ def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
     return mock.patch.object(booster, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
 
 
+@contextlib.contextmanager
+def signal_after(batches: int, into: dict) -> Iterator[NoSignals]:
+    """Within it, rank 1 gets a SIGTERM when it has collated so many batches of evaluations; yields what notes it."""
+    share, done = evaluation._share, 0
+
+    def counting(*args):
+        nonlocal done
+        for batch in share(*args):
+            done += 1
+            if done == batches and exchange.place()[0] == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                # A thread notes it.
+                while not any(stop.received()):
+                    time.sleep(0.001)
+            into["after"] = done - batches
+            yield batch
+
+    with StopSignals(has_partners=True) as stop, mock.patch.object(evaluation, "_share", counting):
+        yield stop
+
+
 def run_job(job: dict) -> dict:
     """Run one command in the open process group."""
     result = {"error": None}
     with contextlib.ExitStack() as changes:
+        stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
             changes.enter_context(recording_moments(result))
         changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))
         for name in job.get("unrepaired", ()):
             changes.enter_context(without_repair(name))
         if job.get("lifted"):
-            changes.enter_context(mock.patch.object(run, "settings_problems", lambda *args, **keys: []))
+            changes.enter_context(mock.patch.object(checks, "settings_problems", lambda *args, **keys: []))
         try:
             args = PARSERS[job["script"]]().parse_args(job["flags"])
-            run.run(args, run.check_inputs(args))
-        except (UserError, RunError) as error:
+            run.run(args, checks.check_inputs(args), stop)
+        except (UserError, RunError, Stopped) as error:
             result["error"] = str(error)
     return result
 

@@ -29,6 +29,7 @@ class Job:
     error: Optional[str]
     first_moment_norm: Optional[float]
     chunks: Optional[List[bool]]
+    after: Optional[int] = None
 
     def scalars(self, name: str, run: str = "tb") -> List[float]:
         """A TensorBoard curve, by step."""
@@ -109,6 +110,7 @@ def finished(folder: Path, spec: dict) -> Job:
         error=result["error"],
         first_moment_norm=result.get("first_moment_norm"),
         chunks=result.get("chunks"),
+        after=result.get("after"),
     )
 
 

@@ -72,6 +72,11 @@ def _all_have_documents(paths: Sequence[str], parts: Sequence["datasets.Dataset"
     return not lacking
 
 
+def without_names(dataset: "datasets.Dataset") -> "datasets.Dataset":
+    """The dataset without the sources and categories of documents, which would be read with each sample."""
+    return dataset.select_columns([name for name in dataset.column_names if name not in NAME_COLUMNS])
+
+
 def load_part(path: str, *, flag: str = "--dataset") -> "datasets.Dataset":
     """One part-* folder, memory-mapped, with all its columns. Raises UserError if it is damaged or lacks a column."""
     import datasets
@@ -310,9 +315,7 @@ class StepLoader:
     def __init__(
         self, dataset: "datasets.Dataset", order: SampleOrder, collator: Collator, data_rank: int, *, pins: bool = False
     ):
-        if collator.groups is None:
-            # Names that nobody asks for would be read with each sample.
-            dataset = dataset.select_columns([name for name in dataset.column_names if name not in NAME_COLUMNS])
+        dataset = without_names(dataset) if collator.groups is None else dataset
         self._dataset, self.order, self._collator, self._data_rank = dataset, order, collator, data_rank
         self._pins = pins
 

@@ -1,18 +1,54 @@
-"""How many tokens prepared parts have, by sample and by category. Token ids are never read."""
+"""How many tokens prepared parts have, by sample and by category, and how many were read. Token ids are never read."""
 
 from collections import Counter
-from typing import Any, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from colossal_llama2.dataset.buckets import MeasuredPart
-from colossal_llama2.dataset.loader import CHECK_ROWS, DOCUMENT_COLUMN, load_part
+from colossal_llama2.dataset.loader import CHECK_ROWS, DOCUMENT_COLUMN, SampleOrder, load_part
 from colossal_llama2.dataset.sources import Part
 
 CATEGORY_COLUMN = "document_categories"
 # Older fine-tuning data has one category a sample.
 SAMPLE_CATEGORY_COLUMN = "seq_category"
 NOT_RECORDED = "not recorded"
+
+
+class SourceRead(NamedTuple):
+    """What was read of a source, each sample and its tokens as often as it was; `samples_there` are in its parts."""
+
+    source: str
+    samples_there: int
+    samples: int
+    tokens: int
+
+
+def read_by_source(
+    measured: Sequence[MeasuredPart], order: SampleOrder, *, first_sample: int, samples_seen: int
+) -> List[SourceRead]:
+    """What a run has read of each source, in their order.
+
+    Args:
+        first_sample: where it began, counted from the first sample of the first epoch.
+        samples_seen: how many it read from there on; those that an epoch leaves over at its end are not read.
+    """
+    lengths = np.concatenate([lengths for _, lengths in measured])
+    times = np.zeros(len(lengths), dtype=np.int64)
+    epoch, begin = divmod(first_sample, order.num_samples)
+    while samples_seen > 0:
+        count = min(samples_seen, order.num_samples - begin - order.dropped_after(begin))
+        times += np.bincount(order.epoch_rows(epoch)[begin : begin + count], minlength=len(lengths))
+        epoch, begin, samples_seen = epoch + 1, 0, samples_seen - count
+    found: Dict[str, List[int]] = {}
+    start = 0
+    for part, part_lengths in measured:
+        part_times = times[start : start + len(part_lengths)]
+        start += len(part_lengths)
+        total = found.setdefault(part.source, [0, 0, 0])
+        for place, value in enumerate((len(part_lengths), part_times.sum(), (part_times * part_lengths).sum())):
+            total[place] += int(value)
+    return [SourceRead(source, *total) for source, total in found.items()]
 
 
 def measure_parts(parts: Sequence[Part]) -> List[MeasuredPart]:

@@ -41,9 +41,8 @@ from colossal_llama2.model.safetensors_stream import (
     write_shard,
 )
 from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
-from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder
+from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder, read_added_tokens
 from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
-from colossal_llama2.tokenizer.init_tokenizer import read_added_tokens
 from colossal_llama2.tokenizer.report import REPORT_FILE
 
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)

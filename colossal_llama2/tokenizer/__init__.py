@@ -4,7 +4,7 @@ import hashlib
 import textwrap
 from functools import cached_property
 from pathlib import Path
-from typing import Iterable, List, Union
+from typing import Dict, Iterable, Iterator, List, Union
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
@@ -143,6 +143,35 @@ def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     if not path.is_file():
         raise UserError(f"{folder} holds no {MODEL_FILE}; LLaMA-2 ships it beside its weights, copy it there")
     return path
+
+
+def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
+    """The tokens that transformers adds beyond the `num_pieces` of SentencePiece, with their ids, in order of id.
+
+    Raises UserError if two files disagree about an id, or if the ids do not follow the pieces without a gap.
+    """
+    found: Dict[str, int] = {}
+    for token, index in _listed_added_tokens(folder):
+        if index >= num_pieces and found.setdefault(token, index) != index:
+            raise UserError(f"{folder} gives the added token {token!r} the ids {found[token]} and {index}; keep one")
+    found = dict(sorted(found.items(), key=lambda item: item[1]))
+    if list(found.values()) != list(range(num_pieces, num_pieces + len(found))):
+        raise UserError(
+            f"the added tokens of {folder} have the ids {sorted(found.values())}, which do not follow its "
+            f"{num_pieces} pieces without a gap; add the tokens again with transformers' add_tokens"
+        )
+    return found
+
+
+def _listed_added_tokens(folder: Path) -> Iterator[tuple]:
+    config = read_json(folder / CONFIG_FILE)
+    for index, token in (config.get("added_tokens_decoder") or {}).items():
+        yield token["content"], int(index)
+    if (folder / ADDED_TOKENS_FILE).is_file():
+        yield from read_json(folder / ADDED_TOKENS_FILE).items()
+    if (folder / FAST_FILE).is_file():
+        for token in read_json(folder / FAST_FILE).get("added_tokens", []):
+            yield token["content"], token["id"]
 
 
 def _processor(content: bytes, path: Path):

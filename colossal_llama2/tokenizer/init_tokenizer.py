@@ -12,7 +12,7 @@ unless SentencePiece and both tokenizers of transformers agree on them (parity.p
 import os
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Set, Union
+from typing import Dict, List, Optional, Sequence, Set, Union
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -30,9 +30,10 @@ from colossal_llama2.tokenizer import (
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
     TOKENIZER_FILES,
+    read_added_tokens,
     sentencepiece_file,
 )
-from colossal_llama2.tokenizer.bpe_model import SPACE, BpeModel, merges, read_model, unreachable, with_pieces
+from colossal_llama2.tokenizer.bpe_model import BpeModel, merges, unreachable, with_pieces
 from colossal_llama2.tokenizer.closure import Plan, make_plan
 from colossal_llama2.tokenizer.new_pieces import read_new_pieces
 from colossal_llama2.tokenizer.parity import (
@@ -47,8 +48,6 @@ from colossal_llama2.tokenizer.parity import (
 )
 from colossal_llama2.tokenizer.parity_text import read_parity_text
 from colossal_llama2.tokenizer.report import REPORT_FILE, failures, make_report, print_report
-
-__all__ = ["SPACE", "expand_tokenizer", "main", "read_added_tokens", "read_model"]
 
 # What LLaMA-2 ships beside its weights, and what transformers needs to load a tokenizer with its settings.
 REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
@@ -162,35 +161,6 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         )
     # The new one is made beside it.
     check_can_create(target.parent, "--target_tokenizer_dir")
-
-
-def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
-    """The tokens that transformers adds beyond the `num_pieces` of SentencePiece, with their ids, in order of id.
-
-    Raises UserError if two files disagree about an id, or if the ids do not follow the pieces without a gap.
-    """
-    found: Dict[str, int] = {}
-    for token, index in _listed_added_tokens(folder):
-        if index >= num_pieces and found.setdefault(token, index) != index:
-            raise UserError(f"{folder} gives the added token {token!r} the ids {found[token]} and {index}; keep one")
-    found = dict(sorted(found.items(), key=lambda item: item[1]))
-    if list(found.values()) != list(range(num_pieces, num_pieces + len(found))):
-        raise UserError(
-            f"the added tokens of {folder} have the ids {sorted(found.values())}, which do not follow its "
-            f"{num_pieces} pieces without a gap; add the tokens again with transformers' add_tokens"
-        )
-    return found
-
-
-def _listed_added_tokens(folder: Path) -> Iterator[tuple]:
-    config = read_json(folder / CONFIG_FILE)
-    for index, token in (config.get("added_tokens_decoder") or {}).items():
-        yield token["content"], int(index)
-    if (folder / ADDED_TOKENS_FILE).is_file():
-        yield from read_json(folder / ADDED_TOKENS_FILE).items()
-    if (folder / FAST_FILE).is_file():
-        for token in read_json(folder / FAST_FILE).get("added_tokens", []):
-            yield token["content"], token["id"]
 
 
 def _special_tokens(source: Path, model: BpeModel, added_tokens: Dict[str, int]) -> Set[str]:

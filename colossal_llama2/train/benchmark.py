@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
 from colossal_llama2.errors import Stopped, UserError
+from colossal_llama2.train import checks, flags
 from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
 from colossal_llama2.train.step_timer import NoTimer, StepTimer
@@ -188,7 +189,7 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
 
     from colossal_llama2.model.attention import choose_attention
     from colossal_llama2.model.loading import inspect_weights
-    from colossal_llama2.train import run
+    from colossal_llama2.train import run  # which imports this module
     from colossal_llama2.train.checkpoint import LoadPlan
     from colossal_llama2.train.engine import exchange
     from colossal_llama2.train.engine.booster import Engine
@@ -196,10 +197,10 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     with exchange.all_or_none():
         facts = inspect_weights(args.pretrained)
-        run.check_model_fits(args, facts)
-        trained_rows = run.rows_to_train(args, plan)
-    engine = Engine(run.engine_settings(args, trained_rows=trained_rows), facts.parameters)
-    order: SampleOrder = run.sample_order(args, args.num_samples, engine)
+        checks.check_model_fits(args, facts)
+        trained_rows = flags.rows_to_train(args, plan)
+    engine = Engine(flags.engine_settings(args, trained_rows=trained_rows), facts.parameters)
+    order: SampleOrder = flags.sample_order(args, args.num_samples, engine)
     dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
     loader = StepLoader(
         dataset, order, Collator(pad_token_id=PADDING_ID, max_length=args.max_length), engine.data_rank,

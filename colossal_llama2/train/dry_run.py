@@ -23,8 +23,8 @@ from colossal_llama2.dataset.sources import Data
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, model_without_weights
 from colossal_llama2.tokenizer import load_tokenizer
+from colossal_llama2.train import checks, description, eval_parts, flags, resuming
 from colossal_llama2.train import plan as plans
-from colossal_llama2.train import resuming, run
 from colossal_llama2.train.activations import ModelShape
 from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
 from colossal_llama2.train.engine.booster import EngineSettings
@@ -71,35 +71,37 @@ def dry_run(args: argparse.Namespace) -> None:
         UserError: with everything that is wrong.
     """
     problems = _Problems()
-    plan = problems.check(lambda: run.check_inputs(args))
+    plan = problems.check(lambda: checks.check_inputs(args))
     args = with_defaults(args)
     has_flags = plan is not None
     plan = plan or LoadPlan(model_path=args.pretrained, resume_path=None)
-    rows = problems.check(lambda: run.rows_to_train(args, plan)) if has_flags else None
-    ranks = Ranks(run.engine_settings(args, trained_rows=rows), run.world_size_of(args))
+    rows = problems.check(lambda: flags.rows_to_train(args, plan)) if has_flags else None
+    ranks = Ranks(flags.engine_settings(args, trained_rows=rows), flags.world_size_of(args))
     facts = _inspect_model(args, plan, problems)
     dataset = _inspect_data(args, facts, problems, has_flags=has_flags)
     content = order = state = schedule = None
     if dataset is not None and has_flags:
-        data = run.data_of(args)
+        data = flags.data_of(args)
         measured = measure_parts(data.parts)
         buckets = plans.buckets_of(data, measured)
-        order = problems.check(lambda: run.sample_order(args, len(dataset), ranks, buckets))
+        order = problems.check(lambda: flags.sample_order(args, len(dataset), ranks, buckets))
         problems.check(lambda: _check_eval_sets(args, facts))
     if order is not None:
         state = problems.check(lambda: _initial_state(args, plan, ranks, order, data))
-    is_done = state is not None and _is_done(args, plan, state, order)
-    if state is not None and not is_done:
-        schedule = problems.check(lambda: run.make_schedule(args, plan, state, order))
-    if schedule is not None:
+    owes = state is not None and eval_parts.owes_evaluation(args, plan)
+    takes_none = state is not None and _is_done(args, plan, state, order, owes)
+    if state is not None and not takes_none:
+        schedule = problems.check(lambda: resuming.make_schedule(args, plan, state, order, owes_evaluation=owes))
+    takes_none = takes_none or (schedule is not None and schedule.total_steps == state.step)
+    if schedule is not None and not takes_none:
         content = plans.build_plan(data, measured, order, num_epochs=args.num_epochs, schedule=schedule, state=state)
     if problems or not logs.is_first_rank():
         _end(problems)
         return
-    if is_done:
+    if takes_none:
         print(f"dry run: {plan.resume_path} is the end of its run, which would take no step; nothing was written")
         return
-    run.tell_plan(args, ranks, order, schedule, facts)
+    description.tell_plan(args, ranks, order, schedule, facts)
     for line in plans.plan_lines(content):
         logs.get_logger().info("%s", line)
     on_cpu = not _plans_for_gpus(args)
@@ -125,13 +127,13 @@ def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems
         return None  # told by check_inputs
     facts = problems.check(lambda: inspect_weights(plan.model_path))
     if facts is not None:
-        problems.check(lambda: run.check_model_fits(args, facts))
+        problems.check(lambda: checks.check_model_fits(args, facts))
         problems.check(lambda: _check_tokenizer(args, plan, facts))
     return facts
 
 
 def _check_tokenizer(args: argparse.Namespace, plan: LoadPlan, facts: ModelFacts) -> None:
-    path = run.find_tokenizer(args, plan)
+    path = flags.find_tokenizer(args, plan)
     pieces = len(load_tokenizer(path, pad_token=args.pad_token))
     if pieces > facts.vocab_size:
         raise UserError(
@@ -145,34 +147,36 @@ def _inspect_data(
 ):
     """The samples, when their lengths and token ids were looked at; None if they cannot be read."""
     try:
-        data = run.data_of(args)
+        data = flags.data_of(args)
     except UserError:
         return None  # told by check_inputs
     dataset = problems.check(lambda: load_tokenized_dataset(data.paths, args.document_mask))
     if dataset is not None:
         problems.check(lambda: check_lengths(dataset, args.max_length))
         if facts is not None and has_flags:
-            problems.check(lambda: run.check_highest_id(highest_token_id(dataset, share=0, shares=1), facts))
+            problems.check(lambda: checks.check_highest_id(highest_token_id(dataset, share=0, shares=1), facts))
     return dataset
 
 
 def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> None:
-    for one in run.load_eval_sets(args):
+    for one in eval_parts.load_eval_sets(args):
         if facts is not None:
             highest = highest_token_id(one.samples, share=0, shares=1)
-            run.check_highest_id(highest, facts, flag=f"--eval_dataset {one.name}")
+            checks.check_highest_id(highest, facts, flag=f"--eval_dataset {one.name}")
 
 
 def _initial_state(
     args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
 ) -> TrainState:
     needs_facts = plan.resume_path or args.continue_data
-    facts = run.describe_run(args, ranks, order, run.find_tokenizer(args, plan), data) if needs_facts else {}
-    return run.initial_state(args, plan, facts, order)
+    facts = description.describe_run(args, ranks, order, flags.find_tokenizer(args, plan), data) if needs_facts else {}
+    return resuming.initial_state(args, plan, facts, order)
 
 
-def _is_done(args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder) -> bool:
-    return resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps)
+def _is_done(args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder, owes: bool) -> bool:
+    return resuming.is_done(
+        plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes
+    )
 
 
 def _plans_for_gpus(args: argparse.Namespace) -> bool:
@@ -188,7 +192,7 @@ def memory_plan(args: argparse.Namespace, ranks: int, *, has_documents: bool, on
     if args.use_flash_attn:
         attention = "sdpa" if on_cpu or args.mixed_precision == "fp32" else "flash"
     return Plan(
-        settings=run.engine_settings(args),
+        settings=flags.engine_settings(args),
         ranks=ranks,
         max_length=args.max_length,
         attention=attention,
@@ -249,7 +253,7 @@ def most_kept(steps: Sequence[int], *, keep_last: Optional[int], keep_every: Opt
 
 def _disk_lines(args: argparse.Namespace, facts: ModelFacts, steps: Sequence[int]) -> str:
     """What checkpoints need, against what is free where --save_dir is or will be."""
-    each = expected_bytes(facts.parameters, args.mixed_precision, trained=run.trained_parameters(args, facts))
+    each = expected_bytes(facts.parameters, args.mixed_precision, trained=flags.trained_parameters(args, facts))
     count = most_kept(steps, keep_last=args.keep_last, keep_every=args.keep_every)
     folder = Path(args.save_dir).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free

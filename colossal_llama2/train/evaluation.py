@@ -7,7 +7,7 @@ text, so they can be compared across vocabularies. `</s>` is predicted too, thou
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from colossal_llama2.model.neftune import NoNoise
 from colossal_llama2.train.loop import TrainState, weighted_loss
 from colossal_llama2.train.metrics import SilentWriter
 from colossal_llama2.train.pipeline import pipeline_loss
+from colossal_llama2.train.stopping import NoSignals, agreed_signal
 
 if TYPE_CHECKING:
     import datasets
@@ -64,10 +65,17 @@ def history_of(saved: Dict[str, Any], fingerprints: Dict[str, str]) -> List[Dict
         logs.get_logger().warning("--eval_dataset %s: other samples than before, so it is compared from here on", name)
     history = []
     for entry in saved.get("evaluations") or ():
+        # One that was cut short has no figures, and goes.
         figures = {name: values for name, values in entry["figures"].items() if name not in others}
         if figures:
             history.append({"step": entry["step"], "figures": figures})
     return history
+
+
+def is_cut_short(saved: Dict[str, Any]) -> bool:
+    """Whether a signal cut short the evaluation of the step that a checkpoint was written after."""
+    history = saved.get("evaluations")
+    return bool(history) and not history[-1]["figures"]
 
 
 class SilentEvaluator:
@@ -75,8 +83,15 @@ class SilentEvaluator:
 
     history: Sequence[Dict[str, Any]] = ()
 
-    def before_training(self, state: TrainState) -> None:
-        """Measure the model that the run begins with, unless a resumed run has done so."""
+    def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
+        """Measure the model that the run begins with, unless the run that it resumes has done so.
+
+        Args:
+            run_ends: no step is left, the run makes up for an evaluation and ends.
+
+        Raises:
+            RunError: as `after_step`, if it makes up for an evaluation.
+        """
 
     def after_step(
         self, state: TrainState, *, epoch_ends: bool, run_ends: bool, save_now: Callable[[TrainState], Any]
@@ -93,29 +108,43 @@ class Evaluator(SilentEvaluator):
 
     Attributes:
         history: what was measured, [{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}, ...]; a resumed run begins
-            with that of its checkpoint.
+            with that of its checkpoint. An evaluation that a signal cut short has no figures, and is the last.
     """
 
     def __init__(
         self, engine: "Engine", sets: Sequence[LoadedSet], collator: Collator, *, interval: Optional[int],
-        alarm: Alarm, metrics: SilentWriter, history: List[Dict[str, Any]],
+        alarm: Alarm, metrics: SilentWriter, history: List[Dict[str, Any]], stop: NoSignals, makes_up: bool = False,
     ):  # fmt: skip
-        """`interval` in optimizer steps; None for the ends of epochs alone, which are measured in any case."""
+        """
+        Args:
+            interval: in optimizer steps; None for the ends of epochs alone, which are measured in any case.
+            makes_up: for an evaluation of the step at which the run begins, which was cut short.
+        """
         self._engine, self._sets, self._collator, self._interval = engine, sets, collator, interval
         self._alarm, self._metrics, self.history = alarm, metrics, history
+        self._stop, self._makes_up = stop, makes_up
         self._alarmed: List[str] = []
 
-    def before_training(self, state: TrainState) -> None:
+    def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
         names = {name for entry in self.history for name in entry["figures"]}
-        if any(one.name not in names for one in self._sets):
+        if self._makes_up:
+            self._judge(self._measure(state.step), state, run_ends=run_ends, save_now=save_now)
+        elif any(one.name not in names for one in self._sets):
             self._measure(state.step)
 
     def after_step(
         self, state: TrainState, *, epoch_ends: bool, run_ends: bool, save_now: Callable[[TrainState], Any]
     ) -> None:
-        if not epoch_ends and (self._interval is None or state.step % self._interval):
+        if epoch_ends or (self._interval is not None and state.step % self._interval == 0):
+            self._judge(self._measure(state.step), state, run_ends=run_ends, save_now=save_now)
+
+    def _judge(
+        self, figures: Optional[Figures], state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]
+    ) -> None:
+        """Raise the alarm where a figure has risen too far."""
+        if figures is None:
             return
-        risen = self._risen(self._measure(state.step))
+        risen = self._risen(figures)
         # After the last step there is nothing left to stop.
         stops = self._alarm.stops and not run_ends
         for name, sentence in risen.items():
@@ -129,11 +158,16 @@ class Evaluator(SilentEvaluator):
                 f"{folder} and another --forgetting_alarm, or mix in more of {', '.join(risen)}"
             )
 
-    def _measure(self, step: int) -> Figures:
+    def _measure(self, step: int) -> Optional[Figures]:
+        """The figures of all sets; None if a signal came, which ends the run as soon as what is trained is saved."""
         figures: Figures = {}
         for one in self._sets:
             start = time.monotonic()
-            nats, predicted = summed_loss(self._engine, one.samples, self._collator)
+            sums = summed_loss(self._engine, one.samples, self._collator, stop=self._stop)
+            if sums is None:
+                self._leave_unfinished(step)
+                return None
+            nats, predicted = sums
             if predicted == 0:
                 raise UserError(f"--eval_dataset {one.name}: none of its tokens is to be predicted; give other data")
             figures[one.name] = figures_of(nats, predicted, one.target_bytes)
@@ -142,6 +176,12 @@ class Evaluator(SilentEvaluator):
         names = {f"Evaluation/{name}/{key}": v for name, values in figures.items() for key, v in values.items()}
         self._metrics.write(step, names)
         return figures
+
+    def _leave_unfinished(self, step: int) -> None:
+        """Note it for the checkpoint; there is none of step 0."""
+        self.history.append({"step": step, "figures": {}})
+        later = ", and made up for when the run is resumed" if step else ""
+        logs.get_logger().info("step %d: a signal came, so the evaluation is left unfinished%s", step, later)
 
     def _tell(self, step: int, name: str, figures: Dict[str, float], seconds: float) -> None:
         key, first = self._first(name)
@@ -185,18 +225,23 @@ def figures_of(nats: float, predicted: int, target_bytes: Optional[int]) -> Dict
     return figures
 
 
-def summed_loss(engine: "Engine", samples: "datasets.Dataset", collator: Collator) -> tuple:
+def summed_loss(
+    engine: "Engine", samples: "datasets.Dataset", collator: Collator, *, stop: NoSignals
+) -> Optional[Tuple[float, int]]:
     """The model's loss on all samples.
 
     The samples are dealt to the data-parallel ranks, all of which make the same number of forward passes, some of
     them on a sample that does not count. Training goes on afterwards as if nothing had been.
 
     Returns:
-        Sum over the predicted tokens, in nats, and their number; over all ranks.
+        Sum over the predicted tokens, in nats, and their number; over all ranks. None if a signal came to one of them.
     """
     nats, predicted = 0.0, 0
     with engine.evaluating():
         for batch in _share(engine, samples, collator):
+            # Hosts ask each other, without their GPUs. One that stopped by itself would be waited for.
+            if agreed_signal(engine.sum_over_data(stop.received(), known_to_host=True)) is not None:
+                return None
             predicted += batch.predicted
             if engine.is_pipelined:
                 nats += pipeline_loss(engine, [batch], noise=NoNoise(), step=0, predicted=engine.data_size)

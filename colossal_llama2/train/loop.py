@@ -189,7 +189,11 @@ def fit(
         Stopped: a signal came to a rank; what was trained is saved.
     """
     stop.begin()
-    evaluator.before_training(state)
+    is_over = state.step == schedule.total_steps
+    evaluator.before_training(state, run_ends=is_over, save_now=checkpointer.save_now)
+    if is_over:
+        # It made up for the evaluation after its last step, which the checkpoint lacks.
+        checkpointer.save_now(state)
     first_step = state.step
     while state.epoch < num_epochs and state.step < schedule.total_steps:
         steps_left = loader.order.steps_after(state.sample_start_index)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 from colossal_llama2.dataset.groups import Amount
+from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.train.checkpoint import CARD_NAME, STATES_NAME
 from colossal_llama2.train.checkpoint_files import MODEL_NAME
 
@@ -39,6 +40,7 @@ def render(
     records: Iterable[Dict[str, Any]],
     tokens_seen: int,
     sources: Sequence[str] = (),
+    read: Sequence[SourceRead] = (),
 ) -> str:
     """The text of the card.
 
@@ -49,13 +51,14 @@ def render(
         records: those of train_log.jsonl.
         tokens_seen: over all epochs, padding not counted.
         sources: names of the folders of --dataset.
+        read: what the run has read of each of them.
     """
     losses, evaluations = _curves(records)
     parts = [
         _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations]),
         f"# {HOW[settings['stage']]} of {base_model}",
         _how(settings, tokens_seen, losses),
-        _data(amounts, settings),
+        _data(amounts, read, settings),
         _evaluation(evaluations),
         "## Settings\n\n" + _table(["flag", "value"], [[f"`--{k}`", _cell(v)] for k, v in _told(settings).items()]),
         "## Software\n\n" + _table(["package", "version"], [[k, v] for k, v in settings["versions"].items() if v]),
@@ -138,7 +141,33 @@ def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float]) -> str
     return "\n".join(lines) + "\n" + _table(["what", "figure"], rows)
 
 
-def _data(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
+def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
+    parts = [_read(read, settings), _amounts(amounts, settings)]
+    return "\n\n".join(["## Data", *filter(None, parts)]) if any(parts) else ""
+
+
+def _read(read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
+    """What was trained, by source; a sample that was read again counts again."""
+    total = sum(one.tokens for one in read)
+    if not total:
+        return ""
+    rows = [
+        [
+            one.source, f"{one.samples_there:,}", f"{one.samples:,}", f"{one.samples / max(one.samples_there, 1):.2f}",
+            f"{one.tokens:,}", f"{one.tokens / total:.1%}",
+        ]
+        for one in read
+    ]  # fmt: skip
+    sums = (f"{sum(values):,}" for values in zip(*(one[1:] for one in read), strict=True))
+    there, samples, tokens = sums
+    rows.append(["all", there, samples, "", tokens, "100.0%"])
+    columns = ["source of the training", "samples there", "samples read", "times read", "tokens read", "share"]
+    asked = f" Asked for: `{_cell(settings['mixture'])}`." if settings.get("mixture") else ""
+    return f"What training has read.{asked}\n\n" + _table(columns, rows)
+
+
+def _amounts(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
+    """What there is, by source and category of documents."""
     if not amounts:
         return ""
     total = sum(amount.tokens for amount in amounts)
@@ -148,10 +177,9 @@ def _data(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
     ]
     rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])
     columns = ["source", "category", "documents", "tokens", "share"]
-    what = "One epoch"
-    if settings.get("mixture"):
-        what = f"What was there to take from; training took the shares `{_cell(settings['mixture'])}`"
-    return f"## Data\n\n{what}; a document that was cut counts once for each piece.\n\n" + _table(columns, rows)
+    what = "What was there to take from" if settings.get("mixture") else "One epoch"
+    what += ", by source of the documents; a document that was cut counts once for each piece."
+    return f"{what}\n\n" + _table(columns, rows)
 
 
 def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]]) -> str:

@@ -1,9 +1,11 @@
 """Going on from a checkpoint: which one, whether it is whole, what must be the same, and what will be exact."""
 
+import argparse
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Collection, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
@@ -14,6 +16,7 @@ from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.checkpoint import LoadPlan, plan_loading, publish_model
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 
 SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -27,6 +30,24 @@ NOT_NUMERIC = (
     "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
     "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
 )  # fmt: skip
+
+# What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
+DATA_FACTS = {
+    "num_samples": "--dataset",
+    "dataset_fingerprints": "--dataset",
+    "bucketed": "--bucketed",
+    "mixture": "--mixture",
+    "mixture_end": "--mixture_end",
+    "sources": "--dataset",
+    "seed": "--seed",
+}
+RESUMED_FACTS = {
+    **DATA_FACTS,
+    "pretrained_tokenizer": "--pretrained",
+    "model_shape": "--pretrained",
+    "trained_rows": "--train_new_rows_only",
+    "freeze_non_embeds_params": "--freeze_non_embeds_params",
+}
 
 
 def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: Optional[str] = None) -> LoadPlan:
@@ -160,27 +181,58 @@ def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
 
 
 def is_done(
-    plan: LoadPlan, state: TrainState, order: SampleOrder, *, num_epochs: int, max_steps: Optional[int]
+    plan: LoadPlan,
+    state: TrainState,
+    order: SampleOrder,
+    *,
+    num_epochs: int,
+    max_steps: Optional[int],
+    owes_evaluation: bool,
 ) -> bool:
     """True if --resume auto found the last checkpoint of its run, which only may not have published its model."""
     at_end = state.epoch == num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
-    return plan.is_newest and (at_end or state.step == max_steps)
+    return plan.is_newest and (at_end or state.step == max_steps) and not owes_evaluation
 
 
-def continued_state(
-    plan: LoadPlan, now: Dict[str, Any], order: SampleOrder, *, num_epochs: int, data_facts: Collection[str]
+def initial_state(
+    args: argparse.Namespace, plan: LoadPlan, run_facts: Dict[str, Any], order: SampleOrder
+) -> TrainState:
+    """The state to begin from: that of the resumed checkpoint, if this run goes on with the same things."""
+    if plan.resume_path is None:
+        if not args.continue_data:
+            return TrainState()
+        state = _continued_state(plan, run_facts, order, num_epochs=args.num_epochs)
+        run_facts["first_sample"] = state.epoch * order.num_samples + state.sample_start_index
+        return state
+    state, saved = plan.read_states()
+    run_facts["first_sample"] = saved.get("first_sample", 0)
+    weights_alone = f"or take its weights alone: --load_checkpoint {plan.model_path}"
+    for name, flag in RESUMED_FACTS.items():
+        if saved.get(name) != run_facts[name]:
+            raise UserError(
+                f"--load_checkpoint {plan.resume_path}: {difference(name, saved.get(name), run_facts[name])}; "
+                f"resume with the same {flag}, {weights_alone}"
+            )
+    if state.epoch >= args.num_epochs:
+        raise UserError(f"--load_checkpoint {plan.resume_path}: is of epoch {state.epoch}, give a higher --num_epochs")
+    tell_verdict(plan, state, saved, run_facts)
+    return state
+
+
+def _continued_state(
+    plan: LoadPlan, now: Dict[str, Any], order: SampleOrder, *, num_epochs: int
 ) -> TrainState:
     """The state of a new run that goes on in the data where another one, whose weights it takes, had come to.
 
     Args:
-        now: the facts of this run, of which `data_facts` must be as they were.
+        now: the facts of this run, of which DATA_FACTS must be as they were.
 
     Raises:
         UserError: they are not, or the data is read to its end.
     """
     earlier = replace(plan, resume_path=str(Path(plan.model_path).parent))
     state, saved = earlier.read_states()
-    for name in data_facts:
+    for name in DATA_FACTS:
         if saved.get(name) != now[name]:
             raise UserError(
                 f"--continue_data: {difference(name, saved.get(name), now[name])}, so there is no place in the data to "
@@ -198,6 +250,46 @@ def continued_state(
         "Data: going on from %s, epoch %d, sample %s", earlier.resume_path, place.epoch, f"{place.sample_start_index:,}"
     )
     return place
+
+
+def make_schedule(
+    args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder, *, owes_evaluation: bool
+) -> CosineSchedule:
+    """The learning rate over all steps of the run, those before a resume included.
+
+    Raises:
+        UserError: no step is left, nor an evaluation to make up for.
+    """
+    steps_left = order.steps_after(state.sample_start_index)
+    steps_left += (args.num_epochs - state.epoch - 1) * order.steps_after(0)
+    if steps_left == 0 and not owes_evaluation:
+        raise UserError(
+            f"--load_checkpoint {plan.resume_path}: its {args.num_epochs} epochs are trained, the model is in "
+            f"{plan.model_path}; give a higher --num_epochs to go on"
+        )
+    if state.step >= (args.max_steps or math.inf) + owes_evaluation:
+        raise UserError(
+            f"--load_checkpoint {plan.resume_path}: its step {state.step} is not before --max_steps {args.max_steps}, "
+            f"the model is in {plan.model_path}; give a higher --max_steps to go on"
+        )
+    total_steps = min(state.step + steps_left, args.max_steps or math.inf)
+    schedule = CosineSchedule(args.lr, total_steps, warmup_steps(args.warmup_steps, total_steps))
+    if schedule.warmup_steps >= total_steps:
+        logs.get_logger().warning(
+            "--warmup_steps %d: the run has %d steps, so the learning rate only rises",
+            schedule.warmup_steps,
+            total_steps,
+        )
+    if plan.resume_path is not None:
+        _tell_changed_schedule(plan.read_schedule(), schedule)
+    return schedule
+
+
+def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> None:
+    now = asdict(schedule)
+    changed = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    if changed:
+        logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
 
 
 def finish_again(

@@ -4,10 +4,11 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.groups import Amount, amounts, merged
+from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import sync, sync_entries, to_json
 from colossal_llama2.train import loss_plot, model_card, train_log
@@ -56,13 +57,17 @@ class RunReport:
             names = ", ".join(REPORT_NAMES)
             logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, _in_words(error))
 
-    def card(self, *, tokens_seen: int) -> Optional[str]:
-        """The README.md of the model at the end of the run; None, which is told, if it cannot be made."""
+    def card(self, *, tokens_seen: int, read: Callable[[], Sequence[SourceRead]]) -> Optional[str]:
+        """The README.md of the model at the end of the run; None, which is told, if it cannot be made.
+
+        `read` gives what the run has read of each source.
+        """
         try:
             text = model_card.render(
                 settings=self.settings,
                 base_model=self.base_model,
                 amounts=self.amounts or [],
+                read=read(),
                 sources=self.sources,
                 records=train_log.read(Path(self.save_dir, LOG_NAME)),
                 tokens_seen=tokens_seen,

@@ -55,13 +55,13 @@ def selftest(args: argparse.Namespace) -> None:
         UserError: the flags do not fit each other or the ranks, or --work_dir is no new folder that all ranks see.
         RunError: a difference that is not rounding.
     """
-    from colossal_llama2.train import run
+    from colossal_llama2.train import flags
     from colossal_llama2.train.engine.booster import launch, leave, settings_problems
     from colossal_llama2.train.engine.watch import watching
 
     work = Path(args.work_dir)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = arguments.unused_flags(args) + settings_problems(run.engine_settings(args), world_size=ranks)
+    problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and work.exists():
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
@@ -76,10 +76,10 @@ def selftest(args: argparse.Namespace) -> None:
 
 def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None:
     """The test itself, inside a process group."""
-    from colossal_llama2.train import run
+    from colossal_llama2.train import checks, flags, run
     from colossal_llama2.train.engine import exchange
 
-    settings = run.engine_settings(args)
+    settings = flags.engine_settings(args)
     samples = args.micro_batch_size * args.accumulation_steps * (ranks // settings.model_ranks)
     with exchange.all_or_none():
         if logs.is_first_rank():
@@ -88,7 +88,7 @@ def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None
     for name, more in (("whole", {}), ("resumed", {"load_checkpoint": str(work / middle)})):
         logs.get_logger().info("### %s: %d steps", name, args.steps)
         train_args = training_arguments(args, work, name, **more)
-        run.run(train_args, run.check_inputs(train_args))
+        run.run(train_args, checks.check_inputs(train_args))
     with exchange.all_or_none():
         if logs.is_first_rank():
             tell(args, work, compare(args, work, samples_a_step=samples))

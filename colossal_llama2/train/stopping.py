@@ -1,6 +1,7 @@
 """Why a run may stop before its end: a signal, after which it saves.
 
-    SIGTERM, SIGINT    save at the end of the current step, on all ranks, and end with code 143 or 130
+    SIGTERM, SIGINT    save at the end of the current step, on all ranks, and end with code 143 or 130; an evaluation is
+                       left unfinished, and a resumed run makes up for it
     SIGUSR1            the same, and end with code 0
     a second SIGINT    end at once, with code 130
 """
@@ -39,8 +40,8 @@ class NoSignals:
 class StopSignals(NoSignals):
     """Notes the signals above inside a `with`, and before the process has met its partners raises Stopped at once.
 
-    Ranks agree on what they noted when a step begins: if one left by itself, the others would wait for it. A process
-    without partners raises Stopped until its first step.
+    Ranks agree on what they noted when a step begins, or a batch of an evaluation: if one left by itself, the others
+    would wait for it. A process without partners raises Stopped until its first step.
 
     A signal is noted by a thread, to which the system's handler writes its number: Python's own handlers wait while
     the main thread waits for other ranks, and a second SIGINT must not.

@@ -69,15 +69,15 @@ def check_signals(place: Place, *, signals: int, seed: int) -> List[Row]:
 
 def _take_over() -> None:
     """Say when signals are noted: before that, the system's own rules hold."""
-    from colossal_llama2.train import run
+    from colossal_llama2.train import checks
 
-    check_inputs = run.check_inputs
+    check_inputs = checks.check_inputs
 
     def telling(args):
         print("handlers are there", flush=True)
         return check_inputs(args)
 
-    run.check_inputs = telling
+    checks.check_inputs = telling
 
 
 def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> Optional[str]:

@@ -1,0 +1,149 @@
+"""What is wrong with the flags of a run and with what they name: found before anything is written."""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import List
+
+from colossal_llama2.arguments import unused_flags
+from colossal_llama2.dataset.eval_sets import resolve_eval_sets
+from colossal_llama2.dataset.loader import highest_token_id
+from colossal_llama2.dataset.manifest import check_parts_fit
+from colossal_llama2.errors import UserError
+from colossal_llama2.files import check_can_create
+from colossal_llama2.model.loading import ModelFacts, check_model_folder
+from colossal_llama2.train import flags, resuming
+from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
+from colossal_llama2.train.engine import exchange
+from colossal_llama2.train.engine.booster import Engine, settings_problems
+
+
+def check_inputs(args: argparse.Namespace) -> LoadPlan:
+    """Check flags and folders, quickly and before torch is imported; every problem that is found is told at once.
+
+    Returns:
+        Where the weights come from.
+    """
+    settings = flags.engine_settings(args)
+    problems = unused_flags(args)
+    problems += settings_problems(settings, world_size=flags.world_size_of(args))
+    problems += dry_run_problems(args)
+    if args.max_length % settings.sequence_shards:
+        problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
+    if args.train_new_rows_only and args.chunked_loss == "off":
+        problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
+    plan = LoadPlan(model_path=args.pretrained, resume_path=None)
+    checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
+    if args.profile is not None:
+        if args.benchmark:
+            checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
+        else:
+            problems.append("--profile needs --benchmark")
+    checks += [lambda: flags.data_of(args), lambda: resolve_eval_sets(args.eval_dataset)]
+    problems += evaluation_problems(args)
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if args.benchmark:
+        if problems:
+            raise UserError("; and ".join(problems))
+        return plan
+    try:
+        plan = plan_loading(args.pretrained, args.load_checkpoint)
+        plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
+        if plan.model_path != args.pretrained:
+            check_model_folder(plan.model_path, "--load_checkpoint")
+        check_save_dir(args.save_dir, plan.resume_path)
+        if args.continue_data and plan.resume_path is None and not Path(plan.model_path, "..", STATES_NAME).is_file():
+            problems.append(
+                f"--continue_data needs --load_checkpoint CHECKPOINT/{MODEL_NAME}, whose {STATES_NAME} tells the place "
+                f"in the data"
+            )
+        for name in ("save_dir", "tensorboard_dir", "config_file"):
+            check_can_create(Path(getattr(args, name)), f"--{name}")
+        flags.rows_to_train(args, plan)
+        if not problems:
+            tokenizer_path = flags.find_tokenizer(args, plan)
+            check_parts_fit(flags.data_of(args).paths, stage=args.stage, tokenizer_dir=tokenizer_path)
+            eval_paths = [one.path for one in resolve_eval_sets(args.eval_dataset)]
+            check_parts_fit(eval_paths, stage=args.stage, tokenizer_dir=tokenizer_path, flag="--eval_dataset")
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; and ".join(problems))
+    return plan
+
+
+def check_again(args: argparse.Namespace, plan: LoadPlan) -> LoadPlan:
+    """The plan, now that --save_dir is held: another run may have saved there after the checks, and ended."""
+    plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
+    check_save_dir(args.save_dir, plan.resume_path)
+    return plan
+
+
+def dry_run_problems(args: argparse.Namespace) -> List[str]:
+    """What is wrong with the flags of --dry_run, one sentence each."""
+    problems = []
+    if args.num_ranks is not None and not args.dry_run:
+        problems.append(f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher")
+    if args.dry_run and args.benchmark:
+        problems.append("--dry_run takes no step, --benchmark measures some; give one of them")
+    return problems
+
+
+def evaluation_problems(args: argparse.Namespace) -> List[str]:
+    """What is wrong with the flags of evaluation, one sentence each."""
+    names = [word.partition("=")[0] for word in args.eval_dataset or ()]
+    alarms = Counter(word.rpartition("=")[0] for word in args.forgetting_alarm or ())
+    problems = [
+        f"--forgetting_alarm: {name} is named {count} times; name it once"
+        for name, count in alarms.items()
+        if count > 1
+    ]
+    problems += [
+        f"--forgetting_alarm {name}: there is no --eval_dataset of that name; give one of {', '.join(names) or 'none'}"
+        for name in alarms
+        if name not in names
+    ]
+    if args.eval_interval is not None and not names:
+        problems.append("--eval_interval needs --eval_dataset")
+    if names and args.benchmark:
+        problems.append("--eval_dataset does nothing with --benchmark; leave one of them out")
+    return problems
+
+
+def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
+    """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
+    if args.max_length > facts.max_position_embeddings:
+        raise UserError(
+            f"--max_length {args.max_length} given, the model has {facts.max_position_embeddings} positions "
+            f"(max_position_embeddings of its config.json); give at most that"
+        )
+    # Ranks of --sp exchange whole heads, as ranks of --tp hold them.
+    splits = args.tp * args.sp
+    if facts.attention_heads % splits or facts.key_value_heads % splits:
+        given = f"--tp {args.tp}" if args.sp == 1 else f"--tp {args.tp} x --sp {args.sp}"
+        raise UserError(
+            f"{given} does not divide the model's {facts.attention_heads} attention heads "
+            f"and {facts.key_value_heads} key-value heads; give a number that does"
+        )
+    if facts.layers < args.pp:
+        raise UserError(f"--pp {args.pp} given, the model has {facts.layers} layers; give at most that many stages")
+
+
+def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
+    """Refuse data of another tokenizer; each rank looks through its share."""
+    with exchange.all_or_none():
+        highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
+    check_highest_id(engine.max_over_ranks(highest), facts, flag=flag)
+
+
+def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:
+    """Raise a UserError if a token id is beyond the model's vocabulary."""
+    if highest >= facts.vocab_size:
+        raise UserError(
+            f"{flag} has token id {highest}, the model's vocabulary ends at {facts.vocab_size - 1}; "
+            f"prepare the data with the tokenizer of the model"
+        )

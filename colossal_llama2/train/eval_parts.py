@@ -1,0 +1,66 @@
+"""What --eval_dataset names, opened and checked, and what measures the model on it."""
+
+import argparse
+from typing import Any, Dict, List
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
+from colossal_llama2.dataset.loader import check_lengths, dataset_fingerprints, load_tokenized_dataset, without_names
+from colossal_llama2.train import flags
+from colossal_llama2.train.checkpoint import LoadPlan
+from colossal_llama2.train.engine.booster import Engine
+from colossal_llama2.train.evaluation import Alarm, Evaluator, LoadedSet, SilentEvaluator, history_of, is_cut_short
+from colossal_llama2.train.reporting import SilentReporter
+from colossal_llama2.train.stopping import NoSignals
+
+
+def load_eval_sets(args: argparse.Namespace) -> List[LoadedSet]:
+    """The data of --eval_dataset, checked as that of --dataset is."""
+    sets = []
+    for name, path in resolve_eval_sets(args.eval_dataset):
+        flag = f"--eval_dataset {name}"
+        # Nothing is told by source and category there.
+        samples = without_names(load_tokenized_dataset([path], args.document_mask, flag=flag))
+        check_lengths(samples, args.max_length, flag=flag)
+        known_bytes = target_bytes(path)
+        if not known_bytes:
+            logs.get_logger().warning("%s: %s does not say how many bytes of text it has: no bits per byte", flag, path)
+        sets.append(LoadedSet(name, samples, known_bytes))
+    return sets
+
+
+def make_evaluator(
+    args: argparse.Namespace,
+    plan: LoadPlan,
+    engine: Engine,
+    sets: List[LoadedSet],
+    run_facts: Dict[str, Any],
+    *,
+    metrics: SilentReporter,
+    stop: NoSignals,
+) -> SilentEvaluator:
+    """What measures the model on --eval_dataset; checkpoints get what it finds."""
+    saved = plan.read_states()[1] if plan.resume_path is not None else {}
+    fingerprints = {one.name: dataset_fingerprints([one.path])[0] for one in resolve_eval_sets(args.eval_dataset)}
+    # Kept through a run that is not measured, too.
+    run_facts["evaluations"] = history_of(saved, fingerprints)
+    run_facts["eval_fingerprints"] = {**(saved.get("eval_fingerprints") or {}), **fingerprints}
+    if not sets:
+        return SilentEvaluator()
+    collator = flags.make_collator(args, flags.find_tokenizer(args, plan))
+    return Evaluator(
+        engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
+        stop=stop, makes_up=owes_evaluation(args, plan),
+        alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
+    )  # fmt: skip
+
+
+def owes_evaluation(args: argparse.Namespace, plan: LoadPlan) -> bool:
+    """Whether the run makes up for an evaluation that a signal has cut short in the one that it resumes."""
+    return bool(args.eval_dataset) and plan.resume_path is not None and is_cut_short(plan.read_states()[1])
+
+
+def alarm_limits(args: argparse.Namespace) -> Dict[str, float]:
+    """--forgetting_alarm: by which share each set's bits per byte may rise."""
+    pairs = (word.rpartition("=") for word in args.forgetting_alarm or ())
+    return {name: float(limit) for name, _, limit in pairs}
