@@ -113,6 +113,7 @@ BFLOAT16_LAYOUTS = {
     "3d zero2": Layout((*HYBRID, "2")),
     "3d tp2 zero0": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
     "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
+    "3d tp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), data_size=1),
     "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
     "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
     "3d pp2 zero0": Layout((*HYBRID, "0", *PP2), data_size=1),

@@ -75,6 +75,9 @@ BFLOAT16_RUNS = {
         *BF16, "--plugin", "3d", "--micro_batch_size", "4", "--accumulation_steps", "2",
     ],
     "3d_tp2_zero1_bf16": [*BF16, *TP2],
+    "3d_tp2_zero2_bf16_accumulating": [
+        *BF16, *TP2, "--zero", "2", "--micro_batch_size", "4", "--accumulation_steps", "4",
+    ],
     "3d_pp2_zero1_bf16": [*BF16, *PP2, "--chunked_loss", "off"],
 }  # fmt: skip
 

@@ -5,10 +5,12 @@
     save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
     loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
     ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
+    wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
     gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
 """
 
 import contextlib
+import functools
 from typing import Iterator
 
 REPAIRED_VERSION = "0.5.0"
@@ -30,6 +32,7 @@ def install() -> None:
     save_padded_vocabulary()
     loss_in_float32()
     ring_weight_gradients()
+    wrap_to_reduce_alone()
 
 
 def clip_in_bf16(optimizer) -> None:
@@ -125,6 +128,27 @@ def ring_weight_gradients() -> None:
         return func(**gathered, **input_local), gathered
 
     _operation._ring_as_gather = gather_then_compute
+
+
+def wrap_to_reduce_alone() -> None:
+    """Put DistributedDataParallel around a model only where there are ranks to reduce its gradients over.
+
+    booster/plugin/hybrid_parallel_plugin.py:1311 does it for a data-parallel size of 1 as well, under ZeRO too. ZeRO
+    stage 2 takes each gradient away when it has come; at the end of backward the wrapper puts it back from its bucket,
+    and the next micro batch is added to what ZeRO has counted. The buckets are a second copy of all gradients besides.
+    """
+    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+
+    original = HybridParallelModule.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def begin(self, *args, dp_group, use_ddp: bool, **keywords) -> None:
+        use_ddp = use_ddp and dp_group.size() > 1
+        original(self, *args, dp_group=dp_group, use_ddp=use_ddp, **keywords)
+
+    HybridParallelModule.__init__ = begin
 
 
 @contextlib.contextmanager
