@@ -34,8 +34,6 @@ from colossal_llama2.train.memory import MOMENTS, PARTS, Plan, RankMemory, rank_
 GIB = 2**30
 # Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
 CPU_MARGIN, GPU_MARGIN = 15, 20
-# With --tp 2 a CPU took so much more: about as much as the gradients lives on after backward, cause unknown.
-TP_MORE = 35
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def dry_run(args: argparse.Namespace) -> None:
     shape = ModelShape.of(model_without_weights(plan.model_path).config)
     has_documents = DOCUMENT_COLUMN in dataset.column_names
     memory = rank_memory(shape, memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu))
-    print(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu, splits=args.tp))
+    print(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu))
     saves = saved_steps(order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
     print(_disk_lines(args, facts, saves))
     print("dry run: nothing was trained, nothing was written", flush=True)
@@ -203,8 +201,8 @@ def memory_plan(args: argparse.Namespace, ranks: int, *, has_documents: bool, on
     )
 
 
-def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool, splits: int = 1) -> str:
-    """The parts at each moment as aligned lines, and what the figures are worth; `splits` is the size of --tp."""
+def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
+    """The parts at each moment as aligned lines, and what the figures are worth."""
     device = "CPU" if on_cpu else "GPU"
     rows = [[f"memory per rank, GiB ({ranks} x {device})", *MOMENTS]]
     for part in PARTS:
@@ -222,8 +220,6 @@ def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool, splits: int = 
     else:
         lines.append(f"{peak} expect +-{GPU_MARGIN} %, since no GPU was ever measured,")
         lines.append("and 1 to 2 GiB more for CUDA, NCCL and what the allocator leaves unused")
-    if splits > 1:
-        lines.append(f"with --tp up to {TP_MORE} % more than that: --tp 2 took so much on a CPU")
     return "\n".join(lines)
 
 
