@@ -58,7 +58,8 @@ def attention_inputs(
     else:
         # Found on the CPU: on a GPU the longest length would make the host wait for it.
         cumulative, longest = borders(documents)
-        cumulative = cumulative.to(device)
+        # A few numbers, which the driver takes over at once: the host need not wait for the queue before them.
+        cumulative = cumulative.to(device, non_blocking=True)
         inputs.update(attention_mask=None, cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
         inputs.update(max_length_q=longest, max_length_k=longest)
     return inputs

@@ -37,7 +37,7 @@ class EmbeddingNoise(NoNoise):
             return embeddings
         batch, length, width = embeddings.shape
         device = embeddings.device
-        lengths = self._lengths.to(device)
+        lengths = self._lengths.to(device, non_blocking=True)
         generator = torch.Generator(device).manual_seed(self._noise_seed)
         noise = torch.empty(embeddings.shape, device=device).uniform_(-1, 1, generator=generator)
         scale = self._alpha / (lengths.float() * width).sqrt()
