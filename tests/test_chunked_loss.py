@@ -15,7 +15,8 @@ TOKENS, WIDTH, VOCABULARY = 50, 16, 1003
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch):
     """Blocks of 128 rows, the last of which is shorter; three of the eight are kept for the backward pass."""
-    monkeypatch.setattr(chunked_loss, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(chunked_loss, "BLOCK_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(chunked_loss, "MIN_BLOCK_ROWS", 128)
     monkeypatch.setattr(chunked_loss, "KEPT_LOGITS", 3 * TOKENS * 128)
 
 

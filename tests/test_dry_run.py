@@ -135,7 +135,7 @@ def activations_weights(stage, trains_layers):
 
 def test_chunked_loss_and_checkpointing_save_what_they_say():
     whole = found(8, chunked_loss=False).device["loss"]["logits"]
-    assert whole == 4096 * 32000 * 10 and found(8).device["loss"]["logits"] < whole / 20
+    assert whole == 4096 * 32000 * 10 and found(8).device["loss"]["logits"] < whole / 15
     assert found(8, checkpointing=True).peak < 0.7 * found(8).peak
 
 

@@ -263,6 +263,17 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
         assert torch.equal(target, source)
 
 
+def test_sums_are_scattered_as_gloo_would(gloo_group):
+    import torch.distributed as dist
+
+    cpu.install()
+    source, target = torch.randn(3, 4).to(torch.bfloat16), torch.zeros(12, dtype=torch.bfloat16)
+    assert dist.reduce_scatter_tensor(target, source.T, async_op=True).wait()
+    assert torch.equal(target, source.T.flatten())
+    dist.reduce_scatter_tensor(target, source.flatten(), op=dist.ReduceOp.MAX)
+    assert torch.equal(target, source.flatten())
+
+
 def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):
     from colossalai.pipeline import p2p
 

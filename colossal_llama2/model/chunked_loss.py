@@ -17,12 +17,13 @@ from colossal_llama2.dataset import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
-# Logits that exist at a time: 16 MiB in float32, which a CPU's caches like, and a GPU's kernels are large enough.
-BLOCK_LOGITS = 2**22
-# Logits that are kept from forward to backward, whose product need not be computed twice: all, where they are few.
-KEPT_LOGITS = 2**24
-# Kernels are slow on fewer rows of the weight than this.
-MIN_BLOCK_ROWS = 128
+# Logits that exist at a time. 4 MiB in float32 fit a CPU's caches, and the C library has such room at hand, while
+# larger tensors are new to the process each time, page by page. A GPU's kernels like them large: 32 MiB.
+BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**23}
+# Logits of which backward needs no second product, since their exponentials are kept: all, where they are few.
+KEPT_LOGITS = 2**23
+# With fewer rows of the weight at a time, more would go into adding up the hidden states' gradient than into products.
+MIN_BLOCK_ROWS = 512
 # Whose arguments are those that `_liger_sum` gives.
 LIGER_VERSION = "0.8."
 
@@ -136,7 +137,7 @@ def _chunked_function():
 def _log_sum_exp(hidden, weight, targets, part: HeadPart, *, kept: List[Any], room: int):
     """(tokens,) log-sum-exp over the vocabulary, and the logit of each target (0 where there is none); float32.
 
-    The logits of the first blocks are added to `kept`, in the weight's number format, up to `room` of them.
+    Of the first blocks, up to `room` logits, the exponentials over each token's highest are added to `kept`.
     """
     import torch
     import torch.distributed as dist
@@ -144,14 +145,15 @@ def _log_sum_exp(hidden, weight, targets, part: HeadPart, *, kept: List[Any], ro
     log_sum = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
     target_logits = torch.zeros_like(log_sum)
     for rows, places, is_here in _blocks(targets, part):
-        logits = hidden @ weight[rows].T
-        room -= logits.numel()
-        if room >= 0:
-            kept.append(logits)
-        logits = logits.float()
+        logits = (hidden @ weight[rows].T).float()
         target_logits += torch.where(is_here, logits.gather(1, places[:, None])[:, 0], 0.0)
-        log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
-        del logits
+        highest = logits.amax(1)
+        exponentials = logits.sub_(highest[:, None]).exp_()
+        log_sum = torch.logaddexp(log_sum, exponentials.sum(1).log_() + highest)
+        room -= exponentials.numel()
+        if room >= 0:
+            kept.append((exponentials, highest))
+        del logits, exponentials
     if part.group is not None:
         highest = log_sum.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=part.group)
@@ -175,17 +177,19 @@ def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, need
     factor = torch.where(targets == IGNORE_INDEX, 0.0, grad_loss.float())
     for rows, places, is_here in _blocks(targets, part):
         block = weight[rows]
+        exponentials, highest = kept.pop(0) if kept else ((hidden @ block.T).float(), None)
+        if highest is None:
+            exponentials, highest = exponentials.sub_(log_sum[:, None]).exp_(), log_sum
         # The probabilities, less 1 at the target, are the gradient of the logits.
-        logits = (kept.pop(0) if kept else hidden @ block.T).float()
-        slopes = logits.sub_(log_sum[:, None]).exp_()
-        slopes.scatter_add_(1, places[:, None], -is_here[:, None].float())
-        slopes = slopes.mul_(factor[:, None]).to(weight.dtype)
+        slopes = exponentials.mul_(((highest - log_sum).exp_() * factor)[:, None])
+        slopes.scatter_add_(1, places[:, None], (is_here * -factor)[:, None])
+        slopes = slopes.to(weight.dtype)
         if grad_hidden is not None:
             grad_hidden += slopes @ block
         if grad_weight is not None:
             for begin, end in part.trained_in(rows.start, rows.stop):
                 torch.mm(slopes[:, begin - rows.start : end - rows.start].T, hidden, out=grad_weight[begin:end])
-        del logits, slopes
+        del exponentials, slopes
     if grad_hidden is not None:
         if part.group is not None:
             dist.all_reduce(grad_hidden, group=part.group)
@@ -193,9 +197,14 @@ def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, need
     return grad_hidden, grad_weight
 
 
+def block_rows(tokens: int, device_type: str) -> int:
+    """Rows of the vocabulary whose logits exist at a time, for so many tokens on "cpu" or "cuda"."""
+    return max(BLOCK_LOGITS[device_type] // max(tokens, 1), MIN_BLOCK_ROWS)
+
+
 def _blocks(targets, part: HeadPart):
     """Yield for each block: its slice of rows, (tokens,) the target's place in it, and whether the target is in it."""
-    size = max(BLOCK_LOGITS // max(len(targets), 1), MIN_BLOCK_ROWS)
+    size = block_rows(len(targets), targets.device.type)
     for start in range(0, part.rows, size):
         stop = min(start + size, part.rows)
         places = targets - (part.first_token + start)

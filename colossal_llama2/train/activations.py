@@ -9,7 +9,7 @@ keeps four matrices instead of two and a half, its norms compute in float32, and
 from dataclasses import dataclass
 from typing import List, Tuple
 
-from colossal_llama2.model.chunked_loss import BLOCK_LOGITS, MIN_BLOCK_ROWS
+from colossal_llama2.model.chunked_loss import KEPT_LOGITS, block_rows
 
 FLOAT32 = 4
 INT64 = 8
@@ -108,6 +108,7 @@ class MicroBatch:
         trains_layers: False if the embeddings alone are trained.
         hidden_splits: ranks among which the residual stream is split along the sample (sequence parallelism).
         sample_splits: ranks among which everything is split along the sample, and attention by heads (all_to_all).
+        on_cpu: a rehearsal, in which the loss is computed by smaller blocks.
     """
 
     samples: int
@@ -120,6 +121,7 @@ class MicroBatch:
     trains_layers: bool = True
     hidden_splits: int = 1
     sample_splits: int = 1
+    on_cpu: bool = False
 
     @property
     def tokens(self) -> int:
@@ -209,12 +211,14 @@ def loss_bytes(stage: StageShape, batch: MicroBatch) -> Tuple[int, int]:
         # Forward: logits, the same in float32, log-probabilities. Backward: log-probabilities, two gradients of them,
         # of which the second is rounded to half precision.
         return logits * (2 * FLOAT32 + half), logits * (3 * FLOAT32 + half)
-    block = min(max(BLOCK_LOGITS, MIN_BLOCK_ROWS * tokens), tokens * stage.vocab_rows)
+    rows = min(block_rows(tokens, "cpu" if batch.on_cpu else "cuda"), stage.vocab_rows)
+    block = tokens * rows
+    kept = FLOAT32 * block * min(KEPT_LOGITS // block, stage.vocab_rows // rows)
     hidden = tokens * stage.model.hidden_size
-    # Forward: a block of logits, in float32, and the exponentials of its log-sum-exp. Backward: logits or their
-    # gradient; that of the hidden states is summed in float32 and has a block's share beside it.
-    forward = block * (2 * FLOAT32 + half)
-    return forward, block * (FLOAT32 + half) + hidden * (FLOAT32 + element)
+    # Forward: a block of logits, the same in float32, then exponentials, of which the first blocks' are kept. Backward:
+    # the same; the gradient of the hidden states is summed in float32 and has a block's share beside it.
+    logits = kept + block * (FLOAT32 + half)
+    return logits, logits + hidden * (FLOAT32 + element)
 
 
 def backward_moments(stage: StageShape, batch: MicroBatch) -> List[Moment]:

@@ -82,6 +82,7 @@ class Plan:
             trains_layers=not settings.embeddings_only,
             hidden_splits=settings.tp_size if is_split else 1,
             sample_splits=settings.sp_size if settings.sp_mode == "all_to_all" else 1,
+            on_cpu=self.on_cpu,
         )
 
 

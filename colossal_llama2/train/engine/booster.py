@@ -370,6 +370,10 @@ class Engine:
 
             documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        if hasattr(self.optimizer, "pg_to_bucket_store"):
+            from colossal_llama2.train.engine import repairs
+
+            repairs.fill_buckets(self.optimizer)
         self._guard_updates()
         self._train_rows_only(model.config.vocab_size)
         has_head = not self.is_pipelined or self._plugin.stage_manager.is_last_stage()

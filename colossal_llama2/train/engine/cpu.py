@@ -8,7 +8,7 @@ gloo. It lacks six things on a CPU, each supplied by one function here:
     gemini        telling "the device" from "the host", which are both RAM patch, see `_patch_gemini_chunks`
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
     pipelines     which backend a group has                                patch, see `_patch_backend_check`
-    sequences     two collectives that gloo lacks                          patch, see `_supply_collectives`
+    sequences     collectives that gloo lacks, or does in a longer way     patch, see `_supply_collectives`
 
 `install` is called once, before any plugin is built.
 """
@@ -315,20 +315,32 @@ def _supply_collectives() -> None:
     """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
 
     In PyTorch 2.5 gloo has only the forms that take one tensor; elsewhere the calls go where they went. gloo ends the
-    process if shapes differ, and so it is given flat tensors.
+    process if shapes differ, and so it is given flat tensors. The reduce_scatter of one tensor, which ZeRO and Gemini
+    call, is supplied too: gloo's own sums up all of it on every rank and keeps a part (three times as slow, measured).
     """
     import torch
     import torch.distributed as dist
 
-    reduce_scatter, all_to_all = dist.reduce_scatter, dist.all_to_all
+    reduce_scatter, reduce_scatter_tensor, all_to_all = dist.reduce_scatter, dist.reduce_scatter_tensor, dist.all_to_all
     if reduce_scatter.__module__ == __name__:
         return
+
+    def summed_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo" or op != dist.ReduceOp.SUM:
+            return reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
+        received = torch.empty_like(input, memory_format=torch.contiguous_format).view(-1)
+        dist.all_to_all_single(received, input.contiguous().view(-1), group=group)
+        first, *others = received.chunk(dist.get_world_size(group))
+        for part in others:
+            first += part
+        output.copy_(first.view_as(output))
+        return _Done() if async_op else None
 
     def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
         if dist.get_backend(group) != "gloo":
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
         flat = torch.empty(output.numel(), dtype=output.dtype)
-        dist.reduce_scatter_tensor(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
+        summed_scatter(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
         output.copy_(flat.view_as(output))
         return _Done() if async_op else None
 
@@ -344,3 +356,4 @@ def _supply_collectives() -> None:
         return _Done() if async_op else None
 
     dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all
+    dist.reduce_scatter_tensor = summed_scatter

@@ -7,6 +7,7 @@
     ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
     wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
     gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
+    fill_buckets           ZeRO: gradients are exchanged, and waited for, wherever matrices and norms alternate
 """
 
 import contextlib
@@ -149,6 +150,32 @@ def wrap_to_reduce_alone() -> None:
         original(self, *args, dp_group=dp_group, use_ddp=use_ddp, **keywords)
 
     HybridParallelModule.__init__ = begin
+
+
+def fill_buckets(optimizer) -> None:
+    """Let ZeRO collect gradients in a bucket for each parameter group, to exchange them when one is full.
+
+    zero/low_level/low_level_optim.py:440 has one bucket for all groups, and empties it whenever a gradient of another
+    group comes: with matrices that decay and norms that do not, four times in each layer of a LLaMA.
+    """
+    from colossalai.zero.low_level.bookkeeping import BucketStore
+
+    def bucket_of(group_id: int, like: BucketStore) -> BucketStore:
+        class GroupBucket(BucketStore):
+            def reset_all(self) -> None:
+                super().reset_all()
+                self.current_group_id = group_id
+
+        return GroupBucket(like.torch_pg, like.reduce_bucket_size)
+
+    buckets = optimizer.pg_to_bucket_store
+    for group_id, params in optimizer._working_param_groups.items():
+        # The first group keeps the bucket that there is, whose key others look up.
+        for param in params if group_id else ():
+            ranks = optimizer.param_to_pg[param]
+            if (ranks, group_id) not in buckets:
+                buckets[ranks, group_id] = bucket_of(group_id, buckets[ranks])
+            optimizer.pid_to_bucket_store[id(param)] = buckets[ranks, group_id]
 
 
 @contextlib.contextmanager
