@@ -20,6 +20,13 @@ def test_positions_restart_at_each_document():
     assert position_ids(DOCUMENTS).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
 
 
+def test_padding_is_told_to_flash_attn_by_borders_too():
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    inputs = attention_inputs(mask, None, form=MaskForm.BORDERS, dtype=torch.float32, device=torch.device("cpu"))
+    assert inputs["attention_mask"] is None and inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 8]
+    assert inputs["max_length_q"] == 4 and inputs["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+
+
 def test_a_token_sees_its_document_up_to_itself_and_no_row_is_hidden():
     sees = block_mask(DOCUMENTS, torch.float32)[0, 0] == 0
     expected = [[1], [1, 1], [1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1, 1]]

@@ -4,6 +4,9 @@ import inspect
 import io
 import json
 import math
+import sys
+import types
+from unittest import mock
 
 import pytest
 import torch
@@ -29,12 +32,52 @@ def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
     built = [
         (GeminiPlugin, booster.gemini_arguments(settings(), parameters=10**9, on_cpu=on_cpu, policy="auto")),
         (LowLevelZeroPlugin, booster.zero_arguments(settings(), on_cpu=on_cpu, offload=True)),
-        (HybridParallelPlugin, booster.hybrid_arguments(settings(tp_size=2), on_cpu=on_cpu)),
+        (HybridParallelPlugin, booster.hybrid_arguments(settings(tp_size=2), on_cpu=on_cpu, fused_norm=not on_cpu)),
         (HybridParallelPlugin, booster.hybrid_arguments(settings(pp_size=2, sp_mode="ring"), on_cpu=on_cpu)),
     ]
     for plugin, arguments in built:
         assert arguments.keys() <= inspect.signature(plugin.__init__).parameters.keys()
         assert arguments["precision"] == "bf16" and arguments["max_norm"] == 1.0
+
+
+def test_apex_s_norm_is_used_where_it_imports(monkeypatch):
+    assert not booster.has_apex_norm()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not booster.has_apex_norm()
+    apex = types.ModuleType("apex.normalization")
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.normalization", apex)
+    monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", types.ModuleType("fused_layer_norm_cuda"))
+    # Old versions have no RMSNorm.
+    assert not booster.has_apex_norm()
+    apex.FusedRMSNorm = object
+    assert booster.has_apex_norm()
+
+
+def test_buckets_are_emptied_when_they_are_full_alone(gloo_group):
+    """Matrices and norms alternate, as in backward, and only the end empties the buckets."""
+    from colossalai.nn.optimizer import HybridAdam
+    from colossalai.zero.low_level import LowLevelZeroOptimizer
+
+    cpu.install()
+    matrices, norms = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(3)] for shape in ((4, 4), (4,)))
+    exchanges = []
+    for repaired in (False, True):
+        adam = HybridAdam([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}])
+        zero = LowLevelZeroOptimizer(adam, partition_grad=True)
+        if repaired:
+            repairs.fill_buckets(zero)
+        count = mock.Mock(side_effect=torch.distributed.reduce_scatter_tensor)
+        for _ in range(2):
+            with mock.patch.object(torch.distributed, "reduce_scatter_tensor", count):
+                zero.backward(sum((matrix * norm).sum() for matrix, norm in zip(matrices, norms, strict=True)))
+            grads = [*zero.get_working_grads_by_group_id(0), *zero.get_working_grads_by_group_id(1)]
+            assert [float(grad.sum()) for grad in grads if grad.numel()] == pytest.approx([16.0] * 6)
+            zero.zero_grad()
+        exchanges.append(count.call_count)
+        for handle in zero.grad_handles:
+            handle.remove()
+    assert exchanges[0] > exchanges[1] == 4
 
 
 def test_no_clipping_still_measures_the_norm():

@@ -1,8 +1,11 @@
 """Freezing, NEFTune, the choice of attention, and the check of stored weights."""
 
-import importlib.util
+import importlib
 import json
 import shutil
+import sys
+import types
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.model import attention
 from colossal_llama2.model.attention import choose_attention
 from colossal_llama2.model.freezing import freeze_non_embedding_parameters, read_new_rows
 from colossal_llama2.model.loading import check_model_folder, inspect_weights, load_llama, shard_names
@@ -66,15 +70,51 @@ def test_attention_without_a_gpu():
     assert choose_attention(True, precision="bf16") == "sdpa"
 
 
-def test_attention_on_a_gpu(monkeypatch, caplog):
+@pytest.fixture
+def gpu(monkeypatch):
+    """An A800, as far as asking goes; call it with what importing flash-attn raises, or None."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with caplog.at_level("INFO"):
-        assert choose_attention(True, precision="bf16") == "sdpa"
-    assert "requirements-gpu.txt" in caplog.text
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+
+    def importing(error):
+        module = types.ModuleType("flash_attn")
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setattr(importlib, "import_module", Mock(return_value=module, side_effect=error))
+        attention._why_no_flash_attn.cache_clear()
+
+    yield importing
+    attention._why_no_flash_attn.cache_clear()
+
+
+def test_attention_on_a_gpu(gpu):
+    gpu(None)
     assert choose_attention(True, precision="bf16") == "flash_attention_2"
     assert choose_attention(True, precision="fp32") == "sdpa"
     assert choose_attention(True, precision="bf16", replaced=True) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ModuleNotFoundError("No module", name="flash_attn"), "requirements-gpu.txt"),
+        (ModuleNotFoundError("No module named 'einops'", name="einops"), "does not import: No module named 'einops'"),
+        (ImportError("undefined symbol: _ZN3c10"), "does not import: undefined symbol"),
+    ],
+)
+def test_flash_attn_that_cannot_be_used_is_told(gpu, caplog, error, words):
+    gpu(error)
+    with caplog.at_level("INFO"):
+        assert choose_attention(True, precision="bf16") == "sdpa"
+    assert words in caplog.text
+
+
+def test_flash_attn_is_for_ampere_and_later(gpu, monkeypatch, caplog):
+    gpu(None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with caplog.at_level("INFO"):
+        assert choose_attention(True, precision="bf16") == "sdpa"
+    assert "Tesla V100" in caplog.text
 
 
 @pytest.fixture

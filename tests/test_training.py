@@ -193,6 +193,7 @@ def jobs(
     add("noise_gemini", *BF16, "--plugin", "gemini", "--use_neft", script="train_sft.py")
     add("noise_pp2", *FP32, *PP2, "--zero", "0", "--use_neft", script="train_sft.py")
     add("noise_tp2", *FP32, *TP2, "--zero", "0", "--use_neft", script="train_sft.py")
+    add("noise_sp2", *FP32, *SP2, "--zero", "0", "--use_neft", script="train_sft.py")
     add("tied_pp2", *FP32, *PP2, "--zero", "0", model=tied_model_dir)
     add("odd_vocabulary_pp2", *FP32, *PP2, "--zero", "0", model=odd_model_dir)
     add("frozen_pp2", *FP32, *PP2, "--zero", "0", "--freeze_non_embeds_params")
@@ -429,6 +430,8 @@ def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, flo
     for name in ("noise_gemini", "noise_tp2", "noise_pp2"):
         assert jobs[name].error is None
         assert jobs[name].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
+    # Two ranks that share the samples, split in two ways, draw the same noise.
+    assert jobs["noise_tp2"].scalars("Loss") == pytest.approx(jobs["noise_sp2"].scalars("Loss"), rel=1e-5)
 
 
 def test_another_plugin_and_layout_resumes_too(jobs):

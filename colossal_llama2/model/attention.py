@@ -1,15 +1,38 @@
 """Which attention code a model runs with."""
 
+import functools
+import importlib
+from typing import Optional
+
 from colossal_llama2 import logs
+
+# The oldest generation of GPUs with flash-attn 2 kernels, Ampere.
+FLASH_ATTN_CAPABILITY = (8, 0)
 
 
 def has_flash_attn() -> bool:
-    """True if a GPU and the flash-attn package are there."""
-    import importlib.util
+    """True if flash-attn can run here."""
+    return _why_no_flash_attn() is None
 
+
+@functools.lru_cache(maxsize=1)
+def _why_no_flash_attn() -> Optional[str]:
     import torch
 
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    if not torch.cuda.is_available():
+        return "there is no GPU for flash-attn"
+    if torch.cuda.get_device_capability() < FLASH_ATTN_CAPABILITY:
+        return f"flash-attn needs an Ampere GPU or a later one, not {torch.cuda.get_device_name()}"
+    try:
+        importlib.import_module("flash_attn")
+    except ModuleNotFoundError as error:
+        if error.name == "flash_attn":
+            return "flash-attn is not installed (pip install --no-build-isolation -r requirements-gpu.txt)"
+        return f"flash-attn does not import: {error}"
+    except (ImportError, OSError) as error:
+        # It was compiled for another PyTorch.
+        return f"flash-attn does not import: {error}"
+    return None
 
 
 def choose_attention(use_flash_attn: bool, *, precision: str, replaced: bool = False) -> str:
@@ -31,14 +54,7 @@ def choose_attention(use_flash_attn: bool, *, precision: str, replaced: bool = F
 
 
 def _fused_kernel(precision: str) -> str:
-    import torch
-
-    if has_flash_attn() and precision != "fp32":
+    cause = _why_no_flash_attn()
+    if cause is None and precision != "fp32":
         return "flash-attn"
-    if not torch.cuda.is_available():
-        cause = "there is no GPU for flash-attn"
-    elif has_flash_attn():
-        cause = "flash-attn has no fp32"
-    else:
-        cause = "flash-attn is not installed (pip install --no-build-isolation -r requirements-gpu.txt)"
-    return f"PyTorch's scaled_dot_product_attention, since {cause}"
+    return f"PyTorch's scaled_dot_product_attention, since {cause or 'flash-attn has no fp32'}"

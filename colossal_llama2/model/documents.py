@@ -41,12 +41,15 @@ def attention_inputs(
     """Keyword arguments of a LLaMA's forward pass that say which tokens see which.
 
     Args:
-        attention_mask: (batch, length), 1 on tokens and 0 on padding; None if nothing is padded. It holds where
-            `documents` is None: each row is one document, and a causal mask is all it needs.
+        attention_mask: (batch, length) on the CPU, 1 on tokens and 0 on padding at the right; None if nothing is
+            padded. It holds where `documents` is None: each row is one document, and a causal mask is all it needs.
         documents: (batch, length) on the CPU, see above.
         dtype: number format of the model, which a dense mask is added in.
         device: where the model is.
     """
+    if documents is None and attention_mask is not None and form is MaskForm.BORDERS:
+        # Of a mask transformers would find the lengths by itself, in each layer, and the host wait for them.
+        documents = one_document_each(attention_mask.sum(1), attention_mask.shape[1])
     if documents is None:
         return {"attention_mask": None if attention_mask is None else attention_mask.to(device, non_blocking=True)}
     there = documents.to(device, non_blocking=True)

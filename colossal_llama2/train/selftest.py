@@ -7,7 +7,8 @@ Takes the flags of train.py that decide how a step is computed, on whatever devi
 small LLaMA on documents that CPython carries, through the real commands: prepare_pretrain_dataset.py, train.py, a
 checkpoint in the middle, and a resume from it. Then rank 0 does the same steps in a plain PyTorch loop, one document
 at a time. The losses, gradient norms and final weights must be equal but for rounding, and the resumed run must
-repeat the first bit for bit. Ends with 1 if they do not.
+repeat the first bit for bit (but for rounding where flash-attn runs, whose backward adds up in another order each
+time). Ends with 1 if they do not.
 """
 
 import argparse
@@ -180,14 +181,22 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> Lis
         losses = max(losses, GAPS * largest(padded.losses, plain.losses))
         norms = max(norms, GAPS * largest(padded.grad_norms, plain.grad_norms))
     later = len(resumed.losses)
+    again = (0.0, 0.0, 0.0) if repeats_exactly(args) else (losses, norms, weights)
     return [
         Row("loss, largest relative difference of a step", largest(whole.losses, plain.losses), losses),
         Row("gradient norm, the same", largest(whole.grad_norms, plain.grad_norms), norms),
         Row("final weights, norm of the difference", distance(whole.weights, plain.weights), weights),
-        Row("resumed: loss", largest(resumed.losses, whole.losses[-later:]), 0.0),
-        Row("resumed: gradient norm", largest(resumed.grad_norms, whole.grad_norms[-later:]), 0.0),
-        Row("resumed: final weights", distance(resumed.weights, whole.weights), 0.0),
+        Row("resumed: loss", largest(resumed.losses, whole.losses[-later:]), again[0]),
+        Row("resumed: gradient norm", largest(resumed.grad_norms, whole.grad_norms[-later:]), again[1]),
+        Row("resumed: final weights", distance(resumed.weights, whole.weights), again[2]),
     ]
+
+
+def repeats_exactly(args: argparse.Namespace) -> bool:
+    """Whether the same step gives the same bits twice with these flags on this machine."""
+    from colossal_llama2.model.attention import has_flash_attn
+
+    return not (args.use_flash_attn and args.mixed_precision != "fp32" and has_flash_attn())
 
 
 def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[List[Document]]:
@@ -262,7 +271,8 @@ def tell(args: argparse.Namespace, work: Path, rows: List[Row]) -> None:
     if failed:
         raise RunError(f"not equal: {'; '.join(failed)}. Do not train so on this machine; what was run is in {work}")
     shutil.rmtree(work)
-    verdict = "trains here as a plain loop does, and resumes bit for bit"
+    how = "bit for bit" if repeats_exactly(args) else "but for flash-attn's rounding"
+    verdict = f"trains here as a plain loop does, and resumes {how}"
     print(f"{args.plugin} in {args.mixed_precision} {verdict}", flush=True)
 
 

@@ -187,7 +187,23 @@ def zero_arguments(settings: EngineSettings, *, on_cpu: bool, offload: bool) -> 
     return {**_common_arguments(settings), "stage": 2, "overlap_communication": not on_cpu, "cpu_offload": offload}
 
 
-def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool) -> Dict[str, Any]:
+def has_apex_norm() -> bool:
+    """True if a GPU is there, and apex with its compiled RMSNorm, which ColossalAI can put in place of the model's."""
+    import importlib
+
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    try:
+        norms = importlib.import_module("apex.normalization")
+        importlib.import_module("fused_layer_norm_cuda")
+    except (ImportError, OSError):
+        return False
+    return hasattr(norms, "FusedRMSNorm")
+
+
+def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool, fused_norm: bool = False) -> Dict[str, Any]:
     """Keyword arguments of HybridParallelPlugin."""
     arguments = _common_arguments(settings)
     arguments.update(
@@ -195,6 +211,7 @@ def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool) -> Dict[str, Any
         pp_size=settings.pp_size,
         zero_stage=settings.zero_stage,
         enable_flash_attention=settings.use_flash_attn,
+        enable_fused_normalization=fused_norm,
         overlap_communication=not on_cpu,
         # Pad the vocabulary to a multiple of tp_size and no further.
         make_vocab_size_divisible_by=1,
@@ -224,7 +241,7 @@ def _zero_plugin(settings: EngineSettings, parameters: int, on_cpu: bool, offloa
 def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
     from colossalai.booster.plugin import HybridParallelPlugin
 
-    return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu))
+    return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu, fused_norm=has_apex_norm()))
 
 
 @dataclass(frozen=True)
