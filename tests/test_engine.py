@@ -4,6 +4,8 @@ import inspect
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 import types
 from unittest import mock
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from colossal_llama2.errors import UserError
 from colossal_llama2.train.engine import booster, cpu, files, repairs
 from colossal_llama2.train.engine.booster import EngineSettings, settings_problems
+from tests.conftest import ROOT
 
 
 def settings(**changes) -> EngineSettings:
@@ -304,6 +307,26 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
         target.zero_()
         assert getattr(dist, name)(*arguments, async_op=True).wait()
         assert torch.equal(target, source)
+
+
+@pytest.mark.parametrize("environment, keeps", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_for_the_next_step(environment, keeps):
+    code = """
+import resource, torch
+from colossal_llama2.train.engine import cpu
+cpu._keep_freed_memory()
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(6, 2**20) for _ in range(3)]
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    del tensors
+print(faults)
+"""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**others, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    # Pages of 4 KiB, of which three tensors of 24 MiB have 18,432.
+    assert (int(done.stdout) < 100) == keeps, (done.stdout, done.stderr)
 
 
 def test_sums_are_scattered_as_gloo_would(gloo_group):

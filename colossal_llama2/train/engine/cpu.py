@@ -1,7 +1,7 @@
 """What ColossalAI 0.5.0 needs to run its Booster plugins where there is no GPU: the rehearsal of a cluster job.
 
 Nothing of ColossalAI is replaced by a look-alike: its plugins, optimizers and checkpoint code run as they are, over
-gloo. It lacks six things on a CPU, each supplied by one function here:
+gloo. It lacks six things on a CPU, each supplied by one function here, and a seventh makes it faster:
 
     accelerator   a device whose streams and events do nothing            documented: set_accelerator
     kernels       CPU Adam and attention, by PyTorch's own fused kernels   documented: register_extension
@@ -9,6 +9,7 @@ gloo. It lacks six things on a CPU, each supplied by one function here:
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
     pipelines     which backend a group has                                patch, see `_patch_backend_check`
     sequences     collectives that gloo lacks, or does in a longer way     patch, see `_supply_collectives`
+    memory        what a GPU's caching allocator does                      glibc's settings, `_keep_freed_memory`
 
 `install` is called once, before any plugin is built.
 """
@@ -28,6 +29,26 @@ def install() -> None:
     _patch_memory_tracer()
     _patch_backend_check()
     _supply_collectives()
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next step, as PyTorch does it on a GPU.
+
+    By default much of it goes back to the kernel, which clears each page anew: 25,000 page faults a step of a model of
+    8 M parameters in float32, a sixth of its time (measured). Tensors over 32 MiB, glibc's limit, go back all the same.
+    Settings in the environment (MALLOC_..., GLIBC_TUNABLES) hold.
+    """
+    import ctypes
+    import os
+
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _device():
