@@ -1,9 +1,10 @@
 """The output head and its cross-entropy in one, without ever holding the logits of the whole vocabulary.
 
 Logits of 4,096 tokens over 69,104 pieces are 1.1 GB in float32, and a cross-entropy holds several such matrices. Here
-they are made for a block of the vocabulary at a time, twice: forward adds the block to each token's log-sum-exp, which
-is all that is kept but for the first few blocks; backward makes the others again, and turns each into its rows of the
-weight's gradient, whole at once, and its share of the hidden states' gradient, which is summed in float32.
+they are made for a block of the vocabulary at a time, twice: forward adds the block to each token's sum of
+exponentials, which is all that is kept but for the first few blocks; backward makes the others again, and turns each
+into its rows of the weight's gradient, whole at once, and its share of the hidden states' gradient, which is summed in
+float32.
 
 The idea is that of Wijmans et al., "Cut your losses in large-vocabulary language models" (arXiv 2411.09009).
 """
@@ -117,9 +118,9 @@ def _chunked_function():
         def forward(ctx, hidden, weight, targets, part, tell):
             ctx.part, ctx.kept = part, []
             room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
-            log_sum, target_logits = _log_sum_exp(hidden, weight, targets, part, kept=ctx.kept, room=room)
-            ctx.save_for_backward(hidden, weight, targets, log_sum)
-            losses = torch.where(targets == IGNORE_INDEX, 0.0, log_sum - target_logits)
+            highest, total, target_logits = _softmax_sums(hidden, weight, targets, part, kept=ctx.kept, room=room)
+            ctx.save_for_backward(hidden, weight, targets, highest, total)
+            losses = torch.where(targets == IGNORE_INDEX, 0.0, total.log().float() + (highest - target_logits))
             if tell is not None:
                 tell(losses)
             return losses.sum()
@@ -134,36 +135,44 @@ def _chunked_function():
     return ChunkedCrossEntropy
 
 
-def _log_sum_exp(hidden, weight, targets, part: HeadPart, *, kept: List[Any], room: int):
-    """(tokens,) log-sum-exp over the vocabulary, and the logit of each target (0 where there is none); float32.
+def _softmax_sums(hidden, weight, targets, part: HeadPart, *, kept: List[Any], room: int):
+    """Of each token: the highest logit, the sum of exponentials over it (float64), and the target's logit or 0.
 
-    Of the first blocks, up to `room` logits, the exponentials over each token's highest are added to `kept`.
+    Of the first blocks, up to `room` logits, the exponentials over the block's highest are added to `kept`. The sum is
+    a number for each token alone, and so it costs nothing to have it exact: an error, as that of a rounded log-sum-exp
+    would be one, makes all probabilities of the token too large or too small.
     """
     import torch
     import torch.distributed as dist
 
-    log_sum = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
-    target_logits = torch.zeros_like(log_sum)
+    highest = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+    total, target_logits = torch.zeros_like(highest, dtype=torch.float64), torch.zeros_like(highest)
     for rows, places, is_here in _blocks(targets, part):
         logits = (hidden @ weight[rows].T).float()
         target_logits += torch.where(is_here, logits.gather(1, places[:, None])[:, 0], 0.0)
-        highest = logits.amax(1)
-        exponentials = logits.sub_(highest[:, None]).exp_()
-        log_sum = torch.logaddexp(log_sum, exponentials.sum(1).log_() + highest)
+        block_highest = logits.amax(1)
+        exponentials = logits.sub_(block_highest[:, None]).exp_()
+        before, highest = highest, torch.maximum(highest, block_highest)
+        total = total * _exp_of(before, highest) + exponentials.sum(1) * _exp_of(block_highest, highest)
         room -= exponentials.numel()
         if room >= 0:
-            kept.append((exponentials, highest))
+            kept.append((exponentials, block_highest))
         del logits, exponentials
     if part.group is not None:
-        highest = log_sum.clone()
+        before, highest = highest, highest.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=part.group)
-        sums = torch.stack([(log_sum - highest).exp(), target_logits])
+        sums = torch.stack([total * _exp_of(before, highest), target_logits.double()])
         dist.all_reduce(sums, group=part.group)
-        log_sum, target_logits = highest + sums[0].log(), sums[1]
-    return log_sum, target_logits
+        total, target_logits = sums[0], sums[1].float()
+    return highest, total, target_logits
 
 
-def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, needed, *, kept: List[Any]):
+def _exp_of(logits, highest):
+    """The exponential of their difference, in float64: -inf for no logits at all gives 0."""
+    return (logits.double() - highest).exp_()
+
+
+def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_loss, needed, *, kept: List[Any]):
     """Gradients of hidden states and weight, where needed. Uses up `kept`."""
     import torch
     import torch.distributed as dist
@@ -177,11 +186,14 @@ def _gradients(hidden, weight, targets, log_sum, part: HeadPart, grad_loss, need
     factor = torch.where(targets == IGNORE_INDEX, 0.0, grad_loss.float())
     for rows, places, is_here in _blocks(targets, part):
         block = weight[rows]
-        exponentials, highest = kept.pop(0) if kept else ((hidden @ block.T).float(), None)
-        if highest is None:
-            exponentials, highest = exponentials.sub_(log_sum[:, None]).exp_(), log_sum
+        if kept:
+            exponentials, block_highest = kept.pop(0)
+            scale = _exp_of(block_highest, highest).div_(total)
+        else:
+            exponentials = (hidden @ block.T).float().sub_(highest[:, None]).exp_()
+            scale = total.reciprocal()
         # The probabilities, less 1 at the target, are the gradient of the logits.
-        slopes = exponentials.mul_(((highest - log_sum).exp_() * factor)[:, None])
+        slopes = exponentials.mul_(scale.mul_(factor).float()[:, None])
         slopes.scatter_add_(1, places[:, None], (is_here * -factor)[:, None])
         slopes = slopes.to(weight.dtype)
         if grad_hidden is not None:
