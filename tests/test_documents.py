@@ -13,6 +13,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.documents import MaskForm, attention_inputs, block_mask, borders, position_ids
 from colossal_llama2.train.engine import cpu, documents
 
+CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
 
 
@@ -20,11 +21,15 @@ def test_positions_restart_at_each_document():
     assert position_ids(DOCUMENTS).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
 
 
-def test_padding_is_told_to_flash_attn_by_borders_too():
+def test_rows_of_one_document_are_told_to_flash_attn_by_borders_too():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    inputs = attention_inputs(mask, None, form=MaskForm.BORDERS, dtype=torch.float32, device=torch.device("cpu"))
+    inputs = attention_inputs(mask, None, form=MaskForm.BORDERS, dtype=torch.float32, device=CPU, shape=(2, 4))
     assert inputs["attention_mask"] is None and inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 8]
     assert inputs["max_length_q"] == 4 and inputs["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+
+    inputs = attention_inputs(None, None, form=MaskForm.BORDERS, dtype=torch.float32, device=CPU, shape=(2, 4))
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 4, 8] and inputs["max_length_k"] == 4
+    assert "position_ids" not in inputs and inputs["attention_mask"] is None
 
 
 def test_a_token_sees_its_document_up_to_itself_and_no_row_is_hidden():
@@ -39,7 +44,9 @@ def test_borders_are_those_that_transformers_finds():
     *_, (cumulative, _), (longest, _) = prepare_fa2_from_position_ids(query, query, query, position_ids(DOCUMENTS))
     ours = borders(DOCUMENTS)
     assert torch.equal(ours[0], cumulative) and ours[0].dtype == cumulative.dtype and ours[1] == int(longest)
-    inputs = attention_inputs(None, DOCUMENTS, form=MaskForm.BORDERS, dtype=torch.float32, device=torch.device("cpu"))
+    inputs = attention_inputs(
+        None, DOCUMENTS, form=MaskForm.BORDERS, dtype=torch.float32, device=CPU, shape=DOCUMENTS.shape
+    )
     assert inputs.keys() - {"attention_mask", "position_ids"} == FlashAttentionKwargs.__annotations__.keys()
 
 
@@ -47,7 +54,9 @@ def test_borders_are_those_that_transformers_finds():
 def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
     model = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation=attention)
     ids = torch.arange(20, 36).view(2, 8)
-    inputs = attention_inputs(None, DOCUMENTS, form=MaskForm.BLOCKS, dtype=model.dtype, device=model.device)
+    inputs = attention_inputs(
+        None, DOCUMENTS, form=MaskForm.BLOCKS, dtype=model.dtype, device=model.device, shape=DOCUMENTS.shape
+    )
     with torch.no_grad():
         spliced = model(ids, **inputs).logits
         alone = [model(part).logits for part in (ids[:1, :3], ids[:1, 3:5], ids[1:])]

@@ -298,3 +298,16 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
     assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
     args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
     assert flags.data_of(args).mixture.end == "repeat"
+
+
+def test_matrices_and_norms_wait_in_buckets_of_their_own():
+    """As repairs.fill_buckets lets them: small ones until backward is through."""
+    (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
+    keeper = memory._keeper(stage, plan(2))
+    moments = keeper.after([("down", 1000), ("norm", 10)] * 5)
+    assert [parts["buffers"] for parts in moments[::2]] == [2 * (1010 * pairs) for pairs in range(6)]
+    matrices, norms = keeper.end()
+    # The flat copy, and this rank's half of the sum, beside the buckets.
+    assert matrices["buffers"] == 2 * (5050 + 5000 + 2500) and norms["buffers"] == 2 * (50 + 50 + 25)
+    full = keeper.after([("down", memory.ZERO_BUCKET)] * 2)
+    assert max(parts["buffers"] for parts in full) == 2 * 2.5 * memory.ZERO_BUCKET

@@ -29,8 +29,8 @@ def _why_no_flash_attn() -> Optional[str]:
         if error.name == "flash_attn":
             return "flash-attn is not installed (pip install --no-build-isolation -r requirements-gpu.txt)"
         return f"flash-attn does not import: {error}"
-    except (ImportError, OSError) as error:
-        # It was compiled for another PyTorch.
+    except Exception as error:
+        # What was compiled for another PyTorch fails in many ways.
         return f"flash-attn does not import: {error}"
     return None
 

@@ -18,8 +18,8 @@ from colossal_llama2.dataset import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
-# Logits that exist at a time. 4 MiB in float32 fit a CPU's caches, and the C library has such room at hand, while
-# larger tensors are new to the process each time, page by page. A GPU's kernels like them large: 32 MiB.
+# Logits that exist at a time, if MIN_BLOCK_ROWS are not more: 4 MiB in float32 are in a CPU's caches from one operation
+# to the next. A GPU's kernels like them large: 32 MiB.
 BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**23}
 # Logits of which backward needs no second product, since their exponentials are kept: all, where they are few.
 KEPT_LOGITS = 2**23

@@ -37,6 +37,7 @@ def attention_inputs(
     form: MaskForm,
     dtype: "torch.dtype",
     device: "torch.device",
+    shape: Tuple[int, int],
 ) -> Dict[str, Any]:
     """Keyword arguments of a LLaMA's forward pass that say which tokens see which.
 
@@ -46,25 +47,37 @@ def attention_inputs(
         documents: (batch, length) on the CPU, see above.
         dtype: number format of the model, which a dense mask is added in.
         device: where the model is.
+        shape: of the batch, (rows, length).
     """
-    if documents is None and attention_mask is not None and form is MaskForm.BORDERS:
-        # Of a mask transformers would find the lengths by itself, in each layer, and the host wait for them.
-        documents = one_document_each(attention_mask.sum(1), attention_mask.shape[1])
+    if form is MaskForm.BORDERS:
+        # Told also of rows that are one document each, whose mask is its numbers: transformers would look for borders
+        # by itself, in each layer, and the host wait for them.
+        return _border_inputs(attention_mask if documents is None else documents, shape, device)
     if documents is None:
         return {"attention_mask": None if attention_mask is None else attention_mask.to(device, non_blocking=True)}
     there = documents.to(device, non_blocking=True)
     inputs: Dict[str, Any] = {"position_ids": position_ids(there)}
     if form is MaskForm.BLOCKS:
         inputs["attention_mask"] = block_mask(there, dtype)
-    elif form is MaskForm.NUMBERS:
+    else:
         inputs["attention_mask"] = there
+    return inputs
+
+
+def _border_inputs(documents: Optional["torch.Tensor"], shape: Tuple[int, int], device) -> Dict[str, Any]:
+    import torch
+
+    rows, length = shape
+    inputs: Dict[str, Any] = {"attention_mask": None}
+    if documents is None:
+        cumulative, longest = torch.arange(0, rows * length + 1, length, dtype=torch.int32), length
     else:
         # Found on the CPU: on a GPU the longest length would make the host wait for it.
         cumulative, longest = borders(documents)
-        # A few numbers, which the driver takes over at once: the host need not wait for the queue before them.
-        cumulative = cumulative.to(device, non_blocking=True)
-        inputs.update(attention_mask=None, cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative)
-        inputs.update(max_length_q=longest, max_length_k=longest)
+        inputs["position_ids"] = position_ids(documents.to(device, non_blocking=True))
+    # A few numbers, which the driver takes over at once: the host need not wait for the queue before them.
+    cumulative = cumulative.to(device, non_blocking=True)
+    inputs.update(cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative, max_length_q=longest, max_length_k=longest)
     return inputs
 
 

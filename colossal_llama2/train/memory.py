@@ -255,8 +255,8 @@ class _ZeroKeeper(_Keeper):
         self.gradients = self.kept * self.element if self.earlier else 0
         # Without overlap stage 1 begins to reduce when backward is done (:738).
         self.waits = not self.splits and plan.on_cpu
-        self.bucket: List[int] = []
-        self.is_norm = False
+        # One for matrices and one for norms (repairs.fill_buckets).
+        self.bucket: Dict[bool, List[int]] = {False: [], True: []}
 
     def constant(self) -> Dict[str, int]:
         # :277, a float32 copy of this rank's part, in fp32 too.
@@ -282,38 +282,41 @@ class _ZeroKeeper(_Keeper):
             for name, size in reversed(self.weights):
                 for parts in self._add(name, size):
                     # Those not yet in a bucket are where backward left them.
-                    waiting_now = max(waiting - self.gradients - sum(self.bucket) * self.element, 0)
+                    waiting_now = max(waiting - self.gradients - self._in_buckets(), 0)
                     found.append({**parts, "gradients": parts["gradients"] + waiting_now})
         return found + self._reduce()
 
     def _add(self, name: str, size: int) -> List[Dict[str, int]]:
-        """A gradient comes to the bucket, which is reduced before if it is full or of another group (:447)."""
-        found = []
-        if sum(self.bucket) + size > ZERO_BUCKET or (name == "norm") != self.is_norm:
+        """A gradient comes to the bucket of its group; all are reduced before if that one is full (:439)."""
+        found, bucket = [], self.bucket[name == "norm"]
+        if sum(bucket) + size > ZERO_BUCKET:
             found = self._reduce(coming=0 if self.waits else size)
-        self.bucket.append(size)
-        self.is_norm = name == "norm"
+        bucket.append(size)
         return [*found, self._now()]
 
     def _reduce(self, coming: int = 0) -> List[Dict[str, int]]:
-        """Flatten the bucket into a copy, reduce it, and keep this rank's part of the result (stage 1: all; :356)."""
-        elements = sum(self.bucket)
-        if not elements:
-            return []
+        """Flatten one bucket after the other into a copy, reduce it, and keep this rank's part (stage 1: all; :356)."""
+        return [self._reduce_one(bucket, coming) for bucket in self.bucket.values() if bucket]
+
+    def _reduce_one(self, bucket: List[int], coming: int) -> Dict[str, int]:
+        elements = sum(bucket)
         copies = elements + (elements // self.shards if self.splits else 0)
         if self.plan.on_cpu and self.splits:
-            # gloo reduces in a copy (PyTorch's ProcessGroupGloo.cpp, reduce_scatter_tensor).
+            # What comes from all ranks (cpu._supply_collectives).
             copies += elements
         parts = self._now()
         parts["gradients"] += coming * self.element
         parts["buffers"] += copies * self.element
-        self.bucket = []
+        bucket.clear()
         if not self.earlier or self.waits:
             self.gradients += (elements // self.shards if self.splits else elements) * self.element
-        return [parts]
+        return parts
+
+    def _in_buckets(self) -> int:
+        return sum(map(sum, self.bucket.values())) * self.element
 
     def _now(self) -> Dict[str, int]:
-        return {"gradients": self.gradients, "buffers": sum(self.bucket) * self.element}
+        return {"gradients": self.gradients, "buffers": self._in_buckets()}
 
     def update(self) -> Dict[str, int]:
         kept, is_half = self.kept * self.element, self.element < FLOAT32

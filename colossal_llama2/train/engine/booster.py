@@ -78,8 +78,8 @@ def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
 
     Ranks wait for each other for `timeout_seconds` at most; None is PyTorch's default.
     """
-    # At import ColossalAI asks for packages (apex, tensornvme) of which nothing here uses a feature, and PyTorch warns
-    # of TorchScript on a module that ColossalAI imports.
+    # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
+    # used, and PyTorch warns of TorchScript on a module that ColossalAI imports.
     # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     with warnings.catch_warnings(record=True):
@@ -198,7 +198,8 @@ def has_apex_norm() -> bool:
     try:
         norms = importlib.import_module("apex.normalization")
         importlib.import_module("fused_layer_norm_cuda")
-    except (ImportError, OSError):
+    except Exception:
+        # What was compiled for another PyTorch fails in many ways.
         return False
     return hasattr(norms, "FusedRMSNorm")
 
@@ -241,7 +242,20 @@ def _zero_plugin(settings: EngineSettings, parameters: int, on_cpu: bool, offloa
 def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
     from colossalai.booster.plugin import HybridParallelPlugin
 
-    return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu, fused_norm=has_apex_norm()))
+    fused_norm = not on_cpu and _on_all_ranks(has_apex_norm())
+    if fused_norm:
+        logs.get_logger().info("Norms: fused, by apex")
+    return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu, fused_norm=fused_norm))
+
+
+def _on_all_ranks(value: bool) -> bool:
+    """True if it is true everywhere: copies of a norm that are computed in two ways would drift apart."""
+    import torch
+    import torch.distributed as dist
+
+    everywhere = torch.tensor(int(value), device=current_device())
+    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 @dataclass(frozen=True)
@@ -482,7 +496,10 @@ class Engine:
             # later stages, and a column too wide where nothing is padded. ColossalAI's plain attention takes neither.
             documents = one_document_each(batch.lengths, batch.input_ids.shape[1])
         dtype = dtype_of(self.settings.precision)
-        return attention_inputs(batch.attention_mask, documents, form=form, dtype=dtype, device=self.device)
+        shape = tuple(batch.input_ids.shape)
+        return attention_inputs(
+            batch.attention_mask, documents, form=form, dtype=dtype, device=self.device, shape=shape
+        )
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the rate of the next optimizer step."""

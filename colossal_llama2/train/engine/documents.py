@@ -7,11 +7,17 @@ for it, since they make both of the padding alone (shardformer/modeling/llama.py
 
 def install() -> None:
     """Let ColoAttention take numbers of documents for a padding mask. May be called again at no cost."""
+    from colossalai.kernel.extensions import FlashAttentionDaoCudaExtension
+    from colossalai.kernel.kernel_loader import FlashAttentionLoader
     from colossalai.shardformer.layer.attn import AttnMaskType, ColoAttention
 
     from colossal_llama2.model.attention import has_flash_attn
     from colossal_llama2.model.documents import block_mask, borders
 
+    if not has_flash_attn():
+        # ColossalAI asks only whether it imports, and would run it on a GPU that is too old for it.
+        loader = FlashAttentionLoader
+        loader.REGISTRY = [kernel for kernel in loader.REGISTRY if kernel is not FlashAttentionDaoCudaExtension]
     prepare_padding = ColoAttention.prepare_attn_kwargs
 
     def prepare_documents(shape_4d, dtype, device, q_padding_mask=None, **others):

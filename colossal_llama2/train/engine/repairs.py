@@ -7,7 +7,7 @@
     ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
     wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
     gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
-    fill_buckets           ZeRO: gradients are exchanged, and waited for, wherever matrices and norms alternate
+    fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
 """
 
 import contextlib
