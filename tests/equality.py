@@ -37,8 +37,8 @@ BFLOAT16_PARTS = (2, 4, 16)
 GAPS = 2.0
 MOMENT_ALLOWED = 0.02
 ODD_VOCABULARY = 601
-# At LR, two plain float32 loops on this model, one with the halves of its matrices added up, are 1.1e-5 apart in the norm
-# of one step, where a difference of 1e-7 has grown; at this rate 2e-7.
+# At LR, two plain float32 loops on this model, one with the halves of its matrices added up, are 1.1e-5 apart in the
+# norm of one step, where a difference of 1e-7 has grown; at this rate 2e-7.
 ODD_LR = LR / 3
 
 
