@@ -435,7 +435,6 @@ In float32 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16 it is
 loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, and with
 layers that add up rounded halves; 1e-2 for weights, if that is more. {equal} of {count} configurations are equal.
 {narrow}
-
 {table}
 ## Refused before training starts
 
