@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import secrets
 import socket
+import time
 import traceback
 from functools import partial
 from pathlib import Path
@@ -48,12 +49,10 @@ def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable
     driver.start()
     theirs.close()
     seconds_to_end = 0
-    started: List[Any] = []
     try:
         if not connection.poll(CONNECT_SECONDS):
             raise RunError(f"Ray has not answered for {CONNECT_SECONDS} seconds; {GO_ON}")
         slots, _ = _received(connection)
-        started += _processes_of(driver)
         yield partial(_run, connection, slots)
         seconds_to_end = JOIN_SECONDS
     except Exception:
@@ -63,30 +62,38 @@ def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable
         # It ends when the connection does, unless tasks are running, which Ctrl+C does not wait for.
         connection.close()
         driver.join(seconds_to_end)
-        started += _processes_of(driver)
         driver.terminate()
         driver.join(JOIN_SECONDS)
         driver.kill()
         driver.join()
-        _kill(started)
+        _kill_session(driver.pid)
 
 
-def _processes_of(driver) -> List[Any]:
-    """The processes of a Ray that the driver has started."""
+def _kill_session(leader: int) -> None:
+    """End what a Ray that broke down has left running: it stays in its driver's session, whoever its parent is now.
+
+    Until there is none: a process may be starting another one.
+    """
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(driver.pid).children(recursive=True)
-    return []
+    end = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < end:
+        left = [process for process in psutil.process_iter() if _is_alive_in(leader, process)]
+        if not left:
+            return
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.05)
 
 
-def _kill(processes: Iterable[Any]) -> None:
-    """End what a Ray that broke down has left running."""
+def _is_alive_in(leader: int, process) -> bool:
     import psutil
 
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    try:
+        return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):  # it has ended
+        return False
 
 
 def _check(address: Optional[str]) -> None:
@@ -150,6 +157,7 @@ def _received(connection) -> Tuple[int, Any]:
 def _drive(connection, address: Optional[str], num_workers: int) -> None:
     """Connect to Ray, and do tasks until the command closes the connection."""
     begin_worker()
+    os.setsid()  # what Ray starts is known by it
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)
