@@ -17,6 +17,7 @@ from safetensors import safe_open
 from colossal_llama2.errors import UserError
 from colossal_llama2.train.engine import booster, cpu, files, repairs
 from colossal_llama2.train.engine.booster import EngineSettings, settings_problems
+from tests import launching
 from tests.conftest import ROOT
 
 
@@ -57,30 +58,46 @@ def test_apex_s_norm_is_used_where_it_imports(monkeypatch):
     assert booster.has_apex_norm()
 
 
-def test_buckets_are_emptied_when_they_are_full_alone(gloo_group):
-    """Matrices and norms alternate, as in backward, and only the end empties the buckets."""
+@pytest.mark.parametrize("stage, exchange", [(2, "reduce_scatter_tensor"), (1, "all_reduce")])
+@pytest.mark.parametrize("bucket_size", [1000, 16])
+def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchange, bucket_size):
+    """Matrices of 16 numbers and norms of 4 alternate, as in backward; one bucket that is full empties the other, too.
+
+    Stage 1 takes gradients when all are there, one group after the other, and had no fault.
+    """
     from colossalai.nn.optimizer import HybridAdam
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     cpu.install()
-    matrices, norms = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(3)] for shape in ((4, 4), (4,)))
-    exchanges = []
+    matrices, norms = ([torch.nn.Parameter(torch.rand(shape)) for _ in range(3)] for shape in ((4, 4), (4,)))
+
+    def loss():
+        hidden = torch.ones(4)
+        for matrix, norm in zip(matrices, norms, strict=True):
+            hidden = (hidden * norm) @ matrix
+        return hidden.sum()
+
+    wanted = [grad.flatten() for grad in torch.autograd.grad(loss(), [*matrices, *norms])]
+    counts = []
     for repaired in (False, True):
         adam = HybridAdam([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}])
-        zero = LowLevelZeroOptimizer(adam, partition_grad=True)
+        zero = LowLevelZeroOptimizer(adam, partition_grad=stage == 2, reduce_bucket_size=bucket_size)
         if repaired:
             repairs.fill_buckets(zero)
-        count = mock.Mock(side_effect=torch.distributed.reduce_scatter_tensor)
         for _ in range(2):
-            with mock.patch.object(torch.distributed, "reduce_scatter_tensor", count):
-                zero.backward(sum((matrix * norm).sum() for matrix, norm in zip(matrices, norms, strict=True)))
-            grads = [*zero.get_working_grads_by_group_id(0), *zero.get_working_grads_by_group_id(1)]
-            assert [float(grad.sum()) for grad in grads if grad.numel()] == pytest.approx([16.0] * 6)
+            count = mock.Mock(side_effect=getattr(torch.distributed, exchange))
+            with mock.patch.object(torch.distributed, exchange, count):
+                zero.backward(loss())
+            counts.append(count.call_count)
+            (store,) = zero.pg_to_grad_store.values()
+            for param, grad in zip([*matrices, *norms], wanted, strict=True):
+                (found,) = store.get_partitioned_gradients_by_param_id(int(param.dim() == 1), id(param))
+                torch.testing.assert_close(found, grad)
             zero.zero_grad()
-        exchanges.append(count.call_count)
         for handle in zero.grad_handles:
             handle.remove()
-    assert exchanges[0] > exchanges[1] == 4
+    exchanges = {(2, 1000): [6, 2], (2, 16): [6, 6], (1, 1000): [2, 2], (1, 16): [4, 4]}[stage, bucket_size]
+    assert [counts[:2], counts[2:]] == [[count] * 2 for count in exchanges]
 
 
 def test_no_clipping_still_measures_the_norm():
@@ -338,6 +355,10 @@ def test_sums_are_scattered_as_gloo_would(gloo_group):
     assert torch.equal(target, source.T.flatten())
     dist.reduce_scatter_tensor(target, source.flatten(), op=dist.ReduceOp.MAX)
     assert torch.equal(target, source.flatten())
+
+
+def test_three_ranks_scatter_sums_and_gather(tmp_path):
+    launching.launch(tmp_path, [], worker="collectives_worker.py", ranks=3, timeout=100)
 
 
 def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):

@@ -16,6 +16,7 @@ from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoa
 from colossal_llama2.errors import Stopped, UserError
 from colossal_llama2.train import checks, flags
 from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
 from colossal_llama2.train.step_timer import NoTimer, StepTimer
 from colossal_llama2.train.stopping import NoSignals
@@ -86,7 +87,7 @@ def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str], st
         parts = timer.seconds()
         seconds = time.perf_counter() - start
         tokens, places = take.tokens - before[0], take.places - before[1]
-        memory = engine.max_over_ranks(peak_memory())
+        memory = exchange.max_over_ranks(peak_memory())
         with _profiler(profile_dir, engine.rank) as profiler:
             start = time.perf_counter()
             for _ in range(PROFILED_STEPS):
@@ -191,7 +192,6 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     from colossal_llama2.model.loading import inspect_weights
     from colossal_llama2.train import run  # which imports this module
     from colossal_llama2.train.checkpoint import LoadPlan
-    from colossal_llama2.train.engine import exchange
     from colossal_llama2.train.engine.booster import Engine
 
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)

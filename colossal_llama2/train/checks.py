@@ -46,10 +46,15 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             check()
         except UserError as error:
             problems.append(str(error))
-    if args.benchmark:
-        if problems:
-            raise UserError("; and ".join(problems))
-        return plan
+    if not args.benchmark:
+        plan = _checked_plan(args, plan, problems)
+    if problems:
+        raise UserError("; and ".join(problems))
+    return plan
+
+
+def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str]) -> LoadPlan:
+    """Where the weights of a run that writes come from, with what is wrong added to `problems`."""
     try:
         plan = plan_loading(args.pretrained, args.load_checkpoint)
         plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
@@ -71,8 +76,6 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
             check_parts_fit(eval_paths, stage=args.stage, tokenizer_dir=tokenizer_path, flag="--eval_dataset")
     except UserError as error:
         problems.append(str(error))
-    if problems:
-        raise UserError("; and ".join(problems))
     return plan
 
 
@@ -137,7 +140,7 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "
     """Refuse data of another tokenizer; each rank looks through its share."""
     with exchange.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
-    check_highest_id(engine.max_over_ranks(highest), facts, flag=flag)
+    check_highest_id(exchange.max_over_ranks(highest), facts, flag=flag)
 
 
 def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:

@@ -36,10 +36,16 @@ def make_evaluator(
     sets: List[LoadedSet],
     run_facts: Dict[str, Any],
     *,
+    tokenizer_path: str,
+    owes: bool,
     metrics: SilentReporter,
     stop: NoSignals,
 ) -> SilentEvaluator:
-    """What measures the model on --eval_dataset; checkpoints get what it finds."""
+    """What measures the model on --eval_dataset; checkpoints get what it finds.
+
+    Args:
+        owes: whether it makes up for an evaluation, see `owes_evaluation`.
+    """
     saved = plan.read_states()[1] if plan.resume_path is not None else {}
     fingerprints = {one.name: dataset_fingerprints([one.path])[0] for one in resolve_eval_sets(args.eval_dataset)}
     # Kept through a run that is not measured, too.
@@ -47,10 +53,10 @@ def make_evaluator(
     run_facts["eval_fingerprints"] = {**(saved.get("eval_fingerprints") or {}), **fingerprints}
     if not sets:
         return SilentEvaluator()
-    collator = flags.make_collator(args, flags.find_tokenizer(args, plan))
+    collator = flags.make_collator(args, tokenizer_path)
     return Evaluator(
         engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
-        stop=stop, makes_up=owes_evaluation(args, plan),
+        stop=stop, makes_up=owes,
         alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
     )  # fmt: skip
 

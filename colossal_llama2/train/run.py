@@ -122,7 +122,8 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             bad_steps=BadSteps(args.max_bad_steps),
             metrics=checkpointer.reporter,
             evaluator=eval_parts.make_evaluator(
-                args, plan, engine, given.eval_sets, run_facts, metrics=checkpointer.reporter, stop=stop
+                args, plan, engine, given.eval_sets, run_facts, tokenizer_path=tokenizer_path, owes=owes,
+                metrics=checkpointer.reporter, stop=stop,
             ),
         )
     final = checkpointer.finish(card=card_writer(report, given, order, state, run_facts))

@@ -242,20 +242,11 @@ def _zero_plugin(settings: EngineSettings, parameters: int, on_cpu: bool, offloa
 def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
     from colossalai.booster.plugin import HybridParallelPlugin
 
-    fused_norm = not on_cpu and _on_all_ranks(has_apex_norm())
+    # Everywhere or nowhere: copies of a norm that are computed in two ways would drift apart.
+    fused_norm = not on_cpu and not exchange.max_over_ranks(int(not has_apex_norm()))
     if fused_norm:
         logs.get_logger().info("Norms: fused, by apex")
     return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu, fused_norm=fused_norm))
-
-
-def _on_all_ranks(value: bool) -> bool:
-    """True if it is true everywhere: copies of a norm that are computed in two ways would drift apart."""
-    import torch
-    import torch.distributed as dist
-
-    everywhere = torch.tensor(int(value), device=current_device())
-    dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
-    return bool(everywhere)
 
 
 @dataclass(frozen=True)
@@ -429,7 +420,7 @@ class Engine:
     def _why_no_rank_has_token_losses(self) -> Optional[str]:
         """The reason of this rank, or that others have one: all ranks add up their sums, or none. Called on all."""
         reason = self._why_no_token_losses()
-        if self.max_over_ranks(int(reason is not None)) and reason is None:
+        if exchange.max_over_ranks(int(reason is not None)) and reason is None:
             return "Liger's kernel, which is installed on other hosts, gives the sum of all tokens alone"
         return reason
 
@@ -637,15 +628,6 @@ class Engine:
         total = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else self.device)
         dist.all_reduce(total, group=self._host_group if on_host else None)
         return (total / (self.world_size // self.data_size)).tolist()
-
-    def max_over_ranks(self, value: int) -> int:
-        """The largest of the numbers that all ranks give."""
-        import torch
-        import torch.distributed as dist
-
-        largest = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

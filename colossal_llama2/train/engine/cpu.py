@@ -16,6 +16,7 @@ gloo. It lacks six things on a CPU, each supplied by one function here, and a se
 
 import contextlib
 import functools
+from typing import Optional
 
 
 @functools.lru_cache(maxsize=1)
@@ -36,8 +37,8 @@ def _keep_freed_memory() -> None:
     """Let glibc keep what tensors free for the next step, as PyTorch does it on a GPU.
 
     By default much of it goes back to the kernel, which clears each page anew: 25,000 page faults a step of a model of
-    8 M parameters in float32, a sixth of its time (measured). Tensors over 32 MiB, glibc's limit, go back all the same.
-    Settings in the environment (MALLOC_..., GLIBC_TUNABLES) hold.
+    8 M parameters in float32, a sixth of its time (measured). Without mmap, since glibc gives back all
+    tensors over 32 MiB that are mapped. Settings in the environment (MALLOC_..., GLIBC_TUNABLES) hold.
     """
     import ctypes
     import os
@@ -46,8 +47,8 @@ def _keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-        mallopt(mmap_threshold, 32 * 2**20)
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
 
 
@@ -322,40 +323,82 @@ def _patch_backend_check() -> None:
     p2p._check_for_nccl_hccl_backend = p2p.check_for_nccl_backend
 
 
-class _Done:
-    """The handle of a collective that has already ended."""
+class _Works:
+    """The handle of messages that are on their way, and of what is to be done when they are there."""
+
+    def __init__(self, works=(), finish=None):
+        self._works, self._finish = list(works), finish
 
     def wait(self, *args) -> bool:
+        for work in self._works:
+            work.wait()
+        if self._finish is not None:
+            self._finish()
+        self._works, self._finish = [], None
         return True
 
     def is_completed(self) -> bool:
-        return True
+        return all(work.is_completed() for work in self._works) and self._finish is None
+
+
+def _messages(group, sent, received) -> list:
+    """Send `sent[rank]` to the other ranks of a group, and write what they send into `received[rank]`.
+
+    They go from and to the tensors themselves; gloo's own collectives of whole tensors copy on the way.
+    """
+    import torch.distributed as dist
+
+    works = []
+    for rank in range(dist.get_world_size(group)):
+        if rank != dist.get_rank(group):
+            partner = rank if group is None else dist.get_global_rank(group, rank)
+            works.append(dist.isend(sent[rank], partner, group=group))
+            works.append(dist.irecv(received[rank], partner, group=group))
+    return works
 
 
 def _supply_collectives() -> None:
     """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
 
     In PyTorch 2.5 gloo has only the forms that take one tensor; elsewhere the calls go where they went. gloo ends the
-    process if shapes differ, and so it is given flat tensors. The reduce_scatter of one tensor, which ZeRO and Gemini
-    call, is supplied too: gloo's own sums up all of it on every rank and keeps a part (three times as slow, measured).
+    process if shapes differ, and so it is given flat tensors. reduce_scatter and all_gather of one tensor, which ZeRO
+    and Gemini call, are supplied too: gloo's reduce_scatter sums up all of it on every rank and keeps a part, and its
+    all_gather goes round in a ring (five times and twice to four times as slow on two ranks, measured).
     """
     import torch
     import torch.distributed as dist
 
     reduce_scatter, reduce_scatter_tensor, all_to_all = dist.reduce_scatter, dist.reduce_scatter_tensor, dist.all_to_all
+    all_gather = dist.all_gather_into_tensor
     if reduce_scatter.__module__ == __name__:
         return
 
     def summed_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
         if dist.get_backend(group) != "gloo" or op != dist.ReduceOp.SUM:
             return reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
-        received = torch.empty_like(input, memory_format=torch.contiguous_format).view(-1)
-        dist.all_to_all_single(received, input.contiguous().view(-1), group=group)
-        first, *others = received.chunk(dist.get_world_size(group))
-        for part in others:
-            first += part
-        output.copy_(first.view_as(output))
-        return _Done() if async_op else None
+        size, own = dist.get_world_size(group), dist.get_rank(group)
+        sent = input.contiguous().view(size, -1)
+        # In the order of the ranks: sums do not depend on where they are made.
+        parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
+
+        def add_up() -> None:
+            total = parts[0] + parts[1] if size > 1 else parts[0]
+            for part in parts[2:]:
+                total += part
+            output.copy_(total.view_as(output))
+
+        return _ended(_Works(_messages(group, sent, parts), add_up), async_op)
+
+    def exchanged_gather(output_tensor, input_tensor, group=None, async_op=False):
+        size, own = dist.get_world_size(group), dist.get_rank(group)
+        fits = output_tensor.is_contiguous() and output_tensor.numel() == size * input_tensor.numel()
+        if dist.get_backend(group) != "gloo" or not fits:
+            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        sent, parts = input_tensor.contiguous().view(-1), output_tensor.view(size, -1)
+        works = _messages(group, [sent] * size, parts)
+        if sent.data_ptr() != parts[own].data_ptr():
+            parts[own].copy_(sent)
+        return _ended(_Works(works), async_op)
 
     def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
         if dist.get_backend(group) != "gloo":
@@ -363,7 +406,7 @@ def _supply_collectives() -> None:
         flat = torch.empty(output.numel(), dtype=output.dtype)
         summed_scatter(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
         output.copy_(flat.view_as(output))
-        return _Done() if async_op else None
+        return _ended(_Works(), async_op)
 
     def flat_all_to_all(output_list, input_list, group=None, async_op=False):
         if dist.get_backend(group) != "gloo":
@@ -374,7 +417,15 @@ def _supply_collectives() -> None:
         dist.all_to_all_single(flat, inputs, received, sent, group=group)
         for part, values in zip(output_list, flat.split(received), strict=True):
             part.copy_(values.view_as(part))
-        return _Done() if async_op else None
+        return _ended(_Works(), async_op)
 
     dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all
-    dist.reduce_scatter_tensor = summed_scatter
+    dist.reduce_scatter_tensor, dist.all_gather_into_tensor = summed_scatter, exchanged_gather
+
+
+def _ended(works: _Works, async_op: bool) -> Optional[_Works]:
+    """What a collective returns: its handle, or nothing when it has ended."""
+    if async_op:
+        return works
+    works.wait()
+    return None

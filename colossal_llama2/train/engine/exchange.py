@@ -38,6 +38,17 @@ def gather_values(value: Any) -> List[Any]:
     ]  # fmt: skip
 
 
+def max_over_ranks(value: int) -> int:
+    """The largest of the numbers that all ranks give. Called on all ranks."""
+    import torch
+    import torch.distributed as dist
+    from colossalai.accelerator import get_accelerator
+
+    largest = torch.tensor(value, dtype=torch.int64, device=get_accelerator().get_current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def first_rank_value(value: Any) -> Any:
     """The JSON value that rank 0 gives. Called on all ranks."""
     return gather_values(value)[0]

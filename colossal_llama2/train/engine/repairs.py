@@ -18,12 +18,12 @@ REPAIRED_VERSION = "0.5.0"
 
 
 def install() -> None:
-    """Apply the repairs that work by replacing a function, to the version that needs them."""
+    """Apply the repairs that work by replacing a function, if this is the version that needs them."""
     import colossalai
 
     from colossal_llama2 import logs
 
-    if colossalai.__version__ != REPAIRED_VERSION:
+    if not has_faults():
         logs.get_logger().warning(
             "ColossalAI %s: its faults in %s are mended here, later ones are not known; compare with a short run first",
             colossalai.__version__,
@@ -36,6 +36,13 @@ def install() -> None:
     wrap_to_reduce_alone()
 
 
+def has_faults() -> bool:
+    """True if ColossalAI is of the version that these repairs are for."""
+    import colossalai
+
+    return colossalai.__version__ == REPAIRED_VERSION
+
+
 def clip_in_bf16(optimizer) -> None:
     """Make HybridAdam apply Gemini's clipping to bf16 gradients of parameters in CPU memory.
 
@@ -43,6 +50,9 @@ def clip_in_bf16(optimizer) -> None:
     nn/optimizer/hybrid_adam.py:128 takes a branch that ignores it; float32 gradients take the kernel, which does not.
     """
     import torch
+
+    if not has_faults():
+        return
 
     def promote_gradients(optimizer, args, kwargs):
         for group in optimizer.param_groups:
@@ -60,7 +70,7 @@ def refresh_offloaded(optimizer) -> None:
     zero/gemini/chunk/chunk.py:509: where weights and optimizer lie on the host, an update leaves the half-precision
     chunk as it is until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
     """
-    for chunk in optimizer.chunk16_set:
+    for chunk in optimizer.chunk16_set if has_faults() else ():
         if not chunk.optim_sync_flag:
             chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
 
@@ -160,6 +170,9 @@ def fill_buckets(optimizer) -> None:
     """
     from colossalai.zero.low_level.bookkeeping import BucketStore
 
+    if not has_faults():
+        return
+
     def bucket_of(group_id: int, like: BucketStore) -> BucketStore:
         class GroupBucket(BucketStore):
             def reset_all(self) -> None:
@@ -185,6 +198,9 @@ def gathered_weights(gemini) -> Iterator[None]:
     zero/gemini/gemini_ddp.py:278 refuses to go forward without gradients before a step has told what memory is needed.
     Nothing is recorded here, so that the first step still can. Weights are let go as line 260 does it.
     """
+    if not has_faults():
+        yield
+        return
     for chunk in gemini.chunk_manager.get_chunks(gemini.fp16_params):
         gemini.chunk_manager.access_chunk(chunk)
     gemini.forward = gemini.module.forward
