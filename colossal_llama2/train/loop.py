@@ -145,10 +145,11 @@ def accumulated_loss(
         noise.prepare(step=step, micro_step=micro_step, lengths=batch.lengths)
         # The engine averages gradients over ranks; data_size undoes that, for the sum over ranks is wanted.
         weight = batch.predicted * engine.data_size / predicted
-        with timer.part("forward"):
-            loss = weighted_loss(engine, batch, weight)
-        with timer.part("backward"):
-            engine.backward(loss, last=micro_step == len(batches) - 1)
+        with engine.micro_batch(last=micro_step == len(batches) - 1):
+            with timer.part("forward"):
+                loss = weighted_loss(engine, batch, weight)
+            with timer.part("backward"):
+                engine.backward(loss)
         loss_sum = loss_sum + loss.detach().float()
     return loss_sum
 

@@ -17,7 +17,7 @@ from typing import Dict, List, Sequence, Set, Tuple
 
 from colossal_llama2.train import activations
 from colossal_llama2.train.activations import FLOAT32, MicroBatch, ModelShape, StageShape
-from colossal_llama2.train.engine.booster import PLUGINS, EngineSettings, gemini_arguments
+from colossal_llama2.train.engine.booster import GEMINI_PREFETCHED, PLUGINS, EngineSettings, gemini_arguments
 
 MOMENTS = ("loss", "backward", "update")
 PARTS = ("weights", "master weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -383,9 +383,10 @@ class _GeminiKeeper(_Keeper):
         return sum(self.chunks[chunk] - self.chunks[chunk] // self.shards for chunk in chunks) * self.element
 
     def forward(self) -> Dict[str, int]:
-        # placement_policy.py:66, static: before an operation all others are let go of. auto: none while there is room.
-        largest = self.chunks.index(max(self.chunks))
-        return {"buffers": self._extra(self.gathered or {largest})}
+        # placement_policy.py:66, static: before an operation all others are let go of, and the next ones come while it
+        # runs. auto: none is let go of while there is room.
+        by_size = sorted(range(len(self.chunks)), key=self.chunks.__getitem__, reverse=True)
+        return {"buffers": self._extra(self.gathered or by_size[: 1 + GEMINI_PREFETCHED])}
 
     def after(self, weights: Weights) -> List[Dict[str, int]]:
         found = []
@@ -397,7 +398,8 @@ class _GeminiKeeper(_Keeper):
         """A gradient comes into its chunk, which is reduced when it is the last (gemini_ddp.py:357)."""
         self.gathered.add(chunk)
         own = 0 if self.reuses else self.chunks[chunk] * self.element
-        parts = {"gradients": size * self.element, "buffers": self._extra(self.gathered) + own}
+        coming = self.gathered | set(range(max(chunk - GEMINI_PREFETCHED, 0), chunk))
+        parts = {"gradients": size * self.element, "buffers": self._extra(coming) + own}
         self.left[chunk] -= 1
         if self.left[chunk] > 0:
             return [parts]

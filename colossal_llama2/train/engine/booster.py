@@ -33,6 +33,8 @@ ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
 GEMINI_MIN_CHUNK_M = 32.0
 GEMINI_CHUNKS_AT_LEAST = 8
+# Chunks that are gathered while the one before is computed with.
+GEMINI_PREFETCHED = 1
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool,
         enable_gradient_accumulation=settings.accumulation_steps > 1,
         min_chunk_size_m=chunk_m,
         search_range_m=chunk_m,
+        max_prefetch=GEMINI_PREFETCHED,
         # Asynchronous reduction pins host memory, which needs a GPU.
         enable_async_reduce=not on_cpu,
     )
@@ -504,19 +507,29 @@ class Engine:
 
         self.model.eval()
         try:
-            with torch.no_grad(), self._gathered_for_warmup():
+            with torch.no_grad(), self._gemini_evaluating():
                 yield
         finally:
             self.model.train()
 
-    def _gathered_for_warmup(self) -> contextlib.AbstractContextManager:
-        """gemini_auto takes no forward pass without gradients before its first step: it runs on gathered weights."""
+    @contextlib.contextmanager
+    def _gemini_evaluating(self) -> Iterator[None]:
+        """Under Gemini: let the weights come as a forward pass alone needs them."""
         manager = getattr(self.model, "gemini_manager", None)
-        if manager is None or not manager.need_warmup or not manager.is_warmup():
-            return contextlib.nullcontext()
+        if manager is None:
+            yield
+            return
         from colossal_llama2.train.engine import repairs
 
-        return repairs.gathered_weights(self.model)
+        # It learns from its first step what comes next, which at the end of forward would be backward.
+        manager.placement_policy.max_prefetch = 0
+        # With automatic placement it takes no pass without gradients before that step.
+        needs_step = manager.need_warmup and manager.is_warmup()
+        try:
+            with repairs.gathered_weights(self.model) if needs_step else contextlib.nullcontext():
+                yield
+        finally:
+            manager.placement_policy.max_prefetch = GEMINI_PREFETCHED
 
     @property
     def is_pipelined(self) -> bool:
@@ -572,16 +585,15 @@ class Engine:
         dist.all_reduce(loss, group=self._plugin.pp_group)
         return float(loss)
 
-    def backward(self, loss, *, last: bool) -> None:
-        """Accumulate the gradients of a loss; ranks need not meet before the `last` one of an optimizer step."""
-        waits = not last and self._can_wait()
-        with self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext():
-            self._booster.backward(loss, self.optimizer)
+    def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager:
+        """A context for forward and `backward`, in which ranks exchange no gradients before the `last` of a step."""
+        # ZeRO stage 2 and Gemini split gradients as they come.
+        waits = not last and self._kind.is_hybrid and self.settings.zero_stage < 2
+        return self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext()
 
-    def _can_wait(self) -> bool:
-        # ZeRO stage 2 and Gemini split gradients as they come. 3d without ZeRO decides in the forward pass whether
-        # data-parallel ranks meet, but tensor-parallel ones that share a sample would here, and sum up what is summed.
-        return self._kind.is_hybrid and self.settings.zero_stage < 2
+    def backward(self, loss) -> None:
+        """Accumulate the gradients of a loss."""
+        self._booster.backward(loss, self.optimizer)
 
     def step(self, *, update: bool = True) -> Optional[float]:
         """Clip, update the parameters, clear the gradients.
