@@ -10,8 +10,10 @@ tokens a step; full samples of random tokens, so nothing is padded. Every candid
 - Trainer: transformers' own, data parallel (DDP), bf16 by autocast where that is the precision.
 - the plugins: train.py --benchmark.
 
-Prints tokens/s and peak memory of the largest rank as ratios, and each plugin's step by part. Seconds are those of one
-machine, and not printed.
+Prints tokens/s and peak memory of the largest rank as ratios, and each plugin's step by part: medians of rounds in
+which every candidate runs once, so that a machine whose speed changes changes it for all. Seconds are those of one
+machine, and not printed. "communication" lies inside the parts before it; Gemini's messages are under way while it
+computes, and count from when they are asked for.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +49,7 @@ PLUGINS: Dict[str, Tuple[str, ...]] = {
     "3d": ("--plugin", "3d"),
     "3d, tp 2": ("--plugin", "3d", "--tp", "2"),
 }
+BASELINES = ("bare", "trainer")
 PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
 
 
@@ -56,7 +60,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="gemini has bf16 alone")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which of the two")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of a sample")
-    parser.add_argument("--measure", choices=("bare", "trainer"), help=argparse.SUPPRESS)
+    parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS), help="which")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is run, by turns")
+    parser.add_argument("--measure", choices=BASELINES, help=argparse.SUPPRESS)
     parser.add_argument("--model_dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -68,7 +74,7 @@ def main() -> None:
         for name in args.models:
             model_dir = make_model(args.work_dir / name.replace(" ", ""), MODELS[name])
             for length in args.lengths:
-                print_table(f"{name}, {length:,} tokens", model_dir, length, args.precision)
+                print_table(f"{name}, {length:,} tokens", model_dir, length, args)
     finally:
         shutil.rmtree(args.work_dir)
 
@@ -85,33 +91,43 @@ def make_model(folder: Path, shape: Dict[str, int]) -> Path:
     return folder
 
 
-def print_table(title: str, model_dir: Path, length: int, precision: str) -> None:
-    """Run all candidates on one model and length."""
-    bases: Dict[str, Dict[str, float]] = {}
-    for name in ("bare", "trainer"):
-        script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
-        done = launch([*script, "--lengths", str(length), "--precision", precision])
-        rows = [json.loads(line) for line in done.splitlines() if line.startswith('{"speed"')]
-        combine = sum if name == "bare" else max
-        bases[name] = {
-            "speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)
-        }  # fmt: skip
-    print(f"\n{title:24} over Trainer  over bare  memory over Trainer   " + "  ".join(PARTS), flush=True)
-    for name, row in bases.items():
-        print_row(name, row, **bases)
-    for name, flags in PLUGINS.items():
-        if precision == "bf16":
-            print_row(name, ours(model_dir, length, precision, flags), **bases)
-        elif not name.startswith("gemini"):
-            # ColossalAI's ZeRO under 3d trains in half precision alone.
-            print_row(name, ours(model_dir, length, precision, flags + ("--zero", "0") * ("3d" in flags)), **bases)
+def print_table(title: str, model_dir: Path, length: int, args: argparse.Namespace) -> None:
+    """Run all candidates on one model and length, `args.rounds` times by turns."""
+    rounds = []
+    for _ in range(args.rounds):
+        found = {name: baseline(name, model_dir, length, args.precision) for name in BASELINES}
+        for name in args.plugins:
+            # ColossalAI has Gemini, and ZeRO under 3d, in half precision alone.
+            if args.precision == "bf16" or not name.startswith("gemini"):
+                flags = PLUGINS[name] + (("--zero", "0") if args.precision == "fp32" and "3d" in PLUGINS[name] else ())
+                found[name] = ours(model_dir, length, args.precision, flags)
+        rounds.append(found)
+    print(f"\n{title:18} over Trainer  (least-most)  over bare  memory over Trainer   " + "  ".join(PARTS), flush=True)
+    for name in rounds[0]:
+        print_row(name, rounds)
 
 
-def print_row(name: str, row: Dict[str, float], *, bare: Dict[str, float], trainer: Dict[str, float]) -> None:
-    """One candidate, beside the floor and the baseline."""
-    ratios = [row["speed"] / trainer["speed"], row["speed"] / bare["speed"], row["memory"] / trainer["memory"]]
-    shares = "  ".join(f"{row[part]:>{len(part) - 1}.0f}%" if part in row else " " * len(part) for part in PARTS)
-    print(f"{name:24} {ratios[0]:12.2f}  {ratios[1]:9.2f}  {ratios[2]:19.2f}   {shares}".rstrip(), flush=True)
+def print_row(name: str, rounds: List[Dict[str, Dict[str, float]]]) -> None:
+    """One candidate beside the baseline and the floor of the same round: medians over the rounds."""
+    rows = [found[name] for found in rounds]
+
+    def ratios(figure: str, base: str) -> List[float]:
+        return [found[name][figure] / found[base][figure] for found in rounds]
+
+    speeds = ratios("speed", "trainer")
+    figures = f"{median(speeds):12.2f}  ({min(speeds):.2f}-{max(speeds):.2f})  {median(ratios('speed', 'bare')):10.2f}"
+    figures += f"  {median(ratios('memory', 'trainer')):19.2f}"
+    shares = [f"{median(row[part] for row in rows):>{len(part) - 1}.0f}%" for part in PARTS if part in rows[0]]
+    print(f"{name:18} {figures}   {'  '.join(shares)}".rstrip(), flush=True)
+
+
+def baseline(name: str, model_dir: Path, length: int, precision: str) -> Dict[str, float]:
+    """Tokens/s of all ranks, and the memory of the largest."""
+    script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
+    done = launch([*script, "--lengths", str(length), "--precision", precision])
+    rows = [json.loads(line) for line in done.splitlines() if line.startswith('{"speed"')]
+    combine = sum if name == "bare" else max
+    return {"speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)}
 
 
 def launch(script: List[str]) -> str:

@@ -179,6 +179,15 @@ def test_when_ray_dies_as_it_starts_nothing_stays(inputs, tokenizer_dir, tmp_pat
     ends_without_ray(process)
 
 
+def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_path):
+    process = start(options(inputs, tokenizer_dir, tmp_path / "ray"), tmp_path)
+    found(lambda: workers_at("ray::do_unit", psutil.Process(process.pid)), process)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert not psutil.wait_procs(descendants, timeout=20)[1]
+
+
 def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local, monkeypatch):
     """A Ray that the command starts itself, without an address."""
     keywords = options(inputs, tokenizer_dir, tmp_path / "ray")

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
+from colossal_llama2 import logs
 from colossal_llama2.dataset.workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
 from colossal_llama2.errors import RunError, UserError
 
@@ -72,7 +73,7 @@ def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable
 def _kill_session(leader: int) -> None:
     """End what a Ray that broke down has left running: it stays in its driver's session, whoever its parent is now.
 
-    Until there is none: a process may be starting another one.
+    Until there is none but this process: one may be starting another.
     """
     import psutil
 
@@ -85,13 +86,15 @@ def _kill_session(leader: int) -> None:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         time.sleep(0.05)
+    logs.get_logger().warning("Ray has left processes that do not end: %s", [process.pid for process in left])
 
 
 def _is_alive_in(leader: int, process) -> bool:
     import psutil
 
     try:
-        return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+        is_other = process.pid != os.getpid()
+        return is_other and os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
     except (OSError, psutil.Error):  # it has ended
         return False
 
@@ -156,8 +159,8 @@ def _received(connection) -> Tuple[int, Any]:
 
 def _drive(connection, address: Optional[str], num_workers: int) -> None:
     """Connect to Ray, and do tasks until the command closes the connection."""
-    begin_worker()
     os.setsid()  # what Ray starts is known by it
+    begin_worker(before_end=partial(_kill_session, os.getpid()))
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)

@@ -95,14 +95,15 @@ def _raise_first_error(running: Iterable[Future], done: Collection[Future]) -> N
         future.result()
 
 
-def begin_worker() -> None:
-    """Leave Ctrl+C to the parent, and end when the parent is killed."""
+def begin_worker(before_end: Callable = lambda: None) -> None:
+    """Leave Ctrl+C to the parent, and end when the parent is killed, after `before_end()`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(before_end,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(before_end: Callable) -> None:
     # The server that forked this process lives as long as its workers, so only the command's own end counts.
     multiprocessing.parent_process().join()
+    before_end()
     os._exit(1)

@@ -17,7 +17,7 @@ from typing import Dict, List, Sequence, Set, Tuple
 
 from colossal_llama2.train import activations
 from colossal_llama2.train.activations import FLOAT32, MicroBatch, ModelShape, StageShape
-from colossal_llama2.train.engine.booster import GEMINI_PREFETCHED, PLUGINS, EngineSettings, gemini_arguments
+from colossal_llama2.train.engine.booster import PLUGINS, EngineSettings, gemini_arguments
 
 MOMENTS = ("loss", "backward", "update")
 PARTS = ("weights", "master weights", "gradients", "optimizer", "activations", "logits", "buffers")
@@ -302,7 +302,7 @@ class _ZeroKeeper(_Keeper):
         elements = sum(bucket)
         copies = elements + (elements // self.shards if self.splits else 0)
         if self.plan.on_cpu and self.splits:
-            # What comes from all ranks (cpu._supply_collectives).
+            # What comes from the other ranks, and the sum (cpu._supply_collectives).
             copies += elements
         parts = self._now()
         parts["gradients"] += coming * self.element
@@ -329,23 +329,20 @@ class _ZeroKeeper(_Keeper):
 
     def _gather_bytes(self, shares: Sequence[int], is_half: bool) -> int:
         """What it takes to give all ranks the updated weights (:594, bookkeeping/tensor_bucket.py:70)."""
-        # gloo receives into a copy (ProcessGroupGloo.cpp, allgather).
-        received = 2 if self.plan.on_cpu else 1
         most = fill = 0
         for share in shares:
             if share > ZERO_BUCKET:
                 # Straight into the weights.
-                own = share * (1 if is_half else 0) + share * self.shards * (received - 1)
-                most = max(most, own + fill * (1 if is_half else 0))
+                most = max(most, (share + fill) * is_half)
             elif fill + share > ZERO_BUCKET:
-                most, fill = max(most, self._bucket_elements(fill, is_half, received) + share * is_half), share
+                most, fill = max(most, self._bucket_elements(fill, is_half) + share * is_half), share
             else:
                 fill += share
-        return max(most, self._bucket_elements(fill, is_half, received)) * self.element
+        return max(most, self._bucket_elements(fill, is_half)) * self.element
 
-    def _bucket_elements(self, fill: int, is_half: bool, received: int) -> int:
+    def _bucket_elements(self, fill: int, is_half: bool) -> int:
         # The updated parts in half precision, one flat copy of them, and what comes from all ranks.
-        return fill * is_half + fill + fill * self.shards * received
+        return fill * is_half + fill + fill * self.shards
 
 
 class _GeminiKeeper(_Keeper):
@@ -355,7 +352,8 @@ class _GeminiKeeper(_Keeper):
         super().__init__(stage, plan)
         self.shards, self.reuses = plan.shards, plan.settings.accumulation_steps == 1
         sizes = [size for _, size in self.weights]
-        minimum = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy="static")
+        policy = "auto" if plan.settings.plugin == "gemini_auto" else "static"
+        minimum = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy=policy)
         self.chunks = chunk_sizes(sizes, minimum_m=minimum["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
         # Backward takes the weights of a name from the last one on.
@@ -365,6 +363,7 @@ class _GeminiKeeper(_Keeper):
         self.left = [places.count(chunk) for chunk in range(len(self.chunks))]
         self.elements = sum(self.chunks)
         self.shard = self.elements // self.shards
+        self.ahead = minimum["max_prefetch"]
         self.gathered: Set[int] = set(range(len(self.chunks))) if plan.settings.plugin == "gemini_auto" else set()
 
     def constant(self) -> Dict[str, int]:
@@ -386,24 +385,28 @@ class _GeminiKeeper(_Keeper):
         # placement_policy.py:66, static: before an operation all others are let go of, and the next ones come while it
         # runs. auto: none is let go of while there is room.
         by_size = sorted(range(len(self.chunks)), key=self.chunks.__getitem__, reverse=True)
-        return {"buffers": self._extra(self.gathered or by_size[: 1 + GEMINI_PREFETCHED])}
+        return {"buffers": self._extra(self.gathered or by_size[: 1 + self.ahead])}
 
     def after(self, weights: Weights) -> List[Dict[str, int]]:
         found = []
         for name, size in weights:
             found += self._gradient(self.waiting[name].pop(), size)
-        return found or [{"buffers": self._extra(self.gathered)}]
+        return found or [{"buffers": self._extra(self._with_next())}]
+
+    def _with_next(self) -> Set[int]:
+        """The gathered chunks and those that are gathered ahead, however far off: backward goes from the last down."""
+        next_ones = [chunk for chunk, left in enumerate(self.left) if left and chunk not in self.gathered]
+        return self.gathered | set(next_ones[-self.ahead :] if self.ahead else ())
 
     def _gradient(self, chunk: int, size: int) -> List[Dict[str, int]]:
         """A gradient comes into its chunk, which is reduced when it is the last (gemini_ddp.py:357)."""
         self.gathered.add(chunk)
         own = 0 if self.reuses else self.chunks[chunk] * self.element
-        coming = self.gathered | set(range(max(chunk - GEMINI_PREFETCHED, 0), chunk))
-        parts = {"gradients": size * self.element, "buffers": self._extra(coming) + own}
+        parts = {"gradients": size * self.element, "buffers": self._extra(self._with_next()) + own}
         self.left[chunk] -= 1
         if self.left[chunk] > 0:
             return [parts]
-        # The result has room of its own, and on a CPU gloo reduces in a copy.
+        # The result has room of its own, and on a CPU what comes from the other ranks, and the sum (engine/cpu.py).
         elements = self.chunks[chunk] // self.shards + (self.chunks[chunk] if self.plan.on_cpu else 0)
         reducing = {**parts, "buffers": parts["buffers"] + elements * self.element}
         self.gathered.discard(chunk)

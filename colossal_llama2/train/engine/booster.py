@@ -33,8 +33,9 @@ ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
 GEMINI_MIN_CHUNK_M = 32.0
 GEMINI_CHUNKS_AT_LEAST = 8
-# Chunks that are gathered while the one before is computed with.
-GEMINI_PREFETCHED = 1
+# Chunks that are gathered while the one before is computed with. With automatic placement none is: each rank decides by
+# the memory that it has left, and ranks that decide differently would exchange chunks for gradients.
+GEMINI_PREFETCHED = {"static": 1, "auto": 0}
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,8 @@ def _free_port() -> int:
 
 
 def _common_arguments(settings: EngineSettings) -> Dict[str, Any]:
-    # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged.
+    # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged; and under
+    # Gemini on a GPU the host's wait for it keeps a chunk that accumulates from being freed while it is reduced.
     return {"precision": settings.precision, "max_norm": settings.max_norm or math.inf, "initial_scale": 2**16}
 
 
@@ -177,8 +179,8 @@ def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool,
         enable_gradient_accumulation=settings.accumulation_steps > 1,
         min_chunk_size_m=chunk_m,
         search_range_m=chunk_m,
-        max_prefetch=GEMINI_PREFETCHED,
-        # Asynchronous reduction pins host memory, which needs a GPU.
+        max_prefetch=GEMINI_PREFETCHED[policy],
+        # Asynchronous reduction pins host memory, which needs a GPU, and frees what it sends.
         enable_async_reduce=not on_cpu,
     )
     return arguments
@@ -217,6 +219,8 @@ def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool, fused_norm: bool
         enable_flash_attention=settings.use_flash_attn,
         enable_fused_normalization=fused_norm,
         overlap_communication=not on_cpu,
+        # They are those of rotary positions, which nothing changes.
+        broadcast_buffers=False,
         # Pad the vocabulary to a multiple of tp_size and no further.
         make_vocab_size_divisible_by=1,
     )
@@ -246,7 +250,7 @@ def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
     from colossalai.booster.plugin import HybridParallelPlugin
 
     # Everywhere or nowhere: copies of a norm that are computed in two ways would drift apart.
-    fused_norm = not on_cpu and not exchange.max_over_ranks(int(not has_apex_norm()))
+    fused_norm = not on_cpu and all(exchange.gather_values(has_apex_norm()))
     if fused_norm:
         logs.get_logger().info("Norms: fused, by apex")
     return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu, fused_norm=fused_norm))
@@ -522,14 +526,15 @@ class Engine:
         from colossal_llama2.train.engine import repairs
 
         # It learns from its first step what comes next, which at the end of forward would be backward.
-        manager.placement_policy.max_prefetch = 0
+        policy = manager.placement_policy
+        before, policy.max_prefetch = policy.max_prefetch, 0
         # With automatic placement it takes no pass without gradients before that step.
         needs_step = manager.need_warmup and manager.is_warmup()
         try:
             with repairs.gathered_weights(self.model) if needs_step else contextlib.nullcontext():
                 yield
         finally:
-            manager.placement_policy.max_prefetch = GEMINI_PREFETCHED
+            policy.max_prefetch = before
 
     @property
     def is_pipelined(self) -> bool:

@@ -8,7 +8,7 @@ gloo. It lacks six things on a CPU, each supplied by one function here, and a se
     gemini        telling "the device" from "the host", which are both RAM patch, see `_patch_gemini_chunks`
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
     pipelines     which backend a group has                                patch, see `_patch_backend_check`
-    sequences     collectives that gloo lacks, or does in a longer way     patch, see `_supply_collectives`
+    collectives   those that gloo lacks, or does in a longer way          patch, see `_supply_collectives`
     memory        what a GPU's caching allocator does                      glibc's settings, `_keep_freed_memory`
 
 `install` is called once, before any plugin is built.
@@ -37,8 +37,10 @@ def _keep_freed_memory() -> None:
     """Let glibc keep what tensors free for the next step, as PyTorch does it on a GPU.
 
     By default much of it goes back to the kernel, which clears each page anew: 25,000 page faults a step of a model of
-    8 M parameters in float32, a sixth of its time (measured). Without mmap, since glibc gives back all
-    tensors over 32 MiB that are mapped. Settings in the environment (MALLOC_..., GLIBC_TUNABLES) hold.
+    8 M parameters in float32, a sixth of its time (measured). mmap is off, since what was mapped, as all over 32 MiB
+    is, goes back whenever it is freed. In exchange what loading a model frees stays with the process, and gemini_auto,
+    which counts it as used, moves weights out of the way earlier. Settings in the environment (MALLOC_...,
+    GLIBC_TUNABLES) hold.
     """
     import ctypes
     import os
@@ -49,7 +51,7 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         trim_threshold, mmap_max = -1, -4  # of malloc.h
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(trim_threshold, -1)  # never
 
 
 def _device():
@@ -324,21 +326,18 @@ def _patch_backend_check() -> None:
 
 
 class _Works:
-    """The handle of messages that are on their way, and of what is to be done when they are there."""
+    """The handle of messages that are on their way; they keep their tensors alive. Without messages: of none."""
 
-    def __init__(self, works=(), finish=None):
-        self._works, self._finish = list(works), finish
+    def __init__(self, works=()):
+        self._works = list(works)
 
     def wait(self, *args) -> bool:
         for work in self._works:
             work.wait()
-        if self._finish is not None:
-            self._finish()
-        self._works, self._finish = [], None
         return True
 
     def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self._works) and self._finish is None
+        return all(work.is_completed() for work in self._works)
 
 
 def _messages(group, sent, received) -> list:
@@ -358,7 +357,7 @@ def _messages(group, sent, received) -> list:
 
 
 def _supply_collectives() -> None:
-    """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
+    """Give gloo the list forms of reduce_scatter and all_to_all, for sequence parallelism, and faster ones of a tensor.
 
     In PyTorch 2.5 gloo has only the forms that take one tensor; elsewhere the calls go where they went. gloo ends the
     process if shapes differ, and so it is given flat tensors. reduce_scatter and all_gather of one tensor, which ZeRO
@@ -380,14 +379,13 @@ def _supply_collectives() -> None:
         sent = input.contiguous().view(size, -1)
         # In the order of the ranks: sums do not depend on where they are made.
         parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
-
-        def add_up() -> None:
-            total = parts[0] + parts[1] if size > 1 else parts[0]
-            for part in parts[2:]:
-                total += part
-            output.copy_(total.view_as(output))
-
-        return _ended(_Works(_messages(group, sent, parts), add_up), async_op)
+        # To its end, even if it need not: what is sent may be freed when this returns.
+        _Works(_messages(group, sent, parts)).wait()
+        total = parts[0] + parts[1] if size > 1 else parts[0]
+        for part in parts[2:]:
+            total += part
+        output.copy_(total.view_as(output))
+        return _ended(_Works(), async_op)
 
     def exchanged_gather(output_tensor, input_tensor, group=None, async_op=False):
         size, own = dist.get_world_size(group), dist.get_rank(group)

@@ -70,7 +70,9 @@ def refresh_offloaded(optimizer) -> None:
     zero/gemini/chunk/chunk.py:509: where weights and optimizer lie on the host, an update leaves the half-precision
     chunk as it is until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
     """
-    for chunk in optimizer.chunk16_set if has_faults() else ():
+    if not has_faults():
+        return
+    for chunk in optimizer.chunk16_set:
         if not chunk.optim_sync_flag:
             chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
 
