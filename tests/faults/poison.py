@@ -16,23 +16,26 @@ from colossal_llama2.train.engine.booster import Engine
 @contextlib.contextmanager
 def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
     """Spoil what `Engine.backward` gets on a rank in the given optimizer step, counted from 1."""
-    backward = Engine.backward
+    backward, update = Engine.backward, Engine.step
     done = 0
 
-    def spoiling(engine, loss, *, last):
-        nonlocal done
+    def spoiling(engine, loss):
         is_hit = done == step - 1 and exchange.place()[0] == rank
-        done += last
         spoilt = {"loss": loss * math.nan, "gradient": infinite_gradient(loss)}.get(kind, loss) if is_hit else loss
-        backward(engine, spoilt, last=last)
+        backward(engine, spoilt)
         if is_hit and kind != "gradient":
             loss.data.fill_(math.nan if kind == "loss" else math.inf)
 
-    Engine.backward = spoiling
+    def counting(engine, **keywords):
+        nonlocal done
+        done += 1
+        return update(engine, **keywords)
+
+    Engine.backward, Engine.step = spoiling, counting
     try:
         yield
     finally:
-        Engine.backward = backward
+        Engine.backward, Engine.step = backward, update
 
 
 def infinite_gradient(loss):

@@ -357,24 +357,55 @@ def _messages(group, sent, received) -> list:
 
 
 def _supply_collectives() -> None:
-    """Give gloo the list forms of reduce_scatter and all_to_all, for sequence parallelism, and faster ones of a tensor.
+    """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
 
     In PyTorch 2.5 gloo has only the forms that take one tensor; elsewhere the calls go where they went. gloo ends the
-    process if shapes differ, and so it is given flat tensors. reduce_scatter and all_gather of one tensor, which ZeRO
-    and Gemini call, are supplied too: gloo's reduce_scatter sums up all of it on every rank and keeps a part, and its
-    all_gather goes round in a ring (five times and twice to four times as slow on two ranks, measured).
+    process if shapes differ, and so it is given flat tensors.
     """
     import torch
     import torch.distributed as dist
 
-    reduce_scatter, reduce_scatter_tensor, all_to_all = dist.reduce_scatter, dist.reduce_scatter_tensor, dist.all_to_all
-    all_gather = dist.all_gather_into_tensor
+    reduce_scatter, all_to_all = dist.reduce_scatter, dist.all_to_all
     if reduce_scatter.__module__ == __name__:
         return
+    _shorten_collectives()
+
+    def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo":
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        flat = torch.empty(output.numel(), dtype=output.dtype)
+        dist.reduce_scatter_tensor(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
+        output.copy_(flat.view_as(output))
+        return _ended(_Works(), async_op)
+
+    def flat_all_to_all(output_list, input_list, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo":
+            return all_to_all(output_list, input_list, group=group, async_op=async_op)
+        sent, received = ([part.numel() for part in parts] for parts in (input_list, output_list))
+        flat = torch.empty(sum(received), dtype=output_list[0].dtype)
+        inputs = torch.cat([part.reshape(-1) for part in input_list])
+        dist.all_to_all_single(flat, inputs, received, sent, group=group)
+        for part, values in zip(output_list, flat.split(received), strict=True):
+            part.copy_(values.view_as(part))
+        return _ended(_Works(), async_op)
+
+    dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all
+
+
+def _shorten_collectives() -> None:
+    """Let gloo scatter sums of a tensor, and gather one, as ZeRO and Gemini do, by what each rank needs from each.
+
+    Its own reduce_scatter sums up everything on every rank and keeps a part, and its all_gather goes round in a ring
+    (five times and twice to four times as slow on two ranks, measured).
+    """
+    import torch
+    import torch.distributed as dist
+
+    reduce_scatter, all_gather = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
 
     def summed_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
         if dist.get_backend(group) != "gloo" or op != dist.ReduceOp.SUM:
-            return reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
+            return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
         size, own = dist.get_world_size(group), dist.get_rank(group)
         sent = input.contiguous().view(size, -1)
         # In the order of the ranks: sums do not depend on where they are made.
@@ -398,26 +429,6 @@ def _supply_collectives() -> None:
             parts[own].copy_(sent)
         return _ended(_Works(works), async_op)
 
-    def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if dist.get_backend(group) != "gloo":
-            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
-        flat = torch.empty(output.numel(), dtype=output.dtype)
-        summed_scatter(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
-        output.copy_(flat.view_as(output))
-        return _ended(_Works(), async_op)
-
-    def flat_all_to_all(output_list, input_list, group=None, async_op=False):
-        if dist.get_backend(group) != "gloo":
-            return all_to_all(output_list, input_list, group=group, async_op=async_op)
-        sent, received = ([part.numel() for part in parts] for parts in (input_list, output_list))
-        flat = torch.empty(sum(received), dtype=output_list[0].dtype)
-        inputs = torch.cat([part.reshape(-1) for part in input_list])
-        dist.all_to_all_single(flat, inputs, received, sent, group=group)
-        for part, values in zip(output_list, flat.split(received), strict=True):
-            part.copy_(values.view_as(part))
-        return _ended(_Works(), async_op)
-
-    dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all
     dist.reduce_scatter_tensor, dist.all_gather_into_tensor = summed_scatter, exchanged_gather
 
 
