@@ -31,6 +31,8 @@ from typing import Dict, List, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from colossal_llama2.arguments import positive_int
+
 RANKS = 2
 VOCABULARY = 8000
 MODELS = {
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which of the two")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of a sample")
     parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS), help="which")
-    parser.add_argument("--rounds", type=int, default=3, help="how often everything is run, by turns")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="how often everything is run, by turns")
     parser.add_argument("--measure", choices=BASELINES, help=argparse.SUPPRESS)
     parser.add_argument("--model_dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -358,7 +358,8 @@ def test_sums_are_scattered_as_gloo_would(gloo_group):
 
 
 def test_three_ranks_scatter_sums_and_gather(tmp_path):
-    launching.launch(tmp_path, [], worker="collectives_worker.py", ranks=3, timeout=100)
+    done = launching.attempt(tmp_path, [], worker="collectives_worker.py", ranks=3, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):

@@ -353,8 +353,8 @@ class _GeminiKeeper(_Keeper):
         self.shards, self.reuses = plan.shards, plan.settings.accumulation_steps == 1
         sizes = [size for _, size in self.weights]
         policy = "auto" if plan.settings.plugin == "gemini_auto" else "static"
-        minimum = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy=policy)
-        self.chunks = chunk_sizes(sizes, minimum_m=minimum["min_chunk_size_m"], shards=self.shards)
+        arguments = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy=policy)
+        self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
         # Backward takes the weights of a name from the last one on.
         self.waiting: Dict[str, List[int]] = {}
@@ -363,7 +363,7 @@ class _GeminiKeeper(_Keeper):
         self.left = [places.count(chunk) for chunk in range(len(self.chunks))]
         self.elements = sum(self.chunks)
         self.shard = self.elements // self.shards
-        self.ahead = minimum["max_prefetch"]
+        self.ahead = arguments["max_prefetch"]
         self.gathered: Set[int] = set(range(len(self.chunks))) if plan.settings.plugin == "gemini_auto" else set()
 
     def constant(self) -> Dict[str, int]:
