@@ -31,8 +31,6 @@ from typing import Dict, List, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from colossal_llama2.arguments import positive_int
-
 RANKS = 2
 VOCABULARY = 8000
 MODELS = {
@@ -57,6 +55,8 @@ PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
 
 def main() -> None:
     """Measure each candidate and print a table for each model and length."""
+    from colossal_llama2.arguments import positive_int
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="gemini has bf16 alone")
