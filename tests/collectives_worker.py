@@ -1,4 +1,4 @@
-"""One rank of a test job: the collectives of engine/cpu.py against sums and joins that are worked out by hand.
+"""One rank of a test job: the collectives of engine/gloo.py against sums and joins that are worked out by hand.
 
     torchrun --standalone --nproc_per_node 3 tests/collectives_worker.py JOBS.json
 """
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2.train.engine import cpu
+from colossal_llama2.train.engine import gloo
 
 SIZE = 1000
 
@@ -51,7 +51,7 @@ def end(work, async_op: bool) -> None:
 def main() -> None:
     """Check all ranks together, and the last two by themselves."""
     dist.init_process_group("gloo")
-    cpu.install()
+    gloo.install()
     everybody, pair = list(range(dist.get_world_size())), [1, 2]
     pair_group = dist.new_group(pair)
     for dtype in (torch.float32, torch.bfloat16):

@@ -302,7 +302,7 @@ class _ZeroKeeper(_Keeper):
         elements = sum(bucket)
         copies = elements + (elements // self.shards if self.splits else 0)
         if self.plan.on_cpu and self.splits:
-            # What comes from the other ranks, and the sum (cpu._supply_collectives).
+            # What comes from the other ranks, and the sum (engine/gloo.py).
             copies += elements
         parts = self._now()
         parts["gradients"] += coming * self.element
@@ -406,7 +406,7 @@ class _GeminiKeeper(_Keeper):
         self.left[chunk] -= 1
         if self.left[chunk] > 0:
             return [parts]
-        # The result has room of its own, and on a CPU what comes from the other ranks, and the sum (engine/cpu.py).
+        # The result has room of its own, and on a CPU what comes from the other ranks, and the sum (engine/gloo.py).
         elements = self.chunks[chunk] // self.shards + (self.chunks[chunk] if self.plan.on_cpu else 0)
         reducing = {**parts, "buffers": parts["buffers"] + elements * self.element}
         self.gathered.discard(chunk)
