@@ -81,12 +81,13 @@ class StageShape:
         return self.model.intermediate_size // self.splits
 
     def layer_weights(self) -> List[Tuple[str, int]]:
-        """Names and elements of one layer's weights here, in the order of the model's parameters."""
+        """Names and elements of one layer's weights here, in the order in which they compute."""
         hidden, query, key, inner = self.model.hidden_size, self.query_width, self.key_width, self.inner_width
         return [
+            ("norm", hidden),
             ("q", hidden * query), ("k", hidden * key), ("v", hidden * key), ("o", hidden * query),
+            ("norm", hidden),
             ("gate", hidden * inner), ("up", hidden * inner), ("down", hidden * inner),
-            ("norm", hidden), ("norm", hidden),
         ]  # fmt: skip
 
     def embedding_weights(self) -> int:

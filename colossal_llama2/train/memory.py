@@ -177,7 +177,7 @@ def _placed(device: Dict[str, Dict[str, int]], constant: Dict[str, int], plan: P
 
 
 def trained_weights(stage: StageShape, settings: EngineSettings) -> List[Tuple[str, int]]:
-    """Names and elements of the weights here that have gradients, in the order of the model's parameters."""
+    """Names and elements of the weights here that have gradients, in the order in which they compute."""
     embeddings = [("embeddings", stage.embedding_weights())]
     layers = [] if settings.embeddings_only else stage.layers * stage.layer_weights()
     norm = [] if settings.embeddings_only else [("norm", stage.model.hidden_size)]

@@ -394,6 +394,7 @@ class Engine:
             from colossal_llama2.train.engine import repairs
 
             repairs.clip_in_bf16(optimizer)
+            _order_layers_by_use(model)
         if self._kind.is_hybrid and self.settings.use_flash_attn:
             from colossal_llama2.train.engine import documents
 
@@ -721,6 +722,20 @@ def _begin_moments(adam, *, without_gradient: bool = False) -> None:
         if (param.grad is not None or without_gradient) and not adam.state[param]:
             moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[param].update(step=0, **moments)
+
+
+def _order_layers_by_use(model) -> None:
+    """Register the modules of each layer in the order in which they compute.
+
+    Gemini fills its chunks in the order of registration, which has both norms of a layer behind its matrices. A norm in
+    the next layer's chunk would have that one gathered for it, before the rest of its own layer, and again afterwards.
+    Names stay, and so does the order of the matrices, and of the norms, by which the optimizer numbers them.
+    """
+    for layer in model.model.layers:
+        for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"):
+            module = getattr(layer, name)
+            delattr(layer, name)
+            setattr(layer, name, module)
 
 
 def _parameter_groups(model, weight_decay: float) -> List[Dict[str, Any]]:
