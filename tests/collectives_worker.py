@@ -46,6 +46,8 @@ def end(work, async_op: bool) -> None:
     assert (work is not None) == async_op
     if async_op:
         assert work.wait() and work.is_completed()
+        # As often as somebody likes to.
+        assert work.wait()
 
 
 def main() -> None:

@@ -111,6 +111,15 @@ def test_gemini_always_shards():
     assert large["min_chunk_size_m"] == 32 and large["enable_async_reduce"]
 
 
+@pytest.mark.parametrize("policy", ["static", "auto"])
+def test_gemini_gathers_one_chunk_ahead(policy):
+    assert booster.gemini_arguments(settings(), parameters=10**6, on_cpu=True, policy=policy)["max_prefetch"] == 1
+
+
+def test_buffers_of_a_model_are_not_sent():
+    assert booster.hybrid_arguments(settings(), on_cpu=True)["broadcast_buffers"] is False
+
+
 def test_gemini_accumulates_only_if_told_so():
     def accumulation(steps):
         arguments = booster.gemini_arguments(

@@ -49,6 +49,9 @@ FLOAT32_RUNS = {
     "zero2_sdpa": [*FP32, "--plugin", "zero2", "--use_flash_attn"],
     "zero2_recomputing": [*FP32, "--plugin", "zero2", "--use_grad_checkpoint"],
     "3d_zero0": [*FP32, "--plugin", "3d", "--zero", "0"],
+    "3d_zero0_accumulating": [
+        *FP32, "--plugin", "3d", "--zero", "0", "--micro_batch_size", "2", "--accumulation_steps", "4",
+    ],
     "3d_tp2": [*FP32, *TP2, "--zero", "0"],
     "3d_tp2_sdpa": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
     "3d_pp2": [*FP32, *PP2, "--zero", "0"],
@@ -179,6 +182,9 @@ def jobs(
     grown_and_tied = grown(tied_model_dir, folder / "grown_and_tied", NEW_ROWS[:1])
     add("rows_tied", *FP32, "--plugin", "zero2", "--train_new_rows_only", model=grown_and_tied)
     add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
+    for name, repairs in (("gemini_fp16_overflowing", []), ("overflow_unrepaired", ["forget_skipped"])):
+        flags = ("--mixed_precision", "fp16", *BFLOAT16_RUNS["gemini_bf16_accumulating"][len(BF16) :])
+        add(name, *flags, plugin_arguments={"initial_scale": 2.0**18}, unrepaired=repairs)
     add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
     add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
     add("3d_sp2_fp16", "--mixed_precision", "fp16", *SP2)
@@ -201,6 +207,7 @@ def jobs(
         add(name, *FP32, *flags, "--zero", "0", "--dataset", *full_parts)
     add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], unrepaired=["ring_weight_gradients"])
     add("loss_unrepaired", *BFLOAT16_RUNS["3d_pp2_zero1_bf16"], unrepaired=["loss_in_float32"])
+    add("figures_unrepaired", *BFLOAT16_RUNS["gemini_auto_bf16"], moments=True, unrepaired=["agree_on_memory"])
     middle = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-5")
     end = ("--load_checkpoint", folder / "first" / "ckpt" / "epoch-0_step-10")
     zero2 = (*FP32, "--plugin", "zero2")
@@ -266,6 +273,30 @@ def test_clipping_reaches_adam(jobs, float32, name):
 @pytest.mark.parametrize("name", ["gemini_bf16", "gemini_bf16_accumulating", "gemini_auto_bf16"])
 def test_gemini_shards_every_chunk(jobs, name):
     assert len(jobs[name].chunks) > 1 and not any(jobs[name].chunks)
+
+
+def test_gemini_gathers_each_chunk_once_a_pass(jobs):
+    # Beside the half-precision chunks there are as many of master weights. The last is there when backward begins.
+    chunks = len(jobs["gemini_bf16"].chunks) // 2
+    assert chunks > 2 and jobs["gemini_bf16"].gathers == 2 * chunks - 1
+
+
+def test_automatic_placement_goes_by_the_same_figures_on_all_ranks(jobs):
+    ours, unrepaired = (jobs[name].figures for name in ("gemini_auto_bf16", "figures_unrepaired"))
+    assert ours[0] == ours[1] and len(ours[0]) > 10 and min(ours[0]) > 0
+    assert unrepaired[0] != unrepaired[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "exchanges"),
+    [
+        ("3d_zero0_accumulating", [False, False, False, True]),
+        ("3d_zero1_bf16_accumulating", [False, True]),
+        ("3d_tp2_zero2_bf16_accumulating", [True] * 4),
+    ],
+)
+def test_3d_exchanges_gradients_once_a_step_if_it_can(jobs, name, exchanges):
+    assert jobs[name].exchanges == exchanges
 
 
 def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
@@ -382,6 +413,13 @@ def test_fp16_trains(jobs, float32, name):
     assert jobs[name].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)
     # Scaled gradients must be shown unscaled.
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
+
+
+def test_gemini_that_accumulates_goes_on_after_an_overflow(jobs):
+    ours, unrepaired = jobs["gemini_fp16_overflowing"], jobs["overflow_unrepaired"]
+    losses = ours.scalars("Loss")
+    assert losses[-1] < losses[0] - 0.1 and 0 < len(ours.scalars("Gradient Norm")) < STEPS
+    assert unrepaired.scalars("Loss")[-1] > losses[0] - 0.05
 
 
 @pytest.mark.parametrize(

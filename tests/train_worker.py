@@ -3,12 +3,12 @@
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
 
 JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
-or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and "chunks" of Gemini.
+or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and what `noting_steps` notes.
 A job has "name", "script", "flags", and may have
-    moments             true: note the norm of Adam's first moment after step 1
+    moments             true: note the norm of Adam's first moment after step 1, and what steps do
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
-    unrepaired          names of FAULTS to put back
+    unrepaired          names of FAULTS to put back, and of other repairs to leave out
     signal_at           rank 1 gets a SIGTERM when it has collated so many batches of evaluations; "after" tells how
                         many it collated then
 """
@@ -53,7 +53,9 @@ def repair_and_remember() -> None:
 
 
 def without_repair(name: str) -> contextlib.AbstractContextManager:
-    """Within it, ColossalAI's own function is back."""
+    """Within it, ColossalAI is as it is: its own function is back, or what is made of it is left alone."""
+    if name not in FAULTS:
+        return mock.patch.object(repairs, name, lambda *args: None)
     module, attribute = FAULTS[name]
     return mock.patch.object(importlib.import_module(module), attribute, originals[name])
 
@@ -86,17 +88,62 @@ def chunks_kept_whole(engine: Engine) -> Optional[List[bool]]:
     return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
 
 
-def recording_moments(into: dict) -> contextlib.AbstractContextManager:
-    """Within it, the first Engine.step notes Adam's first moment."""
-    step = Engine.step
+def exchanges(engine: Engine) -> Optional[bool]:
+    """Whether backward exchanges gradients now: by what DistributedDataParallel, or ZeRO under 3d, goes by."""
+    if engine.settings.plugin != "3d":
+        return None
+    if engine.settings.zero_stage > 0:
+        return engine.optimizer.require_grad_sync
+    return getattr(engine.model.module, "require_backward_grad_sync", None)
 
-    def recording_step(engine, **kwargs):
+
+def room_figures(engine: Engine) -> Optional[List[List[float]]]:
+    """By what figures each rank places Gemini's chunks; None where they are not placed by figures."""
+    manager = getattr(engine.model, "gemini_manager", None)
+    collector = manager and manager._mem_stats_collector
+    return collector and exchange.gather_values(list(map(float, collector._memstats.non_model_data_list("cuda"))))
+
+
+@contextlib.contextmanager
+def noting_steps(into: dict) -> Iterator[None]:
+    """Within it, the first step notes Adam's first moment, and steps what they do.
+
+    "chunks"        of Gemini: for each, whether every rank keeps all of it
+    "figures"       of Gemini with automatic placement: `room_figures`
+    "gathers"       of Gemini: how often the second step gathers a chunk
+    "exchanges"     of 3d: for each micro batch of the first step, whether gradients are exchanged
+    """
+    from colossalai.zero.gemini.chunk import ChunkManager
+
+    step, backward, access_chunk = Engine.step, Engine.backward, ChunkManager.access_chunk
+    steps = gathers = 0
+
+    def noting_step(engine, **kwargs):
+        nonlocal steps, gathers
         norm = step(engine, **kwargs)
-        into.setdefault("first_moment_norm", first_moments(engine))
-        into.setdefault("chunks", chunks_kept_whole(engine))
+        steps += 1
+        if steps == 1:
+            into.update(
+                first_moment_norm=first_moments(engine), chunks=chunks_kept_whole(engine), figures=room_figures(engine)
+            )
+        if steps == 2:
+            into["gathers"] = gathers
+        gathers = 0
         return norm
 
-    return mock.patch.object(Engine, "step", recording_step)
+    def noting_backward(engine, loss):
+        if steps == 0:
+            into.setdefault("exchanges", []).append(exchanges(engine))
+        backward(engine, loss)
+
+    def noting_access(manager, chunk, *args, **kwargs):
+        nonlocal gathers
+        gathers += chunk not in manager.accessed_chunks
+        return access_chunk(manager, chunk, *args, **kwargs)
+
+    with mock.patch.object(Engine, "step", noting_step), mock.patch.object(Engine, "backward", noting_backward):
+        with mock.patch.object(ChunkManager, "access_chunk", noting_access):
+            yield
 
 
 def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
@@ -132,7 +179,7 @@ def run_job(job: dict) -> dict:
     with contextlib.ExitStack() as changes:
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
-            changes.enter_context(recording_moments(result))
+            changes.enter_context(noting_steps(result))
         changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))
         for name in job.get("unrepaired", ()):
             changes.enter_context(without_repair(name))

@@ -30,6 +30,9 @@ class Job:
     first_moment_norm: Optional[float]
     chunks: Optional[List[bool]]
     after: Optional[int] = None
+    figures: Optional[List[List[float]]] = None
+    gathers: Optional[int] = None
+    exchanges: Optional[List[Optional[bool]]] = None
 
     def scalars(self, name: str, run: str = "tb") -> List[float]:
         """A TensorBoard curve, by step."""
@@ -110,7 +113,7 @@ def finished(folder: Path, spec: dict) -> Job:
         error=result["error"],
         first_moment_norm=result.get("first_moment_norm"),
         chunks=result.get("chunks"),
-        after=result.get("after"),
+        **{name: result.get(name) for name in ("after", "figures", "gathers", "exchanges")},
     )
 
 

@@ -105,5 +105,7 @@ def begin_worker(before_end: Callable = lambda: None) -> None:
 def _end_with_parent(before_end: Callable) -> None:
     # The server that forked this process lives as long as its workers, so only the command's own end counts.
     multiprocessing.parent_process().join()
-    before_end()
-    os._exit(1)
+    try:
+        before_end()
+    finally:
+        os._exit(1)

@@ -149,7 +149,9 @@ def _stage_memory(stage: StageShape, plan: Plan, number: int) -> RankMemory:
     device = {"loss": {"activations": kept + others, "logits": loss_forward, **keeper.forward()}}
     device["backward"] = max(_backward(stage, batch, keeper, others), key=lambda parts: sum(parts.values()))
     device["update"] = {"activations": 0, "logits": 0, **keeper.update()}
-    return _placed(device, keeper.constant(), plan)
+    placed = _placed(device, keeper.constant(), plan)
+    placed.host.update(keeper.host())
+    return placed
 
 
 def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: int):
@@ -220,6 +222,10 @@ class _Keeper:
             "optimizer": 2 * FLOAT32 * self.trained,
             "buffers": self.buckets,
         }
+
+    def host(self) -> Dict[str, int]:
+        """What lies in the host's memory besides what is only moved there."""
+        return {}
 
     def forward(self) -> Dict[str, int]:
         return {"gradients": self.gradients}
@@ -341,8 +347,9 @@ class _ZeroKeeper(_Keeper):
         return max(most, self._bucket_elements(fill, is_half)) * self.element
 
     def _bucket_elements(self, fill: int, is_half: bool) -> int:
-        # The updated parts in half precision, one flat copy of them, and what comes from all ranks.
-        return fill * is_half + fill + fill * self.shards
+        # The updated parts in half precision, one flat copy of them, what comes from all ranks, and of that one weight
+        # put together (:86).
+        return fill * is_half + fill + fill * self.shards + min(fill * self.shards, self.largest)
 
 
 class _GeminiKeeper(_Keeper):
@@ -352,7 +359,8 @@ class _GeminiKeeper(_Keeper):
         super().__init__(stage, plan)
         self.shards, self.reuses = plan.shards, plan.settings.accumulation_steps == 1
         sizes = [size for _, size in self.weights]
-        policy = "auto" if plan.settings.plugin == "gemini_auto" else "static"
+        self.is_auto = plan.settings.plugin == "gemini_auto"
+        policy = "auto" if self.is_auto else "static"
         arguments = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy=policy)
         self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
@@ -364,7 +372,7 @@ class _GeminiKeeper(_Keeper):
         self.elements = sum(self.chunks)
         self.shard = self.elements // self.shards
         self.ahead = arguments["max_prefetch"]
-        self.gathered: Set[int] = set(range(len(self.chunks))) if plan.settings.plugin == "gemini_auto" else set()
+        self.gathered: Set[int] = set(range(len(self.chunks))) if self.is_auto else set()
 
     def constant(self) -> Dict[str, int]:
         frozen = (self.all - self.trained) * self.element
@@ -377,6 +385,14 @@ class _GeminiKeeper(_Keeper):
             "buffers": 0,
         }
 
+    def host(self) -> Dict[str, int]:
+        """A copy of each shard, page-locked for good by asynchronous reduction (plugin/gemini_plugin.py:491)."""
+        if self.plan.on_cpu:
+            return {}
+        # With automatic placement master weights lie there in any case.
+        copies = self.element + (0 if self.is_auto else FLOAT32) + (0 if self.reuses else self.element)
+        return {"page-locked copies": copies * self.shard}
+
     def _extra(self, chunks) -> int:
         """Bytes of gathered chunks over those of their shards, which they take the place of (chunk.py:550)."""
         return sum(self.chunks[chunk] - self.chunks[chunk] // self.shards for chunk in chunks) * self.element
@@ -385,24 +401,30 @@ class _GeminiKeeper(_Keeper):
         # placement_policy.py:66, static: before an operation all others are let go of, and the next ones come while it
         # runs. auto: none is let go of while there is room.
         by_size = sorted(range(len(self.chunks)), key=self.chunks.__getitem__, reverse=True)
-        return {"buffers": self._extra(self.gathered or by_size[: 1 + self.ahead])}
+        ahead = by_size[1 : 1 + self.ahead]
+        return {"buffers": self._extra(self.gathered) or self._extra([by_size[0], *ahead]) + self._sent(ahead)}
 
     def after(self, weights: Weights) -> List[Dict[str, int]]:
         found = []
         for name, size in weights:
             found += self._gradient(self.waiting[name].pop(), size)
-        return found or [{"buffers": self._extra(self._with_next())}]
+        return found or [{"buffers": self._buffers()}]
 
-    def _with_next(self) -> Set[int]:
-        """The gathered chunks and those that are gathered ahead, however far off: backward goes from the last down."""
+    def _buffers(self) -> int:
+        """Bytes of the gathered chunks and those gathered ahead, however far off: backward goes from the last down."""
         next_ones = [chunk for chunk, left in enumerate(self.left) if left and chunk not in self.gathered]
-        return self.gathered | set(next_ones[-self.ahead :] if self.ahead else ())
+        ahead = next_ones[-self.ahead :]
+        return self._extra(self.gathered.union(ahead)) + self._sent(ahead)
+
+    def _sent(self, chunks: Sequence[int]) -> int:
+        """Bytes of the shards that messages on their way keep, which gloo sends from where they are."""
+        return sum(self.chunks[chunk] // self.shards for chunk in chunks) * self.element * self.plan.on_cpu
 
     def _gradient(self, chunk: int, size: int) -> List[Dict[str, int]]:
         """A gradient comes into its chunk, which is reduced when it is the last (gemini_ddp.py:357)."""
         self.gathered.add(chunk)
         own = 0 if self.reuses else self.chunks[chunk] * self.element
-        parts = {"gradients": size * self.element, "buffers": self._extra(self._with_next()) + own}
+        parts = {"gradients": size * self.element, "buffers": self._buffers() + own}
         self.left[chunk] -= 1
         if self.left[chunk] > 0:
             return [parts]

@@ -64,7 +64,8 @@ def rank_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
 
 def overflow_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     """No update before the first save."""
-    return steps.check_overflow(place.make(folder, samples=24), plugins=["zero2"] if sample else list(steps.FP16))
+    plugins = ["zero2", "gemini accumulating"] if sample else list(steps.FP16)
+    return steps.check_overflow(place.make(folder, samples=24), plugins=plugins)
 
 
 CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {

@@ -104,6 +104,7 @@ FP16 = {
     "zero2": ["--plugin", "zero2"],
     "zero2_cpu": ["--plugin", "zero2_cpu"],
     "gemini": ["--plugin", "gemini"],
+    "gemini accumulating": ["--plugin", "gemini", "--micro_batch_size", "2", "--accumulation_steps", "2"],
     "3d": ["--plugin", "3d"],
     "3d without ZeRO": ["--plugin", "3d", "--zero", "0"],
 }

@@ -23,7 +23,7 @@ from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunke
 from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
 from colossal_llama2.model.freezing import train_rows_only
 from colossal_llama2.model.loading import dtype_of
-from colossal_llama2.train.engine import exchange
+from colossal_llama2.train.engine import exchange, repairs
 from colossal_llama2.train.loss_tally import LossTally
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
 GEMINI_MIN_CHUNK_M = 32.0
 GEMINI_CHUNKS_AT_LEAST = 8
-# Chunks that are gathered while the one before is computed with. With automatic placement none is: each rank decides by
-# the memory that it has left, and ranks that decide differently would exchange chunks for gradients.
-GEMINI_PREFETCHED = {"static": 1, "auto": 0}
+# Chunks that are gathered while the one before is computed with.
+GEMINI_PREFETCHED = 1
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
 
     Ranks wait for each other for `timeout_seconds` at most; None is PyTorch's default.
     """
-    # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
-    # used, and PyTorch warns of TorchScript on a module that ColossalAI imports.
     # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
+    # used, and PyTorch warns of TorchScript on a module that ColossalAI imports.
     with warnings.catch_warnings(record=True):
         import colossalai.booster.plugin
         import torch.distributed.optim
@@ -98,8 +97,6 @@ def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
         from colossal_llama2.train.engine import cpu
 
         cpu.install()
-    from colossal_llama2.train.engine import repairs
-
     repairs.install()
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         os.environ.setdefault(name, str(value))
@@ -165,8 +162,9 @@ def _free_port() -> int:
 
 
 def _common_arguments(settings: EngineSettings) -> Dict[str, Any]:
-    # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged; and under
-    # Gemini on a GPU the host's wait for it keeps a chunk that accumulates from being freed while it is reduced.
+    # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged. Gemini on a
+    # GPU must have it: it frees a chunk that accumulates while another stream reduces it (chunk.py:417), and only the
+    # host's wait for the norm keeps others from taking that memory before.
     return {"precision": settings.precision, "max_norm": settings.max_norm or math.inf, "initial_scale": 2**16}
 
 
@@ -179,7 +177,7 @@ def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool,
         enable_gradient_accumulation=settings.accumulation_steps > 1,
         min_chunk_size_m=chunk_m,
         search_range_m=chunk_m,
-        max_prefetch=GEMINI_PREFETCHED[policy],
+        max_prefetch=GEMINI_PREFETCHED,
         # Asynchronous reduction pins host memory, which needs a GPU, and frees what it sends.
         enable_async_reduce=not on_cpu,
     )
@@ -219,7 +217,7 @@ def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool, fused_norm: bool
         enable_flash_attention=settings.use_flash_attn,
         enable_fused_normalization=fused_norm,
         overlap_communication=not on_cpu,
-        # They are those of rotary positions, which nothing changes.
+        # They are those of rotary positions, which each rank computes for itself.
         broadcast_buffers=False,
         # Pad the vocabulary to a multiple of tp_size and no further.
         make_vocab_size_divisible_by=1,
@@ -250,7 +248,7 @@ def _hybrid_plugin(settings: EngineSettings, parameters: int, on_cpu: bool):
     from colossalai.booster.plugin import HybridParallelPlugin
 
     # Everywhere or nowhere: copies of a norm that are computed in two ways would drift apart.
-    fused_norm = not on_cpu and all(exchange.gather_values(has_apex_norm()))
+    fused_norm = not on_cpu and not exchange.any_rank(not has_apex_norm())
     if fused_norm:
         logs.get_logger().info("Norms: fused, by apex")
     return HybridParallelPlugin(**hybrid_arguments(settings, on_cpu=on_cpu, fused_norm=fused_norm))
@@ -391,8 +389,6 @@ class Engine:
             adamw_mode=True,
         )
         if self._kind.is_gemini:
-            from colossal_llama2.train.engine import repairs
-
             repairs.clip_in_bf16(optimizer)
             _order_layers_by_use(model)
         if self._kind.is_hybrid and self.settings.use_flash_attn:
@@ -400,9 +396,9 @@ class Engine:
 
             documents.install()
         self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        if self._kind.is_gemini:
+            repairs.agree_on_memory(self.model)
         if hasattr(self.optimizer, "pg_to_bucket_store"):
-            from colossal_llama2.train.engine import repairs
-
             repairs.fill_buckets(self.optimizer)
         self._guard_updates()
         self._train_rows_only(model.config.vocab_size)
@@ -428,7 +424,7 @@ class Engine:
     def _why_no_rank_has_token_losses(self) -> Optional[str]:
         """The reason of this rank, or that others have one: all ranks add up their sums, or none. Called on all."""
         reason = self._why_no_token_losses()
-        if exchange.max_over_ranks(int(reason is not None)) and reason is None:
+        if exchange.any_rank(reason is not None) and reason is None:
             return "Liger's kernel, which is installed on other hosts, gives the sum of all tokens alone"
         return reason
 
@@ -524,11 +520,12 @@ class Engine:
         if manager is None:
             yield
             return
-        from colossal_llama2.train.engine import repairs
-
         # It learns from its first step what comes next, which at the end of forward would be backward.
         policy = manager.placement_policy
         before, policy.max_prefetch = policy.max_prefetch, 0
+        # By the number of an operation, automatic placement finds what memory it took in that step.
+        collector = manager._mem_stats_collector
+        operation = None if collector is None else collector._step_idx
         # With automatic placement it takes no pass without gradients before that step.
         needs_step = manager.need_warmup and manager.is_warmup()
         try:
@@ -536,6 +533,8 @@ class Engine:
                 yield
         finally:
             policy.max_prefetch = before
+            if collector is not None:
+                collector._step_idx = operation
 
     @property
     def is_pipelined(self) -> bool:
@@ -614,6 +613,8 @@ class Engine:
         # Every plugin keeps the norm of its last step in this attribute; a skipped step leaves it as it was.
         self.optimizer._current_grad_norm = None
         self.optimizer.step()
+        if self._kind.is_gemini:
+            repairs.forget_skipped(self.model)
         self.optimizer.zero_grad()
         norm = self.optimizer.get_grad_norm()
         if norm is None and self._kind.needs_moments:
@@ -664,8 +665,6 @@ class Engine:
         from colossal_llama2.train.engine import files
 
         if self._kind.is_gemini:
-            from colossal_llama2.train.engine import repairs
-
             repairs.refresh_offloaded(self.optimizer)
         with exchange.all_or_none(), files.tensors_written_apart():
             self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)

@@ -1,7 +1,7 @@
 """What ColossalAI 0.5.0 needs to run its Booster plugins where there is no GPU: the rehearsal of a cluster job.
 
 Nothing of ColossalAI is replaced by a look-alike: its plugins, optimizers and checkpoint code run as they are, over
-gloo. It lacks six things on a CPU, each supplied by one function here, and a seventh makes it faster:
+gloo. What it lacks on a CPU is supplied here and in gloo.py, one function for each, and two things make it faster:
 
     accelerator   a device whose streams and events do nothing            documented: set_accelerator
     kernels       CPU Adam and attention, by PyTorch's own fused kernels   documented: register_extension

@@ -49,6 +49,11 @@ def max_over_ranks(value: int) -> int:
     return int(largest)
 
 
+def any_rank(is_so: bool) -> bool:
+    """Whether it is so on one of the ranks. Called on all ranks."""
+    return bool(max_over_ranks(int(is_so)))
+
+
 def first_rank_value(value: Any) -> Any:
     """The JSON value that rank 0 gives. Called on all ranks."""
     return gather_values(value)[0]

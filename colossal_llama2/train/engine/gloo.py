@@ -6,6 +6,9 @@ Other backends' calls go where they went.
 import functools
 from typing import Optional
 
+# Of messages: ranks at different exchanges must not take each other's.
+SUM_TAG, GATHER_TAG = 1, 2
+
 
 @functools.lru_cache(maxsize=1)
 def install() -> None:
@@ -66,7 +69,7 @@ def _shorten_tensor_forms() -> None:
         # In the order of the ranks: sums do not depend on where they are made.
         parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
         # To its end, even if it need not: what is sent may be freed when this returns.
-        _Works(_messages(group, sent, parts)).wait()
+        _Works(_messages(group, sent, parts, tag=SUM_TAG)).wait()
         total = parts[0] + parts[1] if size > 1 else parts[0]
         for part in parts[2:]:
             total += part
@@ -79,7 +82,7 @@ def _shorten_tensor_forms() -> None:
         if dist.get_backend(group) != "gloo" or not fits:
             return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         sent, parts = input_tensor.contiguous().view(-1), output_tensor.view(size, -1)
-        works = _messages(group, [sent] * size, parts)
+        works = _messages(group, [sent] * size, parts, tag=GATHER_TAG)
         if sent.data_ptr() != parts[own].data_ptr():
             parts[own].copy_(sent)
         return _ended(_Works(works), async_op)
@@ -88,13 +91,15 @@ def _shorten_tensor_forms() -> None:
 
 
 class _Works:
-    """The handle of messages that are on their way; they keep their tensors alive. Without messages: of none."""
+    """The handle of messages that are on their way, which keep their tensors alive; with none, of what has ended."""
 
     def __init__(self, works=()):
         self._works = list(works)
 
     def wait(self, *args) -> bool:
-        for work in self._works:
+        works, self._works = self._works, []
+        for work in works:
+            # A message that has come is waited for in vain, if it is waited for again.
             work.wait()
         return True
 
@@ -102,7 +107,7 @@ class _Works:
         return all(work.is_completed() for work in self._works)
 
 
-def _messages(group, sent, received) -> list:
+def _messages(group, sent, received, *, tag: int) -> list:
     """Send `sent[rank]` to the other ranks of a group, and write what they send into `received[rank]`.
 
     They go from and to the tensors themselves; gloo's own collectives of whole tensors copy on the way.
@@ -113,8 +118,8 @@ def _messages(group, sent, received) -> list:
     for rank in range(dist.get_world_size(group)):
         if rank != dist.get_rank(group):
             partner = rank if group is None else dist.get_global_rank(group, rank)
-            works.append(dist.isend(sent[rank], partner, group=group))
-            works.append(dist.irecv(received[rank], partner, group=group))
+            works.append(dist.isend(sent[rank], partner, group=group, tag=tag))
+            works.append(dist.irecv(received[rank], partner, group=group, tag=tag))
     return works
 
 

@@ -2,6 +2,8 @@
 
     clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
     refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
+    forget_skipped         Gemini that accumulates in fp16: after one overflow all later steps overflow
+    agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and wait for each other
     save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
     loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
     ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
@@ -75,6 +77,42 @@ def refresh_offloaded(optimizer) -> None:
     for chunk in optimizer.chunk16_set:
         if not chunk.optim_sync_flag:
             chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
+
+
+def forget_skipped(gemini) -> None:
+    """Let Gemini drop the gradients of a step whose update was skipped.
+
+    zero/gemini/gemini_optimizer.py:275: where fp16 has overflowed, a step returns before line 293, which ends the
+    accumulation. The next step's gradients are added to infinite ones, and so are all that follow.
+    """
+    if has_faults():
+        gemini.chunk_manager.accumulating_grads = False
+
+
+def agree_on_memory(gemini) -> None:
+    """Let all ranks place Gemini's chunks by the same figures: the least room that one of them has.
+
+    zero/gemini/placement_policy.py:190: each rank lets go of chunks by the memory that it has measured itself in its
+    first step. One that has let go of a chunk gathers it while another, which has it, is on its way to the next
+    exchange. Measured is what is taken besides chunks, and so what a rank has less than others is added to it.
+    """
+    collector = gemini.gemini_manager._mem_stats_collector
+    if not has_faults() or collector is None:
+        return
+    from colossalai.legacy.utils import memory
+
+    from colossal_llama2.train.engine import exchange
+
+    finish = collector.finish_collection
+
+    def finish_and_agree() -> None:
+        finish()
+        figures = collector._memstats.non_model_data_list("cuda")
+        capacity = memory.colo_device_memory_capacity(gemini.chunk_manager.device)
+        rooms = zip(*exchange.gather_values([float(capacity - figure) for figure in figures]), strict=True)
+        figures[:] = [capacity - min(room) for room in rooms]
+
+    collector.finish_collection = finish_and_agree
 
 
 def save_padded_vocabulary() -> None:
