@@ -56,8 +56,9 @@ def test_zero2_of_a_7b_is_that_of_the_zero_paper(ranks):
     assert parts["master weights"] + parts["optimizer"] == 12 * PARAMETERS_7B // ranks
     # The half-precision gradients and their float32 copies at the norm, or less when weights are gathered.
     assert 2 * PARAMETERS_7B // ranks <= parts["gradients"] <= 6 * PARAMETERS_7B // ranks
-    # A bucket of 12 Mi elements of each rank's share is gathered at once: small beside weights, not beside shares.
-    assert parts["buffers"] <= (2 + ranks) * 2 * memory.ZERO_BUCKET
+    # A bucket of 12 Mi elements of each rank's share is gathered at once: small beside weights, not beside shares. Of it
+    # one weight at a time is put together, the embeddings at most.
+    assert parts["buffers"] <= (2 + ranks) * 2 * memory.ZERO_BUCKET + 2 * 32000 * 4096
 
 
 def test_what_plugins_keep_of_a_7b():
@@ -80,6 +81,27 @@ def test_gemini_shards_everything_and_gathers_a_chunk():
     assert parts["buffers"] < 3 * 2 * 64 * 2**20 * 2
     accumulating = found(64, plugin="gemini", accumulation_steps=2).device["backward"]
     assert accumulating["gradients"] >= parts["weights"]
+
+
+@pytest.mark.parametrize(("plugin", "steps", "copies"), [("gemini", 1, 3), ("gemini", 2, 4), ("gemini_auto", 1, 1)])
+def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies):
+    parts = found(8, plugin=plugin, accumulation_steps=steps)
+    assert parts.host["page-locked copies"] == copies * parts.device["update"]["weights"]
+    assert found(8, plugin=plugin, accumulation_steps=steps, on_cpu=True).host == {}
+
+
+def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
+    """Three chunks of a weight each, of which two ranks hold halves: by hand."""
+    (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
+    keeper = memory._keeper(stage, plan(2, plugin="gemini", on_cpu=True))
+    keeper.chunks, keeper.left, keeper.waiting = [100, 200, 400], [1, 1, 1], {"down": [0, 1, 2]}
+    moments = keeper.after([("down", 90), ("down", 190), ("down", 390)])
+    # Of gathered ones the halves that are not there anyway, of one that is under way the half that is sent, too. When a
+    # chunk's gradients are reduced, what comes from the other rank, half of it and the sum, halves as well.
+    last, middle, first = 2 * (200 + 100 + 100), 2 * (100 + 50 + 50), 2 * 50
+    assert [parts["buffers"] for parts in moments] == [
+        last, last + 2 * (200 + 400), middle, middle + 2 * (100 + 200), first, first + 2 * (50 + 100),
+    ]  # fmt: skip
 
 
 def test_chunks_hold_every_weight_and_divide_among_ranks():

@@ -184,7 +184,7 @@ def jobs(
     add("gemini_fp16", "--mixed_precision", "fp16", "--plugin", "gemini")
     for name, repairs in (("gemini_fp16_overflowing", []), ("overflow_unrepaired", ["forget_skipped"])):
         flags = ("--mixed_precision", "fp16", *BFLOAT16_RUNS["gemini_bf16_accumulating"][len(BF16) :])
-        add(name, *flags, plugin_arguments={"initial_scale": 2.0**18}, unrepaired=repairs)
+        add(name, *flags, plugin_arguments={"initial_scale": 2.0**21}, unrepaired=repairs)
     add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
     add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
     add("3d_sp2_fp16", "--mixed_precision", "fp16", *SP2)
