@@ -28,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from inputs import make_folder  # noqa: E402
+
 HIDDEN, INTERMEDIATE, LAYERS, SHARDS = 4096, 11008, 4, 3
 OLD_ROWS, NEW_ROWS = 32_000, 69_104
 SMALL = 8
@@ -51,7 +53,7 @@ def main() -> None:
         "--work_dir", type=Path, required=True, help="new folder for 11 GB of files, removed at the end"
     )
     work = parser.parse_args().work_dir
-    work.mkdir(parents=True)
+    make_folder(parser, work)
     try:
         make_source(work / "source")
         make_target_tokenizer(work / "source", work / "tokenizer")

@@ -8,8 +8,8 @@ that of colossal_llama2/train/memory.py for the same flags on a CPU, from sizes 
 comes out here. The last column is the highest while the model is loaded and split, which the prediction is not about.
 
 glibc keeps freed memory for later, and the more the larger what was freed; MALLOC_MMAP_THRESHOLD_ makes it give back
-all that is at least 64 KB, so that what is resident is what is in use. --default_malloc leaves glibc as it is: how much
-a rehearsal takes beyond what it uses.
+all that is at least 64 KB, so that what is resident is what is in use. With --kept_memory glibc is as train.py sets it:
+how much a rehearsal takes beyond what it uses.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from typing import Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from inputs import make_folder  # noqa: E402
 
 # hidden_size, intermediate_size, layers, heads, vocabulary.
 MODELS = {
@@ -60,13 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which")
-    parser.add_argument("--default_malloc", action="store_true", help="leave glibc's settings as they are")
+    parser.add_argument("--kept_memory", action="store_true", help="let glibc keep freed memory, as train.py does")
     args = parser.parse_args()
-    args.work_dir.mkdir(parents=True)
+    make_folder(parser, args.work_dir)
     try:
         print(f"{'MB per rank':32}  predicted   measured  predicted / measured   while loading", flush=True)
         for name in args.cases:
-            predicted, measured = compare(name, args.work_dir, default_malloc=args.default_malloc)
+            predicted, measured = compare(name, args.work_dir, malloc={} if args.kept_memory else MALLOC)
             steps, loading = measured["steps"], measured["loading"]
             first, second, last = (f"{size / 1e6:,.0f}" for size in (predicted, steps, loading))
             print(f"{name:32} {first:>10} {second:>10} {predicted / steps:>21.3f} {last:>15}", flush=True)
@@ -74,7 +76,7 @@ def main() -> None:
         shutil.rmtree(args.work_dir)
 
 
-def compare(name: str, work_dir: Path, *, default_malloc: bool = False) -> Tuple[int, Dict[str, int]]:
+def compare(name: str, work_dir: Path, *, malloc: Dict[str, str]) -> Tuple[int, Dict[str, int]]:
     """Bytes predicted and measured, of the rank that needs most."""
     model, ranks, length, batch, flags = CASES[name]
     model_dir = work_dir / model.replace(" ", "")
@@ -84,7 +86,7 @@ def compare(name: str, work_dir: Path, *, default_malloc: bool = False) -> Tuple
     samples = STEPS * batch * (1 if "--tp" in flags else ranks) * accumulated
     words = ["--benchmark", "--pretrained", str(model_dir), "--max_length", str(length), "--num_samples", str(samples)]
     words += ["--micro_batch_size", str(batch), *flags.split()]
-    return predict(words, ranks), launch(words, ranks, {} if default_malloc else MALLOC)
+    return predict(words, ranks), launch(words, ranks, malloc)
 
 
 def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> None:

@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from typing import Dict, Iterator, List, Set, Tuple
 
+from inputs import make_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
@@ -56,7 +58,7 @@ def main() -> None:
         print(json.dumps(measured(args.measure, args.work_dir, args.data, args.workers)))
         return
     args.work_dir = args.work_dir.absolute()
-    args.work_dir.mkdir(parents=True)
+    make_folder(parser, args.work_dir)
     try:
         # In a process of its own: a process's peak memory begins with that of the one it was forked from.
         make = multiprocessing.get_context("spawn").Process(

@@ -22,6 +22,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from inputs import make_folder  # noqa: E402
+
 from colossal_llama2 import arguments, logs  # noqa: E402
 
 VOCABULARY, LENGTH = 8000, 256
@@ -41,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     from colossal_llama2.train.engine.booster import launch, leave
 
-    args.work_dir.mkdir(parents=True)
+    make_folder(parser, args.work_dir)
     # As on a cluster, where stderr is a file.
     logs.configure_logging()
     logs.get_logger().setLevel("ERROR")

@@ -10,10 +10,12 @@ tokens a step; full samples of random tokens, so nothing is padded. Every candid
 - Trainer: transformers' own, data parallel (DDP), bf16 by autocast where that is the precision.
 - the plugins: train.py --benchmark.
 
+On a CPU glibc keeps freed memory in all of them, as train.py lets it.
+
 Prints tokens/s and peak memory of the largest rank as ratios, and each plugin's step by part: medians of rounds in
 which every candidate runs once, so that a machine whose speed changes changes it for all. Seconds are those of one
-machine, and not printed. "communication" lies inside the parts before it; Gemini's messages are under way while it
-computes, and count from when they are asked for.
+machine, and not printed. "communication" lies inside the parts before it. It counts from when messages are asked for;
+Gemini asks a chunk ahead and computes meanwhile.
 """
 
 import argparse
@@ -24,12 +26,15 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from inputs import make_folder  # noqa: E402
 
 RANKS = 2
 VOCABULARY = 8000
@@ -49,7 +54,6 @@ PLUGINS: Dict[str, Tuple[str, ...]] = {
     "3d": ("--plugin", "3d"),
     "3d, tp 2": ("--plugin", "3d", "--tp", "2"),
 }
-BASELINES = ("bare", "trainer")
 PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
 
 
@@ -59,26 +63,39 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="gemini has bf16 alone")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of what is computed")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which of the two")
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens of a sample")
-    parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS), help="which")
+    parser.add_argument("--lengths", nargs="+", type=sample_length, default=list(LENGTHS), help="tokens of a sample")
+    parser.add_argument("--plugins", nargs="+", choices=PLUGINS, help="which (default: all that have the precision)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="how often everything is run, by turns")
     parser.add_argument("--measure", choices=BASELINES, help=argparse.SUPPRESS)
     parser.add_argument("--model_dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure = {"bare": bare_loop, "trainer": trainer}[args.measure]
-        tell(*measure(args.model_dir, args.lengths[0], args.precision))
+        keep_freed_memory()
+        tell(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision))
         return
-    args.work_dir.mkdir(parents=True)
+    # ColossalAI has Gemini in half precision alone.
+    fitting = [name for name in PLUGINS if args.precision == "bf16" or not name.startswith("gemini")]
+    unfit = sorted(set(args.plugins or ()) - set(fitting))
+    if unfit:
+        parser.error(f"--plugins {' '.join(unfit)} with --precision fp32 given; allowed: {'; '.join(fitting)}")
+    make_folder(parser, args.work_dir)
     try:
         for name in args.models:
             model_dir = make_model(args.work_dir / name.replace(" ", ""), MODELS[name])
             for length in args.lengths:
-                print_table(f"{name}, {length:,} tokens", model_dir, length, args)
+                run = partial(measure, model_dir=model_dir, length=length, precision=args.precision)
+                print_table(f"{name}, {length:,} tokens", run, args.plugins or fitting, args.rounds)
     finally:
         shutil.rmtree(args.work_dir)
+
+
+def sample_length(text: str) -> int:
+    """A number of tokens of which whole samples make a step."""
+    if not text.isdigit() or not int(text) or TOKENS_A_STEP % int(text):
+        raise argparse.ArgumentTypeError(f"{text} given, divisors of {TOKENS_A_STEP} are allowed")
+    return int(text)
 
 
 def make_model(folder: Path, shape: Dict[str, int]) -> Path:
@@ -93,17 +110,15 @@ def make_model(folder: Path, shape: Dict[str, int]) -> Path:
     return folder
 
 
-def print_table(title: str, model_dir: Path, length: int, args: argparse.Namespace) -> None:
-    """Run all candidates on one model and length, `args.rounds` times by turns."""
-    rounds = []
-    for _ in range(args.rounds):
-        found = {name: baseline(name, model_dir, length, args.precision) for name in BASELINES}
-        for name in args.plugins:
-            # ColossalAI has Gemini, and ZeRO under 3d, in half precision alone.
-            if args.precision == "bf16" or not name.startswith("gemini"):
-                flags = PLUGINS[name] + (("--zero", "0") if args.precision == "fp32" and "3d" in PLUGINS[name] else ())
-                found[name] = ours(model_dir, length, args.precision, flags)
-        rounds.append(found)
+def print_table(title: str, run: Callable[[str], Dict[str, float]], plugins: Sequence[str], turns: int) -> None:
+    """Run all candidates on one model and length, so many times by turns. What is measured is told as it comes."""
+    rounds: List[Dict[str, Dict[str, float]]] = []
+    for turn in range(turns):
+        rounds.append({})
+        for name in (*BASELINES, *plugins):
+            rounds[-1][name] = figures = run(name)
+            over = figures["speed"] / rounds[-1].get("trainer", figures)["speed"]
+            print(f"{title}, turn {turn + 1} of {turns}: {name} {over:.2f}", file=sys.stderr, flush=True)
     print(f"\n{title:18} over Trainer  (least-most)  over bare  memory over Trainer   " + "  ".join(PARTS), flush=True)
     for name in rounds[0]:
         print_row(name, rounds)
@@ -121,6 +136,15 @@ def print_row(name: str, rounds: List[Dict[str, Dict[str, float]]]) -> None:
     figures += f"  {median(ratios('memory', 'trainer')):19.2f}"
     shares = [f"{median(row[part] for row in rows):>{len(part) - 1}.0f}%" for part in PARTS if part in rows[0]]
     print(f"{name:18} {figures}   {'  '.join(shares)}".rstrip(), flush=True)
+
+
+def measure(name: str, *, model_dir: Path, length: int, precision: str) -> Dict[str, float]:
+    """One candidate, once."""
+    if name in BASELINES:
+        return baseline(name, model_dir, length, precision)
+    # ColossalAI has ZeRO under 3d in half precision alone.
+    no_zero = ("--zero", "0") if precision == "fp32" and "3d" in PLUGINS[name] else ()
+    return ours(model_dir, length, precision, PLUGINS[name] + no_zero)
 
 
 def baseline(name: str, model_dir: Path, length: int, precision: str) -> Dict[str, float]:
@@ -160,6 +184,16 @@ def tell(tokens: int, seconds: float) -> None:
 
     # One write: ranks share their output, and print writes the end of a line by itself.
     os.write(1, (json.dumps({"speed": tokens / seconds, "memory": peak_memory()}) + "\n").encode())
+
+
+def keep_freed_memory() -> None:
+    """What the plugins run with on a CPU, so that they are compared and not glibc's settings."""
+    import torch
+
+    from colossal_llama2.train.engine import cpu
+
+    if not torch.cuda.is_available():
+        cpu.keep_freed_memory()
 
 
 def device():
@@ -232,6 +266,8 @@ def trainer(model_dir: Path, length: int, precision: str) -> Tuple[int, float]:
     Trainer(model=model, args=settings, train_dataset=dataset, callbacks=[clock]).train()
     return TIMED_STEPS * TOKENS_A_STEP * RANKS, clock.times[-1] - clock.times[WARMUP_STEPS - 1]
 
+
+BASELINES: Dict[str, Callable[[Path, int, str], Tuple[int, float]]] = {"bare": bare_loop, "trainer": trainer}
 
 if __name__ == "__main__":
     main()

@@ -56,8 +56,8 @@ def test_zero2_of_a_7b_is_that_of_the_zero_paper(ranks):
     assert parts["master weights"] + parts["optimizer"] == 12 * PARAMETERS_7B // ranks
     # The half-precision gradients and their float32 copies at the norm, or less when weights are gathered.
     assert 2 * PARAMETERS_7B // ranks <= parts["gradients"] <= 6 * PARAMETERS_7B // ranks
-    # A bucket of 12 Mi elements of each rank's share is gathered at once: small beside weights, not beside shares. Of it
-    # one weight at a time is put together, the embeddings at most.
+    # A bucket of 12 Mi elements of each rank's share is gathered at once: small beside weights, not beside shares. One
+    # weight of it at a time is put together, the embeddings at most.
     assert parts["buffers"] <= (2 + ranks) * 2 * memory.ZERO_BUCKET + 2 * 32000 * 4096
 
 

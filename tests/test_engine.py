@@ -340,7 +340,7 @@ def test_freed_memory_is_kept_for_the_next_step(environment, keeps):
     code = """
 import resource, torch
 from colossal_llama2.train.engine import cpu
-cpu._keep_freed_memory()
+cpu.keep_freed_memory()
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(6, 2**20) for _ in range(3)]

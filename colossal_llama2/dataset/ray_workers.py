@@ -78,14 +78,15 @@ def _kill_session(leader: int) -> None:
     import psutil
 
     end = time.monotonic() + JOIN_SECONDS
-    while time.monotonic() < end:
-        left = [process for process in psutil.process_iter() if _is_alive_in(leader, process)]
-        if not left:
-            return
+    while left := [process for process in psutil.process_iter() if _is_alive_in(leader, process)]:
+        if time.monotonic() > end:
+            break
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         time.sleep(0.05)
+    else:
+        return
     logs.get_logger().warning("Ray has left processes that do not end: %s", [process.pid for process in left])
 
 

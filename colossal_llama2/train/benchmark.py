@@ -165,7 +165,7 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: Optional[f
     for name, seconds in {**found.parts, "rest": rest}.items():
         rows.append((f"  {name}", f"{seconds / found.seconds:.1%}", ""))
     rows += [
-        ("communication", f"{found.communication:.1%}", "of a step, inside these parts; on a GPU it may overlap"),
+        ("communication", f"{found.communication:.1%}", "of a step has messages under way, while it computes or waits"),
         ("peak memory", f"{found.memory / 2**20:,.0f} MiB", "of the rank that needs most"),
         ("padding", f"{1 - found.tokens / found.places:.1%}", ""),
         ("TFLOPS", f"{per_second * flops / ranks / 1e12:.3g}", "of each rank, recomputation not counted"),

@@ -9,7 +9,7 @@ gloo. What it lacks on a CPU is supplied here and in gloo.py, one function for e
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
     pipelines     which backend a group has                                patch, see `_patch_backend_check`
     collectives   those that gloo lacks, or does in a longer way          patches, see engine/gloo.py
-    memory        what a GPU's caching allocator does                      glibc's settings, `_keep_freed_memory`
+    memory        what a GPU's caching allocator does                      glibc's settings, see `keep_freed_memory`
 
 `install` is called once, before any plugin is built.
 """
@@ -31,10 +31,10 @@ def install() -> None:
     _patch_memory_tracer()
     _patch_backend_check()
     gloo.install()
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep what tensors free for the next step, as PyTorch does it on a GPU.
 
     By default much of it goes back to the kernel, which clears each page anew: 25,000 page faults a step of a model of

@@ -54,7 +54,7 @@ def _shorten_tensor_forms() -> None:
     """Let gloo scatter sums of a tensor, and gather one, as ZeRO and Gemini do, by what each rank needs from each.
 
     Its own reduce_scatter sums up everything on every rank and keeps a part, and its all_gather goes round in a ring
-    (five times and twice to four times as slow on two ranks, measured).
+    (benchmarks/bench_collectives.py).
     """
     import torch
     import torch.distributed as dist

@@ -1,0 +1,97 @@
+"""How long ZeRO's and Gemini's exchanges take between ranks on a CPU, over gloo's own collectives.
+
+    python benchmarks/bench_collectives.py
+
+Two and three ranks, one thread each, on 12 Mi numbers: a bucket of ZeRO. "sums" is reduce_scatter_tensor, "gather"
+all_gather_into_tensor; both ways in one process, by turns, as engine/gloo.py has them and as PyTorch does. The floor is
+what must be moved: the time to copy within a process what a rank gets from the others. Three ranks want three cores.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Callable, Dict, List
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+NUMBERS = 12 * 2**20
+TURNS = 9
+WAYS = ("gloo's own", "ours", "copy")
+
+
+def main() -> None:
+    """Measure each number of ranks in processes of their own, and print a row for each exchange."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    if parser.parse_args().measure:
+        measure()
+        return
+    print("exchange              ranks  ours / gloo's own  ours / a copy of what comes", flush=True)
+    for ranks in (2, 3):
+        for name, times in launch(ranks).items():
+            own, ours, copy = (times[way] for way in WAYS)
+            print(f"{name:20} {ranks:>6} {ours / own:>18.2f} {ours / copy:>28.2f}", flush=True)
+
+
+def launch(ranks: int) -> Dict[str, Dict[str, float]]:
+    """The seconds of each exchange and way, as rank 0 has them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, __file__, "--measure"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout)
+
+
+def measure() -> None:
+    """On one rank: the median time of each exchange in each way; rank 0 prints them."""
+    import torch
+    import torch.distributed as dist
+
+    from colossal_llama2.train.engine import cpu, gloo
+
+    cpu.keep_freed_memory()
+    dist.init_process_group("gloo")
+    originals = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
+    gloo.install()
+    functions = {"gloo's own": originals, "ours": (dist.reduce_scatter_tensor, dist.all_gather_into_tensor)}
+    size = dist.get_world_size()
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = torch.ones(NUMBERS // size * size, dtype=dtype)
+        part = torch.ones(NUMBERS // size, dtype=dtype)
+        coming, copied = torch.ones((2, (size - 1) * len(part)), dtype=dtype)
+        for index, exchange in enumerate(("sums", "gather")):
+            arguments = (part, whole) if exchange == "sums" else (whole, part)
+            ways = {way: partial(do[index], *arguments) for way, do in functions.items()}
+            ways["copy"] = partial(copied.copy_, coming)
+            found[f"{exchange}, {str(dtype).split('.')[1]}"] = median_times(ways)
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def median_times(ways: Dict[str, Callable[[], object]]) -> Dict[str, float]:
+    """Of turns in which all ranks begin together, after one to warm up."""
+    import torch.distributed as dist
+
+    seconds: Dict[str, List[float]] = {way: [] for way in ways}
+    for _ in range(TURNS + 1):
+        for way, do in ways.items():
+            dist.barrier()
+            start = time.perf_counter()
+            do()
+            seconds[way].append(time.perf_counter() - start)
+    return {way: median(times[1:]) for way, times in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
