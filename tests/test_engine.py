@@ -100,6 +100,21 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
     assert [counts[:2], counts[2:]] == [[count] * 2 for count in exchanges]
 
 
+def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
+    from colossalai.logging import DistributedLogger
+
+    repairs.skip_hidden_messages()
+    looked = []
+    monkeypatch.setattr(DistributedLogger, "_DistributedLogger__get_call_info", lambda: looked.append(1) or ("", 1, ""))
+    logger = DistributedLogger.get_instance("test_engine")
+    logger.set_level("WARNING")
+    logger.debug("hidden")
+    logger.info("hidden", ranks=[0])
+    assert not looked
+    logger.warning("shown")
+    assert len(looked) == 1
+
+
 def test_no_clipping_still_measures_the_norm():
     assert booster.zero_arguments(settings(max_norm=0.0), on_cpu=True, offload=False)["max_norm"] == math.inf
 

@@ -10,10 +10,12 @@
     wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
     gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
     fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
+    skip_hidden_messages   Gemini: after each backward the host looks for the place of a message that is not shown
 """
 
 import contextlib
 import functools
+import logging
 from typing import Iterator
 
 REPAIRED_VERSION = "0.5.0"
@@ -36,6 +38,7 @@ def install() -> None:
     loss_in_float32()
     ring_weight_gradients()
     wrap_to_reduce_alone()
+    skip_hidden_messages()
 
 
 def has_faults() -> bool:
@@ -200,6 +203,28 @@ def wrap_to_reduce_alone() -> None:
         original(self, *args, dp_group=dp_group, use_ddp=use_ddp, **keywords)
 
     HybridParallelModule.__init__ = begin
+
+
+def skip_hidden_messages() -> None:
+    """Let ColossalAI's log do nothing for messages that its level hides.
+
+    logging/logger.py:71 first finds out where a message comes from: inspect.stack(), which goes through all modules that
+    are loaded for each function on the stack. Gemini has such a message after each backward (gemini_ddp.py:343).
+    """
+    from colossalai.logging import DistributedLogger
+
+    def only_if_shown(log, level: int):
+        @functools.wraps(log)
+        def log_if_shown(self, *args, **keywords) -> None:
+            if self._logger.isEnabledFor(level):
+                log(self, *args, **keywords)
+
+        return log_if_shown
+
+    for name in ("debug", "info", "warning", "error"):
+        log = getattr(DistributedLogger, name)
+        if not hasattr(log, "__wrapped__"):
+            setattr(DistributedLogger, name, only_if_shown(log, getattr(logging, name.upper())))
 
 
 def fill_buckets(optimizer) -> None:
