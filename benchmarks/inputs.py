@@ -1,4 +1,4 @@
-"""What all benchmarks ask of their flags."""
+"""What benchmarks that write files ask of --work_dir."""
 
 import argparse
 from pathlib import Path

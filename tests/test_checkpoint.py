@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checkpoint_files, resuming
@@ -194,3 +195,15 @@ def test_only_what_auto_found_is_done_again(checkpoint):
 def test_flags_of_the_benchmark_do_not_change_a_run(name):
     now = {"world_size": 1, "data_parallel_size": 1, "settings": {name: 7}, "versions": {}, "machine": {}}
     assert resuming.changes({**now, "settings": {}}, now) == []
+
+
+def test_another_split_under_the_same_settings_is_told(checkpoint, caplog):
+    """As a checkpoint of Gemini has it whose chunks were filled in another order."""
+    plan = plan_loading("llama", str(checkpoint))
+    state, _ = plan.read_states()
+    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}}
+    now["layout"] = {"plugin": "gemini", "chunks": "layers by use"}
+    logs.get_logger().addHandler(caplog.handler)
+    resuming.tell_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
+    assert "not bit for bit" in caplog.text and "{'chunks': 'layers by use'}" in caplog.text
+    assert "left aside" in caplog.text and "uninterrupted" not in caplog.text

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.train.engine import booster, cpu, files, repairs
+from colossal_llama2.train.engine import booster, cpu, exchange, files, repairs
 from colossal_llama2.train.engine.booster import EngineSettings, settings_problems
 from tests import launching
 from tests.conftest import ROOT
@@ -105,7 +105,8 @@ def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
 
     repairs.skip_hidden_messages()
     looked = []
-    monkeypatch.setattr(DistributedLogger, "_DistributedLogger__get_call_info", lambda: looked.append(1) or ("", 1, ""))
+    place = "_DistributedLogger__get_call_info"
+    monkeypatch.setattr(DistributedLogger, place, lambda _: looked.append(1) or ("", 1, ""))
     logger = DistributedLogger.get_instance("test_engine")
     logger.set_level("WARNING")
     logger.debug("hidden")
@@ -126,9 +127,40 @@ def test_gemini_always_shards():
     assert large["min_chunk_size_m"] == 32 and large["enable_async_reduce"]
 
 
-@pytest.mark.parametrize("policy", ["static", "auto"])
-def test_gemini_gathers_one_chunk_ahead(policy):
-    assert booster.gemini_arguments(settings(), parameters=10**6, on_cpu=True, policy=policy)["max_prefetch"] == 1
+def test_an_evaluation_leaves_gemini_where_it_was():
+    policy, collector = types.SimpleNamespace(max_prefetch=1), types.SimpleNamespace(_step_idx=5)
+    manager = types.SimpleNamespace(placement_policy=policy, _mem_stats_collector=collector, need_warmup=False)
+    engine = object.__new__(booster.Engine)
+    engine.model = types.SimpleNamespace(gemini_manager=manager)
+    with engine._gemini_evaluating():
+        assert policy.max_prefetch == 0
+        collector._step_idx = 9
+    assert (policy.max_prefetch, collector._step_idx) == (1, 5)
+
+
+def test_gemini_places_by_the_least_room_of_all_ranks(monkeypatch):
+    """Rank 0 of two: the other has half the memory, and takes less of it in one operation and more in the other."""
+    from colossalai.legacy.utils import memory
+
+    figures = [40.0, 15.0]
+
+    class Collector:
+        _memstats = types.SimpleNamespace(non_model_data_list=lambda device: figures)
+
+        def finish_collection(self):
+            pass
+
+    collector = Collector()
+    manager = types.SimpleNamespace(_mem_stats_collector=collector)
+    gemini = types.SimpleNamespace(gemini_manager=manager, chunk_manager=types.SimpleNamespace(device=None))
+    monkeypatch.setattr(memory, "colo_device_memory_capacity", lambda device: 100.0)
+    others = iter([50.0, [5.0, 20.0]])
+    monkeypatch.setattr(exchange, "gather_values", lambda own: [own, next(others)])
+    repairs.agree_on_memory(gemini)
+    collector.finish_collection()
+    assert memory.colo_device_memory_capacity(None) == 50
+    # 40 of 100 leave more than 5 of 50, and 15 of 100 more than 20 of 50.
+    assert figures == [5.0, 20.0]
 
 
 def test_buffers_of_a_model_are_not_sent():

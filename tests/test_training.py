@@ -278,7 +278,10 @@ def test_gemini_shards_every_chunk(jobs, name):
 def test_gemini_gathers_each_chunk_once_a_pass(jobs):
     # Beside the half-precision chunks there are as many of master weights. The last is there when backward begins.
     chunks = len(jobs["gemini_bf16"].chunks) // 2
-    assert chunks > 2 and jobs["gemini_bf16"].gathers == 2 * chunks - 1
+    gathers, ahead = jobs["gemini_bf16"].gathers
+    assert chunks > 2 and gathers == 2 * chunks - 1 and ahead == gathers - 1
+    # With automatic placement they stay until their gradients take their place.
+    assert jobs["gemini_auto_bf16"].gathers == [chunks, 0]
 
 
 def test_automatic_placement_goes_by_the_same_figures_on_all_ranks(jobs):

@@ -88,7 +88,7 @@ def chunks_kept_whole(engine: Engine) -> Optional[List[bool]]:
     return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
 
 
-def exchanges(engine: Engine) -> Optional[bool]:
+def sends_gradients(engine: Engine) -> Optional[bool]:
     """Whether backward exchanges gradients now: by what DistributedDataParallel, or ZeRO under 3d, goes by."""
     if engine.settings.plugin != "3d":
         return None
@@ -110,16 +110,16 @@ def noting_steps(into: dict) -> Iterator[None]:
 
     "chunks"        of Gemini: for each, whether every rank keeps all of it
     "figures"       of Gemini with automatic placement: `room_figures`
-    "gathers"       of Gemini: how often the second step gathers a chunk
+    "gathers"       of Gemini: how often the second step gathers a chunk, and how often of that ahead of its use
     "exchanges"     of 3d: for each micro batch of the first step, whether gradients are exchanged
     """
     from colossalai.zero.gemini.chunk import ChunkManager
 
     step, backward, access_chunk = Engine.step, Engine.backward, ChunkManager.access_chunk
-    steps = gathers = 0
+    steps = gathers = ahead = 0
 
     def noting_step(engine, **kwargs):
-        nonlocal steps, gathers
+        nonlocal steps, gathers, ahead
         norm = step(engine, **kwargs)
         steps += 1
         if steps == 1:
@@ -127,19 +127,20 @@ def noting_steps(into: dict) -> Iterator[None]:
                 first_moment_norm=first_moments(engine), chunks=chunks_kept_whole(engine), figures=room_figures(engine)
             )
         if steps == 2:
-            into["gathers"] = gathers
-        gathers = 0
+            into["gathers"] = [gathers, ahead]
+        gathers = ahead = 0
         return norm
 
     def noting_backward(engine, loss):
         if steps == 0:
-            into.setdefault("exchanges", []).append(exchanges(engine))
+            into.setdefault("exchanges", []).append(sends_gradients(engine))
         backward(engine, loss)
 
-    def noting_access(manager, chunk, *args, **kwargs):
-        nonlocal gathers
+    def noting_access(manager, chunk, async_access=False):
+        nonlocal gathers, ahead
         gathers += chunk not in manager.accessed_chunks
-        return access_chunk(manager, chunk, *args, **kwargs)
+        ahead += async_access
+        return access_chunk(manager, chunk, async_access)
 
     with mock.patch.object(Engine, "step", noting_step), mock.patch.object(Engine, "backward", noting_backward):
         with mock.patch.object(ChunkManager, "access_chunk", noting_access):

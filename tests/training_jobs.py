@@ -31,7 +31,7 @@ class Job:
     chunks: Optional[List[bool]]
     after: Optional[int] = None
     figures: Optional[List[List[float]]] = None
-    gathers: Optional[int] = None
+    gathers: Optional[List[int]] = None
     exchanges: Optional[List[Optional[bool]]] = None
 
     def scalars(self, name: str, run: str = "tb") -> List[float]:

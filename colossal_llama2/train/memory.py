@@ -413,7 +413,7 @@ class _GeminiKeeper(_Keeper):
     def _buffers(self) -> int:
         """Bytes of the gathered chunks and those gathered ahead, however far off: backward goes from the last down."""
         next_ones = [chunk for chunk, left in enumerate(self.left) if left and chunk not in self.gathered]
-        ahead = next_ones[-self.ahead :]
+        ahead = next_ones[-self.ahead :] if self.ahead else []
         return self._extra(self.gathered.union(ahead)) + self._sent(ahead)
 
     def _sent(self, chunks: Sequence[int]) -> int:

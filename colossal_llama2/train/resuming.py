@@ -148,6 +148,8 @@ def tell_verdict(plan: LoadPlan, state: TrainState, saved: Dict[str, Any], now: 
         plan.resume_path, state.epoch, state.step, f"{state.samples_seen:,}", f"{state.tokens_seen:,}",
     )  # fmt: skip
     changed = changes(saved, now)
+    if not changed and not _same_layout(saved, now):
+        changed = [difference("layout", saved.get("layout"), now["layout"])]
     if not changed:
         tell.info("What follows repeats the uninterrupted run bit for bit")
         return

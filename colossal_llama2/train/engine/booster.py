@@ -33,8 +33,9 @@ ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
 GEMINI_MIN_CHUNK_M = 32.0
 GEMINI_CHUNKS_AT_LEAST = 8
-# Chunks that are gathered while the one before is computed with.
-GEMINI_PREFETCHED = 1
+# Chunks that are gathered while the one before is computed with. With automatic placement none is: the chunk that was
+# gathered last is not counted in what is free (placement_policy.py:210), and a step could fail for want of memory.
+GEMINI_PREFETCHED = {"static": 1, "auto": 0}
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def _free_port() -> int:
 
 def _common_arguments(settings: EngineSettings) -> Dict[str, Any]:
     # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged. Gemini on a
-    # GPU must have it: it frees a chunk that accumulates while another stream reduces it (chunk.py:417), and only the
-    # host's wait for the norm keeps others from taking that memory before.
+    # GPU must have it: it frees a chunk that accumulates while another stream copies from it (chunk.py:556), and only
+    # the host's wait for the norm keeps others from taking that memory before.
     return {"precision": settings.precision, "max_norm": settings.max_norm or math.inf, "initial_scale": 2**16}
 
 
@@ -177,7 +178,7 @@ def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool,
         enable_gradient_accumulation=settings.accumulation_steps > 1,
         min_chunk_size_m=chunk_m,
         search_range_m=chunk_m,
-        max_prefetch=GEMINI_PREFETCHED,
+        max_prefetch=GEMINI_PREFETCHED[policy],
         # Asynchronous reduction pins host memory, which needs a GPU, and frees what it sends.
         enable_async_reduce=not on_cpu,
     )
@@ -520,10 +521,10 @@ class Engine:
         if manager is None:
             yield
             return
-        # It learns from its first step what comes next, which at the end of forward would be backward.
+        # In its first step it learns what comes next, which at the end of forward would be backward.
         policy = manager.placement_policy
         before, policy.max_prefetch = policy.max_prefetch, 0
-        # By the number of an operation, automatic placement finds what memory it took in that step.
+        # Automatic placement also learns what memory each operation of a step takes, and counts them.
         collector = manager._mem_stats_collector
         operation = None if collector is None else collector._step_idx
         # With automatic placement it takes no pass without gradients before that step.
@@ -726,8 +727,8 @@ def _begin_moments(adam, *, without_gradient: bool = False) -> None:
 def _order_layers_by_use(model) -> None:
     """Register the modules of each layer in the order in which they compute.
 
-    Gemini fills its chunks in the order of registration, which has both norms of a layer behind its matrices. A norm in
-    the next layer's chunk would have that one gathered for it, before the rest of its own layer, and again afterwards.
+    Gemini fills its chunks in the order of registration, which has both norms of a layer behind its matrices. If a
+    chunk ends between them, the next one would be gathered for a norm, let go for the matrices, and gathered again.
     Names stay, and so does the order of the matrices, and of the norms, by which the optimizer numbers them.
     """
     for layer in model.model.layers:

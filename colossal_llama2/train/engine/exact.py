@@ -27,8 +27,14 @@ NOT_LAYOUT = (
 
 def layout(engine: "Engine") -> Dict[str, Any]:
     """What decides which part of the master weights a rank holds."""
+    from colossal_llama2.train.engine.booster import PLUGINS
+
     settings = {name: value for name, value in asdict(engine.settings).items() if name not in NOT_LAYOUT}
-    return {**settings, "world_size": engine.world_size}
+    found = {**settings, "world_size": engine.world_size}
+    if PLUGINS[engine.settings.plugin].is_gemini:
+        # What weights are in a chunk, and so what part of them a rank holds (booster.py, _order_layers_by_use).
+        found["chunks"] = "layers by use"
+    return found
 
 
 def has_masters(engine: "Engine") -> bool:

@@ -99,7 +99,7 @@ class _Works:
     def wait(self, *args) -> bool:
         works, self._works = self._works, []
         for work in works:
-            # A message that has come is waited for in vain, if it is waited for again.
+            # Whoever waits once more for a message that has come waits for ever.
             work.wait()
         return True
 

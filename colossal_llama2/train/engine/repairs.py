@@ -95,9 +95,9 @@ def forget_skipped(gemini) -> None:
 def agree_on_memory(gemini) -> None:
     """Let all ranks place Gemini's chunks by the same figures: the least room that one of them has.
 
-    zero/gemini/placement_policy.py:190: each rank lets go of chunks by the memory that it has measured itself in its
-    first step. One that has let go of a chunk gathers it while another, which has it, is on its way to the next
-    exchange. Measured is what is taken besides chunks, and so what a rank has less than others is added to it.
+    zero/gemini/placement_policy.py:184: each rank lets go of chunks by the memory of its device and what it has taken
+    of it besides chunks, which is measured in the first step. One that has let go of a chunk gathers it while another,
+    which has it still, is on its way to the next exchange.
     """
     collector = gemini.gemini_manager._mem_stats_collector
     if not has_faults() or collector is None:
@@ -106,14 +106,18 @@ def agree_on_memory(gemini) -> None:
 
     from colossal_llama2.train.engine import exchange
 
+    own = float(memory.colo_device_memory_capacity(gemini.chunk_manager.device))
+    least = min(exchange.gather_values(own))
+    memory.colo_device_memory_capacity = lambda device: least
     finish = collector.finish_collection
 
     def finish_and_agree() -> None:
+        # Once, and then without a cycle of references.
+        del collector.finish_collection
         finish()
         figures = collector._memstats.non_model_data_list("cuda")
-        capacity = memory.colo_device_memory_capacity(gemini.chunk_manager.device)
-        rooms = zip(*exchange.gather_values([float(capacity - figure) for figure in figures]), strict=True)
-        figures[:] = [capacity - min(room) for room in rooms]
+        taken = exchange.gather_values([float(figure) - (own - least) for figure in figures])
+        figures[:] = [max(of_ranks) for of_ranks in zip(*taken, strict=True)]
 
     collector.finish_collection = finish_and_agree
 
@@ -208,8 +212,8 @@ def wrap_to_reduce_alone() -> None:
 def skip_hidden_messages() -> None:
     """Let ColossalAI's log do nothing for messages that its level hides.
 
-    logging/logger.py:71 first finds out where a message comes from: inspect.stack(), which goes through all modules that
-    are loaded for each function on the stack. Gemini has such a message after each backward (gemini_ddp.py:343).
+    logging/logger.py:71 first finds out where a message comes from: inspect.stack(), which for each function on the
+    stack goes through all modules that are loaded. Gemini has such a message after each backward (gemini_ddp.py:343).
     """
     from colossalai.logging import DistributedLogger
 
