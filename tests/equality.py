@@ -272,9 +272,8 @@ class References:
         if case.precision == "fp32":
             return self._run(case, 0), Gap(**FLOAT32_ALLOWED)
         whole = self._run(case, 1)
-        gaps = [gap_of(self._run(case, parts), whole) for parts in BFLOAT16_PARTS]
-        gaps.append(gap_of(self._run(case, 1, halved=True), whole))
-        return whole, _bound(gaps)
+        others = [(parts, halved) for halved in (False, True) for parts in (1, *BFLOAT16_PARTS) if halved or parts > 1]
+        return whole, _bound([gap_of(self._run(case, parts, halved), whole) for parts, halved in others])
 
     def of_halves(self, case: Case) -> Optional[Gap]:
         """The narrower bound that the plain loop on halves of the batches alone gives in bfloat16."""
@@ -432,8 +431,9 @@ documents one by one. Gemini's models are cut in at least eight chunks, each spr
 1e-5 between two plain loops.
 
 In float32 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16 it is twice the largest gap between the plain
-loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, and with
-layers that add up rounded halves; 1e-2 for weights, if that is more. {equal} of {count} configurations are equal.
+loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, with layers
+that add up rounded halves, and with both; 1e-2 for weights, if that is more. {equal} of {count} configurations are
+equal.
 {narrow}
 {table}
 ## Refused before training starts
