@@ -1,5 +1,6 @@
 """The parts of train/engine that can be checked without a process group; test_training.py checks them together."""
 
+import contextlib
 import inspect
 import io
 import json
@@ -375,7 +376,9 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
     cpu.install()
     source, target = torch.arange(6.0).view(2, 3), torch.zeros(2, 3)
     for name, arguments in (("reduce_scatter", (target, [source])), ("all_to_all", ([target], [source]))):
-        with pytest.raises(RuntimeError, match="does not support"):
+        # Later versions have them.
+        lacks = torch.__version__ < (2, 6)
+        with pytest.raises(RuntimeError, match="does not support") if lacks else contextlib.nullcontext():
             getattr(distributed_c10d, name)(*arguments)
         target.zero_()
         assert getattr(dist, name)(*arguments, async_op=True).wait()
