@@ -448,16 +448,19 @@ def told_by_halves(rows: List[Row]) -> str:
     narrow = [row for row in rows if row.narrow is not None]
     if not narrow:
         return ""
-    outside = [row for row in narrow if not row.gap.within(row.narrow)]
-    text = f"Twice the gap of halves alone would let {len(narrow) - len(outside)} of the {len(narrow)} bf16 rows pass"
+    passing, outside = ([row for row in narrow if row.gap.within(row.narrow) == good] for good in (True, False))
+    text = f"Twice the gap of halves alone would let {len(passing)} of the {len(narrow)} bf16 rows pass"
     if outside:
         worst = {
             name: max(getattr(row.gap, name) / getattr(row.narrow, name) for row in outside)
             for name in ("loss", "norm", "weights")
         }
         figures = ", ".join(f"{name} {value:.1f}" for name, value in worst.items())
-        names = "; ".join(row.case.name for row in outside)
-        text += f"; the others are at most so many times over it: {figures} ({names})"
+        # The fewer are named.
+        names, others = ("; ".join(row.case.name for row in part) for part in (passing, outside))
+        text += f" ({names})" if passing and len(passing) < len(outside) else ""
+        text += f"; the others are at most so many times over it: {figures}"
+        text += f" ({others})" if len(outside) <= len(passing) else ""
     return "\n" + textwrap.fill(text + ".", 118) + "\n"
 
 
