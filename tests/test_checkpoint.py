@@ -197,13 +197,13 @@ def test_flags_of_the_benchmark_do_not_change_a_run(name):
     assert resuming.changes({**now, "settings": {}}, now) == []
 
 
-def test_another_split_under_the_same_settings_is_told(checkpoint, caplog):
+def test_another_split_under_the_same_settings_is_told(checkpoint, caplog, monkeypatch):
     """As a checkpoint of Gemini has it whose chunks were filled in another order."""
     plan = plan_loading("llama", str(checkpoint))
     state, _ = plan.read_states()
     now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}}
     now["layout"] = {"plugin": "gemini", "chunks": "layers by use"}
-    logs.get_logger().addHandler(caplog.handler)
+    monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
     resuming.tell_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
     assert "not bit for bit" in caplog.text and "{'chunks': 'layers by use'}" in caplog.text
     assert "left aside" in caplog.text and "uninterrupted" not in caplog.text
