@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from tests.faults import corruption, crash_points, kills, malicious, mutants, place, starts, steps, warm
+from tests.faults import corruption, crash_points, fuzz, kills, malicious, mutants, place, starts, steps, warm
 from tests.faults.rows import HEADER, Row
 
 
@@ -68,6 +68,11 @@ def overflow_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     return steps.check_overflow(place.make(folder, samples=24), plugins=plugins)
 
 
+def fuzz_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Random damage to JSON."""
+    return fuzz.check(place.make(folder, samples=16), cases=3 if sample else 250, first_seed=seed)
+
+
 CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "crash_points": crash_rows,
     "kills": kill_rows,
@@ -78,6 +83,7 @@ CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "signals": signal_rows,
     "ranks": rank_rows,
     "overflow": overflow_rows,
+    "fuzz": fuzz_rows,
 }
 
 
