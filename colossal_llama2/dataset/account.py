@@ -28,7 +28,7 @@ class Tally:
         truncated: tokens beyond max_length that --overlong truncate leaves out.
         dropped: reason to [records or pieces, tokens].
         pieces: what goes into samples: whole documents and the pieces of `cut_documents`, which are over max_length;
-            `held_out_pieces` of them are of documents in eval/.
+            `held_out_pieces` of them are in eval/, of `held_out_documents`.
     """
 
     documents: int = 0
