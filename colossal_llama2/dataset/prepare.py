@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -285,9 +285,20 @@ class _Run:
         if self.settings.on_bad_row != "skip":
             return
         with store.appearing_file(self.folders.arrow / BAD_ROWS_FILE) as file:
-            for unit in self.units:
+            for unit, lines_before in self._lines_before_units():
                 for row in store.read_json(self.folders.cache / f"{unit.name}.json")["bad_rows"]:
+                    row["line"] += lines_before
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _lines_before_units(self) -> Iterator[Tuple[Unit, int]]:
+        """Each unit, and how many lines of its file the units before it have: 0 for a unit of whole files."""
+        lines: Dict[int, int] = {}
+        for unit in self.units:
+            (file, _, stop), *_ = unit.spans
+            yield unit, lines.get(file, 0)
+            if stop is not None:
+                content = store.read_json(self.folders.cache / f"{unit.name}.json")
+                lines[file] = lines.get(file, 0) + content["account"]["lines"]
 
     def _write_chat_template(self) -> None:
         """Put the template of conversations beside them, for copying into the folder of a trained model."""

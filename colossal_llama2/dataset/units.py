@@ -163,18 +163,18 @@ class _UnitWorker:
             reader = SpanReader(file, span, self._task.base)
             lines_before = self.account.lines
             for line in reader:
-                self.account.lines += 1
+                self.account.lines += line.count
                 self._batch_bytes += line.size
                 problem = line.problem
                 if problem is None and line.record is None:
-                    self.account.empty_lines += 1
+                    self.account.empty_lines += line.count
                 elif problem is None:
                     try:
                         self._rows.append((span.file, self._read(line.record)))
                     except ValueError as error:
                         problem = f"{error}; correct or remove the line"
                 if problem is not None:
-                    self._note_bad_row(file.path, reader.line_number(line.number), problem)
+                    self._note_bad_row(file.path, reader, line.number, problem)
                 if self._batch_bytes >= BATCH_BYTES:
                     self._finish_batch()
             if file.is_compressed and self.account.lines == lines_before:
@@ -195,11 +195,12 @@ class _UnitWorker:
             "pieces": self.account.total().pieces,
         }
 
-    def _note_bad_row(self, path: str, line: int, reason: str) -> None:
+    def _note_bad_row(self, path: str, reader: SpanReader, number: int, reason: str) -> None:
         if self._task.settings.on_bad_row == "fail":
-            raise UserError(f"{path}:{line}: {reason}{SKIP_HINT}")
+            raise UserError(f"{path}:{reader.line_number(number)}: {reason}{SKIP_HINT}")
         self.account.bad_rows += 1
-        self._bad_rows.append({"file": path, "line": line, "reason": reason})
+        # The line of the span: how many lines are before it is known when all spans are read.
+        self._bad_rows.append({"file": path, "line": number, "reason": reason})
 
     def _finish_batch(self) -> None:
         rows, self._rows, self._batch_bytes = self._rows, [], 0
