@@ -10,8 +10,8 @@ As JSON, one `Tally`:
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
-from colossal_llama2.dataset.visible import terminal_width, visible_line
 from colossal_llama2.errors import RunError
+from colossal_llama2.terminal_text import terminal_width, visible_line
 
 TABLE_ROWS = 20
 

@@ -33,6 +33,7 @@ from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
+from colossal_llama2.terminal_text import show
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -119,7 +120,7 @@ def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
     """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
-    print(accounts.tables(written))
+    show(accounts.tables(written))
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
 
 
@@ -192,7 +193,7 @@ class _Run:
             written = self._write(content)
         self.folders.publish()
         self.folders.empty_cache()
-        print(accounts.tables(written))
+        show(accounts.tables(written))
 
     def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""

@@ -41,6 +41,7 @@ from colossal_llama2.model.safetensors_stream import (
     write_shard,
 )
 from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder, read_added_tokens
 from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
 from colossal_llama2.tokenizer.report import REPORT_FILE
@@ -138,8 +139,8 @@ def init_model(
             copy_files(tokenizer, folder, COPIED_FILES)
             publish(folder, target, replace=overwrite)
     matrices = sum(name in MATRICES for shard in shards for name in shard.tensors)
-    print(f"written to {target}")
-    print(
+    show_line(f"written to {target}")
+    show_line(
         f"vocabulary {source_rows:,} -> {rows.vocab_size:,}, "
         f"{rows.new:,} rows initialized in each of {matrices} matrices, {total:,} bytes written"
     )
