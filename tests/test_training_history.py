@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -14,7 +15,14 @@ from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.model import training_history
 from colossal_llama2.model.training_history import (
-    HISTORY_FILE, as_written, base_model_of, describe_parent, name_of, named_by_card, read_history, vocabulary_stage,
+    HISTORY_FILE,
+    as_written,
+    base_model_of,
+    describe_parent,
+    name_of,
+    named_by_card,
+    read_history,
+    vocabulary_stage,
 )  # fmt: skip
 from colossal_llama2.train import markdown, model_card
 from tests.test_terminal_text import HOSTILE
@@ -188,8 +196,8 @@ def test_no_value_becomes_markup(text):
     )  # fmt: skip
     rows.encode()
     controls = {character for character in rows if character != "\n" and not markdown.one_line(character) == character}
-    assert not controls and "<script" not in rows and "![" not in rows
     front, body = rows.split("\n---\n", 1)
+    assert not controls and "<" not in rows and "![" not in re.sub("`[^`\n]+`", "", body)
     assert yaml.safe_load(front.removeprefix("---\n"))["base_model"] == markdown.one_line(text or "x")
     assert ModelCard(rows).data.base_model == markdown.one_line(text or "x")
     assert "license" not in ModelCard(rows).data.to_dict()
@@ -214,4 +222,4 @@ def _cells(line: str) -> list:
 def test_plain_keeps_ordinary_names():
     for name in ("Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", "split_gather", "明月", "a b.c (1)", "👩\u200d👧"):
         assert markdown.plain(name) == name
-    assert markdown.code("a`b") == "``a`b``" and markdown.code("`") == "`` ` ``"
+    assert markdown.code("zh=1 b=2") == "`zh=1 b=2`" and markdown.code("a`b") == "a\\`b"

@@ -9,6 +9,8 @@ ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 # Underscores inside a word mean nothing in GitHub's and the Hub's Markdown.
 MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
 
+NOT_IN_CODE = re.compile(r"[`<>&|]")
+
 
 class Markup(str):
     """Text that is Markdown already."""
@@ -23,11 +25,9 @@ def plain(value: Any) -> Markup:
 
 
 def code(value: Any) -> Markup:
-    """A value between as many backticks as it needs; not for a table, where a | would end the cell."""
+    """A value in a code span, or as `plain` text if it has characters that no code span can escape."""
     text = one_line(str(value))
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    blank = " " if text.startswith("`") or text.endswith("`") else ""
-    return Markup(f"{fence}{blank}{text}{blank}{fence}")
+    return plain(text) if not text.strip() or NOT_IN_CODE.search(text) else Markup(f"`{text}`")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Union[str, Markup]]]) -> str:
@@ -41,5 +41,12 @@ def front_matter(values: Dict[str, Any]) -> str:
     """YAML between two lines of dashes; texts must be of one line."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        def represent_str(self, text: str):
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "<" in text else None)
+
+    Dumper.add_representer(str, Dumper.represent_str)
     # Folded at no width, no line of a value can be taken for the end of the front matter.
-    return "---\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=float("inf")) + "---"
+    text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    # Viewers that do not know front matter take it for Markdown, in which HTML may stand.
+    return "---\n" + text.replace("<", "\\x3C") + "---"

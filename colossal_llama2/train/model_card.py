@@ -190,10 +190,10 @@ def final_loss(losses: Sequence[float]) -> Tuple[float, int]:
 
 
 def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float], of_last: str) -> str:
-    ranks = settings["world_size"]
+    ranks, plugin = settings["world_size"], plain(settings["plugin"])
     lines = [
         f"## Training{of_last}\n",
-        f"{HOW[settings['stage']]} with ColossalAI's plugin {settings['plugin']} in {settings['mixed_precision']}, "
+        f"{HOW[settings['stage']]} with ColossalAI's plugin {plugin} in {settings['mixed_precision']}, "
         f"on {ranks} rank{'s' if ranks > 1 else ''}.\n",
     ]
     rows = [
