@@ -129,13 +129,18 @@ def test_stages_without_figures_are_told_as_such():
     assert "s7 1, and 4 more sources |" in card(stages=[many])
 
 
-def test_weights_that_a_history_does_not_know_are_told(tmp_path, model_dir, caplog):
+def test_weights_that_a_history_does_not_know_are_told(tmp_path, model_dir, caplog, monkeypatch):
     folder = shutil.copytree(model_dir, tmp_path / "merged")
     weights = describe_parent(str(folder), training_history.History())["weights"]
     for left, expected in ((weights, None), ({name: {**e, "sha256": "00"} for name, e in weights.items()}, False)):
         with_history(folder, {**CONTENT, "stages": [{**STAGE, "weights": left}]})
         assert describe_parent(str(folder), read_history(folder)).get("as_recorded") is expected
     assert "its weights are not those" in caplog.text
+    # What is too large to be hashed is taken as recorded, if the sizes agree.
+    monkeypatch.setattr(training_history, "HASHED_BYTES", 0)
+    parent = describe_parent(str(folder), read_history(folder))
+    assert {entry["sha256"] for entry in parent["weights"].values()} == {"00"}
+    assert describe_parent(str(folder), training_history.History())["weights"]["model.safetensors"]["sha256"] is None
 
 
 def test_names_of_folders(tmp_path):

@@ -147,7 +147,10 @@ def describe_parent(path: str, history: History, known: Optional[Weights] = None
     if config.is_file():
         parent["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
     left = history.stages[-1].get("weights") if history.stages else None
-    if left and weights and not _are_same(left, weights):
+    if left and weights and _are_same(left, weights):
+        # Too large to be hashed: sizes agree, so what was recorded is taken.
+        weights.update({name: left[name] for name, entry in weights.items() if entry["sha256"] is None})
+    elif left and weights:
         parent["as_recorded"] = False
         logs.get_logger().warning(
             "%s: its weights are not those that the last stage in its %s left; they are told as another model's",
