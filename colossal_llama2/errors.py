@@ -17,6 +17,8 @@ import traceback
 from contextlib import contextmanager
 from typing import Iterator, NoReturn
 
+from colossal_llama2.terminal_text import one_line, show, show_line
+
 
 class UserError(Exception):
     """A mistake in a flag, a file or a folder. The message says what was given, what is allowed and what cures it."""
@@ -48,6 +50,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     if not _is_launched() and threading.current_thread() is threading.main_thread():
         # An exception lets `finally` and `with` remove half-written output. Under a launcher, its rules hold.
         signal.signal(signal.SIGTERM, _raise_terminated)
+    sys.excepthook = _print_traceback
     try:
         yield
     except UserError as error:
@@ -67,8 +70,13 @@ def one_line_errors(command: str) -> Iterator[None]:
         if not _ranks_have_met():
             raise
         # A normal exit would wait for peers that wait for this rank in a collective.
-        traceback.print_exc()
+        _print_traceback(*sys.exc_info())
         _leave(1)
+
+
+def _print_traceback(kind, error, trace) -> None:
+    """Python's own traceback, whose last lines may quote what others wrote."""
+    show("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
 
 
 class _Terminated(BaseException):
@@ -89,11 +97,11 @@ def _ranks_have_met() -> bool:
 
 
 def _end(command: str, message: str, *, code: int, is_shared: bool = True, kind: str = "error") -> NoReturn:
-    text = " ".join(message.split())
+    text = one_line(message).strip()
     if not is_shared and _ranks_have_met():
-        print(f"{command}: error: rank {os.environ['RANK']}: {text}", file=sys.stderr, flush=True)
+        show_line(f"{command}: error: rank {os.environ['RANK']}: {text}", file=sys.stderr)
     elif os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{command}: {kind}: {text}", file=sys.stderr, flush=True)
+        show_line(f"{command}: {kind}: {text}", file=sys.stderr)
     if _is_launched():
         _leave(code)
     raise SystemExit(code)

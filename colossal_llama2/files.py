@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
 
 
 def read_json(path: Path) -> dict:
@@ -25,7 +26,10 @@ def read_json(path: Path) -> dict:
 
 
 class JsonLine(NamedTuple):
-    """One line of a jsonl file: `where` is file:line, `size` its bytes, `record` its object, None if it is blank."""
+    """One line of a jsonl file: `where` is file:line, `size` its bytes, `record` its object, None if it is blank.
+
+    Blank lines may come as one, at the place of the first.
+    """
 
     where: str
     size: int
@@ -33,16 +37,25 @@ class JsonLine(NamedTuple):
 
 
 def read_jsonl(path: Path) -> Iterator[JsonLine]:
-    """Every line of a jsonl file, lazily. Raises UserError with file:line for one that is not a JSON object."""
+    """Every line of a jsonl file, lazily, blank ones together. Raises UserError with file:line for one that is not a
+    JSON object, or too long.
+    """
+    number = 1
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        reader = LineReader(file)
+        while (line := reader.read()).size:
             where = f"{path}:{number}"
+            if line.content is None:
+                raise UserError(
+                    f"{where}: a line of {line.size:,} bytes, at most {MAX_LINE_BYTES >> 20} MiB allowed; cut it"
+                )
+            text = line.content.removeprefix(b"\xef\xbb\xbf") if number == 1 else line.content
+            number += line.count
             if text.isspace() or not text:
-                yield JsonLine(where, len(line), None)
+                yield JsonLine(where, line.size, None)
                 continue
             try:
-                yield JsonLine(where, len(line), parse_object(text))
+                yield JsonLine(where, line.size, parse_object(text))
             except ValueError as error:
                 raise UserError(f"{where}: {error}")
 

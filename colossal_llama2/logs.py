@@ -9,7 +9,10 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from typing import Optional
+
+from colossal_llama2.terminal_text import one_line, printable
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -25,14 +28,38 @@ def get_logger() -> logging.Logger:
 
 
 def configure_logging() -> None:
-    """Send the suite's log lines to stderr: all of them from rank 0, errors alone from the others."""
+    """Send the suite's log lines to stderr: all of them from rank 0, errors alone from the others.
+
+    What libraries log and warn of from now on is made printable too: it may quote files that others wrote.
+    """
+    logging.setLogRecordFactory(_PrintableRecord)
+    if not isinstance(warnings.formatwarning, _PrintableWarnings):
+        warnings.formatwarning = _PrintableWarnings(warnings.formatwarning)
     logger = get_logger()
     if not logger.handlers:
         handler = _LinesAboveBars(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s | %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(_OneLineFormatter("%(asctime)s | %(message)s", datefmt="%H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.propagate = False
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+class _PrintableWarnings:
+    def __init__(self, plain):
+        self._plain = plain
+
+    def __call__(self, *args, **kwargs) -> str:
+        return printable(self._plain(*args, **kwargs))
+
+
+class _OneLineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 class _LinesAboveBars(logging.StreamHandler):
@@ -85,7 +112,7 @@ class BarProgress(SilentProgress):
         width_is_known = shutil.get_terminal_size((0, 0)).columns > 0
         self._bar = tqdm(
             total=total,
-            desc=description,
+            desc=one_line(description),
             unit=unit,
             initial=initial,
             unit_scale=unit_scale,
@@ -96,7 +123,7 @@ class BarProgress(SilentProgress):
 
     def update(self, count: int = 1, **figures: str) -> None:
         if figures:
-            self._bar.set_postfix(figures, refresh=False)
+            self._bar.set_postfix({name: one_line(value) for name, value in figures.items()}, refresh=False)
         self._bar.update(count)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Initializing a model: which rows it writes, what it leaves as it is, what it refuses."""
 
+import hashlib
 import json
 import random
 import re
@@ -16,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, init_model
 from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
-from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.tokenizer import Encoder, fingerprint
 from colossal_llama2.tokenizer.bpe_model import read_model
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from tests import tiny
 from tests.conftest import ROOT
 
+MODEL_FILES = {WEIGHTS_FILE, "config.json", "generation_config.json", "training_history.json"}
 PIECES = ["人工智能", "你好", "世界", "人工", "智能", "▁Hello▁world", "éclair"]
 
 
@@ -177,7 +179,17 @@ def test_both_spellings_from_another_folder(run_script, model_dir, expanded, tmp
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("vocabulary 600 -> ")
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in expanded.iterdir()} | {WEIGHTS_FILE, "config.json", "generation_config.json"}
+    assert names == {path.name for path in expanded.iterdir()} | MODEL_FILES
+    (stage,) = json.loads((tmp_path / "out" / "training_history.json").read_text())["stages"]
+    assert (stage["stage"], stage["vocabulary_before"], stage["parent"]["name"]) == ("vocabulary", 600, "model")
+    assert done.stdout.splitlines()[-1].startswith(f"vocabulary 600 -> {stage['vocabulary']},")
+    assert stage["tokenizer_sha256"] == fingerprint(expanded)
+    sha256 = hashlib.sha256((model_dir / WEIGHTS_FILE).read_bytes()).hexdigest()
+    assert stage["parent"]["weights"][WEIGHTS_FILE]["sha256"] == sha256
+    # Where no row is new, only the name of the base goes along.
+    init_model(tmp_path / "out", tmp_path / "out", tmp_path / "again", dtype="bfloat16", overwrite=True)
+    again = json.loads((tmp_path / "again" / "training_history.json").read_text())
+    assert again == {"version": 1, "base_model": "model", "stages": [stage]}
 
 
 def test_as_a_module_and_one_line_for_a_mistake(assert_user_error, model_dir, expanded):
@@ -396,7 +408,7 @@ def test_overwrite_replaces_the_whole_folder(model_dir, expanded, tokenizer_dir,
     link.symlink_to(target)
     init_model(model_dir, target, link, overwrite=True)
     check(model_dir, expanded, target)
-    names = {path.name for path in expanded.iterdir()} | {WEIGHTS_FILE, "config.json", "generation_config.json"}
+    names = {path.name for path in expanded.iterdir()} | MODEL_FILES
     assert {path.name for path in target.iterdir()} == names | {"vocabulary_report.json"}
     assert link.is_symlink() and {path.name for path in tmp_path.iterdir()} == {"target", "link"}
     init_model(model_dir, expanded, tmp_path / "new", overwrite=True)

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from colossal_llama2.dataset import parity, plan, prepare
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.rows import MAX_LINE_BYTES
-from colossal_llama2.dataset.visible import terminal_width
 from colossal_llama2.dataset.workers import run_tasks
 from colossal_llama2.errors import UserError
+from colossal_llama2.terminal_text import terminal_width
 from colossal_llama2.tokenizer import Encoder, fingerprint
 from colossal_llama2.tokenizer.fast_encoder import FastEncoder
 from tests import tiny

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from colossal_llama2 import arguments
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.dataset.measuring import SourceRead
+from colossal_llama2.files import write_json
+from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checks, loss_plot, model_card, run_report, train_log
 from colossal_llama2.train.metrics import TensorBoardWriter
@@ -40,6 +43,18 @@ RUNS: Dict[str, list] = {
     "3d_tp2": [*THREE_D, *TP2],
     "3d_all_to_all": [*THREE_D, *SPLIT, "--sp_mode", "all_to_all", "--sp", "2"],
 }
+# A model that init_model.py extended, and what is trained of it, one run after the other; a step has BATCH samples.
+CHAIN = {
+    "chain_1": ["train.py", "--lr", "1e-3", "--save_interval", 2],
+    "chain_2": ["train.py", "--lr", "5e-4", "--load_checkpoint", "chain_1/ckpt/epoch-0_step-2/modeling",
+                "--continue_data"],
+    "chain_3": ["train_sft.py", "--load_checkpoint", "chain_2/ckpt/modeling", "--lr", "2e-4", "--save_interval", 1,
+                "--max_steps", 2],
+    "chain_3_resumed": ["train_sft.py", "--load_checkpoint", "chain_3/ckpt/epoch-0_step-1", "--lr", "2e-4",
+                        "--max_steps", 2],
+    "chain_3_changed": ["train_sft.py", "--load_checkpoint", "chain_3/ckpt/epoch-0_step-1", "--lr", "1e-4",
+                        "--max_steps", 2],
+}  # fmt: skip
 UNTOLD = {"3d_pp2": [*THREE_D, "--pp", "2", "--micro_batch_size", BATCH]}
 
 
@@ -84,6 +99,13 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
     specs.append({"name": "resumed", "script": "train.py", "flags": flags_of(folder / "zero2", model_dir, part, *more)})
     flags = flags_of(folder / "elsewhere", model_dir, part, *more)
     specs.append({"name": "elsewhere", "script": "train.py", "flags": flags})
+    extended = Path(shutil.copytree(model_dir, folder / "extended"))
+    write_json(extended / HISTORY_FILE, vocabulary_stage(model_dir, (500, 600), "f00d"))
+    for name, (script, *more) in CHAIN.items():
+        more = [folder / word if "/ckpt/" in str(word) else word for word in more]
+        more = [*ZERO2, "--micro_batch_size", 1, "--accumulation_steps", 2, *more]
+        flags = flags_of(folder / name, str(extended), part, *more)
+        specs.append({"name": name, "script": script, "flags": flags})
     launching.launch(folder, specs)
     for spec in specs:
         assert json.loads((folder / f"{spec['name']}.json").read_text())["error"] is None
@@ -175,6 +197,64 @@ def test_the_card_is_one_for_hubs(jobs, part):
     # Not in the checkpoint, whose files are listed, and the same where the same was trained.
     assert not (jobs / "zero2" / "ckpt" / "epoch-0_step-4" / "modeling" / "README.md").exists()
     assert (jobs / "elsewhere" / "ckpt" / "modeling" / "README.md").read_text() == card.content
+
+
+def history_of(model: Path) -> List[dict]:
+    return json.loads((model / HISTORY_FILE).read_text())["stages"]
+
+
+def test_a_card_tells_all_stages(jobs, part):
+    """Every figure of every stage is that of the stage's own log, plan and checkpoint."""
+    stages = history_of(jobs / "chain_3" / "ckpt" / "modeling")
+    assert [stage["stage"] for stage in stages] == ["vocabulary", "pretrain", "pretrain", "sft"]
+    names = ["model", "extended", "ckpt/epoch-0_step-2", "ckpt"]
+    assert [stage["parent"]["name"] for stage in stages] == names
+    text = (jobs / "chain_3" / "ckpt" / "modeling" / "README.md").read_text()
+    fingerprint = json.loads((Path(part) / "state.json").read_text())["_fingerprint"]
+    rows = ["| 1. Extension of the vocabulary | model | vocabulary of 500, now 600 |  |  |  |  |"]
+    # The second run took the weights after step 2, which its parent's folder went on from.
+    steps = 2
+    for number, (home, kind) in enumerate((("chain_1", "pretrain"), ("chain_2", "pretrain"), ("chain_3", "sft"))):
+        stage, shown = stages[number + 1], steps_of(jobs / home)[:steps]
+        tokens = sum(record["tokens"] for record in shown)
+        assert (stage["steps"], stage["samples"], stage["tokens"]) == (steps, steps * BATCH, tokens)
+        assert (stage["first_loss"], stage["final_loss"]) == (shown[0]["loss"], shown[-1]["loss"])
+        assert stage["begins"] == {"epoch": 0, "sample": 8 if home == "chain_2" else 0}
+        (source,) = stage["data"]
+        assert (source["fingerprints"], source["samples"], source["tokens"]) == ([fingerprint], steps * BATCH, tokens)
+        assert stage["settings"]["lr"] == json.loads((jobs / home / "config.json").read_text())["lr"]
+        how = model_card.HOW[kind]
+        rows.append(
+            f"| {number + 2}. {how} | {names[number + 1]} | {source['source']} {tokens:,} | {steps} | {tokens:,} | "
+            f"{shown[0]['loss']:.4f} | {shown[-1]['loss']:.4f} |"
+        )
+    rows.append(f"| all |  |  | 6 | {sum(stage.get('tokens', 0) for stage in stages):,} |  |  |")
+    assert "\n".join(rows) in text
+    assert "# Extension of the vocabulary, continued pre-training and supervised fine-tuning of model\n" in text
+    assert "## Training of the last stage" in text and "## Settings of the last stage" in text
+    assert ModelCard(text).data.base_model == "model"
+
+
+def test_hashes_chain_the_stages(jobs):
+    stages = history_of(jobs / "chain_3" / "ckpt" / "modeling")
+    manifest = json.loads((jobs / "chain_1" / "ckpt" / "epoch-0_step-2" / "manifest.json").read_text())
+    sha256 = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    weights = stages[2]["parent"]["weights"]
+    assert weights and all(sha256[f"modeling/{name}"] == entry["sha256"] for name, entry in weights.items())
+    assert f"modeling/{HISTORY_FILE}" in sha256
+    assert stages[2]["weights"] == stages[3]["parent"]["weights"]
+    assert all(stage["parent"].get("as_recorded", True) for stage in stages) and stages[3]["weights"]
+
+
+def test_a_resumed_run_is_one_stage(jobs):
+    whole, resumed, changed = (
+        history_of(jobs / name / "ckpt" / "modeling") for name in ("chain_3", "chain_3_resumed", "chain_3_changed")
+    )
+    assert whole == resumed and whole[:3] == changed[:3]
+    assert changed[3]["parent"] == whole[3]["parent"] and changed[3]["first_loss"] == whole[3]["first_loss"]
+    assert changed[3]["resumed"] == [{"step": 1, "changed": ["lr 0.0002 -> 0.0001"]}]
+    cards = [jobs / name / "ckpt" / "modeling" / "README.md" for name in ("chain_3", "chain_3_resumed")]
+    assert cards[0].read_text() == cards[1].read_text()
 
 
 def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):

@@ -10,8 +10,8 @@ As JSON, one `Tally`:
 from dataclasses import dataclass, field, fields
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
-from colossal_llama2.dataset.visible import terminal_width, visible_line
 from colossal_llama2.errors import RunError
+from colossal_llama2.terminal_text import terminal_width, visible_line
 
 TABLE_ROWS = 20
 
@@ -28,7 +28,7 @@ class Tally:
         truncated: tokens beyond max_length that --overlong truncate leaves out.
         dropped: reason to [records or pieces, tokens].
         pieces: what goes into samples: whole documents and the pieces of `cut_documents`, which are over max_length;
-            `held_out_pieces` of them are of documents in eval/.
+            `held_out_pieces` of them are in eval/, of `held_out_documents`.
     """
 
     documents: int = 0

@@ -15,12 +15,15 @@ DATA_FILE = "data-00000-of-00001.arrow"
 
 
 class ArrowFolder:
-    """A folder being written. `columns` maps names to types: "int32", "int64", "string" or a list of one, ["int32"]."""
+    """A folder being written. `columns` maps names to types: "int32", "int64", "string" or a list of one, ["int32"].
 
-    def __init__(self, folder: Path, columns: Dict[str, Any]):
+    `description` is what `datasets` reports as `info.description`.
+    """
+
+    def __init__(self, folder: Path, columns: Dict[str, Any], *, description: str = ""):
         import pyarrow
 
-        self._folder, self._columns = folder, columns
+        self._folder, self._columns, self._description = folder, columns, description
         self._digest = hashlib.sha256()
         features = {name: _feature(kind) for name, kind in columns.items()}
         self._features = features
@@ -55,7 +58,9 @@ class ArrowFolder:
             "_output_all_columns": False,
             "_split": None,
         }
-        info = {"citation": "", "description": "", "features": self._features, "homepage": "", "license": ""}
+        info = {
+            "citation": "", "description": self._description, "features": self._features, "homepage": "", "license": ""
+        }  # fmt: skip
         (self._folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
         (self._folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
         return fingerprint

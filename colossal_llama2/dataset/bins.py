@@ -6,8 +6,10 @@ A sample, of two documents of which the first has a source:
      "sequence_lengths": [61, 103], "document_categories": ["riddle", "sports"], "document_sources": ["zh", "en"],
      "document_target_bytes": [6, 412]}
 
-A document that was cut has its bytes shared out over its pieces. Fine-tuning adds `inputs_decode`, `labels_decode`,
-`seq_length` and `seq_category`, for reading a sample by eye.
+`document_target_bytes` is the UTF-8 bytes of the text that a piece predicts: all that is learnt of a whole document;
+and of a piece of a cut one what its tokens stand for, but for the first, which nothing in the piece predicts.
+
+Fine-tuning adds `inputs_decode`, `labels_decode`, `seq_length` and `seq_category`, for reading a sample by eye.
 
 Peak memory: about 150 bytes a piece of this bin, of which `splicing` needs 64 (181 if it is "none"), and one batch.
 """
@@ -38,6 +40,8 @@ MEMBER = np.dtype(
         ("category", "<i4"), ("source", "<i4"), ("predicted", "<i4"), ("trained", "<i4"),
     ]
 )  # fmt: skip
+# Written into each part: older ones share the bytes of a cut document out over its pieces by tokens.
+PREDICTED_BYTES = "document_target_bytes: of the tokens that are predicted"
 COLUMNS: Dict[str, Any] = {
     "input_ids": ["int32"],
     "labels": ["int32"],
@@ -100,7 +104,7 @@ def write_bin(task: BinTask) -> Dict[str, Any]:
         final = Path(task.arrow_dir) / name
         folder = stack.enter_context(store.appearing_folder(final, needed_bytes=tokens * ARROW_BYTES_PER_TOKEN))
         columns = COLUMNS if settings.stage == "pretrain" else {**COLUMNS, **SFT_COLUMNS}
-        arrow = ArrowFolder(folder, columns)
+        arrow = ArrowFolder(folder, columns, description=PREDICTED_BYTES)
         stack.callback(arrow.close)
         for batch, batch_counts in _batches(members[order], counts):
             columns, trained, predicted = _columns(batch, batch_counts, task)

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence
 
+from colossal_llama2 import logs
+from colossal_llama2.dataset.bins import PREDICTED_BYTES
 from colossal_llama2.dataset.loader import CHECK_ROWS, load_part
+from colossal_llama2.dataset.manifest import read_manifest_of
 from colossal_llama2.dataset.sources import is_part
 from colossal_llama2.errors import UserError
 
@@ -42,11 +45,27 @@ def resolve_eval_sets(given: Optional[Sequence[str]]) -> List[EvalSet]:
 
 
 def target_bytes(path: str) -> Optional[int]:
-    """UTF-8 bytes of all text that a folder of samples predicts; None if it does not say, as older data."""
+    """UTF-8 bytes of all text that a folder of samples predicts; None if it does not say exactly, with a warning.
+
+    Parts from before version 2 of `manifest` share the bytes of a cut document out over its pieces by tokens, and under
+    `--overlong truncate` that is off by as much as 2.3 times. They are exact where nothing was cut.
+    """
     import pyarrow.compute as compute
 
     part = load_part(path)
     if BYTES_COLUMN not in part.column_names:
+        logs.get_logger().warning("%s does not say how many bytes of text it has: no bits per byte", path)
+        return None
+    if part.info.description != PREDICTED_BYTES and _may_have_cut_documents(path):
+        logs.get_logger().warning(
+            "%s is of an older version, which knows the bytes of cut documents only roughly: no bits per byte; prepare "
+            "it again", path,
+        )  # fmt: skip
         return None
     tables = part.select_columns([BYTES_COLUMN]).with_format("arrow").iter(CHECK_ROWS)
     return sum(compute.sum(compute.list_flatten(rows[BYTES_COLUMN])).as_py() or 0 for rows in tables)
+
+
+def _may_have_cut_documents(path: str) -> bool:
+    total = read_manifest_of(path).get("total")
+    return not isinstance(total, dict) or total.get("cut_documents") != 0

@@ -17,9 +17,9 @@ from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.manifest_table import manifest_lines
 from colossal_llama2.dataset.output import MANIFEST_FILE
-from colossal_llama2.dataset.visible import visible, visible_line
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+from colossal_llama2.terminal_text import visible, visible_line
 from colossal_llama2.tokenizer import Encoder, fingerprint
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"

@@ -256,9 +256,23 @@ class Collator:
     documents are kept apart, and the first token of a document is not predicted from the one before.
     """
 
-    def __init__(self, *, pad_token_id: int, max_length: int, length_divisor: int = 1, groups: Optional[Groups] = None):
-        """`length_divisor` divides `max_length` and the length of every batch; `groups` are to be told apart."""
-        self.groups = groups
+    def __init__(
+        self,
+        *,
+        pad_token_id: int,
+        max_length: int,
+        length_divisor: int = 1,
+        groups: Optional[Groups] = None,
+        keeps_apart: bool = True,
+    ):
+        """
+        Args:
+            length_divisor: divides `max_length` and the length of every batch.
+            groups: to be told apart.
+            keeps_apart: False lets the documents of a row attend to each other. Their first tokens are still not
+                predicted, so the same tokens are.
+        """
+        self.groups, self._keeps_apart = groups, keeps_apart
         self._pad_token_id, self._max_length = pad_token_id, max_length
         self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
@@ -290,7 +304,7 @@ class Collator:
             attention_mask=None if mask.all() else torch.from_numpy(mask.astype(np.int64)),
             lengths=torch.from_numpy(lengths),
             predicted=int((padded_labels[:, 1:] != IGNORE_INDEX).sum()),
-            documents=None if documents is None else torch.from_numpy(documents),
+            documents=torch.from_numpy(documents) if documents is not None and self._keeps_apart else None,
             groups=None if groups is None else torch.from_numpy(groups),
             group_counts=counts,
         )

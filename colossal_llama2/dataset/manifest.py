@@ -3,7 +3,7 @@
 plan.json is there from the start, so that a restart goes on with nothing but the same work. manifest.json is written
 last; it depends on the input, the settings and the tokenizer alone:
 
-    {"version": 1, "settings": {"stage": "pretrain", "max_length": 4096, ...},
+    {"version": 2, "settings": {"stage": "pretrain", "max_length": 4096, ...},
      "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
      "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
@@ -31,7 +31,8 @@ from colossal_llama2.dataset.store import read_json_or_none, write_json_whole
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer import fingerprint
 
-VERSION = 1
+# 2: held out by the normalized text (`held_out`), bytes of the tokens that are predicted, which cut documents change.
+VERSION = 2
 MANIFEST_KEYS = {"settings", "tokenizer", "bins"}
 NOT_OURS = "not ours"
 # What prepares the data of a stage, and what trains on it.
@@ -105,6 +106,8 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
     if manifest["tokenizer"]["sha256"] != content["tokenizer"]:
         changes.append("the tokenizer is another one")
     changes += _changed_inputs(manifest["inputs"], content["inputs"], ("size",))
+    if manifest.get("version") != VERSION and (manifest["eval"] or manifest["total"].get("cut_documents")):
+        changes.append("it was made by another version")
     if not changes:
         # A copy may have kept the time of its source; when it came here, the system alone says.
         since = path.stat().st_mtime_ns
@@ -218,9 +221,9 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
 
 def _changed_settings(earlier: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
     names = {name: Settings.FLAGS.get(name, f"--{name}") for name in now}
-    return [
-        f"{names[name]} was {earlier.get(name)}, now {now[name]}" for name in now if earlier.get(name) != now[name]
-    ]
+    # Of a version that had no such flag, so that it was off.
+    before = {name: earlier.get(name, Settings.LATER_DEFAULTS.get(name)) for name in now}
+    return [f"{names[name]} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
 
 
 def _changed_inputs(earlier: List[dict], now: List[dict], compared: Sequence[str]) -> List[str]:

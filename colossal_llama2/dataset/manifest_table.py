@@ -3,7 +3,7 @@
 import re
 from typing import Any, Iterator, List, Mapping, Sequence
 
-from colossal_llama2.dataset.visible import terminal_width, visible_line
+from colossal_llama2.terminal_text import terminal_width, visible_line
 
 MAX_ROWS = 20
 MAX_LISTED = 10

@@ -72,12 +72,16 @@ def _texts(file: InputFile, span: Span) -> Iterator[str]:
 
 
 def _strings(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from (text for key, inner in value.items() if key != "category" for text in _strings(inner))
-    elif isinstance(value, list):
-        yield from (text for inner in value for text in _strings(inner))
+    """The texts in a record, in their order. No recursion: it may be nested as deep as `MAX_NESTING` allows."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += [inner for key, inner in reversed(value.items()) if key != "category"]
+        elif isinstance(value, list):
+            left += reversed(value)
 
 
 def _fast_ids(path: Path, texts: Sequence[str]) -> List[List[int]]:

@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -33,6 +33,7 @@ from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
+from colossal_llama2.terminal_text import show
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -119,7 +120,7 @@ def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
     """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
-    print(accounts.tables(written))
+    show(accounts.tables(written))
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
 
 
@@ -192,7 +193,7 @@ class _Run:
             written = self._write(content)
         self.folders.publish()
         self.folders.empty_cache()
-        print(accounts.tables(written))
+        show(accounts.tables(written))
 
     def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""
@@ -285,9 +286,20 @@ class _Run:
         if self.settings.on_bad_row != "skip":
             return
         with store.appearing_file(self.folders.arrow / BAD_ROWS_FILE) as file:
-            for unit in self.units:
+            for unit, lines_before in self._lines_before_units():
                 for row in store.read_json(self.folders.cache / f"{unit.name}.json")["bad_rows"]:
+                    row["line"] += lines_before
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _lines_before_units(self) -> Iterator[Tuple[Unit, int]]:
+        """Each unit, and how many lines of its file the units before it have: 0 for a unit of whole files."""
+        lines: Dict[int, int] = {}
+        for unit in self.units:
+            (file, _, stop), *_ = unit.spans
+            yield unit, lines.get(file, 0)
+            if stop is not None:
+                content = store.read_json(self.folders.cache / f"{unit.name}.json")
+                lines[file] = lines.get(file, 0) + content["account"]["lines"]
 
     def _write_chat_template(self) -> None:
         """Put the template of conversations beside them, for copying into the folder of a trained model."""

@@ -8,25 +8,31 @@ import os
 import zlib
 from contextlib import ExitStack
 from functools import lru_cache
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
 
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.files import parse_object
+from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineReader, RawLine
 
-# A document of this size is a mistake in the data, and a worker must not hold it in memory.
-MAX_LINE_BYTES = 32 << 20
-READ_BYTES = 1 << 20
+# Deeper, and what happens would depend on how deep the stack of the process is.
+MAX_NESTING = 256
+# Looking for one key in a line takes as long as parsing it in a few.
+MAX_FLAT_KEYS = 16
 DAMAGE = (EOFError, zlib.error, OSError)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Line(NamedTuple):
-    """One line: `number` counts from the span's first line; `record` is None if it is blank or `problem` tells why."""
+    """One line: `number` counts from the span's first line; `record` is None if it is blank or `problem` tells why.
+
+    `count` blank lines may come as one.
+    """
 
     number: int
     size: int
     record: Optional[Dict[str, Any]]
     problem: Optional[str]
+    count: int = 1
 
 
 class SpanReader:
@@ -66,7 +72,7 @@ class SpanReader:
 
     def _count_lines_before(self) -> int:
         with open(self._path, "rb") as raw:
-            left, newlines = _first_line_start(raw, self._span.start), 0
+            left, newlines = _first_line_start(raw, self._span.start, self._file.size), 0
             raw.seek(0)
             while left > 0 and (block := raw.read(min(left, READ_BYTES))):
                 newlines += block.count(b"\n")
@@ -74,30 +80,27 @@ class SpanReader:
         return newlines
 
     def _range(self, raw) -> Iterator[Line]:
-        position = _first_line_start(raw, self._span.start)
-        number = 0
+        position = _first_line_start(raw, self._span.start, self._span.stop)
+        reader, number = LineReader(raw), 1
         while position < self._span.stop:
-            line, size = _read_line(raw)
-            if not size:
+            line = reader.read(room=self._span.stop - position)
+            if not line.size:
                 return
-            position += size
-            number += 1
-            yield _checked(line, number, size, is_first=position == size)
+            yield _checked(line, number, is_first=position == 0)
+            position += line.size
+            number += line.count
 
     def _whole(self, stream) -> Iterator[Line]:
-        number = 0
+        reader, number = LineReader(stream), 1
         try:
-            while True:
-                line, size = _read_line(stream)
-                if not size:
-                    return
-                number += 1
-                yield _checked(line, number, size, is_first=number == 1)
+            while (line := reader.read()).size:
+                yield _checked(line, number, is_first=number == 1)
+                number += line.count
         except DAMAGE as error:
             if not self._file.is_compressed:
                 raise
             problem = f"the compressed data is cut short or damaged here ({error}), all after it is lost"
-            yield Line(number + 1, 0, None, f"{problem}; fetch the file again")
+            yield Line(number, 0, None, f"{problem}; fetch the file again")
 
 
 class _HashingReader(io.RawIOBase):
@@ -167,46 +170,46 @@ def _decompressor(path: str, stream, stack: ExitStack):
     return stack.enter_context(pyarrow.CompressedInputStream(source, "zstd"))
 
 
-def _first_line_start(raw, start: int) -> int:
-    """Move to the first line that begins at `start` or after it, and return its place."""
+def _first_line_start(raw, start: int, stop: int) -> int:
+    """Move to the first line that begins at `start` or after it, and return its place; `stop` if none does before."""
     if start == 0:
         return 0
     position = start - 1
     raw.seek(position)
-    while True:
-        block = raw.readline(READ_BYTES)
+    while position < stop:
+        block = raw.readline(min(READ_BYTES, stop - position))
         position += len(block)
         if not block or block.endswith(b"\n"):
             return position
+    return stop
 
 
-def _read_line(stream) -> Tuple[Optional[bytes], int]:
-    """The next line and its bytes; of one over `MAX_LINE_BYTES` only the bytes, and 0 at the end."""
-    line = stream.readline(MAX_LINE_BYTES + 1)
-    size = len(line)
-    if size <= MAX_LINE_BYTES:
-        return line, size
-    while not line.endswith(b"\n"):
-        line = stream.readline(READ_BYTES)
-        if not line:
-            break
-        size += len(line)
-    return None, size
-
-
-def _checked(line: Optional[bytes], number: int, size: int, *, is_first: bool) -> Line:
-    if line is None:
-        limit = f"{MAX_LINE_BYTES >> 20} MiB"
-        return Line(number, size, None, f"a line of {size:,} bytes, at most {limit} allowed; cut the document")
-    text = line.removeprefix(BYTE_ORDER_MARK) if is_first else line
+def _checked(line: RawLine, number: int, *, is_first: bool) -> Line:
+    if line.content is None:
+        problem = f"a line of {line.size:,} bytes, at most {MAX_LINE_BYTES >> 20} MiB allowed; cut the document"
+        return Line(number, line.size, None, problem)
+    text = line.content.removeprefix(BYTE_ORDER_MARK) if is_first else line.content
     if not text or text.isspace():
-        return Line(number, size, None, None)
+        return Line(number, line.size, None, None, line.count)
     try:
         record = parse_object(text)
+        _refuse_deep_nesting(text, record)
         _refuse_repeated_keys(text, record)
     except ValueError as error:
-        return Line(number, size, None, str(error))
-    return Line(number, size, record, None)
+        return Line(number, line.size, None, str(error))
+    return Line(number, line.size, record, None)
+
+
+def _refuse_deep_nesting(line: bytes, record: Dict[str, Any]) -> None:
+    """Raise ValueError for lists and objects that are more than `MAX_NESTING` deep in each other."""
+    if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
+        return
+    level: List[Any] = [record]
+    for _ in range(MAX_NESTING):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"lists and objects in each other more than {MAX_NESTING} deep; flatten the line")
 
 
 def _refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
@@ -214,16 +217,13 @@ def _refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
 
     A flat record in which each key's bytes stand once, none of them escaped, needs no second parse.
     """
-    for key, value in record.items():
+    for key, value in record.items() if len(record) <= MAX_FLAT_KEYS else ():
         if isinstance(value, (dict, list)) or line.count(_quoted(key)) != 1:
             break
     else:
-        if b"\\u00" not in line:
+        if len(record) <= MAX_FLAT_KEYS and b"\\u00" not in line:
             return
-    try:
-        json.loads(line, object_pairs_hook=_unique_keys)
-    except RecursionError:
-        raise ValueError("nested too deeply; each line must be one JSON object in UTF-8")
+    json.loads(line, object_pairs_hook=_unique_keys)
 
 
 @lru_cache(maxsize=16)
@@ -235,7 +235,7 @@ def _quoted(key: str) -> bytes:
 def _unique_keys(pairs: List[tuple]) -> dict:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {repeated!r} stands there twice; each key must be unique")
+        seen: Set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {repeated!r:.80} stands there twice; each key must be unique")
     return unique

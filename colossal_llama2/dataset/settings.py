@@ -16,6 +16,7 @@ class Settings:
         eval_fraction: part of the documents of each category that goes to eval/.
         writes_jsonl: whether the samples are also written as jsonl.
         prefix_after_marks: whether each text of a conversation has a "▁" of its own, as the tokenizer's folder decides.
+        eval_dedup: whether held-out text is compared with the text that is trained on (`overlap`).
     """
 
     stage: str
@@ -28,12 +29,16 @@ class Settings:
     eval_fraction: float
     writes_jsonl: bool
     prefix_after_marks: bool = False
+    eval_dedup: bool = False
 
     # The flag behind each field, for messages.
     FLAGS = {
         "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "writing jsonl",
         "prefix_after_marks": "a text's leading space in tokenizer.json",
     }  # fmt: skip
+
+    # Of flags that earlier versions did not have.
+    LATER_DEFAULTS = {"eval_dedup": False}
 
     def as_dict(self) -> Dict[str, Any]:
         """The fields by name, ready for JSON."""

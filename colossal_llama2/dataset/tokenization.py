@@ -7,6 +7,8 @@ border of the mask. Rows come in batches, because the encoder is fastest that wa
 from itertools import groupby
 from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
+import numpy as np
+
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.conversation import (
     Conversation,
@@ -110,6 +112,19 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
             labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
         tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
     return tokenized
+
+
+def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder) -> np.ndarray:
+    """(tokens,) int64: the UTF-8 bytes of the target that each token of a row of `tokenize_pretrain` stands for.
+
+    They sum to those of the target; marks and the source have none.
+    """
+    sizes = np.zeros(len(tokens.input_ids), np.int64)
+    # Behind <s>, or behind <s> and the source, which are masked.
+    start = tokens.labels.count(IGNORE_INDEX) or 1
+    ids = tokens.input_ids[start:-1]
+    sizes[start:-1] = encoder.bytes_of_tokens(row.target, ids, dummy_prefix=not row.source)
+    return sizes
 
 
 def tokenize_sft(

@@ -9,19 +9,19 @@ Three files a unit, of which the last says that all are complete:
 """
 
 import gc
-import hashlib
 import os
 from array import array
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import numpy as np
 
 from colossal_llama2.dataset import IGNORE_INDEX, store, tokenization
 from colossal_llama2.dataset.account import Account
+from colossal_llama2.dataset.held_out import is_held_out
 from colossal_llama2.dataset.plan import EMPTY_FILE, InputFile, Unit
 from colossal_llama2.dataset.rows import SpanReader, sha256_of
 from colossal_llama2.dataset.settings import Settings
@@ -127,12 +127,16 @@ def encoder_of(tokenizer_dir: str, encoder_class: Type[Encoder] = Encoder) -> En
 
 
 class _Document(NamedTuple):
-    """A tokenized record on its way into pieces."""
+    """A tokenized record on its way into pieces.
+
+    `token_bytes` is how many of the `target_bytes` each token stands for; None if it is one whole piece.
+    """
 
     slot: int
     target_bytes: int
     held_out: bool
     tokens: tokenization.Tokenized
+    token_bytes: Optional[np.ndarray]
 
 
 class _UnitWorker:
@@ -142,6 +146,7 @@ class _UnitWorker:
         self._task, self._tokens_file, self._pieces_file = task, tokens, pieces
         self._tokens_path = Path(task.cache_dir, f"{task.unit.name}.tokens")
         self._needed_bytes = task.unit.size * CACHE_BYTES_PER_INPUT_BYTE
+        self._encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
         self._read, self._tokenize = _functions(task)
         self._rows: List[Tuple[int, Any]] = []
         self._batch_bytes = self._tokens_written = self._documents = 0
@@ -158,18 +163,18 @@ class _UnitWorker:
             reader = SpanReader(file, span, self._task.base)
             lines_before = self.account.lines
             for line in reader:
-                self.account.lines += 1
+                self.account.lines += line.count
                 self._batch_bytes += line.size
                 problem = line.problem
                 if problem is None and line.record is None:
-                    self.account.empty_lines += 1
+                    self.account.empty_lines += line.count
                 elif problem is None:
                     try:
                         self._rows.append((span.file, self._read(line.record)))
                     except ValueError as error:
                         problem = f"{error}; correct or remove the line"
                 if problem is not None:
-                    self._note_bad_row(file.path, reader.line_number(line.number), problem)
+                    self._note_bad_row(file.path, reader, line.number, problem)
                 if self._batch_bytes >= BATCH_BYTES:
                     self._finish_batch()
             if file.is_compressed and self.account.lines == lines_before:
@@ -190,11 +195,12 @@ class _UnitWorker:
             "pieces": self.account.total().pieces,
         }
 
-    def _note_bad_row(self, path: str, line: int, reason: str) -> None:
+    def _note_bad_row(self, path: str, reader: SpanReader, number: int, reason: str) -> None:
         if self._task.settings.on_bad_row == "fail":
-            raise UserError(f"{path}:{line}: {reason}{SKIP_HINT}")
+            raise UserError(f"{path}:{reader.line_number(number)}: {reason}{SKIP_HINT}")
         self.account.bad_rows += 1
-        self._bad_rows.append({"file": path, "line": line, "reason": reason})
+        # The line of the span: how many lines are before it is known when all spans are read.
+        self._bad_rows.append({"file": path, "line": number, "reason": reason})
 
     def _finish_batch(self) -> None:
         rows, self._rows, self._batch_bytes = self._rows, [], 0
@@ -213,9 +219,10 @@ class _UnitWorker:
             for drop in tokens.drops:
                 tally.drop(drop.reason, documents=1, tokens=drop.tokens)
             if tokens.input_ids:
-                held_out = is_held_out(texts, self._task.settings)
-                tally.held_out_documents += held_out
-                documents.append(_Document(slot, _target_bytes(row, tokens, sizes), held_out, tokens))
+                held_out = is_held_out(row, self._task.settings)
+                documents.append(
+                    _Document(slot, _target_bytes(row, tokens, sizes), held_out, tokens, self._token_bytes(row, tokens))
+                )
             if hasattr(row, "format"):
                 self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
         if documents:
@@ -232,7 +239,6 @@ class _UnitWorker:
         trained = np.add.reduceat(is_trained.astype(np.int32), bounds)[::2]
         pieces["trained"] = trained
         pieces["predicted"] = trained - is_trained[starts]
-        pieces["target_bytes"] = _shares(pieces, documents, coded, first_document=self._documents)
         has_loss = pieces["predicted"] > 0
         self._count(pieces, has_loss)
         kept = pieces[has_loss]
@@ -263,12 +269,19 @@ class _UnitWorker:
                 else:
                     lengths = [settings.max_length]
                     tally.truncated += length - settings.max_length
-            start = offset
+            start = 0
             for piece in lengths:
-                rows.append((start, 0, piece, number, document.slot, file, document.held_out, 0, 0))
+                size = _predicted_bytes(document, start, start + piece)
+                rows.append((offset + start, size, piece, number, document.slot, file, document.held_out, 0, 0))
                 start += piece
             offset += length
         return np.array(rows, dtype=PIECE)
+
+    def _token_bytes(self, row, tokens: tokenization.Tokenized) -> Optional[np.ndarray]:
+        """The bytes of the learnt text that each token of a document stands for, if the document will be cut."""
+        if len(tokens.input_ids) <= self._task.settings.max_length:
+            return None
+        return tokenization.pretrain_token_bytes(row, tokens, encoder=self._encoder)
 
     def _count(self, pieces: np.ndarray, has_loss: np.ndarray) -> None:
         """Add the pieces of a batch to the tallies."""
@@ -285,7 +298,10 @@ class _UnitWorker:
             tally.masked += int(kept["length"].sum()) - trained
             tally.predicted += int(kept["predicted"].sum())
             tally.pieces += len(kept)
-            tally.held_out_pieces += int(kept["held_out"].sum())
+            held_out = kept["document"][kept["held_out"] > 0]
+            tally.held_out_pieces += len(held_out)
+            # Those of which every piece was dropped are not in eval/.
+            tally.held_out_documents += len(np.unique(held_out))
             if len(dropped):
                 tally.drop(MASKED_PIECES, documents=len(dropped), tokens=int(dropped["length"].sum()))
 
@@ -323,14 +339,6 @@ def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> 
     return sum(len(exchange[-1].text.encode()) for exchange in row.conversation.exchanges[:kept])
 
 
-def is_held_out(texts: Sequence[str], settings: Settings) -> bool:
-    """Whether a document goes to eval/: a seeded hash of its text decides, so that equal texts stay together."""
-    if not settings.has_eval:
-        return False
-    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8, salt=settings.seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little") < settings.eval_fraction * 2**64
-
-
 def _coded(documents: Sequence[_Document]) -> np.ndarray:
     """The tokens of all documents as one int32 array, with ~id for those without loss."""
     ids = array("i")
@@ -348,16 +356,8 @@ def _coded(documents: Sequence[_Document]) -> np.ndarray:
     return coded
 
 
-def _shares(
-    pieces: np.ndarray, documents: Sequence[_Document], coded: np.ndarray, *, first_document: int
-) -> np.ndarray:
-    """Target bytes of each piece: its document's, shared out by trained tokens, so that the shares add up to them."""
-    of_document = pieces["document"] - first_document
-    lengths = np.array([len(document.tokens.input_ids) for document in documents])
-    starts = np.cumsum(lengths) - lengths
-    before = np.concatenate([[0], np.cumsum(coded >= 0, dtype=np.int64)])
-    in_document = (before[starts + lengths] - before[starts])[of_document]
-    total = np.array([document.target_bytes for document in documents], dtype=np.int64)[of_document]
-    first = before[pieces["offset"]] - before[starts][of_document]
-    last = before[pieces["offset"] + pieces["length"]] - before[starts][of_document]
-    return total * last // in_document - total * first // in_document
+def _predicted_bytes(document: _Document, start: int, stop: int) -> int:
+    """UTF-8 bytes of the text that is predicted in a piece [start, stop): of its first token nothing predicts any."""
+    if document.token_bytes is None:
+        return document.target_bytes
+    return int(document.token_bytes[start + 1 : stop].sum())

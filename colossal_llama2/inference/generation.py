@@ -12,6 +12,7 @@ from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
+from colossal_llama2.terminal_text import show
 
 # The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
 PROMPT_SUFFIX = "\n\n->\n\n"
@@ -33,6 +34,9 @@ def answer_prompt(
 ) -> None:
     """Load the model at `model_path`, continue `input_txt`, and print prompt and answer to stdout.
 
+    Both are printed for people, also into a file, which may be shown on a terminal later: line feeds and tabs stay,
+    other controls are shown. `generate` returns the exact text.
+
     Raises `UserError` for anything in the flags or the folder that cannot work.
     """
     _refuse_broken_text(input_txt)
@@ -52,7 +56,7 @@ def answer_prompt(
             seed=seed,
         )
     get_logger().info(f"answered in {time.monotonic() - start:.1f} s")
-    print(f"Prompt: {input_txt}\nAnswer: {answer}", flush=True)
+    show(f"Prompt: {input_txt}\nAnswer: {answer}")
 
 
 def load_model(model_path: str, device: Optional[str]):

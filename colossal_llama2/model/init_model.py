@@ -40,8 +40,10 @@ from colossal_llama2.model.safetensors_stream import (
     target_size,
     write_shard,
 )
+from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
-from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder, read_added_tokens
+from colossal_llama2.terminal_text import show_line
+from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
 from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
 from colossal_llama2.tokenizer.report import REPORT_FILE
 
@@ -132,14 +134,16 @@ def init_model(
     with temporary_folder(parent, target.name) as folder, claimed(folder):
         _write_weights(source, folder, shards, change, total=total)
         _write_configs(source, folder, config, rows, dtype)
+        sizes = (source_rows, rows.vocab_size)
+        write_json(folder / HISTORY_FILE, vocabulary_stage(str(source), sizes, fingerprint(tokenizer)))
         if inside:
             publish_into(folder, target, last=CONFIG_FILE)
         else:
             copy_files(tokenizer, folder, COPIED_FILES)
             publish(folder, target, replace=overwrite)
     matrices = sum(name in MATRICES for shard in shards for name in shard.tensors)
-    print(f"written to {target}")
-    print(
+    show_line(f"written to {target}")
+    show_line(
         f"vocabulary {source_rows:,} -> {rows.vocab_size:,}, "
         f"{rows.new:,} rows initialized in each of {matrices} matrices, {total:,} bytes written"
     )
@@ -184,7 +188,7 @@ def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: boo
 def _check_replaceable(target: Path, source: Path) -> None:
     """Refuse to replace a folder with anything in it that this command does not write, or that the source needs."""
     found = {path.name for path in target.iterdir()}
-    ours = {INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *COPIED_FILES}
+    ours = {INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, HISTORY_FILE, *COPIED_FILES}
     ours.update(name for name in found if WEIGHTS_NAME.fullmatch(name))
     if INDEX_FILE in found:
         ours.update(shard_names(str(target)))

@@ -4,10 +4,13 @@ import hashlib
 import textwrap
 from functools import cached_property
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Union
+from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Union
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MODEL_FILE = "tokenizer.model"
 FAST_FILE = "tokenizer.json"
@@ -67,6 +70,26 @@ class Encoder:
         """The text of token ids, without <s>, </s> and, with `dummy_prefix`, the leading space that `encode` adds."""
         processor = self._processor if dummy_prefix else self._continuation_processor
         return processor.decode([int(token) for token in ids])
+
+    def bytes_of_tokens(self, text: str, ids: Sequence[int], *, dummy_prefix: bool = True) -> "np.ndarray":
+        """(tokens,) int64: how many UTF-8 bytes of `text` each of its tokens stands for; they sum to all of them.
+
+        `ids` is what `encode` gives for the text and the same `dummy_prefix`. See `text_bytes`.
+        """
+        processor = self._processor if dummy_prefix else self._continuation_processor
+        has_prefix = dummy_prefix and self._adds_prefix
+        return self._text_bytes.of_tokens(text, ids, has_prefix=has_prefix, processor=processor)
+
+    @cached_property
+    def _text_bytes(self):
+        from colossal_llama2.tokenizer.text_bytes import TextBytes
+
+        return TextBytes(self._content)
+
+    @cached_property
+    def _adds_prefix(self) -> bool:
+        """Whether the model puts "▁" before a text; any text that does not begin with one shows it."""
+        return self._processor.id_to_piece(self._processor.encode("a")[0]).startswith("▁")
 
     def __reduce__(self):
         return type(self), (self._tokenizer_dir,)

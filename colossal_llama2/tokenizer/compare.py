@@ -23,6 +23,7 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_new_file, new_file, read_json, write_json
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.tokenizer.bpe_model import SPACE, unreachable
 from colossal_llama2.tokenizer.corpus import Sample, draw, read_documents
@@ -88,7 +89,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if output_file:
             with new_file(output_file) as path:
                 write_json(path, _as_json(rows, left_out, documents))
-            print(f"written to {output_file}")
+            show_line(f"written to {output_file}")
         if not rows:
             raise UserError("no tokenizer could be compared; the lines above say why")
 
@@ -359,10 +360,11 @@ def _print_table(rows: Sequence[Row], left_out: Sequence[LeftOut], documents: Se
     for line in lines if rows else ():
         texts = (word.ljust(width) for word, width in zip(line[:2], widths, strict=False))
         figures = (word.rjust(width) for word, width in zip(line[2:], widths[2:], strict=True))
-        print("  ".join((*texts, *figures)))
+        show_line("  ".join((*texts, *figures)))
     for entry in left_out:
-        print(f"{entry.tokenizer}: left out: {' '.join(entry.error.split())}")
-    print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, {_utf8_bytes(documents):,} bytes")
+        show_line(f"{entry.tokenizer}: left out: {' '.join(entry.error.split())}")
+    characters = sum(map(len, documents))
+    show_line(f"{len(documents):,} documents, {characters:,} characters, {_utf8_bytes(documents):,} bytes")
 
 
 def _as_json(rows: Sequence[Row], left_out: Sequence[LeftOut], documents: Sequence[str]) -> dict:

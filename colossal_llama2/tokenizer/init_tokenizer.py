@@ -22,6 +22,7 @@ from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.files import check_can_create, copy_files, read_json, temporary_folder, write_json
 from colossal_llama2.publishing import claimed, publish, remove_leftovers
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -120,8 +121,8 @@ def expand_tokenizer(
         _judge(report, may_fail=closure == "off")
         write_json(folder / REPORT_FILE, report)
         publish(folder, target, replace=overwrite)
-    print(f"written to {target}")
-    print(f"asked {asked.asked}, added {len(plan.pieces)}")
+    show_line(f"written to {target}")
+    show_line(f"asked {asked.asked}, added {len(plan.pieces)}")
 
 
 # Reading the source.

@@ -25,6 +25,7 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_new_file, new_file
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.bpe_model import (
     BpeModel,
     altered_by_normalizer,
@@ -373,11 +374,13 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
         (f"what the last {last:,} pieces save", f"{1 - after / curve[count - last]:.2%}"),
     )
     for name, figure in rows:
-        print(f"{name:<36}{figure:>12}")
+        show_line(f"{name:<36}{figure:>12}")
     if count < asked:
-        print(f"the text yields no more pieces that it holds {min_count} times; give more text or lower --min_count")
-    print(f"written to {output_file}")
-    print(f"asked {asked}, mined {count}")
+        show_line(
+            f"the text yields no more pieces that it holds {min_count} times; give more text or lower --min_count"
+        )
+    show_line(f"written to {output_file}")
+    show_line(f"asked {asked}, mined {count}")
 
 
 def _check_can_plot(plot: Path) -> None:

@@ -2,6 +2,7 @@
 
 from typing import List, Sequence
 
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.closure import Plan
 from colossal_llama2.tokenizer.new_pieces import NewPieces
 from colossal_llama2.tokenizer.parity import Difference, Measurement
@@ -84,23 +85,23 @@ def _example(parity: Sequence[dict], names: Sequence[str] = ()) -> str:
 def print_report(report: dict) -> None:
     """Print the counts, and one line for each group of texts."""
     for name, label in COUNTS:
-        print(f"{label:<40}{report[name]:>10,}")
-    print()
+        show_line(f"{label:<40}{report[name]:>10,}")
+    show_line("")
     heads = ("texts", "fast", "slow", "already", "old text", "changed")
-    print(f"{'ids that differ from SentencePiece':<36}" + "".join(f"{head:>10}" for head in heads))
+    show_line(f"{'ids that differ from SentencePiece':<36}" + "".join(f"{head:>10}" for head in heads))
     for group in report["parity"]:
         slow = group["slow"] or vars(Difference())
         already = max(group["fast"]["source_differs"], slow["source_differs"])
         figures = [group["documents"], group["fast"]["added"], slow["added"] if group["slow"] else "none", already]
         figures += [group["without_new_piece"], group["changed"]]
         cells = (f"{figure:,}" if isinstance(figure, int) else figure for figure in figures)
-        print(f"{group['group']:<36}" + "".join(f"{cell:>10}" for cell in cells))
+        show_line(f"{group['group']:<36}" + "".join(f"{cell:>10}" for cell in cells))
         for name in ("fast", "slow"):
             if group[name] and group[name]["first"]:
-                print(f"  first that differs ({name}): {group[name]['first']}")
+                show_line(f"  first that differs ({name}): {group[name]['first']}")
         if group["first_changed"]:
-            print(f"  first that changed: {group['first_changed']['text']!r}")
+            show_line(f"  first that changed: {group['first_changed']['text']!r}")
         if group["slow"] and group["slow"]["documents"] < group["documents"]:
-            print(f"  (slow: measured on {group['slow']['documents']:,} of them)")
-    print("fast, slow: texts on which the extension makes them differ; already: on which the source's own differ;")
-    print("old text: texts that hold no new piece; changed: those of them that got other ids")
+            show_line(f"  (slow: measured on {group['slow']['documents']:,} of them)")
+    show_line("fast, slow: texts on which the extension makes them differ; already: on which the source's own differ;")
+    show_line("old text: texts that hold no new piece; changed: those of them that got other ids")

@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
 from colossal_llama2.errors import Stopped, UserError
+from colossal_llama2.terminal_text import show
 from colossal_llama2.train import checks, flags
 from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.train.engine import exchange
@@ -213,4 +214,4 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     if engine.rank == 0:
         config = LlamaConfig.from_pretrained(args.pretrained)
         flops = flops_per_token(config, facts.parameters, args.max_length)
-        print(report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)), flush=True)
+        show(report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)))

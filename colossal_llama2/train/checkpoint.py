@@ -26,6 +26,7 @@ from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.files import contents_of, read_json, write_contents, write_json
 from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama2.model.training_history import HISTORY_FILE, read_history
 from colossal_llama2.publishing import publish
 from colossal_llama2.tokenizer import TOKENIZER_FILES
 from colossal_llama2.train import checkpoint_files
@@ -156,6 +157,7 @@ class Checkpointer:
         keep_every: Optional[int] = None,
         expected_bytes: int = 0,
         row_health: Optional[RowHealth] = None,
+        history: Optional[Callable[[], Optional[Dict[str, Any]]]] = None,
     ):
         """
         Args:
@@ -167,11 +169,12 @@ class Checkpointer:
             keep_every: those whose step is a multiple of it stay too.
             expected_bytes: room that a checkpoint needs, until one has shown it.
             row_health: on rank 0, what looks at each model that is saved.
+            history: called on rank 0; what goes into training_history.json of a model that is saved, None for no file.
         """
         self._engine, self._save_interval, self._schedule, self._facts = engine, save_interval, schedule, facts
         self._save_dir, self._small_files, self._config = Path(save_dir), {}, {}
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
-        self._row_health = row_health
+        self._row_health, self._history = row_health, history
         # Is told of saves.
         self.reporter = SilentReporter()
         self._last_saved: Optional[Path] = None
@@ -252,6 +255,9 @@ class Checkpointer:
         with self._engine.first_rank_only() as first:
             if first:
                 self._write_configuration(partial / MODEL_NAME)
+                history = self._history() if self._history else None
+                if history is not None:
+                    write_json(partial / MODEL_NAME / HISTORY_FILE, history)
                 write_json(partial / SCHEDULE_NAME, {**asdict(self._schedule), "step": state.step})
                 write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts, "ranks": ranks})
 
@@ -303,9 +309,22 @@ def publish_model(checkpoint: Path, card: Optional[str] = None) -> None:
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint / MODEL_NAME, partial, copy_function=_link_weights)
+    _add_weights(partial, checkpoint)
     if card is not None:
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     publish(partial, final, replace=True)
+
+
+def _add_weights(folder: Path, checkpoint: Path) -> None:
+    """Note the hashes of the weights, which were not known when the checkpoint was written, in the model's history."""
+    history = read_history(folder)
+    if not history.stages:
+        return
+    with contextlib.suppress(UserError):
+        weights = checkpoint_files.recorded_weights(checkpoint)
+        *before, last = history.stages
+        content = history._replace(stages=before).followed_by({**last, "weights": weights}, base_model="")
+        write_json(folder / HISTORY_FILE, content)
 
 
 def _link_weights(source: str, target: str) -> None:

@@ -110,6 +110,16 @@ def read_manifest(folder: Path) -> Dict[str, Any]:
     return manifest
 
 
+def recorded_weights(checkpoint: Path) -> Dict[str, Dict[str, Any]]:
+    """Bytes and sha256 of the safetensors of a checkpoint's model, by name. Raises UserError as `read_manifest`."""
+    prefix = f"{MODEL_NAME}/"
+    return {
+        entry["path"].removeprefix(prefix): {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+        for entry in read_manifest(checkpoint)["files"]
+        if entry["path"].startswith(prefix) and entry["path"].endswith(".safetensors")
+    }
+
+
 def sizes_problem(folder: Path) -> Optional[str]:
     """What is wrong with a checkpoint by its files' names and sizes alone, None if they are as its manifest says."""
     try:

@@ -22,6 +22,7 @@ from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, model_without_weights
+from colossal_llama2.terminal_text import show, show_line
 from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming
 from colossal_llama2.train import plan as plans
@@ -97,7 +98,7 @@ def dry_run(args: argparse.Namespace) -> None:
         _end(problems)
         return
     if takes_none:
-        print(f"dry run: {plan.resume_path} is the end of its run, which would take no step; nothing was written")
+        show_line(f"dry run: {plan.resume_path} is the end of its run, which would take no step; nothing was written")
         return
     description.tell_plan(args, ranks, order, schedule, facts)
     for line in plans.plan_lines(content):
@@ -106,10 +107,10 @@ def dry_run(args: argparse.Namespace) -> None:
     shape = ModelShape.of(model_without_weights(plan.model_path).config)
     has_documents = DOCUMENT_COLUMN in dataset.column_names
     memory = rank_memory(shape, memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu))
-    print(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu))
+    show(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu))
     saves = saved_steps(order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
-    print(_disk_lines(args, facts, saves))
-    print("dry run: nothing was trained, nothing was written", flush=True)
+    show(_disk_lines(args, facts, saves))
+    show_line("dry run: nothing was trained, nothing was written")
 
 
 def _end(problems: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 import argparse
 from typing import Any, Dict, List
 
-from colossal_llama2 import logs
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
 from colossal_llama2.dataset.loader import check_lengths, dataset_fingerprints, load_tokenized_dataset, without_names
 from colossal_llama2.train import flags
@@ -19,13 +18,11 @@ def load_eval_sets(args: argparse.Namespace) -> List[LoadedSet]:
     sets = []
     for name, path in resolve_eval_sets(args.eval_dataset):
         flag = f"--eval_dataset {name}"
-        # Nothing is told by source and category there.
-        samples = without_names(load_tokenized_dataset([path], args.document_mask, flag=flag))
+        # Nothing is told by source and category there. Where documents end matters without --document_mask too.
+        mask = "auto" if args.document_mask == "off" else args.document_mask
+        samples = without_names(load_tokenized_dataset([path], mask, flag=flag))
         check_lengths(samples, args.max_length, flag=flag)
-        known_bytes = target_bytes(path)
-        if not known_bytes:
-            logs.get_logger().warning("%s: %s does not say how many bytes of text it has: no bits per byte", flag, path)
-        sets.append(LoadedSet(name, samples, known_bytes))
+        sets.append(LoadedSet(name, samples, target_bytes(path)))
     return sets
 
 
@@ -53,7 +50,7 @@ def make_evaluator(
     run_facts["eval_fingerprints"] = {**(saved.get("eval_fingerprints") or {}), **fingerprints}
     if not sets:
         return SilentEvaluator()
-    collator = flags.make_collator(args, tokenizer_path)
+    collator = flags.make_collator(args, tokenizer_path, keeps_apart=args.document_mask != "off")
     return Evaluator(
         engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
         stop=stop, makes_up=owes,

@@ -1,7 +1,13 @@
 """How well a model predicts held-out text while it trains: loss per token, perplexity and bits per byte.
 
-Bits per byte, loss / ln 2 * predicted tokens / bytes of the predicted text, do not depend on how a tokenizer cuts the
-text, so they can be compared across vocabularies. `</s>` is predicted too, though it is no text.
+Bits per byte do not depend on how a tokenizer cuts the text, so they can be compared across vocabularies:
+
+    sum of -log2 p over the predicted tokens / UTF-8 bytes of the text that these tokens stand for
+
+Predicted are all tokens that carry a loss (labels other than -100) but the first of a piece of a document, with or
+without a document mask: that is `<s>`, which is no text, or the first token of a later piece of a cut document. `</s>`
+is predicted and has no bytes: what it costs to say where a text ends is a part of the text's cost. The bytes are those
+of the text as it was given (see `tokenizer.text_bytes`), and are counted when the data is prepared.
 """
 
 import math
@@ -184,7 +190,7 @@ class Evaluator(SilentEvaluator):
         logs.get_logger().info("step %d: a signal came, so the evaluation is left unfinished%s", step, later)
 
     def _tell(self, step: int, name: str, figures: Dict[str, float], seconds: float) -> None:
-        key, first = self._first(name)
+        key, first = self._first(name, figures)
         since = f", {figures[key] / first - 1:+.2%} since the first" if first else ""
         bits = f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else ""
         logs.get_logger().info(
@@ -192,12 +198,12 @@ class Evaluator(SilentEvaluator):
             step, name, figures["loss"], figures["perplexity"], bits, since, seconds,
         )  # fmt: skip
 
-    def _first(self, name: str) -> tuple:
-        """Which figure of a set is compared, and its first value, None if there is none yet."""
+    def _first(self, name: str, now: Dict[str, float]) -> tuple:
+        """Which figure of a set is compared with that of `now`, and its first value, None if there is none yet."""
         for entry in self.history:
             if name in entry["figures"]:
                 figures = entry["figures"][name]
-                key = "bits_per_byte" if "bits_per_byte" in figures else "loss"
+                key = "bits_per_byte" if "bits_per_byte" in figures.keys() & now.keys() else "loss"
                 return key, figures[key]
         return "loss", None
 
@@ -205,7 +211,7 @@ class Evaluator(SilentEvaluator):
         """The sets whose figure has risen too far, each with a sentence that says so."""
         risen = {}
         for name, limit in self._alarm.limits.items():
-            key, first = self._first(name)
+            key, first = self._first(name, figures[name])
             now = figures[name][key]
             # Not "now > ...", which a NaN is not.
             if not now <= first * (1 + limit):

@@ -93,7 +93,9 @@ def has_tokenizer(folder: str) -> bool:
     return Path(folder, CONFIG_FILE).is_file()
 
 
-def make_collator(args: argparse.Namespace, tokenizer_path: str, groups: Optional[Groups] = None) -> Collator:
+def make_collator(
+    args: argparse.Namespace, tokenizer_path: str, groups: Optional[Groups] = None, *, keeps_apart: bool = True
+) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
     tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)
     return Collator(
@@ -101,4 +103,5 @@ def make_collator(args: argparse.Namespace, tokenizer_path: str, groups: Optiona
         max_length=args.max_length,
         length_divisor=engine_settings(args).sequence_shards,
         groups=groups,
+        keeps_apart=keeps_apart,
     )

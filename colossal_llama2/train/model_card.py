@@ -1,16 +1,23 @@
 """The model card of a trained model: README.md with the front matter that model hubs read, and tables for people.
 
 It says only what the same run says again, if it is killed and resumed: no times, no paths of checkpoints.
+
+`base_model` of the front matter is for the Hub the model that this one was fine-tuned from, by its Hub identifier
+(https://huggingface.co/docs/hub/model-cards, "Specifying a base model"). The folders that stages left in between have
+none, so it is the model that the first stage began with; the table of stages names the folders.
 """
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.measuring import SourceRead
+from colossal_llama2.model.training_history import name_of, named_by_card, read_history
+from colossal_llama2.terminal_text import one_line
 from colossal_llama2.train.checkpoint import CARD_NAME, STATES_NAME
 from colossal_llama2.train.checkpoint_files import MODEL_NAME
+from colossal_llama2.train.markdown import code, front_matter, plain, table
 
 # Two-letter codes of ISO 639-1, by which hubs sort models.
 LANGUAGES = frozenset(
@@ -29,7 +36,15 @@ NOT_SETTINGS = (
 )  # fmt: skip
 # The final loss is the mean over a tenth of the run, and over at most so many steps.
 FINAL_STEPS = 100
-HOW = {"pretrain": "Continued pre-training", "sft": "Supervised fine-tuning"}
+HOW = {
+    "vocabulary": "Extension of the vocabulary",
+    "pretrain": "Continued pre-training",
+    "sft": "Supervised fine-tuning",
+}  # fmt: skip
+# Of a stage in the table; training_history.json has all.
+MAX_SOURCES = 8
+NOT_RECORDED = "not recorded"
+LOSSES = ("first_loss", "final_loss")
 
 
 def render(
@@ -41,6 +56,7 @@ def render(
     tokens_seen: int,
     sources: Sequence[str] = (),
     read: Sequence[SourceRead] = (),
+    stages: Sequence[Dict[str, Any]] = (),
 ) -> str:
     """The text of the card.
 
@@ -52,16 +68,22 @@ def render(
         tokens_seen: over all epochs, padding not counted.
         sources: names of the folders of --dataset.
         read: what the run has read of each of them.
+        stages: of training_history.json, the last of which is this run; all but their table is of this run alone.
     """
-    losses, evaluations = _curves(records)
+    losses, evaluations = curves(records)
+    of_last = " of the last stage" if len(stages) > 1 else ""
+    told = [[code(f"--{name}"), _cell(value)] for name, value in told_settings(settings).items()]
+    versions = [[name, version] for name, version in settings["versions"].items() if version]
+    earlier = [source["source"] for stage in stages for source in stage.get("data", ())]
     parts = [
-        _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations]),
-        f"# {HOW[settings['stage']]} of {base_model}",
-        _how(settings, tokens_seen, losses),
-        _data(amounts, read, settings),
-        _evaluation(evaluations),
-        "## Settings\n\n" + _table(["flag", "value"], [[f"`--{k}`", _cell(v)] for k, v in _told(settings).items()]),
-        "## Software\n\n" + _table(["package", "version"], [[k, v] for k, v in settings["versions"].items() if v]),
+        _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations, *earlier]),
+        f"# {_title(stages, settings)} of {plain(base_model)}",
+        _stages(base_model, stages),
+        _how(settings, tokens_seen, losses, of_last),
+        _data(amounts, read, settings, of_last),
+        _evaluation(evaluations, of_last),
+        f"## Settings{of_last}\n\n" + table(["flag", "value"], told),
+        f"## Software{of_last}\n\n" + table(["package", "version"], versions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -69,14 +91,15 @@ def render(
 def base_model(model_path: str) -> str:
     """The name of the model that these weights come from.
 
-    That in the card of the folder; of a checkpoint's model, that which its run began with; or else the folder's own.
+    That in the history or the card of the folder; of a checkpoint's model, that which its run began with; or else the
+    folder's own.
     """
     folder = Path(model_path).absolute()
-    named = _named_by_card(folder / CARD_NAME)
+    named = read_history(folder).base_model or named_by_card(folder / CARD_NAME)
     if named is not None:
         return named
     if folder.name != MODEL_NAME:
-        return folder.name
+        return name_of(model_path)
     try:
         states = json.loads(folder.with_name(STATES_NAME).read_bytes())
         known, pretrained = states.get("base_model"), states.get("settings", {}).get("pretrained")
@@ -89,29 +112,67 @@ def base_model(model_path: str) -> str:
     return base_model(pretrained) if is_other else folder.parent.name
 
 
-def _named_by_card(card: Path) -> Optional[str]:
-    import yaml
-
-    try:
-        text = card.read_text(encoding="utf-8", errors="replace")
-        named = yaml.safe_load(text.split("---\n")[1])["base_model"] if text.startswith("---\n") else None
-    except (OSError, yaml.YAMLError, IndexError, KeyError, TypeError):
-        return None
-    return named if isinstance(named, str) else None
-
-
 def _front_matter(base_model: str, names: Sequence[str]) -> str:
-    import yaml
-
-    matter: Dict[str, Any] = {"base_model": base_model}
+    matter: Dict[str, Any] = {"base_model": one_line(base_model)}
     languages = sorted({name for name in names if name in LANGUAGES})
     if languages:
         matter["language"] = languages
     matter.update(library_name="transformers", pipeline_tag="text-generation", tags=["llama", "colossal-llama-2"])
-    return "---\n" + yaml.safe_dump(matter, sort_keys=False, allow_unicode=True) + "---"
+    return front_matter(matter)
 
 
-def _curves(records: Iterable[Dict[str, Any]]) -> tuple:
+def _title(stages: Sequence[Dict[str, Any]], settings: Dict[str, Any]) -> str:
+    """What was done, each kind of stage once: "Continued pre-training and supervised fine-tuning"."""
+    kinds = dict.fromkeys(stage["stage"] for stage in stages) or [settings["stage"]]
+    *names, last = (HOW[kind] for kind in kinds)
+    text = " and ".join([", ".join(names), last] if names else [last])
+    return text[0] + text[1:].lower()
+
+
+def _stages(base_model: str, stages: Sequence[Dict[str, Any]]) -> str:
+    """All stages, by what each recorded, and their sums."""
+    if not stages:
+        return ""
+    rows = [[f"{number}. {HOW[stage['stage']]}", *_stage_cells(stage)] for number, stage in enumerate(stages, start=1)]
+    trained = [stage for stage in stages if stage["stage"] != "vocabulary"]
+    sums = [_sum([stage.get(name) for stage in trained]) for name in ("steps", "tokens")]
+    rows.append(["all", "", "", *sums, "", ""])
+    columns = [
+        "stage", "began with", "tokens read, by source", "optimizer steps", "tokens, padding not counted",
+        "loss of the first step", "final loss",
+    ]  # fmt: skip
+    text = f"Base model: {plain(base_model)}."
+    if len(stages) > 1:
+        text += " What follows the table is of the last stage alone."
+    return f"## Stages\n\n{text}\n\n" + table(columns, rows)
+
+
+def _stage_cells(stage: Dict[str, Any]) -> List[str]:
+    parent = stage["parent"]
+    began = parent["name"] if parent.get("as_recorded", True) else f"{parent['name']}, changed since the stage before"
+    if stage["stage"] == "vocabulary":
+        sizes = [_count(stage.get(name)) for name in ("vocabulary_before", "vocabulary")]
+        return [began, f"vocabulary of {sizes[0]}, now {sizes[1]}", "", "", "", ""]
+    data = stage.get("data", [])
+    shown = ", ".join(f"{source['source']} {_count(source.get('tokens'))}" for source in data[:MAX_SOURCES])
+    shown += f", and {len(data) - MAX_SOURCES} more sources" if len(data) > MAX_SOURCES else ""
+    first, final = (NOT_RECORDED if stage.get(name) is None else _figure(stage[name]) for name in LOSSES)
+    if stage.get("final_loss_steps", 0) > 1 and stage.get("final_loss") is not None:
+        final += f" (mean of {stage['final_loss_steps']} steps)"
+    return [began, shown or NOT_RECORDED, _count(stage.get("steps")), _count(stage.get("tokens")), first, final]
+
+
+def _count(value: Optional[int]) -> str:
+    return NOT_RECORDED if value is None else f"{value:,}"
+
+
+def _sum(values: Sequence[Optional[int]]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known):,}" + ("" if len(known) == len(values) else " and more that is not recorded")
+
+
+def curves(records: Iterable[Dict[str, Any]]) -> Tuple[List[float], Dict[str, Dict[int, Dict[str, float]]]]:
+    """The losses of all steps that have one, and the figures of evaluations by data and step."""
     losses: List[float] = []
     evaluations: Dict[str, Dict[int, Dict[str, float]]] = {}
     for record in records:
@@ -122,11 +183,17 @@ def _curves(records: Iterable[Dict[str, Any]]) -> tuple:
     return losses, evaluations
 
 
-def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float]) -> str:
-    ranks = settings["world_size"]
+def final_loss(losses: Sequence[float]) -> Tuple[float, int]:
+    """The mean loss at the end of a run, and of how many steps it is."""
+    last = losses[-min(FINAL_STEPS, max(len(losses) // 10, 1)) :]
+    return sum(last) / len(last), len(last)
+
+
+def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float], of_last: str) -> str:
+    ranks, plugin = settings["world_size"], plain(settings["plugin"])
     lines = [
-        "## Training\n",
-        f"{HOW[settings['stage']]} with ColossalAI's plugin {settings['plugin']} in {settings['mixed_precision']}, "
+        f"## Training{of_last}\n",
+        f"{HOW[settings['stage']]} with ColossalAI's plugin {plugin} in {settings['mixed_precision']}, "
         f"on {ranks} rank{'s' if ranks > 1 else ''}.\n",
     ]
     rows = [
@@ -135,15 +202,15 @@ def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float]) -> str
         ["tokens, padding not counted", f"{tokens_seen:,}"],
     ]
     if losses:
-        last = losses[-min(FINAL_STEPS, max(len(losses) // 10, 1)) :]
-        rows.append([f"final loss, mean of the last {len(last)} steps", f"{sum(last) / len(last):.4f}"])
+        mean, count = final_loss(losses)
+        rows.append([f"final loss, mean of the last {count} steps", f"{mean:.4f}"])
         rows.append(["loss of the first step", f"{losses[0]:.4f}"])
-    return "\n".join(lines) + "\n" + _table(["what", "figure"], rows)
+    return "\n".join(lines) + "\n" + table(["what", "figure"], rows)
 
 
-def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
+def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: Dict[str, Any], of_last: str) -> str:
     parts = [_read(read, settings), _amounts(amounts, settings)]
-    return "\n\n".join(["## Data", *filter(None, parts)]) if any(parts) else ""
+    return "\n\n".join([f"## Data{of_last}", *filter(None, parts)]) if any(parts) else ""
 
 
 def _read(read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
@@ -162,8 +229,8 @@ def _read(read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
     there, samples, tokens = sums
     rows.append(["all", there, samples, "", tokens, "100.0%"])
     columns = ["source of the training", "samples there", "samples read", "times read", "tokens read", "share"]
-    asked = f" Asked for: `{_cell(settings['mixture'])}`." if settings.get("mixture") else ""
-    return f"What training has read.{asked}\n\n" + _table(columns, rows)
+    asked = f" Asked for: {code(_cell(settings['mixture']))}." if settings.get("mixture") else ""
+    return f"What training has read.{asked}\n\n" + table(columns, rows)
 
 
 def _amounts(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
@@ -179,10 +246,10 @@ def _amounts(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
     columns = ["source", "category", "documents", "tokens", "share"]
     what = "What was there to take from" if settings.get("mixture") else "One epoch"
     what += ", by source of the documents; a document that was cut counts once for each piece."
-    return f"{what}\n\n" + _table(columns, rows)
+    return f"{what}\n\n" + table(columns, rows)
 
 
-def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]]) -> str:
+def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]], of_last: str) -> str:
     """The first and the last figures of each evaluated data."""
     if not evaluations:
         return ""
@@ -191,10 +258,12 @@ def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]]) -> str:
     for data, found in evaluations.items():
         for step in sorted({min(found), max(found)}):
             rows.append([data, f"{step:,}", *(_figure(found[step].get(name)) for name in names)])
-    return "## Evaluation\n\n" + _table(["data", "after step", *(name.replace("_", " ") for name in names)], rows)
+    columns = ["data", "after step", *(name.replace("_", " ") for name in names)]
+    return f"## Evaluation{of_last}\n\n" + table(columns, rows)
 
 
-def _told(settings: Dict[str, Any]) -> Dict[str, Any]:
+def told_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Those that have a part in the model and name no place on a disk."""
     return {name: value for name, value in settings.items() if name not in NOT_SETTINGS and value is not None}
 
 
@@ -206,9 +275,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    escape: Callable[[str], str] = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
-    lines = [list(columns), ["---"] * len(columns), *([escape(str(cell)) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -30,9 +30,9 @@ from colossal_llama2.dataset.buckets import Buckets, MeasuredPart, make_buckets
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.dataset.measuring import category_tokens
 from colossal_llama2.dataset.sources import Data
-from colossal_llama2.dataset.visible import terminal_width, visible_line
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import write_json
+from colossal_llama2.terminal_text import terminal_width, visible_line
 from colossal_llama2.train.schedule import CosineSchedule
 
 if TYPE_CHECKING:

@@ -2,17 +2,16 @@
 
 import argparse
 import contextlib
-import functools
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.arguments import used_flags, with_defaults
 from colossal_llama2.dataset.buckets import MeasuredPart
 from colossal_llama2.dataset.loader import SampleOrder, StepLoader, check_lengths, load_tokenized_dataset
-from colossal_llama2.dataset.measuring import measure_parts, read_by_source
+from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.errors import Stopped
 from colossal_llama2.files import write_json
@@ -36,6 +35,7 @@ from colossal_llama2.train.reporting import reporting, told_groups
 from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.run_report import RunReport, amounts_of_all, environment
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.train.stage_record import Beginning, StageRecord, begin_stage
 from colossal_llama2.train.stopping import NoSignals, StopSignals, agreed_signal
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         run_facts = description.describe_run(args, engine, order, tokenizer_path, given.data)
         state = resuming.initial_state(args, plan, run_facts, order)
         owes = eval_parts.owes_evaluation(args, plan)
-    report = make_report(args, engine, plan, given, run_facts)
+    report, record = make_report(args, engine, plan, given, order, state, run_facts)
     if resuming.is_done(
         plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes
     ):
-        return finish_again(args, plan, engine, state, report, card_writer(report, given, order, state, run_facts))
+        return finish_again(args, plan, engine, record)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     with exchange.all_or_none():
         schedule = resuming.make_schedule(args, plan, state, order, owes_evaluation=owes)
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     loader = StepLoader(given.samples, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
     tell_beginning(args, engine, given, order, schedule, state, report)
-    checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts)
+    checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts, record)
     checkpointer.check_room()
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=given.model.ties_embeddings)
     with contextlib.ExitStack() as parts:
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
                 metrics=checkpointer.reporter, stop=stop,
             ),
         )
-    final = checkpointer.finish(card=card_writer(report, given, order, state, run_facts))
+    final = checkpointer.finish(card=record.card)
     tell_end(args, engine, state, order, run_facts, final, stop)
 
 
@@ -237,6 +237,7 @@ def make_checkpointer(
     schedule: CosineSchedule,
     facts: ModelFacts,
     run_facts: Dict[str, Any],
+    record: StageRecord,
 ) -> Checkpointer:
     """What saves to --save_dir."""
     trained = engine.settings.trained_rows
@@ -245,6 +246,7 @@ def make_checkpointer(
         row_health = RowHealth(plan.model_path, trained, args.mixed_precision) if watches_rows else None
     return Checkpointer(
         row_health=row_health,
+        history=record.history,
         engine=engine,
         save_dir=args.save_dir,
         save_interval=args.save_interval,
@@ -269,12 +271,16 @@ def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractCon
 
 
 def make_report(
-    args: argparse.Namespace, engine: Engine, plan: LoadPlan, given: Given, run_facts: Dict[str, Any]
-) -> RunReport:
-    """What the run leaves at its end; checkpoints get the name of its base model. Called on all ranks."""
+    args: argparse.Namespace, engine: Engine, plan: LoadPlan, given: Given, order: SampleOrder, state: TrainState,
+    run_facts: Dict[str, Any],
+) -> Tuple[RunReport, StageRecord]:
+    """What the run leaves at its end, and in its models; checkpoints get the name of its base model.
+
+    Called on all ranks.
+    """
     settings = {**used_flags(args), "world_size": engine.world_size, "versions": description.versions()}
     run_facts["base_model"] = exchange.first_rank_value(base_model(plan.model_path))
-    return RunReport(
+    report = RunReport(
         save_dir=args.save_dir,
         settings=settings,
         environment=environment(settings["versions"]),
@@ -282,33 +288,16 @@ def make_report(
         base_model=run_facts["base_model"],
         sources=list(dict.fromkeys(part.source for part in given.data.parts)),
     )
+    with engine.first_rank_only() as first:
+        beginning = begin_stage(args, plan, state, run_facts) if first else Beginning()
+    return report, StageRecord(report, beginning, given.data, given.measured, order, state, run_facts)
 
 
-def card_writer(
-    report: RunReport, given: Given, order: SampleOrder, state: TrainState, run_facts: Dict[str, Any]
-) -> Callable[[], Optional[str]]:
-    """What writes the model card of a run that has come to `state`; to be called on rank 0."""
-    read = functools.partial(
-        read_by_source,
-        given.measured,
-        order,
-        first_sample=run_facts.get("first_sample", 0),
-        samples_seen=state.samples_seen,
-    )
-    return functools.partial(report.card, tokens_seen=state.tokens_seen, read=read)
-
-
-def finish_again(
-    args: argparse.Namespace,
-    plan: LoadPlan,
-    engine: Engine,
-    state: TrainState,
-    report: RunReport,
-    card: Callable[[], Optional[str]],
-) -> None:
+def finish_again(args: argparse.Namespace, plan: LoadPlan, engine: Engine, record: StageRecord) -> None:
     """The end of a run that died after its last save."""
-    report.know_steps(state.step, warmup_steps(args.warmup_steps, state.step))
+    report, step = record.report, record.state.step
+    report.know_steps(step, warmup_steps(args.warmup_steps, step))
     save_folder.prepare(args.save_dir)
     if engine.rank == 0:
         report.write_files()
-    resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every, card=card)
+    resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every, card=record.card)

@@ -55,12 +55,18 @@ class RunReport:
             logs.get_logger().warning("No loss curve is drawn: %s", error)
         except Exception as error:  # a bug of ours must not take the model along, which is worth more than a picture
             names = ", ".join(REPORT_NAMES)
-            logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, _in_words(error))
+            logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, in_words(error))
 
-    def card(self, *, tokens_seen: int, read: Callable[[], Sequence[SourceRead]]) -> Optional[str]:
+    def card(
+        self,
+        *,
+        tokens_seen: int,
+        read: Callable[[], Sequence[SourceRead]],
+        stages: Callable[[], Sequence[Dict[str, Any]]] = list,
+    ) -> Optional[str]:
         """The README.md of the model at the end of the run; None, which is told, if it cannot be made.
 
-        `read` gives what the run has read of each source.
+        `read` gives what the run has read of each source, `stages` all of the model's, the last of which is the run.
         """
         try:
             text = model_card.render(
@@ -68,6 +74,7 @@ class RunReport:
                 base_model=self.base_model,
                 amounts=self.amounts or [],
                 read=read(),
+                stages=stages(),
                 sources=self.sources,
                 records=train_log.read(Path(self.save_dir, LOG_NAME)),
                 tokens_seen=tokens_seen,
@@ -75,11 +82,12 @@ class RunReport:
             text.encode()
             return text
         except Exception as error:  # nor a card
-            logs.get_logger().warning("%s: the model gets no card (%s)", self.save_dir, _in_words(error))
+            logs.get_logger().warning("%s: the model gets no card (%s)", self.save_dir, in_words(error))
             return None
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """What an error says, with its type if the type is needed to understand it."""
     return str(error) if isinstance(error, OSError) else repr(error)
 
 

@@ -22,6 +22,7 @@ from typing import Dict, Iterator, List
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
 
@@ -265,16 +266,17 @@ def distance(weights: Dict, expected: Dict) -> float:
 def tell(args: argparse.Namespace, work: Path, rows: List[Row]) -> None:
     """Print the rows; remove the work folder if all are equal, and raise RunError if not."""
     width = max(len(row.name) for row in rows)
-    print(f"{'selftest':{width}}     found   allowed")
+    show_line(f"{'selftest':{width}}     found   allowed")
     for row in rows:
-        print(f"{row.name:{width}}  {row.found:8.1e}  {row.allowed:8.1e}  {'equal' if row.is_equal else 'DIFFERENT'}")
+        outcome = "equal" if row.is_equal else "DIFFERENT"
+        show_line(f"{row.name:{width}}  {row.found:8.1e}  {row.allowed:8.1e}  {outcome}")
     failed = [row.name for row in rows if not row.is_equal]
     if failed:
         raise RunError(f"not equal: {'; '.join(failed)}. Do not train so on this machine; what was run is in {work}")
     shutil.rmtree(work)
     how = "bit for bit" if repeats_exactly(args) else "but for rounding by fused attention"
     verdict = f"trains here as a plain loop does, and resumes {how}"
-    print(f"{args.plugin} in {args.mixed_precision} {verdict}", flush=True)
+    show_line(f"{args.plugin} in {args.mixed_precision} {verdict}")
 
 
 if __name__ == "__main__":

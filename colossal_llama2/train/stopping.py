@@ -15,6 +15,7 @@ from typing import List, NoReturn, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import Stopped
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import save_folder
 
 # If several came, the first of these decides the exit code.
@@ -93,7 +94,7 @@ class StopSignals(NoSignals):
 def end_at_once() -> NoReturn:
     """Leave without saving and without waiting for anybody."""
     if logs.is_first_rank():
-        print("interrupted again: ended without saving; earlier checkpoints are whole", file=sys.stderr, flush=True)
+        show_line("interrupted again: ended without saving; earlier checkpoints are whole", file=sys.stderr)
     save_folder.let_go()
     os._exit(128 + signal.SIGINT)
 

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import check_model_folder, inspect_weights, model_without_weights, shard_names
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import MODEL_FILE, fingerprint
 from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, STATES_NAME, LoadPlan, plan_loading
@@ -35,7 +36,7 @@ def main(argv=None) -> None:
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
         for line in verify(args.checkpoint):
-            print(line, flush=True)
+            show_line(line)
 
 
 def verify(checkpoint: str) -> Iterator[str]:

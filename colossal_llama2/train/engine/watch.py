@@ -16,6 +16,7 @@ from typing import Callable, Dict, Iterator
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RankError, RunError, Stopped
+from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.engine import exchange
 
 CONNECT_SECONDS = 30.0
@@ -109,11 +110,11 @@ class _Watch:
         self._tell(f"{lost}\n".encode())
         # Rank 0 tells it, or if that is lost, rank 1.
         if self._rank == (0 if lost else 1):
-            print(
+            show_line(
                 f"{self._command}: error: rank {lost} on {self._hosts[lost]} {what}; earlier checkpoints are whole, "
                 f"go on with --resume auto",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+            )
         self._before_end()
         os._exit(1)
 

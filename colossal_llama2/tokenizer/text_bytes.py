@@ -1,0 +1,81 @@
+"""How many UTF-8 bytes of a text each of its tokens stands for.
+
+    "Hi 鎏" with the dummy prefix        ▁   Hi   ▁   <0xE9>  <0x8E>  <0x8F>
+                                         0    2   1        1       1       1
+
+The bytes are those of the text as it was given, so they sum to its length whatever the tokenizer: the space that
+SentencePiece puts in front is 0 bytes, a token for a byte is 1, and <unk> is all that it stands for. What a normalizer
+removes or changes is charged to the token that follows it, or at the end of the text to the last one.
+"""
+
+from typing import Sequence
+
+import numpy as np
+
+from colossal_llama2.errors import RunError
+
+
+class TextBytes:
+    """The bytes of tokens, for one serialized SentencePiece model."""
+
+    def __init__(self, content: bytes):
+        """`content` is that of tokenizer.model."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+        model = ModelProto.FromString(content)
+        kind, normalizer = model.SentencePiece, model.normalizer_spec
+        types = np.array([piece.type for piece in model.pieces])
+        self._is_byte = types == kind.BYTE
+        self._is_unknown = types == kind.UNKNOWN
+        self._lengths = np.array([len(piece.piece.replace("▁", " ").encode()) for piece in model.pieces])
+        self._lengths[self._is_byte] = 1
+        self._lengths[self._is_unknown | (types == kind.CONTROL)] = 0
+        # With such a normalizer a text is what its pieces spell, but for the space in front.
+        self._is_spelt = normalizer.escape_whitespaces and not (
+            normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+        )
+
+    def of_tokens(self, text: str, ids: Sequence[int], *, has_prefix: bool, processor) -> np.ndarray:
+        """(tokens,) int64: the bytes of `text` that each of its tokens stands for, which sum to those of the text.
+
+        Args:
+            ids: what `processor`, a SentencePieceProcessor, makes of the text; `has_prefix` if it puts a space before.
+
+        Raises:
+            RunError: the tokens are of another encoder, and differ.
+        """
+        tokens = np.asarray(ids, np.int64)
+        size = len(text.encode())
+        lengths = self._lengths[tokens]
+        if has_prefix and len(lengths):
+            lengths[0] -= 1
+        # U+2581 in a text is 3 bytes, but spelt as the space that it stands for in a piece.
+        if self._is_spelt and lengths.sum() == size and not self._is_unknown[tokens].any():
+            return lengths
+        return self._by_offsets(text, tokens, size, processor)
+
+    def _by_offsets(self, text: str, tokens: np.ndarray, size: int, processor) -> np.ndarray:
+        """The same from the places that SentencePiece reports, which takes it another encoding."""
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText
+
+        # `out_type` and this format are the same in all releases of the package.
+        pieces = SentencePieceText.FromString(processor.encode(text, out_type="serialized_proto")).pieces
+        ends = np.array([piece.end for piece in pieces], np.int64)
+        if len(ends) != len(tokens) or any(piece.id != token for piece, token in zip(pieces, tokens, strict=True)):
+            raise RunError(
+                f"kitoken encodes a text otherwise than SentencePiece, {text[:60]!r}; uninstall kitoken "
+                "and give the same command again"
+            )
+        lengths = np.diff(ends, prepend=0)
+        lengths[-1] += size - ends[-1]
+        return self._with_single_bytes(lengths, tokens)
+
+    def _with_single_bytes(self, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """SentencePiece reports a character spelt in bytes at its last byte: here each byte has its own."""
+        is_byte = self._is_byte[tokens]
+        starts = np.flatnonzero(is_byte & ~np.append(False, is_byte[:-1]))
+        stops = np.flatnonzero(is_byte & ~np.append(is_byte[1:], False)) + 1
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            if lengths[start:stop].sum() == stop - start:
+                lengths[start:stop] = 1
+        return lengths

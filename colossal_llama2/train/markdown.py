@@ -1,0 +1,52 @@
+"""Markdown of values that anyone may have chosen: none of them is taken for markup, HTML or YAML."""
+
+import re
+from typing import Any, Dict, Iterable, List, Sequence, Union
+
+from colossal_llama2.terminal_text import one_line
+
+ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+# Underscores inside a word mean nothing in GitHub's and the Hub's Markdown.
+MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)")
+
+NOT_IN_CODE = re.compile(r"[`<>&|]")
+
+
+class Markup(str):
+    """Text that is Markdown already."""
+
+
+def plain(value: Any) -> Markup:
+    """A value as one line of text that reads as it is."""
+    if isinstance(value, Markup):
+        return value
+    text = one_line(str(value)).translate(ENTITIES)
+    return Markup(MARKUP.sub(r"\\\g<0>", text))
+
+
+def code(value: Any) -> Markup:
+    """A value in a code span, or as `plain` text if it has characters that no code span can escape."""
+    text = one_line(str(value))
+    return plain(text) if not text.strip() or NOT_IN_CODE.search(text) else Markup(f"`{text}`")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Union[str, Markup]]]) -> str:
+    """A table; cells that are not `Markup` are made `plain`."""
+    lines: List[List[str]] = [list(map(plain, columns)), ["---"] * len(columns)]
+    lines += [list(map(plain, row)) for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def front_matter(values: Dict[str, Any]) -> str:
+    """YAML between two lines of dashes; texts must be of one line."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def represent_str(self, text: str):
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "<" in text else None)
+
+    Dumper.add_representer(str, Dumper.represent_str)
+    # Folded at no width, no line of a value can be taken for the end of the front matter.
+    text = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    # Viewers that do not know front matter take it for Markdown, in which HTML may stand.
+    return "---\n" + text.replace("<", "\\x3C") + "---"
