@@ -39,6 +39,7 @@ def render(
     amounts: Sequence[Amount],
     records: Iterable[Dict[str, Any]],
     tokens_seen: int,
+    skipped_steps: int = 0,
     sources: Sequence[str] = (),
     read: Sequence[SourceRead] = (),
 ) -> str:
@@ -50,6 +51,7 @@ def render(
         amounts: how much data of each source and category there is.
         records: those of train_log.jsonl.
         tokens_seen: over all epochs, padding not counted.
+        skipped_steps: steps that made no update.
         sources: names of the folders of --dataset.
         read: what the run has read of each of them.
     """
@@ -57,7 +59,7 @@ def render(
     parts = [
         _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations]),
         f"# {HOW[settings['stage']]} of {base_model}",
-        _how(settings, tokens_seen, losses),
+        _how(settings, tokens_seen, losses, skipped_steps),
         _data(amounts, read, settings),
         _evaluation(evaluations),
         "## Settings\n\n" + _table(["flag", "value"], [[f"`--{k}`", _cell(v)] for k, v in _told(settings).items()]),
@@ -122,7 +124,7 @@ def _curves(records: Iterable[Dict[str, Any]]) -> tuple:
     return losses, evaluations
 
 
-def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float]) -> str:
+def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float], skipped_steps: int) -> str:
     ranks = settings["world_size"]
     lines = [
         "## Training\n",
@@ -131,6 +133,7 @@ def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float]) -> str
     ]
     rows = [
         ["optimizer steps", f"{settings['total_steps']:,}"],
+        *([["of them without an update", f"{skipped_steps:,}"]] if skipped_steps else []),
         ["epochs", f"{settings['num_epochs']:,}"],
         ["tokens, padding not counted", f"{tokens_seen:,}"],
     ]

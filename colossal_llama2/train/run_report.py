@@ -57,10 +57,12 @@ class RunReport:
             names = ", ".join(REPORT_NAMES)
             logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, _in_words(error))
 
-    def card(self, *, tokens_seen: int, read: Callable[[], Sequence[SourceRead]]) -> Optional[str]:
+    def card(
+        self, *, tokens_seen: int, read: Callable[[], Sequence[SourceRead]], skipped_steps: int = 0
+    ) -> Optional[str]:
         """The README.md of the model at the end of the run; None, which is told, if it cannot be made.
 
-        `read` gives what the run has read of each source.
+        `read` gives what the run has read of each source; `skipped_steps` of its steps made no update.
         """
         try:
             text = model_card.render(
@@ -71,6 +73,7 @@ class RunReport:
                 sources=self.sources,
                 records=train_log.read(Path(self.save_dir, LOG_NAME)),
                 tokens_seen=tokens_seen,
+                skipped_steps=skipped_steps,
             )
             text.encode()
             return text
