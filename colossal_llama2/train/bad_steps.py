@@ -47,7 +47,8 @@ def _where(state: "TrainState", order: "SampleOrder", taken: int) -> str:
     begin, end = state.sample_start_index, state.sample_start_index + taken
     rows = ", ".join(map(str, order.rows(state.epoch, begin, min(end, begin + SHOWN_ROWS))))
     more = ", ..." if taken > SHOWN_ROWS else ""
-    return f"step {state.step + 1}, samples {begin:,} to {end - 1:,} of epoch {state.epoch} (rows {rows}{more} of the data)"
+    samples = f"samples {begin:,} to {end - 1:,} of epoch {state.epoch} (rows {rows}{more} of the data)"
+    return f"step {state.step + 1}, {samples}"
 
 
 def without_update(state: "TrainState") -> str:
@@ -64,6 +65,6 @@ def tell_overflows(state: "TrainState") -> None:
     """Log how often fp16 gradients overflowed in the run, if they did."""
     if state.overflows:
         logs.get_logger().info(
-            "fp16: gradients overflowed %s times, and the steps were repeated at half the loss scale; no sample was lost",
+            "fp16: passes that overflowed and were repeated at half the loss scale: %s; no sample was lost by it",
             f"{state.overflows:,}",
         )

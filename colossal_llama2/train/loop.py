@@ -9,7 +9,6 @@ earlier gradients), and where loss or gradient norm is not finite. Where fp16 gr
 on the same samples at half the loss scale, so that no sample is lost.
 """
 
-import itertools
 import math
 import signal
 import time
@@ -172,7 +171,8 @@ def train_step(
     what it was before the step. All ranks know the same loss and overflow, and so pass equally often.
     """
     scaler_before = engine.remember_loss_scale()
-    for overflows in itertools.count():
+    overflows = 0
+    while True:
         loss, by_group = summed_pass(engine, batches, totals, noise=noise, step=step, timer=timer)
         is_untrained = totals.predicted == 0
         with timer.part("optimizer"):
@@ -180,6 +180,7 @@ def train_step(
         is_lowered = grad_norm is None and engine.next_loss_scale < engine.used_loss_scale
         if not is_lowered or not math.isfinite(loss):
             break
+        overflows += 1
         logs.get_logger().info(
             "step %d: gradients overflowed fp16 at a loss scale of %s; the step is repeated at %s",
             step + 1, f"{engine.used_loss_scale:,.0f}", f"{engine.next_loss_scale:,.0f}",
