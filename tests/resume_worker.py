@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from colossal_llama2 import arguments, logs
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checks, run
-from colossal_llama2.train.engine import exchange
+from colossal_llama2.train.engine import exchange, loss_scale
 from colossal_llama2.train.engine.booster import launch, leave
 from tests.faults import damage, one_rank, poison
 
@@ -68,6 +68,8 @@ def run_job(job: dict, is_first: bool) -> dict:
 def main() -> None:
     jobs_path = Path(sys.argv[1])
     logs.configure_logging()
+    # So high that fp16 overflows, also in a resumed run that would begin with it.
+    loss_scale.INITIAL_SCALE = 2**21
     launch(seed=1024)
     is_first = logs.is_first_rank()
     for job in json.loads(jobs_path.read_text()):

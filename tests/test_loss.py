@@ -47,6 +47,16 @@ BFLOAT16_RUNS = {
 }
 
 
+# One step each, with NEFTune.
+NOISE_RUNS = {
+    "noise_zero2": ZERO2,
+    "noise_tp2": TP2,
+    "noise_sp2": SP2,
+    "noise_split_gather": [*TP2, *SEQUENCE, "split_gather"],
+    "noise_pp2": PP2,
+}
+
+
 @pytest.fixture(scope="module")
 def part(tmp_path_factory, tokenizer_dir) -> str:
     return write_spliced_data(tmp_path_factory.mktemp("prepared") / "part-00000", tokenizer_dir, STEPS)
@@ -60,6 +70,8 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
     datasets.load_from_disk(part).remove_columns("sequence_lengths").save_to_disk(plain)
     specs = []
     runs = {**FLOAT32_RUNS, **BFLOAT16_RUNS, "off": [*ZERO2, "--document_mask", "off"]}
+    for name, flags in NOISE_RUNS.items():
+        runs[name] = ["--accumulation_steps", 1, *flags, "--use_neft", "--max_steps", 1]
     runs["refused"] = [*ZERO2, "--document_mask", "on", "--dataset", plain]
     for name, flags in runs.items():
         here = folder / name
@@ -67,6 +79,8 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
         common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
         common += ["--micro_batch_size", 8]
         specs.append({"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]]})
+        if name in NOISE_RUNS:
+            specs[-1].update(script="train_sft.py", noise=True)
     launching.launch(folder, specs)
     return folder
 
@@ -127,3 +141,19 @@ def test_off_is_one_text_per_sample(jobs, part, model_dir, float32):
 def test_data_without_documents_is_refused(jobs):
     error = json.loads((jobs / "refused.json").read_text())["error"]
     assert "--document_mask on" in error and "sequence_lengths" in error and not (jobs / "refused").exists()
+
+
+@pytest.mark.parametrize("name", NOISE_RUNS)
+def test_noise_of_a_run_has_the_scale_of_each_document(jobs, name):
+    """NEFTune's alpha is 5 and the model's width 64: at most 5 / sqrt(tokens * 64), and not much less."""
+    result = json.loads((jobs / f"{name}.json").read_text())
+    assert result["error"] is None
+    tokens = [length for length, _ in result["noise"]]
+    assert len(tokens) > 5 and len(set(tokens)) > 3
+    for length, greatest in result["noise"]:
+        assert 0.97 < greatest / (5 / (length * 64) ** 0.5) < 1.001
+
+
+def test_ranks_of_a_model_copy_draw_the_same_noise(jobs):
+    for name in ("noise_sp2", "noise_split_gather"):
+        assert curve(jobs / name, "Loss") == pytest.approx(curve(jobs / "noise_tp2", "Loss"), rel=1e-5)

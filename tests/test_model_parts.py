@@ -33,11 +33,13 @@ def test_freezing_leaves_both_embeddings(model):
     assert trainable == 2 * 600 * 64 and trainable + frozen == sum(p.numel() for p in model.parameters())
 
 
-def noisy_embeddings(model, *, alpha=5.0, seed=3, data_rank=0, step=0, micro_step=0, lengths=(8, 5)):
-    ids = torch.arange(16).view(2, 8)
+def noisy_embeddings(
+    model, *, alpha=5.0, seed=3, data_rank=0, step=0, micro_step=0, lengths=(8, 5), documents=None, width=8
+):
+    ids = torch.arange(len(lengths) * width).view(len(lengths), width) % 600
     clean = model.get_input_embeddings()(ids)
     with embedding_noise(model, alpha=alpha, seed=seed, data_rank=data_rank) as noise:
-        noise.prepare(step=step, micro_step=micro_step, lengths=torch.tensor(lengths))
+        noise.prepare(step=step, micro_step=micro_step, lengths=torch.tensor(lengths), documents=documents)
         noisy = model.get_input_embeddings()(ids)
     assert torch.equal(model.get_input_embeddings()(ids), clean)
     return (noisy - clean).detach()
@@ -51,6 +53,25 @@ def test_noise_has_the_paper_s_scale_and_spares_padding(model):
         assert 0.9 * bound < noise[row, :length].abs().max() <= bound * 1.001
         assert noise[row, :length].std() == pytest.approx(bound / 3**0.5, rel=0.1)
         assert (noise[row, length:] == 0).all()
+
+
+def test_noise_of_spliced_documents_has_the_scale_of_each(model):
+    """alpha 5, width 64: 5 / sqrt(118 * 64) = 0.057536 and 5 / sqrt(393 * 64) = 0.031527; uniform: over sqrt(3)."""
+    model.train()
+    documents = torch.zeros(2, 520, dtype=torch.int64)
+    documents[0, :118], documents[0, 118:511], documents[1, :393] = 1, 2, 1
+    noise = noisy_embeddings(model, lengths=(511, 393), documents=documents, width=520)
+    for row, tokens, bound, std in (
+        (0, slice(0, 118), 0.057536, 0.033218),
+        (0, slice(118, 511), 0.031527, 0.018202),
+        (1, slice(0, 393), 0.031527, 0.018202),
+    ):
+        assert 0.99 * bound < noise[row, tokens].abs().max() < 1.0001 * bound
+        assert noise[row, tokens].std().item() == pytest.approx(std, rel=0.02)
+    assert (noise[documents == 0] == 0).all()
+    # Documents that are not kept apart are one sequence: 5 / sqrt(511 * 64) = 0.027648.
+    together = noisy_embeddings(model, lengths=(511, 393), width=520)
+    assert together[0].abs().max() < 1.0001 * 0.027648 < noise[0].abs().max()
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"data_rank": 1}, {"step": 1}, {"micro_step": 1}])

@@ -25,6 +25,7 @@ from colossal_llama2.files import write_json
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checks, loss_plot, model_card, run_report, train_log
+from colossal_llama2.train.loop import StepResult, StepTotals
 from colossal_llama2.train.metrics import TensorBoardWriter
 from colossal_llama2.train.reporting import Reporter
 from tests import launching, tiny
@@ -428,8 +429,8 @@ def test_a_gpu_s_times_are_read_one_step_later(tmp_path):
         bucket_of=lambda position: 10 + position, flops_per_token=lambda length: 1.0, peak_flops=None,
     )  # fmt: skip
     reporter.timer = LateTimer()
-    totals = SimpleNamespace(tokens=8, places=10)
-    result = SimpleNamespace(loss=1.0, grad_norm=1.0, tokens=8, by_group=())
+    totals = StepTotals(predicted=8, tokens=8, places=10, untrained_micro_batches=0, signal=None)
+    result = StepResult(loss=1.0, grad_norm=1.0, tokens=8)
     for step in (1, 2, 3):
         state = SimpleNamespace(step=step, epoch=1, sample_start_index=2 * step)
         reporter.step(state, totals, result, learning_rate=0.1, taken=2, seconds=2.0)

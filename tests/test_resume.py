@@ -6,6 +6,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.dataset.sources import resolve_data
@@ -13,6 +15,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files, verify
 from colossal_llama2.train.plan import plan_lines
+from colossal_llama2.train.schedule import CosineSchedule
 from tests import launching, tiny
 from tests.faults import damage
 from tests.preparing import plan_settings
@@ -56,6 +59,7 @@ POISONED = {
     "zero2_fp32": (0, 3, "loss"),
     "zero2_bf16": (1, 1, "gradient"),
     "zero2_fp16": (1, 3, "loss"),
+    "zero2_fp16_overflowing": (1, 1, "gradient"),
     "zero2_cpu_bf16": (0, 3, "report"),
     "gemini_bf16": (1, 1, "loss"),
     "gemini_auto_bf16": (0, 3, "gradient"),
@@ -63,6 +67,8 @@ POISONED = {
     "3d_zero0_bf16": (0, 3, "loss"),
     "3d_tp2_bf16": (1, 3, "report"),
 }
+# Of 24 samples those of the first of three steps have no trained token, and those of one more pass of all ranks.
+UNTRAINED = ("zero2_fp16", "gemini_bf16", "gemini_auto_bf16", "3d_pp2_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,7 @@ def parts(tmp_path_factory, tokenizer_dir):
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, parts, model_dir, two_sources):
+def jobs(tmp_path_factory, parts, model_dir, tokenizer_dir, two_sources):
     """Run every command of this file on two ranks: name -> (its folder, error, log)."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
@@ -100,7 +106,7 @@ def jobs(tmp_path_factory, parts, model_dir, two_sources):
     mixed = [*LAYOUTS["zero2_fp32"], "--dataset", *sources_in(two_sources), *MIXED]
     add("mixed", *mixed)
     add("mixed_again", *mixed, "--load_checkpoint", folder / "mixed" / "ckpt" / f"epoch-0_step-{MIXED_STEP}")
-    add_others(add, folder)
+    add_others(add, folder, tokenizer_dir)
     launching.launch(folder, specs, worker="resume_worker.py")
     results = {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text()) for spec in specs}
     return {name: (folder / name, result["error"], result["log"]) for name, result in results.items()}
@@ -111,7 +117,18 @@ def sources_in(two_sources):
     return [f"{name}={two_sources / name / 'arrow'}" for name in ("old", "new")]
 
 
-def add_others(add, folder: Path) -> None:
+def write_untrained(folder: Path, tokenizer_dir) -> Path:
+    """24 samples, see UNTRAINED; the masked pass is samples 16 to 19 of the run."""
+    (stream,) = Encoder(tokenizer_dir).encode([" ".join(tiny.english_documents()[200:240])])
+    order = SampleOrder(num_samples=24, micro_batch_size=4, data_size=1, accumulation_steps=2, seed=1024)
+    masked = {*order.rows(0, 0, 8), *order.rows(0, 16, 20)}
+    rows = [[1, *stream[20 * row :][: 10 + row % 9]] for row in range(24)]
+    labels = [[-100] * len(ids) if row in masked else ids for row, ids in enumerate(rows)]
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": labels}).save_to_disk(folder)
+    return folder
+
+
+def add_others(add, folder: Path, tokenizer: Path) -> None:
     """Commands on the checkpoints of zero2_fp32 and zero2_bf16, which damage copies of nothing else."""
     fp32, bf16 = LAYOUTS["zero2_fp32"], LAYOUTS["zero2_bf16"]
     middle = ("--load_checkpoint", folder / "zero2_bf16" / "ckpt" / "epoch-0_step-4")
@@ -126,8 +143,15 @@ def add_others(add, folder: Path) -> None:
     add("keeping", *fp32, "--save_interval", 1, "--keep_last", 2, "--keep_every", 5)
     for name, poison in POISONED.items():
         allowed = int(name != "zero2_fp32")
-        add(f"poisoned_{name}", *LAYOUTS[name], "--num_epochs", 1, "--save_interval", 1, "--max_bad_steps", allowed,
+        flags = LAYOUTS[name.removesuffix("_overflowing")]
+        add(f"poisoned_{name}", *flags, "--num_epochs", 1, "--save_interval", 1, "--max_bad_steps", allowed,
             poison=poison)  # fmt: skip
+    untrained = write_untrained(folder / "untrained_data", tokenizer)
+    for name in UNTRAINED:
+        flags = [*LAYOUTS[name], "--dataset", untrained, "--num_epochs", 1, "--save_interval", 1, "--warmup_steps", 2]
+        add(f"untrained_{name}", *flags)
+        add(f"untrained_{name}_again", *flags, "--load_checkpoint",
+            folder / f"untrained_{name}" / "ckpt" / "epoch-0_step-1")  # fmt: skip
     add("auto_on_nothing", *fp32, "--resume", "auto")
     ckpt = folder / "auto_on_nothing" / "ckpt"
     optimizer = ckpt / "epoch-1_step-12" / "optimizer" / "pytorch_optim-00001.safetensors"
@@ -305,6 +329,62 @@ def test_a_bad_step_updates_nothing(jobs, name):
         assert weights_and_moments(saved[step]) == weights_and_moments(saved[step - 1])
     assert weights_and_moments(saved[step + 1]) != weights_and_moments(saved[step])
     list(verify.verify(str(saved[STEPS_AN_EPOCH])))
+    # The schedule is one of six updates, of which one was not made.
+    rates = [CosineSchedule(2e-3, STEPS_AN_EPOCH, 0).learning_rate(update) for update in range(STEPS_AN_EPOCH - 1)]
+    assert [record["lr"] for record in steps_of(home)] == pytest.approx([*rates[:step], *rates[step - 1 :]])
+    assert ", 1 of them without an update (1 had a loss or gradient norm that is not finite), " in log[-1]
+
+
+def steps_of(home: Path):
+    """The lines of train_log.jsonl that are about a step."""
+    lines = (home / "ckpt" / checkpoint_files.LOG_NAME).read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "lr" in record]
+
+
+def weights_in(folder: Path):
+    """A model's tensors, by name."""
+    return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+
+
+def states_of(home: Path, step: int) -> dict:
+    return json.loads((home / "ckpt" / f"epoch-0_step-{step}" / "running_states.json").read_text())
+
+
+def test_a_gradient_that_overflows_at_every_loss_scale_is_a_bad_step(jobs):
+    home, error, log = jobs["poisoned_zero2_fp16_overflowing"]
+    tries = [line for line in log if line.startswith("step 1: gradients overflowed fp16")]
+    assert error is None and len(tries) == 21
+    assert tries[0].endswith("at a loss scale of 2,097,152; the step is repeated at 1,048,576")
+    assert tries[-1].endswith("at a loss scale of 2; the step is repeated at 1")
+    words = "the gradient norm is not finite, even at a loss scale of 1, at step 1, samples 0 to 7 of epoch 0 "
+    assert any(line.startswith(words) for line in log)
+    # The scale was not the cause, and stays.
+    first, second = states_of(home, 1), states_of(home, 2)
+    assert first["ranks"][0]["loss_scale"]["scale"] == 2**21 > second["ranks"][0]["loss_scale"]["scale"] > 2**12
+    assert (first["bad_steps"], first["overflows"]) == (1, 21) and second["overflows"] > 21
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_step_without_a_trained_token_updates_nothing_and_is_told(jobs, model_dir, name):
+    home, error, log = jobs[f"untrained_{name}"]
+    assert error is None
+    assert "--dataset: 12 of 24 samples have no trained token, all their labels are -100; they count in no loss" in log
+    assert any(line.startswith("no trained token at step 1, samples 0 to 7 of epoch 0 (rows ") for line in log)
+    assert "Done: 3 steps, 1 of them without an update (1 had no trained token), " in log[-1]
+    first, *others = steps_of(home)
+    assert first["loss"] is None and first["grad_norm"] is None and all(record["loss"] > 1 for record in others)
+    assert sorted(losses((home,))) == [2, 3]
+    # Warm-up goes on with updates alone, of two steps.
+    assert [record["lr"] for record in (first, *others)] == pytest.approx([1e-3, 1e-3, 2e-3])
+    masked = 1 if "pp2" in name else 2
+    assert [r.get("untrained_micro_batches", 0) for r in (first, *others)] == [2 * masked, 0, masked]
+    given, kept = weights_in(model_dir), weights_in(home / "ckpt" / "epoch-0_step-1" / "modeling")
+    assert len(given) == len(kept) and all(torch.equal(kept[n], value.to(kept[n].dtype)) for n, value in given.items())
+    assert states_of(home, 3)["untrained_steps"] == 1
+    assert "| of them without an update | 1 |" in (home / "ckpt" / "modeling" / "README.md").read_text()
+    again = jobs[f"untrained_{name}_again"][0] / "ckpt" / "epoch-0_step-3"
+    assert contents(again) == contents(home / "ckpt" / "epoch-0_step-3")
+    assert states_of(again.parent.parent, 3)["overflows"] == states_of(home, 3)["overflows"]
 
 
 def test_verify_accepts_whole_checkpoints(jobs):
@@ -363,7 +443,6 @@ def test_verify_compares_transformers_with_sentencepiece(jobs, tmp_path):
 def rewrite(path, change):
     """Change every tensor of a safetensors file."""
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
 
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()

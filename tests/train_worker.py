@@ -6,6 +6,8 @@ JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 
 or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and what `noting_steps` notes.
 A job has "name", "script", "flags", and may have
     moments             true: note the norm of Adam's first moment after step 1, and what steps do
+    noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
+    initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
     unrepaired          names of FAULTS to put back, and of other repairs to leave out
@@ -30,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import arguments, logs
 from colossal_llama2.errors import RunError, Stopped, UserError
+from colossal_llama2.model.neftune import EmbeddingNoise
 from colossal_llama2.train import checks, evaluation, run
-from colossal_llama2.train.engine import booster, exchange, repairs
+from colossal_llama2.train.engine import booster, exchange, loss_scale, repairs
 from colossal_llama2.train.engine.booster import Engine, launch, leave
 from colossal_llama2.train.stopping import NoSignals, StopSignals
 
@@ -147,6 +150,24 @@ def noting_steps(into: dict) -> Iterator[None]:
             yield
 
 
+@contextlib.contextmanager
+def noting_noise(into: dict) -> Iterator[None]:
+    """Within it, what NEFTune adds in its first pass on this rank is noted: [tokens, greatest number] by document."""
+    add = EmbeddingNoise.add
+
+    def noting_add(noise, module, inputs, embeddings):
+        noisy = add(noise, module, inputs, embeddings)
+        added = (noisy - embeddings).detach().abs().amax(-1)
+        for row, documents in enumerate(noise._documents if "noise" not in into else ()):
+            places = [documents == number for number in range(1, int(documents.max()) + 1)]
+            into.setdefault("noise", []).extend([int(at.sum()), float(added[row][at].max())] for at in places)
+            assert not added[row][documents == 0].any()
+        return noisy
+
+    with mock.patch.object(EmbeddingNoise, "add", noting_add):
+        yield
+
+
 def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
     """Within it, Gemini is built with these arguments too."""
     build = booster.gemini_arguments
@@ -181,6 +202,10 @@ def run_job(job: dict) -> dict:
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
             changes.enter_context(noting_steps(result))
+        if job.get("noise"):
+            changes.enter_context(noting_noise(result))
+        if "initial_scale" in job:
+            changes.enter_context(mock.patch.object(loss_scale, "INITIAL_SCALE", job["initial_scale"]))
         changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))
         for name in job.get("unrepaired", ()):
             changes.enter_context(without_repair(name))

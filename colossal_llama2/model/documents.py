@@ -88,6 +88,16 @@ def one_document_each(lengths: "torch.Tensor", width: int) -> "torch.Tensor":
     return (torch.arange(width) < lengths[:, None]).long()
 
 
+def document_lengths(documents: "torch.Tensor") -> "torch.Tensor":
+    """(batch, length) int64: how many tokens the document of each token has; 0 on padding."""
+    import torch
+
+    counts = torch.zeros(len(documents), int(documents.max()) + 1, dtype=torch.int64, device=documents.device)
+    counts.scatter_add_(1, documents, torch.ones_like(documents))
+    counts[:, 0] = 0
+    return counts.gather(1, documents)
+
+
 def position_ids(documents: "torch.Tensor") -> "torch.Tensor":
     """(batch, length) int64: the place of each token in its document."""
     import torch

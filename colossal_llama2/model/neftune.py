@@ -1,18 +1,32 @@
-"""NEFTune: uniform noise on the input embeddings while fine-tuning (Jain et al., arXiv 2310.05914)."""
+"""NEFTune: uniform noise on the input embeddings while fine-tuning (Jain et al., arXiv 2310.05914, algorithm 1).
+
+Its magnitude is alpha / sqrt(L * d) for a sequence of L tokens and width d, so that the noise of a whole sequence has
+the same expected norm however long the sequence is. The paper has one conversation in a sequence; where several are
+spliced into a sample and kept apart, each is a sequence of its own. Padding is not counted: the algorithm leaves it
+open, its sample code takes the padded length, but then the noise of a conversation would depend on what else is in
+its batch.
+"""
 
 import contextlib
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator, Optional
+
+from colossal_llama2.model.documents import document_lengths, one_document_each
+
+if TYPE_CHECKING:
+    import torch
 
 
 class NoNoise:
     """Stands for NEFTune where it is off."""
 
-    def prepare(self, *, step: int, micro_step: int, lengths) -> None:
+    def prepare(
+        self, *, step: int, micro_step: int, lengths: "torch.Tensor", documents: Optional["torch.Tensor"] = None
+    ) -> None:
         """Do nothing."""
 
 
 class EmbeddingNoise(NoNoise):
-    """Adds noise in [-1, 1] * alpha / sqrt(L * d) to the embeddings of each sample of L tokens and width d.
+    """Adds noise in [-1, 1] * alpha / sqrt(L * d) to the embeddings of each document of L tokens and width d.
 
     The noise is a function of (seed, data rank, step, micro step): partners of a tensor-parallel group draw the same,
     ranks with other data draw another, and a resumed run draws what the uninterrupted one would have.
@@ -20,14 +34,21 @@ class EmbeddingNoise(NoNoise):
 
     def __init__(self, *, alpha: float, seed: int, data_rank: int):
         self._alpha, self._seed, self._data_rank = alpha, seed, data_rank
-        self._noise_seed, self._lengths = 0, None
+        self._noise_seed, self._lengths, self._documents = 0, None, None
 
-    def prepare(self, *, step: int, micro_step: int, lengths) -> None:
-        """Set the place of the next forward pass and the (batch,) lengths of its samples."""
+    def prepare(
+        self, *, step: int, micro_step: int, lengths: "torch.Tensor", documents: Optional["torch.Tensor"] = None
+    ) -> None:
+        """Set the place of the next forward pass, and what its tokens belong to.
+
+        Args:
+            lengths: (batch,) tokens of each sample.
+            documents: (batch, length) as in model/documents.py; None if each sample is one document.
+        """
         import numpy as np
 
         words = np.random.SeedSequence([self._seed, self._data_rank, step, micro_step]).generate_state(2, np.uint32)
-        self._noise_seed, self._lengths = int(words[0]) << 32 | int(words[1]), lengths
+        self._noise_seed, self._lengths, self._documents = int(words[0]) << 32 | int(words[1]), lengths, documents
 
     def add(self, module, inputs, embeddings):
         """Forward hook of an embedding: (batch, length, width) plus noise, none on padding, none in evaluation."""
@@ -35,14 +56,14 @@ class EmbeddingNoise(NoNoise):
 
         if not module.training:
             return embeddings
-        batch, length, width = embeddings.shape
+        _, length, width = embeddings.shape
         device = embeddings.device
-        lengths = self._lengths.to(device, non_blocking=True)
+        documents = one_document_each(self._lengths, length) if self._documents is None else self._documents
+        lengths = document_lengths(documents).to(device, non_blocking=True)
         generator = torch.Generator(device).manual_seed(self._noise_seed)
         noise = torch.empty(embeddings.shape, device=device).uniform_(-1, 1, generator=generator)
         scale = self._alpha / (lengths.float() * width).sqrt()
-        is_token = torch.arange(length, device=device) < lengths[:, None]
-        noise *= scale.view(batch, 1, 1) * is_token[..., None]
+        noise *= torch.where(lengths > 0, scale, 0.0)[..., None]
         return embeddings + noise.to(embeddings.dtype)
 
 

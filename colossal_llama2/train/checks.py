@@ -9,6 +9,7 @@ from colossal_llama2.arguments import unused_flags
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets
 from colossal_llama2.dataset.loader import highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
+from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create
 from colossal_llama2.model.loading import ModelFacts, check_model_folder
@@ -137,10 +138,12 @@ def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
 
 
 def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
-    """Refuse data of another tokenizer; each rank looks through its share."""
+    """Refuse data of another tokenizer, or without a trained token; each rank looks through its share."""
     with exchange.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
+        untrained = untrained_samples(dataset, share=engine.rank, shares=engine.world_size)
     check_highest_id(exchange.max_over_ranks(highest), facts, flag=flag)
+    tell_untrained(sum(exchange.gather_values(untrained)), len(dataset), flag=flag)
 
 
 def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:

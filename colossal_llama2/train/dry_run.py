@@ -20,6 +20,7 @@ from colossal_llama2.dataset.loader import (
 )
 from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import Data
+from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, model_without_weights
 from colossal_llama2.terminal_text import show, show_line
@@ -151,17 +152,24 @@ def _inspect_data(
         return None  # told by check_inputs
     dataset = problems.check(lambda: load_tokenized_dataset(data.paths, args.document_mask))
     if dataset is not None:
-        problems.check(lambda: check_lengths(dataset, args.max_length))
+        problems.check(lambda: _check_samples(args, dataset))
         if facts is not None and has_flags:
             problems.check(lambda: checks.check_highest_id(highest_token_id(dataset, share=0, shares=1), facts))
     return dataset
 
 
+def _check_samples(args: argparse.Namespace, dataset) -> None:
+    check_lengths(dataset, args.max_length)
+    tell_untrained(untrained_samples(dataset, share=0, shares=1), len(dataset))
+
+
 def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> None:
     for one in eval_parts.load_eval_sets(args):
+        flag = f"--eval_dataset {one.name}"
+        tell_untrained(untrained_samples(one.samples, share=0, shares=1), len(one.samples), flag=flag)
         if facts is not None:
             highest = highest_token_id(one.samples, share=0, shares=1)
-            checks.check_highest_id(highest, facts, flag=f"--eval_dataset {one.name}")
+            checks.check_highest_id(highest, facts, flag=flag)
 
 
 def _initial_state(

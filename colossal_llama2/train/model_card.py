@@ -54,6 +54,7 @@ def render(
     amounts: Sequence[Amount],
     records: Iterable[Dict[str, Any]],
     tokens_seen: int,
+    skipped_steps: int = 0,
     sources: Sequence[str] = (),
     read: Sequence[SourceRead] = (),
     stages: Sequence[Dict[str, Any]] = (),
@@ -66,6 +67,7 @@ def render(
         amounts: how much data of each source and category there is.
         records: those of train_log.jsonl.
         tokens_seen: over all epochs, padding not counted.
+        skipped_steps: steps that made no update.
         sources: names of the folders of --dataset.
         read: what the run has read of each of them.
         stages: of training_history.json, the last of which is this run; all but their table is of this run alone.
@@ -79,7 +81,7 @@ def render(
         _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations, *earlier]),
         f"# {_title(stages, settings)} of {plain(base_model)}",
         _stages(base_model, stages),
-        _how(settings, tokens_seen, losses, of_last),
+        _how(settings, tokens_seen, losses, skipped_steps, of_last),
         _data(amounts, read, settings, of_last),
         _evaluation(evaluations, of_last),
         f"## Settings{of_last}\n\n" + table(["flag", "value"], told),
@@ -189,7 +191,9 @@ def final_loss(losses: Sequence[float]) -> Tuple[float, int]:
     return sum(last) / len(last), len(last)
 
 
-def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float], of_last: str) -> str:
+def _how(
+    settings: Dict[str, Any], tokens_seen: int, losses: List[float], skipped_steps: int, of_last: str
+) -> str:
     ranks, plugin = settings["world_size"], plain(settings["plugin"])
     lines = [
         f"## Training{of_last}\n",
@@ -198,6 +202,7 @@ def _how(settings: Dict[str, Any], tokens_seen: int, losses: List[float], of_las
     ]
     rows = [
         ["optimizer steps", f"{settings['total_steps']:,}"],
+        *([["of them without an update", f"{skipped_steps:,}"]] if skipped_steps else []),
         ["epochs", f"{settings['num_epochs']:,}"],
         ["tokens, padding not counted", f"{tokens_seen:,}"],
     ]

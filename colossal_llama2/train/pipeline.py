@@ -68,8 +68,9 @@ def pipeline_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", s
     parts = regroup(batches, engine.settings.microbatch_size)
 
     def more_inputs(index: int) -> Dict[str, Any]:
-        noise.prepare(step=step, micro_step=index, lengths=parts[index].lengths)
-        return engine.attention_inputs(parts[index])
+        part = parts[index]
+        noise.prepare(step=step, micro_step=index, lengths=part.lengths, documents=part.documents)
+        return engine.attention_inputs(part)
 
     def criterion(outputs, index: int):
         if parts[index].predicted or outputs.logits is None:

@@ -29,6 +29,7 @@ SCALARS = {
     "loss": "Loss",
     "lr": "Learning Rate",
     "grad_norm": "Gradient Norm",
+    "loss_scale": "Loss Scale",
     "tokens_per_second": "Tokens per Second",
     "padding_share": "Padding Share",
     "mfu": "MFU",
@@ -102,6 +103,10 @@ class Reporter(SilentReporter):
         if self._bucket_of is not None:
             record["bucket"] = self._bucket_of(state.sample_start_index - taken)
         record.update(loss=result.loss, lr=learning_rate, grad_norm=result.grad_norm, tokens=result.tokens)
+        if result.loss_scale is not None:
+            record["loss_scale"] = result.loss_scale
+        if totals.untrained_micro_batches:
+            record["untrained_micro_batches"] = totals.untrained_micro_batches
         record["tokens_per_second"] = round(result.tokens / seconds, 1)
         record["padding_share"] = round(1 - totals.tokens / totals.places, 6)
         if self._peak_flops is not None:
@@ -114,10 +119,6 @@ class Reporter(SilentReporter):
         self._late.append((record, self.timer.take()))
         if not self.timer.is_late:
             self._settle()
-        if result.grad_norm is None:
-            logs.get_logger().info(
-                "step %d: gradients overflowed fp16, no update; the loss scale is lowered", state.step
-            )
         self._progress.update(**shown(record))
 
     def _by_name(self, by_group: Sequence[float]) -> Dict[str, Dict[str, float]]:
@@ -176,9 +177,9 @@ def scalars(record: Dict[str, Any]) -> Dict[str, float]:
 def shown(record: Dict[str, Any]) -> Dict[str, str]:
     """What bar and lines tell of a step, the most important first: a narrow terminal cuts the end."""
     figures = {
-        "loss": f"{record['loss']:.4f}",
+        "loss": "no trained token" if record["loss"] is None else f"{record['loss']:.4f}",
         "lr": f"{record['lr']:.2e}",
-        "norm": "overflow" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}",
+        "norm": "none" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}",
         "tok/s": short_count(record["tokens_per_second"]),
         "epoch": str(record["epoch"]),
     }

@@ -21,7 +21,7 @@ from colossal_llama2.model.loading import ModelFacts, inspect_weights, load_llam
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming, save_folder
 from colossal_llama2.train import plan as plans
-from colossal_llama2.train.bad_steps import BadSteps
+from colossal_llama2.train.bad_steps import BadSteps, tell_overflows, without_update
 from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, expected_bytes
 from colossal_llama2.train.dry_run import dry_run
@@ -191,9 +191,10 @@ def tell_end(
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
     unread = args.num_epochs * order.num_samples - run_facts.get("first_sample", 0) - state.samples_seen
+    tell_overflows(state)
     logs.get_logger().info(
-        "Done: %d steps, %s tokens; samples that were not read: %s. The model is in %s",
-        state.step, f"{state.tokens_seen:,}", f"{unread:,}", final,
+        "Done: %d steps%s, %s tokens; samples that were not read: %s. The model is in %s",
+        state.step, without_update(state), f"{state.tokens_seen:,}", f"{unread:,}", final,
     )  # fmt: skip
 
 

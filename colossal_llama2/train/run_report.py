@@ -63,10 +63,12 @@ class RunReport:
         tokens_seen: int,
         read: Callable[[], Sequence[SourceRead]],
         stages: Callable[[], Sequence[Dict[str, Any]]] = list,
+        skipped_steps: int = 0,
     ) -> Optional[str]:
         """The README.md of the model at the end of the run; None, which is told, if it cannot be made.
 
-        `read` gives what the run has read of each source, `stages` all of the model's, the last of which is the run.
+        `read` gives what the run has read of each source, `stages` all of the model's, the last of which is the run;
+        `skipped_steps` of its steps made no update.
         """
         try:
             text = model_card.render(
@@ -78,6 +80,7 @@ class RunReport:
                 sources=self.sources,
                 records=train_log.read(Path(self.save_dir, LOG_NAME)),
                 tokens_seen=tokens_seen,
+                skipped_steps=skipped_steps,
             )
             text.encode()
             return text

@@ -124,7 +124,10 @@ class StageRecord:
 
     def card(self) -> Optional[str]:
         """The README.md of the model as it is now; None, which is logged, if it cannot be made."""
-        return self.report.card(tokens_seen=self.state.tokens_seen, read=self.read, stages=self.stages)
+        skipped = self.state.step - self.state.updates
+        return self.report.card(
+            tokens_seen=self.state.tokens_seen, skipped_steps=skipped, read=self.read, stages=self.stages
+        )
 
 
 def begin_stage(args: argparse.Namespace, plan: "LoadPlan", state: "TrainState", facts: Dict[str, Any]) -> Beginning:

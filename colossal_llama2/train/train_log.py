@@ -7,9 +7,12 @@
     {"step": 400, "evaluation": {"en": {"loss": 2.61, "bits_per_byte": 0.93}}}
     {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
 
-What a run does not know is left out; what is no number is null. A step's line is in the file before its checkpoint is
-whole, so a run that goes on from a checkpoint finds all lines up to it, and cuts away later ones. One that begins anew
-cuts away all.
+A step without a trained token has the loss null, and one whose gradient overflows fp16 at every loss scale has the
+grad_norm null; neither made an update. In fp16 there is "loss_scale", and where micro batches of a step have no trained
+token, "untrained_micro_batches" is their number. What a run does not know is left out; what is no number is null.
+
+A step's line is in the file before its checkpoint is whole, so a run that goes on from a checkpoint finds all lines up
+to it, and cuts away later ones. One that begins anew cuts away all.
 """
 
 import os

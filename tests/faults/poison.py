@@ -1,4 +1,4 @@
-"""Numbers of one rank that are spoilt at one step, as a faulty device or an outlier in the data spoils them.
+"""Numbers of one rank that are spoilt in all passes of one step, as a faulty device or an outlier spoils them.
 
     loss        loss and gradients are NaN
     gradient    the gradients are infinite, the loss is not
@@ -9,6 +9,7 @@ import contextlib
 import math
 from typing import Iterator
 
+from colossal_llama2.train import loop
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import Engine
 
@@ -16,7 +17,7 @@ from colossal_llama2.train.engine.booster import Engine
 @contextlib.contextmanager
 def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
     """Spoil what `Engine.backward` gets on a rank in the given optimizer step, counted from 1."""
-    backward, update = Engine.backward, Engine.step
+    backward, train_step = Engine.backward, loop.train_step
     done = 0
 
     def spoiling(engine, loss):
@@ -26,16 +27,17 @@ def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
         if is_hit and kind != "gradient":
             loss.data.fill_(math.nan if kind == "loss" else math.inf)
 
-    def counting(engine, **keywords):
+    def counting(*args, **keywords):
         nonlocal done
+        result = train_step(*args, **keywords)
         done += 1
-        return update(engine, **keywords)
+        return result
 
-    Engine.backward, Engine.step = spoiling, counting
+    Engine.backward, loop.train_step = spoiling, counting
     try:
         yield
     finally:
-        Engine.backward, Engine.step = backward, update
+        Engine.backward, loop.train_step = backward, train_step
 
 
 def infinite_gradient(loss):

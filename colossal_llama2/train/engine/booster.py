@@ -23,7 +23,7 @@ from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunke
 from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
 from colossal_llama2.model.freezing import train_rows_only
 from colossal_llama2.model.loading import dtype_of
-from colossal_llama2.train.engine import exchange, repairs
+from colossal_llama2.train.engine import exchange, loss_scale, repairs
 from colossal_llama2.train.loss_tally import LossTally
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ def _common_arguments(settings: EngineSettings) -> Dict[str, Any]:
     # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged. Gemini on a
     # GPU must have it: it frees a chunk that accumulates while another stream copies from it (chunk.py:556), and only
     # the host's wait for the norm keeps others from taking that memory before.
-    return {"precision": settings.precision, "max_norm": settings.max_norm or math.inf, "initial_scale": 2**16}
+    arguments: Dict[str, Any] = {"precision": settings.precision, "max_norm": settings.max_norm or math.inf}
+    return {**arguments, "initial_scale": loss_scale.INITIAL_SCALE, "hysteresis": loss_scale.HYSTERESIS}
 
 
 def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool, policy: str) -> Dict[str, Any]:
@@ -367,6 +368,8 @@ class Engine:
         self._data_group = plugin.dp_group if self._kind.is_hybrid else None
         self.data_rank, self.data_size = dist.get_rank(self._data_group), dist.get_world_size(self._data_group)
         self.model = self.optimizer = None
+        # That of the last `step`.
+        self.used_loss_scale = 1.0
         self.loss_tally = LossTally(self.device, unfed=self._why_no_rank_has_token_losses())
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
@@ -607,10 +610,11 @@ class Engine:
         Without `update`, and where the norm is no number, parameters and moments stay as they are.
 
         Returns:
-            The gradient norm before clipping, or None if fp16 overflowed and the update was skipped.
+            The gradient norm before clipping, or None if fp16 overflowed: no update was made, and the loss scale is
+            half of what it was, but for 1, which is the lowest.
         """
         self.optimizer.optim.may_update = update
-        scale = self._loss_scale()
+        self.used_loss_scale = loss_scale.scale_of(self.optimizer)
         # Every plugin keeps the norm of its last step in this attribute; a skipped step leaves it as it was.
         self.optimizer._current_grad_norm = None
         self.optimizer.step()
@@ -620,15 +624,21 @@ class Engine:
         norm = self.optimizer.get_grad_norm()
         if norm is None and self._kind.needs_moments:
             _begin_moments(self.optimizer.optim, without_gradient=True)
-        return None if norm is None else float(norm) / scale
+        # ColossalAI measures the norm before it divides the loss scale out.
+        return None if norm is None else float(norm) / self.used_loss_scale
 
-    def _loss_scale(self) -> float:
-        # ColossalAI measures the norm before it divides the loss scale out, under three attribute names.
-        for name in ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision"):
-            mixin = getattr(self.optimizer, name, None)
-            if mixin is not None:
-                return float(getattr(mixin, "loss_scale", 1.0))
-        return 1.0
+    @property
+    def next_loss_scale(self) -> float:
+        """By what the next `backward` multiplies its loss; 1 in other precisions than fp16."""
+        return loss_scale.scale_of(self.optimizer)
+
+    def remember_loss_scale(self) -> Optional[loss_scale.ScalerState]:
+        """The state of fp16's loss scale, for `put_back_loss_scale`; None in other precisions."""
+        return loss_scale.remember(self.optimizer)
+
+    def put_back_loss_scale(self, state: Optional[loss_scale.ScalerState]) -> None:
+        """Undo what steps have done to the loss scale since it was in this state."""
+        loss_scale.put_back(self.optimizer, state)
 
     @property
     def pins_batches(self) -> bool:

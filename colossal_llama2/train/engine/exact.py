@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Dict, List
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import open_to_umask, sync
+from colossal_llama2.train.engine import loss_scale
 
 if TYPE_CHECKING:
     from colossal_llama2.train.engine.booster import Engine
@@ -110,7 +111,7 @@ def rank_states(engine: "Engine") -> Dict[str, Any]:
     }
     if torch.cuda.is_available():
         states["cuda"] = _text(torch.cuda.get_rng_state().numpy())
-    scaler = _loss_scaler(engine)
+    scaler = loss_scale.scaler_of(engine.optimizer)
     if scaler is not None:
         counters = {"growth_step": scaler._growth_step, "hysteresis_step": scaler._hysteresis_step}
         states["loss_scale"] = {"scale": float(scaler._scale), **counters}
@@ -129,20 +130,11 @@ def restore_rank_states(engine: "Engine", states: Dict[str, Any]) -> None:
     torch.set_rng_state(torch.from_numpy(_array(states["torch"], np.uint8)))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.from_numpy(_array(states["cuda"], np.uint8)))
-    scaler = _loss_scaler(engine)
+    scaler = loss_scale.scaler_of(engine.optimizer)
     if scaler is not None and "loss_scale" in states:
         saved = states["loss_scale"]
         scaler._scale.fill_(saved["scale"])
         scaler._growth_step, scaler._hysteresis_step = int(saved["growth_step"]), int(saved["hysteresis_step"])
-
-
-def _loss_scaler(engine: "Engine"):
-    """The dynamic loss scale of fp16, None in other precisions. The plugins have three names for what holds it."""
-    for name in ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision"):
-        scaler = getattr(getattr(engine.optimizer, name, None), "grad_scaler", None)
-        if scaler is not None:
-            return scaler
-    return None
 
 
 def _text(array) -> str:
