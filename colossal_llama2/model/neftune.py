@@ -2,9 +2,8 @@
 
 Its magnitude is alpha / sqrt(L * d) for a sequence of L tokens and width d, so that the noise of a whole sequence has
 the same expected norm however long the sequence is. The paper has one conversation in a sequence; where several are
-spliced into a sample and kept apart, each is a sequence of its own. Padding is not counted: the algorithm leaves it
-open, its sample code takes the padded length, but then the noise of a conversation would depend on what else is in
-its batch.
+spliced into a sample and kept apart, each is a sequence of its own. Padding is not counted. The paper's sample code
+takes the padded length, by which the noise of a conversation would depend on what else is in its batch.
 """
 
 import contextlib
