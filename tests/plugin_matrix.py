@@ -54,6 +54,8 @@ class Cell:
     def __str__(self) -> str:
         if self.error:
             return self.error
+        if self.kind == "written":
+            return "right"
         return "same bits" if not self.figure else f"{self.figure:.3f}"
 
 
@@ -90,9 +92,7 @@ def different(weights: Dict, expected: Dict) -> List[str]:
     """Names of tensors that are not the same bits."""
     names = sorted(weights.keys() | expected.keys())
     return [
-        name
-        for name in names
-        if name not in weights or name not in expected or not weights[name].equal(expected[name])
+        name for name in names if name not in weights or name not in expected or not weights[name].equal(expected[name])
     ]
 
 

@@ -162,7 +162,9 @@ def portable_generation(
     kept, unusable = {}, {}
     for key, value in {**content, **ids}.items():
         allowed = RANGES.get(key)
-        is_usable = key not in NEVER_NULL if value is None else allowed is None or allowed(value)
+        # JSON has no NaN and no infinity.
+        is_json = not isinstance(value, float) or math.isfinite(value)
+        is_usable = key not in NEVER_NULL if value is None else is_json and (allowed is None or allowed(value))
         (kept if is_usable else unusable)[key] = value
     for rule in (_leave_out_unportable, _settle_sampling, _settle_beams, _settle_outputs):
         unusable.update(rule(kept, changes))
@@ -172,9 +174,7 @@ def portable_generation(
     return kept, changes
 
 
-def _portable_ids(
-    content: Dict[str, Any], name: str, *, vocab_size: Optional[int]
-) -> Tuple[Dict[str, Any], List[str]]:
+def _portable_ids(content: Dict[str, Any], name: str, *, vocab_size: Optional[int]) -> Tuple[Dict[str, Any], List[str]]:
     """The token ids that have to change, null where no token is left."""
     beyond = vocab_size if _is_count(vocab_size) else math.inf
     changed, changes = {}, []
@@ -182,9 +182,13 @@ def _portable_ids(
         ids = content.get(key)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         tokens = [index for index in listed if _is_count(index) and 0 <= index < beyond]
-        if tokens != listed:
-            changed[key] = (tokens if isinstance(ids, list) else tokens[0]) if tokens else None
-            changes.append(f"{name}: {key} {ids} is now {changed[key]}, the vocabulary has no such token")
+        # A text may end in several ways, and has one way to begin and one to be padded.
+        is_many = isinstance(ids, list) and key == "eos_token_id"
+        portable = (tokens if is_many else tokens[0]) if tokens else None
+        if portable != ids:
+            changed[key] = portable
+            reason = "one token is needed" if tokens == listed else "the vocabulary has no such token"
+            changes.append(f"{name}: {key} {ids!r:.40} is now {portable}, {reason}")
     return changed, changes
 
 
