@@ -40,7 +40,8 @@ GENERATION = {
     "null": ({"top_k": None, "num_beams": None, "do_sample": True}, {"top_k": None, "do_sample": True}),
 }
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 700), st.floats(-1, 2), st.sampled_from([math.nan, math.inf, "x", "never"]),
+    st.none(), st.booleans(), st.integers(-2, 700), st.floats(-1, 2),
+    st.sampled_from([math.nan, math.inf, "x", "never"]),
     st.lists(st.integers(-1, 3), max_size=2), st.lists(st.lists(st.integers(0, 3)), max_size=1),
     st.dictionaries(st.sampled_from("ab"), st.integers(), max_size=1),
 )  # fmt: skip

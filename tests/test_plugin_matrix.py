@@ -1,4 +1,4 @@
-"""A share of the matrix of plugins that write and plugins that read (tests/plugin_matrix.py): Gemini, tied embeddings."""
+"""A share of the matrix of writing and reading plugins (tests/plugin_matrix.py): Gemini with tied embeddings."""
 
 import torch
 
