@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import exported_configs
-from colossal_llama2.model.exported_configs import ModelConfigs, portable_config, portable_generation
+from colossal_llama2.model.exported_configs import (
+    ModelConfigs,
+    portable_config,
+    portable_generation,
+    with_moved_settings,
+)
 from colossal_llama2.train.small_files import json_bytes, model_files
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
@@ -100,7 +105,12 @@ def test_generation_settings_leave_config_json():
     kept, moved, changes = portable_config({**config, "auto_map": {"AutoModel": "x.py"}})
     assert kept == {"vocab_size": 600, "pad_token_id": None, "hidden_size": 4}
     assert moved == {"temperature": 0.5, "max_length": 99}
-    assert [change.split(":")[1].split()[0] for change in changes] == ["pad_token_id", "auto_map", "max_length"]
+    assert [change.split(":")[1].split()[0] for change in changes] == ["pad_token_id", "auto_map"]
+    own = {"temperature": 0.7, "top_p": 0.5}
+    content, changes = with_moved_settings(own, moved)
+    assert content == {**own, "max_length": 99}
+    assert "max_length 99 moved" in changes[0] and "temperature 0.5 left out" in changes[1]
+    assert with_moved_settings(own, {"top_p": 0.5}) == (own, [])
 
 
 def old_mirror(model_dir, folder, *, generation=None, **config):

@@ -122,10 +122,9 @@ class ModelConfigs:
         self.config, moved, self.changes = portable_config(config)
         # Without the file, transformers takes the ids of config.json.
         ids = {key: self.config[key] for key in TOKEN_ID_KEYS if self.config.get(key) is not None}
-        self.generation, changes = portable_generation(
-            {**moved, **(ids if own is None else own)}, vocab_size=config.get("vocab_size")
-        )
-        self.changes += changes
+        content, moves = with_moved_settings(ids if own is None else own, moved)
+        self.generation, changes = portable_generation(content, vocab_size=config.get("vocab_size"))
+        self.changes += moves + changes
 
     @property
     def end_token_ids(self) -> List[int]:
@@ -142,16 +141,24 @@ class ModelConfigs:
 
 
 def portable_config(config: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], List[str]]:
-    """What config.json should hold, what of it belongs into generation_config.json, and what was changed."""
+    """What config.json should hold, what of it belongs in generation_config.json, and what was changed."""
     found = {key: config[key] for key in DEFAULTS if key in config}
     moved = {key: value for key, value in found.items() if value is not None and value != DEFAULTS[key]}
     kept = {key: value for key, value in config.items() if key not in found and key not in CODE_KEYS}
     ids, changes = _portable_ids(kept, CONFIG_FILE, vocab_size=config.get("vocab_size"))
     if "auto_map" in config:
         changes.append(f"{CONFIG_FILE}: auto_map is left out, it names code")
-    if moved:
-        changes.append(f"{CONFIG_FILE}: {_listed(moved)} belong into {GENERATION_CONFIG_FILE}")
     return {**kept, **ids}, moved, changes
+
+
+def with_moved_settings(content: Dict[str, Any], moved: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """generation_config.json with the settings of config.json that it has not, and what was changed."""
+    new = {key: value for key, value in moved.items() if key not in content}
+    old = {key: value for key, value in moved.items() if content.get(key, value) != value}
+    changes = [f"{CONFIG_FILE}: {_listed(new)} moved to {GENERATION_CONFIG_FILE}"] if new else []
+    if old:
+        changes.append(f"{CONFIG_FILE}: {_listed(old)} left out, since generate() reads {GENERATION_CONFIG_FILE}")
+    return {**new, **content}, changes
 
 
 def portable_generation(
@@ -170,7 +177,7 @@ def portable_generation(
         unusable.update(rule(kept, changes))
     told = {key: value for key, value in unusable.items() if value is not None and value != DEFAULTS.get(key)}
     if told:
-        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(told)} left out, generate() would refuse or ignore that")
+        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(told)} left out, since generate() refuses or ignores it")
     return kept, changes
 
 
@@ -215,11 +222,11 @@ def _settle_sampling(content: Dict[str, Any], changes: List[str]) -> Dict[str, A
     if not values or content.get("do_sample") is True:
         return {}
     if "do_sample" in content or content.get("num_beams", 1) > 1:
-        # Of beams, too, they are for those that sample.
+        # Beam search does not sample unless it is told to.
         return _taken_out(content, values)
     content["do_sample"] = True
     told = _listed({key: content[key] for key in values})
-    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, {told} are for sampling")
+    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, since {told} are for sampling")
     return {}
 
 

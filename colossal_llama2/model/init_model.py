@@ -28,6 +28,7 @@ from colossal_llama2.model.exported_configs import (
     TOKEN_ID_KEYS,
     portable_config,
     portable_generation,
+    with_moved_settings,
 )
 from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE, shard_names
 from colossal_llama2.model.safetensors_stream import (
@@ -311,12 +312,13 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
     if dtype != "source":
         # transformers 5 says "dtype" for what 4 calls "torch_dtype".
         changed["dtype" if "dtype" in changed and "torch_dtype" not in changed else "torch_dtype"] = dtype
-    changed, generation, changes = portable_config(changed)
+    changed, settings, changes = portable_config(changed)
+    own = {}
     if (source / GENERATION_CONFIG_FILE).is_file():
-        own = read_json(source / GENERATION_CONFIG_FILE)
-        generation.update(_with_moved_ids(own, GENERATION_CONFIG_FILE, rows))
-    portable, more = portable_generation(generation, vocab_size=rows.vocab_size)
-    for change in [*changes, *more]:
+        own = _with_moved_ids(read_json(source / GENERATION_CONFIG_FILE), GENERATION_CONFIG_FILE, rows)
+    generation, moves = with_moved_settings(own, settings)
+    portable, others = portable_generation(generation, vocab_size=rows.vocab_size)
+    for change in [*changes, *moves, *others]:
         logs.get_logger().info("%s", change)
     write_json(folder / CONFIG_FILE, changed)
     if generation:

@@ -181,9 +181,9 @@ def _note(errors: List[Exception], write: Callable[[], None]) -> None:
 def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
     """Let ColossalAI write a model's tensors, each once, and no configuration.
 
-    checkpoint_io/utils.py:576 saves generation_config.json by a method that raises at values which it only warned of
-    when it read them; whoever saves a model knows what belongs into both files (exported_configs.py). Tied embeddings
-    are written by the first of their names alone, as transformers does it. The plugins write them by both: ZeRO
+    checkpoint_io/utils.py:576 saves generation_config.json with a method that raises an error for values that caused
+    a mere warning when they were read. The caller writes both configurations instead (model/exported_configs.py).
+    Tied embeddings are written under the first of their names only, as transformers does. ColossalAI writes both: ZeRO
     (general_checkpoint_io.py:231), Gemini (gemini_ddp.py:934) and the last stage of a pipeline.
     """
     import safetensors.torch
