@@ -247,6 +247,10 @@ class Checkpointer:
         partial, aside = (final.with_name(final.name + suffix) for suffix in (PARTIAL_SUFFIX, OLD_SUFFIX))
         try:
             self._make_folders(partial)
+            # Here every rank writes a file of its own, and it may be another host that does.
+            with exchange.all_or_none():
+                (partial / exact.MASTERS_NAME).mkdir(exist_ok=True)
+                (partial / exact.MASTERS_NAME / f"rank-{self._engine.rank:05d}").touch()
             self._write_small_files(state, partial)
             with self._engine.first_rank_only() as first:
                 if first:
