@@ -142,6 +142,7 @@ OPTIONS = {
     "recomputing": Option(flags=("--use_grad_checkpoint",)),
     "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
     "tied": Option(model="tied"),
+    "biases": Option(model="biased"),
     "full rows": Option(data="full"),
     "documents": Option(flags=("--document_mask", "on"), data="spliced"),
     "with logits": Option(flags=("--chunked_loss", "off")),
@@ -185,8 +186,10 @@ class Case:
     is_refused: bool = False
 
     @property
-    def _is_tied_pipeline(self) -> bool:
-        return self.option.model == "tied" and "--pp" in self.layout.flags
+    def _holds_parts_twice(self) -> bool:
+        # Both ends of a pipeline hold tied embeddings, and tensor parallelism splits some of the biases.
+        split_by = {"tied": "--pp", "biased": "--tp"}.get(self.option.model)
+        return split_by in self.layout.flags
 
     def spec(self, folder: Path, models: Dict[str, Path], parts: Dict[str, List[str]]) -> dict:
         """The command, for train_worker.py."""
@@ -199,8 +202,8 @@ class Case:
             "name": self.name.replace(" ", "_"),
             "script": "train.py",
             "flags": [str(flag) for flag in flags],
-            # Both ends of a pipeline hold tied embeddings, which a sum over ranks would count twice.
-            "moments": not self._is_tied_pipeline,
+            # A sum over ranks would count them twice.
+            "moments": not self._holds_parts_twice,
             "plugin_arguments": dict(self.layout.plugin_arguments),
             "lifted": self.is_refused,
         }
@@ -402,6 +405,7 @@ def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, Li
     models = {
         "plain": plain,
         "tied": tiny.make_model(folder / "tied", tokenizer, tie=True),
+        "biased": tiny.make_model(folder / "biased", tokenizer, biases=True),
         "deep": tiny.make_model(folder / "deep", tokenizer, layers=3),
         "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
     }

@@ -67,16 +67,20 @@ def halve_matrices(model) -> None:
     linear = torch.nn.functional.linear
 
     def by_rows(module):
-        return lambda x: torch.cat([linear(x, part) for part in module.weight.chunk(2)], -1)
+        return lambda x: _with_bias(torch.cat([linear(x, part) for part in module.weight.chunk(2)], -1), module)
 
     def by_columns(module):
-        return lambda x: sum(map(linear, x.chunk(2, -1), module.weight.chunk(2, 1)))
+        return lambda x: _with_bias(sum(map(linear, x.chunk(2, -1), module.weight.chunk(2, 1))), module)
 
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
             module.forward = by_rows(module)
         elif name.endswith(("o_proj", "down_proj")):
             module.forward = by_columns(module)
+
+
+def _with_bias(output: torch.Tensor, module) -> torch.Tensor:
+    return output if module.bias is None else output + module.bias
 
 
 def unspliced(samples, document_lengths):

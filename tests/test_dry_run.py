@@ -241,6 +241,21 @@ def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    write_json(model / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1})
+    words = ["--pretrained", str(model), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
+    with caplog.at_level("INFO"):
+        dry_run.dry_run(arguments.train_parser().parse_args(words))
+    assert "do_sample is now true" in caplog.text and "pad_token_id -1 is now None" in caplog.text
+    (model / "generation_config.json").write_text('{"note": "\\ud800"}')
+    with pytest.raises(UserError, match="generation_config.json: .* is not UTF-8"):
+        dry_run.dry_run(arguments.train_parser().parse_args(words))
+    with pytest.raises(UserError, match="--tensorboard_dir: the name 'tb.udcff' is not UTF-8"):
+        checks.check_inputs(arguments.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
+
+
 def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -152,6 +152,8 @@ def add_others(add, folder: Path, tokenizer: Path) -> None:
         add(f"untrained_{name}", *flags)
         add(f"untrained_{name}_again", *flags, "--load_checkpoint",
             folder / f"untrained_{name}" / "ckpt" / "epoch-0_step-1")  # fmt: skip
+    (folder / "unsavable" / "ckpt" / "latest").mkdir(parents=True)
+    add("unsavable", *fp32)
     add("auto_on_nothing", *fp32, "--resume", "auto")
     ckpt = folder / "auto_on_nothing" / "ckpt"
     optimizer = ckpt / "epoch-1_step-12" / "optimizer" / "pytorch_optim-00001.safetensors"
@@ -270,6 +272,13 @@ def test_a_stage_goes_on_in_the_data_of_another(jobs):
     assert any(line.startswith("Data: going on from") and line.endswith("epoch 0, sample 24") for line in log)
     assert any(line.startswith("Done: 9 steps") and "were not read: 4." in line for line in log)
     assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]
+
+
+def test_a_folder_that_takes_no_checkpoint_is_refused_before_step_1(jobs):
+    home, error, log = jobs["unsavable"]
+    assert "no checkpoint can be written there" in error and "latest is a folder; remove it" in error
+    assert not any(line.startswith("Saved") for line in log) and not (home / "tb").exists()
+    assert not [path.name for path in (home / "ckpt").iterdir() if path.name.startswith("epoch-")]
 
 
 def test_old_checkpoints_go_but_never_the_newest(jobs):

@@ -13,6 +13,7 @@ from typing import Dict, List
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
@@ -113,6 +114,19 @@ ROWS_RUNS = {
     "rows_gemini_auto_bf16": [*BF16, "--plugin", "gemini_auto", "--micro_batch_size", "4", "--accumulation_steps", "2"],
     "rows_tp2_bf16": [*BF16, *TP2],
 }
+TIED_ROWS_RUNS = {
+    "rows_tied": [*FP32, "--plugin", "zero2"],
+    "rows_tied_gemini": [*BF16, "--plugin", "gemini"],
+    "rows_tied_tp2": [*FP32, *TP2, "--zero", "0"],
+    "rows_tied_pp2": [*FP32, *PP2, "--zero", "0"],
+}
+OLD_MIRROR_RUNS = {
+    "mirror_zero2": [*BF16, "--plugin", "zero2"],
+    "mirror_gemini": [*BF16, "--plugin", "gemini"],
+    "mirror_tp2": [*BF16, *TP2],
+    "mirror_pp2": [*BF16, *PP2],
+}
+BIASED_RUNS = ["biased_3d_tp2_ring", "biased_3d_tp2_split_gather_accumulating", "biased_3d_tp2_ring_unrepaired"]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +144,27 @@ def full_parts(tmp_path_factory, tokenizer_dir) -> List[str]:
 def tied_model_dir(tmp_path_factory, tokenizer_dir) -> Path:
     """A model whose input and output embeddings are one matrix."""
     return tiny.make_model(tmp_path_factory.mktemp("tied") / "model", tokenizer_dir, tie=True)
+
+
+@pytest.fixture(scope="module")
+def biased_model_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """A model with attention_bias and mlp_bias."""
+    return tiny.make_model(tmp_path_factory.mktemp("biased") / "model", tokenizer_dir, biases=True)
+
+
+@pytest.fixture(scope="module")
+def old_mirror_dir(tmp_path_factory, tied_model_dir) -> Path:
+    """A model as some mirrors ship it: both names of tied embeddings, and configurations that cannot be saved."""
+    folder = tmp_path_factory.mktemp("old") / "model"
+    shutil.copytree(tied_model_dir, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": -1, "max_length": 99}))
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": -1, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +205,7 @@ def grown_model_dir(tmp_path_factory, odd_model_dir) -> Path:
 @pytest.fixture(scope="module")
 def jobs(
     tmp_path_factory, parts, full_parts, model_dir, odd_model_dir, grown_model_dir, tied_model_dir, small_model_dir,
-    three_headed_dir,
+    three_headed_dir, biased_model_dir, old_mirror_dir,
 ) -> Dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
@@ -192,13 +227,20 @@ def jobs(
     for name, flags in ROWS_RUNS.items():
         add(name, *flags, "--train_new_rows_only", model=grown_model_dir)
     grown_and_tied = grown(tied_model_dir, folder / "grown_and_tied", NEW_ROWS[:1])
-    add("rows_tied", *FP32, "--plugin", "zero2", "--train_new_rows_only", model=grown_and_tied)
     for name, flags in FLOAT16_RUNS.items():
         add(name, *flags, initial_scale=INITIAL_SCALE)
     add(
         "overflow_unrepaired", *FLOAT16_RUNS["gemini_fp16_accumulating"], initial_scale=INITIAL_SCALE,
         unrepaired=["forget_skipped"],
     )  # fmt: skip
+    for name, flags in TIED_ROWS_RUNS.items():
+        add(name, *flags, "--train_new_rows_only", "--max_steps", "3", model=grown_and_tied)
+    for name, flags in OLD_MIRROR_RUNS.items():
+        add(name, *flags, "--max_steps", "1", model=old_mirror_dir)
+    for name in BIASED_RUNS:
+        flags = FLOAT32_RUNS[name.removeprefix("biased_").removesuffix("_unrepaired")]
+        repairs = ["sum_split_biases"] if name.endswith("_unrepaired") else []
+        add(name, *flags, model=biased_model_dir, unrepaired=repairs)
     add("tied", *FP32, "--plugin", "zero2", model=tied_model_dir)
     add("tied_gemini", *BF16, "--plugin", "gemini", model=tied_model_dir)
     add("tied_tp2", *FP32, *TP2, "--zero", "0", model=tied_model_dir)
@@ -405,10 +447,12 @@ def test_new_rows_alone_are_trained(jobs, parts, grown_model_dir, name):
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=20 * tolerance)
 
 
-def test_new_rows_of_tied_embeddings(jobs, tied_model_dir):
-    assert jobs["rows_tied"].error is None
-    before = AutoModelForCausalLM.from_pretrained(tied_model_dir).lm_head.weight
-    after = AutoModelForCausalLM.from_pretrained(jobs["rows_tied"].model).lm_head.weight
+@pytest.mark.parametrize("name", TIED_ROWS_RUNS)
+def test_new_rows_of_tied_embeddings(jobs, tied_model_dir, name):
+    assert jobs[name].error is None
+    dtype = torch.bfloat16 if name.endswith("gemini") else torch.float32
+    before = AutoModelForCausalLM.from_pretrained(tied_model_dir).lm_head.weight.to(dtype).float()
+    after = AutoModelForCausalLM.from_pretrained(jobs[name].model).lm_head.weight
     begin, end = NEW_ROWS[0]
     same = (after.view(torch.int32) == before.view(torch.int32)).all(1)
     assert same[:begin].all() and same[end:].all() and not same[begin:end].any()
@@ -448,6 +492,28 @@ def test_tied_embeddings_train_and_save(jobs, parts, tied_model_dir, name, toler
     assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
     model = AutoModelForCausalLM.from_pretrained(jobs[name].model)
     assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", OLD_MIRROR_RUNS)
+def test_an_old_mirror_is_saved_in_the_form_of_today(jobs, name):
+    assert jobs[name].error is None
+    stored = {key for path in jobs[name].model.glob("*.safetensors") for key in load_file(path)}
+    index = json.loads((jobs[name].model / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in stored and set(index["weight_map"]) == stored
+    model, report = AutoModelForCausalLM.from_pretrained(jobs[name].model, output_loading_info=True)
+    assert not any(report.values()) and model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.pad_token_id is None and model.config.max_length == 20
+    generation = json.loads((jobs[name].model / "generation_config.json").read_text())
+    assert generation["do_sample"] and (generation["temperature"], generation["max_length"]) == (0.9, 99)
+
+
+def test_biases_under_sequence_parallelism(jobs, parts, biased_model_dir):
+    trace = reference.train(biased_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+    *ours, unrepaired = (jobs[name] for name in BIASED_RUNS)
+    for job in ours:
+        assert job.error is None and job.scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=1e-5)
+        assert distance(weights_of(job), trace.weights) < 1e-4
+    assert unrepaired.scalars("Gradient Norm") != pytest.approx(trace.grad_norms, rel=1e-4)
 
 
 def test_weights_alone_start_a_new_run(jobs):

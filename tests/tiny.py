@@ -27,7 +27,14 @@ def make_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
 
 
 def make_model(
-    folder: Path, tokenizer_dir: Path, *, tie: bool = False, heads: int = 4, layers: int = 2, dtype: str = "float32"
+    folder: Path,
+    tokenizer_dir: Path,
+    *,
+    tie: bool = False,
+    heads: int = 4,
+    layers: int = 2,
+    dtype: str = "float32",
+    biases: bool = False,
 ) -> Path:
     """Write a LLaMA with random weights and the tokenizer of `tokenizer_dir` to `folder` (may be the same)."""
     import torch
@@ -45,8 +52,13 @@ def make_model(
         max_position_embeddings=4096,
         tie_word_embeddings=tie,
         torch_dtype=dtype,
+        attention_bias=biases,
+        mlp_bias=biases,
     )
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    for name, param in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(param, std=0.02)
     model.save_pretrained(folder)
     if folder != tokenizer_dir:
         for path in tokenizer_dir.iterdir():

@@ -12,6 +12,9 @@ from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
+from colossal_llama2.model.exported_configs import ModelConfigs, generation_config_unread
+from colossal_llama2.model.loading import shard_names
+from colossal_llama2.model.tied_weights import check_is_one_matrix
 from colossal_llama2.terminal_text import show
 
 # The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
@@ -230,13 +233,14 @@ def _read_weights(folder: Path, *, given: str, dtype):
     from transformers import AutoModelForCausalLM
 
     try:
-        with warnings.catch_warnings():
-            # What generation_config.json holds is not used, so its contradictions are nobody's concern.
+        configs = ModelConfigs(folder)
+        with warnings.catch_warnings(), generation_config_unread():
+            # Of settings of generation, the ids that end a text are all that is used.
             warnings.simplefilter("ignore", UserWarning)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model_path {given} cannot be loaded: {_first_line(error)}; save or copy the model again")
     if report["missing_keys"]:
         # transformers would fill them with random numbers.
@@ -244,6 +248,12 @@ def _read_weights(folder: Path, *, given: str, dtype):
         raise UserError(
             f"--model_path {given} lacks {len(names)} of its weights, such as {names[0]}; save or copy the model again"
         )
+    if getattr(model.config, "tie_word_embeddings", False):
+        # transformers takes the input embedding for both.
+        problem = check_is_one_matrix(folder, shard_names(str(folder)))
+        if problem:
+            get_logger().warning(problem)
+    model.generation_config.eos_token_id = configs.end_token_ids or None
     return model
 
 

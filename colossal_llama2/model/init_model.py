@@ -23,14 +23,14 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create, copy_files, read_json, sync, temporary_folder, write_json
-from colossal_llama2.model.loading import (
-    CONFIG_FILE,
+from colossal_llama2.model.exported_configs import (
     GENERATION_CONFIG_FILE,
-    INDEX_FILE,
-    NEW_ROWS_KEY,
-    WEIGHTS_FILE,
-    shard_names,
+    TOKEN_ID_KEYS,
+    portable_config,
+    portable_generation,
+    with_moved_settings,
 )
+from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE, shard_names
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -40,6 +40,7 @@ from colossal_llama2.model.safetensors_stream import (
     target_size,
     write_shard,
 )
+from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING, check_is_one_matrix
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
 from colossal_llama2.terminal_text import show_line
@@ -50,12 +51,9 @@ from colossal_llama2.tokenizer.report import REPORT_FILE
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
 # Weights keep the source's names, which an index lists beside them; a run that was killed may leave some without one.
 WEIGHTS_NAME = re.compile(r"model(-\d+(-of-\d+)?)?\.safetensors")
-INPUT_EMBEDDING = "model.embed_tokens.weight"
-OUTPUT_EMBEDDING = "lm_head.weight"
 MATRICES = (INPUT_EMBEDDING, OUTPUT_EMBEDDING)
 # What goes with the tokenizer: its files, and the report of init_tokenizer.py.
 COPIED_FILES = (*TOKENIZER_FILES, REPORT_FILE)
-TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -252,6 +250,10 @@ def _check_matrices(shards: List[Shard], config: dict) -> int:
             f"the embedding of {folder} is {rows} x {columns}, but its {CONFIG_FILE} says vocab_size "
             f"{config['vocab_size']} and hidden_size {config.get('hidden_size')}; give files that belong together"
         )
+    if config.get("tie_word_embeddings"):
+        problem = check_is_one_matrix(folder, [shard.path.name for shard in shards])
+        if problem:
+            raise UserError(problem)
     return rows
 
 
@@ -314,10 +316,17 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
     if dtype != "source":
         # transformers 5 says "dtype" for what 4 calls "torch_dtype".
         changed["dtype" if "dtype" in changed and "torch_dtype" not in changed else "torch_dtype"] = dtype
-    write_json(folder / CONFIG_FILE, changed)
+    changed, settings, changes = portable_config(changed)
+    own = {}
     if (source / GENERATION_CONFIG_FILE).is_file():
-        generation = read_json(source / GENERATION_CONFIG_FILE)
-        write_json(folder / GENERATION_CONFIG_FILE, _with_moved_ids(generation, GENERATION_CONFIG_FILE, rows))
+        own = _with_moved_ids(read_json(source / GENERATION_CONFIG_FILE), GENERATION_CONFIG_FILE, rows)
+    generation, moves = with_moved_settings(own, settings)
+    portable, others = portable_generation(generation, vocab_size=rows.vocab_size)
+    for change in [*changes, *moves, *others]:
+        logs.get_logger().info("%s", change)
+    write_json(folder / CONFIG_FILE, changed)
+    if generation:
+        write_json(folder / GENERATION_CONFIG_FILE, portable)
 
 
 def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:

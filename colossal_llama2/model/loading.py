@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.exported_configs import CONFIG_FILE, ModelConfigs, generation_config_unread
+from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
 
 # Old checkpoints store this constant, which the model computes by itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 # In config.json: the rows that init_model.py added to the embeddings, as [begin, end) ranges of token ids.
@@ -62,17 +62,18 @@ def check_model_folder(path: str, flag: str) -> None:
 def inspect_weights(path: str) -> ModelFacts:
     """Compare names and shapes of the stored weights with what the config asks for, without reading the weights.
 
+    Only embeddings that are tied and stored twice are read.
+
     Raises:
-        UserError: a weight is missing, unknown, or of another shape.
+        UserError: a weight is missing, unknown, or of another shape; tied embeddings differ.
     """
     model = model_without_weights(path)
     config = model.config
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
     stored = {name: shape for name, shape in _stored_shapes(path).items() if not name.endswith(COMPUTED_SUFFIX)}
     if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
+        for shapes in (expected, stored):
+            shapes.pop(OUTPUT_EMBEDDING, None)
     problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
     problems += [f"has the unknown weight {name}" for name in stored.keys() - expected.keys()]
     problems += [
@@ -83,6 +84,9 @@ def inspect_weights(path: str) -> ModelFacts:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{path}: {sorted(problems)[0]}{more}; weights and config.json must be of the same model")
+    problem = check_is_one_matrix(Path(path), shard_names(path)) if config.tie_word_embeddings else None
+    if problem:
+        raise UserError(problem)
     # One weight, if they are tied.
     embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return ModelFacts(
@@ -102,9 +106,10 @@ def model_without_weights(path: str):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    content = ModelConfigs(Path(path)).config
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM(LlamaConfig.from_pretrained(path))
+            return LlamaForCausalLM(LlamaConfig.from_dict(content))
     except Exception as error:  # what transformers raises for an entry that it cannot use is not told anywhere
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); mend the file")
@@ -156,8 +161,11 @@ def load_llama(path: str, *, precision: str, attention: str):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
-    config = LlamaConfig.from_pretrained(path, attn_implementation=attention)
-    return LlamaForCausalLM.from_pretrained(path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True)
+    config = LlamaConfig.from_dict(ModelConfigs(Path(path)).config, attn_implementation=attention)
+    with generation_config_unread():
+        return LlamaForCausalLM.from_pretrained(
+            path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True
+        )
 
 
 def dtype_of(precision: str):

@@ -24,19 +24,18 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import contents_of, read_json, write_contents, write_json
-from colossal_llama2.model.loading import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama2.files import read_json, write_contents, write_json
 from colossal_llama2.model.training_history import HISTORY_FILE, read_history
 from colossal_llama2.publishing import publish
-from colossal_llama2.tokenizer import TOKENIZER_FILES
 from colossal_llama2.train import checkpoint_files
-from colossal_llama2.train.checkpoint_files import MODEL_NAME, PARTIAL_SUFFIX
+from colossal_llama2.train.checkpoint_files import LATEST_NAME, MODEL_NAME, OLD_SUFFIX, PARTIAL_SUFFIX
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.reporting import SilentReporter
 from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.schedule import CosineSchedule
+from colossal_llama2.train.small_files import json_bytes, model_files
 
 if TYPE_CHECKING:
     from colossal_llama2.train.engine.booster import Engine
@@ -45,7 +44,6 @@ STATES_NAME = "running_states.json"
 SCHEDULE_NAME = "lr_scheduler"
 OPTIMIZER_NAME = "optimizer"
 CARD_NAME = "README.md"
-CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ class Checkpointer:
             history: called on rank 0; what goes into training_history.json of a model that is saved, None for no file.
         """
         self._engine, self._save_interval, self._schedule, self._facts = engine, save_interval, schedule, facts
-        self._save_dir, self._small_files, self._config = Path(save_dir), {}, {}
+        self._save_dir, self._model_files = Path(save_dir), {}
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
         self._row_health, self._history = row_health, history
         # Is told of saves.
@@ -183,9 +181,7 @@ class Checkpointer:
         self.pause_seconds: Optional[float] = None
         with engine.first_rank_only() as first:
             if first:
-                self._config = read_json(Path(model_path, CONFIG_FILE))
-                self._small_files = contents_of(Path(tokenizer_path), TOKENIZER_FILES)
-                self._small_files.update(contents_of(Path(model_path), (GENERATION_CONFIG_FILE,)))
+                self._model_files = model_files(model_path, tokenizer_path, engine.settings.precision)
 
     def save(self, state: TrainState, *, epoch_ends: bool) -> None:
         """Write a checkpoint if this step is one to save at."""
@@ -211,10 +207,8 @@ class Checkpointer:
             written = time.monotonic()
             self._seal(partial, final)
         except (UserError, RunError) as error:
-            # What is written takes the room, so it goes. Nobody leaves before: whoever does takes the others along.
-            with self._engine.first_rank_only() as first:
-                if first:
-                    shutil.rmtree(partial, ignore_errors=True)
+            # What is written takes the room, so it goes.
+            self._remove(partial)
             raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
         self._last_saved, self._last_step = final, state.step
         self.pause_seconds = time.monotonic() - start
@@ -242,24 +236,70 @@ class Checkpointer:
                 self._save_dir.mkdir(parents=True, exist_ok=True)
                 checkpoint_files.check_room(self._save_dir, self._expected_bytes)
 
+    def rehearse(self, state: TrainState) -> None:
+        """Write a checkpoint without its tensors, give it another name, and remove it. Called on all ranks.
+
+        What can fail by the folder, the names or the content of small files fails here, before step 1.
+
+        Raises:
+            UserError, RunError: on all ranks.
+        """
+        self.check_room()
+        final = self._save_dir / f"epoch-{state.epoch}_step-{state.step}"
+        # Names that a later run removes, if this one dies here.
+        partial, aside = (final.with_name(final.name + suffix) for suffix in (PARTIAL_SUFFIX, OLD_SUFFIX))
+        try:
+            self._make_folders(partial)
+            # Here every rank writes a file of its own, and it may be another host that does.
+            with exchange.all_or_none():
+                (partial / exact.MASTERS_NAME).mkdir(exist_ok=True)
+                (partial / exact.MASTERS_NAME / f"rank-{self._engine.rank:05d}").touch()
+            self._write_small_files(state, partial)
+            with self._engine.first_rank_only() as first:
+                if first:
+                    if (self._save_dir / LATEST_NAME).is_dir():
+                        raise UserError(f"{self._save_dir / LATEST_NAME} is a folder; remove it")
+                    entries = checkpoint_files.file_entries(partial, checkpoint_files.list_files(partial))
+                    json_bytes(entries, f"the names of the files in {partial}")
+                    publish(partial, aside, replace=True)
+        except (UserError, RunError) as error:
+            self._remove(partial, aside)
+            raise type(error)(f"--save_dir {self._save_dir}: no checkpoint can be written there ({error})")
+        self._remove(aside)
+
+    def _remove(self, *folders: Path) -> None:
+        # Nobody leaves before: whoever does takes the others along.
+        with self._engine.first_rank_only() as first:
+            for folder in folders if first else ():
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _write_parts(self, state: TrainState, partial: Path) -> None:
+        self._make_folders(partial)
+        self._engine.save_model(str(partial / MODEL_NAME))
+        self._engine.save_optimizer(str(partial / OPTIMIZER_NAME))
+        self._engine.save_masters(str(partial / exact.MASTERS_NAME))
+        self._write_small_files(state, partial)
+
+    def _make_folders(self, partial: Path) -> None:
         with self._engine.first_rank_only() as first:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
                 for name in (MODEL_NAME, OPTIMIZER_NAME):
                     (partial / name).mkdir(parents=True)
-        self._engine.save_model(str(partial / MODEL_NAME))
-        self._engine.save_optimizer(str(partial / OPTIMIZER_NAME))
-        self._engine.save_masters(str(partial / exact.MASTERS_NAME))
+
+    def _write_small_files(self, state: TrainState, partial: Path) -> None:
+        """All that is not a tensor: configurations, tokenizer, and where the run is."""
         ranks = exchange.gather_values(exact.rank_states(self._engine))
         with self._engine.first_rank_only() as first:
             if first:
-                self._write_configuration(partial / MODEL_NAME)
+                write_contents(partial / MODEL_NAME, self._model_files)
                 history = self._history() if self._history else None
                 if history is not None:
                     write_json(partial / MODEL_NAME / HISTORY_FILE, history)
                 write_json(partial / SCHEDULE_NAME, {**asdict(self._schedule), "step": state.step})
-                write_json(partial / STATES_NAME, {**state.to_dict(), **self._facts, "ranks": ranks})
+                states = {**state.to_dict(), **self._facts, "ranks": ranks}
+                json_bytes(states, STATES_NAME)
+                write_json(partial / STATES_NAME, states)
 
     def _seal(self, partial: Path, final: Path) -> None:
         """List the files, each rank hashing a share of them, and give the checkpoint its name."""
@@ -278,18 +318,6 @@ class Checkpointer:
                 checkpoint_files.write_manifest(partial, entries, saved_at=saved_at)
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes = sum(sizes.values())
-
-    def _write_configuration(self, folder: Path) -> None:
-        """Tokenizer files and, but for the weights' number format, the config that the run began with.
-
-        ColossalAI's own config.json also tells transformers which attention this run used.
-        """
-        write_contents(folder, self._small_files)
-        written = read_json(folder / CONFIG_FILE)
-        kept = {"architectures": written.get("architectures"), "torch_dtype": written.get("torch_dtype")}
-        # Entries that name code have no place in what others load.
-        safe = {key: value for key, value in self._config.items() if key not in CODE_KEYS}
-        write_json(folder / CONFIG_FILE, {**safe, **kept})
 
     def finish(self, card: Optional[Callable[[], Optional[str]]] = None) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.

@@ -11,7 +11,7 @@ from colossal_llama2.dataset.loader import highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create
+from colossal_llama2.files import check_can_create, check_is_utf8
 from colossal_llama2.model.loading import ModelFacts, check_model_folder
 from colossal_llama2.train import flags, resuming
 from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
@@ -29,6 +29,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     problems = unused_flags(args)
     problems += settings_problems(settings, world_size=flags.world_size_of(args))
     problems += dry_run_problems(args)
+    problems += utf8_problems(args)
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     if args.train_new_rows_only and args.chunked_loss == "off":
@@ -94,6 +95,18 @@ def dry_run_problems(args: argparse.Namespace) -> List[str]:
         problems.append(f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher")
     if args.dry_run and args.benchmark:
         problems.append("--dry_run takes no step, --benchmark measures some; give one of them")
+    return problems
+
+
+def utf8_problems(args: argparse.Namespace) -> List[str]:
+    """Flags that no checkpoint could hold: one sentence for each that is not UTF-8, as a path may be."""
+    problems = []
+    for name, value in vars(args).items():
+        for word in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                check_is_utf8(str(word), f"--{name}")
+            except UserError as error:
+                problems.append(str(error))
     return problems
 
 

@@ -28,10 +28,11 @@ from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming
 from colossal_llama2.train import plan as plans
 from colossal_llama2.train.activations import ModelShape
-from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
+from colossal_llama2.train.checkpoint import STATES_NAME, LoadPlan, expected_bytes
 from colossal_llama2.train.engine.booster import EngineSettings
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
+from colossal_llama2.train.small_files import json_bytes, model_files
 
 GIB = 2**30
 # Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
@@ -129,6 +130,7 @@ def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems
     if facts is not None:
         problems.check(lambda: checks.check_model_fits(args, facts))
         problems.check(lambda: _check_tokenizer(args, plan, facts))
+        problems.check(lambda: model_files(plan.model_path, flags.find_tokenizer(args, plan), args.mixed_precision))
     return facts
 
 
@@ -175,8 +177,8 @@ def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> N
 def _initial_state(
     args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
 ) -> TrainState:
-    needs_facts = plan.resume_path or args.continue_data
-    facts = description.describe_run(args, ranks, order, flags.find_tokenizer(args, plan), data) if needs_facts else {}
+    facts = description.describe_run(args, ranks, order, flags.find_tokenizer(args, plan), data)
+    json_bytes(facts, STATES_NAME)
     return resuming.initial_state(args, plan, facts, order)
 
 

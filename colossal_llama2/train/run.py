@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     save_folder.prepare(args.save_dir)
     tell_beginning(args, engine, given, order, schedule, state, report)
     checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts, record)
-    checkpointer.check_room()
+    checkpointer.rehearse(state)
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=given.model.ties_embeddings)
     with contextlib.ExitStack() as parts:
         checkpointer.reporter = parts.enter_context(

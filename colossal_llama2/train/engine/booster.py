@@ -672,12 +672,13 @@ class Engine:
             yield self.rank == 0
 
     def save_model(self, folder: str) -> None:
-        """Write the whole model as sharded safetensors with config.json. Called on all ranks."""
+        """Write the weights of the whole model as sharded safetensors. Called on all ranks."""
         from colossal_llama2.train.engine import files
 
+        ties_embeddings = self.unwrapped_model.config.tie_word_embeddings
         if self._kind.is_gemini:
             repairs.refresh_offloaded(self.optimizer)
-        with exchange.all_or_none(), files.tensors_written_apart():
+        with exchange.all_or_none(), files.weights_alone(ties_embeddings=ties_embeddings):
             self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)
         with self.first_rank_only() as first:
             if first:

@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import open_to_umask, read_json, sync, write_json
 from colossal_llama2.model.loading import INDEX_FILE
+from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
 
@@ -177,25 +178,33 @@ def _note(errors: List[Exception], write: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def tensors_written_apart() -> Iterator[None]:
-    """Let ColossalAI write models whose input and output embeddings are one tensor.
+def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
+    """Let ColossalAI write a model's tensors, each once, and no configuration.
 
-    checkpoint_io/utils.py:490 hands both names to safetensors, which refuses tensors that share memory. On a GPU the
-    copy to the host parts them; on a CPU nothing does.
+    checkpoint_io/utils.py:576 saves generation_config.json with a method that raises an error for values that caused
+    a mere warning when they were read. The caller writes both configurations instead (model/exported_configs.py).
+    Tied embeddings are written under the first of their names only, as transformers does. ColossalAI writes both: ZeRO
+    (general_checkpoint_io.py:231), Gemini (gemini_ddp.py:934) and the last stage of a pipeline.
     """
     import safetensors.torch
+    from colossalai.booster.plugin import gemini_plugin
+    from colossalai.checkpoint_io import general_checkpoint_io, hybrid_parallel_checkpoint_io
+    from colossalai.checkpoint_io.utils import StateDictSharder
 
-    save_file = safetensors.torch.save_file
+    save_file, append_param = safetensors.torch.save_file, StateDictSharder.append_param
 
-    def save_copies(tensors, path, *args, **kwargs):
-        seen = set()
-        apart = {}
-        for name, tensor in tensors.items():
-            apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-            seen.add(tensor.data_ptr())
-        _write_or_note(errors, path, lambda: save_file(apart, path, *args, **kwargs))
+    def save_and_sync(tensors, path, *args, **kwargs):
+        _write_or_note(errors, path, lambda: save_file(tensors, path, *args, **kwargs))
 
-    with _errors_at_the_end() as errors, _replaced([(safetensors.torch, "save_file", save_copies)]):
+    def append_once(sharder, name, tensor):
+        if ties_embeddings and name == OUTPUT_EMBEDDING:
+            return None, 0
+        return append_param(sharder, name, tensor)
+
+    places = [(safetensors.torch, "save_file", save_and_sync), (StateDictSharder, "append_param", append_once)]
+    modules = (gemini_plugin, general_checkpoint_io, hybrid_parallel_checkpoint_io)
+    places += [(module, "save_config_file", lambda *args, **kwargs: None) for module in modules]
+    with _errors_at_the_end() as errors, _replaced(places):
         yield
 
 

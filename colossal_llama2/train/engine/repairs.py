@@ -11,6 +11,8 @@
     gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
     fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
     skip_hidden_messages   Gemini: after each backward the host looks for the place of a message that is not shown
+    read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored by both of their names
+    sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
 """
 
 import contextlib
@@ -39,6 +41,8 @@ def install() -> None:
     ring_weight_gradients()
     wrap_to_reduce_alone()
     skip_hidden_messages()
+    read_tied_by_two_names()
+    sum_split_biases()
 
 
 def has_faults() -> bool:
@@ -229,6 +233,53 @@ def skip_hidden_messages() -> None:
         log = getattr(DistributedLogger, name)
         if not hasattr(log, "__wrapped__"):
             setattr(DistributedLogger, name, only_if_shown(log, getattr(logging, name.upper())))
+
+
+def read_tied_by_two_names() -> None:
+    """Let Gemini load a model whose tied embeddings are stored under both of their names.
+
+    zero/gemini/gemini_ddp.py:683 knows the first name of a parameter only, and line 817 refuses the second.
+    """
+    from colossalai.zero import GeminiDDP
+
+    from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
+
+    original = GeminiDDP._load_from_state_dict
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def load_by_first_name(self, state_dict, prefix, *args) -> None:
+        # Both callers pass a copy that nothing else uses: gemini_ddp.py:616 and checkpoint_io/utils.py:710.
+        if self.module.config.tie_word_embeddings:
+            state_dict.pop(prefix + OUTPUT_EMBEDDING, None)
+        original(self, state_dict, prefix, *args)
+
+    GeminiDDP._load_from_state_dict = load_by_first_name
+
+
+def sum_split_biases() -> None:
+    """Sum the gradients of row-parallel biases over the ranks that share a sample.
+
+    shardformer/layer/linear.py:592: with --sp_mode split_gather or ring, the bias is added after the sequence is split
+    again, so each rank has the bias's gradient from its own tokens alone. The weights of norms, which see split
+    sequences too, are marked so that their gradients are summed (shardformer/layer/normalization.py:187). Biases are
+    not.
+    """
+    from colossalai.shardformer.layer import linear
+    from colossalai.shardformer.layer.utils import SeqParallelUtils, is_share_sp_tp
+
+    original = linear.Linear1D_Row.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def mark_bias(self, *args, **keywords) -> None:
+        original(self, *args, **keywords)
+        if self.bias is not None and is_share_sp_tp(self.seq_parallel_mode):
+            SeqParallelUtils.marked_as_sp_partial_derived_param(self.bias)
+
+    linear.Linear1D_Row.__init__ = mark_bias
 
 
 def fill_buckets(optimizer) -> None:

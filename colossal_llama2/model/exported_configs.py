@@ -1,0 +1,289 @@
+"""config.json and generation_config.json in the form that every version of transformers loads and saves.
+
+Mirrors of LLaMA-2 from 2023 hold values that later versions warn about, refuse to save, or read differently: sampling
+values without do_sample, pad_token_id -1 for a model without a padding token, generation settings in config.json. The
+rules follow transformers 4.51.3 and 5.24 (`GenerationConfig.validate`, `PreTrainedConfig.validate_token_ids`):
+
+    token ids     An id outside the vocabulary means that there is no such token, and becomes null. nn.Embedding would
+                  take -1 for the last row, and give that row no gradient.
+    config.json   Its generation settings move to generation_config.json, where generate() reads them, unless that file
+                  has them already.
+    do_sample     If it is false, sampling values have no effect and are left out. If it is missing, generate() ignores
+                  them too, but generate(do_sample=True) samples with them. So they stay and do_sample becomes true, as
+                  in Meta's own later file. A temperature of 0 means greedy decoding.
+    the rest      What generate() would refuse or ignore is left out.
+
+Each function returns what it has changed, in words, and keeps everything else as it is.
+"""
+
+import contextlib
+import math
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from colossal_llama2.files import read_json
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Entries that name code, or how one run computed attention.
+CODE_KEYS = ("auto_map", "_attn_implementation_internal")
+
+# Generation settings that old versions wrote into config.json, and what they are if nothing is said.
+DEFAULTS: Dict[str, Any] = {
+    "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1,
+    "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0,
+    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0, "max_new_tokens": None,
+    "min_new_tokens": None, "min_p": None, "top_h": None, "penalty_alpha": None,
+}  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+# What generate() accepts, besides null.
+RANGES: Dict[str, Callable[[Any], bool]] = {
+    "do_sample": _is_flag,
+    "temperature": lambda value: _is_number(value) and value >= 0,
+    "top_k": lambda value: _is_count(value) and value >= 0,
+    "top_p": lambda value: _is_number(value) and 0 < value <= 1,
+    "min_p": lambda value: _is_number(value) and 0 <= value <= 1,
+    "top_h": lambda value: _is_number(value) and 0 < value <= 1,
+    "typical_p": lambda value: _is_number(value) and 0 < value <= 1,
+    "epsilon_cutoff": lambda value: _is_number(value) and 0 <= value < 1,
+    "eta_cutoff": lambda value: _is_number(value) and 0 <= value < 1,
+    "num_beams": lambda value: _is_count(value) and value >= 1,
+    "num_return_sequences": lambda value: _is_count(value) and value >= 1,
+    "max_length": lambda value: _is_count(value) and value >= 1,
+    "min_length": lambda value: _is_count(value) and value >= 0,
+    "max_new_tokens": lambda value: _is_count(value) and value >= 1,
+    "min_new_tokens": lambda value: _is_count(value) and value >= 0,
+    "repetition_penalty": lambda value: _is_number(value) and value > 0,
+    "length_penalty": _is_number,
+    "no_repeat_ngram_size": lambda value: _is_count(value) and value >= 0,
+    "early_stopping": lambda value: _is_flag(value) or value == "never",
+    "use_cache": _is_flag,
+    "return_dict_in_generate": _is_flag,
+    "remove_invalid_values": _is_flag,
+    "suppress_tokens": _are_counts,
+    "begin_suppress_tokens": _are_counts,
+    "forced_bos_token_id": _is_count,
+    "forced_eos_token_id": lambda value: _is_count(value) or _are_counts(value),
+    "bad_words_ids": lambda value: isinstance(value, list) and all(map(_are_counts, value)),
+    "assistant_ensemble_weight": lambda value: _is_number(value) and 0 < value < 1,
+}
+# Null means no value for most settings; these have to be one.
+NEVER_NULL = ("do_sample", "early_stopping", "num_beams", "num_return_sequences")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
+EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+# Decoding methods that one version has and another does not, arguments of generate(), and settings of a machine.
+NOT_PORTABLE = (
+    "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers",
+    "cache_implementation", "cache_config", "return_legacy_cache", "compile_config", "watermarking_config",
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer",
+    "negative_prompt_ids", "negative_prompt_attention_mask",
+)  # fmt: skip
+
+
+class ModelConfigs:
+    """Both files of a model folder, made portable.
+
+    Attributes:
+        config: what config.json should hold.
+        generation: what generation_config.json should hold.
+        changes: what is different from the folder's own files, in words.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises UserError if one of the files is damaged, or there is no config.json."""
+        config = read_json(folder / CONFIG_FILE)
+        path = folder / GENERATION_CONFIG_FILE
+        own = read_json(path) if path.is_file() else None
+        self.config, moved, self.changes = portable_config(config)
+        # Without the file, transformers takes the ids of config.json.
+        ids = {key: self.config[key] for key in TOKEN_ID_KEYS if self.config.get(key) is not None}
+        content, moves = with_moved_settings(ids if own is None else own, moved)
+        self.generation, changes = portable_generation(content, vocab_size=config.get("vocab_size"))
+        self.changes += moves + changes
+
+    @property
+    def end_token_ids(self) -> List[int]:
+        """The ids that end a text when the model generates."""
+        ends = self.generation.get("eos_token_id")
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+    def exported(self, torch_dtype: str) -> Dict[str, Dict[str, Any]]:
+        """Both files' contents by name, of a LlamaForCausalLM whose weights are stored in `torch_dtype`."""
+        # transformers 5 writes "dtype" and believes it where both are given; 4 reads "torch_dtype" alone.
+        config = {key: value for key, value in self.config.items() if key != "dtype"}
+        config.update(architectures=["LlamaForCausalLM"], torch_dtype=torch_dtype)
+        return {CONFIG_FILE: config, GENERATION_CONFIG_FILE: self.generation}
+
+
+def portable_config(config: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], List[str]]:
+    """What config.json should hold, what of it belongs in generation_config.json, and what was changed."""
+    found = {key: config[key] for key in DEFAULTS if key in config}
+    moved = {key: value for key, value in found.items() if value is not None and value != DEFAULTS[key]}
+    kept = {key: value for key, value in config.items() if key not in found and key not in CODE_KEYS}
+    ids, changes = _portable_ids(kept, CONFIG_FILE, vocab_size=config.get("vocab_size"))
+    if "auto_map" in config:
+        changes.append(f"{CONFIG_FILE}: auto_map is left out, it names code")
+    return {**kept, **ids}, moved, changes
+
+
+def with_moved_settings(content: Dict[str, Any], moved: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """generation_config.json with the settings of config.json that it has not, and what was changed."""
+    new = {key: value for key, value in moved.items() if key not in content}
+    old = {key: value for key, value in moved.items() if content.get(key, value) != value}
+    changes = [f"{CONFIG_FILE}: {_listed(new)} moved to {GENERATION_CONFIG_FILE}"] if new else []
+    if old:
+        changes.append(f"{CONFIG_FILE}: {_listed(old)} left out, since generate() reads {GENERATION_CONFIG_FILE}")
+    return {**new, **content}, changes
+
+
+def portable_generation(
+    content: Dict[str, Any], *, vocab_size: Optional[int] = None
+) -> Tuple[Dict[str, Any], List[str]]:
+    """What generation_config.json should hold, and what was changed."""
+    ids, changes = _portable_ids(content, GENERATION_CONFIG_FILE, vocab_size=vocab_size)
+    kept, unusable = {}, {}
+    for key, value in {**content, **ids}.items():
+        allowed = RANGES.get(key)
+        # JSON has no NaN and no infinity.
+        is_json = not isinstance(value, float) or math.isfinite(value)
+        is_usable = key not in NEVER_NULL if value is None else is_json and (allowed is None or allowed(value))
+        (kept if is_usable else unusable)[key] = value
+    for rule in (_leave_out_unportable, _settle_sampling, _settle_beams, _settle_outputs):
+        unusable.update(rule(kept, changes))
+    told = {key: value for key, value in unusable.items() if value is not None and value != DEFAULTS.get(key)}
+    if told:
+        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(told)} left out, since generate() refuses or ignores it")
+    return kept, changes
+
+
+def _portable_ids(content: Dict[str, Any], name: str, *, vocab_size: Optional[int]) -> Tuple[Dict[str, Any], List[str]]:
+    """The token ids that have to change, null where no token is left."""
+    beyond = vocab_size if _is_count(vocab_size) else math.inf
+    changed, changes = {}, []
+    for key in TOKEN_ID_KEYS:
+        ids = content.get(key)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        tokens = [index for index in listed if _is_count(index) and 0 <= index < beyond]
+        # A text may end in several ways, and has one way to begin and one to be padded.
+        is_many = isinstance(ids, list) and key == "eos_token_id"
+        portable = (tokens if is_many else tokens[0]) if tokens else None
+        if portable != ids:
+            changed[key] = portable
+            reason = "one token is needed" if tokens == listed else "the vocabulary has no such token"
+            changes.append(f"{name}: {key} {ids!r:.40} is now {portable}, {reason}")
+    return changed, changes
+
+
+def _taken_out(content: Dict[str, Any], keys: Sequence[str]) -> Dict[str, Any]:
+    return {key: content.pop(key) for key in keys if key in content}
+
+
+def _leave_out_unportable(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+    out = _taken_out(content, NOT_PORTABLE)
+    suppressed = set(content.get("suppress_tokens") or ())
+    for key in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = content.get(key)
+        forced = set(forced) if isinstance(forced, list) else {forced}
+        if forced <= suppressed:
+            out.update(_taken_out(content, [key]))
+    return out
+
+
+def _settle_sampling(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+    values = [key for key in SAMPLING if content.get(key, DEFAULTS[key]) not in (None, DEFAULTS[key])]
+    if content.get("temperature") == 0:
+        content["do_sample"] = False
+        changes.append(f"{GENERATION_CONFIG_FILE}: temperature 0 is now do_sample false, which is what it means")
+    if not values or content.get("do_sample") is True:
+        return {}
+    if "do_sample" in content or content.get("num_beams", 1) > 1:
+        # Beam search does not sample unless it is told to.
+        return _taken_out(content, values)
+    content["do_sample"] = True
+    told = _listed({key: content[key] for key in values})
+    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, since {told} are for sampling")
+    return {}
+
+
+def _settle_beams(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+    beams, samples = content.get("num_beams", 1), content.get("do_sample") is True
+    out = _taken_out(content, BEAMS) if beams == 1 else {}
+    most = beams if beams > 1 else math.inf if samples else 1
+    if content.get("num_return_sequences", 1) > most:
+        out.update(_taken_out(content, ["num_return_sequences"]))
+    return out
+
+
+def _settle_outputs(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+    ignored = [key for key in EXTRA_OUTPUTS if content.get(key) is True]
+    return {} if content.get("return_dict_in_generate") is True else _taken_out(content, ignored)
+
+
+def _listed(values: Dict[str, Any]) -> str:
+    return " and ".join(f"{key} {value!r:.40}" for key, value in values.items())
+
+
+def accepted_generation(content: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """The content if the installed transformers accepts it without a warning, else its token ids; and what was changed.
+
+    The rules above should leave nothing for this to find. It is for entries that they do not know.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            GenerationConfig.from_dict(dict(content)).validate()
+        reason = str(caught[0].message) if caught else None
+    except Exception as error:  # an entry may replace a method
+        reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return content, []
+    ids = {key: content[key] for key in TOKEN_ID_KEYS if key in content}
+    reason = textwrap.shorten(reason, 200)
+    return ids, [f"{GENERATION_CONFIG_FILE}: all but token ids is left out, transformers refuses it ({reason})"]
+
+
+@contextlib.contextmanager
+def generation_config_unread() -> Iterator[None]:
+    """Within it, transformers loads a model as if its folder had no generation_config.json.
+
+    Training uses nothing of that file, and values in it that `GenerationConfig` refuses would end the run.
+    """
+    from transformers import GenerationConfig
+
+    def not_read(*args, **kwargs):
+        raise OSError(f"{GENERATION_CONFIG_FILE} is not read")
+
+    own = vars(GenerationConfig)["from_pretrained"]
+    # Both loaders, transformers' own and ColossalAI's lazy one, take an OSError for a file that is not there.
+    GenerationConfig.from_pretrained = not_read
+    try:
+        yield
+    finally:
+        GenerationConfig.from_pretrained = own

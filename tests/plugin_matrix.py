@@ -1,0 +1,189 @@
+"""Which plugin reads what which plugin wrote: weights and whole checkpoints, tied and untied, on two CPU ranks.
+
+    python -m tests.plugin_matrix                                every writer with every reader, both models
+    python -m tests.plugin_matrix --layouts gemini "3d pp2" --models tied
+
+A writer trains STEPS steps in bf16 and saves in the middle. A reader takes the model of that checkpoint for one step at
+a rate that moves no number, and must write the same bits again; or it resumes the checkpoint, and must end where the
+writer did: bit for bit in the writer's own layout, elsewhere within the rounding of bf16, since float32 master weights
+are of one layout. The figure is the distance of the final weights over that from the checkpoint to the end.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from safetensors.torch import load_file
+
+from tests import launching, tiny, training_jobs
+from tests.training_jobs import GLOBAL_BATCH
+
+STEPS, SAVED = 6, 3
+# Of the distance from the checkpoint to the end. Without the moments, steps differ by as much as they are long.
+RESUMED_ALLOWED = 0.25
+# Adam moves a weight by no more than this in a step, and the smallest bf16 weights here are about 1e-8.
+NO_RATE = "1e-15"
+LAYOUTS = {
+    "zero2": ["--plugin", "zero2"],
+    "zero2_cpu": ["--plugin", "zero2_cpu"],
+    "gemini": ["--plugin", "gemini"],
+    "gemini_auto": ["--plugin", "gemini_auto"],
+    "3d": ["--plugin", "3d"],
+    "3d tp2": ["--plugin", "3d", "--tp", "2"],
+    "3d pp2": ["--plugin", "3d", "--pp", "2"],
+}
+MODELS = ("untied", "tied")
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one writer and one reader: `error` is None, or the message or what differs."""
+
+    model: str
+    writer: str
+    reader: str
+    kind: str
+    error: Optional[str]
+    figure: Optional[float] = None
+
+    def __str__(self) -> str:
+        if self.error:
+            return self.error
+        if self.kind == "written":
+            return "right"
+        return "same bits" if not self.figure else f"{self.figure:.3f}"
+
+
+def spec(name: str, home: Path, model: Path, parts: List[str], flags: List[str]) -> dict:
+    """A command for train_worker.py."""
+    batch = GLOBAL_BATCH if "--tp" in flags or "--pp" in flags else GLOBAL_BATCH // 2
+    common = training_jobs.common_flags(home, model, parts)
+    words = [*common, "--mixed_precision", "bf16", "--micro_batch_size", batch, "--save_interval", SAVED, *flags]
+    return {"name": name, "script": "train.py", "flags": [str(word) for word in words]}
+
+
+def weights_in(folder: Path) -> Dict:
+    """The tensors of a model folder, as they are stored."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def stored_wrong(folder: Path, *, tied: bool) -> Optional[str]:
+    """What is not as transformers writes it, None if all is."""
+    from transformers import AutoModelForCausalLM
+
+    names = {name for path in folder.glob("*.safetensors") for name in load_file(path)}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    if set(index["weight_map"]) != names or (HEAD in names) == tied:
+        return f"stores {HEAD}: {HEAD in names}, lists it: {HEAD in index['weight_map']}"
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: found for kind, found in report.items() if found}
+    return f"transformers finds {wrong}" if wrong else None
+
+
+def different(weights: Dict, expected: Dict) -> List[str]:
+    """Names of tensors that are not the same bits."""
+    names = sorted(weights.keys() | expected.keys())
+    return [
+        name for name in names if name not in weights or name not in expected or not weights[name].equal(expected[name])
+    ]
+
+
+def judge_weights(written: Path, rewritten: Path) -> Optional[str]:
+    """The first tensor that a reader did not write as it had read it."""
+    changed = different(weights_in(rewritten), weights_in(written))
+    return f"changes {changed[0]}" if changed else None
+
+
+def judge_resumed(start: Path, end: Path, resumed: Path) -> float:
+    """How far a resumed run ended from the uninterrupted one, over the way that it had to go; 0 is the same bits."""
+    first, expected, found = map(weights_in, (start, end, resumed))
+    if not different(found, expected):
+        return 0.0
+    way = launching.distance(first, expected)
+    return launching.distance({name: value.float() for name, value in found.items()}, expected) / way
+
+
+def run(folder: Path, layouts: List[str], models: List[str], readers: Optional[List[str]] = None) -> List[Cell]:
+    """Train, read and resume; every cell of the table."""
+    readers = readers or layouts
+    tokenizer = tiny.make_tokenizer(folder / "tokenizer")
+    parts = training_jobs.write_data(folder / "data", tokenizer, STEPS)
+    made = {name: tiny.make_model(folder / name, tokenizer, tie=name == "tied") for name in models}
+    specs, cells = [], []
+    for model in models:
+        for writer in layouts:
+            home = folder / "runs" / f"{model} {writer}"
+            specs.append(spec(f"{model} {writer}", home, made[model], parts, LAYOUTS[writer]))
+            saved = home / "ckpt" / f"epoch-0_step-{SAVED}"
+            for reader in readers:
+                name = f"{model} {writer} read by {reader}"
+                there = folder / "runs" / name
+                flags = [*LAYOUTS[reader], "--load_checkpoint", saved / "modeling", "--max_steps", 1, "--lr", NO_RATE]
+                specs.append(spec(name, there, made[model], parts, flags))
+                name = f"{model} {writer} resumed by {reader}"
+                flags = [*LAYOUTS[reader], "--load_checkpoint", saved]
+                specs.append(spec(name, folder / "runs" / name, made[model], parts, flags))
+    launching.launch(folder, specs, timeout=60 + 20 * len(specs))
+    for one in specs:
+        cells += _judged(folder, one["name"], json.loads((folder / f"{one['name']}.json").read_text())["error"])
+    return cells
+
+
+def _judged(folder: Path, name: str, error: Optional[str]) -> List[Cell]:
+    model, _, rest = name.partition(" ")
+    ours = folder / "runs" / name / "ckpt" / "modeling"
+    for word, kind in ((" read by ", "weights"), (" resumed by ", "resumed")):
+        writer, found, reader = rest.partition(word)
+        if not found:
+            continue
+        theirs = folder / "runs" / f"{model} {writer}" / "ckpt"
+        saved = theirs / f"epoch-0_step-{SAVED}" / "modeling"
+        figure = None
+        if error is None and kind == "weights":
+            error = judge_weights(saved, ours)
+        elif error is None:
+            figure = judge_resumed(saved, theirs / "modeling", ours)
+            allowed = 0.0 if writer == reader else RESUMED_ALLOWED
+            error = f"ends {figure:.3f} away" if figure > allowed else None
+        return [Cell(model, writer, reader, kind, error, figure)]
+    error = error or stored_wrong(ours, tied=model == "tied")
+    return [Cell(model, rest, "", "written", error)]
+
+
+def table(cells: List[Cell]) -> str:
+    """A line per writer, a column per reader, for each model and kind."""
+    lines = []
+    for model, kind in dict.fromkeys((cell.model, cell.kind) for cell in cells):
+        chosen = [cell for cell in cells if (cell.model, cell.kind) == (model, kind)]
+        readers = list(dict.fromkeys(cell.reader for cell in chosen))
+        lines += ["", f"{model}, {kind}", "".join(f"{word:>13}" for word in ["written by", *readers])]
+        for writer in dict.fromkeys(cell.writer for cell in chosen):
+            of_writer = {cell.reader: "FAILS" if cell.error else str(cell) for cell in chosen if cell.writer == writer}
+            lines.append(f"{writer:>13}" + "".join(f"{of_writer[reader]:>13}" for reader in readers))
+    failed = [cell for cell in cells if cell.error]
+    lines += ["", *(f"{cell.model} {cell.writer} -> {cell.reader} {cell.kind}: {cell.error}" for cell in failed)]
+    return "\n".join([*lines, f"{len(cells) - len(failed)} of {len(cells)} right"])
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.plugin_matrix", description=__doc__.splitlines()[0])
+    parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS], default=[*LAYOUTS], help="who writes and who reads")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        cells = run(Path(folder), args.layouts, args.models)
+    print(table(cells))
+    return int(any(cell.error for cell in cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
