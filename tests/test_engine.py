@@ -411,7 +411,8 @@ def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
 
     monkeypatch.setattr(colossalai, "__version__", "0.6.0")
     monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
-    for name in ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone"):
+    patches = ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone")
+    for name in (*patches, "norm_in_blocks"):
         monkeypatch.setattr(repairs, name, lambda: pytest.fail("patched an unknown version"))
     with caplog.at_level("WARNING"):
         repairs.install()
