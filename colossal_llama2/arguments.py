@@ -655,7 +655,7 @@ def _add_compute_arguments(data) -> None:
         "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
     )
     data.add_argument(
-        "--use_flash_attn", action="store_true", help="flash-attn on GPUs, PyTorch's fused attention elsewhere"
+        "--use_flash_attn", action="store_true", help="flash-attn on GPUs, instead of PyTorch's fused attention"
     )
     data.add_argument(
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"

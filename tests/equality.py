@@ -3,6 +3,7 @@
     python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
     python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
     python -m tests.equality --output docs/equality.md    what it finds as a page too
+    python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of engine/repairs.py
 
 Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
 compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
@@ -25,9 +26,9 @@ import textwrap
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from tests import launching, reference, tiny, training_jobs
+from tests import far_copies, launching, reference, tiny, training_jobs
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -40,6 +41,8 @@ ODD_VOCABULARY = 601
 # At LR, two plain float32 loops on this model, one with the halves of its matrices added up, are 1.1e-5 apart in the
 # norm of one step, where a difference of 1e-7 has grown; at this rate 2e-7.
 ODD_LR = LR / 3
+# Samples of one step of the rows "far", whose models look so far back.
+FAR_BATCH, FAR_LENGTH, FAR_DISTANCE = 2, 2048, 1500
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,12 @@ class Option:
     clip: float = CLIP
     freeze: bool = False
     lr: float = LR
+    batch: int = GLOBAL_BATCH
 
     @property
-    def reference(self) -> Tuple[str, str, float, bool, float]:
+    def reference(self) -> Tuple[str, str, float, bool, float, int]:
         """What the plain loop must know of it."""
-        return self.model, self.data, self.clip, self.freeze, self.lr
+        return self.model, self.data, self.clip, self.freeze, self.lr, self.batch
 
 
 HYBRID = ("--plugin", "3d", "--zero")
@@ -119,6 +123,7 @@ BFLOAT16_LAYOUTS = {
     "3d tp2 zero0": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
     "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
     "3d tp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), data_size=1),
+    "3d tp2 flash zero1": Layout((*HYBRID, "1", "--tp", "2", "--use_flash_attn"), data_size=1),
     "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
     "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
     "3d pp2 zero0": Layout((*HYBRID, "0", *PP2), data_size=1),
@@ -147,6 +152,7 @@ OPTIONS = {
     "documents": Option(flags=("--document_mask", "on"), data="spliced"),
     "with logits": Option(flags=("--chunked_loss", "off")),
     f"vocabulary {ODD_VOCABULARY}": Option(model="odd", lr=ODD_LR),
+    "far": Option(flags=("--max_length", str(FAR_LENGTH)), model="far", data="far", batch=FAR_BATCH),
 }
 
 
@@ -191,10 +197,12 @@ class Case:
         split_by = {"tied": "--pp", "biased": "--tp"}.get(self.option.model)
         return split_by in self.layout.flags
 
-    def spec(self, folder: Path, models: Dict[str, Path], parts: Dict[str, List[str]]) -> dict:
+    def spec(
+        self, folder: Path, models: Dict[str, Path], parts: Dict[str, List[str]], unrepaired: Sequence[str] = ()
+    ) -> dict:
         """The command, for train_worker.py."""
         home = folder / self.name.replace(" ", "_")
-        batch = GLOBAL_BATCH // self.layout.data_size // self.option.accumulation_steps
+        batch = self.option.batch // self.layout.data_size // self.option.accumulation_steps
         flags = training_jobs.common_flags(home, models[self.option.model], parts[self.option.data])
         flags += ["--lr", self.option.lr, "--mixed_precision", self.precision, *self.layout.flags, *self.option.flags]
         flags += ["--micro_batch_size", batch, "--accumulation_steps", self.option.accumulation_steps]
@@ -206,11 +214,15 @@ class Case:
             "moments": not self._holds_parts_twice,
             "plugin_arguments": dict(self.layout.plugin_arguments),
             "lifted": self.is_refused,
+            "unrepaired": list(unrepaired),
         }
 
 
 def _are_combined(precision: str, layout: str, option: str) -> bool:
-    in_full = (precision == "fp32" and LAYOUTS[precision][layout].ranks == 2) or layout in EVERY_OPTION[precision]
+    is_small = LAYOUTS[precision][layout].ranks == 2
+    if option == "far" and is_small:
+        return True
+    in_full = (precision == "fp32" and is_small) or layout in EVERY_OPTION[precision]
     return in_full or option in SOME_OPTIONS[precision]
 
 
@@ -285,11 +297,12 @@ class References:
         return _bound([gap_of(self._run(case, 2), self._run(case, 1))])
 
     def _run(self, case: Case, micro_batches: int, halved: bool = False) -> reference.Trace:
+        micro_batches = min(micro_batches, case.option.batch)
         key = (case.precision, case.option.reference, micro_batches, halved)
         if key not in self._known:
             self._known[key] = reference.train(
                 self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
-                global_batch=GLOBAL_BATCH, lr=case.option.lr, clip=case.option.clip, freeze=case.option.freeze,
+                global_batch=case.option.batch, lr=case.option.lr, clip=case.option.clip, freeze=case.option.freeze,
                 micro_batches=micro_batches, unsplice=case.option.data == "spliced", halved=halved,
             )  # fmt: skip
         return self._known[key]
@@ -352,8 +365,10 @@ def launches(cases: List[Case]) -> Iterator[Tuple[int, List[Case]]]:
             yield ranks, chosen[start : start + CASES_PER_LAUNCH]
 
 
-def run_cases(cases: List[Case], folder: Path, steps: int) -> Tuple[List[Row], Dict[str, str]]:
-    """Launch all cases and compare each; rows are printed after each launch.
+def run_cases(
+    cases: List[Case], folder: Path, steps: int, unrepaired: Sequence[str] = ()
+) -> Tuple[List[Row], Dict[str, str]]:
+    """Launch all cases and compare each, without these repairs; rows are printed after each launch.
 
     Returns:
         The rows of what is allowed, and for what is refused the reason.
@@ -366,7 +381,7 @@ def run_cases(cases: List[Case], folder: Path, steps: int) -> Tuple[List[Row], D
     for number, (ranks, chosen) in enumerate(launches(allowed)):
         home = folder / f"launch-{number}"
         home.mkdir()
-        specs = [case.spec(home, models, parts) for case in chosen]
+        specs = [case.spec(home, models, parts, unrepaired) for case in chosen]
         launching.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
         for case, spec in zip(chosen, specs, strict=True):
             rows.append(compare(case, training_jobs.finished(home, spec), references))
@@ -408,12 +423,16 @@ def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, Li
         "biased": tiny.make_model(folder / "biased", tokenizer, biases=True),
         "deep": tiny.make_model(folder / "deep", tokenizer, layers=3),
         "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
+        "far": far_copies.make_model(folder / "far_model", tokenizer, distance=FAR_DISTANCE),
     }
     data = {
         name: training_jobs.write_data(folder / name, tokenizer, steps, full=name == "full")
         for name in ("ragged", "full")
     }
     data["spliced"] = [training_jobs.write_spliced_data(folder / "spliced" / "part-00000", tokenizer, steps)]
+    data["far"] = far_copies.write_data(
+        folder / "far", samples=FAR_BATCH, length=FAR_LENGTH, distance=FAR_DISTANCE
+    )
     return models, data
 
 
@@ -430,9 +449,10 @@ gradient, before clipping) are the largest relative difference of any step; weig
 the final weights over the norm of the weights; behind the slash is what is allowed. First moment: of Adam after step
 1, over what clipping lets through to it, 1 if it is right; "-" where ranks hold parts of it twice. The loss is computed
 by blocks of the vocabulary unless the row says "with logits"; "documents" are spliced samples, compared with their
-documents one by one. Gemini's models are cut in at least eight chunks, each spread over the ranks. The learning rate is
-{lr:g}, for vocabulary {odd} {odd_lr:.1g}: with that model and the higher rate a difference of rounding alone grows to
-1e-5 between two plain loops.
+documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, in which a model made to look
+{far_distance:,} tokens back repeats the token from there. Gemini's models are cut in at least eight chunks, each
+spread over the ranks. The learning rate is {lr:g}, for vocabulary {odd} {odd_lr:.1g}: with that model and the higher
+rate a difference of rounding alone grows to 1e-5 between two plain loops.
 
 In float32 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16 it is twice the largest gap between the plain
 loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, with layers
@@ -480,6 +500,9 @@ def as_page(rows: List[Row], refused: Dict[str, str], steps: int) -> str:
         lr=LR,
         odd=ODD_VOCABULARY,
         odd_lr=ODD_LR,
+        far_batch=FAR_BATCH,
+        far_length=FAR_LENGTH,
+        far_distance=FAR_DISTANCE,
         table="".join("| " + " | ".join(cells) + " |\n" for cells in lines),
         refused="".join(f"- {name}: {reason}\n" for name, reason in refused.items()),
     )
@@ -490,6 +513,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
+    parser.add_argument("--unrepaired", nargs="+", default=[], help="repairs to leave out")
     parser.add_argument("--ranks", nargs="+", type=int, default=None, help="only rows of so many ranks")
     parser.add_argument("--output", default=None, help="file for a page in Markdown")
     args = parser.parse_args(argv)
@@ -497,7 +521,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     cases = [case for case in named if args.ranks is None or case.layout.ranks in args.ranks]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        rows, refused = run_cases(cases, Path(folder), args.steps)
+        rows, refused = run_cases(cases, Path(folder), args.steps, args.unrepaired)
     failed = [row.case.name for row in rows if not row.passed]
     print(f"{len(rows) - len(failed)} of {len(rows)} equal, in {time.monotonic() - start:.0f} s")
     if args.output:

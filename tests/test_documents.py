@@ -69,10 +69,10 @@ def test_colossalai_attention_takes_documents():
 
     cpu.install()
     before = ColoAttention.prepare_attn_kwargs
-    documents.install()
+    for use_flash_attn in (False, True):
+        documents.install(use_flash_attn=use_flash_attn)
     installed = ColoAttention.prepare_attn_kwargs
-    documents.install()
-    assert ColoAttention.prepare_attn_kwargs is installed
+    assert installed.__wrapped__ is getattr(before, "__wrapped__", before)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 8, 4) for _ in range(3))
     shape = (2, 1, 8, 8)

@@ -127,11 +127,34 @@ def test_activations_of_a_layer_by_hand():
     kept = activations.kept_bytes(stage, replace(batch, checkpointing=True))
     # The inputs of 32 layers, the last norm, and the cosines and sines of one head.
     assert kept // 1024 == 32 * 2 * hidden + (4 + 2 + 2) * hidden + 2 * 2 * 128
-    eager = activations.kept_bytes(stage, replace(batch, attention="eager"))
-    assert eager - activations.kept_bytes(stage, batch) == pytest.approx(32 * 32 * 6 * 1024**2, rel=0.01)
+    # By another kernel the same, and one mask for all layers.
+    whole = activations.kept_bytes(stage, batch)
+    fused = replace(batch, attention="sdpa")
+    assert activations.kept_bytes(stage, fused) == whole
+    assert activations.kept_bytes(stage, replace(fused, has_documents=True)) == whole + 2 * 1024**2
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flash"])
+@pytest.mark.parametrize(
+    "words, on_cpu, attention, has_mask",
+    [
+        ("--plugin zero2", False, "sdpa", False),
+        ("--plugin zero2 --use_flash_attn", False, "flash", False),
+        ("--plugin zero2 --use_flash_attn --mixed_precision fp32", False, "sdpa", False),
+        ("--plugin zero2 --use_flash_attn", True, "sdpa", False),
+        ("--plugin 3d", False, "sdpa", False),
+        ("--plugin 3d --use_flash_attn", True, "sdpa", False),
+        ("--plugin 3d --tp 2 --enable_sequence_parallelism --sp_mode ring", False, "sdpa", True),
+    ],
+)
+def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, has_mask):
+    """ColossalAI's own makes a dense mask for PyTorch's kernel on GPUs."""
+    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", *words.split()])
+    planned = dry_run.memory_plan(with_defaults(args), 2, has_documents=False, on_cpu=on_cpu)
+    assert planned.attention == attention
+    assert bool(activations.mask_bytes(planned.micro_batch())) == has_mask
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash"])
 @pytest.mark.parametrize("element", [2, 4])
 @pytest.mark.parametrize("key_value_heads", [32, 8])
 @pytest.mark.parametrize("trains_layers", [True, False])

@@ -325,6 +325,65 @@ def test_cpu_attention_equals_softmax_and_gives_blind_rows_zeros():
     assert (q.grad[0, :, :2] == 0).all() and torch.isfinite(k.grad).all()
 
 
+def kept_for_backward(mask):
+    """The tensors that two layers of attention with this mask keep, each once, without q, k and v."""
+    q, k, v = (torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3))
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outs = [cpu.host_attention(q, k, v, attention_mask=mask, q_indices=()) for _ in range(2)]
+    places = {tensor.untyped_storage().data_ptr() for tensor in (q, k, v, *outs)}
+    return [tensor for place, tensor in kept.items() if place not in places]
+
+
+def test_cpu_attention_keeps_one_mask_for_all_layers():
+    mask = torch.zeros(2, 1, 6, 6)
+    is_mask = [tensor.shape[-2:] == (6, 6) for tensor in kept_for_backward(mask)]
+    assert sum(is_mask) == 1
+    mask[0, 0, 1] = torch.finfo(torch.float32).min
+    is_mask = [tensor.shape[-2:] == (6, 6) for tensor in kept_for_backward(mask)]
+    assert sum(is_mask) == 2
+
+
+@pytest.mark.parametrize("size, is_gathered, theirs_is_low", [(32 * 2**20, False, True), (5000, True, False)])
+def test_the_norm_of_a_chunk(gloo_group, size, is_gathered, theirs_is_low):
+    """Gemini's, whose float32 norm of 32 M numbers is 0.2 % low; what a chunk holds besides does not count."""
+    from colossalai.zero.gemini.chunk import Chunk
+
+    cpu.install()
+    repairs.norm_in_blocks()
+    used = size - 5
+    chunk = Chunk(size, gloo_group, torch.bfloat16)
+    chunk.append_tensor(torch.nn.Parameter(torch.empty(used, dtype=torch.bfloat16)))
+    torch.manual_seed(0)
+    gradient = torch.randn(size).mul_(10.2 / size**0.5).bfloat16()
+    exact = sum(float(part.double().square().sum()) for part in gradient[:used].split(2**20)) ** 0.5
+    chunk.is_gathered, chunk.valid_end = is_gathered, used
+    chunk.cuda_global_chunk, chunk.cuda_shard = (gradient, None) if is_gathered else (None, gradient)
+    norms = []
+    for set_norm in (Chunk.set_l2_norm, Chunk.set_l2_norm.__wrapped__):
+        chunk.l2_norm = None
+        set_norm(chunk)
+        norms.append(chunk.l2_norm**0.5)
+    assert norms[0] == pytest.approx(exact, rel=1e-6)
+    assert (norms[1] < 0.999 * exact) == theirs_is_low
+
+
+def test_clipping_of_the_plain_loop_is_exact():
+    from colossal_llama2.train.plain_loop import _clip
+
+    gradients = [torch.full((2**24,), 1e-3), torch.full((3,), 2.0)]
+    exact = (2**24 * 1e-6 + 12) ** 0.5
+    assert _clip(gradients, math.inf) == pytest.approx(exact, rel=1e-6)
+    assert gradients[1][0] == 2
+    assert _clip(gradients, 0.5) == pytest.approx(exact, rel=1e-6)
+    assert _clip(gradients, 0.5) == pytest.approx(0.5, rel=1e-4)
+
+
 def test_bf16_clipping_is_lost_without_its_repair():
     from colossalai.nn.optimizer import HybridAdam
 
@@ -352,7 +411,8 @@ def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
 
     monkeypatch.setattr(colossalai, "__version__", "0.6.0")
     monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
-    for name in ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone"):
+    patches = ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone")
+    for name in (*patches, "norm_in_blocks"):
         monkeypatch.setattr(repairs, name, lambda: pytest.fail("patched an unknown version"))
     with caplog.at_level("WARNING"):
         repairs.install()

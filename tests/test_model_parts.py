@@ -87,7 +87,7 @@ def test_no_noise_in_evaluation(model):
 
 
 def test_attention_without_a_gpu():
-    assert choose_attention(False, precision="bf16") == "eager"
+    assert choose_attention(False, precision="bf16") == "sdpa"
     assert choose_attention(True, precision="bf16") == "sdpa"
 
 

@@ -64,7 +64,8 @@ def without_repair(name: str) -> contextlib.AbstractContextManager:
         owner = getattr(importlib.import_module(module), owner)
         return mock.patch.object(owner, method, getattr(owner, method).__wrapped__)
     if name not in FAULTS:
-        return mock.patch.object(repairs, name, lambda *args: None)
+        # What is left of a repair that surrounds something is a context that does nothing.
+        return mock.patch.object(repairs, name, lambda *args: contextlib.nullcontext())
     module, attribute = FAULTS[name]
     return mock.patch.object(importlib.import_module(module), attribute, originals[name])
 
@@ -113,10 +114,28 @@ def room_figures(engine: Engine) -> Optional[List[List[float]]]:
     return collector and exchange.gather_values(list(map(float, collector._memstats.non_model_data_list("cuda"))))
 
 
+def buffers_error(engine: Engine) -> float:
+    """The largest relative error of the model's floating buffers, by those of a new model of the same config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig.from_dict(engine.unwrapped_model.config.to_dict())
+    with torch.device("meta"):
+        new = LlamaForCausalLM(config)
+    wanted = {"model.rotary_emb.inv_freq": type(new.model.rotary_emb)(config).inv_freq}
+    assert wanted.keys() == dict(new.named_buffers()).keys()
+    rotary = engine.unwrapped_model.model.rotary_emb
+    found = [*dict(engine.unwrapped_model.named_buffers()).values(), rotary.original_inv_freq]
+    (exact,) = wanted.values()
+    assert len(found) == 2
+    return max(float(((buffer.double() - exact.double()) / exact.double()).abs().max()) for buffer in found)
+
+
 @contextlib.contextmanager
 def noting_steps(into: dict) -> Iterator[None]:
     """Within it, the first step notes Adam's first moment, and steps what they do.
 
+    "buffers_error" see that function
     "chunks"        of Gemini: for each, whether every rank keeps all of it
     "figures"       of Gemini with automatic placement: `room_figures`
     "gathers"       of Gemini: how often the second step gathers a chunk, and how often of that ahead of its use
@@ -133,8 +152,9 @@ def noting_steps(into: dict) -> Iterator[None]:
         steps += 1
         if steps == 1:
             into.update(
-                first_moment_norm=first_moments(engine), chunks=chunks_kept_whole(engine), figures=room_figures(engine)
-            )
+                first_moment_norm=first_moments(engine), chunks=chunks_kept_whole(engine),
+                figures=room_figures(engine), buffers_error=buffers_error(engine),
+            )  # fmt: skip
         if steps == 2:
             into["gathers"] = [gathers, ahead]
         gathers = ahead = 0

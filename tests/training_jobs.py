@@ -33,6 +33,7 @@ class Job:
     figures: Optional[List[List[float]]] = None
     gathers: Optional[List[int]] = None
     exchanges: Optional[List[Optional[bool]]] = None
+    buffers_error: Optional[float] = None
 
     def scalars(self, name: str, run: str = "tb") -> List[float]:
         """A TensorBoard curve, by step."""
@@ -113,7 +114,7 @@ def finished(folder: Path, spec: dict) -> Job:
         error=result["error"],
         first_moment_norm=result.get("first_moment_norm"),
         chunks=result.get("chunks"),
-        **{name: result.get(name) for name in ("after", "figures", "gathers", "exchanges")},
+        **{name: result.get(name) for name in ("after", "figures", "gathers", "exchanges", "buffers_error")},
     )
 
 

@@ -42,7 +42,8 @@ def choose_attention(use_flash_attn: bool, *, precision: str, replaced: bool = F
         replaced: the engine puts ColossalAI's own attention in its place, which takes the same kernels as here.
     """
     if not use_flash_attn:
-        name, reason = "eager", "plain attention; --use_flash_attn is faster and needs less memory"
+        # transformers' plain attention would keep a matrix of length x length for each head and layer.
+        name, reason = "sdpa", "PyTorch's scaled_dot_product_attention; --use_flash_attn takes flash-attn on GPUs"
     elif replaced:
         name, reason = "sdpa", f"ColossalAI's, with {_fused_kernel(precision)}"
     elif has_flash_attn() and precision != "fp32":

@@ -102,10 +102,10 @@ class MicroBatch:
     Attributes:
         samples, length: of the batch, in samples and tokens.
         element: bytes of a number in the working precision.
-        attention: "eager" keeps a matrix of length x length per head, "sdpa" and "flash" do not.
+        attention: "sdpa" or "flash", neither of which keeps a matrix of length x length per head.
         chunked_loss: the loss is computed without all logits.
         checkpointing: only the input of each layer is kept; the rest is computed again.
-        has_documents: documents in a sample are kept apart, by a dense mask unless attention is "flash".
+        has_documents: documents in a sample are kept apart, or causal masks are dense as theirs are; none with "flash".
         trains_layers: False if the embeddings alone are trained.
         hidden_splits: ranks among which the residual stream is split along the sample (sequence parallelism).
         sample_splits: ranks among which everything is split along the sample, and attention by heads (all_to_all).
@@ -164,32 +164,25 @@ class _Sizes:
         # Keys and values are repeated for each query head, but not for flash-attn.
         self.shown_key = self.key if batch.attention == "flash" else self.query
         self.inner = element * tokens * stage.inner_width
-        heads = stage.model.heads // stage.splits // batch.sample_splits
-        self.scores = batch.samples * heads * batch.length**2
         self.log_sums = FLOAT32 * tokens * (stage.model.heads // stage.splits)
         self.is_half = element < FLOAT32
         trained = int(batch.trains_layers)
         # What a matrix saves for its own gradient is not kept if it is frozen.
         self.norm_output, self.product = trained * self.hidden, trained * self.inner
-        eager = batch.attention == "eager"
-        self.mixed = self.query if trained or not eager else 0
+        # What attention gives, which it keeps for itself.
+        self.mixed = self.query
         # RMSNorm: its float32 input (the residual stream itself in fp32), its output before and after the weight.
         self.norm = self.hidden32 + trained * self.hidden + self.norm_output
-        # Softmax in float32, and rounded where the matrix product wants half precision.
-        self.probabilities = (FLOAT32 + (batch.element if self.is_half else 0)) * self.scores if eager else 0
-        self.attention = self.query + 2 * self.shown_key + self.mixed + (
-            self.probabilities if eager else self.log_sums
-        )  # fmt: skip
+        self.attention = self.query + 2 * self.shown_key + self.mixed + self.log_sums
         # Gate, its SiLU, up, and the product of both.
         self.mlp = 3 * self.inner + self.product
         self.layer = 2 * self.norm + self.attention + self.mlp
 
 
 def mask_bytes(batch: MicroBatch) -> int:
-    """The dense mask that all layers share: (samples, 1, length, length), or (1, 1, length, length) if it is causal."""
-    if batch.attention == "flash" or (batch.attention == "sdpa" and not batch.has_documents):
-        return 0
-    return batch.element * batch.length**2 * (batch.samples if batch.has_documents else 1)
+    """The dense mask that all layers share, (samples, 1, length, length), where there is one."""
+    is_there = batch.has_documents and batch.attention == "sdpa"
+    return batch.element * batch.length**2 * batch.samples * is_there
 
 
 def kept_bytes(stage: StageShape, batch: MicroBatch) -> int:
@@ -277,19 +270,7 @@ def _mlp(tape: _Tape, sizes: _Sizes, stage: StageShape, batch: MicroBatch) -> No
 def _attention(tape: _Tape, sizes: _Sizes, stage: StageShape, batch: MicroBatch) -> None:
     query, key, shown = sizes.query, sizes.key, sizes.shown_key
     tape.do(new=query, free=sizes.mixed, weights=_weights(stage, batch, "o"))
-    if batch.attention == "eager":
-        scores, scores32 = batch.element * sizes.scores, FLOAT32 * sizes.scores
-        rounded = scores if sizes.is_half else 0
-        # P V: gradients of both; V goes, and P where softmax does not keep it itself.
-        tape.do(new=scores + shown, free=rounded + shown + query)
-        # Softmax in float32: its gradient from that of its result.
-        tape.do(new=scores32, free=2 * scores32 + rounded - (scores32 if sizes.is_half else 0),
-                passing=scores32 if sizes.is_half else 0)  # fmt: skip
-        # Scaling, after rounding.
-        tape.do(new=scores, free=scores32, passing=rounded)
-        tape.do(new=query + shown, free=query + shown + scores)
-    else:
-        tape.do(new=query + 2 * shown, free=2 * query + 2 * shown + sizes.log_sums)
+    tape.do(new=query + 2 * shown, free=2 * query + 2 * shown + sizes.log_sums)
     # Repeated keys and values are summed; the rotary embedding turns queries and keys back.
     if shown != key:
         tape.do(new=2 * key, free=2 * shown)

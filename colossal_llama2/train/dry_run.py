@@ -197,14 +197,12 @@ def _plans_for_gpus(args: argparse.Namespace) -> bool:
 
 def memory_plan(args: argparse.Namespace, ranks: int, *, has_documents: bool, on_cpu: bool) -> Plan:
     """What the memory of a run depends on, from its flags. On GPUs flash-attn is taken to be installed."""
-    attention = "eager"
-    if args.use_flash_attn:
-        attention = "sdpa" if on_cpu or args.mixed_precision == "fp32" else "flash"
+    takes_flash_attn = args.use_flash_attn and not on_cpu and args.mixed_precision != "fp32"
     return Plan(
         settings=flags.engine_settings(args),
         ranks=ranks,
         max_length=args.max_length,
-        attention=attention,
+        attention="flash" if takes_flash_attn else "sdpa",
         chunked_loss=args.chunked_loss != "off",
         checkpointing=args.use_grad_checkpoint,
         has_documents=has_documents and args.document_mask != "off",

@@ -38,7 +38,7 @@ class Plan:
         settings: the flags that decide how a step is computed.
         ranks: of the whole job.
         max_length: tokens of a sample; all samples are taken to be that long.
-        attention: eager, sdpa or flash, as activations.MicroBatch has it.
+        attention: sdpa or flash, as activations.MicroBatch has it.
         chunked_loss, checkpointing, has_documents: as there.
         on_cpu: a rehearsal, in which the device's memory is the host's.
     """
@@ -71,6 +71,8 @@ class Plan:
         """What goes through a rank at once."""
         settings = self.settings
         is_split = settings.sp_mode in ("split_gather", "ring")
+        # ColossalAI's attention gives PyTorch's kernels a mask even where it is causal and no more (attn.py:186).
+        makes_mask = settings.uses_colossal_attention and not self.on_cpu
         return MicroBatch(
             samples=settings.microbatch_size if settings.pp_size > 1 else settings.micro_batch_size,
             length=self.max_length,
@@ -78,7 +80,7 @@ class Plan:
             attention=self.attention,
             chunked_loss=self.chunked_loss,
             checkpointing=self.checkpointing,
-            has_documents=self.has_documents,
+            has_documents=self.has_documents or makes_mask,
             trains_layers=not settings.embeddings_only,
             hidden_splits=settings.tp_size if is_split else 1,
             sample_splits=settings.sp_size if settings.sp_mode == "all_to_all" else 1,

@@ -63,7 +63,7 @@ def train(
             loss_sum += loss.item()
         for master, param in zip(masters, working, strict=True):
             master.grad = param.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(masters, max_norm or math.inf)
+        norm = _clip([master.grad for master in masters], max_norm or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
@@ -71,9 +71,21 @@ def train(
             for master, param in zip(masters, working, strict=True):
                 param.copy_(master)
         trace.losses.append(loss_sum)
-        trace.grad_norms.append(norm.item())
+        trace.grad_norms.append(norm)
     trace.weights = {name: param.detach().float().cpu() for name, param in model.named_parameters()}
     return trace
+
+
+def _clip(gradients: Sequence["torch.Tensor"], max_norm: float) -> float:
+    """Scale gradients to a common norm of at most `max_norm`; returns what it was.
+
+    torch.nn.utils.clip_grad_norm_ adds up squares in float32, which on a CPU loses 0.2 % of the norm of 32 M numbers.
+    """
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    if norm > max_norm:
+        for gradient in gradients:
+            gradient.mul_(max_norm / (norm + 1e-6))
+    return norm
 
 
 def _loss_sum(model, documents: Sequence[Document]) -> "torch.Tensor":

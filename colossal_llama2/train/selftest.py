@@ -7,8 +7,8 @@ Takes the flags of train.py that decide how a step is computed, on whatever devi
 small LLaMA on documents that CPython carries, through the real commands: prepare_pretrain_dataset.py, train.py, a
 checkpoint in the middle, and a resume from it. Then rank 0 does the same steps in a plain PyTorch loop, one document
 at a time. The losses, gradient norms and final weights must be equal but for rounding, and the resumed run must
-repeat the first bit for bit (but for rounding with --use_flash_attn on GPUs, whose backward adds up in another order
-each time). Ends with 1 if they do not.
+repeat the first bit for bit (on GPUs but for rounding, since the backward pass of fused attention adds up in another
+order each time there). Ends with 1 if they do not.
 """
 
 import argparse
@@ -182,7 +182,7 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> Lis
         losses = max(losses, GAPS * largest(padded.losses, plain.losses))
         norms = max(norms, GAPS * largest(padded.grad_norms, plain.grad_norms))
     later = len(resumed.losses)
-    again = (0.0, 0.0, 0.0) if repeats_exactly(args) else (losses, norms, weights)
+    again = (0.0, 0.0, 0.0) if repeats_exactly() else (losses, norms, weights)
     return [
         Row("loss, largest relative difference of a step", largest(whole.losses, plain.losses), losses),
         Row("gradient norm, the same", largest(whole.grad_norms, plain.grad_norms), norms),
@@ -193,12 +193,12 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> Lis
     ]
 
 
-def repeats_exactly(args: argparse.Namespace) -> bool:
-    """Whether the same step gives the same bits twice with these flags on this machine."""
+def repeats_exactly() -> bool:
+    """Whether the same step gives the same bits twice on this machine."""
     import torch
 
     # On GPUs the backward pass of fused attention, flash-attn's and PyTorch's, adds up in another order each time.
-    return not (args.use_flash_attn and torch.cuda.is_available())
+    return not torch.cuda.is_available()
 
 
 def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[List[Document]]:
@@ -274,7 +274,7 @@ def tell(args: argparse.Namespace, work: Path, rows: List[Row]) -> None:
     if failed:
         raise RunError(f"not equal: {'; '.join(failed)}. Do not train so on this machine; what was run is in {work}")
     shutil.rmtree(work)
-    how = "bit for bit" if repeats_exactly(args) else "but for rounding by fused attention"
+    how = "bit for bit" if repeats_exactly() else "but for rounding by fused attention"
     verdict = f"trains here as a plain loop does, and resumes {how}"
     show_line(f"{args.plugin} in {args.mixed_precision} {verdict}")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn,
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunked_loss
-from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
+from colossal_llama2.model.documents import MaskForm, attention_inputs
 from colossal_llama2.model.freezing import train_rows_only
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange, loss_scale, repairs
@@ -69,6 +69,11 @@ class EngineSettings:
     def model_ranks(self) -> int:
         """Ranks that together hold one copy of the model and see the same samples."""
         return self.tp_size * self.pp_size * self.sp_size
+
+    @property
+    def uses_colossal_attention(self) -> bool:
+        """True if ColossalAI's fused attention replaces that of transformers, which cannot share a sample."""
+        return PLUGINS[self.plugin].is_hybrid and (self.use_flash_attn or self.sp_mode is not None)
 
     @property
     def sequence_shards(self) -> int:
@@ -216,7 +221,8 @@ def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool, fused_norm: bool
         tp_size=settings.tp_size,
         pp_size=settings.pp_size,
         zero_stage=settings.zero_stage,
-        enable_flash_attention=settings.use_flash_attn,
+        # Its other attention keeps a matrix of length x length for each head.
+        enable_flash_attention=settings.uses_colossal_attention,
         enable_fused_normalization=fused_norm,
         overlap_communication=not on_cpu,
         # They are those of rotary positions, which each rank computes for itself.
@@ -395,11 +401,12 @@ class Engine:
         if self._kind.is_gemini:
             repairs.clip_in_bf16(optimizer)
             _order_layers_by_use(model)
-        if self._kind.is_hybrid and self.settings.use_flash_attn:
+        if self.settings.uses_colossal_attention:
             from colossal_llama2.train.engine import documents
 
-            documents.install()
-        self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+            documents.install(use_flash_attn=self.settings.use_flash_attn)
+        with repairs.unrounded_buffers(model):
+            self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
         if self._kind.is_gemini:
             repairs.agree_on_memory(self.model)
         if hasattr(self.optimizer, "pg_to_bucket_store"):
@@ -485,19 +492,14 @@ class Engine:
     def attention_inputs(self, batch: "Batch") -> Dict[str, Any]:
         """Keyword arguments of the model that say which tokens of a batch see which."""
         form = MaskForm.BLOCKS
-        if self._kind.is_hybrid and self.settings.use_flash_attn:
+        if self.settings.uses_colossal_attention:
             form = MaskForm.NUMBERS
         elif self.unwrapped_model.config._attn_implementation == "flash_attention_2":
             form = MaskForm.BORDERS
-        documents = batch.documents
-        if documents is None and self.settings.sp_mode is not None and form is MaskForm.BLOCKS:
-            # Without a mask of blocks transformers would make one: of the length of a rank's part of the samples on
-            # later stages, and a column too wide where nothing is padded. ColossalAI's plain attention takes neither.
-            documents = one_document_each(batch.lengths, batch.input_ids.shape[1])
         dtype = dtype_of(self.settings.precision)
         shape = tuple(batch.input_ids.shape)
         return attention_inputs(
-            batch.attention_mask, documents, form=form, dtype=dtype, device=self.device, shape=shape
+            batch.attention_mask, batch.documents, form=form, dtype=dtype, device=self.device, shape=shape
         )
 
     def set_learning_rate(self, learning_rate: float) -> None:

@@ -239,11 +239,13 @@ def host_attention(
         attention_mask = None
     blind = None
     if attention_mask is not None:
-        blind = (attention_mask <= torch.finfo(attention_mask.dtype).min).all(-1, keepdim=True)
-        attention_mask = attention_mask.masked_fill(blind, 0.0)
+        blind = attention_mask.amax(-1, keepdim=True) <= torch.finfo(attention_mask.dtype).min
+        # Padding on the right and documents leave none. A mask that is filled is another one, kept for backward in each
+        # layer, while the one that is given is the same in all.
+        blind = blind if blind.any() else None
     out = scaled_dot_product_attention(
-        q, k, v, attn_mask=attention_mask, dropout_p=dropout_p, scale=scale,
-        is_causal=is_causal and attention_mask is None,
+        q, k, v, attn_mask=attention_mask if blind is None else attention_mask.masked_fill(blind, 0.0),
+        dropout_p=dropout_p, scale=scale, is_causal=is_causal and attention_mask is None,
     )  # fmt: skip
     return out if blind is None else out.masked_fill(blind, 0.0)
 
