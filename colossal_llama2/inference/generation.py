@@ -12,6 +12,7 @@ from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
+from colossal_llama2.model.positions import positions_of
 from colossal_llama2.terminal_text import show
 
 # The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
@@ -249,7 +250,7 @@ def _read_weights(folder: Path, *, given: str, dtype):
 
 def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
     """`max_new_tokens`, reduced to what the model's context leaves beside the prompt. Lengths are in tokens."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = positions_of(model.config) if hasattr(model.config, "max_position_embeddings") else None
     if context is None or prompt_length + max_new_tokens <= context:
         return max_new_tokens
     room = context - prompt_length

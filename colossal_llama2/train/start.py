@@ -28,6 +28,10 @@ def train(args: argparse.Namespace) -> None:
         raise LaunchError(here.problem)
     if here.note:
         logs.get_logger().info("%s", here.note)
+    if args.dry_run and args.benchmark:
+        from colossal_llama2.train.benchmark_plan import plan_benchmark
+
+        return plan_benchmark(args)
     if args.dry_run:
         from colossal_llama2.train.dry_run import dry_run
 
