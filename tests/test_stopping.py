@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files
-from colossal_llama2.train.engine import watch
 from tests import tiny
 from tests.faults.processes import TORCHRUN, Run
 
@@ -148,29 +146,6 @@ def test_a_dead_rank_ends_the_job_and_is_named(start):
         assert run.end(seconds=15.0) == 1, run.said
         assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
     assert_unlocked(runs[1])
-
-
-def test_strangers_do_not_keep_the_ranks_apart():
-    """One that says nothing, one that is gone, and some that say something else come before the ranks."""
-    listener = socket.create_server(("localhost", 0))
-    callers = [socket.create_connection(listener.getsockname()) for _ in range(7)]
-    silent, gone, *callers = callers
-    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    gone.close()
-    said = (b"GET / HTTP/1.1", b"secret 3", b"\xff\xfe", b"secret 2", b"secret 1")
-    for caller, words in zip(callers, said, strict=True):
-        caller.sendall(words)
-    ranks = {}
-    start = time.monotonic()
-    watch._accept(listener, 2, "secret", into=ranks)
-    assert time.monotonic() - start < 5.0 and sorted(ranks) == [1, 2]
-    callers[3].sendall(b"from 2")
-    assert ranks[2].recv(64) == b"from 2"
-    # All others are hung up on.
-    for stranger in (silent, *callers[:3]):
-        assert stranger.recv(64) == b""
-    for connection in (listener, silent, *callers, *ranks.values()):
-        connection.close()
 
 
 def test_a_rank_that_hangs_is_noticed(start):
