@@ -180,8 +180,13 @@ class Watch:
 
     def _call(self) -> None:
         """Connect with rank 0 at MASTER_PORT."""
+        address = meeting.given_address()
+
+        def tell(reason: str) -> None:
+            self._remind(f"waiting for rank 0 at {address.host}:{address.port} ({reason})")
+
         try:
-            self._follow(meeting.given_address())
+            self._follow(address, seconds=self._timeout, tell=tell)
         except LaunchError as error:
             self._problem = error
             self._is_linked.set()
@@ -195,15 +200,12 @@ class Watch:
             if listener:
                 self._run(listener, address.secret)
             else:
-                self._follow(address)
+                # It listens there already.
+                self._follow(address, seconds=CONNECT_SECONDS, tell=lambda reason: None)
 
-    def _follow(self, address: meeting.Address) -> None:
-        """Connect with rank 0, and stay on the line. Raises LaunchError if that is not to be had."""
-
-        def tell(reason: str) -> None:
-            self._remind(f"waiting for rank 0 at {address.host}:{address.port} ({reason})")
-
-        until = time.monotonic() + self._timeout
+    def _follow(self, address: meeting.Address, *, seconds: float, tell: Callable[[str], None]) -> None:
+        """Connect with rank 0, and stay on the line. Raises LaunchError if that is not to be had in time."""
+        until = time.monotonic() + seconds
         line, answer = meeting.introduce(address, self._here, socket.gethostname(), until=until, tell=tell)
         word, _, rest = answer.partition(" ")
         if word == REFUSED:
