@@ -5,14 +5,15 @@
         --plugin zero2 --mixed_precision bf16 --lr 1e-4
 """
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import arguments, errors, launcher, logs
 
 
 def main(argv=None) -> None:
     args = arguments.train_parser().parse_args(argv)
+    launcher.settle()
     logs.configure_logging()
     with errors.one_line_errors("train.py"):
-        from colossal_llama2.train.run import train
+        from colossal_llama2.train.start import train
 
         train(args)
 

@@ -781,7 +781,8 @@ def _add_dry_run_arguments(parser: CommandParser) -> None:
     dry_run = parser.add_argument_group("dry run")
     dry_run.add_argument(
         "--dry_run", action="store_true",
-        help="check everything, print the plan, memory and disk, and end without a step; nothing is written",
+        help="check everything, print the plan, memory and disk, and end without a step; nothing is written; with "
+        "--benchmark neither data nor weights are needed",
     )  # fmt: skip
     dry_run.add_argument(
         "--num_ranks", metavar="N", type=positive_int, default=None,

@@ -14,14 +14,19 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator, NoReturn
 
+from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, show, show_line
 
 
 class UserError(Exception):
     """A mistake in a flag, a file or a folder. The message says what was given, what is allowed and what cures it."""
+
+
+class LaunchError(UserError):
+    """The ranks cannot meet. Each process has an environment of its own, so each of them says what is wrong there."""
 
 
 class RunError(Exception):
@@ -54,7 +59,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(command, str(error), code=2)
+        _end(command, str(error), code=2, is_of_all=not isinstance(error, LaunchError))
     except RunError as error:
         _end(command, str(error), code=1, is_shared=not isinstance(error, RankError))
     except Stopped as stopped:
@@ -88,7 +93,7 @@ def _raise_terminated(number, frame) -> NoReturn:
 
 
 def _is_launched() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return place().world_size > 1
 
 
 def _ranks_have_met() -> bool:
@@ -96,18 +101,23 @@ def _ranks_have_met() -> bool:
     return _is_launched() and distributed is not None and distributed.is_initialized()
 
 
-def _end(command: str, message: str, *, code: int, is_shared: bool = True, kind: str = "error") -> NoReturn:
+def _end(
+    command: str, message: str, *, code: int, is_shared: bool = True, is_of_all: bool = True, kind: str = "error"
+) -> NoReturn:
     text = one_line(message).strip()
-    if not is_shared and _ranks_have_met():
-        show_line(f"{command}: error: rank {os.environ['RANK']}: {text}", file=sys.stderr)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
-        show_line(f"{command}: {kind}: {text}", file=sys.stderr)
+    # Whoever read what is printed may be gone.
+    with suppress(OSError):
+        if not is_of_all and _is_launched() or not is_shared and _ranks_have_met():
+            show_line(f"{command}: error: rank {place().rank}: {text}", file=sys.stderr)
+        elif place().local_rank == 0:
+            show_line(f"{command}: {kind}: {text}", file=sys.stderr)
     if _is_launched():
         _leave(code)
     raise SystemExit(code)
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -5,13 +5,13 @@ A terminal gets a tqdm bar; anything else (a file, a pipe, CI) gets one plain li
 
 import contextlib
 import logging
-import os
 import shutil
 import sys
 import time
 import warnings
 from typing import Optional
 
+from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
 
 PLAIN_LINE_SECONDS = 15.0
@@ -19,7 +19,7 @@ PLAIN_LINE_SECONDS = 15.0
 
 def is_first_rank() -> bool:
     """True in a plain process and in rank 0 of a launched job."""
-    return os.environ.get("RANK", "0") == "0"
+    return place().rank == 0
 
 
 def get_logger() -> logging.Logger:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, logs
+from colossal_llama2 import arguments, launcher, logs
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checks, run
 from colossal_llama2.train.engine import exchange, loss_scale
@@ -67,6 +67,7 @@ def run_job(job: dict, is_first: bool) -> dict:
 
 def main() -> None:
     jobs_path = Path(sys.argv[1])
+    launcher.settle()
     logs.configure_logging()
     # So high that fp16 overflows, also in a resumed run that would begin with it.
     loss_scale.INITIAL_SCALE = 2**21

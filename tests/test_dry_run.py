@@ -294,8 +294,35 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
         assert words in told
     assert "has 323 samples, one micro batch needs 4096" in message("--dry_run", "--num_ranks", "4096")
     assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
-    assert "give one of them" in message("--dry_run", "--benchmark")
+    both = message("--train_new_rows_only", "--freeze_non_embeds_params")
+    assert "--train_new_rows_only trains new rows of the embeddings" in both and "give one of them" in both
+    told = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
+    for words in ("4 make 4 steps; give at least 6", "--profile trace does nothing", "--continue_data does nothing"):
+        assert words in told
     assert not list(tmp_path.iterdir())
+
+
+def test_a_benchmark_is_planned_from_a_config_alone(run_script, model_dir, tmp_path):
+    """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py works out."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = json.loads((model_dir / "config.json").read_text()) | sizes
+    config.update(num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
+    (tmp_path / "7b").mkdir()
+    write_json(tmp_path / "7b" / "config.json", config)
+    words = ["--pretrained", tmp_path / "7b", "--benchmark", "--dry_run", "--num_ranks", 8, "--peak_tflops", 312]
+    # In a shell of another job.
+    environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = run_script("train.py", *words, "--plugin", "zero2", cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "6738.4 M parameters" in done.stderr and "from its config.json alone" in done.stderr
+    assert "so it ignores RANK=1, WORLD_SIZE=3" in done.stderr
+    peak = memory.rank_memory(LLAMA_7B, replace(plan(8, attention="eager", precision="fp16"), has_documents=False)).peak
+    assert f"peak: {peak / 2**30:.2f} GiB" in done.stdout and "(8 x GPU)" in done.stdout
+    assert "there is no GPU here" in done.stdout and "a rehearsal of 8 processes on this CPU takes" in done.stdout
+    assert "500 samples of 4,096 tokens make 62 steps of 8" in done.stdout
+    assert "46.1 GFLOP a token, 1.51 PFLOP a step, 189 TFLOP of them on each rank" in done.stdout
+    assert "at 312 TFLOPS of each rank, a step takes at least 0.605 s" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["7b"]
 
 
 def write_checkpoint(folder, words, model, dataset_samples, **state):

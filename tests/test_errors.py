@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from colossal_llama2 import launcher
 from colossal_llama2.errors import RunError, UserError, one_line_errors
+from colossal_llama2.launcher import Place
 
 ROOT = Path(__file__).resolve().parents[1]
+ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
 
 @pytest.fixture(autouse=True)
 def plain_process(monkeypatch):
-    """Not launched by torchrun, whatever runs the tests."""
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    """Not launched, whatever ran before."""
+    monkeypatch.setattr(launcher, "_settled", None)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_an_exit_keeps_its_own_code():
 
 
 def test_one_process_of_a_host_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(launcher, "_settled", Place(rank=1, local_rank=1))
     with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
         raise UserError("said by rank 0 already")
     assert end.value.code == 2
@@ -70,6 +72,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
     "error, code, said",
     [
         ("UserError('shared')", 2, ""),
+        ("LaunchError('its own environment')", 2, "tool.py: error: rank 1: its own environment"),
         ("OSError(28, 'No space left')", 1, "tool.py: error: rank 1: No space left"),
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
@@ -78,9 +81,11 @@ def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said):
     """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
     program = (
         "import os, torch.distributed as dist\n"
-        "from colossal_llama2.errors import UserError, one_line_errors\n"
+        "from colossal_llama2 import launcher\n"
+        "from colossal_llama2.errors import LaunchError, UserError, one_line_errors\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
-        "os.environ.update(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1')\n"
+        "os.environ.update(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1', MASTER_ADDR='localhost', MASTER_PORT='1')\n"
+        "launcher.settle()\n"
         "with one_line_errors('tool.py'):\n"
         f"    raise {error}\n"
     )
@@ -110,7 +115,9 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
     """With peers the process ends at once: a normal exit would run handlers that can wait for them."""
     program = (
         "import atexit\n"
+        "from colossal_llama2 import launcher\n"
         "from colossal_llama2.errors import UserError, one_line_errors\n"
+        "launcher.settle()\n"
         "atexit.register(print, 'waited for the peers', flush=True)\n"
         "print('printed before')\n"
         "with one_line_errors('tool.py'):\n"
@@ -118,6 +125,7 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
     )
     process = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT, env={"LOCAL_RANK": local_rank, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=30,
+        cwd=ROOT, env={**ADDRESS, "RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2"},
+        capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", said)

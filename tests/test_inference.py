@@ -33,9 +33,8 @@ def copied_model(model_dir, tmp_path) -> Path:
 
 
 @pytest.fixture
-def logger_state(monkeypatch):
+def logger_state():
     """The suite's logger as it was before a command set it up."""
-    monkeypatch.delenv("RANK", raising=False)
     logger = logging.getLogger("colossal_llama2")
     state = (logger.handlers[:], logger.level, logger.propagate)
     logger.handlers = []

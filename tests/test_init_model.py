@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, init_model
+from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, Rows, _noted_ranges, init_model
 from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.tokenizer import Encoder, fingerprint
 from colossal_llama2.tokenizer.bpe_model import read_model
@@ -91,6 +91,19 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
     generation = "generation_config.json"
     assert json.loads((tmp_path / "out" / generation).read_text()) == json.loads((model_dir / generation).read_text())
     assert not list(tmp_path.glob(".*"))
+
+
+def test_nothing_new_keeps_the_note_of_new_rows(model_dir, expanded, tmp_path):
+    """Such as a change of the number format alone; a second extension notes its own rows."""
+    init_model(model_dir, expanded, tmp_path / "first")
+    noted = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
+    init_model(tmp_path / "first", tmp_path / "first", tmp_path / "second", dtype="bfloat16")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["initialized_rows"] == noted == [[600, config["vocab_size"]]]
+    # Rows that no token has are left out, and a note that makes no sense is none.
+    rows = Rows(kept=10, bags=[[12]], new=0, moved_ids={12: 10})
+    assert _noted_ranges({"initialized_rows": [[3, 5], [7, 20]]}, rows) == [[3, 5], [7, 11]]
+    assert _noted_ranges({"initialized_rows": [["a", 5]]}, rows) == _noted_ranges({}, rows) == []
 
 
 @pytest.mark.parametrize("dtype, tie", [("bfloat16", False), ("float16", True)])

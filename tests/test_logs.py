@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import logs
+from colossal_llama2 import launcher, logs
+from colossal_llama2.launcher import Place
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT_TO_FIVE = (
@@ -39,7 +40,7 @@ TRAIN = (
 @pytest.fixture
 def logger(monkeypatch):
     """The suite's logger, in a plain process, left as it was found."""
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launcher, "_settled", None)
     found = logs.get_logger()
     state = (found.handlers[:], found.level, found.propagate)
     found.handlers = []
@@ -101,13 +102,20 @@ def test_a_file_gets_plain_lines():
     assert "counting: 5/5 rows | " in last and "rows/s" in last and last.endswith("loss 1.25")
 
 
-def test_other_ranks_are_silent():
-    process = count_to_five(RANK="1")
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+def test_other_ranks_are_silent(monkeypatch, logger, capsys):
+    monkeypatch.setattr(launcher, "_settled", Place(rank=1, local_rank=1, world_size=2))
+    exec(COUNT_TO_FIVE)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_that_nobody_launches_speaks_in_the_shell_of_a_training_job():
+    names = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"}
+    process = count_to_five(**names)
+    assert process.returncode == 0 and "counting: 5/5 rows" in process.stderr
 
 
 def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(launcher, "_settled", Place(rank=3, local_rank=3, world_size=4))
     logs.configure_logging()
     logger.info("nobody needs this twice")
     logger.error("this one is broken")

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -61,6 +63,20 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     with save_folder.locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
+    ending = HOLDER.replace("sys.stdin.read()", "save_folder.say_ending(); print('ends', flush=True); sys.stdin.read()")
+    process = subprocess.Popen(
+        [sys.executable, "-c", ending, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ["won\n", "ends\n"]
+    threading.Timer(0.5, process.stdin.close).start()
+    start_time = time.monotonic()
+    with save_folder.locked(tmp_path):
+        assert time.monotonic() - start_time >= 0.4
+    process.wait()
+    process.stdout.close()
 
 
 def test_the_lock_of_another_host_is_never_guessed_to_be_dead(tmp_path):

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import struct
 import sys
 import time
 from pathlib import Path
@@ -15,9 +14,9 @@ import pytest
 
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files
-from colossal_llama2.train.engine import watch
 from tests import tiny
-from tests.faults.processes import TORCHRUN, Run
+from tests.faults.processes import START_SECONDS, TORCHRUN, Run
+from tests.launching import free_port
 
 FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400", "--max_length", "64"]
 
@@ -37,8 +36,8 @@ def start(tmp_path, flags):
     """Start a run in a named folder; all are ended with the test."""
     runs = []
 
-    def start_one(name, *more, launcher=None):
-        runs.append(Run(tmp_path / name, [*flags, *more], launcher))
+    def start_one(name, *more, launcher=None, **options):
+        runs.append(Run(tmp_path / name, [*flags, *more], launcher, **options))
         return runs[-1]
 
     yield start_one
@@ -150,27 +149,45 @@ def test_a_dead_rank_ends_the_job_and_is_named(start):
     assert_unlocked(runs[1])
 
 
-def test_strangers_do_not_keep_the_ranks_apart():
-    """One that says nothing, one that is gone, and some that say something else come before the ranks."""
-    listener = socket.create_server(("localhost", 0))
-    callers = [socket.create_connection(listener.getsockname()) for _ in range(7)]
-    silent, gone, *callers = callers
-    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    gone.close()
-    said = (b"GET / HTTP/1.1", b"secret 3", b"\xff\xfe", b"secret 2", b"secret 1")
-    for caller, words in zip(callers, said, strict=True):
-        caller.sendall(words)
-    ranks = {}
-    start = time.monotonic()
-    watch._accept(listener, 2, "secret", into=ranks)
-    assert time.monotonic() - start < 5.0 and sorted(ranks) == [1, 2]
-    callers[3].sendall(b"from 2")
-    assert ranks[2].recv(64) == b"from 2"
-    # All others are hung up on.
-    for stranger in (silent, *callers[:3]):
-        assert stranger.recv(64) == b""
-    for connection in (listener, silent, *callers, *ranks.values()):
-        connection.close()
+def test_killing_torchrun_saves_and_a_restart_waits_for_it(start):
+    run = start("orphans", launcher=TORCHRUN)
+    run.wait_for("epoch-0_step-12")
+    ranks = [run.pid_of(rank) for rank in range(2)]
+    run.process.kill()
+    # The restart finds the ranks that save, or that they have ended.
+    again = start("orphans", "--resume", "auto", launcher=TORCHRUN, log="again")
+    deadline = time.monotonic() + 15.0
+    while any(os.path.exists(f"/proc/{pid}") for pid in ranks):
+        assert time.monotonic() < deadline, run.said
+        time.sleep(0.05)
+    told = re.search(r"stopped: SIGTERM after step (\d+), which is saved", run.said)
+    assert told and "torchrun is gone, which started this process" in run.said, run.said
+    deadline = time.monotonic() + START_SECONDS
+    while not re.search(rf"Resumed .*_step-{told[1]}$", again.said, re.M):
+        assert again.process.poll() is None and time.monotonic() < deadline, again.said
+        time.sleep(0.05)
+
+
+def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start):
+    """Started by hand, without a launcher that would notice it: while it imports and the other waits for it."""
+    port = free_port()
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    first, second = (start("early", environment={**place, "RANK": str(rank)}, log=f"log-{rank}") for rank in range(2))
+    deadline = time.monotonic() + 60.0
+    while not is_connected(port):
+        assert time.monotonic() < deadline, first.said + second.said
+        time.sleep(0.02)
+    second.process.kill()
+    assert first.end(seconds=10.0) == 1
+    assert f"train.py: error: rank 1 on {socket.gethostname()} died; no step was taken" in first.said, first.said
+    assert_unlocked(first)
+
+
+def is_connected(port):
+    """Whether a connection to that port of this machine is established."""
+    tables = [Path("/proc/net", name) for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return any(row[2].endswith(f":{port:04X}") and row[3] == "01" for row in rows)
 
 
 def test_a_rank_that_hangs_is_noticed(start):

@@ -14,7 +14,7 @@ from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import checkpoint_files, run, save_folder
+from colossal_llama2.train import checkpoint_files, save_folder, start
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -145,7 +145,7 @@ def test_a_folder_that_was_written_to_between_check_and_lock_is_refused(flags, t
 
     monkeypatch.setattr(save_folder, "locked", locked_later)
     with pytest.raises(UserError, match="already holds epoch-0_step-5 of another run"):
-        run.train(arguments.train_parser().parse_args([*flags, "--plugin", "zero2"]))
+        start.train(arguments.train_parser().parse_args([*flags, "--plugin", "zero2"]))
     assert other.is_dir() and not other.with_name(".lock").exists()
 
 

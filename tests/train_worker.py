@@ -30,7 +30,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, logs
+from colossal_llama2 import arguments, launcher, logs
 from colossal_llama2.errors import RunError, Stopped, UserError
 from colossal_llama2.model.neftune import EmbeddingNoise
 from colossal_llama2.train import checks, evaluation, run
@@ -247,6 +247,7 @@ def run_job(job: dict) -> dict:
 
 def main() -> None:
     jobs_path = Path(sys.argv[1])
+    launcher.settle()
     logs.configure_logging()
     with mock.patch.object(repairs, "install", repair_and_remember):
         launch(seed=1024)

@@ -14,6 +14,7 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
 from colossal_llama2.model.exported_configs import ModelConfigs, generation_config_unread
 from colossal_llama2.model.loading import shard_names
+from colossal_llama2.model.positions import positions_of
 from colossal_llama2.model.tied_weights import check_is_one_matrix
 from colossal_llama2.terminal_text import show
 
@@ -259,7 +260,7 @@ def _read_weights(folder: Path, *, given: str, dtype):
 
 def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
     """`max_new_tokens`, reduced to what the model's context leaves beside the prompt. Lengths are in tokens."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = positions_of(model.config) if hasattr(model.config, "max_position_embeddings") else None
     if context is None or prompt_length + max_new_tokens <= context:
         return max_new_tokens
     room = context - prompt_length

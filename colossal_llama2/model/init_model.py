@@ -310,7 +310,7 @@ def _write_weights(source: Path, folder: Path, shards: List[Shard], change: Chan
 
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
-    changed[NEW_ROWS_KEY] = rows.new_ranges
+    changed[NEW_ROWS_KEY] = rows.new_ranges or _noted_ranges(config, rows)
     if changed.pop("auto_map", None):
         logs.get_logger().info("%s: auto_map is left out: it names code, and transformers has LLaMA's", CONFIG_FILE)
     if dtype != "source":
@@ -327,6 +327,25 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
     write_json(folder / CONFIG_FILE, changed)
     if generation:
         write_json(folder / GENERATION_CONFIG_FILE, portable)
+
+
+def _noted_ranges(config: dict, rows: Rows) -> List[List[int]]:
+    """The new rows that the source's config notes, where they are in the target: nothing is new, so they still are."""
+    noted = config.get(NEW_ROWS_KEY)
+    is_list = isinstance(noted, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in noted)
+    if not is_list or not all(type(border) is int for pair in noted for border in pair):
+        return []
+    found: List[List[int]] = []
+    # A row that no token has is not in the target.
+    sources = [*((row, row) for row in range(rows.kept)), *sorted(rows.moved_ids.items(), key=lambda ids: ids[1])]
+    for old, new in sources:
+        if not any(begin <= old < end for begin, end in noted):
+            continue
+        if found and found[-1][1] == new:
+            found[-1][1] += 1
+        else:
+            found.append([new, new + 1])
+    return found
 
 
 def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:

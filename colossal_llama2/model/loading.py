@@ -4,10 +4,11 @@ import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.exported_configs import CONFIG_FILE, ModelConfigs, generation_config_unread
+from colossal_llama2.model.positions import positions_of, scaling_type
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
 
 # Old checkpoints store this constant, which the model computes by itself.
@@ -22,20 +23,23 @@ NEW_ROWS_KEY = "initialized_rows"
 class ModelFacts:
     """What is known of a checkpoint before its weights are read: sizes in elements and rows.
 
-    `embedding_parameters` are those of `parameters` that --freeze_non_embeds_params trains.
+    `embedding_parameters` are those of `parameters` that --freeze_non_embeds_params trains. `positions` are what
+    rope_scaling, of the type `scaling`, makes of `max_position_embeddings`.
     """
 
     parameters: int
     embedding_parameters: int
     vocab_size: int
     max_position_embeddings: int
+    positions: int
+    scaling: Optional[str]
     attention_heads: int
     key_value_heads: int
     layers: int
     ties_embeddings: bool
 
 
-def check_model_folder(path: str, flag: str) -> None:
+def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> None:
     """Raise a UserError unless the folder holds a LLaMA config and safetensors. Reads only names; imports nothing."""
     folder = Path(path)
     if not folder.is_dir():
@@ -49,7 +53,7 @@ def check_model_folder(path: str, flag: str) -> None:
         raise UserError(f"{config_path}: not a JSON object ({error})")
     if model_type != "llama":
         raise UserError(f"{flag} {config_path}: model_type is {model_type!r}, only 'llama' can be trained here")
-    if not (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+    if needs_weights and not (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
             "its pickled weights are not read here, load it once with transformers and save_pretrained() it"
@@ -87,6 +91,13 @@ def inspect_weights(path: str) -> ModelFacts:
     problem = check_is_one_matrix(Path(path), shard_names(path)) if config.tie_word_embeddings else None
     if problem:
         raise UserError(problem)
+    return facts_of_config(path)
+
+
+def facts_of_config(path: str) -> ModelFacts:
+    """What a folder's config.json alone says of its model. Raises UserError if no LLaMA can be made of it."""
+    model = model_without_weights(path)
+    config = model.config
     # One weight, if they are tied.
     embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return ModelFacts(
@@ -94,6 +105,8 @@ def inspect_weights(path: str) -> ModelFacts:
         embedding_parameters=sum(weight.numel() for weight in embeddings),
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
+        positions=positions_of(config),
+        scaling=scaling_type(config),
         attention_heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
         layers=config.num_hidden_layers,

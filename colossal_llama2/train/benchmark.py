@@ -13,18 +13,16 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
-from colossal_llama2.errors import Stopped, UserError
+from colossal_llama2.errors import Stopped
 from colossal_llama2.terminal_text import show
 from colossal_llama2.train import checks, flags
+from colossal_llama2.train.checks import PROFILED_STEPS, WARMUP_STEPS
 from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
 from colossal_llama2.train.step_timer import NoTimer, StepTimer
 from colossal_llama2.train.stopping import NoSignals
 
-# The first steps allocate, tune kernels and fill caches.
-WARMUP_STEPS = 3
-PROFILED_STEPS = 2
 PADDING_ID = 0
 
 
@@ -65,14 +63,9 @@ def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int)
 def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str], stop: NoSignals) -> Measured:
     """Take the steps of an epoch: the first to warm up, the last two under the profiler, those between on the clock.
 
-    Raises:
-        UserError: there are too few.
+    There are enough of them, by checks.benchmark_problems.
     """
     steps = loader.order.steps_after(0)
-    least = WARMUP_STEPS + 1 + PROFILED_STEPS
-    if steps < least:
-        needed = least * loader.order.samples_per_micro_step * loader.order.accumulation_steps
-        raise UserError(f"--num_samples {loader.order.num_samples} make {steps} steps; give at least {needed}")
     timed = steps - WARMUP_STEPS - PROFILED_STEPS
     timer = StepTimer()
     source = timer.each("data", loader.steps(0, 0))
@@ -184,7 +177,7 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     """Load the model of --pretrained and measure. Called on all ranks, inside a process group.
 
     Raises:
-        UserError: the model does not fit the flags, or there are too few samples.
+        UserError: the model does not fit the flags.
         Stopped: a signal came to a rank.
     """
     from transformers import LlamaConfig

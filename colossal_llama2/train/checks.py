@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import List
 
-from colossal_llama2.arguments import unused_flags
+from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets
-from colossal_llama2.dataset.loader import highest_token_id
+from colossal_llama2.dataset.loader import SampleOrder, highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
@@ -17,6 +17,10 @@ from colossal_llama2.train import flags, resuming
 from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import Engine, settings_problems
+
+# Steps of --benchmark that are not on the clock: the first allocate, tune kernels and fill caches, the last are slowed
+# down by the profiler.
+WARMUP_STEPS, PROFILED_STEPS = 3, 2
 
 
 def check_inputs(args: argparse.Namespace) -> LoadPlan:
@@ -28,19 +32,21 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     settings = flags.engine_settings(args)
     problems = unused_flags(args)
     problems += settings_problems(settings, world_size=flags.world_size_of(args))
-    problems += dry_run_problems(args)
-    problems += utf8_problems(args)
+    problems += dry_run_problems(args) + benchmark_problems(args) + utf8_problems(args)
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
     if args.train_new_rows_only and args.chunked_loss == "off":
         problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
+    if args.train_new_rows_only and args.freeze_non_embeds_params:
+        problems.append(
+            "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "
+            "give one of them"
+        )
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
-    checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
-    if args.profile is not None:
-        if args.benchmark:
-            checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
-        else:
-            problems.append("--profile needs --benchmark")
+    needs_weights = not (args.benchmark and args.dry_run)
+    checks = [lambda: check_model_folder(args.pretrained, "--pretrained", needs_weights=needs_weights)]
+    if args.profile is not None and args.benchmark:
+        checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
     checks += [lambda: flags.data_of(args), lambda: resolve_eval_sets(args.eval_dataset)]
     problems += evaluation_problems(args)
     for check in checks:
@@ -93,8 +99,25 @@ def dry_run_problems(args: argparse.Namespace) -> List[str]:
     problems = []
     if args.num_ranks is not None and not args.dry_run:
         problems.append(f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher")
-    if args.dry_run and args.benchmark:
-        problems.append("--dry_run takes no step, --benchmark measures some; give one of them")
+    return problems
+
+
+def benchmark_problems(args: argparse.Namespace) -> List[str]:
+    """What is wrong with the flags of --benchmark, one sentence each."""
+    if not args.benchmark:
+        return ["--profile needs --benchmark"] if args.profile is not None else []
+    problems = []
+    if args.profile is not None and args.dry_run:
+        problems.append(f"--profile {args.profile} does nothing with --dry_run, which takes no step; leave it out")
+    if args.continue_data:
+        problems.append("--continue_data does nothing with --benchmark, which reads no data; leave it out")
+    given = with_defaults(args)
+    data_size = max(flags.world_size_of(args) // flags.engine_settings(args).model_ranks, 1)
+    order = SampleOrder(given.num_samples, args.micro_batch_size, data_size, args.accumulation_steps, args.seed)
+    least, steps = WARMUP_STEPS + 1 + PROFILED_STEPS, order.steps_after(0)
+    if steps < least:
+        needed = least * order.samples_per_micro_step * order.accumulation_steps
+        problems.append(f"--num_samples {given.num_samples} make {steps} steps; give at least {needed}")
     return problems
 
 
@@ -133,10 +156,11 @@ def evaluation_problems(args: argparse.Namespace) -> List[str]:
 
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
-    if args.max_length > facts.max_position_embeddings:
+    if args.max_length > facts.positions:
+        scaled = f", and rope_scaling of type {facts.scaling}" if facts.scaling else ""
         raise UserError(
-            f"--max_length {args.max_length} given, the model has {facts.max_position_embeddings} positions "
-            f"(max_position_embeddings of its config.json); give at most that"
+            f"--max_length {args.max_length} given, the model has {facts.positions} positions "
+            f"(max_position_embeddings of its config.json{scaled}); give at most that"
         )
     # Ranks of --sp exchange whole heads, as ranks of --tp hold them.
     splits = args.tp * args.sp

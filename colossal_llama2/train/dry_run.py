@@ -4,6 +4,7 @@ It needs neither a process group nor a GPU, reads no weights and writes nothing,
 """
 
 import argparse
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from colossal_llama2.train.small_files import json_bytes, model_files
 GIB = 2**30
 # Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
 CPU_MARGIN, GPU_MARGIN = 15, 20
+# What Python and its libraries take in each process of a rehearsal, roughly.
+LIBRARIES = GIB
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,9 @@ def dry_run(args: argparse.Namespace) -> None:
     description.tell_plan(args, ranks, order, schedule, facts)
     for line in plans.plan_lines(content):
         logs.get_logger().info("%s", line)
-    on_cpu = not _plans_for_gpus(args)
-    shape = ModelShape.of(model_without_weights(plan.model_path).config)
+    config = model_without_weights(plan.model_path).config
     has_documents = DOCUMENT_COLUMN in dataset.column_names
-    memory = rank_memory(shape, memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu))
-    show(memory_table(memory, ranks=ranks.world_size, on_cpu=on_cpu))
+    show(memory_lines(args, config, ranks, has_documents=has_documents))
     saves = saved_steps(order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
     show(_disk_lines(args, facts, saves))
     show_line("dry run: nothing was trained, nothing was written")
@@ -208,6 +209,31 @@ def memory_plan(args: argparse.Namespace, ranks: int, *, has_documents: bool, on
         has_documents=has_documents and args.document_mask != "off",
         on_cpu=on_cpu,
     )
+
+
+def memory_lines(args: argparse.Namespace, config, ranks: Ranks, *, has_documents: bool) -> str:
+    """The memory that a run of this transformers LlamaConfig needs, on the devices that are planned for."""
+    on_cpu = not _plans_for_gpus(args)
+    plan = memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=on_cpu)
+    table = memory_table(rank_memory(ModelShape.of(config), plan), ranks=ranks.world_size, on_cpu=on_cpu)
+    return "\n".join([table, *_device_lines(args, config, ranks, has_documents=has_documents)])
+
+
+def _device_lines(args: argparse.Namespace, config, ranks: Ranks, *, has_documents: bool) -> List[str]:
+    """Where --num_ranks plans for GPUs on a machine without any: that, and what a rehearsal here takes."""
+    import torch
+
+    if args.num_ranks is None or torch.cuda.is_available():
+        return []
+    plan = memory_plan(args, ranks.world_size, has_documents=has_documents, on_cpu=True)
+    each = rank_memory(ModelShape.of(config), plan).peak
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    together = ranks.world_size * (each + LIBRARIES)
+    return [
+        f"there is no GPU here, so this is the plan of another machine; a rehearsal of {ranks.world_size} processes on "
+        f"this CPU takes {each / GIB:.2f} GiB in each,",
+        f"{together / GIB:,.1f} GiB in all with Python and libraries, of {here / GIB:,.1f} GiB here",
+    ]
 
 
 def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:

@@ -1,7 +1,6 @@
 """What the flags of a run mean, as its parts take them."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Optional
 
@@ -10,6 +9,7 @@ from colossal_llama2.dataset.buckets import Buckets
 from colossal_llama2.dataset.groups import Groups
 from colossal_llama2.dataset.loader import Collator, SampleOrder
 from colossal_llama2.dataset.sources import Data, resolve_data
+from colossal_llama2.launcher import place
 from colossal_llama2.model.freezing import Ranges, read_new_rows
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.tokenizer import CONFIG_FILE, load_tokenizer
@@ -60,7 +60,7 @@ def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
 
 def world_size_of(args: argparse.Namespace) -> int:
     """Processes of the job: those of the launcher, or with --dry_run those that --num_ranks names."""
-    return args.num_ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    return args.num_ranks or place().world_size
 
 
 def data_of(args: argparse.Namespace) -> Data:

@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -24,10 +22,9 @@ from colossal_llama2.train import plan as plans
 from colossal_llama2.train.bad_steps import BadSteps, tell_overflows, without_update
 from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, expected_bytes
-from colossal_llama2.train.dry_run import dry_run
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import Engine, launch, leave
-from colossal_llama2.train.engine.watch import watching
+from colossal_llama2.train.engine.watch import Watch
 from colossal_llama2.train.evaluation import LoadedSet
 from colossal_llama2.train.loop import TrainState, fit
 from colossal_llama2.train.model_card import base_model
@@ -36,37 +33,28 @@ from colossal_llama2.train.row_health import RowHealth
 from colossal_llama2.train.run_report import RunReport, amounts_of_all, environment
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 from colossal_llama2.train.stage_record import Beginning, StageRecord, begin_stage
-from colossal_llama2.train.stopping import NoSignals, StopSignals, agreed_signal
+from colossal_llama2.train.stopping import NoSignals, agreed_signal
 
 if TYPE_CHECKING:
     import datasets
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run train.py or train_sft.py. Called once per process of the job, with the same flags in each.
-
-    Raises:
-        UserError: something that was given cannot be used; found before anything is written.
-        RunError: losses are no numbers, a checkpoint cannot be written.
-        Stopped: a signal came.
-    """
-    if args.dry_run:
-        return dry_run(args)
+def train_on_all(args: argparse.Namespace, stop: NoSignals, watch: Watch) -> None:
+    """Check, meet the other ranks, train. Called on all ranks, by start.py."""
+    plan = checks.check_inputs(args)
     with contextlib.ExitStack() as around:
-        stop = around.enter_context(StopSignals(has_partners=int(os.environ.get("WORLD_SIZE", "1")) > 1))
-        plan = checks.check_inputs(args)
         if logs.is_first_rank() and not args.benchmark:
             around.enter_context(save_folder.locked(args.save_dir))
             plan = checks.check_again(args, plan)
-        launch(args.seed, timeout_seconds=args.dist_timeout)
+        watch.reach_out()
+        launch(args.seed, timeout_seconds=args.dist_timeout, meet=watch.wait)
         stop.meet()
-        command = Path(sys.argv[0]).name
-        with watching(command, timeout_seconds=args.dist_timeout, before_end=save_folder.let_go):
-            if args.benchmark:
-                benchmark(with_defaults(args), stop)
-            else:
-                run(args, plan, stop)
-            leave()
+        watch.settle()
+        if args.benchmark:
+            benchmark(with_defaults(args), stop)
+        else:
+            run(args, plan, stop)
+        leave()
 
 
 def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = None) -> None:

@@ -1,8 +1,9 @@
 """The folder that a run saves to: one run at a time, and seen by every host of the job.
 
-    locked    before torch is imported: a second run in the same folder is refused
-    let_go    before a process ends itself at once: a lock that it holds would keep a restart on another host out
-    prepare   before step 1: leftovers go, and every rank reads what rank 0 wrote
+    locked      before torch is imported: a second run in the same folder is refused
+    say_ending  when a run begins to end early: the next one on this host waits for it
+    let_go      before a process ends itself at once: a lock that it holds would keep a restart on another host out
+    prepare     before step 1: leftovers go, and every rank reads what rank 0 wrote
 """
 
 import fcntl
@@ -13,7 +14,7 @@ import socket
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator, Optional, Set
+from typing import Dict, Iterator, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -24,8 +25,11 @@ LOCK_NAME = ".lock"
 # Shared file systems may show a new file to other hosts only after some seconds.
 SHARED_AFTER_SECONDS = 10.0
 
-# The lock files that this process holds.
-_held_here: Set[Path] = set()
+# How long a run waits for the one before it, which has said that it saves and ends.
+ENDING_SECONDS = 300.0
+
+# The lock files that this process holds, and their descriptors.
+_held_here: Dict[Path, int] = {}
 
 
 @contextmanager
@@ -50,11 +54,11 @@ def locked(save_dir: str) -> Iterator[None]:
         content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(content).encode(), 0)
-        _held_here.add(path)
+        _held_here[path] = descriptor
         try:
             yield
         finally:
-            _held_here.discard(path)
+            _held_here.pop(path, None)
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
@@ -70,8 +74,28 @@ def let_go() -> None:
             path.unlink(missing_ok=True)
 
 
+def say_ending() -> None:
+    """Write to the lock file that this process saves and ends, so that the next run waits for it."""
+    for descriptor in tuple(_held_here.values()):
+        # Of a process that has just let go of its lock, the descriptor is closed.
+        with suppress(OSError, TypeError):
+            content = {**json.loads(os.pread(descriptor, 1000, 0)), "ending": True}
+            os.pwrite(descriptor, json.dumps(content).encode(), 0)
+
+
+def _waits_for(owner: Optional[dict], deadline: float, *, is_first: bool) -> bool:
+    """Whether the run that holds the lock is about to end; waits for a moment if so."""
+    if owner is None or not owner["ending"] or time.monotonic() > deadline:
+        return False
+    if is_first:
+        logs.get_logger().info("Process %d saves and ends; waiting for its lock", owner["pid"])
+    time.sleep(0.1)
+    return True
+
+
 def _open_locked(path: Path) -> int:
     """Open the lock file and hold it; again, if the run that held it removed it in between."""
+    deadline, is_first = time.monotonic() + ENDING_SECONDS, True
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -79,6 +103,9 @@ def _open_locked(path: Path) -> int:
         except BlockingIOError:
             owner = _owner(descriptor)
             os.close(descriptor)
+            if _waits_for(owner, deadline, is_first=is_first):
+                is_first = False
+                continue
             raise _held(path, owner, "wait until that run has ended, or end it")
         except OSError:
             pass  # a file system without locks: what the file says must do
@@ -93,7 +120,10 @@ def _open_locked(path: Path) -> int:
 def _owner(descriptor: int) -> Optional[dict]:
     try:
         content = json.loads(os.pread(descriptor, 1000, 0))
-        return {"host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"])}
+        return {
+            "host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"]),
+            "ending": content.get("ending") is True,
+        }  # fmt: skip
     except (ValueError, KeyError, TypeError):
         return None
 

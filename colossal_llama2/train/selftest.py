@@ -14,16 +14,15 @@ order each time there). Ends with 1 if they do not.
 import argparse
 import contextlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterator, List
 
-from colossal_llama2 import arguments, errors, logs
-from colossal_llama2.errors import RunError, UserError
+from colossal_llama2 import arguments, errors, launcher, logs
+from colossal_llama2.errors import LaunchError, RunError, UserError
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.train import plain_loop
+from colossal_llama2.train import orphans, plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
 
 VOCABULARY = 1024
@@ -45,6 +44,7 @@ WAIT_SECONDS = 3600.0
 def main(argv=None) -> None:
     """Parse, run on this rank, and tell."""
     args = arguments.selftest_parser().parse_args(argv)
+    launcher.settle()
     logs.configure_logging()
     with errors.one_line_errors("selftest"):
         selftest(args)
@@ -61,8 +61,12 @@ def selftest(args: argparse.Namespace) -> None:
     from colossal_llama2.train.engine.booster import launch, leave, settings_problems
     from colossal_llama2.train.engine.watch import watching
 
-    work = Path(args.work_dir)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    here = launcher.settle()
+    if here.problem:
+        raise LaunchError(here.problem)
+    if here.note:
+        logs.get_logger().info("%s", here.note)
+    work, ranks = Path(args.work_dir), here.world_size
     problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and work.exists():
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
@@ -70,8 +74,11 @@ def selftest(args: argparse.Namespace) -> None:
         problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")
     if problems:
         raise UserError("; and ".join(problems))
-    launch(args.seed, timeout_seconds=WAIT_SECONDS)
-    with watching("selftest", timeout_seconds=WAIT_SECONDS):
+    orphans.end_with_launcher()
+    with watching("selftest", timeout_seconds=WAIT_SECONDS) as watch:
+        watch.reach_out()
+        launch(args.seed, timeout_seconds=WAIT_SECONDS, meet=watch.wait)
+        watch.settle()
         run_and_compare(args, work, ranks=ranks)
         leave()
 

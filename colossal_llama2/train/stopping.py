@@ -4,6 +4,8 @@
                        left unfinished, and a resumed run makes up for it
     SIGUSR1            the same, and end with code 0
     a second SIGINT    end at once, with code 130
+
+A rank that is still on its way to the others, and so may wait for one that is dead, saves nothing and ends at once.
 """
 
 import os
@@ -11,10 +13,12 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import List, NoReturn, Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import Stopped
+from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import save_folder
 
@@ -22,6 +26,8 @@ from colossal_llama2.train import save_folder
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # torchrun kills what is left of a job so long after it was told to end.
 TORCHRUN_SECONDS = 30.0
+# How long a rank that waits for others inside a library may take to hear of a signal.
+GRACE_SECONDS = 2.0
 
 
 class NoSignals:
@@ -61,6 +67,7 @@ class StopSignals(NoSignals):
         return self
 
     def __exit__(self, *error) -> None:
+        self._raises = False
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._outlet_before)
@@ -77,9 +84,20 @@ class StopSignals(NoSignals):
         return [float(self._counts[number] > 0) for number in SIGNALS]
 
     def _handle(self, number, frame) -> None:
+        if self._is_obeyed_at_once(number):
+            raise Stopped(number, _early(number))
+
+    def _is_obeyed_at_once(self, number: int) -> bool:
         # After SIGUSR1 the launcher would take this process for done, and leave the others waiting for it.
-        if self._raises and not (self._has_partners and number == signal.SIGUSR1):
-            raise Stopped(number, f"{signal.Signals(number).name} came before the first step; nothing was trained")
+        return self._raises and number in SIGNALS and not (self._has_partners and number == signal.SIGUSR1)
+
+    def _end_unheard(self, number: int) -> None:
+        """End a rank whose main thread waits for others in a library, where no exception reaches it."""
+        if self._raises and self._has_partners:
+            if logs.is_first_rank():
+                show_line(f"{Path(sys.argv[0]).name}: stopped: {_early(number)}", file=sys.stderr)
+            save_folder.let_go()
+            os._exit(128 + number)
 
     def _note(self) -> None:
         with self._outlet:
@@ -89,6 +107,12 @@ class StopSignals(NoSignals):
                         self._counts[number] += 1
                     if self._counts[signal.SIGINT] > 1:
                         end_at_once()
+                    if self._is_obeyed_at_once(number):
+                        threading.Timer(GRACE_SECONDS, self._end_unheard, (number,)).start()
+
+
+def _early(number: int) -> str:
+    return f"{signal.Signals(number).name} came before the first step; nothing was trained"
 
 
 def end_at_once() -> NoReturn:
@@ -106,8 +130,9 @@ def agreed_signal(sums: Sequence[float]) -> Optional[signal.Signals]:
 
 def tell_stop(number: signal.Signals, *, save_seconds: Optional[float]) -> None:
     """Log that a signal is about to end the run, and what may go wrong. `save_seconds`: what the last save took."""
+    save_folder.say_ending()
     logs.get_logger().info("%s: saving, then ending", number.name)
-    is_hurried = number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+    is_hurried = number == signal.SIGTERM and place().launcher == "torchrun"
     if is_hurried and save_seconds is not None and save_seconds > TORCHRUN_SECONDS / 2:
         logs.get_logger().warning(
             "torchrun kills its processes %.0f s after SIGTERM, the last save took %.0f s; if this one is cut short, "

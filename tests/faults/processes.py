@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 from tests.conftest import ROOT
 
@@ -15,9 +15,15 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Run:
-    """One job in a session of its own; `launcher` comes before train.py, none for a single process."""
+    """One job in a session of its own; `launcher` comes before train.py, none for a single process.
 
-    def __init__(self, folder: Path, flags: List[str], launcher: Optional[List[str]] = None):
+    `environment` is added to that of this process, `log` names the file in the folder that gets what the job says.
+    """
+
+    def __init__(
+        self, folder: Path, flags: List[str], launcher: Optional[List[str]] = None, *,
+        environment: Optional[Dict[str, str]] = None, log: str = "log",
+    ):  # fmt: skip
         self.save_dir = folder / "save_dir"
         folder.mkdir(parents=True, exist_ok=True)
         places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
@@ -25,10 +31,12 @@ class Run:
         command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words]
         # `colossalai run` starts torchrun by its name.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-        self._log = folder / "log"
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+        own = {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **(environment or {})}
+        self._log = folder / log
+        with self._log.open("w") as said:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, **own}, stderr=said, stdout=said, start_new_session=True
+            )  # fmt: skip
 
     @property
     def said(self) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
-from colossal_llama2 import logs
+from colossal_llama2 import launcher, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunked_loss
 from colossal_llama2.model.documents import MaskForm, attention_inputs
@@ -81,11 +81,19 @@ class EngineSettings:
         return {None: 1, "all_to_all": self.sp_size}.get(self.sp_mode, self.tp_size)
 
 
-def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
-    """Join the process group of torchrun or `colossalai run`; without a launcher, form one of this process alone.
+def launch(
+    seed: int, *, timeout_seconds: Optional[float] = None, meet: Callable[[], None] = lambda: None
+) -> None:
+    """Join the process group of the launcher; without one, form one of this process alone.
 
-    Ranks wait for each other for `timeout_seconds` at most; None is PyTorch's default.
+    Args:
+        timeout_seconds: how long ranks wait for each other at most; None is PyTorch's default.
+        meet: called when the libraries are there, before the ranks are joined.
+
+    Raises:
+        UserError: there are more processes on this host than GPUs.
     """
+    here = launcher.settle()
     # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
@@ -106,14 +114,20 @@ def launch(seed: int, *, timeout_seconds: Optional[float] = None) -> None:
     repairs.install()
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_ADDR", "localhost")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if here.world_size == 1 and not here.uses_agent_store:
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
     if timeout_seconds is not None:
         _set_timeout(timeout_seconds)
+    if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={here.local_rank}, but {socket.gethostname()} has {torch.cuda.device_count()} GPUs; start one "
+            f"process for each GPU, such as with --nproc_per_node {torch.cuda.device_count()}"
+        )
+    meet()
     colossalai.launch(
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
+        rank=here.rank,
+        world_size=here.world_size,
+        local_rank=here.local_rank,
         host=os.environ["MASTER_ADDR"],
         port=int(os.environ["MASTER_PORT"]),
         seed=seed,

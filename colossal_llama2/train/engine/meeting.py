@@ -1,0 +1,184 @@
+"""How the ranks of a job find each other before PyTorch is there: a connection of each rank to rank 0.
+
+    by hand, srun, mpirun    rank 0 listens on MASTER_PORT until all have come, then leaves the port to PyTorch
+    torchrun                 torchrun listens on MASTER_PORT; rank 0 leaves the address of its own port there
+
+Ranks say lines of text to each other: first `hello SECRET RANK WORLD_SIZE HOST`, which rank 0 answers with
+`welcome HOST`, or with `no` and a reason.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import Callable, List, NamedTuple, Optional, Tuple
+
+from colossal_llama2.errors import LaunchError
+from colossal_llama2.launcher import REQUIRED, Place
+
+HELLO, WELCOME, REFUSED = "hello", "welcome", "no"
+MAX_LINE = 4096
+# Where anybody can connect, the word only keeps programs apart.
+KNOWN_SECRET = "colossal_llama2"
+KEY = "colossal_llama2/rank-0"
+# How long a rank looks for a host that cannot be reached, or hears nothing from the port that should be rank 0's.
+UNREACHABLE_SECONDS = 10.0
+ATTEMPT_SECONDS = 5.0
+RETRY_SECONDS = 0.2
+
+
+class Line:
+    """One end of a connection, over which lines of text come.
+
+    Attributes:
+        rank: at the other end, None if that is not known.
+        waiting: lines that have come and were not obeyed yet.
+        has_left: whether the other end has said that it ends.
+    """
+
+    def __init__(self, connection: socket.socket, rank: Optional[int] = None):
+        self.connection, self.rank, self._rest = connection, rank, b""
+        self.waiting: List[str] = []
+        self.has_left = False
+
+    def read(self) -> Optional[List[str]]:
+        """The lines that have come, perhaps none yet; None at the end of the connection."""
+        try:
+            content = self.connection.recv(MAX_LINE)
+        except OSError:
+            content = b""
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        # Whoever sends so much without a line is a stranger.
+        is_over = not content or len(self._rest) >= MAX_LINE
+        return None if is_over and not lines else [line.decode(errors="replace") for line in lines]
+
+    def say(self, text: str) -> None:
+        """Send a line."""
+        # If the other end is gone, `read` tells.
+        with suppress(OSError):
+            self.connection.sendall(f"{text}\n".encode())
+
+
+class Address(NamedTuple):
+    """Where rank 0 listens, and the word that it answers to."""
+
+    host: str
+    port: int
+    secret: str
+
+
+def given_address() -> Address:
+    """MASTER_ADDR and MASTER_PORT."""
+    return Address(os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"]), KNOWN_SECRET)
+
+
+def listen(port: int, *, backlog: int) -> socket.socket:
+    """Listen on all interfaces, on any free port if it is 0. Raises OSError."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def listen_as_given(*, backlog: int) -> socket.socket:
+    """Listen on MASTER_PORT. Raises LaunchError if it is taken."""
+    address = given_address()
+    try:
+        return listen(address.port, backlog=backlog)
+    except OSError as error:
+        raise LaunchError(
+            f"MASTER_PORT={address.port}: rank 0 cannot listen there on {socket.gethostname()} ({error.strerror}); "
+            f"give all ranks another port, which is free"
+        )
+
+
+def address_through_torchrun(place: Place, own_port: Optional[int], *, timeout_seconds: float) -> Address:
+    """Leave the address of rank 0 with torchrun, or take it from there. Raises what PyTorch raises if that fails."""
+    from torch.distributed import TCPStore
+
+    host, port, _ = given_address()
+    store = TCPStore(host, port, None, False, timedelta(seconds=timeout_seconds), wait_for_workers=False)
+    key = f"{KEY}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if place.rank == 0:
+        store.set(key, json.dumps([own_port, secrets.token_hex(8)]))
+    own_port, secret = json.loads(store.get(key))
+    return Address(host, own_port, secret)
+
+
+def introduce(
+    address: Address, here: Place, word: str, *, until: float, tell: Callable[[str], None]
+) -> Tuple[Line, str]:
+    """Connect to rank 0, say who this is, and return the connection with what rank 0 answered.
+
+    Args:
+        word: the name of this host.
+        until, tell: as `connect` takes them.
+
+    Raises:
+        LaunchError: nobody came to listen there in time, or another program does.
+    """
+    strangers_until = None
+    while True:
+        line = Line(connect(address, until=until, tell=tell))
+        strangers_until = strangers_until or time.monotonic() + UNREACHABLE_SECONDS
+        line.say(f"{HELLO} {address.secret} {here.rank} {here.world_size} {word}")
+        line.connection.settimeout(UNREACHABLE_SECONDS)
+        answers = line.read()
+        while answers == []:
+            answers = line.read()
+        if answers and answers[0].partition(" ")[0] in (WELCOME, REFUSED):
+            line.waiting = answers[1:]
+            return line, answers[0]
+        line.connection.close()
+        # A job that is just ending may still listen there.
+        if time.monotonic() > strangers_until:
+            raise LaunchError(unreached(address, "another program listens there"))
+        tell("another program listens there")
+        time.sleep(RETRY_SECONDS)
+
+
+def connect(address: Address, *, until: float, tell: Callable[[str], None]) -> socket.socket:
+    """Connect to rank 0, which may start later.
+
+    Args:
+        until: by time.monotonic(), when to give up on a port on which nobody listens yet.
+        tell: called with the reason each time that it cannot be reached.
+
+    Raises:
+        LaunchError: the host cannot be reached, or nobody came to listen there.
+    """
+    unreachable_since = None
+    while True:
+        try:
+            return socket.create_connection((address.host, address.port), timeout=ATTEMPT_SECONDS)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            now = time.monotonic()
+            # A refusal comes from a host that is there.
+            is_there = isinstance(error, ConnectionRefusedError)
+            unreachable_since = None if is_there else unreachable_since or now
+            if now > until or (unreachable_since is not None and now - unreachable_since > UNREACHABLE_SECONDS):
+                raise LaunchError(unreached(address, reason))
+        tell(reason)
+        time.sleep(RETRY_SECONDS)
+
+
+def unreached(address: Address, reason: str) -> str:
+    """The message about a rank 0 that does not answer."""
+    return (
+        f"MASTER_ADDR={address.host} MASTER_PORT={address.port} does not lead to rank 0 ({reason}); give all ranks its "
+        f"host and a free port there, or unset {', '.join(REQUIRED)} if no launcher is meant to start this"
+    )
+
+
+def lasting(connection: socket.socket) -> socket.socket:
+    """A connection without time limit, of which the system notices within seconds that the other host is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection

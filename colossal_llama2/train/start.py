@@ -1,0 +1,48 @@
+"""The first moments of a training command: where it is and who else is there, before anything large is imported.
+
+A rank that dies while it imports, checks or reads is noticed from the moment at which it is connected.
+"""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+from colossal_llama2 import launcher, logs
+from colossal_llama2.errors import LaunchError
+from colossal_llama2.train import orphans, save_folder
+from colossal_llama2.train.engine.watch import watching
+from colossal_llama2.train.stopping import StopSignals
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run train.py or train_sft.py. Called once per process of the job, with the same flags in each.
+
+    Raises:
+        UserError: something that was given cannot be used; found before anything is written.
+        RunError: losses are no numbers, a checkpoint cannot be written.
+        Stopped: a signal came.
+    """
+    here = launcher.settle()
+    if here.problem:
+        raise LaunchError(here.problem)
+    if here.note:
+        logs.get_logger().info("%s", here.note)
+    if args.dry_run and args.benchmark:
+        from colossal_llama2.train.benchmark_plan import plan_benchmark
+
+        return plan_benchmark(args)
+    if args.dry_run:
+        from colossal_llama2.train.dry_run import dry_run
+
+        return dry_run(args)
+    command = Path(sys.argv[0]).name
+    with contextlib.ExitStack() as around:
+        stop = around.enter_context(StopSignals(has_partners=here.world_size > 1))
+        orphans.end_with_launcher(before=save_folder.say_ending)
+        watch = around.enter_context(
+            watching(command, timeout_seconds=args.dist_timeout, before_end=save_folder.let_go)
+        )
+        from colossal_llama2.train.run import train_on_all
+
+        train_on_all(args, stop, watch)

@@ -1,0 +1,258 @@
+"""Which process of a job this is, by the environment, and what becomes of ranks whose launcher is killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from colossal_llama2 import launcher, logs
+from colossal_llama2.errors import LaunchError
+from colossal_llama2.launcher import Place
+from colossal_llama2.train.engine import meeting
+from colossal_llama2.train.engine.watch import Watch
+from tests.conftest import ROOT
+from tests.launching import free_port
+
+BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def settle(monkeypatch):
+    """Settle in an environment of these variables; what other launchers set is not there."""
+    names = (*launcher.NAMES, *(name for names in launcher.OTHERS.values() for name in names))
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+
+    def settle_in(**variables) -> Place:
+        monkeypatch.setattr(launcher, "_settled", None)
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return launcher.settle()
+
+    yield settle_in
+    launcher._settled = None
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "8"},
+        {"RANK": "x", "LOCAL_RANK": ""},
+        {**BY_HAND, "RANK": ""},
+        {**BY_HAND, "MASTER_PORT": " "},
+        {"RANK": "1", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    ],
+)
+def test_leftovers_are_ignored_and_told(settle, variables):
+    here = settle(**variables)
+    assert (here.rank, here.local_rank, here.world_size, here.launcher, here.problem) == (0, 0, 1, None, None)
+    assert all(f"{name}={value}" in here.note for name, value in variables.items() if value.strip())
+    # Libraries read them as well.
+    assert not [name for name in launcher.NAMES if name in os.environ]
+
+
+def test_a_clean_environment_is_not_worth_a_word(settle):
+    assert settle() == launcher.ALONE
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (BY_HAND, (1, 1, 2, "by hand")),
+        ({**BY_HAND, "MASTER_ADDR": "node-0"}, (1, 0, 2, "by hand")),
+        ({**BY_HAND, "MASTER_ADDR": "node-0", "SLURM_LOCALID": "1"}, (1, 1, 2, "by hand")),
+        ({**BY_HAND, "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, (1, 0, 2, "torchrun")),
+        ({**SRUN, **ADDRESS}, (3, 1, 4, "srun")),
+        ({**SRUN, **ADDRESS, "WORLD_SIZE": "4"}, (3, 1, 4, "srun")),
+        (
+            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "0", **ADDRESS},
+            (2, 0, 3, "mpirun"),
+        ),
+    ],
+)
+def test_launchers_are_known_by_what_they_set(settle, variables, expected):
+    here = settle(**variables)
+    assert (here.rank, here.local_rank, here.world_size, here.launcher) == expected
+    assert here.problem is None and here.parent == os.getppid()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == [str(n) for n in expected[:3]]
+
+
+def test_srun_without_an_address_starts_single_processes(settle):
+    here = settle(**SRUN)
+    assert (here.world_size, here.launcher) == (1, None) and "set MASTER_ADDR" in here.note
+    # The script of sbatch itself, and an interactive shell.
+    assert settle(SLURM_PROCID="0", SLURM_LOCALID="0") == settle(**{**SRUN, "SLURM_STEP_NUM_TASKS": "1"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment, a whole number from 0 to 1 allowed"),
+        ({"RANK": "2"}, "RANK=2 in the environment, a whole number from 0 to 1 allowed since WORLD_SIZE is 2"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment, a whole number of at least 1"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 in the environment, a whole number from 1 to 65535"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x"),
+    ],
+)
+def test_impossible_values_are_told(settle, changed, said):
+    here = settle(**{**BY_HAND, **changed})
+    assert said in here.problem and "unset RANK, WORLD_SIZE" in here.problem
+    assert (here.rank, here.world_size) == (0, 1)
+
+
+def test_commands_that_are_never_launched_ignore_all_of_it(settle, capsys):
+    """They do not settle: in a container of a training job, every shell has these variables."""
+    settle()
+    os.environ.update(BY_HAND)
+    launcher._settled = None
+    assert logs.is_first_rank()
+
+
+# Ranks that meet.
+
+
+class Ends(list):
+    """Watches of this process, which do not end it but note which rank was lost, and how."""
+
+    def watch(self, rank, size, *, timeout=20.0):
+        watch = Watch("train.py", Place(rank=rank, local_rank=rank, world_size=size), timeout, lambda: None)
+        watch._end = lambda lost, what: self.append((rank, lost, what))
+        return watch
+
+    def wait_for(self, end):
+        deadline = time.monotonic() + 5.0
+        while end not in self:
+            assert time.monotonic() < deadline, list(self)
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def port(monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    return port
+
+
+def meet(*watches):
+    waits = [threading.Thread(target=watch.wait) for watch in watches]
+    for watch in watches:
+        watch.begin()
+    for thread in waits:
+        thread.start()
+    for thread in waits:
+        thread.join(20.0)
+        assert not thread.is_alive()
+
+
+def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
+    ends = Ends()
+    first, second, third = (ends.watch(rank, 3) for rank in range(3))
+    # It comes before there is a rank 0.
+    second.begin()
+    first.begin()
+    silent = socket.create_connection(("localhost", port))
+    for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n"):
+        with socket.create_connection(("localhost", port)) as stranger:
+            stranger.sendall(words)
+            assert stranger.recv(64) == b""
+    third.begin()
+    for watch in (third, second, first):
+        watch.wait()
+    assert silent.recv(64) == b""
+    # PyTorch takes the port now.
+    with socket.create_server(("", port)):
+        third._lines[0].connection.shutdown(socket.SHUT_RDWR)
+        ends.wait_for((0, 2, "died"))
+    ends.wait_for((2, 0, "died"))
+    first._tell("lost 2 died")
+    ends.wait_for((1, 2, "died"))
+
+
+def test_a_rank_that_fails_says_why(port, monkeypatch):
+    monkeypatch.setattr("colossal_llama2.train.engine.watch.VERDICT_SECONDS", 0.1)
+    ends = Ends()
+    first, second = ends.watch(0, 2), ends.watch(1, 2)
+    meet(first, second)
+    second.leave("failed --dataset x: no such folder")
+    ends.wait_for((0, 1, "failed: --dataset x: no such folder"))
+
+
+def problem_of(watch):
+    with pytest.raises(LaunchError) as error:
+        watch.begin()
+        watch.wait()
+    return str(error.value)
+
+
+def test_ranks_that_do_not_belong_together_are_told(port):
+    ends = Ends()
+    first = ends.watch(0, 2)
+    first.begin()
+    assert "rank 1 on" in problem_of(ends.watch(1, 3)) and "WORLD_SIZE=3, rank 0 has 2" in str(first._problem)
+    with pytest.raises(LaunchError, match="WORLD_SIZE=3"):
+        first.wait()
+    # Two of rank 0 on this host, and a rank that nobody else comes to.
+    assert f"MASTER_PORT={port}: rank 0 cannot listen there" in problem_of(ends.watch(0, 2))
+    first._gives_up = True
+
+
+def test_an_address_that_leads_nowhere_is_told(monkeypatch, port):
+    monkeypatch.setattr(meeting, "UNREACHABLE_SECONDS", 0.3)
+    ends = Ends()
+    assert "rank 1 of 2 did not come" in problem_of(ends.watch(0, 2, timeout=0.3))
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    for rank in (0, 1):
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        assert "MASTER_ADDR=no-such-host.invalid" in problem_of(ends.watch(rank, 2))
+    with socket.create_server(("localhost", 0)) as other:
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        assert "another program listens there" in problem_of(ends.watch(1, 2))
+
+
+# Launchers that are killed.
+
+LAUNCHER = """
+import os, subprocess, sys, time
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1")
+subprocess.Popen([sys.executable, "-c", sys.argv[1], "torchrun"], env={**os.environ, "TORCHELASTIC_RUN_ID": "none"})
+subprocess.Popen([sys.executable, "-c", sys.argv[1], "by hand"])
+time.sleep(60)
+"""
+RANK = """
+import os, signal, sys, time
+from colossal_llama2 import launcher
+from colossal_llama2.train import orphans
+assert launcher.settle().launcher == sys.argv[1], launcher.place()
+signal.signal(signal.SIGTERM, lambda *args: (print("SIGTERM", flush=True), sys.exit()))
+orphans.end_with_launcher()
+print(sys.argv[1], os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_hears_of_its_launchers_death_and_others_do_not():
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
+    process.kill()
+    start = time.monotonic()
+    assert process.stdout.readline() == "SIGTERM\n" and time.monotonic() - start < 5.0
+    # Longer than a rank of torchrun takes to notice.
+    time.sleep(1.0)
+    os.kill(int(ranks["by hand"]), signal.SIGKILL)
+    assert process.stdout.read() == ""
+    process.wait()

@@ -1,0 +1,58 @@
+"""How long a sample may be where rope_scaling is there."""
+
+import pytest
+from transformers import LlamaConfig
+
+from colossal_llama2 import arguments
+from colossal_llama2.errors import UserError
+from colossal_llama2.inference import generation
+from colossal_llama2.model.loading import ModelFacts
+from colossal_llama2.model.positions import positions_of
+from colossal_llama2.train import checks
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+@pytest.mark.parametrize(
+    ("kind", "more", "positions", "expected"),
+    [
+        ("linear", {"factor": 4.0}, 4096, 16384),
+        ("linear", {"factor": 2.5}, 4096, 10240),
+        ("dynamic", {"factor": 2.0}, 2048, 4096),
+        ("yarn", {"factor": 16.0}, 4096, 65536),
+        # As Qwen2.5 and DeepSeek write it: the first length in both, or the extended one in the first.
+        ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072),
+        ("yarn", {"factor": 40.0, "original_max_position_embeddings": 4096}, 163840, 163840),
+        # Llama-3.1 itself.
+        ("llama3", {"factor": 8.0, **LLAMA3}, 131072, 131072),
+        ("default", {}, 4096, 4096),
+        # What cannot be used lengthens nothing.
+        ("linear", {"factor": "4"}, 4096, 4096),
+        ("linear", {"factor": 0.5}, 4096, 4096),
+    ],
+)
+def test_positions(spelling, kind, more, positions, expected):
+    config = LlamaConfig(max_position_embeddings=positions, rope_scaling={spelling: kind, **more})
+    assert positions_of(config) == expected
+
+
+def test_without_scaling_it_is_what_the_config_says():
+    assert positions_of(LlamaConfig(max_position_embeddings=4096)) == 4096
+
+
+def test_training_and_inference_use_them():
+    facts = ModelFacts(
+        parameters=1, embedding_parameters=1, vocab_size=10, max_position_embeddings=2048, positions=8192,
+        scaling="linear", attention_heads=4, key_value_heads=4, layers=2, ties_embeddings=False,
+    )  # fmt: skip
+    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--max_length", "8192"])
+    checks.check_model_fits(args, facts)
+    args.max_length = 8193
+    with pytest.raises(UserError, match="8193 given, the model has 8192 positions .*rope_scaling of type linear"):
+        checks.check_model_fits(args, facts)
+
+    class Model:
+        config = LlamaConfig(max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 2.0})
+
+    assert generation._fit_context(Model, prompt_length=100, max_new_tokens=50) == 28
