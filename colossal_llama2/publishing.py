@@ -19,7 +19,7 @@ from typing import Iterator
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import sync, sync_entries
+from colossal_llama2.files import discard, sync, sync_entries
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -87,7 +87,7 @@ def publish(folder: Path, target: Path, *, replace: bool) -> None:
     elif not _exchange(folder, target):
         _rename_in_two_steps(folder, target)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
     sync_entries(target.parent)
 
 
@@ -117,4 +117,4 @@ def _rename_in_two_steps(folder: Path, target: Path) -> None:
         with suppress(OSError):
             os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)

@@ -165,8 +165,34 @@ def _read_ours(path: Path, keys: Collection[str]) -> Any:
         return NOT_OURS
     if content is None:
         return None
-    is_ours = isinstance(content, dict) and keys <= content.keys() and isinstance(content["settings"], dict)
+    is_ours = isinstance(content, dict) and keys <= content.keys() and _has_types(content)
     return content if is_ours and isinstance(content["inputs"], list) else NOT_OURS
+
+
+def _has_types(content: Dict[str, Any]) -> bool:
+    """Whether what is used of a plan or a manifest has the types that we give it."""
+    inputs, outputs = content.get("inputs", []), content.get("outputs", {})
+    tokenizer, bins = content.get("tokenizer"), content.get("bins", [])
+    if not isinstance(content.get("settings"), dict) or not isinstance(outputs, dict):
+        return False
+    # A plan has the hash alone, a manifest has it among others.
+    if not isinstance(tokenizer, str) and not isinstance(_entry(tokenizer, "sha256"), str):
+        return False
+    if not isinstance(inputs, list) or not isinstance(bins, list):
+        return False
+    entries = [*bins, *([content["eval"]] if content.get("eval") else [])]
+    if not all(isinstance(_entry(entry, "name"), str) and _is_count(entry.get("bytes", 0)) for entry in entries):
+        return False
+    known = (isinstance(_entry(file, "path"), str) and _is_count(file.get("size", 0)) for file in inputs)
+    return all(known) and ("bins" not in content or all(isinstance(_entry(file, "sha256"), str) for file in inputs))
+
+
+def _entry(content: Any, name: str) -> Any:
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def read_manifest_of(part: str) -> Dict[str, Any]:
@@ -179,8 +205,14 @@ def read_manifest_of(part: str) -> Dict[str, Any]:
         content = read_json_or_none(path)
     except RunError as error:
         raise UserError(str(error))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or copy it again")
     # The name is a common one: others' files are none of ours.
-    return content if isinstance(content, dict) and MANIFEST_KEYS <= content.keys() else {}
+    if not isinstance(content, dict) or not MANIFEST_KEYS <= content.keys():
+        return {}
+    if not _has_types(content) or not isinstance(content["tokenizer"], dict):
+        raise UserError(f"{path}: is damaged, its entries have other types; copy it again, or prepare the data again")
+    return content
 
 
 def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, flag: str = "--dataset") -> None:
@@ -201,7 +233,7 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
                 f"{manifest['tokenizer']['sha256'][:12]}) than that of {tokenizer_dir} ({expected[:12]}); prepare the "
                 f"data with --tokenizer_dir {tokenizer_dir}"
             )
-        elif manifest["settings"]["stage"] != stage:
+        elif manifest["settings"].get("stage") != stage:
             others.append(part)
     if others:
         (other,) = COMMANDS.keys() - {stage}

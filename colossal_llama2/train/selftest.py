@@ -63,7 +63,7 @@ def selftest(args: argparse.Namespace) -> None:
     work = Path(args.work_dir)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
-    if logs.is_first_rank() and work.exists():
+    if logs.is_first_rank() and os.path.lexists(work):
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")
