@@ -20,7 +20,7 @@ from colossal_llama2.dataset.output import MANIFEST_FILE
 from colossal_llama2.dataset.visible import visible, visible_line
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
-from colossal_llama2.output_paths import check_output_file, check_output_folder
+from colossal_llama2.output_paths import check_output_file
 from colossal_llama2.tokenizer import Encoder, fingerprint
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
@@ -249,13 +249,12 @@ def _painted(kind: str, line: str) -> str:
 
 def check_plots_folder(folder: Path) -> None:
     """Make the folder for the charts. Raises UserError if that cannot be."""
-    check_output_folder(folder, "--plots")
-    for name in (LENGTHS_FILE, CATEGORIES_FILE):
-        check_output_file(folder / name, "--plots")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--plots {folder} cannot be made ({error.strerror}); name a folder where you may write")
+    for name in (LENGTHS_FILE, CATEGORIES_FILE):
+        check_output_file(folder / name, "--plots")
 
 
 def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:

@@ -31,9 +31,10 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except OSError as error:
+        except OSError:
             if path.is_symlink() or path.is_dir():
-                raise RefusedError(f"{path} is no plain file ({error.strerror}); remove it")
+                kind = "a link" if path.is_symlink() else "a folder"
+                raise RefusedError(f"{path} is {kind}, no lock file; remove it")
             raise
         try:
             fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)

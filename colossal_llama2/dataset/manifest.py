@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Sequence
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset import plan
 from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.arrow_folder import DATA_FILE
@@ -165,34 +165,29 @@ def _read_ours(path: Path, keys: Collection[str]) -> Any:
         return NOT_OURS
     if content is None:
         return None
-    is_ours = isinstance(content, dict) and keys <= content.keys() and _has_types(content)
+    is_ours = isinstance(content, dict) and keys <= content.keys() and _is_as_written(content)
     return content if is_ours and isinstance(content["inputs"], list) else NOT_OURS
 
 
-def _has_types(content: Dict[str, Any]) -> bool:
-    """Whether what is used of a plan or a manifest has the types that we give it."""
-    inputs, outputs = content.get("inputs", []), content.get("outputs", {})
-    tokenizer, bins = content.get("tokenizer"), content.get("bins", [])
-    if not isinstance(content.get("settings"), dict) or not isinstance(outputs, dict):
+def _is_as_written(content: Dict[str, Any]) -> bool:
+    """Whether what is used of a plan or a manifest has the types that it is written with."""
+    try:
+        for file in json_input.typed(content, "inputs", list):
+            json_input.typed(file, "path", str)
+            json_input.whole_number(file, "size")
+        json_input.typed(content, "settings", dict)
+        if "bins" not in content:
+            json_input.typed(content, "tokenizer", str)
+            return all(isinstance(folder, str) for folder in json_input.typed(content, "outputs", dict).values())
+        json_input.typed(json_input.typed(content, "tokenizer", dict), "sha256", str)
+        for file in content["inputs"]:
+            json_input.typed(file, "sha256", str)
+        for entry in [*json_input.typed(content, "bins", list), *([content["eval"]] if content.get("eval") else [])]:
+            json_input.typed(entry, "name", str)
+            json_input.whole_number({"bytes": 0, **entry}, "bytes")
+    except (KeyError, ValueError, TypeError, AttributeError):
         return False
-    # A plan has the hash alone, a manifest has it among others.
-    if not isinstance(tokenizer, str) and not isinstance(_entry(tokenizer, "sha256"), str):
-        return False
-    if not isinstance(inputs, list) or not isinstance(bins, list):
-        return False
-    entries = [*bins, *([content["eval"]] if content.get("eval") else [])]
-    if not all(isinstance(_entry(entry, "name"), str) and _is_count(entry.get("bytes", 0)) for entry in entries):
-        return False
-    known = (isinstance(_entry(file, "path"), str) and _is_count(file.get("size", 0)) for file in inputs)
-    return all(known) and ("bins" not in content or all(isinstance(_entry(file, "sha256"), str) for file in inputs))
-
-
-def _entry(content: Any, name: str) -> Any:
-    return content.get(name) if isinstance(content, dict) else None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return True
 
 
 def read_manifest_of(part: str) -> Dict[str, Any]:
@@ -210,8 +205,11 @@ def read_manifest_of(part: str) -> Dict[str, Any]:
     # The name is a common one: others' files are none of ours.
     if not isinstance(content, dict) or not MANIFEST_KEYS <= content.keys():
         return {}
-    if not _has_types(content) or not isinstance(content["tokenizer"], dict):
-        raise UserError(f"{path}: is damaged, its entries have other types; copy it again, or prepare the data again")
+    for name, kind in {"settings": dict, "tokenizer": dict, "bins": list}.items():
+        try:
+            json_input.typed(content, name, kind)
+        except ValueError as error:
+            raise UserError(f"{path}: is damaged ({error}); copy it again, or prepare the data again")
     return content
 
 
@@ -227,11 +225,10 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         manifest = read_manifest_of(part)
         if not manifest:
             unknown.append(part)
-        elif manifest["tokenizer"]["sha256"] != expected:
+        elif (found := manifest["tokenizer"].get("sha256")) != expected:
             raise UserError(
-                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 "
-                f"{manifest['tokenizer']['sha256'][:12]}) than that of {tokenizer_dir} ({expected[:12]}); prepare the "
-                f"data with --tokenizer_dir {tokenizer_dir}"
+                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 {str(found)[:12]}) "
+                f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"
             )
         elif manifest["settings"].get("stage") != stage:
             others.append(part)

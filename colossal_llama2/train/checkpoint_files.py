@@ -24,10 +24,10 @@ MODEL_NAME = "modeling"
 PARTIAL_SUFFIX = ".tmp"
 OLD_SUFFIX = ".old"
 CHECKPOINT_NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
-LOG_NAME, PLAN_NAME, RUN_NAME = "train_log.jsonl", "plan.json", "run.json"
+LOG_NAME, PLAN_NAME = "train_log.jsonl", "plan.json"
 # What a run leaves beside its checkpoints when it ends.
 REPORT_NAMES = ("settings.json", "environment.json", "loss.png")
-FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, RUN_NAME, *REPORT_NAMES)
+FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, *REPORT_NAMES)
 _FILES = "|".join(map(re.escape, FILE_NAMES))
 LEFTOVER_NAME = re.compile(
     rf"(epoch-\d+_step-\d+|{MODEL_NAME}|{_FILES})\.(tmp|old)|\.({_FILES})\.[0-9a-f]{{8}}\.tmp|\.token-[0-9a-f]{{8}}"
@@ -129,6 +129,7 @@ def _checked_entry(entry: Any) -> str:
     parts = name.split("/")
     if not parts[0] or {".", ".."} & set(parts) or "\\" in name or "\0" in name:
         raise ValueError(f"it names {json_input.shown(name)}, which is outside")
+    name.encode()  # half of a surrogate pair is in no file's name
     json_input.whole_number(entry, "bytes")
     if not SHA256.fullmatch(json_input.typed(entry, "sha256", str)):
         raise ValueError(f"sha256 of {json_input.shown(name)} is {json_input.shown(entry['sha256'])}")

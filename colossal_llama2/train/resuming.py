@@ -66,15 +66,17 @@ def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: Optional[str] = N
     complete = checkpoint_files.complete_checkpoints(Path(save_dir))
     if before is not None:
         complete = complete[: complete.index(Path(before))] if Path(before) in complete else []
-    problem = None
+    problem = first_problem = None
     for folder in reversed(complete):
         try:
             return replace(plan_loading("", str(folder)), is_newest=True)
         except UserError as error:
             problem = str(error).removeprefix("--load_checkpoint ").removesuffix("; resume from another checkpoint")
+            first_problem = first_problem or problem
             logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
     if problem or before is not None:
-        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole; give a new --save_dir to begin anew")
+        why = f" ({first_problem})" if first_problem else ""
+        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole{why}; give a new --save_dir to begin anew")
     return otherwise
 
 

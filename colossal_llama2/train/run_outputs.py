@@ -1,11 +1,8 @@
 """Which settings file and which folder of TensorBoard events a run writes to: never those of another run.
 
-A run is known by the random id in run.json of its --save_dir, which a resumed run finds there again. The same id stands
-in its settings, and in run.json of its events folder:
-
-    {"run_id": "9f86d081884c7d65", "save_dir": "/data/checkpoint_dir"}
-
-Where --config_file or --tensorboard_dir is another run's, the newer one gets a name below it, after its --save_dir:
+A run is known by the random run_id in settings.json of its --save_dir, which is there from the start, so that a resumed
+run finds it again. The same id stands in --config_file, and in run.json of the folder with its events. Where
+--config_file or --tensorboard_dir is another run's, the newer one gets a name below it, after its --save_dir:
 
     config_file    config_file-checkpoint_dir_sft        configs/a.json    configs/a-checkpoint_dir_sft.json
     logs_dir       logs_dir/checkpoint_dir_sft
@@ -30,9 +27,11 @@ from colossal_llama2.train.checkpoint_files import (
     MANIFEST_NAME,
     MODEL_NAME,
     REPORT_NAMES,
-    RUN_NAME,
 )
 
+# In a folder with events: whose they are.
+RUN_NAME = "run.json"
+SETTINGS_NAME = REPORT_NAMES[0]
 # What every settings file has, of whatever version.
 SETTINGS_KEYS = {"save_dir", "pretrained", "versions"}
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
@@ -80,7 +79,7 @@ def _check_not_ours(path: Path, flag: str, save_dir: Path) -> None:
     if not real.is_relative_to(folder) or real == folder:
         return
     name = real.relative_to(folder).parts[0]
-    is_settings = flag == "--config_file" and real == folder / REPORT_NAMES[0]
+    is_settings = flag == "--config_file" and real == folder / SETTINGS_NAME
     names = (*FILE_NAMES, MODEL_NAME, ".lock")
     if (name in names and not is_settings) or CHECKPOINT_NAME.fullmatch(name) or LEFTOVER_NAME.fullmatch(name):
         raise UserError(f"{flag} {path}: the run itself writes or removes {name} in --save_dir; name another")
@@ -96,13 +95,14 @@ def _check_settings_file(path: Path) -> None:
 
 
 def write_settings(config_file: str, settings: Dict[str, Any], *, save_dir: str) -> Path:
-    """Write the resolved flags and versions of a run, with its id, to --config_file, or below another run's.
+    """Write the resolved flags and versions of a run, with its id, to --save_dir and to --config_file.
 
     Returns:
-        Where they are.
+        Where they are: --config_file, or a name below it if that is another run's.
     """
     given, run_id = Path(config_file), identify(save_dir)
     settings["run_id"] = run_id
+    replace_file(Path(save_dir, SETTINGS_NAME), to_json(settings).encode())
     given.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(MAX_NAMES):
         path = _chosen(
@@ -131,9 +131,9 @@ def claim_events_folder(tensorboard_dir: str, *, save_dir: str) -> Path:
         )
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            # Where all is in one folder, --save_dir's own note is there already.
-            if not _is_own(_read(folder / RUN_NAME), save_dir, run_id):
-                _note(folder, save_dir, run_id)
+            if not os.path.lexists(folder / RUN_NAME):
+                note = {"run_id": run_id, "save_dir": os.path.realpath(save_dir)}
+                replace_file(folder / RUN_NAME, to_json(note).encode(), replaces=False)
         except FileExistsError:
             continue
         if folder != given:
@@ -145,18 +145,11 @@ def claim_events_folder(tensorboard_dir: str, *, save_dir: str) -> Path:
 
 
 def identify(save_dir: str) -> str:
-    """The id of the run in a --save_dir; noted there, if it has none."""
-    known = _read(Path(save_dir, RUN_NAME))
+    """The id of the run in a --save_dir, which its settings.json has; a new one for a run that begins."""
+    known = _read(Path(save_dir, SETTINGS_NAME))
     if known is not None and _is_id(known.get("run_id")) and not _is_copied(known, save_dir):
         return known["run_id"]
-    run_id = secrets.token_hex(8)
-    _note(Path(save_dir), save_dir, run_id, replaces=True)
-    return run_id
-
-
-def _note(folder: Path, save_dir: str, run_id: str, *, replaces: bool = False) -> None:
-    content = {"run_id": run_id, "save_dir": os.path.realpath(save_dir)}
-    replace_file(folder / RUN_NAME, to_json(content).encode(), replaces=replaces)
+    return secrets.token_hex(8)
 
 
 def _is_id(value: Any) -> bool:
@@ -168,7 +161,7 @@ def _is_copied(known: Dict[str, Any], save_dir: str) -> bool:
     original = known.get("save_dir")
     if not isinstance(original, str) or os.path.realpath(original) == os.path.realpath(save_dir):
         return False
-    other = _read(Path(original, RUN_NAME))
+    other = _read(Path(original, SETTINGS_NAME))
     return other is not None and other.get("run_id") == known["run_id"]
 
 

@@ -11,7 +11,7 @@ from colossal_llama2.dataset.groups import Amount, amounts, merged
 from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import replace_file, to_json
-from colossal_llama2.train import loss_plot, model_card, train_log
+from colossal_llama2.train import loss_plot, model_card, run_outputs, train_log
 from colossal_llama2.train.checkpoint_files import LOG_NAME, REPORT_NAMES
 
 SETTINGS_NAME, ENVIRONMENT_NAME, PLOT_NAME = REPORT_NAMES
@@ -46,6 +46,7 @@ class RunReport:
         if not (folder / LOG_NAME).is_file():
             return
         try:
+            self.settings.setdefault("run_id", run_outputs.identify(self.save_dir))
             replace_file(folder / SETTINGS_NAME, to_json(self.settings).encode())
             replace_file(folder / ENVIRONMENT_NAME, to_json(self.environment).encode())
             curves = loss_plot.curves_of(train_log.read(folder / LOG_NAME))

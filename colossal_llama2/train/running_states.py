@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Dict, Tuple
 
 from colossal_llama2 import json_input
-from colossal_llama2.arguments import MAX_LENGTH
 from colossal_llama2.errors import UserError
 from colossal_llama2.json_input import shown
 from colossal_llama2.train.loop import TrainState
@@ -26,7 +25,6 @@ def read(path: Path) -> Tuple[TrainState, Dict[str, Any]]:
     try:
         states = json_input.read_object(path)
         state = TrainState.from_dict(states)
-        _check_counts(state)
         _check_entries(states)
     except KeyError as error:
         problem = f"no {error}"
@@ -35,14 +33,6 @@ def read(path: Path) -> Tuple[TrainState, Dict[str, Any]]:
     else:
         return state, states
     raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another one")
-
-
-def _check_counts(state: TrainState) -> None:
-    """A step takes a sample at least, and a sample has so many tokens at most."""
-    if state.step > state.samples_seen:
-        raise ValueError(f"{state.step:,} steps of {state.samples_seen:,} samples")
-    if state.tokens_seen > state.samples_seen * MAX_LENGTH:
-        raise ValueError(f"{state.tokens_seen:,} tokens in {state.samples_seen:,} samples")
 
 
 def _check_entries(states: Dict[str, Any]) -> None:

@@ -114,11 +114,13 @@ def _open_regular(path: Path) -> int:
     except OSError as error:
         if not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode):
             raise
-        raise UserError(f"--save_dir {path.parent}: {path.name} is no plain file ({error.strerror}); remove it")
+        kind = "a link" if path.is_symlink() else f"not a regular file ({error.strerror})"
+        raise UserError(f"--save_dir {path.parent}: {path.name} in it is {kind}, which is not written to; remove it")
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
-        raise UserError(f"--save_dir {path.parent}: {path.name} is no plain file of its own; remove it")
+        kind = "has a second name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        raise UserError(f"--save_dir {path.parent}: {path.name} in it {kind}, so it is not written to; remove it")
     return descriptor
 
 
