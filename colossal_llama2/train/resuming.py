@@ -76,7 +76,8 @@ def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: Optional[str] = N
             logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
     if problem or before is not None:
         why = f" ({first_problem})" if first_problem else ""
-        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole{why}; give a new --save_dir to begin anew")
+        cure = "give a new --save_dir to begin anew"
+        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole{why}; {cure}")
     return otherwise
 
 
