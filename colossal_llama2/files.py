@@ -98,7 +98,7 @@ def check_can_create(path: Path, flag: str) -> None:
         parent = parent.parent
     if not parent.is_dir():
         kind = "a file" if parent.exists() else "a link that leads nowhere"
-        raise UserError(f"{flag} {path}: {parent} is {kind}, no folder; name another place")
+        raise UserError(f"{flag} {path} cannot be written: {parent} is {kind}, no folder; name another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path} cannot be written in {parent}; name a folder where you may write")
 
