@@ -23,6 +23,8 @@ from colossal_llama2.files import discard, sync, sync_entries
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+# Files of a model with its tokenizer.
+LEAST_FILES = 16
 
 
 def remove_leftovers(target: Path) -> None:
@@ -67,6 +69,13 @@ def claimed(folder: Path) -> Iterator[None]:
 def check_space(folder: Path, needed: int) -> None:
     """Raise RunError unless `needed` bytes are free on the disk that `folder`, which need not exist yet, lies on."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    inodes = os.statvfs(place)
+    # A file system that makes inodes as it needs them says that it has none at all.
+    if inodes.f_files and inodes.f_favail < LEAST_FILES:
+        raise RunError(
+            f"{inodes.f_favail:,} more files can be made in {place} (inodes, see df -i), {LEAST_FILES} are needed; "
+            "nothing was written. Remove some, or name a folder on another disk"
+        )
     free = shutil.disk_usage(place).free
     if free < needed:
         raise RunError(

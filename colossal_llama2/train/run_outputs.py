@@ -8,6 +8,7 @@ run finds it again. The same id stands in --config_file, and in run.json of the 
     logs_dir       logs_dir/checkpoint_dir_sft
 """
 
+import errno
 import os
 import re
 import secrets
@@ -136,6 +137,10 @@ def claim_events_folder(tensorboard_dir: str, *, save_dir: str) -> Path:
                 replace_file(folder / RUN_NAME, to_json(note).encode(), replaces=False)
         except FileExistsError:
             continue
+        except OSError as error:
+            # A run goes on without events where the disk takes none, which their writer tells.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
         if folder != given:
             logs.get_logger().warning(
                 "--tensorboard_dir %s has events of another run; this run's are in %s", given, folder
