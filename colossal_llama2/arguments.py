@@ -799,6 +799,10 @@ def _add_output_arguments(parser: CommandParser) -> None:
         "--save_interval", metavar="STEPS", type=positive_int, default=1000, help="optimizer steps between checkpoints"
     )
     output.add_argument(
+        "--skip_save_each_epoch", action="store_true",
+        help="save no checkpoint because an epoch ends; at the end of the run one is saved in any case",
+    )  # fmt: skip
+    output.add_argument(
         "--load_checkpoint", metavar="DIR", default=None,
         help="a checkpoint folder to resume from, or its modeling/ folder to load weights alone",
     )  # fmt: skip

@@ -1,15 +1,26 @@
 """Files and folders: JSON and jsonl with errors that name the place, and folders that appear whole or not at all."""
 
+import errno
+import fnmatch
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
+from colossal_llama2 import json_input
 from colossal_llama2.errors import UserError
 from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
+
+# Names that operating systems, file servers and desktops put into any folder by themselves.
+STRAY_NAMES = (
+    ".DS_Store", "._*", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", ".TemporaryItems", ".nfs*",
+    ".fuse_hidden*", ".snapshot", ".Trash-*", ".directory", ".~lock.*#", "lost+found", "@eaDir", "Thumbs.db",
+    "ehthumbs.db", "desktop.ini",
+)  # fmt: skip
 
 
 def read_json(path: Path) -> dict:
@@ -17,12 +28,9 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path.parent} holds no {path.name}; copy it there from where the model comes from")
     try:
-        content = json.loads(path.read_bytes())
+        return json_input.read_object(path, unique_names=False)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); copy the file again from where the model comes from")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; copy the file again from where the model comes from")
-    return content
+        raise UserError(f"{path} is not JSON as it should be ({error}); copy the file again from its source")
 
 
 class JsonLine(NamedTuple):
@@ -101,7 +109,10 @@ def check_can_create(path: Path, flag: str) -> None:
     parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
     if parent == path.absolute() and parent.is_file():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
+        kind = "a file" if parent.exists() else "a link that leads nowhere"
+        raise UserError(f"{flag} {path} cannot be written: {parent} is {kind}, no folder; name another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path} cannot be written in {parent}; name a folder where you may write")
 
 
@@ -113,8 +124,12 @@ def open_to_umask(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a value as transformers writes its own: indented, UTF-8, one newline at the end."""
-    path.write_text(to_json(content), encoding="utf-8")
+    """Write a value as transformers writes its own, to a folder of this process: indented, UTF-8, a newline at the end.
+
+    OSError, which names the file, if it cannot be written or is a link.
+    """
+    with errors_naming(path), open_no_link(path, "wb") as file:
+        file.write(to_json(content).encode())
 
 
 def to_json(content: Any) -> str:
@@ -137,7 +152,8 @@ def contents_of(folder: Path, names: Sequence[str]) -> Dict[str, bytes]:
     for name in names:
         path = folder / name
         if path.is_dir():
-            found.update(contents_of(folder, sorted(f"{name}/{inside.name}" for inside in path.iterdir())))
+            inside = (entry.name for entry in path.iterdir() if not is_stray(entry.name))
+            found.update(contents_of(folder, sorted(f"{name}/{entry}" for entry in inside)))
         elif path.exists():
             found[name] = path.read_bytes()
     return found
@@ -147,7 +163,82 @@ def write_contents(folder: Path, contents: Dict[str, bytes]) -> None:
     """Write what `contents_of` gave into another folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+        with errors_naming(folder / name), open_no_link(folder / name, "wb") as file:
+            file.write(content)
+
+
+def is_stray(name: str) -> bool:
+    """Whether a system put a file or folder of this name there by itself: it is passed over, and never ours."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in STRAY_NAMES)
+
+
+def open_no_link(path: Path, mode: str, **options: Any) -> BinaryIO:
+    """Open a file as `open` does, but raise OSError for a link, and for a FIFO in place of waiting for a reader."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    return open(path, mode, opener=opener, **options)
+
+
+@contextmanager
+def errors_naming(path: Path, *, instead_of: Optional[Path] = None) -> Iterator[None]:
+    """Let an OSError that names no file, or `instead_of`, name `path`: a failed write does not say where."""
+    try:
+        yield
+    except OSError as error:
+        others = (None, *([] if instead_of is None else [str(instead_of), instead_of]))
+        if error.errno is None or error.filename not in others:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace_file(path: Path, content: bytes, *, replaces: bool = True) -> None:
+    """Write a file whole or not at all, in place of whatever has its name, and wait until it is on the disk.
+
+    A link of that name is replaced; the file that it leads to stays as it is.
+
+    Args:
+        replaces: if off, FileExistsError is raised where the name is taken.
+
+    Raises:
+        OSError: with `path` as its file name.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with errors_naming(path, instead_of=partial):
+        try:
+            with open_no_link(partial, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if replaces or not _linked(partial, path):
+                os.replace(partial, path)
+            sync_entries(path.parent)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _linked(path: Path, name: Path) -> bool:
+    """Give a file a second name, if that is free (FileExistsError); False where the file system has no links."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:
+        if os.path.lexists(name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
+        return False
+    return True
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all in it, or a link, which is not followed, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -170,7 +261,8 @@ def sync(path: Path) -> None:
     """Return when a file, or a folder with everything in it, is on the disk."""
     if path.is_dir():
         for inner in path.iterdir():
-            sync(inner)
+            if not is_stray(inner.name):
+                sync(inner)
     sync_entries(path)
 
 

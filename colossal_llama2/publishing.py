@@ -19,10 +19,12 @@ from typing import Iterator
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import sync, sync_entries
+from colossal_llama2.files import discard, sync, sync_entries
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
+# Files of a model with its tokenizer.
+LEAST_FILES = 16
 
 
 def remove_leftovers(target: Path) -> None:
@@ -67,6 +69,13 @@ def claimed(folder: Path) -> Iterator[None]:
 def check_space(folder: Path, needed: int) -> None:
     """Raise RunError unless `needed` bytes are free on the disk that `folder`, which need not exist yet, lies on."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    inodes = os.statvfs(place)
+    # A file system that makes inodes as it needs them says that it has none at all.
+    if inodes.f_files and inodes.f_favail < LEAST_FILES:
+        raise RunError(
+            f"{inodes.f_favail:,} more files can be made in {place} (inodes, see df -i), {LEAST_FILES} are needed; "
+            "nothing was written. Remove some, or name a folder on another disk"
+        )
     free = shutil.disk_usage(place).free
     if free < needed:
         raise RunError(
@@ -87,7 +96,7 @@ def publish(folder: Path, target: Path, *, replace: bool) -> None:
     elif not _exchange(folder, target):
         _rename_in_two_steps(folder, target)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
     sync_entries(target.parent)
 
 
@@ -117,4 +126,4 @@ def _rename_in_two_steps(folder: Path, target: Path) -> None:
         with suppress(OSError):
             os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old)

@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from colossal_llama2 import json_input
+
 FLAG = "--load_config"
 # In the file, and no flags: what the run found out, and what tells the two commands apart.
-NOT_FLAGS = {"versions", "total_steps", "world_size", "stage", "pad_token", "load_config"}
+NOT_FLAGS = {"versions", "total_steps", "world_size", "stage", "pad_token", "load_config", "run_id"}
 COMMANDS = {"pretrain": "train.py", "sft": "train_sft.py"}
 
 
@@ -55,14 +57,11 @@ def words_of(path: str, parser: argparse.ArgumentParser) -> List[str]:
 
 def _read(path: str, where: str) -> Dict[str, Any]:
     try:
-        content = json.loads(Path(path).read_bytes())
+        return json_input.read_object(Path(path))
     except OSError as error:
         raise ValueError(f"{where}: {error.strerror}; give a file that --config_file wrote")
     except ValueError as error:
-        raise ValueError(f"{where}: is not JSON ({error}); give a file that --config_file wrote")
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: holds no JSON object; give a file that --config_file wrote")
-    return content
+        raise ValueError(f"{where}: is not JSON as --config_file writes it ({error}); give a file that it wrote")
 
 
 def _words(action: argparse.Action, value: Any, parser: argparse.ArgumentParser, where: str) -> List[str]:

@@ -5,6 +5,8 @@ Writing itself is in test_training.py, resuming in test_resume.py.
 
 import dataclasses
 import json
+import math
+import os
 
 import pytest
 
@@ -12,7 +14,7 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checkpoint_files, resuming
-from colossal_llama2.train.checkpoint import check_save_dir, plan_loading
+from colossal_llama2.train.checkpoint import LoadPlan, check_save_dir, plan_loading, publish_model
 from colossal_llama2.train.loop import TrainState
 from tests.faults import damage
 
@@ -135,6 +137,156 @@ def test_a_manifest_that_names_files_outside_is_refused(checkpoint):
         entry = {"path": name, "bytes": 1, "sha256": ""}
         (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": [entry]}))
         assert "not the manifest" in checkpoint_files.sizes_problem(checkpoint)
+
+
+STRAYS = [
+    ".DS_Store", "._config.json", ".nfs000000000001", ".fuse_hidden00001", "Thumbs.db", "desktop.ini", ".~lock.a.csv#",
+    ".snapshot/old", "lost+found/x", "modeling/.DS_Store", "modeling/._model.safetensors", "optimizer/.nfs0000",
+    "optimizer/@eaDir/x",
+]  # fmt: skip
+
+
+def test_what_systems_put_anywhere_is_passed_over(checkpoint):
+    before = checkpoint_files.list_files(checkpoint)
+    for name in STRAYS:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("x")
+    assert checkpoint_files.sizes_problem(checkpoint) is None
+    assert plan_loading("llama", str(checkpoint)).resume_path == str(checkpoint)
+    # Nor does it get into the manifest of a new one, or into the exported model.
+    assert checkpoint_files.list_files(checkpoint) == before
+    publish_model(checkpoint)
+    assert [path.name for path in (checkpoint.parent / "modeling").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to a folder", "pipe"])
+def test_other_strangers_are_named_with_the_cure(checkpoint, kind):
+    """Such as a model.safetensors beside shards, which transformers would load in their place."""
+    stranger = checkpoint / "modeling" / "stranger"
+    if kind == "file":
+        stranger.write_text("x")
+    elif kind == "pipe":
+        os.mkfifo(stranger)
+    else:
+        stranger.symlink_to(checkpoint / ("optimizer" if "folder" in kind else "lr_scheduler"))
+    assert "modeling/stranger: is not listed in manifest.json; remove it" in checkpoint_files.sizes_problem(checkpoint)
+    with pytest.raises(UserError, match="remove it to use this checkpoint"):
+        resuming.newest_plan(str(checkpoint.parent), otherwise=None)
+    stranger.unlink()
+    assert checkpoint_files.sizes_problem(checkpoint) is None
+
+
+NUMBERS = [-1, -(10**400), 10**400, 1e308, math.nan, math.inf, True, "1", None, [], {}, 0.5, 2**53 + 1]
+
+
+def seal_around(checkpoint, text):
+    (checkpoint / "running_states.json").write_text(text)
+    return plan_loading("llama", str(seal(checkpoint)))
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda value: str(value)[:12])
+def test_bad_numbers_are_told(checkpoint, number):
+    for name in ("epoch", "step", "sample_start_index", "samples_seen", "tokens_seen", "first_sample"):
+        if number is not None or name != "first_sample":
+            with pytest.raises(UserError, match="not the running states"):
+                seal_around(checkpoint, json.dumps({**STATES, name: number})).read_states()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    wrong = [{**manifest, "files": [{**manifest["files"][0], "bytes": number}]}]
+    wrong += [{**manifest, "saved_at": number}] if number not in (1e308, 2**53 + 1, 0.5) else []
+    wrong += [{**manifest, "files": number}, {**manifest, "files": [number]}] if number != [] else []
+    for content in wrong:
+        (checkpoint / "manifest.json").write_text(json.dumps(content))
+        assert "not the manifest" in checkpoint_files.sizes_problem(checkpoint), content
+
+
+def test_bad_random_states_and_loss_scales_are_told(checkpoint):
+    """NumPy reads outside its memory at such a position, and PyTorch takes any scale."""
+    good = {"numpy": ["MT19937", "", 624, 0, 0.0], "loss_scale": {"scale": 1.0, "growth_step": 0, "hysteresis_step": 2}}
+    seal_around(checkpoint, json.dumps({**STATES, "ranks": [good]})).read_states()
+    for position in (-5, 625, 10**6, 0.5):
+        rank = {**good, "numpy": [*good["numpy"][:2], position, 0, 0.0]}
+        with pytest.raises(UserError, match="position of NumPy's"):
+            seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]})).read_states()
+    for scale in (0, -1.0, math.nan, math.inf, 1e300, "x", None):
+        rank = {**good, "loss_scale": {**good["loss_scale"], "scale": scale}}
+        with pytest.raises(UserError, match="scale"):
+            seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]})).read_states()
+
+
+NESTED = '{"a": ' * 900 + "1" + "}" * 900
+
+
+@pytest.mark.parametrize("text", ["", "\ufeff[]", "[" * 10**5, NESTED, '{"epoch": 1, "epoch": 2}', '{"epoch": 1'])
+def test_what_is_no_plain_object_is_told(checkpoint, text):
+    with pytest.raises(UserError, match="not the running states"):
+        seal_around(checkpoint, text).read_states()
+    (checkpoint / "manifest.json").write_text(text)
+    assert "not the manifest" in checkpoint_files.sizes_problem(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_opened(checkpoint, kind):
+    for name in ("running_states.json", "manifest.json", "lr_scheduler"):
+        path = checkpoint / name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        with pytest.raises(UserError, match=f"{name}|holds neither"):
+            plan_loading("llama", str(checkpoint))
+        plan = LoadPlan("", str(checkpoint))
+        readers = {
+            "running_states.json": plan.read_states, "lr_scheduler": plan.read_schedule,
+            "manifest.json": lambda: checkpoint_files.read_manifest(checkpoint),
+        }  # fmt: skip
+        with pytest.raises(UserError, match=name):
+            readers[name]()
+        path.unlink()
+        path.write_bytes(content)
+
+
+def test_a_place_that_the_data_has_not_is_told(checkpoint):
+    order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
+    plan = plan_loading("llama", str(checkpoint))
+    for change in ({"sample_start_index": 81}, {"samples_seen": 161}, {"samples_seen": 10**15}):
+        state = dataclasses.replace(TrainState(epoch=1, sample_start_index=80, samples_seen=160), **change)
+        with pytest.raises(UserError, match="no place in data of 80 samples"):
+            resuming._check_place(plan, state, order, first_sample=0)
+    resuming._check_place(plan, TrainState(epoch=1, sample_start_index=80, samples_seen=160), order, first_sample=0)
+
+
+def test_of_a_linked_checkpoint_the_link_alone_goes(tmp_path, caplog):
+    elsewhere = bare_checkpoint(tmp_path / "elsewhere", 1, saved_at=1.0)
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run" / elsewhere.name
+    link.symlink_to(elsewhere)
+    check_save_dir(str(tmp_path / "run"), str(link))
+    newest = bare_checkpoint(tmp_path / "run", 2, saved_at=2.0)
+    caplog.set_level("INFO")
+    checkpoint_files.remove_old(newest, keep_last=1, keep_every=None)
+    assert "Removed the link" in caplog.text and not os.path.lexists(link)
+    assert checkpoint_files.sizes_problem(elsewhere) is None
+
+
+def test_leftovers_that_lead_elsewhere_are_removed_as_links(tmp_path):
+    elsewhere = bare_checkpoint(tmp_path / "elsewhere", 1, saved_at=1.0)
+    (tmp_path / "run").mkdir()
+    names = ["epoch-0_step-1.old", "epoch-0_step-2.tmp", "modeling.tmp", "latest.tmp", ".plan.json.0123abcd.tmp"]
+    for name in names:
+        (tmp_path / "run" / name).symlink_to(elsewhere)
+    checkpoint_files.remove_leftovers(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir()) and checkpoint_files.sizes_problem(elsewhere) is None
+
+
+def test_inodes_are_room_too(tmp_path, monkeypatch):
+    free = os.statvfs(tmp_path)
+    used_up = os.statvfs_result((*free[:5], 1000, 5, 5, *free[8:]))
+    monkeypatch.setattr(checkpoint_files.os, "statvfs", lambda path: used_up)
+    checkpoint_files.check_room(tmp_path, 1, files=5)
+    with pytest.raises(RunError, match="has about 17 files, 5 more can be made .inodes"):
+        checkpoint_files.check_room(tmp_path, 1, files=17)
+    without = os.statvfs_result((*free[:5], 0, 0, 0, *free[8:]))
+    monkeypatch.setattr(checkpoint_files.os, "statvfs", lambda path: without)
+    checkpoint_files.check_room(tmp_path, 1, files=17)
 
 
 def test_checkpoints_come_in_the_order_they_were_written(tmp_path):

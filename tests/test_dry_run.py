@@ -195,6 +195,8 @@ def test_checkpoints_on_the_disk():
     assert saved_steps(order, replace(middle, step=7), 2, 4, total_steps=20) == [8, 10, 12, 16, 20]
     end = TrainState(step=10, sample_start_index=100)
     assert saved_steps(order, end, 2, 4, total_steps=20) == [12, 16, 20]
+    assert saved_steps(order, begin, 2, 4, total_steps=20, skip_epochs=True) == [4, 8, 12, 16, 20]
+    assert saved_steps(order, replace(middle, step=10**15), 1, 4, total_steps=10**15 + 4)[-1] == 10**15 + 4
     steps = [10, 20, 30, 40, 50]
     assert most_kept(steps, keep_last=None, keep_every=None) == 5
     assert most_kept(steps, keep_last=2, keep_every=None) == 3

@@ -17,6 +17,8 @@ KINDS = {
     "cut, flipped, deleted": 8,
     "malicious file": 6,
     "the watch over pickle": 1,
+    "link in a received run folder": 4,
+    "stray files of systems": 1,
     "each step of 50": 5,
     "runs started at once": 10,
     "SIGTERM, SIGINT or SIGUSR1": 4,

@@ -1,5 +1,6 @@
 """One run at a time in a --save_dir."""
 
+import errno
 import json
 import os
 import socket
@@ -7,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import save_folder
 
 HOLDER = """
@@ -96,6 +98,41 @@ def test_without_locks_a_living_process_keeps_the_folder(tmp_path, monkeypatch):
     (tmp_path / ".lock").write_text(json.dumps(owner))
     with pytest.raises(UserError, match="wait until that run has ended"), save_folder.locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "folder", "pipe"])
+def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path, kind):
+    """As a folder from somebody else may have it."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    other.write_text("precious")
+    lock = folder / ".lock"
+    if kind == "folder":
+        lock.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "hard link":
+        os.link(other, lock)
+    else:
+        lock.symlink_to(other if kind == "link" else tmp_path / "new")
+    with pytest.raises(UserError, match=".lock in it .*; remove it"), save_folder.locked(folder):
+        pass
+    assert other.read_text() == "precious" and not (tmp_path / "new").exists() and os.path.lexists(lock)
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path, monkeypatch, caplog):
+    """As on a disk that turned read-only while the run saved."""
+
+    def read_only(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with pytest.raises(RunError, match="the first"), save_folder.locked(tmp_path):
+        monkeypatch.setattr(Path, "unlink", read_only)
+        raise RunError("the first")
+    assert not caplog.text
+    with save_folder.locked(tmp_path):
+        pass
+    assert ".lock cannot be removed (Read-only file system)" in caplog.text
 
 
 def test_the_lock_is_taken_before_torch_is_imported(tmp_path, run_script):

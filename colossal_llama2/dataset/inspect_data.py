@@ -19,6 +19,7 @@ from colossal_llama2.dataset.manifest_table import manifest_lines
 from colossal_llama2.dataset.output import MANIFEST_FILE
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+from colossal_llama2.output_paths import check_output_file
 from colossal_llama2.terminal_text import visible, visible_line
 from colossal_llama2.tokenizer import Encoder, fingerprint
 
@@ -252,6 +253,8 @@ def check_plots_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--plots {folder} cannot be made ({error.strerror}); name a folder where you may write")
+    for name in (LENGTHS_FILE, CATEGORIES_FILE):
+        check_output_file(folder / name, "--plots")
 
 
 def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:

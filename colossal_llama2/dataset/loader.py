@@ -1,6 +1,5 @@
 """From prepared part-* folders to batches: which samples each rank reads, in which order, and how they are padded."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.buckets import Buckets
 from colossal_llama2.dataset.groups import NAME_COLUMNS, Groups
@@ -93,8 +92,13 @@ def load_part(path: str, *, flag: str = "--dataset") -> "datasets.Dataset":
 
 def dataset_fingerprints(dataset_paths: Sequence[str]) -> List[str]:
     """What `datasets` noted of each folder's content when it was written; a prepare command notes a hash of it."""
-    states = [json.loads(Path(path, "state.json").read_text(encoding="utf-8")) for path in dataset_paths]
-    return [str(state.get("_fingerprint")) for state in states]
+    fingerprints = []
+    for path in (Path(folder, "state.json") for folder in dataset_paths):
+        try:
+            fingerprints.append(str(json_input.read_object(path, unique_names=False).get("_fingerprint")))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: is not what `datasets` writes ({error}); prepare the data again")
+    return fingerprints
 
 
 def check_lengths(dataset: "datasets.Dataset", max_length: int, *, flag: str = "--dataset") -> None:

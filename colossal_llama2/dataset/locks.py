@@ -29,7 +29,13 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError:
+            if path.is_symlink() or path.is_dir():
+                kind = "a link" if path.is_symlink() else "a folder"
+                raise RefusedError(f"{path} is {kind}, no lock file; remove it")
+            raise
         try:
             fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,7 +55,7 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
 
 def _is_still(path: Path, descriptor: int) -> bool:
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     return False
 
 

@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Sequence
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset import plan
 from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.arrow_folder import DATA_FILE
@@ -168,8 +168,29 @@ def _read_ours(path: Path, keys: Collection[str]) -> Any:
         return NOT_OURS
     if content is None:
         return None
-    is_ours = isinstance(content, dict) and keys <= content.keys() and isinstance(content["settings"], dict)
+    is_ours = isinstance(content, dict) and keys <= content.keys() and _is_as_written(content)
     return content if is_ours and isinstance(content["inputs"], list) else NOT_OURS
+
+
+def _is_as_written(content: Dict[str, Any]) -> bool:
+    """Whether what is used of a plan or a manifest has the types that it is written with."""
+    try:
+        for file in json_input.typed(content, "inputs", list):
+            json_input.typed(file, "path", str)
+            json_input.whole_number(file, "size")
+        json_input.typed(content, "settings", dict)
+        if "bins" not in content:
+            json_input.typed(content, "tokenizer", str)
+            return all(isinstance(folder, str) for folder in json_input.typed(content, "outputs", dict).values())
+        json_input.typed(json_input.typed(content, "tokenizer", dict), "sha256", str)
+        for file in content["inputs"]:
+            json_input.typed(file, "sha256", str)
+        for entry in [*json_input.typed(content, "bins", list), *([content["eval"]] if content.get("eval") else [])]:
+            json_input.typed(entry, "name", str)
+            json_input.whole_number({"bytes": 0, **entry}, "bytes")
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def read_manifest_of(part: str) -> Dict[str, Any]:
@@ -182,8 +203,17 @@ def read_manifest_of(part: str) -> Dict[str, Any]:
         content = read_json_or_none(path)
     except RunError as error:
         raise UserError(str(error))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or copy it again")
     # The name is a common one: others' files are none of ours.
-    return content if isinstance(content, dict) and MANIFEST_KEYS <= content.keys() else {}
+    if not isinstance(content, dict) or not MANIFEST_KEYS <= content.keys():
+        return {}
+    for name, kind in {"settings": dict, "tokenizer": dict, "bins": list}.items():
+        try:
+            json_input.typed(content, name, kind)
+        except ValueError as error:
+            raise UserError(f"{path}: is damaged ({error}); copy it again, or prepare the data again")
+    return content
 
 
 def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, flag: str = "--dataset") -> None:
@@ -198,13 +228,12 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         manifest = read_manifest_of(part)
         if not manifest:
             unknown.append(part)
-        elif manifest["tokenizer"]["sha256"] != expected:
+        elif (found := manifest["tokenizer"].get("sha256")) != expected:
             raise UserError(
-                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 "
-                f"{manifest['tokenizer']['sha256'][:12]}) than that of {tokenizer_dir} ({expected[:12]}); prepare the "
-                f"data with --tokenizer_dir {tokenizer_dir}"
+                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 {str(found)[:12]}) "
+                f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"
             )
-        elif manifest["settings"]["stage"] != stage:
+        elif manifest["settings"].get("stage") != stage:
             others.append(part)
     if others:
         (other,) = COMMANDS.keys() - {stage}

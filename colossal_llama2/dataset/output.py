@@ -14,7 +14,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from colossal_llama2.dataset.locks import RefusedError, hold
 from colossal_llama2.dataset.store import TEMPORARY, remove_leftovers
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create, check_is_utf8, sync_entries
+from colossal_llama2.files import check_can_create, check_is_utf8, is_stray, sync_entries
 
 PLAN_FILE = "plan.json"
 MANIFEST_FILE = "manifest.json"
@@ -70,7 +70,7 @@ class OutputDirs:
         if os.path.lexists(self.cache) and not self.cache.is_dir():
             raise UserError(f"{CACHE_FLAG}: {given} is not a folder; name another")
         foreign = self.cache.is_dir() and not (self.cache / PLAN_FILE).exists() and [
-            path for path in self.cache.iterdir() if not path.name.startswith(TEMPORARY)
+            path for path in self.cache.iterdir() if not path.name.startswith(TEMPORARY) and not is_stray(path.name)
         ]  # fmt: skip
         if foreign:
             raise UserError(f"{CACHE_FLAG}: {given} holds other files, such as {foreign[0].name}; name another")
@@ -121,6 +121,8 @@ class OutputDirs:
             raise
 
     def _make(self, folder: Path) -> None:
+        if folder.is_symlink():
+            raise RefusedError(f"{folder} is a link, which this command does not write through; remove it")
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         self._made += missing

@@ -1,10 +1,12 @@
 """Two charts as PNG, drawn with Pillow alone: how long the samples are, and which categories each bin holds."""
 
+import io
 import math
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import replace_file
 
 SIZE = (960, 540)
 LEFT, TOP, RIGHT, BOTTOM = 90, 60, 30, 70
@@ -100,7 +102,9 @@ def _draw_bars(
     draw.text(((LEFT + right) / 2, SIZE[1] - 25), axes[0], fill="black", font=font, anchor="mm")
     draw.text((8, TOP - 22), axes[1], fill="black", font=font, anchor="lm")
     _draw_legend(draw, font, list(zip(legend, colours, strict=False)))
-    image.save(path, format="PNG")
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    replace_file(path, content.getvalue())
 
 
 def _draw_legend(draw, font, entries: Sequence[Tuple[str, str]]) -> None:

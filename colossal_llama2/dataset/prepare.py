@@ -223,9 +223,11 @@ class _Run:
         """The accounts of all units together, and the hash of each file."""
         account, hashes = Account(), {}
         for unit in self.units:
-            content = store.read_json(self.folders.cache / f"{unit.name}.json")
-            account.add(Account.from_json(content["account"]))
-            hashes.update({int(file): digest for file, digest in content["hashes"].items()})
+            path = self.folders.cache / f"{unit.name}.json"
+            content = store.read_json(path)
+            with store.damage_told(path):
+                account.add(Account.from_json(content["account"]))
+                hashes.update({int(file): digest for file, digest in content["hashes"].items()})
         return account, hashes
 
     def _check_enough(self, account: Account) -> None:

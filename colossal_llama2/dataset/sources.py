@@ -163,7 +163,7 @@ def _check_all_there(word: str, inside: Sequence[Path], flag: str) -> None:
     if not inside:
         return
     entries = read_manifest_of(str(inside[0])).get("bins", ())
-    listed = [entry["name"] for entry in entries if isinstance(entry, dict) and "name" in entry]
+    listed = [entry["name"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
     missing = sorted(set(listed) - {part.name for part in inside})
     if missing:
         raise UserError(

@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+from colossal_llama2 import json_input
 from colossal_llama2.errors import RunError
-from colossal_llama2.files import open_to_umask, sync, sync_entries
+from colossal_llama2.files import discard, errors_naming, open_to_umask, sync, sync_entries
 
 TEMPORARY = ".tmp-"
 GO_ON = "and give the same command again, it goes on where it stopped"
+# A manifest counts each category of each input: of these there can be hundreds of thousands.
+MAX_JSON_BYTES, MAX_JSON_VALUES = 256 << 20, 8_000_000
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -36,11 +39,11 @@ def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
             yield temporary
             sync(temporary)
             # Of a run that died before it could note that this is done.
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
             os.replace(temporary, path)
             sync_entries(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
 
 
 @contextmanager
@@ -49,14 +52,14 @@ def appearing_file(path: Path, *, needed_bytes: int = 4096) -> Iterator[Any]:
     temporary = temporary_beside(path)
     try:
         with full_disk_told(path, needed_bytes):
-            with open(temporary, "wb") as file:
+            with errors_naming(path), open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_entries(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
 def write_json_whole(path: Path, content: Any) -> None:
@@ -69,19 +72,29 @@ def write_json_whole(path: Path, content: Any) -> None:
 def read_json_or_none(path: Path) -> Any:
     """The value in a JSON file, None if there is no such file. Raises RunError if it is damaged."""
     try:
-        return json.loads(path.read_bytes())
+        return json_input.parse(json_input.read_regular(path, most_bytes=MAX_JSON_BYTES), most_values=MAX_JSON_VALUES)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, IsADirectoryError) as error:
         raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file of the cache. Raises RunError if it is damaged or missing."""
+    """The object in a JSON file of the cache. Raises RunError if it is damaged or missing."""
     content = read_json_or_none(path)
     if content is None:
         raise RunError(f"{path} is missing; delete {path.parent} and prepare the data again")
-    return content
+    with damage_told(path):
+        return dict(content)
+
+
+@contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Turn what is raised for entries that a JSON file of the cache lacks, or has of another type, into a RunError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); delete {path.parent} and prepare the data again")
 
 
 @contextmanager

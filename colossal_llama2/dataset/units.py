@@ -93,7 +93,7 @@ def do_unit(task: UnitTask) -> Progress:
 def is_done(cache_dir: Path, unit: Unit) -> bool:
     """Whether an earlier run did a unit, and its files are as long as they were then."""
     content = store.read_json_or_none(cache_dir / f"{unit.name}.json")
-    if content is None:
+    if not isinstance(content, dict):
         return False
     sizes = {"pieces": PIECE.itemsize, "tokens": np.dtype(np.int32).itemsize}
     paths = {name: cache_dir / f"{unit.name}.{name}" for name in sizes}

@@ -22,7 +22,15 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create, copy_files, read_json, sync, temporary_folder, write_json
+from colossal_llama2.files import (
+    check_can_create,
+    copy_files,
+    is_stray,
+    read_json,
+    sync,
+    temporary_folder,
+    write_json,
+)
 from colossal_llama2.model.exported_configs import (
     GENERATION_CONFIG_FILE,
     TOKEN_ID_KEYS,
@@ -185,7 +193,7 @@ def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: boo
 
 def _check_replaceable(target: Path, source: Path) -> None:
     """Refuse to replace a folder with anything in it that this command does not write, or that the source needs."""
-    found = {path.name for path in target.iterdir()}
+    found = {path.name for path in target.iterdir() if not is_stray(path.name)}
     ours = {INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, HISTORY_FILE, *COPIED_FILES}
     ours.update(name for name in found if WEIGHTS_NAME.fullmatch(name))
     if INDEX_FILE in found:

@@ -20,7 +20,7 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import check_can_create, copy_files, read_json, temporary_folder, write_json
+from colossal_llama2.files import check_can_create, copy_files, is_stray, read_json, temporary_folder, write_json
 from colossal_llama2.publishing import claimed, publish, remove_leftovers
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import (
@@ -154,7 +154,8 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise UserError(f"--target_tokenizer_dir {target} is or holds the source; give another folder")
     if not target.is_dir():
         raise UserError(f"--target_tokenizer_dir {target} is not a folder; give another name")
-    others = sorted({path.name for path in target.iterdir()} - {*TOKENIZER_FILES, REPORT_FILE})
+    found = {path.name for path in target.iterdir() if not is_stray(path.name)}
+    others = sorted(found - {*TOKENIZER_FILES, REPORT_FILE})
     if others:
         raise UserError(
             f"--target_tokenizer_dir {target} holds {others[0]}, which is no file of a tokenizer; "

@@ -25,6 +25,7 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_new_file, new_file
+from colossal_llama2.output_paths import check_apart
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.bpe_model import (
     BpeModel,
@@ -81,6 +82,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         check_new_file(output_file, "--output_file")
         if plot:
             check_new_file(plot, "--plot")
+            check_apart(output_file, "--output_file", plot, "--plot")
+            check_apart(plot, "--plot", output_file, "--output_file")
             _check_can_plot(plot)
         mined = mine(
             data_input_dirs=args.data_input_dirs,

@@ -14,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
 from colossal_llama2.errors import Stopped
+from colossal_llama2.files import new_file
 from colossal_llama2.terminal_text import show
 from colossal_llama2.train import checks, flags
 from colossal_llama2.train.checks import PROFILED_STEPS, WARMUP_STEPS
@@ -130,7 +131,8 @@ def _profiler(folder: Optional[str], rank: int) -> Iterator[Any]:
     if folder is not None:
         path = Path(folder, f"rank-{rank:05d}.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
+        with new_file(path) as partial:
+            profiler.export_chrome_trace(str(partial))
         logs.get_logger().info("Trace of %d steps: %s", PROFILED_STEPS, path)
 
 

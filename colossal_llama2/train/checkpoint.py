@@ -14,7 +14,6 @@ A checkpoint is written under a name that ends in .tmp, and renamed when all of 
 """
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -22,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import read_json, write_contents, write_json
+from colossal_llama2.files import discard, errors_naming, is_stray, open_no_link, write_contents, write_json
 from colossal_llama2.model.training_history import HISTORY_FILE, read_history
 from colossal_llama2.publishing import publish
-from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train import checkpoint_files, running_states
 from colossal_llama2.train.checkpoint_files import LATEST_NAME, MODEL_NAME, OLD_SUFFIX, PARTIAL_SUFFIX
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
@@ -44,6 +43,8 @@ STATES_NAME = "running_states.json"
 SCHEDULE_NAME = "lr_scheduler"
 OPTIMIZER_NAME = "optimizer"
 CARD_NAME = "README.md"
+# Files of a checkpoint, and the folders in it, besides those that each rank writes.
+LEAST_FILES = 16
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,15 @@ class LoadPlan:
 
     def read_states(self) -> Tuple[TrainState, Dict[str, Any]]:
         """Where the resumed run was, and what else its running_states.json tells."""
-        path = Path(self.resume_path, STATES_NAME)
-        try:
-            states = json.loads(path.read_text(encoding="utf-8"))
-            return TrainState.from_dict(states), states
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the running states of a checkpoint ({error!r}); resume from another one")
+        return running_states.read(Path(self.resume_path, STATES_NAME))
 
     def read_schedule(self) -> Dict[str, Any]:
         """The learning-rate schedule of the resumed run."""
-        return read_json(Path(self.resume_path, SCHEDULE_NAME))
+        path = Path(self.resume_path, SCHEDULE_NAME)
+        try:
+            return json_input.read_object(path)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: is not JSON as a checkpoint has it ({error}); resume from another checkpoint")
 
 
 def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
@@ -120,7 +120,8 @@ def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
         raise UserError(f"--save_dir {save_dir}: is a file; give a folder")
     named = sorted(path.name for path in folder.glob("epoch-*_step-*") if path.suffix != PARTIAL_SUFFIX)
     taken = named + [MODEL_NAME] * (folder / MODEL_NAME).exists()
-    resumes_here = resume_path is not None and Path(resume_path).resolve().parent == folder.resolve()
+    # A checkpoint in the folder may be a link to one elsewhere.
+    resumes_here = resume_path is not None and Path(resume_path).absolute().parent.resolve() == folder.resolve()
     if taken and not resumes_here:
         complete = _checkpoints_in(folder)
         cure = f"resume with --resume auto or --load_checkpoint {save_dir}/{complete[-1]}, or " if complete else ""
@@ -147,6 +148,7 @@ class Checkpointer:
         engine: "Engine",
         save_dir: str,
         save_interval: int,
+        skip_epochs: bool = False,
         model_path: str,
         tokenizer_path: str,
         schedule: CosineSchedule,
@@ -160,6 +162,7 @@ class Checkpointer:
         """
         Args:
             save_interval: in optimizer steps.
+            skip_epochs: that an epoch ends is no reason to save, unless the run ends with it.
             model_path, tokenizer_path: folders whose configuration and tokenizer go into every saved model. They are
                 read here, since the checkpoint that the run resumed may be removed or moved away while it goes on.
             facts: what is true of the whole run and goes into running_states.json, such as seed and sample count.
@@ -170,8 +173,10 @@ class Checkpointer:
             history: called on rank 0; what goes into training_history.json of a model that is saved, None for no file.
         """
         self._engine, self._save_interval, self._schedule, self._facts = engine, save_interval, schedule, facts
+        self._skip_epochs = skip_epochs
         self._save_dir, self._model_files = Path(save_dir), {}
         self._keep_last, self._keep_every, self._expected_bytes = keep_last, keep_every, expected_bytes
+        self._expected_files = LEAST_FILES + engine.world_size
         self._row_health, self._history = row_health, history
         # Is told of saves.
         self.reporter = SilentReporter()
@@ -185,7 +190,8 @@ class Checkpointer:
 
     def save(self, state: TrainState, *, epoch_ends: bool) -> None:
         """Write a checkpoint if this step is one to save at."""
-        if epoch_ends or state.step % self._save_interval == 0:
+        is_due = epoch_ends and (not self._skip_epochs or state.step == self._schedule.total_steps)
+        if is_due or state.step % self._save_interval == 0:
             self.save_now(state)
 
     def save_now(self, state: TrainState) -> Path:
@@ -234,7 +240,7 @@ class Checkpointer:
         with self._engine.first_rank_only() as first:
             if first:
                 self._save_dir.mkdir(parents=True, exist_ok=True)
-                checkpoint_files.check_room(self._save_dir, self._expected_bytes)
+                checkpoint_files.check_room(self._save_dir, self._expected_bytes, files=self._expected_files)
 
     def rehearse(self, state: TrainState) -> None:
         """Write a checkpoint without its tensors, give it another name, and remove it. Called on all ranks.
@@ -271,7 +277,7 @@ class Checkpointer:
         # Nobody leaves before: whoever does takes the others along.
         with self._engine.first_rank_only() as first:
             for folder in folders if first else ():
-                shutil.rmtree(folder, ignore_errors=True)
+                discard(folder)
 
     def _write_parts(self, state: TrainState, partial: Path) -> None:
         self._make_folders(partial)
@@ -283,9 +289,9 @@ class Checkpointer:
     def _make_folders(self, partial: Path) -> None:
         with self._engine.first_rank_only() as first:
             if first:
-                shutil.rmtree(partial, ignore_errors=True)
-                for name in (MODEL_NAME, OPTIMIZER_NAME):
-                    (partial / name).mkdir(parents=True)
+                discard(partial)
+                for folder in (partial, partial / MODEL_NAME, partial / OPTIMIZER_NAME):
+                    folder.mkdir()
 
     def _write_small_files(self, state: TrainState, partial: Path) -> None:
         """All that is not a tensor: configurations, tokenizer, and where the run is."""
@@ -317,7 +323,7 @@ class Checkpointer:
                 saved_at = checkpoint_files.later_than_all(self._save_dir, time.time())
                 checkpoint_files.write_manifest(partial, entries, saved_at=saved_at)
                 checkpoint_files.publish_checkpoint(partial, final)
-        self._expected_bytes = sum(sizes.values())
+        self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes)
 
     def finish(self, card: Optional[Callable[[], Optional[str]]] = None) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.
@@ -335,11 +341,12 @@ def publish_model(checkpoint: Path, card: Optional[str] = None) -> None:
     """Put the model of a checkpoint beside it, as the result of the run, with a README.md; replaces an earlier one."""
     final = checkpoint.with_name(MODEL_NAME)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint / MODEL_NAME, partial, copy_function=_link_weights)
+    discard(partial)
+    shutil.copytree(checkpoint / MODEL_NAME, partial, copy_function=_link_weights, ignore=_strays)
     _add_weights(partial, checkpoint)
     if card is not None:
-        (partial / CARD_NAME).write_text(card, encoding="utf-8")
+        with errors_naming(partial / CARD_NAME), open_no_link(partial / CARD_NAME, "wb") as file:
+            file.write(card.encode())
     publish(partial, final, replace=True)
 
 
@@ -355,9 +362,13 @@ def _add_weights(folder: Path, checkpoint: Path) -> None:
         write_json(folder / HISTORY_FILE, content)
 
 
+def _strays(folder: str, names: List[str]) -> List[str]:
+    return [name for name in names if is_stray(name)]
+
+
 def _link_weights(source: str, target: str) -> None:
     # Weights are never changed in place; a small file may be edited, and its copy must not follow.
-    if source.endswith(".safetensors"):
+    if source.endswith(".safetensors") and not os.path.islink(source):
         with contextlib.suppress(OSError):
             os.link(source, target)
             return

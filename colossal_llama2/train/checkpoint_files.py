@@ -6,30 +6,32 @@ A checkpoint is complete if it has its final name and a manifest.json, which is 
 """
 
 import hashlib
-import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import sync, sync_entries, write_json
+from colossal_llama2.files import discard, is_stray, replace_file, write_json
 from colossal_llama2.publishing import publish
 
 MANIFEST_NAME = "manifest.json"
 LEAST_SECONDS_APART = 1e-3
+SHA256 = re.compile(r"[0-9a-f]{64}")
 LATEST_NAME = "latest"
 MODEL_NAME = "modeling"
 PARTIAL_SUFFIX = ".tmp"
 OLD_SUFFIX = ".old"
 CHECKPOINT_NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
-LOG_NAME = "train_log.jsonl"
+LOG_NAME, PLAN_NAME = "train_log.jsonl", "plan.json"
 # What a run leaves beside its checkpoints when it ends.
 REPORT_NAMES = ("settings.json", "environment.json", "loss.png")
-_OURS = "|".join(map(re.escape, (MODEL_NAME, LATEST_NAME, LOG_NAME, *REPORT_NAMES)))
-LEFTOVER_NAME = re.compile(rf"(epoch-\d+_step-\d+|{_OURS})\.(tmp|old)|\.token-[0-9a-f]{{8}}")
+FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, *REPORT_NAMES)
+_FILES = "|".join(map(re.escape, FILE_NAMES))
+LEFTOVER_NAME = re.compile(
+    rf"(epoch-\d+_step-\d+|{MODEL_NAME}|{_FILES})\.(tmp|old)|\.({_FILES})\.[0-9a-f]{{8}}\.tmp|\.token-[0-9a-f]{{8}}"
+)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -61,9 +63,18 @@ def later_than_all(save_dir: Path, now: float) -> float:
 
 
 def list_files(folder: Path) -> Dict[str, int]:
-    """Bytes of all files below a folder but its manifest, by name; links to files count as files."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    """Bytes of all files below a folder but its manifest, by name; links to files count as files.
+
+    What a system puts anywhere by itself is passed over. What is neither a file nor a folder, such as a link to a
+    folder, has -1 bytes.
+    """
+    sizes: Dict[str, int] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_stray(name)]
+        for name in [*names, *(name for name in folders if Path(place, name).is_symlink())]:
+            path = Path(place, name)
+            if not is_stray(name):
+                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size if path.is_file() else -1
     return {name: sizes[name] for name in sorted(sizes) if name != MANIFEST_NAME}
 
 
@@ -98,14 +109,14 @@ def read_manifest(folder: Path) -> Dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: has no {MANIFEST_NAME}, so it was not written to its end; take another checkpoint")
     try:
-        manifest = json.loads(path.read_bytes())
-        float(manifest["saved_at"])
-        for entry in manifest["files"]:
-            name = entry["path"]
-            if name.startswith("/") or ".." in Path(name).parts or "\\" in name:
-                raise ValueError(f"it names {name!r}, which is outside")
-            entry["bytes"], entry["sha256"] = int(entry["bytes"]), str(entry["sha256"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        manifest = json_input.read_object(path)
+        json_input.number(manifest, "saved_at")
+        names = [_checked_entry(entry) for entry in json_input.typed(manifest, "files", list)]
+        if len(set(names)) < len(names):
+            raise ValueError("it lists a file twice")
+    except KeyError as error:
+        raise UserError(f"{path}: not the manifest of a checkpoint (no {error}); take another checkpoint")
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not the manifest of a checkpoint ({error}); take another checkpoint")
     return manifest
 
@@ -120,6 +131,21 @@ def recorded_weights(checkpoint: Path) -> Dict[str, Dict[str, Any]]:
     }
 
 
+def _checked_entry(entry: Any) -> str:
+    """The path in an entry of a manifest. Raises ValueError or KeyError if the entry is not as it should be."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"it lists {json_input.shown(entry)}, objects allowed")
+    name = json_input.typed(entry, "path", str)
+    parts = name.split("/")
+    if not parts[0] or {".", ".."} & set(parts) or "\\" in name or "\0" in name:
+        raise ValueError(f"it names {json_input.shown(name)}, which is outside")
+    name.encode()  # half of a surrogate pair is in no file's name
+    json_input.whole_number(entry, "bytes")
+    if not SHA256.fullmatch(json_input.typed(entry, "sha256", str)):
+        raise ValueError(f"sha256 of {json_input.shown(name)} is {json_input.shown(entry['sha256'])}")
+    return name
+
+
 def sizes_problem(folder: Path) -> Optional[str]:
     """What is wrong with a checkpoint by its files' names and sizes alone, None if they are as its manifest says."""
     try:
@@ -130,10 +156,14 @@ def sizes_problem(folder: Path) -> Optional[str]:
     for name, size in listed.items():
         if name not in present:
             return f"{folder / name}: is missing"
+        if present[name] < 0:
+            return f"{folder / name}: is not a regular file"
         if present[name] != size:
             return f"{folder / name}: has {present[name]:,} bytes, {size:,} were written"
     unknown = sorted(present.keys() - listed.keys())
-    return f"{folder / unknown[0]}: is not listed in {MANIFEST_NAME}" if unknown else None
+    if unknown:
+        return f"{folder / unknown[0]}: is not listed in {MANIFEST_NAME}; remove it to use this checkpoint"
+    return None
 
 
 def content_problems(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:
@@ -150,11 +180,7 @@ def content_problems(folder: Path, *, share: int = 0, shares: int = 1) -> Iterat
 def publish_checkpoint(partial: Path, final: Path) -> None:
     """Give a checkpoint its final name when all of it is on the disk, and then let `latest` name it."""
     publish(partial, final, replace=True)
-    pointer = final.parent / f"{LATEST_NAME}{PARTIAL_SUFFIX}"
-    pointer.write_text(final.name + "\n", encoding="utf-8")
-    sync(pointer)
-    os.replace(pointer, final.parent / LATEST_NAME)
-    sync_entries(final.parent)
+    replace_file(final.parent / LATEST_NAME, f"{final.name}\n".encode())
 
 
 def remove_leftovers(save_dir: Path) -> None:
@@ -163,42 +189,50 @@ def remove_leftovers(save_dir: Path) -> None:
         if not LEFTOVER_NAME.fullmatch(path.name):
             continue
         original = path.with_suffix("")
-        if path.suffix == OLD_SUFFIX and not original.exists() and (path / MANIFEST_NAME).is_file():
+        is_whole = path.suffix == OLD_SUFFIX and not path.is_symlink() and (path / MANIFEST_NAME).is_file()
+        if is_whole and not os.path.lexists(original):
             path.rename(original)
             logs.get_logger().info("An earlier run died while it replaced %s; its old content is back", original)
             continue
         logs.get_logger().info("Removing %s, which an earlier run left unfinished", path)
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        discard(path)
 
 
 def remove_old(checkpoint: Path, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
     """Remove complete checkpoints beside `checkpoint` but the `keep_last` newest and multiples of `keep_every` steps.
 
     Called when the newest is complete, so there are never fewer than `keep_last`, once there were so many. `checkpoint`
-    itself stays, whatever its age.
+    itself stays, whatever its age. Of a link to a checkpoint elsewhere, the link alone is removed.
     """
     if keep_last is None:
         return
     for folder in complete_checkpoints(checkpoint.parent)[:-keep_last]:
         if folder != checkpoint and (keep_every is None or step_of(folder) % keep_every):
             # Out of sight at once, since a removal can be cut short too. It has no complete name, so it never returns.
+            if folder.is_symlink():
+                folder.unlink()
+                logs.get_logger().info(
+                    "Removed the link %s (--keep_last %d); the checkpoint that it led to stays", folder, keep_last
+                )
+                continue
             doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(doomed)
             folder.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(doomed)
             logs.get_logger().info("Removed %s (--keep_last %d)", folder, keep_last)
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def check_room(save_dir: Path, needed: int) -> None:
-    """Raise RunError unless so many bytes are free for a checkpoint."""
-    free = shutil.disk_usage(save_dir).free
-    if free < needed:
+def check_room(save_dir: Path, needed: int, *, files: int = 1) -> None:
+    """Raise RunError unless so many bytes, and inodes for so many files, are free for a checkpoint."""
+    free = os.statvfs(save_dir)
+    wanted = []
+    if free.f_bavail * free.f_frsize < needed:
+        wanted.append(f"needs about {needed:,} bytes, {free.f_bavail * free.f_frsize:,} are free")
+    # A file system that makes inodes as it needs them says that it has none at all.
+    if free.f_files and free.f_favail < files:
+        wanted.append(f"has about {files:,} files, {free.f_favail:,} more can be made (inodes, see df -i)")
+    if wanted:
         raise RunError(
-            f"--save_dir {save_dir}: a checkpoint needs about {needed:,} bytes, {free:,} are free; nothing was "
-            f"written, earlier checkpoints are whole; make room, or keep fewer with --keep_last"
+            f"--save_dir {save_dir}: a checkpoint {' and '.join(wanted)}; nothing was written, earlier checkpoints are "
+            f"whole; make room, or keep fewer with --keep_last"
         )

@@ -11,9 +11,10 @@ from colossal_llama2.dataset.loader import SampleOrder, highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_can_create, check_is_utf8
+from colossal_llama2.files import check_is_utf8
 from colossal_llama2.model.loading import ModelFacts, check_model_folder
-from colossal_llama2.train import flags, resuming
+from colossal_llama2.output_paths import check_output_folder
+from colossal_llama2.train import flags, resuming, run_outputs
 from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
 from colossal_llama2.train.engine import exchange
 from colossal_llama2.train.engine.booster import Engine, settings_problems
@@ -46,7 +47,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     needs_weights = not (args.benchmark and args.dry_run)
     checks = [lambda: check_model_folder(args.pretrained, "--pretrained", needs_weights=needs_weights)]
     if args.profile is not None and args.benchmark:
-        checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
+        checks.append(lambda: check_output_folder(Path(args.profile), "--profile"))
     checks += [lambda: flags.data_of(args), lambda: resolve_eval_sets(args.eval_dataset)]
     problems += evaluation_problems(args)
     for check in checks:
@@ -74,8 +75,7 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
                 f"--continue_data needs --load_checkpoint CHECKPOINT/{MODEL_NAME}, whose {STATES_NAME} tells the place "
                 f"in the data"
             )
-        for name in ("save_dir", "tensorboard_dir", "config_file"):
-            check_can_create(Path(getattr(args, name)), f"--{name}")
+        run_outputs.check_places(args.save_dir, args.tensorboard_dir, args.config_file)
         flags.rows_to_train(args, plan)
         if not problems:
             tokenizer_path = flags.find_tokenizer(args, plan)

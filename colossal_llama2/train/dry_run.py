@@ -111,7 +111,10 @@ def dry_run(args: argparse.Namespace) -> None:
     config = model_without_weights(plan.model_path).config
     has_documents = DOCUMENT_COLUMN in dataset.column_names
     show(memory_lines(args, config, ranks, has_documents=has_documents))
-    saves = saved_steps(order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps)
+    saves = saved_steps(
+        order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps,
+        skip_epochs=args.skip_save_each_epoch,
+    )  # fmt: skip
     show(_disk_lines(args, facts, saves))
     show_line("dry run: nothing was trained, nothing was written")
 
@@ -259,15 +262,22 @@ def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
 
 
 def saved_steps(
-    order: SampleOrder, state: TrainState, num_epochs: int, save_interval: int, *, total_steps: int
+    order: SampleOrder,
+    state: TrainState,
+    num_epochs: int,
+    save_interval: int,
+    *,
+    total_steps: int,
+    skip_epochs: bool = False,
 ) -> List[int]:
     """The steps after which a run that begins at `state` saves.
 
-    Multiples of `save_interval`, and the end of each epoch and of the run.
+    Multiples of `save_interval`; the end of each epoch, unless `skip_epochs`; and of the run.
     """
     first_end = state.step + order.steps_after(state.sample_start_index)
-    ends = [first_end + epoch * order.steps_after(0) for epoch in range(num_epochs - state.epoch)]
-    saved = {*range(save_interval, total_steps + 1, save_interval), *ends, total_steps}
+    saved = {total_steps, *range((state.step // save_interval + 1) * save_interval, total_steps + 1, save_interval)}
+    if not skip_epochs:
+        saved.update(first_end + epoch * order.steps_after(0) for epoch in range(num_epochs - state.epoch))
     return sorted(step for step in saved if state.step < step <= total_steps)
 
 

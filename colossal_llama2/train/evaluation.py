@@ -217,7 +217,7 @@ class Evaluator(SilentEvaluator):
             if not now <= first * (1 + limit):
                 risen[name] = (
                     f"--forgetting_alarm {name}={limit:g}: {key.replace('_', ' ')} of {name} went from {first:.4f} "
-                    f"to {now:.4f}, by {now / first - 1:+.1%}"
+                    f"to {now:.4f}, by {now / first - 1 if first else math.inf:+.1%}"
                 )
         return risen
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
 from colossal_llama2.errors import Stopped
 from colossal_llama2.train.bad_steps import BadSteps
@@ -80,10 +80,10 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> "TrainState":
-        """The state of a running_states.json. Raises KeyError or TypeError if a field is missing or no number."""
+        """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or not a count."""
         # Checkpoints of earlier versions lack what was not counted then.
         values = {**dict.fromkeys(COUNTED_LATER, 0), **values}
-        return cls(**{field.name: int(values[field.name]) for field in fields(cls)})
+        return cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.dataset.measuring import category_tokens
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import write_json
+from colossal_llama2.files import replace_file, to_json
 from colossal_llama2.terminal_text import terminal_width, visible_line
+from colossal_llama2.train.checkpoint_files import PLAN_NAME
 from colossal_llama2.train.schedule import CosineSchedule
 
 if TYPE_CHECKING:
     from colossal_llama2.train.loop import TrainState
 
-PLAN_NAME = "plan.json"
 VERSION = 1
 CURVE_POINTS = 33
 MAX_ROWS = 24
@@ -316,7 +316,7 @@ def tell_and_save(content: Dict[str, Any], save_dir: str) -> None:
     """Log the plan and write it to `save_dir`, in place of an earlier one."""
     for line in plan_lines(content):
         logs.get_logger().info("%s", line)
-    write_json(Path(save_dir, PLAN_NAME), content)
+    replace_file(Path(save_dir, PLAN_NAME), to_json(content).encode())
 
 
 def plan_lines(content: Dict[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional,
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.groups import MAX_GROUPS, Amount, Groups, by_name
-from colossal_llama2.train import train_log
+from colossal_llama2.train import run_outputs, train_log
 from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
 from colossal_llama2.train.step_timer import Mark, NoTimer, StepTimer, seconds_of
@@ -238,7 +238,8 @@ def reporting(
             config = LlamaConfig.from_pretrained(plan.model_path)
             is_new = plan.resume_path is None
             log = TrainLog(train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path))
-            writer = TensorBoardWriter(tensorboard_dir, last_step=-1 if is_new else state.step)
+            events_dir = run_outputs.claim_events_folder(tensorboard_dir, save_dir=report.save_dir)
+            writer = TensorBoardWriter(str(events_dir), last_step=-1 if is_new else state.step)
     if not first:
         yield SilentReporter()
         return

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -11,6 +12,7 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+from colossal_llama2.json_input import shown
 from colossal_llama2.model.loading import CONFIG_FILE
 from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.checkpoint import LoadPlan, plan_loading, publish_model
@@ -22,11 +24,13 @@ SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
+# Of a value of a checkpoint that a message tells.
+SHOWN_CHARACTERS = 200
 # Flags that change no number of a run, or must be equal anyway. --pretrained and --dataset are compared by content.
 NOT_NUMERIC = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
-    "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "use_grad_checkpoint",
-    "bucketed", "mixture", "mixture_end", "continue_data",
+    "save_interval", "skip_save_each_epoch", "keep_last", "keep_every", "max_bad_steps", "dist_timeout",
+    "use_grad_checkpoint", "bucketed", "mixture", "mixture_end", "continue_data",
     "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
     "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
 )  # fmt: skip
@@ -62,15 +66,18 @@ def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: Optional[str] = N
     complete = checkpoint_files.complete_checkpoints(Path(save_dir))
     if before is not None:
         complete = complete[: complete.index(Path(before))] if Path(before) in complete else []
-    problem = None
+    problem = first_problem = None
     for folder in reversed(complete):
         try:
             return replace(plan_loading("", str(folder)), is_newest=True)
         except UserError as error:
             problem = str(error).removeprefix("--load_checkpoint ").removesuffix("; resume from another checkpoint")
+            first_problem = first_problem or problem
             logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
     if problem or before is not None:
-        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole; give a new --save_dir to begin anew")
+        why = f" ({first_problem})" if first_problem else ""
+        cure = "give a new --save_dir to begin anew"
+        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole{why}; {cure}")
     return otherwise
 
 
@@ -122,7 +129,7 @@ def difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in now if before.get(key) != now[key]]
         before, now = ({key: values.get(key) for key in keys} for values in (before, now))
-    return f"{name} was {before}, this run has {now}"
+    return f"{name} was {_short(before)}, this run has {now}"
 
 
 def changes(saved: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
@@ -133,7 +140,11 @@ def changes(saved: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
         # A flag that was not there yet was as its default is.
         told = [name for name in now[group] if name not in NOT_NUMERIC and (name in before or group != "settings")]
         pairs += [(name, before.get(name), now[group][name]) for name in told]
-    return [f"{name} {before} -> {value}" for name, before, value in pairs if before != _as_json(value)]
+    return [f"{name} {_short(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), SHOWN_CHARACTERS, placeholder="...")
 
 
 def _as_json(value: Any) -> Any:
@@ -207,7 +218,7 @@ def initial_state(
         run_facts["first_sample"] = state.epoch * order.num_samples + state.sample_start_index
         return state
     state, saved = plan.read_states()
-    run_facts["first_sample"] = saved.get("first_sample", 0)
+    run_facts["first_sample"] = saved.get("first_sample") or 0
     weights_alone = f"or take its weights alone: --load_checkpoint {plan.model_path}"
     for name, flag in RESUMED_FACTS.items():
         if saved.get(name) != run_facts[name]:
@@ -215,10 +226,22 @@ def initial_state(
                 f"--load_checkpoint {plan.resume_path}: {difference(name, saved.get(name), run_facts[name])}; "
                 f"resume with the same {flag}, {weights_alone}"
             )
+    _check_place(plan, state, order, first_sample=run_facts["first_sample"])
     if state.epoch >= args.num_epochs:
         raise UserError(f"--load_checkpoint {plan.resume_path}: is of epoch {state.epoch}, give a higher --num_epochs")
     tell_verdict(plan, state, saved, run_facts)
     return state
+
+
+def _check_place(plan: LoadPlan, state: TrainState, order: SampleOrder, *, first_sample: int) -> None:
+    """Raise a UserError for a place that a run on this data cannot have come to."""
+    place = state.epoch * order.num_samples + state.sample_start_index
+    if state.sample_start_index > order.num_samples or first_sample + state.samples_seen > place:
+        raise UserError(
+            f"{plan.resume_path}/running_states.json: epoch {state.epoch:,}, sample {state.sample_start_index:,}, "
+            f"{state.samples_seen:,} samples read is no place in data of {order.num_samples:,} samples; resume from "
+            f"another checkpoint"
+        )
 
 
 def _continued_state(
@@ -240,6 +263,7 @@ def _continued_state(
                 f"--continue_data: {difference(name, saved.get(name), now[name])}, so there is no place in the data to "
                 f"go on from; give the data as it was, or leave the flag out"
             )
+    _check_place(earlier, state, order, first_sample=saved.get("first_sample") or 0)
     place = TrainState(epoch=state.epoch, sample_start_index=state.sample_start_index)
     if order.steps_after(place.sample_start_index) == 0:
         place = TrainState(epoch=state.epoch + 1)
@@ -289,7 +313,7 @@ def make_schedule(
 
 def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> None:
     now = asdict(schedule)
-    changed = [f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved.get(name) != now[name]]
+    changed = [f"{name} {shown(saved.get(name))} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
         logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
 

@@ -12,12 +12,11 @@ from colossal_llama2.dataset.loader import SampleOrder, StepLoader, check_length
 from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.errors import Stopped
-from colossal_llama2.files import write_json
 from colossal_llama2.model.attention import choose_attention
 from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 from colossal_llama2.model.loading import ModelFacts, inspect_weights, load_llama
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
-from colossal_llama2.train import checks, description, eval_parts, flags, resuming, save_folder
+from colossal_llama2.train import checks, description, eval_parts, flags, resuming, run_outputs, save_folder
 from colossal_llama2.train import plan as plans
 from colossal_llama2.train.bad_steps import BadSteps, tell_overflows, without_update
 from colossal_llama2.train.benchmark import benchmark
@@ -156,7 +155,7 @@ def tell_beginning(
     with engine.first_rank_only() as first:
         if not first:
             return
-        write_config(args, report.settings)
+        run_outputs.write_settings(args.config_file, report.settings, save_dir=args.save_dir)
         # A run that only makes up for an evaluation reads nothing.
         if schedule.total_steps > state.step:
             plan = plans.build_plan(
@@ -184,13 +183,6 @@ def tell_end(
         "Done: %d steps%s, %s tokens; samples that were not read: %s. The model is in %s",
         state.step, without_update(state), f"{state.tokens_seen:,}", f"{unread:,}", final,
     )  # fmt: skip
-
-
-def write_config(args: argparse.Namespace, settings: Dict[str, Any]) -> None:
-    """Write the resolved flags and the versions they ran with to --config_file."""
-    path = Path(args.config_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
 
 
 def load_model(
@@ -239,6 +231,7 @@ def make_checkpointer(
         engine=engine,
         save_dir=args.save_dir,
         save_interval=args.save_interval,
+        skip_epochs=args.skip_save_each_epoch,
         model_path=plan.model_path,
         tokenizer_path=flags.find_tokenizer(args, plan),
         schedule=schedule,

@@ -10,9 +10,9 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.groups import Amount, amounts, merged
 from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import sync, sync_entries, to_json
-from colossal_llama2.train import loss_plot, model_card, train_log
-from colossal_llama2.train.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX, REPORT_NAMES
+from colossal_llama2.files import replace_file, to_json
+from colossal_llama2.train import loss_plot, model_card, run_outputs, train_log
+from colossal_llama2.train.checkpoint_files import LOG_NAME, REPORT_NAMES
 
 SETTINGS_NAME, ENVIRONMENT_NAME, PLOT_NAME = REPORT_NAMES
 
@@ -46,11 +46,12 @@ class RunReport:
         if not (folder / LOG_NAME).is_file():
             return
         try:
-            _write_whole(folder / SETTINGS_NAME, to_json(self.settings).encode())
-            _write_whole(folder / ENVIRONMENT_NAME, to_json(self.environment).encode())
+            self.settings.setdefault("run_id", run_outputs.identify(self.save_dir))
+            replace_file(folder / SETTINGS_NAME, to_json(self.settings).encode())
+            replace_file(folder / ENVIRONMENT_NAME, to_json(self.environment).encode())
             curves = loss_plot.curves_of(train_log.read(folder / LOG_NAME))
             if curves.losses:
-                _write_whole(folder / PLOT_NAME, loss_plot.draw(curves, title=f"Training loss, {folder.name}"))
+                replace_file(folder / PLOT_NAME, loss_plot.draw(curves, title=f"Training loss, {folder.name}"))
         except UserError as error:
             logs.get_logger().warning("No loss curve is drawn: %s", error)
         except Exception as error:  # a bug of ours must not take the model along, which is worth more than a picture
@@ -92,14 +93,6 @@ class RunReport:
 def in_words(error: Exception) -> str:
     """What an error says, with its type if the type is needed to understand it."""
     return str(error) if isinstance(error, OSError) else repr(error)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_bytes(content)
-    sync(partial)
-    os.replace(partial, path)
-    sync_entries(path.parent)
 
 
 def amounts_of_all(dataset) -> Optional[List[Amount]]:

@@ -11,6 +11,8 @@ import json
 import os
 import secrets
 import socket
+import stat
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Dict, Iterator, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import errors_naming, open_no_link
 from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.engine import exchange
 
@@ -52,19 +55,30 @@ def locked(save_dir: str) -> Iterator[None]:
     try:
         _check_owner(path, descriptor)
         content = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(content).encode(), 0)
         _held_here[path] = descriptor
         try:
+            with errors_naming(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(content).encode(), 0)
             yield
         finally:
             _held_here.pop(path, None)
-            path.unlink(missing_ok=True)
+            _remove(path)
     finally:
         os.close(descriptor)
         with suppress(OSError):
             for empty in made:
                 empty.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove the lock file. That it cannot be removed, as on a disk that turned read-only, must hide no other error."""
+    is_failing = sys.exc_info()[0] is not None
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        if not is_failing:
+            logs.get_logger().warning("%s cannot be removed (%s); remove it before the next run", path, error.strerror)
 
 
 def let_go() -> None:
@@ -97,7 +111,7 @@ def _open_locked(path: Path) -> int:
     """Open the lock file and hold it; again, if the run that held it removed it in between."""
     deadline, is_first = time.monotonic() + ENDING_SECONDS, True
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = _open_regular(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,11 +124,31 @@ def _open_locked(path: Path) -> int:
         except OSError:
             pass  # a file system without locks: what the file says must do
         try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
         except FileNotFoundError:
             pass
         os.close(descriptor)
+
+
+def _open_regular(path: Path) -> int:
+    """Open the lock file, which is made if there is none. Raises UserError for anything but a file of this name alone.
+
+    It is written to, and a received folder may hold a link of its name.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode):
+            raise
+        kind = "a link" if path.is_symlink() else f"not a regular file ({error.strerror})"
+        raise UserError(f"--save_dir {path.parent}: {path.name} in it is {kind}, which is not written to; remove it")
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        kind = "has a second name elsewhere (a hard link)" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        raise UserError(f"--save_dir {path.parent}: {path.name} in it {kind}, so it is not written to; remove it")
+    return descriptor
 
 
 def _owner(descriptor: int) -> Optional[dict]:
@@ -124,7 +158,7 @@ def _owner(descriptor: int) -> Optional[dict]:
             "host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"]),
             "ending": content.get("ending") is True,
         }  # fmt: skip
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -177,7 +211,8 @@ def prepare(save_dir: str) -> None:
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint_files.remove_leftovers(folder)
-            token_path.write_text(token_path.name)
+            with errors_naming(token_path), open_no_link(token_path, "xb") as file:
+                file.write(token_path.name.encode())
     seen = exchange.gather_values([socket.gethostname(), _appears(token_path)])
     with exchange.all_or_none():
         if is_first:

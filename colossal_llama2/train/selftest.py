@@ -14,6 +14,7 @@ order each time there). Ends with 1 if they do not.
 import argparse
 import contextlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def selftest(args: argparse.Namespace) -> None:
         logs.get_logger().info("%s", here.note)
     work, ranks = Path(args.work_dir), here.world_size
     problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
-    if logs.is_first_rank() and work.exists():
+    if logs.is_first_rank() and os.path.lexists(work):
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")

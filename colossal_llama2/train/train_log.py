@@ -17,11 +17,12 @@ to it, and cuts away later ones. One that begins anew cuts away all.
 
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from colossal_llama2 import logs
-from colossal_llama2.files import parse_object, sync, sync_entries
+from colossal_llama2.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
 from colossal_llama2.train.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX
 
 EVALUATION = "Evaluation/"
@@ -57,13 +58,16 @@ def begin(save_dir: str, *, last_step: int, resumed_from: Optional[str] = None) 
     path = Path(save_dir, LOG_NAME)
     if resumed_from is None:
         last_step = -1
-    if resumed_from is not None and not path.exists():
+    if resumed_from is not None and not os.path.lexists(path):
         earlier = Path(resumed_from).absolute().parent / LOG_NAME
         if earlier.is_file():
             _write_whole(path, earlier, last_step)
             logs.get_logger().info("%s begins with the lines of %s up to step %d", path, earlier, last_step)
             return path
     lost = sum(1 for record, _ in _lines(path) if record is None or record["step"] > last_step)
+    if not lost and _leads_elsewhere(path):
+        _write_whole(path, path, last_step)
+        logs.get_logger().info("%s was another file's second name; it is a copy of it from here on", path)
     if lost:
         _write_whole(path, path, last_step)
         if resumed_from is None:
@@ -75,13 +79,23 @@ def begin(save_dir: str, *, last_step: int, resumed_from: Optional[str] = None) 
     return path
 
 
+def _leads_elsewhere(path: Path) -> bool:
+    """Whether what is appended here would be appended to a file of another name, or to none."""
+    if not os.path.lexists(path):
+        return False
+    status = path.lstat()
+    return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+
+
 def _write_whole(path: Path, source: Path, last_step: int) -> None:
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
+    discard(partial)
+    with errors_naming(path, instead_of=partial), open_no_link(partial, "xb") as file:
         for record, line in _lines(source):
             if record is not None and record["step"] <= last_step:
                 file.write(line)
-    shutil.copymode(source, partial)
+    if source.is_file():
+        shutil.copymode(source, partial)
     sync(partial)
     os.replace(partial, path)
     sync_entries(path.parent)
@@ -103,7 +117,7 @@ class TrainLog:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
         try:
             if self._file is None:
-                self._file = self._path.open("ab", buffering=0)
+                self._file = open_no_link(self._path, "ab", buffering=0)
             line = b"\n" + line if self._is_torn else line
             self._is_torn = self._file.write(line) != len(line)
         except OSError as error:

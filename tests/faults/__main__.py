@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable, Dict, List
 
-from tests.faults import corruption, crash_points, fuzz, kills, malicious, mutants, place, starts, steps, warm
+from tests.faults import corruption, crash_points, fuzz, kills, links, malicious, mutants, place, starts, steps, warm
 from tests.faults.rows import HEADER, Row
 
 
@@ -40,6 +40,11 @@ def corruption_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
 def malicious_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     """Files that would run code."""
     return malicious.check(place.make(folder, samples=16), sample=6 if sample else None, seed=seed)
+
+
+def link_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+    """Links and stray files in a run folder."""
+    return links.check(place.make(folder, samples=16), sample=4 if sample else None, seed=seed)
 
 
 def step_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
@@ -78,6 +83,7 @@ CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
     "kills": kill_rows,
     "corruption": corruption_rows,
     "malicious": malicious_rows,
+    "links": link_rows,
     "steps": step_rows,
     "starts": start_rows,
     "signals": signal_rows,

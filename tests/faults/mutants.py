@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple
 
-from colossal_llama2 import publishing
+from colossal_llama2 import files, publishing
 from colossal_llama2.train import checkpoint, checkpoint_files
 from colossal_llama2.train.engine.booster import Engine
 from tests.faults import corruption, crash_points, place, steps
@@ -89,7 +89,7 @@ def resumes(folder: Path) -> Optional[str]:
     return next(iter(row.problems), None)
 
 
-SYNCS = tuple((owner, name, nothing) for owner in (publishing, checkpoint_files) for name in ("sync", "sync_entries"))
+SYNCS = tuple((owner, name, nothing) for owner in (publishing, files) for name in ("sync", "sync_entries"))
 MUTANTS: List[Mutant] = [
     Mutant("no fsync", SYNCS, order),
     Mutant(

@@ -1,0 +1,126 @@
+"""JSON that somebody else may have written: regular files alone, of bounded size, and numbers that are what they say.
+
+A file of a received folder may be a FIFO, lead to a device, hold gigabytes, or nest so deeply that whatever walks
+through it runs out of stack. Everything that is wrong with one is a ValueError with the reason, for the caller to put
+the file's name and the cure around.
+"""
+
+import json
+import math
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+MAX_BYTES = 64 << 20
+MAX_VALUES = 4_000_000
+MAX_DEPTH = 64
+# Of a whole number in text: what 64 bits hold has 19 digits.
+MAX_DIGITS = 20
+MAX_WHOLE = 2**53
+SHOWN_CHARACTERS = 80
+
+
+def read_object(path: Path, *, unique_names: bool = True) -> Dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file holds anything else.
+        OSError: it cannot be read.
+    """
+    content = parse(read_regular(path), unique_names=unique_names)
+    if not isinstance(content, dict):
+        raise ValueError(f"no JSON object, but a {type(content).__name__}")
+    return content
+
+
+def read_regular(path: Path, *, most_bytes: int = MAX_BYTES) -> bytes:
+    """The content of a regular file, or of one that a link leads to. ValueError for any other and for a larger one."""
+    # Opening a FIFO would wait for whoever writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("not a regular file")
+    with open(descriptor, "rb") as file:
+        if status.st_size > most_bytes:
+            raise ValueError(f"{status.st_size:,} bytes, at most {most_bytes:,} allowed")
+        return file.read(most_bytes)
+
+
+def parse(content: bytes, *, unique_names: bool = True, most_values: int = MAX_VALUES) -> Any:
+    """The value in a JSON text, in UTF-8 with or without a byte order mark. ValueError if none will do."""
+    # In memory a value may take a hundred times the room of its text.
+    if content.count(b",") > most_values or content.count(b"[") + content.count(b"{") > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    try:
+        text = content.decode("utf-8-sig")
+        hook = _unique if unique_names else None
+        value = json.loads(text, parse_int=_whole, object_pairs_hook=hook)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start + 1:,}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})")
+    except RecursionError:
+        raise ValueError("nested too deeply")
+    _check_depth(value)
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {shown(twice)} stands twice in one object")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = (list(item.values()) if isinstance(item, dict) else item for item in level)
+        level = [inner for items in nested if isinstance(items, list) for inner in items]
+        level = [item for item in level if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+def whole_number(content: Dict[str, Any], name: str, *, least: int = 0, most: int = MAX_WHOLE) -> int:
+    """The whole number of that name. KeyError if there is none, ValueError for anything else and out of the range."""
+    value = content[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} is {shown(value)}, a whole number from {least} to {most} allowed")
+    return value
+
+
+def number(content: Dict[str, Any], name: str, *, least: float = 0.0) -> float:
+    """The finite number of that name. KeyError if there is none, ValueError for anything else and for a smaller one."""
+    value = content[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} is {shown(value)}, a number of at least {least:g} allowed")
+    return float(value)
+
+
+def typed(content: Dict[str, Any], name: str, kind: type) -> Any:
+    """The value of that name, of one of JSON's types. KeyError if there is none, ValueError for one of another type."""
+    value = content[name]
+    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+        raise ValueError(f"{name} is {shown(value)}, {JSON_NAMES[kind]} allowed")
+    return value
+
+
+JSON_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
+
+
+def shown(value: Any) -> str:
+    """A value as JSON for a message, the end of a long one left out."""
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
