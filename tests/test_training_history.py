@@ -125,6 +125,7 @@ def test_stages_without_figures_are_told_as_such():
     assert "| 1. Continued pre-training | old, changed since the stage before | not recorded | not recorded |" in text
     assert "| 2. Continued pre-training | llama | zh 2,400 | 2 | 2,400 | 8.5000 | 2.5000 (mean of 48 steps) |" in text
     assert "| all |  |  | 2 and more that is not recorded | 2,400 and more that is not recorded |" in text
+    assert "| zh 2,400 | 2 (1 of them with an update) | 2,400 |" in card(stages=[{**STAGE, "updates": 1}])
     many = {**STAGE, "data": [{"source": f"s{number}", "tokens": 1} for number in range(12)]}
     assert "s7 1, and 4 more sources |" in card(stages=[many])
 

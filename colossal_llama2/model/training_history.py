@@ -6,8 +6,8 @@
         {"stage": "pretrain", "parent": {"name": "llama-2-7b-zh", ...},
          "data": [{"source": "zh", "parts": 10, "fingerprints": ["9b12...", ...], "samples_there": 1920,
                    "samples": 1920, "tokens": 240000}],
-         "begins": {"epoch": 0, "sample": 0}, "ends": {"epoch": 1, "sample": 0}, "steps": 480, "samples": 1920,
-         "tokens": 240000, "first_loss": 8.91, "final_loss": 3.2, "final_loss_steps": 48,
+         "begins": {"epoch": 0, "sample": 0}, "ends": {"epoch": 1, "sample": 0}, "steps": 480, "updates": 480,
+         "samples": 1920, "tokens": 240000, "first_loss": 8.91, "final_loss": 3.2, "final_loss_steps": 48,
          "settings": {"lr": 3e-05, ...}, "world_size": 8, "versions": {"torch": "2.5.1", ...},
          "tokenizer_sha256": "...", "weights": {"model.safetensors": {"bytes": 13476835328, "sha256": "..."}}}]}
 
@@ -255,7 +255,7 @@ STAGE_FIELDS: Dict[str, Check] = {
     "data": _list_of(_is_source),
     "begins": _is_place,
     "ends": _is_place,
-    **dict.fromkeys(("steps", "samples", "tokens", "world_size", "final_loss_steps"), _is_count),
+    **dict.fromkeys(("steps", "updates", "samples", "tokens", "world_size", "final_loss_steps"), _is_count),
     **dict.fromkeys(("vocabulary_before", "vocabulary"), _is_count),
     **dict.fromkeys(("first_loss", "final_loss"), _or_null(_is_number)),
     "settings": _mapping_to(lambda value: _is_plain(value) or _list_of(_is_plain)(value)),

@@ -161,7 +161,10 @@ def _stage_cells(stage: Dict[str, Any]) -> List[str]:
     first, final = (NOT_RECORDED if stage.get(name) is None else _figure(stage[name]) for name in LOSSES)
     if stage.get("final_loss_steps", 0) > 1 and stage.get("final_loss") is not None:
         final += f" (mean of {stage['final_loss_steps']} steps)"
-    return [began, shown or NOT_RECORDED, _count(stage.get("steps")), _count(stage.get("tokens")), first, final]
+    steps = _count(stage.get("steps"))
+    if stage.get("updates", stage.get("steps")) != stage.get("steps"):
+        steps += f" ({stage['updates']:,} of them with an update)"
+    return [began, shown or NOT_RECORDED, steps, _count(stage.get("tokens")), first, final]
 
 
 def _count(value: Optional[int]) -> str:

@@ -78,6 +78,7 @@ class StageRecord:
             "begins": {"epoch": epoch, "sample": sample},
             "ends": {"epoch": state.epoch, "sample": state.sample_start_index},
             "steps": state.step,
+            "updates": state.updates,
             "samples": state.samples_seen,
             "tokens": state.tokens_seen,
             "first_loss": losses[0] if first is None and losses else first,
