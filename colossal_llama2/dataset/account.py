@@ -8,6 +8,7 @@ As JSON, one `Tally`:
 """
 
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 from colossal_llama2.errors import RunError
@@ -63,8 +64,9 @@ class Tally:
 
     def add(self, other: "Tally") -> None:
         """Add the counts of `other`."""
+        own, others = vars(self), vars(other)
         for name in COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+            own[name] += others[name]
         for reason, (documents, tokens) in other.dropped.items():
             self.drop(reason, documents=documents, tokens=tokens)
 
@@ -125,17 +127,17 @@ class Account:
 
     def by_file(self) -> Dict[int, Tally]:
         """The tallies of each file, in the order of the input."""
-        sums: Dict[int, Tally] = {}
-        for (file, _), tally in sorted(self.tallies.items()):
-            sums.setdefault(file, Tally()).add(tally)
-        return sums
+        parts: Dict[int, List[Tally]] = {}
+        for file, category in sorted(self.tallies):
+            parts.setdefault(file, []).append(self.tallies[file, category])
+        return {file: _sum(tallies) for file, tallies in parts.items()}
 
     def by_category(self) -> Dict[str, Tally]:
         """The tallies of each category, by name."""
-        sums: Dict[str, Tally] = {}
-        for (_, category), tally in sorted(self.tallies.items()):
-            sums.setdefault(category, Tally()).add(tally)
-        return dict(sorted(sums.items()))
+        parts: Dict[str, List[Tally]] = {}
+        for file, category in sorted(self.tallies):
+            parts.setdefault(category, []).append(self.tallies[file, category])
+        return {category: _sum(parts[category]) for category in sorted(parts)}
 
     def check(self, names: Dict[int, str], *, bins: Tally) -> None:
         """Raise RunError unless each file and category balances, and `bins` hold what is to be kept of all of them."""
@@ -152,7 +154,7 @@ class Account:
 
     def as_json(self) -> Dict[str, Any]:
         """The account of one unit, as its file in the cache holds it."""
-        tallies = [[file, category, tally.as_json()] for (file, category), tally in sorted(self.tallies.items())]
+        tallies = [[*key, self.tallies[key].as_json()] for key in sorted(self.tallies)]
         return {"tallies": tallies, **{name: getattr(self, name) for name in ("lines", "empty_lines", "bad_rows")},
                 "formats": dict(sorted(self.formats.items()))}  # fmt: skip
 
@@ -164,9 +166,13 @@ class Account:
 
 
 def _sum(tallies: Iterable[Tally]) -> Tally:
-    total = Tally()
+    tallies = list(tallies)
+    # There may be as many categories as documents, so this is not done tally by tally.
+    counts = map(sum, zip(*map(attrgetter(*COUNTS), tallies), strict=True))
+    total = Tally(**dict(zip(COUNTS, counts, strict=False)))
     for tally in tallies:
-        total.add(tally)
+        for reason, (documents, tokens) in tally.dropped.items():
+            total.drop(reason, documents=documents, tokens=tokens)
     return total
 
 

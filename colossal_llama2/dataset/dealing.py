@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -126,27 +126,37 @@ class Dealer:
 
     def __init__(self, num_bins: int):
         self._tokens = np.zeros(num_bins, dtype=np.int64)
-        self._waiting: Dict[int, np.ndarray] = {}
+        self._waiting: Optional[np.ndarray] = None
 
     def deal(self, pieces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """Deal an array with the fields `category` and `length`; returns the pieces that got a bin, and their bins."""
-        pieces = pieces[np.argsort(pieces["category"], kind="stable")]
-        categories, starts = np.unique(pieces["category"], return_index=True)
-        each = zip(categories.tolist(), np.split(pieces, starts[1:]), strict=True) if len(pieces) else ()
-        return _joined([self._deal_category(category, own) for category, own in each], pieces[:0])
+        """Deal an array with the fields `category` and `length`; returns the pieces that got a bin, and their bins.
+
+        All categories at once: each piece may have its own.
+        """
+        num_bins = len(self._tokens)
+        if self._waiting is None:
+            self._waiting = pieces[:0]
+        is_present = np.zeros(max(part["category"].max(initial=0) for part in (pieces, self._waiting)) + 1, bool)
+        is_present[pieces["category"]] = True
+        meets_others = is_present[self._waiting["category"]]
+        pieces = np.concatenate([self._waiting[meets_others], pieces])
+        pieces = pieces[np.lexsort((-pieces["length"], pieces["category"]))]
+        _, starts, counts = np.unique(pieces["category"], return_index=True, return_counts=True)
+        in_round = np.arange(len(pieces)) - np.repeat(starts, counts) < np.repeat(counts // num_bins * num_bins, counts)
+        self._waiting = np.concatenate([self._waiting[~meets_others], pieces[~in_round]])
+        # Each category has whole rounds, so that none is of two.
+        return pieces[in_round], self._rounds(pieces[in_round])
 
     def finish(self) -> Tuple[np.ndarray, np.ndarray]:
         """Deal what has been waiting, by category."""
-        rest = [self._waiting.pop(category) for category in sorted(self._waiting)]
-        return _joined([(pieces, self._rounds(pieces)) for pieces in rest], np.zeros(0, MEMBER))
-
-    def _deal_category(self, category: int, own: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        if category in self._waiting:
-            own = np.concatenate([self._waiting[category], own])
-        own = own[np.argsort(-own["length"], kind="stable")]
-        whole_rounds = len(own) // len(self._tokens) * len(self._tokens)
-        self._waiting[category] = own[whole_rounds:].copy()
-        return own[:whole_rounds], self._rounds(own[:whole_rounds])
+        rest = np.zeros(0, MEMBER) if self._waiting is None else self._waiting
+        rest = rest[np.argsort(rest["category"], kind="stable")]
+        self._waiting = None
+        borders = np.flatnonzero(rest["category"][1:] != rest["category"][:-1]) + 1
+        bounds = zip([0, *borders.tolist()], [*borders.tolist(), len(rest)], strict=True)
+        # One round each at most: fewer wait than there are bins.
+        bins = [self._rounds(rest[start:stop]) for start, stop in bounds] if len(self._tokens) > 1 else []
+        return rest, np.concatenate(bins) if bins else np.zeros(len(rest), np.int32)
 
     def _rounds(self, pieces: np.ndarray) -> np.ndarray:
         """The bin of each piece, longest first; only the last round may be short."""
@@ -160,9 +170,3 @@ class Dealer:
             bins[start : start + num_bins] = lightest_first
             self._tokens[lightest_first] += lengths[start : start + num_bins]
         return bins
-
-
-def _joined(parts: List[Tuple[np.ndarray, np.ndarray]], none: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """The parts one after the other."""
-    members, bins = zip((none, np.zeros(0, np.int32)), *parts, strict=True)
-    return np.concatenate(members), np.concatenate(bins)

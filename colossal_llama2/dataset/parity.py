@@ -19,6 +19,8 @@ from colossal_llama2.tokenizer.fast_encoder import encoder_class
 SAMPLE_TEXTS = 200
 SAMPLE_CHARACTERS = 500
 SAMPLE_PLACES = 20
+# So far a place is searched for texts: it may be blank lines up to the end of a large file.
+PLACE_BYTES = 4 << 20
 
 
 def choose_encoder(tokenizer_dir: str, files: Sequence[InputFile]) -> Tuple[Type[Encoder], Dict[str, int]]:
@@ -63,7 +65,8 @@ def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
         file = files[number]
         count = 1 if file.is_compressed else max(SAMPLE_PLACES // len(files), 1)
         for index in range(count):
-            yield file, Span(number, file.size * index // count, None if file.is_compressed else file.size)
+            start = file.size * index // count
+            yield file, Span(number, start, None if file.is_compressed else min(start + PLACE_BYTES, file.size))
 
 
 def _texts(file: InputFile, span: Span) -> Iterator[str]:

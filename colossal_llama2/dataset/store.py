@@ -64,9 +64,12 @@ def appearing_file(path: Path, *, needed_bytes: int = 4096) -> Iterator[Any]:
 
 def write_json_whole(path: Path, content: Any) -> None:
     """Write a value as JSON, indented, in UTF-8."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    import orjson
+
+    # Indented, `json` is ten times slower: seconds for the account of some hundred thousand categories.
+    text = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     with appearing_file(path) as file:
-        file.write(text.encode())
+        file.write(text)
 
 
 def read_json_or_none(path: Path) -> Any:

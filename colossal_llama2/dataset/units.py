@@ -284,26 +284,36 @@ class _UnitWorker:
         return tokenization.pretrain_token_bytes(row, tokens, encoder=self._encoder)
 
     def _count(self, pieces: np.ndarray, has_loss: np.ndarray) -> None:
-        """Add the pieces of a batch to the tallies."""
+        """Add the pieces of a batch to the tallies: all categories at once, as each piece may have its own."""
+        present, category = np.unique(pieces["category"], return_inverse=True)
+        is_held_out = has_loss & (pieces["held_out"] > 0)
+        # The pieces of a document follow each other.
+        held_out = np.flatnonzero(is_held_out)
+        documents = pieces["document"][held_out]
+        begins = held_out[np.append(True, documents[1:] != documents[:-1])[: len(held_out)]]
+
+        def sums(which: np.ndarray, name: Optional[str] = None) -> List[int]:
+            weights = None if name is None else pieces[name][which]
+            # Sums of floats are exact up to 2^53.
+            return np.bincount(category[which], weights, minlength=len(present)).astype(np.int64).tolist()
+
+        columns = (
+            sums(has_loss, "trained"), sums(has_loss, "length"), sums(has_loss, "predicted"), sums(has_loss),
+            sums(is_held_out), sums(begins), sums(~has_loss), sums(~has_loss, "length"),
+        )  # fmt: skip
         slots = list(self._slots)
-        order = np.argsort(pieces["category"], kind="stable")
-        pieces, has_loss = pieces[order], has_loss[order]
-        present, starts = np.unique(pieces["category"], return_index=True)
-        for slot, start, stop in zip(present, starts, [*starts[1:], len(pieces)], strict=True):
-            own, own_loss = pieces[start:stop], has_loss[start:stop]
-            kept, dropped = own[own_loss], own[~own_loss]
+        for slot, *counts in zip(present.tolist(), *columns, strict=True):
+            trained, length, predicted, kept, held_out_pieces, held_out_documents, dropped, dropped_tokens = counts
             tally = self.account.tally(*slots[slot])
-            trained = int(kept["trained"].sum())
             tally.trained += trained
-            tally.masked += int(kept["length"].sum()) - trained
-            tally.predicted += int(kept["predicted"].sum())
-            tally.pieces += len(kept)
-            held_out = kept["document"][kept["held_out"] > 0]
-            tally.held_out_pieces += len(held_out)
-            # Those of which every piece was dropped are not in eval/.
-            tally.held_out_documents += len(np.unique(held_out))
-            if len(dropped):
-                tally.drop(MASKED_PIECES, documents=len(dropped), tokens=int(dropped["length"].sum()))
+            tally.masked += length - trained
+            tally.predicted += predicted
+            tally.pieces += kept
+            tally.held_out_pieces += held_out_pieces
+            # Documents of which every piece was dropped are not in eval/.
+            tally.held_out_documents += held_out_documents
+            if dropped:
+                tally.drop(MASKED_PIECES, documents=dropped, tokens=dropped_tokens)
 
 
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
