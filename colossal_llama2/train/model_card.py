@@ -32,7 +32,7 @@ NOT_SETTINGS = (
     "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
     "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "eval_dataset", "benchmark",
     "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks", "stage", "pad_token", "versions", "world_size",
-    "total_steps",
+    "total_steps", "run_id", "skip_save_each_epoch",
 )  # fmt: skip
 # The final loss is the mean over a tenth of the run, and over at most so many steps.
 FINAL_STEPS = 100
