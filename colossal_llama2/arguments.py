@@ -485,6 +485,10 @@ def _add_prepare_arguments(
         "--eval_fraction", metavar="F", type=fraction, default=0.0,
         help="part of the documents of each category that is held out and written as eval/ beside the bins",
     )  # fmt: skip
+    shape.add_argument(
+        "--eval_dedup", action="store_true",
+        help="report how many held-out documents share 13 words in a row with text that is trained on",
+    )  # fmt: skip
     shape.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of order and held-out part")
     _add_work_arguments(parser)
 

@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from colossal_llama2.tokenizer.fast_encoder import FastEncoder
 from tests import tiny
 from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines
 
+TEXTS_OF_THEIR_OWN = [f"{number}: {text[:90]}" for number, text in enumerate(tiny.english_documents()[:60])]
 COMMANDS = {"pretrain": prepare.prepare_pretrain, "sft": prepare.prepare_sft}
 UNIT_BYTES = 4000
 
@@ -166,16 +168,6 @@ def encoder(tokenizer_dir) -> Encoder:
     return Encoder(tokenizer_dir)
 
 
-def test_target_bytes_are_those_of_the_documents(inputs, tokenizer_dir, tmp_path):
-    """Bits per byte need them: a cut document has them shared out, and nothing is lost."""
-    rows = documents(30)
-    write_lines(tmp_path / "in" / "rows.jsonl", rows)
-    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=32))
-    told = sum(sum(sample["document_target_bytes"]) for sample in read_jsonl(tmp_path / "jsonl"))
-    assert told == sum(len(row["target"].encode()) for row in rows)
-    assert manifest(tmp_path)["total"]["cut_documents"] > 0
-
-
 def test_truncate_is_counted(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "word " * 100}, {"target": "short"}])
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=32, overlong="truncate"))
@@ -201,6 +193,48 @@ def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
     assert all(0.15 < categories[name] / count < 0.45 for name, count in whole.items())
     told = manifest(tmp_path)
     assert told["eval"]["name"] == "eval" and told["total"]["held_out_documents"] == sum(categories.values())
+
+
+def test_held_out_documents_that_are_dropped_are_not_counted(tokenizer_dir, tmp_path):
+    """A source over max_length leaves nothing to predict: such documents are not in eval/."""
+    texts = enumerate(TEXTS_OF_THEIR_OWN)
+    rows = [{"target": text, "source": text * 9 if number % 3 else ""} for number, text in texts]
+    write_lines(tmp_path / "in" / "rows.jsonl", rows)
+    options = {"max_length": 64, "overlong": "truncate", "splicing": "none", "eval_fraction": 0.5}
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, **options))
+    held_out = datasets.load_from_disk(str(tmp_path / "arrow" / "eval"))
+    told = manifest(tmp_path)
+    assert 5 < told["total"]["held_out_documents"] == told["eval"]["samples"] == len(held_out)
+    assert told["total"]["held_out_documents"] == sum(file["held_out_documents"] for file in told["inputs"])
+
+
+VARIANTS = [
+    lambda text: {"target": text},
+    lambda text: {"target": text, "source": "Read this. "},
+    lambda text: {"target": f"{text} "},
+    lambda text: {"target": unicodedata.normalize("NFD", text).replace(" ", "\u00a0\n").upper()},
+    lambda text: {"target": "\u200b".join(text), "category": "other"},
+]
+
+
+def test_copies_of_a_text_are_on_one_side(tokenizer_dir, tmp_path):
+    texts = [f"{text} Ünïcode" for text in TEXTS_OF_THEIR_OWN]
+    keywords = {"max_length": 4096, "splicing": "none", "eval_fraction": 0.4}
+    for number, variant in enumerate(VARIANTS):
+        write_lines(tmp_path / "in" / f"{number}.jsonl", map(variant, texts))
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, **keywords))
+    counts = [file["held_out_documents"] for file in manifest(tmp_path)["inputs"]]
+    assert 5 < counts[0] < len(texts) - 5 and counts == [counts[0]] * len(VARIANTS)
+    turns = [{"from": "human", "content": "Tell me."}, {"from": "assistant", "content": "No: "}]
+    for number, (before, after) in enumerate((([], []), ([{"from": "system", "content": "Be kind."}], turns[:1]))):
+        rows = [
+            {"messages": [*before, turns[0], {"from": "assistant", "content": text + " " * number}, *after]}
+            for text in texts
+        ]
+        write_lines(tmp_path / "chat" / f"{number}.jsonl", rows)
+    prepare.prepare_sft(**settings([tmp_path / "chat"], tokenizer_dir, tmp_path / "sft", **keywords))
+    counts = [file["held_out_documents"] for file in manifest(tmp_path / "sft")["inputs"]]
+    assert 5 < counts[0] < len(texts) - 5 and counts == [counts[0]] * 2
 
 
 def test_a_fraction_that_holds_out_nothing_is_refused(tokenizer_dir, tmp_path):
@@ -232,6 +266,10 @@ def test_conversations_are_packed_whole(inputs, tokenizer_dir, tmp_path):
 
 
 BAD_LINES = {
+    b'{"target": "a", "m": ' + b"[" * 256 + b"]" * 256 + b"}": "more than 256 deep",
+    b'{"target": "a", "m": ' + b'{"m":' * 900 + b"1" + b"}" * 901: "more than 256 deep",
+    b'{"target": "a", "m": 1' + b"0" * 400 + b"}": "not JSON",
+    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"k7": 2}': "stands there twice",
     b'{"target": ': "not JSON",
     b'{"target": NaN}': "not JSON",
     b'{"target": "\xff"}': "not UTF-8",

@@ -27,6 +27,7 @@ from colossal_llama2.dataset.bins import BinTask, write_bin
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
+from colossal_llama2.dataset.overlap import count_overlaps
 from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
@@ -76,6 +77,7 @@ def _prepare(
     seed: int = 1024,
     on_bad_row: str = "fail",
     eval_fraction: float = 0.0,
+    eval_dedup: bool = False,
     no_jsonl: bool = False,
     num_workers: Optional[int] = None,
     executor: str = "local",
@@ -85,8 +87,10 @@ def _prepare(
     settings = Settings(
         stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
-        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir),
+        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir), eval_dedup=eval_dedup,
     )  # fmt: skip
+    if eval_dedup and not settings.has_eval:
+        raise UserError("--eval_dedup compares what --eval_fraction holds out, which is 0; give one or leave it out")
     _check_execution(executor, ray_address, num_workers)
     execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
     jsonl_dir = None if no_jsonl else data_jsonl_output_dir
@@ -212,10 +216,12 @@ class _Run:
         account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
         self._write_bad_rows()
         self._write_chat_template()
+        overlaps = {"eval_dedup": self._count_overlaps()} if self.settings.eval_dedup else {}
         whole = manifest.manifest_content(
             self.settings, self.files, tokenizer={"sha256": content["tokenizer"], **self.sample}, hashes=hashes,
             account=account, bins=bins,
         )  # fmt: skip
+        whole.update(overlaps)
         store.write_json_whole(self.folders.arrow / MANIFEST_FILE, whole)
         return whole
 
@@ -302,6 +308,13 @@ class _Run:
             if stop is not None:
                 content = store.read_json(self.folders.cache / f"{unit.name}.json")
                 lines[file] = lines.get(file, 0) + content["account"]["lines"]
+
+    def _count_overlaps(self) -> Dict[str, Any]:
+        # The encoder does not count here.
+        tasks = [self._unit_task(unit, Encoder) for unit in self.units]
+        lines_before = {unit.number: lines for unit, lines in self._lines_before_units()}
+        paths = [file.path for file in self.files]
+        return count_overlaps(tasks, lines_before, run_tasks=self.run_tasks, paths=paths)
 
     def _write_chat_template(self) -> None:
         """Put the template of conversations beside them, for copying into the folder of a trained model."""

@@ -1,9 +1,10 @@
 """One unit of work: read its lines, check and tokenize them, cut them into pieces, and write these to the cache.
 
-Three files a unit, of which the last says that all are complete:
+Some files a unit, of which the last says that all are complete:
 
     unit-00000012.tokens   int32, the tokens of all pieces one after the other; a token without loss is ~id (below 0)
     unit-00000012.pieces   an array of PIECE, one entry a piece
+    unit-00000012.sides    with --eval_dedup, a byte for each checked record: DROPPED, TRAINED_ON or HELD_OUT
     unit-00000012.json     {"categories": ["news"], "hashes": {"0": "5f3a..."}, "account": {...}, "bad_rows": [],
                             "tokens": 51207, "pieces": 390}
 """
@@ -34,6 +35,7 @@ BATCH_BYTES = 1 << 20
 CACHE_BYTES_PER_INPUT_BYTE = 3
 SKIP_HINT = ", or go on without such lines by --on_bad_row skip"
 NO_PIECES = {"tokens": 0, "pieces": 0}
+DROPPED, TRAINED_ON, HELD_OUT = range(3)
 MASKED_PIECES = "pieces of long sources without a trained token"
 # `document` counts the documents of the unit, `offset` the tokens before the piece in the unit's file.
 PIECE = np.dtype(
@@ -85,6 +87,9 @@ def do_unit(task: UnitTask) -> Progress:
         worker = _UnitWorker(task, tokens=tokens, pieces=pieces)
         with _no_garbage_collection():
             worker.run()
+    if task.settings.eval_dedup:
+        with store.appearing_file(_sides_file(folder, unit)) as sides:
+            sides.write(bytes(worker.sides))
     store.write_json_whole(folder / f"{unit.name}.json", worker.content())
     total = worker.account.total()
     return Progress(unit.size, total.documents, total.tokens_in)
@@ -96,6 +101,8 @@ def is_done(cache_dir: Path, unit: Unit) -> bool:
     if not isinstance(content, dict):
         return False
     sizes = {"pieces": PIECE.itemsize, "tokens": np.dtype(np.int32).itemsize}
+    if "sides" in content:
+        sizes["sides"] = 1
     paths = {name: cache_dir / f"{unit.name}.{name}" for name in sizes}
     return all(
         (path.stat().st_size if path.exists() else 0) == content.get(name, -1) * sizes[name]
@@ -118,6 +125,15 @@ def _no_garbage_collection() -> Iterator[None]:
 def unit_pieces(cache_dir: Path, unit: Unit) -> np.ndarray:
     """The array of PIECE of a finished unit."""
     return np.fromfile(cache_dir / f"{unit.name}.pieces", dtype=PIECE)
+
+
+def unit_sides(cache_dir: Path, unit: Unit) -> bytes:
+    """The side of each checked record of a finished unit of a run with --eval_dedup."""
+    return _sides_file(cache_dir, unit).read_bytes()
+
+
+def _sides_file(cache_dir: Path, unit: Unit) -> Path:
+    return cache_dir / f"{unit.name}.sides"
 
 
 @lru_cache(maxsize=2)
@@ -153,6 +169,7 @@ class _UnitWorker:
         # (file, category) to a number, in the order of appearance.
         self._slots: Dict[Tuple[int, str], int] = {}
         self.account = Account()
+        self.sides = bytearray()
         self._hashes: Dict[str, str] = {}
         self._bad_rows: List[Dict[str, Any]] = []
 
@@ -186,7 +203,9 @@ class _UnitWorker:
     def content(self) -> Dict[str, Any]:
         """What the unit's JSON file says."""
         categories = [category for _, category in self._slots]
+        sides = {"sides": len(self.sides)} if self._task.settings.eval_dedup else {}
         return {
+            **sides,
             "categories": categories,
             "hashes": self._hashes,
             "account": self.account.as_json(),
@@ -207,7 +226,9 @@ class _UnitWorker:
         if not rows:
             return
         documents = []
-        for (file, row), tokens in zip(rows, self._tokenize([row for _, row in rows]), strict=True):
+        is_document = np.zeros(len(rows), bool)
+        tokenized = self._tokenize([row for _, row in rows])
+        for number, ((file, row), tokens) in enumerate(zip(rows, tokenized, strict=True)):
             slot = self._slots.setdefault((file, row.category), len(self._slots))
             tally = self.account.tally(file, row.category)
             texts = _texts(row)
@@ -219,17 +240,20 @@ class _UnitWorker:
             for drop in tokens.drops:
                 tally.drop(drop.reason, documents=1, tokens=drop.tokens)
             if tokens.input_ids:
+                is_document[number] = True
                 held_out = is_held_out(row, self._task.settings)
                 documents.append(
                     _Document(slot, _target_bytes(row, tokens, sizes), held_out, tokens, self._token_bytes(row, tokens))
                 )
             if hasattr(row, "format"):
                 self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
+        sides = np.full(len(rows), DROPPED, np.uint8)
         if documents:
-            self._write(documents)
+            sides[is_document] = self._write(documents)
+        self.sides += sides.tobytes()
 
-    def _write(self, documents: Sequence[_Document]) -> None:
-        """Cut the documents of a batch and write those pieces that bring a loss."""
+    def _write(self, documents: Sequence[_Document]) -> np.ndarray:
+        """Cut the documents of a batch and write those pieces that bring a loss. Returns the side of each document."""
         coded = _coded(documents)
         pieces = self._cut(documents)
         starts = pieces["offset"]
@@ -249,8 +273,11 @@ class _UnitWorker:
                 self._tokens_file.write(np.concatenate(stretches).tobytes())
         kept["offset"] = self._tokens_written + np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
         self._tokens_written += int(kept["length"].sum())
+        sides = np.full(len(documents), DROPPED, np.uint8)
+        sides[kept["document"] - self._documents] = np.where(kept["held_out"], HELD_OUT, TRAINED_ON)
         self._documents += len(documents)
         self._pieces_file.write(kept.tobytes())
+        return sides
 
     def _cut(self, documents: Sequence[_Document]) -> np.ndarray:
         """The pieces of the documents; `offset` counts from the batch's first token."""
