@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from colossal_llama2.dataset.prepare import prepare_pretrain
 from colossal_llama2.train import train_log
-from tests import preparing, tiny
+from tests import bits_per_byte, preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of
 
@@ -57,6 +57,10 @@ def prepared(tmp_path_factory, tokenizer_dir) -> Path:
     prepare_pretrain(
         **preparing.settings([folder / "en"], tokenizer_dir, folder, max_length=LENGTH, bins=2, eval_fraction=0.3)
     )
+    cut = [{"target": tiny.CHINESE[: 2 + number % 9] + row["target"]} for number, row in enumerate(rows[:30])]
+    preparing.write_lines(folder / "zh" / "text.jsonl", cut)
+    keywords = preparing.settings([folder / "zh"], tokenizer_dir, folder / "cut", max_length=48, eval_fraction=0.5)
+    prepare_pretrain(**keywords, overlong="truncate")
     return folder / "arrow"
 
 
@@ -93,7 +97,8 @@ def jobs(tmp_path_factory, prepared, model_dir) -> Dict[str, Job]:
         add(name, *flags, signal_at=place * batches * (1 + ("pp2" in of)) + 2)
         for again in ("resumed", "done"):
             add(f"{name}_{again}", *flags, "--resume", "auto", home=name)
-    add("plain", *zero2, "--eval_dataset", f"old={plain}", f"en={prepared / 'eval'}", "--document_mask", "off")
+    sets = [f"old={plain}", f"en={prepared / 'eval'}", f"cut={prepared.parent / 'cut' / 'arrow'}"]
+    add("plain", *zero2, "--eval_dataset", *sets, "--document_mask", "off")
     launch(folder, [spec for name, spec in specs.items() if name != "one_rank"])
     ranks = tmp_path_factory.mktemp("one_rank")
     launch(ranks, [specs["one_rank"]], ranks=1)
@@ -189,10 +194,18 @@ def test_a_signal_in_the_first_evaluation_leaves_nothing(jobs):
 
 
 def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
+    """Without a document mask, <s> and other first tokens of documents are not measured where they are known."""
     first = history(jobs["plain"])[0]["figures"]
-    assert list(first) == ["old", "en"] and sorted(first["old"]) == ["loss", "perplexity"]
-    expected = plain_figures(AutoModelForCausalLM.from_pretrained(model_dir), prepared / "eval", apart=False)
-    assert first["en"] == pytest.approx(expected, rel=1e-5) and first["old"]["loss"] == first["en"]["loss"]
+    assert list(first) == ["old", "en", "cut"] and sorted(first["old"]) == ["loss", "perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    expected = plain_figures(model, prepared / "eval", apart=False)
+    assert first["old"]["loss"] == pytest.approx(expected["loss"], rel=1e-5) != first["en"]["loss"]
+    processor = bits_per_byte.load_processor(model_dir / "tokenizer.model")
+    for name, folder in (("en", prepared / "eval"), ("cut", prepared.parent / "cut" / "arrow" / "eval")):
+        right = bits_per_byte.figure(folder, model, processor, apart=False)
+        assert first[name]["bits_per_byte"] == pytest.approx(right, rel=1e-6)
+    known = history(jobs["zero2"])[0]["figures"]["en"]["bits_per_byte"]
+    assert known == pytest.approx(bits_per_byte.figure(prepared / "eval", model, processor), rel=1e-6)
 
 
 def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepared, model_dir, tmp_path):

@@ -66,9 +66,11 @@ class TextBytes:
                 f"kitoken encodes a text otherwise than SentencePiece, {text[:60]!r}; uninstall kitoken "
                 "and give the same command again"
             )
-        lengths = np.diff(ends, prepend=0)
+        if not len(ends):
+            return np.zeros(0, np.int64)
+        lengths = self._with_single_bytes(np.diff(ends, prepend=0), tokens)
         lengths[-1] += size - ends[-1]
-        return self._with_single_bytes(lengths, tokens)
+        return lengths
 
     def _with_single_bytes(self, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """SentencePiece reports a character spelt in bytes at its last byte: here each byte has its own."""
@@ -76,6 +78,9 @@ class TextBytes:
         starts = np.flatnonzero(is_byte & ~np.append(False, is_byte[:-1]))
         stops = np.flatnonzero(is_byte & ~np.append(is_byte[1:], False)) + 1
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            if lengths[start:stop].sum() == stop - start:
+            # More than a byte for each: a normalizer has removed something before them.
+            more = lengths[start:stop].sum() - (stop - start)
+            if more >= 0:
                 lengths[start:stop] = 1
+                lengths[start] += more
         return lengths

@@ -1,0 +1,86 @@
+"""The bytes of predicted text that prepared pieces hold, against those that their tokens spell, counted anew."""
+
+import io
+import json
+
+import datasets
+import pytest
+import sentencepiece
+
+from colossal_llama2.dataset import eval_sets, prepare
+from colossal_llama2.dataset.manifest import VERSION
+from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer import Encoder
+from tests import bits_per_byte, tiny
+from tests.preparing import read_jsonl, settings, write_lines
+
+# Characters that are three bytes and as many tokens each, and then text of which a token is several bytes.
+MIXED = [tiny.CHINESE[:number] + tiny.english_documents()[number][:200] for number in range(1, 40)]
+ODD = ["  two  spaces ", "▁ as text ▁▁", "e\u0301 ﬁ ① ＡＢ", "a\nb\t\0c", "\ufeffmark", "😀" * 30, "x" * 70]
+
+
+def rows() -> list:
+    return [{"target": text, **({"source": "Say: "} if n % 3 == 0 else {})} for n, text in enumerate(MIXED + ODD)]
+
+
+@pytest.mark.parametrize("overlong", ["split", "truncate"])
+def test_pieces_count_what_their_tokens_spell(overlong, tokenizer_dir, tmp_path):
+    lines = [row for row in rows() if "▁" not in row["target"]]
+    write_lines(tmp_path / "in" / "rows.jsonl", lines)
+    prepare.prepare_pretrain(
+        **settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=32, overlong=overlong, bins=2)
+    )
+    processor = bits_per_byte.load_processor(tokenizer_dir / "tokenizer.model")
+    samples = read_jsonl(tmp_path / "jsonl")
+    expected = [bits_per_byte.predicted_bytes(processor, sample) for sample in samples]
+    assert [sample["document_target_bytes"] for sample in samples] == expected
+    total = sum(map(sum, expected))
+    whole = sum(len(row["target"].encode()) for row in lines)
+    # Under "split" only what the first tokens of later pieces stand for is missing.
+    assert 0.9 * whole < total < whole if overlong == "split" else 0.1 * whole < total < 0.6 * whole
+
+
+@pytest.mark.parametrize("normalizer", ["nmt_nfkc", "identity"])
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_bytes_are_those_of_the_text_under_any_normalizer(normalizer, byte_fallback, tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.english_documents()[:300]), model_writer=model, vocab_size=500, model_type="bpe",
+        normalization_rule_name=normalizer, byte_fallback=byte_fallback, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    encoder = Encoder(tmp_path)
+    for text in MIXED + ODD:
+        for dummy_prefix in (True, False):
+            (ids,) = encoder.encode([text], dummy_prefix=dummy_prefix)
+            found = encoder.bytes_of_tokens(text, ids, dummy_prefix=dummy_prefix)
+            assert found.sum() == len(text.encode()) and (found >= 0).all() and len(found) == len(ids)
+    # Characters that the model has not: in bytes of their own, or all in one <unk>.
+    (ids,) = encoder.encode(["a 鎏鎏  "])
+    found = encoder.bytes_of_tokens("a 鎏鎏  ", ids).tolist()
+    removed = 2
+    if normalizer == "identity" and byte_fallback:
+        assert found[-6:] == [1, 1, 1, 1, 1, 1 + removed]
+    else:
+        assert sum(found) == 10 and found[-1] in (1 + removed, 3 + removed, 6 + removed)
+
+
+def test_older_data_with_cut_documents_says_no_bytes(tokenizer_dir, tmp_path, caplog):
+    """Before version 2 they were shared out by tokens; where nothing was cut they are right."""
+    for name, length in (("cut", 32), ("whole", 2000)):
+        write_lines(tmp_path / name / "rows.jsonl", rows())
+        keywords = settings([tmp_path / name], tokenizer_dir, tmp_path / f"out-{name}", max_length=length)
+        prepare.prepare_pretrain(**keywords, eval_fraction=0.3)
+        folder = tmp_path / f"out-{name}" / "arrow"
+        now = eval_sets.target_bytes(str(folder / "eval"))
+        assert now == sum(map(sum, datasets.load_from_disk(str(folder / "eval"))["document_target_bytes"])) > 0
+        for path in (folder / "manifest.json", folder / "eval" / "dataset_info.json"):
+            content = json.loads(path.read_text())
+            content.update({"version": VERSION - 1} if path.name == "manifest.json" else {"description": ""})
+            path.write_text(json.dumps(content))
+        caplog.clear()
+        assert eval_sets.target_bytes(str(folder / "eval")) == (None if name == "cut" else now)
+        assert ("prepare it again" in caplog.text) is (name == "cut")
+        # The command would write something else now.
+        with pytest.raises(UserError, match="it was made by another version"):
+            prepare.prepare_pretrain(**keywords, eval_fraction=0.3)
