@@ -385,7 +385,7 @@ def test_clipping_of_the_plain_loop_is_exact():
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-ROPES = {"default": {}, "linear": {"factor": 2.0}, "dynamic": {"factor": 2.0}, "yarn": {"factor": 2.0}, "llama3": LLAMA3}
+ROPES = {"default": {}, "llama3": LLAMA3, **{name: {"factor": 2.0} for name in ("linear", "dynamic", "yarn")}}
 
 
 @pytest.mark.parametrize("in_place", [False, True])
