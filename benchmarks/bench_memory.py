@@ -36,8 +36,8 @@ MODELS = {
 # Name: model, ranks, tokens of a sample, samples of a micro batch, flags.
 CASES: Dict[str, Tuple[str, int, int, int, str]] = {
     "zero2, fp32": ("45 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
-    "zero2, fp32, fused attention": ("85 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32 --use_flash_attn"),
-    "zero2, fp32, 161 M": ("161 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32 --use_flash_attn"),
+    "zero2, fp32, 85 M": ("85 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
+    "zero2, fp32, 161 M": ("161 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32"),
     "zero2, fp32, checkpointing": ("85 M", 2, 512, 1, "--plugin zero2 --mixed_precision fp32 --use_grad_checkpoint"),
     "zero2, fp32, all logits": ("45 M", 2, 512, 1, "--plugin zero2 --mixed_precision fp32 --chunked_loss off"),
     "zero2, fp32, accumulated": ("85 M", 2, 256, 1, "--plugin zero2 --mixed_precision fp32 --accumulation_steps 2"),
@@ -46,7 +46,10 @@ CASES: Dict[str, Tuple[str, int, int, int, str]] = {
     "gemini, bf16": ("85 M", 2, 16, 1, "--plugin gemini --mixed_precision bf16"),
     "gemini_auto, bf16": ("85 M", 2, 16, 1, "--plugin gemini_auto --mixed_precision bf16"),
     "3d, tp 2, fp32": ("85 M", 2, 512, 1, "--plugin 3d --tp 2 --zero 0 --mixed_precision fp32"),
-    "3d, fp32": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"),
+    "3d, fp32": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32"),
+    "3d, fp32, its own attention": (
+        "45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"
+    ),
     "3d, zero 1, bf16": ("85 M", 2, 16, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
     "zero2, one rank": ("45 M", 1, 512, 1, "--plugin zero2 --mixed_precision fp32"),
 }

@@ -11,10 +11,10 @@ norm of the difference of the final weights over the norm of the weights, and Ad
 what clipping should have let through to it. One option is varied at a time.
 
 Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the largest gap between the plain loop and plain loops that
-differ in rounding alone, on parts of the batches (BFLOAT16_PARTS) or by halves of the matrices, measured anew for each
-model; BFLOAT16_WEIGHTS for weights, if that is more. The command ends with 1 if a row is outside.
-What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16 instructions needs
-half an hour for the matrix.
+differ in rounding alone, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
+measured anew for each model; BFLOAT16_WEIGHTS for weights, if that is more. The command ends with 1 if a row is
+outside. What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16
+instructions needs more than half an hour for the matrix.
 """
 
 import argparse
@@ -288,22 +288,27 @@ class References:
             return self._run(case, 0), Gap(**FLOAT32_ALLOWED)
         whole = self._run(case, 1)
         others = [(parts, halved) for halved in (False, True) for parts in (1, *BFLOAT16_PARTS) if halved or parts > 1]
-        return whole, _bound([gap_of(self._run(case, parts, halved), whole) for parts, halved in others])
+        traces = [self._run(case, parts, halved) for parts, halved in others]
+        return whole, _bound([gap_of(trace, whole) for trace in [*traces, self._run(case, 1, attention="sdpa")]])
 
     def of_halves(self, case: Case) -> Optional[Gap]:
         """The narrower bound that the plain loop on halves of the batches alone gives in bfloat16."""
-        if case.precision == "fp32":
+        # Halves of two samples are each computed as in the whole batch.
+        if case.precision == "fp32" or case.option.batch == FAR_BATCH:
             return None
         return _bound([gap_of(self._run(case, 2), self._run(case, 1))])
 
-    def _run(self, case: Case, micro_batches: int, halved: bool = False) -> reference.Trace:
+    def _run(
+        self, case: Case, micro_batches: int, halved: bool = False, attention: str = "eager"
+    ) -> reference.Trace:
         micro_batches = min(micro_batches, case.option.batch)
-        key = (case.precision, case.option.reference, micro_batches, halved)
+        key = (case.precision, case.option.reference, micro_batches, halved, attention)
         if key not in self._known:
             self._known[key] = reference.train(
                 self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
                 global_batch=case.option.batch, lr=case.option.lr, clip=case.option.clip, freeze=case.option.freeze,
                 micro_batches=micro_batches, unsplice=case.option.data == "spliced", halved=halved,
+                attention=attention,
             )  # fmt: skip
         return self._known[key]
 
@@ -456,8 +461,8 @@ rate a difference of rounding alone grows to 1e-5 between two plain loops.
 
 In float32 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16 it is twice the largest gap between the plain
 loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, with layers
-that add up rounded halves, and with both; 1e-2 for weights, if that is more. {equal} of {count} configurations are
-equal.
+that add up rounded halves, with both, and with fused attention, which does not round the scores as the plain loop's
+does; 1e-2 for weights, if that is more. {equal} of {count} configurations are equal.
 {narrow}
 {table}
 ## Refused before training starts

@@ -92,7 +92,7 @@ def unspliced(samples, document_lengths):
 def train(
     model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
     freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False, halved: bool = False,
-    trained_rows: Sequence[Tuple[int, int]] = (),
+    trained_rows: Sequence[Tuple[int, int]] = (), attention: str = "eager",
 ) -> Trace:  # fmt: skip
     """One epoch of AdamW with float32 master weights, in the given precision.
 
@@ -100,9 +100,10 @@ def train(
         micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
         halved: see `halve_matrices`.
         trained_rows: with `freeze`, [begin, end) ranges of the rows whose gradients are not cleared.
+        attention: eager or sdpa, of which one rounds the scores to the given precision and the other does not.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation="eager")
+    model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation=attention)
     if halved:
         halve_matrices(model)
     if freeze:

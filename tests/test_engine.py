@@ -384,6 +384,36 @@ def test_clipping_of_the_plain_loop_is_exact():
     assert _clip(gradients, 0.5) == pytest.approx(0.5, rel=1e-4)
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+ROPES = {"default": {}, "llama3": LLAMA3, **{name: {"factor": 2.0} for name in ("linear", "dynamic", "yarn")}}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("rope", ROPES)
+def test_buffers_are_not_rounded_with_the_weights(rope, in_place):
+    """A plugin casts the module, or like Gemini the tensors themselves."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, rope_scaling={"rope_type": rope, **ROPES[rope]},
+    )  # fmt: skip
+    exact, model = LlamaForCausalLM(config).model.rotary_emb, LlamaForCausalLM(config)
+    with repairs.unrounded_buffers(model):
+        if in_place:
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.bfloat16()
+        else:
+            model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    # Longer samples than the model was made for change dynamic frequencies, shorter ones change them back.
+    for length in (8, 100, 8):
+        hidden, positions = torch.ones(1, length, 64), torch.arange(length)[None]
+        for found, wanted in zip(model.model.rotary_emb(hidden, positions), exact(hidden, positions), strict=True):
+            assert torch.equal(found, wanted)
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_bf16_clipping_is_lost_without_its_repair():
     from colossalai.nn.optimizer import HybridAdam
 
