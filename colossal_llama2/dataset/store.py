@@ -4,7 +4,6 @@ What is being written has a name that begins with `TEMPORARY`; a run that begins
 """
 
 import errno
-import json
 import os
 import secrets
 import shutil
