@@ -45,6 +45,8 @@ OPTIMIZER_NAME = "optimizer"
 CARD_NAME = "README.md"
 # Files of a checkpoint, and the folders in it, besides those that each rank writes.
 LEAST_FILES = 16
+# What a save needs besides the files of the checkpoint: its folders, its manifest, `latest` while it is replaced.
+OTHER_FILES = 8
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,7 @@ class Checkpointer:
                 saved_at = checkpoint_files.later_than_all(self._save_dir, time.time())
                 checkpoint_files.write_manifest(partial, entries, saved_at=saved_at)
                 checkpoint_files.publish_checkpoint(partial, final)
-        self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes)
+        self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes) + OTHER_FILES
 
     def finish(self, card: Optional[Callable[[], Optional[str]]] = None) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.
