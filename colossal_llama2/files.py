@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.input_files import check_regular, is_regular
 from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError if the file is missing or holds anything else."""
-    if not path.is_file():
+    if not is_regular(path):
         raise UserError(f"{path.parent} holds no {path.name}; copy it there from where the model comes from")
+    check_regular(path)
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); copy the file again from where the model comes from")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; copy the file again from where the model comes from")

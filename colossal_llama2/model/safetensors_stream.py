@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import read_json
-from colossal_llama2.model.loading import COMPUTED_SUFFIX, INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.input_files import ANY_SIZE, check_regular
+from colossal_llama2.model.folder import INDEX_FILE, WEIGHTS_FILE, has_weights, shard_names, weight_map
+from colossal_llama2.model.loading import COMPUTED_SUFFIX
 
 METADATA = "__metadata__"
 # The format's names of the number formats that can be averaged and converted: PyTorch's names, bytes.
@@ -71,12 +72,12 @@ class Change:
 
 def read_shards(source: Path) -> List[Shard]:
     """The headers of all weight files of a checkpoint. Raises UserError if any is missing, foreign or damaged."""
-    if not (source / WEIGHTS_FILE).is_file() and not (source / INDEX_FILE).is_file():
+    if not has_weights(source):
         raise UserError(_no_weights(source))
     shards = [read_shard(source / name) for name in shard_names(str(source))]
     if shards[0].path.name == WEIGHTS_FILE:
         return shards
-    named = {(file, name) for name, file in read_json(source / INDEX_FILE)["weight_map"].items()}
+    named = {(file, name) for name, file in weight_map(source).items()}
     held = {(shard.path.name, name) for shard in shards for name in shard.tensors}
     if held != named:
         file, name = sorted(held ^ named)[0]
@@ -100,8 +101,9 @@ def read_shard(path: Path) -> Shard:
     """The header of one file. Raises UserError if it is missing or not a whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{path} is missing, though {INDEX_FILE} names it; download it again")
+    check_regular(path, max_bytes=ANY_SIZE)
     try:
         with safe_open(path, framework="np"):
             pass  # it checks the whole header: that it parses, and that the tensors fill the file
@@ -239,7 +241,7 @@ def _copy(source: FileIO, target: FileIO, *, begin: int, length: int, advance: A
             advance(count)
         else:
             chunk = bytearray(min(CHUNK_BYTES, end - begin))
-            _read(source, begin, chunk)
+            read_into(source, begin, chunk)
             _write(target, chunk, advance)
             count = len(chunk)
         begin += count
@@ -251,7 +253,7 @@ def _chunks(source: FileIO, *, begin: int, length: int, dtype: str) -> Iterator:
 
     for offset in range(0, length, CHUNK_BYTES):
         chunk = bytearray(min(CHUNK_BYTES, length - offset))
-        _read(source, begin + offset, chunk)
+        read_into(source, begin + offset, chunk)
         yield torch.frombuffer(chunk, dtype=getattr(torch, FLOATS[dtype][0]))
 
 
@@ -291,7 +293,7 @@ def _rows(source: FileIO, *, begin: int, entry: dict, numbers: List[int]):
     row_bytes = _data_bytes(entry) // height
     data = torch.empty((len(numbers), row_bytes), dtype=torch.uint8)
     for number, row in zip(numbers, data.numpy(), strict=True):
-        _read(source, begin + number * row_bytes, row)
+        read_into(source, begin + number * row_bytes, row)
     return data.view(getattr(torch, FLOATS[entry["dtype"]][0])).view(len(numbers), width)
 
 
@@ -314,7 +316,7 @@ def _too_large(values, dtype: str) -> int:
     return int((values.to(getattr(torch, FLOATS[dtype][0])).isinf() & ~values.isinf()).sum())
 
 
-def _read(source: FileIO, begin: int, buffer) -> None:
+def read_into(source: FileIO, begin: int, buffer) -> None:
     """Fill a buffer from one place of the file. Raises RunError if the file ends before."""
     view = memoryview(buffer)
     source.seek(begin)

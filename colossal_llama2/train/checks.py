@@ -11,7 +11,9 @@ from colossal_llama2.dataset.loader import highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_can_create
-from colossal_llama2.model.loading import ModelFacts, check_model_folder
+from colossal_llama2.model.loading import ModelFacts, check_model
+from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.train import flags, resuming
 from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
 from colossal_llama2.train.engine import exchange
@@ -33,7 +35,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     if args.train_new_rows_only and args.chunked_loss == "off":
         problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
-    checks = [lambda: check_model_folder(args.pretrained, "--pretrained")]
+    checks = [lambda: check_model(args.pretrained, "--pretrained")]
     if args.profile is not None:
         if args.benchmark:
             checks.append(lambda: check_can_create(Path(args.profile), "--profile"))
@@ -59,7 +61,7 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
         plan = plan_loading(args.pretrained, args.load_checkpoint)
         plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
         if plan.model_path != args.pretrained:
-            check_model_folder(plan.model_path, "--load_checkpoint")
+            check_model(plan.model_path, "--load_checkpoint")
         check_save_dir(args.save_dir, plan.resume_path)
         if args.continue_data and plan.resume_path is None and not Path(plan.model_path, "..", STATES_NAME).is_file():
             problems.append(
@@ -71,6 +73,7 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
         flags.rows_to_train(args, plan)
         if not problems:
             tokenizer_path = flags.find_tokenizer(args, plan)
+            check_tokenizer_files(tokenizer_path)
             check_parts_fit(flags.data_of(args).paths, stage=args.stage, tokenizer_dir=tokenizer_path)
             eval_paths = [one.path for one in resolve_eval_sets(args.eval_dataset)]
             check_parts_fit(eval_paths, stage=args.stage, tokenizer_dir=tokenizer_path, flag="--eval_dataset")
@@ -141,6 +144,13 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "
     with exchange.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
     check_highest_id(exchange.max_over_ranks(highest), facts, flag=flag)
+
+
+def check_numbers_of(model_path: str, precision: str, engine: Engine) -> None:
+    """Refuse weights with numbers that are not finite in `precision`; each rank looks through its share."""
+    cure = "use --mixed_precision bf16 or fp32" if precision == "fp16" else "use --mixed_precision fp32"
+    with exchange.all_or_none():
+        check_numbers(model_path, precision, cure=cure, share=engine.rank, shares=engine.world_size)
 
 
 def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:

@@ -22,6 +22,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunked_loss
 from colossal_llama2.model.documents import MaskForm, attention_inputs, one_document_each
 from colossal_llama2.model.freezing import train_rows_only
+from colossal_llama2.model.guard import nothing_runs
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange, repairs
 from colossal_llama2.train.loss_tally import LossTally
@@ -396,7 +397,9 @@ class Engine:
             from colossal_llama2.train.engine import documents
 
             documents.install()
-        self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
+        # A model that was initialized lazily is read from its files now.
+        with nothing_runs():
+            self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
         if self._kind.is_gemini:
             repairs.agree_on_memory(self.model)
         if hasattr(self.optimizer, "pg_to_bucket_store"):
