@@ -16,7 +16,7 @@ KINDS = {
     "at a random moment: zero2": 4,
     "cut, flipped, deleted": 8,
     "malicious file": 6,
-    "the watch over pickle": 1,
+    "the watch over pickle": 2,
     "each step of 50": 5,
     "runs started at once": 10,
     "SIGTERM, SIGINT or SIGUSR1": 4,

@@ -12,10 +12,10 @@ from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
-from colossal_llama2.model.config_fields import llama_config
+from colossal_llama2.model.config_fields import llama_config, read_config
 from colossal_llama2.model.folder import check_model_files
 from colossal_llama2.model.guard import nothing_runs
-from colossal_llama2.model.loading import check_model
+from colossal_llama2.model.loading import check_model, generation_ids
 from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.terminal_text import show
 
@@ -234,7 +234,6 @@ def _read_weights(folder: Path, *, given: str, dtype):
     config = llama_config(folder)
     try:
         with warnings.catch_warnings(), nothing_runs():
-            # What generation_config.json holds is not used, so its contradictions are nobody's concern.
             warnings.simplefilter("ignore", UserWarning)
             model, report = LlamaForCausalLM.from_pretrained(
                 folder, config=config, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
@@ -250,6 +249,8 @@ def _read_weights(folder: Path, *, given: str, dtype):
         raise UserError(
             f"--model_path {given} lacks {len(names)} of its weights, such as {names[0]}; save or copy the model again"
         )
+    # Nothing else of generation_config.json is used.
+    model.generation_config.update(**generation_ids(folder, read_config(folder)))
     return model
 
 

@@ -7,7 +7,8 @@ ColossalAI's ranks exchange their own objects by pickles while they train and sa
 
 import contextlib
 import importlib
-from typing import Any, Iterator, List, Tuple
+import sys
+from typing import Any, Iterator, List, NoReturn, Tuple
 
 from colossal_llama2.errors import RunError
 
@@ -43,12 +44,37 @@ def nothing_runs(*, offline: bool = True) -> Iterator[None]:
     if offline:
         changes += [("huggingface_hub.constants", "HF_HUB_OFFLINE", lambda *_: True)]
         changes += [("transformers.utils.hub", "_is_offline_mode", lambda *_: True)]
+    importlib.import_module("pickle")
     with contextlib.ExitStack() as around:
         for module, name, change in changes:
             around.enter_context(_replaced(module, name, change))
+        around.enter_context(_no_generation_config())
         _loads += 1
         around.callback(_end_load)
         yield
+
+
+@contextlib.contextmanager
+def _no_generation_config() -> Iterator[None]:
+    """Let transformers make the settings of generation from the model's: it raises whatever comes for those of a file.
+
+    The file goes into every saved model as it is, or as the checks before a run have mended it.
+    """
+    settings = sys.modules.get("transformers.generation.configuration_utils")
+    if settings is None:
+        yield
+        return
+
+    def not_read(*args, **kwargs) -> NoReturn:
+        raise OSError("generation_config.json is not read by transformers here")
+
+    kind = settings.GenerationConfig
+    original = kind.__dict__["from_pretrained"]
+    kind.from_pretrained = not_read
+    try:
+        yield
+    finally:
+        kind.from_pretrained = original
 
 
 def _end_load() -> None:
@@ -85,9 +111,10 @@ def _refusing(original: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def _replaced(module: str, name: str, change: Any) -> Iterator[None]:
-    """A change of a module's attribute; none if this version of the library has no such name."""
-    owner = importlib.import_module(module)
-    if not hasattr(owner, name):
+    """A change of a module's attribute; none if the module is not in use, or has no such name in this version."""
+    # Whoever loads a tokenizer alone should not wait seconds for torch.
+    owner = sys.modules.get(module)
+    if owner is None or not hasattr(owner, name):
         yield
         return
     original = getattr(owner, name)

@@ -56,11 +56,7 @@ def check_model_folder(path: str, flag: str) -> None:
     if not is_regular(folder / CONFIG_FILE):
         raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, as init_model.py writes")
     config = read_config(folder)
-    if is_regular(folder / GENERATION_CONFIG_FILE):
-        generation = read_settings(folder / GENERATION_CONFIG_FILE)
-        vocab_size = fields_of(config, folder / CONFIG_FILE)["vocab_size"]
-        for name in ID_FIELDS:
-            check_ids(name, generation.get(name), vocab_size, folder / GENERATION_CONFIG_FILE)
+    generation_ids(folder, config)
     if not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
@@ -70,6 +66,19 @@ def check_model_folder(path: str, flag: str) -> None:
             else f"a LLaMA folder holds {WEIGHTS_FILE}, or {INDEX_FILE} and its shards"
         )
         raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
+
+
+def generation_ids(folder: Path, config: dict) -> Dict[str, Any]:
+    """The ids of <s>, </s> and padding in generation_config.json, those of config.json where it has none.
+
+    Raises:
+        UserError: they are no ids of tokens.
+    """
+    path = folder / GENERATION_CONFIG_FILE
+    fields = fields_of(config, folder / CONFIG_FILE)
+    generation = read_settings(path) if is_regular(path) else {}
+    found = {name: check_ids(name, generation.get(name), fields["vocab_size"], path) for name in ID_FIELDS}
+    return {name: fields[name] if value is None else value for name, value in found.items()}
 
 
 def check_model(path: str, flag: str) -> None:
