@@ -18,7 +18,7 @@ from colossal_llama2.model.safetensors_stream import CHUNK_BYTES, FLOATS, Shard,
 PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
-def check_numbers(path: str, dtype: Optional[str], *, cure: str, share: int = 0, shares: int = 1) -> None:
+def check_numbers(path: str, dtype: Optional[str], *, cure: str = "", share: int = 0, shares: int = 1) -> None:
     """Read the weights of a model folder and check that each number is finite, also when it is rounded to `dtype`.
 
     Args:
