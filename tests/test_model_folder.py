@@ -19,6 +19,7 @@ from colossal_llama2 import arguments
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.model import config_fields, init_model
+from colossal_llama2.model.front_matter import read_front_matter
 from colossal_llama2.model.guard import nothing_runs
 from colossal_llama2.model.loading import (
     check_model,
@@ -31,7 +32,6 @@ from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.train import checks
-from colossal_llama2.train.front_matter import read_front_matter
 from tests.faults import artifacts
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}

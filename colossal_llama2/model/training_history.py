@@ -41,7 +41,6 @@ MAX_FINGERPRINTS = 1000
 # A parent whose weights are larger is not hashed: that would delay the first step by more than a second or two.
 HASHED_BYTES = 2**30
 CARD_FILE = "README.md"
-MAX_CARD_BYTES = 2**20
 
 Weights = Dict[str, Dict[str, Any]]
 
