@@ -241,7 +241,7 @@ def _copy(source: FileIO, target: FileIO, *, begin: int, length: int, advance: A
             advance(count)
         else:
             chunk = bytearray(min(CHUNK_BYTES, end - begin))
-            read_into(source, begin, chunk)
+            _read(source, begin, chunk)
             _write(target, chunk, advance)
             count = len(chunk)
         begin += count
@@ -253,7 +253,7 @@ def _chunks(source: FileIO, *, begin: int, length: int, dtype: str) -> Iterator:
 
     for offset in range(0, length, CHUNK_BYTES):
         chunk = bytearray(min(CHUNK_BYTES, length - offset))
-        read_into(source, begin + offset, chunk)
+        _read(source, begin + offset, chunk)
         yield torch.frombuffer(chunk, dtype=getattr(torch, FLOATS[dtype][0]))
 
 
@@ -293,7 +293,7 @@ def _rows(source: FileIO, *, begin: int, entry: dict, numbers: List[int]):
     row_bytes = _data_bytes(entry) // height
     data = torch.empty((len(numbers), row_bytes), dtype=torch.uint8)
     for number, row in zip(numbers, data.numpy(), strict=True):
-        read_into(source, begin + number * row_bytes, row)
+        _read(source, begin + number * row_bytes, row)
     return data.view(getattr(torch, FLOATS[entry["dtype"]][0])).view(len(numbers), width)
 
 
@@ -316,7 +316,7 @@ def _too_large(values, dtype: str) -> int:
     return int((values.to(getattr(torch, FLOATS[dtype][0])).isinf() & ~values.isinf()).sum())
 
 
-def read_into(source: FileIO, begin: int, buffer) -> None:
+def _read(source: FileIO, begin: int, buffer) -> None:
     """Fill a buffer from one place of the file. Raises RunError if the file ends before."""
     view = memoryview(buffer)
     source.seek(begin)

@@ -1,19 +1,22 @@
 """Whether all numbers of stored weights are finite, in the number format in which they will be held.
 
 A NaN in one weight shows much later, as a loss that is no number or an empty answer, and is then blamed on the data.
-The numbers are looked at in the files, where every plugin and the lazy ones too read them from, 16 MiB at a time; the
-ranks of a job share them. The pages of the files are then in the host's memory for those who load them.
+The numbers are looked at in the files, from which every plugin reads them, the lazy ones too. The ranks of a job share
+them, and nothing is copied: 64 MiB of a file at a time are mapped, and are then in the host's memory for the load.
 """
 
 import math
+import mmap
+from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Tuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.folder import shard_names
 from colossal_llama2.model.loading import COMPUTED_SUFFIX
-from colossal_llama2.model.safetensors_stream import CHUNK_BYTES, FLOATS, Shard, read_into, read_shard
+from colossal_llama2.model.safetensors_stream import FLOATS, Shard, read_shard
 
+WINDOW_BYTES = 64 * 2**20
 # What training holds weights in, under the format's names.
 PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
@@ -52,25 +55,35 @@ def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target:
     """How many numbers of a range of bytes are NaN, infinite, or too large for `target`; empty if none is."""
     import torch
 
-    kind = shard.tensors[name]["dtype"]
-    dtype = getattr(torch, FLOATS[kind][0])
+    dtype = getattr(torch, FLOATS[shard.tensors[name]["dtype"]][0])
     held = dtype if target is None else getattr(torch, FLOATS[target][0])
+    found: Counter = Counter()
+    for offset in range(0, length, WINDOW_BYTES):
+        size = min(WINDOW_BYTES, length - offset)
+        # A map begins at a page.
+        ahead = (begin + offset) % mmap.ALLOCATIONGRANULARITY
+        window = mmap.mmap(file.fileno(), ahead + size, access=mmap.ACCESS_COPY, offset=begin + offset - ahead)
+        try:
+            if hasattr(mmap, "MADV_WILLNEED"):
+                window.madvise(mmap.MADV_WILLNEED)
+            found.update(_count(torch.frombuffer(window, dtype=dtype, offset=ahead), held))
+        finally:
+            window.close()
+    return +found
+
+
+def _count(values, held) -> Dict[str, int]:
+    """How many of a tensor's numbers are not finite, or will not be in the dtype `held`, by what is wrong with them."""
+    import torch
+
     # What is above it may be rounded to infinity.
-    largest = min(torch.finfo(dtype).max, torch.finfo(held).max)
-    buffer = bytearray(min(CHUNK_BYTES, length))
-    found = {"NaN": 0, "infinite": 0, "too large": 0}
-    for offset in range(0, length, CHUNK_BYTES):
-        view = memoryview(buffer)[: min(CHUNK_BYTES, length - offset)]
-        read_into(file, begin + offset, view)
-        values = torch.frombuffer(view, dtype=dtype)
-        # One pass, which NaN goes through; most weights need no other.
-        if all(abs(bound) <= largest for bound in map(float, values.aminmax())):
-            continue
-        is_nan, is_infinite = values.isnan(), values.isinf()
-        found["NaN"] += int(is_nan.sum())
-        found["infinite"] += int(is_infinite.sum())
-        found["too large"] += int((values.to(held).isinf() & ~is_infinite).sum())
-    return found if any(found.values()) else {}
+    largest = min(torch.finfo(values.dtype).max, torch.finfo(held).max)
+    # One pass, which NaN goes through; most weights need no other.
+    if all(abs(bound) <= largest for bound in map(float, values.aminmax())):
+        return {}
+    is_nan, is_infinite = values.isnan(), values.isinf()
+    too_large = values.to(held).isinf() & ~is_infinite
+    return {"NaN": int(is_nan.sum()), "infinite": int(is_infinite.sum()), "too large": int(too_large.sum())}
 
 
 def _told(shard: Shard, name: str, found: Dict[str, int], target: Optional[str], *, whole: bool, cure: str) -> str:
