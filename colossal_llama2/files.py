@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from colossal_llama2 import json_input
 from colossal_llama2.errors import UserError
+from colossal_llama2.input_files import check_regular, is_regular
 from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
 
 # Names that operating systems, file servers and desktops put into any folder by themselves.
@@ -25,8 +26,9 @@ STRAY_NAMES = (
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError if the file is missing or holds anything else."""
-    if not path.is_file():
+    if not is_regular(path):
         raise UserError(f"{path.parent} holds no {path.name}; copy it there from where the model comes from")
+    check_regular(path)
     try:
         return json_input.read_object(path, unique_names=False)
     except ValueError as error:

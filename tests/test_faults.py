@@ -16,7 +16,7 @@ KINDS = {
     "at a random moment: zero2": 4,
     "cut, flipped, deleted": 8,
     "malicious file": 6,
-    "the watch over pickle": 1,
+    "the watch over pickle": 2,
     "link in a received run folder": 4,
     "stray files of systems": 1,
     "each step of 50": 5,

@@ -75,7 +75,7 @@ def test_encoder_needs_no_transformers(tokenizer_dir):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "is not a SentencePiece model"),
+        (b"", "is empty"),
         (b"garbage", "is not a SentencePiece model"),
         (b"\x1a\x02\x18\x00", "is not a SentencePiece model"),
         (None, "holds no tokenizer.model"),

@@ -12,10 +12,13 @@ from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
-from colossal_llama2.model.exported_configs import ModelConfigs, generation_config_unread
-from colossal_llama2.model.loading import shard_names
+from colossal_llama2.model.config_fields import llama_config, read_config
+from colossal_llama2.model.folder import check_model_files, shard_names
+from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.loading import check_model, generation_ids
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.model.tied_weights import check_is_one_matrix
+from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.terminal_text import show
 
 # The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
@@ -44,6 +47,9 @@ def answer_prompt(
     Raises `UserError` for anything in the flags or the folder that cannot work.
     """
     _refuse_broken_text(input_txt)
+    if Path(model_path).is_dir():
+        # Before the seconds that importing torch takes.
+        _check_files(Path(model_path), given=model_path)
     _quiet_libraries()
     with _memory_told(device):
         model, tokenizer = load_model(model_path, device)
@@ -213,35 +219,31 @@ def _local_folder(model_path: str) -> Path:
 
 
 def _check_files(folder: Path, *, given: str) -> None:
-    """UserError unless the folder holds a model whose weights can be read without unpickling."""
-    if not (folder / "config.json").is_file():
-        nested = (folder / "modeling" / "config.json").is_file()
-        cure = f"its model is {given.rstrip('/')}/modeling" if nested else "give the folder of a Hugging Face model"
-        raise UserError(f"--model_path {given} has no config.json; {cure}")
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(folder.glob("*.bin")) or not Path(given).is_dir():
-        raise UserError(
-            f"--model_path {given} has no *.safetensors; pickled weights (*.bin) can run code and are never loaded: "
-            f"load it once with transformers where you trust it, save_pretrained() it to a folder, and give that"
-        )
-    raise UserError(f"--model_path {given} has no weights (*.safetensors); give the folder of a Hugging Face model")
+    """UserError unless the folder holds a LLaMA whose weights can be read without unpickling, and nothing to avoid."""
+    if not (folder / "config.json").exists() and (folder / "modeling" / "config.json").is_file():
+        raise UserError(f"--model_path {given} has no config.json; its model is {given.rstrip('/')}/modeling")
+    check_model(str(folder), "--model_path")
 
 
 def _read_weights(folder: Path, *, given: str, dtype):
-    """The causal language model in `folder`; UserError if a file is broken or a weight is missing."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    """The LLaMA in `folder`; UserError if a file is broken, or a weight missing or not finite."""
+    import torch
+    from transformers import LlamaForCausalLM
 
+    check_model_files(folder)
+    held = None if dtype == "auto" else {torch.float32: "F32"}[dtype]
+    check_numbers(str(folder), held, cure="give the model in bfloat16 or float32")
+    config = llama_config(folder)
     try:
-        configs = ModelConfigs(folder)
-        with warnings.catch_warnings(), generation_config_unread():
-            # Of settings of generation, the ids that end a text are all that is used.
+        with warnings.catch_warnings(), nothing_runs():
             warnings.simplefilter("ignore", UserWarning)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, torch_dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-    except (UserError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+            model, report = LlamaForCausalLM.from_pretrained(
+                folder, config=config, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+    except (torch.cuda.OutOfMemoryError, RunError):
+        raise
+    except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere
         raise UserError(f"--model_path {given} cannot be loaded: {_first_line(error)}; save or copy the model again")
     if report["missing_keys"]:
         # transformers would fill them with random numbers.
@@ -249,12 +251,13 @@ def _read_weights(folder: Path, *, given: str, dtype):
         raise UserError(
             f"--model_path {given} lacks {len(names)} of its weights, such as {names[0]}; save or copy the model again"
         )
-    if getattr(model.config, "tie_word_embeddings", False):
+    if config.tie_word_embeddings:
         # transformers takes the input embedding for both.
         problem = check_is_one_matrix(folder, shard_names(str(folder)))
         if problem:
             get_logger().warning(problem)
-    model.generation_config.eos_token_id = configs.end_token_ids or None
+    # Nothing else of generation_config.json is used.
+    model.generation_config.update(**generation_ids(folder, read_config(folder)))
     return model
 
 

@@ -16,17 +16,15 @@ rules follow transformers 4.51.3 and 5.24 (`GenerationConfig.validate`, `PreTrai
 Each function returns what it has changed, in words, and keeps everything else as it is.
 """
 
-import contextlib
 import math
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from colossal_llama2.files import read_json
+from colossal_llama2.model.folder import CONFIG_FILE, GENERATION_CONFIG_FILE
 
-CONFIG_FILE = "config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
 TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Entries that name code, or how one run computed attention.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -267,23 +265,3 @@ def accepted_generation(content: Dict[str, Any]) -> Tuple[Dict[str, Any], List[s
     ids = {key: content[key] for key in TOKEN_ID_KEYS if key in content}
     reason = textwrap.shorten(reason, 200)
     return ids, [f"{GENERATION_CONFIG_FILE}: all but token ids is left out, transformers refuses it ({reason})"]
-
-
-@contextlib.contextmanager
-def generation_config_unread() -> Iterator[None]:
-    """Within it, transformers loads a model as if its folder had no generation_config.json.
-
-    Training uses nothing of that file, and values in it that `GenerationConfig` refuses would end the run.
-    """
-    from transformers import GenerationConfig
-
-    def not_read(*args, **kwargs):
-        raise OSError(f"{GENERATION_CONFIG_FILE} is not read")
-
-    own = vars(GenerationConfig)["from_pretrained"]
-    # Both loaders, transformers' own and ColossalAI's lazy one, take an OSError for a file that is not there.
-    GenerationConfig.from_pretrained = not_read
-    try:
-        yield
-    finally:
-        GenerationConfig.from_pretrained = own

@@ -31,6 +31,8 @@ from colossal_llama2.files import (
     temporary_folder,
     write_json,
 )
+from colossal_llama2.input_files import read_settings
+from colossal_llama2.model.config_fields import check_not_quantized, fields_of
 from colossal_llama2.model.exported_configs import (
     GENERATION_CONFIG_FILE,
     TOKEN_ID_KEYS,
@@ -38,7 +40,8 @@ from colossal_llama2.model.exported_configs import (
     portable_generation,
     with_moved_settings,
 )
-from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE, shard_names
+from colossal_llama2.model.folder import check_model_files, shard_names
+from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -50,10 +53,12 @@ from colossal_llama2.model.safetensors_stream import (
 )
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING, check_is_one_matrix
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
+from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
 from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.tokenizer.report import REPORT_FILE
 
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
@@ -126,12 +131,14 @@ def init_model(
     _check_folders(source, tokenizer)
     remove_leftovers(target)
     _check_target(source, tokenizer, target, overwrite=overwrite)
-    config = _read_config(source, dtype)
+    config = _read_config(source)
     shards = read_shards(source)
     source_rows = _check_matrices(shards, config)
     rows = _plan_rows(source, tokenizer, source_rows=source_rows)
     change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=_format_name(dtype))
     total = sum(target_size(shard, change) for shard in shards)
+    # Whether they fit into another format is seen when they are converted.
+    check_numbers(str(source), None)
 
     inside = target.exists() and not overwrite
     parent = target if inside else target.parent
@@ -162,6 +169,8 @@ def _check_folders(source: Path, tokenizer: Path) -> None:
     for flag, folder in (("--source_model_and_tokenizer_path", source), ("--target_tokenizer_path", tokenizer)):
         if not folder.is_dir():
             raise UserError(f"{flag} {folder} is not a folder; give a folder in Hugging Face format")
+        check_tokenizer_files(folder)
+    check_model_files(source)
 
 
 def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: bool) -> None:
@@ -209,12 +218,12 @@ def _check_replaceable(target: Path, source: Path) -> None:
             raise UserError(f"--overwrite would remove {path}, which is in the target {target}; give a new folder")
 
 
-def _read_config(source: Path, dtype: str) -> dict:
-    """The source's config. Raises UserError if it cannot be of a LLaMA, or not be converted."""
+def _read_config(source: Path) -> dict:
+    """The source's config. Raises UserError if it cannot be of a LLaMA."""
     path = source / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{source} holds no {CONFIG_FILE}; give the folder of a LLaMA model in Hugging Face format")
-    config = read_json(path)
+    config = read_settings(path)
     if "vocab_size" not in config:
         raise UserError(f"{path} has no vocab_size; give a LLaMA model in Hugging Face format")
     if "auto_map" in config and config.get("model_type") != "llama":
@@ -222,8 +231,10 @@ def _read_config(source: Path, dtype: str) -> dict:
             f"{path} names code of its own (auto_map), which is never run here; give a model that transformers "
             "itself knows, such as LLaMA"
         )
-    if dtype != "source" and "quantization_config" in config:
-        raise UserError(f"{path} is of a quantized model, which --dtype {dtype} cannot convert; leave --dtype out")
+    check_not_quantized(config, path)
+    if config.get("model_type") == "llama":
+        # Ids that no token has are unset below.
+        fields_of(config, path, ids_in_range=False)
     return config
 
 

@@ -1,20 +1,29 @@
 """Load a LLaMA model for training, from safetensors, with every weight accounted for."""
 
-import json
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.exported_configs import CONFIG_FILE, ModelConfigs, generation_config_unread
+from colossal_llama2.input_files import ANY_SIZE, check_regular, is_regular, read_settings, shown
+from colossal_llama2.model.config_fields import CONFIG_FILE, ID_FIELDS, check_ids, fields_of, llama_config, read_config
+from colossal_llama2.model.folder import (
+    GENERATION_CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    check_model_files,
+    has_weights,
+    shard_names,
+    weight_map,
+)
+from colossal_llama2.model.guard import nothing_runs
 from colossal_llama2.model.positions import positions_of, scaling_type
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
 
 # Old checkpoints store this constant, which the model computes by itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHTS_FILE = "model.safetensors"
 # In config.json: the rows that init_model.py added to the embeddings, as [begin, end) ranges of token ids.
 NEW_ROWS_KEY = "initialized_rows"
 
@@ -40,58 +49,142 @@ class ModelFacts:
 
 
 def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> None:
-    """Raise a UserError unless the folder holds a LLaMA config and safetensors. Reads only names; imports nothing."""
+    """Raise a UserError unless the folder holds a LLaMA config and safetensors, and nothing that makes it unusable.
+
+    Reads JSON alone, and imports neither torch nor transformers.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{flag} {path}: no such folder; give a local Hugging Face LLaMA folder")
-    config_path = folder / CONFIG_FILE
-    if not config_path.is_file():
+    check_model_files(folder)
+    if not is_regular(folder / CONFIG_FILE):
         raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, as init_model.py writes")
-    try:
-        model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{config_path}: not a JSON object ({error})")
-    if model_type != "llama":
-        raise UserError(f"{flag} {config_path}: model_type is {model_type!r}, only 'llama' can be trained here")
-    if needs_weights and not (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+    config = read_config(folder)
+    generation_ids(folder, config)
+    if needs_weights and not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
-            "its pickled weights are not read here, load it once with transformers and save_pretrained() it"
+            "its pickled weights can run code and are not read here, load it once with transformers where you trust it "
+            "and save_pretrained() it"
             if pickled
             else f"a LLaMA folder holds {WEIGHTS_FILE}, or {INDEX_FILE} and its shards"
         )
         raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
 
 
-def inspect_weights(path: str) -> ModelFacts:
-    """Compare names and shapes of the stored weights with what the config asks for, without reading the weights.
+def generation_ids(folder: Path, config: dict) -> Dict[str, Any]:
+    """The ids of <s>, </s> and padding in generation_config.json, those of config.json where it has none.
 
     Only embeddings that are tied and stored twice are read.
 
     Raises:
-        UserError: a weight is missing, unknown, or of another shape; tied embeddings differ.
+        UserError: they are no ids of tokens.
     """
-    model = model_without_weights(path)
-    config = model.config
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored = {name: shape for name, shape in _stored_shapes(path).items() if not name.endswith(COMPUTED_SUFFIX)}
-    if config.tie_word_embeddings:
-        for shapes in (expected, stored):
-            shapes.pop(OUTPUT_EMBEDDING, None)
+    path = folder / GENERATION_CONFIG_FILE
+    fields = fields_of(config, folder / CONFIG_FILE)
+    generation = read_settings(path) if is_regular(path) else {}
+    found = {name: check_ids(name, generation.get(name), fields["vocab_size"], path) for name in ID_FIELDS}
+    return {name: fields[name] if value is None else value for name, value in found.items()}
+
+
+def check_model(path: str, flag: str, *, needs_weights: bool = True) -> None:
+    """`check_model_folder`, and `check_weights`: all that is known of a model before torch is imported."""
+    check_model_folder(path, flag, needs_weights=needs_weights)
+    if needs_weights or has_weights(Path(path)):
+        check_weights(path)
+
+
+class StoredWeight(NamedTuple):
+    """One tensor of a safetensors file: the format's name of its dtype, such as BF16, and its shape."""
+
+    dtype: str
+    shape: Tuple[int, ...]
+
+
+# What can be trained; integers and floats of 8 bits are those of quantized models.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+LAYER_NAME = re.compile(r"model\.layers\.(\d+)\..*")
+# A LLaMA has at most 13 a layer.
+MOST_WEIGHTS = 20_000
+
+
+def check_weights(path: str) -> None:
+    """Compare names, shapes and number formats of the stored weights with what the config asks for.
+
+    Reads the headers of the files alone, and imports no torch. Its time depends on what is stored, not on the config.
+
+    Raises:
+        UserError: a weight is missing, unknown, of another shape, or in a format that is none of floats.
+    """
+    fields = fields_of(read_config(Path(path)), Path(path, CONFIG_FILE))
+    stored = stored_weights(path)
+    found = [int(match[1]) for match in map(LAYER_NAME.fullmatch, stored) if match]
+    if found and max(found) + 1 != fields["num_hidden_layers"]:
+        raise UserError(
+            f"{path}: has weights of {max(found) + 1:,} layers, num_hidden_layers of its config.json is "
+            f"{fields['num_hidden_layers']:,}; weights and config.json must be of the same model"
+        )
+    expected = dict(expected_shapes(fields))
+    if fields["tie_word_embeddings"]:
+        stored.pop(OUTPUT_EMBEDDING, None)
     problems = [f"lacks {name}" for name in expected.keys() - stored.keys()]
-    problems += [f"has the unknown weight {name}" for name in stored.keys() - expected.keys()]
+    problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
+    both = expected.keys() & stored.keys()
     problems += [
-        f"has {name} of shape {stored[name]}, its config.json asks for {expected[name]}"
-        for name in expected.keys() & stored.keys()
-        if stored[name] != expected[name]
+        f"has {name} of shape {stored[name].shape}, its config.json asks for {expected[name]}"
+        for name in both
+        if stored[name].shape != expected[name]
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{path}: {sorted(problems)[0]}{more}; weights and config.json must be of the same model")
-    problem = check_is_one_matrix(Path(path), shard_names(path)) if config.tie_word_embeddings else None
+    packed = sorted(name for name in both if stored[name].dtype not in FLOAT_DTYPES)
+    if packed:
+        raise UserError(
+            f"{path}: {packed[0]} is stored as {stored[packed[0]].dtype}, which is how quantized models are stored; "
+            f"give the original model, in one of {', '.join(FLOAT_DTYPES)}"
+        )
+
+
+def expected_shapes(fields: Dict[str, Any]) -> Iterator[Tuple[str, Tuple[int, ...]]]:
+    """Name and shape of each weight of a LLaMA, as transformers' LlamaForCausalLM has them.
+
+    Args:
+        fields: what `fields_of` gives.
+    """
+    width, inner, rows = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
+    query = fields["num_attention_heads"] * fields["head_dim"]
+    key = fields["num_key_value_heads"] * fields["head_dim"]
+    attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width), "o_proj": (width, query)}
+    mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    yield "model.embed_tokens.weight", (rows, width)
+    for layer in range(fields["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for part, shapes, has_bias in (("self_attn", attention, "attention_bias"), ("mlp", mlp, "mlp_bias")):
+            for name, shape in shapes.items():
+                yield f"{prefix}.{part}.{name}.weight", shape
+                if fields[has_bias]:
+                    yield f"{prefix}.{part}.{name}.bias", shape[:1]
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}.{name}.weight", (width,)
+    yield "model.norm.weight", (width,)
+    if not fields["tie_word_embeddings"]:
+        yield "lm_head.weight", (rows, width)
+
+
+def inspect_weights(path: str) -> ModelFacts:
+    """What is known of a checkpoint whose weights are as its config asks for. Does not read the weights.
+
+    Raises:
+        UserError: as `check_weights`, or transformers can make no model of the config.
+    """
+    check_model_files(Path(path))
+    check_weights(path)
+    facts = facts_of_config(path)
+    problem = check_is_one_matrix(Path(path), shard_names(path)) if facts.ties_embeddings else None
     if problem:
         raise UserError(problem)
-    return facts_of_config(path)
+    return facts
 
 
 def facts_of_config(path: str) -> ModelFacts:
@@ -117,50 +210,50 @@ def facts_of_config(path: str) -> ModelFacts:
 def model_without_weights(path: str):
     """The LlamaForCausalLM of a folder's config.json, on the meta device. Raises UserError if there can be none."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    content = ModelConfigs(Path(path)).config
+    config = llama_config(Path(path))
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM(LlamaConfig.from_dict(content))
+            return LlamaForCausalLM(config)
     except Exception as error:  # what transformers raises for an entry that it cannot use is not told anywhere
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); mend the file")
 
 
-def _stored_shapes(path: str) -> Dict[str, Tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    shapes: Dict[str, Tuple[int, ...]] = {}
-    for name in shard_names(path):
-        shard = Path(path, name)
-        try:
-            with safe_open(str(shard), framework="pt") as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard}: cannot be read ({error}); copy it again from its source")
-    return shapes
-
-
-def shard_names(path: str) -> Tuple[str, ...]:
-    """File names of a checkpoint's safetensors, in order.
+def stored_weights(path: str) -> Dict[str, StoredWeight]:
+    """What the headers of a checkpoint's safetensors say, without the constants that old checkpoints store.
 
     Raises:
-        UserError: the index is damaged, or names a file outside the folder.
+        UserError: a file is missing, damaged, or holds what the index does not say, or not what it says.
     """
-    index_path = Path(path, INDEX_FILE)
-    # Where both are there, transformers and ColossalAI load the single file.
-    if Path(path, WEIGHTS_FILE).is_file():
-        return (WEIGHTS_FILE,)
-    try:
-        names = sorted(set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index_path}: not an index of weights ({error!r})")
-    for name in names:
-        # A path could lead out of the folder: out of the source when reading, out of the target when copying.
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise UserError(f"{index_path} names {name!r}; only plain *.safetensors file names are allowed")
-    return tuple(names)
+    from safetensors import SafetensorError, safe_open
+
+    found: Dict[str, StoredWeight] = {}
+    places: Dict[str, str] = {}
+    for file_name in shard_names(path):
+        shard = Path(path, file_name)
+        # It may be of any size: its header, which is read first, says what is in it.
+        check_regular(shard, max_bytes=ANY_SIZE)
+        try:
+            with safe_open(str(shard), framework="np") as file:
+                names = [name for name in file.keys() if not name.endswith(COMPUTED_SUFFIX)]
+                if len(names) > MOST_WEIGHTS:
+                    raise UserError(f"{shard}: holds {len(names):,} tensors, which no LLaMA has")
+                slices = {name: file.get_slice(name) for name in names}
+                held = {n: StoredWeight(one.get_dtype(), tuple(one.get_shape())) for n, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shard}: cannot be read ({error}); copy it again from its source")
+        for name in held.keys() & found.keys():
+            raise UserError(f"{path}: {shard.name} and {places[name]} both hold {name}; copy the model again")
+        found.update(held)
+        places.update(dict.fromkeys(held, shard.name))
+    if not is_regular(Path(path, WEIGHTS_FILE)):
+        listed = {name: file for name, file in weight_map(Path(path)).items() if not name.endswith(COMPUTED_SUFFIX)}
+        for name in sorted(listed.keys() & places.keys()):
+            if listed[name] != places[name]:
+                raise UserError(f"{path}: {INDEX_FILE} looks for {name} in {listed[name]}, it is in {places[name]}")
+    return found
 
 
 def load_llama(path: str, *, precision: str, attention: str):
@@ -171,13 +264,15 @@ def load_llama(path: str, *, precision: str, attention: str):
         precision: fp16, bf16 or fp32; what the weights are held in.
         attention: eager, sdpa or flash_attention_2, as transformers names them.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
+    folder = Path(path)
+    check_model_files(folder)
     # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
-    config = LlamaConfig.from_dict(ModelConfigs(Path(path)).config, attn_implementation=attention)
-    with generation_config_unread():
+    config = llama_config(folder, attn_implementation=attention)
+    with nothing_runs():
         return LlamaForCausalLM.from_pretrained(
-            path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True
+            path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True, local_files_only=True
         )
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import read_json
-from colossal_llama2.model.loading import COMPUTED_SUFFIX, INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.input_files import ANY_SIZE, check_regular
+from colossal_llama2.model.folder import INDEX_FILE, WEIGHTS_FILE, has_weights, shard_names, weight_map
+from colossal_llama2.model.loading import COMPUTED_SUFFIX
 
 METADATA = "__metadata__"
 # The format's names of the number formats that can be averaged and converted: PyTorch's names, bytes.
@@ -71,12 +72,12 @@ class Change:
 
 def read_shards(source: Path) -> List[Shard]:
     """The headers of all weight files of a checkpoint. Raises UserError if any is missing, foreign or damaged."""
-    if not (source / WEIGHTS_FILE).is_file() and not (source / INDEX_FILE).is_file():
+    if not has_weights(source):
         raise UserError(_no_weights(source))
     shards = [read_shard(source / name) for name in shard_names(str(source))]
     if shards[0].path.name == WEIGHTS_FILE:
         return shards
-    named = {(file, name) for name, file in read_json(source / INDEX_FILE)["weight_map"].items()}
+    named = {(file, name) for name, file in weight_map(source).items()}
     held = {(shard.path.name, name) for shard in shards for name in shard.tensors}
     if held != named:
         file, name = sorted(held ^ named)[0]
@@ -100,8 +101,9 @@ def read_shard(path: Path) -> Shard:
     """The header of one file. Raises UserError if it is missing or not a whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(f"{path} is missing, though {INDEX_FILE} names it; download it again")
+    check_regular(path, max_bytes=ANY_SIZE)
     try:
         with safe_open(path, framework="np"):
             pass  # it checks the whole header: that it parses, and that the tensors fill the file

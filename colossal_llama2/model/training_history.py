@@ -28,6 +28,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.front_matter import read_front_matter
 from colossal_llama2.model.loading import CONFIG_FILE, shard_names
 
 HISTORY_FILE = "training_history.json"
@@ -40,7 +41,6 @@ MAX_FINGERPRINTS = 1000
 # A parent whose weights are larger is not hashed: that would delay the first step by more than a second or two.
 HASHED_BYTES = 2**30
 CARD_FILE = "README.md"
-MAX_CARD_BYTES = 2**20
 
 Weights = Dict[str, Dict[str, Any]]
 
@@ -123,14 +123,7 @@ def base_model_of(path: str, history: History) -> str:
 
 def named_by_card(card: Path) -> Optional[str]:
     """The `base_model` in a card's front matter; None if there is none that can be read. Never raises."""
-    import yaml
-
-    try:
-        text = read_small_file(card, MAX_CARD_BYTES).decode("utf-8", "replace")
-        opening, matter, *_ = text.replace("\r\n", "\n").split("---\n", 2)
-        named = yaml.safe_load(matter)["base_model"] if not opening else None
-    except Exception:  # for a stranger's text, PyYAML raises ValueError, RecursionError and more besides its own
-        return None
+    named = read_front_matter(card).get("base_model")
     named = named[0] if isinstance(named, list) and len(named) == 1 else named
     return named.strip() if isinstance(named, str) and named.strip() and _is_text(named) else None
 

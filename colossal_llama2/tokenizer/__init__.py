@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Unio
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+from colossal_llama2.input_files import is_regular
+from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.tokenizer.folder_files import TEMPLATES_FOLDER, check_tokenizer_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +21,7 @@ CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 # Files that hold no token id: they are copied as they are. The last one is a folder.
-COPIED_FILES = (SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+COPIED_FILES = (SPECIAL_TOKENS_FILE, "chat_template.jinja", "chat_template.json", TEMPLATES_FOLDER)
 TOKENIZER_FILES = (MODEL_FILE, FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)
 PADDING_SIDE = "right"
 PAD_TOKENS = ("unk", "eos")
@@ -109,10 +112,13 @@ def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
     # A Hugging Face name is NAME or OWNER/NAME; anything else can only be meant as a folder.
     if not is_folder and (Path(path).exists() or Path(path).is_absolute() or len(Path(path).parts) > 2):
         raise UserError(f"{path} is not a folder; give the folder of a tokenizer, with tokenizer.model in it")
+    if is_folder:
+        check_tokenizer_files(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=is_folder, trust_remote_code=False, padding_side=PADDING_SIDE
-        )
+        with nothing_runs(offline=is_folder):
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=is_folder, trust_remote_code=False, padding_side=PADDING_SIDE
+            )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         kind = "the folder" if is_folder else "the Hugging Face name (no such folder exists)"
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
@@ -163,7 +169,7 @@ def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder of a tokenizer, with {MODEL_FILE} in it")
     path = folder / MODEL_FILE
-    if not path.is_file():
+    if not is_regular(path):
         raise UserError(f"{folder} holds no {MODEL_FILE}; LLaMA-2 ships it beside its weights, copy it there")
     return path
 
@@ -187,6 +193,16 @@ def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
 
 
 def _listed_added_tokens(folder: Path) -> Iterator[tuple]:
+    try:
+        for token, index in _unchecked_added_tokens(folder):
+            if not isinstance(token, str) or not isinstance(index, int):
+                raise TypeError(f"{token!r} with the id {index!r}")
+            yield token, index
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the added tokens of {folder} cannot be read ({error!r}); copy its tokenizer files again")
+
+
+def _unchecked_added_tokens(folder: Path) -> Iterator[tuple]:
     config = read_json(folder / CONFIG_FILE)
     for index, token in (config.get("added_tokens_decoder") or {}).items():
         yield token["content"], int(index)

@@ -14,8 +14,10 @@ from typing import Dict, Iterable, List, Optional, Sequence, Set
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+from colossal_llama2.model.guard import nothing_runs
 from colossal_llama2.tokenizer import CONFIG_FILE, Encoder, sentencepiece_file
 from colossal_llama2.tokenizer.bpe_model import SPACE, BpeModel
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 
 # What is measured of one group of texts at most, evenly chosen: the fast tokenizer takes seconds for it, the slow one
 # too. Whether pieces are reached is checked on all.
@@ -101,10 +103,12 @@ def load_with_transformers(folder: Path, *, use_fast: bool = True):
 
     # Older LLaMA derivatives name no class, which AutoTokenizer would look for in the model's config.json.
     named = {} if read_json(folder / CONFIG_FILE).get("tokenizer_class") else {"tokenizer_type": "llama"}
+    check_tokenizer_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, use_fast=use_fast, local_files_only=True, trust_remote_code=False, **named
-        )
+        with nothing_runs():
+            return AutoTokenizer.from_pretrained(
+                folder, use_fast=use_fast, local_files_only=True, trust_remote_code=False, **named
+            )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         raise UserError(
             f"transformers cannot load the source's {CONFIG_FILE} with its tokenizer.model "

@@ -182,9 +182,8 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
         UserError: the model does not fit the flags.
         Stopped: a signal came to a rank.
     """
-    from transformers import LlamaConfig
-
     from colossal_llama2.model.attention import choose_attention
+    from colossal_llama2.model.config_fields import llama_config
     from colossal_llama2.model.loading import inspect_weights
     from colossal_llama2.train import run  # which imports this module
     from colossal_llama2.train.checkpoint import LoadPlan
@@ -196,6 +195,7 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
         checks.check_model_fits(args, facts)
         trained_rows = flags.rows_to_train(args, plan)
     engine = Engine(flags.engine_settings(args, trained_rows=trained_rows), facts.parameters)
+    checks.check_numbers_of(args.pretrained, args.mixed_precision, engine)
     order: SampleOrder = flags.sample_order(args, args.num_samples, engine)
     dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
     loader = StepLoader(
@@ -207,6 +207,6 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     with run.noise_of(args, engine) as noise:
         found = measure(engine, loader, noise=noise, profile_dir=args.profile, stop=stop)
     if engine.rank == 0:
-        config = LlamaConfig.from_pretrained(args.pretrained)
+        config = llama_config(Path(args.pretrained))
         flops = flops_per_token(config, facts.parameters, args.max_length)
         show(report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)))

@@ -12,8 +12,10 @@ from colossal_llama2.dataset.manifest import check_parts_fit
 from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_is_utf8
-from colossal_llama2.model.loading import ModelFacts, check_model_folder
+from colossal_llama2.model.loading import ModelFacts, check_model
+from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.output_paths import check_output_folder
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.train import flags, resuming, run_outputs
 from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
 from colossal_llama2.train.engine import exchange
@@ -45,7 +47,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         )
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     needs_weights = not (args.benchmark and args.dry_run)
-    checks = [lambda: check_model_folder(args.pretrained, "--pretrained", needs_weights=needs_weights)]
+    checks = [lambda: check_model(args.pretrained, "--pretrained", needs_weights=needs_weights)]
     if args.profile is not None and args.benchmark:
         checks.append(lambda: check_output_folder(Path(args.profile), "--profile"))
     checks += [lambda: flags.data_of(args), lambda: resolve_eval_sets(args.eval_dataset)]
@@ -68,7 +70,7 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
         plan = plan_loading(args.pretrained, args.load_checkpoint)
         plan = resuming.newest_plan(args.save_dir, otherwise=plan) if args.resume else plan
         if plan.model_path != args.pretrained:
-            check_model_folder(plan.model_path, "--load_checkpoint")
+            check_model(plan.model_path, "--load_checkpoint")
         check_save_dir(args.save_dir, plan.resume_path)
         if args.continue_data and plan.resume_path is None and not Path(plan.model_path, "..", STATES_NAME).is_file():
             problems.append(
@@ -79,6 +81,7 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
         flags.rows_to_train(args, plan)
         if not problems:
             tokenizer_path = flags.find_tokenizer(args, plan)
+            check_tokenizer_files(tokenizer_path)
             check_parts_fit(flags.data_of(args).paths, stage=args.stage, tokenizer_dir=tokenizer_path)
             eval_paths = [one.path for one in resolve_eval_sets(args.eval_dataset)]
             check_parts_fit(eval_paths, stage=args.stage, tokenizer_dir=tokenizer_path, flag="--eval_dataset")
@@ -181,6 +184,13 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "
         untrained = untrained_samples(dataset, share=engine.rank, shares=engine.world_size)
     check_highest_id(exchange.max_over_ranks(highest), facts, flag=flag)
     tell_untrained(sum(exchange.gather_values(untrained)), len(dataset), flag=flag)
+
+
+def check_numbers_of(model_path: str, precision: str, engine: Engine) -> None:
+    """Refuse weights with numbers that are not finite in `precision`; each rank looks through its share."""
+    cure = "use --mixed_precision bf16 or fp32" if precision == "fp16" else "use --mixed_precision fp32"
+    with exchange.all_or_none():
+        check_numbers(model_path, precision, cure=cure, share=engine.rank, shares=engine.world_size)
 
 
 def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:

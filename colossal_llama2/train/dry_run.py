@@ -23,7 +23,7 @@ from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import Data
 from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import ModelFacts, check_model_folder, inspect_weights, model_without_weights
+from colossal_llama2.model.loading import ModelFacts, check_model, inspect_weights, model_without_weights
 from colossal_llama2.terminal_text import show, show_line
 from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming
@@ -127,7 +127,7 @@ def _end(problems: Sequence[str]) -> None:
 def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems) -> Optional[ModelFacts]:
     """Shapes against config.json, both against the flags, and the tokenizer against the vocabulary."""
     try:
-        check_model_folder(plan.model_path, "--pretrained")
+        check_model(plan.model_path, "--pretrained")
     except UserError:
         return None  # told by check_inputs
     facts = problems.check(lambda: inspect_weights(plan.model_path))

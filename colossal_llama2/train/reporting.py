@@ -6,10 +6,12 @@ GPU's times are read when the next step is through, by which it has reached thei
 
 import contextlib
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.groups import MAX_GROUPS, Amount, Groups, by_name
+from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.train import run_outputs, train_log
 from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.train.metrics import SilentWriter, TensorBoardWriter
@@ -233,9 +235,7 @@ def reporting(
     """
     with engine.first_rank_only() as first:
         if first:
-            from transformers import LlamaConfig
-
-            config = LlamaConfig.from_pretrained(plan.model_path)
+            config = llama_config(Path(plan.model_path))
             is_new = plan.resume_path is None
             log = TrainLog(train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path))
             events_dir = run_outputs.claim_events_folder(tensorboard_dir, save_dir=report.save_dir)

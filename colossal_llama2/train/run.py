@@ -65,9 +65,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         given = read_given(args, plan)
         settings = flags.engine_settings(args, trained_rows=flags.rows_to_train(args, plan))
     engine = Engine(settings, given.model.parameters)
-    checks.check_token_ids(given.samples, given.model, engine)
-    for one in given.eval_sets:
-        checks.check_token_ids(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
+    check_contents(args, plan, given, engine)
     order = flags.sample_order(args, len(given.samples), engine, buckets=plans.buckets_of(given.data, given.measured))
     tokenizer_path = flags.find_tokenizer(args, plan)
     with exchange.all_or_none():
@@ -139,6 +137,14 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
     check_lengths(samples, args.max_length)
     measured = measure_parts(data.parts) if data.is_ordered or logs.is_first_rank() else []
     return Given(model, data, samples, measured, eval_parts.load_eval_sets(args))
+
+
+def check_contents(args: argparse.Namespace, plan: LoadPlan, given: Given, engine: Engine) -> None:
+    """Look through token ids and weights, of which each rank takes a share. Called on all ranks."""
+    checks.check_token_ids(given.samples, given.model, engine)
+    for one in given.eval_sets:
+        checks.check_token_ids(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
+    checks.check_numbers_of(plan.model_path, args.mixed_precision, engine)
 
 
 def tell_beginning(

@@ -14,7 +14,8 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import check_model_folder, inspect_weights, model_without_weights, shard_names
+from colossal_llama2.model.folder import shard_names
+from colossal_llama2.model.loading import check_model, inspect_weights, model_without_weights
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import MODEL_FILE, fingerprint
 from colossal_llama2.train import checkpoint_files
@@ -74,7 +75,7 @@ def _check_states(path: Path, saved: Dict[str, Any]) -> None:
 
 
 def _check_model(plan: LoadPlan, saved: Dict[str, Any]) -> str:
-    check_model_folder(plan.model_path, MODEL_NAME)
+    check_model(plan.model_path, MODEL_NAME)
     facts = inspect_weights(plan.model_path)
     for name in shard_names(plan.model_path):
         _read_all(Path(plan.model_path, name))

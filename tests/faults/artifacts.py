@@ -4,7 +4,9 @@ Each function plants one in a folder. The payload makes the file that `Payload.c
 """
 
 import io
+import itertools
 import json
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,11 @@ class Payload:
         return f"open({str(self.canary)!r}, 'w').close()\n"
 
     @property
+    def bin_index(self) -> str:
+        """The index of weights that names pytorch_model.bin."""
+        return json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}})
+
+    @property
     def torch_file(self) -> bytes:
         """As torch.save writes it."""
         import torch
@@ -42,11 +49,16 @@ class Payload:
 
     @property
     def torchscript(self) -> bytes:
-        """An archive that torch.load(weights_only=True) of PyTorch 2.5 hands to TorchScript."""
+        """An archive that writes the canary when torch.jit.load reads it, by its __setstate__.
+
+        torch.load(weights_only=True) of PyTorch 2.5 hands such an archive to torch.jit.load (CVE-2025-32434).
+        """
         import torch
 
+        from tests.faults.torchscript import Evil
+
         content = io.BytesIO()
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), content)
+        torch.jit.save(torch.jit.script(Evil(str(self.canary))), content)
         return content.getvalue()
 
 
@@ -126,6 +138,41 @@ def embedded(name: str) -> Plant:
     return plant
 
 
+def together(*plants: Plant) -> Plant:
+    """All of these in one folder."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        for one in plants:
+            one(folder, payload)
+
+    return plant
+
+
+def within(name: str, plant: Plant) -> Plant:
+    """The same in a folder inside."""
+    return lambda folder, payload: plant(folder / name, payload)
+
+
+def link(name: str, target: str) -> Plant:
+    """A link of this name, in place of what is there."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+
+    return plant
+
+
+def fifo(name: str) -> Plant:
+    """A FIFO of this name, which nobody writes to."""
+
+    def plant(folder: Path, payload: Payload) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return plant
+
+
 def manifest_escapes(folder: Path, payload: Payload) -> None:
     """A manifest that lists a file outside."""
     path = folder / "manifest.json"
@@ -200,6 +247,69 @@ MODEL: Dict[str, Plant] = {
     "tokenizer.pkl": put("tokenizer.pkl"),
     "sitecustomize.py in the model's folder": put("sitecustomize.py", "code"),
 }
+# What lies in one folder with others of its kind: each alone may be harmless, or refused for another reason.
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "no-such-owner/no-such-model", "target_modules": ["q_proj"]}
+INGREDIENTS: Dict[str, Plant] = {
+    "adapter_config": change("adapter_config.json", **ADAPTER),
+    "adapter bin": put("adapter_model.bin", "torchscript"),
+    "adapter pickle": put("adapter_model.safetensors", "pickled"),
+    "bin": put("pytorch_model.bin", "torchscript"),
+    "bin index": put("pytorch_model.bin.index.json", "bin_index"),
+    "pth": put("consolidated.00.pth", "torch_file"),
+    "auto_map": change("config.json", auto_map=AUTO_MAP),
+    "tokenizer auto_map": change("tokenizer_config.json", auto_map={"AutoTokenizer": EVIL_PAIR}),
+    "modeling_llama.py": put("modeling_llama.py", "code"),
+    "training_args.bin": put("training_args.bin", "torch_file"),
+}
+PAIRS = list(itertools.combinations(INGREDIENTS, 2))
+TRIPLES = [
+    ("adapter_config", "adapter bin", "auto_map"), ("adapter_config", "adapter bin", "bin"),
+    ("adapter_config", "adapter pickle", "bin index"), ("adapter_config", "bin", "bin index"),
+    ("auto_map", "tokenizer auto_map", "modeling_llama.py"), ("bin", "bin index", "pth"),
+]  # fmt: skip
+COMBINATIONS = {" + ".join(names): together(*map(INGREDIENTS.get, names)) for names in [*PAIRS, *TRIPLES]}
+MODEL.update(COMBINATIONS)
+MODEL.update(
+    {
+        "adapter of the folder itself": together(
+            change("adapter_config.json", **{**ADAPTER, "base_model_name_or_path": "."}), INGREDIENTS["adapter bin"]
+        ),
+        "configuration in another file": together(
+            change("config.json", configuration_files=["config.4.0.0.json"]),
+            change("config.4.0.0.json", auto_map=AUTO_MAP, model_type="evil"),
+        ),
+        "tokenizer in another file": change("tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"]),
+        "vocabulary named outside": change("tokenizer_config.json", vocab_file="/dev/zero"),
+        "tokenizer named outside": change("tokenizer_config.json", tokenizer_file="/dev/zero"),
+        "SentencePiece model named outside": change(
+            "tokenizer_config.json", sp_model_kwargs={"model_file": "/dev/zero"}
+        ),
+        "templates in a folder that is /": link("additional_chat_templates", "/"),
+        **{
+            f"{name} -> {target}": link(name, target)
+            for name, target in (
+                ("config.json", "/dev/zero"), ("generation_config.json", "/dev/full"), ("tokenizer.json", "/dev/full"),
+                ("tokenizer.model", "/dev/zero"), ("tokenizer_config.json", "/dev/tty"),
+                ("model.safetensors", "/dev/zero"), ("README.md", "/dev/zero"), ("chat_template.jinja", "/dev/zero"),
+            )
+        },
+        **{
+            f"{name} is a FIFO": fifo(name)
+            for name in (
+                "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                "special_tokens_map.json", "added_tokens.json", "model.safetensors", "model.safetensors.index.json",
+                "README.md", "adapter_config.json", "pytorch_model.bin", "vocab.json",
+            )
+        },
+    }
+)  # fmt: skip
+CHECKPOINT.update(
+    {
+        f"modeling: {name}": within("modeling", COMBINATIONS[name])
+        for name in ("adapter_config + adapter bin", "adapter bin + bin", "adapter_config + adapter bin + auto_map",
+                     "bin + bin index", "auto_map + modeling_llama.py")
+    }
+)  # fmt: skip
 SAMPLES: Dict[str, Plant] = {
     "pickle as arrow data": put("data-00000-of-00001.arrow"),
     "torch file as dataset_info.json": put("dataset_info.json", "torch_file"),

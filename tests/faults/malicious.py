@@ -1,17 +1,19 @@
-"""Malicious files in checkpoints, models, tokenizers and samples: no payload runs, and no file is unpickled."""
+"""Malicious files in checkpoints, models, tokenizers and samples: no payload runs, no file is unpickled, no network."""
 
 import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from colossal_llama2.train import checkpoint_files, verify
 from tests.conftest import ROOT
-from tests.faults import artifacts, unpickling, warm
+from tests.faults import artifacts, network, unpickling, warm
 from tests.faults import place as places
 from tests.faults.artifacts import Payload
 from tests.faults.place import Place
@@ -55,7 +57,11 @@ class Scene:
             train[train.index(flag) + 1] = str(self.folder / name)
         checkpoint = str(self.folder / "save_dir" / self._checkpoint.name)
         if kind == "checkpoint":
-            return {"train.py": [*train, "--load_checkpoint", checkpoint], "verify": [checkpoint]}
+            return {
+                "train.py": [*train, "--load_checkpoint", checkpoint],
+                "train.py --resume": [*train, "--resume", "auto"],
+                "verify": [checkpoint],
+            }
         if kind == "samples":
             return {"train.py": train}
         (self.folder / "pieces.jsonl").write_text('{"piece": "人工智能"}\n', encoding="utf-8")
@@ -64,6 +70,11 @@ class Scene:
             "inference_example.py": [
                 "--model_path", str(self.folder / "model"), "--device", "cpu",
                 "--input_txt", "a", "--max_new_tokens", "2",
+            ],
+            "train.py --dry_run": [*train, "--dry_run"],
+            "init_model.py": [
+                "--source_model_and_tokenizer_path", str(self.folder / "model"), "--target_tokenizer_path",
+                str(self._place.folder / "tokenizer"), "--target_model_path", str(self.folder / "extended"),
             ],
             "init_tokenizer.py": [
                 "--source_tokenizer_dir", str(self.folder / "model"), "--target_tokenizer_dir",
@@ -75,7 +86,7 @@ class Scene:
         """What the last commands have done that they must not."""
         if self.payload.canary.exists():
             return "the payload ran"
-        return f"unpickled: {self.report.read_text()}" if self.report.exists() else None
+        return f"unpickled, or asked the network: {self.report.read_text()}" if self.report.exists() else None
 
 
 def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
@@ -86,15 +97,16 @@ def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
     chosen = [(kind, name) for kind, plants in KINDS.items() for name in plants]
     if sample is not None:
         chosen = random.Random(seed).sample(chosen, sample)
-    run = Row("malicious file: no payload runs, nothing is unpickled, one line or ignored")
-    guard = Row("the watch over pickle and torch.load notices what it must")
+    run = Row("malicious file: no payload runs, nothing is unpickled, no network, one line or ignored")
+    guard = Row("the watch over pickle, torch.load and network notices what it must, and payloads do run")
     guard.tell("forked", _guard_problem(scene, _notices_in_fork(scene)))
+    guard.tell("TorchScript", _payload_problem(scene))
     for kind, name in chosen:
         scene.plant(kind, name)
         problems = [_problem(scene, script, flags) for script, flags in scene.commands(kind).items()]
         run.tell(name, next(filter(None, problems), None) or scene.harm())
     if sample is None:
-        guard.tell("started", _guard_problem(scene, _notices_in_subprocess(scene)))
+        guard.tell("started", _guard_problem(scene, _notices_in_subprocess(scene), in_fork=False))
         for kind, name in [(kind, name) for kind, name in chosen if name in SUBPROCESSES]:
             scene.plant(kind, name)
             process = _start(scene, [str(ROOT / "train.py"), *scene.commands(kind)["train.py"]])
@@ -112,6 +124,8 @@ def _problem(scene: Scene, script: str, flags: List[str]) -> Optional[str]:
 
 def _main(scene: Scene, script: str, flags: List[str]) -> None:
     unpickling.install(str(scene.report))
+    network.install(str(scene.report))
+    script = script.split()[0]
     os.chdir(scene.folder)
     sys.argv = [script, *flags]
     mains: Dict[str, Callable] = {"verify": verify.main}
@@ -138,6 +152,11 @@ def _notices_in_fork(scene: Scene) -> Callable[[], None]:
         (scene.folder / "good.pkl").write_bytes(pickle.dumps(1))
         torch.save({"a": 1}, scene.folder / "good.pt")
         torch.load(scene.folder / "good.pt", weights_only=True)
+        with suppress(Exception):
+            torch.jit.load(scene.folder / "good.pt")
+        network.install(str(scene.report))
+        with suppress(OSError):
+            socket.create_connection(("huggingface.co", 443))
         with open(scene.folder / "good.pkl", "rb") as file:
             pickle.load(file)  # noqa: S301
             file.seek(0)
@@ -151,11 +170,30 @@ def _notices_in_fork(scene: Scene) -> Callable[[], None]:
     return run
 
 
+def _payload_problem(scene: Scene) -> Optional[str]:
+    """Whether the TorchScript payload runs where it is loaded, as it must, and not when it is made."""
+    scene.payload.canary.unlink(missing_ok=True)
+
+    def load() -> None:
+        import torch
+
+        path = scene.folder / "payload.pt"
+        path.write_bytes(scene.payload.torchscript)
+        assert not scene.payload.canary.exists(), "it runs when it is made"
+        torch.jit.load(path)
+
+    job = warm.Job(load, scene.folder / "payload.log")
+    ran = job.wait() == 0 and scene.payload.canary.exists()
+    scene.payload.canary.unlink(missing_ok=True)
+    return None if ran else f"the payload does not run: {job.said}"
+
+
 def _notices_in_subprocess(scene: Scene) -> Callable[[], None]:
     code = (
         "import pickle, torch; pickle.dump(1, open('good.pkl', 'wb')); torch.save({'a': 1}, 'good.pt')\n"
         "torch.load('good.pt', weights_only=True); pickle.load(open('good.pkl', 'rb'))\n"
-        "pickle.Unpickler(open('good.pkl', 'rb')).load()"
+        "pickle.Unpickler(open('good.pkl', 'rb')).load()\n"
+        "import socket\ntry:\n    socket.getaddrinfo('huggingface.co', 443)\nexcept OSError:\n    pass\n"
     )
 
     def run() -> None:
@@ -165,12 +203,14 @@ def _notices_in_subprocess(scene: Scene) -> Callable[[], None]:
     return run
 
 
-def _guard_problem(scene: Scene, run: Callable[[], None]) -> Optional[str]:
+def _guard_problem(scene: Scene, run: Callable[[], None], *, in_fork: bool = True) -> Optional[str]:
     scene.report.unlink(missing_ok=True)
     run()
-    seen = {line.split()[0] for line in scene.report.read_text().splitlines()} if scene.report.exists() else set()
+    lines = scene.report.read_text().splitlines() if scene.report.exists() else []
+    seen = {line.split()[0].rstrip(":") for line in lines}
     scene.report.unlink(missing_ok=True)
-    missed = {"torch.load", "pickle.load", "pickle.Unpickler"} - seen
+    needed = {"torch.load", "pickle.load", "pickle.Unpickler", "network"} | ({"torch.jit.load"} if in_fork else set())
+    missed = needed - seen
     return f"not noticed: {sorted(missed)}" if missed else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 
-from tests.faults import unpickling  # noqa: E402
+from tests.faults import network, unpickling  # noqa: E402
 
 unpickling.install(os.environ[unpickling.REPORT_VARIABLE])
+network.install(os.environ[unpickling.REPORT_VARIABLE])

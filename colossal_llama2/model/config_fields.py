@@ -1,0 +1,311 @@
+"""The fields of a LLaMA's config.json: what each may be, checked before transformers sees the file.
+
+transformers takes nearly anything and fails much later, on a rank, or in a save; and it makes an attribute of every
+entry, whatever its name. So a model is made of the fields in FIELDS alone, which are all that a LLaMA computes with.
+Nothing here imports torch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.input_files import read_settings, shown
+from colossal_llama2.model.folder import CONFIG_FILE
+
+# Keys under which a quantized model describes how its weights are packed.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# What transformers' ACT2FN has without parameters of its own.
+ACTIVATIONS = frozenset(
+    "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate laplace leaky_relu linear mish "
+    "quick_gelu relu relu2 relu6 sigmoid silu swish tanh".split()
+)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+# Says what is wrong with a value, as "... allowed"; None if nothing is.
+Rule = Callable[[Any], Optional[str]]
+
+
+def integer(low: int, high: int) -> Rule:
+    """An integer from `low` to `high`."""
+
+    def problem(value: Any) -> Optional[str]:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        return None if is_int and low <= value <= high else f"an integer from {low:,} to {high:,} is allowed"
+
+    return problem
+
+
+def number(low: float, high: float, *, above: bool = False) -> Rule:
+    """A finite number from `low`, or `above` it, to `high`."""
+
+    def problem(value: Any) -> Optional[str]:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and low <= value <= high and not (above and value == low):
+            return None
+        return f"a number {'above' if above else 'from'} {low:g} to {high:g} is allowed"
+
+    return problem
+
+
+def boolean(value: Any) -> Optional[str]:
+    """true or false."""
+    return None if isinstance(value, bool) else "true or false is allowed"
+
+
+def one_of(names) -> Rule:
+    """One of some strings."""
+    return lambda value: None if isinstance(value, str) and value in names else f"{', '.join(sorted(names))} allowed"
+
+
+def or_null(rule: Rule) -> Rule:
+    """The same, or null."""
+
+    def problem(value: Any) -> Optional[str]:
+        return None if value is None else (text := rule(value)) and f"{text}, or null"
+
+    return problem
+
+
+def token_ids(value: Any) -> Optional[str]:
+    """A token id, or a list of them; older files have -1 for none."""
+    listed = value if isinstance(value, list) else [value]
+    return "a token id, a list of token ids, or null is allowed" if any(map(integer(-1, 2**31), listed)) else None
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field: the rule for its value, and what a LLaMA has where the file does not say."""
+
+    rule: Rule
+    default: Any = None
+
+
+POSITIONS = integer(1, 10**9)
+FIELDS: Dict[str, Field] = {
+    "vocab_size": Field(integer(1, 2**27), 32000),
+    "hidden_size": Field(integer(1, 2**20), 4096),
+    "intermediate_size": Field(integer(1, 2**24), 11008),
+    "num_hidden_layers": Field(integer(1, 1000), 32),
+    "num_attention_heads": Field(integer(1, 2**16), 32),
+    "num_key_value_heads": Field(or_null(integer(1, 2**16))),
+    "head_dim": Field(or_null(integer(2, 2**16))),
+    "hidden_act": Field(one_of(ACTIVATIONS), "silu"),
+    "max_position_embeddings": Field(POSITIONS, 2048),
+    "initializer_range": Field(number(0, 1000), 0.02),
+    "rms_norm_eps": Field(number(0, 1, above=True), 1e-6),
+    "rope_theta": Field(number(1, 1e30, above=True), 10000.0),
+    "attention_bias": Field(boolean, False),
+    "attention_dropout": Field(number(0, 1), 0.0),
+    "mlp_bias": Field(boolean, False),
+    "tie_word_embeddings": Field(boolean, False),
+    "use_cache": Field(boolean, True),
+    "pretraining_tp": Field(integer(1, 2**16), 1),
+    "bos_token_id": Field(or_null(token_ids), 1),
+    "eos_token_id": Field(or_null(token_ids), 2),
+    "pad_token_id": Field(or_null(integer(-1, 2**31))),
+    "torch_dtype": Field(or_null(one_of(DTYPES))),
+}
+ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+POSITIVE = number(0, 1e30, above=True)
+
+
+def factors(value: Any) -> Optional[str]:
+    """A factor for each pair of channels."""
+    are_numbers = isinstance(value, list) and not any(map(POSITIVE, value))
+    return None if are_numbers else "a list of positive numbers is allowed"
+
+
+# Also beside the fields, but only where the file has it: transformers looks whether it is there.
+TRAINED_POSITIONS = "original_max_position_embeddings"
+# For each kind of scaling, its parameters: needed ones, and those that may be left out.
+ROPE_TYPES: Dict[str, Tuple[Dict[str, Rule], Dict[str, Rule]]] = {
+    "default": ({}, {}),
+    "linear": ({"factor": POSITIVE}, {}),
+    "dynamic": ({"factor": POSITIVE}, {TRAINED_POSITIONS: or_null(POSITIONS)}),
+    "yarn": (
+        {"factor": POSITIVE},
+        {
+            TRAINED_POSITIONS: POSITIONS,
+            **dict.fromkeys(
+                ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), or_null(POSITIVE)
+            ),
+        },
+    ),
+    "llama3": (
+        {
+            **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), POSITIVE),
+            TRAINED_POSITIONS: POSITIONS,
+        },
+        {},
+    ),
+    "longrope": (
+        {"short_factor": factors, "long_factor": factors},
+        {**dict.fromkeys(("factor", "attention_factor"), POSITIVE), TRAINED_POSITIONS: or_null(POSITIONS)},
+    ),
+}  # fmt: skip
+
+
+def read_config(folder: Path) -> dict:
+    """The content of a folder's config.json, all of whose fields are what a LLaMA may have.
+
+    Raises:
+        UserError: the file cannot be read, is of another kind of model or of a quantized one, or a field is wrong.
+    """
+    path = folder / CONFIG_FILE
+    config = read_settings(path)
+    if config.get("model_type") != "llama":
+        raise UserError(f"{path}: model_type is {shown(config.get('model_type'))}, only 'llama' can be used here")
+    check_not_quantized(config, path)
+    fields_of(config, path)
+    return config
+
+
+def check_not_quantized(config: dict, path: Path) -> None:
+    """Raise a UserError for the config of a quantized model."""
+    for key in QUANTIZATION_KEYS:
+        if config.get(key) is not None:
+            raise UserError(
+                f"{path}: has {key}, so its weights are quantized, which cannot be trained or read here; give the "
+                f"original model, or, if its weights are plain float16, bfloat16 or float32, remove {key} from the file"
+            )
+
+
+def fields_of(config: dict, path: Path, *, ids_in_range: bool = True) -> Dict[str, Any]:
+    """The FIELDS of a config, checked, with defaults where it has none, and `rope_scaling`.
+
+    A token id of -1 becomes None: it means that there is none, but PyTorch would take it for the last row and not
+    train it.
+
+    Args:
+        ids_in_range: refuse token ids beyond the vocabulary.
+
+    Raises:
+        UserError: a field has a value of another type or range, or two fields do not fit together.
+    """
+    config = _without_newer_names(config, path)
+    found: Dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        found[name] = config.get(name, field.default)
+        problem = field.rule(found[name])
+        if problem:
+            raise UserError(f"{path}: {name} is {shown(found[name])}; {problem}")
+    found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
+    found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["num_attention_heads"]
+    _check_heads(found, config, path)
+    for name in ID_FIELDS:
+        found[name] = check_ids(name, found[name], found["vocab_size"] if ids_in_range else 2**32, path)
+    if config.get(TRAINED_POSITIONS) is not None:
+        found[TRAINED_POSITIONS] = config[TRAINED_POSITIONS]
+        problem = POSITIONS(config[TRAINED_POSITIONS])
+        if problem:
+            raise UserError(f"{path}: {TRAINED_POSITIONS} is {shown(config[TRAINED_POSITIONS])}; {problem}")
+    found["rope_scaling"] = _rope_scaling(config.get("rope_scaling"), found, path)
+    return found
+
+
+def _without_newer_names(config: dict, path: Path) -> dict:
+    """The config under the names of transformers 4: version 5 writes dtype and rope_parameters."""
+    config = dict(config)
+    config.setdefault("torch_dtype", config.get("dtype"))
+    rope = config.get("rope_parameters")
+    if rope is not None and "rope_theta" not in config and "rope_scaling" not in config:
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: rope_parameters is {shown(rope)}; a JSON object is allowed")
+        rope = dict(rope)
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = rope or None
+    return config
+
+
+def _check_heads(found: Dict[str, Any], config: dict, path: Path) -> None:
+    heads, key_value_heads, size = found["num_attention_heads"], found["num_key_value_heads"], found["head_dim"]
+    if heads % key_value_heads:
+        raise UserError(
+            f"{path}: num_key_value_heads is {key_value_heads}, num_attention_heads {heads}; the first must divide "
+            f"the second"
+        )
+    if size < 2 or size % 2:
+        raise UserError(
+            f"{path}: a head has {size} channels (head_dim, or hidden_size {found['hidden_size']} over "
+            f"num_attention_heads {heads}); an even number is needed"
+        )
+    partial = config.get("partial_rotary_factor")
+    if partial is not None and partial != 1:
+        raise UserError(f"{path}: partial_rotary_factor is {shown(partial)}; a LLaMA rotates whole heads, 1.0 allowed")
+
+
+def check_ids(name: str, value: Any, vocab_size: int, path: Path) -> Any:
+    """The token ids of a setting that are there, in the form in which they are. Raises UserError for what is none."""
+    problem = or_null(token_ids)(value)
+    if problem:
+        raise UserError(f"{path}: {name} is {shown(value)}; {problem}")
+    listed = [token for token in (value if isinstance(value, list) else [value]) if token not in (None, -1)]
+    for token in listed:
+        if token >= vocab_size:
+            raise UserError(f"{path}: {name} is {token}, beyond vocab_size {vocab_size}; give an id below it, or null")
+    if isinstance(value, list):
+        return listed or None
+    return listed[0] if listed else None
+
+
+def _rope_scaling(scaling: Any, fields: Dict[str, Any], path: Path) -> Optional[dict]:
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict):
+        raise UserError(f"{path}: rope_scaling is {shown(scaling)}; a JSON object or null is allowed")
+    kinds = [scaling[key] for key in ("rope_type", "type") if key in scaling]
+    if not kinds or kinds[0] != kinds[-1] or not isinstance(kinds[0], str) or kinds[0] not in ROPE_TYPES:
+        raise UserError(
+            f"{path}: rope_type of rope_scaling is {', '.join(map(shown, kinds)) or 'not given'}; one of "
+            f"{', '.join(ROPE_TYPES)} is allowed"
+        )
+    needed, optional = ROPE_TYPES[kinds[0]]
+    for name, rule in {**needed, **optional}.items():
+        if name not in scaling and name in optional:
+            continue
+        problem = rule(scaling.get(name))
+        if problem:
+            raise UserError(f"{path}: {name} of rope_scaling is {shown(scaling.get(name))}; {problem}")
+    problem = _rope_mismatch(kinds[0], scaling, fields)
+    if problem:
+        raise UserError(f"{path}: rope_scaling of type {kinds[0]}: {problem}")
+    return {**scaling, "rope_type": kinds[0]}
+
+
+def _rope_mismatch(kind: str, scaling: dict, fields: Dict[str, Any]) -> Optional[str]:
+    """What parameters of a scaling do not fit together, or to the heads."""
+    pairs = fields["head_dim"] // 2
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        return "high_freq_factor must be above low_freq_factor"
+    if kind == "dynamic" and pairs == 1:
+        return "it needs heads of more than 2 channels"
+    if kind != "longrope":
+        return None
+    if any(len(scaling[name]) != pairs for name in ("short_factor", "long_factor")):
+        return f"short_factor and long_factor need {pairs} numbers each, half of head_dim"
+    if TRAINED_POSITIONS not in fields and not {"factor", "attention_factor"} & scaling.keys():
+        return f"it needs factor, or {TRAINED_POSITIONS} beside it"
+    return None
+
+
+def llama_config(folder: Path, **settings: Any):
+    """The transformers LlamaConfig of a folder, made of the checked fields alone; `settings` go with them.
+
+    Raises:
+        UserError: as `read_config`, or transformers can make none of the fields.
+    """
+    from transformers import LlamaConfig
+
+    path = folder / CONFIG_FILE
+    fields = fields_of(read_config(folder), path)
+    try:
+        config = LlamaConfig(**fields, **settings)
+    except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere
+        raise UserError(f"{path}: no LLaMA can be made of it ({shown(f'{type(error).__name__}: {error}')})")
+    config.name_or_path = str(folder)
+    return config
+
+

@@ -1,0 +1,123 @@
+"""While a model is loaded: nothing is unpickled, no adapter is looked for, nothing is fetched.
+
+The folders were looked at before (folder.py). This is the second lock on the same door: should a library open a file
+that it was not meant to, it fails instead of running what is in it. It does not hold for the whole process, since
+ColossalAI's ranks exchange their own objects by pickles while they train and save.
+"""
+
+import contextlib
+import sys
+from typing import Any, Iterator, List, NoReturn, Tuple
+
+from colossal_llama2.errors import RunError
+
+# The functions that run what a file holds, by module; those of torch.jit stand on the two of torch._C.
+REFUSED: List[Tuple[str, str]] = [
+    ("torch", "load"),
+    ("torch.serialization", "load"),
+    ("torch.jit", "load"),
+    ("torch.jit._serialization", "load"),
+    ("torch._C", "import_ir_module"),
+    ("torch._C", "import_ir_module_from_buffer"),
+    ("pickle", "load"),
+    ("pickle", "loads"),
+    ("pickle", "Unpickler"),
+]
+# Whoever asks whether peft is there has the answer's function under its own name.
+PEFT_ASKED_BY = (
+    "transformers.utils", "transformers.utils.import_utils", "transformers.modeling_utils",
+    "transformers.models.auto.auto_factory", "transformers.integrations.peft", "transformers.utils.peft_utils",
+)  # fmt: skip
+
+
+# How many loads are under way.
+_loads = 0
+
+
+@contextlib.contextmanager
+def nothing_runs(*, offline: bool = True) -> Iterator[None]:
+    """Within it, what would unpickle raises RunError, peft counts as absent, and if `offline` nothing is fetched."""
+    global _loads
+    changes = [(module, name, _refusing) for module, name in REFUSED]
+    changes += [(module, "is_peft_available", lambda *_: _no_peft) for module in PEFT_ASKED_BY]
+    if offline:
+        changes += [("huggingface_hub.constants", "HF_HUB_OFFLINE", lambda *_: True)]
+        changes += [("transformers.utils.hub", "_is_offline_mode", lambda *_: True)]
+    with contextlib.ExitStack() as around:
+        for module, name, change in changes:
+            around.enter_context(_replaced(module, name, change))
+        around.enter_context(_no_generation_config())
+        _loads += 1
+        around.callback(_end_load)
+        yield
+
+
+@contextlib.contextmanager
+def _no_generation_config() -> Iterator[None]:
+    """Let transformers make the settings of generation from the model's: it raises whatever comes for those of a file.
+
+    The file goes into every saved model as it is, or as the checks before a run have mended it.
+    """
+    settings = sys.modules.get("transformers.generation.configuration_utils")
+    if settings is None:
+        yield
+        return
+
+    def not_read(*args, **kwargs) -> NoReturn:
+        raise OSError("generation_config.json is not read by transformers here")
+
+    kind = settings.GenerationConfig
+    original = kind.__dict__["from_pretrained"]
+    kind.from_pretrained = not_read
+    try:
+        yield
+    finally:
+        kind.from_pretrained = original
+
+
+def _end_load() -> None:
+    global _loads
+    _loads -= 1
+
+
+def _no_peft(*args, **kwargs) -> bool:
+    return False
+
+
+def _refusing(original: Any, name: str) -> Any:
+    """What stands for a function or class meanwhile. A module that is imported now may keep it, so it works later."""
+
+    def refuse() -> None:
+        if _loads:
+            raise RunError(f"{name} was called while a model was being loaded; nothing is ever unpickled here")
+
+    if isinstance(original, type):
+
+        class Refused(original):
+            def __init__(self, *args, **kwargs):
+                refuse()
+                super().__init__(*args, **kwargs)
+
+        return Refused
+
+    def refused(*args, **kwargs):
+        refuse()
+        return original(*args, **kwargs)
+
+    return refused
+
+
+@contextlib.contextmanager
+def _replaced(module: str, name: str, change: Any) -> Iterator[None]:
+    """A change of a module's attribute; none if the module is not in use, or has no such name in this version."""
+    # Whoever loads a tokenizer alone should not wait seconds for torch.
+    owner = sys.modules.get(module)
+    if owner is None or not hasattr(owner, name):
+        yield
+        return
+    original = getattr(owner, name)
+    setattr(owner, name, change(original, f"{module}.{name}"))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

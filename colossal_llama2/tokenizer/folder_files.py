@@ -1,0 +1,144 @@
+"""A tokenizer's files, whoever made the folder: checked before transformers opens them.
+
+transformers hands every entry of tokenizer_config.json to the tokenizer's class, as an argument. Some of them name
+files, which would be opened wherever they lie, so those are refused, and so are values of a type that fails later.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Union
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.input_files import MIB, check_regular, is_regular, read_settings, shown
+
+TEMPLATES_FOLDER = "additional_chat_templates"
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# What a LLaMA's tokenizer is read from, and how large it may be.
+NAMED_FILES = {
+    "tokenizer.model": 64 * MIB,
+    "tokenizer.json": 128 * MIB,
+    "added_tokens.json": 64 * MIB,
+    "chat_template.jinja": MIB,
+    "chat_template.json": MIB,
+    **dict.fromkeys(CONFIG_FILES, 64 * MIB),
+}
+# Other kinds of tokenizers have their vocabulary in files of other names.
+OTHER_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt")
+MOST_TEMPLATES = 100
+# Arguments of tokenizer classes that are a path, or an object that no JSON file can hold.
+PATH_ENTRIES = ("vocab_file", "tokenizer_file", "merges_file", "spm_file", "gguf_file", "vocabulary_file")
+OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SWITCHES = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
+    "spaces_between_special_tokens", "split_special_tokens", "use_default_system_prompt", "from_slow",
+)  # fmt: skip
+
+
+def check_tokenizer_files(folder: Union[str, Path]) -> None:
+    """Check the files of a folder that a tokenizer may be read from; what is missing is not asked for.
+
+    Raises:
+        UserError: one of them is no regular file, or tokenizer_config.json or special_tokens_map.json holds a value
+            that no tokenizer can have, or names a file.
+    """
+    folder = Path(folder)
+    for name, max_bytes in NAMED_FILES.items():
+        if os.path.lexists(folder / name):
+            check_regular(folder / name, max_bytes=max_bytes)
+    for path in sorted(path for pattern in OTHER_PATTERNS for path in folder.glob(pattern)):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            check_regular(path)
+    _check_templates(folder / TEMPLATES_FOLDER)
+    for name in CONFIG_FILES:
+        if is_regular(folder / name):
+            _check_settings(read_settings(folder / name), folder / name)
+
+
+def _check_templates(folder: Path) -> None:
+    """Its content goes along into every saved model, so it must not lead to anything else."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder of chat templates; remove it")
+    paths = sorted(folder.iterdir())
+    for path in paths[:MOST_TEMPLATES]:
+        check_regular(path, max_bytes=MIB)
+    if len(paths) > MOST_TEMPLATES or any(path.suffix != ".jinja" for path in paths):
+        raise UserError(f"{folder}: holds more than {MOST_TEMPLATES} files, or others than *.jinja; remove them")
+
+
+def _check_settings(settings: dict, path: Path) -> None:
+    for name in PATH_ENTRIES:
+        # Without tokenizer.json transformers drops the entry, which many old folders have.
+        is_dropped = name == "tokenizer_file" and not (path.parent / "tokenizer.json").is_file()
+        if settings.get(name) is not None and not is_dropped:
+            raise UserError(
+                f"{path}: {name} names the file {shown(settings[name])}; only the folder's own files are opened, "
+                f"remove the entry"
+            )
+    for name in OBJECT_ENTRIES:
+        if settings.get(name) not in (None, [], {}):
+            raise UserError(f"{path}: {name} is {shown(settings[name])}, which no file can give; remove the entry")
+    for name, rule in RULES.items():
+        problem = rule(settings[name]) if settings.get(name) is not None else None
+        if problem:
+            raise UserError(f"{path}: {name} is {shown(settings[name])}; {problem}, or null")
+
+
+def _token(value: Any) -> Optional[str]:
+    content = value.get("content") if isinstance(value, dict) else value
+    return None if isinstance(content, str) else 'a string, or an object with "content", is allowed'
+
+
+def _tokens(value: Any) -> Optional[str]:
+    is_list = isinstance(value, list) and not any(map(_token, value))
+    return None if is_list else "a list of tokens is allowed"
+
+
+def _numbered_tokens(value: Any) -> Optional[str]:
+    are_tokens = isinstance(value, dict) and all(
+        key.isascii() and key.isdecimal() and len(key) < 10 and isinstance(token, dict) and not _token(token)
+        for key, token in value.items()
+    )
+    return None if are_tokens else "an object of token ids and tokens is allowed"
+
+
+def _is(kinds: tuple, text: str) -> Callable[[Any], Optional[str]]:
+    return lambda value: None if isinstance(value, kinds) else f"{text} is allowed"
+
+
+def _length(value: Any) -> Optional[str]:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return None if is_number else "a positive number is allowed"
+
+
+def _side(value: Any) -> Optional[str]:
+    return None if value in ("left", "right") else "left or right is allowed"
+
+
+def _sentencepiece_settings(value: Any) -> Optional[str]:
+    is_harmless = isinstance(value, dict) and not any(name.startswith("model") for name in value)
+    return None if is_harmless else "an object that names no model is allowed"
+
+
+def _plain_names(value: Any) -> Optional[str]:
+    are_plain = isinstance(value, list) and all(
+        isinstance(name, str) and Path(name).name == name and "\\" not in name for name in value
+    )
+    return None if are_plain else "a list of plain file names is allowed"
+
+
+RULES: Dict[str, Callable[[Any], Optional[str]]] = {
+    **dict.fromkeys(SPECIAL_TOKENS, _token),
+    **dict.fromkeys(SWITCHES, _is((bool,), "true or false")),
+    **dict.fromkeys(("padding_side", "truncation_side"), _side),
+    "additional_special_tokens": _tokens,
+    "added_tokens_decoder": _numbered_tokens,
+    "auto_map": _is((dict, list), "an object or a list"),
+    "chat_template": _is((str, list, dict), "a string or a list"),
+    "fast_tokenizer_files": _plain_names,
+    "model_max_length": _length,
+    "sp_model_kwargs": _sentencepiece_settings,
+    "tokenizer_class": _is((str,), "a string"),
+}

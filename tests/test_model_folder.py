@@ -1,0 +1,488 @@
+"""Folders of strangers: files that are not opened, fields that no LLaMA has, numbers that are not finite.
+
+All commands that read a model go through `check_model`: most cases are about that, and one for each command shows it.
+"""
+
+import inspect
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from colossal_llama2 import arguments
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.inference import generation
+from colossal_llama2.model import config_fields, init_model
+from colossal_llama2.model.front_matter import read_front_matter
+from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.loading import (
+    check_model,
+    check_weights,
+    expected_shapes,
+    load_llama,
+    model_without_weights,
+)
+from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.tokenizer import load_tokenizer
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
+from colossal_llama2.train import checks
+from tests.faults import artifacts
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(model_dir, tmp_path) -> Path:
+    """A copy of the tiny model to damage."""
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def edit(path: Path, **entries) -> None:
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | entries))
+
+
+def refusal(call) -> str:
+    """The message of the UserError that a call ends in, within a second."""
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        call()
+    assert time.monotonic() - start < 2
+    return str(caught.value)
+
+
+# Fields of config.json.
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "num_hidden_layers": [10**9, 10**40, 0, -1, True, "2", 2.0, None, [2], 3, 1],
+        "hidden_size": [10**9, 0, -64, "64", 63],
+        "intermediate_size": [10**9, None, 127],
+        "vocab_size": [10**12, -1, "600", 599],
+        "num_attention_heads": [0, -4, 3, "4", 10**9],
+        "num_key_value_heads": [0, 3, "4", 8, 2],
+        "head_dim": [0, 15, 17, "16", 10**9],
+        "hidden_act": ["no such", None, 3, ["silu"], "prelu"],
+        "max_position_embeddings": [0, -1, 10**12, "4096", None],
+        "rms_norm_eps": ["1e-6", 0, -1e-6, None, 2],
+        "rope_theta": [0, -1.0, 1, "10000", None],
+        "initializer_range": ["0.02", -1, None],
+        "attention_dropout": [1.5, "0", None],
+        "attention_bias": ["no", 1, None, True],
+        "mlp_bias": [0, True],
+        "tie_word_embeddings": ["yes", 1, None],
+        "torch_dtype": ["float", "torch.float16", "int8", 16, "auto"],
+        "bos_token_id": ["x", 600, -2, 1.5, True],
+        "eos_token_id": ["x", 600, [2, 600], [[2]], {"a": 2}],
+        "pad_token_id": ["x", 600, [0], -2],
+        "model_type": ["gpt2", None, ["llama"]],
+        "quantization_config": [{"quant_method": "gptq", "bits": 4}, {}],
+        "partial_rotary_factor": [0.5],
+        "rope_scaling": [
+            "linear", [], {}, {"type": "no such", "factor": 2.0}, {"type": "linear"}, {"type": 3},
+            {**LINEAR, "factor": "2"}, {**LINEAR, "factor": 0}, {**LINEAR, "type": "dynamic"},
+            {**LLAMA3, "high_freq_factor": 1.0}, {**LLAMA3, "original_max_position_embeddings": 2048.5},
+            {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]},
+        ],
+        "rope_parameters": [{"rope_type": "no such"}, {"rope_type": "default", "rope_theta": "x"}],
+    }.items(),
+)  # fmt: skip
+def test_fields_that_no_llama_has_are_refused(folder, name, values):
+    config = json.loads((folder / "config.json").read_text())
+    for name_alone in ("rope_theta", "rope_scaling"):
+        if name == "rope_parameters":
+            config.pop(name_alone, None)
+    for value in values:
+        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        line = refusal(lambda: check_model(str(folder), "--pretrained"))
+        assert str(folder) in line and len(line) < 600, line
+        if not isinstance(value, int) or isinstance(value, bool):
+            assert name in line or name == "attention_bias" or name == "mlp_bias" or "rope" in line, (value, line)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"pad_token_id": -1}, {"pad_token_id": None, "eos_token_id": [2, 3]}, {"num_key_value_heads": None},
+        {"head_dim": None}, {"rope_scaling": LINEAR}, {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_scaling": LLAMA3}, {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 32}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "default"}},
+        {"torch_dtype": None}, {"rope_theta": 10000}, {"auto_map": {"AutoModel": "code.Evil"}},
+        # What transformers would make attributes of, over its own.
+        {"to_dict": 1, "return_dict": False, "pruned_heads": "x", "id2label": [], "torchscript": "x"},
+        {"configuration_files": ["../config.4.0.0.json"]},
+    ],
+)  # fmt: skip
+def test_fields_that_a_llama_may_have_are_taken(folder, entries):
+    edit(folder / "config.json", **entries)
+    check_model(str(folder), "--pretrained")
+    model = load_llama(str(folder), precision="fp32", attention="sdpa")
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    # With -1 PyTorch would leave the last row untrained.
+    assert model.model.embed_tokens.padding_idx is None
+    assert model.config.to_dict()["num_key_value_heads"] == 4
+
+
+def test_names_of_transformers_5_mean_the_same(folder):
+    edit(folder / "config.json", torch_dtype=None, dtype="bfloat16", rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("torch_dtype", "rope_theta", "rope_scaling"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    made = config_fields.llama_config(folder)
+    assert made.rope_theta == 5e5 and made.rope_scaling == LLAMA3 and made.torch_dtype == torch.bfloat16
+
+
+def test_defaults_and_activations_are_those_of_transformers():
+    from transformers import LlamaConfig
+    from transformers.activations import ACT2FN
+
+    defaults = {name: one.default for name, one in inspect.signature(LlamaConfig.__init__).parameters.items()}
+    ours = {name: field.default for name, field in config_fields.FIELDS.items() if name != "torch_dtype"}
+    assert ours == {name: defaults[name] for name in ours}
+    assert set(defaults) - set(ours) == {"self", "kwargs", "rope_scaling"}
+    assert config_fields.ACTIVATIONS <= set(ACT2FN)
+    assert not any(list(ACT2FN[name].parameters()) for name in config_fields.ACTIVATIONS)
+
+
+@pytest.mark.parametrize(
+    "entries", [{}, {"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 2, "head_dim": 8}]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_expected_weights_are_those_of_transformers(folder, entries, tied):
+    edit(folder / "config.json", **entries, tie_word_embeddings=tied)
+    fields = config_fields.fields_of(config_fields.read_config(folder), folder)
+    state = {name: tuple(tensor.shape) for name, tensor in model_without_weights(str(folder)).state_dict().items()}
+    if tied:
+        del state["lm_head.weight"]
+    assert dict(expected_shapes(fields)) == state
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+        ("{}".encode("utf-16"), "not UTF-8"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": -Infinity}', "Infinity"),
+        (b'{"model_type": "llama", "model_type": "gpt2"}', "twice"),
+        (b"[" * 100_000, "nested"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "nested"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not a JSON object"),
+        (b"[]", "not a JSON object"),
+        (b"", "empty"),
+        (None, "at most"),
+    ],
+)
+def test_config_files_that_are_no_settings(folder, content, word):
+    (folder / "config.json").write_bytes(content or b"{")
+    if content is None:
+        os.truncate(folder / "config.json", 2**30)
+    if content == b"":
+        os.truncate(folder / "config.json", 0)
+    assert word in refusal(lambda: check_model(str(folder), "--pretrained"))
+
+
+def test_packed_weights_and_doubled_ones_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    packed = weights | {"model.norm.weight": torch.zeros(64, dtype=torch.int8)}
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "stored as I8" in refusal(lambda: check_weights(str(folder)))
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "a.safetensors", metadata={"format": "pt"})
+    save_file({"lm_head.weight": weights["lm_head.weight"] + 1}, folder / "b.safetensors", metadata={"format": "pt"})
+    names = dict.fromkeys(weights, "a.safetensors")
+    edit(folder / "model.safetensors.index.json", weight_map=names)
+    check_weights(str(folder))
+    edit(folder / "model.safetensors.index.json", weight_map={**names, "lm_head.weight": "b.safetensors"})
+    assert "both hold lm_head.weight" in refusal(lambda: check_weights(str(folder)))
+
+
+# Files.
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "nowhere"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"]
+)
+def test_only_regular_files_of_a_model_are_opened(folder, name, kind):
+    replace(folder / name, kind)
+    assert name in refusal(lambda: check_model(str(folder), "--pretrained"))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "nowhere"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
+)
+def test_only_regular_files_of_a_tokenizer_are_opened(folder, name, kind):
+    replace(folder / name, kind)
+    for call in (lambda: check_tokenizer_files(folder), lambda: load_tokenizer(folder)):
+        assert name in refusal(call)
+
+
+def replace(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path.parent / "nowhere")
+
+
+def test_links_to_regular_files_are_followed(folder):
+    (folder / "blobs").mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        path.rename(folder / "blobs" / path.name)
+        path.symlink_to(Path("blobs", path.name))
+    check_model(str(folder), "--pretrained")
+    assert len(load_tokenizer(folder)) == 600
+
+
+@pytest.mark.parametrize(
+    "entries, word",
+    [
+        ({"vocab_file": "/dev/zero"}, "vocab_file"),
+        ({"tokenizer_file": "/etc/hostname"}, "tokenizer_file"),
+        ({"sp_model_kwargs": {"model_file": "/dev/zero"}}, "sp_model_kwargs"),
+        ({"fast_tokenizer_files": ["../tokenizer.4.0.json"]}, "fast_tokenizer_files"),
+        ({"tokenizer_object": {}, "init_inputs": ["/dev/zero"]}, "init_inputs"),
+        ({"eos_token": 3}, "eos_token"),
+        ({"unk_token": {"content": 3}}, "unk_token"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder"),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder"),
+        ({"model_max_length": "long"}, "model_max_length"),
+        ({"add_bos_token": "yes"}, "add_bos_token"),
+        ({"padding_side": "top"}, "padding_side"),
+        ({"tokenizer_class": ["LlamaTokenizer"]}, "tokenizer_class"),
+        ({"chat_template": 3}, "chat_template"),
+    ],
+)
+def test_settings_that_no_tokenizer_has_are_refused(folder, entries, word):
+    edit(folder / "tokenizer_config.json", **entries)
+    assert word in refusal(lambda: load_tokenizer(folder))
+
+
+def test_templates_lead_nowhere_else(folder):
+    (folder / "additional_chat_templates").symlink_to("/")
+    assert "additional_chat_templates" in refusal(lambda: check_tokenizer_files(folder))
+    (folder / "additional_chat_templates").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    check_tokenizer_files(folder)
+
+
+# Adapters, and what runs code.
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"])
+def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path, name):
+    (folder / name).write_text("{}")
+    train = arguments.train_parser().parse_args(["--pretrained", str(folder), "--dataset", str(tmp_path)])
+    calls = [
+        lambda: check_model(str(folder), "--pretrained"),
+        lambda: checks.check_inputs(train),
+        lambda: load_llama(str(folder), precision="fp32", attention="sdpa"),
+        lambda: generation.load_model(str(folder), "cpu"),
+        lambda: init_model.init_model(folder, tokenizer_dir, tmp_path / "target"),
+    ]
+    for call in calls:
+        line = refusal(call)
+        assert name in line and "merge_and_unload" in line
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "modeling_llama.py", "x.pt", "README.md"])
+def test_pickles_and_code_beside_weights_are_no_reason_to_refuse(folder, name):
+    os.mkfifo(folder / name)
+    check_model(str(folder), "--pretrained")
+    load_llama(str(folder), precision="fp32", attention="sdpa")
+    generation.load_model(str(folder), "cpu")
+
+
+def test_nothing_is_unpickled_while_a_model_is_loaded(tmp_path):
+    import pickle
+
+    torch.save({"a": 1}, tmp_path / "a.pt")
+    payload = artifacts.Payload(tmp_path / "canary")
+    (tmp_path / "evil.pt").write_bytes(payload.torchscript)
+    calls = {
+        "torch.load": lambda: torch.load(tmp_path / "a.pt", weights_only=True),
+        "torch.serialization.load": lambda: torch.serialization.load(tmp_path / "a.pt", weights_only=True),
+        "torch.jit.load": lambda: torch.jit.load(tmp_path / "evil.pt"),
+        "torch._C.import_ir_module": lambda: torch._C.import_ir_module(
+            torch._C.CompilationUnit(), str(tmp_path / "evil.pt"), None, {}, False
+        ),
+        "pickle.loads": lambda: pickle.loads(pickle.dumps(1)),  # noqa: S301
+        "pickle.Unpickler": lambda: pickle.Unpickler(open(tmp_path / "a.pt", "rb")),  # noqa: S301, SIM115
+    }
+    for name, call in calls.items():
+        with nothing_runs(), pytest.raises(RunError, match=name):
+            call()
+    assert not payload.canary.exists()
+    # Afterwards all is as it was, and the payload is one.
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"a": 1} and pickle.loads(pickle.dumps(1)) == 1  # noqa: S301
+    torch.jit.load(tmp_path / "evil.pt")
+    assert payload.canary.exists()
+
+
+def test_what_is_imported_while_a_model_is_loaded_works_later():
+    import pickle
+
+    with nothing_runs():
+        kept, kind = pickle.loads, pickle.Unpickler
+    assert kept(pickle.dumps([1])) == [1]
+
+    class Mine(kind):
+        """As multiprocessing and torch.distributed derive theirs."""
+
+    import io
+
+    assert Mine(io.BytesIO(pickle.dumps(2))).load() == 2  # noqa: S301
+
+
+def test_no_local_folder_asks_the_network(folder, monkeypatch):
+    tried = []
+
+    def refuse(*args, **kwargs):
+        tried.append(args)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["no-such-owner/no-such--code.Evil", None]})
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "no-such-owner/no-such--code.Evil"})
+    (folder / "special_tokens_map.json").unlink()
+    load_llama(str(folder), precision="fp32", attention="sdpa")
+    generation.load_model(str(folder), "cpu")
+    edit(folder / "adapter_config.json", base_model_name_or_path="no-such-owner/no-such", peft_type="LORA")
+    refusal(lambda: generation.load_model(str(folder), "cpu"))
+    # The second lock: were the first one open, transformers would still not look for the adapter's base.
+    with pytest.MonkeyPatch.context() as without_check:
+        for module in ("colossal_llama2.model.folder", "colossal_llama2.model.loading"):
+            without_check.setattr(f"{module}.check_model_files", lambda folder: None)
+        without_check.setattr(generation, "check_model_files", lambda folder: None)
+        load_llama(str(folder), precision="fp32", attention="sdpa")
+        generation.load_model(str(folder), "cpu")
+    assert not tried
+
+
+def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_script):
+    edit(folder / "config.json", num_hidden_layers=10**9)
+    code = (
+        "import sys\nfrom colossal_llama2 import arguments\nfrom colossal_llama2.train import checks\n"
+        "try:\n    checks.check_inputs(arguments.train_parser().parse_args(sys.argv[1:]))\n"
+        "except Exception as error:\n    print(error)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    script = tmp_path / "check.py"
+    script.write_text(code)
+    process = run_script(
+        str(script), "--pretrained", folder, "--dataset", tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    assert process.returncode == 0, process.stderr
+    assert "num_hidden_layers" in process.stdout
+
+
+# Numbers.
+
+
+def spoil(folder: Path, name: str, value: float, dtype=torch.float32, count: int = 3) -> None:
+    weights = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+    weights[name].view(-1)[-count:] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    "value, stored, held, words",
+    [
+        (float("nan"), torch.float32, "fp32", "3 NaN of its 8,192 numbers"),
+        (float("nan"), torch.bfloat16, "bf16", "3 NaN"),
+        (float("inf"), torch.float16, "bf16", "3 infinite"),
+        (-float("inf"), torch.bfloat16, None, "3 infinite"),
+        (1e5, torch.bfloat16, "fp16", "3 too large for float16"),
+        (-7e4, torch.float32, "fp16", "too large for float16"),
+        (3.4e38, torch.float32, "bf16", "too large for bfloat16"),
+        (1e300, torch.float64, "fp32", "too large for float32"),
+        (65504.0, torch.float32, "fp16", None),
+        (65519.0, torch.float32, "fp16", None),
+        (1e5, torch.bfloat16, "bf16", None),
+    ],
+)
+def test_numbers_are_finite_in_the_format_asked_for(folder, value, stored, held, words):
+    spoil(folder, NAME, value, stored)
+    if words is None:
+        check_numbers(str(folder), held, cure="use bf16")
+        return
+    line = refusal(lambda: check_numbers(str(folder), held, cure="use bf16"))
+    assert NAME in line and words in line and ("use bf16" in line) == ("too large" in words)
+
+
+def test_ranks_look_at_all_numbers_between_them(folder):
+    spoil(folder, NAME, float("nan"), count=1)
+    found = []
+    for share in range(3):
+        try:
+            check_numbers(str(folder), "fp32", cure="", share=share, shares=3)
+        except UserError as error:
+            found.append((share, str(error)))
+    assert [share for share, _ in found] == [2] and "1 NaN of its 8,192 numbers" in found[0][1]
+
+
+def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path):
+    spoil(folder, NAME, float("nan"))
+    for call in (
+        lambda: generation.load_model(str(folder), "cpu"),
+        lambda: init_model.init_model(folder, tokenizer_dir, tmp_path / "target"),
+    ):
+        line = refusal(call)
+        assert NAME in line and "NaN" in line
+    assert not (tmp_path / "target").exists()
+
+
+# A card.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---\na: [\n---\n", "---\n: : :\n\t-\n---\n", "---\na: 2024-13-45\n---\n", "---\n- a\n---\n", "---\nno end\n",
+        "---\na: !!python/object/apply:os.system ['true']\n---\n", "---\na: &a [1]\nb:\n  <<: *a\n---\n",
+        "---\n" + "[" * 5000 + "\n---\n", "---\n" + "- " * 8000 + "\n---\n",
+        "---\nbase_model: [\nx:\n" + "- y\n" * 9000 + "---\n",
+    ],
+)  # fmt: skip
+def test_a_card_that_is_no_yaml_is_passed_over(tmp_path, caplog, text):
+    (tmp_path / "README.md").write_text(text)
+    assert read_front_matter(tmp_path / "README.md") == {}
+    assert "is passed over" in caplog.text
+
+
+def test_a_card_is_read_or_is_not_there(tmp_path, caplog):
+    card = tmp_path / "README.md"
+    assert read_front_matter(card) == {}
+    card.write_text("no front matter")
+    assert read_front_matter(card) == {}
+    card.write_text("---\r\nbase_model: a/b\r\n---\r\ntext")
+    assert read_front_matter(card) == {"base_model": "a/b"}
+    card.write_text("---\nresults:\n" + "- x: {}\n" * 9000 + "base_model:\n- a/b\nlicense: mit\n---\ntext")
+    assert read_front_matter(card) == {"base_model": ["a/b"]}
+    assert not caplog.text
+    card.unlink()
+    os.mkfifo(card)
+    assert read_front_matter(card) == {} and "FIFO" in caplog.text
