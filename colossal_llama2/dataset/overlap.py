@@ -28,7 +28,7 @@ from colossal_llama2.dataset.held_out import folded, learnt_texts
 from colossal_llama2.dataset.plan import Unit
 from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.dataset.units import HELD_OUT, TRAINED_ON, UnitTask, unit_sides
-from colossal_llama2.dataset.visible import visible_line
+from colossal_llama2.terminal_text import visible_line
 
 NGRAM = 13
 MAX_GRAMS = 1 << 24
