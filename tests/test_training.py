@@ -95,7 +95,7 @@ FLOAT16_RUNS = {
     "3d_sp2_fp16": [*FP16, *SP2],
 }
 # So high that several passes of the first step overflow.
-INITIAL_SCALE = 2**21
+INITIAL_SCALE = 2**23
 
 UNPADDED_RUNS = {
     "full_sp2_all_to_all": SP2,
