@@ -13,6 +13,7 @@ from typing import Dict, List
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
@@ -139,6 +140,16 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
 
 
 NEW_ROWS = [[400, 560], [570, 601]]
+NAN_WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def spoilt_copy(model_dir: Path, folder: Path) -> Path:
+    """A copy of a model with a NaN in the second half of one weight, which is that of the second rank."""
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[NAN_WEIGHT][-1, -1] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def grown(model_dir: Path, folder: Path, rows: list) -> Path:
@@ -188,6 +199,9 @@ def jobs(
     add("zero2_fp16", "--mixed_precision", "fp16", "--plugin", "zero2")
     add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
     add("3d_sp2_fp16", "--mixed_precision", "fp16", *SP2)
+    spoilt = spoilt_copy(model_dir, folder / "spoilt")
+    for name, flags in {"nan_zero2": ["--plugin", "zero2"], "nan_gemini": ["--plugin", "gemini"], "nan_tp2": TP2}.items():
+        add(name, *BF16, *flags, model=spoilt)
     add("tied", *FP32, "--plugin", "zero2", model=tied_model_dir)
     add("tied_gemini", *BF16, "--plugin", "gemini", model=tied_model_dir)
     add("tied_tp2", *FP32, *TP2, "--zero", "0", model=tied_model_dir)
@@ -498,6 +512,9 @@ def test_a_finished_run_goes_on_with_more_epochs(jobs):
         ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),
         ("foreign_ids", ["token id", "ends at 299"]),
         ("too_many_ranks", ["--tp 2", "3 attention heads"]),
+        ("nan_zero2", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
+        ("nan_gemini", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
+        ("nan_tp2", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
     ],
 )
 def test_what_does_not_fit_together_is_refused(jobs, name, words):
