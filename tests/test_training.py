@@ -200,8 +200,9 @@ def jobs(
     add("3d_pp2_fp16", "--mixed_precision", "fp16", *PP2)
     add("3d_sp2_fp16", "--mixed_precision", "fp16", *SP2)
     spoilt = spoilt_copy(model_dir, folder / "spoilt")
-    for name, flags in {"nan_zero2": ["--plugin", "zero2"], "nan_gemini": ["--plugin", "gemini"], "nan_tp2": TP2}.items():
-        add(name, *BF16, *flags, model=spoilt)
+    add("nan_zero2", *BF16, "--plugin", "zero2", model=spoilt)
+    add("nan_gemini", *BF16, "--plugin", "gemini", model=spoilt)
+    add("nan_tp2", *BF16, *TP2, model=spoilt)
     add("tied", *FP32, "--plugin", "zero2", model=tied_model_dir)
     add("tied_gemini", *BF16, "--plugin", "gemini", model=tied_model_dir)
     add("tied_tp2", *FP32, *TP2, "--zero", "0", model=tied_model_dir)
