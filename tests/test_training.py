@@ -195,6 +195,16 @@ def far_dir(tmp_path_factory, tokenizer_dir) -> Path:
 
 
 NEW_ROWS = [[400, 560], [570, 601]]
+NAN_WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def spoilt_copy(model_dir: Path, folder: Path) -> Path:
+    """A copy of a model with a NaN in the second half of one weight, which is that of the second rank."""
+    shutil.copytree(model_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[NAN_WEIGHT][-1, -1] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def grown(model_dir: Path, folder: Path, rows: list) -> Path:
@@ -250,6 +260,10 @@ def jobs(
         flags = FLOAT32_RUNS[name.removeprefix("biased_").removesuffix("_unrepaired")]
         repairs = ["sum_split_biases"] if name.endswith("_unrepaired") else []
         add(name, *flags, model=biased_model_dir, unrepaired=repairs)
+    spoilt = spoilt_copy(model_dir, folder / "spoilt")
+    add("nan_zero2", *BF16, "--plugin", "zero2", model=spoilt)
+    add("nan_gemini", *BF16, "--plugin", "gemini", model=spoilt)
+    add("nan_tp2", *BF16, *TP2, model=spoilt)
     add("tied", *FP32, "--plugin", "zero2", model=tied_model_dir)
     add("tied_gemini", *BF16, "--plugin", "gemini", model=tied_model_dir)
     add("tied_tp2", *FP32, *TP2, "--zero", "0", model=tied_model_dir)
@@ -605,6 +619,9 @@ def test_a_finished_run_goes_on_with_more_epochs(jobs):
         ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),
         ("foreign_ids", ["token id", "ends at 299"]),
         ("too_many_ranks", ["--tp 2", "3 attention heads"]),
+        ("nan_zero2", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
+        ("nan_gemini", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
+        ("nan_tp2", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
     ],
 )
 def test_what_does_not_fit_together_is_refused(jobs, name, words):
