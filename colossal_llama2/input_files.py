@@ -5,19 +5,18 @@ them can wait for ever or fill the memory, so each is looked at before it is ope
 regular file: the caches of Hugging Face are made of links.
 """
 
-import json
+import codecs
 import os
 import stat
 from pathlib import Path
-from typing import Any, List, Tuple
 
+from colossal_llama2 import json_input
 from colossal_llama2.errors import UserError
 
 MIB = 2**20
 # Settings, indexes of shards and added tokens are far smaller; the largest tokenizer.json in use has 33 MB.
 JSON_BYTES = 128 * MIB
 ANY_SIZE = 2**63 - 1
-MAX_NESTING = 100
 KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a FIFO",
@@ -63,60 +62,18 @@ def read_settings(path: Path) -> dict:
 
     Raises:
         UserError: the file cannot be read, or is not an object in JSON of RFC 8259. Python's own parser also takes NaN,
-            Infinity, a key twice, and a byte order mark, which others refuse or understand in another way.
+            Infinity, a key twice with two values, and a byte order mark, which others refuse or read in another way.
     """
     check_regular(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            raise ValueError("begins with a byte order mark")
+        settings = json_input.parse(content, takes_constants=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again from its source")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start + 1}; save it as UTF-8")
-    if text.startswith("\ufeff"):
-        raise UserError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
-    try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except RecursionError:
-        content = None
     except ValueError as error:
-        raise UserError(f"{path}: is not a JSON object ({error}); copy it again from its source")
-    if content is None or _is_deeper(content, MAX_NESTING):
-        raise UserError(f"{path}: is nested deeper than {MAX_NESTING} levels; copy it again from its source")
-    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not a JSON object in UTF-8 ({error}); copy it again from its source")
+    if not isinstance(settings, dict):
         raise UserError(f"{path}: is not a JSON object; copy it again from its source")
-    return content
-
-
-def shown(value: Any) -> str:
-    """A value of a JSON file for a message: shortened, and without control characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _unique(pairs: List[Tuple[str, Any]]) -> dict:
-    found: dict = {}
-    for key, value in pairs:
-        if key in found and found[key] != value:
-            raise ValueError(f"the key {shown(key)} is there twice, with two values")
-        found[key] = value
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether lists and objects are nested in more than so many levels."""
-    level = [value]
-    for _ in range(levels):
-        level = [inner for outer in level for inner in _inside(outer)]
-        if not level:
-            return False
-    return True
-
-
-def _inside(value: Any) -> list:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+    return settings

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import stat
-from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -49,15 +48,27 @@ def read_regular(path: Path, *, most_bytes: int = MAX_BYTES) -> bytes:
         return file.read(most_bytes)
 
 
-def parse(content: bytes, *, unique_names: bool = True, most_values: int = MAX_VALUES) -> Any:
-    """The value in a JSON text, in UTF-8 with or without a byte order mark. ValueError if none will do."""
+def parse(
+    content: bytes, *, unique_names: bool = True, most_values: int = MAX_VALUES, takes_constants: bool = True
+) -> Any:
+    """The value in a JSON text, in UTF-8 with or without a byte order mark.
+
+    Args:
+        unique_names: refuse an object that has a name twice, with two values.
+        takes_constants: take NaN, Infinity and -Infinity, as Python writes them; RFC 8259 has none of them.
+
+    Raises:
+        ValueError: it is not JSON, or too large, or nested too deeply.
+    """
     # In memory a value may take a hundred times the room of its text.
     if content.count(b",") > most_values or content.count(b"[") + content.count(b"{") > most_values:
         raise ValueError(f"more than {most_values:,} values")
     try:
         text = content.decode("utf-8-sig")
-        hook = _unique if unique_names else None
-        value = json.loads(text, parse_int=_whole, object_pairs_hook=hook)
+        hooks: Dict[str, Any] = {"object_pairs_hook": _unique} if unique_names else {}
+        if not takes_constants:
+            hooks["parse_constant"] = _refuse_constant
+        value = json.loads(text, parse_int=_whole, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1:,}")
     except json.JSONDecodeError as error:
@@ -75,11 +86,16 @@ def _whole(text: str) -> int:
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the name {shown(twice)} stands twice in one object")
+    found: Dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found and found[name] != value:
+            raise ValueError(f"the name {shown(name)} stands twice in one object, with two values")
+        found[name] = value
     return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _check_depth(value: Any) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import read_settings, shown
+from colossal_llama2.input_files import read_settings
+from colossal_llama2.json_input import shown
 from colossal_llama2.model.folder import CONFIG_FILE
 
 # Keys under which a quantized model describes how its weights are packed.

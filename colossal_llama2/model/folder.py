@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Dict, Tuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import is_regular, read_settings, shown
+from colossal_llama2.input_files import is_regular, read_settings
+from colossal_llama2.json_input import shown
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"

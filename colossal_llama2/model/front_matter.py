@@ -6,7 +6,8 @@ from typing import Any, Dict, Iterator, List
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import MIB, check_regular, shown
+from colossal_llama2.input_files import MIB, check_regular
+from colossal_llama2.json_input import shown
 
 BORDER = "---"
 CARD_BYTES = 64 * MIB

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import ANY_SIZE, check_regular, is_regular, read_settings, shown
+from colossal_llama2.input_files import ANY_SIZE, check_regular, is_regular, read_settings
+from colossal_llama2.json_input import shown
 from colossal_llama2.model.config_fields import CONFIG_FILE, ID_FIELDS, check_ids, fields_of, llama_config, read_config
 from colossal_llama2.model.folder import (
     GENERATION_CONFIG_FILE,

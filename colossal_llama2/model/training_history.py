@@ -22,11 +22,10 @@ The folder may come from anyone, so what is read is checked entry by entry, and 
 import hashlib
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
-from colossal_llama2 import logs
+from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.front_matter import read_front_matter
 from colossal_llama2.model.loading import CONFIG_FILE, shard_names
@@ -63,12 +62,10 @@ def read_history(folder: Path) -> History:
     try:
         if not os.path.lexists(path):
             return History()
-        content = json.loads(read_small_file(path, MAX_BYTES))
+        content = json_input.parse(json_input.read_regular(path, most_bytes=MAX_BYTES))
         return _checked(content)
     except OSError as error:
         problem = error.strerror or str(error)
-    except RecursionError:
-        problem = "it is nested too deep"
     except ValueError as error:
         problem = str(error)
     return History(problem=f"{path} is left out, so the stages before are not known: {problem}")
@@ -78,19 +75,6 @@ def log_problem(history: History) -> None:
     """Warn of a file that was left out."""
     if history.problem:
         logs.get_logger().warning("%s", history.problem)
-
-
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file, or one that a link leads to. Raises ValueError for anything else, and OSError."""
-    # O_NONBLOCK: opening a FIFO must not wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is not a regular file")
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise ValueError(f"it has more than {max_bytes:,} bytes")
-    return content
 
 
 def name_of(path: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Union
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import MIB, check_regular, is_regular, read_settings, shown
+from colossal_llama2.input_files import MIB, check_regular, is_regular, read_settings
+from colossal_llama2.json_input import shown
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
