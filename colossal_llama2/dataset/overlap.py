@@ -72,7 +72,7 @@ def count_overlaps(
     _run(run_tasks, write_held_out_grams, waiting, "held-out text")
     documents = Counter()
     for task in tasks:
-        for _, _, grams in store.read_json(_json(task, "grams")):
+        for _, _, grams in store.read_json(_json(task, "grams"))["documents"]:
             documents[bool(grams)] += 1
     grams, is_in_sample = _sampled_grams(tasks)
     with store.appearing_file(cache / GRAMS_FILE, needed_bytes=grams.nbytes) as file:
@@ -86,7 +86,7 @@ def count_overlaps(
     is_found = np.zeros(len(grams), bool)
     texts: Dict[int, Tuple[str, str]] = {}
     for task in tasks:
-        found = store.read_json(_json(task, "found"))
+        found = store.read_json(_json(task, "found"))["examples"]
         is_found[np.fromfile(_data(task, "found"), np.int64)] = True
         for gram, place, text in found:
             texts.setdefault(gram, (where(task.unit.number, place), text))
@@ -149,7 +149,7 @@ def write_held_out_grams(task: UnitTask) -> int:
             entries["gram"], entries["document"] = own, len(documents)
             file.write(entries.tobytes())
             documents.append([*place, len(own)])
-    store.write_json_whole(_json(task, "grams"), documents)
+    store.write_json_whole(_json(task, "grams"), {"documents": documents})
     return task.unit.size
 
 
@@ -169,7 +169,7 @@ def write_overlaps(task: UnitTask) -> int:
             examples.append([int(numbers[hit]), list(places[document]), _example(texts[document], hit - begin)])
     with store.appearing_file(_data(task, "found")) as file:
         file.write(found[0].astype(np.int64).tobytes())
-    store.write_json_whole(_json(task, "found"), examples)
+    store.write_json_whole(_json(task, "found"), {"examples": examples})
     return task.unit.size
 
 
@@ -268,7 +268,7 @@ def _sampled_grams(tasks: Sequence[UnitTask]) -> Tuple[np.ndarray, Callable[[Uni
     """The sorted n-grams of the held-out documents, or of a sample of at most `MAX_GRAMS`; and what is in it."""
     counts = np.zeros(64, np.int64)
     for task in tasks:
-        for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"))):
+        for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):
             counts[_level(task.unit, number)] += grams
     # Documents of a level and above are half as many as those of the level below and above.
     lowest = next(level for level in range(64) if counts[level:].sum() <= MAX_GRAMS or level == 63)
@@ -293,7 +293,7 @@ def _held_out_documents(
     """The place and the n-grams of each held-out document of a unit that can be compared and is in the sample."""
     entries = np.fromfile(_data(task, "grams"), GRAM)
     end = 0
-    for number, (file, line, grams) in enumerate(store.read_json(_json(task, "grams"))):
+    for number, (file, line, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):
         end += grams
         if grams and is_in_sample(task.unit, number):
             yield [file, line], entries["gram"][end - grams : end]
