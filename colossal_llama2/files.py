@@ -149,14 +149,19 @@ def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def contents_of(folder: Path, names: Sequence[str]) -> Dict[str, bytes]:
-    """The contents of those of the named files and folders that exist, by path inside `folder`, following links."""
+    """The contents of those of the named files and folders that exist, by path inside `folder`, following links.
+
+    Raises:
+        UserError: one is no regular file, or too large for a file of a tokenizer.
+    """
     found: Dict[str, bytes] = {}
     for name in names:
         path = folder / name
         if path.is_dir():
             inside = (entry.name for entry in path.iterdir() if not is_stray(entry.name))
             found.update(contents_of(folder, sorted(f"{name}/{entry}" for entry in inside)))
-        elif path.exists():
+        elif is_regular(path):
+            check_regular(path)
             found[name] = path.read_bytes()
     return found
 

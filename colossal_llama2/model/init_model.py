@@ -41,7 +41,7 @@ from colossal_llama2.model.exported_configs import (
     with_moved_settings,
 )
 from colossal_llama2.model.folder import check_model_files, shard_names
-from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE
+from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE, check_weights
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -134,6 +134,7 @@ def init_model(
     config = _read_config(source)
     shards = read_shards(source)
     source_rows = _check_matrices(shards, config)
+    _warn_of_unusable_weights(source)
     rows = _plan_rows(source, tokenizer, source_rows=source_rows)
     change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=_format_name(dtype))
     total = sum(target_size(shard, change) for shard in shards)
@@ -274,6 +275,14 @@ def _check_matrices(shards: List[Shard], config: dict) -> int:
         if problem:
             raise UserError(problem)
     return rows
+
+
+def _warn_of_unusable_weights(source: Path) -> None:
+    """Log what train.py and inference would refuse. Other matrices than the embeddings are only copied here."""
+    try:
+        check_weights(str(source))
+    except UserError as error:
+        logs.get_logger().warning("train.py and inference_example.py will refuse this model: %s", error)
 
 
 def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:

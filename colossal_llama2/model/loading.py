@@ -251,9 +251,13 @@ def stored_weights(path: str) -> Dict[str, StoredWeight]:
         places.update(dict.fromkeys(held, shard.name))
     if not is_regular(Path(path, WEIGHTS_FILE)):
         listed = {name: file for name, file in weight_map(Path(path)).items() if not name.endswith(COMPUTED_SUFFIX)}
-        for name in sorted(listed.keys() & places.keys()):
-            if listed[name] != places[name]:
-                raise UserError(f"{path}: {INDEX_FILE} looks for {name} in {listed[name]}, it is in {places[name]}")
+        # transformers fills what the index does not list with random numbers.
+        for name in sorted(listed.keys() | places.keys()):
+            if listed.get(name) != places.get(name):
+                raise UserError(
+                    f"{path}: {shown(name)[1:-1]} is in {places.get(name, 'no file')}, {INDEX_FILE} says "
+                    f"{listed.get(name, 'nothing')}; copy the model again from its source"
+                )
     return found
 
 

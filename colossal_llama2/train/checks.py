@@ -15,6 +15,7 @@ from colossal_llama2.files import check_is_utf8
 from colossal_llama2.model.loading import ModelFacts, check_model
 from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.output_paths import check_output_folder
+from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.train import flags, resuming, run_outputs
 from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
@@ -175,6 +176,17 @@ def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
         )
     if facts.layers < args.pp:
         raise UserError(f"--pp {args.pp} given, the model has {facts.layers} layers; give at most that many stages")
+
+
+def check_tokenizer_fits(args: argparse.Namespace, plan: LoadPlan, facts: ModelFacts) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows: the trained model could not be used with it."""
+    path = flags.find_tokenizer(args, plan)
+    tokens = len(load_tokenizer(path, pad_token=args.pad_token))
+    if tokens > facts.vocab_size:
+        raise UserError(
+            f"the tokenizer of {path} has {tokens:,} tokens, the model's vocabulary {facts.vocab_size:,}; "
+            f"give a model that init_model.py made for this tokenizer"
+        )
 
 
 def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:

@@ -25,7 +25,6 @@ from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model, inspect_weights, model_without_weights
 from colossal_llama2.terminal_text import show, show_line
-from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming
 from colossal_llama2.train import plan as plans
 from colossal_llama2.train.activations import ModelShape
@@ -133,19 +132,9 @@ def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems
     facts = problems.check(lambda: inspect_weights(plan.model_path))
     if facts is not None:
         problems.check(lambda: checks.check_model_fits(args, facts))
-        problems.check(lambda: _check_tokenizer(args, plan, facts))
+        problems.check(lambda: checks.check_tokenizer_fits(args, plan, facts))
         problems.check(lambda: model_files(plan.model_path, flags.find_tokenizer(args, plan), args.mixed_precision))
     return facts
-
-
-def _check_tokenizer(args: argparse.Namespace, plan: LoadPlan, facts: ModelFacts) -> None:
-    path = flags.find_tokenizer(args, plan)
-    pieces = len(load_tokenizer(path, pad_token=args.pad_token))
-    if pieces > facts.vocab_size:
-        raise UserError(
-            f"the tokenizer of {path} has {pieces} tokens, the model's vocabulary {facts.vocab_size}; "
-            f"give a model that init_model.py made for this tokenizer"
-        )
 
 
 def _inspect_data(

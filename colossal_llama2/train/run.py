@@ -132,6 +132,7 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
     """Open model and data, and check them against each other and the flags. Raises UserError."""
     model = inspect_weights(plan.model_path)
     checks.check_model_fits(args, model)
+    checks.check_tokenizer_fits(args, plan, model)
     data = flags.data_of(args)
     samples = load_tokenized_dataset(data.paths, args.document_mask)
     check_lengths(samples, args.max_length)
