@@ -36,6 +36,7 @@ from colossal_llama2.tokenizer import (
 )
 from colossal_llama2.tokenizer.bpe_model import BpeModel, merges, unreachable, with_pieces
 from colossal_llama2.tokenizer.closure import Plan, make_plan
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.tokenizer.new_pieces import read_new_pieces
 from colossal_llama2.tokenizer.parity import (
     Measurement,
@@ -130,6 +131,8 @@ def expand_tokenizer(
 
 def _check_source(source: Path) -> None:
     sentencepiece_file(source)
+    # Templates are copied, and a link could make that of a whole disk, or of a device that never ends.
+    check_tokenizer_files(source)
     missing = [name for name in REQUIRED_FILES if not (source / name).is_file()]
     if missing:
         raise UserError(

@@ -284,13 +284,13 @@ MODEL.update(
         "SentencePiece model named outside": change(
             "tokenizer_config.json", sp_model_kwargs={"model_file": "/dev/zero"}
         ),
-        "templates in a folder that is /": link("additional_chat_templates", "/"),
+        "templates in a folder elsewhere": link("additional_chat_templates", "../samples"),
         **{
             f"{name} -> {target}": link(name, target)
             for name, target in (
                 ("config.json", "/dev/zero"), ("generation_config.json", "/dev/full"), ("tokenizer.json", "/dev/full"),
                 ("tokenizer.model", "/dev/zero"), ("tokenizer_config.json", "/dev/tty"),
-                ("model.safetensors", "/dev/zero"), ("README.md", "/dev/zero"), ("chat_template.jinja", "/dev/zero"),
+                ("model.safetensors", "/dev/zero"), ("README.md", "/dev/zero"), ("chat_template.jinja", "/dev/null"),
             )
         },
         **{

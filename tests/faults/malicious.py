@@ -117,7 +117,10 @@ def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
 
 def _problem(scene: Scene, script: str, flags: List[str]) -> Optional[str]:
     job = warm.Job(lambda: _main(scene, script, flags), scene.folder / f"{script}.log")
-    code = job.wait()
+    try:
+        code = job.wait()
+    except AssertionError as hangs:
+        return f"{script}: {hangs}"
     problem = _end_problem(code, job.said)
     return problem and f"{script}: {problem}"
 
