@@ -120,7 +120,7 @@ def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
     folder = Path(save_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save_dir {save_dir}: is a file; give a folder")
-    named = sorted(path.name for path in folder.glob("epoch-*_step-*") if path.suffix != PARTIAL_SUFFIX)
+    named = sorted(path.name for path in folder.glob("epoch-*_step-*") if not checkpoint_files.is_unfinished(path))
     taken = named + [MODEL_NAME] * (folder / MODEL_NAME).exists()
     # A checkpoint in the folder may be a link to one elsewhere.
     resumes_here = resume_path is not None and Path(resume_path).absolute().parent.resolve() == folder.resolve()
@@ -258,10 +258,11 @@ class Checkpointer:
         partial, aside = (final.with_name(final.name + suffix) for suffix in (PARTIAL_SUFFIX, OLD_SUFFIX))
         try:
             self._make_folders(partial)
-            # Here every rank writes a file of its own, and it may be another host that does.
+            # Every rank writes files of its own, and it may be another host that does.
+            own = partial / (exact.MASTERS_NAME if exact.has_masters(self._engine) else OPTIMIZER_NAME)
             with exchange.all_or_none():
-                (partial / exact.MASTERS_NAME).mkdir(exist_ok=True)
-                (partial / exact.MASTERS_NAME / f"rank-{self._engine.rank:05d}").touch()
+                own.mkdir(exist_ok=True)
+                (own / f"rank-{self._engine.rank:05d}").touch()
             self._write_small_files(state, partial)
             with self._engine.first_rank_only() as first:
                 if first:

@@ -187,10 +187,14 @@ def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "
 
 
 def check_numbers_of(model_path: str, precision: str, engine: Engine) -> None:
-    """Refuse weights with numbers that are not finite in `precision`; each rank looks through its share."""
+    """Refuse weights with numbers that are not finite in `precision`.
+
+    The ranks of a host share the work. Each host looks through all weights, since the folder may be on a disk of its own.
+    """
     cure = "use --mixed_precision bf16 or fp32" if precision == "fp16" else "use --mixed_precision fp32"
+    share, shares = exchange.place_on_host()
     with exchange.all_or_none():
-        check_numbers(model_path, precision, cure=cure, share=engine.rank, shares=engine.world_size)
+        check_numbers(model_path, precision, cure=cure, share=share, shares=shares)
 
 
 def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:

@@ -84,9 +84,9 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         collator = flags.make_collator(args, tokenizer_path, told_groups(report.amounts, engine.loss_tally))
     loader = StepLoader(given.samples, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
-    tell_beginning(args, engine, given, order, schedule, state, report)
     checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts, record)
     checkpointer.rehearse(state)
+    tell_beginning(args, engine, given, order, schedule, state, report)
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=given.model.ties_embeddings)
     with contextlib.ExitStack() as parts:
         checkpointer.reporter = parts.enter_context(
@@ -267,7 +267,9 @@ def make_report(
     Called on all ranks.
     """
     settings = {**used_flags(args), "world_size": engine.world_size, "versions": description.versions()}
-    run_facts["base_model"] = exchange.first_rank_value(base_model(plan.model_path))
+    with engine.first_rank_only() as first:
+        name = base_model(plan.model_path) if first else None
+    run_facts["base_model"] = exchange.first_rank_value(name)
     report = RunReport(
         save_dir=args.save_dir,
         settings=settings,

@@ -72,7 +72,7 @@ class Address(NamedTuple):
 
 def given_address() -> Address:
     """MASTER_ADDR and MASTER_PORT."""
-    return Address(os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"]), KNOWN_SECRET)
+    return Address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), KNOWN_SECRET)
 
 
 def listen(port: int, *, backlog: int) -> socket.socket:
@@ -154,6 +154,9 @@ def connect(address: Address, *, until: float, tell: Callable[[str], None]) -> s
     while True:
         try:
             return socket.create_connection((address.host, address.port), timeout=ATTEMPT_SECONDS)
+        except UnicodeError:
+            # No host can have this name: a label that is empty or too long.
+            raise LaunchError(unreached(address, "not a host name"))
         except OSError as error:
             reason = error.strerror or str(error)
             now = time.monotonic()
