@@ -373,16 +373,36 @@ def test_only_what_auto_found_is_done_again(checkpoint):
 @pytest.mark.parametrize("name", ["benchmark", "num_samples", "profile", "peak_tflops"])
 def test_flags_of_the_benchmark_do_not_change_a_run(name):
     now = {"world_size": 1, "data_parallel_size": 1, "settings": {name: 7}, "versions": {}, "machine": {}}
+    now["numerics"] = resuming.NUMERICS
     assert resuming.changes({**now, "settings": {}}, now) == []
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_the_log_says_how_exactly_a_run_goes_on(checkpoint, caplog, monkeypatch, is_exact):
+    """On GPUs a step does not repeat to the bit; a checkpoint of an earlier version was computed otherwise."""
+    plan = plan_loading("llama", str(checkpoint))
+    state, _ = plan.read_states()
+    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}, "layout": {}}
+    now["numerics"] = resuming.NUMERICS
+    monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
+    monkeypatch.setattr(resuming, "repeats_exactly", lambda: is_exact)
+    with caplog.at_level("INFO"):
+        resuming.log_verdict(plan, state, now, now)
+    assert ("bit for bit" in caplog.text, "but for rounding" in caplog.text) == (is_exact, not is_exact)
+    caplog.clear()
+    earlier = {name: value for name, value in now.items() if name != "numerics"}
+    resuming.log_verdict(plan, state, earlier, now)
+    assert f"not bit for bit, since this changed: version of the numerics 1 -> {resuming.NUMERICS}" in caplog.text
+    assert "left aside" not in caplog.text
 
 
 def test_another_split_under_the_same_settings_is_told(checkpoint, caplog, monkeypatch):
     """As a checkpoint of Gemini has it whose chunks were filled in another order."""
     plan = plan_loading("llama", str(checkpoint))
     state, _ = plan.read_states()
-    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}}
+    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}, "numerics": 2}
     now["layout"] = {"plugin": "gemini", "chunks": "layers by use"}
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
-    resuming.tell_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
+    resuming.log_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
     assert "not bit for bit" in caplog.text and "{'chunks': 'layers by use'}" in caplog.text
     assert "left aside" in caplog.text and "uninterrupted" not in caplog.text

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -186,7 +187,11 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
     second.begin()
     first.begin()
     silent = socket.create_connection(("localhost", port))
-    for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n"):
+    with socket.create_connection(("localhost", port)) as hasty:
+        # It resets the connection as it closes it.
+        hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    endless = b"x" * meeting.MAX_LINE
+    for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n", b"hello\n", endless):
         with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(words)
             assert stranger.recv(64) == b""

@@ -27,7 +27,7 @@ from colossal_llama2.files import discard, errors_naming, is_stray, open_no_link
 from colossal_llama2.model.training_history import HISTORY_FILE, read_history
 from colossal_llama2.publishing import publish
 from colossal_llama2.train import checkpoint_files, running_states
-from colossal_llama2.train.checkpoint_files import LATEST_NAME, MODEL_NAME, OLD_SUFFIX, PARTIAL_SUFFIX
+from colossal_llama2.train.checkpoint_files import MODEL_NAME, OLD_SUFFIX, PARTIAL_SUFFIX
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
 from colossal_llama2.train.loop import TrainState
@@ -266,8 +266,6 @@ class Checkpointer:
             self._write_small_files(state, partial)
             with self._engine.first_rank_only() as first:
                 if first:
-                    if (self._save_dir / LATEST_NAME).is_dir():
-                        raise UserError(f"{self._save_dir / LATEST_NAME} is a folder; remove it")
                     entries = checkpoint_files.file_entries(partial, checkpoint_files.list_files(partial))
                     json_bytes(entries, f"the names of the files in {partial}")
                     publish(partial, aside, replace=True)

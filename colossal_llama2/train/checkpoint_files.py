@@ -184,7 +184,7 @@ def publish_checkpoint(partial: Path, final: Path) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether this is a leftover that `remove_leftovers` removes, and not a whole checkpoint that was being replaced."""
+    """Whether this is a leftover that goes with `remove_leftovers`, not a whole checkpoint that was being replaced."""
     return LEFTOVER_NAME.fullmatch(path.name) is not None and not _is_replaced(path)
 
 

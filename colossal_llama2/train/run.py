@@ -18,7 +18,7 @@ from colossal_llama2.model.loading import ModelFacts, inspect_weights, load_llam
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming, run_outputs, save_folder
 from colossal_llama2.train import plan as plans
-from colossal_llama2.train.bad_steps import BadSteps, tell_overflows, without_update
+from colossal_llama2.train.bad_steps import BadSteps, log_overflows, without_update
 from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, expected_bytes
 from colossal_llama2.train.engine import exchange
@@ -141,10 +141,10 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
 
 def check_contents(args: argparse.Namespace, plan: LoadPlan, given: Given, engine: Engine) -> None:
     """Look through token ids and weights, of which each rank takes a share. Called on all ranks."""
-    checks.check_token_ids(given.samples, given.model, engine)
+    checks.check_samples(given.samples, given.model, engine)
     for one in given.eval_sets:
-        checks.check_token_ids(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
-    checks.check_numbers_of(plan.model_path, args.mixed_precision, engine)
+        checks.check_samples(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
+    checks.check_numbers_of(plan.model_path, args.mixed_precision)
 
 
 def tell_beginning(
@@ -184,7 +184,7 @@ def tell_end(
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
     unread = args.num_epochs * order.num_samples - run_facts.get("first_sample", 0) - state.samples_seen
-    tell_overflows(state)
+    log_overflows(state)
     logs.get_logger().info(
         "Done: %d steps%s, %s tokens; samples that were not read: %s. The model is in %s",
         state.step, without_update(state), f"{state.tokens_seen:,}", f"{unread:,}", final,

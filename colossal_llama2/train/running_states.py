@@ -15,7 +15,7 @@ TYPES = {
     "ranks": list, "evaluations": list, "dataset_fingerprints": list, "trained_rows": list, "sources": list,
     "mixture": list, "tokenizer": str, "base_model": str, "freeze_non_embeds_params": bool,
 }  # fmt: skip
-COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed")
+COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed", "numerics")
 # Words of the state of NumPy's Mersenne Twister, in which the position is not checked by NumPy.
 TWISTER_WORDS = 624
 

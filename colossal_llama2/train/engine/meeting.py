@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
+from colossal_llama2 import launcher, logs
 from colossal_llama2.errors import LaunchError
 from colossal_llama2.launcher import REQUIRED, Place
 
@@ -28,6 +29,20 @@ KEY = "colossal_llama2/rank-0"
 UNREACHABLE_SECONDS = 10.0
 ATTEMPT_SECONDS = 5.0
 RETRY_SECONDS = 0.2
+
+
+def settled_place() -> Place:
+    """Which process of its job this is; what there is to say about the environment is logged.
+
+    Raises:
+        LaunchError: the environment is impossible.
+    """
+    here = launcher.settle()
+    if here.problem:
+        raise LaunchError(here.problem)
+    if here.note:
+        logs.get_logger().info("%s", here.note)
+    return here
 
 
 class Line:
