@@ -583,7 +583,7 @@ def selftest_parser() -> CommandParser:
     """Flags of colossal_llama2.train.selftest: those of train.py that decide how a step is computed, and its own."""
     parser = CommandParser(
         "selftest",
-        "Prove that training on this machine is the mathematics of a plain loop, and resumes bit for bit.",
+        "Prove that training on this machine is the mathematics of a plain loop, and that a resumed run repeats it.",
         "  colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\\n"
         "      --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest",
     )
@@ -828,7 +828,7 @@ def _add_output_arguments(parser: CommandParser) -> None:
     )  # fmt: skip
     output.add_argument(
         "--max_bad_steps", metavar="N", type=non_negative_int, default=0,
-        help="steps whose loss or gradient norm is no number that are skipped before the run ends",
+        help="steps whose loss or gradient norm is not finite that are skipped before the run ends",
     )  # fmt: skip
     output.add_argument(
         "--dist_timeout", metavar="SECONDS", type=positive_float, default=600.0,

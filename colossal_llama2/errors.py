@@ -9,6 +9,7 @@
 Anything else is a bug of ours and keeps its traceback.
 """
 
+import enum
 import os
 import signal
 import sys
@@ -45,6 +46,14 @@ class Stopped(BaseException):
         self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
 
 
+class Tellers(enum.Enum):
+    """Which processes of a launched job say how it ends: one a host, each of them, or each once the ranks have met."""
+
+    ONE_A_HOST = enum.auto()
+    EACH = enum.auto()
+    EACH_OF_MET = enum.auto()
+
+
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn the errors above into one line, prefixed with the command's name, and an exit code.
@@ -59,14 +68,16 @@ def one_line_errors(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(command, str(error), code=2, is_of_all=not isinstance(error, LaunchError))
+        told_by = Tellers.EACH if isinstance(error, LaunchError) else Tellers.ONE_A_HOST
+        _end(command, str(error), code=2, told_by=told_by)
     except RunError as error:
-        _end(command, str(error), code=1, is_shared=not isinstance(error, RankError))
+        told_by = Tellers.EACH_OF_MET if isinstance(error, RankError) else Tellers.ONE_A_HOST
+        _end(command, str(error), code=1, told_by=told_by)
     except Stopped as stopped:
         _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _end(command, f"{where}{error.strerror or error}", code=1, is_shared=False)
+        _end(command, f"{where}{error.strerror or error}", code=1, told_by=Tellers.EACH_OF_MET)
     except KeyboardInterrupt:
         _end(command, "interrupted", code=130)
     except _Terminated:
@@ -102,12 +113,13 @@ def _ranks_have_met() -> bool:
 
 
 def _end(
-    command: str, message: str, *, code: int, is_shared: bool = True, is_of_all: bool = True, kind: str = "error"
+    command: str, message: str, *, code: int, told_by: Tellers = Tellers.ONE_A_HOST, kind: str = "error"
 ) -> NoReturn:
     text = one_line(message).strip()
+    each_tells = {Tellers.EACH: _is_launched(), Tellers.EACH_OF_MET: _ranks_have_met()}
     # Whoever read what is printed may be gone.
     with suppress(OSError):
-        if not is_of_all and _is_launched() or not is_shared and _ranks_have_met():
+        if each_tells.get(told_by, False):
             show_line(f"{command}: error: rank {place().rank}: {text}", file=sys.stderr)
         elif place().local_rank == 0:
             show_line(f"{command}: {kind}: {text}", file=sys.stderr)

@@ -5,12 +5,13 @@
     srun, mpirun                rank and size in variables of their own, with MASTER_ADDR and MASTER_PORT set as well
 
 Anything less was left over by another job: it is ignored, and removed from the environment, which libraries read too.
+Several processes of srun or mpirun without an address are refused: all would write to the same folders.
 Only commands that can be launched call `settle`. In all others, `place` is that of a process on its own.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional, Tuple
 
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -72,35 +73,51 @@ def _read() -> Place:
         # An empty variable says nothing.
         if not os.environ.get(name, "unset").strip():
             del os.environ[name]
-    note = None
-    if "RANK" not in os.environ:
-        note = _take_over_others()
+    try:
+        taken_over = _take_over_others()
+    except ValueError as error:
+        return Place(problem=str(error))
     given = [name for name in NAMES if name in os.environ]
     missing = [name for name in REQUIRED if name not in os.environ]
     if missing:
         said = ", ".join(f"{name}={os.environ.pop(name)}" for name in given)
-        if said:
-            note = f"No launcher started this process ({', '.join(missing)} not set), so it ignores {said}"
-        return Place(note=note)
+        told = f"No launcher started this process ({', '.join(missing)} not set), so it ignores {said}"
+        return Place(note=told if said else None)
     try:
-        return _launched()
+        here = _launched()
+        return replace(here, note="; ".join(filter(None, (taken_over, here.note))) or None)
     except ValueError as error:
         return Place(problem=f"{error}; start with torchrun, or unset {', '.join(given)}")
 
 
 def _take_over_others() -> Optional[str]:
-    """Set the usual variables from those of srun or mpirun, if there is an address to meet at; what to log if not."""
-    for launcher, names in OTHERS.items():
-        rank, size, local_rank = (os.environ.get(name, "") for name in names)
+    """Where RANK or WORLD_SIZE is missing, set the usual variables from those of srun or mpirun.
+
+    Returns:
+        What to log, if variables of another job were replaced.
+
+    Raises:
+        ValueError: several processes were started, and there is no address to meet at. Each would train on its own,
+            and all would write to the same folders.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return None
+    for launcher, (rank_name, size_name, local_name) in OTHERS.items():
+        rank, size = os.environ.get(rank_name, ""), os.environ.get(size_name, "")
         if not rank.isdecimal() or not size.isdecimal() or int(size) < 2:
             continue
-        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            return (
-                f"{launcher} started {size} processes, of which each now trains on its own; for one job of all, set "
-                f"MASTER_ADDR to the host of the first and MASTER_PORT to a free port there, or start torchrun"
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"{launcher} started {size} processes without {' and '.join(missing)}, so they cannot meet; export "
+                f"MASTER_ADDR, the host of the first, and MASTER_PORT, a free port there, or start torchrun; for a "
+                f"single process, unset {size_name}"
             )
-        os.environ.update(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=local_rank or "0")
-        return None
+        values = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": os.environ.get(local_name) or "0"}
+        left = [name for name in NAMES if name in os.environ and name not in ("MASTER_ADDR", "MASTER_PORT")]
+        other = ", ".join(f"{name}={os.environ.pop(name)}" for name in left if os.environ[name] != values.get(name))
+        os.environ.update(values)
+        return f"{launcher} started this process as rank {rank} of {size}, so it ignores {other}" if other else None
     return None
 
 
@@ -109,6 +126,7 @@ def _launched() -> Place:
     world_size = _number("WORLD_SIZE", least=1)
     rank = _number("RANK", most=world_size - 1, why=f"since WORLD_SIZE is {world_size}")
     _number("MASTER_PORT", least=1, most=MAX_PORT)
+    os.environ["MASTER_ADDR"] = os.environ["MASTER_ADDR"].strip()
     if "LOCAL_WORLD_SIZE" in os.environ:
         _number("LOCAL_WORLD_SIZE", least=1, most=world_size, why=f"since WORLD_SIZE is {world_size}")
     note = None
@@ -117,24 +135,29 @@ def _launched() -> Place:
         os.environ["LOCAL_RANK"] = local_rank
     local_rank = _number("LOCAL_RANK", most=world_size - 1, why=f"since WORLD_SIZE is {world_size}")
     return Place(
-        rank, local_rank, world_size, _launcher(rank), parent=os.getppid(),
+        rank, local_rank, world_size, _launcher(rank, world_size), parent=os.getppid(),
         uses_agent_store=os.environ.get(AGENT_STORE) == "True", note=note,
     )  # fmt: skip
 
 
-def _launcher(rank: int) -> str:
+def _launcher(rank: int, world_size: int) -> str:
     if TORCHRUN_ID in os.environ:
         return "torchrun"
     # What is left of torchrun would make PyTorch look for a server that nobody runs.
     os.environ.pop(AGENT_STORE, None)
-    return next((name for name, names in OTHERS.items() if os.environ.get(names[0]) == str(rank)), BY_HAND)
+    for launcher, (rank_name, size_name, _) in OTHERS.items():
+        # In the shell of a batch job, Slurm's rank is 0 as well, but there is no step and so no size.
+        if (os.environ.get(rank_name), os.environ.get(size_name)) == (str(rank), str(world_size)):
+            return launcher
+    return BY_HAND
 
 
 def _guess_local_rank(rank: int, world_size: int) -> Tuple[str, Optional[str]]:
-    for _, _, name in OTHERS.values():
-        if os.environ.get(name, "").isdecimal():
+    for rank_name, _, name in OTHERS.values():
+        # In the shell of a batch job, all ranks that are started there see Slurm's rank 0.
+        if os.environ.get(name, "").isdecimal() and os.environ.get(rank_name, str(rank)) == str(rank):
             return os.environ[name], None
-    if world_size == 1 or LOOPBACK.fullmatch(os.environ["MASTER_ADDR"].strip()):
+    if world_size == 1 or LOOPBACK.fullmatch(os.environ["MASTER_ADDR"]):
         return str(rank), None
     return "0", "LOCAL_RANK is not set: this process takes GPU 0; with several on a host, number them with LOCAL_RANK"
 

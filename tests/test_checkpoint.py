@@ -97,6 +97,16 @@ def test_a_new_or_empty_folder_may_be_written(tmp_path):
     check_save_dir(str(tmp_path), None)
 
 
+def test_what_a_killed_rehearsal_leaves_is_no_checkpoint(tmp_path):
+    aside = tmp_path / "epoch-0_step-0.old"
+    (aside / "modeling").mkdir(parents=True)
+    check_save_dir(str(tmp_path), None)
+    # With a manifest, it is a whole checkpoint that was being replaced.
+    seal(aside)
+    with pytest.raises(UserError, match="epoch-0_step-0.old of another run"):
+        check_save_dir(str(tmp_path), None)
+
+
 def test_another_run_s_folder_may_not(checkpoint, tmp_path):
     with pytest.raises(UserError, match="epoch-1_step-30"):
         check_save_dir(str(checkpoint.parent), None)
@@ -211,6 +221,23 @@ def test_bad_random_states_and_loss_scales_are_told(checkpoint):
         rank = {**good, "loss_scale": {**good["loss_scale"], "scale": scale}}
         with pytest.raises(UserError, match="scale"):
             seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]})).read_states()
+
+
+def test_counts_that_contradict_each_other_are_told(checkpoint):
+    for counts in ({"untrained_steps": 31}, {"bad_steps": 31}, {"untrained_steps": 16, "bad_steps": 15}):
+        with pytest.raises(UserError, match="31 steps made no update .*, but step is 30"):
+            seal_around(checkpoint, json.dumps({**STATES, **counts})).read_states()
+    state, _ = seal_around(checkpoint, json.dumps({**STATES, "untrained_steps": 30})).read_states()
+    assert state.updates == 0
+
+
+def test_loss_scales_are_the_same_on_all_ranks(checkpoint):
+    scale = {"scale": 1.0, "growth_step": 0, "hysteresis_step": 2}
+    for other in (None, {**scale, "scale": 2.0}, {**scale, "growth_step": 1}):
+        ranks = [{"loss_scale": scale}, {"loss_scale": other}]
+        with pytest.raises(UserError, match="on one rank and .* on another"):
+            seal_around(checkpoint, json.dumps({**STATES, "ranks": ranks})).read_states()
+    seal_around(checkpoint, json.dumps({**STATES, "ranks": [{"loss_scale": scale}] * 2})).read_states()
 
 
 NESTED = '{"a": ' * 900 + "1" + "}" * 900
@@ -346,16 +373,36 @@ def test_only_what_auto_found_is_done_again(checkpoint):
 @pytest.mark.parametrize("name", ["benchmark", "num_samples", "profile", "peak_tflops"])
 def test_flags_of_the_benchmark_do_not_change_a_run(name):
     now = {"world_size": 1, "data_parallel_size": 1, "settings": {name: 7}, "versions": {}, "machine": {}}
+    now["numerics"] = resuming.NUMERICS
     assert resuming.changes({**now, "settings": {}}, now) == []
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_the_log_says_how_exactly_a_run_goes_on(checkpoint, caplog, monkeypatch, is_exact):
+    """On GPUs a step does not repeat to the bit; a checkpoint of an earlier version was computed otherwise."""
+    plan = plan_loading("llama", str(checkpoint))
+    state, _ = plan.read_states()
+    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}, "layout": {}}
+    now["numerics"] = resuming.NUMERICS
+    monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
+    monkeypatch.setattr(resuming, "repeats_exactly", lambda: is_exact)
+    with caplog.at_level("INFO"):
+        resuming.log_verdict(plan, state, now, now)
+    assert ("bit for bit" in caplog.text, "but for rounding" in caplog.text) == (is_exact, not is_exact)
+    caplog.clear()
+    earlier = {name: value for name, value in now.items() if name != "numerics"}
+    resuming.log_verdict(plan, state, earlier, now)
+    assert f"not bit for bit, since this changed: version of the numerics 1 -> {resuming.NUMERICS}" in caplog.text
+    assert "left aside" not in caplog.text
 
 
 def test_another_split_under_the_same_settings_is_told(checkpoint, caplog, monkeypatch):
     """As a checkpoint of Gemini has it whose chunks were filled in another order."""
     plan = plan_loading("llama", str(checkpoint))
     state, _ = plan.read_states()
-    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}}
+    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}, "numerics": 2}
     now["layout"] = {"plugin": "gemini", "chunks": "layers by use"}
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
-    resuming.tell_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
+    resuming.log_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
     assert "not bit for bit" in caplog.text and "{'chunks': 'layers by use'}" in caplog.text
     assert "left aside" in caplog.text and "uninterrupted" not in caplog.text

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -87,11 +88,32 @@ def test_launchers_are_known_by_what_they_set(settle, variables, expected):
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == [str(n) for n in expected[:3]]
 
 
-def test_srun_without_an_address_starts_single_processes(settle):
-    here = settle(**SRUN)
-    assert (here.world_size, here.launcher) == (1, None) and "set MASTER_ADDR" in here.note
+@pytest.mark.parametrize("name", [None, *ADDRESS])
+def test_srun_without_an_address_is_refused(settle, name):
+    here = settle(**SRUN, **({name: ADDRESS[name]} if name else {}))
+    missing = " and ".join(other for other in ADDRESS if other != name)
+    assert f"srun started 4 processes without {missing}, so they cannot meet" in here.problem
+    assert "export MASTER_ADDR" in here.problem and "unset SLURM_STEP_NUM_TASKS" in here.problem
     # The script of sbatch itself, and an interactive shell.
     assert settle(SLURM_PROCID="0", SLURM_LOCALID="0") == settle(**{**SRUN, "SLURM_STEP_NUM_TASKS": "1"})
+
+
+def test_srun_takes_the_place_of_leftovers(settle):
+    here = settle(**SRUN, **ADDRESS, RANK="0", LOCAL_WORLD_SIZE="9", TORCHELASTIC_RUN_ID="old")
+    assert (here.rank, here.local_rank, here.world_size, here.launcher) == (3, 1, 4, "srun")
+    assert here.note.endswith("rank 3 of 4, so it ignores RANK=0, LOCAL_WORLD_SIZE=9, TORCHELASTIC_RUN_ID=old")
+    assert not {"LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+
+
+def test_ranks_started_by_hand_in_the_shell_of_a_batch_job_are_not_sruns(settle):
+    batch = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    ranks = [settle(**{**BY_HAND, **batch, "RANK": rank}) for rank in "01"]
+    assert [(here.launcher, here.local_rank) for here in ranks] == [("by hand", 0), ("by hand", 1)]
+
+
+def test_spaces_around_an_address_are_removed_for_pytorch_too(settle):
+    settle(**{**BY_HAND, "MASTER_ADDR": " localhost "})
+    assert os.environ["MASTER_ADDR"] == "localhost"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +187,11 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
     second.begin()
     first.begin()
     silent = socket.create_connection(("localhost", port))
-    for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n"):
+    with socket.create_connection(("localhost", port)) as hasty:
+        # It resets the connection as it closes it.
+        hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    endless = b"x" * meeting.MAX_LINE
+    for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n", b"hello\n", endless):
         with socket.create_connection(("localhost", port)) as stranger:
             stranger.sendall(words)
             assert stranger.recv(64) == b""
@@ -207,6 +233,38 @@ def test_ranks_that_do_not_belong_together_are_told(port):
         first.wait()
     # Two of rank 0 on this host, and a rank that nobody else comes to.
     assert f"MASTER_PORT={port}: rank 0 cannot listen there" in problem_of(ends.watch(0, 2))
+    first._gives_up = True
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example.org"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_name_that_no_host_can_have_is_told_at_once(monkeypatch, port, host, rank):
+    monkeypatch.setenv("MASTER_ADDR", host)
+    start = time.monotonic()
+    assert f"MASTER_ADDR={host}" in problem_of(Ends().watch(rank, 2)) and time.monotonic() - start < 2.0
+
+
+def test_any_fault_of_the_search_for_rank_0_is_raised(monkeypatch, port):
+    monkeypatch.setattr(meeting, "introduce", lambda *args, **more: 1 / 0)
+    watch = Ends().watch(1, 2)
+    watch.begin()
+    with pytest.raises(ZeroDivisionError):
+        watch.wait()
+
+
+def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
+    """As for a service of Kubernetes, whose name comes after its process."""
+    connect, failures = socket.create_connection, iter(range(4))
+
+    def unresolved_at_first(address, **more):
+        if next(failures, None) is not None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return connect(address, **more)
+
+    monkeypatch.setattr(meeting, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(meeting.socket, "create_connection", unresolved_at_first)
+    first = Ends().watch(0, 2)
+    first.begin()
     first._gives_up = True
 
 

@@ -3,6 +3,7 @@
 All commands that read a model go through `check_model`: most cases are about that, and one for each command shows it.
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -32,6 +33,7 @@ from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
 from colossal_llama2.train import checks
+from colossal_llama2.train.engine import exchange
 from tests.faults import artifacts
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -442,6 +444,22 @@ def test_ranks_look_at_all_numbers_between_them(folder):
         except UserError as error:
             found.append((share, str(error)))
     assert [share for share, _ in found] == [2] and "1 NaN of its 8,192 numbers" in found[0][1]
+
+
+def test_each_host_looks_at_all_numbers(folder, monkeypatch):
+    """The folder may be on a disk of the host's own, so that another host's copy is whole."""
+    spoil(folder, NAME, float("nan"), count=1)
+    hosts = ["a", "b", "a", "b"]
+    monkeypatch.setattr(exchange, "gather_values", lambda value: hosts)
+    monkeypatch.setattr(exchange, "all_or_none", contextlib.nullcontext)
+    found = set()
+    for rank in range(4):
+        monkeypatch.setattr(exchange, "place", lambda rank=rank: (rank, 4))
+        with contextlib.suppress(UserError):
+            checks.check_numbers_of(str(folder), "fp32")
+            continue
+        found.add(hosts[rank])
+    assert found == {"a", "b"}
 
 
 def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path):

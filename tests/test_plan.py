@@ -119,6 +119,16 @@ def test_the_plan_counts_the_order_itself(two_sources):
         plan_of(data, data_size=10_000)
 
 
+def test_the_learning_rate_after_a_resume_follows_updates(two_sources):
+    data = data_of(two_sources)
+    state = TrainState(step=20, sample_start_index=80, samples_seen=80, untrained_steps=4, bad_steps=1)
+    plan = plan_of(data, state=state, num_epochs=1)
+    schedule = CosineSchedule(3e-4, plan["steps"], plan["warmup_steps"])
+    rates = dict(plan["learning_rate"])
+    assert rates[21] == pytest.approx(schedule.learning_rate(15), rel=1e-5)
+    assert rates[plan["steps"]] == pytest.approx(schedule.learning_rate(plan["steps"] - 6), rel=1e-5)
+
+
 def test_a_part_without_samples_is_in_no_bucket(two_sources, tmp_path):
     parts = data_of(two_sources).parts
     new, old = ([part.path for part in parts if part.source == name] for name in ("new", "old"))

@@ -88,14 +88,14 @@ def jobs(tmp_path_factory, parts, model_dir, tokenizer_dir, two_sources):
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
 
-    def add(name, *flags, home=None, damages=(), save_dir=None, poison=None):
+    def add(name, *flags, home=None, damages=(), save_dir=None, poison=None, fault=None):
         here = folder / (home or name)
         common = ["--pretrained", model_dir, "--dataset", *parts, "--max_length", 64, "--lr", "2e-3", "--use_neft"]
         common += ["--save_dir", save_dir or here / "ckpt", "--tensorboard_dir", folder / name / "tb"]
         common += ["--config_file", folder / name / "config.json", "--micro_batch_size", 2, "--accumulation_steps", 2]
         common += ["--num_epochs", 2, "--save_interval", 4]
         words = [str(word) for word in [*common, *flags]]
-        faults = {"damage": list(damages), "poison": poison}
+        faults = {"damage": list(damages), "poison": poison, "fault": fault}
         specs.append({"name": name, "script": "train_sft.py", "flags": words, **faults})
 
     for name, flags in LAYOUTS.items():
@@ -152,8 +152,9 @@ def add_others(add, folder: Path, tokenizer: Path) -> None:
         add(f"untrained_{name}", *flags)
         add(f"untrained_{name}_again", *flags, "--load_checkpoint",
             folder / f"untrained_{name}" / "ckpt" / "epoch-0_step-1")  # fmt: skip
-    (folder / "unsavable" / "ckpt" / "latest").mkdir(parents=True)
-    add("unsavable", *fp32)
+    add("unsavable", *fp32, fault="rename")
+    earlier = folder / "zero2_fp32" / "ckpt" / "epoch-0_step-4"
+    add("of_an_earlier_version", *fp32, "--load_checkpoint", earlier, damages=[["age", str(earlier)]])
     add("auto_on_nothing", *fp32, "--resume", "auto")
     ckpt = folder / "auto_on_nothing" / "ckpt"
     optimizer = ckpt / "epoch-1_step-12" / "optimizer" / "pytorch_optim-00001.safetensors"
@@ -276,9 +277,25 @@ def test_a_stage_goes_on_in_the_data_of_another(jobs):
 
 def test_a_folder_that_takes_no_checkpoint_is_refused_before_step_1(jobs):
     home, error, log = jobs["unsavable"]
-    assert "no checkpoint can be written there" in error and "latest is a folder; remove it" in error
-    assert not any(line.startswith("Saved") for line in log) and not (home / "tb").exists()
-    assert not [path.name for path in (home / "ckpt").iterdir() if path.name.startswith("epoch-")]
+    assert "no checkpoint can be written there" in error and "Operation not permitted" in error
+    assert not any(line.startswith("Saved") for line in log)
+    assert not (home / "tb").exists() and not (home / "config.json").exists()
+    assert not list((home / "ckpt").iterdir())
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(jobs):
+    """It has neither the later counters nor training_history.json, and its numbers were computed otherwise."""
+    home, error, log = jobs["of_an_earlier_version"]
+    assert error is None
+    assert "not bit for bit, since this changed: version of the numerics 1 -> 2" in " ".join(log)
+    # Here nothing else has changed, and all of the run's state is taken.
+    last = "ckpt/epoch-1_step-12"
+    kept, expected = (contents(folder / last) for folder in (home, jobs["zero2_fp32"][0]))
+    assert [name for name in kept[0] if kept[0][name] != expected[0].get(name)] == ["modeling/training_history.json"]
+    assert kept[1:] == expected[1:]
+    (stage,) = json.loads((home / last / "modeling" / "training_history.json").read_text())["stages"]
+    assert stage["steps"] == stage["updates"] == 2 * STEPS_AN_EPOCH
+    assert stage["resumed"] == [{"step": 4, "changed": ["version of the numerics 1 -> 2"]}]
 
 
 def test_old_checkpoints_go_but_never_the_newest(jobs):

@@ -179,6 +179,24 @@ def test_the_base_that_a_card_names(tmp_path, text, expected):
     assert base == model_card.base_model(str(tmp_path)) == (expected or tmp_path.name)
 
 
+def test_the_base_model_of_a_strangers_checkpoint(tmp_path):
+    """Its running_states.json can be anything, and name another checkpoint, or the same one again."""
+    models = [tmp_path / name / "modeling" for name in ("one", "other")]
+    for model, other in zip(models, reversed(models), strict=True):
+        model.mkdir(parents=True)
+        (model.parent / "running_states.json").write_text(json.dumps({"settings": {"pretrained": str(other)}}))
+    assert model_card.base_model(str(models[0])) in ("one", "other")
+    states = models[1].parent / "running_states.json"
+    states.write_text('{"base_model": "llama"}')
+    assert model_card.base_model(str(models[0])) == "llama"
+    for text in ("[" * 10**5, '{"settings": 7}', '{"base_model": 7}', '{"settings": {"pretrained": "\\u0000"}}', "{"):
+        states.write_text(text)
+        assert model_card.base_model(str(models[1])) == "other"
+    states.unlink()
+    os.mkfifo(states)
+    assert model_card.base_model(str(models[1])) == "other"
+
+
 MARKUP = (
     "a|b", "<script>alert(1)</script>", "![x](https://example.org/a.png)", "[x](javascript:1)", "a\n---\nlicense: mit",
     "```", "`a`", "**bold**", "__b__", "# x", "---", "key: value", "- x", "'\"", "&lt;", "a\\", "\\|", "$$x$$", "no",

@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from colossal_llama2 import arguments
-from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
+from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import dry_run
 from colossal_llama2.train.bad_steps import without_update
@@ -47,7 +47,7 @@ def test_data_without_a_trained_token_is_refused(tmp_path, model_dir, caplog):
     with pytest.raises(UserError, match="^--eval_dataset en: none of its 4 samples has a trained token"):
         plan("some", "--eval_dataset", f"en={folders['none']}")
     assert "--dataset: 3 of 4 samples have no trained token" in caplog.text
-    tell_untrained(0, 4)
+    log_untrained(0, 4)
 
 
 def test_steps_without_an_update_are_counted_and_leave_the_schedule():

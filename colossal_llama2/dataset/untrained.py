@@ -48,7 +48,7 @@ def _starts(lengths) -> np.ndarray:
     return np.cumsum(lengths) - lengths
 
 
-def tell_untrained(untrained: int, samples: int, *, flag: str = "--dataset") -> None:
+def log_untrained(untrained: int, samples: int, *, flag: str = "--dataset") -> None:
     """Log how many of the samples have no trained token. Raises UserError if all have none."""
     if untrained == samples:
         raise UserError(

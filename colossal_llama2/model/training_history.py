@@ -109,7 +109,12 @@ def named_by_card(card: Path) -> Optional[str]:
     """The `base_model` in a card's front matter; None if there is none that can be read. Never raises."""
     named = read_front_matter(card).get("base_model")
     named = named[0] if isinstance(named, list) and len(named) == 1 else named
-    return named.strip() if isinstance(named, str) and named.strip() and _is_text(named) else None
+    return named.strip() if is_name(named) else None
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value read from a file can be the name of a model: text of bounded length that UTF-8 can hold."""
+    return _is_text(value) and bool(value.strip())
 
 
 def describe_parent(path: str, history: History, known: Optional[Weights] = None) -> Dict[str, Any]:

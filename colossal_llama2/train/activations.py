@@ -95,6 +95,9 @@ class StageShape:
         return self.vocab_rows * self.model.hidden_size
 
 
+ATTENTIONS = ("sdpa", "flash")
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """How one micro batch goes through a rank.
@@ -105,7 +108,8 @@ class MicroBatch:
         attention: "sdpa" or "flash", neither of which keeps a matrix of length x length per head.
         chunked_loss: the loss is computed without all logits.
         checkpointing: only the input of each layer is kept; the rest is computed again.
-        has_documents: documents in a sample are kept apart, or causal masks are dense as theirs are; none with "flash".
+        has_documents: documents in a sample are kept apart; also true where a causal mask is materialized; ignored with
+            "flash".
         trains_layers: False if the embeddings alone are trained.
         hidden_splits: ranks among which the residual stream is split along the sample (sequence parallelism).
         sample_splits: ranks among which everything is split along the sample, and attention by heads (all_to_all).
@@ -123,6 +127,10 @@ class MicroBatch:
     hidden_splits: int = 1
     sample_splits: int = 1
     on_cpu: bool = False
+
+    def __post_init__(self):
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention is {self.attention!r}, one of {', '.join(ATTENTIONS)} expected")
 
     @property
     def tokens(self) -> int:

@@ -61,7 +61,7 @@ def without_update(state: "TrainState") -> str:
     return f", {state.step - state.updates:,} of them without an update ({told})" if told else ""
 
 
-def tell_overflows(state: "TrainState") -> None:
+def log_overflows(state: "TrainState") -> None:
     """Log how often fp16 gradients overflowed in the run, if they did."""
     if state.overflows:
         logs.get_logger().info(

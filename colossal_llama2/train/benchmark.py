@@ -195,7 +195,7 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
         checks.check_model_fits(args, facts)
         trained_rows = flags.rows_to_train(args, plan)
     engine = Engine(flags.engine_settings(args, trained_rows=trained_rows), facts.parameters)
-    checks.check_numbers_of(args.pretrained, args.mixed_precision, engine)
+    checks.check_numbers_of(args.pretrained, args.mixed_precision)
     order: SampleOrder = flags.sample_order(args, args.num_samples, engine)
     dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
     loader = StepLoader(

@@ -27,7 +27,7 @@ from colossal_llama2.files import discard, errors_naming, is_stray, open_no_link
 from colossal_llama2.model.training_history import HISTORY_FILE, read_history
 from colossal_llama2.publishing import publish
 from colossal_llama2.train import checkpoint_files, running_states
-from colossal_llama2.train.checkpoint_files import LATEST_NAME, MODEL_NAME, OLD_SUFFIX, PARTIAL_SUFFIX
+from colossal_llama2.train.checkpoint_files import MODEL_NAME, OLD_SUFFIX, PARTIAL_SUFFIX
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
 from colossal_llama2.train.loop import TrainState
@@ -120,7 +120,7 @@ def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
     folder = Path(save_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save_dir {save_dir}: is a file; give a folder")
-    named = sorted(path.name for path in folder.glob("epoch-*_step-*") if path.suffix != PARTIAL_SUFFIX)
+    named = sorted(path.name for path in folder.glob("epoch-*_step-*") if not checkpoint_files.is_unfinished(path))
     taken = named + [MODEL_NAME] * (folder / MODEL_NAME).exists()
     # A checkpoint in the folder may be a link to one elsewhere.
     resumes_here = resume_path is not None and Path(resume_path).absolute().parent.resolve() == folder.resolve()
@@ -258,15 +258,14 @@ class Checkpointer:
         partial, aside = (final.with_name(final.name + suffix) for suffix in (PARTIAL_SUFFIX, OLD_SUFFIX))
         try:
             self._make_folders(partial)
-            # Here every rank writes a file of its own, and it may be another host that does.
+            # Every rank writes files of its own, and it may be another host that does.
+            own = partial / (exact.MASTERS_NAME if exact.has_masters(self._engine) else OPTIMIZER_NAME)
             with exchange.all_or_none():
-                (partial / exact.MASTERS_NAME).mkdir(exist_ok=True)
-                (partial / exact.MASTERS_NAME / f"rank-{self._engine.rank:05d}").touch()
+                own.mkdir(exist_ok=True)
+                (own / f"rank-{self._engine.rank:05d}").touch()
             self._write_small_files(state, partial)
             with self._engine.first_rank_only() as first:
                 if first:
-                    if (self._save_dir / LATEST_NAME).is_dir():
-                        raise UserError(f"{self._save_dir / LATEST_NAME} is a folder; remove it")
                     entries = checkpoint_files.file_entries(partial, checkpoint_files.list_files(partial))
                     json_bytes(entries, f"the names of the files in {partial}")
                     publish(partial, aside, replace=True)

@@ -183,14 +183,22 @@ def publish_checkpoint(partial: Path, final: Path) -> None:
     replace_file(final.parent / LATEST_NAME, f"{final.name}\n".encode())
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether this is a leftover that goes with `remove_leftovers`, not a whole checkpoint that was being replaced."""
+    return LEFTOVER_NAME.fullmatch(path.name) is not None and not _is_replaced(path)
+
+
+def _is_replaced(path: Path) -> bool:
+    return path.suffix == OLD_SUFFIX and not path.is_symlink() and (path / MANIFEST_NAME).is_file()
+
+
 def remove_leftovers(save_dir: Path) -> None:
     """Remove what a run that died was writing or removing, and say so; a folder that it was replacing comes back."""
     for path in sorted(save_dir.iterdir()) if save_dir.is_dir() else ():
         if not LEFTOVER_NAME.fullmatch(path.name):
             continue
         original = path.with_suffix("")
-        is_whole = path.suffix == OLD_SUFFIX and not path.is_symlink() and (path / MANIFEST_NAME).is_file()
-        if is_whole and not os.path.lexists(original):
+        if _is_replaced(path) and not os.path.lexists(original):
             path.rename(original)
             logs.get_logger().info("An earlier run died while it replaced %s; its old content is back", original)
             continue

@@ -9,7 +9,7 @@ from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets
 from colossal_llama2.dataset.loader import SampleOrder, highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
-from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
+from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_is_utf8
 from colossal_llama2.model.loading import ModelFacts, check_model
@@ -75,8 +75,8 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
         check_save_dir(args.save_dir, plan.resume_path)
         if args.continue_data and plan.resume_path is None and not Path(plan.model_path, "..", STATES_NAME).is_file():
             problems.append(
-                f"--continue_data needs --load_checkpoint CHECKPOINT/{MODEL_NAME}, whose {STATES_NAME} tells the place "
-                f"in the data"
+                f"--continue_data needs --load_checkpoint CHECKPOINT/{MODEL_NAME}, whose {STATES_NAME} records the "
+                f"place in the data"
             )
         run_outputs.check_places(args.save_dir, args.tensorboard_dir, args.config_file)
         flags.rows_to_train(args, plan)
@@ -189,20 +189,24 @@ def check_tokenizer_fits(args: argparse.Namespace, plan: LoadPlan, facts: ModelF
         )
 
 
-def check_token_ids(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
+def check_samples(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
     """Refuse data of another tokenizer, or without a trained token; each rank looks through its share."""
     with exchange.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
         untrained = untrained_samples(dataset, share=engine.rank, shares=engine.world_size)
     check_highest_id(exchange.max_over_ranks(highest), facts, flag=flag)
-    tell_untrained(sum(exchange.gather_values(untrained)), len(dataset), flag=flag)
+    log_untrained(sum(exchange.gather_values(untrained)), len(dataset), flag=flag)
 
 
-def check_numbers_of(model_path: str, precision: str, engine: Engine) -> None:
-    """Refuse weights with numbers that are not finite in `precision`; each rank looks through its share."""
+def check_numbers_of(model_path: str, precision: str) -> None:
+    """Refuse weights with numbers that are not finite in `precision`.
+
+    The ranks of a host share the work. Each host looks through all weights, since the folder may be on its own disk.
+    """
     cure = "use --mixed_precision bf16 or fp32" if precision == "fp16" else "use --mixed_precision fp32"
+    share, shares = exchange.place_on_host()
     with exchange.all_or_none():
-        check_numbers(model_path, precision, cure=cure, share=engine.rank, shares=engine.world_size)
+        check_numbers(model_path, precision, cure=cure, share=share, shares=shares)
 
 
 def check_highest_id(highest: int, facts: ModelFacts, *, flag: str = "--dataset") -> None:

@@ -33,6 +33,7 @@ def describe_run(
         "trained_rows": engine.settings.trained_rows and [list(borders) for borders in engine.settings.trained_rows],
         "world_size": engine.world_size,
         "data_parallel_size": engine.data_size,
+        "numerics": resuming.NUMERICS,
         "layout": exact.layout(engine),
         "settings": vars(args),
         "versions": versions(),

@@ -17,6 +17,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def repeats_exactly() -> bool:
+    """Whether the same step gives the same bits twice on this machine."""
+    import torch
+
+    # On GPUs the backward pass of fused attention, flash-attn's and PyTorch's, adds up in another order each time.
+    return not torch.cuda.is_available()
+
+
 def flops_per_token(config, parameters: int, length: int) -> float:
     """Of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
 

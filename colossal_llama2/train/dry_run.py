@@ -21,8 +21,9 @@ from colossal_llama2.dataset.loader import (
 )
 from colossal_llama2.dataset.measuring import measure_parts
 from colossal_llama2.dataset.sources import Data
-from colossal_llama2.dataset.untrained import tell_untrained, untrained_samples
+from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
+from colossal_llama2.model import training_history
 from colossal_llama2.model.loading import ModelFacts, check_model, inspect_weights, model_without_weights
 from colossal_llama2.terminal_text import show, show_line
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming
@@ -32,6 +33,7 @@ from colossal_llama2.train.checkpoint import STATES_NAME, LoadPlan, expected_byt
 from colossal_llama2.train.engine.booster import EngineSettings
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
+from colossal_llama2.train.model_card import base_model
 from colossal_llama2.train.small_files import json_bytes, model_files
 
 GIB = 2**30
@@ -155,13 +157,13 @@ def _inspect_data(
 
 def _check_samples(args: argparse.Namespace, dataset) -> None:
     check_lengths(dataset, args.max_length)
-    tell_untrained(untrained_samples(dataset, share=0, shares=1), len(dataset))
+    log_untrained(untrained_samples(dataset, share=0, shares=1), len(dataset))
 
 
 def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> None:
     for one in eval_parts.load_eval_sets(args):
         flag = f"--eval_dataset {one.name}"
-        tell_untrained(untrained_samples(one.samples, share=0, shares=1), len(one.samples), flag=flag)
+        log_untrained(untrained_samples(one.samples, share=0, shares=1), len(one.samples), flag=flag)
         if facts is not None:
             highest = highest_token_id(one.samples, share=0, shares=1)
             checks.check_highest_id(highest, facts, flag=flag)
@@ -171,7 +173,8 @@ def _initial_state(
     args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
 ) -> TrainState:
     facts = description.describe_run(args, ranks, order, flags.find_tokenizer(args, plan), data)
-    json_bytes(facts, STATES_NAME)
+    json_bytes({**facts, "base_model": base_model(plan.model_path)}, STATES_NAME)
+    training_history.log_problem(training_history.read_history(Path(plan.model_path)))
     return resuming.initial_state(args, plan, facts, order)
 
 

@@ -80,10 +80,14 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> "TrainState":
-        """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or not a count."""
+        """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or impossible."""
         # Checkpoints of earlier versions lack what was not counted then.
         values = {**dict.fromkeys(COUNTED_LATER, 0), **values}
-        return cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
+        state = cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
+        if state.updates < 0:
+            without = state.untrained_steps + state.bad_steps
+            raise ValueError(f"{without} steps made no update (untrained_steps, bad_steps), but step is {state.step}")
+        return state
 
 
 @dataclass(frozen=True)

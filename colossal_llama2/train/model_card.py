@@ -7,13 +7,13 @@ It says only what the same run says again, if it is killed and resumed: no times
 none, so it is the model that the first stage began with; the table of stages names the folders.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
+from colossal_llama2 import json_input
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.measuring import SourceRead
-from colossal_llama2.model.training_history import name_of, named_by_card, read_history
+from colossal_llama2.model.training_history import is_name, name_of, named_by_card, read_history
 from colossal_llama2.terminal_text import one_line
 from colossal_llama2.train.checkpoint import CARD_NAME, STATES_NAME
 from colossal_llama2.train.checkpoint_files import MODEL_NAME
@@ -43,6 +43,8 @@ HOW = {
 }  # fmt: skip
 # Of a stage in the table; training_history.json has all.
 MAX_SOURCES = 8
+# Checkpoints of earlier versions that are followed, each to the --pretrained of its run.
+MAX_FOLLOWED = 16
 NOT_RECORDED = "not recorded"
 LOSSES = ("first_loss", "final_loss")
 
@@ -93,25 +95,36 @@ def render(
 def base_model(model_path: str) -> str:
     """The name of the model that these weights come from.
 
-    That in the history or the card of the folder; of a checkpoint's model, that which its run began with; or else the
-    folder's own.
+    It is the name in the folder's history or card, or for a checkpoint's model the one that its run began with, or else
+    the folder's own name. The folder may come from anyone, so what cannot be read is passed over. For one rank.
     """
-    folder = Path(model_path).absolute()
-    named = read_history(folder).base_model or named_by_card(folder / CARD_NAME)
-    if named is not None:
-        return named
-    if folder.name != MODEL_NAME:
-        return name_of(model_path)
+    for _ in range(MAX_FOLLOWED):
+        folder = Path(model_path).absolute()
+        named = read_history(folder).base_model or named_by_card(folder / CARD_NAME)
+        if named is not None:
+            return named
+        if folder.name != MODEL_NAME:
+            break
+        known, pretrained = _named_by_states(folder.with_name(STATES_NAME))
+        if known is not None:
+            return known
+        # Checkpoints of earlier versions name the folder alone.
+        if pretrained is None or Path(pretrained).absolute() == folder:
+            break
+        model_path = pretrained
+    return name_of(model_path)
+
+
+def _named_by_states(path: Path) -> Tuple[Optional[str], Optional[str]]:
+    """The base model and the --pretrained that a checkpoint's running_states.json names, None for what it does not."""
     try:
-        states = json.loads(folder.with_name(STATES_NAME).read_bytes())
-        known, pretrained = states.get("base_model"), states.get("settings", {}).get("pretrained")
-    except (OSError, ValueError, AttributeError):
-        known = pretrained = None
-    if isinstance(known, str):
-        return known
-    # Checkpoints of earlier versions.
-    is_other = isinstance(pretrained, str) and Path(pretrained).absolute() != folder
-    return base_model(pretrained) if is_other else folder.parent.name
+        states = json_input.read_object(path)
+        settings = json_input.typed(states, "settings", dict) if "settings" in states else {}
+    except (OSError, ValueError):
+        return None, None
+    known, pretrained = states.get("base_model"), settings.get("pretrained")
+    is_path = is_name(pretrained) and "\0" not in pretrained
+    return known if is_name(known) else None, pretrained if is_path else None
 
 
 def _front_matter(base_model: str, names: Sequence[str]) -> str:

@@ -8,14 +8,15 @@ Only the process that started this one counts. What started torchrun, such as `c
 
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
-from colossal_llama2 import logs
 from colossal_llama2.launcher import BY_HAND, place
+from colossal_llama2.terminal_text import show_line
 
 LOOK_SECONDS = 0.5
 # What takes over processes whose parent is gone, besides process 1: a user's systemd does.
@@ -41,7 +42,10 @@ def _wait(before: Callable[[], None]) -> None:
     while os.getppid() == parent and not _is_adopted(parent):
         time.sleep(LOOK_SECONDS)
     if place().local_rank == 0:
-        logs.get_logger().error("%s is gone, which started this process: ending as on SIGTERM", place().launcher)
+        # The log shows warnings of rank 0 alone, and the launcher of another host may be the one that is gone.
+        here = place()
+        text = f"{here.launcher} is gone, which started this process: ending as on SIGTERM"
+        show_line(f"warning: rank {here.rank}: {text}", file=sys.stderr)
     before()
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -130,7 +130,7 @@ def build_plan(
         "warmup_steps": schedule.warmup_steps,
         "begins": begins._asdict(),
         "ends": ends._asdict(),
-        "learning_rate": _curve(schedule),
+        "learning_rate": _curve(schedule, begins.step, skipped=state.step - state.updates),
     }
     return {**content, "notes": [*_notes(content, data), *_place_notes(begins, ends, order, content)]}
 
@@ -238,11 +238,20 @@ def _category_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str
     return {name: {"tokens": count, "share": round(count / tokens, 6)} for name, count in totals.most_common()}
 
 
-def _curve(schedule: CosineSchedule) -> List[Tuple[int, float]]:
-    """Points (step, learning rate), with the first and last step and the end of the warm-up."""
+def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> List[Tuple[int, float]]:
+    """Points (step, learning rate), with the first and last step and the end of the warm-up.
+
+    Args:
+        begin: steps that are taken.
+        skipped: of these, how many made no update; the schedule counts updates, and so is that far behind from there
+            on. Points before are those of a run without such steps.
+    """
     steps = set(np.linspace(0, schedule.total_steps - 1, CURVE_POINTS).round().astype(int).tolist())
-    steps.add(min(max(schedule.warmup_steps - 1, 0), schedule.total_steps - 1))
-    return [(step + 1, float(f"{schedule.learning_rate(step):.6g}")) for step in sorted(steps)]
+    warmed_up = max(schedule.warmup_steps - 1, 0)
+    warmed_up += skipped if warmed_up + skipped >= begin else 0
+    steps.update(min(step, schedule.total_steps - 1) for step in (warmed_up, begin))
+    updates = {step: step - (skipped if step >= begin else 0) for step in sorted(steps)}
+    return [(step + 1, float(f"{schedule.learning_rate(done):.6g}")) for step, done in updates.items()]
 
 
 def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:

@@ -16,10 +16,14 @@ from colossal_llama2.json_input import shown
 from colossal_llama2.model.loading import CONFIG_FILE
 from colossal_llama2.train import checkpoint_files
 from colossal_llama2.train.checkpoint import LoadPlan, plan_loading, publish_model
+from colossal_llama2.train.device import repeats_exactly
 from colossal_llama2.train.engine import exact, exchange
 from colossal_llama2.train.loop import TrainState
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 
+# Raised by one when a version computes other numbers from the same flags; checkpoints without it are of the first. The
+# second has SDPA as default attention, float32 rotary frequencies, NEFTune by document and repeated fp16 steps.
+NUMERICS = 2
 SHAPE_KEYS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "tie_word_embeddings",
@@ -135,6 +139,7 @@ def difference(name: str, before: Any, now: Any) -> str:
 def changes(saved: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
     """What differs from the run that was saved and can change the last bits of its numbers."""
     pairs = [(name, saved.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
+    pairs.append(("version of the numerics", saved.get("numerics", 1), now["numerics"]))
     for group in ("settings", "versions", "machine"):
         before = saved.get(group) or {}
         # A flag that was not there yet was as its default is.
@@ -151,24 +156,30 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def tell_verdict(plan: LoadPlan, state: TrainState, saved: Dict[str, Any], now: Dict[str, Any]) -> None:
+def log_verdict(plan: LoadPlan, state: TrainState, saved: Dict[str, Any], now: Dict[str, Any]) -> None:
     """Log where a resumed run goes on and how exactly."""
-    tell = logs.get_logger()
-    tell.info(
+    logger = logs.get_logger()
+    logger.info(
         "Resuming %s: epoch %d, step %d, %s samples and %s tokens consumed",
         plan.resume_path, state.epoch, state.step, f"{state.samples_seen:,}", f"{state.tokens_seen:,}",
     )  # fmt: skip
     changed = changes(saved, now)
     if not changed and not _same_layout(saved, now):
         changed = [difference("layout", saved.get("layout"), now["layout"])]
-    if not changed:
-        tell.info("What follows repeats the uninterrupted run bit for bit")
+    if not changed and repeats_exactly():
+        logger.info("What follows repeats the uninterrupted run bit for bit")
         return
-    tell.warning(
+    if not changed:
+        logger.info(
+            "What follows repeats the uninterrupted run but for rounding: on GPUs the backward pass of fused attention "
+            "adds up in another order each time"
+        )
+        return
+    logger.warning(
         "The same samples follow in the same order, but not bit for bit, since this changed: %s", ", ".join(changed)
     )
     if not _same_layout(saved, now):
-        tell.warning("The float32 master weights are left aside, they were split otherwise; rounded ones are taken")
+        logger.warning("The float32 master weights are left aside, they were split otherwise; rounded ones are taken")
 
 
 def _same_layout(saved: Dict[str, Any], now: Dict[str, Any]) -> bool:
@@ -229,7 +240,7 @@ def initial_state(
     _check_place(plan, state, order, first_sample=run_facts["first_sample"])
     if state.epoch >= args.num_epochs:
         raise UserError(f"--load_checkpoint {plan.resume_path}: is of epoch {state.epoch}, give a higher --num_epochs")
-    tell_verdict(plan, state, saved, run_facts)
+    log_verdict(plan, state, saved, run_facts)
     return state
 
 

@@ -18,7 +18,7 @@ from colossal_llama2.model.loading import ModelFacts, inspect_weights, load_llam
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.train import checks, description, eval_parts, flags, resuming, run_outputs, save_folder
 from colossal_llama2.train import plan as plans
-from colossal_llama2.train.bad_steps import BadSteps, tell_overflows, without_update
+from colossal_llama2.train.bad_steps import BadSteps, log_overflows, without_update
 from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, expected_bytes
 from colossal_llama2.train.engine import exchange
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         collator = flags.make_collator(args, tokenizer_path, told_groups(report.amounts, engine.loss_tally))
     loader = StepLoader(given.samples, order, collator, engine.data_rank, pins=engine.pins_batches)
     save_folder.prepare(args.save_dir)
-    tell_beginning(args, engine, given, order, schedule, state, report)
     checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts, record)
     checkpointer.rehearse(state)
+    tell_beginning(args, engine, given, order, schedule, state, report)
     load_model(args, plan, engine, attention, run_facts, ties_embeddings=given.model.ties_embeddings)
     with contextlib.ExitStack() as parts:
         checkpointer.reporter = parts.enter_context(
@@ -142,10 +142,10 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
 
 def check_contents(args: argparse.Namespace, plan: LoadPlan, given: Given, engine: Engine) -> None:
     """Look through token ids and weights, of which each rank takes a share. Called on all ranks."""
-    checks.check_token_ids(given.samples, given.model, engine)
+    checks.check_samples(given.samples, given.model, engine)
     for one in given.eval_sets:
-        checks.check_token_ids(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
-    checks.check_numbers_of(plan.model_path, args.mixed_precision, engine)
+        checks.check_samples(one.samples, given.model, engine, flag=f"--eval_dataset {one.name}")
+    checks.check_numbers_of(plan.model_path, args.mixed_precision)
 
 
 def tell_beginning(
@@ -185,7 +185,7 @@ def tell_end(
     if number is not None:
         raise Stopped(number, f"{number.name} after step {state.step}, which is the last; the model is in {final}")
     unread = args.num_epochs * order.num_samples - run_facts.get("first_sample", 0) - state.samples_seen
-    tell_overflows(state)
+    log_overflows(state)
     logs.get_logger().info(
         "Done: %d steps%s, %s tokens; samples that were not read: %s. The model is in %s",
         state.step, without_update(state), f"{state.tokens_seen:,}", f"{unread:,}", final,
@@ -268,7 +268,9 @@ def make_report(
     Called on all ranks.
     """
     settings = {**used_flags(args), "world_size": engine.world_size, "versions": description.versions()}
-    run_facts["base_model"] = exchange.first_rank_value(base_model(plan.model_path))
+    with engine.first_rank_only() as first:
+        name = base_model(plan.model_path) if first else None
+    run_facts["base_model"] = exchange.first_rank_value(name)
     report = RunReport(
         save_dir=args.save_dir,
         settings=settings,

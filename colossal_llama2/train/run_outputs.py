@@ -90,7 +90,7 @@ def _check_settings_file(path: Path) -> None:
     """Raise a UserError if --config_file names anything but a new or empty file, or one that --config_file wrote."""
     if os.path.lexists(path) and not _is_empty(path) and _settings_in(path) is None:
         raise UserError(
-            f"--config_file {path}: exists, and is no file that --config_file wrote, so it is not overwritten; name "
+            f"--config_file {path}: exists, and is not a settings file, so it is not overwritten; name "
             f"another, or remove it"
         )
 

@@ -15,7 +15,7 @@ TYPES = {
     "ranks": list, "evaluations": list, "dataset_fingerprints": list, "trained_rows": list, "sources": list,
     "mixture": list, "tokenizer": str, "base_model": str, "freeze_non_embeds_params": bool,
 }  # fmt: skip
-COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed")
+COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed", "numerics")
 # Words of the state of NumPy's Mersenne Twister, in which the position is not checked by NumPy.
 TWISTER_WORDS = 624
 
@@ -44,8 +44,14 @@ def _check_entries(states: Dict[str, Any]) -> None:
             json_input.whole_number(states, name)
     for entry in states.get("evaluations") or ():
         _check_evaluation(entry)
-    for rank in states.get("ranks") or ():
+    ranks = states.get("ranks") or ()
+    for rank in ranks:
         _check_rank(rank)
+    # With different ones, the ranks would scale and repeat a step differently, and wait for each other.
+    for rank in ranks:
+        if rank.get("loss_scale") != ranks[0].get("loss_scale"):
+            first, other = shown(ranks[0].get("loss_scale")), shown(rank.get("loss_scale"))
+            raise ValueError(f"loss_scale is {first} on one rank and {other} on another, the same on all allowed")
 
 
 def _check_evaluation(entry: Any) -> None:

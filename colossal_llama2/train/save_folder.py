@@ -30,6 +30,7 @@ SHARED_AFTER_SECONDS = 10.0
 
 # How long a run waits for the one before it, which has said that it saves and ends.
 ENDING_SECONDS = 300.0
+LOOK_SECONDS = 0.1
 
 # The lock files that this process holds, and their descriptors.
 _held_here: Dict[Path, int] = {}
@@ -97,16 +98,6 @@ def say_ending() -> None:
             os.pwrite(descriptor, json.dumps(content).encode(), 0)
 
 
-def _waits_for(owner: Optional[dict], deadline: float, *, is_first: bool) -> bool:
-    """Whether the run that holds the lock is about to end; waits for a moment if so."""
-    if owner is None or not owner["ending"] or time.monotonic() > deadline:
-        return False
-    if is_first:
-        logs.get_logger().info("Process %d saves and ends; waiting for its lock", owner["pid"])
-    time.sleep(0.1)
-    return True
-
-
 def _open_locked(path: Path) -> int:
     """Open the lock file and hold it; again, if the run that held it removed it in between."""
     deadline, is_first = time.monotonic() + ENDING_SECONDS, True
@@ -117,8 +108,12 @@ def _open_locked(path: Path) -> int:
         except BlockingIOError:
             owner = _owner(descriptor)
             os.close(descriptor)
-            if _waits_for(owner, deadline, is_first=is_first):
+            is_ending = owner is not None and owner["ending"]
+            if is_ending and time.monotonic() < deadline:
+                if is_first:
+                    logs.get_logger().info("Process %d saves and ends; waiting for its lock", owner["pid"])
                 is_first = False
+                time.sleep(LOOK_SECONDS)
                 continue
             raise _held(path, owner, "wait until that run has ended, or end it")
         except OSError:

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Dict, Iterator, List
 
 from colossal_llama2 import arguments, errors, launcher, logs
-from colossal_llama2.errors import LaunchError, RunError, UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import orphans, plain_loop
+from colossal_llama2.train.device import repeats_exactly
+from colossal_llama2.train.engine import meeting
 from colossal_llama2.train.plain_loop import Document, Trace
 
 VOCABULARY = 1024
@@ -62,12 +64,7 @@ def selftest(args: argparse.Namespace) -> None:
     from colossal_llama2.train.engine.booster import launch, leave, settings_problems
     from colossal_llama2.train.engine.watch import watching
 
-    here = launcher.settle()
-    if here.problem:
-        raise LaunchError(here.problem)
-    if here.note:
-        logs.get_logger().info("%s", here.note)
-    work, ranks = Path(args.work_dir), here.world_size
+    work, ranks = Path(args.work_dir), meeting.settled_place().world_size
     problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and os.path.lexists(work):
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
@@ -199,14 +196,6 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> Lis
         Row("resumed: gradient norm", largest(resumed.grad_norms, whole.grad_norms[-later:]), again[1]),
         Row("resumed: final weights", distance(resumed.weights, whole.weights), again[2]),
     ]
-
-
-def repeats_exactly() -> bool:
-    """Whether the same step gives the same bits twice on this machine."""
-    import torch
-
-    # On GPUs the backward pass of fused attention, flash-attn's and PyTorch's, adds up in another order each time.
-    return not torch.cuda.is_available()
 
 
 def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[List[Document]]:

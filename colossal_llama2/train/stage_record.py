@@ -45,7 +45,10 @@ class Beginning:
 
 @dataclass
 class StageRecord:
-    """Knows the run. `state` is that of the run, which goes on; what is asked for is as of then. For rank 0."""
+    """Builds the stage record of a run. For rank 0.
+
+    `state` is that of the run, which goes on; what is asked for is as of then.
+    """
 
     report: RunReport
     beginning: Beginning

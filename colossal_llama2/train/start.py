@@ -8,9 +8,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from colossal_llama2 import launcher, logs
-from colossal_llama2.errors import LaunchError
 from colossal_llama2.train import orphans, save_folder
+from colossal_llama2.train.engine import meeting
 from colossal_llama2.train.engine.watch import watching
 from colossal_llama2.train.stopping import StopSignals
 
@@ -23,11 +22,7 @@ def train(args: argparse.Namespace) -> None:
         RunError: losses are no numbers, a checkpoint cannot be written.
         Stopped: a signal came.
     """
-    here = launcher.settle()
-    if here.problem:
-        raise LaunchError(here.problem)
-    if here.note:
-        logs.get_logger().info("%s", here.note)
+    here = meeting.settled_place()
     if args.dry_run and args.benchmark:
         from colossal_llama2.train.benchmark_plan import plan_benchmark
 

@@ -1,6 +1,11 @@
 """What can happen to a file of a checkpoint, by name."""
 
+import json
 from pathlib import Path
+
+from colossal_llama2.model.training_history import HISTORY_FILE
+from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.loop import COUNTED_LATER
 
 
 def cut(path: Path) -> None:
@@ -39,4 +44,16 @@ def exchange(path: Path, other: Path) -> None:
     other.write_bytes(content)
 
 
-KINDS = {"cut": cut, "flip": flip, "delete": delete, "swap": swap, "add": add}
+def age(checkpoint: Path) -> None:
+    """Make a checkpoint one of an earlier version: without later counters, without a history, whole by its manifest."""
+    states = json.loads((checkpoint / "running_states.json").read_bytes())
+    for name in (*COUNTED_LATER, "numerics", "base_model"):
+        del states[name]
+    (checkpoint / "running_states.json").write_text(json.dumps(states))
+    (checkpoint / "modeling" / HISTORY_FILE).unlink()
+    saved_at = checkpoint_files.read_manifest(checkpoint)["saved_at"]
+    entries = checkpoint_files.file_entries(checkpoint, checkpoint_files.list_files(checkpoint))
+    checkpoint_files.write_manifest(checkpoint, entries, saved_at=saved_at)
+
+
+KINDS = {"cut": cut, "flip": flip, "delete": delete, "swap": swap, "add": add, "age": age}

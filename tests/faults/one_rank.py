@@ -2,6 +2,7 @@
 
     index     rank 1 cannot write its part of a pipeline's index
     folder    rank 1 cannot make the folder of these parts
+    rename    no folder can be renamed, as where the folder above belongs to somebody else
     slow      rank 0 needs a second to remove what is half written, and rank 1 cannot write its part of the index
 """
 
@@ -42,8 +43,13 @@ def befalling(kind: str) -> Iterator[None]:
         time.sleep(SLOW_SECONDS if Path(path).is_dir() else 0.0)
         remove(path, *args, **kwargs)
 
+    def rename_no_folder(path, *args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
     with contextlib.ExitStack() as faults:
-        if rank == 1 and kind == "folder":
+        if kind == "rename":
+            faults.enter_context(mock.patch("colossal_llama2.publishing.os.rename", rename_no_folder))
+        elif rank == 1 and kind == "folder":
             faults.enter_context(mock.patch.object(Path, "mkdir", make_no_folder))
         elif rank == 1:
             faults.enter_context(mock.patch.object(CheckpointIndexFile, "write_index_file", write_no_part))

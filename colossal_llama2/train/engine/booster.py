@@ -647,7 +647,7 @@ class Engine:
 
     @property
     def next_loss_scale(self) -> float:
-        """By what the next `backward` multiplies its loss; 1 in other precisions than fp16."""
+        """The loss scale of the next backward pass; 1 in other precisions than fp16."""
         return loss_scale.scale_of(self.optimizer)
 
     def remember_loss_scale(self) -> Optional[loss_scale.ScalerState]:

@@ -18,6 +18,12 @@ def place() -> Tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def place_on_host() -> Tuple[int, int]:
+    """Which of the ranks on this host this one is, and how many those are. Called on all ranks."""
+    hosts, rank = gather_values(socket.gethostname()), place()[0]
+    return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
+
+
 def gather_values(value: Any) -> List[Any]:
     """The JSON values that all ranks give, by rank. Called on all ranks."""
     import torch

@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
+from colossal_llama2 import launcher, logs
 from colossal_llama2.errors import LaunchError
 from colossal_llama2.launcher import REQUIRED, Place
 
@@ -28,6 +29,20 @@ KEY = "colossal_llama2/rank-0"
 UNREACHABLE_SECONDS = 10.0
 ATTEMPT_SECONDS = 5.0
 RETRY_SECONDS = 0.2
+
+
+def settled_place() -> Place:
+    """Which process of its job this is; what there is to say about the environment is logged.
+
+    Raises:
+        LaunchError: the environment is impossible.
+    """
+    here = launcher.settle()
+    if here.problem:
+        raise LaunchError(here.problem)
+    if here.note:
+        logs.get_logger().info("%s", here.note)
+    return here
 
 
 class Line:
@@ -72,7 +87,7 @@ class Address(NamedTuple):
 
 def given_address() -> Address:
     """MASTER_ADDR and MASTER_PORT."""
-    return Address(os.environ["MASTER_ADDR"].strip(), int(os.environ["MASTER_PORT"]), KNOWN_SECRET)
+    return Address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), KNOWN_SECRET)
 
 
 def listen(port: int, *, backlog: int) -> socket.socket:
@@ -154,6 +169,9 @@ def connect(address: Address, *, until: float, tell: Callable[[str], None]) -> s
     while True:
         try:
             return socket.create_connection((address.host, address.port), timeout=ATTEMPT_SECONDS)
+        except UnicodeError:
+            # No host can have this name: a label that is empty or too long.
+            raise LaunchError(unreached(address, "not a host name"))
         except OSError as error:
             reason = error.strerror or str(error)
             now = time.monotonic()

@@ -89,7 +89,7 @@ class Watch:
         self._command, self._here, self._timeout, self._before_end = command, here, timeout_seconds, before_end
         self._lines: Dict[int, Line] = {}
         self._hosts: Dict[int, str] = {here.rank: socket.gethostname()}
-        self._problem: Optional[LaunchError] = None
+        self._problem: Optional[Exception] = None
         self._all_are_here, self._is_linked = threading.Event(), threading.Event()
         self._is_calling = self._is_leaving = self._gives_up = self.is_settled = False
         self._own_word = f"{socket.gethostname()}/{secrets.token_hex(8)}"
@@ -187,7 +187,7 @@ class Watch:
 
         try:
             self._follow(address, seconds=self._timeout, tell=tell)
-        except LaunchError as error:
+        except Exception as error:  # `wait` raises it where it is seen
             self._problem = error
             self._is_linked.set()
 
@@ -220,7 +220,8 @@ class Watch:
     def _find_oneself(self) -> None:
         """Check that MASTER_ADDR leads the others to this process. Raises LaunchError."""
         address = meeting.given_address()
-        until = time.monotonic() + meeting.RETRY_SECONDS
+        # The name of a service, as Kubernetes has it, may resolve seconds after its process has started.
+        until = time.monotonic() + meeting.UNREACHABLE_SECONDS
         line, answer = meeting.introduce(address, self._here, self._own_word, until=until, tell=lambda reason: None)
         line.connection.close()
         if not answer.startswith(WELCOME):
