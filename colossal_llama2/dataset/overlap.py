@@ -33,8 +33,10 @@ from colossal_llama2.terminal_text import visible_line
 NGRAM = 13
 MAX_GRAMS = 1 << 24
 MAX_EXAMPLES = 5
-# n-grams that are looked up together.
+# What is looked up together: n-grams, and the text that they are from.
 BATCH_GRAMS = 1 << 18
+BATCH_CHARACTERS = 8 << 20
+BATCH_DOCUMENTS = 1 << 16
 GRAMS_FILE = "overlap.grams"
 GRAM = np.dtype([("gram", "<u8"), ("document", "<i4")])
 # Han, kana, bopomofo, Thai, Lao, Tibetan, Burmese, Khmer: scripts without spaces between words.
@@ -72,7 +74,7 @@ def count_overlaps(
     _run(run_tasks, write_held_out_grams, waiting, "held-out text")
     documents = Counter()
     for task in tasks:
-        for _, _, grams in store.read_json(_json(task, "grams")):
+        for _, _, grams in store.read_json(_json(task, "grams"), list):
             documents[bool(grams)] += 1
     grams, is_in_sample = _sampled_grams(tasks)
     with store.appearing_file(cache / GRAMS_FILE, needed_bytes=grams.nbytes) as file:
@@ -86,7 +88,7 @@ def count_overlaps(
     is_found = np.zeros(len(grams), bool)
     texts: Dict[int, Tuple[str, str]] = {}
     for task in tasks:
-        found = store.read_json(_json(task, "found"))
+        found = store.read_json(_json(task, "found"), list)
         is_found[np.fromfile(_data(task, "found"), np.int64)] = True
         for gram, place, text in found:
             texts.setdefault(gram, (where(task.unit.number, place), text))
@@ -174,19 +176,27 @@ def write_overlaps(task: UnitTask) -> int:
 
 
 def _batches(task: UnitTask) -> Iterator[Tuple[List[Place], List[List[str]], np.ndarray, np.ndarray]]:
-    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams."""
+    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+
+    Documents without n-grams are left out.
+    """
     places: List[Place] = []
     texts: List[List[str]] = []
     grams: List[np.ndarray] = []
-    count = 0
+    count, characters = 0, 0
     for place, row in _rows(task, TRAINED_ON):
+        text = _trained_texts(row)
+        own = grams_of(text)
+        if not len(own):
+            continue
         places.append(place)
-        texts.append(_trained_texts(row))
-        grams.append(grams_of(texts[-1]))
-        count += len(grams[-1])
-        if count >= BATCH_GRAMS:
+        texts.append(text)
+        grams.append(own)
+        count += len(own)
+        characters += sum(map(len, text))
+        if count >= BATCH_GRAMS or characters >= BATCH_CHARACTERS or len(places) >= BATCH_DOCUMENTS:
             yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
-            places, texts, grams, count = [], [], [], 0
+            places, texts, grams, count, characters = [], [], [], 0, 0
     if grams:
         yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
 
@@ -268,7 +278,7 @@ def _sampled_grams(tasks: Sequence[UnitTask]) -> Tuple[np.ndarray, Callable[[Uni
     """The sorted n-grams of the held-out documents, or of a sample of at most `MAX_GRAMS`; and what is in it."""
     counts = np.zeros(64, np.int64)
     for task in tasks:
-        for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"))):
+        for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"), list)):
             counts[_level(task.unit, number)] += grams
     # Documents of a level and above are half as many as those of the level below and above.
     lowest = next(level for level in range(64) if counts[level:].sum() <= MAX_GRAMS or level == 63)
@@ -293,7 +303,7 @@ def _held_out_documents(
     """The place and the n-grams of each held-out document of a unit that can be compared and is in the sample."""
     entries = np.fromfile(_data(task, "grams"), GRAM)
     end = 0
-    for number, (file, line, grams) in enumerate(store.read_json(_json(task, "grams"))):
+    for number, (file, line, grams) in enumerate(store.read_json(_json(task, "grams"), list)):
         end += grams
         if grams and is_in_sample(task.unit, number):
             yield [file, line], entries["gram"][end - grams : end]

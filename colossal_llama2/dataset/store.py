@@ -81,17 +81,18 @@ def read_json_or_none(path: Path) -> Any:
         raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
 
 
-def read_json(path: Path) -> Any:
-    """The object in a JSON file of the cache. Raises RunError if it is damaged or missing."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object, or if so asked the list, in a JSON file of the cache. Raises RunError if it is damaged or missing."""
     content = read_json_or_none(path)
     if content is None:
         raise RunError(f"{path} is missing; delete {path.parent} and prepare the data again")
-    with damage_told(path):
-        return dict(content)
+    if not isinstance(content, kind):
+        raise RunError(f"{path} is damaged (no {kind.__name__} in it); delete {path.parent} and prepare the data again")
+    return content
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def damage_reported(path: Path) -> Iterator[None]:
     """Turn what is raised for entries that a JSON file of the cache lacks, or has of another type, into a RunError."""
     try:
         yield
