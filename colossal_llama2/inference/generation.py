@@ -149,6 +149,7 @@ def generate(
 
 @contextlib.contextmanager
 def memory_errors_named(device: Optional[str]) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into a RunError that names the device."""
     import torch
 
     try:
