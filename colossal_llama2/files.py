@@ -139,15 +139,6 @@ def to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copy those of the named files and folders that exist, following links."""
-    for name in names:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-        elif (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
 def contents_of(folder: Path, names: Sequence[str]) -> Dict[str, bytes]:
     """The contents of those of the named files and folders that exist, by path inside `folder`, following links.
 

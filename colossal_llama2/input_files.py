@@ -26,11 +26,11 @@ KINDS = {
 }
 
 
-def check_regular(path: Path, *, max_bytes: int = JSON_BYTES) -> None:
+def check_regular(path: Path, *, max_bytes: int = JSON_BYTES, allows_empty: bool = False) -> None:
     """Check that a file can be opened and read to its end, without opening it.
 
     Raises:
-        UserError: it is missing, no regular file, empty, or larger than `max_bytes`.
+        UserError: it is missing, not a regular file, empty (unless `allows_empty`), or larger than `max_bytes`.
     """
     try:
         found = os.stat(path)
@@ -40,7 +40,7 @@ def check_regular(path: Path, *, max_bytes: int = JSON_BYTES) -> None:
         kind = next((name for is_kind, name in KINDS.items() if is_kind(found.st_mode)), "something else")
         raise UserError(f"{path}: is {kind}, not a regular file; remove it, or copy the file again from its source")
     # Files of /proc say that they are empty, and some never end.
-    if found.st_size == 0:
+    if found.st_size == 0 and not (allows_empty and found.st_dev == os.stat(path.parent).st_dev):
         raise UserError(f"{path}: is empty; copy it again from its source")
     if found.st_size > max_bytes:
         raise UserError(
@@ -57,17 +57,21 @@ def is_regular(path: Path) -> bool:
     return True
 
 
-def read_settings(path: Path) -> dict:
-    """The object in a JSON file of settings that other programs read too, such as config.json.
+def read_settings(path: Path, *, allows_mark: bool = False) -> dict:
+    """The object in a JSON file of settings.
+
+    Args:
+        allows_mark: take a file that begins with a byte order mark. Off for files that libraries open too, which then
+            fail; on for config.json and generation_config.json, which we alone read here, and write anew.
 
     Raises:
         UserError: the file cannot be read, or is not an object in JSON of RFC 8259. Python's own parser also takes NaN,
-            Infinity, a key twice with two values, and a byte order mark, which others refuse or read in another way.
+            Infinity, and a key twice with two values, which others refuse or read in another way.
     """
     check_regular(path)
     try:
         content = path.read_bytes()
-        if content.startswith(codecs.BOM_UTF8):
+        if not allows_mark and content.startswith(codecs.BOM_UTF8):
             raise ValueError("begins with a byte order mark")
         settings = json_input.parse(content, takes_constants=False)
     except OSError as error:

@@ -15,8 +15,9 @@ from typing import Any, Dict, List, Tuple
 MAX_BYTES = 64 << 20
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
-# Of a whole number in text: what 64 bits hold has 19 digits.
-MAX_DIGITS = 20
+# Of a whole number in text: all of these fit into a float. LLaMA-2's own tokenizer_config.json has one of 31
+# (model_max_length). Whoever uses a number checks its range.
+MAX_DIGITS = 300
 MAX_WHOLE = 2**53
 SHOWN_CHARACTERS = 80
 
@@ -109,10 +110,20 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value of JSON is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return is_whole(value) or isinstance(value, float) and math.isfinite(value)
+
+
 def whole_number(content: Dict[str, Any], name: str, *, least: int = 0, most: int = MAX_WHOLE) -> int:
     """The whole number of that name. KeyError if there is none, ValueError for anything else and out of the range."""
     value = content[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_whole(value) or not least <= value <= most:
         raise ValueError(f"{name} is {shown(value)}, a whole number from {least} to {most} allowed")
     return value
 
@@ -120,7 +131,7 @@ def whole_number(content: Dict[str, Any], name: str, *, least: int = 0, most: in
 def number(content: Dict[str, Any], name: str, *, least: float = 0.0) -> float:
     """The finite number of that name. KeyError if there is none, ValueError for anything else and for a smaller one."""
     value = content[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
+    if not is_finite(value) or value < least:
         raise ValueError(f"{name} is {shown(value)}, a number of at least {least:g} allowed")
     return float(value)
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import exported_configs
@@ -53,7 +53,7 @@ VALUES = st.one_of(
 KEYS = st.sampled_from(
     [
         *exported_configs.DEFAULTS, *exported_configs.RANGES, *exported_configs.NOT_PORTABLE,
-        *exported_configs.EXTRA_OUTPUTS, *exported_configs.TOKEN_ID_KEYS, "guidance_scale", "stop_strings",
+        *exported_configs.EXTRA_OUTPUTS, *exported_configs.TOKEN_ID_FIELDS, "guidance_scale", "stop_strings",
     ]
 )  # fmt: skip
 
@@ -145,6 +145,21 @@ def test_an_exported_folder_loads_in_transformers_without_a_warning(generation, 
     assert set(files) > {"config.json", "generation_config.json", "tokenizer.model"}
 
 
+def test_an_export_of_a_transformers_5_config_has_the_same_positions(model_dir, tmp_path):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 2048
+    folder = old_mirror(
+        model_dir, tmp_path / "m", rope_theta=None, rope_scaling=None, attention_bias=None, dtype="torch.float16",
+        rope_parameters={**scaling, "rope_theta": 5e5},
+    )  # fmt: skip
+    configs = ModelConfigs(folder)
+    assert any("rope_parameters" in change for change in configs.changes)
+    for content in (configs.exported("bfloat16")["config.json"], configs.config):
+        loaded = LlamaConfig.from_dict(content)
+        assert loaded.rope_theta == 5e5 and loaded.rope_scaling == scaling and "rope_parameters" not in content
+        assert loaded.attention_bias is False and content.get("dtype", "float16") == "float16"
+
+
 def test_without_generation_settings_the_ids_of_config_json_hold(model_dir, tmp_path):
     configs = ModelConfigs(old_mirror(model_dir, tmp_path / "m", eos_token_id=[2, 5]))
     assert configs.generation == {"bos_token_id": 1, "eos_token_id": [2, 5]} and configs.end_token_ids == [2, 5]
@@ -157,5 +172,5 @@ def test_what_cannot_be_written_is_named(model_dir, tmp_path):
         json_bytes({"a": object()}, "the state")
     folder = old_mirror(model_dir, tmp_path / "damaged")
     (folder / "generation_config.json").write_text("[1")
-    with pytest.raises(UserError, match="generation_config.json is not JSON"):
+    with pytest.raises(UserError, match="generation_config.json: is not a JSON object"):
         model_files(str(folder), str(model_dir), "bf16")

@@ -1,4 +1,4 @@
-"""Folders of strangers: files that are not opened, fields that no LLaMA has, numbers that are not finite.
+"""Untrusted folders: files that are not opened, fields that no LLaMA has, numbers that are not finite.
 
 All commands that read a model go through `check_model`: most cases are about that, and one for each command shows it.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -19,19 +20,21 @@ from safetensors.torch import load_file, save_file
 from colossal_llama2 import arguments
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model import config_fields, init_model
+from colossal_llama2.model import config_fields, guard, init_model
 from colossal_llama2.model.front_matter import read_front_matter
-from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.loading import (
     check_model,
     check_weights,
     expected_shapes,
+    generation_ids,
     load_llama,
     model_without_weights,
 )
 from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
+from colossal_llama2.tokenizer.parity import load_with_transformers
 from colossal_llama2.train import checks
 from colossal_llama2.train.engine import exchange
 from tests.faults import artifacts
@@ -79,21 +82,21 @@ def refusal(call) -> str:
         "hidden_act": ["no such", None, 3, ["silu"], "prelu"],
         "max_position_embeddings": [0, -1, 10**12, "4096", None],
         "rms_norm_eps": ["1e-6", 0, -1e-6, None, 2],
-        "rope_theta": [0, -1.0, 1, "10000", None],
+        "rope_theta": [0, -1.0, 1, "10000"],
         "initializer_range": ["0.02", -1, None],
-        "attention_dropout": [1.5, "0", None],
-        "attention_bias": ["no", 1, None, True],
+        "attention_dropout": [1.5, "0"],
+        "attention_bias": ["no", 1, True],
         "mlp_bias": [0, True],
-        "tie_word_embeddings": ["yes", 1, None],
-        "torch_dtype": ["float", "torch.float16", "int8", 16, "auto"],
-        "bos_token_id": ["x", 600, -2, 1.5, True],
-        "eos_token_id": ["x", 600, [2, 600], [[2]], {"a": 2}],
-        "pad_token_id": ["x", 600, [0], -2],
+        "tie_word_embeddings": ["yes", 1],
+        "torch_dtype": ["float", "torch.int8", "int8", 16, "auto"],
+        "bos_token_id": ["x", 1.5, True],
+        "eos_token_id": ["x", [[2]], {"a": 2}],
+        "pad_token_id": ["x", [0]],
         "model_type": ["gpt2", None, ["llama"]],
         "quantization_config": [{"quant_method": "gptq", "bits": 4}, {}],
         "partial_rotary_factor": [0.5],
         "rope_scaling": [
-            "linear", [], {}, {"type": "no such", "factor": 2.0}, {"type": "linear"}, {"type": 3},
+            "linear", [], {"type": "no such", "factor": 2.0}, {"type": "linear"}, {"type": 3},
             {**LINEAR, "factor": "2"}, {**LINEAR, "factor": 0}, {**LINEAR, "type": "dynamic"},
             {**LLAMA3, "high_freq_factor": 1.0}, {**LLAMA3, "original_max_position_embeddings": 2048.5},
             {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]},
@@ -125,6 +128,15 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
         # What transformers would make attributes of, over its own.
         {"to_dict": 1, "return_dict": False, "pruned_heads": "x", "id2label": [], "torchscript": "x"},
         {"configuration_files": ["../config.4.0.0.json"]},
+        # Null and nothing: what is not said.
+        dict.fromkeys(
+            ("rope_theta", "attention_bias", "mlp_bias", "use_cache", "pretraining_tp", "tie_word_embeddings",
+             "attention_dropout", "rope_parameters")
+        ),
+        {"rope_scaling": {}}, {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0, "mscale_all_dim": 0}},
+        {"torch_dtype": "torch.float16"},
+        # As mirrors of LLaMA-2 have it: the padding token is one beyond the last row.
+        {"pad_token_id": 600}, {"pad_token_id": -2, "bos_token_id": 10**30, "eos_token_id": [2, 600]},
     ],
 )  # fmt: skip
 def test_fields_that_a_llama_may_have_are_taken(folder, entries):
@@ -148,6 +160,69 @@ def test_names_of_transformers_5_mean_the_same(folder):
     assert made.rope_theta == 5e5 and made.rope_scaling == LLAMA3 and made.torch_dtype == torch.bfloat16
 
 
+def test_ids_that_the_vocabulary_has_not_are_null_and_logged_once(folder, caplog):
+    edit(folder / "config.json", pad_token_id=600, eos_token_id=[2, 633], bos_token_id=-1)
+    edit(folder / "generation_config.json", pad_token_id=600, eos_token_id=633)
+    with caplog.at_level("INFO", "colossal_llama2"):
+        for _ in range(2):
+            check_model(str(folder), "--pretrained")
+            fields = config_fields.read_fields(folder)
+            ids = generation_ids(folder, fields)
+    expected = {"pad_token_id": None, "eos_token_id": [2], "bos_token_id": None}
+    assert {name: fields[name] for name in expected} == expected
+    # generation_config.json has no end that is known, so that of config.json is.
+    assert ids["eos_token_id"] == [2] and ids["pad_token_id"] is None
+    lines = [line.split(": ", 1)[1] for line in caplog.messages if "vocabulary of 600" in line]
+    assert sorted(line.split()[0] for line in lines) == ["eos_token_id"] * 2 + ["pad_token_id"] * 2
+    generation.load_model(str(folder), "cpu")
+
+
+def test_a_byte_order_mark_is_taken_where_we_alone_read(folder):
+    mark = b"\xef\xbb\xbf"
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_bytes(mark + (folder / name).read_bytes())
+    check_model(str(folder), "--pretrained")
+    load_llama(str(folder), precision="fp32", attention="sdpa")
+    generation.load_model(str(folder), "cpu")
+    (folder / "tokenizer_config.json").write_bytes(mark + (folder / "tokenizer_config.json").read_bytes())
+    assert "byte order mark" in refusal(lambda: load_tokenizer(folder))
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
+        ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        # As Gemma 3 has it.
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_type"),
+    ],
+)
+def test_rope_parameters_that_say_something_else_are_refused(folder, entries, words):
+    edit(folder / "config.json", **{"rope_theta": None, "rope_scaling": None, **entries})
+    line = refusal(lambda: check_model(str(folder), "--pretrained"))
+    assert words in line and ("rope_parameters" in line or entries.keys() == {"rope_parameters"})
+
+
+def test_rope_parameters_beside_the_older_names(folder):
+    older = {"rope_theta": None, "rope_scaling": None}
+    edit(folder / "config.json", **older, rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    fields = config_fields.read_fields(folder)
+    assert fields["rope_theta"] == 5e5 and fields["rope_scaling"] == LLAMA3
+    same = {"type" if name == "rope_type" else name: value for name, value in LLAMA3.items()}
+    edit(folder / "config.json", rope_theta=5e5, rope_scaling=same)
+    fields = config_fields.read_fields(folder)
+    assert fields["rope_theta"] == 5e5 and fields["rope_scaling"]["rope_type"] == "llama3"
+
+
+def test_a_layer_with_a_number_that_no_layer_has(folder):
+    weights = load_file(folder / "model.safetensors")
+    for number in ("9" * 5000, "٣"):
+        added = {f"model.layers.{number}.x": torch.zeros(1)}
+        save_file(weights | added, folder / "model.safetensors", metadata={"format": "pt"})
+        assert "unknown weight" in refusal(lambda: check_weights(str(folder)))
+
+
 def test_defaults_and_activations_are_those_of_transformers():
     from transformers import LlamaConfig
     from transformers.activations import ACT2FN
@@ -166,7 +241,7 @@ def test_defaults_and_activations_are_those_of_transformers():
 @pytest.mark.parametrize("tied", [True, False])
 def test_expected_weights_are_those_of_transformers(folder, entries, tied):
     edit(folder / "config.json", **entries, tie_word_embeddings=tied)
-    fields = config_fields.fields_of(config_fields.read_config(folder), folder)
+    fields = config_fields.read_fields(folder)
     state = {name: tuple(tensor.shape) for name, tensor in model_without_weights(str(folder)).state_dict().items()}
     if tied:
         del state["lm_head.weight"]
@@ -176,7 +251,6 @@ def test_expected_weights_are_those_of_transformers(folder, entries, tied):
 @pytest.mark.parametrize(
     "content, word",
     [
-        (b"\xef\xbb\xbf{}", "byte order mark"),
         ("{}".encode("utf-16"), "not UTF-8"),
         (b'{"a": NaN}', "NaN"),
         (b'{"a": -Infinity}', "Infinity"),
@@ -284,7 +358,36 @@ def test_templates_lead_nowhere_else(folder):
     (folder / "additional_chat_templates").unlink()
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    for name in ("chat_template.jinja", "additional_chat_templates/.DS_Store", "additional_chat_templates/none.jinja"):
+        (folder / name).touch()
     check_tokenizer_files(folder)
+    (folder / "additional_chat_templates" / "tool.txt").write_text("x")
+    assert "tool.txt: is not a chat template" in refusal(lambda: check_tokenizer_files(folder))
+    (folder / "additional_chat_templates" / "tool.txt").unlink()
+    for number in range(99):
+        (folder / "additional_chat_templates" / f"{number}.jinja").touch()
+    assert "101 chat templates, at most 100" in refusal(lambda: check_tokenizer_files(folder))
+    for path in (folder / "additional_chat_templates").glob("*.jinja"):
+        path.unlink()
+    (folder / "chat_template.jinja").unlink()
+    # Files of /proc say that they are empty, and some never end.
+    (folder / "chat_template.jinja").symlink_to("/proc/kmsg")
+    assert "is empty" in refusal(lambda: check_tokenizer_files(folder))
+
+
+def test_settings_of_real_tokenizers_are_taken(folder, tmp_path, monkeypatch):
+    # LLaMA-2's own model_max_length, and names of the folder's own files.
+    entries = {"model_max_length": int(1e30), "vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+    edit(folder / "tokenizer_config.json", **entries)
+    # transformers alone would open these.
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer) == 600 and tokenizer.model_max_length == int(1e30)
+    assert len(load_with_transformers(folder, use_fast=False)) == 600
+    (folder / "tokenizer.model").unlink()
+    assert "vocab_file" in refusal(lambda: load_tokenizer(folder))
 
 
 # Adapters, and what runs code.
@@ -331,7 +434,7 @@ def test_nothing_is_unpickled_while_a_model_is_loaded(tmp_path):
         "pickle.Unpickler": lambda: pickle.Unpickler(open(tmp_path / "a.pt", "rb")),  # noqa: S301, SIM115
     }
     for name, call in calls.items():
-        with nothing_runs(), pytest.raises(RunError, match=name):
+        with unpickling_refused(), pytest.raises(RunError, match=name):
             call()
     assert not payload.canary.exists()
     # Afterwards all is as it was, and the payload is one.
@@ -343,7 +446,7 @@ def test_nothing_is_unpickled_while_a_model_is_loaded(tmp_path):
 def test_what_is_imported_while_a_model_is_loaded_works_later():
     import pickle
 
-    with nothing_runs():
+    with unpickling_refused():
         kept, kind = pickle.loads, pickle.Unpickler
     assert kept(pickle.dumps([1])) == [1]
 
@@ -353,6 +456,19 @@ def test_what_is_imported_while_a_model_is_loaded_works_later():
     import io
 
     assert Mine(io.BytesIO(pickle.dumps(2))).load() == 2  # noqa: S301
+
+
+def test_what_is_imported_while_a_model_is_loaded_is_guarded(monkeypatch):
+    # In place of torch, whose second import in a process fails.
+    monkeypatch.setattr(guard, "REFUSED", [("this", "d"), ("no.such.module", "x")])
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    original = sys.meta_path[:]
+    with unpickling_refused():
+        with contextlib.redirect_stdout(None):
+            import this
+        with pytest.raises(RunError, match="this.d was called"):
+            this.d()
+    assert isinstance(this.d, dict) and sys.meta_path == original
 
 
 def test_no_local_folder_asks_the_network(folder, monkeypatch):

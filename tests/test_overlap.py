@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 
 import datasets
 import pytest
 
-from colossal_llama2.dataset import overlap, plan, prepare
+from colossal_llama2.dataset import account as accounts
+from colossal_llama2.dataset import overlap, plan, prepare, tokenization
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
 from tests.preparing import manifest, settings, write_lines
@@ -70,11 +72,26 @@ def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, monkeypatc
             target = json.loads(lines[int(line) - 1])["target"]
             assert place.endswith("rows.jsonl") and (target in held_out) is (side == "held_out")
             assert "".join(example["text"].split()) in "".join(target.replace(",", "").lower().split())
+    table = accounts.tables(manifest(tmp_path / "one"))
+    assert re.search(rf"^  overlapping +{len(overlapping)}  ", table, re.M)
+    assert f"of {report['compared']} compared share 13 words" in table
     monkeypatch.setattr(plan, "UNIT_BYTES", 2000)
     monkeypatch.setattr(overlap, "BATCH_GRAMS", 7)
     for name, options in (("two", {"num_workers": 2}), ("shares", {"shares": ((2, 2), (1, 2))})):
         again = prepared(tmp_path / name, tokenizer_dir, **options)
         assert {**again, "examples": []} == {**report, "examples": []} and 3 <= len(again["examples"]) <= 5
+
+
+@pytest.mark.parametrize("limit", ["BATCH_CHARACTERS", "BATCH_DOCUMENTS"])
+def test_what_is_looked_up_together_is_bounded(limit, monkeypatch):
+    short = [tokenization.PretrainRow(source="", target="a b c", category="") for _ in range(20)]
+    long = [tokenization.PretrainRow(source="", target=" ".join(WORDS[:14]), category="") for _ in range(20)]
+    places = [(overlap.Place(0, number), row) for number, row in enumerate([*short, *long])]
+    monkeypatch.setattr(overlap, "_rows", lambda task, side: iter(places))
+    monkeypatch.setattr(overlap, limit, {"BATCH_CHARACTERS": 3 * len(long[0].target), "BATCH_DOCUMENTS": 3}[limit])
+    batches = list(overlap._batches(None))
+    assert [len(found) for found, *_ in batches] == [3] * 6 + [2]
+    assert [place.line for found, *_ in batches for place in found] == list(range(20, 40))
 
 
 def test_much_held_out_text_is_sampled(tokenizer_dir, tmp_path, monkeypatch):

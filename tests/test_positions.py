@@ -24,6 +24,9 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         # As Qwen2.5 and DeepSeek write it: the first length in both, or the extended one in the first.
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072),
         ("yarn", {"factor": 40.0, "original_max_position_embeddings": 4096}, 163840, 163840),
+        # The other two compute with max_position_embeddings alone.
+        ("linear", {"factor": 4.0, "original_max_position_embeddings": 1024}, 4096, 16384),
+        ("dynamic", {"factor": 2.0, "original_max_position_embeddings": 8192}, 2048, 4096),
         # Llama-3.1 itself.
         ("llama3", {"factor": 8.0, **LLAMA3}, 131072, 131072),
         ("default", {}, 4096, 4096),

@@ -224,6 +224,10 @@ def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
         rows.insert(-4, ("cut documents", f"{total.cut_documents:,}", f"over {max_length:,} tokens"))
     if total.held_out_documents:
         rows.append(("held out", f"{total.held_out_documents:,}", "documents in eval"))
+    if "eval_dedup" in manifest:
+        overlap = manifest["eval_dedup"]
+        remark = f"of {overlap['compared']:,} compared share {overlap['ngram']} words in a row with training text"
+        rows.append(("  overlapping", f"{overlap['overlapping']:,}", remark))
     return rows
 
 

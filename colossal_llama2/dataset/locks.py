@@ -34,7 +34,7 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
         except OSError:
             if path.is_symlink() or path.is_dir():
                 kind = "a link" if path.is_symlink() else "a folder"
-                raise RefusedError(f"{path} is {kind}, no lock file; remove it")
+                raise RefusedError(f"{path} is {kind}, not a lock file; remove it")
             raise
         try:
             fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)

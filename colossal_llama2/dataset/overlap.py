@@ -33,8 +33,10 @@ from colossal_llama2.terminal_text import visible_line
 NGRAM = 13
 MAX_GRAMS = 1 << 24
 MAX_EXAMPLES = 5
-# n-grams that are looked up together.
+# What is looked up together: n-grams, and the text that they are from.
 BATCH_GRAMS = 1 << 18
+BATCH_CHARACTERS = 8 << 20
+BATCH_DOCUMENTS = 1 << 16
 GRAMS_FILE = "overlap.grams"
 GRAM = np.dtype([("gram", "<u8"), ("document", "<i4")])
 # Han, kana, bopomofo, Thai, Lao, Tibetan, Burmese, Khmer: scripts without spaces between words.
@@ -174,19 +176,27 @@ def write_overlaps(task: UnitTask) -> int:
 
 
 def _batches(task: UnitTask) -> Iterator[Tuple[List[Place], List[List[str]], np.ndarray, np.ndarray]]:
-    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams."""
+    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+
+    Documents without n-grams are left out.
+    """
     places: List[Place] = []
     texts: List[List[str]] = []
     grams: List[np.ndarray] = []
-    count = 0
+    count, characters = 0, 0
     for place, row in _rows(task, TRAINED_ON):
+        text = _trained_texts(row)
+        own = grams_of(text)
+        if not len(own):
+            continue
         places.append(place)
-        texts.append(_trained_texts(row))
-        grams.append(grams_of(texts[-1]))
-        count += len(grams[-1])
-        if count >= BATCH_GRAMS:
+        texts.append(text)
+        grams.append(own)
+        count += len(own)
+        characters += sum(map(len, text))
+        if count >= BATCH_GRAMS or characters >= BATCH_CHARACTERS or len(places) >= BATCH_DOCUMENTS:
             yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
-            places, texts, grams, count = [], [], [], 0
+            places, texts, grams, count, characters = [], [], [], 0, 0
     if grams:
         yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
 

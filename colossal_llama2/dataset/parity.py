@@ -19,7 +19,7 @@ from colossal_llama2.tokenizer.fast_encoder import encoder_class
 SAMPLE_TEXTS = 200
 SAMPLE_CHARACTERS = 500
 SAMPLE_PLACES = 20
-# So far a place is searched for texts: it may be blank lines up to the end of a large file.
+# A place is searched for texts up to here: it may be blank lines up to the end of a large file.
 PLACE_BYTES = 4 << 20
 
 

@@ -231,7 +231,7 @@ class _Run:
         for unit in self.units:
             path = self.folders.cache / f"{unit.name}.json"
             content = store.read_json(path)
-            with store.damage_told(path):
+            with store.damage_reported(path):
                 account.add(Account.from_json(content["account"]))
                 hashes.update({int(file): digest for file, digest in content["hashes"].items()})
         return account, hashes

@@ -9,7 +9,7 @@ import secrets
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Dict, Iterator
 
 from colossal_llama2 import json_input
 from colossal_llama2.errors import RunError
@@ -81,17 +81,18 @@ def read_json_or_none(path: Path) -> Any:
         raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Dict[str, Any]:
     """The object in a JSON file of the cache. Raises RunError if it is damaged or missing."""
     content = read_json_or_none(path)
     if content is None:
         raise RunError(f"{path} is missing; delete {path.parent} and prepare the data again")
-    with damage_told(path):
-        return dict(content)
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (not a JSON object); delete {path.parent} and prepare the data again")
+    return content
 
 
 @contextmanager
-def damage_told(path: Path) -> Iterator[None]:
+def damage_reported(path: Path) -> Iterator[None]:
     """Turn what is raised for entries that a JSON file of the cache lacks, or has of another type, into a RunError."""
     try:
         yield

@@ -12,9 +12,9 @@ from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
-from colossal_llama2.model.config_fields import llama_config, read_config
+from colossal_llama2.model.config_fields import llama_config, read_fields
 from colossal_llama2.model.folder import check_model_files, shard_names
-from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.loading import check_model, generation_ids
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.model.tied_weights import check_is_one_matrix
@@ -51,7 +51,7 @@ def answer_prompt(
         # Before the seconds that importing torch takes.
         _check_files(Path(model_path), given=model_path)
     _quiet_libraries()
-    with _memory_told(device):
+    with memory_errors_named(device):
         model, tokenizer = load_model(model_path, device)
         start = time.monotonic()
         answer = generate(
@@ -148,7 +148,8 @@ def generate(
 
 
 @contextlib.contextmanager
-def _memory_told(device: Optional[str]) -> Iterator[None]:
+def memory_errors_named(device: Optional[str]) -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into a RunError that names the device."""
     import torch
 
     try:
@@ -226,7 +227,7 @@ def _check_files(folder: Path, *, given: str) -> None:
 
 
 def _read_weights(folder: Path, *, given: str, dtype):
-    """The LLaMA in `folder`; UserError if a file is broken, or a weight missing or not finite."""
+    """The LLaMA in `folder`; UserError if a file is broken, a weight missing or not finite, or two tied ones differ."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -234,8 +235,12 @@ def _read_weights(folder: Path, *, given: str, dtype):
     held = None if dtype == "auto" else {torch.float32: "F32"}[dtype]
     check_numbers(str(folder), held, cure="give the model in bfloat16 or float32")
     config = llama_config(folder)
+    # transformers would take the input embedding for both.
+    problem = check_is_one_matrix(folder, shard_names(str(folder))) if config.tie_word_embeddings else None
+    if problem:
+        raise UserError(problem)
     try:
-        with warnings.catch_warnings(), nothing_runs():
+        with warnings.catch_warnings(), unpickling_refused():
             warnings.simplefilter("ignore", UserWarning)
             model, report = LlamaForCausalLM.from_pretrained(
                 folder, config=config, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
@@ -251,20 +256,15 @@ def _read_weights(folder: Path, *, given: str, dtype):
         raise UserError(
             f"--model_path {given} lacks {len(names)} of its weights, such as {names[0]}; save or copy the model again"
         )
-    if config.tie_word_embeddings:
-        # transformers takes the input embedding for both.
-        problem = check_is_one_matrix(folder, shard_names(str(folder)))
-        if problem:
-            get_logger().warning(problem)
     # Nothing else of generation_config.json is used.
-    model.generation_config.update(**generation_ids(folder, read_config(folder)))
+    model.generation_config.update(**generation_ids(folder, read_fields(folder)))
     return model
 
 
 def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
     """`max_new_tokens`, reduced to what the model's context leaves beside the prompt. Lengths are in tokens."""
-    context = positions_of(model.config) if hasattr(model.config, "max_position_embeddings") else None
-    if context is None or prompt_length + max_new_tokens <= context:
+    context = positions_of(model.config)
+    if prompt_length + max_new_tokens <= context:
         return max_new_tokens
     room = context - prompt_length
     if room < 1:

@@ -6,12 +6,14 @@ Nothing here imports torch.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple
 
+from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.input_files import read_settings
-from colossal_llama2.json_input import shown
+from colossal_llama2.json_input import is_finite, is_whole, shown
 from colossal_llama2.model.folder import CONFIG_FILE
 
 # Keys under which a quantized model describes how its weights are packed.
@@ -31,8 +33,7 @@ def integer(low: int, high: int) -> Rule:
     """An integer from `low` to `high`."""
 
     def problem(value: Any) -> Optional[str]:
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        return None if is_int and low <= value <= high else f"an integer from {low:,} to {high:,} is allowed"
+        return None if is_whole(value) and low <= value <= high else f"an integer from {low:,} to {high:,} is allowed"
 
     return problem
 
@@ -41,8 +42,7 @@ def number(low: float, high: float, *, above: bool = False) -> Rule:
     """A finite number from `low`, or `above` it, to `high`."""
 
     def problem(value: Any) -> Optional[str]:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and low <= value <= high and not (above and value == low):
+        if is_finite(value) and low <= value <= high and not (above and value == low):
             return None
         return f"a number {'above' if above else 'from'} {low:g} to {high:g} is allowed"
 
@@ -69,17 +69,31 @@ def or_null(rule: Rule) -> Rule:
 
 
 def token_ids(value: Any) -> Optional[str]:
-    """A token id, or a list of them; older files have -1 for none."""
+    """A whole number, or a list of some. Which of them are ids of tokens, `known_ids` says."""
     listed = value if isinstance(value, list) else [value]
-    return "a token id, a list of token ids, or null is allowed" if any(map(integer(-1, 2**31), listed)) else None
+    return None if all(map(is_whole, listed)) else "a token id or a list of token ids is allowed"
+
+
+def token_id(value: Any) -> Optional[str]:
+    """A whole number."""
+    return None if is_whole(value) else "a token id is allowed"
+
+
+def dtype_name(value: Any) -> Optional[str]:
+    """A format that a model can be held in, as in `torch.float16` or without the module."""
+    return one_of(DTYPES)(value.removeprefix("torch.") if isinstance(value, str) else value)
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field: the rule for its value, and what a LLaMA has where the file does not say."""
+    """One field: the rule for its value, and what a LLaMA has where the file does not say.
+
+    `null_is_default`: null in the file means that it does not say.
+    """
 
     rule: Rule
     default: Any = None
+    null_is_default: bool = False
 
 
 POSITIONS = integer(1, 10**9)
@@ -95,19 +109,19 @@ FIELDS: Dict[str, Field] = {
     "max_position_embeddings": Field(POSITIONS, 2048),
     "initializer_range": Field(number(0, 1000), 0.02),
     "rms_norm_eps": Field(number(0, 1, above=True), 1e-6),
-    "rope_theta": Field(number(1, 1e30, above=True), 10000.0),
-    "attention_bias": Field(boolean, False),
-    "attention_dropout": Field(number(0, 1), 0.0),
-    "mlp_bias": Field(boolean, False),
-    "tie_word_embeddings": Field(boolean, False),
-    "use_cache": Field(boolean, True),
-    "pretraining_tp": Field(integer(1, 2**16), 1),
+    "rope_theta": Field(number(1, 1e30, above=True), 10000.0, null_is_default=True),
+    "attention_bias": Field(boolean, False, null_is_default=True),
+    "attention_dropout": Field(number(0, 1), 0.0, null_is_default=True),
+    "mlp_bias": Field(boolean, False, null_is_default=True),
+    "tie_word_embeddings": Field(boolean, False, null_is_default=True),
+    "use_cache": Field(boolean, True, null_is_default=True),
+    "pretraining_tp": Field(integer(1, 2**16), 1, null_is_default=True),
     "bos_token_id": Field(or_null(token_ids), 1),
     "eos_token_id": Field(or_null(token_ids), 2),
-    "pad_token_id": Field(or_null(integer(-1, 2**31))),
-    "torch_dtype": Field(or_null(one_of(DTYPES))),
+    "pad_token_id": Field(or_null(token_id)),
+    "torch_dtype": Field(or_null(dtype_name)),
 }
-ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 POSITIVE = number(0, 1e30, above=True)
 
@@ -129,9 +143,9 @@ ROPE_TYPES: Dict[str, Tuple[Dict[str, Rule], Dict[str, Rule]]] = {
         {"factor": POSITIVE},
         {
             TRAINED_POSITIONS: POSITIONS,
-            **dict.fromkeys(
-                ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), or_null(POSITIVE)
-            ),
+            **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), or_null(POSITIVE)),
+            # 0 counts as not given.
+            **dict.fromkeys(("mscale", "mscale_all_dim"), or_null(number(0, 1e30))),
         },
     ),
     "llama3": (
@@ -148,19 +162,20 @@ ROPE_TYPES: Dict[str, Tuple[Dict[str, Rule], Dict[str, Rule]]] = {
 }  # fmt: skip
 
 
-def read_config(folder: Path) -> dict:
-    """The content of a folder's config.json, all of whose fields are what a LLaMA may have.
+def read_fields(folder: Path) -> Dict[str, Any]:
+    """What `fields_of` returns for a folder's config.json. Token ids that its vocabulary has not are logged.
 
     Raises:
         UserError: the file cannot be read, is of another kind of model or of a quantized one, or a field is wrong.
     """
     path = folder / CONFIG_FILE
-    config = read_settings(path)
+    config = read_settings(path, allows_mark=True)
     if config.get("model_type") != "llama":
         raise UserError(f"{path}: model_type is {shown(config.get('model_type'))}, only 'llama' can be used here")
     check_not_quantized(config, path)
-    fields_of(config, path)
-    return config
+    fields = fields_of(config, path)
+    log_unknown_ids(config, fields["vocab_size"], path)
+    return fields
 
 
 def check_not_quantized(config: dict, path: Path) -> None:
@@ -173,30 +188,32 @@ def check_not_quantized(config: dict, path: Path) -> None:
             )
 
 
-def fields_of(config: dict, path: Path, *, ids_in_range: bool = True) -> Dict[str, Any]:
+def fields_of(config: dict, path: Path) -> Dict[str, Any]:
     """The FIELDS of a config, checked, with defaults where it has none, and `rope_scaling`.
 
-    A token id of -1 becomes None: it means that there is none, but PyTorch would take it for the last row and not
-    train it.
-
-    Args:
-        ids_in_range: refuse token ids beyond the vocabulary.
+    Token ids are those of `known_ids`.
 
     Raises:
         UserError: a field has a value of another type or range, or two fields do not fit together.
     """
-    config = _without_newer_names(config, path)
+    config = with_older_rope(config, path)
+    if config.get("torch_dtype") is None:
+        config["torch_dtype"] = config.get("dtype")
     found: Dict[str, Any] = {}
     for name, field in FIELDS.items():
         found[name] = config.get(name, field.default)
+        if found[name] is None and field.null_is_default:
+            found[name] = field.default
         problem = field.rule(found[name])
         if problem:
             raise UserError(f"{path}: {name} is {shown(found[name])}; {problem}")
     found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
     found["head_dim"] = found["head_dim"] or found["hidden_size"] // found["num_attention_heads"]
     _check_heads(found, config, path)
-    for name in ID_FIELDS:
-        found[name] = check_ids(name, found[name], found["vocab_size"] if ids_in_range else 2**32, path)
+    if found["torch_dtype"] is not None:
+        found["torch_dtype"] = found["torch_dtype"].removeprefix("torch.")
+    for name in TOKEN_ID_FIELDS:
+        found[name] = known_ids(found[name], found["vocab_size"])
     if config.get(TRAINED_POSITIONS) is not None:
         found[TRAINED_POSITIONS] = config[TRAINED_POSITIONS]
         problem = POSITIONS(config[TRAINED_POSITIONS])
@@ -206,19 +223,43 @@ def fields_of(config: dict, path: Path, *, ids_in_range: bool = True) -> Dict[st
     return found
 
 
-def _without_newer_names(config: dict, path: Path) -> dict:
-    """The config under the names of transformers 4: version 5 writes dtype and rope_parameters."""
+def with_older_rope(config: dict, path: Path) -> dict:
+    """The config with rope_theta and rope_scaling, as transformers 4 has them, for version 5's rope_parameters.
+
+    Raises:
+        UserError: rope_parameters is not an object, or contradicts one of the two.
+    """
     config = dict(config)
-    config.setdefault("torch_dtype", config.get("dtype"))
-    rope = config.get("rope_parameters")
-    if rope is not None and "rope_theta" not in config and "rope_scaling" not in config:
-        if not isinstance(rope, dict):
-            raise UserError(f"{path}: rope_parameters is {shown(rope)}; a JSON object is allowed")
-        rope = dict(rope)
-        if "rope_theta" in rope:
-            config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = rope or None
+    rope = config.pop("rope_parameters", None)
+    if rope is None:
+        return config
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {shown(rope)}; a JSON object is allowed")
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    newer = {"rope_theta": rope.get("rope_theta"), "rope_scaling": scaling or None}
+    newer["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    for name, value in newer.items():
+        older = config.get(name)
+        if value is None:
+            continue
+        if older in (None, {}):
+            config[name] = value
+        elif _rope_type_spelt(older) != _rope_type_spelt(value):
+            raise UserError(
+                f"{path}: {name} is {shown(older)}, but rope_parameters says {shown(value)}; remove the wrong one"
+            )
+    # Versions before 4.43 do not know this type.
+    if config.get("rope_scaling") in ({"rope_type": "default"}, {}):
+        config["rope_scaling"] = None
     return config
+
+
+def _rope_type_spelt(value: Any) -> Any:
+    """A scaling with the newer name of its type; any other value as it is."""
+    if isinstance(value, dict) and "type" in value:
+        value = {"rope_type": value["type"], **value}
+        del value["type"]
+    return value
 
 
 def _check_heads(found: Dict[str, Any], config: dict, path: Path) -> None:
@@ -238,22 +279,42 @@ def _check_heads(found: Dict[str, Any], config: dict, path: Path) -> None:
         raise UserError(f"{path}: partial_rotary_factor is {shown(partial)}; a LLaMA rotates whole heads, 1.0 allowed")
 
 
-def check_ids(name: str, value: Any, vocab_size: int, path: Path) -> Any:
-    """The token ids of a setting that are there, in the form in which they are. Raises UserError for what is none."""
-    problem = or_null(token_ids)(value)
-    if problem:
-        raise UserError(f"{path}: {name} is {shown(value)}; {problem}")
-    listed = [token for token in (value if isinstance(value, list) else [value]) if token not in (None, -1)]
-    for token in listed:
-        if token >= vocab_size:
-            raise UserError(f"{path}: {name} is {token}, beyond vocab_size {vocab_size}; give an id below it, or null")
+def check_ids(settings: dict, path: Path) -> None:
+    """Raise a UserError unless the token ids of a file's settings are whole numbers, lists of some, or null."""
+    for name in TOKEN_ID_FIELDS:
+        problem = or_null(token_ids)(settings.get(name))
+        if problem:
+            raise UserError(f"{path}: {name} is {shown(settings[name])}; {problem}")
+
+
+def known_ids(value: Any, vocab_size: float) -> Any:
+    """Those of one token id, or of a list of some, that the vocabulary has, in the same form; None if it has none.
+
+    Any other id means that there is no such token, as -1 in many files. PyTorch would take a padding id of -1 for the
+    last row and not train it; LLaMA-2's <pad> of some mirrors is one beyond the last row.
+    """
     if isinstance(value, list):
-        return listed or None
-    return listed[0] if listed else None
+        return [token for token in value if known_ids(token, vocab_size) is not None] or None
+    return value if is_whole(value) and 0 <= value < vocab_size else None
+
+
+def log_unknown_ids(settings: dict, vocab_size: int, path: Path) -> None:
+    """Log the token ids of a file that `known_ids` leaves out, once a process. -1 stands for none and is not logged."""
+    for name in TOKEN_ID_FIELDS:
+        value = settings.get(name)
+        listed = value if isinstance(value, list) else [value]
+        for token in listed:
+            if token not in (None, -1) and known_ids(token, vocab_size) is None:
+                _log_once(f"{path}: {name} {shown(token)} is not in the vocabulary of {vocab_size:,}: read as null")
+
+
+@lru_cache(maxsize=1000)
+def _log_once(line: str) -> None:
+    logs.get_logger().info("%s", line)
 
 
 def _rope_scaling(scaling: Any, fields: Dict[str, Any], path: Path) -> Optional[dict]:
-    if scaling is None:
+    if scaling is None or scaling == {}:
         return None
     if not isinstance(scaling, dict):
         raise UserError(f"{path}: rope_scaling is {shown(scaling)}; a JSON object or null is allowed")
@@ -296,12 +357,12 @@ def llama_config(folder: Path, **settings: Any):
     """The transformers LlamaConfig of a folder, made of the checked fields alone; `settings` go with them.
 
     Raises:
-        UserError: as `read_config`, or transformers can make none of the fields.
+        UserError: as `read_fields`, or transformers can make none of the fields.
     """
     from transformers import LlamaConfig
 
     path = folder / CONFIG_FILE
-    fields = fields_of(read_config(folder), path)
+    fields = read_fields(folder)
     try:
         config = LlamaConfig(**fields, **settings)
     except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere

@@ -4,6 +4,7 @@ Mirrors of LLaMA-2 from 2023 hold values that later versions warn about, refuse 
 values without do_sample, pad_token_id -1 for a model without a padding token, generation settings in config.json. The
 rules follow transformers 4.51.3 and 5.24 (`GenerationConfig.validate`, `PreTrainedConfig.validate_token_ids`):
 
+    rope          rope_parameters of version 5 becomes rope_theta and rope_scaling, which both versions read.
     token ids     An id outside the vocabulary means that there is no such token, and becomes null. nn.Embedding would
                   take -1 for the last row, and give that row no gradient.
     config.json   Its generation settings move to generation_config.json, where generate() reads them, unless that file
@@ -22,10 +23,11 @@ import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from colossal_llama2.files import read_json
+from colossal_llama2.input_files import read_settings
+from colossal_llama2.json_input import is_finite, is_whole
+from colossal_llama2.model.config_fields import FIELDS, TOKEN_ID_FIELDS, known_ids, with_older_rope
 from colossal_llama2.model.folder import CONFIG_FILE, GENERATION_CONFIG_FILE
 
-TOKEN_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Entries that name code, or how one run computed attention.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
@@ -42,52 +44,44 @@ DEFAULTS: Dict[str, Any] = {
 }  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
+    return isinstance(value, list) and all(map(is_whole, value))
 
 
 # What generate() accepts, besides null.
 RANGES: Dict[str, Callable[[Any], bool]] = {
     "do_sample": _is_flag,
-    "temperature": lambda value: _is_number(value) and value >= 0,
-    "top_k": lambda value: _is_count(value) and value >= 0,
-    "top_p": lambda value: _is_number(value) and 0 < value <= 1,
-    "min_p": lambda value: _is_number(value) and 0 <= value <= 1,
-    "top_h": lambda value: _is_number(value) and 0 < value <= 1,
-    "typical_p": lambda value: _is_number(value) and 0 < value <= 1,
-    "epsilon_cutoff": lambda value: _is_number(value) and 0 <= value < 1,
-    "eta_cutoff": lambda value: _is_number(value) and 0 <= value < 1,
-    "num_beams": lambda value: _is_count(value) and value >= 1,
-    "num_return_sequences": lambda value: _is_count(value) and value >= 1,
-    "max_length": lambda value: _is_count(value) and value >= 1,
-    "min_length": lambda value: _is_count(value) and value >= 0,
-    "max_new_tokens": lambda value: _is_count(value) and value >= 1,
-    "min_new_tokens": lambda value: _is_count(value) and value >= 0,
-    "repetition_penalty": lambda value: _is_number(value) and value > 0,
-    "length_penalty": _is_number,
-    "no_repeat_ngram_size": lambda value: _is_count(value) and value >= 0,
+    "temperature": lambda value: is_finite(value) and value >= 0,
+    "top_k": lambda value: is_whole(value) and value >= 0,
+    "top_p": lambda value: is_finite(value) and 0 < value <= 1,
+    "min_p": lambda value: is_finite(value) and 0 <= value <= 1,
+    "top_h": lambda value: is_finite(value) and 0 < value <= 1,
+    "typical_p": lambda value: is_finite(value) and 0 < value <= 1,
+    "epsilon_cutoff": lambda value: is_finite(value) and 0 <= value < 1,
+    "eta_cutoff": lambda value: is_finite(value) and 0 <= value < 1,
+    "num_beams": lambda value: is_whole(value) and value >= 1,
+    "num_return_sequences": lambda value: is_whole(value) and value >= 1,
+    "max_length": lambda value: is_whole(value) and value >= 1,
+    "min_length": lambda value: is_whole(value) and value >= 0,
+    "max_new_tokens": lambda value: is_whole(value) and value >= 1,
+    "min_new_tokens": lambda value: is_whole(value) and value >= 0,
+    "repetition_penalty": lambda value: is_finite(value) and value > 0,
+    "length_penalty": is_finite,
+    "no_repeat_ngram_size": lambda value: is_whole(value) and value >= 0,
     "early_stopping": lambda value: _is_flag(value) or value == "never",
     "use_cache": _is_flag,
     "return_dict_in_generate": _is_flag,
     "remove_invalid_values": _is_flag,
     "suppress_tokens": _are_counts,
     "begin_suppress_tokens": _are_counts,
-    "forced_bos_token_id": _is_count,
-    "forced_eos_token_id": lambda value: _is_count(value) or _are_counts(value),
+    "forced_bos_token_id": is_whole,
+    "forced_eos_token_id": lambda value: is_whole(value) or _are_counts(value),
     "bad_words_ids": lambda value: isinstance(value, list) and all(map(_are_counts, value)),
-    "assistant_ensemble_weight": lambda value: _is_number(value) and 0 < value < 1,
+    "assistant_ensemble_weight": lambda value: is_finite(value) and 0 < value < 1,
 }
 # Null means no value for most settings; these have to be one.
 NEVER_NULL = ("do_sample", "early_stopping", "num_beams", "num_return_sequences")
@@ -114,12 +108,12 @@ class ModelConfigs:
 
     def __init__(self, folder: Path):
         """Raises UserError if one of the files is damaged, or there is no config.json."""
-        config = read_json(folder / CONFIG_FILE)
+        config = read_settings(folder / CONFIG_FILE, allows_mark=True)
         path = folder / GENERATION_CONFIG_FILE
-        own = read_json(path) if path.is_file() else None
+        own = read_settings(path, allows_mark=True) if path.is_file() else None
         self.config, moved, self.changes = portable_config(config)
         # Without the file, transformers takes the ids of config.json.
-        ids = {key: self.config[key] for key in TOKEN_ID_KEYS if self.config.get(key) is not None}
+        ids = {key: self.config[key] for key in TOKEN_ID_FIELDS if self.config.get(key) is not None}
         content, moves = with_moved_settings(ids if own is None else own, moved)
         self.generation, changes = portable_generation(content, vocab_size=config.get("vocab_size"))
         self.changes += moves + changes
@@ -140,13 +134,32 @@ class ModelConfigs:
 
 def portable_config(config: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], List[str]]:
     """What config.json should hold, what of it belongs in generation_config.json, and what was changed."""
+    config, changes = _with_older_names(config)
     found = {key: config[key] for key in DEFAULTS if key in config}
     moved = {key: value for key, value in found.items() if value is not None and value != DEFAULTS[key]}
     kept = {key: value for key, value in config.items() if key not in found and key not in CODE_KEYS}
-    ids, changes = _portable_ids(kept, CONFIG_FILE, vocab_size=config.get("vocab_size"))
+    ids, changed = _portable_ids(kept, CONFIG_FILE, vocab_size=config.get("vocab_size"))
+    changes += changed
     if "auto_map" in config:
         changes.append(f"{CONFIG_FILE}: auto_map is left out, it names code")
     return {**kept, **ids}, moved, changes
+
+
+def _with_older_names(config: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """The config in the names and forms that transformers 4 and 5 both read, and what was changed."""
+    # Null means here that nothing is said; transformers would compute with it.
+    unsaid = [name for name, field in FIELDS.items() if field.null_is_default and config.get(name, 0) is None]
+    config = {key: value for key, value in config.items() if key not in unsaid}
+    for name in ("torch_dtype", "dtype"):
+        if isinstance(config.get(name), str):
+            config[name] = config[name].removeprefix("torch.")
+    if config.get("model_type") != "llama" or "rope_parameters" not in config:
+        return config, []
+    older = with_older_rope(config, Path(CONFIG_FILE))
+    if config["rope_parameters"] is None:
+        return older, []
+    older.setdefault("rope_scaling", None)
+    return older, [f"{CONFIG_FILE}: rope_parameters is now rope_theta and rope_scaling, which transformers 4 reads too"]
 
 
 def with_moved_settings(content: Dict[str, Any], moved: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
@@ -181,12 +194,12 @@ def portable_generation(
 
 def _portable_ids(content: Dict[str, Any], name: str, *, vocab_size: Optional[int]) -> Tuple[Dict[str, Any], List[str]]:
     """The token ids that have to change, null where no token is left."""
-    beyond = vocab_size if _is_count(vocab_size) else math.inf
+    beyond = vocab_size if is_whole(vocab_size) else math.inf
     changed, changes = {}, []
-    for key in TOKEN_ID_KEYS:
+    for key in TOKEN_ID_FIELDS:
         ids = content.get(key)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        tokens = [index for index in listed if _is_count(index) and 0 <= index < beyond]
+        tokens = known_ids(listed, beyond) or []
         # A text may end in several ways, and has one way to begin and one to be padded.
         is_many = isinstance(ids, list) and key == "eos_token_id"
         portable = (tokens if is_many else tokens[0]) if tokens else None
@@ -262,6 +275,6 @@ def accepted_generation(content: Dict[str, Any]) -> Tuple[Dict[str, Any], List[s
         reason = f"{type(error).__name__}: {error}"
     if reason is None:
         return content, []
-    ids = {key: content[key] for key in TOKEN_ID_KEYS if key in content}
+    ids = {key: content[key] for key in TOKEN_ID_FIELDS if key in content}
     reason = textwrap.shorten(reason, 200)
     return ids, [f"{GENERATION_CONFIG_FILE}: all but token ids is left out, transformers refuses it ({reason})"]

@@ -41,13 +41,13 @@ def check_model_files(folder: Path) -> None:
     """Check what a folder's model is read from by names and kinds of files, without opening more than JSON.
 
     Raises:
-        UserError: there is an adapter, or a file that would be opened is no regular one.
+        UserError: there is an adapter, or a file that would be opened is not a regular file.
     """
     check_no_adapter(folder)
     for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE):
         is_regular(folder / name)
     if is_regular(folder / GENERATION_CONFIG_FILE):
-        read_settings(folder / GENERATION_CONFIG_FILE)
+        read_settings(folder / GENERATION_CONFIG_FILE, allows_mark=True)
 
 
 def has_weights(folder: Path) -> bool:

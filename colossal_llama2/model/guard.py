@@ -6,8 +6,10 @@ ColossalAI's ranks exchange their own objects by pickles while they train and sa
 """
 
 import contextlib
+import importlib.abc
+import importlib.machinery
 import sys
-from typing import Any, Iterator, List, NoReturn, Tuple
+from typing import Any, Callable, Iterator, List, NoReturn, Tuple
 
 from colossal_llama2.errors import RunError
 
@@ -23,7 +25,7 @@ REFUSED: List[Tuple[str, str]] = [
     ("pickle", "loads"),
     ("pickle", "Unpickler"),
 ]
-# Whoever asks whether peft is there has the answer's function under its own name.
+# Each of these modules holds its own reference to is_peft_available.
 PEFT_ASKED_BY = (
     "transformers.utils", "transformers.utils.import_utils", "transformers.modeling_utils",
     "transformers.models.auto.auto_factory", "transformers.integrations.peft", "transformers.utils.peft_utils",
@@ -35,7 +37,7 @@ _loads = 0
 
 
 @contextlib.contextmanager
-def nothing_runs(*, offline: bool = True) -> Iterator[None]:
+def unpickling_refused(*, offline: bool = True) -> Iterator[None]:
     """Within it, what would unpickle raises RunError, peft counts as absent, and if `offline` nothing is fetched."""
     global _loads
     changes = [(module, name, _refusing) for module, name in REFUSED]
@@ -47,6 +49,7 @@ def nothing_runs(*, offline: bool = True) -> Iterator[None]:
         for module, name, change in changes:
             around.enter_context(_replaced(module, name, change))
         around.enter_context(_no_generation_config())
+        around.enter_context(_importing(lambda module: _refuse_in(module, around)))
         _loads += 1
         around.callback(_end_load)
         yield
@@ -54,7 +57,7 @@ def nothing_runs(*, offline: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_generation_config() -> Iterator[None]:
-    """Let transformers make the settings of generation from the model's: it raises whatever comes for those of a file.
+    """Let transformers make the generation settings from the model's, because a bad file raises arbitrary errors.
 
     The file goes into every saved model as it is, or as the checks before a run have mended it.
     """
@@ -107,10 +110,47 @@ def _refusing(original: Any, name: str) -> Any:
     return refused
 
 
+def _refuse_in(module: str, around: contextlib.ExitStack) -> None:
+    """Change a module of REFUSED that was imported just now, until the load ends."""
+    for _, name in [entry for entry in REFUSED if entry[0] == module]:
+        around.enter_context(_replaced(module, name, _refusing))
+
+
+@contextlib.contextmanager
+def _importing(do: Callable[[str], None]) -> Iterator[None]:
+    """Within it, call `do` with the name of each module of REFUSED right after it is imported."""
+    # A tokenizer may be loaded before torch is imported, which takes seconds: it is not imported just to be changed.
+    finder = _Finder(do)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, do: Callable[[str], None]):
+        self._do = do
+
+    def find_spec(self, name, path, target=None):
+        """The usual spec of a module of REFUSED, whose loader calls `do` at its end; None for all others."""
+        if all(name != module for module, _ in REFUSED):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module) -> None:
+                run(module)
+                self._do(name)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
 @contextlib.contextmanager
 def _replaced(module: str, name: str, change: Any) -> Iterator[None]:
     """A change of a module's attribute; none if the module is not in use, or has no such name in this version."""
-    # Whoever loads a tokenizer alone should not wait seconds for torch.
     owner = sys.modules.get(module)
     if owner is None or not hasattr(owner, name):
         yield

@@ -24,18 +24,17 @@ from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import (
     check_can_create,
-    copy_files,
+    contents_of,
     is_stray,
-    read_json,
     sync,
     temporary_folder,
+    write_contents,
     write_json,
 )
 from colossal_llama2.input_files import read_settings
-from colossal_llama2.model.config_fields import check_not_quantized, fields_of
+from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
 from colossal_llama2.model.exported_configs import (
     GENERATION_CONFIG_FILE,
-    TOKEN_ID_KEYS,
     portable_config,
     portable_generation,
     with_moved_settings,
@@ -153,7 +152,7 @@ def init_model(
         if inside:
             publish_into(folder, target, last=CONFIG_FILE)
         else:
-            copy_files(tokenizer, folder, COPIED_FILES)
+            write_contents(folder, contents_of(tokenizer, COPIED_FILES))
             publish(folder, target, replace=overwrite)
     matrices = sum(name in MATRICES for shard in shards for name in shard.tensors)
     show_line(f"written to {target}")
@@ -224,7 +223,7 @@ def _read_config(source: Path) -> dict:
     path = source / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{source} holds no {CONFIG_FILE}; give the folder of a LLaMA model in Hugging Face format")
-    config = read_settings(path)
+    config = read_settings(path, allows_mark=True)
     if "vocab_size" not in config:
         raise UserError(f"{path} has no vocab_size; give a LLaMA model in Hugging Face format")
     if "auto_map" in config and config.get("model_type") != "llama":
@@ -234,8 +233,7 @@ def _read_config(source: Path) -> dict:
         )
     check_not_quantized(config, path)
     if config.get("model_type") == "llama":
-        # Ids that no token has are unset below.
-        fields_of(config, path, ids_in_range=False)
+        fields_of(config, path)
     return config
 
 
@@ -333,7 +331,7 @@ def _write_weights(source: Path, folder: Path, shards: List[Shard], change: Chan
         for future in synced:
             future.result()
     if shards[0].path.name != WEIGHTS_FILE:
-        write_json(folder / INDEX_FILE, target_index(read_json(source / INDEX_FILE), shards, change))
+        write_json(folder / INDEX_FILE, target_index(read_settings(source / INDEX_FILE), shards, change))
 
 
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
@@ -347,7 +345,8 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
     changed, settings, changes = portable_config(changed)
     own = {}
     if (source / GENERATION_CONFIG_FILE).is_file():
-        own = _with_moved_ids(read_json(source / GENERATION_CONFIG_FILE), GENERATION_CONFIG_FILE, rows)
+        settings_there = read_settings(source / GENERATION_CONFIG_FILE, allows_mark=True)
+        own = _with_moved_ids(settings_there, GENERATION_CONFIG_FILE, rows)
     generation, moves = with_moved_settings(own, settings)
     portable, others = portable_generation(generation, vocab_size=rows.vocab_size)
     for change in [*changes, *moves, *others]:
@@ -379,7 +378,7 @@ def _noted_ranges(config: dict, rows: Rows) -> List[List[int]]:
 def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:
     """The config with the ids of tokens that moved. An id that no token has would now be a new piece: it is unset."""
     changed = dict(config)
-    for key in TOKEN_ID_KEYS:
+    for key in TOKEN_ID_FIELDS:
         ids = config.get(key)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         moved = [index if index < rows.kept else rows.moved_ids.get(index) for index in listed]

@@ -9,7 +9,15 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 from colossal_llama2.errors import UserError
 from colossal_llama2.input_files import ANY_SIZE, check_regular, is_regular, read_settings
 from colossal_llama2.json_input import shown
-from colossal_llama2.model.config_fields import CONFIG_FILE, ID_FIELDS, check_ids, fields_of, llama_config, read_config
+from colossal_llama2.model.config_fields import (
+    CONFIG_FILE,
+    TOKEN_ID_FIELDS,
+    check_ids,
+    known_ids,
+    llama_config,
+    log_unknown_ids,
+    read_fields,
+)
 from colossal_llama2.model.folder import (
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
@@ -19,7 +27,7 @@ from colossal_llama2.model.folder import (
     shard_names,
     weight_map,
 )
-from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.positions import positions_of, scaling_type
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
 
@@ -60,8 +68,7 @@ def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> N
     check_model_files(folder)
     if not is_regular(folder / CONFIG_FILE):
         raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, as init_model.py writes")
-    config = read_config(folder)
-    generation_ids(folder, config)
+    generation_ids(folder, read_fields(folder))
     if needs_weights and not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
@@ -73,18 +80,22 @@ def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> N
         raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
 
 
-def generation_ids(folder: Path, config: dict) -> Dict[str, Any]:
+def generation_ids(folder: Path, fields: Dict[str, Any]) -> Dict[str, Any]:
     """The ids of <s>, </s> and padding in generation_config.json, those of config.json where it has none.
 
-    Only embeddings that are tied and stored twice are read.
+    Ids that the vocabulary has not count as none and are logged.
+
+    Args:
+        fields: what `read_fields` returned for the folder.
 
     Raises:
-        UserError: they are no ids of tokens.
+        UserError: an id is not a whole number.
     """
     path = folder / GENERATION_CONFIG_FILE
-    fields = fields_of(config, folder / CONFIG_FILE)
-    generation = read_settings(path) if is_regular(path) else {}
-    found = {name: check_ids(name, generation.get(name), fields["vocab_size"], path) for name in ID_FIELDS}
+    generation = read_settings(path, allows_mark=True) if is_regular(path) else {}
+    check_ids(generation, path)
+    log_unknown_ids(generation, fields["vocab_size"], path)
+    found = {name: known_ids(generation.get(name), fields["vocab_size"]) for name in TOKEN_ID_FIELDS}
     return {name: fields[name] if value is None else value for name, value in found.items()}
 
 
@@ -104,7 +115,7 @@ class StoredWeight(NamedTuple):
 
 # What can be trained; integers and floats of 8 bits are those of quantized models.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-LAYER_NAME = re.compile(r"model\.layers\.(\d+)\..*")
+LAYER_NAME = re.compile(r"model\.layers\.(\d{1,9})\..*", re.ASCII)
 # A LLaMA has at most 13 a layer.
 MOST_WEIGHTS = 20_000
 
@@ -117,7 +128,7 @@ def check_weights(path: str) -> None:
     Raises:
         UserError: a weight is missing, unknown, of another shape, or in a format that is none of floats.
     """
-    fields = fields_of(read_config(Path(path)), Path(path, CONFIG_FILE))
+    fields = read_fields(Path(path))
     stored = stored_weights(path)
     found = [int(match[1]) for match in map(LAYER_NAME.fullmatch, stored) if match]
     if found and max(found) + 1 != fields["num_hidden_layers"]:
@@ -151,7 +162,7 @@ def expected_shapes(fields: Dict[str, Any]) -> Iterator[Tuple[str, Tuple[int, ..
     """Name and shape of each weight of a LLaMA, as transformers' LlamaForCausalLM has them.
 
     Args:
-        fields: what `fields_of` gives.
+        fields: what `read_fields` returns.
     """
     width, inner, rows = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
     query = fields["num_attention_heads"] * fields["head_dim"]
@@ -174,7 +185,9 @@ def expected_shapes(fields: Dict[str, Any]) -> Iterator[Tuple[str, Tuple[int, ..
 
 
 def inspect_weights(path: str) -> ModelFacts:
-    """What is known of a checkpoint whose weights are as its config asks for. Does not read the weights.
+    """What is known of a checkpoint whose weights are as its config asks for.
+
+    Of the weights only embeddings that are tied and stored twice are read.
 
     Raises:
         UserError: as `check_weights`, or transformers can make no model of the config.
@@ -219,7 +232,7 @@ def model_without_weights(path: str):
             return LlamaForCausalLM(config)
     except Exception as error:  # what transformers raises for an entry that it cannot use is not told anywhere
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); mend the file")
+        raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); correct the file")
 
 
 def stored_weights(path: str) -> Dict[str, StoredWeight]:
@@ -275,7 +288,7 @@ def load_llama(path: str, *, precision: str, attention: str):
     check_model_files(folder)
     # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
     config = llama_config(folder, attn_implementation=attention)
-    with nothing_runs():
+    with unpickling_refused():
         return LlamaForCausalLM.from_pretrained(
             path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True, local_files_only=True
         )

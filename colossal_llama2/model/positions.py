@@ -8,8 +8,9 @@ original maximum pre-trained length"; modeling_rope_utils.py) and as vLLM derive
     llama3, longrope   max_position_embeddings is the extended length already
 """
 
-import math
 from typing import Any, Optional
+
+from colossal_llama2.json_input import is_finite
 
 EXTENDED_BY_FACTOR = ("linear", "dynamic", "yarn")
 
@@ -20,10 +21,12 @@ def positions_of(config: Any) -> int:
     scaling = getattr(config, "rope_scaling", None)
     if scaling_type(config) not in EXTENDED_BY_FACTOR:
         return positions
-    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if not _is_number(factor):
+    factor = scaling.get("factor")
+    if not is_finite(factor):
         return positions
-    return max(positions, int((original if _is_number(original) else positions) * factor))
+    # The functions of the other two read max_position_embeddings alone.
+    original = scaling.get("original_max_position_embeddings") if scaling_type(config) == "yarn" else None
+    return max(positions, int((original if is_finite(original) else positions) * factor))
 
 
 def scaling_type(config: Any) -> Optional[str]:
@@ -33,7 +36,3 @@ def scaling_type(config: Any) -> Optional[str]:
         return None
     name = scaling.get("rope_type", scaling.get("type"))
     return name if isinstance(name, str) else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -27,6 +27,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tup
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import UserError
+from colossal_llama2.json_input import is_finite, is_whole
 from colossal_llama2.model.front_matter import read_front_matter
 from colossal_llama2.model.loading import CONFIG_FILE, shard_names
 
@@ -177,12 +178,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return is_whole(value) and 0 <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    # Neither infinity nor NaN is below anything.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+    return is_finite(value) and abs(value) < 2**63
 
 
 def _is_plain(value: Any) -> bool:

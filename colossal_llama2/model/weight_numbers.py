@@ -39,7 +39,7 @@ def check_numbers(path: str, dtype: Optional[str], *, cure: str = "", share: int
             for tensor, begin, length in _ranges(shard, share, shares):
                 found = _bad_numbers(file, shard, tensor, begin, length, target)
                 if found:
-                    raise UserError(_told(shard, tensor, found, target, whole=shares == 1, cure=cure))
+                    raise UserError(_message(shard, tensor, found, target, whole=shares == 1, cure=cure))
 
 
 def _ranges(shard: Shard, share: int, shares: int) -> Iterator[Tuple[str, int, int]]:
@@ -86,7 +86,7 @@ def _count(values, held) -> Dict[str, int]:
     return {"NaN": int(is_nan.sum()), "infinite": int(is_infinite.sum()), "too large": int(too_large.sum())}
 
 
-def _told(shard: Shard, name: str, found: Dict[str, int], target: Optional[str], *, whole: bool, cure: str) -> str:
+def _message(shard: Shard, name: str, found: Dict[str, int], target: Optional[str], *, whole: bool, cure: str) -> str:
     kinds = [f"{count:,} {kind}" for kind, count in found.items() if count]
     if target and found["too large"]:
         kinds[-1] += f" for {FLOATS[target][0]}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Unio
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
 from colossal_llama2.input_files import is_regular
-from colossal_llama2.model.guard import nothing_runs
-from colossal_llama2.tokenizer.folder_files import TEMPLATES_FOLDER, check_tokenizer_files
+from colossal_llama2.model.guard import unpickling_refused
+from colossal_llama2.tokenizer.folder_files import TEMPLATES_FOLDER, check_tokenizer_files, own_file_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,9 +115,10 @@ def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
     if is_folder:
         check_tokenizer_files(path)
     try:
-        with nothing_runs(offline=is_folder):
+        with unpickling_refused(offline=is_folder):
             tokenizer = AutoTokenizer.from_pretrained(
-                path, local_files_only=is_folder, trust_remote_code=False, padding_side=PADDING_SIDE
+                path, local_files_only=is_folder, trust_remote_code=False, padding_side=PADDING_SIDE,
+                **(own_file_arguments(path) if is_folder else {}),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         kind = "the folder" if is_folder else "the Hugging Face name (no such folder exists)"

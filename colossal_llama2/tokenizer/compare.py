@@ -23,12 +23,12 @@ if not __package__:
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_new_file, new_file, read_json, write_json
-from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.tokenizer.bpe_model import SPACE, unreachable
 from colossal_llama2.tokenizer.corpus import Sample, draw, read_documents
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files, own_file_arguments
 
 SEED = 1024
 BATCH_DOCUMENTS = 64
@@ -218,8 +218,10 @@ def _load_with_transformers(folder: Path) -> Tokenizer:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        with nothing_runs():
-            loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with unpickling_refused():
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **own_file_arguments(folder)
+            )
     finally:
         transformers.logging.set_verbosity(verbosity)
     if loaded.is_fast:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Union
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.files import is_stray
 from colossal_llama2.input_files import MIB, check_regular, is_regular, read_settings
 from colossal_llama2.json_input import shown
 
 TEMPLATES_FOLDER = "additional_chat_templates"
+# Empty, it is a template that adds nothing.
+TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # What a LLaMA's tokenizer is read from, and how large it may be.
 NAMED_FILES = {
     "tokenizer.model": 64 * MIB,
     "tokenizer.json": 128 * MIB,
     "added_tokens.json": 64 * MIB,
-    "chat_template.jinja": MIB,
+    TEMPLATE_FILE: MIB,
     "chat_template.json": MIB,
     **dict.fromkeys(CONFIG_FILES, 64 * MIB),
 }
@@ -28,6 +31,8 @@ OTHER_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt")
 MOST_TEMPLATES = 100
 # Arguments of tokenizer classes that are a path, or an object that no JSON file can hold.
 PATH_ENTRIES = ("vocab_file", "tokenizer_file", "merges_file", "spm_file", "gguf_file", "vocabulary_file")
+# The file that each of them is anyway.
+OWN_FILES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
 OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SWITCHES = (
@@ -40,13 +45,13 @@ def check_tokenizer_files(folder: Union[str, Path]) -> None:
     """Check the files of a folder that a tokenizer may be read from; what is missing is not asked for.
 
     Raises:
-        UserError: one of them is no regular file, or tokenizer_config.json or special_tokens_map.json holds a value
+        UserError: one of them is not a regular file, or tokenizer_config.json or special_tokens_map.json holds a value
             that no tokenizer can have, or names a file.
     """
     folder = Path(folder)
     for name, max_bytes in NAMED_FILES.items():
         if os.path.lexists(folder / name):
-            check_regular(folder / name, max_bytes=max_bytes)
+            check_regular(folder / name, max_bytes=max_bytes, allows_empty=name == TEMPLATE_FILE)
     for path in sorted(path for pattern in OTHER_PATTERNS for path in folder.glob(pattern)):
         if path.exists() and not path.is_file() and not path.is_dir():
             check_regular(path)
@@ -62,29 +67,51 @@ def _check_templates(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder of chat templates; remove it")
-    paths = sorted(folder.iterdir())
-    for path in paths[:MOST_TEMPLATES]:
-        check_regular(path, max_bytes=MIB)
-    if len(paths) > MOST_TEMPLATES or any(path.suffix != ".jinja" for path in paths):
-        raise UserError(f"{folder}: holds more than {MOST_TEMPLATES} files, or others than *.jinja; remove them")
+    paths = sorted(path for path in folder.iterdir() if not is_stray(path.name))
+    if len(paths) > MOST_TEMPLATES:
+        raise UserError(f"{folder}: holds {len(paths):,} chat templates, at most {MOST_TEMPLATES} allowed; remove some")
+    for path in paths:
+        if path.suffix != ".jinja":
+            raise UserError(f"{path}: is not a chat template, only files named *.jinja are allowed here; remove it")
+        check_regular(path, max_bytes=MIB, allows_empty=True)
 
 
 def _check_settings(settings: dict, path: Path) -> None:
     for name in PATH_ENTRIES:
         # Without tokenizer.json transformers drops the entry, which many old folders have.
         is_dropped = name == "tokenizer_file" and not (path.parent / "tokenizer.json").is_file()
-        if settings.get(name) is not None and not is_dropped:
+        if settings.get(name) is not None and not is_dropped and not _is_own_file(name, settings[name], path.parent):
             raise UserError(
                 f"{path}: {name} names the file {shown(settings[name])}; only the folder's own files are opened, "
                 f"remove the entry"
             )
     for name in OBJECT_ENTRIES:
         if settings.get(name) not in (None, [], {}):
-            raise UserError(f"{path}: {name} is {shown(settings[name])}, which no file can give; remove the entry")
+            raise UserError(
+                f"{path}: {name} is {shown(settings[name])}, which cannot be set in a file; remove the entry"
+            )
     for name, rule in RULES.items():
         problem = rule(settings[name]) if settings.get(name) is not None else None
         if problem:
             raise UserError(f"{path}: {name} is {shown(settings[name])}; {problem}, or null")
+
+
+def _is_own_file(name: str, value: Any, folder: Path) -> bool:
+    """Whether an entry names, without a folder, the file that transformers would take without the entry."""
+    return name in OWN_FILES and value == OWN_FILES[name] and is_regular(folder / OWN_FILES[name])
+
+
+def own_file_arguments(folder: Union[str, Path]) -> Dict[str, str]:
+    """Arguments for a tokenizer's from_pretrained that make tokenizer_config.json's names of own files whole paths.
+
+    transformers would look for such a name in the working directory.
+
+    Args:
+        folder: what `check_tokenizer_files` accepted.
+    """
+    path = Path(folder, CONFIG_FILES[0])
+    settings = read_settings(path) if is_regular(path) else {}
+    return {name: str(Path(folder, own)) for name, own in OWN_FILES.items() if settings.get(name) == own}
 
 
 def _token(value: Any) -> Optional[str]:

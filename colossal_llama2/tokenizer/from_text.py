@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Iterable
 
 from colossal_llama2.files import write_json
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.tokenizer import CONFIG_FILE, FAST_FILE, MODEL_FILE, PADDING_SIDE, SPECIAL_TOKENS_FILE
 
 
@@ -59,4 +60,8 @@ def write_tokenizer(model: bytes, folder: Path, *, model_max_length: int = 4096)
 
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(str(folder / FAST_FILE))
+    with unpickling_refused():
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    tokenizer.backend_tokenizer.save(str(folder / FAST_FILE))

@@ -20,7 +20,15 @@ if not __package__:
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import check_can_create, copy_files, is_stray, read_json, temporary_folder, write_json
+from colossal_llama2.files import (
+    check_can_create,
+    contents_of,
+    is_stray,
+    read_json,
+    temporary_folder,
+    write_contents,
+    write_json,
+)
 from colossal_llama2.publishing import claimed, publish, remove_leftovers
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import (
@@ -205,7 +213,7 @@ def _write_settings(source: Path, folder: Path, num_source_pieces: int, num_adde
         added = read_json(source / ADDED_TOKENS_FILE)
         moved = {token: _moved(index, num_source_pieces, num_added) for token, index in added.items()}
         write_json(folder / ADDED_TOKENS_FILE, moved)
-    copy_files(source, folder, COPIED_FILES)
+    write_contents(folder, contents_of(source, COPIED_FILES))
 
 
 def _moved(index: int, num_source_pieces: int, num_added: int) -> int:

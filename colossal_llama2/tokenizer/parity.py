@@ -14,10 +14,10 @@ from typing import Dict, Iterable, List, Optional, Sequence, Set
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
-from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.tokenizer import CONFIG_FILE, Encoder, sentencepiece_file
 from colossal_llama2.tokenizer.bpe_model import SPACE, BpeModel
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
+from colossal_llama2.tokenizer.folder_files import check_tokenizer_files, own_file_arguments
 
 # What is measured of one group of texts at most, evenly chosen: the fast tokenizer takes seconds for it, the slow one
 # too. Whether pieces are reached is checked on all.
@@ -105,9 +105,10 @@ def load_with_transformers(folder: Path, *, use_fast: bool = True):
     named = {} if read_json(folder / CONFIG_FILE).get("tokenizer_class") else {"tokenizer_type": "llama"}
     check_tokenizer_files(folder)
     try:
-        with nothing_runs():
+        with unpickling_refused():
             return AutoTokenizer.from_pretrained(
-                folder, use_fast=use_fast, local_files_only=True, trust_remote_code=False, **named
+                folder, use_fast=use_fast, local_files_only=True, trust_remote_code=False, **named,
+                **own_file_arguments(folder),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         raise UserError(

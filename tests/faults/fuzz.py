@@ -216,6 +216,12 @@ def extend_flags(folder: Path) -> List[str]:
     return [str(word) for word in [*words, "--expand_tokens_file", folder / "pieces.jsonl"]]
 
 
+def init_model_flags(folder: Path) -> List[str]:
+    """The scene's model with its own tokenizer, which adds no rows."""
+    words = ["init_model.py", "--source_model_and_tokenizer_path", folder / "model", "--target_tokenizer_path"]
+    return [str(word) for word in [*words, folder / "model", "--target_model_path", folder / "out"]]
+
+
 @dataclass(frozen=True)
 class Target:
     """A file of the scene, by its path there; keys that it may have; the commands that read it, by turns."""
@@ -228,7 +234,7 @@ class Target:
 
 TARGETS = [
     Target("config.json", lambda folder: folder / "model/config.json", CONFIG_KEYS, [
-        train_flags, inference_flags, lambda folder: train_flags(folder, "--dry_run"),
+        train_flags, inference_flags, lambda folder: train_flags(folder, "--dry_run"), init_model_flags,
     ]),
     Target("tokenizer_config.json", lambda folder: folder / "model/tokenizer_config.json", TOKENIZER_KEYS, [
         inference_flags, train_flags, extend_flags,

@@ -22,7 +22,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.chunked_loss import HeadPart, takes_liger, use_chunked_loss
 from colossal_llama2.model.documents import MaskForm, attention_inputs
 from colossal_llama2.model.freezing import train_rows_only
-from colossal_llama2.model.guard import nothing_runs
+from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.train.engine import exchange, loss_scale, repairs
 from colossal_llama2.train.loss_tally import LossTally
@@ -421,7 +421,7 @@ class Engine:
 
             documents.install(use_flash_attn=self.settings.use_flash_attn)
         # A model that was initialized lazily is read from its files now.
-        with nothing_runs(), repairs.unrounded_buffers(model):
+        with unpickling_refused(), repairs.unrounded_buffers(model):
             self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
         if self._kind.is_gemini:
             repairs.agree_on_memory(self.model)
