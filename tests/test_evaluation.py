@@ -41,7 +41,7 @@ BFLOAT16_RUNS = {
     "3d_pp2_bf16": [*BF16, *PP2],
 }
 UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
-# Which evaluation a signal cuts short, of which run: that after step 4, and that after the last step, 5.
+# Which evaluation a signal cuts short, of which run: that after step 4, and that after the last step, 7.
 CUT = {"cut_at_4": (1, "3d_pp2_bf16"), "cut_at_the_end": (2, "zero2")}
 
 
@@ -70,7 +70,7 @@ def jobs(tmp_path_factory, prepared, model_dir) -> Dict[str, Job]:
     folder = tmp_path_factory.mktemp("jobs")
     specs = {}
     # One document a row and no byte counts, as data from elsewhere.
-    plain = folder / "plain"
+    plain = folder / "plain_samples"
     datasets.load_from_disk(prepared / "eval").select_columns(["input_ids", "labels"]).save_to_disk(plain)
 
     def add(name: str, *flags, home=None, **more) -> None:
@@ -164,7 +164,7 @@ def test_forgetting_ends_the_run_and_is_saved(jobs):
     assert "--forgetting_alarm en=0.1: bits per byte of en went from" in error and "epoch-0_step-4" in error
     assert jobs["goes_on"].error is None
     entries = history(jobs["goes_on"])
-    assert [entry["step"] for entry in entries] == [0, 4, 5]
+    assert [entry["step"] for entry in entries] == [0, 4, 7]
     assert entries[1]["figures"]["en"]["bits_per_byte"] > 1.1 * entries[0]["figures"]["en"]["bits_per_byte"]
 
 

@@ -24,7 +24,8 @@ SAMPLES = 46
 # What a --save_dir holds besides checkpoints.
 TOP_FILES = {"latest", "modeling", "plan.json"}
 # Of a checkpoint, besides weights and moments.
-UNCHANGED = ("optimizer/pytorch_optim_group",)
+# The history counts steps without an update too.
+UNCHANGED = ("optimizer/pytorch_optim_group", "modeling/training_history.json")
 # 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
 STEPS_AN_EPOCH = 6
 LAYOUTS = {
@@ -163,7 +164,7 @@ def add_others(add, folder: Path, tokenizer: Path) -> None:
     add("auto_past_damage", *fp32, "--resume", "auto", home="auto_on_nothing", damages=damages)
     damaged = ckpt / "epoch-0_step-6"
     add("named_and_damaged", *fp32, "--load_checkpoint", damaged, home="elsewhere",
-        damages=[["flip", str(damaged / "modeling" / "generation_config.json")]])  # fmt: skip
+        damages=[["flip", str(damaged / "modeling" / "tokenizer.model")]])  # fmt: skip
     names = ("epoch-0_step-4", "epoch-0_step-6", "epoch-1_step-12")
     everything = [["add", str(ckpt / name / "stray.json")] for name in names]
     everything += [["cut", str(ckpt / "epoch-1_step-8" / "manifest.json")]]
@@ -327,7 +328,7 @@ def test_resume_auto(jobs):
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(jobs):
     error = jobs["named_and_damaged"][1]
-    assert "epoch-0_step-6/modeling/generation_config.json" in error and "sha256" in error
+    assert "epoch-0_step-6/modeling/tokenizer.model" in error and "sha256" in error
     assert "no checkpoint" in jobs["auto_on_ruins"][1] and "is whole" in jobs["auto_on_ruins"][1]
 
 

@@ -617,7 +617,7 @@ def test_a_finished_run_goes_on_with_more_epochs(jobs):
         ("other_seed", ["seed was 1024, this run has 1", "--seed", "weights alone"]),
         ("other_data", ["dataset_fingerprints", "--dataset"]),
         ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),
-        ("foreign_ids", ["token id", "ends at 299"]),
+        ("foreign_ids", ["has 600 tokens", "vocabulary 300"]),
         ("too_many_ranks", ["--tp 2", "3 attention heads"]),
         ("nan_zero2", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
         ("nan_gemini", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
