@@ -107,6 +107,10 @@ def broken_places(home):
         (part / name).write_text("{}")
     (home / "odd" / "plan.json").mkdir(parents=True)
     (home / "list.json").write_text("[1]")
+    (home / "llama").mkdir()
+    (home / "llama" / "model.safetensors").touch()
+    (home / "taken").mkdir()
+    (home / "taken" / "modeling").write_text("mine")
     return [
         ("--tensorboard_dir", "file", "is a file, a folder allowed"),
         ("--save_dir", "file", "is a file, a folder allowed"),
@@ -127,6 +131,9 @@ def broken_places(home):
         ("--tensorboard_dir", "save/epoch-0_step-5/tb", "removes epoch-0_step-5 in"),
         ("--tensorboard_dir", "save/modeling", "removes modeling in"),
         ("--save_dir", "odd", "plan.json in it is a folder"),
+        ("--save_dir", "taken", "modeling in it is not a folder"),
+        *((flag, home / "llama" / "x", "which holds a model") for flag in PLACES),
+        ("--save_dir", home / "llama", "which holds a model"),
     ]
 
 

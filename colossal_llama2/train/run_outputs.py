@@ -19,6 +19,7 @@ from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset.sources import is_part
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.files import replace_file, to_json
+from colossal_llama2.model.folder import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.output_paths import check_apart, check_output_file, check_output_folder
 from colossal_llama2.train.checkpoint_files import (
     CHECKPOINT_NAME,
@@ -59,17 +60,23 @@ def check_places(save_dir: str, tensorboard_dir: str, config_file: str) -> None:
     for name in FILE_NAMES:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             raise UserError(f"--save_dir {save_dir}: {name} in it is a folder, the run writes a file there; remove it")
+    if os.path.lexists(folder / MODEL_NAME) and not (folder / MODEL_NAME).is_dir():
+        raise UserError(
+            f"--save_dir {save_dir}: {MODEL_NAME} in it is not a folder, the run puts its model there; remove it"
+        )
     _check_settings_file(settings)
 
 
 def _check_spoils_nothing(path: Path, flag: str) -> None:
-    """Refuse a place in a checkpoint, which lists every file in it, in an exported model, or in a folder of samples."""
+    """Refuse a place in a checkpoint, which lists every file in it, in a model, or in a folder of samples."""
     real = Path(os.path.realpath(path))
     for above in (real, *real.parents):
         if (above / MANIFEST_NAME).is_file() and CHECKPOINT_NAME.fullmatch(above.name):
             raise UserError(f"{flag} {path}: is in the checkpoint {above}, which it would spoil; name another")
         if above.name == MODEL_NAME and (above.parent / LATEST_NAME).is_file():
             raise UserError(f"{flag} {path}: is in {above}, which its run replaces at its end; name another")
+        if any((above / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+            raise UserError(f"{flag} {path}: is in {above}, which holds a model; name another")
         if is_part(above):
             raise UserError(f"{flag} {path}: is in {above}, which holds prepared samples; name another")
 
