@@ -5,9 +5,7 @@ border of the mask. Rows come in batches, because the encoder is fastest that wa
 """
 
 from itertools import groupby
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.conversation import (
@@ -18,6 +16,9 @@ from colossal_llama2.dataset.conversation import (
     read_conversation,
 )
 from colossal_llama2.dataset.message_formats import recognize
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NO_CATEGORY_PRETRAIN = "unknown"
 NO_CATEGORY_SFT = "None"
@@ -114,11 +115,13 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
     return tokenized
 
 
-def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder) -> np.ndarray:
+def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder) -> "np.ndarray":
     """(tokens,) int64: the UTF-8 bytes of the target that each token of a row of `tokenize_pretrain` stands for.
 
     They sum to those of the target; marks and the source have none.
     """
+    import numpy as np
+
     sizes = np.zeros(len(tokens.input_ids), np.int64)
     # Behind <s>, or behind <s> and the source, which are masked.
     start = tokens.labels.count(IGNORE_INDEX) or 1
