@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from safetensors.torch import load_file, save_file
 
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files
@@ -40,11 +39,10 @@ DAMAGES = {
     "states": ("running_states.json", spoil_start, "not the running states"),
     "random_states": ("running_states.json", misspell_states, "random states cannot be read"),
 }
-# Inputs that rank 1 has otherwise, and what is said.
+# Inputs that rank 1 has otherwise, and what is said. What is wrong with a model is found before the ranks meet.
 INPUTS = {
     "data": "a sample of --dataset has 33 tokens, --max_length 32 given",
     "cut_data": "cannot be loaded",
-    "model": "lacks model.norm.weight",
 }
 
 
@@ -65,9 +63,6 @@ def views(tmp_path_factory, tokenizer_dir, model_dir):
             write_part(view / "part", tokenizer_dir, longest=33 if name == "data" and rank == 1 else 20)
     cut = folder / "cut_data" / "rank-1" / "part" / "data-00000-of-00001.arrow"
     cut.write_bytes(cut.read_bytes()[:100])
-    weights = folder / "model" / "rank-1" / "model" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, weights)
     return folder
 
 
