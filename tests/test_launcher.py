@@ -265,6 +265,7 @@ def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
     monkeypatch.setattr(meeting.socket, "create_connection", unresolved_at_first)
     first = Ends().watch(0, 2)
     first.begin()
+    assert next(failures, None) is None and first._problem is None
     first._gives_up = True
 
 
