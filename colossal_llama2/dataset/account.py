@@ -96,13 +96,19 @@ COUNTS = tuple(count.name for count in fields(Tally) if count.name != "dropped")
 
 @dataclass
 class Account:
-    """The tallies of a whole run, by (file number, category); and its lines that are no documents."""
+    """The tallies of a whole run, by (file number, category); and its lines that are no documents.
+
+    Attributes:
+        formats: the format of conversations to how many have it.
+        notes: what is worth knowing of rows that were used, such as "answers masked by a mark", to how often it was so.
+    """
 
     tallies: Dict[Tuple[int, str], Tally] = field(default_factory=dict)
     lines: int = 0
     empty_lines: int = 0
     bad_rows: int = 0
     formats: Dict[str, int] = field(default_factory=dict)
+    notes: Dict[str, int] = field(default_factory=dict)
 
     def tally(self, file: int, category: str) -> Tally:
         """The tally of one file and category."""
@@ -120,6 +126,12 @@ class Account:
         self.bad_rows += other.bad_rows
         for name, count in other.formats.items():
             self.formats[name] = self.formats.get(name, 0) + count
+        for name, count in other.notes.items():
+            self.note(name, count)
+
+    def note(self, name: str, count: int = 1) -> None:
+        """Count what is worth knowing of rows that were used."""
+        self.notes[name] = self.notes.get(name, 0) + count
 
     def total(self) -> Tally:
         """All tallies together."""
@@ -156,13 +168,14 @@ class Account:
         """The account of one unit, as its file in the cache holds it."""
         tallies = [[*key, self.tallies[key].as_json()] for key in sorted(self.tallies)]
         return {"tallies": tallies, **{name: getattr(self, name) for name in ("lines", "empty_lines", "bad_rows")},
-                "formats": dict(sorted(self.formats.items()))}  # fmt: skip
+                "formats": dict(sorted(self.formats.items())), "notes": dict(sorted(self.notes.items()))}  # fmt: skip
 
     @classmethod
     def from_json(cls, content: Dict[str, Any]) -> "Account":
         """The inverse of `as_json`."""
         tallies = {(file, category): Tally.from_json(tally) for file, category, tally in content["tallies"]}
-        return cls(tallies, content["lines"], content["empty_lines"], content["bad_rows"], content["formats"])
+        others = ("lines", "empty_lines", "bad_rows", "formats", "notes")
+        return cls(tallies, **{name: content[name] for name in others})
 
 
 def _sum(tallies: Iterable[Tally]) -> Tally:
@@ -208,6 +221,8 @@ def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
     rows = [
         ("documents", f"{total.documents:,}", skipped),
         *(("", f"{count:,}", f"in the format {name}") for name, count in manifest["formats"].items()),
+        # Manifests of earlier versions have none.
+        *(("", f"{count:,}", name) for name, count in manifest.get("notes", {}).items()),
         ("tokens in", f"{total.tokens_in:,}", ""),
         ("  trained", f"{total.trained:,}", f"{total.trained / total.tokens_in:.2%}, {total.predicted:,} predicted"),
         ("  masked", f"{total.masked:,}", f"{total.masked / total.tokens_in:.2%}"),

@@ -3,11 +3,11 @@
 plan.json is there from the start, so that a restart goes on with nothing but the same work. manifest.json is written
 last; it depends on the input, the settings and the tokenizer alone:
 
-    {"version": 2, "settings": {"stage": "pretrain", "max_length": 4096, ...},
+    {"version": 3, "settings": {"stage": "pretrain", "max_length": 4096, ...},
      "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
      "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
-     "empty_lines": 0, "bad_rows": 0, "formats": {}, "samples": 1, "fill": 0.97,
+     "empty_lines": 0, "bad_rows": 0, "formats": {}, "notes": {}, "samples": 1, "fill": 0.97,
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
                "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
 
@@ -32,7 +32,8 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer import fingerprint
 
 # 2: held out by the normalized text (`held_out`), bytes of the tokens that are predicted, which cut documents change.
-VERSION = 2
+# 3: what rows are marked with, and what their lines may be, which more rows are read by.
+VERSION = 3
 MANIFEST_KEYS = {"settings", "tokenizer", "bins"}
 NOT_OURS = "not ours"
 # What prepares the data of a stage, and what trains on it.
@@ -106,7 +107,7 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
     if manifest["tokenizer"]["sha256"] != content["tokenizer"]:
         changes.append("the tokenizer is another one")
     changes += _changed_inputs(manifest["inputs"], content["inputs"], ("size",))
-    if manifest.get("version") != VERSION and (manifest["eval"] or manifest["total"].get("cut_documents")):
+    if _is_outdated(manifest):
         changes.append("it was made by another version")
     if not changes:
         # A copy may have kept the time of its source; when it came here, the system alone says.
@@ -121,6 +122,14 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
         )
     _check_complete(folders.outputs, manifest)
     return manifest
+
+
+def _is_outdated(manifest: Dict[str, Any]) -> bool:
+    """Whether this version may make something else of the same input and settings."""
+    version = manifest.get("version")
+    version = version if isinstance(version, int) else 1
+    has_cuts = manifest["eval"] or manifest["total"].get("cut_documents")
+    return version < 2 and bool(has_cuts) or version < 3 and manifest["settings"]["stage"] == "sft"
 
 
 def _check_complete(outputs: Dict[str, str], manifest: Dict[str, Any]) -> None:
@@ -298,6 +307,7 @@ def manifest_content(
         "empty_lines": account.empty_lines,
         "bad_rows": account.bad_rows,
         "formats": dict(sorted(account.formats.items())),
+        "notes": dict(sorted(account.notes.items())),
         "samples": samples,
         "fill": round(account.total().kept / (samples * settings.max_length), 6),
         "bins": bins[: settings.num_bins],

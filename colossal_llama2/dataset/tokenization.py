@@ -30,19 +30,24 @@ UNANSWERED = "conversations whose last messages have no answer"
 
 
 class PretrainRow(NamedTuple):
-    """A checked pre-training record."""
+    """A checked pre-training record. `notes` are counted in the account."""
 
     source: str
     target: str
     category: str
+    notes: Tuple[str, ...] = ()
 
 
 class SftRow(NamedTuple):
-    """A checked fine-tuning record. `format` is the name of the one that it came in, of `message_formats.FORMATS`."""
+    """A checked fine-tuning record.
+
+    `format` is the name of the one that it came in, of `message_formats.FORMATS`. `notes` are counted in the account.
+    """
 
     conversation: Conversation
     category: str
     format: str
+    notes: Tuple[str, ...] = ()
 
 
 class Drop(NamedTuple):

@@ -245,6 +245,8 @@ class _UnitWorker:
                 documents.append(
                     _Document(slot, _target_bytes(row, tokens, sizes), held_out, tokens, self._token_bytes(row, tokens))
                 )
+            for note in row.notes:
+                self.account.note(note)
             if hasattr(row, "format"):
                 self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
         sides = np.full(len(rows), DROPPED, np.uint8)

@@ -1,0 +1,16 @@
+"""Why a row cannot be used: a reason to count rows by, and a message for its line."""
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: a short phrase, the same for all rows that have this fault, such as "a message with tool calls". Rows
+            are counted by it, so it holds nothing of the row.
+
+    `str(error)` is the message for this row: what it holds, and what is allowed.
+    """
+
+    def __init__(self, message: str, *, reason: str):
+        super().__init__(message)
+        self.reason = reason
