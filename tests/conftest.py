@@ -1,12 +1,13 @@
 """Fixtures that several test files share: one small tokenizer and one small model per test run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import logs
+from colossal_llama2 import launcher, logs
 from tests import preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,14 @@ def unconfigured_logging():
     logger = logs.get_logger()
     logger.handlers.clear()
     logger.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables_as_found():
+    """A variable that a test leaves behind would make every later command wait for a job that nobody started."""
+    before = {name: os.environ.get(name) for name in launcher.NAMES}
+    yield
+    assert {name: os.environ.get(name) for name in launcher.NAMES} == before
 
 
 @pytest.fixture(scope="session")

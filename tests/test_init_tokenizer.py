@@ -243,7 +243,7 @@ def test_folders_and_files_that_are_refused(source, tmp_path):
     refused("no tokenizer.model", source=changed("a", lambda folder: (folder / "tokenizer.model").unlink()))
     without = changed("b", lambda folder: [(folder / name).unlink() for name in init_tokenizer.REQUIRED_FILES[1:]])
     refused("no tokenizer_config.json and no special_tokens_map.json; LLaMA-2 ships", source=without)
-    refused("is not JSON", source=changed("c", lambda folder: (folder / "tokenizer_config.json").write_text("{")))
+    refused("is not a JSON object in UTF-8", source=changed("c", lambda folder: (folder / "tokenizer_config.json").write_text("{")))
     refused("no JSON object", source=changed("d", lambda folder: (folder / "tokenizer_config.json").write_text("[]")))
     gap = json.dumps({"<late>": 700})
     refused("without a gap", source=changed("e", lambda folder: (folder / "added_tokens.json").write_text(gap)))

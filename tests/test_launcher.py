@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
@@ -28,19 +29,17 @@ ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
 def settle(monkeypatch):
     """Settle in an environment of these variables; what other launchers set is not there."""
     names = (*launcher.NAMES, *(name for names in launcher.OTHERS.values() for name in names))
-    for name in names:
-        monkeypatch.delenv(name, raising=False)
 
     def settle_in(**variables) -> Place:
         monkeypatch.setattr(launcher, "_settled", None)
         for name in names:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+            os.environ.pop(name, None)
+        os.environ.update(variables)
         return launcher.settle()
 
-    yield settle_in
-    launcher._settled = None
+    # Settling sets variables too, of which monkeypatch would know nothing.
+    with mock.patch.dict(os.environ):
+        yield settle_in
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_a_checkpoint_s_model_is_called_after_what_its_run_began_with(jobs, tmp_
     assert states["base_model"] == "model"
     folder = tmp_path / "epoch-0_step-2" / "modeling"
     folder.mkdir(parents=True)
-    assert model_card.base_model(str(folder)) == "epoch-0_step-2"
+    assert model_card.base_model(str(folder)) == f"{tmp_path.name}/epoch-0_step-2"
     for states, expected in (
         ({"settings": {"pretrained": str(jobs / "zero2" / "ckpt" / "modeling")}}, "model"),
         ({"settings": {"pretrained": "some/where"}, "base_model": "named"}, "named"),

@@ -34,6 +34,8 @@ def check_each_step(place: Place, *, every: int) -> List[Row]:
 def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAGS) -> Optional[str]:
     shutil.rmtree(place.folder / "resumed", ignore_errors=True)
     shutil.copytree(folder, place.save_dir("resumed") / folder.name)
+    # The history of the model tells the last losses, which are in the log.
+    shutil.copy(folder.with_name(checkpoint_files.LOG_NAME), place.save_dir("resumed"))
     # Every second run takes the end of the first epoch, after step 25, without a checkpoint.
     step = checkpoint_files.step_of(folder)
     skips = ["--skip_save_each_epoch"] if step % 20 == 0 else []
