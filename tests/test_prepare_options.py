@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from colossal_llama2.dataset import parity, plan, prepare
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.rows import MAX_LINE_BYTES
+from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.workers import run_tasks
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import terminal_width
@@ -367,7 +368,7 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
     """A difference that only texts late in the last file show."""
     for name in "abc":
         write_lines(tmp_path / "in" / f"{name}.jsonl", [{"target": f"the {name} {number}"} for number in range(900)])
-    write_lines(tmp_path / "in" / "c.jsonl", [{"target": "the c" if number < 700 else "late"} for number in range(900)])
+    write_lines(tmp_path / "in" / "c.jsonl", [{"target": f"{'the c' if number < 700 else 'late'} {number}"} for number in range(900)])
     folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     if difference == "tokenizer.json":
         content = json.loads((folder / "tokenizer.json").read_bytes())
@@ -381,10 +382,48 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
             return own(self, [text.replace("late", "early") for text in texts], dummy_prefix=dummy_prefix)
 
         monkeypatch.setattr(FastEncoder, "encode", encode)
-    encoder, counts = parity.choose_encoder(str(folder), plan.find_input_files([str(tmp_path / "in")]))
+    files = plan.find_input_files([str(tmp_path / "in")])
+    encoder, counts = parity.choose_encoder(str(folder), files, settings_of("pretrain"))
     assert encoder is (Encoder if difference == "the fast encoder" else FastEncoder)
     assert counts["sample_texts"] == 198 and bool(counts["sample_differing"]) is (difference == "tokenizer.json")
     assert bool(caplog.records) is (difference != "none")
+
+
+def settings_of(stage: str) -> Settings:
+    return Settings(
+        stage=stage, max_length=128, num_bins=1, seed=0, overlong="split", splicing="best_fit", on_bad_row="fail",
+        eval_fraction=0.0, writes_jsonl=False,
+    )  # fmt: skip
+
+
+def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_path):
+    """Neither ids, URLs and names of roles, nor what a refused row holds, nor a system text once a row."""
+    others = {"id": "d0", "url": "https://e.org", "lang": "en", "tags": ["a"], "category": "news"}
+    deep: list = []
+    for _ in range(250):
+        deep = [deep]
+    plain = [{"target": f"  text {number}"} for number in range(300)]
+    chats = [
+        {"id": "c", "system": "be kind", "messages": [{"from": "human", "content": f"q {number}"},
+                                                      {"from": "assistant", "content": f"a {number}"}]}
+        for number in range(30)
+    ]  # fmt: skip
+    refused = [{"target": 5, "source": "refused"}, {"text": "not a row"}, {"messages": [{"from": "x", "content": "y"}]}]
+    samples = {}
+    for name, rows in (
+        ("plain", plain),
+        ("meta", [{**others, **row, "deep": deep} for row in plain]),
+        ("chats", chats),
+        ("few", [{"target": "one"}, *refused, {"target": "one"}, {"target": "two", "source": "before"}] * 3),
+    ):
+        write_lines(tmp_path / name / "rows.jsonl", rows)
+        stage = "sft" if name == "chats" else "pretrain"
+        samples[name] = parity.sample_texts(plan.find_input_files([str(tmp_path / name)]), settings_of(stage))
+    assert len(samples["plain"]) == len(set(samples["plain"])) == parity.SAMPLE_TEXTS
+    assert len(samples["meta"]) == parity.SAMPLE_TEXTS and all(text.startswith("  text ") for text in samples["meta"])
+    assert {text for text in samples["chats"] if text[1] != " "} == {"be kind"}
+    assert len(samples["chats"]) == len(set(samples["chats"])) > 20
+    assert sorted(samples["few"]) == ["before", "one", "two"]
 
 
 @pytest.mark.parametrize("mistake", ["empty file", "a folder named as a file", "nested folders"])

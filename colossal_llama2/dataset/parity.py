@@ -7,12 +7,13 @@ and then model and text do not fit each other.
 
 from itertools import islice
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple, Type
+from typing import Collection, Dict, Iterator, List, Sequence, Set, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.rows import SpanReader
-from colossal_llama2.dataset.units import encoder_of
+from colossal_llama2.dataset.settings import Settings
+from colossal_llama2.dataset.units import encoder_of, reader_of, texts_of
 from colossal_llama2.tokenizer import FAST_FILE, Encoder, load_fast
 from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
@@ -23,14 +24,17 @@ SAMPLE_PLACES = 20
 PLACE_BYTES = 4 << 20
 
 
-def choose_encoder(tokenizer_dir: str, files: Sequence[InputFile]) -> Tuple[Type[Encoder], Dict[str, int]]:
+def choose_encoder(
+    tokenizer_dir: str, files: Sequence[InputFile], settings: Settings
+) -> Tuple[Type[Encoder], Dict[str, int]]:
     """The fastest encoder that gives SentencePiece's ids on a sample; and how far tokenizer.json gives them too.
 
-    The sample is of texts from places all over the input. The second is {"sample_texts": 200, "sample_differing": 0};
-    a folder without tokenizer.json has nothing to compare with, and both numbers are 0. Warns of what differs.
+    The sample holds texts that will be encoded, from places all over the input. The second is {"sample_texts": 200,
+    "sample_differing": 0}; a folder without tokenizer.json has nothing to compare with, and both numbers are 0. Warns
+    of what differs.
     """
     encoder = encoder_class(tokenizer_dir)
-    texts = sample_texts(files)
+    texts = sample_texts(files, settings)
     ids = encoder_of(tokenizer_dir).encode(texts)
     if encoder is not Encoder and (differing := _differing(encoder_of(tokenizer_dir, encoder).encode(texts), ids)):
         logs.get_logger().warning(
@@ -51,11 +55,18 @@ def choose_encoder(tokenizer_dir: str, files: Sequence[InputFile]) -> Tuple[Type
     return encoder, {"sample_texts": len(texts), "sample_differing": differing}
 
 
-def sample_texts(files: Sequence[InputFile]) -> List[str]:
-    """The beginnings of up to `SAMPLE_TEXTS` texts, as many from each of the places."""
+def sample_texts(files: Sequence[InputFile], settings: Settings) -> List[str]:
+    """The beginnings of up to `SAMPLE_TEXTS` different texts, as many from each of the places.
+
+    They are what the reader of the rows returns, so ids, URLs and names of roles are not among them. Rows that it
+    refuses are passed over.
+    """
     places = list(_places(files))
     each = SAMPLE_TEXTS // len(places)
-    return [text for file, span in places for text in islice(_texts(file, span), each)]
+    texts: Dict[str, None] = {}
+    for file, span in places:
+        texts.update(dict.fromkeys(islice(_new_texts(file, span, settings, texts), each)))
+    return list(texts)
 
 
 def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
@@ -69,22 +80,19 @@ def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
             yield file, Span(number, start, None if file.is_compressed else min(start + PLACE_BYTES, file.size))
 
 
-def _texts(file: InputFile, span: Span) -> Iterator[str]:
+def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection[str]) -> Iterator[str]:
+    """The texts of a place that are not among the `seen` ones, each once."""
+    own: Set[str] = set()
+    read = reader_of(settings)
     for line in islice(SpanReader(file, span), SAMPLE_TEXTS):
-        yield from (text[:SAMPLE_CHARACTERS] for text in _strings(line.record or {}) if text)
-
-
-def _strings(value) -> Iterator[str]:
-    """The texts in a record, in their order. No recursion: it may be nested as deep as `MAX_NESTING` allows."""
-    left = [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            left += [inner for key, inner in reversed(value.items()) if key != "category"]
-        elif isinstance(value, list):
-            left += reversed(value)
+        try:
+            texts = texts_of(read(line.record)) if line.record else []
+        except ValueError:
+            continue
+        for text in (text[:SAMPLE_CHARACTERS] for text in texts):
+            if text and text not in seen and text not in own:
+                own.add(text)
+                yield text
 
 
 def _fast_ids(path: Path, texts: Sequence[str]) -> List[List[int]]:

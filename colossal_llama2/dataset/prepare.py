@@ -148,7 +148,7 @@ class _Run:
         if not self.execution.shard:
             self._remove_leftovers()
         if not self.folders.is_being_published:
-            encoder, self.sample = choose_encoder(self.tokenizer_dir, self.files)
+            encoder, self.sample = choose_encoder(self.tokenizer_dir, self.files, self.settings)
             self._do_units(encoder)
             missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
             if missing:

@@ -231,7 +231,7 @@ class _UnitWorker:
         for number, ((file, row), tokens) in enumerate(zip(rows, tokenized, strict=True)):
             slot = self._slots.setdefault((file, row.category), len(self._slots))
             tally = self.account.tally(file, row.category)
-            texts = _texts(row)
+            texts = texts_of(row)
             tally.documents += 1
             tally.characters += sum(map(len, texts))
             sizes = [len(text.encode()) for text in texts]
@@ -345,21 +345,26 @@ class _UnitWorker:
                 tally.drop(MASKED_PIECES, documents=dropped, tokens=dropped_tokens)
 
 
+def reader_of(settings: Settings) -> Callable[[Dict[str, Any]], Any]:
+    """What checks a record of the stage: returns a row, and raises ValueError for a record that cannot be used."""
+    return tokenization.read_pretrain_document if settings.stage == "pretrain" else tokenization.read_sft_row
+
+
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     if task.settings.stage == "pretrain":
-        return tokenization.read_pretrain_document, partial(tokenization.tokenize_pretrain, encoder=encoder)
+        return reader_of(task.settings), partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(
         tokenization.tokenize_sft,
         encoder=encoder,
         max_length=task.settings.max_length,
         prefix_after_marks=task.settings.prefix_after_marks,
     )
-    return tokenization.read_sft_row, tokenize
+    return reader_of(task.settings), tokenize
 
 
-def _texts(row) -> List[str]:
+def texts_of(row) -> List[str]:
     """Every text of a checked record, those to learn last."""
     if isinstance(row, tokenization.PretrainRow):
         return [row.source, row.target]
