@@ -368,7 +368,8 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
     """A difference that only texts late in the last file show."""
     for name in "abc":
         write_lines(tmp_path / "in" / f"{name}.jsonl", [{"target": f"the {name} {number}"} for number in range(900)])
-    write_lines(tmp_path / "in" / "c.jsonl", [{"target": f"{'the c' if number < 700 else 'late'} {number}"} for number in range(900)])
+    last = [f"{'the c' if number < 700 else 'late'} {number}" for number in range(900)]
+    write_lines(tmp_path / "in" / "c.jsonl", [{"target": text} for text in last])
     folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     if difference == "tokenizer.json":
         content = json.loads((folder / "tokenizer.json").read_bytes())

@@ -239,7 +239,7 @@ class _UnitWorker:
             tally.tokens_in += tokens.tokens_in
             for drop in tokens.drops:
                 tally.drop(drop.reason, documents=1, tokens=drop.tokens)
-            if tokens.input_ids:
+            if len(tokens.input_ids):
                 is_document[number] = True
                 held_out = is_held_out(row, self._task.settings)
                 documents.append(
@@ -251,7 +251,7 @@ class _UnitWorker:
                 self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
         sides = np.full(len(rows), DROPPED, np.uint8)
         if documents:
-            sides[is_document] = self._write(documents)
+            sides[is_document] = np.concatenate([self._write(group) for group in _groups(documents)])
         self.sides += sides.tobytes()
 
     def _write(self, documents: Sequence[_Document]) -> np.ndarray:
@@ -262,17 +262,15 @@ class _UnitWorker:
         # Bounds of every other stretch are what a truncated document leaves out.
         bounds = np.stack([starts, starts + pieces["length"]], axis=1).ravel()
         is_trained = np.append(coded >= 0, False)
-        trained = np.add.reduceat(is_trained.astype(np.int32), bounds)[::2]
+        trained = np.add.reduceat(is_trained, bounds, dtype=np.int32)[::2]
         pieces["trained"] = trained
         pieces["predicted"] = trained - is_trained[starts]
         has_loss = pieces["predicted"] > 0
         self._count(pieces, has_loss)
         kept = pieces[has_loss]
-        ranges = zip(kept["offset"], kept["offset"] + kept["length"], strict=True)
-        stretches = [coded[start:stop] for start, stop in ranges]
-        if stretches:
-            with store.full_disk_told(self._tokens_path, self._needed_bytes):
-                self._tokens_file.write(np.concatenate(stretches).tobytes())
+        with store.full_disk_told(self._tokens_path, self._needed_bytes):
+            for start, stop in _stretches(kept):
+                self._tokens_file.write(coded[start:stop].data)
         kept["offset"] = self._tokens_written + np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
         self._tokens_written += int(kept["length"].sum())
         sides = np.full(len(documents), DROPPED, np.uint8)
@@ -383,8 +381,38 @@ def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> 
     return sum(len(exchange[-1].text.encode()) for exchange in row.conversation.exchanges[:kept])
 
 
+def _groups(documents: Sequence[_Document]) -> Iterator[List[_Document]]:
+    """The documents in their order: each long one alone, so that its tokens need not be copied."""
+    group: List[_Document] = []
+    for document in documents:
+        if isinstance(document.tokens.input_ids, np.ndarray):
+            yield from filter(None, (group, [document]))
+            group = []
+        else:
+            group.append(document)
+    if group:
+        yield group
+
+
+def _stretches(pieces: np.ndarray) -> List[Tuple[int, int]]:
+    """Where pieces lie, as [start, stop) ranges of their batch's tokens; those that touch come as one."""
+    starts, stops = pieces["offset"], pieces["offset"] + pieces["length"]
+    begins = np.append(True, starts[1:] != stops[:-1])[: len(pieces)]
+    ends = np.append(begins[1:], True)[: len(pieces)]
+    return list(zip(starts[begins].tolist(), stops[ends].tolist(), strict=True))
+
+
 def _coded(documents: Sequence[_Document]) -> np.ndarray:
-    """The tokens of all documents as one int32 array, with ~id for those without loss."""
+    """The tokens of all documents as one int32 array, with ~id for those without loss.
+
+    That of a long document, which is alone, is its own array.
+    """
+    if isinstance(documents[0].tokens.input_ids, np.ndarray):
+        (document,) = documents
+        coded, mask = document.tokens.input_ids, document.tokens.labels == IGNORE_INDEX
+        if document.tokens.labels is not coded:
+            np.invert(coded, out=coded, where=mask)
+        return coded
     ids = array("i")
     masked = []
     for document in documents:

@@ -43,8 +43,7 @@ class FastEncoder(Encoder):
 
         return Kitoken.from_sentencepiece(self._content + no_dummy_prefix())
 
-    def encode(self, texts: List[str], *, dummy_prefix: bool = True) -> List[List[int]]:
-        """Token ids of each text, as `Encoder.encode` gives them."""
+    def _encode(self, texts: List[str], *, dummy_prefix: bool) -> List[List[int]]:
         fast = self._fast if dummy_prefix else self._fast_continuation
         return fast.encode_all(list(texts), False)
 

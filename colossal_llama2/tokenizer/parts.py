@@ -1,0 +1,80 @@
+"""Where a long text can be cut so that its parts, encoded one by one, give the ids of the whole.
+
+SentencePiece's BPE makes symbols only by merging neighbours, or by finding a piece that the user defined, and every
+symbol of two characters or more is a piece. So a symbol can reach across the border between two characters only if
+these two stand side by side in some piece. Where no piece of the vocabulary holds the pair, nothing crosses the border
+in any text, and what happens on one side of it does not depend on the other side:
+
+    pieces  a  b  c  ab  bc  ▁  ▁a        the text "abc abc" may be cut before the space, as "c▁" is in no piece,
+                                          and nowhere else
+
+Runs of unknown characters become one <unk> where there are no pieces for bytes, so one of the two must be known then.
+
+That holds where nothing but merges decides. With a normalizer, which may join or drop characters on both sides of a
+border, and for other kinds of models, no cut is safe. No more is one inside of a text that has no such pair, such as a
+run of equal characters or a sequence of DNA.
+"""
+
+from typing import Iterator, Optional, Set
+
+SPACE = "▁"
+# A part is half to all of this where the text can be cut, and longer where it cannot.
+PART_CHARACTERS = 1 << 16
+
+
+def is_long(text: str) -> bool:
+    """Whether a text is encoded in parts."""
+    return len(text) > PART_CHARACTERS
+
+
+class SafeCuts:
+    """The cuts that are safe with one model. `can_cut` is False if none is."""
+
+    def __init__(self, content: bytes):
+        """`content` is that of tokenizer.model. Takes a second for a million pieces."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+
+        model = ModelProto.FromString(content)
+        kind, trainer, normalizer = model.SentencePiece, model.trainer_spec, model.normalizer_spec
+        self.can_cut: bool = (
+            trainer.model_type == TrainerSpec.BPE
+            and not trainer.treat_whitespace_as_suffix
+            and normalizer.escape_whitespaces
+            and not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces)
+        )
+        self._joined: Set[str] = set()
+        self._known: Optional[Set[str]] = None
+        if not self.can_cut:
+            return
+        for entry in model.pieces:
+            # All kinds of pieces: more pairs than merges can make cost nothing.
+            piece = entry.piece.replace(" ", SPACE)
+            self._joined.update(map("".join, zip(piece, piece[1:], strict=False)))
+        if not any(entry.type == kind.BYTE for entry in model.pieces):
+            known = (kind.NORMAL, kind.USER_DEFINED)
+            self._known = {entry.piece for entry in model.pieces if entry.type in known and len(entry.piece) == 1}
+
+    def parts_of(self, text: str) -> Iterator[str]:
+        """The text in parts of at most `PART_CHARACTERS` where it can be cut; joined, they are the text."""
+        size, start = PART_CHARACTERS, 0
+        while self.can_cut and len(text) - start > size:
+            stop = self._last_cut(text, start + size // 2, start + size) or self._next_cut(text, start + size)
+            if stop is None:
+                break
+            yield text[start:stop]
+            start = stop
+        yield text[start:]
+
+    def _last_cut(self, text: str, lowest: int, highest: int) -> Optional[int]:
+        places = range(highest, lowest, -1)
+        return next((place for place in places if self._is_safe(text[place - 1], text[place])), None)
+
+    def _next_cut(self, text: str, lowest: int) -> Optional[int]:
+        places = range(lowest + 1, len(text))
+        return next((place for place in places if self._is_safe(text[place - 1], text[place])), None)
+
+    def _is_safe(self, before: str, after: str) -> bool:
+        before, after = (SPACE if character == " " else character for character in (before, after))
+        if self._known is not None and before not in self._known and after not in self._known:
+            return False
+        return before + after not in self._joined

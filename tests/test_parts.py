@@ -1,0 +1,150 @@
+"""A long text encoded in parts: the ids and bytes of the whole, for every kind of model and text; and its memory."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colossal_llama2.dataset import prepare
+from colossal_llama2.tokenizer import Encoder, parts
+from colossal_llama2.tokenizer.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.fast_encoder import FastEncoder, encoder_class
+from tests import tiny
+from tests.preparing import contents, read_jsonl, write_lines
+from tests.preparing import settings as keywords_of
+
+CHINESE_PIECES = ["人工智能", "改变世界", "明月松间照", "，清泉", "　　", "的的", "x的"]
+SPACED_PIECES = ["▁the▁", "s▁", "e▁f", "▁▁▁▁▁▁", "\n\n"]
+# Kinds of model: settings of the trainer, pieces that are appended with their characters.
+MODELS = {
+    "llama": ({}, []),
+    "extended": ({}, CHINESE_PIECES),
+    "not closed": ({}, CHINESE_PIECES),
+    "spaces inside": ({}, SPACED_PIECES),
+    "no bytes": ({"byte_fallback": False}, CHINESE_PIECES),
+    "user-defined": ({"user_defined_symbols": ["[INST]", "\n\n", "的x", "a b"]}, CHINESE_PIECES),
+    "user-defined, no bytes": ({"user_defined_symbols": ["<b>", "Ω"], "byte_fallback": False}, []),
+    "no dummy prefix": ({"add_dummy_prefix": False}, CHINESE_PIECES),
+    "normalizer": ({"normalization_rule_name": "nmt_nfkc"}, []),
+    "spaces removed": ({"remove_extra_whitespaces": True}, []),
+    "suffix": ({"treat_whitespace_as_suffix": True}, []),
+}
+WORDS = [
+    *"the of state def return e s f x a b".split(), " ", "  ", " " * 7, "\n", "\n\n", "\t", "\u3000", "\u00a0", "▁",
+    "e\u0301", "ﬁ", "[INST]", "<b>", "<s>", "<0x0A>", "ΩΩ", "עברית", "ไทย", "👩\u200d🚀", "的x的x", "a b a b",
+    *"人工智能改变世界明月松间照，清泉的的的鎏鎏",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(WORDS) | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join)
+
+
+def trained(**changes) -> bytes:
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
+             "remove_extra_whitespaces": False, "user_defined_symbols": []}  # fmt: skip
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.english_documents()[:80]), model_writer=content, vocab_size=400, minloglevel=2,
+        **{**plain, **changes},
+    )  # fmt: skip
+    return content.getvalue()
+
+
+def folder_of(name: str, folder: Path) -> Path:
+    changes, pieces = MODELS[name]
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(trained(**changes))
+    model = BpeModel.read(folder)
+    pieces = [piece for piece in pieces if piece not in model.pieces]
+    if name == "extended":
+        plan = make_plan(model, pieces, closure="complete", piece_scores="below")
+        pieces, scores = plan.pieces, plan.scores
+    else:
+        # Some of their characters stay unknown and some of them are not reached, which must not matter.
+        characters = dict.fromkeys("".join(pieces))
+        pieces = [*(one for one in characters if one not in (*model.pieces, *pieces, "间")), *pieces]
+        scores = scores_below(model.lowest_merge, len(pieces))
+    (folder / "tokenizer.model").write_bytes(with_pieces(model.content, pieces, scores))
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path, monkeypatch):
+    folder = folder_of(name, tmp_path / "tokenizer")
+    encoder = Encoder(folder)
+    kinds = [encoder, FastEncoder(folder)] if encoder_class(folder) is FastEncoder else [encoder]
+    assert len(kinds) == 2 or name not in ("llama", "extended")
+    numbers = []
+
+    @settings(max_examples=100, deadline=None)
+    @given(TEXTS, st.booleans(), st.integers(1, 12))
+    def check(text, dummy_prefix, size):
+        expected = [(kind.encode([text, "a"], dummy_prefix=dummy_prefix)) for kind in kinds]
+        sizes = encoder.bytes_of_tokens(text, expected[0][0], dummy_prefix=dummy_prefix).tolist()
+        with monkeypatch.context() as patched:
+            patched.setattr(parts, "PART_CHARACTERS", size)
+            cut = list(encoder._safe_cuts.parts_of(text))
+            assert "".join(cut) == text
+            numbers.append(len(cut))
+            for kind, ids in zip(kinds, expected, strict=True):
+                assert kind.encode([text, "a"], dummy_prefix=dummy_prefix) == ids
+                assert kind.encode_long(text, dummy_prefix=dummy_prefix).tolist() == ids[0]
+            assert encoder.bytes_of_tokens(text, expected[0][0], dummy_prefix=dummy_prefix).tolist() == sizes
+
+    check()
+    assert (max(numbers) > 3) is (name not in ("normalizer", "spaces removed", "suffix"))
+
+
+def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path, monkeypatch):
+    text = "\n\n".join(tiny.english_documents())[:300_000]
+    rows = [{"target": text[:9000]}, {"target": text, "source": "Copy: "}, {"target": text[:500]}, {"target": text},
+            {"source": text, "target": "\u2581 the end"}]  # fmt: skip
+    write_lines(tmp_path / "in" / "rows.jsonl", rows)
+    outputs = []
+    for size in (1 << 30, parts.PART_CHARACTERS, 1000):
+        monkeypatch.setattr(parts, "PART_CHARACTERS", size)
+        out = tmp_path / str(size)
+        prepare.prepare_pretrain(
+            **keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=512, eval_fraction=0.2, seed=3)
+        )
+        outputs.append({name: content for name, content in contents(out).items() if "manifest" not in name})
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(read_jsonl(tmp_path / "1000" / "jsonl")) > 400
+
+
+# Prints by how much the peak of the process's memory rises while a file is prepared, in bytes.
+MEASURED = """
+import json
+import sys
+from pathlib import Path
+
+from colossal_llama2.dataset import prepare
+from tests.preparing import settings
+
+def peak():
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+peaks = []
+for name in ("short", "long"):
+    prepare.prepare_pretrain(**settings([f"{sys.argv[1]}/{name}"], sys.argv[2], Path(sys.argv[1], f"out-{name}"), max_length=2048))
+    peaks.append(peak())
+print(json.dumps(peaks[1] - peaks[0]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_document_takes_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
+    text = "\n\n".join(tiny.english_documents())[:4_000_000]
+    for name, target in (("short", text[:2000]), ("long", text * (6_000_000 // len(text) + 1))):
+        write_lines(tmp_path / name / "rows.jsonl", [{"target": target}])
+    size = (tmp_path / "long" / "rows.jsonl").stat().st_size
+    command = [sys.executable, "-c", MEASURED, str(tmp_path), str(tokenizer_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    # The line, its text, and of each token an id, its bytes and a label. Encoded whole, it took three times as much.
+    assert 0 < json.loads(done.stdout.splitlines()[-1]) < 20 * size
