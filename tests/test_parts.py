@@ -132,7 +132,8 @@ def peak():
 
 peaks = []
 for name in ("short", "long"):
-    prepare.prepare_pretrain(**settings([f"{sys.argv[1]}/{name}"], sys.argv[2], Path(sys.argv[1], f"out-{name}"), max_length=2048))
+    home = Path(sys.argv[1])
+    prepare.prepare_pretrain(**settings([home / name], sys.argv[2], home / f"out-{name}", max_length=2048))
     peaks.append(peak())
 print(json.dumps(peaks[1] - peaks[0]))
 """

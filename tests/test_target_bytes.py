@@ -12,7 +12,7 @@ from colossal_llama2.dataset.manifest import VERSION
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
 from tests import bits_per_byte, tiny
-from tests.preparing import read_jsonl, settings, write_lines
+from tests.preparing import manifest, read_jsonl, settings, write_lines
 
 # Characters that are three bytes and as many tokens each, and then text of which a token is several bytes.
 MIXED = [tiny.CHINESE[:number] + tiny.english_documents()[number][:200] for number in range(1, 40)]
@@ -63,6 +63,33 @@ def test_bytes_are_those_of_the_text_under_any_normalizer(normalizer, byte_fallb
         assert found[-6:] == [1, 1, 1, 1, 1, 1 + removed]
     else:
         assert sum(found) == 10 and found[-1] in (1 + removed, 3 + removed, 6 + removed)
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_labels_that_are_unknown_tokens_are_counted_and_warned_of(byte_fallback, tmp_path, caplog, capsys):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.english_documents()[:100]), model_writer=model, vocab_size=400, model_type="bpe",
+        normalization_rule_name="identity", byte_fallback=byte_fallback, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(model.getvalue())
+    rows = [{"target": "the \u05e2\u05d1 state"}, {"source": "\u05e2 of ", "target": "the \u05e2 x \u0e44"}] * 20
+    write_lines(tmp_path / "in" / "rows.jsonl", [*rows, {"target": "the state" * 50}])
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tmp_path / "tokenizer", tmp_path, max_length=64))
+    samples = read_jsonl(tmp_path / "jsonl")
+    counts = {
+        "labels that are <unk>": sum(sample["labels"].count(0) for sample in samples),
+        "tokens of samples that are <unk>": sum(sample["input_ids"].count(0) for sample in samples),
+    }
+    assert manifest(tmp_path)["notes"] == ({} if byte_fallback else counts)
+    assert byte_fallback or list(counts.values()) == [60, 80]
+    trained = manifest(tmp_path)["total"]["trained"]
+    told = [record.message for record in caplog.records if "<unk>" in record.message]
+    assert len(told) == (not byte_fallback)
+    if told:
+        assert f"60 of {trained:,} labels ({60 / trained:.2%}) and 80 of " in told[0] and "byte_fallback" in told[0]
+        assert "60  labels that are <unk>" in capsys.readouterr().out
 
 
 def test_older_data_with_cut_documents_says_no_bytes(tokenizer_dir, tmp_path, caplog):

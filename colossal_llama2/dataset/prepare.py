@@ -32,6 +32,7 @@ from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
+from colossal_llama2.dataset.unknown_tokens import warn_of_unknown
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import show
@@ -198,6 +199,7 @@ class _Run:
         self.folders.publish()
         self.folders.empty_cache()
         show(accounts.tables(written))
+        warn_of_unknown(written, tokenizer=self.tokenizer_dir)
 
     def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""

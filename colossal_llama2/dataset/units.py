@@ -27,6 +27,7 @@ from colossal_llama2.dataset.plan import EMPTY_FILE, InputFile, Unit
 from colossal_llama2.dataset.rows import SpanReader, sha256_of
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.splicing import piece_lengths
+from colossal_llama2.dataset.unknown_tokens import note_unknown
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
 
@@ -271,6 +272,7 @@ class _UnitWorker:
         with store.full_disk_told(self._tokens_path, self._needed_bytes):
             for start, stop in _stretches(kept):
                 self._tokens_file.write(coded[start:stop].data)
+                note_unknown(self.account, coded[start:stop], self._encoder.unk_id)
         kept["offset"] = self._tokens_written + np.cumsum(kept["length"], dtype=np.int64) - kept["length"]
         self._tokens_written += int(kept["length"].sum())
         sides = np.full(len(documents), DROPPED, np.uint8)

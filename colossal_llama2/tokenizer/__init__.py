@@ -32,9 +32,9 @@ PAD_TOKENS = ("unk", "eos")
 class Encoder:
     """Text to token ids and back with SentencePiece alone: starts in milliseconds, and pickles as its path.
 
-    `tokenizer_dir` is a folder that holds tokenizer.model. `bos_id` and `eos_id` are the ids of <s> and </s>,
-    `vocab_size` is the number of SentencePiece pieces (tokens that transformers adds beyond them are not among them).
-    Raises UserError if the folder or the file is missing, is no SentencePiece model, or has no <s> or </s>.
+    `tokenizer_dir` is a folder that holds tokenizer.model. `bos_id`, `eos_id` and `unk_id` are the ids of <s>, </s> and
+    <unk>, `vocab_size` is the number of SentencePiece pieces (tokens that transformers adds beyond them are not among
+    them). Raises UserError if the folder or the file is missing, is no SentencePiece model, or has no <s> or </s>.
     """
 
     def __init__(self, tokenizer_dir: Union[str, Path]):
@@ -44,6 +44,7 @@ class Encoder:
         self._processor = _processor(self._content, path)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
         self.vocab_size: int = self._processor.get_piece_size()
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(
