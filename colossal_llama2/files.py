@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2 import json_input
 from colossal_llama2.errors import UserError
@@ -46,9 +46,11 @@ class JsonLine(NamedTuple):
     record: Optional[dict]
 
 
-def read_jsonl(path: Path) -> Iterator[JsonLine]:
+def read_jsonl(path: Path, *, explain: Callable[[bytes], Optional[str]] = lambda line: None) -> Iterator[JsonLine]:
     """Every line of a jsonl file, lazily, blank ones together. Raises UserError with file:line for one that is not a
     JSON object, or too long.
+
+    `explain` may say what such a line is instead, in place of the general message.
     """
     number = 1
     with path.open("rb") as file:
@@ -67,7 +69,7 @@ def read_jsonl(path: Path) -> Iterator[JsonLine]:
             try:
                 yield JsonLine(where, line.size, parse_object(text))
             except ValueError as error:
-                raise UserError(f"{where}: {error}")
+                raise UserError(f"{where}: {explain(text) or error}")
 
 
 def parse_object(line: bytes) -> dict:

@@ -7,15 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder, init_tokenizer
-from colossal_llama2.tokenizer.bpe_model import BpeModel, read_model
+from colossal_llama2.tokenizer.bpe_model import BpeModel, read_model, with_pieces
 from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.from_text import write_tokenizer
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from colossal_llama2.tokenizer.parity import PieceFinder
+from colossal_llama2.tokenizer.report import REPORT_FILE
+from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents
 
@@ -188,7 +193,7 @@ def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, t
     ]  # fmt: skip
     command = [sys.executable, "-m", "colossal_llama2.tokenizer.init_tokenizer", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_user_error(done, "init_tokenizer.py: error:", "pieces.jsonl:1:", "whitespace")
+    assert_user_error(done, "init_tokenizer.py: error:", "pieces.jsonl:1:", "holds a space")
     assert not (tmp_path / "out").exists()
 
 
@@ -200,8 +205,17 @@ def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, t
         (b'{"word": "a"}', 'no "piece"'),
         (b'{"piece": 7}', "not a string"),
         (b'{"piece": ""}', "empty"),
-        (b'{"piece": "a b"}', "whitespace"),
-        ('{"piece": "a\u3000b"}'.encode(), "whitespace"),
+        (b'{"piece": "a b"}', "a space; write a space as ▁"),
+        ('"你好"'.encode(), 'a JSON string; each line must be one JSON object, such as {"piece": "你好"}'),
+        ('["你好", "世界"]'.encode(), 'a JSON list; .* such as {"piece": "你好"}'),
+        (b"[", 'a JSON list; .* such as {"piece": "..."}'),
+        ("人工智能".encode(), 'a plain list of words; .* such as {"piece": "人工智能"}'),
+        (b"machine learning", 'a plain list of words; .* such as {"piece": "machine▁learning"}'),
+        (b"7", "a plain list of words"),
+        ("你好\t31".encode(), 'a line of a table; .* such as {"piece": "你好"}, without the other columns'),
+        (b'"piece","count"', "a line of a table"),
+        (b'{"token": "ab"}', 'no "piece" in this line; .* such as {"piece": "ab"}'),
+        ('{"你好": 31999}'.encode(), 'no "piece" in this line; .* such as {"piece": "你好"}'),
         (b'{"piece": "a\\u0007"}', "control character"),
         (b'{"piece": "\\ud800"}', "surrogate"),
         (b'{"piece": "\xff"}', "not UTF-8"),
@@ -218,6 +232,58 @@ def test_a_bad_line_is_named(source, tmp_path, line, words):
     with pytest.raises(UserError, match=f"pieces.jsonl:3: .*{words}"):
         expand_tokenizer(source, tmp_path / "out", path)
     assert [path.name for path in tmp_path.iterdir()] == ["pieces.jsonl"]
+
+
+def tokenizer_of(folder: Path, pieces=(), **changes) -> Path:
+    """A tokenizer of 400 pieces whose model has other settings, and `pieces` with their scores."""
+    content = io.BytesIO()
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
+             "remove_extra_whitespaces": False}  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(tiny.english_documents()[:80]), model_writer=content, vocab_size=400, minloglevel=2,
+        **{**plain, **changes},
+    )  # fmt: skip
+    folder.mkdir()
+    write_tokenizer(with_pieces(content.getvalue(), pieces, [-1000.0 - n for n in range(len(pieces))]), folder)
+    return folder
+
+
+def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
+    """But for U+0020. Of the control characters those that the source has a piece for."""
+    from transformers import AutoTokenizer
+
+    source = tokenizer_of(tmp_path / "source", ["\u3000", "\t"], user_defined_symbols=["[INST]"])
+    words = ["\u3000\u3000", "\u00a0", "\u2003", "\u2028", "\u3000你好", "the\u00a0of", "▁\u3000", "\t\t", "你\u202f"]
+    pieces = write_pieces(tmp_path / "pieces.jsonl", [*words, "\u3000", "\t", "[INST]", "▁t"])
+    expand_tokenizer(source, tmp_path / "new", pieces)
+    told = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
+    assert (told["asked"], told["already_pieces"], told["added_from_file"]) == (len(words) + 4, 4, len(words))
+    assert told["unreachable"] == told["dropped"] == 0
+    encoder = Encoder(tmp_path / "new")
+    kinds = [AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast) for use_fast in (True, False)]
+    known = {word: index for index, word in enumerate(pieces_of(tmp_path / "new"))}
+    for word in words:
+        for text in (f"x{word}x", f"x {word} and{word}", f"{word}of", f"of{word}"):
+            text = text.replace("▁", " ")
+            (ids,) = encoder.encode([text])
+            # At the start, the space before the text can be merged with the piece's first character.
+            assert encoder.decode(ids) == text and (known[word] in ids or text[0] != "x" or f" {word}" in text)
+            for tokenizer in kinds:
+                if text[0] != " ":
+                    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+                    assert tokenizer.decode(ids) == text
+    write_pieces(pieces, ["\u000b"])
+    with pytest.raises(UserError, match="control character"):
+        expand_tokenizer(source, tmp_path / "other", pieces)
+
+
+@pytest.mark.parametrize("closure", ["complete", "off"])
+def test_pieces_that_a_normalizer_never_produces_are_named(closure, tmp_path, caplog):
+    source = tokenizer_of(tmp_path / "source", normalization_rule_name="nmt_nfkc")
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["\u3000\u3000", "你好", "Ａ"])
+    expand_tokenizer(source, tmp_path / "new", pieces, closure=closure)
+    assert "2 of the pieces never come out of the normalizer" in caplog.text and r"'\u3000\u3000', 'Ａ';" in caplog.text
+    assert ("\u3000\u3000" in pieces_of(tmp_path / "new")) is (closure == "off")
 
 
 def test_folders_and_files_that_are_refused(source, tmp_path):

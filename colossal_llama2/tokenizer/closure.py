@@ -34,7 +34,8 @@ class Plan:
     """What is appended: `pieces` in order of id with their `scores`, and how that came about.
 
     The first of the pieces are those of the file; `characters` and `intermediates` follow, the closure's additions.
-    `dropped` and `given_up` are pieces of the file that are left out: not to be reached, beyond the budget.
+    `dropped` and `given_up` are pieces of the file that are left out: not to be reached, beyond the budget. `altered`
+    are those that the model's normalizer never produces; they are dropped, unless all pieces are appended.
     """
 
     pieces: List[str]
@@ -43,6 +44,7 @@ class Plan:
     intermediates: int
     dropped: List[str]
     given_up: List[str]
+    altered: Sequence[str] = ()
 
 
 def make_plan(
@@ -57,16 +59,15 @@ def make_plan(
             original's: score 0, in order of length.
         max_added: most pieces to append in all; the last ones of the file are given up first.
     """
-    altered: List[str] = []
-    if closure != "off":
-        # No merge makes a piece whose characters never come out of the normalizer.
-        altered = altered_by_normalizer(model, wanted)
-        gone = set(altered)
-        wanted = [piece for piece in wanted if piece not in gone]
+    # No merge makes a piece whose characters never come out of the normalizer.
+    altered = altered_by_normalizer(model, wanted)
+    gone = set(altered) if closure != "off" else set()
+    wanted = [piece for piece in wanted if piece not in gone]
     close = {"complete": _complete, "drop": _drop, "off": _append_all}[closure]
 
     count, found = _longest_prefix(lambda count: close(model, wanted[:count], piece_scores), len(wanted), max_added)
-    return replace(found, dropped=altered + found.dropped, given_up=list(wanted[count:]))
+    dropped = [piece for piece in altered if piece in gone] + found.dropped
+    return replace(found, dropped=dropped, given_up=list(wanted[count:]), altered=altered)
 
 
 def _longest_prefix(plan: Callable[[int], Plan], total: int, limit: Optional[int]) -> Tuple[int, Plan]:

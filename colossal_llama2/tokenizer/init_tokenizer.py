@@ -61,6 +61,7 @@ from colossal_llama2.tokenizer.report import REPORT_FILE, failures, make_report,
 
 # What LLaMA-2 ships beside its weights, and what transformers needs to load a tokenizer with its settings.
 REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
+SHOWN_PIECES = 5
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -109,9 +110,10 @@ def expand_tokenizer(
     model = BpeModel.read(source)
     added_tokens = read_added_tokens(source, len(model.pieces))
     special_tokens = _special_tokens(source, model, added_tokens)
-    asked = read_new_pieces(Path(expand_tokens_file), known=model.pieces, special_tokens=special_tokens)
+    asked = read_new_pieces(Path(expand_tokens_file), known=model.scores, special_tokens=special_tokens)
     documents = read_parity_text(parity_text) if parity_text else []
     plan = make_plan(model, asked.wanted, closure=closure, piece_scores=piece_scores, max_added=max_added_pieces)
+    _warn_of_altered(source, plan.altered)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target.parent, target.name) as folder, claimed(folder):
@@ -186,6 +188,17 @@ def _special_tokens(source: Path, model: BpeModel, added_tokens: Dict[str, int])
                 raise UserError(f"{source / SPECIAL_TOKENS_FILE}: {token!r} is no token; copy the file again")
             special.add(content)
     return special.union(added_tokens)
+
+
+def _warn_of_altered(source: Path, altered: Sequence[str]) -> None:
+    """Name the pieces that the source's normalizer never produces."""
+    if not altered:
+        return
+    shown = ", ".join(map(repr, altered[:SHOWN_PIECES])) + (", ..." if len(altered) > SHOWN_PIECES else "")
+    logs.get_logger().warning(
+        f"{len(altered):,} of the pieces never come out of the normalizer of {source}, so no text is encoded to them: "
+        f"{shown}; remove them from the file, or extend a tokenizer without a normalizer, such as LLaMA-2's"
+    )
 
 
 # Writing the target.

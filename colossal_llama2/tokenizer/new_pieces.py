@@ -1,17 +1,20 @@
 """Read the file of new pieces, {"piece": "你好"} a line, and refuse what can be no piece, with file:line."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Collection, Iterator, List
+from typing import Collection, Iterator, List, Optional
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_jsonl
 from colossal_llama2.tokenizer.bpe_model import SPACE
 
 MAX_PIECE_CHARACTERS = 64
-# What str.isspace() accepts, and the control characters (Unicode category Cc).
-WHITESPACE_OR_CONTROL = re.compile(r"[\s\x00-\x1f\x7f-\x9f]")
+# The control characters (Unicode category Cc), tabs and line breaks among them.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# What separates the columns of a table.
+SEPARATORS = "\t,;"
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,20 @@ class NewPieces:
 
 
 def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Collection[str]) -> NewPieces:
-    """Read and check a file of new pieces. `known` are the source's pieces.
+    """Read and check a file of new pieces. `known` are the source's pieces of text, those the user defined included.
 
     Raises UserError with file:line for the first line that is wrong, and for a file that is missing or empty.
     """
     if not path.is_file():
         raise UserError(f'--expand_tokens_file {path} is not a file; give a jsonl file of {{"piece": "..."}} lines')
-    check = _Check(special_tokens)
+    known = frozenset(known)
+    check = _Check(known, special_tokens)
     unique, asked = {}, 0
     for piece in _pieces_of(path, check):
         unique[piece] = None
         asked += 1
     if not asked:
         raise UserError(f'--expand_tokens_file {path} holds no pieces; give a jsonl file of {{"piece": "..."}} lines')
-    known = frozenset(known)
     wanted = [piece for piece in unique if piece not in known]
     return NewPieces(
         asked=asked, duplicates=asked - len(unique), already_pieces=len(unique) - len(wanted), wanted=wanted
@@ -46,7 +49,7 @@ def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Colle
 
 
 def _pieces_of(path: Path, check: "_Check") -> Iterator[str]:
-    for line in read_jsonl(path):
+    for line in read_jsonl(path, explain=_explanation):
         if line.record is not None:
             try:
                 yield check.piece_of(line.record)
@@ -54,10 +57,46 @@ def _pieces_of(path: Path, check: "_Check") -> Iterator[str]:
                 raise UserError(f"{line.where}: {error}")
 
 
+def _explanation(line: bytes) -> Optional[str]:
+    """What a line that is no JSON object is, if it looks like a list of words, and what to write instead."""
+    try:
+        text = line.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    if text.startswith("{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) or (value is None and text.startswith("[")):
+        words = [word for word in value or () if isinstance(word, str)]
+        return f"this is a JSON list; {_form(*words[:1])}"
+    if isinstance(value, str):
+        return f"this is a JSON string; {_form(value)}"
+    separator = next((one for one in SEPARATORS if one in text), None)
+    if separator:
+        return f"this is a line of a table; {_form(text.split(separator)[0])}, without the other columns"
+    return f"this is a plain list of words; {_form(text)}"
+
+
+def _form(word: str = "...") -> str:
+    """What to write for a word."""
+    word = word.strip(" \"'")[:MAX_PIECE_CHARACTERS].replace(" ", SPACE)
+    return f'each line must be one JSON object, such as {json.dumps({"piece": word or "..."}, ensure_ascii=False)}'
+
+
+def _words_of(record: dict) -> List[str]:
+    """What may be meant as the piece of a record without one: its first text, or in a vocabulary its first key."""
+    texts = [value for value in record.values() if isinstance(value, str)]
+    return texts or [key for key, value in record.items() if isinstance(value, (int, float))]
+
+
 class _Check:
     """What is allowed in a line, given the special tokens, which tokenizers cut out of a text before they merge."""
 
-    def __init__(self, special_tokens: Collection[str]):
+    def __init__(self, known: Collection[str], special_tokens: Collection[str]):
+        self._known = known
         tokens = sorted(filter(None, special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, tokens)) if tokens else "(?!)")
         self._first_characters = frozenset(token[0] for token in tokens)
@@ -65,7 +104,7 @@ class _Check:
     def piece_of(self, record: dict) -> str:
         """The piece of one record. Raises ValueError with what is wrong and what is allowed."""
         if "piece" not in record:
-            raise ValueError('no "piece" in this line; write {"piece": "..."}')
+            raise ValueError(f'no "piece" in this line; {_form(*_words_of(record)[:1])}')
         piece = record["piece"]
         if not isinstance(piece, str):
             raise ValueError(f'"piece" is {piece!r:.80}, which is not a string; write {{"piece": "..."}}')
@@ -73,10 +112,15 @@ class _Check:
             raise ValueError('"piece" is empty; remove the line')
         if len(piece) > MAX_PIECE_CHARACTERS:
             raise ValueError(f'"piece" has {len(piece)} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
-        if WHITESPACE_OR_CONTROL.search(piece):
+        if piece in self._known:
+            return piece
+        if " " in piece:
+            raise ValueError(f'"piece" is {piece!r}, which holds a space; write a space as {SPACE} (U+2581)')
+        unknown = next((one for one in CONTROL.findall(piece) if one not in self._known), None)
+        if unknown:
             raise ValueError(
-                f'"piece" is {piece!r}, which holds whitespace or a control character; '
-                f"write a space as {SPACE} (U+2581)"
+                f'"piece" is {piece!r}, which holds the control character {unknown!r}, and the source tokenizer has no '
+                "piece for that; remove the line"
             )
         if not self._first_characters.isdisjoint(piece):
             self._refuse_special(piece)
