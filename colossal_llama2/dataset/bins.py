@@ -85,7 +85,9 @@ def write_bin(task: BinTask) -> Dict[str, Any]:
     """Write one bin; returns its account, counted from what is written:
 
     {"name": "part-00000", "samples": 217, "tokens": 443866, "trained": 443000, "predicted": 442700, "pieces": 390,
-     "fingerprint": "0f5a...", "bytes": 3612040}    the last: of the arrow file
+     "longest": 4096, "fingerprint": "0f5a...", "bytes": 3612040}
+
+    `longest` is the tokens of the longest sample, `bytes` those of the arrow file.
     """
     settings, name = task.settings, task.settings.bin_name(task.number)
     members = np.fromfile(members_file(task.cache_dir, name), dtype=MEMBER)
@@ -115,6 +117,7 @@ def write_bin(task: BinTask) -> Dict[str, Any]:
                 with store.full_disk_told(path, tokens * JSONL_BYTES_PER_TOKEN):
                     _write_lines(jsonl, columns)
         account["pieces"] = len(members)
+        account["longest"] = int(np.add.reduceat(members["length"][order], np.cumsum(counts) - counts).max())
         account["fingerprint"] = arrow.finish()
     account["bytes"] = (final / DATA_FILE).stat().st_size
     store.write_json_whole(bin_account_file(task.cache_dir, name), account)

@@ -9,7 +9,7 @@ last; it depends on the input, the settings and the tokenizer alone:
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
      "empty_lines": 0, "bad_rows": 0, "formats": {}, "notes": {}, "samples": 1, "fill": 0.97,
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
-               "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
+               "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
 
 The counts are those of `account`.
 """

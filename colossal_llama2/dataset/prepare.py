@@ -30,6 +30,7 @@ from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.overlap import count_overlaps
 from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
+from colossal_llama2.dataset.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.unknown_tokens import warn_of_unknown
@@ -98,6 +99,7 @@ def _prepare(
     folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
     tokenizer_sha256 = fingerprint(tokenizer_dir)
     Encoder(tokenizer_dir)
+    warn_if_too_long(max_length, tokenizer_dir)
     if not folders.is_finished:
         folders.check()
     files = find_input_files(data_input_dirs)

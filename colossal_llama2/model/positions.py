@@ -16,7 +16,10 @@ EXTENDED_BY_FACTOR = ("linear", "dynamic", "yarn")
 
 
 def positions_of(config: Any) -> int:
-    """The longest sample, in tokens, of a transformers LlamaConfig. Never below its max_position_embeddings."""
+    """The longest sample, in tokens, of a transformers LlamaConfig, or of another object with these two attributes.
+
+    Never below its max_position_embeddings.
+    """
     positions = config.max_position_embeddings
     scaling = getattr(config, "rope_scaling", None)
     if scaling_type(config) not in EXTENDED_BY_FACTOR:
@@ -36,3 +39,18 @@ def scaling_type(config: Any) -> Optional[str]:
         return None
     name = scaling.get("rope_type", scaling.get("type"))
     return name if isinstance(name, str) else None
+
+
+def described(config: Any) -> str:
+    """For messages: how many positions a model has, and what says so."""
+    kind = scaling_type(config)
+    scaled = f", and rope_scaling of type {kind}" if kind else ""
+    return f"the model has {positions_of(config)} positions (max_position_embeddings of its config.json{scaled})"
+
+
+def cure_of_long_samples(positions: int) -> str:
+    """What to do about samples that are longer than the model has positions."""
+    return (
+        f"prepare the data with --max_length {positions} or less, or give a model with more positions, as rope_scaling "
+        "in its config.json makes"
+    )

@@ -9,6 +9,7 @@ from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets
 from colossal_llama2.dataset.loader import SampleOrder, highest_token_id
 from colossal_llama2.dataset.manifest import check_parts_fit
+from colossal_llama2.dataset.sample_lengths import check_max_length, check_samples_fit
 from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_is_utf8
@@ -48,7 +49,7 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
         )
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
     needs_weights = not (args.benchmark and args.dry_run)
-    checks = [lambda: check_model(args.pretrained, "--pretrained", needs_weights=needs_weights)]
+    checks = [lambda: _check_pretrained(args, needs_weights=needs_weights)]
     if args.profile is not None and args.benchmark:
         checks.append(lambda: check_output_folder(Path(args.profile), "--profile"))
     checks += [lambda: flags.data_of(args), lambda: resolve_eval_sets(args.eval_dataset)]
@@ -63,6 +64,11 @@ def check_inputs(args: argparse.Namespace) -> LoadPlan:
     if problems:
         raise UserError("; and ".join(problems))
     return plan
+
+
+def _check_pretrained(args: argparse.Namespace, *, needs_weights: bool) -> None:
+    check_model(args.pretrained, "--pretrained", needs_weights=needs_weights)
+    check_max_length(args.max_length, args.pretrained)
 
 
 def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str]) -> LoadPlan:
@@ -86,6 +92,8 @@ def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str])
             check_parts_fit(flags.data_of(args).paths, stage=args.stage, tokenizer_dir=tokenizer_path)
             eval_paths = [one.path for one in resolve_eval_sets(args.eval_dataset)]
             check_parts_fit(eval_paths, stage=args.stage, tokenizer_dir=tokenizer_path, flag="--eval_dataset")
+            check_samples_fit(flags.data_of(args).paths, plan.model_path)
+            check_samples_fit(eval_paths, plan.model_path, flag="--eval_dataset")
     except UserError as error:
         problems.append(str(error))
     return plan
@@ -161,6 +169,7 @@ def evaluation_problems(args: argparse.Namespace) -> List[str]:
 def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
     if args.max_length > facts.positions:
+        # What `check_max_length` says, for a checkpoint whose positions are others than those of --pretrained.
         scaled = f", and rope_scaling of type {facts.scaling}" if facts.scaling else ""
         raise UserError(
             f"--max_length {args.max_length} given, the model has {facts.positions} positions "
