@@ -24,6 +24,8 @@ MAX_BINS = 100_000
 SPLICINGS = ("best_fit", "sequential", "none")
 MINED_SCRIPTS = ("han", "any")
 MAX_LENGTH = 2**20
+# More would make a model of rows that no token has.
+MAX_ROW_MULTIPLE = 2**16
 SWITCH = ("auto", "on", "off")
 MIXTURE_ENDS = ("repeat", "stop")
 
@@ -91,6 +93,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def positive_int(text: str) -> int:
     """A whole number of at least 1."""
     return _number(text, int, "a whole number of at least 1", lambda value: value >= 1)
+
+
+def row_multiple(text: str) -> int:
+    """A whole number from 1 to `MAX_ROW_MULTIPLE`."""
+    allowed = f"a whole number from 1 to {MAX_ROW_MULTIPLE}"
+    return _number(text, int, allowed, lambda value: 1 <= value <= MAX_ROW_MULTIPLE)
 
 
 def at_least_two(text: str) -> int:
@@ -336,6 +344,10 @@ def init_model_parser() -> CommandParser:
     group.add_argument(
         "--dtype", choices=("source", *MODEL_DTYPES), default="source", help="number format of the written weights"
     )
+    group.add_argument(
+        "--pad_vocab_to_multiple_of", metavar="N", type=row_multiple, default=1,
+        help="fill the embeddings up to a multiple of N with rows that no token has, for faster kernels and for --tp",
+    )  # fmt: skip
     group.add_argument(
         "--overwrite", action="store_true", help="replace the target, when the new one is complete"
     )

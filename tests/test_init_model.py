@@ -15,11 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.inference import generation
 from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, Rows, _noted_ranges, init_model
 from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.training_history import read_history
 from colossal_llama2.tokenizer import Encoder, fingerprint
 from colossal_llama2.tokenizer.bpe_model import read_model
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.train.model_card import _stage_cells
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -167,6 +170,48 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
     assert config["initialized_rows"] == [[600, pad], [late, late + 1]]
     assert (config["pad_token_id"], config["eos_token_id"]) == (pad, [2, pad])
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["pad_token_id"] == pad
+
+
+@pytest.mark.parametrize("tie, dtype", [(False, "bfloat16"), (True, "float32")])
+def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tmp_path, capsys, tie, dtype):
+    """They are the mean of the old rows, noted, never generated, and not taken over by the next init_model."""
+    source = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie, dtype=dtype)
+    init_model(source, expanded, tmp_path / "plain")
+    init_model(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64)
+    tokens, rows = Encoder(expanded).vocab_size, 640
+    assert 600 < tokens < rows
+    assert f"600 -> 640 ({rows - tokens} of them without a token), {tokens - 600} rows" in capsys.readouterr().out
+    plain, padded = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
+    for name in plain.keys() & {INPUT_EMBEDDING, OUTPUT_EMBEDDING}:
+        assert torch.equal(padded[name][:tokens], plain[name]) and len(padded[name]) == rows
+        mean = padded[name][:600].double().mean(0).to(padded[name].dtype)
+        assert torch.equal(padded[name][tokens:], mean.expand(rows - tokens, -1))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["initialized_rows"]) == (rows, [[600, tokens]])
+    assert config["padding_rows"] == [[tokens, rows]]
+    history = read_history(tmp_path / "out")
+    assert history.problem is None and history.stages[0]["padding_rows"] == rows - tokens
+    told = f"vocabulary of 600, now 640, {rows - tokens} of them rows without a token"
+    assert _stage_cells(history.stages[0])[1] == told
+
+    for again, more in (("same", 64), ("none", 1), ("larger", 128)):
+        init_model(tmp_path / "out", expanded, tmp_path / again, pad_vocab_to_multiple_of=more)
+        config = json.loads((tmp_path / again / "config.json").read_text())
+        assert config["vocab_size"] == {"same": rows, "none": tokens, "larger": 640}[again]
+        assert ("padding_rows" in config) is (again != "none") and config["initialized_rows"] == [[600, tokens]]
+    assert weights_of(tmp_path / "none").keys() == plain.keys()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in weights_of(tmp_path / "none").items())
+
+    model, tokenizer = generation.load_model(str(tmp_path / "out"), "cpu")
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    expected = [generation.generate(model, tokenizer, "the state", do_sample=False, **settings)]
+    with torch.no_grad():
+        # One of two opposite rows has by far the largest logit. Tied rows are not looked up, so that nothing changes.
+        head = model.get_output_embeddings().weight
+        head[tokens : tokens + 2] = 100 * torch.stack([torch.ones(head.shape[1]), -torch.ones(head.shape[1])])
+    raw = model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=1, do_sample=False)
+    assert raw[0, -1] >= tokens
+    assert [generation.generate(model, tokenizer, "the state", do_sample=False, **settings)] == expected
 
 
 def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):

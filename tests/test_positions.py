@@ -1,14 +1,19 @@
 """How long a sample may be where rope_scaling is there."""
 
+import json
+import shutil
+
 import pytest
 from transformers import LlamaConfig
 
 from colossal_llama2 import arguments
+from colossal_llama2.dataset import prepare, sample_lengths
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.train import checks
+from tests import preparing, tiny
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -59,3 +64,47 @@ def test_training_and_inference_use_them():
         config = LlamaConfig(max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 2.0})
 
     assert generation._fit_context(Model, prompt_length=100, max_new_tokens=50) == 28
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions", "told"),
+    [
+        (None, 100, "the model has 100 positions (max_position_embeddings of its config.json), "),
+        ({"rope_type": "linear", "factor": 2.0}, 60, "the model has 120 positions (max_position_embeddings of its config"
+         ".json, and rope_scaling of type linear), "),
+        ({"rope_type": "linear", "factor": 2.0}, 64, None),
+        (None, 128, None),
+    ],
+)  # fmt: skip
+def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
+    scaling, positions, told, tokenizer_dir, tmp_path, caplog
+):
+    folder = shutil.copytree(tokenizer_dir, tmp_path / "model")
+    LlamaConfig(
+        vocab_size=600, hidden_size=16, num_attention_heads=2, max_position_embeddings=positions, rope_scaling=scaling
+    ).save_pretrained(folder)
+    preparing.write_lines(tmp_path / "in" / "a.jsonl", [{"target": text} for text in tiny.english_documents()[:40]])
+    prepare.prepare_pretrain(**preparing.settings([tmp_path / "in"], folder, tmp_path, max_length=128))
+    (entry,) = preparing.manifest(tmp_path)["bins"]
+    longest = max(len(sample["input_ids"]) for sample in preparing.read_jsonl(tmp_path / "jsonl"))
+    assert entry["longest"] == longest > 120
+    warned = [message for message in caplog.messages if "positions" in message]
+    part = str(tmp_path / "arrow" / "part-00000")
+    if told is None:
+        assert not warned
+        sample_lengths.check_samples_fit([part], str(folder))
+        return
+    cure = warned[0].partition("; ")[2]
+    assert warned == [f"--max_length 128 given, {told}and training refuses longer samples; {cure}"]
+    assert cure.startswith("prepare the data with --max_length 1")
+    with pytest.raises(UserError) as raised:
+        sample_lengths.check_samples_fit([part], str(folder))
+    given = f"--dataset {part}: its longest sample has {longest} tokens, "
+    assert str(raised.value) == f"{given}{told.removesuffix(', ')}; {cure}"
+    with pytest.raises(UserError, match="--max_length 128 given, the model has .* give at most that"):
+        sample_lengths.check_max_length(128, str(folder))
+    # Data of earlier versions do not say it, and a folder of others has no manifest.
+    del entry["longest"]
+    path = tmp_path / "arrow" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bins": [entry]}))
+    sample_lengths.check_samples_fit([part, str(tmp_path / "in")], str(folder))

@@ -130,6 +130,8 @@ def generate(
 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
+    # Rows that no token has, as padding to a round number leaves.
+    tokenless = list(range(len(tokenizer), model.get_output_embeddings().weight.shape[0]))
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
     settings = GenerationConfig(
         max_new_tokens=_fit_context(model, prompt_length=prompt_length, max_new_tokens=max_new_tokens),
@@ -137,6 +139,7 @@ def generate(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=tokenless or None,
         **sampling,
     )
     if seed is not None:

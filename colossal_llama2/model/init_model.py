@@ -6,13 +6,18 @@
 Only the input embedding and lm_head change. Every other tensor is copied as bytes, and of the two the old rows too, so
 this runs on a CPU at the speed of a file copy, in memory for a matrix or two. A source matrix may have more rows than
 its tokenizer has tokens (padding to a round number): no token ever used these rows, so they are left out.
+
+With --pad_vocab_to_multiple_of the target has such rows too, behind all tokens. Each is the mean of the rows of all the
+source's pieces: as input nothing looks it up, and as output it gives the mean of their logits, so that all such rows
+together take hardly any probability from the tokens. transformers' resize_token_embeddings(pad_to_multiple_of=N) draws
+them from a narrow distribution around the mean of all rows.
 """
 
 import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Union
 
@@ -40,7 +45,14 @@ from colossal_llama2.model.exported_configs import (
     with_moved_settings,
 )
 from colossal_llama2.model.folder import check_model_files, shard_names
-from colossal_llama2.model.loading import CONFIG_FILE, INDEX_FILE, NEW_ROWS_KEY, WEIGHTS_FILE, check_weights
+from colossal_llama2.model.loading import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    NEW_ROWS_KEY,
+    PADDING_ROWS_KEY,
+    WEIGHTS_FILE,
+    check_weights,
+)
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -73,23 +85,32 @@ class Rows:
     """How the target's rows come from the source's: the first `kept` as they are, each later one the mean of a bag.
 
     `bags[i]` lists the source rows whose mean is target row `kept + i`. A token that transformers added beyond the
-    pieces has moved behind the new pieces: its bag is its old row, and `moved_ids` says where old ids went.
+    pieces has moved behind the new pieces: its bag is its old row, and `moved_ids` says where old ids went. The last
+    `padding` rows have no token.
     """
 
     kept: int
     bags: List[List[int]]
     new: int
     moved_ids: Dict[int, int]
+    padding: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Rows that a token has."""
+        return self.kept + len(self.bags)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the target's matrices."""
-        return self.kept + len(self.bags)
+        return self.tokens + self.padding
 
     @property
     def new_ranges(self) -> List[List[int]]:
-        """Target rows that are new, as ascending [begin, end) ranges: all from `kept` on but those that moved."""
-        borders = [self.kept - 1, *sorted(self.moved_ids.values()), self.vocab_size]
+        """Target rows that are new, as ascending [begin, end) ranges: all tokens from `kept` on but those that
+        moved.
+        """
+        borders = [self.kept - 1, *sorted(self.moved_ids.values()), self.tokens]
         between = zip(borders[:-1], borders[1:], strict=True)
         return [[before + 1, after] for before, after in between if before + 1 < after]
 
@@ -104,6 +125,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             args.target_tokenizer_path,
             args.target_model_path,
             dtype=args.dtype,
+            pad_vocab_to_multiple_of=args.pad_vocab_to_multiple_of,
             overwrite=args.overwrite,
         )
 
@@ -114,13 +136,15 @@ def init_model(
     target_model_path: Union[str, Path],
     *,
     dtype: str = "source",
+    pad_vocab_to_multiple_of: int = 1,
     overwrite: bool = False,
 ) -> None:
     """Write the source model with rows for the target tokenizer's new tokens, and that tokenizer, to the target.
 
     The target is a new folder, the tokenizer's own, or with `overwrite` an earlier target, which stays until the new
     one is complete and on the disk. `dtype` is what floating-point weights are converted to: float16, bfloat16,
-    float32, or "source", which changes nothing. Raises UserError for what is wrong with the folders, and RunError if
+    float32, or "source", which changes nothing. Rows without a token fill both matrices up to a multiple of
+    `pad_vocab_to_multiple_of`. Raises UserError for what is wrong with the folders, and RunError if
     the disk is too small, before anything is written.
     """
     source = Path(os.path.abspath(source_model_and_tokenizer_path))
@@ -135,7 +159,8 @@ def init_model(
     source_rows = _check_matrices(shards, config)
     _warn_of_unusable_weights(source)
     rows = _plan_rows(source, tokenizer, source_rows=source_rows)
-    change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=_format_name(dtype))
+    rows = replace(rows, padding=-rows.tokens % pad_vocab_to_multiple_of)
+    change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=_format_name(dtype), padding=rows.padding)
     total = sum(target_size(shard, change) for shard in shards)
     # Whether they fit into another format is seen when they are converted.
     check_numbers(str(source), None)
@@ -148,7 +173,10 @@ def init_model(
         _write_weights(source, folder, shards, change, total=total)
         _write_configs(source, folder, config, rows, dtype)
         sizes = (source_rows, rows.vocab_size)
-        write_json(folder / HISTORY_FILE, vocabulary_stage(str(source), sizes, fingerprint(tokenizer)))
+        history = vocabulary_stage(
+            str(source), sizes, fingerprint(tokenizer), new_rows=rows.new, padding_rows=rows.padding
+        )
+        write_json(folder / HISTORY_FILE, history)
         if inside:
             publish_into(folder, target, last=CONFIG_FILE)
         else:
@@ -156,8 +184,9 @@ def init_model(
             publish(folder, target, replace=overwrite)
     matrices = sum(name in MATRICES for shard in shards for name in shard.tensors)
     show_line(f"written to {target}")
+    padding = f" ({rows.padding:,} of them without a token)" if rows.padding else ""
     show_line(
-        f"vocabulary {source_rows:,} -> {rows.vocab_size:,}, "
+        f"vocabulary {source_rows:,} -> {rows.vocab_size:,}{padding}, "
         f"{rows.new:,} rows initialized in each of {matrices} matrices, {total:,} bytes written"
     )
 
@@ -337,6 +366,10 @@ def _write_weights(source: Path, folder: Path, shards: List[Shard], change: Chan
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
     changed[NEW_ROWS_KEY] = rows.new_ranges or _noted_ranges(config, rows)
+    # The source's own rows without a token are not in the target.
+    changed.pop(PADDING_ROWS_KEY, None)
+    if rows.padding:
+        changed[PADDING_ROWS_KEY] = [[rows.tokens, rows.vocab_size]]
     if changed.pop("auto_map", None):
         logs.get_logger().info("%s: auto_map is left out: it names code, and transformers has LLaMA's", CONFIG_FILE)
     if dtype != "source":

@@ -35,6 +35,8 @@ from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_ma
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 # In config.json: the rows that init_model.py added to the embeddings, as [begin, end) ranges of token ids.
 NEW_ROWS_KEY = "initialized_rows"
+# The same of rows that no token has, which --pad_vocab_to_multiple_of puts behind the last token.
+PADDING_ROWS_KEY = "padding_rows"
 
 
 @dataclass(frozen=True)

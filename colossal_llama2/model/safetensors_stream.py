@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
+from itertools import chain
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.input_files import ANY_SIZE, check_regular
@@ -57,14 +58,16 @@ class Shard:
 class Change:
     """What becomes of the tensors.
 
-    Of each matrix in `matrices` the first `kept` rows stay, and row `kept + i` is the mean of the rows `bags[i]`.
-    `dtype` is a key of FLOATS that all floating-point tensors are converted to; None converts nothing.
+    Of each matrix in `matrices` the first `kept` rows stay, row `kept + i` is the mean of the rows `bags[i]`, and each
+    of the last `padding` rows is the mean of the kept ones. `dtype` is a key of FLOATS that all floating-point tensors
+    are converted to; None converts nothing.
     """
 
     matrices: Tuple[str, ...]
     kept: int
     bags: List[List[int]]
     dtype: Optional[str] = None
+    padding: int = 0
 
 
 # Reading.
@@ -135,7 +138,7 @@ def _target_entry(name: str, entry: dict, change: Change) -> dict:
     """One entry with its new dtype and shape; the offsets begin at 0."""
     dtype, shape, length = entry["dtype"], entry["shape"], _data_bytes(entry)
     if name in change.matrices:
-        shape = [change.kept + len(change.bags), shape[1]]
+        shape = [change.kept + len(change.bags) + change.padding, shape[1]]
         length = length // entry["shape"][0] * shape[0]
     # Old checkpoints store a constant in float32, whatever their weights are in.
     if change.dtype is not None and dtype in FLOATS and not name.endswith(COMPUTED_SUFFIX):
@@ -214,7 +217,8 @@ def _write_tensor(
             _write_values(target, values, entry["dtype"], advance)
     if name in change.matrices:
         with _one_thread():
-            for rows in _mean_rows(source, begin=begin, entry=old, bags=change.bags):
+            means = _mean_rows(source, begin=begin, entry=old, bags=change.bags)
+            for rows in chain(means, _padding_rows(source, begin=begin, entry=old, change=change)):
                 too_large += _too_large(rows, entry["dtype"])
                 _write_values(target, rows, entry["dtype"], advance)
     if too_large:
@@ -272,6 +276,20 @@ def _mean_rows(source: FileIO, *, begin: int, entry: dict, bags: List[List[int]]
         yield torch.nn.functional.embedding_bag(block, matrix, bounds[:-1] - bounds[0], mode="mean")
 
 
+def _padding_rows(source: FileIO, *, begin: int, entry: dict, change: Change) -> Iterator:
+    """The rows behind all others, each the mean of the kept rows, as float32 tensors of some rows each."""
+    import torch
+
+    if not change.padding:
+        return
+    total = torch.zeros(entry["shape"][1], dtype=torch.float64)
+    for start in range(0, change.kept, ROWS_AT_A_TIME):
+        numbers = range(start, min(start + ROWS_AT_A_TIME, change.kept))
+        total += _rows(source, begin=begin, entry=entry, numbers=numbers).double().sum(0)
+    for start in range(0, change.padding, ROWS_AT_A_TIME):
+        yield (total / change.kept).float().repeat(min(ROWS_AT_A_TIME, change.padding - start), 1)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Many threads only wait for each other over a few rows; on a busy machine that took five times as long."""
@@ -285,7 +303,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _rows(source: FileIO, *, begin: int, entry: dict, numbers: List[int]):
+def _rows(source: FileIO, *, begin: int, entry: dict, numbers: Sequence[int]):
     """Some rows of a matrix, as a tensor of its dtype."""
     import torch
 

@@ -238,7 +238,7 @@ STAGE_FIELDS: Dict[str, Check] = {
     "begins": _is_place,
     "ends": _is_place,
     **dict.fromkeys(("steps", "updates", "samples", "tokens", "world_size", "final_loss_steps"), _is_count),
-    **dict.fromkeys(("vocabulary_before", "vocabulary"), _is_count),
+    **dict.fromkeys(("vocabulary_before", "vocabulary", "padding_rows"), _is_count),
     **dict.fromkeys(("first_loss", "final_loss"), _or_null(_is_number)),
     "settings": _mapping_to(lambda value: _is_plain(value) or _list_of(_is_plain)(value)),
     "versions": _mapping_to(_or_null(_is_text)),
@@ -284,21 +284,24 @@ def as_written(content: Dict[str, Any]) -> Dict[str, Any]:
     return plain
 
 
-def vocabulary_stage(source: str, sizes: Tuple[int, int], tokenizer_sha256: str) -> Dict[str, Any]:
+def vocabulary_stage(
+    source: str, sizes: Tuple[int, int], tokenizer_sha256: str, *, new_rows: int = 0, padding_rows: int = 0
+) -> Dict[str, Any]:
     """The content of the file for a model whose vocabulary was extended from `sizes[0]` to `sizes[1]` rows.
 
-    A model that has as many rows as before had no new stage.
+    Of these, `padding_rows` have no token. A model that has as many rows as before, none of them new, had no new stage.
     """
     history = read_history(Path(source))
     log_problem(history)
     base_model = base_model_of(source, history)
-    if sizes[0] == sizes[1]:
+    if sizes[0] == sizes[1] and not new_rows:
         return {"version": VERSION, "base_model": base_model, "stages": history.stages}
     stage = {
         "stage": "vocabulary",
         "parent": describe_parent(source, history),
         "vocabulary_before": sizes[0],
         "vocabulary": sizes[1],
+        **({"padding_rows": padding_rows} if padding_rows else {}),
         "tokenizer_sha256": tokenizer_sha256,
     }
     return history.followed_by(stage, base_model=base_model)

@@ -167,7 +167,8 @@ def _stage_cells(stage: Dict[str, Any]) -> List[str]:
     began = parent["name"] if parent.get("as_recorded", True) else f"{parent['name']}, changed since the stage before"
     if stage["stage"] == "vocabulary":
         sizes = [_count(stage.get(name)) for name in ("vocabulary_before", "vocabulary")]
-        return [began, f"vocabulary of {sizes[0]}, now {sizes[1]}", "", "", "", ""]
+        padding = f", {_count(stage['padding_rows'])} of them rows without a token" if stage.get("padding_rows") else ""
+        return [began, f"vocabulary of {sizes[0]}, now {sizes[1]}{padding}", "", "", "", ""]
     data = stage.get("data", [])
     shown = ", ".join(f"{source['source']} {_count(source.get('tokens'))}" for source in data[:MAX_SOURCES])
     shown += f", and {len(data) - MAX_SOURCES} more sources" if len(data) > MAX_SOURCES else ""
