@@ -15,6 +15,7 @@ from colossal_llama2.model.positions import positions_of
 from colossal_llama2.train import checks
 from tests import preparing, tiny
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -69,10 +70,9 @@ def test_training_and_inference_use_them():
 @pytest.mark.parametrize(
     ("scaling", "positions", "told"),
     [
-        (None, 100, "the model has 100 positions (max_position_embeddings of its config.json), "),
-        ({"rope_type": "linear", "factor": 2.0}, 60, "the model has 120 positions (max_position_embeddings of its config"
-         ".json, and rope_scaling of type linear), "),
-        ({"rope_type": "linear", "factor": 2.0}, 64, None),
+        (None, 100, "100 positions (max_position_embeddings of its config.json), "),
+        (LINEAR, 60, "120 positions (max_position_embeddings of its config.json, and rope_scaling of type linear), "),
+        (LINEAR, 64, None),
         (None, 128, None),
     ],
 )  # fmt: skip
@@ -95,11 +95,11 @@ def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
         sample_lengths.check_samples_fit([part], str(folder))
         return
     cure = warned[0].partition("; ")[2]
-    assert warned == [f"--max_length 128 given, {told}and training refuses longer samples; {cure}"]
+    assert warned == [f"--max_length 128 given, the model has {told}and training refuses longer samples; {cure}"]
     assert cure.startswith("prepare the data with --max_length 1")
     with pytest.raises(UserError) as raised:
         sample_lengths.check_samples_fit([part], str(folder))
-    given = f"--dataset {part}: its longest sample has {longest} tokens, "
+    given = f"--dataset {part}: its longest sample has {longest} tokens, the model has "
     assert str(raised.value) == f"{given}{told.removesuffix(', ')}; {cure}"
     with pytest.raises(UserError, match="--max_length 128 given, the model has .* give at most that"):
         sample_lengths.check_max_length(128, str(folder))
