@@ -13,7 +13,8 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.dataset.settings import Settings
-from colossal_llama2.dataset.units import encoder_of, reader_of, texts_of
+from colossal_llama2.dataset.tokenization import row_reader
+from colossal_llama2.dataset.units import encoder_of, texts_of
 from colossal_llama2.tokenizer import FAST_FILE, Encoder, load_fast
 from colossal_llama2.tokenizer.fast_encoder import encoder_class
 
@@ -83,7 +84,7 @@ def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
 def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection[str]) -> Iterator[str]:
     """The texts of a place that are not among the `seen` ones, each once."""
     own: Set[str] = set()
-    read = reader_of(settings)
+    read = row_reader(settings)
     for line in islice(SpanReader(file, span), SAMPLE_TEXTS):
         try:
             texts = texts_of(read(line.record)) if line.record else []

@@ -5,7 +5,7 @@ border of the mask. Rows come in batches, because the encoder is fastest that wa
 """
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.conversation import (
@@ -20,6 +20,8 @@ from colossal_llama2.tokenizer.parts import is_long
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from colossal_llama2.dataset.settings import Settings
 
 NO_CATEGORY_PRETRAIN = "unknown"
 NO_CATEGORY_SFT = "None"
@@ -70,6 +72,11 @@ class Tokenized(NamedTuple):
     drops: Tuple[Drop, ...] = ()
 
 
+def row_reader(settings: "Settings") -> Callable[[Dict[str, Any]], Any]:
+    """The function that checks a record as a prepare command of these settings does: a PretrainRow or an SftRow."""
+    return read_pretrain_document if settings.stage == "pretrain" else read_sft_row
+
+
 def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
     """Check a record of {"source", "target", "category"}; raises ValueError with the reason."""
     if "target" not in row:
@@ -115,9 +122,8 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
     tokenized = []
     for row in rows:
         if _has_long_text(row):
-            tokenized.append(_tokenize_long(row, encoder=encoder))
-            continue
-        if row.source:
+            input_ids, labels = _long_ids_and_labels(row, encoder=encoder)
+        elif row.source:
             source = [encoder.bos_id, *openings[row.source]]
             input_ids = [*source, *continuations[row.target], encoder.eos_id]
             labels = [IGNORE_INDEX] * len(source) + input_ids[len(source) :]
@@ -132,8 +138,8 @@ def _has_long_text(row: PretrainRow) -> bool:
     return is_long(row.target) or is_long(row.source)
 
 
-def _tokenize_long(row: PretrainRow, *, encoder) -> Tokenized:
-    """The same as of any row, as arrays."""
+def _long_ids_and_labels(row: PretrainRow, *, encoder) -> Tuple["np.ndarray", "np.ndarray"]:
+    """The ids and labels of a row, as (tokens,) int32 arrays, or one array where all is trained."""
     import numpy as np
 
     marks = [np.array([mark], np.int32) for mark in (encoder.bos_id, encoder.eos_id)]
@@ -143,7 +149,7 @@ def _tokenize_long(row: PretrainRow, *, encoder) -> Tokenized:
     if source:
         labels = input_ids.copy()
         labels[: 1 + len(source[0])] = IGNORE_INDEX
-    return Tokenized(input_ids, labels, len(input_ids))
+    return input_ids, labels
 
 
 def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder) -> "np.ndarray":

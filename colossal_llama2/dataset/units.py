@@ -345,23 +345,19 @@ class _UnitWorker:
                 tally.drop(MASKED_PIECES, documents=dropped, tokens=dropped_tokens)
 
 
-def reader_of(settings: Settings) -> Callable[[Dict[str, Any]], Any]:
-    """What checks a record of the stage: returns a row, and raises ValueError for a record that cannot be used."""
-    return tokenization.read_pretrain_document if settings.stage == "pretrain" else tokenization.read_sft_row
-
-
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
+    read = tokenization.row_reader(task.settings)
     if task.settings.stage == "pretrain":
-        return reader_of(task.settings), partial(tokenization.tokenize_pretrain, encoder=encoder)
+        return read, partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(
         tokenization.tokenize_sft,
         encoder=encoder,
         max_length=task.settings.max_length,
         prefix_after_marks=task.settings.prefix_after_marks,
     )
-    return reader_of(task.settings), tokenize
+    return read, tokenize
 
 
 def texts_of(row) -> List[str]:
