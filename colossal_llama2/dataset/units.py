@@ -189,6 +189,7 @@ class _UnitWorker:
                     try:
                         self._rows.append((span.file, self._read(line.record)))
                     except ValueError as error:
+                        self.account.count_roles(getattr(error, "roles", {}))
                         problem = f"{error}; correct or remove the line"
                 if problem is not None:
                     self._note_bad_row(file.path, reader, line.number, problem)
@@ -348,15 +349,16 @@ class _UnitWorker:
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
+    read = tokenization.row_reader(task.settings)
     if task.settings.stage == "pretrain":
-        return tokenization.read_pretrain_document, partial(tokenization.tokenize_pretrain, encoder=encoder)
+        return read, partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(
         tokenization.tokenize_sft,
         encoder=encoder,
         max_length=task.settings.max_length,
         prefix_after_marks=task.settings.prefix_after_marks,
     )
-    return tokenization.read_sft_row, tokenize
+    return read, tokenize
 
 
 def _texts(row) -> List[str]:
@@ -373,9 +375,8 @@ def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> 
     """UTF-8 bytes of the text that carries the loss: the last of `sizes`, or of a conversation the answers kept."""
     if isinstance(row, tokenization.PretrainRow):
         return sizes[-1]
-    # Each answer ends with a trained </s>, the last token of the sample.
-    kept = tokens.labels.count(tokens.labels[-1])
-    return sum(len(exchange[-1].text.encode()) for exchange in row.conversation.exchanges[:kept])
+    answers = (exchange[-1] for exchange in row.conversation.exchanges[: tokens.exchanges])
+    return sum(len(answer.text.encode()) for answer in answers if answer.is_trained)
 
 
 def _coded(documents: Sequence[_Document]) -> np.ndarray:
