@@ -27,7 +27,7 @@ from colossal_llama2.dataset import store, tokenization
 from colossal_llama2.dataset.held_out import folded, learnt_texts
 from colossal_llama2.dataset.plan import Unit
 from colossal_llama2.dataset.rows import SpanReader
-from colossal_llama2.dataset.units import HELD_OUT, TRAINED_ON, UnitTask, unit_sides
+from colossal_llama2.dataset.units import HELD_OUT, TRAINED_ON, UnitTask, reader_of, unit_sides
 from colossal_llama2.terminal_text import visible_line
 
 NGRAM = 13
@@ -222,7 +222,7 @@ def _spaced(words: Sequence[str]) -> str:
 
 def _rows(task: UnitTask, side: int) -> Iterator[Tuple[Place, Any]]:
     """The checked records of a unit whose documents are on one side, as the unit noted it when it was done."""
-    read = tokenization.row_reader(task.settings)
+    read = reader_of(task.settings)
     sides = iter(unit_sides(Path(task.cache_dir), task.unit))
     for span in task.unit.spans:
         for line in SpanReader(task.files[span.file], span, task.base):

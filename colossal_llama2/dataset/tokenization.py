@@ -5,9 +5,8 @@ border of the mask. Rows come in batches, because the encoder is fastest that wa
 """
 
 import json
-from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.absent import is_absent
@@ -25,8 +24,6 @@ from colossal_llama2.dataset.row_errors import RowError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from colossal_llama2.dataset.settings import Settings
 
 NO_CATEGORY_PRETRAIN = "unknown"
 NO_CATEGORY_SFT = "None"
@@ -88,13 +85,6 @@ class Tokenized(NamedTuple):
     tokens_in: int
     drops: Tuple[Drop, ...] = ()
     exchanges: int = 0
-
-
-def row_reader(settings: "Settings") -> Callable[[Dict[str, Any]], Any]:
-    """The function that checks a record as a prepare command of these settings does: a PretrainRow or an SftRow."""
-    if settings.stage == "pretrain":
-        return read_pretrain_document
-    return partial(read_sft_row, speakers=settings.speakers, masks_opening=settings.masks_opening)
 
 
 def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
@@ -204,12 +194,12 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
         else:
             # No copy: nobody changes either.
             labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
-        if row.is_masked:
-            drops = (Drop(MASKED_DOCUMENTS, len(input_ids)),)
-            tokenized.append(Tokenized([], [], len(input_ids), drops))
-            continue
         tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
-    return tokenized
+    return [_dropped(tokens) if row.is_masked else tokens for row, tokens in zip(rows, tokenized, strict=True)]
+
+
+def _dropped(tokens: Tokenized) -> Tokenized:
+    return Tokenized([], [], tokens.tokens_in, (Drop(MASKED_DOCUMENTS, tokens.tokens_in),))
 
 
 def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder) -> "np.ndarray":

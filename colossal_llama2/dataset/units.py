@@ -346,10 +346,17 @@ class _UnitWorker:
                 tally.drop(MASKED_PIECES, documents=dropped, tokens=dropped_tokens)
 
 
+def reader_of(settings: Settings) -> Callable[[Dict[str, Any]], Any]:
+    """What checks a record of the stage: returns a row, and raises RowError for a record that cannot be used."""
+    if settings.stage == "pretrain":
+        return tokenization.read_pretrain_document
+    return partial(tokenization.read_sft_row, speakers=settings.speakers, masks_opening=settings.masks_opening)
+
+
 def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
-    read = tokenization.row_reader(task.settings)
+    read = reader_of(task.settings)
     if task.settings.stage == "pretrain":
         return read, partial(tokenization.tokenize_pretrain, encoder=encoder)
     tokenize = partial(
