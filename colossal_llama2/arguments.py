@@ -208,6 +208,14 @@ def path_list(text: str) -> List[str]:
     return paths
 
 
+def role_list(text: str) -> List[str]:
+    """A comma-separated list of names of roles."""
+    roles = [part.strip() for part in text.split(",")]
+    if not all(roles):
+        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; give names as chatgpt,bing,bard")
+    return roles
+
+
 def _number(text: str, kind: type, allowed: str, accepts):
     try:
         value = kind(text)
@@ -451,6 +459,16 @@ def prepare_sft_parser() -> CommandParser:
     )
     # A conversation is never split: one that is too long keeps its whole leading turns.
     _add_prepare_arguments(parser, "samples", splicing="none", overlong=("truncate",))
+    roles = parser.add_argument_group("roles")
+    roles.add_argument(
+        "--assistant_roles", metavar="NAME,NAME", type=role_list, default=None,
+        help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row "
+        "(default: none)",
+    )  # fmt: skip
+    roles.add_argument(
+        "--assistant_first", choices=("mask", "train"), default="mask",
+        help="whether answers before the first human message carry loss",
+    )  # fmt: skip
     return parser
 
 

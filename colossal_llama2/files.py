@@ -72,17 +72,37 @@ def read_jsonl(path: Path, *, explain: Callable[[bytes], Optional[str]] = lambda
                 raise UserError(f"{where}: {explain(text) or error}")
 
 
-def parse_object(line: bytes) -> dict:
-    """The object in one line of jsonl. Raises ValueError with the reason for anything else."""
+def parse_object(line: bytes, *, allows_nan: bool = False) -> dict:
+    """The object in one line of jsonl. Raises ValueError with the reason for anything else.
+
+    With `allows_nan`, the words NaN, Infinity and -Infinity are read as floats: JSON has none, but pandas and Python's
+    own json write them.
+    """
     import orjson
 
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        if allows_nan and (record := _parsed_with_nan(line)) is not None:
+            return record
         raise ValueError(f"{_why_not_json(line, error)}; each line must be one JSON object in UTF-8")
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__} given; each line must be one JSON object")
     return record
+
+
+def _parsed_with_nan(line: bytes) -> Optional[dict]:
+    """The object in a line that is JSON but for the words that `parse_object` allows; None if it is not."""
+    if b"NaN" not in line and b"Infinity" not in line:
+        return None
+    try:
+        record = json.loads(line.decode())
+        if b"\\u" in line:
+            # Python's parser takes halves of surrogate pairs, which no encoder does.
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _why_not_json(line: bytes, error: ValueError) -> str:

@@ -100,7 +100,11 @@ FLAGS = {
         ("--sample_documents",): ("10", 10, 10_000),
     },
     arguments.prepare_pretrain_parser: PREPARE,
-    arguments.prepare_sft_parser: PREPARE,
+    arguments.prepare_sft_parser: PREPARE
+    | {
+        ("--assistant_roles",): ("bing, bard", ["bing", "bard"], None),
+        ("--assistant_first",): ("train", "train", "mask"),
+    },
     arguments.train_parser: TRAIN,
     arguments.train_sft_parser: TRAIN | {("--accumulation_steps",): ("4", 4, 8), ("--use_neft",): ([], True, False)},
     arguments.inference_parser: {
@@ -222,6 +226,7 @@ def test_an_unknown_flag_without_a_near_one_gets_no_suggestion(capsys):
         (arguments.prepare_sft_parser, "--num_spliced_dataset_bins", "0", "from 1 to 100000"),
         (arguments.prepare_sft_parser, "--num_spliced_dataset_bins", "100001", "from 1 to 100000"),
         (arguments.prepare_sft_parser, "--data_input_dirs", "a,,b", "empty entry"),
+        (arguments.prepare_sft_parser, "--assistant_roles", "a,,b", "empty entry"),
         (arguments.inference_parser, "--do_sample", "yes", "True or False"),
         (arguments.inference_parser, "--top_p", "1.5", "above 0 and at most 1"),
         (arguments.inference_parser, "--top_p", "0", "above 0 and at most 1"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.conversation import ROLES, chat_template
+from colossal_llama2.dataset.conversation import ROLES, chat_template, speakers_of
 from colossal_llama2.dataset.prepare import CHAT_TEMPLATE_FILE, prepare_sft
 from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
 from colossal_llama2.tokenizer import Encoder, load_tokenizer, puts_prefix_after_marks
@@ -51,8 +51,8 @@ def chinese(chinese_dir) -> tuple:
     return Encoder(chinese_dir), load_tokenizer(chinese_dir)
 
 
-def ours(encoder, messages, prefix_after_marks=False) -> tuple:
-    rows = [read_sft_row({"messages": messages})]
+def ours(encoder, messages, prefix_after_marks=False, **reading) -> tuple:
+    rows = [read_sft_row({"messages": messages}, **reading)]
     (row,) = tokenize_sft(rows, encoder=encoder, max_length=100_000, prefix_after_marks=prefix_after_marks)
     return row.input_ids, [int(label != IGNORE_INDEX) for label in row.labels]
 
@@ -88,22 +88,39 @@ def test_every_conversation_of_chatterbot_corpus(language, count, kind, prefixes
         assert theirs(tokenizer, messages) == ours(encoder, messages, prefixes), messages
 
 
+LOSS_MARKS = st.sampled_from([{}, {}, {"weight": 0}, {"weight": 1.0}, {"train": False}, {"loss": None}, {"masked": 1}])
+
+
 @given(
     system=st.none() | TEXTS,
-    turns=st.lists(st.tuples(st.sampled_from([*ROLES, "system"]), TEXTS), max_size=5),
+    turns=st.lists(st.tuples(st.sampled_from([*ROLES, "system", "Human ", "GPT"]), TEXTS, LOSS_MARKS), max_size=5),
     answer=TEXTS,
+    masks_opening=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
-def test_any_conversation_that_ends_with_an_answer(chinese, system, turns, answer):
+@settings(max_examples=200, deadline=None)
+def test_any_conversation_that_ends_with_an_answer(chinese, system, turns, answer, masks_opening):
     encoder, tokenizer = chinese
-    messages = [{"role": role, "content": text} for role, text in [*turns, ("gpt", answer)]]
+    messages = [{"role": role, "content": text, **mark} for role, text, mark in [*turns, ("gpt", answer, {})]]
     messages = messages if system is None else [{"role": "system", "content": system}, *messages]
     roles = [message["role"] for message in messages]
     if ("system", "system") in zip(roles[1:], roles[2:], strict=False):
         return
     if any(mark in message["content"] for message in messages for mark in ("<s>", "</s>", "<unk>")):
         return
-    assert theirs(tokenizer, messages) == ours(encoder, messages)
+    template = chat_template(prefix_after_marks=False, masks_opening=masks_opening)
+    expected = ours(encoder, messages, masks_opening=masks_opening)
+    rendered = theirs(tokenizer, messages, chat_template=template)
+    # What has no trained answer is dropped.
+    assert rendered == expected if expected[0] else not any(rendered[1])
+
+
+def test_the_template_knows_the_roles_that_are_given_to_the_assistant(chinese):
+    encoder, tokenizer = chinese
+    messages = [{"role": "user", "content": "q"}, {"role": "Bing", "content": "a"}]
+    template = chat_template(prefix_after_marks=False, speakers=speakers_of(["bing"]))
+    rendered = theirs(tokenizer, messages, chat_template=template)
+    assert rendered == ours(encoder, messages, speakers=speakers_of(["bing"]))
+    assert rendered == ours(encoder, [messages[0], {"role": "assistant", "content": "a"}])
 
 
 def test_a_mark_that_a_text_spells_out_is_the_one_difference(chinese):

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import parity, plan, prepare
+from colossal_llama2.dataset import conversation as talks
+from colossal_llama2.dataset import parity, plan, prepare, tokenization
 from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.rows import MAX_LINE_BYTES
 from colossal_llama2.dataset.settings import Settings
@@ -270,9 +271,10 @@ BAD_LINES = {
     b'{"target": "a", "m": ' + b"[" * 256 + b"]" * 256 + b"}": "more than 256 deep",
     b'{"target": "a", "m": ' + b'{"m":' * 900 + b"1" + b"}" * 901: "more than 256 deep",
     b'{"target": "a", "m": 1' + b"0" * 400 + b"}": "not JSON",
-    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"k7": 2}': "stands there twice",
+    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"target": 2}': "stands there twice",
     b'{"target": ': "not JSON",
-    b'{"target": NaN}': "not JSON",
+    b'{"target": NaN}': '"target" must be a string, and it is NaN',
+    b'{"m": NaN, "target": "\\ud800"}': "not JSON",
     b'{"target": "\xff"}': "not UTF-8",
     b'{"target": "\\ud800"}': "surrogate",
     b'{"target": 3}': '"target" must be a string',
@@ -495,3 +497,56 @@ def wait_and_fail(task):
     if wait_and_return(task):
         raise UserError(f"task {task[0]}")
     return task
+
+
+def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
+    """Masked answers in the account and in the bytes that are predicted; unknown roles by count, with their cure."""
+
+    def talk(*messages, **fields) -> dict:
+        return {"conversations": [{"from": role, "value": text, **mark} for role, text, mark in messages], **fields}
+
+    masked = [("human", "q", {}), ("gpt", "BAD", {"weight": 0}), ("Human", "q", {}), ("gpt", "good", {"weight": 1})]
+    rows = [
+        talk(*masked),
+        # The last answer is masked, so the sample does not end with a trained </s>.
+        talk(*masked[2:], *masked[:2]),
+        talk(*masked, train=False),
+        talk(("gpt", "opening", {}), ("human", "q", {}), ("gpt", "four", {})),
+        talk(("human", "q", {}), ("Bing", "an answer", {})),
+        talk(("human", "q", {}), ("bing", "b", {}), ("bard", "c", {})),
+    ]
+    write_lines(tmp_path / "in" / "rows.jsonl", rows)
+    for name, flags in (("skip", {"on_bad_row": "skip"}), ("named", {"assistant_roles": ["BING", "bard"]})):
+        keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / name, max_length=1000, **flags)
+        prepare.prepare_sft(**keywords)
+    skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
+    assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
+    assert "bing (2 messages), bard (1 messages); if one is the assistant, name it by --assistant_roles" in caplog.text
+    assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
+    assert skipped["notes"] == {
+        talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1
+    }  # fmt: skip
+    assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1
+    samples = read_jsonl(tmp_path / "skip" / "jsonl")
+    learnt = {tuple(sample["labels_decode"]): sample["document_target_bytes"] for sample in samples}
+    assert learnt == {("good</s>",): [4], ("four</s>",): [4]} and len(samples) == 3
+    answers = [sample["labels_decode"] for sample in read_jsonl(tmp_path / "named" / "jsonl")]
+    assert ["an answer</s>"] in answers and ["b</s>", "c</s>"] in answers
+    with pytest.raises(UserError, match="--assistant_roles: user is not the assistant's"):
+        keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "other")
+        prepare.prepare_sft(**keywords, assistant_roles=["bing", "USER"])
+
+
+def test_unused_fields_may_hold_nan_and_repeat_keys(tokenizer_dir, tmp_path):
+    lines = [
+        b'{"target": "one", "score": NaN, "limits": [Infinity, -Infinity]}',
+        b'{"target": "two", "meta": {"a": 1, "a": 2, "target": 3, "target": 4}, "id": 1, "id": 2}',
+        b'{"target": "three NaN", "category": 7}',
+    ]
+    write_lines(tmp_path / "in" / "rows.jsonl", lines)
+    prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, bins=1))
+    assert manifest(tmp_path)["total"]["documents"] == 3 and set(manifest(tmp_path)["categories"]) == {"7", "unknown"}
+    repeated = b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    write_lines(tmp_path / "sft" / "rows.jsonl", [repeated])
+    with pytest.raises(UserError, match="rows.jsonl:1: the key 'content' stands there twice"):
+        prepare.prepare_sft(**settings([tmp_path / "sft"], tokenizer_dir, tmp_path / "out"))

@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.dataset import IGNORE_INDEX, tokenization
+from colossal_llama2.dataset import conversation as talks
 from colossal_llama2.dataset.conversation import SYSTEM_TEXT
+from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.dataset.tokenization import (
+    PretrainRow,
     decode_marked,
     decode_trained,
     read_pretrain_row,
@@ -74,21 +77,59 @@ def test_pretrain_properties(encoder, source, target):
     "read, row, reason",
     [
         (read_pretrain_row, {"source": "a"}, '"target" is missing'),
-        (read_pretrain_row, {"target": None}, '"target" must be a string'),
+        (read_pretrain_row, {"target": None}, '"target" is missing'),
+        (read_pretrain_row, {"target": [], "body": "b", "source": "s"}, r'"target" is missing; rename .* \(body\?\)'),
+        (read_pretrain_row, {"target": ["a"]}, '"target" must be a string'),
+        (read_pretrain_row, {"text": 1, "target": None}, '"text" must be a string'),
+        (read_pretrain_row, {"target": float("nan"), "text": "b"}, '"target" must be a string, and it is NaN'),
+        (read_pretrain_row, {"target": "a", "source": float("nan")}, '"source" must be a string, and it is NaN'),
+        (read_pretrain_row, {"target": "a", "category": float("nan")}, '"category" must be .*, and it is NaN'),
+        (read_pretrain_row, {"messages": [{"role": "user"}]}, "this looks like SFT data: use prepare_sft_dataset.py"),
+        (read_pretrain_row, {"target": None, "instruction": "a"}, "this looks like SFT data"),
+        (tokenization.read_pretrain_document, {"text": ""}, '"text" is empty'),
+        (tokenization.read_pretrain_document, {"target": "", "text": "a"}, '"target" is empty'),
         (read_pretrain_row, {"target": "a", "source": 3}, '"source" must be a string'),
         (read_pretrain_row, {"target": "a", "category": ["x"]}, '"category" must be a string'),
         (read_sft_row, {"target": "a"}, '"messages" is missing'),
-        (read_sft_row, {"messages": [{"from": "human", "content": ""}], "category": 1}, '"category" must be a string'),
+        (read_sft_row, {"target": None, "text": "a"}, "looks like pre-training data: use prepare_pretrain_dataset.py"),
+        (read_sft_row, {"instruction": "a", "output": "b", "category": [1]}, '"category" must be a string'),
     ],
 )
 def test_refusals(read, row, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(RowError, match=reason) as refusal:
         read(row)
+    assert refusal.value.reason
 
 
-def test_defaults_of_what_is_missing_or_null():
-    assert read_pretrain_row({"target": "a", "source": None}) == ("", "a", "unknown")
-    assert read_sft_row({"messages": [{"from": "human", "content": ""}]}).category == "None"
+@pytest.mark.parametrize("nothing", [None, [], {}])
+def test_defaults_of_what_is_missing_or_null(nothing):
+    row = {"target": "a", "source": nothing, "category": nothing, "text": nothing, "weight": nothing}
+    assert read_pretrain_row(row) == PretrainRow("", "a", "unknown")
+    assert read_sft_row({"messages": [{"from": "human", "content": ""}], "category": nothing}).category == "None"
+
+
+def test_text_is_read_where_target_is_absent():
+    assert read_pretrain_row({"text": "a", "source": "s"}) == read_pretrain_row({"target": "a", "source": "s"})
+    assert read_pretrain_row({"target": None, "text": "a"}) == read_pretrain_row({"target": "a", "text": []})
+    both = read_pretrain_row({"text": "b", "target": "a"})
+    assert (both.target, both.notes) == ("a", (tokenization.BOTH_TEXTS,))
+
+
+@pytest.mark.parametrize("value, text", [(7, "7"), (-7, "-7"), (1.5, "1.5"), (True, "true"), (0, "0"), ("", "")])
+def test_a_category_that_is_no_text_is_read_as_its_text(value, text):
+    assert read_pretrain_row({"target": "a", "category": value}).category == text
+    assert read_sft_row({"instruction": "a", "output": "b", "category": value}).category == text
+
+
+def test_a_document_that_a_mark_masks_is_dropped(encoder):
+    for mark in ({"weight": 0}, {"train": False}, {"loss_mask": 0.0}):
+        row = pretrain(encoder, target="The with statement", **mark)
+        tokens = len(encoder.encode(["The with statement"])[0]) + 2
+        assert row == ([], [], tokens, ((tokenization.MASKED_DOCUMENTS, tokens),), 0)
+    assert pretrain(encoder, target="a", weight=1) == pretrain(encoder, target="a")
+    # A field of another meaning, as documents may have it.
+    other = read_pretrain_row({"target": "a", "weight": 0.7})
+    assert not other.is_masked and other.notes == (tokenization.OTHER_MARKS,)
 
 
 def test_sft_ids_and_mask(encoder):
@@ -134,16 +175,62 @@ def test_sft_drops_what_has_no_answer(encoder):
     assert alone.input_ids == [] and alone.drops == ((tokenization.NO_ANSWER, alone.tokens_in),)
 
 
-@given(messages=st.lists(st.tuples(ROLES, TEXTS), min_size=1, max_size=8), max_length=st.integers(8, 400))
-@settings(max_examples=80, deadline=None)
-def test_sft_properties(encoder, messages, max_length):
-    row = sft(encoder, *messages, max_length=max_length)
+MARKS = st.sampled_from([{}, {}, {"weight": 0}, {"train": False}, {"loss": 1.0}, {"masked": True}, {"trainable": None}])
+
+
+@given(
+    messages=st.lists(st.tuples(ROLES, TEXTS, MARKS), min_size=1, max_size=8),
+    max_length=st.integers(8, 400),
+    masks_opening=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_sft_properties(encoder, messages, max_length, masks_opening):
+    row = {"messages": [{"from": role, "content": text, **mark} for role, text, mark in messages]}
+    checked = read_sft_row(row, masks_opening=masks_opening)
+    row = tokenize_sft([checked], encoder=encoder, max_length=max_length)[0]
     assert len(row.input_ids) == len(row.labels) <= max_length
     assert row.tokens_in == len(row.input_ids) + sum(drop.tokens for drop in row.drops)
     assert all(label in (IGNORE_INDEX, token) for label, token in zip(row.labels, row.input_ids, strict=True))
-    answers = [text for role, text in messages if role in ("assistant", "gpt")]
-    trained = [label for label in row.labels if label != IGNORE_INDEX]
+    answers, is_asked = [], False
+    for role, text, mark in messages:
+        if role in ("assistant", "gpt"):
+            is_masked = mark in ({"weight": 0}, {"train": False}, {"masked": True}) or masks_opening and not is_asked
+            answers.append((text, is_masked))
+        else:
+            is_asked = True
     # The answers kept are the leading ones, each with exactly one </s>, and never with an <s>.
-    kept = answers[: trained.count(EOS)]
+    kept = [text for text, is_masked in answers[: row.exchanges] if not is_masked]
     expected = [token for ids in encoder.encode(kept, dummy_prefix=False) for token in [*ids, EOS]]
-    assert trained == expected
+    assert [label for label in row.labels if label != IGNORE_INDEX] == expected
+    assert bool(row.input_ids) == bool(expected)
+    if not row.input_ids:
+        answered = [is_masked for _, is_masked in answers]
+        reasons = {tokenization.FIRST_EXCHANGE_TOO_LONG, tokenization.TRAINED_TOO_LONG}
+        reasons = {tokenization.ALL_MASKED} if answered and all(answered) else reasons
+        assert row.drops[0].reason in (reasons if answered else {tokenization.NO_ANSWER})
+
+
+def test_a_masked_answer_stays_in_the_context(encoder):
+    turns = [("human", "one"), ("gpt", "two"), ("human", "three"), ("gpt", "four")]
+    plain = sft(encoder, *turns)
+    rows = [{"from": role, "content": text} for role, text in turns]
+    rows[1]["weight"] = 0
+    (masked,) = tokenize_sft([read_sft_row({"messages": rows})], encoder=encoder, max_length=1000)
+    assert masked.input_ids == plain.input_ids and masked.exchanges == 2
+    assert decode_trained(masked.labels, encoder=encoder) == ["four</s>"]
+    # The first answer that is trained does not fit.
+    short = tokenize_sft([read_sft_row({"messages": rows})], encoder=encoder, max_length=len(plain.input_ids) - 1)[0]
+    assert short.input_ids == [] and short.drops == ((tokenization.TRAINED_TOO_LONG, len(plain.input_ids)),)
+
+
+def test_an_opening_of_the_assistant_is_masked_unless_told(encoder):
+    turns = [("gpt", "I"), ("human", "q"), ("gpt", "a")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    masked, trained = (read_sft_row(row, masks_opening=masks) for masks in (True, False))
+    assert masked.notes == (talks.BEGINS_WITH_ANSWER, talks.MASKED_OPENINGS)
+    assert trained.notes == (talks.BEGINS_WITH_ANSWER,)
+    rows = tokenize_sft([masked, trained], encoder=encoder, max_length=1000)
+    assert [decode_trained(row.labels, encoder=encoder) for row in rows] == [["a</s>"], ["I</s>", "a</s>"]]
+    alone = read_sft_row({"conversations": row["conversations"][:1]})
+    (dropped,) = tokenize_sft([alone], encoder=encoder, max_length=1000)
+    assert dropped.drops[0].reason == tokenization.ALL_MASKED

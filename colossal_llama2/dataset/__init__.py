@@ -1,7 +1,8 @@
 """Data: from jsonl records to samples of token ids.
 
 Pre-training, input of prepare_pretrain_dataset.py, one document a line. `source` is read but not trained on and may be
-empty or missing; `category` defaults to "unknown"; other fields are ignored:
+empty or missing; `category` defaults to "unknown", and a number is read as its text. "text" is read where `target` is
+absent. A loss mark (`loss_marks`) of 0 or false drops the document. Other fields are ignored:
 
     {"source": "猜谜语:一身卷卷细毛,吃的青青野草,过了数九寒冬,无私献出白毛。(打一动物)",
      "target": "白羊", "category": "riddle"}
@@ -14,8 +15,8 @@ with <s> = 1 and </s> = 2; -100 marks the tokens that carry no loss:
      "document_target_bytes": [6]}
 
 Fine-tuning, input of prepare_sft_dataset.py, one conversation a line. Roles are human (or user), assistant (or gpt)
-and system; `category` defaults to "None". `message_formats` shows the other formats that are read, such as
-ShareGPT's and alpaca's:
+and system, in any case, and those of --assistant_roles; `category` defaults to "None". `message_formats` shows the
+other formats that are read, such as ShareGPT's and alpaca's, and `loss_marks` how an answer is masked:
 
     {"messages": [{"from": "human", "content": "What are the three primary colors?"},
                   {"from": "assistant", "content": "The three primary colors are red, blue, and yellow."}]}

@@ -15,6 +15,7 @@ from colossal_llama2.errors import RunError
 from colossal_llama2.terminal_text import terminal_width, visible_line
 
 TABLE_ROWS = 20
+MOST_ROLES, OTHER_ROLES = 100, "(other roles)"
 
 
 @dataclass
@@ -101,6 +102,7 @@ class Account:
     Attributes:
         formats: the format of conversations to how many have it.
         notes: what is worth knowing of rows that were used, such as "answers masked by a mark", to how often it was so.
+        unknown_roles: a role that made rows bad, to how many of their messages have it.
     """
 
     tallies: Dict[Tuple[int, str], Tally] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Account:
     bad_rows: int = 0
     formats: Dict[str, int] = field(default_factory=dict)
     notes: Dict[str, int] = field(default_factory=dict)
+    unknown_roles: Dict[str, int] = field(default_factory=dict)
 
     def tally(self, file: int, category: str) -> Tally:
         """The tally of one file and category."""
@@ -128,10 +131,18 @@ class Account:
             self.formats[name] = self.formats.get(name, 0) + count
         for name, count in other.notes.items():
             self.note(name, count)
+        self.count_roles(other.unknown_roles)
 
     def note(self, name: str, count: int = 1) -> None:
         """Count what is worth knowing of rows that were used."""
         self.notes[name] = self.notes.get(name, 0) + count
+
+    def count_roles(self, roles: Mapping[str, int]) -> None:
+        """Count messages of unknown roles; those of roles beyond the first `MOST_ROLES` are counted together."""
+        for role, count in roles.items():
+            is_listed = role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES
+            name = role if is_listed else OTHER_ROLES
+            self.unknown_roles[name] = self.unknown_roles.get(name, 0) + count
 
     def total(self) -> Tally:
         """All tallies together."""
@@ -168,13 +179,14 @@ class Account:
         """The account of one unit, as its file in the cache holds it."""
         tallies = [[*key, self.tallies[key].as_json()] for key in sorted(self.tallies)]
         return {"tallies": tallies, **{name: getattr(self, name) for name in ("lines", "empty_lines", "bad_rows")},
-                "formats": dict(sorted(self.formats.items())), "notes": dict(sorted(self.notes.items()))}  # fmt: skip
+                "formats": dict(sorted(self.formats.items())), "notes": dict(sorted(self.notes.items())),
+                "unknown_roles": dict(sorted(self.unknown_roles.items()))}  # fmt: skip
 
     @classmethod
     def from_json(cls, content: Dict[str, Any]) -> "Account":
         """The inverse of `as_json`."""
         tallies = {(file, category): Tally.from_json(tally) for file, category, tally in content["tallies"]}
-        others = ("lines", "empty_lines", "bad_rows", "formats", "notes")
+        others = ("lines", "empty_lines", "bad_rows", "formats", "notes", "unknown_roles")
         return cls(tallies, **{name: content[name] for name in others})
 
 
@@ -223,6 +235,7 @@ def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
         *(("", f"{count:,}", f"in the format {name}") for name, count in manifest["formats"].items()),
         # Manifests of earlier versions have none.
         *(("", f"{count:,}", name) for name, count in manifest.get("notes", {}).items()),
+        *_role_rows(manifest.get("unknown_roles", {})),
         ("tokens in", f"{total.tokens_in:,}", ""),
         ("  trained", f"{total.trained:,}", f"{total.trained / total.tokens_in:.2%}, {total.predicted:,} predicted"),
         ("  masked", f"{total.masked:,}", f"{total.masked / total.tokens_in:.2%}"),
@@ -243,6 +256,20 @@ def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
         overlap = manifest["eval_dedup"]
         remark = f"of {overlap['compared']:,} compared share {overlap['ngram']} words in a row with training text"
         rows.append(("  overlapping", f"{overlap['overlapping']:,}", remark))
+    return rows
+
+
+def _role_rows(roles: Mapping[str, int]) -> List[Tuple[str, str, str]]:
+    """Rows of the unknown roles, the most frequent first; those beyond `TABLE_ROWS` are summed up."""
+    ordered = sorted(roles.items(), key=lambda item: (-item[1], item[0]))
+    rows = [
+        ("", f"{count:,}", f"messages of the unknown role {visible_line(role)}, in bad rows")
+        for role, count in ordered[:TABLE_ROWS]
+    ]
+    rest = ordered[TABLE_ROWS:]
+    if rest:
+        count = sum(count for _, count in rest)
+        rows.append(("", f"{count:,}", f"messages of {len(rest):,} more unknown roles, in manifest.json"))
     return rows
 
 

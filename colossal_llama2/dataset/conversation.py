@@ -9,12 +9,19 @@ message that holds the characters "<s>" keeps them as characters. Loss falls on 
 </s> that ends it.
 
 `chat_template` is the same for transformers, made of the same constants: `apply_chat_template` gives the ids of
-`tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask. One thing it cannot do: a mark that
-a message spells out, such as the characters "<s>", becomes the mark's id, which in training it never does.
+`tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask: an answer that its message's loss
+mark masks (`loss_marks`) is left out of it, and so is an opening answer that --assistant_first masks. What it cannot
+do: a mark that a message spells out, such as the characters "<s>", becomes the mark's id, which in training it never
+does; a loss mark of the whole record is not part of the messages that it is given; and it judges no record, so it
+renders messages of which training refuses the loss marks or the tool calls.
 """
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Iterable, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from colossal_llama2.dataset.loss_marks import INVERTED_MARKS, MARKS
+from colossal_llama2.dataset.row_errors import RowError
 
 SYSTEM_TEXT = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -22,15 +29,36 @@ SYSTEM_TEXT = (
 )
 SYSTEM_END = "\n\n"
 NAME_END = ": "
-ROLES = {"human": "Human", "user": "Human", "assistant": "Assistant", "gpt": "Assistant"}
+HUMAN, ASSISTANT = "Human", "Assistant"
+ROLES = {"human": HUMAN, "user": HUMAN, "assistant": ASSISTANT, "gpt": ASSISTANT}
 SYSTEM_ROLE = "system"
+# Of messages that hold calls of tools, or what these returned.
+TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+
+# Reasons.
+UNKNOWN_ROLE = "a message of an unknown role"
+TOOL_MESSAGE = "a message with tool calls or their results"
+SYSTEM_PLACE = "a system message out of place"
+# Notes.
+EMPTY_ANSWERS = "answers without text"
+EMPTY_QUESTIONS = "messages of the human without text"
+BEGINS_WITH_ANSWER = "conversations that begin with the assistant"
+MASKED_OPENINGS = "answers masked because no human message precedes them (--assistant_first mask)"
+MASKED_BY_MARK = "answers masked by a loss mark"
+MARKED_QUESTIONS = "messages of the human that a loss mark trains, which stay masked"
+# Longer names of unknown roles are cut.
+ROLE_CHARACTERS = 40
 
 
 class Turn(NamedTuple):
-    """One message as a record tells it, whatever its format: `role` is a key of `ROLES`, or `SYSTEM_ROLE`."""
+    """One message as a record has it, whatever its format.
+
+    `role` is as written. `mark` is what a loss mark says of it: True to train it, False to mask it, None without one.
+    """
 
     role: str
     text: str
+    mark: Optional[bool] = None
 
 
 class Message(NamedTuple):
@@ -39,23 +67,34 @@ class Message(NamedTuple):
     speaker: str
     text: str
     system_text: str = ""
+    is_masked: bool = False
 
     @property
     def is_trained(self) -> bool:
         """True for what the model shall learn to say."""
-        return self.speaker == ROLES["assistant"]
+        return self.speaker == ASSISTANT and not self.is_masked
+
+
+class UnknownRole(RowError):
+    """A record with roles that are not known. `roles` counts its messages of each; long names are cut."""
+
+    def __init__(self, message: str, roles: Dict[str, int]):
+        super().__init__(message, reason=UNKNOWN_ROLE)
+        self.roles = roles
 
 
 @dataclass(frozen=True)
 class Conversation:
     """A conversation in exchanges: each is a run of messages that ends with an answer of the assistant.
 
-    `unanswered` holds the human's messages after the last answer: nothing can be learnt from them.
+    `unanswered` holds the human's messages after the last answer: nothing can be learnt from them. `notes` are counted
+    in the account, one for each occurrence.
     """
 
     system_text: str
     exchanges: List[List[Message]]
     unanswered: List[Message]
+    notes: Tuple[str, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -69,39 +108,102 @@ class Segment(NamedTuple):
     is_trained: bool
 
 
-def read_conversation(turns: Iterable[Turn], *, system_text: Optional[str] = None) -> Conversation:
+def speakers_of(assistant_roles: Iterable[str] = ()) -> Mapping[str, str]:
+    """Role to speaker: `ROLES`, and the names that --assistant_roles gives to the assistant."""
+    return {**ROLES, **dict.fromkeys(map(canonical_role, assistant_roles), ASSISTANT)}
+
+
+def canonical_role(role: str) -> str:
+    """The name of a role without the differences that are not counted: case, and white space around it."""
+    return role.strip().lower()
+
+
+def read_conversation(
+    turns: Sequence[Turn],
+    *,
+    system_text: Optional[str] = None,
+    speakers: Mapping[str, str] = ROLES,
+    masks_opening: bool = True,
+) -> Conversation:
     """Check the turns of a record and sort them into exchanges.
 
-    Any order of roles is taken, and empty texts are. `system_text` is one that the record tells apart from its turns
-    (None: it does not), and a first turn of the role system is one among them; with neither it is the template's own.
-    Raises ValueError with the reason for an unknown role, two system texts of one place, a system message that nothing
-    follows, or no turns.
+    Any order of roles is taken, and empty texts are. Answers that a loss mark masks carry no loss; nor do those before
+    the first human message, unless `masks_opening` is False.
+
+    Args:
+        system_text: one that the record has apart from its turns, None without one. A first turn of the role system is
+            such a text among the turns; with neither it is the template's own.
+        speakers: of `speakers_of`.
+
+    Raises:
+        RowError: for a role that is not known (`UnknownRole`) or a tool's, two system texts of one place, a system
+            message that nothing follows, or no turns.
     """
     exchanges: List[List[Message]] = []
     current: List[Message] = []
+    notes: List[str] = []
     told_before: Optional[str] = None
-    for number, (role, text) in enumerate(turns, start=1):
-        if role not in (*ROLES, SYSTEM_ROLE):
-            raise ValueError(f"message {number} is from {role!r:.80}; roles are {', '.join([*ROLES, SYSTEM_ROLE])}")
-        if role != SYSTEM_ROLE:
-            current.append(Message(ROLES[role], text, told_before or ""))
-            told_before = None
-            if current[-1].is_trained:
-                exchanges.append(current)
-                current = []
-        elif number > 1:
+    is_opening = True
+    for number, turn in enumerate(turns, start=1):
+        speaker = speakers.get(turn.role) or speakers.get(canonical_role(turn.role))
+        if speaker is None:
+            _check_is_system(number, turns, speakers)
+            if number == 1 and system_text is not None:
+                message = 'message 1 has the role system, but the line has a "system" of its own; keep one'
+                raise RowError(message, reason=SYSTEM_PLACE)
             if told_before is not None:
-                raise ValueError(f"messages {number - 1} and {number} both have the role system; make them one")
-            told_before = text
-        elif system_text is not None:
-            raise ValueError('message 1 has the role system, but the line has a "system" of its own; keep one')
-        else:
-            system_text = text
+                message = f"messages {number - 1} and {number} both have the role system; make them one"
+                raise RowError(message, reason=SYSTEM_PLACE)
+            if number == 1:
+                system_text = turn.text
+            else:
+                told_before = turn.text
+            continue
+        if speaker == HUMAN:
+            is_opening = False
+        elif is_opening and not exchanges:
+            notes.append(BEGINS_WITH_ANSWER)
+        current.append(_message(turn, speaker, told_before, masks=is_opening and masks_opening, notes=notes))
+        told_before = None
+        if speaker == ASSISTANT:
+            exchanges.append(current)
+            current = []
     if told_before is not None:
-        raise ValueError("the last message has the role system, and nothing follows it")
+        raise RowError("the last message has the role system, and nothing follows it", reason=SYSTEM_PLACE)
     if not exchanges and not current:
-        raise ValueError("the conversation holds a system message and nothing else")
-    return Conversation(SYSTEM_TEXT if system_text is None else system_text, exchanges, unanswered=current)
+        raise RowError("the conversation holds a system message and nothing else", reason=SYSTEM_PLACE)
+    return Conversation(SYSTEM_TEXT if system_text is None else system_text, exchanges, current, tuple(notes))
+
+
+def _check_is_system(number: int, turns: Sequence[Turn], speakers: Mapping[str, str]) -> None:
+    """Raise RowError unless turn `number`, which nobody speaks, has the role system."""
+    role = turns[number - 1].role
+    name = canonical_role(role)
+    if name == SYSTEM_ROLE:
+        return
+    if name in TOOL_ROLES:
+        raise RowError(f"message {number} is from {role!r:.80}; calls of tools are not read", reason=TOOL_MESSAGE)
+    roles = (canonical_role(turn.role) for turn in turns)
+    known = {*speakers, SYSTEM_ROLE, *TOOL_ROLES}
+    unknown = Counter(role[:ROLE_CHARACTERS] for role in roles if role not in known)
+    raise UnknownRole(
+        f"message {number} is from {role!r:.80}; roles are {', '.join([*speakers, SYSTEM_ROLE])}; if it is the "
+        "assistant, name it by --assistant_roles",
+        dict(unknown),
+    )
+
+
+def _message(turn: Turn, speaker: str, system_text: Optional[str], *, masks: bool, notes: List[str]) -> Message:
+    """What a turn says; what is worth knowing of it is added to `notes`. `masks` is for an answer."""
+    is_answer = speaker == ASSISTANT
+    if not turn.text or turn.text.isspace():
+        notes.append(EMPTY_ANSWERS if is_answer else EMPTY_QUESTIONS)
+    if turn.mark and not is_answer:
+        notes.append(MARKED_QUESTIONS)
+    if not is_answer or not (masks or turn.mark is False):
+        return Message(speaker, turn.text, system_text or "")
+    notes.append(MASKED_BY_MARK if turn.mark is False else MASKED_OPENINGS)
+    return Message(speaker, turn.text, system_text or "", is_masked=True)
 
 
 def opening_text(conversation: Conversation) -> str:
@@ -131,38 +233,49 @@ def message_segments(messages: List[Message], *, opening: str = "") -> List[Segm
     return segments
 
 
-def chat_template(*, prefix_after_marks: bool) -> str:
+def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> str:
     """The template above for transformers, which takes {"role", "content"}: the same text with its marks as text.
 
     `prefix_after_marks` is `tokenizer.puts_prefix_after_marks`. SentencePiece puts a "▁" before the first text; where
-    transformers, which sees a mark in front, does not, a space stands for it.
+    transformers, which sees a mark in front, does not, a space stands for it. `speakers` and `masks_opening` are those
+    of `read_conversation`.
     """
     prefix = "" if prefix_after_marks else " "
-    assistant = ROLES["assistant"]
     twice = f" both have the role {SYSTEM_ROLE}; make them one"
-    refusal = f"; roles are {', '.join([*ROLES, SYSTEM_ROLE])}"
+    refusal = f"; roles are {', '.join([*speakers, SYSTEM_ROLE])}"
+    opening = "state.asked" if masks_opening else "true"
     return f"""\
-{{%- set speakers = {ROLES!a} -%}}
+{{%- set speakers = {dict(speakers)!a} -%}}
+{{%- set state = namespace(asked=false, trained=true) -%}}
 {{{{- bos_token + {prefix!a} -}}}}
 {{%- set system_text = {SYSTEM_TEXT!a} -%}}
-{{%- if messages and messages[0]['role'] == {SYSTEM_ROLE!a} -%}}
+{{%- if messages and messages[0]['role'] | trim | lower == {SYSTEM_ROLE!a} -%}}
   {{%- set system_text = messages[0]['content'] -%}}
 {{%- endif -%}}
 {{%- if system_text -%}}
   {{{{- system_text + {SYSTEM_END!a} -}}}}
 {{%- endif -%}}
 {{%- for message in messages -%}}
-  {{%- if message['role'] in speakers -%}}
-    {{{{- speakers[message['role']] + {NAME_END!a} + bos_token -}}}}
-    {{%- if speakers[message['role']] == {assistant!a} -%}}
+  {{%- set role = message['role'] | trim | lower -%}}
+  {{%- if role in speakers -%}}
+    {{%- set state.asked = state.asked or speakers[role] == {HUMAN!a} -%}}
+    {{%- set state.trained = speakers[role] == {ASSISTANT!a} and {opening} -%}}
+    {{%- for mark in {list(MARKS)!a} if message[mark] == 0 -%}}
+      {{%- set state.trained = false -%}}
+    {{%- endfor -%}}
+    {{%- for mark in {list(INVERTED_MARKS)!a} if message[mark] == 1 -%}}
+      {{%- set state.trained = false -%}}
+    {{%- endfor -%}}
+    {{{{- speakers[role] + {NAME_END!a} + bos_token -}}}}
+    {{%- if state.trained -%}}
       {{%- generation -%}}
         {{{{- message['content'] + eos_token -}}}}
       {{%- endgeneration -%}}
     {{%- else -%}}
       {{{{- message['content'] + eos_token -}}}}
     {{%- endif -%}}
-  {{%- elif message['role'] == {SYSTEM_ROLE!a} -%}}
-    {{%- if loop.index > 2 and loop.previtem['role'] == {SYSTEM_ROLE!a} -%}}
+  {{%- elif role == {SYSTEM_ROLE!a} -%}}
+    {{%- if loop.index > 2 and loop.previtem['role'] | trim | lower == {SYSTEM_ROLE!a} -%}}
       {{{{- raise_exception('messages ' ~ loop.index0 ~ ' and ' ~ loop.index ~ {twice!a}) -}}}}
     {{%- endif -%}}
     {{%- if message['content'] and not loop.first -%}}
@@ -173,6 +286,6 @@ def chat_template(*, prefix_after_marks: bool) -> str:
   {{%- endif -%}}
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}
-  {{{{- {assistant + NAME_END!a} + bos_token -}}}}
+  {{{{- {ASSISTANT + NAME_END!a} + bos_token -}}}}
 {{%- endif -%}}
 """

@@ -7,7 +7,7 @@ last; it depends on the input, the settings and the tokenizer alone:
      "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
      "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
-     "empty_lines": 0, "bad_rows": 0, "formats": {}, "notes": {}, "samples": 1, "fill": 0.97,
+     "empty_lines": 0, "bad_rows": 0, "formats": {}, "notes": {}, "unknown_roles": {}, "samples": 1, "fill": 0.97,
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
                "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
 
@@ -308,6 +308,7 @@ def manifest_content(
         "bad_rows": account.bad_rows,
         "formats": dict(sorted(account.formats.items())),
         "notes": dict(sorted(account.notes.items())),
+        "unknown_roles": dict(sorted(account.unknown_roles.items())),
         "samples": samples,
         "fill": round(account.total().kept / (samples * settings.max_length), 6),
         "bins": bins[: settings.num_bins],

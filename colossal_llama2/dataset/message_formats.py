@@ -8,14 +8,22 @@
                       "system": "Be kind.", "history": [["Hi", "Hello!"]]}
 
 The names of the two lists and the names inside a message are judged apart: `conversations` of role/content are common
-too. The first message decides for the record. `system` is optional, and so are alpaca's `input` and `history`; null,
-and an empty `system` or `input`, are as good as absent. A record with several of `messages`, `conversations` and
-`instruction` is read by the first of them. Other fields are ignored.
+too. The first message decides for the record. `system` is optional, and so are alpaca's `input` and `history`. An empty
+`system` or `input` is as good as absent, and so are null and empty lists everywhere (`absent`), as `datasets` fills
+them in where it merges rows: formats are decided by the fields that hold something. A record with several of
+`messages`, `conversations` and `instruction` is read by the first of them.
+
+A text may be a list of text parts, which are joined: [{"type": "text", "text": "Hello "}, {"type": "text", "text":
+"there"}]. Loss marks are those of `loss_marks`, of messages and of records. What a message holds beside its text and
+would be lost, as tool calls, reasoning and images, makes its record one that cannot be used. Other fields are ignored.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from colossal_llama2.dataset.conversation import Turn
+from colossal_llama2.dataset.absent import is_absent
+from colossal_llama2.dataset.conversation import TOOL_MESSAGE, TOOL_ROLES, Turn, canonical_role
+from colossal_llama2.dataset.loss_marks import ALL_MARKS, read_mark
+from colossal_llama2.dataset.row_errors import RowError
 
 # Name of the format: the two fields of its messages, who and what.
 MESSAGE_FIELDS = {
@@ -26,78 +34,226 @@ MESSAGE_FIELDS = {
 ALPACA = "alpaca"
 FORMATS = (*MESSAGE_FIELDS, ALPACA)
 LISTS = ("messages", "conversations")
+ALPACA_FIELDS = ("instruction", "input", "output", "history")
 USER, ASSISTANT = "user", "assistant"
+
+TOOL_FIELDS = frozenset(("tool_calls", "tool_call", "function_call", "tool_call_id"))
+REASONING_FIELDS = frozenset(("reasoning_content", "reasoning", "reasoning_details", "thinking"))
+MEDIA_FIELDS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+TOOL_LISTS = frozenset(("tools", "functions"))
+# Fields of a message that are looked at beside its role and text, and of a record beside its conversation.
+BESIDE_TEXT = ALL_MARKS | TOOL_FIELDS | REASONING_FIELDS | MEDIA_FIELDS
+BESIDE_CONVERSATION = BESIDE_TEXT | TOOL_LISTS
+USED_IN_RECORD = frozenset((*LISTS, *ALPACA_FIELDS, "system", "category")) | BESIDE_CONVERSATION
+USED_IN_MESSAGE = frozenset(name for names in MESSAGE_FIELDS.values() for name in names) | BESIDE_TEXT
+TEXT_PARTS = ("text", "input_text", "output_text")
+USED_IN_PART = frozenset(("type", "text"))
+
+# Reasons.
+NO_CONVERSATION = 'no "messages", "conversations" or "instruction"'
+PRETRAINING_DATA = "this looks like pre-training data: use prepare_pretrain_dataset.py"
+PREFERENCE_DATA = "this looks like preference data, which is not read"
+NOT_A_LIST = '"messages" or "conversations" that are not a list'
+NOT_A_MESSAGE = "a message that is not an object of a role and a text"
+NO_TEXT = "a message whose text is null"
+REASONING = "a message with reasoning beside its text"
+NOT_ONLY_TEXT = "a message that is not text alone"
+BAD_HISTORY = '"history" that is not a list of [question, answer]'
+NO_OUTPUT = '"instruction" without "output"'
+NOT_TEXT = "a field that is not text"
+# Notes.
+TOOLS_LEFT_OUT = "conversations whose list of tools is left out"
+MEDIA_LEFT_OUT = "conversations whose images, audio or video are left out"
+OTHERS_LEFT_OUT = 'records with several of "messages", "conversations" and "instruction", read by the first'
+
+# Names that people give to a question and its answer.
+OTHER_PAIRS = (
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
+    ("input", "output"), ("question", "response"), ("problem", "solution"), ("query", "answer"),
+)  # fmt: skip
 
 
 class Recognized(NamedTuple):
-    """The turns of a record, the system text that it tells apart from them, if any, and the name of its format."""
+    """The turns of a record, the system text that it has apart from them, if any, and the name of its format.
+
+    `notes` are counted in the account.
+    """
 
     turns: List[Turn]
     system_text: Optional[str]
     format: str
+    notes: Tuple[str, ...] = ()
 
 
 def recognize(row: Dict[str, Any]) -> Recognized:
-    """Read a record in whichever of `FORMATS` it has. Raises ValueError with the reason if it has none, or breaks it.
+    """Read a record in whichever of `FORMATS` it has. Raises RowError with the reason if it has none, or breaks it.
 
     What a role may be is judged by `conversation.read_conversation`.
     """
-    for name in LISTS:
-        if row.get(name) is not None:
-            return _read_list(row, name)
-    if row.get("instruction") is not None:
-        return Recognized(_alpaca_turns(row), _system_text(row), ALPACA)
-    raise ValueError('"messages" is missing, and so are "conversations" and "instruction"')
+    found = [name for name in (*LISTS, "instruction") if name in row and not _is_missing(row[name])]
+    if not found:
+        raise _no_conversation(row)
+    is_alpaca = found[0] == "instruction"
+    notes = [OTHERS_LEFT_OUT] if len(found) > 1 else []
+    mark = None
+    if not BESIDE_CONVERSATION.isdisjoint(row):
+        mark = read_mark(row, "the record")
+        if is_alpaca:
+            _refuse_what_would_be_lost(row, "the record")
+        notes += [
+            note
+            for note, names in ((TOOLS_LEFT_OUT, TOOL_LISTS), (MEDIA_LEFT_OUT, MEDIA_FIELDS))
+            if any(_holds_something(row.get(name)) for name in names)
+        ]
+    turns, form = (_alpaca_turns(row), ALPACA) if is_alpaca else _list_turns(row[found[0]], found[0])
+    if mark is False:
+        turns = [turn._replace(mark=False) for turn in turns]
+    return Recognized(turns, _text(row, "system") or None, form, tuple(notes))
 
 
-def _read_list(row: Dict[str, Any], name: str) -> Recognized:
-    messages = row[name]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'"{name}" must be a list of at least one message')
+def _is_missing(value: Any) -> bool:
+    """Whether it is absent, or the NaN that pandas puts where a row has no such field."""
+    return is_absent(value) or isinstance(value, float) and value != value
+
+
+def _no_conversation(row: Dict[str, Any]) -> RowError:
+    """What to say of a record without a conversation: what its fields look like, and the cure."""
+    there = [name for name, value in row.items() if not _is_missing(value)]
+    missing = '"messages" is missing, and so are "conversations" and "instruction"'
+    if "chosen" in there and "rejected" in there:
+        return RowError(f'{missing}; "chosen" and "rejected" are of preference data, not read', reason=PREFERENCE_DATA)
+    for question, answer in OTHER_PAIRS:
+        if question in there and answer in there:
+            renaming = f'"{question}" and "{answer}" are not read: rename them to "instruction" and "output"'
+            return RowError(f"{missing}; {renaming}", reason=renaming)
+    if "target" in there or "text" in there:
+        return RowError(f"{missing}; {PRETRAINING_DATA}", reason=PRETRAINING_DATA)
+    if any(name in row for name in LISTS):
+        name = next(name for name in LISTS if name in row)
+        return RowError(
+            f'"{name}" must be a list of at least one message, and there is no other conversation',
+            reason=NO_CONVERSATION,
+        )
+    return RowError(missing, reason=NO_CONVERSATION)
+
+
+def _list_turns(messages: Any, name: str) -> Tuple[List[Turn], str]:
+    """The turns of a list of messages, and the name of their format."""
+    if not isinstance(messages, list):
+        raise RowError(f'"{name}" must be a list of at least one message', reason=NOT_A_LIST)
     found = _format_of(messages[0])
     who, what = MESSAGE_FIELDS[found]
     turns = []
     for number, message in enumerate(messages, start=1):
-        role, text = (message.get(who), message.get(what)) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(text, str):
-            as_first = " as message 1 is" if number > 1 else ""
-            raise ValueError(f'message {number} must be {{"{who}": ..., "{what}": ...}} with two strings{as_first}')
-        turns.append(Turn(role, text))
-    return Recognized(turns, _system_text(row), found)
+        if not isinstance(message, dict):
+            raise _no_message(number, who, what)
+        role, text, mark = message.get(who), message.get(what), None
+        # Most messages have these two fields alone.
+        if (len(message) > 2 or text is None) and not BESIDE_TEXT.isdisjoint(message):
+            _refuse_what_would_be_lost(message, f"message {number}", media=MEDIA_FIELDS)
+            mark = read_mark(message, f"message {number}")
+        if not isinstance(role, str) or what not in message:
+            raise _no_message(number, who, what)
+        if not isinstance(text, str):
+            text = _joined_parts(text, role, what, number)
+        turns.append(Turn(role, text, mark))
+    return turns, found
+
+
+def _no_message(number: int, who: str, what: str) -> RowError:
+    as_first = " as message 1 is" if number > 1 else ""
+    return RowError(
+        f'message {number} must be {{"{who}": ..., "{what}": ...}} with two strings{as_first}', reason=NOT_A_MESSAGE
+    )
 
 
 def _format_of(message: Any) -> str:
-    """The name of the first format whose two fields the message has."""
-    for name, fields in MESSAGE_FIELDS.items():
-        if isinstance(message, dict) and all(field in message for field in fields):
-            return name
+    """The name of the first format whose two fields hold something; or, if none does, whose fields are there."""
+    fields = message if isinstance(message, dict) else {}
+    held = {name for name, value in fields.items() if not is_absent(value)}
+    for have_text in (held, fields):
+        for name, (who, what) in MESSAGE_FIELDS.items():
+            if who in held and what in have_text:
+                return name
+    _refuse_what_would_be_lost(fields, "message 1", media=MEDIA_FIELDS)
     shapes = " or ".join(f'{{"{who}": ..., "{what}": ...}}' for who, what in MESSAGE_FIELDS.values())
-    raise ValueError(f"message 1 must be {shapes}")
+    raise RowError(f"message 1 must be {shapes}", reason=NOT_A_MESSAGE)
+
+
+def _refuse_what_would_be_lost(fields: Dict[str, Any], where: str, *, media: frozenset = frozenset()) -> None:
+    """Raise RowError for a field beside the text that is part of what is said."""
+    for name, value in fields.items():
+        if name not in BESIDE_TEXT or not _holds_something(value):
+            continue
+        if name in TOOL_FIELDS:
+            raise RowError(f'{where} has "{name}"; calls of tools are not read', reason=TOOL_MESSAGE)
+        if name in REASONING_FIELDS:
+            cure = "put it into the text if it is to be trained, or remove it"
+            raise RowError(f'{where} has "{name}", which is not read; {cure}', reason=REASONING)
+        if name in media:
+            raise RowError(f'{where} has "{name}"; only text is read', reason=NOT_ONLY_TEXT)
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether a field beside a text says anything: flags and numbers, such as "thinking": false, do not."""
+    return isinstance(value, (str, list, dict)) and bool(value) and not is_absent(value)
+
+
+def _joined_parts(parts: Any, role: str, what: str, number: int) -> str:
+    """The text of a list of parts. Raises RowError for a part that is not text, and for anything but a list."""
+    where = f"message {number}"
+    if canonical_role(role) in TOOL_ROLES:
+        raise RowError(f"{where} is from {role!r:.80}; calls of tools are not read", reason=TOOL_MESSAGE)
+    if is_absent(parts):
+        shown = "null" if parts is None else "empty"
+        raise RowError(f'{where} has no text: its "{what}" is {shown}; give a string', reason=NO_TEXT)
+    if not isinstance(parts, list):
+        kind = "NaN" if parts != parts else f"a JSON {type(parts).__name__}"
+        raise RowError(f'{where}: "{what}" is {kind}; give a string, or a list of text parts', reason=NOT_A_MESSAGE)
+    return "".join(_text_of_part(part, f'part {place} of {where}\'s "{what}"') for place, part in enumerate(parts, 1))
+
+
+def _text_of_part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    fields = part if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    text = fields.get("text")
+    if isinstance(text, str) and (kind in TEXT_PARTS or is_absent(kind)):
+        return text
+    shown = f'of the type "{kind}"' if isinstance(kind, str) else "no text part"
+    if kind in TEXT_PARTS:
+        shown = 'without a "text" that is a string'
+    reason = NOT_ONLY_TEXT
+    if isinstance(kind, str):
+        reason = TOOL_MESSAGE if kind.startswith(("tool", "function")) else reason
+        reason = REASONING if kind in ("thinking", "redacted_thinking", "reasoning") else reason
+    raise RowError(f'{where} is {shown:.80}; only {{"type": "text", "text": ...}} is read', reason=reason)
 
 
 def _alpaca_turns(row: Dict[str, Any]) -> List[Turn]:
     """The rounds of `history`, then the instruction, with the input on the next line, and the output."""
     turns: List[Turn] = []
     history = row.get("history")
-    if not isinstance(history, (list, type(None))):
-        raise ValueError('"history" must be a list of [question, answer]')
-    for number, pair in enumerate(history or [], start=1):
+    history = [] if is_absent(history) else history
+    if not isinstance(history, list):
+        raise RowError('"history" must be a list of [question, answer]', reason=BAD_HISTORY)
+    for number, pair in enumerate(history, start=1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f'round {number} of "history" must be [question, answer], two strings')
+            raise RowError(f'round {number} of "history" must be [question, answer], two strings', reason=BAD_HISTORY)
         turns += [Turn(USER, pair[0]), Turn(ASSISTANT, pair[1])]
     instruction, given, output = (_text(row, name) for name in ("instruction", "input", "output"))
     if output is None:
-        raise ValueError('"output" is missing beside "instruction"')
+        hint = '; "response" is not read: rename it to "output"' if not is_absent(row.get("response")) else ""
+        raise RowError(f'"output" is missing beside "instruction"{hint}', reason=NO_OUTPUT)
     question = "\n".join(part for part in (instruction, given) if part)
     return [*turns, Turn(USER, question), Turn(ASSISTANT, output)]
 
 
-def _system_text(row: Dict[str, Any]) -> Optional[str]:
-    return _text(row, "system") or None
-
-
 def _text(row: Dict[str, Any], name: str) -> Optional[str]:
     value = row.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f'"{name}" must be a string')
-    return value
+    if isinstance(value, str):
+        return value
+    if is_absent(value):
+        return None
+    raise RowError(f'"{name}" must be a string', reason=NOT_TEXT)

@@ -222,7 +222,7 @@ def _spaced(words: Sequence[str]) -> str:
 
 def _rows(task: UnitTask, side: int) -> Iterator[Tuple[Place, Any]]:
     """The checked records of a unit whose documents are on one side, as the unit noted it when it was done."""
-    read = tokenization.read_pretrain_document if task.settings.stage == "pretrain" else tokenization.read_sft_row
+    read = tokenization.row_reader(task.settings)
     sides = iter(unit_sides(Path(task.cache_dir), task.unit))
     for span in task.unit.spans:
         for line in SpanReader(task.files[span.file], span, task.base):

@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -24,7 +24,14 @@ from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
 from colossal_llama2.dataset.arrow_folder import DATA_FILE
 from colossal_llama2.dataset.bins import BinTask, write_bin
-from colossal_llama2.dataset.conversation import chat_template
+from colossal_llama2.dataset.conversation import (
+    HUMAN,
+    ROLES,
+    SYSTEM_ROLE,
+    TOOL_ROLES,
+    canonical_role,
+    chat_template,
+)
 from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.overlap import count_overlaps
@@ -36,12 +43,13 @@ from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.unknown_tokens import warn_of_unknown
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
-from colossal_llama2.terminal_text import show
+from colossal_llama2.terminal_text import show, visible_line
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 # The name by which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+TOLD_ROLES = 10
 
 
 def prepare_pretrain(**flags: Any) -> None:
@@ -85,11 +93,14 @@ def _prepare(
     executor: str = "local",
     ray_address: Optional[str] = None,
     shard: Optional[Tuple[int, int]] = None,
+    assistant_roles: Optional[Sequence[str]] = None,
+    assistant_first: str = "mask",
 ) -> None:
     settings = Settings(
         stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
         splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
         prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir), eval_dedup=eval_dedup,
+        assistant_roles=_assistant_roles(assistant_roles or ()), assistant_first=assistant_first,
     )  # fmt: skip
     if eval_dedup and not settings.has_eval:
         raise UserError("--eval_dedup compares what --eval_fraction holds out, which is 0; give one or leave it out")
@@ -111,6 +122,24 @@ def _prepare(
     with task_runner(execution) as run_tasks, folders.locked(shard):
         run = _Run(settings, execution, run_tasks, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
         run.go(content)
+
+
+def _assistant_roles(names: Sequence[str]) -> str:
+    """The roles of --assistant_roles as `Settings` holds them. Raises UserError for one that is another's."""
+    roles = sorted(set(map(canonical_role, names)))
+    others = {role for role, speaker in ROLES.items() if speaker == HUMAN} | {SYSTEM_ROLE, *TOOL_ROLES}
+    for role in roles:
+        if role in others:
+            raise UserError(f"--assistant_roles: {role} is not the assistant's; name roles that speak for it, or none")
+    return ",".join(roles)
+
+
+def _told_roles(roles: Mapping[str, int]) -> str:
+    """The unknown roles with how many messages have each, the most frequent first, and the cure."""
+    ordered = sorted(roles, key=lambda role: (-roles[role], role))
+    told = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:TOLD_ROLES])
+    rest = f" and {len(ordered) - TOLD_ROLES:,} more" if len(ordered) > TOLD_ROLES else ""
+    return f"unknown roles: {told}{rest}; if one is the assistant, name it by --assistant_roles"
 
 
 def _check_execution(executor: str, ray_address: Optional[str], num_workers: Optional[int]) -> None:
@@ -202,6 +231,9 @@ class _Run:
         self.folders.empty_cache()
         show(accounts.tables(written))
         warn_of_unknown(written, tokenizer=self.tokenizer_dir)
+        # Manifests of earlier versions have none.
+        if roles := written.get("unknown_roles"):
+            logs.get_logger().warning(f"bad rows were skipped for {_told_roles(roles)}")
 
     def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""
@@ -255,6 +287,8 @@ class _Run:
         left = f"{total.documents} records give {pieces} pieces of at most {self.settings.max_length} tokens{reasons}"
         if total.held_out_documents:
             left += f", {total.held_out_documents} records held out by --eval_fraction"
+        if account.unknown_roles:
+            left += f", {_told_roles(account.unknown_roles)}"
         if account.bad_rows:
             left += f", {account.bad_rows} bad rows skipped"
         if not pieces:
@@ -324,4 +358,10 @@ class _Run:
         """Put the template of conversations beside them, for copying into the folder of a trained model."""
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
-                file.write(chat_template(prefix_after_marks=self.settings.prefix_after_marks).encode())
+                settings = self.settings
+                template = chat_template(
+                    prefix_after_marks=settings.prefix_after_marks,
+                    speakers=settings.speakers,
+                    masks_opening=settings.masks_opening,
+                )
+                file.write(template.encode())

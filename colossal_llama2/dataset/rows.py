@@ -3,21 +3,18 @@
 import gzip
 import hashlib
 import io
-import json
 import os
 import zlib
 from contextlib import ExitStack
-from functools import lru_cache
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
 from colossal_llama2.dataset.plan import InputFile, Span
+from colossal_llama2.dataset.repeated_keys import refuse_repeated_keys
 from colossal_llama2.files import parse_object
 from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineReader, RawLine
 
 # Deeper, and what happens would depend on how deep the stack of the process is.
 MAX_NESTING = 256
-# Looking for one key in a line takes as long as parsing it in a few.
-MAX_FLAT_KEYS = 16
 DAMAGE = (EOFError, zlib.error, OSError)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -192,9 +189,9 @@ def _checked(line: RawLine, number: int, *, is_first: bool) -> Line:
     if not text or text.isspace():
         return Line(number, line.size, None, None, line.count)
     try:
-        record = parse_object(text)
+        record = parse_object(text, allows_nan=True)
         _refuse_deep_nesting(text, record)
-        _refuse_repeated_keys(text, record)
+        refuse_repeated_keys(text, record)
     except ValueError as error:
         return Line(number, line.size, None, str(error))
     return Line(number, line.size, record, None)
@@ -210,32 +207,3 @@ def _refuse_deep_nesting(line: bytes, record: Dict[str, Any]) -> None:
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
     if level:
         raise ValueError(f"lists and objects in each other more than {MAX_NESTING} deep; flatten the line")
-
-
-def _refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
-    """Raise ValueError if an object names a key twice: parsers keep one of the values without a word.
-
-    A flat record in which each key's bytes stand once, none of them escaped, needs no second parse.
-    """
-    for key, value in record.items() if len(record) <= MAX_FLAT_KEYS else ():
-        if isinstance(value, (dict, list)) or line.count(_quoted(key)) != 1:
-            break
-    else:
-        if len(record) <= MAX_FLAT_KEYS and b"\\u00" not in line:
-            return
-    json.loads(line, object_pairs_hook=_unique_keys)
-
-
-@lru_cache(maxsize=16)
-def _quoted(key: str) -> bytes:
-    """A key as it stands in a line, unless something in it is escaped."""
-    return f'"{key}"'.encode()
-
-
-def _unique_keys(pairs: List[tuple]) -> dict:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        seen: Set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {repeated!r:.80} stands there twice; each key must be unique")
-    return unique

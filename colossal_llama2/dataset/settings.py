@@ -1,7 +1,9 @@
 """What decides the output of a prepare command, beside its input: written to the cache and to manifest.json."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+from colossal_llama2.dataset.conversation import speakers_of
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Settings:
         writes_jsonl: whether the samples are also written as jsonl.
         prefix_after_marks: whether each text of a conversation has a "▁" of its own, as the tokenizer's folder decides.
         eval_dedup: whether held-out text is compared with the text that is trained on (`overlap`).
+        assistant_roles: other names of the assistant in conversations, sorted, with commas between them.
+        assistant_first: "mask" or "train", the answers of a conversation before the first human message.
     """
 
     stage: str
@@ -30,6 +34,8 @@ class Settings:
     writes_jsonl: bool
     prefix_after_marks: bool = False
     eval_dedup: bool = False
+    assistant_roles: str = ""
+    assistant_first: str = "mask"
 
     # The flag behind each field, for messages.
     FLAGS = {
@@ -38,11 +44,21 @@ class Settings:
     }  # fmt: skip
 
     # Of flags that earlier versions did not have.
-    LATER_DEFAULTS = {"eval_dedup": False}
+    LATER_DEFAULTS = {"eval_dedup": False, "assistant_roles": "", "assistant_first": "mask"}
 
     def as_dict(self) -> Dict[str, Any]:
         """The fields by name, ready for JSON."""
         return asdict(self)
+
+    @property
+    def speakers(self) -> Mapping[str, str]:
+        """The roles that are known, and who speaks in each."""
+        return speakers_of(filter(None, self.assistant_roles.split(",")))
+
+    @property
+    def masks_opening(self) -> bool:
+        """Whether answers before the first human message carry no loss."""
+        return self.assistant_first == "mask"
 
     @property
     def has_eval(self) -> bool:

@@ -4,18 +4,24 @@ Marks are added as ids, and each stretch of text with a mask of its own is encod
 border of the mask. Rows come in batches, because the encoder is fastest that way.
 """
 
+import json
+from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.absent import is_absent
 from colossal_llama2.dataset.conversation import (
+    ROLES,
     Conversation,
     Segment,
     message_segments,
     opening_text,
     read_conversation,
 )
-from colossal_llama2.dataset.message_formats import recognize
+from colossal_llama2.dataset.loss_marks import ALL_MARKS, read_mark
+from colossal_llama2.dataset.message_formats import LISTS, NOT_TEXT, recognize
+from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.tokenizer.parts import is_long
 
 if TYPE_CHECKING:
@@ -30,15 +36,27 @@ NO_ANSWER = "conversations without an answer"
 FIRST_EXCHANGE_TOO_LONG = "conversations whose first exchange is over max_length"
 LATER_EXCHANGES_TOO_LONG = "conversations cut after the last turn that fits"
 UNANSWERED = "conversations whose last messages have no answer"
+ALL_MASKED = "conversations whose answers are all masked"
+TRAINED_TOO_LONG = "conversations whose first trained answer ends over max_length"
+MASKED_DOCUMENTS = "documents masked by a loss mark"
+
+# Reasons.
+NO_TARGET = 'no "target" or "text"'
+CONVERSATIONS = "this looks like SFT data: use prepare_sft_dataset.py"
+EMPTY_TARGET = 'an empty "target" or "text"'
+# Notes.
+OTHER_MARKS = "documents with a loss mark other than 0, 1, true and false, which is ignored"
+BOTH_TEXTS = 'records with "target" and "text", of which "target" is read'
 
 
 class PretrainRow(NamedTuple):
-    """A checked pre-training record. `notes` are counted in the account."""
+    """A checked pre-training record. `notes` are counted in the account. One that `is_masked` goes into no sample."""
 
     source: str
     target: str
     category: str
     notes: Tuple[str, ...] = ()
+    is_masked: bool = False
 
 
 class SftRow(NamedTuple):
@@ -64,57 +82,119 @@ class Tokenized(NamedTuple):
     """One record as tokens. `input_ids` and `labels` are equally long, and empty if the whole record is dropped.
 
     Those of a long pre-training document are (tokens,) int32 arrays, which take a tenth of the memory of lists.
+    `exchanges` of a conversation, the leading ones, are in them.
+    Those of a long pre-training document are (tokens,) int32 arrays, which take a tenth of the memory of lists.
     """
 
     input_ids: Sequence[int]
     labels: Sequence[int]
     tokens_in: int
     drops: Tuple[Drop, ...] = ()
+    exchanges: int = 0
 
 
 def row_reader(settings: "Settings") -> Callable[[Dict[str, Any]], Any]:
     """The function that checks a record as a prepare command of these settings does: a PretrainRow or an SftRow."""
-    return read_pretrain_document if settings.stage == "pretrain" else read_sft_row
+    if settings.stage == "pretrain":
+        return read_pretrain_document
+    return partial(read_sft_row, speakers=settings.speakers, masks_opening=settings.masks_opening)
 
 
 def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
-    """Check a record of {"source", "target", "category"}; raises ValueError with the reason."""
-    if "target" not in row:
-        raise ValueError('"target" is missing')
-    if not isinstance(row["target"], str):
-        raise ValueError('"target" must be a string')
-    source = _optional_text(row, "source", default="")
-    return PretrainRow(source, row["target"], _optional_text(row, "category", default=NO_CATEGORY_PRETRAIN))
+    """Check a record of {"source", "target", "category"}; raises RowError with the reason.
+
+    "text" is read where "target" is absent.
+    """
+    name = "target"
+    target, notes = row.get(name), ()
+    if "text" in row:
+        if is_absent(target):
+            name = "text"
+            target = row["text"]
+        elif not is_absent(row["text"]):
+            notes = (BOTH_TEXTS,)
+    if not isinstance(target, str):
+        raise _no_target(row, name)
+    is_masked = False
+    if not ALL_MARKS.isdisjoint(row):
+        is_masked, note = _is_masked(row)
+        notes += note
+    source = row.get("source", "")
+    if not isinstance(source, str):
+        source = _absent_text(row, "source")
+    return PretrainRow(source, target, _category(row, default=NO_CATEGORY_PRETRAIN), notes, is_masked)
+
+
+def _no_target(row: Dict[str, Any], name: str) -> RowError:
+    """What to say of a record without text: its fields, and the cure."""
+    if not is_absent(row.get(name)):
+        return RowError(f'"{name}" must be a string{_is_nan(row[name])}', reason=NOT_TEXT)
+    if any(not is_absent(row.get(field)) for field in (*LISTS, "instruction")):
+        return RowError(f'"target" is missing; {CONVERSATIONS}', reason=CONVERSATIONS)
+    texts = [field for field, value in row.items() if isinstance(value, str) and field not in ("source", "category")]
+    cure = f'; rename the field that holds the text ({", ".join(texts)[:80]}?) to "target"' if texts else ""
+    return RowError(f'"target" is missing{cure}', reason=NO_TARGET)
+
+
+def _is_masked(row: Dict[str, Any]) -> Tuple[bool, Tuple[str, ...]]:
+    """Whether a loss mark masks the document, and notes. A document may have such a field that is no mark."""
+    try:
+        return read_mark(row, "the record") is False, ()
+    except RowError:
+        return False, (OTHER_MARKS,)
 
 
 def read_pretrain_document(row: Dict[str, Any]) -> PretrainRow:
     """The same for a record that is trained on: an empty target is a mistake too."""
     document = read_pretrain_row(row)
     if not document.target:
-        raise ValueError('"target" is empty')
+        name = "text" if is_absent(row.get("target")) else "target"
+        raise RowError(f'"{name}" is empty', reason=EMPTY_TARGET)
     return document
 
 
-def read_sft_row(row: Dict[str, Any]) -> SftRow:
-    """Check a record of a conversation in any of `message_formats.FORMATS`; raises ValueError with the reason."""
-    turns, system_text, name = recognize(row)
-    conversation = read_conversation(turns, system_text=system_text)
-    return SftRow(conversation, _optional_text(row, "category", default=NO_CATEGORY_SFT), name)
+def read_sft_row(
+    row: Dict[str, Any], *, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True
+) -> SftRow:
+    """Check a record of a conversation in any of `message_formats.FORMATS`; raises RowError with the reason.
+
+    `speakers` and `masks_opening` are those of `read_conversation`.
+    """
+    turns, system_text, name, notes = recognize(row)
+    conversation = read_conversation(
+        turns, system_text=system_text, speakers=speakers, masks_opening=masks_opening
+    )
+    category = _category(row, default=NO_CATEGORY_SFT)
+    return SftRow(conversation, category, name, notes + conversation.notes)
 
 
-def _optional_text(row: Dict[str, Any], name: str, *, default: str) -> str:
-    value = row.get(name)
-    if value is None:
+def _category(row: Dict[str, Any], *, default: str) -> str:
+    """The category of a record: a text, or the text of a number or truth value."""
+    value = row.get("category")
+    if isinstance(value, str):
+        return value
+    if is_absent(value):
         return default
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" must be a string')
-    return value
+    if isinstance(value, (bool, int, float)) and value == value and value not in (float("inf"), float("-inf")):
+        return json.dumps(value)
+    raise RowError(f'"category" must be a string or a number{_is_nan(value)}', reason=NOT_TEXT)
+
+
+def _absent_text(row: Dict[str, Any], name: str) -> str:
+    if is_absent(row[name]):
+        return ""
+    raise RowError(f'"{name}" must be a string{_is_nan(row[name])}', reason=NOT_TEXT)
+
+
+def _is_nan(value: Any) -> str:
+    """What to add to a message about a value that pandas left in place of a missing one."""
+    return ", and it is NaN; write null where there is none" if value != value else ""
 
 
 def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized]:
     """Each row as <s> + source + target + </s>, however long: fitting it into samples is the work of `splicing`.
 
-    Labels are the ids; with a source, <s> and the source are -100.
+    Labels are the ids; with a source, <s> and the source are -100. A row that a loss mark masks is dropped.
     """
     others = [row for row in rows if not _has_long_text(row)]
     openings = _encode_each((row.source or row.target for row in others), encoder=encoder, dummy_prefix=True)
@@ -131,7 +211,11 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
             # No copy: nobody changes either.
             labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
         tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
-    return tokenized
+    return [_dropped(tokens) if row.is_masked else tokens for row, tokens in zip(rows, tokenized, strict=True)]
+
+
+def _dropped(tokens: Tokenized) -> Tokenized:
+    return Tokenized([], [], tokens.tokens_in, (Drop(MASKED_DOCUMENTS, tokens.tokens_in),))
 
 
 def _has_long_text(row: PretrainRow) -> bool:
@@ -176,7 +260,7 @@ def tokenize_sft(
     `tokenizer.puts_prefix_after_marks`); otherwise the first alone has one.
 
     Whole leading exchanges are kept while they fit. What is left out is told in `drops`: exchanges that do not fit,
-    closing messages without an answer, and whole conversations of which nothing remains.
+    closing messages without an answer, and whole conversations of which no trained answer remains.
     """
     plans = [_exchange_segments(row.conversation) for row in rows]
     texts = [[segment.text for exchange in plan for segment in exchange] for plan in plans]
@@ -190,8 +274,8 @@ def tokenize_sft(
         input_ids, labels = _assemble(rest, ids=later_ids, encoder=encoder)
         head = [encoder.bos_id, *first_ids[opening.text]]
         exchanges.insert(0, (head + input_ids, [IGNORE_INDEX] * len(head) + labels))
-        num_answered = len(row.conversation.exchanges)
-        tokenized.append(_keep_what_fits(exchanges, num_answered=num_answered, max_length=max_length))
+        is_trained = [exchange[-1].is_trained for exchange in row.conversation.exchanges]
+        tokenized.append(_keep_what_fits(exchanges, is_trained=is_trained, max_length=max_length))
     return tokenized
 
 
@@ -217,16 +301,20 @@ def _assemble(segments: Sequence[Segment], *, ids: Dict[str, List[int]], encoder
     return input_ids, labels
 
 
-def _keep_what_fits(exchanges, *, num_answered: int, max_length: int) -> Tokenized:
-    """Join leading exchanges up to `max_length`; those from index `num_answered` on have no answer."""
+def _keep_what_fits(exchanges, *, is_trained: Sequence[bool], max_length: int) -> Tokenized:
+    """Join leading exchanges up to `max_length`, if one of them is trained.
+
+    `is_trained` is of the answers; exchanges beyond their number have none.
+    """
     lengths = [len(input_ids) for input_ids, _ in exchanges]
+    num_answered = len(is_trained)
     kept = total = 0
     while kept < num_answered and total + lengths[kept] <= max_length:
         total += lengths[kept]
         kept += 1
     everything = sum(lengths)
-    if kept == 0:
-        reason = FIRST_EXCHANGE_TOO_LONG if num_answered else NO_ANSWER
+    if not any(is_trained[:kept]):
+        reason = _why_nothing_remains(is_trained, kept)
         return Tokenized([], [], everything, (Drop(reason, everything),))
     left_out = {
         LATER_EXCHANGES_TOO_LONG: sum(lengths[kept:num_answered]),
@@ -235,7 +323,15 @@ def _keep_what_fits(exchanges, *, num_answered: int, max_length: int) -> Tokeniz
     input_ids = [token for ids, _ in exchanges[:kept] for token in ids]
     labels = [label for _, exchange_labels in exchanges[:kept] for label in exchange_labels]
     drops = tuple(Drop(reason, tokens) for reason, tokens in left_out.items() if tokens)
-    return Tokenized(input_ids, labels, everything, drops)
+    return Tokenized(input_ids, labels, everything, drops, kept)
+
+
+def _why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
+    if not is_trained:
+        return NO_ANSWER
+    if not any(is_trained):
+        return ALL_MASKED
+    return TRAINED_TOO_LONG if kept else FIRST_EXCHANGE_TOO_LONG
 
 
 def decode_marked(ids: Sequence[int], *, encoder) -> str:

@@ -190,6 +190,7 @@ class _UnitWorker:
                     try:
                         self._rows.append((span.file, self._read(line.record)))
                     except ValueError as error:
+                        self.account.count_roles(getattr(error, "roles", {}))
                         problem = f"{error}; correct or remove the line"
                 if problem is not None:
                     self._note_bad_row(file.path, reader, line.number, problem)
@@ -374,9 +375,8 @@ def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> 
     """UTF-8 bytes of the text that carries the loss: the last of `sizes`, or of a conversation the answers kept."""
     if isinstance(row, tokenization.PretrainRow):
         return sizes[-1]
-    # Each answer ends with a trained </s>, the last token of the sample.
-    kept = tokens.labels.count(tokens.labels[-1])
-    return sum(len(exchange[-1].text.encode()) for exchange in row.conversation.exchanges[:kept])
+    answers = (exchange[-1] for exchange in row.conversation.exchanges[: tokens.exchanges])
+    return sum(len(answer.text.encode()) for answer in answers if answer.is_trained)
 
 
 def _groups(documents: Sequence[_Document]) -> Iterator[List[_Document]]:
