@@ -482,6 +482,11 @@ def _add_prepare_arguments(
         "--on_bad_row", choices=("fail", "skip"), default="fail",
         help="end at the first row that cannot be used, or leave such rows out and list them in bad_rows.jsonl",
     )  # fmt: skip
+    data.add_argument(
+        "--on_bad_file", choices=("fail", "skip"), default="fail",
+        help="end at a file that cannot be read to its end (with --on_bad_row skip: at the end, with exit code 1), or "
+        "leave out the rest of such files and name them",
+    )  # fmt: skip
     output = parser.add_argument_group("output (the jsonl and the arrow folder may not exist yet)")
     output.add_argument(
         "--data_cache_dir", metavar="DIR", default="cache",
@@ -571,7 +576,8 @@ def inspect_data_parser() -> CommandParser:
 def _add_data_input_dirs(group) -> None:
     group.add_argument(
         "--data_input_dirs", metavar="DIR,DIR", type=path_list, required=True,
-        help="comma-separated folders; every *.jsonl, *.jsonl.gz and *.jsonl.zst directly inside is read",
+        help="comma-separated folders; every *.jsonl, *.json, *.ndjson and *.jl directly inside is read, also with "
+        ".gz, .zst, .bz2 or .xz behind, and every *.parquet",
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2 import json_input
+from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.errors import UserError
 from colossal_llama2.input_files import check_regular, is_regular
 from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
@@ -61,7 +62,7 @@ def read_jsonl(path: Path, *, explain: Callable[[bytes], Optional[str]] = lambda
                 raise UserError(
                     f"{where}: a line of {line.size:,} bytes, at most {MAX_LINE_BYTES >> 20} MiB allowed; cut it"
                 )
-            text = line.content.removeprefix(b"\xef\xbb\xbf") if number == 1 else line.content
+            text = line.content.removeprefix(b"\xef\xbb\xbf")
             number += line.count
             if text.isspace() or not text:
                 yield JsonLine(where, line.size, None)
@@ -72,11 +73,16 @@ def read_jsonl(path: Path, *, explain: Callable[[bytes], Optional[str]] = lambda
                 raise UserError(f"{where}: {explain(text) or error}")
 
 
-def parse_object(line: bytes, *, allows_nan: bool = False) -> dict:
-    """The object in one line of jsonl. Raises ValueError with the reason for anything else.
+def parse_object(line: bytes, unit: str = "line", *, allows_nan: bool = False) -> dict:
+    """The object in one line of jsonl.
 
-    With `allows_nan`, the words NaN, Infinity and -Infinity are read as floats: JSON has none, but pandas and Python's
-    own json write them.
+    Args:
+        unit: what the text is, for messages.
+        allows_nan: whether the words NaN, Infinity and -Infinity are read as floats. JSON has none, but pandas and
+            Python's own json write them.
+
+    Raises:
+        RowError: it is anything else.
     """
     import orjson
 
@@ -85,9 +91,11 @@ def parse_object(line: bytes, *, allows_nan: bool = False) -> dict:
     except orjson.JSONDecodeError as error:
         if allows_nan and (record := _parsed_with_nan(line)) is not None:
             return record
-        raise ValueError(f"{_why_not_json(line, error)}; each line must be one JSON object in UTF-8")
+        reason, why = _why_not_json(line, error, unit)
+        raise RowError(f"{why}; each {unit} must be one JSON object in UTF-8", reason=reason)
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__} given; each line must be one JSON object")
+        given = type(record).__name__
+        raise RowError(f"a JSON {given} given; each {unit} must be one JSON object", reason="not a JSON object")
     return record
 
 
@@ -105,14 +113,15 @@ def _parsed_with_nan(line: bytes) -> Optional[dict]:
     return record if isinstance(record, dict) else None
 
 
-def _why_not_json(line: bytes, error: ValueError) -> str:
+def _why_not_json(line: bytes, error: ValueError, unit: str) -> Tuple[str, str]:
+    """The reason to count by, and what to say."""
     try:
         line.decode()
     except UnicodeDecodeError as undecodable:
-        return f"not UTF-8 at byte {undecodable.start + 1} of the line"
+        return "not UTF-8", f"not UTF-8 at byte {undecodable.start + 1} of the {unit}"
     if "surrogate" in str(error):
-        return "half of a surrogate pair, which is no character"
-    return f"not JSON ({error})"
+        return "half of a surrogate pair", "half of a surrogate pair, which is no character"
+    return "not JSON", f"not JSON ({error})"
 
 
 def jsonl_files(folder: Path) -> List[Path]:

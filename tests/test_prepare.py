@@ -216,7 +216,7 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
     [
         ("missing input", ["nowhere is not a folder"]),
         ("input twice", ["given twice"]),
-        ("no jsonl", ["empty has no *.jsonl file"]),
+        ("no jsonl", ["empty has no data file"]),
         ("no rows", ["nothing to prepare", "0 records give 0 pieces"]),
         ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 records give 3 pieces", "at most 3"]),
         ("output exists", ["--data_jsonl_output_dir", "exists already", "remove it"]),

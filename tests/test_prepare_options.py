@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -26,7 +27,7 @@ from colossal_llama2.dataset.conversation import chat_template
 from colossal_llama2.dataset.rows import MAX_LINE_BYTES
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.workers import run_tasks
-from colossal_llama2.errors import UserError
+from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import terminal_width
 from colossal_llama2.tokenizer import Encoder, fingerprint
 from colossal_llama2.tokenizer.fast_encoder import FastEncoder
@@ -61,7 +62,7 @@ def conversations(count: int) -> list:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict:
-    """One folder for each stage, with a large file and small ones, plain and compressed."""
+    """One folder for each stage, with large files and small ones, plain, compressed and of other forms."""
     folder = tmp_path_factory.mktemp("inputs")
     for stage, rows in (("pretrain", documents(120)), ("sft", conversations(60))):
         write_lines(folder / stage / "large.jsonl", rows[:40])
@@ -69,6 +70,10 @@ def inputs(tmp_path_factory) -> dict:
         lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows[42:])
         (folder / stage / "packed.jsonl.zst").write_bytes(pyarrow.compress(lines, codec="zstd", asbytes=True))
         (folder / stage / "again.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+        lines = b"".join(json.dumps(row).encode() + b"\r" for row in rows[10:40])
+        (folder / stage / "returns.jsonl").write_bytes(lines)
+        (folder / stage / "array.json").write_text(json.dumps(rows[5:25], indent=1))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[30:50]), folder / stage / "table.parquet")
     return {stage: folder / stage for stage in COMMANDS}
 
 
@@ -107,7 +112,8 @@ def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
     assert told["tokenizer"]["sha256"] == fingerprint(tokenizer_dir) and told["tokenizer"]["sample_differing"] == 0
     assert set(told["categories"]) == {"topic-0", "topic-1", "topic-2"}
     assert [Path(file["path"]).name for file in told["inputs"]] == [
-        "again.jsonl.gz", "large.jsonl", "packed.jsonl.zst", "small.jsonl",
+        "again.jsonl.gz", "array.json", "large.jsonl", "packed.jsonl.zst", "returns.jsonl", "small.jsonl",
+        "table.parquet",
     ]  # fmt: skip
     for file in told["inputs"]:
         content = Path(file["path"]).read_bytes()
@@ -263,7 +269,7 @@ def test_conversations_are_packed_whole(inputs, tokenizer_dir, tmp_path):
     assert Counter(pieces_of(alone)) == Counter(pieces_of(packed))
     assert len(packed) < len(alone) and all(sample["seq_length"] <= 1000 for sample in packed)
     assert all(len(sample["labels_decode"]) == len(sample["sequence_lengths"]) for sample in packed)
-    assert manifest(tmp_path / "none")["formats"] == {"role/content": 78}
+    assert manifest(tmp_path / "none")["formats"] == {"role/content": 148}
     assert (tmp_path / "none" / "arrow" / "chat_template.jinja").read_text() == chat_template(prefix_after_marks=False)
 
 
@@ -302,7 +308,10 @@ def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path, small_units):
     listed = [json.loads(line) for line in (tmp_path / "out-bad" / "arrow" / "bad_rows.jsonl").read_text().splitlines()]
     path = str(tmp_path / "bad" / "rows.jsonl")
     assert [(row["file"], row["line"]) for row in listed] == [(path, line) for line in bad]
-    assert all(reason in row["reason"] for row, reason in zip(listed, BAD_LINES.values(), strict=True))
+    assert all(problem in row["problem"] for row, problem in zip(listed, BAD_LINES.values(), strict=True))
+    counted = manifest(tmp_path / "out-bad")["bad_reasons"]
+    assert counted == Counter(row["reason"] for row in listed)
+    assert max(map(len, counted)) < 40
     skipped, clean = (Counter(pieces_of(read_jsonl(tmp_path / f"out-{name}" / "jsonl"))) for name in ("bad", "good"))
     assert skipped == clean and manifest(tmp_path / "out-bad")["bad_rows"] == len(BAD_LINES)
 
@@ -318,7 +327,7 @@ def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path):
+def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
     lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(9000))
     packed = gzip.compress(lines) if kind == "gz" else pyarrow.compress(lines, codec="zstd", asbytes=True)
     path = tmp_path / "in" / f"rows.jsonl.{kind}"
@@ -331,20 +340,29 @@ def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tm
         while byte := stream.read(1):
             whole += byte == b"\n"
     assert whole > 500
-    with pytest.raises(UserError, match=rf"{path}:{whole + 1}: the compressed data is cut short.*on_bad_row skip"):
+    with pytest.raises(UserError, match=rf"{path}:{whole + 1}: the compressed data is cut short.*on_bad_file skip"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", on_bad_row="skip", splicing="none")
-    prepare.prepare_pretrain(**keywords)
+    for _ in range(2):  # The second finds finished output.
+        with pytest.raises(RunError, match=rf"1 of the input files .* such as {path}; {tmp_path}.* is complete"):
+            prepare.prepare_pretrain(**keywords)
+        assert f"lost: {path}:{whole + 1}: the compressed data is cut short" in caplog.text
+        assert "LOST FILES" in capsys.readouterr().out
+        caplog.clear()
+    prepare.prepare_pretrain(**keywords, on_bad_file="skip")
+    assert "lost: " in caplog.text
     assert len(read_jsonl(tmp_path / "out" / "jsonl")) == whole
     told = manifest(tmp_path / "out")
-    assert told["bad_rows"] == 1 and told["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert told["bad_rows"] == 0 and told["lines"] == whole
+    assert [(lost["file"], lost["line"]) for lost in told["lost_files"]] == [(str(path), whole + 1)]
+    assert told["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_compressed_file_with_nothing_in_it_is_refused(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
     (tmp_path / "in" / "more.jsonl.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(UserError, match="more.jsonl.gz is empty; move it away"):
-        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", on_bad_row="skip"))
+        prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
 
 
 def test_names_of_categories_reach_the_terminal_as_text(tokenizer_dir, tmp_path, capsys):
@@ -457,7 +475,7 @@ def test_names_that_json_cannot_hold_are_refused(tokenizer_dir, tmp_path):
 def test_a_file_beside_its_compressed_self_is_refused(tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
     (tmp_path / "in" / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UserError, match=r"rows.jsonl.gz and .*rows.jsonl have one name, as if one were a copy"):
+    with pytest.raises(UserError, match=r"rows.jsonl and .*rows.jsonl.gz have one name, as if one were a copy"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
 
 

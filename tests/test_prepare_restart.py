@@ -68,7 +68,8 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs") / "in"
     rows = [{"target": text, "category": f"topic-{n % 3}"} for n, text in enumerate(tiny.english_documents()[:120])]
     write_lines(folder / "large.jsonl", rows[:90])
-    write_lines(folder / "small.jsonl", rows[90:95])
+    write_lines(folder / "small.jsonl", rows[90:93])
+    (folder / "tail.json").write_text(json.dumps(rows[93:95], indent=1))
     lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows[95:])
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     return folder

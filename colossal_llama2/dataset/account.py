@@ -7,6 +7,7 @@ As JSON, one `Tally`:
      "predicted": 558, "pieces": 3, "cut_documents": 1, "held_out_documents": 0, "held_out_pieces": 0}
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
@@ -100,6 +101,7 @@ class Account:
     """The tallies of a whole run, by (file number, category); and its lines that are no documents.
 
     Attributes:
+        bad: by (file number, reason) of rows that are left out: how many, and what is said of the first.
         formats: the format of conversations to how many have it.
         notes: what is worth knowing of rows that were used, such as "answers masked by a mark", to how often it was so.
         unknown_roles: a role that made rows bad, to how many of their messages have it.
@@ -108,7 +110,7 @@ class Account:
     tallies: Dict[Tuple[int, str], Tally] = field(default_factory=dict)
     lines: int = 0
     empty_lines: int = 0
-    bad_rows: int = 0
+    bad: Dict[Tuple[int, str], List[Any]] = field(default_factory=dict)
     formats: Dict[str, int] = field(default_factory=dict)
     notes: Dict[str, int] = field(default_factory=dict)
     unknown_roles: Dict[str, int] = field(default_factory=dict)
@@ -126,12 +128,29 @@ class Account:
             self.tally(*key).add(tally)
         self.lines += other.lines
         self.empty_lines += other.empty_lines
-        self.bad_rows += other.bad_rows
+        for (file, reason), (count, example) in other.bad.items():
+            self.bad_row(file, reason, example, count)
         for name, count in other.formats.items():
             self.formats[name] = self.formats.get(name, 0) + count
         for name, count in other.notes.items():
             self.note(name, count)
         self.count_roles(other.unknown_roles)
+
+    def bad_row(self, file: int, reason: str, problem: str, count: int = 1) -> None:
+        """Count rows that are left out for one reason; `problem` says it of the first of them."""
+        self.bad.setdefault((file, reason), [0, problem])[0] += count
+
+    @property
+    def bad_rows(self) -> int:
+        """The rows that are left out."""
+        return sum(count for count, _ in self.bad.values())
+
+    def bad_reasons(self) -> Dict[str, int]:
+        """The rows that are left out by reason, the most frequent first."""
+        reasons: Dict[str, int] = {}
+        for (_, reason), (count, _) in self.bad.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+        return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
     def note(self, name: str, count: int = 1) -> None:
         """Count what is worth knowing of rows that were used."""
@@ -178,7 +197,8 @@ class Account:
     def as_json(self) -> Dict[str, Any]:
         """The account of one unit, as its file in the cache holds it."""
         tallies = [[*key, self.tallies[key].as_json()] for key in sorted(self.tallies)]
-        return {"tallies": tallies, **{name: getattr(self, name) for name in ("lines", "empty_lines", "bad_rows")},
+        bad = [[*key, *self.bad[key]] for key in sorted(self.bad)]
+        return {"tallies": tallies, "lines": self.lines, "empty_lines": self.empty_lines, "bad": bad,
                 "formats": dict(sorted(self.formats.items())), "notes": dict(sorted(self.notes.items())),
                 "unknown_roles": dict(sorted(self.unknown_roles.items()))}  # fmt: skip
 
@@ -186,8 +206,9 @@ class Account:
     def from_json(cls, content: Dict[str, Any]) -> "Account":
         """The inverse of `as_json`."""
         tallies = {(file, category): Tally.from_json(tally) for file, category, tally in content["tallies"]}
-        others = ("lines", "empty_lines", "bad_rows", "formats", "notes", "unknown_roles")
-        return cls(tallies, **{name: content[name] for name in others})
+        bad = {(file, reason): [count, example] for file, reason, count, example in content["bad"]}
+        others = ("lines", "empty_lines", "formats", "notes", "unknown_roles")
+        return cls(tallies, bad=bad, **{name: content[name] for name in others})
 
 
 def _sum(tallies: Iterable[Tally]) -> Tally:
@@ -232,6 +253,9 @@ def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
     tokens_per_bin = [entry["tokens"] for entry in manifest["bins"]]
     rows = [
         ("documents", f"{total.documents:,}", skipped),
+        # Manifests of earlier versions have neither of these two.
+        *(("", f"{count:,}", f"bad rows: {reason}") for reason, count in manifest.get("bad_reasons", {}).items()),
+        *_lost_rows(manifest.get("lost_files", ())),
         *(("", f"{count:,}", f"in the format {name}") for name, count in manifest["formats"].items()),
         # Manifests of earlier versions have none.
         *(("", f"{count:,}", name) for name, count in manifest.get("notes", {}).items()),
@@ -271,6 +295,14 @@ def _role_rows(roles: Mapping[str, int]) -> List[Tuple[str, str, str]]:
         count = sum(count for _, count in rest)
         rows.append(("", f"{count:,}", f"messages of {len(rest):,} more unknown roles, in manifest.json"))
     return rows
+
+
+def _lost_rows(lost: Sequence[Mapping[str, Any]]) -> List[Tuple[str, str, str]]:
+    if not lost:
+        return []
+    reasons = Counter(entry["reason"] for entry in lost)
+    rows = [("", f"{count:,}", f"files: {reason}") for reason, count in sorted(reasons.items())]
+    return [("LOST FILES", f"{len(lost):,}", "not read to the end, see lost_files in manifest.json"), *rows]
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -7,11 +7,13 @@ last; it depends on the input, the settings and the tokenizer alone:
      "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
      "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
      "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
-     "empty_lines": 0, "bad_rows": 0, "formats": {}, "notes": {}, "unknown_roles": {}, "samples": 1, "fill": 0.97,
+     "empty_lines": 0, "bad_rows": 0, "bad_reasons": {}, "lost_files": [], "left_out": [], "formats": {}, "notes": {},
+     "unknown_roles": {}, "samples": 1, "fill": 0.97,
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
                "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
 
-The counts are those of `account`.
+The counts are those of `account`. `lost_files` are those that could not be read to their end (`plan.LostFile`),
+`left_out` the entries of the input folders that are not read (`file_kinds.LeftOut`).
 """
 
 import os
@@ -22,9 +24,10 @@ from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset import plan
 from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.arrow_folder import DATA_FILE
+from colossal_llama2.dataset.file_kinds import LeftOut
 from colossal_llama2.dataset.locks import RefusedError
 from colossal_llama2.dataset.output import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs
-from colossal_llama2.dataset.plan import InputFile
+from colossal_llama2.dataset.plan import InputFile, LostFile
 from colossal_llama2.dataset.rows import sha256_of
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.store import read_json_or_none, write_json_whole
@@ -286,6 +289,8 @@ def manifest_content(
     hashes: Dict[int, str],
     account: Account,
     bins: List[Dict[str, Any]],
+    lost: Sequence[LostFile] = (),
+    left_out: Sequence[LeftOut] = (),
 ) -> Dict[str, Any]:
     """The manifest, as in this module's docstring; `bins` are the accounts that `bins.write_bin` returns."""
     by_file = account.by_file()
@@ -306,6 +311,9 @@ def manifest_content(
         "lines": account.lines,
         "empty_lines": account.empty_lines,
         "bad_rows": account.bad_rows,
+        "bad_reasons": account.bad_reasons(),
+        "lost_files": [entry._asdict() for entry in lost],
+        "left_out": [entry._asdict() for entry in left_out],
         "formats": dict(sorted(account.formats.items())),
         "notes": dict(sorted(account.notes.items())),
         "unknown_roles": dict(sorted(account.unknown_roles.items())),

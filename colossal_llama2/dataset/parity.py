@@ -75,10 +75,10 @@ def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
     step = max(len(files) / SAMPLE_PLACES, 1)
     for number in (int(index * step) for index in range(min(len(files), SAMPLE_PLACES))):
         file = files[number]
-        count = 1 if file.is_compressed else max(SAMPLE_PLACES // len(files), 1)
+        count = 1 if file.is_one_span else max(SAMPLE_PLACES // len(files), 1)
         for index in range(count):
             start = file.size * index // count
-            yield file, Span(number, start, None if file.is_compressed else min(start + PLACE_BYTES, file.size))
+            yield file, Span(number, start, None if file.is_one_span else min(start + PLACE_BYTES, file.size))
 
 
 def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection[str]) -> Iterator[str]:

@@ -10,7 +10,6 @@ Every step leaves whole files, so a run that is killed goes on where it stopped.
 settings and the tokenizer alone: not on the number of workers, the machine, or how often the run was killed.
 """
 
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from colossal_llama2.dataset import bins as bins_module
 from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
 from colossal_llama2.dataset.arrow_folder import DATA_FILE
+from colossal_llama2.dataset.bad_rows import report_lost, warn_of_many, write_bad_rows
 from colossal_llama2.dataset.bins import BinTask, write_bin
 from colossal_llama2.dataset.conversation import (
     HUMAN,
@@ -36,7 +36,7 @@ from colossal_llama2.dataset.dealing import deal_units
 from colossal_llama2.dataset.output import MANIFEST_FILE, PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.overlap import count_overlaps
 from colossal_llama2.dataset.parity import choose_encoder
-from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
+from colossal_llama2.dataset.plan import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
 from colossal_llama2.dataset.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.settings import Execution, Settings
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
@@ -46,7 +46,6 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import show, visible_line
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 
-BAD_ROWS_FILE = "bad_rows.jsonl"
 # The name by which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOLD_ROLES = 10
@@ -58,7 +57,8 @@ def prepare_pretrain(**flags: Any) -> None:
     Takes the flags of prepare_pretrain_dataset.py as keywords. Writes arrow folders part-00000, ... with the columns of
     `bins`, part-00000.jsonl, ... and manifest.json, and prints where every token went. Raises UserError for anything
     wrong with flags, folders or records, after which nothing is left behind, and RunError for a full disk, a killed
-    worker or an account that does not balance, after which the same command goes on.
+    worker or an account that does not balance, after which the same command goes on; and for input files that could not
+    be read to their end, if `on_bad_row` is "skip" and `on_bad_file` is not, after which the output is there.
     """
     _prepare("pretrain", **{"splicing": "best_fit", "overlong": "split", **flags})
 
@@ -86,6 +86,7 @@ def _prepare(
     overlong: str,
     seed: int = 1024,
     on_bad_row: str = "fail",
+    on_bad_file: str = "fail",
     eval_fraction: float = 0.0,
     eval_dedup: bool = False,
     no_jsonl: bool = False,
@@ -113,14 +114,15 @@ def _prepare(
     warn_if_too_long(max_length, tokenizer_dir)
     if not folders.is_finished:
         folders.check()
-    files = find_input_files(data_input_dirs)
-    content = manifest.plan_content(settings, files, tokenizer_sha256=tokenizer_sha256, folders=folders)
+    inputs = find_inputs(data_input_dirs, skips_bad_files=on_bad_file == "skip")
+    content = manifest.plan_content(settings, inputs.files, tokenizer_sha256=tokenizer_sha256, folders=folders)
     if folders.is_finished:
-        _say_finished(folders, content)
+        _say_finished(folders, content, on_bad_file)
         return
     # Ray first: that it is missing must not take back what an earlier run has done.
     with task_runner(execution) as run_tasks, folders.locked(shard):
-        run = _Run(settings, execution, run_tasks, folders, files, units_of(files), str(Path(tokenizer_dir).resolve()))
+        tokenizer_dir = str(Path(tokenizer_dir).resolve())
+        run = _Run(settings, execution, run_tasks, folders, inputs, units_of(inputs.files), tokenizer_dir, on_bad_file)
         run.go(content)
 
 
@@ -152,12 +154,13 @@ def _check_execution(executor: str, ray_address: Optional[str], num_workers: Opt
         )
 
 
-def _say_finished(folders: OutputDirs, content: Dict[str, Any]) -> None:
+def _say_finished(folders: OutputDirs, content: Dict[str, Any], on_bad_file: str) -> None:
     """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
     show(accounts.tables(written))
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
+    report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
 
 @dataclass
@@ -168,10 +171,16 @@ class _Run:
     execution: Execution
     run_tasks: Callable
     folders: OutputDirs
-    files: List[InputFile]
+    inputs: Inputs
     units: List[Unit]
     tokenizer_dir: str
+    on_bad_file: str
     sample: Dict[str, int] = field(default_factory=dict)
+
+    @property
+    def files(self) -> List[InputFile]:
+        """The files that are read."""
+        return self.inputs.files
 
     def go(self, content: Dict[str, Any]) -> None:
         """Do all that is not done yet."""
@@ -187,10 +196,11 @@ class _Run:
                 logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
                 return
         with self.folders.finishing() as is_ours:
-            if is_ours:
-                self._finish(content)
-            else:
+            if not is_ours:
                 logs.get_logger().info("this share is done; another run writes the bins")
+                return
+            written = self._finish(content)
+        report_lost(written.get("lost_files", ()), on_bad_file=self.on_bad_file, output=self.folders.final_arrow)
 
     def _remove_leftovers(self) -> None:
         count = self.folders.remove_leftovers()
@@ -217,12 +227,14 @@ class _Run:
 
     def _unit_task(self, unit: Unit, encoder: Type[Encoder]) -> UnitTask:
         files = {span.file: self.files[span.file] for span in unit.spans}
+        fails_at_bad_file = (self.settings.on_bad_row, self.on_bad_file) == ("fail", "fail")
         return UnitTask(
-            unit, files, self.settings, self.tokenizer_dir, encoder, str(self.folders.cache), os.getcwd()
-        )
+            unit, files, self.settings, self.tokenizer_dir, encoder, str(self.folders.cache), os.getcwd(),
+            fails_at_bad_file,
+        )  # fmt: skip
 
-    def _finish(self, content: Dict[str, Any]) -> None:
-        """Write the bins and the manifest, give the folders their names, and print the account."""
+    def _finish(self, content: Dict[str, Any]) -> Dict[str, Any]:
+        """Write the bins and the manifest, give the folders their names, print the account, and return the manifest."""
         if self.folders.is_being_published:
             written = store.read_json_or_none(self.folders.arrow / MANIFEST_FILE)
         else:
@@ -234,14 +246,16 @@ class _Run:
         # Manifests of earlier versions have none.
         if roles := written.get("unknown_roles"):
             logs.get_logger().warning(f"bad rows were skipped for {_told_roles(roles)}")
+        return written
 
     def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""
         if self.execution.shard:
             self._remove_leftovers()
         manifest.check_unchanged(self.files)
-        account, hashes = self._collect()
-        self._check_enough(account)
+        account, hashes, lost = self._collect()
+        warn_of_many(account, self.files)
+        self._check_enough(account, lost)
         bins = self._write_bins()
         if self.execution.executor == "ray":
             # Of workers that were lost, whose tasks others have done.
@@ -250,29 +264,31 @@ class _Run:
         kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
         kept.predicted = sum(entry["predicted"] for entry in bins)
         account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
-        self._write_bad_rows()
+        if self.settings.on_bad_row == "skip":
+            write_bad_rows(self.folders.arrow, self._lines_before_units(), self.folders.cache)
         self._write_chat_template()
         overlaps = {"eval_dedup": self._count_overlaps()} if self.settings.eval_dedup else {}
         whole = manifest.manifest_content(
             self.settings, self.files, tokenizer={"sha256": content["tokenizer"], **self.sample}, hashes=hashes,
-            account=account, bins=bins,
+            account=account, bins=bins, lost=lost, left_out=self.inputs.left_out,
         )  # fmt: skip
         whole.update(overlaps)
         store.write_json_whole(self.folders.arrow / MANIFEST_FILE, whole)
         return whole
 
-    def _collect(self) -> Tuple[Account, Dict[int, str]]:
-        """The accounts of all units together, and the hash of each file."""
-        account, hashes = Account(), {}
+    def _collect(self) -> Tuple[Account, Dict[int, str], List[LostFile]]:
+        """The accounts of all units together, the hash of each file, and files that were not read to their end."""
+        account, hashes, lost = Account(), {}, list(self.inputs.lost)
         for unit in self.units:
             path = self.folders.cache / f"{unit.name}.json"
             content = store.read_json(path)
             with store.damage_reported(path):
                 account.add(Account.from_json(content["account"]))
                 hashes.update({int(file): digest for file, digest in content["hashes"].items()})
-        return account, hashes
+                lost += [LostFile(**entry) for entry in content["lost"]]
+        return account, hashes, lost
 
-    def _check_enough(self, account: Account) -> None:
+    def _check_enough(self, account: Account, lost: Sequence[LostFile]) -> None:
         """Raise UserError unless each bin, and eval, gets a piece."""
         total, num_bins = account.total(), self.settings.num_bins
         if self.settings.has_eval and not total.held_out_pieces:
@@ -291,6 +307,8 @@ class _Run:
             left += f", {_told_roles(account.unknown_roles)}"
         if account.bad_rows:
             left += f", {account.bad_rows} bad rows skipped"
+        if lost:
+            left += f", {len(lost)} files not read to the end, such as {lost[0]}"
         if not pieces:
             raise UserError(f"nothing to prepare: {left}; give folders with usable records")
         raise UserError(
@@ -326,16 +344,6 @@ class _Run:
             and data.stat().st_size == account["bytes"]
             and (not self.settings.writes_jsonl or Path(task.jsonl_dir, f"{name}.jsonl").is_file())
         )
-
-    def _write_bad_rows(self) -> None:
-        """List the rows that were skipped, beside the manifest: {"file": ..., "line": 3, "reason": ...}."""
-        if self.settings.on_bad_row != "skip":
-            return
-        with store.appearing_file(self.folders.arrow / BAD_ROWS_FILE) as file:
-            for unit, lines_before in self._lines_before_units():
-                for row in store.read_json(self.folders.cache / f"{unit.name}.json")["bad_rows"]:
-                    row["line"] += lines_before
-                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def _lines_before_units(self) -> Iterator[Tuple[Unit, int]]:
         """Each unit, and how many lines of its file the units before it have: 0 for a unit of whole files."""

@@ -1,35 +1,53 @@
 """The lines of a span of an input file, each checked: a record, nothing (blank), or why it cannot be used."""
 
-import gzip
 import hashlib
 import io
 import os
-import zlib
 from contextlib import ExitStack
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 
+from colossal_llama2.dataset.decompression import DAMAGE, Decompressing, MissingPackageError
+from colossal_llama2.dataset.file_kinds import COMPRESSIONS, PARQUET, unreadable
+from colossal_llama2.dataset.json_stream import (
+    BYTE_ORDER_MARK,
+    HEAD_BYTES,
+    BrokenDocumentError,
+    RecordReader,
+    layout_of,
+)
+from colossal_llama2.dataset.parquet_rows import BrokenParquetError, ParquetRow, read_parquet
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.repeated_keys import refuse_repeated_keys
+from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.files import parse_object
-from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineReader, RawLine
+from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter, LineReader, first_line_end
 
 # Deeper, and what happens would depend on how deep the stack of the process is.
 MAX_NESTING = 256
-DAMAGE = (EOFError, zlib.error, OSError)
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+OTHER_REASON = "other faults"
+RETURN, NEWLINE = b"\r\n"
 
 
 class Line(NamedTuple):
-    """One line: `number` counts from the span's first line; `record` is None if it is blank or `problem` tells why.
+    """One line, or one record of a JSON array or a Parquet file, each of which counts as a line.
 
-    `count` blank lines may come as one.
+    Attributes:
+        number: of the line where it begins, from the span's first line on; of a Parquet file, of the row.
+        size: its bytes.
+        record: None if it is blank or there is a `problem`.
+        problem: why it cannot be used, and the cure.
+        count: how many lines it stands for: blank lines may come as one.
+        reason: what rows with this problem are counted by.
+        is_lost: whether all that follows in the file is lost with it; then it counts as no line.
     """
 
     number: int
     size: int
     record: Optional[Dict[str, Any]]
-    problem: Optional[str]
+    problem: Optional[str] = None
     count: int = 1
+    reason: Optional[str] = None
+    is_lost: bool = False
 
 
 class SpanReader:
@@ -43,16 +61,20 @@ class SpanReader:
         self._lines_before: Optional[int] = 0 if span.start == 0 else None
 
     def __iter__(self) -> Iterator[Line]:
+        if self._file.kind == PARQUET:
+            yield from self._parquet()
+            return
         with ExitStack() as stack:
             raw = stack.enter_context(open(self._path, "rb"))
             if self._span.stop is not None:
                 yield from self._range(raw)
                 return
             hashed = io.BufferedReader(_HashingReader(raw, self._hash), READ_BYTES)
-            if self._file.is_compressed:
-                yield from self._whole(io.BufferedReader(_Decompressing(self._path, hashed, stack), READ_BYTES))
-            else:
-                yield from self._whole(hashed)
+            stream = hashed
+            if self._file.kind in COMPRESSIONS:
+                stream = Decompressing(self._path, self._file.kind, hashed, stack)
+                stream = io.BufferedReader(stream, READ_BYTES)
+            yield from self._whole(_WithHead(stream))
             while hashed.read(READ_BYTES):  # what a decompressor leaves unread
                 pass
 
@@ -68,36 +90,103 @@ class SpanReader:
         return self._lines_before + number
 
     def _count_lines_before(self) -> int:
+        counter = LineCounter()
         with open(self._path, "rb") as raw:
-            left, newlines = _first_line_start(raw, self._span.start, self._file.size), 0
+            left = _first_line_start(raw, self._span.start, self._file.size)
             raw.seek(0)
             while left > 0 and (block := raw.read(min(left, READ_BYTES))):
-                newlines += block.count(b"\n")
+                counter.add(block)
                 left -= len(block)
-        return newlines
+        return counter.count
 
     def _range(self, raw) -> Iterator[Line]:
         position = _first_line_start(raw, self._span.start, self._span.stop)
+        raw.seek(position)
         reader, number = LineReader(raw), 1
         while position < self._span.stop:
             line = reader.read(room=self._span.stop - position)
             if not line.size:
                 return
-            yield _checked(line, number, is_first=position == 0)
+            yield _checked(line.content, number, line.size, line.count)
             position += line.size
             number += line.count
 
-    def _whole(self, stream) -> Iterator[Line]:
-        reader, number = LineReader(stream), 1
+    def _whole(self, stream: "_WithHead") -> Iterator[Line]:
+        if problem := unreadable(stream.head):
+            yield _lost(1, problem.why, problem.reason)
+            return
+        layout = layout_of(stream.head)
+        if layout == "lines":
+            lines = LineReader(stream)
+            read = self._lines(lines)
+        else:
+            lines = RecordReader(stream, is_array=layout == "array")
+            read = self._records(lines)
+        number = 1
         try:
-            while (line := reader.read()).size:
-                yield _checked(line, number, is_first=number == 1)
-                number += line.count
+            for line in read:
+                number = line.number + line.count
+                yield line
         except DAMAGE as error:
-            if not self._file.is_compressed:
+            if self._file.kind not in COMPRESSIONS:
                 raise
+            if isinstance(error, MissingPackageError):
+                yield _lost(number, str(error), "zstd window over 128 MiB")
+                return
             problem = f"the compressed data is cut short or damaged here ({error}), all after it is lost"
-            yield Line(number, 0, None, f"{problem}; fetch the file again")
+            yield _lost(number, f"{problem}; fetch the file again", "compressed data cut short or damaged")
+
+    def _lines(self, reader: LineReader) -> Iterator[Line]:
+        number = 1
+        while (line := reader.read()).size:
+            yield _checked(line.content, number, line.size, line.count)
+            number += line.count
+
+    def _records(self, reader: RecordReader) -> Iterator[Line]:
+        number = 0
+        try:
+            while (record := reader.read()).size:
+                number += 1
+                yield _checked(record.content, record.line, record.size, what=f"record {number:,}")
+        except BrokenDocumentError as error:
+            problem = f"{error}, behind {number:,} records; fetch the file again, or mend it"
+            yield _lost(error.line, problem, "JSON array cut short or broken")
+
+    def _parquet(self) -> Iterator[Line]:
+        number = 0
+        try:
+            for row in read_parquet(self._path):
+                number += 1
+                yield _checked_row(row, number)
+        except BrokenParquetError as error:
+            yield _lost(number + 1, f"{error}; fetch the file again", "Parquet file cut short or damaged")
+        with open(self._path, "rb") as raw:
+            while block := raw.read(READ_BYTES):
+                self._hash.update(block)
+
+
+class _WithHead:
+    """A stream with `read1`, of which the first bytes are read already. An error comes after what is before it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._error: Optional[BaseException] = None
+        head = b""
+        try:
+            while len(head) < HEAD_BYTES and (block := stream.read1(READ_BYTES)):
+                head += block
+        except DAMAGE as error:
+            self._error = error
+        self.head, self._left = head[:HEAD_BYTES], head
+
+    def read1(self, size: int) -> bytes:
+        """As that of the stream, but of a head of any size."""
+        if self._left:
+            block, self._left = self._left, b""
+            return block
+        if self._error is not None:
+            raise self._error
+        return self._stream.read1(size)
 
 
 class _HashingReader(io.RawIOBase):
@@ -121,84 +210,58 @@ def sha256_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Decompressing(io.RawIOBase):
-    """The decompressed bytes of a .gz or .zst file, read from `stream`; all that there are before an error is raised.
-
-    A decompressor that fails keeps to itself what it has of the block asked for. So the data up to that block is then
-    read once more, from `path`, and the block by the byte.
-    """
-
-    def __init__(self, path: str, stream, stack: ExitStack):
-        self._path, self._stack = path, stack
-        self._stream = _decompressor(path, stream, stack)
-        self._given, self._step = 0, READ_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        try:
-            block = self._stream.read(min(len(buffer), self._step))
-        except DAMAGE:
-            if self._step == 1:
-                raise
-            self._begin_anew()
-            return self.readinto(buffer)
-        buffer[: len(block)] = block
-        self._given += len(block)
-        return len(block)
-
-    def _begin_anew(self) -> None:
-        """Come back to the place from the start of the file, and go on by the byte."""
-        self._step = 1
-        self._stream = _decompressor(self._path, self._stack.enter_context(open(self._path, "rb")), self._stack)
-        left = self._given
-        while left:
-            left -= len(self._stream.read(min(left, READ_BYTES)))
-
-
-def _decompressor(path: str, stream, stack: ExitStack):
-    """An object whose `read` gives decompressed bytes, and raises one of `DAMAGE`."""
-    if path.endswith(".gz"):
-        return stack.enter_context(gzip.GzipFile(fileobj=stream))
-    import pyarrow
-
-    source = pyarrow.PythonFile(stream, mode="r")
-    return stack.enter_context(pyarrow.CompressedInputStream(source, "zstd"))
-
-
 def _first_line_start(raw, start: int, stop: int) -> int:
-    """Move to the first line that begins at `start` or after it, and return its place; `stop` if none does before."""
+    """The place of the first line that begins at `start` or after it; at least `stop` if none does before."""
     if start == 0:
         return 0
-    position = start - 1
+    position, returned = start - 1, False
     raw.seek(position)
-    while position < stop:
-        block = raw.readline(min(READ_BYTES, stop - position))
+    while position < stop and (block := raw.read(min(READ_BYTES, stop - position + 1))):
+        if returned:
+            return position + (block[0] == NEWLINE)
+        if end := first_line_end(block, 0):
+            return position + end
+        returned = block[-1] == RETURN
         position += len(block)
-        if not block or block.endswith(b"\n"):
-            return position
-    return stop
+    return max(position, stop)
 
 
-def _checked(line: RawLine, number: int, *, is_first: bool) -> Line:
-    if line.content is None:
-        problem = f"a line of {line.size:,} bytes, at most {MAX_LINE_BYTES >> 20} MiB allowed; cut the document"
-        return Line(number, line.size, None, problem)
-    text = line.content.removeprefix(BYTE_ORDER_MARK) if is_first else line.content
+def _lost(number: int, problem: str, reason: str) -> Line:
+    return Line(number, 0, None, problem, 0, reason, is_lost=True)
+
+
+def _too_long(number: int, size: int, what: str) -> Line:
+    problem = f"{what} of {size:,} bytes, at most {MAX_LINE_BYTES >> 20} MiB allowed; cut the document"
+    return Line(number, size, None, problem, reason=f"over {MAX_LINE_BYTES >> 20} MiB")
+
+
+def _checked_row(row: ParquetRow, number: int) -> Line:
+    if row.content is not None:
+        return Line(number, row.size, parse_object(row.content))
+    if row.size:
+        return _too_long(number, row.size, "a row")
+    return Line(number, 0, None, "not UTF-8; each text must be UTF-8", reason="not UTF-8")
+
+
+def _checked(content: Optional[bytes], number: int, size: int, count: int = 1, what: str = "") -> Line:
+    """One line, or, if `what` names it, one record of a JSON document."""
+    if content is None:
+        return _too_long(number, size, what or "a line")
+    text = content.removeprefix(BYTE_ORDER_MARK)
     if not text or text.isspace():
-        return Line(number, line.size, None, None, line.count)
+        return Line(number, size, None, count=count)
     try:
-        record = parse_object(text, allows_nan=True)
+        record = parse_object(text, "record" if what else "line", allows_nan=True)
         _refuse_deep_nesting(text, record)
         refuse_repeated_keys(text, record)
     except ValueError as error:
-        return Line(number, line.size, None, str(error))
-    return Line(number, line.size, record, None)
+        reason = getattr(error, "reason", OTHER_REASON)
+        return Line(number, size, None, f"{what}: {error}" if what else str(error), reason=reason)
+    return Line(number, size, record)
 
 
 def _refuse_deep_nesting(line: bytes, record: Dict[str, Any]) -> None:
-    """Raise ValueError for lists and objects that are more than `MAX_NESTING` deep in each other."""
+    """Raise RowError for lists and objects that are more than `MAX_NESTING` deep in each other."""
     if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
         return
     level: List[Any] = [record]
@@ -206,4 +269,5 @@ def _refuse_deep_nesting(line: bytes, record: Dict[str, Any]) -> None:
         inner = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
     if level:
-        raise ValueError(f"lists and objects in each other more than {MAX_NESTING} deep; flatten the line")
+        why = f"lists and objects in each other more than {MAX_NESTING} deep; flatten the line"
+        raise RowError(why, reason=f"nested more than {MAX_NESTING} deep")

@@ -81,7 +81,6 @@ class Drop(NamedTuple):
 class Tokenized(NamedTuple):
     """One record as tokens. `input_ids` and `labels` are equally long, and empty if the whole record is dropped.
 
-    Those of a long pre-training document are (tokens,) int32 arrays, which take a tenth of the memory of lists.
     `exchanges` of a conversation, the leading ones, are in them.
     Those of a long pre-training document are (tokens,) int32 arrays, which take a tenth of the memory of lists.
     """

@@ -6,7 +6,7 @@ Some files a unit, of which the last says that all are complete:
     unit-00000012.pieces   an array of PIECE, one entry a piece
     unit-00000012.sides    with --eval_dedup, a byte for each checked record: DROPPED, TRAINED_ON or HELD_OUT
     unit-00000012.json     {"categories": ["news"], "hashes": {"0": "5f3a..."}, "account": {...}, "bad_rows": [],
-                            "tokens": 51207, "pieces": 390}
+                            "lost": [], "tokens": 51207, "pieces": 390}
 """
 
 import gc
@@ -23,10 +23,12 @@ import numpy as np
 from colossal_llama2.dataset import IGNORE_INDEX, store, tokenization
 from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.held_out import is_held_out
-from colossal_llama2.dataset.plan import EMPTY_FILE, InputFile, Unit
-from colossal_llama2.dataset.rows import SpanReader, sha256_of
+from colossal_llama2.dataset.message_formats import PRETRAINING_DATA
+from colossal_llama2.dataset.plan import EMPTY_FILE, InputFile, LostFile, Unit
+from colossal_llama2.dataset.rows import OTHER_REASON, Line, SpanReader, sha256_of
 from colossal_llama2.dataset.settings import Settings
 from colossal_llama2.dataset.splicing import piece_lengths
+from colossal_llama2.dataset.tokenization import CONVERSATIONS
 from colossal_llama2.dataset.unknown_tokens import note_unknown
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import Encoder
@@ -34,7 +36,9 @@ from colossal_llama2.tokenizer import Encoder
 BATCH_BYTES = 1 << 20
 # Token ids are a third to a half of the bytes of the text, at four bytes each.
 CACHE_BYTES_PER_INPUT_BYTE = 3
+CORRECT_HINT = "; correct or remove the line"
 SKIP_HINT = ", or go on without such lines by --on_bad_row skip"
+SKIP_FILE_HINT = ", or go on without the rest of such files by --on_bad_file skip"
 NO_PIECES = {"tokens": 0, "pieces": 0}
 DROPPED, TRAINED_ON, HELD_OUT = range(3)
 MASKED_PIECES = "pieces of long sources without a trained token"
@@ -50,7 +54,8 @@ PIECE = np.dtype(
 class UnitTask(NamedTuple):
     """All that a worker needs to do a unit, on whatever machine that shares the folders.
 
-    `files` holds those of the unit's spans; their paths, as the user gave them, count from `base`.
+    `files` holds those of the unit's spans; their paths, as the user gave them, count from `base`. `fails_at_bad_file`:
+    whether a file that cannot be read to its end is an error, or is noted.
     """
 
     unit: Unit
@@ -60,6 +65,7 @@ class UnitTask(NamedTuple):
     encoder_class: Type[Encoder]
     cache_dir: str
     base: str
+    fails_at_bad_file: bool = True
 
 
 class Progress(NamedTuple):
@@ -76,7 +82,8 @@ def do_unit(task: UnitTask) -> Progress:
     if unit.hashes_only:
         (span,) = unit.spans
         hashes = {str(span.file): sha256_of(os.path.join(task.base, task.files[span.file].path))}
-        content = {"categories": [], "hashes": hashes, "account": Account().as_json(), "bad_rows": [], **NO_PIECES}
+        content = {"categories": [], "hashes": hashes, "account": Account().as_json(), "bad_rows": [], "lost": []}
+        content.update(NO_PIECES)
         np.zeros(0, PIECE).tofile(folder / f"{unit.name}.pieces")
         store.write_json_whole(folder / f"{unit.name}.json", content)
         return Progress(0, 0, 0)
@@ -173,31 +180,30 @@ class _UnitWorker:
         self.sides = bytearray()
         self._hashes: Dict[str, str] = {}
         self._bad_rows: List[Dict[str, Any]] = []
+        self._lost: List[LostFile] = []
 
     def run(self) -> None:
         """Read and tokenize all spans."""
         for span in self._task.unit.spans:
             file = self._task.files[span.file]
             reader = SpanReader(file, span, self._task.base)
-            lines_before = self.account.lines
+            lines_before, lost_before = self.account.lines, len(self._lost)
             for line in reader:
                 self.account.lines += line.count
                 self._batch_bytes += line.size
-                problem = line.problem
-                if problem is None and line.record is None:
+                if line.is_lost:
+                    self._note_lost(file.path, line)
+                elif line.problem is not None:
+                    self._note_bad_row(span.file, reader, line.number, line.problem, line.reason)
+                elif line.record is None:
                     self.account.empty_lines += line.count
-                elif problem is None:
-                    try:
-                        self._rows.append((span.file, self._read(line.record)))
-                    except ValueError as error:
-                        self.account.count_roles(getattr(error, "roles", {}))
-                        problem = f"{error}; correct or remove the line"
-                if problem is not None:
-                    self._note_bad_row(file.path, reader, line.number, problem)
+                else:
+                    self._take(span.file, reader, line)
                 if self._batch_bytes >= BATCH_BYTES:
                     self._finish_batch()
-            if file.is_compressed and self.account.lines == lines_before:
-                raise UserError(f"{file.path} {EMPTY_FILE}")
+            if file.is_one_span and (self.account.lines, len(self._lost)) == (lines_before, lost_before):
+                empty = Line(0, 0, None, f"{file.path} {EMPTY_FILE}", reason="holds nothing", is_lost=True)
+                self._note_lost(file.path, empty)
             if reader.sha256 is not None:
                 self._hashes[str(span.file)] = reader.sha256
         self._finish_batch()
@@ -212,16 +218,36 @@ class _UnitWorker:
             "hashes": self._hashes,
             "account": self.account.as_json(),
             "bad_rows": self._bad_rows,
+            "lost": [lost._asdict() for lost in self._lost],
             "tokens": self._tokens_written,
             "pieces": self.account.total().pieces,
         }
 
-    def _note_bad_row(self, path: str, reader: SpanReader, number: int, reason: str) -> None:
+    def _take(self, file: int, reader: SpanReader, line: Line) -> None:
+        """Put a record into the batch, unless the stage's reader refuses it."""
+        try:
+            self._rows.append((file, self._read(line.record)))
+        except ValueError as error:
+            self.account.count_roles(getattr(error, "roles", {}))
+            reason = getattr(error, "reason", OTHER_REASON)
+            # Data of the other stage is right as it is.
+            cure = "" if reason in (CONVERSATIONS, PRETRAINING_DATA) else CORRECT_HINT
+            self._note_bad_row(file, reader, line.number, f"{error}{cure}", reason)
+
+    def _note_bad_row(self, file: int, reader: SpanReader, number: int, problem: str, reason: str) -> None:
+        path = self._task.files[file].path
         if self._task.settings.on_bad_row == "fail":
-            raise UserError(f"{path}:{reader.line_number(number)}: {reason}{SKIP_HINT}")
-        self.account.bad_rows += 1
+            raise UserError(f"{path}:{reader.line_number(number)}: {problem}{SKIP_HINT}")
+        self.account.bad_row(file, reason, problem)
         # The line of the span: how many lines are before it is known when all spans are read.
-        self._bad_rows.append({"file": path, "line": number, "reason": reason})
+        self._bad_rows.append({"file": path, "line": number, "reason": reason, "problem": problem})
+
+    def _note_lost(self, path: str, line: Line) -> None:
+        """Note a file that cannot be read on. It is read by this unit alone, so its lines are the span's."""
+        lost = LostFile(path, line.number, line.reason, line.problem)
+        if self._task.fails_at_bad_file:
+            raise UserError(f"{lost}{SKIP_FILE_HINT}")
+        self._lost.append(lost)
 
     def _finish_batch(self) -> None:
         rows, self._rows, self._batch_bytes = self._rows, [], 0

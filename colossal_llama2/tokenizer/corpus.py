@@ -1,4 +1,4 @@
-"""Text of a jsonl corpus of any size in bounded memory: its documents one by one, and a sample that a hash draws."""
+"""Text of a corpus of any size in bounded memory: its documents one by one, and a sample that a hash draws."""
 
 import hashlib
 import heapq
@@ -16,7 +16,8 @@ Item = TypeVar("Item")
 def read_documents(data_input_dirs: Sequence[str]) -> Iterator[str]:
     """Source and target, joined, of every {"source", "target"} record, with a progress bar; empty texts are left out.
 
-    Raises UserError for a folder without jsonl files, and with file:line for a record that cannot be used.
+    The files are those that the prepare commands read. Raises UserError for a folder without any, and with file:line
+    for a record that cannot be used, or a file that cannot be read on.
     """
     files = find_input_files(data_input_dirs)
     total = sum(file.size for file in files)
@@ -33,8 +34,8 @@ def read_documents(data_input_dirs: Sequence[str]) -> Iterator[str]:
                     raise UserError(f"{file.path}:{line.number}: {problem}")
                 if row is not None and (row.source or row.target):
                     yield row.source + row.target
-                progress.update(0 if file.is_compressed else line.size)
-            progress.update(file.size if file.is_compressed else 0)
+                progress.update(0 if file.is_one_span else line.size)
+            progress.update(file.size if file.is_one_span else 0)
 
 
 def draw(text: str, seed: int) -> Tuple[float, int]:
