@@ -58,6 +58,12 @@ class _PrintableWarnings:
 
 
 class _OneLineFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        # A warning must stand out among lines that are only worth knowing.
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname}: {record.message}"
+        return super().formatMessage(record)
+
     def format(self, record: logging.LogRecord) -> str:
         return one_line(super().format(record))
 

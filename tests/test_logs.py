@@ -119,7 +119,7 @@ def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
     logs.configure_logging()
     logger.info("nobody needs this twice")
     logger.error("this one is broken")
-    assert capsys.readouterr().err.splitlines()[0].endswith("| this one is broken")
+    assert capsys.readouterr().err.splitlines()[0].endswith("| ERROR: this one is broken")
 
 
 def test_configuring_twice_says_things_once(logger, capsys):
