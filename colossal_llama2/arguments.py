@@ -8,12 +8,12 @@ This module imports little but the standard library, so `--help` is instant.
 
 import argparse
 import math
-import os
 import re
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from colossal_llama2 import settings_file
+from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
 from colossal_llama2.terminal_text import one_line, show_line
 from colossal_llama2.word_mistakes import check_words, repeated_lists
 
@@ -42,8 +42,11 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print one line that names the mistake and where help is, and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message).strip()} (see {self.prog} --help)\n")
+        """Print one line that names the mistake and where help is, once a host, and exit with code 2."""
+        line = f"{self.prog}: error: {one_line(message).strip()} (see {self.prog} --help)"
+        report_to_torchrun(line)
+        wait_for_first_of_host()
+        self.exit(2, f"{line}\n" if place().local_rank == 0 else None)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
         # Prompts, pieces and paths may hold what the terminal's encoding lacks; that must not end a command.
@@ -60,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args([*loaded, *words], namespace)
         if unknown:
             self.error(f"unexpected {' '.join(unknown)}; quote a value that has spaces, and check its flag")
-        if os.environ.get("RANK", "0").strip() in ("", "0"):
+        if place().rank == 0:
             for sentence in repeated_lists(words, self):
                 show_line(f"{self.prog}: warning: {sentence}", file=sys.stderr)
         return parsed
