@@ -18,6 +18,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from typing import Iterator, NoReturn
 
+from colossal_llama2 import interrupts
 from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
 from colossal_llama2.terminal_text import one_line, printable, show, show_line
 
@@ -65,6 +66,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         # An exception lets `finally` and `with` remove half-written output. Under a launcher, its rules hold.
         signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = _print_traceback
+    watches_ends = interrupts.raise_from_now()
     try:
         yield
     except UserError as error:
@@ -88,6 +90,9 @@ def one_line_errors(command: str) -> Iterator[None]:
         # A normal exit would wait for peers that wait for this rank in a collective.
         _print_traceback(*sys.exc_info())
         _leave(1)
+    finally:
+        if watches_ends:
+            interrupts.watch_end()
 
 
 def _print_traceback(kind, error, trace) -> None:
