@@ -3,6 +3,7 @@
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -112,6 +113,31 @@ def test_a_command_that_nobody_launches_speaks_in_the_shell_of_a_training_job():
     names = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"}
     process = count_to_five(**names)
     assert process.returncode == 0 and "counting: 5/5 rows" in process.stderr
+
+
+@pytest.mark.parametrize("columns, fewest", [(80, 2), (120, 5)])
+def test_a_bar_has_ten_cells_and_the_most_important_figures(columns, fewest, monkeypatch, capsys):
+    from colossal_llama2.train.reporting import BAR_FORMAT, shown
+
+    monkeypatch.setattr(logs.shutil, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    record = {
+        "loss": 2.345678, "lr": 1e-4, "grad_norm": 1.2345, "tokens_per_second": 123456.0, "epoch": 0, "bucket": 3,
+        "mfu": 0.4123, "padding_share": 0.0123, "memory_bytes": 60e9,
+    }  # fmt: skip
+    figures = shown(record)
+    bar = logs.BarProgress(
+        total=125_000, description="train", unit="step", initial=9_998, unit_scale=False, bar_format=BAR_FORMAT
+    )
+    bar._bar.ncols = columns
+    for _ in range(3):
+        bar.update(**figures)
+        line = str(bar._bar)
+        assert len(line) <= columns
+        cells = line.split("|")[1]
+        assert len(cells) >= 10, line
+        names = re.findall(r"(\S+)=", line)
+        assert names == list(figures)[: len(names)] and len(names) >= fewest, line
+    bar.close()
 
 
 def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
