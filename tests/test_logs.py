@@ -83,13 +83,13 @@ def test_a_terminal_gets_a_bar():
     assert "\r" in received.replace("\r\n", "")
 
 
-@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("columns", [80, 180])
 def test_a_training_bar_never_wraps_and_lines_stand_alone(columns):
     received = on_a_terminal(TRAIN, columns).replace("\r\n", "\r").split("\r")
     bars = [line for line in received if line.startswith("train 1234")]
     assert bars and all(len(line) < columns for line in received)
-    assert all("loss=2.8391, lr=9.70e-05, norm=0.412" in line for line in bars[1:])
-    assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 160)
+    assert all("loss=2.8391, lr=9.70e-05" in line and len(line.split("|")[1]) >= 10 for line in bars[1:])
+    assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 180)
     # A bar is taken away before a line is written, and drawn again after it.
     assert sum(line.endswith("| saved") and line[2] == ":" for line in received) == 3
 

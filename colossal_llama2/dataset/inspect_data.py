@@ -224,6 +224,9 @@ def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
             "%s names another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
         )
     yield f"account of {path}:"
+    categories = manifest.get("categories")
+    if isinstance(categories, dict):
+        manifest = {**manifest, "categories": {category_name(name): entry for name, entry in categories.items()}}
     yield from manifest_lines(manifest)
     yield ""
 
@@ -277,7 +280,7 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
             yield f"no {CATEGORIES_FILE}: {path} does not record the categories of its documents"
             return
         bins[path.name] = Counter({visible_line(name): count for name, count in counts.items()})
-    title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bins"
+    title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{'s' if len(bins) > 1 else ''}"
     draw_categories(bins, folder / CATEGORIES_FILE, title=title)
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
     yield f"{folder / CATEGORIES_FILE}: documents per category in each of {len(bins):,} bins; from the bottom: {totals}"

@@ -15,7 +15,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -31,6 +31,7 @@ from colossal_llama2.dataset.overlap import count_overlaps
 from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Unit, find_input_files, units_of
 from colossal_llama2.dataset.settings import Execution, Settings
+from colossal_llama2.dataset.tokenization import FIRST_EXCHANGE_TOO_LONG, smallest_exchange
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
@@ -254,9 +255,19 @@ class _Run:
         if account.bad_rows:
             left += f", {account.bad_rows} bad rows skipped"
         if not pieces:
-            raise UserError(f"nothing to prepare: {left}; give folders with usable records")
+            raise UserError(f"nothing to prepare: {left}; {self._cure(total.dropped)}")
         raise UserError(
             f"--num_spliced_dataset_bins {num_bins} given, but {left}; give at most {pieces} bins or more data"
+        )
+
+    def _cure(self, dropped: Mapping[str, Any]) -> str:
+        """What to give where no record gave a sample."""
+        if FIRST_EXCHANGE_TOO_LONG not in dropped:
+            return "give folders with usable records"
+        least = smallest_exchange(Encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
+        return (
+            f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take {least} "
+            f"tokens before anything is said)"
         )
 
     def _write_bins(self) -> List[Dict[str, Any]]:
