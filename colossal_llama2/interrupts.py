@@ -5,11 +5,10 @@ at that time, so the process ends at once. Once a command is at work, `errors.on
 `finally` and `with` can remove what is half written.
 """
 
-import os
-import sys
-
 # The module `signal` itself imports enum, in which a Ctrl-C would still come too early. This one is built in.
 import _signal as signal
+import os
+import sys
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 EXIT_CODE = 130

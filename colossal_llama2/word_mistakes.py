@@ -102,7 +102,7 @@ def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
             "sed -i 's/\\r$//' SCRIPT"
         )
     if word in CONTINUATIONS:
-        raise ValueError(f"{word} continues a line in {CONTINUATIONS[word]} alone; in other shells end the line with \\")
+        raise ValueError(f"{word} continues a line in {CONTINUATIONS[word]} alone; elsewhere end the line with \\")
     flag = word.partition("=")[0]
     plain = "--" + flag.lstrip(DASHES + "-")
     if flag[:1] in DASHES and (plain in parser._option_string_actions or re.fullmatch(r"\W+[a-z]+(_[a-z]+)+", flag)):

@@ -145,5 +145,6 @@ def test_other_tools_names_lead_to_flags_that_exist():
 
 
 def test_edits_are_counted():
-    assert [flag_names.edits(*pair) for pair in (("lr", "lr"), ("abc", "acb"), ("abc", "xbcd"), ("", "ab"))] == [0, 1, 2, 2]
+    pairs = {("lr", "lr"): 0, ("abc", "acb"): 1, ("abc", "xbcd"): 2, ("", "ab"): 2}
+    assert {pair: flag_names.edits(*pair) for pair in pairs} == pairs
     assert flag_names.nearest("lora_rank", ["num_ranks", "lr"]) is None

@@ -280,7 +280,8 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
             yield f"no {CATEGORIES_FILE}: {path} does not record the categories of its documents"
             return
         bins[path.name] = Counter({visible_line(name): count for name, count in counts.items()})
-    title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{'s' if len(bins) > 1 else ''}"
+    plural = "s" if len(bins) > 1 else ""
+    title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{plural}"
     draw_categories(bins, folder / CATEGORIES_FILE, title=title)
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
     yield f"{folder / CATEGORIES_FILE}: documents per category in each of {len(bins):,} bins; from the bottom: {totals}"

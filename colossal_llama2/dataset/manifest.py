@@ -240,8 +240,8 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         elif (found := manifest["tokenizer"].get("sha256")) != expected:
             raise UserError(
                 f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 {str(found)[:12]}) "
-                f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}, "
-                f"or give --pretrained the model that init_model.py made for the other tokenizer"
+                f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"
+                f", or give --pretrained the model that init_model.py made for the other tokenizer"
             )
         elif manifest["settings"].get("stage") != stage:
             others.append(part)
@@ -249,8 +249,8 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
             f"{flag} {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
-            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless you mix them on purpose, stop and run "
-            f"{COMMANDS[other][1]}"
+            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless you mix them on purpose, stop and "
+            f"run {COMMANDS[other][1]}"
         )
     if unknown:
         logs.get_logger().warning(

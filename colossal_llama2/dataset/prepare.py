@@ -266,8 +266,8 @@ class _Run:
             return "give folders with usable records"
         least = smallest_exchange(Encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
         return (
-            f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take {least} "
-            f"tokens before anything is said)"
+            f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "
+            f"{least} tokens before anything is said)"
         )
 
     def _write_bins(self) -> List[Dict[str, Any]]:

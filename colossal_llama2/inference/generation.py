@@ -171,8 +171,8 @@ def _refuse_missing_folder(model_path: str) -> None:
     """Raise a UserError for what is neither a folder nor OWNER/NAME of a model on the hub."""
     if not Path(model_path).is_dir() and not is_hub_name(model_path):
         raise UserError(
-            f"--model_path {model_path}: {no_folder(model_path)}; give the folder that holds config.json, or OWNER/NAME "
-            f"of a model on the Hugging Face hub"
+            f"--model_path {model_path}: {no_folder(model_path)}; give the folder that holds config.json, or "
+            f"OWNER/NAME of a model on the Hugging Face hub"
         )
 
 

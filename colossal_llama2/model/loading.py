@@ -69,8 +69,8 @@ def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> N
     check_model_files(folder)
     if not is_regular(folder / CONFIG_FILE):
         raise UserError(
-            f"{flag} {path}: has no config.json{what_it_holds(path)}; give a Hugging Face LLaMA folder, as init_model.py "
-            f"writes"
+            f"{flag} {path}: has no config.json{what_it_holds(path)}; give a Hugging Face LLaMA folder, as "
+            f"init_model.py writes"
         )
     generation_ids(folder, read_fields(folder))
     if needs_weights and not has_weights(folder):

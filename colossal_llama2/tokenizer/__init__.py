@@ -170,8 +170,8 @@ def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     folder = Path(tokenizer_dir)
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is not a folder{hub_cure(str(tokenizer_dir))}; give the folder of a tokenizer, with {MODEL_FILE} "
-            f"in it"
+            f"{folder} is not a folder{hub_cure(str(tokenizer_dir))}; give the folder of a tokenizer, with "
+            f"{MODEL_FILE} in it"
         )
     path = folder / MODEL_FILE
     if not is_regular(path):

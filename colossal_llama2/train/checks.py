@@ -185,8 +185,8 @@ def check_tokenizer_fits(args: argparse.Namespace, plan: LoadPlan, facts: ModelF
     if tokens > facts.vocab_size:
         raise UserError(
             f"the tokenizer of {path} has {tokens:,} tokens, the model's vocabulary {facts.vocab_size:,}; "
-            f"the tokenizer was extended and the model was not: run init_model.py, and give --pretrained the folder that "
-            f"it writes"
+            f"the tokenizer was extended and the model was not: run init_model.py, and give --pretrained the folder "
+            f"that it writes"
         )
 
 
