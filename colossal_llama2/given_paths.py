@@ -32,7 +32,8 @@ def no_folder(path: str) -> str:
 def check_is_folder(path: Union[str, Path], flag: str, cure: str) -> None:
     """Raise a UserError unless there is a folder; `path` as it was given, since a full path hides a name on the hub."""
     if not Path(path).is_dir():
-        raise UserError(f"{flag} {path}: {no_folder(str(path))}; {cure}")
+        kind = "a file, not a folder" if Path(path).exists() else "not a folder"
+        raise UserError(f"{flag} {path} is {kind}{hub_cure(str(path))}; {cure}")
 
 
 def what_it_holds(path: str) -> str:
