@@ -73,7 +73,6 @@ while read -r host _; do
 done <"$HOSTFILE"
 
 RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
-mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 
 case "$STAGE" in
     align) stage=(--bucketed --train_new_rows_only --lr 3e-4 --max_steps "$ALIGN_STEPS") ;;
@@ -116,6 +115,16 @@ declare -a arguments=(
     --use_flash_attn
     "$@"
 )
+
+# Here and once: a mistake is one line, around which the launcher would put dozens. Other codes than 2 say nothing of the
+# flags, such as that there is no `python`.
+checked=0
+python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" \
+    train.py "${arguments[@]}" || checked=$?
+if [[ "$checked" == 2 ]]; then
+    exit 2
+fi
+mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 
 # `colossalai run` writes every variable of its environment into a command line for each host's shell, in double quotes
 # with nothing escaped, where secrets can be read and a "$" is expanded. So it gets only what training needs.

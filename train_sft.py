@@ -9,8 +9,9 @@ from colossal_llama2 import arguments, errors, launcher, logs
 
 
 def main(argv=None) -> None:
-    args = arguments.train_sft_parser().parse_args(argv)
+    # First: of the processes of a host, one says what is wrong with the flags.
     launcher.settle()
+    args = arguments.train_sft_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("train_sft.py"):
         from colossal_llama2.train.start import train

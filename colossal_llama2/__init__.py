@@ -10,7 +10,11 @@
     train/           the loop, checkpoints, and train/engine/: all that touches ColossalAI
     inference/       generate text with a trained model
 
-Importing this package imports nothing else.
+Importing this package imports nothing else of it but interrupts.py, which acts in our own commands alone.
 """
 
+from colossal_llama2 import interrupts
+
 __version__ = "0.1.0"
+
+interrupts.watch_start()

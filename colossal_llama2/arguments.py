@@ -7,14 +7,15 @@ This module imports little but the standard library, so `--help` is instant.
 """
 
 import argparse
-import difflib
 import math
 import re
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from colossal_llama2 import settings_file
-from colossal_llama2.terminal_text import one_line
+from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
+from colossal_llama2.terminal_text import one_line, show_line
+from colossal_llama2.word_mistakes import check_words, repeated_lists
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -43,8 +44,11 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print one line that names the mistake and where help is, and exit with code 2."""
-        self.exit(2, f"{self.prog}: error: {one_line(message).strip()} (see {self.prog} --help)\n")
+        """Print one line that names the mistake and where help is, once a host, and exit with code 2."""
+        line = f"{self.prog}: error: {one_line(message).strip()} (see {self.prog} --help)"
+        report_to_torchrun(line)
+        wait_for_first_of_host()
+        self.exit(2, f"{line}\n" if place().local_rank == 0 else None)
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
         # Prompts, pieces and paths may hold what the terminal's encoding lacks; that must not end a command.
@@ -52,16 +56,18 @@ class CommandParser(argparse.ArgumentParser):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         words = list(sys.argv[1:] if args is None else args)
-        words = [*self._loaded_words(words), *words]
-        # Unknown flags first: a misspelt required flag should be called misspelt, not missing.
-        for word in words[: words.index("--")] if "--" in words else words:
-            flag = word.split("=", 1)[0]
-            # Argparse takes a word with a space for a value.
-            if flag.startswith("--") and " " not in flag and flag not in self._option_string_actions:
-                self.error(f"unknown argument {flag}{self._suggestion(flag)}")
-        parsed, unknown = self.parse_known_args(words, namespace)
+        # Before all else: a misspelt required flag should be called misspelt, not missing.
+        try:
+            check_words(words, self)
+        except ValueError as error:
+            self.error(str(error))
+        loaded = self._loaded_words(words)
+        parsed, unknown = self.parse_known_args([*loaded, *words], namespace)
         if unknown:
             self.error(f"unexpected {' '.join(unknown)}; quote a value that has spaces, and check its flag")
+        if place().rank == 0:
+            for sentence in repeated_lists(words, self):
+                show_line(f"{self.prog}: warning: {sentence}", file=sys.stderr)
         return parsed
 
     def _loaded_words(self, words: Sequence[str]) -> List[str]:
@@ -72,10 +78,6 @@ class CommandParser(argparse.ArgumentParser):
             return settings_file.words_of(path, self)
         except ValueError as error:
             self.error(str(error))
-
-    def _suggestion(self, flag: str) -> str:
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
-        return f", did you mean {near[0]}?" if near else ""
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -204,7 +206,9 @@ def path_list(text: str) -> List[str]:
     """A comma-separated list of folders, in the given order."""
     paths = [part.strip() for part in text.split(",")]
     if not all(paths):
-        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; give folders as DIR_1,DIR_2,DIR_3")
+        kept = ",".join(filter(None, paths))
+        cure = f"type {kept}" if kept else "give folders as DIR_1,DIR_2,DIR_3"
+        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; {cure}")
     return paths
 
 
@@ -223,8 +227,48 @@ def _number(text: str, kind: type, allowed: str, accepts):
     except (ValueError, OverflowError):
         is_allowed = False
     if not is_allowed:
-        raise argparse.ArgumentTypeError(f"'{text}' given, {allowed} allowed")
+        hint = _number_hint(text, kind, accepts)
+        raise argparse.ArgumentTypeError(f"'{text}' given, {allowed} allowed" + (f"; {hint}" if hint else ""))
     return value
+
+
+def _number_hint(text: str, kind: type, accepts) -> str:
+    """What a number in another notation should be typed as, if that is certain; else ""."""
+    plain = text.strip().lstrip("+").replace("_", "")
+    if re.fullmatch(r"[\d.]+ ?%", plain, re.ASCII):
+        plain, divisor = plain.rstrip("% "), 100
+    elif re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", plain, re.ASCII):
+        plain, divisor = plain.replace(",", ""), 1
+    elif re.fullmatch(r"\d+,\d+([eE][-+]?\d+)?", plain, re.ASCII):
+        plain, divisor = plain.replace(",", "."), 1
+    else:
+        divisor = 1
+    try:
+        value = float(plain) / divisor
+    except ValueError:
+        return ""
+    if not math.isfinite(value) or (kind is int and value != int(value)) or not accepts(kind(value)):
+        return ""
+    return f"type {kind(value):g}" if kind is float else f"type {int(value)}"
+
+
+def sampling_temperature(text: str) -> float:
+    """A finite number above 0; 0 is what other tools call greedy decoding."""
+    try:
+        return positive_float(text)
+    except argparse.ArgumentTypeError as error:
+        is_zero = re.fullmatch(r"\+?0*\.?0*", text) is not None
+        greedy = "; for the likeliest token at each place give --do_sample False" if is_zero else ""
+        raise argparse.ArgumentTypeError(f"{error}{greedy}")
+
+
+def candidate_count(text: str) -> int:
+    """A whole number of at least 1; what other tools write for "no limit" is explained."""
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        cure = "; to sample among all tokens give a number as large as the vocabulary" if text in ("0", "-1") else ""
+        raise argparse.ArgumentTypeError(f"{error}{cure}")
 
 
 # Flags that mean something only beside others. Argparse's default is None, which tells whether one was given.
@@ -923,9 +967,11 @@ def inference_parser() -> CommandParser:
         "--do_sample", metavar="True|False", type=true_or_false, default=True,
         help="sample; False takes the likeliest token",
     )  # fmt: skip
-    generation.add_argument("--temperature", metavar="T", type=positive_float, default=0.3, help="sampling temperature")
     generation.add_argument(
-        "--top_k", metavar="K", type=positive_int, default=50, help="sample among the K likeliest tokens"
+        "--temperature", metavar="T", type=sampling_temperature, default=0.3, help="sampling temperature"
+    )
+    generation.add_argument(
+        "--top_k", metavar="K", type=candidate_count, default=50, help="sample among the K likeliest tokens"
     )
     generation.add_argument(
         "--top_p", metavar="P", type=probability, default=0.95, help="sample among tokens of this total probability"

@@ -18,8 +18,9 @@ import traceback
 from contextlib import contextmanager, suppress
 from typing import Iterator, NoReturn
 
-from colossal_llama2.launcher import place
-from colossal_llama2.terminal_text import one_line, show, show_line
+from colossal_llama2 import interrupts
+from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
+from colossal_llama2.terminal_text import one_line, printable, show, show_line
 
 
 class UserError(Exception):
@@ -65,6 +66,7 @@ def one_line_errors(command: str) -> Iterator[None]:
         # An exception lets `finally` and `with` remove half-written output. Under a launcher, its rules hold.
         signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = _print_traceback
+    watches_ends = interrupts.raise_from_now()
     try:
         yield
     except UserError as error:
@@ -88,11 +90,16 @@ def one_line_errors(command: str) -> Iterator[None]:
         # A normal exit would wait for peers that wait for this rank in a collective.
         _print_traceback(*sys.exc_info())
         _leave(1)
+    finally:
+        if watches_ends:
+            interrupts.watch_end()
 
 
 def _print_traceback(kind, error, trace) -> None:
     """Python's own traceback, whose last lines may quote what others wrote."""
-    show("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"), file=sys.stderr)
+    text = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
+    report_to_torchrun(f"{kind.__name__}: {printable(str(error))}", printable(text))
+    show(text, file=sys.stderr)
 
 
 class _Terminated(BaseException):
@@ -116,9 +123,13 @@ def _end(
     command: str, message: str, *, code: int, told_by: Tellers = Tellers.ONE_A_HOST, kind: str = "error"
 ) -> NoReturn:
     text = one_line(message).strip()
+    if code:
+        report_to_torchrun(f"{command}: {kind}: {text}")
     each_tells = {Tellers.EACH: _is_launched(), Tellers.EACH_OF_MET: _ranks_have_met()}
     # Whoever read what is printed may be gone.
     with suppress(OSError):
+        if code == 2 and not each_tells.get(told_by, False):
+            wait_for_first_of_host()
         if each_tells.get(told_by, False):
             show_line(f"{command}: error: rank {place().rank}: {text}", file=sys.stderr)
         elif place().local_rank == 0:

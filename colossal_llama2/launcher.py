@@ -9,8 +9,13 @@ Several processes of srun or mpirun without an address are refused: all would wr
 Only commands that can be launched call `settle`. In all others, `place` is that of a process on its own.
 """
 
+import json
 import os
 import re
+import signal
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Optional, Tuple
 
@@ -18,6 +23,8 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
 # While this is "True", torchrun's own process serves MASTER_PORT.
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+# Where torchrun reads why a process of its own ended, for its report.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 NAMES = (*REQUIRED, "LOCAL_RANK", "LOCAL_WORLD_SIZE", TORCHRUN_ID, AGENT_STORE)
 # By launcher: its variables for rank, world size and local rank. Slurm sets the second in steps of srun alone.
 OTHERS = {
@@ -27,6 +34,8 @@ OTHERS = {
 BY_HAND = "by hand"
 LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
 MAX_PORT = 65535
+# More than what the processes of a host differ by when they check the same flags.
+FIRST_OF_HOST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,39 @@ def settle() -> Place:
     if _settled is None:
         _settled = _read()
     return _settled
+
+
+def stand_for(world_size: int) -> None:
+    """Let this process be rank 0 of a job of so many processes that is not launched yet, for its checks."""
+    global _settled
+    _settled = Place(world_size=world_size)
+
+
+def report_to_torchrun(message: str, trace: str = "") -> None:
+    """Leave the reason why this process ends where torchrun looks for it, so that its report shows it.
+
+    The record is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler. Does nothing under other
+    launchers, and where the file cannot be written: what matters is on stderr.
+    """
+    path = os.environ.get(ERROR_FILE)
+    if not path or place().launcher != "torchrun":
+        return
+    # torchrun shows the call stack where there is one, and takes the record with the least time for the cause.
+    extra = {"py_callstack": trace or message, "timestamp": str(int(time.time()))}
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def wait_for_first_of_host() -> None:
+    """Under torchrun, give the first process of this host time to say why all of them end.
+
+    torchrun ends the others as soon as one has ended: without this, a silent one could end the one that speaks.
+    """
+    here = place()
+    if here.launcher == "torchrun" and here.local_rank > 0:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(FIRST_OF_HOST_SECONDS)
 
 
 def _read() -> Place:

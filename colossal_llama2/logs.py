@@ -9,12 +9,14 @@ import shutil
 import sys
 import time
 import warnings
-from typing import Optional
+from typing import List, Optional
 
 from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
 
 PLAIN_LINE_SECONDS = 15.0
+# Times in a bar are at first unknown, and become longer.
+SPARE_CELLS = 5
 
 
 def is_first_rank() -> bool:
@@ -58,6 +60,12 @@ class _PrintableWarnings:
 
 
 class _OneLineFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        # A warning must stand out among lines that are only worth knowing.
+        if record.levelno >= logging.WARNING:
+            record.message = f"{record.levelname}: {record.message}"
+        return super().formatMessage(record)
+
     def format(self, record: logging.LogRecord) -> str:
         return one_line(super().format(record))
 
@@ -94,7 +102,7 @@ class SilentProgress:
 
 
 class BarProgress(SilentProgress):
-    """A tqdm bar on a terminal."""
+    """A tqdm bar on a terminal. Where the terminal is narrow, figures beside the bar are left out from the end."""
 
     def __init__(
         self,
@@ -123,8 +131,18 @@ class BarProgress(SilentProgress):
 
     def update(self, count: int = 1, **figures: str) -> None:
         if figures:
-            self._bar.set_postfix({name: one_line(value) for name, value in figures.items()}, refresh=False)
+            self._show_what_fits([f"{name}={one_line(value)}" for name, value in figures.items()], count)
         self._bar.update(count)
+
+    def _show_what_fits(self, figures: List[str], count: int) -> None:
+        """Show the first of `figures`, which are the most important, beside a bar of at least ten cells."""
+        for kept in range(len(figures), -1, -1):
+            self._bar.set_postfix_str(", ".join(figures[:kept]), refresh=False)
+            layout = self._bar.format_dict
+            # Without a width, tqdm draws ten cells.
+            least = self._bar.format_meter(**{**layout, "n": layout["n"] + count, "ncols": None})
+            if not layout["ncols"] or len(least) + SPARE_CELLS <= layout["ncols"]:
+                return
 
     def close(self) -> None:
         self._bar.close()

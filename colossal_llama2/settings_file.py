@@ -5,13 +5,13 @@ words are put: so the command line wins. A switch that the file turns on stays o
 """
 
 import argparse
-import difflib
 import itertools
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from colossal_llama2 import json_input
+from colossal_llama2.flag_names import nearest
 
 FLAG = "--load_config"
 # In the file, and no flags: what the run found out, and what tells the two commands apart.
@@ -49,8 +49,8 @@ def words_of(path: str, parser: argparse.ArgumentParser) -> List[str]:
         if name in NOT_FLAGS or value is None and name in actions:
             continue
         if name not in actions:
-            near = difflib.get_close_matches(name, actions, n=1, cutoff=0.6)
-            raise ValueError(f"{where}: {name} is no flag" + (f", did you mean {near[0]}?" if near else ""))
+            near = nearest(name, actions)
+            raise ValueError(f"{where}: {name} is no flag" + (f", did you mean {near}?" if near else ""))
         words += _words(actions[name], value, parser, f"{where}: {name}")
     return words
 

@@ -129,3 +129,38 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", said)
+
+
+def test_torchrun_is_given_our_line_for_its_report(monkeypatch, tmp_path, capsys):
+    """The record that its own reader takes: see torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
+    monkeypatch.setattr(launcher, "_settled", Place(world_size=2, launcher="torchrun"))
+    monkeypatch.setenv(launcher.ERROR_FILE, str(tmp_path / "error.json"))
+    monkeypatch.setattr("colossal_llama2.errors._leave", lambda code: sys.exit(code))
+    with pytest.raises(SystemExit), one_line_errors("train.py"):
+        raise UserError("no folder x; give one")
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    report = str(ChildFailedError("train.py", {0: failure})).splitlines()
+    assert report[-2].endswith(f"traceback : {capsys.readouterr().err.strip()}")
+
+
+@pytest.mark.parametrize("program", ["init_model.py", "-m colossal_llama2.dataset.inspect_data"])
+def test_ctrl_c_while_a_command_starts_is_one_line(program, tmp_path):
+    """The signal comes from inside an import, in which an exception would be printed with its traceback."""
+    hook = (
+        "import builtins, os, signal\n"
+        "plain = builtins.__import__\n"
+        "def importing(name, *rest, **named):\n"
+        "    if name == 'colossal_llama2.terminal_text':\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return plain(name, *rest, **named)\n"
+        "builtins.__import__ = importing\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    process = subprocess.run(
+        [sys.executable, *program.split()], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert process.returncode == 130
+    assert process.stderr == f"{'python ' if program.startswith('-m') else ''}{program}: error: interrupted\n"

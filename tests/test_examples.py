@@ -38,6 +38,10 @@ def workplace(tmp_path) -> Path:
         f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps({{'cwd': os.getcwd(), 'words': sys.argv[1:]}}))\n"
     )
     stand_in.chmod(0o755)
+    # The folders that most tests name do not exist: they are not looked at.
+    python = stand_in.with_name("python")
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
     return folder
 
 
@@ -144,6 +148,22 @@ def test_a_missing_hostfile_is_told(name, workplace):
     assert process.returncode == 2 and process.stdout == ""
     assert len(process.stderr.splitlines()) == 1
     assert "cp hostfile.example hostfile" in process.stderr
+
+
+@NAMES
+def test_a_mistake_is_one_line_before_anything_is_launched(name, workplace):
+    real = f"#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} \"$@\"\n"
+    (workplace.parent / "bin" / "python").write_text(real)
+    (workplace / "hostfile").write_text("localhost\n127.0.0.1\n")
+    process = run(workplace / f"{name}.sh", "--plugin", "3d", "--tp", "3", NPROC_PER_NODE="2")
+    assert (process.returncode, process.stdout) == (2, "")
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"{name}.py: error: ") and "--pretrained" in line and "part-00000: no such folder" in line
+    assert "--tp 3 does not divide the 4 processes" in line
+    assert not (workplace / "runs").exists()
+    process = run(workplace / f"{name}.sh", "--use_flash_attn", "True")
+    assert process.returncode == 2 and "--use_flash_attn takes no value" in process.stderr
+    assert run(workplace / f"{name}.sh", NPROC_PER_NODE="eight").stderr.startswith(f"{name}.py: error: NPROC_PER_NODE")
 
 
 @NAMES

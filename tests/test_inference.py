@@ -289,7 +289,7 @@ def test_a_damaged_model_is_one_line(damage, words, copied_model, logger_state, 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--model_path", "/no/such/folder"], ["/no/such/folder", "neither a local folder nor"]),
+        (["--model_path", "/no/such/folder"], ["--model_path /no/such/folder: no such folder; give the folder"]),
         (["--model_path", "no-such-owner/no-such-model"], ["neither a local folder nor", "Hugging Face"]),
         (["--model_path", __file__], ["is a file"]),
         (["--device", "tpu"], ["--device tpu", "cpu, cuda or cuda:N"]),

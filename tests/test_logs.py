@@ -3,6 +3,7 @@
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -82,13 +83,13 @@ def test_a_terminal_gets_a_bar():
     assert "\r" in received.replace("\r\n", "")
 
 
-@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("columns", [80, 180])
 def test_a_training_bar_never_wraps_and_lines_stand_alone(columns):
     received = on_a_terminal(TRAIN, columns).replace("\r\n", "\r").split("\r")
     bars = [line for line in received if line.startswith("train 1234")]
     assert bars and all(len(line) < columns for line in received)
-    assert all("loss=2.8391, lr=9.70e-05, norm=0.412" in line for line in bars[1:])
-    assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 160)
+    assert all("loss=2.8391, lr=9.70e-05" in line and len(line.split("|")[1]) >= 10 for line in bars[1:])
+    assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 180)
     # A bar is taken away before a line is written, and drawn again after it.
     assert sum(line.endswith("| saved") and line[2] == ":" for line in received) == 3
 
@@ -114,12 +115,37 @@ def test_a_command_that_nobody_launches_speaks_in_the_shell_of_a_training_job():
     assert process.returncode == 0 and "counting: 5/5 rows" in process.stderr
 
 
+@pytest.mark.parametrize("columns, fewest", [(80, 2), (120, 5)])
+def test_a_bar_has_ten_cells_and_the_most_important_figures(columns, fewest, monkeypatch, capsys):
+    from colossal_llama2.train.reporting import BAR_FORMAT, shown
+
+    monkeypatch.setattr(logs.shutil, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    record = {
+        "loss": 2.345678, "lr": 1e-4, "grad_norm": 1.2345, "tokens_per_second": 123456.0, "epoch": 0, "bucket": 3,
+        "mfu": 0.4123, "padding_share": 0.0123, "memory_bytes": 60e9,
+    }  # fmt: skip
+    figures = shown(record)
+    bar = logs.BarProgress(
+        total=125_000, description="train", unit="step", initial=9_998, unit_scale=False, bar_format=BAR_FORMAT
+    )
+    bar._bar.ncols = columns
+    for _ in range(3):
+        bar.update(**figures)
+        line = str(bar._bar)
+        assert len(line) <= columns
+        cells = line.split("|")[1]
+        assert len(cells) >= 10, line
+        names = re.findall(r"(\S+)=", line)
+        assert names == list(figures)[: len(names)] and len(names) >= fewest, line
+    bar.close()
+
+
 def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_settled", Place(rank=3, local_rank=3, world_size=4))
     logs.configure_logging()
     logger.info("nobody needs this twice")
     logger.error("this one is broken")
-    assert capsys.readouterr().err.splitlines()[0].endswith("| this one is broken")
+    assert capsys.readouterr().err.splitlines()[0].endswith("| ERROR: this one is broken")
 
 
 def test_configuring_twice_says_things_once(logger, capsys):

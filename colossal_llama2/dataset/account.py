@@ -226,7 +226,9 @@ def tables(manifest: Mapping[str, Any]) -> str:
     """The account in a manifest (see `manifest`) as aligned lines: by file, by category, and in all."""
     inputs, categories = manifest["inputs"], manifest["categories"]
     by_file = {entry["path"]: Tally.from_json(entry) for entry in inputs if "documents" in entry}
-    by_category = {name: Tally.from_json(entry) for name, entry in categories.items()}
+    # The word of the original for fine-tuning data without a category.
+    shown = {"None": "no category"}
+    by_category = {shown.get(name, name): Tally.from_json(entry) for name, entry in categories.items()}
     parts = [_breakdown("file", by_file), _breakdown("category", by_category), _aligned(_summary(manifest))]
     return "\n\n".join(parts)
 

@@ -17,6 +17,7 @@ from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.manifest_table import manifest_lines
 from colossal_llama2.dataset.output import MANIFEST_FILE
+from colossal_llama2.dataset.tokenization import NO_CATEGORY_SFT
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
 from colossal_llama2.output_paths import check_output_file
@@ -26,6 +27,7 @@ from colossal_llama2.tokenizer import Encoder, fingerprint
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
+NO_CATEGORY = "no category"
 CATEGORY_COLUMNS = ("document_categories", "seq_category")
 BORDER_COLUMN = "sequence_lengths"
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
@@ -147,8 +149,13 @@ def count_categories(dataset) -> Optional[Counter]:
     for chunk in dataset.data.column(name).chunks:
         values = chunk.flatten() if isinstance(chunk, (pyarrow.ListArray, pyarrow.LargeListArray)) else chunk
         for entry in values.value_counts().to_pylist():
-            counts[str(entry["values"])] += entry["counts"]
+            counts[category_name(entry["values"])] += entry["counts"]
     return counts
+
+
+def category_name(category: Optional[str]) -> str:
+    """A category as it is shown. Fine-tuning data without one holds the word that the original wrote, "None"."""
+    return NO_CATEGORY if category in (None, NO_CATEGORY_SFT) else str(category)
 
 
 def documents_of(row: Dict[str, Any], *, encoder, where: str) -> List[Document]:
@@ -172,7 +179,7 @@ def documents_of(row: Dict[str, Any], *, encoder, where: str) -> List[Document]:
     documents, start = [], 0
     for length, category in zip(borders, categories, strict=True):
         ids, document_labels = input_ids[start : start + length], labels[start : start + length]
-        name = None if category is None else visible_line(str(category))
+        name = None if category is None else visible_line(category_name(category))
         documents.append(Document(name, length, _runs(ids, document_labels, encoder=encoder)))
         start += length
     return documents
@@ -217,6 +224,9 @@ def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
             "%s names another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
         )
     yield f"account of {path}:"
+    categories = manifest.get("categories")
+    if isinstance(categories, dict):
+        manifest = {**manifest, "categories": {category_name(name): entry for name, entry in categories.items()}}
     yield from manifest_lines(manifest)
     yield ""
 
@@ -227,7 +237,8 @@ def _sample_lines(documents: Sequence[Document], *, title: str, is_coloured: boo
     heading = f"==== {title}: {num_tokens:,} tokens, documents: {len(documents):,}"
     yield _labelled(BORDER, heading, is_coloured=is_coloured)
     for number, document in enumerate(documents, start=1):
-        category = "" if document.category is None else f", category {document.category}"
+        named = document.category if document.category == NO_CATEGORY else f"category {document.category}"
+        category = "" if document.category is None else f", {named}"
         border = f"---- document {number} of {len(documents)}: {document.num_tokens:,} tokens{category}"
         yield _labelled(BORDER, border, is_coloured=is_coloured)
         kinds = [(TRAINED if run.is_trained else MASKED, run.text) for run in document.runs]
@@ -258,12 +269,10 @@ def check_plots_folder(folder: Path) -> None:
 
 
 def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
-    from colossal_llama2.dataset.plots import draw_categories, draw_lengths, total_categories
+    from colossal_llama2.dataset.plots import draw_categories, total_categories
 
     yield ""
-    title = f"{visible_line(part.absolute().name)}: {len(lengths):,} samples"
-    draw_lengths(lengths, folder / LENGTHS_FILE, title=title)
-    yield f"{folder / LENGTHS_FILE}: how long the samples of this bin are"
+    yield _draw_lengths(part, lengths=lengths, path=folder / LENGTHS_FILE)
     bins: Dict[str, Counter] = {}
     for path in bins_in(part.absolute().parent) or [part]:
         counts = count_categories(open_bin(path))
@@ -271,9 +280,34 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
             yield f"no {CATEGORIES_FILE}: {path} does not record the categories of its documents"
             return
         bins[path.name] = Counter({visible_line(name): count for name, count in counts.items()})
-    draw_categories(bins, folder / CATEGORIES_FILE, title=f"categories of {len(bins):,} bins")
+    plural = "s" if len(bins) > 1 else ""
+    title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{plural}"
+    draw_categories(bins, folder / CATEGORIES_FILE, title=title)
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
     yield f"{folder / CATEGORIES_FILE}: documents per category in each of {len(bins):,} bins; from the bottom: {totals}"
+
+
+def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
+    """Write lengths.png, and return the line about it. Spliced samples are nearly all full: their documents tell more.
+
+    The fill is that of --max_length, where a manifest says it, else of the longest sample.
+    """
+    from colossal_llama2.dataset.plots import draw_lengths, draw_spliced
+
+    manifest = part.absolute().parent / MANIFEST_FILE
+    longest = (read_json(manifest).get("settings") or {}).get("max_length") if manifest.is_file() else None
+    longest = max(longest if isinstance(longest, int) else 0, max(lengths))
+    fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"
+    title = f"{visible_line(part.absolute().name)}: {len(lengths):,} samples, {fill}"
+    dataset = open_bin(part)
+    borders = dataset[BORDER_COLUMN] if BORDER_COLUMN in dataset.column_names else []
+    if all(len(documents) == 1 for documents in borders):
+        draw_lengths(lengths, path, title=title)
+        return f"{path}: how long the samples of this bin are; {fill}"
+    documents = [length for sample in borders for length in sample]
+    title += f", {len(documents) / len(lengths):.1f} documents per sample"
+    draw_spliced(documents, [len(sample) for sample in borders], path, title=title)
+    return f"{path}: how long the documents of this bin are, and how many share a sample; {fill}"
 
 
 if __name__ == "__main__":

@@ -244,6 +244,7 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
             raise UserError(
                 f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 {str(found)[:12]}) "
                 f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"
+                f", or give --pretrained the model that init_model.py made for the other tokenizer"
             )
         elif manifest["settings"].get("stage") != stage:
             others.append(part)
@@ -251,7 +252,8 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
             f"{flag} {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
-            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders)"
+            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless you mix them on purpose, stop and "
+            f"run {COMMANDS[other][1]}"
         )
     if unknown:
         logs.get_logger().warning(

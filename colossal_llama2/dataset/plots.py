@@ -8,8 +8,13 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import replace_file
 
-SIZE = (960, 540)
-LEFT, TOP, RIGHT, BOTTOM = 90, 60, 30, 70
+# All pictures of the suite: so large, with a title in the middle of the top and a light grid.
+SIZE = (1200, 600)
+TITLE_HEIGHT = 18
+GRID = "#e5e5e5"
+LEFT, TOP, RIGHT, BOTTOM = 90, 72, 30, 70
+# Between two charts in one picture.
+GAP = 130
 LEGEND_WIDTH = 230
 FONT_SIZE = 15
 MAX_BUCKETS = 40
@@ -29,15 +34,47 @@ class Bar(NamedTuple):
     layers: Tuple[float, ...]
 
 
+class Chart(NamedTuple):
+    """Bars, the names of both axes (across, up), and from where to where the chart goes across its picture."""
+
+    bars: Sequence[Bar]
+    axes: Tuple[str, str]
+    left: float
+    right: float
+
+
 def draw_lengths(lengths: Sequence[int], path: Path, *, title: str) -> None:
     """Write a histogram of sample lengths (in tokens, at least one) to `path`."""
-    width = _round_up(max(lengths) / MAX_BUCKETS)
-    counts = [0] * (max(lengths) // width + 1)
-    for length in lengths:
-        counts[length // width] += 1
+    chart = Chart(_histogram(lengths, first=0), ("tokens per sample", "samples"), LEFT, SIZE[0] - RIGHT)
+    _draw([chart], path, title=title, colours=COLOURS[:1], legend=[])
+
+
+def draw_spliced(documents: Sequence[int], per_sample: Sequence[int], path: Path, *, title: str) -> None:
+    """The same for samples that hold several documents and so are nearly all full: two histograms.
+
+    Args:
+        documents: tokens of each document, at least one.
+        per_sample: documents of each sample.
+    """
+    middle = SIZE[0] / 2
+    charts = [
+        Chart(_histogram(documents, first=0), ("tokens per document", "documents"), LEFT, middle - GAP / 2),
+        Chart(_histogram(per_sample, first=1), ("documents per sample", "samples"), middle + GAP / 2, SIZE[0] - RIGHT),
+    ]
+    _draw(charts, path, title=title, colours=COLOURS[:1], legend=[])
+
+
+def _histogram(values: Sequence[int], *, first: int) -> List[Bar]:
+    """Bars of equal width from `first` on; some have a label, the least value that they count."""
+    width = _round_up((max(values) - first + 1) / MAX_BUCKETS)
+    counts = [0] * ((max(values) - first) // width + 1)
+    for value in values:
+        counts[(value - first) // width] += 1
     shown = max(1, math.ceil(len(counts) / 10))
-    bars = [Bar(f"{bucket * width:,}" if bucket % shown == 0 else "", (count,)) for bucket, count in enumerate(counts)]
-    _draw_bars(bars, path, title=title, axes=("tokens per sample", "samples"), colours=COLOURS[:1], legend=[])
+    return [
+        Bar(f"{first + bucket * width:,}" if bucket % shown == 0 else "", (count,))
+        for bucket, count in enumerate(counts)
+    ]
 
 
 def draw_categories(bins: Mapping[str, Mapping[str, int]], path: Path, *, title: str) -> None:
@@ -61,7 +98,8 @@ def draw_categories(bins: Mapping[str, Mapping[str, int]], path: Path, *, title:
         bars.append(Bar(label, (*layers, rest)))
     legend = [*named, *([OTHER] if len(named) < len(ordered) else [])]
     axes = ("bins" if group == 1 else f"bins, {group} a bar", "documents")
-    _draw_bars(bars, path, title=title, axes=axes, colours=colours, legend=legend)
+    right = SIZE[0] - RIGHT - (LEGEND_WIDTH if legend else 0)
+    _draw([Chart(bars, axes, LEFT, right)], path, title=title, colours=colours, legend=legend)
 
 
 def total_categories(bins: Mapping[str, Mapping[str, int]]) -> Dict[str, int]:
@@ -73,38 +111,43 @@ def total_categories(bins: Mapping[str, Mapping[str, int]]) -> Dict[str, int]:
     return dict(sorted(totals.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def _draw_bars(
-    bars: Sequence[Bar], path: Path, *, title: str, axes: Tuple[str, str], colours: Sequence[str], legend: List[str]
+def _draw(
+    charts: Sequence[Chart], path: Path, *, title: str, colours: Sequence[str], legend: List[str]
 ) -> None:
     image_module, draw_module, font = pillow()
     image = image_module.new("RGB", SIZE, "white")
     draw = draw_module.Draw(image)
-    right, bottom = SIZE[0] - RIGHT - (LEGEND_WIDTH if legend else 0), SIZE[1] - BOTTOM
-    draw.text((8, 6), drawable(title, font), fill="black", font=font)
+    draw.text((SIZE[0] / 2, TITLE_HEIGHT), drawable(title, font), fill="black", font=font, anchor="mm")
+    for chart in charts:
+        _draw_chart(draw, font, chart, colours)
+    _draw_legend(draw, font, list(zip(legend, colours, strict=False)))
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    replace_file(path, content.getvalue())
+
+
+def _draw_chart(draw, font, chart: Chart, colours: Sequence[str]) -> None:
+    bars, left, right, bottom = chart.bars, chart.left, chart.right, SIZE[1] - BOTTOM
     step = _round_up(max(sum(bar.layers) for bar in bars) / MAX_TICKS)
     top_value = step * math.ceil(max(sum(bar.layers) for bar in bars) / step)
     scale = (bottom - TOP) / top_value
     for tick in range(0, top_value + 1, step):
         height = bottom - tick * scale
-        draw.line((LEFT, height, right, height), fill="#dddddd")
-        draw.text((LEFT - 8, height), f"{tick:,}", fill="black", font=font, anchor="rm")
-    pitch = (right - LEFT) / len(bars)
+        draw.line((left, height, right, height), fill=GRID)
+        draw.text((left - 8, height), f"{tick:,}", fill="black", font=font, anchor="rm")
+    pitch = (right - left) / len(bars)
     gap = 1 if pitch >= 4 else 0
     for number, bar in enumerate(bars):
-        start, end, height = LEFT + number * pitch, LEFT + (number + 1) * pitch - gap, float(bottom)
+        start, end, height = left + number * pitch, left + (number + 1) * pitch - gap, float(bottom)
         for layer, colour in zip(bar.layers, colours, strict=True):
             if layer:
                 draw.rectangle((start, height - layer * scale, max(start, end - 1), height), fill=colour)
                 height -= layer * scale
         if bar.label:
             draw.text((start, bottom + 6), drawable(bar.label, font), fill="black", font=font)
-    draw.line((LEFT, bottom, right, bottom), fill="black")
-    draw.text(((LEFT + right) / 2, SIZE[1] - 25), axes[0], fill="black", font=font, anchor="mm")
-    draw.text((8, TOP - 22), axes[1], fill="black", font=font, anchor="lm")
-    _draw_legend(draw, font, list(zip(legend, colours, strict=False)))
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    replace_file(path, content.getvalue())
+    draw.line((left, bottom, right, bottom), fill="black")
+    draw.text(((left + right) / 2, SIZE[1] - 25), chart.axes[0], fill="black", font=font, anchor="mm")
+    draw.text((left - LEFT + 8, TOP - 24), chart.axes[1], fill="black", font=font, anchor="lm")
 
 
 def _draw_legend(draw, font, entries: Sequence[Tuple[str, str]]) -> None:

@@ -39,6 +39,7 @@ from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
 from colossal_llama2.dataset.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.settings import Execution, Settings
+from colossal_llama2.dataset.tokenization import FIRST_EXCHANGE_TOO_LONG, smallest_exchange
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.unknown_tokens import warn_of_unknown
 from colossal_llama2.dataset.workers import task_runner
@@ -310,9 +311,19 @@ class _Run:
         if lost:
             left += f", {len(lost)} files not read to the end, such as {lost[0]}"
         if not pieces:
-            raise UserError(f"nothing to prepare: {left}; give folders with usable records")
+            raise UserError(f"nothing to prepare: {left}; {self._cure(total.dropped)}")
         raise UserError(
             f"--num_spliced_dataset_bins {num_bins} given, but {left}; give at most {pieces} bins or more data"
+        )
+
+    def _cure(self, dropped: Mapping[str, Any]) -> str:
+        """What to give where no record gave a sample."""
+        if FIRST_EXCHANGE_TOO_LONG not in dropped:
+            return "give folders with usable records"
+        least = smallest_exchange(Encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
+        return (
+            f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "
+            f"{least} tokens before anything is said)"
         )
 
     def _write_bins(self) -> List[Dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2.dataset.manifest import read_manifest_of
 from colossal_llama2.errors import UserError
+from colossal_llama2.given_paths import no_folder, what_it_holds
 
 PART_FILES = ("dataset_info.json", "state.json")
 
@@ -120,14 +121,14 @@ def _parts_of(word: str, flag: str) -> List[_Found]:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"{flag} {word}: no such folder; give part-* folders of --data_arrow_output_dir, or all of it, "
+            f"{flag} {word}: {no_folder(path)}; give part-* folders of --data_arrow_output_dir, or all of it, "
             f"as PATH or NAME=PATH"
         )
     inside = [] if is_part(folder) else _parts_inside(folder)
     if not inside and not is_part(folder):
         raise UserError(
-            f"{flag} {word}: not a prepared part-* folder, and holds none; prepare it with "
-            "prepare_pretrain_dataset.py"
+            f"{flag} {word}: not a prepared part-* folder, and holds none{what_it_holds(path)}; give what "
+            "prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote to --data_arrow_output_dir"
         )
     for part in inside:
         if not is_part(part):

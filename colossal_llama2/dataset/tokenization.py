@@ -15,6 +15,7 @@ from colossal_llama2.dataset.conversation import (
     ROLES,
     Conversation,
     Segment,
+    Turn,
     message_segments,
     opening_text,
     read_conversation,
@@ -276,6 +277,14 @@ def tokenize_sft(
         is_trained = [exchange[-1].is_trained for exchange in row.conversation.exchanges]
         tokenized.append(_keep_what_fits(exchanges, is_trained=is_trained, max_length=max_length))
     return tokenized
+
+
+def smallest_exchange(encoder, *, prefix_after_marks: bool) -> int:
+    """Tokens of a conversation of two empty messages with the template's own system text."""
+    empty = read_conversation([Turn("human", ""), Turn("assistant", "")])
+    row = SftRow(empty, NO_CATEGORY_SFT, "")
+    (tokens,) = tokenize_sft([row], encoder=encoder, max_length=2**20, prefix_after_marks=prefix_after_marks)
+    return tokens.tokens_in
 
 
 def _exchange_segments(conversation: Conversation) -> List[List[Segment]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.given_paths import is_hub_name, no_folder
 from colossal_llama2.logs import get_logger
 from colossal_llama2.model.config_fields import llama_config, read_fields
 from colossal_llama2.model.folder import check_model_files, shard_names
@@ -47,6 +48,7 @@ def answer_prompt(
     Raises `UserError` for anything in the flags or the folder that cannot work.
     """
     _refuse_broken_text(input_txt)
+    _refuse_missing_folder(model_path)
     if Path(model_path).is_dir():
         # Before the seconds that importing torch takes.
         _check_files(Path(model_path), given=model_path)
@@ -99,7 +101,7 @@ def load_model(model_path: str, device: Optional[str]):
     if len(tokenizer) > rows:
         raise UserError(
             f"{model_path}: its tokenizer has {len(tokenizer):,} tokens but its model only {rows:,} embeddings; "
-            f"copy the tokenizer that the model was trained with, or run init_model.py"
+            f"copy the tokenizer that the model was trained with, or run init_model.py, which adds the missing rows"
         )
     return model.to(target).eval(), tokenizer
 
@@ -168,6 +170,15 @@ def _refuse_broken_text(text: str) -> None:
         raise UserError(f"--input_txt is not valid UTF-8 from character {error.start} on; use a UTF-8 terminal")
 
 
+def _refuse_missing_folder(model_path: str) -> None:
+    """Raise a UserError for what is neither a folder nor OWNER/NAME of a model on the hub."""
+    if not Path(model_path).is_dir() and not is_hub_name(model_path):
+        raise UserError(
+            f"--model_path {model_path}: {no_folder(model_path)}; give the folder that holds config.json, or "
+            f"OWNER/NAME of a model on the Hugging Face hub"
+        )
+
+
 def _quiet_libraries() -> None:
     """Leave stderr to our own lines: no hints from transformers, and bars on a terminal alone."""
     from huggingface_hub.utils import disable_progress_bars
@@ -205,8 +216,7 @@ def _local_folder(model_path: str) -> Path:
     folder = Path(model_path)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise UserError(f"--model_path {model_path} is a file; give the folder that holds config.json")
+    _refuse_missing_folder(model_path)
 
     from huggingface_hub import snapshot_download
 

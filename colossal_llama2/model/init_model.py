@@ -36,6 +36,7 @@ from colossal_llama2.files import (
     write_contents,
     write_json,
 )
+from colossal_llama2.given_paths import check_is_folder
 from colossal_llama2.input_files import read_settings
 from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
 from colossal_llama2.model.exported_configs import (
@@ -151,7 +152,7 @@ def init_model(
     tokenizer = Path(os.path.abspath(target_tokenizer_path))
     # A link to a folder stands for the folder: replacing must not turn it into one.
     target = Path(os.path.realpath(target_model_path))
-    _check_folders(source, tokenizer)
+    _check_folders(source_model_and_tokenizer_path, target_tokenizer_path)
     remove_leftovers(target)
     _check_target(source, tokenizer, target, overwrite=overwrite)
     config = _read_config(source)
@@ -194,12 +195,11 @@ def init_model(
 # Checks, before anything is written.
 
 
-def _check_folders(source: Path, tokenizer: Path) -> None:
+def _check_folders(source: Union[str, Path], tokenizer: Union[str, Path]) -> None:
     for flag, folder in (("--source_model_and_tokenizer_path", source), ("--target_tokenizer_path", tokenizer)):
-        if not folder.is_dir():
-            raise UserError(f"{flag} {folder} is not a folder; give a folder in Hugging Face format")
-        check_tokenizer_files(folder)
-    check_model_files(source)
+        check_is_folder(folder, flag, "give a folder in Hugging Face format")
+        check_tokenizer_files(Path(os.path.abspath(folder)))
+    check_model_files(Path(os.path.abspath(source)))
 
 
 def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.given_paths import no_folder, what_it_holds
 from colossal_llama2.input_files import ANY_SIZE, check_regular, is_regular, read_settings
 from colossal_llama2.json_input import shown
 from colossal_llama2.model.config_fields import (
@@ -66,10 +67,13 @@ def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> N
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{flag} {path}: no such folder; give a local Hugging Face LLaMA folder")
+        raise UserError(f"{flag} {path}: {no_folder(path)}; give a local Hugging Face LLaMA folder")
     check_model_files(folder)
     if not is_regular(folder / CONFIG_FILE):
-        raise UserError(f"{flag} {path}: has no config.json; give a Hugging Face LLaMA folder, as init_model.py writes")
+        raise UserError(
+            f"{flag} {path}: has no config.json{what_it_holds(path)}; give a Hugging Face LLaMA folder, as "
+            f"init_model.py writes"
+        )
     generation_ids(folder, read_fields(folder))
     if needs_weights and not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))

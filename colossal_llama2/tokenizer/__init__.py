@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Unio
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
+from colossal_llama2.given_paths import hub_cure
 from colossal_llama2.input_files import is_regular
 from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.tokenizer.folder_files import TEMPLATES_FOLDER, check_tokenizer_files, own_file_arguments
@@ -200,7 +201,10 @@ def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     """Path of tokenizer.model in a tokenizer folder. Raises UserError if the folder or the file is missing."""
     folder = Path(tokenizer_dir)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the folder of a tokenizer, with {MODEL_FILE} in it")
+        raise UserError(
+            f"{folder} is not a folder{hub_cure(str(tokenizer_dir))}; give the folder of a tokenizer, with "
+            f"{MODEL_FILE} in it"
+        )
     path = folder / MODEL_FILE
     if not is_regular(path):
         raise UserError(f"{folder} holds no {MODEL_FILE}; LLaMA-2 ships it beside its weights, copy it there")

@@ -29,6 +29,7 @@ from colossal_llama2.files import (
     write_contents,
     write_json,
 )
+from colossal_llama2.given_paths import check_is_folder
 from colossal_llama2.publishing import claimed, publish, remove_leftovers
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import (
@@ -101,6 +102,7 @@ def expand_tokenizer(
     written, if new pieces are not reached, tokenizers disagree anew or old text changes; with closure "off", which
     proves nothing, that is a warning.
     """
+    check_is_folder(source_tokenizer_dir, "--source_tokenizer_dir", "give the folder of a tokenizer, with its files")
     source = Path(os.path.abspath(source_tokenizer_dir))
     # A link to a folder stands for the folder: replacing must not turn it into one.
     target = Path(os.path.realpath(target_tokenizer_dir))

@@ -399,11 +399,17 @@ def _draw_curve(curve: List[Tuple[int, float]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    from colossal_llama2.dataset import plots
+
+    # As the pictures that Pillow draws.
+    figure = Figure(figsize=(plots.SIZE[0] / 100, plots.SIZE[1] / 100), dpi=100, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    axes.plot(*zip(*curve, strict=True), marker="o", markersize=3)
+    axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=plots.COLOURS[0])
     axes.set(xlabel="new pieces", ylabel="tokens per character, held-out text", ylim=(0, None))
-    axes.grid(alpha=0.3)
+    axes.set_title(f"{path.stem}: tokens per character by number of new pieces", fontsize=11)
+    axes.grid(color=plots.GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, format="png")
 
 

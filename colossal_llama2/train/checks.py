@@ -194,7 +194,8 @@ def check_tokenizer_fits(args: argparse.Namespace, plan: LoadPlan, facts: ModelF
     if tokens > facts.vocab_size:
         raise UserError(
             f"the tokenizer of {path} has {tokens:,} tokens, the model's vocabulary {facts.vocab_size:,}; "
-            f"give a model that init_model.py made for this tokenizer"
+            f"the tokenizer was extended and the model was not: run init_model.py, and give --pretrained the folder "
+            f"that it writes"
         )
 
 

@@ -5,16 +5,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Tuple
 
-from colossal_llama2.dataset.plots import COLOURS, drawable, pillow
+from colossal_llama2.dataset.plots import COLOURS, FONT_SIZE, GRID, SIZE, TITLE_HEIGHT, drawable, pillow
 
 Point = Tuple[int, float]
 
 # Drawn twice as large and made smaller, which smooths the lines.
 SCALE = 2
-SIZE = (1200, 600)
 LEFT, TOP, RIGHT, BOTTOM = 80, 72, 200, 60
-FONT_SIZE = 15
-RAW, SMOOTHED, GRID, BORDER = "#b3cde3", COLOURS[0], "#e5e5e5", "#888888"
+RAW, SMOOTHED, BORDER = "#b3cde3", COLOURS[0], "#888888"
 EVALUATION_COLOURS = COLOURS[1:]
 MAX_TICKS = 8
 # The smoothed line looks over about this share of the run, to each side.
@@ -78,7 +76,7 @@ def draw(curves: Curves, *, title: str) -> bytes:
     image_module, draw_module, font = pillow(FONT_SIZE * SCALE, needed_for="loss.png")
     image = image_module.new("RGB", (SIZE[0] * SCALE, SIZE[1] * SCALE), "white")
     canvas = _Canvas(draw_module.Draw(image), font, curves)
-    canvas.text((SIZE[0] / 2, 18), title, anchor="mm")
+    canvas.text((SIZE[0] / 2, TITLE_HEIGHT), title, anchor="mm")
     canvas.grid()
     canvas.borders(curves.borders)
     canvas.line(curves.losses, RAW, width=1)

@@ -51,7 +51,7 @@ class RunReport:
             replace_file(folder / ENVIRONMENT_NAME, to_json(self.environment).encode())
             curves = loss_plot.curves_of(train_log.read(folder / LOG_NAME))
             if curves.losses:
-                replace_file(folder / PLOT_NAME, loss_plot.draw(curves, title=f"Training loss, {folder.name}"))
+                replace_file(folder / PLOT_NAME, loss_plot.draw(curves, title=f"{folder.name}: training loss"))
         except UserError as error:
             logs.get_logger().warning("No loss curve is drawn: %s", error)
         except Exception as error:  # a bug of ours must not take the model along, which is worth more than a picture

@@ -46,8 +46,8 @@ WAIT_SECONDS = 3600.0
 
 def main(argv=None) -> None:
     """Parse, run on this rank, and tell."""
-    args = arguments.selftest_parser().parse_args(argv)
     launcher.settle()
+    args = arguments.selftest_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("selftest"):
         selftest(args)

@@ -92,12 +92,12 @@ class StopSignals(NoSignals):
         return self._raises and number in SIGNALS and not (self._has_partners and number == signal.SIGUSR1)
 
     def _end_unheard(self, number: int) -> None:
-        """End a rank whose main thread waits for others in a library, where no exception reaches it."""
-        if self._raises and self._has_partners:
+        """End a process whose main thread is inside a library, which an exception does not reach, or which ate it."""
+        if self._raises:
             if logs.is_first_rank():
                 show_line(f"{Path(sys.argv[0]).name}: stopped: {_early(number)}", file=sys.stderr)
             save_folder.let_go()
-            os._exit(128 + number)
+            os._exit(Stopped(number, "").exit_code)
 
     def _note(self) -> None:
         with self._outlet:
@@ -108,7 +108,9 @@ class StopSignals(NoSignals):
                     if self._counts[signal.SIGINT] > 1:
                         end_at_once()
                     if self._is_obeyed_at_once(number):
-                        threading.Timer(GRACE_SECONDS, self._end_unheard, (number,)).start()
+                        timer = threading.Timer(GRACE_SECONDS, self._end_unheard, (number,))
+                        timer.daemon = True
+                        timer.start()
 
 
 def _early(number: int) -> str:

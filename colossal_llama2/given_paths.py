@@ -1,0 +1,52 @@
+"""What a path that was given in place of a folder is, in words for a message: nothing, a file, a hub name, a swap."""
+
+import re
+from pathlib import Path
+from typing import Union
+
+from colossal_llama2.errors import UserError
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path can only be meant as OWNER/NAME on the Hugging Face hub: no folder OWNER is here."""
+    return HUB_NAME.fullmatch(path) is not None and not Path(path).exists() and not Path(path).parent.exists()
+
+
+def hub_cure(path: str) -> str:
+    """For a path that can be a name on the hub, how to get its files, as "; if it is ..."; else ""."""
+    if not is_hub_name(path):
+        return ""
+    return (
+        f"; if it is a name on the Hugging Face hub, download it first (huggingface-cli download {path} "
+        f"--local-dir {Path(path).name}) and give that folder"
+    )
+
+
+def no_folder(path: str) -> str:
+    """Why a path is not a folder, and for a name on the hub the cure."""
+    return ("is a file, not a folder" if Path(path).exists() else "no such folder") + hub_cure(path)
+
+
+def check_is_folder(path: Union[str, Path], flag: str, cure: str) -> None:
+    """Raise a UserError unless there is a folder; `path` as it was given, since a full path hides a name on the hub."""
+    if not Path(path).is_dir():
+        kind = "a file, not a folder" if Path(path).exists() else "not a folder"
+        raise UserError(f"{flag} {path} is {kind}{hub_cure(str(path))}; {cure}")
+
+
+def what_it_holds(path: str) -> str:
+    """What a folder without the right files holds instead, as "; it holds ...", or "" if that is not known."""
+    folder = Path(path)
+    if (folder / "modeling" / "config.json").is_file():
+        return f"; its model is in {folder / 'modeling'}"
+    if (folder / "dataset_info.json").is_file() or any(folder.glob("part-*/dataset_info.json")):
+        return "; it holds prepared data, which --dataset takes"
+    if (folder / "config.json").is_file():
+        return "; it holds a model"
+    if (folder / "tokenizer.model").is_file():
+        return "; it holds a tokenizer without a model, which init_model.py makes one for"
+    if any(folder.glob("*.jsonl*")):
+        return "; it holds jsonl files, which a prepare command takes"
+    return ""

@@ -1,0 +1,68 @@
+"""Ctrl-C while a command starts: no traceback, exit code 130.
+
+A KeyboardInterrupt inside an import leaves libraries half loaded, and some of them swallow it. Nothing is written yet
+at that time, so the process ends at once. Once a command is at work, `errors.one_line_errors` takes over, so that
+`finally` and `with` can remove what is half written.
+"""
+
+# The module `signal` itself imports enum, in which a Ctrl-C would still come too early. This one is built in.
+import _signal as signal
+import os
+import sys
+
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+EXIT_CODE = 130
+
+
+def watch_start() -> None:
+    """Let Ctrl-C end this process at once, if it is one of our commands; a program that imports us is left alone."""
+    if _is_free() and _is_our_command():
+        _set(_leave)
+
+
+def raise_from_now() -> bool:
+    """Let Ctrl-C raise KeyboardInterrupt again; whether `watch_start` had changed that."""
+    return signal.getsignal(signal.SIGINT) is _leave and _set(signal.default_int_handler)
+
+
+def watch_end() -> None:
+    """The same as `watch_start` for the moments in which Python ends, of a process that has watched its start."""
+    if _is_free():
+        _set(_leave)
+
+
+def _is_free() -> bool:
+    """Whether nobody else decides what Ctrl-C does, as `nohup` and a shell's "&" do."""
+    return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _set(handler) -> bool:
+    """Whether it could be set: only a program's first thread may."""
+    try:
+        signal.signal(signal.SIGINT, handler)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_our_command() -> bool:
+    words = sys.orig_argv
+    # What multiprocessing starts: its parent ends it.
+    if "-c" in words:
+        return False
+    if "-m" in words[:-1]:
+        return words[words.index("-m") + 1].partition(".")[0] == os.path.basename(PACKAGE)
+    folder = os.path.dirname(os.path.realpath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
+    return folder == os.path.dirname(PACKAGE) or (folder + os.sep).startswith(PACKAGE + os.sep)
+
+
+def _command() -> str:
+    words = sys.orig_argv
+    return f"python -m {words[words.index('-m') + 1]}" if "-m" in words[:-1] else os.path.basename(sys.argv[0])
+
+
+def _leave(number, frame) -> None:
+    try:
+        os.write(2, f"{_command()}: error: interrupted\n".encode(errors="replace"))
+    finally:
+        os._exit(EXIT_CODE)

@@ -1,0 +1,53 @@
+"""Check the flags and folders of a run once, before a launcher starts a process for each GPU.
+
+    python -m colossal_llama2.train.before_launch --nproc_per_node 8 --hostfile hostfile train.py --pretrained ...
+
+prints nothing and ends with 0, or prints one line and ends with 2, like the run itself, which checks again. It imports
+no torch and writes nothing. The folders are looked at on this host alone.
+"""
+
+import argparse
+from pathlib import Path
+
+from colossal_llama2 import arguments, errors, launcher, logs
+from colossal_llama2.errors import UserError
+
+PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+# More than any job has: what is larger is a mistake.
+MOST_RANKS = 1_000_000
+
+
+def main(argv=None) -> None:
+    """Parse the launcher's flags and those of the script, and check the script's."""
+    own = own_parser().parse_args(argv)
+    with errors.one_line_errors(own.script):
+        launcher.stand_for(world_size(own.nproc_per_node, own.hostfile))
+    args = PARSERS[own.script]().parse_args(own.words)
+    logs.configure_logging()
+    logs.get_logger().disabled = True
+    with errors.one_line_errors(own.script):
+        from colossal_llama2.train.checks import check_inputs
+
+        check_inputs(args)
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """The launcher's flags that decide how many processes there are, and the script; what follows is the script's."""
+    parser = argparse.ArgumentParser(prog="before_launch", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--nproc_per_node", required=True, help="as for colossalai run")
+    parser.add_argument("--hostfile", required=True, help="as for colossalai run")
+    parser.add_argument("script", choices=PARSERS, help="what is going to be launched; its arguments follow")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def world_size(per_host: str, hostfile: str) -> int:
+    """Processes of the job. Raises UserError for a number that is not one."""
+    if not per_host.isdecimal() or not 1 <= int(per_host) <= MOST_RANKS:
+        raise UserError(f"NPROC_PER_NODE is {per_host!r}, the number of GPUs of a host allowed, such as 8")
+    hosts = [line for line in Path(hostfile).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return int(per_host) * max(len(hosts), 1)
+
+
+if __name__ == "__main__":
+    main()
