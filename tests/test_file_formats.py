@@ -236,7 +236,6 @@ def test_files_that_cannot_be_opened_are_skipped_on_request(tokenizer_dir, tmp_p
     "stage, lines, words",
     [
         ("pretrain", [{"messages": [{"role": "user", "content": "q"}]}], "use prepare_sft_dataset.py"),
-        ("pretrain", [{"conversations": []}], "use prepare_sft_dataset.py"),
         ("pretrain", [b"plain text"], "not JSON"),
         ("pretrain", [b"[1]", b"[2]"], "a JSON list given"),
         ("sft", [{"target": "t"}], "use prepare_pretrain_dataset.py"),

@@ -90,7 +90,7 @@ def value(*messages) -> dict:
         ({"messages": [{"from": "human", "content": "a"}, {"role": "gpt", "content": "b"}]}, "as message 1 is"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'without a "text" that is a string'),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1: \"content\" is a JSON int"),
-        ({"messages": [{"role": "user", "content": float("nan")}]}, "message 1: \"content\" is NaN"),
+        ({"messages": [{"role": "user", "content": float("nan")}]}, "message 1 has no text: its \"content\" is NaN"),
         ({"messages": [{"role": 3, "content": "a"}]}, "with two strings"),
         ({"messages": {"role": ["user"], "content": ["a"]}}, '"messages" must be a list'),
         ({"messages": [{"role": "user", "content": "a"}, None]}, "message 2 must be"),
@@ -214,7 +214,7 @@ def test_loss_marks_of_messages_and_records(name):
         assert [turn.mark for turn in of_record] == ([False, False] if mark is False else [None, True])
         alpaca = read_sft_row({**SAME["alpaca"], name: value_}).conversation
         assert [exchange[-1].is_trained for exchange in alpaca.exchanges] == [mark is not False] * 2
-    for value_ in ("0", "false", 0.5, 2, -1, [1], {"a": 1}, float("nan"), ""):
+    for value_ in ("0", "false", 0.5, 2, -1, [1], {"a": 1}, float("inf"), ""):
         mark = {name: value_}
         for row, where in ((talk(answer(**mark)), "message 2"), (talk(answer(), **mark), "the record")):
             with pytest.raises(RowError, match=f'{where} has the loss mark "{name}"') as refusal:

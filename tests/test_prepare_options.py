@@ -279,7 +279,7 @@ BAD_LINES = {
     b'{"target": "a", "m": 1' + b"0" * 400 + b"}": "not JSON",
     b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"target": 2}': "stands there twice",
     b'{"target": ': "not JSON",
-    b'{"target": NaN}': '"target" must be a string, and it is NaN',
+    b'{"target": NaN}': '"target" is missing',
     b'{"m": NaN, "target": "\\ud800"}': "not JSON",
     b'{"target": "\xff"}': "not UTF-8",
     b'{"target": "\\ud800"}': "surrogate",
@@ -429,7 +429,7 @@ def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_p
                                                       {"from": "assistant", "content": f"a {number}"}]}
         for number in range(30)
     ]  # fmt: skip
-    refused = [{"target": 5, "source": "refused"}, {"text": "not a row"}, {"messages": [{"from": "x", "content": "y"}]}]
+    refused = [{"target": 5, "source": "refused"}, {"body": "not a row"}, {"messages": [{"from": "x", "content": "y"}]}]
     samples = {}
     for name, rows in (
         ("plain", plain),

@@ -1,10 +1,10 @@
-"""Which values are as good as absent: what `datasets` fills in where it merges rows that have different fields."""
+"""Which values are as good as absent: what `datasets` and pandas fill in where rows have different fields."""
 
 from typing import Any
 
 
 def is_absent(value: Any) -> bool:
-    """True for null, for an empty list or object, and for one that holds nothing else.
+    """True for null, NaN, an empty list or object, and a list or object that holds nothing else.
 
     >>> is_absent({"name": None, "arguments": []}), is_absent(""), is_absent(0)
     (True, False, False)
@@ -13,4 +13,7 @@ def is_absent(value: Any) -> bool:
         return True
     if isinstance(value, dict):
         return all(map(is_absent, value.values()))
-    return isinstance(value, list) and all(map(is_absent, value))
+    if isinstance(value, list):
+        return all(map(is_absent, value))
+    # NaN alone is unequal to itself.
+    return value != value

@@ -41,7 +41,7 @@ def read_mark(fields: Dict[str, Any], where: str) -> Optional[bool]:
         value = fields[name]
         if name in PART_MARKS:
             raise RowError(f'{where} has "{name}", which masks parts of an answer; mark whole answers', reason=OF_PARTS)
-        # 1.0 and True are equal to 1, NaN is equal to nothing.
+        # 1.0 and True are equal to 1.
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowError(
                 f'{where} has the loss mark "{name}": {value!r:.40}; allowed are 0, 1, true and false; correct the '

@@ -90,7 +90,7 @@ def recognize(row: Dict[str, Any]) -> Recognized:
 
     What a role may be is judged by `conversation.read_conversation`.
     """
-    found = [name for name in (*LISTS, "instruction") if name in row and not _is_missing(row[name])]
+    found = [name for name in (*LISTS, "instruction") if name in row and not is_absent(row[name])]
     if not found:
         raise _no_conversation(row)
     is_alpaca = found[0] == "instruction"
@@ -111,14 +111,9 @@ def recognize(row: Dict[str, Any]) -> Recognized:
     return Recognized(turns, _text(row, "system") or None, form, tuple(notes))
 
 
-def _is_missing(value: Any) -> bool:
-    """Whether it is absent, or the NaN that pandas puts where a row has no such field."""
-    return is_absent(value) or isinstance(value, float) and value != value
-
-
 def _no_conversation(row: Dict[str, Any]) -> RowError:
     """What to say of a record without a conversation: what its fields look like, and the cure."""
-    there = [name for name, value in row.items() if not _is_missing(value)]
+    there = [name for name, value in row.items() if not is_absent(value)]
     missing = '"messages" is missing, and so are "conversations" and "instruction"'
     if "chosen" in there and "rejected" in there:
         return RowError(f'{missing}; "chosen" and "rejected" are of preference data, not read', reason=PREFERENCE_DATA)
@@ -205,11 +200,12 @@ def _joined_parts(parts: Any, role: str, what: str, number: int) -> str:
     if canonical_role(role) in TOOL_ROLES:
         raise RowError(f"{where} is from {role!r:.80}; calls of tools are not read", reason=TOOL_MESSAGE)
     if is_absent(parts):
-        shown = "null" if parts is None else "empty"
+        shown = "null" if parts is None else "NaN" if parts != parts else "empty"
         raise RowError(f'{where} has no text: its "{what}" is {shown}; give a string', reason=NO_TEXT)
     if not isinstance(parts, list):
-        kind = "NaN" if parts != parts else f"a JSON {type(parts).__name__}"
-        raise RowError(f'{where}: "{what}" is {kind}; give a string, or a list of text parts', reason=NOT_A_MESSAGE)
+        kind = type(parts).__name__
+        why = f'{where}: "{what}" is a JSON {kind}; give a string, or a list of text parts'
+        raise RowError(why, reason=NOT_A_MESSAGE)
     return "".join(_text_of_part(part, f'part {place} of {where}\'s "{what}"') for place, part in enumerate(parts, 1))
 
 

@@ -128,7 +128,7 @@ def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
 def _no_target(row: Dict[str, Any], name: str) -> RowError:
     """What to say of a record without text: its fields, and the cure."""
     if not is_absent(row.get(name)):
-        return RowError(f'"{name}" must be a string{_is_nan(row[name])}', reason=NOT_TEXT)
+        return RowError(f'"{name}" must be a string', reason=NOT_TEXT)
     if any(not is_absent(row.get(field)) for field in (*LISTS, "instruction")):
         return RowError(f'"target" is missing; {CONVERSATIONS}', reason=CONVERSATIONS)
     texts = [field for field, value in row.items() if isinstance(value, str) and field not in ("source", "category")]
@@ -175,20 +175,15 @@ def _category(row: Dict[str, Any], *, default: str) -> str:
         return value
     if is_absent(value):
         return default
-    if isinstance(value, (bool, int, float)) and value == value and value not in (float("inf"), float("-inf")):
+    if isinstance(value, (bool, int, float)) and value not in (float("inf"), float("-inf")):
         return json.dumps(value)
-    raise RowError(f'"category" must be a string or a number{_is_nan(value)}', reason=NOT_TEXT)
+    raise RowError('"category" must be a string or a number', reason=NOT_TEXT)
 
 
 def _absent_text(row: Dict[str, Any], name: str) -> str:
     if is_absent(row[name]):
         return ""
-    raise RowError(f'"{name}" must be a string{_is_nan(row[name])}', reason=NOT_TEXT)
-
-
-def _is_nan(value: Any) -> str:
-    """What to add to a message about a value that pandas left in place of a missing one."""
-    return ", and it is NaN; write null where there is none" if value != value else ""
+    raise RowError(f'"{name}" must be a string', reason=NOT_TEXT)
 
 
 def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized]:
