@@ -311,7 +311,7 @@ def test_mistakes_are_one_line(flags, words, tmp_path, tokenizer_dir, monkeypatc
 
 @pytest.mark.parametrize(
     "line, words",
-    [("{", "not JSON"), ('{"text": "a"}', '"target" is missing'), ('{"target": 3}', "must be a string")],
+    [("{", "not JSON"), ('{"body": "a"}', '"target" is missing'), ('{"target": 3}', "must be a string")],
 )
 def test_a_bad_line_is_named(line, words, tmp_path, tokenizer_dir):
     (tmp_path / "a.jsonl").write_text('{"target": "你好"}\n\n' + line + "\n")
