@@ -241,7 +241,7 @@ def test_where_no_row_gives_a_sample_the_reason_and_its_cure_are_told(tokenizer_
     too_long = {"role": "assistant", "content": "word " * 500}
     bad, cut = {"messages": [{"role": "oracle", "content": "a"}]}, {"messages": [opening, question, too_long]}
     for name, row, words in (
-        ("bad", bad, r"1 bad rows skipped, most often \(1\): a message of an unknown role; give folders with usable rec"),
+        ("bad", bad, r"1 bad rows skipped, most often \(1\): a message of an unknown role; give folders"),
         ("cut", cut, "1 dropped: conversations whose first trained answer ends over max_length; give a larger --max_l"),
     ):
         write_lines(tmp_path / name / "rows.jsonl", [row])
