@@ -230,6 +230,10 @@ def test_files_that_cannot_be_opened_are_skipped_on_request(tokenizer_dir, tmp_p
         ("b.jsonl", 0), ("d.json", 0), ("c.json", 0),
     ]  # fmt: skip
     assert written["total"]["documents"] == len(RECORDS)
+    put(tmp_path / "empty", "b.jsonl", b"")
+    with pytest.raises(UserError, match="no file there can be read. The first: .*b.jsonl is empty"):
+        prepared(tmp_path / "empty", tokenizer_dir, tmp_path / "none", on_bad_file="skip")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -272,6 +276,18 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path):
     assert [line.record for line in read(tmp_path)] == [
         {**records[0], "category": "x", **others, "bytes": "text"},
         {**records[1], "n": None, "category": "y", **others, "bytes": {"binary_bytes": 2}},
+    ]
+    # Values that Python has no type for spoil no row that does not need them.
+    columns = {
+        "target": ["a", "b"], "day": pyarrow.array([1, 1 << 30], pyarrow.date32()),
+        "for": pyarrow.array([1, 1 << 62], pyarrow.duration("s")),
+        "at": pyarrow.array([1, 2], pyarrow.timestamp("us", "Nowhere/Else")),
+    }  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), path)
+    unknown_zone = {"unreadable": "timestamp[us, tz=Nowhere/Else]"}
+    assert [line.record for line in read(tmp_path)] == [
+        {"target": "a", "day": "1970-01-02", "for": "0:00:01", "at": unknown_zone},
+        {"target": "b", "day": {"unreadable": "date32[day]"}, "for": {"unreadable": "duration[s]"}, "at": unknown_zone},
     ]
     # Rows before the damage are used.
     table = pyarrow.table({"target": [f"{random.Random(n).random()}" * 20 for n in range(3000)]})

@@ -1,10 +1,13 @@
 """Conversations in every format: recognized row by row, read alike, and every refusal."""
 
+import copy
+
 import pytest
 
 from colossal_llama2.dataset import IGNORE_INDEX, loss_marks
 from colossal_llama2.dataset import conversation as talks
 from colossal_llama2.dataset.conversation import SYSTEM_TEXT, TOOL_MESSAGE, UnknownRole, speakers_of
+from colossal_llama2.dataset.json_stream import BrokenDocumentError
 from colossal_llama2.dataset.message_formats import (
     FORMATS,
     MEDIA_LEFT_OUT,
@@ -234,10 +237,24 @@ def test_marks_that_contradict_or_cover_parts_of_an_answer():
     assert recognize(talk(answer(masked=True, weight=0))).turns[1].mark is False
 
 
+@pytest.mark.parametrize(
+    "error", [RowError("no text", reason="r"), UnknownRole("who?", {"bot": 2}), BrokenDocumentError("cut", line=3)]
+)
+def test_errors_come_back_from_a_worker_as_they_are(error):
+    # By what pickle calls, too.
+    again = copy.copy(error)
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
 def test_what_is_worth_knowing_is_noted():
     row = talk(answer(content="", weight=0), {"role": "user", "content": " \n", "weight": 1}, answer(), tools=CALL)
     assert read_sft_row(row).notes == (
-        TOOLS_LEFT_OUT, talks.EMPTY_ANSWERS, talks.MASKED_BY_MARK, talks.EMPTY_QUESTIONS, talks.MARKED_QUESTIONS
+        TOOLS_LEFT_OUT, talks.EMPTY_ANSWERS, talks.MASKED_BY_MARK, talks.EMPTY_QUESTIONS, talks.MARKED_OTHERS
+    )  # fmt: skip
+    system = {"role": "system", "content": "Be kind.", "train": True}
+    row = {"messages": [system, answer(), system, {"role": "user", "content": "q", "loss": 0}, answer(weight=1)]}
+    assert read_sft_row(row).notes == (
+        talks.MARKED_OTHERS, talks.BEGINS_WITH_ANSWER, talks.MASKED_OPENINGS, talks.MARKED_OTHERS
     )  # fmt: skip
     assert read_sft_row({**SAME["from/value"], "image": "a.png"}).notes == (MEDIA_LEFT_OUT,)
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import prepare
+from colossal_llama2.dataset import prepare, tokenization
 from colossal_llama2.tokenizer import Encoder, parts
 from colossal_llama2.tokenizer.bpe_model import BpeModel, scores_below, with_pieces
 from colossal_llama2.tokenizer.closure import make_plan
@@ -117,13 +118,57 @@ def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp
     assert len(read_jsonl(tmp_path / "1000" / "jsonl")) > 400
 
 
+def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path, monkeypatch):
+    text = "\n\n".join(tiny.english_documents())[:20_000]
+    talks = [
+        [("system", text[:5000]), ("user", text[5000:5100]), ("assistant", text[5100:7000]), ("user", "and?")],
+        [("user", "Hi"), ("assistant", text[:90]), ("user", text[:15000]), ("assistant", "yes"), ("user", text[:30])],
+        [("assistant", text[:3000]), ("user", text[:3000]), ("assistant", text[3000:6000]), ("assistant", "end")],
+        [("user", "Hi"), ("assistant", text)],
+        [("user", "Hi"), ("assistant", "Hello!")],
+    ]
+    rows = [{"messages": [{"role": role, "content": told} for role, told in talk]} for talk in talks]
+    write_lines(tmp_path / "in" / "rows.jsonl", rows)
+    outputs = []
+    for size, much in ((1 << 30, 1 << 30), (1000, 1 << 30), (1 << 30, 100)):
+        monkeypatch.setattr(parts, "PART_CHARACTERS", size)
+        monkeypatch.setattr(tokenization, "MUCH_TEXT", much)
+        out = tmp_path / f"{size} {much}"
+        prepare.prepare_sft(**keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=6000))
+        outputs.append(contents(out))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert sorted(sample["seq_length"] > 500 for sample in read_jsonl(out / "jsonl")) == [False, False, True, True]
+
+
+@pytest.mark.parametrize("message_characters", [1 << 20, 100])
+def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir, monkeypatch):
+    text = "\n\n".join(tiny.english_documents())[: 1 << 20]
+    told = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": part} for number, part in enumerate(["Hi", "Hello!", *told])]
+    row = tokenization.read_sft_row({"messages": messages})
+    encoder = Encoder(tokenizer_dir)
+    encoder.encode_long(text)
+    monkeypatch.setattr(tokenization, "MUCH_TEXT", 1 << 18)
+    tracemalloc.start()
+    try:
+        (tokens,) = tokenization.tokenize_sft([row], encoder=encoder, max_length=1000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert tokens.tokens_in > len(text) // 5 and 0 < len(tokens.input_ids) <= 1000
+    # Four bytes a token, and what a segment takes; as lists, the tokens alone took over 60 bytes each.
+    assert peak < 8 * len(text) + 700 * len(messages)
+
+
 # Prints by how much the peak of the process's memory rises while a file is prepared, in bytes.
 MEASURED = """
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
-from colossal_llama2.dataset import prepare
+from colossal_llama2.dataset import prepare, tokenization
 from tests.preparing import settings
 
 def peak():

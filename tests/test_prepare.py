@@ -236,6 +236,20 @@ def test_refused_before_anything_is_written(tokenizer_dir, tmp_path, name, words
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_where_no_row_gives_a_sample_the_reason_and_its_cure_are_told(tokenizer_dir, tmp_path):
+    opening, question = {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "q"}
+    too_long = {"role": "assistant", "content": "word " * 500}
+    bad, cut = {"messages": [{"role": "oracle", "content": "a"}]}, {"messages": [opening, question, too_long]}
+    for name, row, words in (
+        ("bad", bad, r"1 bad rows skipped, most often \(1\): a message of an unknown role; give folders"),
+        ("cut", cut, "1 dropped: conversations whose first trained answer ends over max_length; give a larger --max_l"),
+    ):
+        write_lines(tmp_path / name / "rows.jsonl", [row])
+        keywords = settings([tmp_path / name], tokenizer_dir, tmp_path / "out", max_length=256, on_bad_row="skip")
+        with pytest.raises(errors.UserError, match=words):
+            prepare.prepare_sft(**keywords)
+
+
 def test_a_lost_token_is_an_error_of_the_run(monkeypatch, tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
     splice = bins.splice

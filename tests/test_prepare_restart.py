@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -335,3 +336,21 @@ def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "limited") == contents(tmp_path / "free")
+
+
+def test_finished_output_of_the_version_before_is_ours_unless_rows_are_read_otherwise_now(tokenizer_dir, tmp_path):
+    """Version 3 reads rows that were bad, and loss marks of conversations."""
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    for name, command, lines in (
+        ("good", prepare.prepare_pretrain, [{"target": "a text"}]),
+        ("bad", prepare.prepare_pretrain, [{"target": "a text"}, {"target": 1}]),
+        ("talk", prepare.prepare_sft, [talk]),
+    ):
+        write_lines(tmp_path / name / "rows.jsonl", lines)
+        output = tmp_path / f"out-{name}"
+        keywords = settings([tmp_path / name], tokenizer_dir, output, max_length=512, on_bad_row="skip")
+        command(**keywords)
+        path = output / "arrow" / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+        with nullcontext() if name == "good" else pytest.raises(UserError, match="it was made by another version"):
+            command(**keywords)

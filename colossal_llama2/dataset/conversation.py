@@ -45,7 +45,7 @@ EMPTY_QUESTIONS = "messages of the human without text"
 BEGINS_WITH_ANSWER = "conversations that begin with the assistant"
 MASKED_OPENINGS = "answers masked because no human message precedes them (--assistant_first mask)"
 MASKED_BY_MARK = "answers masked by a loss mark"
-MARKED_QUESTIONS = "messages of the human that a loss mark trains, which stay masked"
+MARKED_OTHERS = "messages that are no answers but have a loss mark that trains them, which stay masked"
 # Longer names of unknown roles are cut.
 ROLE_CHARACTERS = 40
 
@@ -81,6 +81,9 @@ class UnknownRole(RowError):
     def __init__(self, message: str, roles: Dict[str, int]):
         super().__init__(message, reason=UNKNOWN_ROLE)
         self.roles = roles
+
+    def __reduce__(self):
+        return type(self), (*self.args, self.roles)
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,8 @@ def read_conversation(
             if told_before is not None:
                 message = f"messages {number - 1} and {number} both have the role system; make them one"
                 raise RowError(message, reason=SYSTEM_PLACE)
+            if turn.mark:
+                notes.append(MARKED_OTHERS)
             if number == 1:
                 system_text = turn.text
             else:
@@ -199,7 +204,7 @@ def _message(turn: Turn, speaker: str, system_text: Optional[str], *, masks: boo
     if not turn.text or turn.text.isspace():
         notes.append(EMPTY_ANSWERS if is_answer else EMPTY_QUESTIONS)
     if turn.mark and not is_answer:
-        notes.append(MARKED_QUESTIONS)
+        notes.append(MARKED_OTHERS)
     if not is_answer or not (masks or turn.mark is False):
         return Message(speaker, turn.text, system_text or "")
     notes.append(MASKED_BY_MARK if turn.mark is False else MASKED_OPENINGS)

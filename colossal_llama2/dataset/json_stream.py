@@ -11,6 +11,7 @@ parses it. So a record that is wrong in itself is one bad row, and what breaks t
 """
 
 import re
+from functools import partial
 from typing import List, NamedTuple, NoReturn, Optional
 
 from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter
@@ -46,6 +47,9 @@ class BrokenDocumentError(Exception):
     def __init__(self, problem: str, *, line: int):
         super().__init__(problem)
         self.line = line
+
+    def __reduce__(self):
+        return partial(type(self), line=self.line), self.args
 
 
 class RecordReader:

@@ -132,7 +132,9 @@ def _is_outdated(manifest: Dict[str, Any]) -> bool:
     version = manifest.get("version")
     version = version if isinstance(version, int) else 1
     has_cuts = manifest["eval"] or manifest["total"].get("cut_documents")
-    return version < 2 and bool(has_cuts) or version < 3 and manifest["settings"]["stage"] == "sft"
+    # What was a bad row may be none now.
+    is_read_otherwise = manifest["settings"]["stage"] == "sft" or manifest.get("bad_rows")
+    return version < 2 and bool(has_cuts) or version < 3 and bool(is_read_otherwise)
 
 
 def _check_complete(outputs: Dict[str, str], manifest: Dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 Lists and structs become lists and objects, dates and times their ISO 8601 text, decimals and durations text, NaN null.
 Binary values become text where they are UTF-8, and else an object that says how long they are, which no field that
-holds text takes. A map becomes a list of pairs. The metadata of pandas and of Arrow's extension types is not used.
+holds text takes; so do values that Python has no type for, such as a date after the year 9999. A map becomes a list of
+pairs. The metadata of pandas and of Arrow's extension types is not used.
 """
 
 from typing import Any, Iterator, List, NamedTuple, Optional
@@ -13,6 +14,8 @@ MAGIC = b"PAR1"
 BATCH_BYTES = 8 << 20
 MAX_BATCH_ROWS = 4096
 BUFFER_BYTES = 1 << 20
+# Of text that is not UTF-8, a time zone that is not known here, and dates and durations out of Python's range.
+NO_VALUE = (ValueError, OverflowError)
 
 
 class BrokenParquetError(Exception):
@@ -65,10 +68,21 @@ def _values(batch) -> List[Optional[dict]]:
     """The rows as Python has them, None for one with text that is not UTF-8."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            return [None]
-        return [_values(batch.slice(number, 1))[0] for number in range(batch.num_rows)]
+    except NO_VALUE:
+        return [_row(batch.slice(number, 1)) for number in range(batch.num_rows)]
+
+
+def _row(batch) -> Optional[dict]:
+    """The only row of a batch of which some value cannot be had."""
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            (row[name],) = column.to_pylist()
+        except UnicodeDecodeError:
+            return None
+        except NO_VALUE:
+            row[name] = {"unreadable": str(column.type)}
+    return row
 
 
 def _as_json(value: Any) -> Any:

@@ -105,7 +105,7 @@ def find_inputs(folders: Sequence[str], *, skips_bad_files: bool = False) -> Inp
 
     Raises:
         UserError: a folder is missing, given twice, inside another or without such a file, two files have one name but
-            for the ending, or a file is what `skips_bad_files` passes over.
+            for the ending, or a file, or with `skips_bad_files` each, is empty, unreadable or no file.
     """
     found = Inputs([], [], [])
     try:
@@ -114,6 +114,8 @@ def find_inputs(folders: Sequence[str], *, skips_bad_files: bool = False) -> Inp
     finally:
         _log_left_out(found.left_out)
     _log_surprises(found.files)
+    if not found.files:
+        raise UserError(f"--data_input_dirs: no file there can be read. The first: {found.lost[0].problem}")
     return found
 
 

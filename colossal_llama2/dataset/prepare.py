@@ -39,7 +39,7 @@ from colossal_llama2.dataset.parity import choose_encoder
 from colossal_llama2.dataset.plan import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
 from colossal_llama2.dataset.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.settings import Execution, Settings
-from colossal_llama2.dataset.tokenization import FIRST_EXCHANGE_TOO_LONG, smallest_exchange
+from colossal_llama2.dataset.tokenization import FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG, smallest_exchange
 from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.unknown_tokens import warn_of_unknown
 from colossal_llama2.dataset.workers import task_runner
@@ -307,7 +307,8 @@ class _Run:
         if account.unknown_roles:
             left += f", {_told_roles(account.unknown_roles)}"
         if account.bad_rows:
-            left += f", {account.bad_rows} bad rows skipped"
+            reason, count = next(iter(account.bad_reasons().items()))
+            left += f", {account.bad_rows} bad rows skipped, most often ({count}): {reason}"
         if lost:
             left += f", {len(lost)} files not read to the end, such as {lost[0]}"
         if not pieces:
@@ -318,7 +319,7 @@ class _Run:
 
     def _cure(self, dropped: Mapping[str, Any]) -> str:
         """What to give where no record gave a sample."""
-        if FIRST_EXCHANGE_TOO_LONG not in dropped:
+        if dropped.keys().isdisjoint((FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG)):
             return "give folders with usable records"
         least = smallest_exchange(Encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
         return (

@@ -1,5 +1,7 @@
 """Why a row cannot be used: a reason to count rows by, and a message for its line."""
 
+from functools import partial
+
 
 class RowError(ValueError):
     """A row that cannot be used.
@@ -14,3 +16,7 @@ class RowError(ValueError):
     def __init__(self, message: str, *, reason: str):
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self):
+        # Exceptions are made anew of their `args` alone, and one that cannot be breaks the pool of its worker.
+        return partial(type(self), reason=self.reason), self.args

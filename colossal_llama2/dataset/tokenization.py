@@ -6,7 +6,7 @@ border of the mask. Rows come in batches, because the encoder is fastest that wa
 
 import json
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from colossal_llama2.dataset.settings import Settings
 
+# Characters. A batch of rows has a quarter of them, and one more row.
+MUCH_TEXT = 4 << 20
 NO_CATEGORY_PRETRAIN = "unknown"
 NO_CATEGORY_SFT = "None"
 
@@ -264,13 +266,12 @@ def tokenize_sft(
     later_ids = _encode_each(later_texts, encoder=encoder, dummy_prefix=prefix_after_marks)
     tokenized = []
     for row, plan in zip(rows, plans, strict=True):
-        exchanges = [_assemble(exchange, ids=later_ids, encoder=encoder) for exchange in plan[1:]]
+        exchanges = [[_Encoded(later_ids[segment.text], segment) for segment in exchange] for exchange in plan[1:]]
         opening, *rest = plan[0]
-        input_ids, labels = _assemble(rest, ids=later_ids, encoder=encoder)
-        head = [encoder.bos_id, *first_ids[opening.text]]
-        exchanges.insert(0, (head + input_ids, [IGNORE_INDEX] * len(head) + labels))
+        head = [_Encoded(later_ids[segment.text], segment) for segment in rest]
+        exchanges.insert(0, [_Encoded(first_ids[opening.text], opening), *head])
         is_trained = [exchange[-1].is_trained for exchange in row.conversation.exchanges]
-        tokenized.append(_keep_what_fits(exchanges, is_trained=is_trained, max_length=max_length))
+        tokenized.append(_keep_what_fits(exchanges, is_trained=is_trained, max_length=max_length, encoder=encoder))
     return tokenized
 
 
@@ -289,27 +290,28 @@ def _exchange_segments(conversation: Conversation) -> List[List[Segment]]:
     return [message_segments(group, opening=opening) for group, opening in zip(groups, openings, strict=True)]
 
 
-def _assemble(segments: Sequence[Segment], *, ids: Dict[str, List[int]], encoder) -> Tuple[List[int], List[int]]:
-    """Ids and labels of segments whose texts' ids are given; the mask follows `is_trained`, never the marks."""
-    input_ids: List[int] = []
-    labels: List[int] = []
-    for segment in segments:
-        spoken = ids[segment.text]
-        if segment.is_marked:
-            input_ids.append(encoder.bos_id)
-            labels.append(IGNORE_INDEX)
-            spoken = [*spoken, encoder.eos_id]
-        input_ids += spoken
-        labels += spoken if segment.is_trained else [IGNORE_INDEX] * len(spoken)
-    return input_ids, labels
+class _Encoded(NamedTuple):
+    """The ids of a segment's text, a list or an int32 array."""
+
+    ids: Sequence[int]
+    segment: Segment
+
+    @property
+    def num_tokens(self) -> int:
+        """With the marks around it."""
+        return len(self.ids) + 2 * self.segment.is_marked
 
 
-def _keep_what_fits(exchanges, *, is_trained: Sequence[bool], max_length: int) -> Tokenized:
-    """Join leading exchanges up to `max_length`, if one of them is trained.
+def _keep_what_fits(
+    exchanges: Sequence[Sequence[_Encoded]], *, is_trained: Sequence[bool], max_length: int, encoder
+) -> Tokenized:
+    """Join leading exchanges up to `max_length`, if one of them is trained. No others become lists of tokens.
 
     `is_trained` is of the answers; exchanges beyond their number have none.
     """
-    lengths = [len(input_ids) for input_ids, _ in exchanges]
+    lengths = [sum(encoded.num_tokens for encoded in exchange) for exchange in exchanges]
+    # The <s> in front of everything.
+    lengths[0] += 1
     num_answered = len(is_trained)
     kept = total = 0
     while kept < num_answered and total + lengths[kept] <= max_length:
@@ -323,10 +325,23 @@ def _keep_what_fits(exchanges, *, is_trained: Sequence[bool], max_length: int) -
         LATER_EXCHANGES_TOO_LONG: sum(lengths[kept:num_answered]),
         UNANSWERED: sum(lengths[num_answered:]),
     }
-    input_ids = [token for ids, _ in exchanges[:kept] for token in ids]
-    labels = [label for _, exchange_labels in exchanges[:kept] for label in exchange_labels]
+    input_ids, labels = _joined(chain(*exchanges[:kept]), encoder=encoder)
     drops = tuple(Drop(reason, tokens) for reason, tokens in left_out.items() if tokens)
     return Tokenized(input_ids, labels, everything, drops, kept)
+
+
+def _joined(segments: Iterable[_Encoded], *, encoder) -> Tuple[List[int], List[int]]:
+    """Ids and labels of a conversation's segments; the mask follows `is_trained`, never the marks."""
+    input_ids, labels = [encoder.bos_id], [IGNORE_INDEX]
+    for ids, segment in segments:
+        spoken = ids if isinstance(ids, list) else ids.tolist()
+        if segment.is_marked:
+            input_ids.append(encoder.bos_id)
+            labels.append(IGNORE_INDEX)
+            spoken = [*spoken, encoder.eos_id]
+        input_ids += spoken
+        labels += spoken if segment.is_trained else [IGNORE_INDEX] * len(spoken)
+    return input_ids, labels
 
 
 def _why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
@@ -357,8 +372,14 @@ def decode_trained(labels: Sequence[int], *, encoder) -> List[str]:
     return [decode_marked(list(run), encoder=encoder) for is_trained, run in runs if is_trained]
 
 
-def _encode_each(texts: Iterable[str], *, encoder, dummy_prefix: bool) -> Dict[str, List[int]]:
-    """Text to ids, each distinct text encoded once: names and system texts recur in every conversation."""
+def _encode_each(texts: Iterable[str], *, encoder, dummy_prefix: bool) -> Dict[str, Sequence[int]]:
+    """Text to ids, each distinct text encoded once: names and system texts recur in every conversation.
+
+    Those of a long text are an array, and so are all of a conversation that is far larger than a batch.
+    """
     distinct = [text for text in dict.fromkeys(texts) if text]
-    ids = encoder.encode(distinct, dummy_prefix=dummy_prefix)
-    return {"": [], **dict(zip(distinct, ids, strict=True))}
+    is_much = sum(map(len, distinct)) > MUCH_TEXT
+    others = [text for text in distinct if not (is_much or is_long(text))]
+    ids = dict(zip(others, encoder.encode(others, dummy_prefix=dummy_prefix), strict=True))
+    long = (text for text in distinct if text not in ids)
+    return {"": [], **ids, **{text: encoder.encode_long(text, dummy_prefix=dummy_prefix) for text in long}}
