@@ -43,7 +43,7 @@ def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
     words = list(words[: words.index("--")]) if "--" in words else list(words)
     if "-h" in words or "--help" in words:
         return
-    for before, word in zip(["", *words[:-1]], words, strict=True):
+    for before, word in zip(["", *words], words, strict=False):
         if _is_text(before, parser):
             _check_text(before, word, parser)
         else:
