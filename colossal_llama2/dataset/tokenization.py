@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, 
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.absent import is_absent
+from colossal_llama2.dataset.category_names import NO_CATEGORY_SFT
 from colossal_llama2.dataset.conversation import (
     ROLES,
     Conversation,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from colossal_llama2.dataset.settings import Settings
 
 NO_CATEGORY_PRETRAIN = "unknown"
-NO_CATEGORY_SFT = "None"
 
 NO_ANSWER = "conversations without an answer"
 FIRST_EXCHANGE_TOO_LONG = "conversations whose first exchange is over max_length"
