@@ -278,7 +278,8 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
     title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{plural}"
     draw_categories(bins, folder / CATEGORIES_FILE, title=title)
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
-    yield f"{folder / CATEGORIES_FILE}: documents per category in each of {len(bins):,} bins; from the bottom: {totals}"
+    where = f"each of {len(bins):,} bins" if len(bins) > 1 else "the only bin"
+    yield f"{folder / CATEGORIES_FILE}: documents per category in {where}; from the bottom: {totals}"
 
 
 def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
