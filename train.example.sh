@@ -116,13 +116,13 @@ declare -a arguments=(
     "$@"
 )
 
-# Here and once: a mistake is one line, around which the launcher would put dozens. Other codes than 2 say nothing of the
-# flags, such as that there is no `python`.
+# Here and once: a mistake is one line, around which the launcher would put dozens. From 128 on, a signal ended the check,
+# such as Ctrl-C. Other codes say nothing of the flags, such as that there is no `python`.
 checked=0
 python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" \
     train.py "${arguments[@]}" || checked=$?
-if [[ "$checked" == 2 ]]; then
-    exit 2
+if ((checked == 2 || checked >= 128)); then
+    exit "$checked"
 fi
 mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 

@@ -9,6 +9,7 @@ This module imports little but the standard library, so `--help` is instant.
 import argparse
 import math
 import re
+import shlex
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
@@ -207,7 +208,7 @@ def path_list(text: str) -> List[str]:
     paths = [part.strip() for part in text.split(",")]
     if not all(paths):
         kept = ",".join(filter(None, paths))
-        cure = f"type {kept}" if kept else "give folders as DIR_1,DIR_2,DIR_3"
+        cure = f"type {shlex.quote(kept)}" if kept else "give folders as DIR_1,DIR_2,DIR_3"
         raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; {cure}")
     return paths
 
@@ -238,6 +239,9 @@ def _number_hint(text: str, kind: type, accepts) -> str:
     if re.fullmatch(r"[\d.]+ ?%", plain, re.ASCII):
         plain, divisor = plain.rstrip("% "), 100
     elif re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", plain, re.ASCII):
+        if kind is float:
+            # In some countries a thousand, in others one.
+            return ""
         plain, divisor = plain.replace(",", ""), 1
     elif re.fullmatch(r"\d+,\d+([eE][-+]?\d+)?", plain, re.ASCII):
         plain, divisor = plain.replace(",", "."), 1
@@ -249,7 +253,7 @@ def _number_hint(text: str, kind: type, accepts) -> str:
         return ""
     if not math.isfinite(value) or (kind is int and value != int(value)) or not accepts(kind(value)):
         return ""
-    return f"type {kind(value):g}" if kind is float else f"type {int(value)}"
+    return f"type {value!r}" if kind is float else f"type {int(value)}"
 
 
 def sampling_temperature(text: str) -> float:

@@ -24,9 +24,10 @@ def hub_cure(path: str) -> str:
     )
 
 
-def no_folder(path: str) -> str:
-    """Why a path is not a folder, and for a name on the hub the cure."""
-    return ("is a file, not a folder" if Path(path).exists() else "no such folder") + hub_cure(path)
+def no_folder(path: str, *, may_be_on_hub: bool = True) -> str:
+    """Why a path is not a folder, and for a name on the hub, if what is wanted can be there, the cure."""
+    reason = "is a file, not a folder" if Path(path).exists() else "no such folder"
+    return reason + (hub_cure(path) if may_be_on_hub else "")
 
 
 def check_is_folder(path: Union[str, Path], flag: str, cure: str) -> None:

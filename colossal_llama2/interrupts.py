@@ -11,6 +11,16 @@ import os
 import sys
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# The commands beside the package. A program of somebody else's may lie there, too.
+SCRIPTS = (
+    "inference_example.py",
+    "init_model.py",
+    "init_tokenizer.py",
+    "prepare_pretrain_dataset.py",
+    "prepare_sft_dataset.py",
+    "train.py",
+    "train_sft.py",
+)
 EXIT_CODE = 130
 
 
@@ -27,7 +37,13 @@ def raise_from_now() -> bool:
 
 def watch_end() -> None:
     """The same as `watch_start` for the moments in which Python ends, of a process that has watched its start."""
+    from contextlib import suppress
+
     if _is_free():
+        # `_leave` would lose what is printed and not yet written.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         _set(_leave)
 
 
@@ -52,8 +68,8 @@ def _is_our_command() -> bool:
         return False
     if "-m" in words[:-1]:
         return words[words.index("-m") + 1].partition(".")[0] == os.path.basename(PACKAGE)
-    folder = os.path.dirname(os.path.realpath(sys.argv[0])) if sys.argv and sys.argv[0] else ""
-    return folder == os.path.dirname(PACKAGE) or (folder + os.sep).startswith(PACKAGE + os.sep)
+    folder, name = os.path.split(os.path.realpath(sys.argv[0])) if sys.argv and sys.argv[0] else ("", "")
+    return (folder == os.path.dirname(PACKAGE) and name in SCRIPTS) or (folder + os.sep).startswith(PACKAGE + os.sep)
 
 
 def _command() -> str:
@@ -63,6 +79,8 @@ def _command() -> str:
 
 def _leave(number, frame) -> None:
     try:
-        os.write(2, f"{_command()}: error: interrupted\n".encode(errors="replace"))
+        # Of a launched job one process of each host says so.
+        if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"{_command()}: error: interrupted\n".encode(errors="replace"))
     finally:
         os._exit(EXIT_CODE)

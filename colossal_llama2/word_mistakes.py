@@ -15,10 +15,13 @@ from colossal_llama2 import flag_names
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 QUOTES = "\u201c\u201d\u201e\u201f\u2018\u2019\u201a\u201b\u00ab\u00bb\u300c\u300d\uff02\uff07"
+WIDE_COMMAS = re.compile("[\uff0c\u3001\u060c]")
 ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 NOTHING = ("none", "null", "nil")
 # What a shell takes for "this line goes on": Windows' cmd and PowerShell.
 CONTINUATIONS = {"^": "Windows' cmd", "`": "PowerShell"}
+# What argparse takes for a value, and what else is a number.
+PLAIN_NUMBER = re.compile(r"-(\d+|\d*\.\d+)")
 NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan", re.ASCII | re.IGNORECASE)
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/].*|\\\\.+|\.{1,2}\\.*")
 
@@ -40,15 +43,21 @@ def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
     words = list(words[: words.index("--")]) if "--" in words else list(words)
     if "-h" in words or "--help" in words:
         return
-    for word in words:
-        _check_word(word, parser)
+    for before, word in zip(["", *words], words, strict=False):
+        if _is_text(before, parser):
+            _check_text(before, word, parser)
+        else:
+            _check_word(word, parser)
+    # Words that stand by themselves may also follow the value of a flag.
+    free = sum(not action.option_strings for action in parser._actions)
     for given in split(words, parser):
         if given.action is None:
-            _check_no_words(given, parser)
+            _check_no_words(given, free, parser)
+            free -= len(given.words)
         elif given.action.nargs == 0:
             _check_switch(given)
         else:
-            _check_values(given)
+            free -= _check_values(given, free)
 
 
 def split(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[Given]:
@@ -95,6 +104,19 @@ def is_path(action: argparse.Action) -> bool:
 # One word by itself.
 
 
+def _is_text(flag: str, parser: argparse.ArgumentParser) -> bool:
+    """Whether any word behind a flag is its value, however it looks."""
+    action = parser._option_string_actions.get(flag)
+    return action is not None and action.metavar == "TEXT"
+
+
+def _check_text(flag: str, word: str, parser: argparse.ArgumentParser) -> None:
+    """A text. Argparse takes one word with a hyphen before it for a flag, unless it is a number."""
+    is_flag = word.partition("=")[0] in parser._option_string_actions
+    if word[:1] == "-" and len(word) > 1 and " " not in word and not is_flag and not PLAIN_NUMBER.fullmatch(word):
+        raise ValueError(f"{flag}: a text that begins with a hyphen is given as {shlex.quote(f'{flag}={word}')}")
+
+
 def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
     if word.endswith("\r"):
         raise ValueError(
@@ -105,7 +127,8 @@ def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"{word} continues a line in {CONTINUATIONS[word]} alone; elsewhere end the line with \\")
     flag = word.partition("=")[0]
     plain = "--" + flag.lstrip(DASHES + "-")
-    if flag[:1] in DASHES and (plain in parser._option_string_actions or re.fullmatch(r"\W+[a-z]+(_[a-z]+)+", flag)):
+    is_dashed = flag != "" and flag[0] in DASHES and not os.path.exists(word)
+    if is_dashed and (plain in parser._option_string_actions or re.fullmatch(r"\W+[a-z]+(_[a-z]+)+", flag)):
         raise ValueError(
             f"{flag} begins with U+{ord(flag[0]):04X}, a dash that web pages put for two hyphens; type {plain}"
         )
@@ -120,10 +143,9 @@ def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
 # Words that no flag takes.
 
 
-def _check_no_words(given: Given, parser: argparse.ArgumentParser) -> None:
-    """Words before the first flag; some commands take one there."""
-    takes = sum(not action.option_strings for action in parser._actions)
-    for word in given.words[takes:]:
+def _check_no_words(given: Given, free: int, parser: argparse.ArgumentParser) -> None:
+    """Words before the first flag; the command takes `free` of them."""
+    for word in given.words[free:]:
         name, sign, value = word.partition("=")
         flag = f"--{name}"
         if flag in parser._option_string_actions:
@@ -140,7 +162,8 @@ def _check_switch(given: Given) -> None:
         raise ValueError(f"{given.flag} takes no value, {values[0]!r} given; {cure}")
 
 
-def _check_values(given: Given) -> None:
+def _check_values(given: Given, free: int) -> int:
+    """The values of a flag, behind which as many as `free` words may stand by themselves; returns how many do."""
     flag, action = given.flag, given.action
     words = given.words if given.attached is None else [given.attached, *given.words]
     if not words:
@@ -151,11 +174,12 @@ def _check_values(given: Given) -> None:
         raise ValueError(f"{flag} and = have a space between them; type {shlex.join([flag, *words[1:]])}")
     if words[0].startswith("=") and given.attached is None and not is_text:
         raise ValueError(f"{flag} and = have a space between them; type {flag}{words[0]}")
-    if action.nargs != "+" and len(words) > 1:
+    stray = len(words) - 1 if action.nargs != "+" else 0
+    if stray > max(free, 0):
         raise ValueError(_too_many(given, words))
     if is_text:
-        return
-    for word in words:
+        return stray
+    for word in words[: len(words) - stray]:
         if not word.strip():
             raise ValueError(
                 f"{flag} has an empty value; check that the shell variable behind it is set, and that no space follows "
@@ -164,10 +188,13 @@ def _check_values(given: Given) -> None:
         if action.option_strings and word.startswith("-") and given.attached is None:
             _check_dash(given, word)
         _check_value(given, word)
+    return stray
 
 
 def _check_dash(given: Given, word: str) -> None:
     """Argparse takes a value that begins with a hyphen for a flag, unless it is a plain number."""
+    if PLAIN_NUMBER.fullmatch(word):
+        return
     if NUMBER.fullmatch(word) and given.action.type is not None:
         try:
             given.action.type(word)
@@ -223,6 +250,10 @@ def _check_value(given: Given, word: str) -> None:
         raise ValueError(f"{flag} {word} holds quotes that no shell took away; leave one pair of quotes out")
     if WINDOWS_PATH.fullmatch(word):
         raise ValueError(f"{flag} {word} is a path of Windows; give one of this system, such as /mnt/c/folder")
+    if takes_commas(action) and WIDE_COMMAS.search(word):
+        raise ValueError(
+            f"{flag} {word} has commas of another script; type {flag} {shlex.quote(WIDE_COMMAS.sub(',', word))}"
+        )
     if action.nargs == "+":
         _check_list(given, word)
     for part in word.split(",") if takes_commas(action) else [word]:
@@ -230,9 +261,10 @@ def _check_value(given: Given, word: str) -> None:
 
 
 def _check_path(flag: str, path: str, *, in_list: bool) -> None:
-    if path.startswith("~") and not os.path.exists(path):
+    full = os.path.expanduser(path)
+    # Of a user who does not exist, it is a name like any other.
+    if full != path and not os.path.exists(path):
         where = "behind a comma" if in_list else "behind ="
-        full = os.path.expanduser(path)
         raise ValueError(f"{flag}: the shell does not replace ~ {where} or in quotes; give {path} as {full}")
     if re.match(r"\$\{?\w", path):
         raise ValueError(f"{flag} {path} is a variable that the shell did not replace; use double quotes, or none")
@@ -245,6 +277,9 @@ def _check_list(given: Given, word: str) -> None:
     if os.path.exists(word.partition("=")[2]):
         return
     parts = [part for part in re.split(r"[,;]\s*", word) if part]
+    # A name may hold a comma.
+    if "=" in str(given.action.metavar) and not all("=" in part for part in parts):
+        return
     if len(parts) > 1 or word.endswith(","):
         raise ValueError(f"{given.flag} takes its values with spaces and no commas; type {given.flag} {_joined(parts)}")
     parts = word.split()

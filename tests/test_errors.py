@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import launcher
+from colossal_llama2 import interrupts, launcher
 from colossal_llama2.errors import RunError, UserError, one_line_errors
 from colossal_llama2.launcher import Place
 
@@ -164,3 +164,18 @@ def test_ctrl_c_while_a_command_starts_is_one_line(program, tmp_path):
     )  # fmt: skip
     assert process.returncode == 130
     assert process.stderr == f"{'python ' if program.startswith('-m') else ''}{program}: error: interrupted\n"
+
+
+def test_ctrl_c_is_left_alone_in_programs_of_others(tmp_path):
+    """Even in one that lies beside the package: its `finally` must run."""
+    assert set(interrupts.SCRIPTS) == {path.name for path in ROOT.glob("*.py")}
+    (tmp_path / "colossal_llama2").symlink_to(ROOT / "colossal_llama2")
+    program = tmp_path / "own.py"
+    program.write_text("import signal\nimport colossal_llama2\nprint(signal.getsignal(signal.SIGINT).__name__)\n")
+    names = {}
+    for name in ("own.py", "train.py"):
+        program = program.rename(tmp_path / name)
+        # The package's folder is where its own file says, not where the link points.
+        process = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=30)
+        names[name] = process.stdout.strip()
+    assert names == {"own.py": "default_int_handler", "train.py": "_leave"}

@@ -167,6 +167,16 @@ def test_a_mistake_is_one_line_before_anything_is_launched(name, workplace):
 
 
 @NAMES
+@pytest.mark.parametrize("code, launched", [(0, True), (127, True), (130, False), (143, False)])
+def test_an_interrupted_check_launches_nothing(name, code, launched, workplace):
+    (workplace.parent / "bin" / "python").write_text(f"#!/bin/sh\nexit {code}\n")
+    (workplace / "hostfile").write_text("localhost\n")
+    process = run(workplace / f"{name}.sh")
+    assert process.returncode == (0 if launched else code)
+    assert (process.stdout != "") is launched and (workplace / "runs").exists() is launched
+
+
+@NAMES
 def test_a_failing_launch_fails_the_script(name, workplace):
     (workplace.parent / "bin" / "colossalai").write_text("#!/bin/sh\nexit 3\n")
     assert run(workplace / f"{name}.sh").returncode == 3

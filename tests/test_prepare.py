@@ -192,6 +192,8 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
     """Change `keywords` or the files so that the command must refuse."""
     if name == "missing input":
         keywords["data_input_dirs"].append(str(folder / "nowhere"))
+    elif name == "a file as input":
+        keywords["data_input_dirs"] = [str(folder / "in" / "rows.jsonl")]
     elif name == "input twice":
         keywords["data_input_dirs"].append(str(folder / "in" / ".." / "in"))
     elif name == "no jsonl":
@@ -215,6 +217,7 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
     "name, words",
     [
         ("missing input", ["nowhere is not a folder"]),
+        ("a file as input", ["rows.jsonl is a file", "give a folder that holds what is to be read, ", "/in"]),
         ("input twice", ["given twice"]),
         ("no jsonl", ["empty has no data file"]),
         ("no rows", ["nothing to prepare", "0 records give 0 pieces"]),

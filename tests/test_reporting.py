@@ -27,7 +27,7 @@ from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checks, loss_plot, model_card, run_report, train_log
 from colossal_llama2.train.loop import StepResult, StepTotals
 from colossal_llama2.train.metrics import TensorBoardWriter
-from colossal_llama2.train.reporting import Reporter
+from colossal_llama2.train.reporting import Reporter, scalars
 from tests import launching, tiny
 
 LENGTH, STEPS, BATCH = 64, 4, 4
@@ -178,6 +178,13 @@ def test_log_and_tensorboard_say_the_same(jobs):
     assert set(found) >= {f"Seconds/{part}" for part in [*parts, "save"]} | {"MFU", "Padding Share", "Memory in Bytes"}
 
 
+def test_documents_without_a_category_have_no_category_called_none():
+    record = {"loss_by_source": {"None": 1.0}, "loss_by_category": {"None": 2.0, "web": 3.0}}
+    assert scalars(record) == {
+        "Loss by Source/None": 1.0, "Loss by Category/no category": 2.0, "Loss by Category/web": 3.0
+    }  # fmt: skip
+
+
 def test_a_resumed_run_shows_one_whole_curve(jobs):
     """The first run took all steps; lines after the resumed one were cut away. A new folder begins with a copy."""
     for home in ("zero2", "elsewhere"):
@@ -268,7 +275,7 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     settings.update(eval_interval=5, forgetting_alarm=None, save_interval=3)
     text = model_card.render(
         settings=settings, base_model=model_card.base_model(str(tmp_path)), sources=["fr", "x.y"],
-        amounts=[Amount("b|d", "x", 2, 30)], records=records, tokens_seen=30,
+        amounts=[Amount("b|d", "x", 2, 20), Amount("b|d", "None", 1, 10)], records=records, tokens_seen=30,
         read=[SourceRead("zh", 9, 18, 2400), SourceRead("b", 4, 3, 600)],
     )  # fmt: skip
     assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
@@ -279,7 +286,8 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end", "eval_interval")
     assert told == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
-    assert "| b\\|d | x | 2 | 30 | 100.0% |" in text and "mean of the last 1 steps | 10.0000 |" in text
+    assert "| b\\|d | x | 2 | 20 | 66.7% |\n| b\\|d | no category | 1 | 10 | 33.3% |" in text
+    assert "mean of the last 1 steps | 10.0000 |" in text
 
 
 def test_a_checkpoint_s_model_is_called_after_what_its_run_began_with(jobs, tmp_path):

@@ -81,6 +81,9 @@ def test_every_mistake_is_told_at_once(tmp_path):
     assert "not a prepared part-* folder" in told[1] and "prepare_pretrain_dataset.py" in told[1]
     assert "part-00000 in it is no whole part-* folder" in told[2]
     assert "--dataset zh=nowhere: no such folder" in told[3] and "NAME=PATH" in told[3]
+    with pytest.raises(UserError, match="^--dataset arrow/part-00000: no such folder; give part-"):
+        # One "/" alone makes it no name on a hub, which has no prepared data.
+        resolve_parts(["arrow/part-00000"])
     with pytest.raises(UserError, match="^--eval_dataset en nowhere: no such folder"):
         load_tokenized_dataset(["nowhere"], flag="--eval_dataset en")
 

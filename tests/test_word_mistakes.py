@@ -78,6 +78,13 @@ MISTAKES = [
     ("train", "--Save-Dir x", "did you mean --save_dir?"),
     ("train_sft", "--use_nefft", "did you mean --use_neft?"),
     ("inference", "--input_txt two words", "quote a value that has spaces: --input_txt 'two words'"),
+    ("train", "--mixture zh=0.5,", "type --mixture zh=0.5"),
+    ("train", "--lr 0,12345678", "type 0.12345678"),
+    ("prepare_sft", "--data_input_dirs a，b", "type --data_input_dirs a,b"),
+    ("prepare_sft", "--data_input_dirs 'my data,,b'", "type 'my data,b'"),
+    ("inference", "--input_txt -hello", "a text that begins with a hyphen is given as --input_txt=-hello"),
+    ("inference", "--input_txt '--what?'", "is given as '--input_txt=--what?'"),
+    ("inference", "--input_txt --temperature 1", "--input_txt needs a value"),
     ("inference", "--temperature 0", "give --do_sample False"),
     ("inference", "--temperature 0.0", "give --do_sample False"),
     ("inference", "--top_k -1", "as large as the vocabulary"),
@@ -117,15 +124,45 @@ def test_no_switch_takes_a_value_and_each_flag_asks_for_its_own(command, capsys)
         ("--input_txt=-5", "input_txt", "-5"),
         ("--input_txt ''", "input_txt", ""),
         ("--input_txt 'C:\\x'", "input_txt", "C:\\x"),
+        ("--input_txt –snake_case", "input_txt", "–snake_case"),
+        ("--input_txt ^", "input_txt", "^"),
+        ("--input_txt '`'", "input_txt", "`"),
+        ("--input_txt 'a line\r'", "input_txt", "a line\r"),
+        ("--input_txt '- a list'", "input_txt", "- a list"),
+        ("--input_txt '--what is this'", "input_txt", "--what is this"),
+        ("--input_txt=--lr", "input_txt", "--lr"),
     ],
 )
 def test_every_text_is_a_prompt(words, name, value):
     assert getattr(arguments.inference_parser().parse_args(shlex.split(words)), name) == value
 
 
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        ("--save_dir -5", "save_dir", "-5"),
+        ("--save_dir ~nobody-of-this-name", "save_dir", "~nobody-of-this-name"),
+        ("--save_dir \"it's here\"", "save_dir", "it's here"),
+        ("--save_dir 输出/ü", "save_dir", "输出/ü"),
+        ("--mixture a,b=0.5 c=1", "mixture", ["a,b=0.5", "c=1"]),
+    ],
+)
+def test_unusual_names_are_taken(words, name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = shlex.split(f"{NEEDED['train']} {words}")
+    assert getattr(arguments.train_parser().parse_args(given), name) == value
+
+
+def test_a_word_by_itself_may_follow_a_flag_with_its_value(capsys):
+    parser = arguments.inspect_data_parser
+    for words in ("--tokenizer_dir t part", "--tokenizer_dir=t part", "part --tokenizer_dir t"):
+        assert parser().parse_args(words.split()).part == "part"
+    assert "unexpected b; --tokenizer_dir takes one" in error_of(parser, "a --tokenizer_dir t b".split(), capsys)
+
+
 def test_what_exists_is_never_called_a_mistake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = ["None", "~", "a,b", "“x”", "$HOME", "c d", " e"]
+    names = ["None", "~", "a,b", "“x”", "–snake_case", "$HOME", "c d", " e"]
     for name in names:
         (tmp_path / name).mkdir()
     args = arguments.train_parser().parse_args(["--pretrained", "None", "--dataset", *names, "--save_dir", "c d"])

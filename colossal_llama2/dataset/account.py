@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
+from colossal_llama2.dataset.category_names import category_name
 from colossal_llama2.errors import RunError
 from colossal_llama2.terminal_text import terminal_width, visible_line
 
@@ -226,9 +227,7 @@ def tables(manifest: Mapping[str, Any]) -> str:
     """The account in a manifest (see `manifest`) as aligned lines: by file, by category, and in all."""
     inputs, categories = manifest["inputs"], manifest["categories"]
     by_file = {entry["path"]: Tally.from_json(entry) for entry in inputs if "documents" in entry}
-    # The word of the original for fine-tuning data without a category.
-    shown = {"None": "no category"}
-    by_category = {shown.get(name, name): Tally.from_json(entry) for name, entry in categories.items()}
+    by_category = {category_name(name): Tally.from_json(entry) for name, entry in categories.items()}
     parts = [_breakdown("file", by_file), _breakdown("category", by_category), _aligned(_summary(manifest))]
     return "\n\n".join(parts)
 

@@ -15,9 +15,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.category_names import NO_CATEGORY, category_name
 from colossal_llama2.dataset.manifest_table import manifest_lines
 from colossal_llama2.dataset.output import MANIFEST_FILE
-from colossal_llama2.dataset.tokenization import NO_CATEGORY_SFT
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
 from colossal_llama2.output_paths import check_output_file
@@ -27,7 +27,6 @@ from colossal_llama2.tokenizer import Encoder, fingerprint
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
-NO_CATEGORY = "no category"
 CATEGORY_COLUMNS = ("document_categories", "seq_category")
 BORDER_COLUMN = "sequence_lengths"
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
@@ -151,11 +150,6 @@ def count_categories(dataset) -> Optional[Counter]:
         for entry in values.value_counts().to_pylist():
             counts[category_name(entry["values"])] += entry["counts"]
     return counts
-
-
-def category_name(category: Optional[str]) -> str:
-    """A category as it is shown. Fine-tuning data without one holds the word that the original wrote, "None"."""
-    return NO_CATEGORY if category in (None, NO_CATEGORY_SFT) else str(category)
 
 
 def documents_of(row: Dict[str, Any], *, encoder, where: str) -> List[Document]:
@@ -284,7 +278,8 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
     title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{plural}"
     draw_categories(bins, folder / CATEGORIES_FILE, title=title)
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
-    yield f"{folder / CATEGORIES_FILE}: documents per category in each of {len(bins):,} bins; from the bottom: {totals}"
+    where = f"each of {len(bins):,} bins" if len(bins) > 1 else "the only bin"
+    yield f"{folder / CATEGORIES_FILE}: documents per category in {where}; from the bottom: {totals}"
 
 
 def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:

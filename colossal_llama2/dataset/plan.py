@@ -123,6 +123,11 @@ def _apart(folders: Sequence[str]) -> Iterator[str]:
     """The folders, each checked to be one, and apart from those before it."""
     resolved: List[Path] = []
     for folder in folders:
+        if Path(folder).is_file():
+            raise UserError(
+                f"--data_input_dirs: {folder} is a file, and all data files of a folder are read; give a folder that "
+                f"holds what is to be read{_sole_file_cure(Path(folder))}"
+            )
         if not Path(folder).is_dir():
             raise UserError(f"--data_input_dirs: {folder} is not a folder; give folders with data files inside")
         place = Path(folder).resolve()
@@ -133,6 +138,11 @@ def _apart(folders: Sequence[str]) -> Iterator[str]:
                 raise UserError(f"--data_input_dirs: of {given} and {folder} one is inside the other; name them apart")
         resolved.append(place)
         yield folder
+
+
+def _sole_file_cure(path: Path) -> str:
+    """For a file that is all that its folder holds, that folder."""
+    return f", {path.parent}" if list(path.parent.iterdir()) == [path] else ""
 
 
 def _add_folder(found: Inputs, folder: str, source: str, *, skips_bad_files: bool) -> None:

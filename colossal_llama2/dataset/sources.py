@@ -121,8 +121,8 @@ def _parts_of(word: str, flag: str) -> List[_Found]:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
-            f"{flag} {word}: {no_folder(path)}; give part-* folders of --data_arrow_output_dir, or all of it, "
-            f"as PATH or NAME=PATH"
+            f"{flag} {word}: {no_folder(path, may_be_on_hub=False)}; give part-* folders of --data_arrow_output_dir, "
+            f"or all of it, as PATH or NAME=PATH"
         )
     inside = [] if is_part(folder) else _parts_inside(folder)
     if not inside and not is_part(folder):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, 
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.absent import is_absent
+from colossal_llama2.dataset.category_names import NO_CATEGORY_SFT
 from colossal_llama2.dataset.conversation import (
     ROLES,
     Conversation,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 # Characters. A batch of rows has a quarter of them, and one more row.
 MUCH_TEXT = 4 << 20
 NO_CATEGORY_PRETRAIN = "unknown"
-NO_CATEGORY_SFT = "None"
 
 NO_ANSWER = "conversations without an answer"
 FIRST_EXCHANGE_TOO_LONG = "conversations whose first exchange is over max_length"

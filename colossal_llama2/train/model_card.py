@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from colossal_llama2 import json_input
+from colossal_llama2.dataset.category_names import category_name
 from colossal_llama2.dataset.groups import Amount
 from colossal_llama2.dataset.measuring import SourceRead
 from colossal_llama2.model.training_history import is_name, name_of, named_by_card, read_history
@@ -261,7 +262,13 @@ def _amounts(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
         return ""
     total = sum(amount.tokens for amount in amounts)
     rows = [
-        [amount.source, amount.category, f"{amount.pieces:,}", f"{amount.tokens:,}", f"{amount.tokens / total:.1%}"]
+        [
+            amount.source,
+            category_name(amount.category),
+            f"{amount.pieces:,}",
+            f"{amount.tokens:,}",
+            f"{amount.tokens / total:.1%}",
+        ]
         for amount in amounts
     ]
     rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])

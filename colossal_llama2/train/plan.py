@@ -27,6 +27,7 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.buckets import Buckets, MeasuredPart, make_buckets
+from colossal_llama2.dataset.category_names import category_name
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.dataset.measuring import category_tokens
 from colossal_llama2.dataset.sources import Data
@@ -376,7 +377,7 @@ def _bucket_rows(content: Dict[str, Any]) -> List[List[str]]:
 def _category_rows(content: Dict[str, Any]) -> List[List[str]]:
     rows = [["category", "tokens", "share"]]
     for name, total in content["categories"].items():
-        rows.append([visible_line(name), f"{total['tokens']:,}", f"{total['share']:.1%}"])
+        rows.append([visible_line(category_name(name)), f"{total['tokens']:,}", f"{total['share']:.1%}"])
     if len(rows) > MAX_ROWS + 1:
         more = len(rows) - MAX_ROWS - 1
         rows = [*rows[: MAX_ROWS + 1], [f"... {more:,} more"]]

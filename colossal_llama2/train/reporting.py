@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from colossal_llama2 import logs
+from colossal_llama2.dataset.category_names import category_name
 from colossal_llama2.dataset.groups import MAX_GROUPS, Amount, Groups, by_name
 from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.train import run_outputs, train_log
@@ -172,7 +173,8 @@ def scalars(record: Dict[str, Any]) -> Dict[str, float]:
     """The figures of a step's line as TensorBoard names them."""
     figures = {SCALARS[key]: record[key] for key in SCALARS if record.get(key) is not None}
     for key, family in FAMILIES.items():
-        figures.update({f"{family}/{name}": value for name, value in record.get(key, {}).items()})
+        shown_as = category_name if key == "loss_by_category" else str
+        figures.update({f"{family}/{shown_as(name)}": value for name, value in record.get(key, {}).items()})
     return figures
 
 
