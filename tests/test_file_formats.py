@@ -18,6 +18,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from colossal_llama2.dataset import decompression, plan, prepare, rows
+from colossal_llama2.dataset.parquet_rows import read_parquet
 from colossal_llama2.dataset.plan import Span, find_inputs
 from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.errors import RunError, UserError
@@ -297,6 +298,22 @@ def test_a_row_is_as_long_as_a_line_may_be(tmp_path, monkeypatch):
 
 
 # In a process of its own: it must not even import what it names.
+def test_times_that_python_cannot_hold_are_numbers_in_parquet(tmp_path):
+    late = 2**62
+    columns = {
+        "target": ["a"],
+        "late": pyarrow.array([late], pyarrow.timestamp("us")),
+        "unknown": pyarrow.array([1], pyarrow.timestamp("us", "Mars/Olympus")),
+        "nested": pyarrow.array([[{"at": late}]], pyarrow.list_(pyarrow.struct([("at", pyarrow.timestamp("ms"))]))),
+        "day": pyarrow.array([2**31 - 1], pyarrow.date32()),
+        "long": pyarrow.array([late], pyarrow.duration("us")),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    (row,) = read_parquet(str(tmp_path / "a.parquet"))
+    numbers = {"late": late, "unknown": 1, "nested": [{"at": late}], "day": 2**31 - 1, "long": late}
+    assert json.loads(row.content) == {"target": "a", **numbers}
+
+
 OPEN_PARQUET = """
 import sys
 from colossal_llama2.dataset.parquet_rows import read_parquet

@@ -1,6 +1,8 @@
 """The rows of a Parquet file as the records that the same data has as jsonl, some at a time, and without running code.
 
 Lists and structs become lists and objects, dates and times their ISO 8601 text, decimals and durations text, NaN null.
+Dates and times that Python cannot hold, after the year 9999 or in an unknown time zone, make those of the rows that are
+read together the numbers that the file holds.
 Binary values become text where they are UTF-8, and else an object that says how long they are, which no field that
 holds text takes. A map becomes a list of pairs. The metadata of pandas and of Arrow's extension types is not used.
 """
@@ -45,7 +47,7 @@ def read_parquet(path: str) -> Iterator[ParquetRow]:
                 for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
                     yield from _rows_of(batch)
     # pyarrow's own errors are of these kinds.
-    except (OSError, ValueError, NotImplementedError, KeyError, TypeError) as error:
+    except (OSError, ValueError, NotImplementedError, KeyError, TypeError, OverflowError) as error:
         raise BrokenParquetError(f"the Parquet file is cut short or damaged ({str(error).splitlines()[0]:.200})")
 
 
@@ -69,6 +71,33 @@ def _values(batch) -> List[Optional[dict]]:
         if batch.num_rows == 1:
             return [None]
         return [_values(batch.slice(number, 1))[0] for number in range(batch.num_rows)]
+    except (OverflowError, ValueError, KeyError):
+        schema = _with_times_as_numbers(batch.schema)
+        if schema == batch.schema:
+            raise
+        return _values(batch.cast(schema))
+
+
+def _with_times_as_numbers(schema):
+    import pyarrow
+
+    return pyarrow.schema([field.with_type(_times_as_numbers(field.type)) for field in schema])
+
+
+def _times_as_numbers(kind):
+    """A type of Arrow with whole numbers for the dates, times and durations in it."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_temporal(kind):
+        return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
+    if types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_times_as_numbers(field.type)) for field in kind])
+    if types.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_times_as_numbers(kind.value_type)))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_times_as_numbers(kind.value_type)))
+    return kind
 
 
 def _as_json(value: Any) -> Any:
