@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2 import json_input
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.dataset.row_errors import RowError, json_type
 from colossal_llama2.errors import UserError
 from colossal_llama2.input_files import check_regular, is_regular
 from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
@@ -94,8 +94,7 @@ def parse_object(line: bytes, unit: str = "line", *, allows_nan: bool = False) -
         reason, why = _why_not_json(line, error, unit)
         raise RowError(f"{why}; each {unit} must be one JSON object in UTF-8", reason=reason)
     if not isinstance(record, dict):
-        given = type(record).__name__
-        raise RowError(f"a JSON {given} given; each {unit} must be one JSON object", reason="not a JSON object")
+        raise RowError(f"{json_type(record)} given; each {unit} must be one JSON object", reason="not a JSON object")
     return record
 
 

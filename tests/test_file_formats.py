@@ -18,6 +18,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from colossal_llama2.dataset import decompression, plan, prepare, rows
+from colossal_llama2.dataset.parquet_rows import read_parquet
 from colossal_llama2.dataset.plan import Span, find_inputs
 from colossal_llama2.dataset.rows import SpanReader
 from colossal_llama2.errors import RunError, UserError
@@ -177,6 +178,10 @@ def test_copies_in_any_form_are_refused(other, tmp_path):
         (gzip.compress(b"a".ljust(257, b"\0") + b"ustar\x0000" + LINES), "a tar archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         (b"PAR1" + LINES, "Parquet file is cut short or damaged"),
+        (lzma.compress(LINES, format=lzma.FORMAT_ALONE), "binary data, or text that is not UTF-8"),
+        (lzma.compress(LINES)[:3], "binary data, or text that is not UTF-8"),
+        (bytes(5000), "binary data"),
+        ("你好\n".encode("gbk") * 90, "binary data, or text that is not UTF-8"),
     ],
 )
 @pytest.mark.parametrize("is_large", [False, True])
@@ -189,6 +194,15 @@ def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_la
     assert line.is_lost and line.number == 1 and re.search(words, line.problem)
     with pytest.raises(UserError, match=f"a.jsonl:1: .*{words}"):
         list(read_documents([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("start", [b"\0\0\n", b"\xff\n", "好".encode() * 3000 + b"\n", b'{"a": "\xff"}\r\r'])
+def test_bad_lines_at_the_start_are_bad_rows_and_no_lost_file(start, tmp_path):
+    put(tmp_path, "a.jsonl", start + LINES)
+    files = plan.find_input_files([str(tmp_path)])
+    lines = list(SpanReader(files[0], plan.units_of(files)[0].spans[0]))
+    assert not any(line.is_lost for line in lines) and lines[0].problem
+    assert sum(line.record is not None for line in lines) == LINES.count(b"\n")
 
 
 def test_a_cut_array_is_a_lost_file_and_not_bad_rows(tokenizer_dir, tmp_path, run_script, caplog, capsys):
@@ -310,6 +324,23 @@ def test_a_row_is_as_long_as_a_line_may_be(tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table({"target": ["x", "x" * 200, "y"]}), tmp_path / "a.parquet")
     first, long, last = read(tmp_path)
     assert (first.record, last.record) == ({"target": "x"}, {"target": "y"}) and long.reason == "over 32 MiB"
+
+
+def test_times_that_python_cannot_hold_spoil_no_row_of_parquet(tmp_path):
+    late = 2**62
+    columns = {
+        "target": ["a"],
+        "late": pyarrow.array([late], pyarrow.timestamp("us")),
+        "unknown": pyarrow.array([1], pyarrow.timestamp("us", "Mars/Olympus")),
+        "nested": pyarrow.array([[{"at": late}]], pyarrow.list_(pyarrow.struct([("at", pyarrow.timestamp("ms"))]))),
+        "day": pyarrow.array([2**31 - 1], pyarrow.date32()),
+        "long": pyarrow.array([late], pyarrow.duration("us")),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    (row,) = read_parquet(str(tmp_path / "a.parquet"))
+    record = json.loads(row.content)
+    assert record.pop("target") == "a" and list(record) == list(columns)[1:]
+    assert [list(value) for value in record.values()] == [["unreadable"]] * 5
 
 
 # In a process of its own: it must not even import what it names.

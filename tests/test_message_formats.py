@@ -15,15 +15,18 @@ from colossal_llama2.dataset.message_formats import (
     NO_OUTPUT,
     NO_TEXT,
     NOT_ONLY_TEXT,
+    OTHER_LIST_NAME,
     OTHERS_LEFT_OUT,
     PREFERENCE_DATA,
     PRETRAINING_DATA,
     REASONING,
+    REFUSED,
+    SYSTEM_LEFT_OUT,
     TOOLS_LEFT_OUT,
     Turn,
     recognize,
 )
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.dataset.row_errors import RECORDS_INSIDE, RowError
 from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
 from colossal_llama2.tokenizer import Encoder
 
@@ -92,7 +95,7 @@ def value(*messages) -> dict:
         ({"messages": [{"from": "human"}]}, 'message 1 must be {"from": ..., "content": ...} or {"role"'),
         ({"messages": [{"from": "human", "content": "a"}, {"role": "gpt", "content": "b"}]}, "as message 1 is"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'without a "text" that is a string'),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1: \"content\" is a JSON int"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1: \"content\" is a JSON number"),
         ({"messages": [{"role": "user", "content": float("nan")}]}, "message 1 has no text: its \"content\" is NaN"),
         ({"messages": [{"role": 3, "content": "a"}]}, "with two strings"),
         ({"messages": {"role": ["user"], "content": ["a"]}}, '"messages" must be a list'),
@@ -127,6 +130,7 @@ def answer(**fields) -> dict:
 
 
 PROMPT = '"prompt" and "response" are not read: rename them to "instruction" and "output"'
+FIREFLY = '"input" and "target" are not read: rename them to "instruction" and "output"'
 CALL = [{"id": "1", "type": "function", "function": {"name": "w", "arguments": "{}"}}]
 
 
@@ -159,6 +163,12 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "w", "arguments": "
         ({"chosen": [], "rejected": [1], "text": "a"}, PRETRAINING_DATA, PRETRAINING_DATA),
         ({"chosen": [1], "rejected": [1]}, PREFERENCE_DATA, "preference data"),
         ({"instruction": "a", "response": "b"}, NO_OUTPUT, 'rename it to "output"'),
+        ({"instruction": "a", "target": "b"}, NO_OUTPUT, '"target" is not read: rename it to "output"'),
+        ({"kind": "QA", "input": "a", "target": "b"}, FIREFLY, FIREFLY),
+        (talk(answer(refusal="No.")), REFUSED, 'message 2 has a "refusal" beside its text'),
+        ({"conversation": SAME["role/content"]["messages"]}, OTHER_LIST_NAME, "rename 'conversation' to \"messages\""),
+        ({"version": "1", "data": [SAME["alpaca"]]}, RECORDS_INSIDE, "the records lie in 'data'"),
+        ({"a": SAME["from/value"], "b": SAME["from/value"]}, RECORDS_INSIDE, "each value of this object is a record"),
         ({"conversations": [], "messages": None}, NO_CONVERSATION, "there is no other conversation"),
     ],
 )
@@ -257,6 +267,9 @@ def test_what_is_worth_knowing_is_noted():
         talks.MARKED_OTHERS, talks.BEGINS_WITH_ANSWER, talks.MASKED_OPENINGS, talks.MARKED_OTHERS
     )  # fmt: skip
     assert read_sft_row({**SAME["from/value"], "image": "a.png"}).notes == (MEDIA_LEFT_OUT,)
+    for name in ("from/value", "alpaca"):
+        assert read_sft_row({**SAME[name], "system_prompt": "Be kind."}).notes == (SYSTEM_LEFT_OUT,)
+        assert not read_sft_row({**SAME[name], "system_prompt": "", "refusal": None}).notes
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -4,6 +4,7 @@
     news.parquet
 """
 
+import codecs
 import re
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -57,6 +58,9 @@ _FOREIGN = (
 )
 # Pairs, as UTF-32 begins as UTF-16 does; without a mark, every second byte of ASCII is zero.
 _WIDE = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+_BEGINS_JSON = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t]*[\[{]", re.MULTILINE)
+# Bytes that text never holds: the control characters but those of white space, escape and record separator.
+_NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c\x1d\x1f\x7f]")
 _TAR_MAGIC, _TAR_PLACE = b"ustar", 257
 
 
@@ -132,7 +136,18 @@ def unreadable(head: bytes) -> Optional[Unreadable]:
     for magic, what, cure in _FOREIGN:
         if head[: len(magic)].lower() == magic.lower():
             return _foreign(what, cure)
+    if not _BEGINS_JSON.search(head.replace(b"\r", b"\n")) and _is_binary(head):
+        return _foreign("binary data, or text that is not UTF-8", "fetch the file again, or write it as jsonl in UTF-8")
     return None
+
+
+def _is_binary(head: bytes) -> bool:
+    try:
+        # Its last character may be cut.
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return _NO_TEXT.search(head) is not None
 
 
 def _wide(encoding: str) -> Unreadable:

@@ -23,7 +23,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from colossal_llama2.dataset.absent import is_absent
 from colossal_llama2.dataset.conversation import TOOL_MESSAGE, TOOL_ROLES, Turn, canonical_role
 from colossal_llama2.dataset.loss_marks import ALL_MARKS, read_mark
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.dataset.row_errors import RECORDS_INSIDE, RowError, json_type, where_records_lie
 
 # Name of the format: the two fields of its messages, who and what.
 MESSAGE_FIELDS = {
@@ -39,11 +39,13 @@ USER, ASSISTANT = "user", "assistant"
 
 TOOL_FIELDS = frozenset(("tool_calls", "tool_call", "function_call", "tool_call_id"))
 REASONING_FIELDS = frozenset(("reasoning_content", "reasoning", "reasoning_details", "thinking"))
+REFUSAL = "refusal"
 MEDIA_FIELDS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
 TOOL_LISTS = frozenset(("tools", "functions"))
+OTHER_SYSTEM_FIELDS = frozenset(("system_prompt", "system_message", "meta_instruction"))
 # Fields of a message that are looked at beside its role and text, and of a record beside its conversation.
-BESIDE_TEXT = ALL_MARKS | TOOL_FIELDS | REASONING_FIELDS | MEDIA_FIELDS
-BESIDE_CONVERSATION = BESIDE_TEXT | TOOL_LISTS
+BESIDE_TEXT = ALL_MARKS | TOOL_FIELDS | REASONING_FIELDS | MEDIA_FIELDS | {REFUSAL}
+BESIDE_CONVERSATION = BESIDE_TEXT | TOOL_LISTS | OTHER_SYSTEM_FIELDS
 USED_IN_RECORD = frozenset((*LISTS, *ALPACA_FIELDS, "system", "category")) | BESIDE_CONVERSATION
 USED_IN_MESSAGE = frozenset(name for names in MESSAGE_FIELDS.values() for name in names) | BESIDE_TEXT
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -57,19 +59,29 @@ NOT_A_LIST = '"messages" or "conversations" that are not a list'
 NOT_A_MESSAGE = "a message that is not an object of a role and a text"
 NO_TEXT = "a message whose text is null"
 REASONING = "a message with reasoning beside its text"
+REFUSED = "a message with a refusal beside its text"
+OTHER_LIST_NAME = 'messages in another field than "messages" or "conversations"'
 NOT_ONLY_TEXT = "a message that is not text alone"
 BAD_HISTORY = '"history" that is not a list of [question, answer]'
 NO_OUTPUT = '"instruction" without "output"'
 NOT_TEXT = "a field that is not text"
 # Notes.
 TOOLS_LEFT_OUT = "conversations whose list of tools is left out"
+SYSTEM_LEFT_OUT = 'conversations with a system prompt in another field than "system", which is left out'
 MEDIA_LEFT_OUT = "conversations whose images, audio or video are left out"
+LEFT_OUT = (
+    (TOOLS_LEFT_OUT, TOOL_LISTS),
+    (MEDIA_LEFT_OUT, MEDIA_FIELDS),
+    (SYSTEM_LEFT_OUT, OTHER_SYSTEM_FIELDS),
+)
 OTHERS_LEFT_OUT = 'records with several of "messages", "conversations" and "instruction", read by the first'
 
+# Names that people give to alpaca's "output".
+OTHER_OUTPUTS = ("response", "answer", "completion", "target")
 # Names that people give to a question and its answer.
 OTHER_PAIRS = (
     ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
-    ("input", "output"), ("question", "response"), ("problem", "solution"), ("query", "answer"),
+    ("input", "output"), ("question", "response"), ("problem", "solution"), ("query", "answer"), ("input", "target"),
 )  # fmt: skip
 
 
@@ -102,7 +114,7 @@ def recognize(row: Dict[str, Any]) -> Recognized:
             _refuse_what_would_be_lost(row, "the record")
         notes += [
             note
-            for note, names in ((TOOLS_LEFT_OUT, TOOL_LISTS), (MEDIA_LEFT_OUT, MEDIA_FIELDS))
+            for note, names in LEFT_OUT
             if any(_holds_something(row.get(name)) for name in names)
         ]
     turns, form = (_alpaca_turns(row), ALPACA) if is_alpaca else _list_turns(row[found[0]], found[0])
@@ -117,6 +129,11 @@ def _no_conversation(row: Dict[str, Any]) -> RowError:
     missing = '"messages" is missing, and so are "conversations" and "instruction"'
     if "chosen" in there and "rejected" in there:
         return RowError(f'{missing}; "chosen" and "rejected" are of preference data, not read', reason=PREFERENCE_DATA)
+    for name, value in row.items():
+        if name not in LISTS and isinstance(value, list) and value and _is_message(value[0]):
+            return RowError(f'{missing}; rename {name!r:.80} to "messages"', reason=OTHER_LIST_NAME)
+    if place := where_records_lie(row, (*LISTS, "instruction")):
+        return RowError(place, reason=RECORDS_INSIDE)
     for question, answer in OTHER_PAIRS:
         if question in there and answer in there:
             renaming = f'"{question}" and "{answer}" are not read: rename them to "instruction" and "output"'
@@ -130,6 +147,10 @@ def _no_conversation(row: Dict[str, Any]) -> RowError:
             reason=NO_CONVERSATION,
         )
     return RowError(missing, reason=NO_CONVERSATION)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(who in value and what in value for who, what in MESSAGE_FIELDS.values())
 
 
 def _list_turns(messages: Any, name: str) -> Tuple[List[Turn], str]:
@@ -185,6 +206,9 @@ def _refuse_what_would_be_lost(fields: Dict[str, Any], where: str, *, media: fro
         if name in REASONING_FIELDS:
             cure = "put it into the text if it is to be trained, or remove it"
             raise RowError(f'{where} has "{name}", which is not read; {cure}', reason=REASONING)
+        if name == REFUSAL:
+            cure = "make it the text if it is to be trained, or remove it"
+            raise RowError(f'{where} has a "{name}" beside its text, which is not read; {cure}', reason=REFUSED)
         if name in media:
             raise RowError(f'{where} has "{name}"; only text is read', reason=NOT_ONLY_TEXT)
 
@@ -203,8 +227,7 @@ def _joined_parts(parts: Any, role: str, what: str, number: int) -> str:
         shown = "null" if parts is None else "NaN" if parts != parts else "empty"
         raise RowError(f'{where} has no text: its "{what}" is {shown}; give a string', reason=NO_TEXT)
     if not isinstance(parts, list):
-        kind = type(parts).__name__
-        why = f'{where}: "{what}" is a JSON {kind}; give a string, or a list of text parts'
+        why = f'{where}: "{what}" is {json_type(parts)}; give a string, or a list of text parts'
         raise RowError(why, reason=NOT_A_MESSAGE)
     return "".join(_text_of_part(part, f'part {place} of {where}\'s "{what}"') for place, part in enumerate(parts, 1))
 
@@ -240,7 +263,8 @@ def _alpaca_turns(row: Dict[str, Any]) -> List[Turn]:
         turns += [Turn(USER, pair[0]), Turn(ASSISTANT, pair[1])]
     instruction, given, output = (_text(row, name) for name in ("instruction", "input", "output"))
     if output is None:
-        hint = '; "response" is not read: rename it to "output"' if not is_absent(row.get("response")) else ""
+        others = (name for name in OTHER_OUTPUTS if not is_absent(row.get(name)))
+        hint = next((f'; "{name}" is not read: rename it to "output"' for name in others), "")
         raise RowError(f'"output" is missing beside "instruction"{hint}', reason=NO_OUTPUT)
     question = "\n".join(part for part in (instruction, given) if part)
     return [*turns, Turn(USER, question), Turn(ASSISTANT, output)]

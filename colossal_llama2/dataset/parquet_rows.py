@@ -48,7 +48,7 @@ def read_parquet(path: str) -> Iterator[ParquetRow]:
                 for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
                     yield from _rows_of(batch)
     # pyarrow's own errors are of these kinds.
-    except (OSError, ValueError, NotImplementedError, KeyError, TypeError) as error:
+    except (OSError, ValueError, NotImplementedError, KeyError, TypeError, OverflowError) as error:
         raise BrokenParquetError(f"the Parquet file is cut short or damaged ({str(error).splitlines()[0]:.200})")
 
 

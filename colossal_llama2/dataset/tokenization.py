@@ -23,7 +23,7 @@ from colossal_llama2.dataset.conversation import (
 )
 from colossal_llama2.dataset.loss_marks import ALL_MARKS, read_mark
 from colossal_llama2.dataset.message_formats import LISTS, NOT_TEXT, recognize
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.dataset.row_errors import RECORDS_INSIDE, RowError, where_records_lie
 from colossal_llama2.tokenizer.parts import is_long
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ def _no_target(row: Dict[str, Any], name: str) -> RowError:
         return RowError(f'"{name}" must be a string', reason=NOT_TEXT)
     if any(not is_absent(row.get(field)) for field in (*LISTS, "instruction")):
         return RowError(f'"target" is missing; {CONVERSATIONS}', reason=CONVERSATIONS)
+    if place := where_records_lie(row, ("target", "text")):
+        return RowError(f'"target" is missing; {place}', reason=RECORDS_INSIDE)
     texts = [field for field, value in row.items() if isinstance(value, str) and field not in ("source", "category")]
     cure = f'; rename the field that holds the text ({", ".join(texts)[:80]}?) to "target"' if texts else ""
     return RowError(f'"target" is missing{cure}', reason=NO_TARGET)
