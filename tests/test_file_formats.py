@@ -334,7 +334,7 @@ def test_times_that_python_cannot_hold_spoil_no_row_of_parquet(tmp_path):
         "unknown": pyarrow.array([1], pyarrow.timestamp("us", "Mars/Olympus")),
         "nested": pyarrow.array([[{"at": late}]], pyarrow.list_(pyarrow.struct([("at", pyarrow.timestamp("ms"))]))),
         "day": pyarrow.array([2**31 - 1], pyarrow.date32()),
-        "long": pyarrow.array([late], pyarrow.duration("us")),
+        "long": pyarrow.array([late], pyarrow.duration("ms")),
     }
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     (row,) = read_parquet(str(tmp_path / "a.parquet"))
