@@ -86,6 +86,11 @@ python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE"
 if ((checked == 2 || checked >= 128)); then
     exit "$checked"
 fi
+for word in "$@"; do
+    if [[ "$word" == --help || "$word" == -h ]]; then
+        exit 0
+    fi
+done
 mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 
 # `colossalai run` writes every variable of its environment into a command line for each host's shell, in double quotes

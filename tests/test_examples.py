@@ -68,6 +68,14 @@ def launched(script: Path, *words: str, **variables: str):
 
 
 @NAMES
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_answered_once(name, word, workplace):
+    process = run(workplace / f"{name}.sh", word)
+    # The check, for which the stand-in says nothing, has answered it.
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+@NAMES
 def test_as_it_is(name, workplace):
     launcher, args = launched(workplace / f"{name}.sh")
     assert launcher == ["run", "--nproc_per_node", "8", "--hostfile", "hostfile", "--master_port", "30013"]

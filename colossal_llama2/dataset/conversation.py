@@ -43,9 +43,9 @@ SYSTEM_PLACE = "a system message out of place"
 EMPTY_ANSWERS = "answers without text"
 EMPTY_QUESTIONS = "messages of the human without text"
 BEGINS_WITH_ANSWER = "conversations that begin with the assistant"
-MASKED_OPENINGS = "answers masked because no human message precedes them (--assistant_first mask)"
+MASKED_OPENINGS = "opening answers masked (--assistant_first mask)"
 MASKED_BY_MARK = "answers masked by a loss mark"
-MARKED_OTHERS = "messages that are no answers but have a loss mark that trains them, which stay masked"
+MARKED_OTHERS = "other messages that a mark trains, masked still"
 # Longer names of unknown roles are cut.
 ROLE_CHARACTERS = 40
 

@@ -48,7 +48,7 @@ NO_TARGET = 'no "target" or "text"'
 CONVERSATIONS = "this looks like SFT data: use prepare_sft_dataset.py"
 EMPTY_TARGET = 'an empty "target" or "text"'
 # Notes.
-OTHER_MARKS = "documents with a loss mark other than 0, 1, true and false, which is ignored"
+OTHER_MARKS = "documents with an unusual loss mark, ignored"
 BOTH_TEXTS = 'records with "target" and "text", of which "target" is read'
 
 
