@@ -12,8 +12,8 @@ message that holds the characters "<s>" keeps them as characters. Loss falls on 
 `tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask: an answer that its message's loss
 mark masks (`loss_marks`) is left out of it, and so is an opening answer that --assistant_first masks. What it cannot
 do: a mark that a message spells out, such as the characters "<s>", becomes the mark's id, which in training it never
-does; a loss mark of the whole record is not part of the messages that it is given; and it judges no record, so it
-renders messages of which training refuses the loss marks or the tool calls.
+does; a loss mark of the whole record is not part of the messages that it is given; it takes texts alone, no lists of
+text parts; and it judges no record, so it renders messages of which training refuses the loss marks or the tool calls.
 """
 
 from collections import Counter
