@@ -94,11 +94,18 @@ def test_mistakes_end_in_one_line(run_script, assert_user_error, flags, tmp_path
     assert not (tmp_path / "save_dir").exists()
 
 
+def instead(flags, value, other):
+    """The flags with another value: of a list that is given twice, the command warns."""
+    assert value in flags
+    return [other if word == value else word for word in flags]
+
+
 def test_data_of_another_tokenizer_is_refused_before_anything(run_script, assert_user_error, flags, tmp_path, part):
     prepared = shutil.copytree(part.parent, tmp_path / "prepared")
     content = {"settings": {"stage": "pretrain"}, "tokenizer": {"sha256": "ab" * 32}, "bins": []}
     (prepared / "manifest.json").write_text(json.dumps(content))
-    process = run_script("train.py", *flags, "--plugin", "zero2", "--dataset", str(prepared / "part-00000"))
+    flags = instead(flags, str(part), str(prepared / "part-00000"))
+    process = run_script("train.py", *flags, "--plugin", "zero2")
     assert_user_error(process, "part-00000: prepared with another tokenizer", "abababababab", "--tokenizer_dir")
 
 
@@ -123,8 +130,9 @@ def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_pat
         assert f"but this is {script} (1 of 2 folders); unless you mix them on purpose, stop and run train" in message
 
 
-def test_several_mistakes_are_told_at_once(run_script, assert_user_error, flags):
-    process = run_script("train.py", *flags, "--pretrained", "nowhere", "--dataset", "elsewhere", "--tp", "3")
+def test_several_mistakes_are_told_at_once(run_script, assert_user_error, flags, part):
+    flags = instead(flags, str(part), "elsewhere")
+    process = run_script("train.py", *flags, "--pretrained", "nowhere", "--tp", "3")
     assert_user_error(process, "nowhere", "elsewhere", "--tp 3")
 
 
