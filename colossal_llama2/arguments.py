@@ -205,20 +205,22 @@ def named_share(text: str) -> str:
 
 def path_list(text: str) -> List[str]:
     """A comma-separated list of folders, in the given order."""
-    paths = [part.strip() for part in text.split(",")]
-    if not all(paths):
-        kept = ",".join(filter(None, paths))
-        cure = f"type {shlex.quote(kept)}" if kept else "give folders as DIR_1,DIR_2,DIR_3"
-        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; {cure}")
-    return paths
+    return _comma_list(text, "give folders as DIR_1,DIR_2,DIR_3")
 
 
 def role_list(text: str) -> List[str]:
     """A comma-separated list of names of roles."""
-    roles = [part.strip() for part in text.split(",")]
-    if not all(roles):
-        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; give names as chatgpt,bing,bard")
-    return roles
+    return _comma_list(text, "give names as chatgpt,bing,bard")
+
+
+def _comma_list(text: str, cure: str) -> List[str]:
+    """The entries of a list with commas; `cure` is for one in which nothing else is left."""
+    entries = [part.strip() for part in text.split(",")]
+    if not all(entries):
+        kept = ",".join(filter(None, entries))
+        cure = f"type {shlex.quote(kept)}" if kept else cure
+        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; {cure}")
+    return entries
 
 
 def _number(text: str, kind: type, allowed: str, accepts):

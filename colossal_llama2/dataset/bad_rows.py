@@ -4,8 +4,8 @@ bad_rows.jsonl, with --on_bad_row skip, one line a row that was left out; `reaso
 
     {"file": "data/zh/a.jsonl", "line": 3, "reason": "not JSON", "problem": "not JSON (unexpected end of data: ...)"}
 
-A file that cannot be read to its end is no bad row. What stands before the place is used, and the file is "lost" from
-there on: the command ends with exit code 1 though its output is there, unless --on_bad_file skip.
+A file that cannot be read to its end is not a bad row. What stands before the place is used, and the file is "lost"
+from there on: the command ends with exit code 1 though its output is there, unless --on_bad_file skip.
 """
 
 import json

@@ -86,7 +86,7 @@ def data_stem(name: str) -> Optional[str]:
 
 
 def left_out(path: Path) -> LeftOut:
-    """What is to be said of an entry that is no data file by its name."""
+    """What to log about an entry whose name is not that of a data file."""
     if path.is_dir() and not path.name.startswith("."):
         return LeftOut(str(path), "a folder", "give it in --data_input_dirs as well")
     for pattern, what, cure in _LEFT_OUT:

@@ -28,7 +28,7 @@ class RowError(ValueError):
 
 
 def where_records_lie(row: Dict[str, Any], fields: Sequence[str]) -> str:
-    """Where an object that is no record holds some, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
+    """Where an object that is not a record holds some, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
 
     Args:
         fields: names of which a record has one.

@@ -20,12 +20,19 @@ from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.repeated_keys import refuse_repeated_keys
 from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.files import parse_object
-from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter, LineReader, first_line_end
+from colossal_llama2.lines import (
+    MAX_LINE_BYTES,
+    NEWLINE,
+    READ_BYTES,
+    RETURN,
+    LineCounter,
+    LineReader,
+    first_line_end,
+)
 
 # Deeper, and what happens would depend on how deep the stack of the process is.
 MAX_NESTING = 256
 OTHER_REASON = "other faults"
-RETURN, NEWLINE = b"\r\n"
 
 
 class Line(NamedTuple):

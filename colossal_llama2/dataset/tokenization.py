@@ -195,12 +195,13 @@ def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized
 
     Labels are the ids; with a source, <s> and the source are -100. A row that a loss mark masks is dropped.
     """
-    others = [row for row in rows if not _has_long_text(row)]
+    are_long = [_has_long_text(row) for row in rows]
+    others = [row for row, is_long_row in zip(rows, are_long, strict=True) if not is_long_row]
     openings = _encode_each((row.source or row.target for row in others), encoder=encoder, dummy_prefix=True)
     continuations = _encode_each((row.target for row in others if row.source), encoder=encoder, dummy_prefix=False)
     tokenized = []
-    for row in rows:
-        if _has_long_text(row):
+    for row, is_long_row in zip(rows, are_long, strict=True):
+        if is_long_row:
             input_ids, labels = _long_ids_and_labels(row, encoder=encoder)
         elif row.source:
             source = [encoder.bos_id, *openings[row.source]]

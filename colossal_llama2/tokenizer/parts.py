@@ -11,8 +11,8 @@ in any text, and what happens on one side of it does not depend on the other sid
 Runs of unknown characters become one <unk> where there are no pieces for bytes, so one of the two must be known then.
 
 That holds where nothing but merges decides. With a normalizer, which may join or drop characters on both sides of a
-border, and for other kinds of models, no cut is safe. No more is one inside of a text that has no such pair, such as a
-run of equal characters or a sequence of DNA.
+border, and for other kinds of models, no cut is safe. A text without such a pair, such as a run of equal characters or
+a sequence of DNA, cannot be cut either.
 """
 
 from typing import Iterator, Optional, Set
