@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2 import json_input
-from colossal_llama2.dataset.row_errors import RowError, json_type
 from colossal_llama2.errors import UserError
 from colossal_llama2.input_files import check_regular, is_regular
 from colossal_llama2.lines import MAX_LINE_BYTES, LineReader
+from colossal_llama2.row_errors import RowError, json_type
 
 # Names that operating systems, file servers and desktops put into any folder by themselves.
 STRAY_NAMES = (

@@ -20,14 +20,15 @@ from colossal_llama2.dataset.message_formats import (
     PREFERENCE_DATA,
     PRETRAINING_DATA,
     REASONING,
+    RECORDS_INSIDE,
     REFUSED,
     SYSTEM_LEFT_OUT,
     TOOLS_LEFT_OUT,
     Turn,
     recognize,
 )
-from colossal_llama2.dataset.row_errors import RECORDS_INSIDE, RowError
 from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
+from colossal_llama2.row_errors import RowError
 from colossal_llama2.tokenizer import Encoder
 
 TURNS = [("human", "Hi"), ("assistant", "Hello!"), ("human", "Bye"), ("assistant", "Bye!")]

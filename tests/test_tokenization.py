@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from colossal_llama2.dataset import IGNORE_INDEX, tokenization
 from colossal_llama2.dataset import conversation as talks
 from colossal_llama2.dataset.conversation import SYSTEM_TEXT
-from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.dataset.tokenization import (
     PretrainRow,
     decode_marked,
@@ -17,6 +16,7 @@ from colossal_llama2.dataset.tokenization import (
     tokenize_pretrain,
     tokenize_sft,
 )
+from colossal_llama2.row_errors import RowError
 from colossal_llama2.tokenizer import Encoder
 
 BOS, EOS = 1, 2

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2.dataset.loss_marks import INVERTED_MARKS, MARKS
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.row_errors import RowError
 
 SYSTEM_TEXT = (
     "A chat between a curious human and an artificial intelligence assistant. "

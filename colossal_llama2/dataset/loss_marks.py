@@ -12,7 +12,7 @@ an answer.
 from typing import Any, Dict, Optional
 
 from colossal_llama2.dataset.absent import is_absent
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.row_errors import RowError
 
 # True is "trained on".
 MARKS = ("weight", "train", "trainable", "training", "loss", "loss_mask", "loss_weight", "loss_scale")

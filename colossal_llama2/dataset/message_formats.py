@@ -18,12 +18,12 @@ A text may be a list of text parts, which are joined: [{"type": "text", "text": 
 would be lost, as tool calls, reasoning and images, makes its record one that cannot be used. Other fields are ignored.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from colossal_llama2.dataset.absent import is_absent
 from colossal_llama2.dataset.conversation import TOOL_MESSAGE, TOOL_ROLES, Turn, canonical_role
 from colossal_llama2.dataset.loss_marks import ALL_MARKS, read_mark
-from colossal_llama2.dataset.row_errors import RECORDS_INSIDE, RowError, json_type, where_records_lie
+from colossal_llama2.row_errors import RowError, json_type
 
 # Name of the format: the two fields of its messages, who and what.
 MESSAGE_FIELDS = {
@@ -62,6 +62,7 @@ REASONING = "a message with reasoning beside its text"
 REFUSED = "a message with a refusal beside its text"
 OTHER_LIST_NAME = 'messages in another field than "messages" or "conversations"'
 NOT_ONLY_TEXT = "a message that is not text alone"
+RECORDS_INSIDE = "an object that holds records, and is not one itself"
 BAD_HISTORY = '"history" that is not a list of [question, answer]'
 NO_OUTPUT = '"instruction" without "output"'
 NOT_TEXT = "a field that is not text"
@@ -147,6 +148,27 @@ def _no_conversation(row: Dict[str, Any]) -> RowError:
             reason=NO_CONVERSATION,
         )
     return RowError(missing, reason=NO_CONVERSATION)
+
+
+def where_records_lie(row: Dict[str, Any], fields: Sequence[str]) -> str:
+    """Where an object that is not a record holds some, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
+
+    Args:
+        fields: names of which a record has one.
+
+    Returns:
+        An empty string if its lists do not begin with a record, and not all its values are records.
+    """
+
+    def is_record(value: Any) -> bool:
+        return isinstance(value, dict) and any(not is_absent(value.get(field)) for field in fields)
+
+    for name, value in row.items():
+        if isinstance(value, list) and value and is_record(value[0]):
+            return f"the records lie in {name!r:.80}; write that list alone into the file"
+    if row and all(is_record(value) for value in row.values()):
+        return "each value of this object is a record; write them as one array, or one a line"
+    return ""
 
 
 def _is_message(value: Any) -> bool:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
 
 from colossal_llama2.dataset.message_formats import LISTS, USED_IN_MESSAGE, USED_IN_PART, USED_IN_RECORD
-from colossal_llama2.dataset.row_errors import RowError
+from colossal_llama2.row_errors import RowError
 
 # Looking for one key in a line takes as long as parsing it in a few.
 MAX_FLAT_KEYS = 16

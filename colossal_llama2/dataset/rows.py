@@ -18,7 +18,6 @@ from colossal_llama2.dataset.json_stream import (
 from colossal_llama2.dataset.parquet_rows import BrokenParquetError, ParquetRow, read_parquet
 from colossal_llama2.dataset.plan import InputFile, Span
 from colossal_llama2.dataset.repeated_keys import refuse_repeated_keys
-from colossal_llama2.dataset.row_errors import RowError
 from colossal_llama2.files import parse_object
 from colossal_llama2.lines import (
     MAX_LINE_BYTES,
@@ -29,6 +28,7 @@ from colossal_llama2.lines import (
     LineReader,
     first_line_end,
 )
+from colossal_llama2.row_errors import RowError
 
 # Deeper, and what happens would depend on how deep the stack of the process is.
 MAX_NESTING = 256

@@ -22,8 +22,8 @@ from colossal_llama2.dataset.conversation import (
     read_conversation,
 )
 from colossal_llama2.dataset.loss_marks import ALL_MARKS, read_mark
-from colossal_llama2.dataset.message_formats import LISTS, NOT_TEXT, recognize
-from colossal_llama2.dataset.row_errors import RECORDS_INSIDE, RowError, where_records_lie
+from colossal_llama2.dataset.message_formats import LISTS, NOT_TEXT, RECORDS_INSIDE, recognize, where_records_lie
+from colossal_llama2.row_errors import RowError
 from colossal_llama2.tokenizer.parts import is_long
 
 if TYPE_CHECKING:

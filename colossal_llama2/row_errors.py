@@ -1,11 +1,7 @@
 """Why a row cannot be used: a reason to count rows by, and a message for its line."""
 
 from functools import partial
-from typing import Any, Dict, Sequence
-
-from colossal_llama2.dataset.absent import is_absent
-
-RECORDS_INSIDE = "an object that holds records, and is none itself"
+from typing import Any
 
 
 class RowError(ValueError):
@@ -25,27 +21,6 @@ class RowError(ValueError):
     def __reduce__(self):
         # Exceptions are made anew of their `args` alone, and one that cannot be breaks the pool of its worker.
         return partial(type(self), reason=self.reason), self.args
-
-
-def where_records_lie(row: Dict[str, Any], fields: Sequence[str]) -> str:
-    """Where an object that is not a record holds some, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
-
-    Args:
-        fields: names of which a record has one.
-
-    Returns:
-        An empty string if its lists do not begin with a record, and not all its values are records.
-    """
-
-    def is_record(value: Any) -> bool:
-        return isinstance(value, dict) and any(not is_absent(value.get(field)) for field in fields)
-
-    for name, value in row.items():
-        if isinstance(value, list) and value and is_record(value[0]):
-            return f"the records lie in {name!r:.80}; write that list alone into the file"
-    if row and all(is_record(value) for value in row.values()):
-        return "each value of this object is a record; write them as one array, or one a line"
-    return ""
 
 
 def json_type(value: Any) -> str:
