@@ -10,18 +10,21 @@ from there on: the command ends with exit code 1 though its output is there, unl
 
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import store
 from colossal_llama2.dataset.account import Account
 from colossal_llama2.dataset.plan import InputFile, LostFile, Unit
 from colossal_llama2.errors import RunError
+from colossal_llama2.terminal_text import visible_line
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
 # A file with a larger share of bad rows is probably not what it was taken for.
 WARNED_SHARE = 0.1
 MAX_WARNINGS = 10
+# Unknown roles in one sentence.
+MAX_ROLES = 10
 
 
 def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
@@ -71,3 +74,11 @@ def report_lost(lost: Sequence[Dict[str, Any]], *, on_bad_file: str, output: Pat
             "complete but for what they hold, and its manifest.json lists them as lost_files. Mend them, remove the "
             "output and give the command again, or accept it by --on_bad_file skip"
         )
+
+
+def roles_in_words(roles: Mapping[str, int]) -> str:
+    """The unknown roles with how many messages have each, the most frequent first, and the cure."""
+    ordered = sorted(roles, key=lambda role: (-roles[role], role))
+    told = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:MAX_ROLES])
+    rest = f" and {len(ordered) - MAX_ROLES:,} more" if len(ordered) > MAX_ROLES else ""
+    return f"unknown roles: {told}{rest}; if one is the assistant, name it by --assistant_roles"

@@ -22,7 +22,7 @@ from colossal_llama2.dataset import bins as bins_module
 from colossal_llama2.dataset import manifest, store
 from colossal_llama2.dataset.account import Account, Tally
 from colossal_llama2.dataset.arrow_folder import DATA_FILE
-from colossal_llama2.dataset.bad_rows import report_lost, warn_of_many, write_bad_rows
+from colossal_llama2.dataset.bad_rows import report_lost, roles_in_words, warn_of_many, write_bad_rows
 from colossal_llama2.dataset.bins import BinTask, write_bin
 from colossal_llama2.dataset.conversation import (
     HUMAN,
@@ -44,12 +44,11 @@ from colossal_llama2.dataset.units import UnitTask, do_unit, is_done
 from colossal_llama2.dataset.unknown_tokens import warn_of_unknown
 from colossal_llama2.dataset.workers import task_runner
 from colossal_llama2.errors import UserError
-from colossal_llama2.terminal_text import show, visible_line
+from colossal_llama2.terminal_text import show
 from colossal_llama2.tokenizer import Encoder, fingerprint, puts_prefix_after_marks
 
 # The name by which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-TOLD_ROLES = 10
 
 
 def prepare_pretrain(**flags: Any) -> None:
@@ -135,14 +134,6 @@ def _assistant_roles(names: Sequence[str]) -> str:
         if role in others:
             raise UserError(f"--assistant_roles: {role} is not the assistant's; name roles that speak for it, or none")
     return ",".join(roles)
-
-
-def _told_roles(roles: Mapping[str, int]) -> str:
-    """The unknown roles with how many messages have each, the most frequent first, and the cure."""
-    ordered = sorted(roles, key=lambda role: (-roles[role], role))
-    told = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:TOLD_ROLES])
-    rest = f" and {len(ordered) - TOLD_ROLES:,} more" if len(ordered) > TOLD_ROLES else ""
-    return f"unknown roles: {told}{rest}; if one is the assistant, name it by --assistant_roles"
 
 
 def _check_execution(executor: str, ray_address: Optional[str], num_workers: Optional[int]) -> None:
@@ -246,7 +237,7 @@ class _Run:
         warn_of_unknown(written, tokenizer=self.tokenizer_dir)
         # Manifests of earlier versions have none.
         if roles := written.get("unknown_roles"):
-            logs.get_logger().warning(f"bad rows were skipped for {_told_roles(roles)}")
+            logs.get_logger().warning(f"bad rows were skipped for {roles_in_words(roles)}")
         return written
 
     def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
@@ -305,7 +296,7 @@ class _Run:
         if total.held_out_documents:
             left += f", {total.held_out_documents} records held out by --eval_fraction"
         if account.unknown_roles:
-            left += f", {_told_roles(account.unknown_roles)}"
+            left += f", {roles_in_words(account.unknown_roles)}"
         if account.bad_rows:
             reason, count = next(iter(account.bad_reasons().items()))
             left += f", {account.bad_rows} bad rows skipped, most often ({count}): {reason}"

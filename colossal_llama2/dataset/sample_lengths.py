@@ -9,7 +9,7 @@ from colossal_llama2.dataset.manifest import read_manifest_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.json_input import is_whole
 from colossal_llama2.model.config_fields import CONFIG_FILE, read_fields
-from colossal_llama2.model.positions import cure_of_long_samples, described, positions_of
+from colossal_llama2.model.positions import cure_of_long_samples, described, positions_of, scaling_type
 
 
 def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
@@ -24,7 +24,7 @@ def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
     positions = positions_of(config)
     if max_length > positions:
         logs.get_logger().warning(
-            f"--max_length {max_length} given, {described(config)}, and training "
+            f"--max_length {max_length} given, {described(positions, scaling_type(config))}, and training "
             f"refuses longer samples; {cure_of_long_samples(positions)}"
         )
 
@@ -32,8 +32,10 @@ def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
 def check_max_length(max_length: int, model_path: str) -> None:
     """Raise UserError for a --max_length of training that is over the model's positions."""
     config = SimpleNamespace(**read_fields(Path(model_path)))
-    if max_length > positions_of(config):
-        raise UserError(f"--max_length {max_length} given, {described(config)}; give at most that")
+    positions = positions_of(config)
+    if max_length > positions:
+        has = described(positions, scaling_type(config))
+        raise UserError(f"--max_length {max_length} given, {has}; give at most that")
 
 
 def check_samples_fit(parts: Sequence[str], model_path: str, *, flag: str = "--dataset") -> None:
@@ -46,9 +48,9 @@ def check_samples_fit(parts: Sequence[str], model_path: str, *, flag: str = "--d
     for part in parts:
         longest = longest_sample(part)
         if longest is not None and longest > positions:
+            has = described(positions, scaling_type(config))
             raise UserError(
-                f"{flag} {part}: its longest sample has {longest} tokens, {described(config)}; "
-                f"{cure_of_long_samples(positions)}"
+                f"{flag} {part}: its longest sample has {longest} tokens, {has}; {cure_of_long_samples(positions)}"
             )
 
 

@@ -41,11 +41,10 @@ def scaling_type(config: Any) -> Optional[str]:
     return name if isinstance(name, str) else None
 
 
-def described(config: Any) -> str:
-    """For messages: how many positions a model has, and what says so."""
-    kind = scaling_type(config)
-    scaled = f", and rope_scaling of type {kind}" if kind else ""
-    return f"the model has {positions_of(config)} positions (max_position_embeddings of its config.json{scaled})"
+def described(positions: int, scaling: Optional[str]) -> str:
+    """For messages: how many positions a model has, and what says so. `scaling` is its `scaling_type`."""
+    scaled = f", and rope_scaling of type {scaling}" if scaling else ""
+    return f"the model has {positions} positions (max_position_embeddings of its config.json{scaled})"
 
 
 def cure_of_long_samples(positions: int) -> str:

@@ -14,6 +14,7 @@ from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import check_is_utf8
 from colossal_llama2.model.loading import ModelFacts, check_model
+from colossal_llama2.model.positions import described
 from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.output_paths import check_output_folder
 from colossal_llama2.tokenizer import load_tokenizer
@@ -170,11 +171,8 @@ def check_model_fits(args: argparse.Namespace, facts: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks among which it cannot be split."""
     if args.max_length > facts.positions:
         # What `check_max_length` says, for a checkpoint whose positions are others than those of --pretrained.
-        scaled = f", and rope_scaling of type {facts.scaling}" if facts.scaling else ""
-        raise UserError(
-            f"--max_length {args.max_length} given, the model has {facts.positions} positions "
-            f"(max_position_embeddings of its config.json{scaled}); give at most that"
-        )
+        has = described(facts.positions, facts.scaling)
+        raise UserError(f"--max_length {args.max_length} given, {has}; give at most that")
     # Ranks of --sp exchange whole heads, as ranks of --tp hold them.
     splits = args.tp * args.sp
     if facts.attention_heads % splits or facts.key_value_heads % splits:
