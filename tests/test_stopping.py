@@ -14,6 +14,7 @@ import pytest
 
 from colossal_llama2.tokenizer import Encoder
 from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.engine import watch
 from tests import tiny
 from tests.faults.processes import START_SECONDS, TORCHRUN, Run
 from tests.launching import free_port
@@ -195,9 +196,28 @@ def test_a_rank_that_hangs_is_noticed(start):
     for rank, run in enumerate(runs):
         run.wait_for("epoch-0_step-12")
         os.kill(run.pid_of(rank), signal.SIGSTOP)
-    deadline = time.monotonic() + 12.0
+    deadline = time.monotonic() + 40.0
     for run in runs:
         while "did not answer" not in run.said:
             assert time.monotonic() < deadline, run.said
             time.sleep(0.1)
         assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said
+
+
+def test_a_timeout_is_recognised_behind_later_errors():
+    """A rank that gives up while it saves meets the others, whom it can no longer reach, to report that."""
+    try:
+        try:
+            raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
+        except RuntimeError:
+            raise RuntimeError("Application timeout caused pair closure")
+    except RuntimeError as error:
+        assert watch.is_timeout(error) and watch.is_timeout(error.__context__)
+    try:
+        try:
+            raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
+        except RuntimeError as first:
+            raise RuntimeError("saving failed") from first
+    except RuntimeError as error:
+        assert watch.is_timeout(error)
+    assert not watch.is_timeout(RuntimeError("Connection closed by peer"))

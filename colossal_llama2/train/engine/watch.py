@@ -36,8 +36,8 @@ LOOK_SECONDS = 0.2
 GOODBYE, FAILED, STOPPED = "bye", "failed", "stopped"
 MET, LOST = "met", "lost"
 MAX_REASON = 400
-# gloo's words for a rank that did not answer in time; NCCL ends the process itself.
-TIMED_OUT = "Timed out waiting"
+# gloo's words for a rank that did not answer in time, and for each exchange after that; NCCL ends the process itself.
+TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def watching(
     except RuntimeError as error:
         if place().world_size == 1:
             raise
-        if TIMED_OUT in str(error):
+        if is_timeout(error):
             # Rank 0 may be the one that hangs.
             raise (RankError if place().rank == 1 else RunError)(
                 f"another rank did not answer {socket.gethostname()} for --dist_timeout {timeout_seconds:g} s, so it "
@@ -80,6 +80,15 @@ def watching(
         raise
     finally:
         watch.leave(farewell)
+
+
+def is_timeout(error: Optional[BaseException]) -> bool:
+    """Whether gloo gave up waiting for a rank: in this error, or in one that this error followed."""
+    while error is not None:
+        if any(words in str(error) for words in TIMED_OUT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Watch:
