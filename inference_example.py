@@ -1,6 +1,6 @@
 """Continue a prompt with a trained model.
 
-    python inference_example.py --model_path checkpoint_dir/modeling --input_txt "明月松间照，"
+python inference_example.py --model_path checkpoint_dir/modeling --input_txt "明月松间照，"
 """
 
 from colossal_llama2 import arguments, errors, logs

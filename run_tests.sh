@@ -5,4 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./.ci/environment.sh
 install_requirements requirements.txt requirements-dev.txt
 python -m ruff check .
+python -m ruff format --check .
 python -m pytest "$@"

@@ -13,10 +13,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, List
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,7 +40,7 @@ def main() -> None:
             print(f"{name:20} {ranks:>6} {ours / own:>18.2f} {ours / copy:>28.2f}", flush=True)
 
 
-def launch(ranks: int) -> Dict[str, Dict[str, float]]:
+def launch(ranks: int) -> dict[str, dict[str, float]]:
     """The seconds of each exchange and way, as rank 0 has them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -79,11 +79,11 @@ def measure() -> None:
     dist.destroy_process_group()
 
 
-def median_times(ways: Dict[str, Callable[[], object]]) -> Dict[str, float]:
+def median_times(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Of turns in which all ranks begin together, after one to warm up."""
     import torch.distributed as dist
 
-    seconds: Dict[str, List[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(TURNS + 1):
         for way, do in ways.items():
             dist.barrier()

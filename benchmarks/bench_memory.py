@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -34,7 +33,7 @@ MODELS = {
     "161 M": (1024, 2752, 8, 16, 29000),
 }
 # Name: model, ranks, tokens of a sample, samples of a micro batch, flags.
-CASES: Dict[str, Tuple[str, int, int, int, str]] = {
+CASES: dict[str, tuple[str, int, int, int, str]] = {
     "zero2, fp32": ("45 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
     "zero2, fp32, 85 M": ("85 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
     "zero2, fp32, 161 M": ("161 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32"),
@@ -47,9 +46,7 @@ CASES: Dict[str, Tuple[str, int, int, int, str]] = {
     "gemini_auto, bf16": ("85 M", 2, 16, 1, "--plugin gemini_auto --mixed_precision bf16"),
     "3d, tp 2, fp32": ("85 M", 2, 512, 1, "--plugin 3d --tp 2 --zero 0 --mixed_precision fp32"),
     "3d, fp32": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32"),
-    "3d, fp32, its own attention": (
-        "45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"
-    ),
+    "3d, fp32, its own attention": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"),
     "3d, zero 1, bf16": ("85 M", 2, 16, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
     "zero2, one rank": ("45 M", 1, 512, 1, "--plugin zero2 --mixed_precision fp32"),
 }
@@ -79,7 +76,7 @@ def main() -> None:
         shutil.rmtree(args.work_dir)
 
 
-def compare(name: str, work_dir: Path, *, malloc: Dict[str, str]) -> Tuple[int, Dict[str, int]]:
+def compare(name: str, work_dir: Path, *, malloc: dict[str, str]) -> tuple[int, dict[str, int]]:
     """Bytes predicted and measured, of the rank that needs most."""
     model, ranks, length, batch, flags = CASES[name]
     model_dir = work_dir / model.replace(" ", "")
@@ -99,13 +96,18 @@ def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, v
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, vocab_size=vocabulary, max_position_embeddings=4096,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def predict(words: List[str], ranks: int) -> int:
+def predict(words: list[str], ranks: int) -> int:
     """Bytes by the formulas, for the flags of a run on a CPU."""
     from colossal_llama2 import arguments
     from colossal_llama2.model.loading import model_without_weights
@@ -118,7 +120,7 @@ def predict(words: List[str], ranks: int) -> int:
     return rank_memory(shape, memory_plan(args, ranks, has_documents=False, on_cpu=True)).peak
 
 
-def launch(words: List[str], ranks: int, malloc: Dict[str, str]) -> Dict[str, int]:
+def launch(words: list[str], ranks: int, malloc: dict[str, str]) -> dict[str, int]:
     """Run train.py on so many ranks; returns the bytes of the rank that took most: in its steps, and while loading."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **malloc}
@@ -133,7 +135,7 @@ def launch(words: List[str], ranks: int, malloc: Dict[str, str]) -> Dict[str, in
     return {name: max(row[name] for row in found) for name in found[0]}
 
 
-def measure(words: List[str]) -> None:
+def measure(words: list[str]) -> None:
     """One rank: import, note what is resident, train, and tell the highest while loading and during the steps."""
     import colossalai.booster.plugin  # noqa: F401
     import colossalai.legacy.core  # noqa: F401

@@ -28,8 +28,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Set, Tuple
 
 from inputs import make_folder
 
@@ -93,11 +93,11 @@ def make_inputs(work: Path, downloads: Path, limit: int) -> None:
             (work / folder / f"{name}.jsonl").write_text(lines * copies, encoding="utf-8")
 
 
-def module_documents(limit: int) -> Iterator[Dict[str, str]]:
+def module_documents(limit: int) -> Iterator[dict[str, str]]:
     """The documentation of `PACKAGES`, one document a module: up to a hundred thousand tokens, most over max_length."""
     import quickstart_corpus as corpus
 
-    seen: Set[str] = set()
+    seen: set[str] = set()
     files = (file for package in PACKAGES for file in corpus.standard_library_files(package_folder(package)))
     for file in files:
         new = [text for text in corpus.docstrings(file) if text not in seen]
@@ -145,9 +145,9 @@ def encode_fast(work: Path, data: str, workers: int):
     return encode(work, data, workers, fast=True)
 
 
-def batches_of_texts(folder: Path) -> Iterator[List[str]]:
+def batches_of_texts(folder: Path) -> Iterator[list[str]]:
     """Every text, in batches of about a megabyte, as the units encode them."""
-    batch: List[str] = []
+    batch: list[str] = []
     size = 0
     for path in sorted(folder.iterdir()):
         for line in path.open(encoding="utf-8"):
@@ -186,10 +186,16 @@ def ours(work: Path, data: str, workers: int, *, no_jsonl: bool = False):
 
     out = work / f"out-{data}-{workers}-{no_jsonl}"
     return lambda: prepare_pretrain(
-        data_input_dirs=[str(work / data)], tokenizer_dir=str(work / "tokenizer"), data_cache_dir=str(out / "cache"),
-        data_jsonl_output_dir=str(out / "jsonl"), data_arrow_output_dir=str(out / "arrow"), max_length=MAX_LENGTH,
-        num_spliced_dataset_bins=BINS, num_workers=workers, no_jsonl=no_jsonl,
-    )  # fmt: skip
+        data_input_dirs=[str(work / data)],
+        tokenizer_dir=str(work / "tokenizer"),
+        data_cache_dir=str(out / "cache"),
+        data_jsonl_output_dir=str(out / "jsonl"),
+        data_arrow_output_dir=str(out / "arrow"),
+        max_length=MAX_LENGTH,
+        num_spliced_dataset_bins=BINS,
+        num_workers=workers,
+        no_jsonl=no_jsonl,
+    )
 
 
 def ours_without_jsonl(work: Path, data: str, workers: int):
@@ -206,10 +212,10 @@ def map_baseline(work: Path, data: str, workers: int):
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    def encode_batch(texts: List[str]) -> List[List[int]]:
+    def encode_batch(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
-    def tokenize_and_splice(batch: Dict[str, List]) -> Dict[str, List]:
+    def tokenize_and_splice(batch: dict[str, list]) -> dict[str, list]:
         pieces = []
         for source, target in zip(encode_batch(batch["source"]), encode_batch(batch["target"]), strict=True):
             ids = [bos, *source, *target, eos]
@@ -217,7 +223,7 @@ def map_baseline(work: Path, data: str, workers: int):
             for start in range(0, len(ids), MAX_LENGTH):
                 pieces.append((ids[start : start + MAX_LENGTH], labels[start : start + MAX_LENGTH]))
         pieces.sort(key=lambda piece: -len(piece[0]))
-        rows: Dict[str, List] = {"input_ids": [], "labels": []}
+        rows: dict[str, list] = {"input_ids": [], "labels": []}
         for ids, labels in pieces:
             fitting = (row for row, own in enumerate(rows["input_ids"]) if len(own) + len(ids) <= MAX_LENGTH)
             row = next(fitting, None)
@@ -241,12 +247,15 @@ def map_baseline(work: Path, data: str, workers: int):
 
 
 MEASURED = {
-    "encode": encode, "encode_fast": encode_fast, "ours": ours, "ours_without_jsonl": ours_without_jsonl,
+    "encode": encode,
+    "encode_fast": encode_fast,
+    "ours": ours,
+    "ours_without_jsonl": ours_without_jsonl,
     "map": map_baseline,
-}  # fmt: skip
+}
 
 
-def measured(name: str, work: Path, data: str, workers: int) -> Dict[str, float]:
+def measured(name: str, work: Path, data: str, workers: int) -> dict[str, float]:
     """Do one thing in this process; its seconds and its memory."""
     import contextlib
     import resource
@@ -290,7 +299,7 @@ def stop_server() -> None:
         forkserver._forkserver._stop()
 
 
-def in_own_process(work: Path, name: str, *, data: str = "data", workers: int = 1) -> Dict[str, float]:
+def in_own_process(work: Path, name: str, *, data: str = "data", workers: int = 1) -> dict[str, float]:
     """`measured`, in a new process."""
     command = [sys.executable, __file__, "--work_dir", str(work), "--measure", name, "--data", data]
     # Each map process is one core's: threads of the tokenizer in it would only be in each other's way.
@@ -310,10 +319,11 @@ def print_tables(work: Path, *, map_at_8x: bool) -> None:
     memory = {}
     for data, copies in (("data", 1), ("data8", COPIES)):
         plan = [
-            ("encode alone, SentencePiece", "encode", 1), ("encode alone, kitoken", "encode_fast", 1),
+            ("encode alone, SentencePiece", "encode", 1),
+            ("encode alone, kitoken", "encode_fast", 1),
             (f"ours, {CORES} workers", "ours", CORES),
             (f"ours --no_jsonl, {CORES} workers", "ours_without_jsonl", CORES),
-        ]  # fmt: skip
+        ]
         if copies == 1:
             plan.insert(1, (f"encode alone, SentencePiece, {CORES} threads", "encode", CORES))
             plan.append(("ours, 1 worker", "ours", 1))
@@ -328,7 +338,7 @@ def print_tables(work: Path, *, map_at_8x: bool) -> None:
     print(f"\nours: memory at {COPIES}x over 1x: {memory['data8'] / memory['data']:.3f}")
 
 
-def print_table(title: str, rows: Dict[str, Tuple[str, Dict[str, float]]], *, floor, baseline) -> None:
+def print_table(title: str, rows: dict[str, tuple[str, dict[str, float]]], *, floor, baseline) -> None:
     """The measurements as ratios; those over `baseline` only if there is one."""
     print(f"\n| {title} | CPU / floor | CPU / map | imports / floor | CPU / wall | peak memory, MB |")
     print("|---|---|---|---|---|---|")

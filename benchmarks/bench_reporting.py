@@ -15,8 +15,8 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def main() -> None:
         print("model     step with / without  CPU with / without  CPU time of showing a step")
         for name, shape in MODELS.items():
             model_dir = make_model(args.work_dir / name.replace(" ", ""), shape)
-            seconds: Dict[str, List[Tuple[float, float]]] = {"with": [], "without": []}
+            seconds: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
             for turn in range(TURNS):
                 for kind, steps in seconds.items():
                     steps += step_seconds(args.work_dir / f"{name}-{kind}-{turn}", model_dir, part, kind)
@@ -67,7 +67,7 @@ def main() -> None:
         shutil.rmtree(args.work_dir)
 
 
-def make_model(folder: Path, shape: Dict[str, int]) -> Path:
+def make_model(folder: Path, shape: dict[str, int]) -> Path:
     """Write a LLaMA of random weights, and a tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -92,17 +92,20 @@ def make_data(folder: Path) -> Path:
         sources, categories = zip(*(GROUPS[(number + i) % len(GROUPS)] for i in range(4)), strict=True)
         rows.append(
             {
-                "input_ids": ids, "labels": ids, "sequence_lengths": [LENGTH // 4] * 4,
-                "document_sources": list(sources), "document_categories": list(categories),
+                "input_ids": ids,
+                "labels": ids,
+                "sequence_lengths": [LENGTH // 4] * 4,
+                "document_sources": list(sources),
+                "document_categories": list(categories),
             }
-        )  # fmt: skip
+        )
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(rows).save_to_disk(str(folder))
     return folder
 
 
 @contextlib.contextmanager
-def watched(kind: str, ends: List[Tuple[float, float]]) -> Iterator[None]:
+def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
     """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
     from colossal_llama2.train import reporting, run
 
@@ -127,7 +130,7 @@ def watched(kind: str, ends: List[Tuple[float, float]]) -> Iterator[None]:
         yield
 
 
-def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[Tuple[float, float]]:
+def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tuple[float, float]]:
     """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
     from colossal_llama2.train import checks, run
 
@@ -135,7 +138,7 @@ def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> List[Tup
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
     flags += ["--tensorboard_dir", home / "tb", "--config_file", home / "config.json", "--use_flash_attn"]
     args = arguments.train_parser().parse_args([str(flag) for flag in flags])
-    ends: List[Tuple[float, float]] = []
+    ends: list[tuple[float, float]] = []
     with watched(kind, ends):
         run.run(args, checks.check_inputs(args))
     pairs = zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)

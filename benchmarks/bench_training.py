@@ -25,10 +25,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Callable, Dict, List, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,7 +45,7 @@ LENGTHS = (256, 1024)
 # Of each rank.
 TOKENS_A_STEP = 1024
 WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 10, 2
-PLUGINS: Dict[str, Tuple[str, ...]] = {
+PLUGINS: dict[str, tuple[str, ...]] = {
     "zero2": ("--plugin", "zero2"),
     "zero2_cpu": ("--plugin", "zero2_cpu"),
     "gemini": ("--plugin", "gemini"),
@@ -98,7 +98,7 @@ def sample_length(text: str) -> int:
     return int(text)
 
 
-def make_model(folder: Path, shape: Dict[str, int]) -> Path:
+def make_model(folder: Path, shape: dict[str, int]) -> Path:
     """Write a LLaMA of random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,9 +110,9 @@ def make_model(folder: Path, shape: Dict[str, int]) -> Path:
     return folder
 
 
-def print_table(title: str, run: Callable[[str], Dict[str, float]], plugins: Sequence[str], turns: int) -> None:
+def print_table(title: str, run: Callable[[str], dict[str, float]], plugins: Sequence[str], turns: int) -> None:
     """Run all candidates on one model and length, so many times by turns. What is measured is told as it comes."""
-    rounds: List[Dict[str, Dict[str, float]]] = []
+    rounds: list[dict[str, dict[str, float]]] = []
     for turn in range(turns):
         rounds.append({})
         for name in (*BASELINES, *plugins):
@@ -124,11 +124,11 @@ def print_table(title: str, run: Callable[[str], Dict[str, float]], plugins: Seq
         print_row(name, rounds)
 
 
-def print_row(name: str, rounds: List[Dict[str, Dict[str, float]]]) -> None:
+def print_row(name: str, rounds: list[dict[str, dict[str, float]]]) -> None:
     """One candidate beside the baseline and the floor of the same round: medians over the rounds."""
     rows = [found[name] for found in rounds]
 
-    def ratios(figure: str, base: str) -> List[float]:
+    def ratios(figure: str, base: str) -> list[float]:
         return [found[name][figure] / found[base][figure] for found in rounds]
 
     speeds = ratios("speed", "trainer")
@@ -138,7 +138,7 @@ def print_row(name: str, rounds: List[Dict[str, Dict[str, float]]]) -> None:
     print(f"{name:18} {figures}   {'  '.join(shares)}".rstrip(), flush=True)
 
 
-def measure(name: str, *, model_dir: Path, length: int, precision: str) -> Dict[str, float]:
+def measure(name: str, *, model_dir: Path, length: int, precision: str) -> dict[str, float]:
     """One candidate, once."""
     if name in BASELINES:
         return baseline(name, model_dir, length, precision)
@@ -147,7 +147,7 @@ def measure(name: str, *, model_dir: Path, length: int, precision: str) -> Dict[
     return ours(model_dir, length, precision, PLUGINS[name] + no_zero)
 
 
-def baseline(name: str, model_dir: Path, length: int, precision: str) -> Dict[str, float]:
+def baseline(name: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
     """Tokens/s of all ranks, and the memory of the largest."""
     script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
     done = launch([*script, "--lengths", str(length), "--precision", precision])
@@ -156,7 +156,7 @@ def baseline(name: str, model_dir: Path, length: int, precision: str) -> Dict[st
     return {"speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)}
 
 
-def launch(script: List[str]) -> str:
+def launch(script: list[str]) -> str:
     """Run a script on all ranks; returns what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS), *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -166,7 +166,7 @@ def launch(script: List[str]) -> str:
     return done.stdout
 
 
-def ours(model_dir: Path, length: int, precision: str, flags: Tuple[str, ...]) -> Dict[str, float]:
+def ours(model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -> dict[str, float]:
     """What train.py --benchmark tells. The partners of tensor parallelism share samples, so they take twice as many."""
     data_ranks = 1 if "--tp" in flags else RANKS
     batch = TOKENS_A_STEP // length * (RANKS // data_ranks)
@@ -211,7 +211,7 @@ def random_tokens(count: int, length: int):
     return torch.randint(0, VOCABULARY, (count, length), generator=generator)
 
 
-def bare_loop(model_dir: Path, length: int, precision: str) -> Tuple[int, float]:
+def bare_loop(model_dir: Path, length: int, precision: str) -> tuple[int, float]:
     """Weights in the precision, AdamW on float32 copies, nothing else."""
     import torch
     from transformers import LlamaForCausalLM
@@ -241,13 +241,13 @@ def bare_loop(model_dir: Path, length: int, precision: str) -> Tuple[int, float]
     return TIMED_STEPS * TOKENS_A_STEP, time.perf_counter() - start
 
 
-def trainer(model_dir: Path, length: int, precision: str) -> Tuple[int, float]:
+def trainer(model_dir: Path, length: int, precision: str) -> tuple[int, float]:
     """transformers.Trainer on all ranks."""
     import transformers
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
     class Clock(transformers.TrainerCallback):
-        times: List[float] = []
+        times: list[float] = []
 
         def on_step_end(self, *args, **kwargs) -> None:
             self.times.append(time.perf_counter())
@@ -257,17 +257,26 @@ def trainer(model_dir: Path, length: int, precision: str) -> Tuple[int, float]:
     batch, steps = TOKENS_A_STEP // length, WARMUP_STEPS + TIMED_STEPS
     rows = random_tokens(batch * RANKS * steps, length)
     settings = TrainingArguments(
-        output_dir=str(model_dir.parent / "trainer"), per_device_train_batch_size=batch, max_steps=steps,
-        bf16=precision == "bf16", learning_rate=1e-4, max_grad_norm=1.0, save_strategy="no", report_to="none",
-        logging_steps=1, disable_tqdm=True, ddp_find_unused_parameters=False, dataloader_num_workers=0,
-    )  # fmt: skip
+        output_dir=str(model_dir.parent / "trainer"),
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        bf16=precision == "bf16",
+        learning_rate=1e-4,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=0,
+    )
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     clock = Clock()
     Trainer(model=model, args=settings, train_dataset=dataset, callbacks=[clock]).train()
     return TIMED_STEPS * TOKENS_A_STEP * RANKS, clock.times[-1] - clock.times[WARMUP_STEPS - 1]
 
 
-BASELINES: Dict[str, Callable[[Path, int, str], Tuple[int, float]]] = {
+BASELINES: dict[str, Callable[[Path, int, str], tuple[int, float]]] = {
     "trainer": trainer,
     "trainer, kept": trainer,
     "bare": bare_loop,

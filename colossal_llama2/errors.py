@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Iterator, NoReturn
+from typing import NoReturn
 
 from colossal_llama2 import interrupts
 from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host

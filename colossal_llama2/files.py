@@ -7,9 +7,10 @@ import os
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, NamedTuple
 
 from colossal_llama2 import json_input
 from colossal_llama2.errors import UserError
@@ -19,10 +20,25 @@ from colossal_llama2.row_errors import RowError, json_type
 
 # Names that operating systems, file servers and desktops put into any folder by themselves.
 STRAY_NAMES = (
-    ".DS_Store", "._*", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", ".TemporaryItems", ".nfs*",
-    ".fuse_hidden*", ".snapshot", ".Trash-*", ".directory", ".~lock.*#", "lost+found", "@eaDir", "Thumbs.db",
-    "ehthumbs.db", "desktop.ini",
-)  # fmt: skip
+    ".DS_Store",
+    "._*",
+    ".AppleDouble",
+    ".Spotlight-V100",
+    ".Trashes",
+    ".fseventsd",
+    ".TemporaryItems",
+    ".nfs*",
+    ".fuse_hidden*",
+    ".snapshot",
+    ".Trash-*",
+    ".directory",
+    ".~lock.*#",
+    "lost+found",
+    "@eaDir",
+    "Thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+)
 
 
 def read_json(path: Path) -> dict:
@@ -44,10 +60,10 @@ class JsonLine(NamedTuple):
 
     where: str
     size: int
-    record: Optional[dict]
+    record: dict | None
 
 
-def read_jsonl(path: Path, *, explain: Callable[[bytes], Optional[str]] = lambda line: None) -> Iterator[JsonLine]:
+def read_jsonl(path: Path, *, explain: Callable[[bytes], str | None] = lambda line: None) -> Iterator[JsonLine]:
     """Every line of a jsonl file, lazily, blank ones together. Raises UserError with file:line for one that is not a
     JSON object, or too long.
 
@@ -98,7 +114,7 @@ def parse_object(line: bytes, unit: str = "line", *, allows_nan: bool = False) -
     return record
 
 
-def _parsed_with_nan(line: bytes) -> Optional[dict]:
+def _parsed_with_nan(line: bytes) -> dict | None:
     """The object in a line that is JSON but for the words that `parse_object` allows; None if it is not."""
     if b"NaN" not in line and b"Infinity" not in line:
         return None
@@ -112,7 +128,7 @@ def _parsed_with_nan(line: bytes) -> Optional[dict]:
     return record if isinstance(record, dict) else None
 
 
-def _why_not_json(line: bytes, error: ValueError, unit: str) -> Tuple[str, str]:
+def _why_not_json(line: bytes, error: ValueError, unit: str) -> tuple[str, str]:
     """The reason to count by, and what to say."""
     try:
         line.decode()
@@ -123,7 +139,7 @@ def _why_not_json(line: bytes, error: ValueError, unit: str) -> Tuple[str, str]:
     return "not JSON", f"not JSON ({error})"
 
 
-def jsonl_files(folder: Path) -> List[Path]:
+def jsonl_files(folder: Path) -> list[Path]:
     """The *.jsonl files directly inside a folder, by name; hidden ones, such as macOS makes, are left out."""
     return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
 
@@ -169,13 +185,13 @@ def to_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def contents_of(folder: Path, names: Sequence[str]) -> Dict[str, bytes]:
+def contents_of(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The contents of those of the named files and folders that exist, by path inside `folder`, following links.
 
     Raises:
         UserError: one is no regular file, or too large for a file of a tokenizer.
     """
-    found: Dict[str, bytes] = {}
+    found: dict[str, bytes] = {}
     for name in names:
         path = folder / name
         if path.is_dir():
@@ -187,7 +203,7 @@ def contents_of(folder: Path, names: Sequence[str]) -> Dict[str, bytes]:
     return found
 
 
-def write_contents(folder: Path, contents: Dict[str, bytes]) -> None:
+def write_contents(folder: Path, contents: dict[str, bytes]) -> None:
     """Write what `contents_of` gave into another folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +226,7 @@ def open_no_link(path: Path, mode: str, **options: Any) -> BinaryIO:
 
 
 @contextmanager
-def errors_naming(path: Path, *, instead_of: Optional[Path] = None) -> Iterator[None]:
+def errors_naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
     """Let an OSError that names no file, or `instead_of`, name `path`: a failed write does not say where."""
     try:
         yield

@@ -5,10 +5,10 @@ an entry of the tables below.
 """
 
 import argparse
-from typing import Dict, Iterable, Optional, Tuple
+from collections.abc import Iterable
 
 # Other tools' names, and the flag that does the same here: the first of them that the command has.
-EQUIVALENTS: Dict[str, Tuple[str, ...]] = {
+EQUIVALENTS: dict[str, tuple[str, ...]] = {
     "model": ("pretrained", "model_path", "source_model_and_tokenizer_path"),
     "model_name": ("pretrained", "model_path", "source_model_and_tokenizer_path"),
     "model_name_or_path": ("pretrained", "model_path", "source_model_and_tokenizer_path"),
@@ -106,7 +106,7 @@ _QUANTIZED = "quantized weights are not offered; give a model in float16, bfloat
 _PLUGIN = "ColossalAI does this here; choose with --plugin"
 _SCHEDULE = "AdamW with linear warm-up and a cosine schedule is used; set --lr, --warmup_steps and --weight_decay"
 # Names without an equivalent, and what to do instead.
-EXPLANATIONS: Dict[str, str] = {
+EXPLANATIONS: dict[str, str] = {
     **dict.fromkeys(("lora", "lora_rank", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "use_lora"), _LORA),
     **dict.fromkeys(("lora_target_modules", "use_peft", "peft", "qlora", "use_qlora", "finetuning_type"), _LORA),
     **dict.fromkeys(("nproc_per_node", "nnodes", "node_rank", "hostfile", "host", "master_addr"), _LAUNCHER),
@@ -152,7 +152,7 @@ def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown argument {flag}" + (f", did you mean --{near}?" if near else "")
 
 
-def nearest(name: str, known: Iterable[str]) -> Optional[str]:
+def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that differs from `name` by a few letters, or the only one that begins with it; None if none."""
     known = list(known)
     distances = {other: edits(name, _plain(other)) for other in known}

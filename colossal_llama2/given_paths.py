@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Union
 
 from colossal_llama2.errors import UserError
 
@@ -30,7 +29,7 @@ def no_folder(path: str, *, may_be_on_hub: bool = True) -> str:
     return reason + (hub_cure(path) if may_be_on_hub else "")
 
 
-def check_is_folder(path: Union[str, Path], flag: str, cure: str) -> None:
+def check_is_folder(path: str | Path, flag: str, cure: str) -> None:
     """Raise a UserError unless there is a folder; `path` as it was given, since a full path hides a name on the hub."""
     if not Path(path).is_dir():
         kind = "a file, not a folder" if Path(path).exists() else "not a folder"

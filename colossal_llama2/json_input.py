@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 MAX_BYTES = 64 << 20
 MAX_VALUES = 4_000_000
@@ -22,7 +22,7 @@ MAX_WHOLE = 2**53
 SHOWN_CHARACTERS = 80
 
 
-def read_object(path: Path, *, unique_names: bool = True) -> Dict[str, Any]:
+def read_object(path: Path, *, unique_names: bool = True) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
@@ -66,7 +66,7 @@ def parse(
         raise ValueError(f"more than {most_values:,} values")
     try:
         text = content.decode("utf-8-sig")
-        hooks: Dict[str, Any] = {"object_pairs_hook": _unique} if unique_names else {}
+        hooks: dict[str, Any] = {"object_pairs_hook": _unique} if unique_names else {}
         if not takes_constants:
             hooks["parse_constant"] = _refuse_constant
         value = json.loads(text, parse_int=_whole, **hooks)
@@ -86,8 +86,8 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    found: Dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found and found[name] != value:
             raise ValueError(f"the name {shown(name)} stands twice in one object, with two values")
@@ -120,7 +120,7 @@ def is_finite(value: Any) -> bool:
     return is_whole(value) or isinstance(value, float) and math.isfinite(value)
 
 
-def whole_number(content: Dict[str, Any], name: str, *, least: int = 0, most: int = MAX_WHOLE) -> int:
+def whole_number(content: dict[str, Any], name: str, *, least: int = 0, most: int = MAX_WHOLE) -> int:
     """The whole number of that name. KeyError if there is none, ValueError for anything else and out of the range."""
     value = content[name]
     if not is_whole(value) or not least <= value <= most:
@@ -128,7 +128,7 @@ def whole_number(content: Dict[str, Any], name: str, *, least: int = 0, most: in
     return value
 
 
-def number(content: Dict[str, Any], name: str, *, least: float = 0.0) -> float:
+def number(content: dict[str, Any], name: str, *, least: float = 0.0) -> float:
     """The finite number of that name. KeyError if there is none, ValueError for anything else and for a smaller one."""
     value = content[name]
     if not is_finite(value) or value < least:
@@ -136,7 +136,7 @@ def number(content: Dict[str, Any], name: str, *, least: float = 0.0) -> float:
     return float(value)
 
 
-def typed(content: Dict[str, Any], name: str, kind: type) -> Any:
+def typed(content: dict[str, Any], name: str, kind: type) -> Any:
     """The value of that name, of one of JSON's types. KeyError if there is none, ValueError for one of another type."""
     value = content[name]
     if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:

@@ -17,7 +17,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Optional, Tuple
 
 REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
@@ -53,15 +52,15 @@ class Place:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    launcher: Optional[str] = None
+    launcher: str | None = None
     parent: int = 0
     uses_agent_store: bool = False
-    note: Optional[str] = None
-    problem: Optional[str] = None
+    note: str | None = None
+    problem: str | None = None
 
 
 ALONE = Place()
-_settled: Optional[Place] = None
+_settled: Place | None = None
 
 
 def place() -> Place:
@@ -132,7 +131,7 @@ def _read() -> Place:
         return Place(problem=f"{error}; start with torchrun, or unset {', '.join(given)}")
 
 
-def _take_over_others() -> Optional[str]:
+def _take_over_others() -> str | None:
     """Where RANK or WORLD_SIZE is missing, set the usual variables from those of srun or mpirun.
 
     Returns:
@@ -177,9 +176,14 @@ def _launched() -> Place:
         os.environ["LOCAL_RANK"] = local_rank
     local_rank = _number("LOCAL_RANK", most=world_size - 1, why=f"since WORLD_SIZE is {world_size}")
     return Place(
-        rank, local_rank, world_size, _launcher(rank, world_size), parent=os.getppid(),
-        uses_agent_store=os.environ.get(AGENT_STORE) == "True", note=note,
-    )  # fmt: skip
+        rank,
+        local_rank,
+        world_size,
+        _launcher(rank, world_size),
+        parent=os.getppid(),
+        uses_agent_store=os.environ.get(AGENT_STORE) == "True",
+        note=note,
+    )
 
 
 def _launcher(rank: int, world_size: int) -> str:
@@ -194,7 +198,7 @@ def _launcher(rank: int, world_size: int) -> str:
     return BY_HAND
 
 
-def _guess_local_rank(rank: int, world_size: int) -> Tuple[str, Optional[str]]:
+def _guess_local_rank(rank: int, world_size: int) -> tuple[str, str | None]:
     for rank_name, _, name in OTHERS.values():
         # In the shell of a batch job, all ranks that are started there see Slurm's rank 0.
         if os.environ.get(name, "").isdecimal() and os.environ.get(rank_name, str(rank)) == str(rank):
@@ -204,7 +208,7 @@ def _guess_local_rank(rank: int, world_size: int) -> Tuple[str, Optional[str]]:
     return "0", "LOCAL_RANK is not set: this process takes GPU 0; with several on a host, number them with LOCAL_RANK"
 
 
-def _number(name: str, *, least: int = 0, most: Optional[int] = None, why: str = "") -> int:
+def _number(name: str, *, least: int = 0, most: int | None = None, why: str = "") -> int:
     text = os.environ[name].strip()
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least or (most is not None and int(text) > most):
         upwards = f"from {least} to {most}" if most is not None else f"of at least {least}"

@@ -4,7 +4,7 @@ A line ends with "\\n", "\\r\\n" or "\\r", as Python's own text files have it.
 """
 
 import re
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 # A document of this size is a mistake in the data, and a worker must not hold it in memory.
 MAX_LINE_BYTES = 32 << 20
@@ -20,7 +20,7 @@ class RawLine(NamedTuple):
     `content` has its line break, is empty for blank lines, and None for a line over `MAX_LINE_BYTES`.
     """
 
-    content: Optional[bytes]
+    content: bytes | None
     size: int
     count: int
 
@@ -33,7 +33,7 @@ class LineReader:
         self._block, self._start = b"", 0
         self._has_returns = False
 
-    def read(self, *, room: Optional[int] = None) -> RawLine:
+    def read(self, *, room: int | None = None) -> RawLine:
         """The next line. Blank lines come together, as far as they lie in the next `room` bytes."""
         if self._start == len(self._block):
             self._block, self._start = self._stream.read1(READ_BYTES), 0
@@ -105,7 +105,7 @@ class LineCounter:
         self.count = 0
         self._returned = False
 
-    def add(self, block: bytes, start: int = 0, stop: Optional[int] = None) -> None:
+    def add(self, block: bytes, start: int = 0, stop: int | None = None) -> None:
         """Count those in block[start:stop], which follows on what was added before."""
         stop = len(block) if stop is None else stop
         if start < stop:

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 import warnings
-from typing import List, Optional
 
 from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
@@ -107,12 +106,12 @@ class BarProgress(SilentProgress):
     def __init__(
         self,
         *,
-        total: Optional[int],
+        total: int | None,
         description: str,
         unit: str,
         initial: int,
         unit_scale: bool,
-        bar_format: Optional[str] = None,
+        bar_format: str | None = None,
     ):
         from tqdm import tqdm
 
@@ -134,7 +133,7 @@ class BarProgress(SilentProgress):
             self._show_what_fits([f"{name}={one_line(value)}" for name, value in figures.items()], count)
         self._bar.update(count)
 
-    def _show_what_fits(self, figures: List[str], count: int) -> None:
+    def _show_what_fits(self, figures: list[str], count: int) -> None:
         """Show the first of `figures`, which are the most important, beside a bar of at least ten cells."""
         for kept in range(len(figures), -1, -1):
             self._bar.set_postfix_str(", ".join(figures[:kept]), refresh=False)
@@ -153,7 +152,7 @@ class BarProgress(SilentProgress):
 class LineProgress(SilentProgress):
     """One log line every `PLAIN_LINE_SECONDS`, and one at the end."""
 
-    def __init__(self, *, total: Optional[int], description: str, unit: str, initial: int, unit_scale: bool):
+    def __init__(self, *, total: int | None, description: str, unit: str, initial: int, unit_scale: bool):
         self._total, self._description, self._unit, self._scaled = total, description, unit, unit_scale
         self._start_count = self._count = initial
         self._start = time.monotonic()
@@ -194,12 +193,12 @@ class LineProgress(SilentProgress):
 
 def progress(
     *,
-    total: Optional[int],
+    total: int | None,
     description: str,
     unit: str,
     initial: int = 0,
     unit_scale: bool = False,
-    bar_format: Optional[str] = None,
+    bar_format: str | None = None,
 ) -> SilentProgress:
     """A progress display for `total` units (None: unknown), of the kind that fits stderr and this process's rank.
 
@@ -209,7 +208,11 @@ def progress(
         return SilentProgress()
     if sys.stderr.isatty():
         return BarProgress(
-            total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale,
+            total=total,
+            description=description,
+            unit=unit,
+            initial=initial,
+            unit_scale=unit_scale,
             bar_format=bar_format,
-        )  # fmt: skip
+        )
     return LineProgress(total=total, description=description, unit=unit, initial=initial, unit_scale=unit_scale)

@@ -13,9 +13,9 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterator
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError

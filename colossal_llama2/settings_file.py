@@ -7,8 +7,9 @@ words are put: so the command line wins. A switch that the file turns on stays o
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 from colossal_llama2 import json_input
 from colossal_llama2.flag_names import nearest
@@ -19,7 +20,7 @@ NOT_FLAGS = {"versions", "total_steps", "world_size", "stage", "pad_token", "loa
 COMMANDS = {"pretrain": "train.py", "sft": "train_sft.py"}
 
 
-def named_file(words: Sequence[str]) -> Optional[str]:
+def named_file(words: Sequence[str]) -> str | None:
     """The file that --load_config names in a command line, the last one if there are several."""
     found = None
     for word, following in itertools.zip_longest(words, words[1:]):
@@ -32,7 +33,7 @@ def named_file(words: Sequence[str]) -> Optional[str]:
     return found
 
 
-def words_of(path: str, parser: argparse.ArgumentParser) -> List[str]:
+def words_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """The settings in a file as words of a command line.
 
     Raises:
@@ -44,7 +45,7 @@ def words_of(path: str, parser: argparse.ArgumentParser) -> List[str]:
     if stage is not None and stage != parser.get_default("stage"):
         raise ValueError(f"{where}: was written by {COMMANDS.get(stage, stage)}; give a file of {parser.prog}")
     actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
-    words: List[str] = []
+    words: list[str] = []
     for name, value in content.items():
         if name in NOT_FLAGS or value is None and name in actions:
             continue
@@ -55,7 +56,7 @@ def words_of(path: str, parser: argparse.ArgumentParser) -> List[str]:
     return words
 
 
-def _read(path: str, where: str) -> Dict[str, Any]:
+def _read(path: str, where: str) -> dict[str, Any]:
     try:
         return json_input.read_object(Path(path))
     except OSError as error:
@@ -64,7 +65,7 @@ def _read(path: str, where: str) -> Dict[str, Any]:
         raise ValueError(f"{where}: is not JSON as --config_file writes it ({error}); give a file that it wrote")
 
 
-def _words(action: argparse.Action, value: Any, parser: argparse.ArgumentParser, where: str) -> List[str]:
+def _words(action: argparse.Action, value: Any, parser: argparse.ArgumentParser, where: str) -> list[str]:
     flag = action.option_strings[-1]
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -83,7 +84,7 @@ def _words(action: argparse.Action, value: Any, parser: argparse.ArgumentParser,
     return [flag, *texts] if takes_many else [f"{flag}={texts[0]}"]
 
 
-def _entries(value: Any, takes_many: bool, where: str) -> List[Any]:
+def _entries(value: Any, takes_many: bool, where: str) -> list[Any]:
     """The entries of a list; those of an object, and of a list of pairs, are written NAME=VALUE as on the command."""
     if not takes_many:
         if isinstance(value, (list, dict)):

@@ -12,7 +12,7 @@ In `visible`, what stands for something else cannot be spelt by the text itself:
 import re
 import sys
 import unicodedata
-from typing import Optional, TextIO
+from typing import TextIO
 
 # Controls, format characters (direction, joining), halves of surrogate pairs, private use, line separators.
 HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
@@ -24,9 +24,7 @@ LOOKS_LIKE_OURS = re.compile(r"<(?=/?s>|U\+)")
 # cannot be encoded: controls but tab and line feed, line and paragraph separators, directional embeddings, overrides
 # and isolates, deprecated and annotation controls, the byte order mark, halves of surrogate pairs. Joiners (emoji,
 # Persian, Indic scripts), direction marks, soft hyphens and combining characters belong to ordinary text.
-OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
 LINE_BREAK = re.compile(r"[ \t]*\r?\n[ \t\r\n]*")
 
 
@@ -40,12 +38,12 @@ def one_line(text: str) -> str:
     return printable(LINE_BREAK.sub(" ", text.strip("\r\n"))).replace("\t", _shown("\t"))
 
 
-def show(text: str, *, file: Optional[TextIO] = None) -> None:
+def show(text: str, *, file: TextIO | None = None) -> None:
     """Print `printable(text)` at once; to stdout without `file`."""
     print(printable(text), file=file or sys.stdout, flush=True)
 
 
-def show_line(text: str, *, file: Optional[TextIO] = None) -> None:
+def show_line(text: str, *, file: TextIO | None = None) -> None:
     """Print `one_line(text)` at once; to stdout without `file`."""
     print(one_line(text), file=file or sys.stdout, flush=True)
 

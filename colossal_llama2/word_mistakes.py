@@ -9,7 +9,8 @@ import argparse
 import os
 import re
 import shlex
-from typing import Iterator, List, NamedTuple, Optional, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from colossal_llama2 import flag_names
 
@@ -33,9 +34,9 @@ class Given(NamedTuple):
     """
 
     flag: str
-    action: Optional[argparse.Action]
-    attached: Optional[str]
-    words: List[str]
+    action: argparse.Action | None
+    attached: str | None
+    words: list[str]
 
 
 def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def split(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[Giv
     yield given
 
 
-def repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> List[str]:
+def repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """One sentence for each flag with several values that is given again, which makes argparse forget the first."""
     counts: dict = {}
     for given in split(words, parser):
@@ -206,7 +207,7 @@ def _check_dash(given: Given, word: str) -> None:
     )
 
 
-def _too_many(given: Given, words: List[str]) -> str:
+def _too_many(given: Given, words: list[str]) -> str:
     """The message about words that follow the one value of a flag."""
     flag, rest = given.flag, " ".join(words[1:])
     blank = [word for word in words[1:] if not word.strip()]

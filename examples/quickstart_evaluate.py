@@ -14,8 +14,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,7 +46,7 @@ def build_parser() -> arguments.CommandParser:
     return parser
 
 
-def read_held_out(folder: Path) -> Dict[str, List[str]]:
+def read_held_out(folder: Path) -> dict[str, list[str]]:
     """The held-out texts by language: the `target` of every record of every *.jsonl of the folder."""
     files = jsonl_files(folder)
     if not files:
@@ -54,13 +54,13 @@ def read_held_out(folder: Path) -> Dict[str, List[str]]:
     return {file.stem: [line.record["target"] for line in read_jsonl(file) if line.record] for file in files}
 
 
-def windows(token_ids: List[int], max_length: int, bos_token_id: int) -> Iterator[List[int]]:
+def windows(token_ids: list[int], max_length: int, bos_token_id: int) -> Iterator[list[int]]:
     """Cut a document into windows of at most `max_length` tokens, each opened by <s>; every token is in one window."""
     for start in range(0, len(token_ids), max_length - 1):
         yield [bos_token_id, *token_ids[start : start + max_length - 1]]
 
 
-def total_nats(model, batch: List[List[int]]) -> float:
+def total_nats(model, batch: list[list[int]]) -> float:
     """The summed negative log-likelihood, in nats, of every token of the windows but their <s>."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -74,7 +74,7 @@ def total_nats(model, batch: List[List[int]]) -> float:
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
 
 
-def measure(model, tokenizer, texts: List[str], *, language: str, max_length: int, batch_size: int) -> dict:
+def measure(model, tokenizer, texts: list[str], *, language: str, max_length: int, batch_size: int) -> dict:
     """Figures of one language's texts. Totals are divided once, at the end, so a long document weighs by its length."""
     # verbose=False: a document longer than the model's window is no mistake here, since it is cut below.
     encoded = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
@@ -99,7 +99,7 @@ def measure(model, tokenizer, texts: List[str], *, language: str, max_length: in
     }
 
 
-def evaluate(model_path: str, texts: Dict[str, List[str]], *, max_length: int, batch_size: int) -> Dict[str, dict]:
+def evaluate(model_path: str, texts: dict[str, list[str]], *, max_length: int, batch_size: int) -> dict[str, dict]:
     """Load a model in float32 and measure it on every language."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -8,7 +8,6 @@ teaches it English. It stands in for LLaMA-2, which no one can train on two core
 
 import sys
 from pathlib import Path
-from typing import List
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,15 +41,21 @@ def write_model(vocab_size: int, output_dir: Path) -> int:
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=MAX_LENGTH, torch_dtype="float32",
-        )  # fmt: skip
+            vocab_size=vocab_size,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=MAX_LENGTH,
+            torch_dtype="float32",
+        )
     )
     model.save_pretrained(output_dir)
     return model.num_parameters()
 
 
-def read_targets(folder: Path) -> List[str]:
+def read_targets(folder: Path) -> list[str]:
     """The `target` texts of every *.jsonl in `folder`."""
     files = jsonl_files(folder)
     if not files:

@@ -9,7 +9,6 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import List, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,13 +29,13 @@ def build_parser() -> arguments.CommandParser:
     return parser
 
 
-def tokens_per_second(tensorboard_dir: Optional[str]) -> Optional[float]:
+def tokens_per_second(tensorboard_dir: str | None) -> float | None:
     """The median speed in the TensorBoard logs under a folder; None if there are none."""
     if tensorboard_dir is None:
         return None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    speeds: List[float] = []
+    speeds: list[float] = []
     for folder in sorted({file.parent for file in Path(tensorboard_dir).rglob("events.out.tfevents.*")}):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
@@ -45,7 +44,7 @@ def tokens_per_second(tensorboard_dir: Optional[str]) -> Optional[float]:
     return statistics.median(speeds) if speeds else None
 
 
-def aligned(rows: List[List[str]], *, left_columns: int = 1) -> str:
+def aligned(rows: list[list[str]], *, left_columns: int = 1) -> str:
     """Rows as text columns: the first ones to the left, the others to the right, a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -56,7 +55,7 @@ def aligned(rows: List[List[str]], *, left_columns: int = 1) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
-def stage_table(entries: List[dict]) -> str:
+def stage_table(entries: list[dict]) -> str:
     """One row a stage: losses in bits per UTF-8 byte, tokens per character, tokens per second."""
     header = ["stage"]
     header += [f"{code} bits/byte" for code in LANGUAGES] + [f"{code} tokens/char" for code in LANGUAGES] + ["tokens/s"]
@@ -73,22 +72,26 @@ def stage_table(entries: List[dict]) -> str:
     return aligned(rows)
 
 
-def changes(entries: List[dict]) -> str:
+def changes(entries: list[dict]) -> str:
     """What the new pieces and the training changed in each language, from the first stage to the last."""
     first, last = entries[0]["languages"], entries[-1]["languages"]
     rows = [["", "tokens/char before", "after", "bits/byte first stage", "last stage", "change"]]
     for code, name in LANGUAGES.items():
         before, after = first[code], last[code]
-        rows.append([
-            name,
-            f"{before['tokens_per_character']:.3f}", f"{after['tokens_per_character']:.3f}",
-            f"{before['bits_per_byte']:.3f}", f"{after['bits_per_byte']:.3f}",
-            f"{after['bits_per_byte'] / before['bits_per_byte'] - 1:+.1%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{before['tokens_per_character']:.3f}",
+                f"{after['tokens_per_character']:.3f}",
+                f"{before['bits_per_byte']:.3f}",
+                f"{after['bits_per_byte']:.3f}",
+                f"{after['bits_per_byte'] / before['bits_per_byte'] - 1:+.1%}",
+            ]
+        )
     return aligned(rows)
 
 
-def places(entries: List[dict]) -> str:
+def places(entries: list[dict]) -> str:
     """Where each stage's model, TensorBoard logs and settings lie."""
     rows = [["stage", "model", "TensorBoard logs", "settings"]]
     for entry in entries:

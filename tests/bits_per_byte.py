@@ -1,12 +1,11 @@
 """Bits per byte worked out anew from token ids alone, by SentencePiece and transformers, without this package's code.
 
-    python -m tests.bits_per_byte EVAL_FOLDER MODEL_FOLDER [on|off]    the figure of a prepared folder under a model
+python -m tests.bits_per_byte EVAL_FOLDER MODEL_FOLDER [on|off]    the figure of a prepared folder under a model
 """
 
 import math
 import re
 import sys
-from typing import List, Tuple
 
 import datasets
 import sentencepiece
@@ -22,7 +21,7 @@ def load_processor(model_file) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def spelt(processor, ids: List[int]) -> List[bytes]:
+def spelt(processor, ids: list[int]) -> list[bytes]:
     """The bytes that each token spells; without the space that stands in front of a text that follows <s>."""
     found = []
     for place, token in enumerate(ids):
@@ -37,7 +36,7 @@ def spelt(processor, ids: List[int]) -> List[bytes]:
     return found
 
 
-def pieces_of(sample: dict) -> List[Tuple[int, int]]:
+def pieces_of(sample: dict) -> list[tuple[int, int]]:
     """Where each piece of a document in a sample begins and ends."""
     bounds, start = [], 0
     for length in sample["sequence_lengths"]:
@@ -46,7 +45,7 @@ def pieces_of(sample: dict) -> List[Tuple[int, int]]:
     return bounds
 
 
-def predicted_bytes(processor, sample: dict) -> List[int]:
+def predicted_bytes(processor, sample: dict) -> list[int]:
     """Of each piece of a sample, the bytes of its predicted tokens."""
     found = []
     for start, stop in pieces_of(sample):
@@ -57,7 +56,7 @@ def predicted_bytes(processor, sample: dict) -> List[int]:
 
 
 @torch.no_grad()
-def summed_nats(model, sample: dict, *, apart: bool) -> Tuple[float, int]:
+def summed_nats(model, sample: dict, *, apart: bool) -> tuple[float, int]:
     """The loss of a sample's predicted tokens, whose pieces see each other unless `apart`, and their number."""
     ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
     for start, _ in pieces_of(sample):

@@ -24,9 +24,10 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 from tests import far_copies, launching, reference, tiny, training_jobs
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
@@ -56,17 +57,17 @@ class Layout:
         plugin_arguments: of ColossalAI's plugin, for what no flag offers.
     """
 
-    flags: Tuple[str, ...]
+    flags: tuple[str, ...]
     ranks: int = 2
     data_size: int = 2
-    plugin_arguments: Tuple[Tuple[str, Any], ...] = ()
+    plugin_arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Option:
     """One thing that differs from the plain command."""
 
-    flags: Tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     accumulation_steps: int = 1
     model: str = "plain"
     data: str = "ragged"
@@ -76,7 +77,7 @@ class Option:
     batch: int = GLOBAL_BATCH
 
     @property
-    def reference(self) -> Tuple[str, str, float, bool, float, int]:
+    def reference(self) -> tuple[str, str, float, bool, float, int]:
         """What the plain loop must know of it."""
         return self.model, self.data, self.clip, self.freeze, self.lr, self.batch
 
@@ -97,9 +98,7 @@ FLOAT32_LAYOUTS = {
     "3d pp2 dp2": Layout((*HYBRID, "0", *PP2), ranks=4),
     "3d pp2 tp2": Layout((*HYBRID, "0", *PP2, "--tp", "2"), ranks=4, data_size=1),
     "3d pp2 sp2 all_to_all": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL), ranks=4, data_size=1),
-    "3d pp2 sp2 all_to_all flash": Layout(
-        (*HYBRID, "0", *PP2, *ALL_TO_ALL, "--use_flash_attn"), ranks=4, data_size=1
-    ),
+    "3d pp2 sp2 all_to_all flash": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL, "--use_flash_attn"), ranks=4, data_size=1),
     "3d pp2 tp2 split_gather": Layout(
         (*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather"), ranks=4, data_size=1
     ),
@@ -198,7 +197,7 @@ class Case:
         return split_by in self.layout.flags
 
     def spec(
-        self, folder: Path, models: Dict[str, Path], parts: Dict[str, List[str]], unrepaired: Sequence[str] = ()
+        self, folder: Path, models: dict[str, Path], parts: dict[str, list[str]], unrepaired: Sequence[str] = ()
     ) -> dict:
         """The command, for train_worker.py."""
         home = folder / self.name.replace(" ", "_")
@@ -226,7 +225,7 @@ def _are_combined(precision: str, layout: str, option: str) -> bool:
     return in_full or option in SOME_OPTIONS[precision]
 
 
-def all_cases() -> List[Case]:
+def all_cases() -> list[Case]:
     """The matrix."""
     named = [
         (precision, layout, option)
@@ -257,7 +256,7 @@ class Gap:
         return f"loss {self.loss:.1e}, norm {self.norm:.1e}, weights {self.weights:.1e}"
 
 
-def largest(values: List[float], expected: List[float]) -> float:
+def largest(values: list[float], expected: list[float]) -> float:
     """Largest relative difference."""
     return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True))
 
@@ -279,10 +278,10 @@ def trace_of(job: Job) -> reference.Trace:
 class References:
     """Plain loops, each run once: in float32 one that never pads, in bfloat16 one on whole batches."""
 
-    def __init__(self, models: Dict[str, Path], parts: Dict[str, List[str]]):
+    def __init__(self, models: dict[str, Path], parts: dict[str, list[str]]):
         self._models, self._parts, self._known = models, parts, {}
 
-    def of(self, case: Case) -> Tuple[reference.Trace, Gap]:
+    def of(self, case: Case) -> tuple[reference.Trace, Gap]:
         """The trace to compare with, and how far from it a command may be."""
         if case.precision == "fp32":
             return self._run(case, 0), Gap(**FLOAT32_ALLOWED)
@@ -291,29 +290,34 @@ class References:
         traces = [self._run(case, parts, halved) for parts, halved in others]
         return whole, _bound([gap_of(trace, whole) for trace in [*traces, self._run(case, 1, attention="sdpa")]])
 
-    def of_halves(self, case: Case) -> Optional[Gap]:
+    def of_halves(self, case: Case) -> Gap | None:
         """The narrower bound that the plain loop on halves of the batches alone gives in bfloat16."""
         # Halves of two samples are each computed as in the whole batch.
         if case.precision == "fp32" or case.option.batch == FAR_BATCH:
             return None
         return _bound([gap_of(self._run(case, 2), self._run(case, 1))])
 
-    def _run(
-        self, case: Case, micro_batches: int, halved: bool = False, attention: str = "eager"
-    ) -> reference.Trace:
+    def _run(self, case: Case, micro_batches: int, halved: bool = False, attention: str = "eager") -> reference.Trace:
         micro_batches = min(micro_batches, case.option.batch)
         key = (case.precision, case.option.reference, micro_batches, halved, attention)
         if key not in self._known:
             self._known[key] = reference.train(
-                self._models[case.option.model], self._parts[case.option.data], precision=case.precision,
-                global_batch=case.option.batch, lr=case.option.lr, clip=case.option.clip, freeze=case.option.freeze,
-                micro_batches=micro_batches, unsplice=case.option.data == "spliced", halved=halved,
+                self._models[case.option.model],
+                self._parts[case.option.data],
+                precision=case.precision,
+                global_batch=case.option.batch,
+                lr=case.option.lr,
+                clip=case.option.clip,
+                freeze=case.option.freeze,
+                micro_batches=micro_batches,
+                unsplice=case.option.data == "spliced",
+                halved=halved,
                 attention=attention,
-            )  # fmt: skip
+            )
         return self._known[key]
 
 
-def _bound(gaps: List[Gap]) -> Gap:
+def _bound(gaps: list[Gap]) -> Gap:
     loss, norm, weights = (GAPS * max(values) for values in zip(*map(astuple, gaps), strict=True))
     return Gap(loss, norm, max(weights, BFLOAT16_WEIGHTS))
 
@@ -330,15 +334,15 @@ class Row:
     case: Case
     gap: Gap
     allowed: Gap
-    moment: Optional[float]
-    narrow: Optional[Gap] = None
+    moment: float | None
+    narrow: Gap | None = None
 
     @property
     def passed(self) -> bool:
         moment_is_right = self.moment is None or abs(self.moment - 1) <= MOMENT_ALLOWED
         return self.gap.within(self.allowed) and moment_is_right
 
-    def cells(self) -> List[str]:
+    def cells(self) -> list[str]:
         """The row of the table."""
         figures = [
             f"{getattr(self.gap, name):.1e} / {getattr(self.allowed, name):.1e}" for name in ("loss", "norm", "weights")
@@ -362,7 +366,7 @@ def compare(case: Case, job: Job, references: References) -> Row:
     return Row(case, gap_of(trace_of(job), expected), allowed, moment, references.of_halves(case))
 
 
-def launches(cases: List[Case]) -> Iterator[Tuple[int, List[Case]]]:
+def launches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
     """Yield (ranks, cases that share a process group), so few at a time that rows appear now and then."""
     for ranks in sorted({case.layout.ranks for case in cases}):
         chosen = [case for case in cases if case.layout.ranks == ranks]
@@ -371,8 +375,8 @@ def launches(cases: List[Case]) -> Iterator[Tuple[int, List[Case]]]:
 
 
 def run_cases(
-    cases: List[Case], folder: Path, steps: int, unrepaired: Sequence[str] = ()
-) -> Tuple[List[Row], Dict[str, str]]:
+    cases: list[Case], folder: Path, steps: int, unrepaired: Sequence[str] = ()
+) -> tuple[list[Row], dict[str, str]]:
     """Launch all cases and compare each, without these repairs; rows are printed after each launch.
 
     Returns:
@@ -400,7 +404,7 @@ def run_cases(
 
 
 def why_refused(
-    case: Case, home: Path, models: Dict[str, Path], parts: Dict[str, List[str]], references: References
+    case: Case, home: Path, models: dict[str, Path], parts: dict[str, list[str]], references: References
 ) -> str:
     """What comes of a command that is refused, when it is run all the same."""
     spec = case.spec(home, models, parts)
@@ -418,7 +422,7 @@ def why_refused(
     return f"{row.gap} apart, {row.allowed} allowed" if not row.passed else f"EQUAL, needs no refusal ({row.gap})"
 
 
-def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, List[str]]]:
+def make_inputs(folder: Path, steps: int) -> tuple[dict[str, Path], dict[str, list[str]]]:
     """Models and prepared data, by name."""
     tokenizer = tiny.make_tokenizer(folder / "tokenizer")
     plain = tiny.make_model(folder / "plain", tokenizer)
@@ -435,13 +439,11 @@ def make_inputs(folder: Path, steps: int) -> Tuple[Dict[str, Path], Dict[str, Li
         for name in ("ragged", "full")
     }
     data["spliced"] = [training_jobs.write_spliced_data(folder / "spliced" / "part-00000", tokenizer, steps)]
-    data["far"] = far_copies.write_data(
-        folder / "far", samples=FAR_BATCH, length=FAR_LENGTH, distance=FAR_DISTANCE
-    )
+    data["far"] = far_copies.write_data(folder / "far", samples=FAR_BATCH, length=FAR_LENGTH, distance=FAR_DISTANCE)
     return models, data
 
 
-def print_row(cells: List[str]) -> None:
+def print_row(cells: list[str]) -> None:
     """One line of the table, at once."""
     print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
 
@@ -483,7 +485,7 @@ Run all the same, this comes of them:
 {refused}"""
 
 
-def told_by_halves(rows: List[Row]) -> str:
+def told_by_halves(rows: list[Row]) -> str:
     """How the bf16 rows do by the narrower bound."""
     narrow = [row for row in rows if row.narrow is not None]
     if not narrow:
@@ -504,7 +506,7 @@ def told_by_halves(rows: List[Row]) -> str:
     return "\n" + textwrap.fill(text + ".", 118) + "\n"
 
 
-def as_page(rows: List[Row], refused: Dict[str, str], steps: int) -> str:
+def as_page(rows: list[Row], refused: dict[str, str], steps: int) -> str:
     """What was found, as Markdown."""
     lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
     return PAGE.format(
@@ -524,7 +526,7 @@ def as_page(rows: List[Row], refused: Dict[str, str], steps: int) -> str:
     )
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.equality", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")

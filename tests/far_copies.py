@@ -5,7 +5,6 @@ the attention of its first layer meets one distance. If the rotary frequencies a
 """
 
 from pathlib import Path
-from typing import List
 
 import datasets
 import numpy as np
@@ -26,10 +25,15 @@ def make_model(folder: Path, tokenizer_dir: Path, *, distance: int) -> Path:
     """Write a LLaMA of two layers whose first one looks `distance` tokens back."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer_dir)), hidden_size=HIDDEN, intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096,
+        vocab_size=len(AutoTokenizer.from_pretrained(tokenizer_dir)),
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=4096,
         rope_theta=THETA,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     frequencies = model.model.rotary_emb.inv_freq
     first = model.model.layers[0].self_attn
@@ -57,7 +61,7 @@ def make_model(folder: Path, tokenizer_dir: Path, *, distance: int) -> Path:
     return folder
 
 
-def write_data(folder: Path, *, samples: int, length: int, distance: int) -> List[str]:
+def write_data(folder: Path, *, samples: int, length: int, distance: int) -> list[str]:
     """A prepared part of random tokens that repeat, of which the repeated ones alone are predicted."""
     random = np.random.default_rng(0)
     rows = [np.resize(random.integers(3, 500, distance + 1), length).tolist() for _ in range(samples)]

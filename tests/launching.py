@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
 
 import torch
 
@@ -14,7 +13,7 @@ from tests.conftest import ROOT
 
 
 def launch(
-    folder: Path, specs: List[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 840
+    folder: Path, specs: list[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 840
 ) -> None:
     """Run the commands on the ranks of one job, with a limit on its time (seconds). AssertionError if it fails."""
     process = attempt(folder, specs, worker, ranks=ranks, timeout=timeout)
@@ -22,7 +21,7 @@ def launch(
 
 
 def attempt(
-    folder: Path, specs: List[dict], worker: str = "train_worker.py", *, ranks: int, timeout: float
+    folder: Path, specs: list[dict], worker: str = "train_worker.py", *, ranks: int, timeout: float
 ) -> subprocess.CompletedProcess:
     """The same for commands that may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
     (folder / "jobs.json").write_text(json.dumps(specs))
@@ -49,7 +48,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def distance(weights: Dict[str, torch.Tensor], expected: Dict[str, torch.Tensor]) -> float:
+def distance(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Norm of the difference over the norm of the expected weights."""
     difference = sum(float((weights[name] - expected[name]).square().sum()) for name in expected)
     return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5

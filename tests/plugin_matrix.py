@@ -15,7 +15,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
 
 from safetensors.torch import load_file
 
@@ -48,8 +47,8 @@ class Cell:
     writer: str
     reader: str
     kind: str
-    error: Optional[str]
-    figure: Optional[float] = None
+    error: str | None
+    figure: float | None = None
 
     def __str__(self) -> str:
         if self.error:
@@ -59,7 +58,7 @@ class Cell:
         return "same bits" if not self.figure else f"{self.figure:.3f}"
 
 
-def spec(name: str, home: Path, model: Path, parts: List[str], flags: List[str]) -> dict:
+def spec(name: str, home: Path, model: Path, parts: list[str], flags: list[str]) -> dict:
     """A command for train_worker.py."""
     batch = GLOBAL_BATCH if "--tp" in flags or "--pp" in flags else GLOBAL_BATCH // 2
     common = training_jobs.common_flags(home, model, parts)
@@ -67,7 +66,7 @@ def spec(name: str, home: Path, model: Path, parts: List[str], flags: List[str])
     return {"name": name, "script": "train.py", "flags": [str(word) for word in words]}
 
 
-def weights_in(folder: Path) -> Dict:
+def weights_in(folder: Path) -> dict:
     """The tensors of a model folder, as they are stored."""
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -75,7 +74,7 @@ def weights_in(folder: Path) -> Dict:
     return tensors
 
 
-def stored_wrong(folder: Path, *, tied: bool) -> Optional[str]:
+def stored_wrong(folder: Path, *, tied: bool) -> str | None:
     """What is not as transformers writes it, None if all is."""
     from transformers import AutoModelForCausalLM
 
@@ -88,7 +87,7 @@ def stored_wrong(folder: Path, *, tied: bool) -> Optional[str]:
     return f"transformers finds {wrong}" if wrong else None
 
 
-def different(weights: Dict, expected: Dict) -> List[str]:
+def different(weights: dict, expected: dict) -> list[str]:
     """Names of tensors that are not the same bits."""
     names = sorted(weights.keys() | expected.keys())
     return [
@@ -96,7 +95,7 @@ def different(weights: Dict, expected: Dict) -> List[str]:
     ]
 
 
-def judge_weights(written: Path, rewritten: Path) -> Optional[str]:
+def judge_weights(written: Path, rewritten: Path) -> str | None:
     """The first tensor that a reader did not write as it had read it."""
     changed = different(weights_in(rewritten), weights_in(written))
     return f"changes {changed[0]}" if changed else None
@@ -111,7 +110,7 @@ def judge_resumed(start: Path, end: Path, resumed: Path) -> float:
     return launching.distance({name: value.float() for name, value in found.items()}, expected) / way
 
 
-def run(folder: Path, layouts: List[str], models: List[str], readers: Optional[List[str]] = None) -> List[Cell]:
+def run(folder: Path, layouts: list[str], models: list[str], readers: list[str] | None = None) -> list[Cell]:
     """Train, read and resume; every cell of the table."""
     readers = readers or layouts
     tokenizer = tiny.make_tokenizer(folder / "tokenizer")
@@ -137,7 +136,7 @@ def run(folder: Path, layouts: List[str], models: List[str], readers: Optional[L
     return cells
 
 
-def _judged(folder: Path, name: str, error: Optional[str]) -> List[Cell]:
+def _judged(folder: Path, name: str, error: str | None) -> list[Cell]:
     model, _, rest = name.partition(" ")
     ours = folder / "runs" / name / "ckpt" / "modeling"
     for word, kind in ((" read by ", "weights"), (" resumed by ", "resumed")):
@@ -158,7 +157,7 @@ def _judged(folder: Path, name: str, error: Optional[str]) -> List[Cell]:
     return [Cell(model, rest, "", "written", error)]
 
 
-def table(cells: List[Cell]) -> str:
+def table(cells: list[Cell]) -> str:
     """A line per writer, a column per reader, for each model and kind."""
     lines = []
     for model, kind in dict.fromkeys((cell.model, cell.kind) for cell in cells):
@@ -173,7 +172,7 @@ def table(cells: List[Cell]) -> str:
     return "\n".join([*lines, f"{len(cells) - len(failed)} of {len(cells)} right"])
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.plugin_matrix", description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="+", choices=[*LAYOUTS], default=[*LAYOUTS], help="who writes and who reads")

@@ -2,8 +2,9 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.measuring import measure_parts
@@ -15,7 +16,7 @@ from colossal_llama2.train.plan import buckets_of, build_plan, make_order
 from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 from tests import tiny
 
-Piece = Tuple[Tuple[int, ...], Tuple[int, ...], str]
+Piece = tuple[tuple[int, ...], tuple[int, ...], str]
 
 
 def write_lines(path: Path, lines) -> Path:
@@ -60,11 +61,11 @@ def plan_settings(
     *,
     num_epochs: int,
     learning_rate: float,
-    warmup: Optional[int] = None,
-    state: Optional[TrainState] = None,
-    max_steps: Optional[int] = None,
+    warmup: int | None = None,
+    state: TrainState | None = None,
+    max_steps: int | None = None,
     **order_settings,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The plan of a run of these settings, which begins anew or at `state`."""
     state, measured = state or TrainState(), measure_parts(data.parts)
     samples = sum(len(lengths) for _, lengths in measured)
@@ -82,7 +83,7 @@ def flags(keywords: dict) -> list:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
-def contents(folder: Path) -> Dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -110,7 +111,7 @@ def pieces_of(samples: Sequence[dict]) -> Iterator[Piece]:
 
 def expected_pieces(rows: Sequence[dict], *, encoder, max_length: int, overlong: str) -> Counter:
     """What pre-training rows must become, worked out one by one from the rules in README.md."""
-    found: List[Piece] = []
+    found: list[Piece] = []
     for row in rows:
         source, target, category = row.get("source", ""), row["target"], row.get("category", "unknown")
         masked = [encoder.bos_id, *encoder.encode([source])[0]] if source else []

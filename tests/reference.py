@@ -4,8 +4,8 @@ Only the order of samples is taken from the suite (`SampleOrder`, tested by itse
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
 class Trace:
     """Loss and gradient norm of every step, and the weights after the last."""
 
-    losses: List[float] = field(default_factory=list)
-    grad_norms: List[float] = field(default_factory=list)
-    weights: Dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -90,10 +90,22 @@ def unspliced(samples, document_lengths):
 
 
 def train(
-    model_dir, parts, *, precision: str, global_batch: int, lr: float, clip: float, decay: float = 0.1,
-    freeze: bool = False, seed: int = 1024, micro_batches: int = 0, unsplice: bool = False, halved: bool = False,
-    trained_rows: Sequence[Tuple[int, int]] = (), attention: str = "eager",
-) -> Trace:  # fmt: skip
+    model_dir,
+    parts,
+    *,
+    precision: str,
+    global_batch: int,
+    lr: float,
+    clip: float,
+    decay: float = 0.1,
+    freeze: bool = False,
+    seed: int = 1024,
+    micro_batches: int = 0,
+    unsplice: bool = False,
+    halved: bool = False,
+    trained_rows: Sequence[tuple[int, int]] = (),
+    attention: str = "eager",
+) -> Trace:
     """One epoch of AdamW with float32 master weights, in the given precision.
 
     Args:

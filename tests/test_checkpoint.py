@@ -150,10 +150,20 @@ def test_a_manifest_that_names_files_outside_is_refused(checkpoint):
 
 
 STRAYS = [
-    ".DS_Store", "._config.json", ".nfs000000000001", ".fuse_hidden00001", "Thumbs.db", "desktop.ini", ".~lock.a.csv#",
-    ".snapshot/old", "lost+found/x", "modeling/.DS_Store", "modeling/._model.safetensors", "optimizer/.nfs0000",
+    ".DS_Store",
+    "._config.json",
+    ".nfs000000000001",
+    ".fuse_hidden00001",
+    "Thumbs.db",
+    "desktop.ini",
+    ".~lock.a.csv#",
+    ".snapshot/old",
+    "lost+found/x",
+    "modeling/.DS_Store",
+    "modeling/._model.safetensors",
+    "optimizer/.nfs0000",
     "optimizer/@eaDir/x",
-]  # fmt: skip
+]
 
 
 def test_what_systems_put_anywhere_is_passed_over(checkpoint):
@@ -262,9 +272,10 @@ def test_what_is_no_file_is_not_opened(checkpoint, kind):
             plan_loading("llama", str(checkpoint))
         plan = LoadPlan("", str(checkpoint))
         readers = {
-            "running_states.json": plan.read_states, "lr_scheduler": plan.read_schedule,
+            "running_states.json": plan.read_states,
+            "lr_scheduler": plan.read_schedule,
             "manifest.json": lambda: checkpoint_files.read_manifest(checkpoint),
-        }  # fmt: skip
+        }
         with pytest.raises(UserError, match=name):
             readers[name]()
         path.unlink()

@@ -144,9 +144,13 @@ def test_pieces_that_the_normalizer_alters_are_dropped(tmp_path):
 
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(english_documents()[:200]), model_writer=content, model_type="bpe", vocab_size=400,
-        byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(english_documents()[:200]),
+        model_writer=content,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer.model").write_bytes(content.getvalue())
     model = BpeModel.read(tmp_path)
     assert not model.has_identity_normalizer

@@ -10,9 +10,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY_MODULES = (
-    "torch", "transformers", "colossalai", "datasets", "numpy", "pyarrow", "sentencepiece", "safetensors",
-    "huggingface_hub", "tensorboard", "tqdm", "flash_attn",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "colossalai",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "sentencepiece",
+    "safetensors",
+    "huggingface_hub",
+    "tensorboard",
+    "tqdm",
+    "flash_attn",
+)
 # Script, and one of its flags with the last letter doubled.
 SCRIPTS = {
     "init_tokenizer.py": "--source_tokenizer_dirr",
@@ -72,8 +82,12 @@ def test_a_missing_required_flag_is_one_line(script, run_script, bare_environmen
 def test_light_modules_import_no_package(module, bare_environment):
     process = subprocess.run(
         [sys.executable, "-c", f"import colossal_llama2.{module}"],
-        cwd=ROOT, env=bare_environment, capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=bare_environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 

@@ -71,9 +71,12 @@ def unigram_model(folder: Path, documents) -> Path:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(" ".join(text.split()) for text in documents), model_prefix=str(folder / "unigram"),
-        vocab_size=600, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(" ".join(text.split()) for text in documents),
+        model_prefix=str(folder / "unigram"),
+        vocab_size=600,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     return folder / "unigram.model"
 
 
@@ -102,9 +105,10 @@ def test_the_figures_are_those_of_the_tokenizer(documents, tokenizer_dir, extend
     for folder, size in ((tokenizer_dir, 600), (extended_dir, len(BpeModel.read(extended_dir).pieces))):
         tokens = sum(map(len, Encoder(folder).encode(documents)))
         kinds = {
-            folder: "transformers fast", folder / "tokenizer.json": "tokenizer.json",
+            folder: "transformers fast",
+            folder / "tokenizer.json": "tokenizer.json",
             folder / "tokenizer.model": "SentencePiece",
-        }  # fmt: skip
+        }
         for path, kind in kinds.items():
             row = row_of(path, documents)
             assert (row.kind, row.vocabulary_size, row.unknown_tokens) == (kind, size, 0)
@@ -217,11 +221,21 @@ def test_the_command_prints_a_table_and_writes_json(corpus, documents, tokenizer
     paths = [tokenizer_dir, remote, extended_dir / "tokenizer.model"]
     process = subprocess.run(
         [
-            sys.executable, "-m", "colossal_llama2.tokenizer.compare", "--tokenizer_dirs", ",".join(map(str, paths)),
-            "--data_input_dirs", str(corpus), "--output_file", str(tmp_path / "table.json"),
+            sys.executable,
+            "-m",
+            "colossal_llama2.tokenizer.compare",
+            "--tokenizer_dirs",
+            ",".join(map(str, paths)),
+            "--data_input_dirs",
+            str(corpus),
+            "--output_file",
+            str(tmp_path / "table.json"),
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert process.returncode == 0, process.stderr
     assert not (remote / "ran").exists()
     head, first, second, left_out, total, _ = process.stdout.splitlines()

@@ -26,22 +26,42 @@ from colossal_llama2.train.schedule import CosineSchedule
 from tests.training_jobs import write_data
 
 LLAMA_7B = ModelShape(
-    hidden_size=4096, intermediate_size=11008, layers=32, heads=32, key_value_heads=32, head_size=128,
-    vocab_size=32000, ties_embeddings=False,
-)  # fmt: skip
+    hidden_size=4096,
+    intermediate_size=11008,
+    layers=32,
+    heads=32,
+    key_value_heads=32,
+    head_size=128,
+    vocab_size=32000,
+    ties_embeddings=False,
+)
 # LLaMA-2-7B has so many, as its authors' checkpoint does.
 PARAMETERS_7B = 6_738_415_616
 SETTINGS = EngineSettings(
-    plugin="zero2", precision="bf16", tp_size=1, zero_stage=1, max_norm=1.0, accumulation_steps=1,
-    use_flash_attn=True, chunked_loss="auto", learning_rate=1e-4, weight_decay=0.1,
-)  # fmt: skip
+    plugin="zero2",
+    precision="bf16",
+    tp_size=1,
+    zero_stage=1,
+    max_norm=1.0,
+    accumulation_steps=1,
+    use_flash_attn=True,
+    chunked_loss="auto",
+    learning_rate=1e-4,
+    weight_decay=0.1,
+)
 
 
 def plan(ranks, *, checkpointing=False, on_cpu=False, chunked_loss=True, attention="flash", **settings):
     return memory.Plan(
-        settings=replace(SETTINGS, **settings), ranks=ranks, max_length=4096, attention=attention,
-        chunked_loss=chunked_loss, checkpointing=checkpointing, has_documents=True, on_cpu=on_cpu,
-    )  # fmt: skip
+        settings=replace(SETTINGS, **settings),
+        ranks=ranks,
+        max_length=4096,
+        attention=attention,
+        chunked_loss=chunked_loss,
+        checkpointing=checkpointing,
+        has_documents=True,
+        on_cpu=on_cpu,
+    )
 
 
 def found(ranks, *, shape=LLAMA_7B, **others):
@@ -100,8 +120,13 @@ def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
     # chunk's gradients are reduced, what comes from the other rank, half of it and the sum, halves as well.
     last, middle, first = 2 * (200 + 100 + 100), 2 * (100 + 50 + 50), 2 * 50
     assert [parts["buffers"] for parts in moments] == [
-        last, last + 2 * (200 + 400), middle, middle + 2 * (100 + 200), first, first + 2 * (50 + 100),
-    ]  # fmt: skip
+        last,
+        last + 2 * (200 + 400),
+        middle,
+        middle + 2 * (100 + 200),
+        first,
+        first + 2 * (50 + 100),
+    ]
 
 
 def test_chunks_hold_every_weight_and_divide_among_ranks():
@@ -115,9 +140,14 @@ def test_chunks_hold_every_weight_and_divide_among_ranks():
 def test_activations_of_a_layer_by_hand():
     """One token more costs what autograd saves for it, counted here once more from the code of the layer."""
     batch = MicroBatch(
-        samples=1, length=1024, element=2, attention="flash", chunked_loss=True, checkpointing=False,
+        samples=1,
+        length=1024,
+        element=2,
+        attention="flash",
+        chunked_loss=True,
+        checkpointing=False,
         has_documents=False,
-    )  # fmt: skip
+    )
     stage = memory.stage_shapes(LLAMA_7B, SETTINGS)[0]
     one, two = (activations.kept_bytes(replace(stage, layers=layers), batch) for layers in (1, 2))
     hidden, inner = 4096, 11008
@@ -161,9 +191,15 @@ def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_backward_lets_go_of_all_it_was_left(attention, element, key_value_heads, trains_layers, checkpointing):
     batch = MicroBatch(
-        samples=2, length=512, element=element, attention=attention, chunked_loss=True, checkpointing=checkpointing,
-        has_documents=True, trains_layers=trains_layers,
-    )  # fmt: skip
+        samples=2,
+        length=512,
+        element=element,
+        attention=attention,
+        chunked_loss=True,
+        checkpointing=checkpointing,
+        has_documents=True,
+        trains_layers=trains_layers,
+    )
     (stage,) = memory.stage_shapes(replace(LLAMA_7B, key_value_heads=key_value_heads), SETTINGS)
     moments = activations.backward_moments(stage, batch)
     shared = activations.kept_bytes(replace(stage, layers=0, has_head=False), batch)

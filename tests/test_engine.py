@@ -24,9 +24,17 @@ from tests.conftest import ROOT
 
 def settings(**changes) -> EngineSettings:
     values = {
-        "plugin": "zero2", "precision": "bf16", "tp_size": 1, "zero_stage": 1, "max_norm": 1.0, "accumulation_steps": 1,
-        "use_flash_attn": False, "chunked_loss": "auto", "learning_rate": 1e-3, "weight_decay": 0.1,
-    }  # fmt: skip
+        "plugin": "zero2",
+        "precision": "bf16",
+        "tp_size": 1,
+        "zero_stage": 1,
+        "max_norm": 1.0,
+        "accumulation_steps": 1,
+        "use_flash_attn": False,
+        "chunked_loss": "auto",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+    }
     return EngineSettings(**{**values, **changes})
 
 
@@ -395,9 +403,14 @@ def test_buffers_are_not_rounded_with_the_weights(rope, in_place):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=16, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, rope_scaling={"rope_type": rope, **ROPES[rope]},
-    )  # fmt: skip
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        rope_scaling={"rope_type": rope, **ROPES[rope]},
+    )
     exact, model = LlamaForCausalLM(config).model.rotary_emb, LlamaForCausalLM(config)
     with repairs.unrounded_buffers(model):
         if in_place:

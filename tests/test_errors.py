@@ -125,9 +125,12 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
     )
     process = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=ROOT, env={**ADDRESS, "RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2"},
-        capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**ADDRESS, "RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", said)
 
 
@@ -159,9 +162,13 @@ def test_ctrl_c_while_a_command_starts_is_one_line(program, tmp_path):
     )
     (tmp_path / "sitecustomize.py").write_text(hook)
     process = subprocess.run(
-        [sys.executable, *program.split()], cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        [sys.executable, *program.split()],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
         timeout=60,
-    )  # fmt: skip
+    )
     assert process.returncode == 130
     assert process.stderr == f"{'python ' if program.startswith('-m') else ''}{program}: error: interrupted\n"
 

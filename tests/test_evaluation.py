@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Dict
 
 import datasets
 import pytest
@@ -65,7 +64,7 @@ def prepared(tmp_path_factory, tokenizer_dir) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory, prepared, model_dir) -> Dict[str, Job]:
+def jobs(tmp_path_factory, prepared, model_dir) -> dict[str, Job]:
     """Every run of this file, by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = {}
@@ -113,7 +112,7 @@ def history(job: Job) -> list:
 
 
 @torch.no_grad()
-def plain_figures(model, eval_dir: Path, *, apart: bool = True) -> Dict[str, float]:
+def plain_figures(model, eval_dir: Path, *, apart: bool = True) -> dict[str, float]:
     """By transformers alone: each document through the model by itself, or each sample as one if not `apart`."""
     nats, predicted, target_bytes = 0.0, 0, 0
     for sample in datasets.load_from_disk(eval_dir):
@@ -211,9 +210,16 @@ def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
 def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepared, model_dir, tmp_path):
     flags = ["--pretrained", model_dir, "--dataset", prepared, "--save_dir", tmp_path / "ckpt"]
     process = run_script(
-        "train.py", *flags, "--eval_dataset", "en=nowhere", f"en={prepared}", f"en={prepared / 'eval'}",
-        "--forgetting_alarm", "zh=0.1", cwd=tmp_path,
-    )  # fmt: skip
+        "train.py",
+        *flags,
+        "--eval_dataset",
+        "en=nowhere",
+        f"en={prepared}",
+        f"en={prepared / 'eval'}",
+        "--forgetting_alarm",
+        "zh=0.1",
+        cwd=tmp_path,
+    )
     words = ("en=nowhere: holds no prepared samples", "two are called en", "--forgetting_alarm zh: there is no")
     assert_user_error(process, *words)
     assert_user_error(run_script("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")

@@ -18,10 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PARSERS = {"train": arguments.train_parser, "train_sft": arguments.train_sft_parser}
 NAMES = pytest.mark.parametrize("name", PARSERS)
 VARIABLES = (
-    "HOSTFILE", "NPROC_PER_NODE", "MASTER_PORT", "PROJECT_NAME", "PARENT_SAVE_DIR", "PARENT_TENSORBOARD_DIR",
-    "PARENT_CONFIG_FILE", "PRETRAINED_MODEL_PATH", "DATASET", "STAGE", "RUN_NAME", "MIXTURE", "AFTER",
+    "HOSTFILE",
+    "NPROC_PER_NODE",
+    "MASTER_PORT",
+    "PROJECT_NAME",
+    "PARENT_SAVE_DIR",
+    "PARENT_TENSORBOARD_DIR",
+    "PARENT_CONFIG_FILE",
+    "PRETRAINED_MODEL_PATH",
+    "DATASET",
+    "STAGE",
+    "RUN_NAME",
+    "MIXTURE",
+    "AFTER",
     "ALIGN_STEPS",
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -160,7 +171,7 @@ def test_a_missing_hostfile_is_told(name, workplace):
 
 @NAMES
 def test_a_mistake_is_one_line_before_anything_is_launched(name, workplace):
-    real = f"#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} \"$@\"\n"
+    real = f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@"\n'
     (workplace.parent / "bin" / "python").write_text(real)
     (workplace / "hostfile").write_text("localhost\n127.0.0.1\n")
     process = run(workplace / f"{name}.sh", "--plugin", "3d", "--tp", "3", NPROC_PER_NODE="2")

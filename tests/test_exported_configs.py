@@ -45,17 +45,26 @@ GENERATION = {
     "null": ({"top_k": None, "num_beams": None, "do_sample": True}, {"top_k": None, "do_sample": True}),
 }
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-2, 700), st.floats(-1, 2),
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 700),
+    st.floats(-1, 2),
     st.sampled_from([math.nan, math.inf, "x", "never"]),
-    st.lists(st.integers(-1, 3), max_size=2), st.lists(st.lists(st.integers(0, 3)), max_size=1),
+    st.lists(st.integers(-1, 3), max_size=2),
+    st.lists(st.lists(st.integers(0, 3)), max_size=1),
     st.dictionaries(st.sampled_from("ab"), st.integers(), max_size=1),
-)  # fmt: skip
+)
 KEYS = st.sampled_from(
     [
-        *exported_configs.DEFAULTS, *exported_configs.RANGES, *exported_configs.NOT_PORTABLE,
-        *exported_configs.EXTRA_OUTPUTS, *exported_configs.TOKEN_ID_FIELDS, "guidance_scale", "stop_strings",
+        *exported_configs.DEFAULTS,
+        *exported_configs.RANGES,
+        *exported_configs.NOT_PORTABLE,
+        *exported_configs.EXTRA_OUTPUTS,
+        *exported_configs.TOKEN_ID_FIELDS,
+        "guidance_scale",
+        "stop_strings",
     ]
-)  # fmt: skip
+)
 
 
 def is_accepted(content) -> bool:
@@ -149,9 +158,14 @@ def test_an_export_of_a_transformers_5_config_has_the_same_positions(model_dir, 
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 2048
     folder = old_mirror(
-        model_dir, tmp_path / "m", rope_theta=None, rope_scaling=None, attention_bias=None, dtype="torch.float16",
+        model_dir,
+        tmp_path / "m",
+        rope_theta=None,
+        rope_scaling=None,
+        attention_bias=None,
+        dtype="torch.float16",
         rope_parameters={**scaling, "rope_theta": 5e5},
-    )  # fmt: skip
+    )
     configs = ModelConfigs(folder)
     assert any("rope_parameters" in change for change in configs.changes)
     for content in (configs.exported("bfloat16")["config.json"], configs.config):

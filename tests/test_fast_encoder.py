@@ -77,7 +77,7 @@ def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
         (["人工"], [-1e6]),  # its characters come as bytes
         (["▁the▁"], [-1e6]),  # a merge across a space
     ],
-)  # fmt: skip
+)
 def test_pieces_in_doubt_are_left_to_sentencepiece(pieces, scores, model, tmp_path):
     assert encoder_class(folder_of(with_pieces(model.content, pieces, scores), tmp_path / "doubt")) is Encoder
 
@@ -96,15 +96,22 @@ def test_pieces_in_doubt_are_left_to_sentencepiece(pieces, scores, model, tmp_pa
 def test_models_in_doubt_are_left_to_sentencepiece(settings_of_model, tmp_path):
     import sentencepiece
 
-    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
-             "remove_extra_whitespaces": False}  # fmt: skip
+    plain = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+    }
     classes = []
     for name, changes in (("plain", {}), ("changed", settings_of_model)):
         content = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(english_documents()[:200]), model_writer=content, vocab_size=400, minloglevel=2,
+            sentence_iterator=iter(english_documents()[:200]),
+            model_writer=content,
+            vocab_size=400,
+            minloglevel=2,
             **{**plain, **changes},
-        )  # fmt: skip
+        )
         classes.append(encoder_class(folder_of(content.getvalue(), tmp_path / name)))
     assert classes == [FastEncoder, Encoder]
 

@@ -35,9 +35,13 @@ def zstd(content: bytes) -> bytes:
 
 
 PACKERS = {
-    "": lambda content: content, "gz": gzip.compress, "zst": zstd, "zstd": zstd, "bz2": bz2.compress,
+    "": lambda content: content,
+    "gz": gzip.compress,
+    "zst": zstd,
+    "zstd": zstd,
+    "bz2": bz2.compress,
     "xz": lzma.compress,
-}  # fmt: skip
+}
 FORMS = {
     "jsonl": LINES,
     "NDJSON": b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\n\xef\xbb\xbf", 1),
@@ -241,8 +245,10 @@ def test_files_that_cannot_be_opened_are_skipped_on_request(tokenizer_dir, tmp_p
     os.mkfifo(tmp_path / "in" / "d.json")
     written = prepared(tmp_path / "in", tokenizer_dir, tmp_path / "out", on_bad_file="skip")
     assert [(os.path.basename(lost["file"]), lost["line"]) for lost in written["lost_files"]] == [
-        ("b.jsonl", 0), ("d.json", 0), ("c.json", 0),
-    ]  # fmt: skip
+        ("b.jsonl", 0),
+        ("d.json", 0),
+        ("c.json", 0),
+    ]
     assert written["total"]["documents"] == len(RECORDS)
     put(tmp_path / "empty", "b.jsonl", b"")
     with pytest.raises(UserError, match="no file there can be read. The first: .*b.jsonl is empty"):
@@ -293,10 +299,11 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path):
     ]
     # Values that Python has no type for spoil no row that does not need them.
     columns = {
-        "target": ["a", "b"], "day": pyarrow.array([1, 1 << 30], pyarrow.date32()),
+        "target": ["a", "b"],
+        "day": pyarrow.array([1, 1 << 30], pyarrow.date32()),
         "for": pyarrow.array([1, 1 << 62], pyarrow.duration("s")),
         "at": pyarrow.array([1, 2], pyarrow.timestamp("us", "Nowhere/Else")),
-    }  # fmt: skip
+    }
     parquet.write_table(pyarrow.table(columns), path)
     unknown_zone = {"unreadable": "timestamp[us, tz=Nowhere/Else]"}
     assert [line.record for line in read(tmp_path)] == [

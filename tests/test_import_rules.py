@@ -1,8 +1,8 @@
 """What may import what, how long things may be, and what must not appear, read from the source with ast."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Tuple
 
 import pytest
 
@@ -21,12 +21,12 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imports(path: Path) -> Iterator[Tuple[str, int, bool]]:
+def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
     """Every import in a file: (full dotted name, line, whether it is inside a function)."""
     yield from _imports_below(tree_of(path), package=path.relative_to(ROOT).parent.parts, in_function=False)
 
 
-def _imports_below(node: ast.AST, *, package: tuple, in_function: bool) -> Iterator[Tuple[str, int, bool]]:
+def _imports_below(node: ast.AST, *, package: tuple, in_function: bool) -> Iterator[tuple[str, int, bool]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from ((alias.name, child.lineno, in_function) for alias in child.names)
@@ -51,7 +51,7 @@ def is_or_is_in(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def offences(path: Path, package: str, *, only_top_level: bool = False) -> List[str]:
+def offences(path: Path, package: str, *, only_top_level: bool = False) -> list[str]:
     return [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for name, line, in_function in imports(path)

@@ -139,9 +139,19 @@ def test_the_command_feeds_the_suffix(model_dir, loaded, logger_state, capsys):
     )
     assert with_suffix != without
     inference_example.main(
-        ["--model_path", str(model_dir), "--device", "cpu", "--do_sample", "False", "--max_new_tokens", "16",
-         "--input_txt", "你好 world"]
-    )  # fmt: skip
+        [
+            "--model_path",
+            str(model_dir),
+            "--device",
+            "cpu",
+            "--do_sample",
+            "False",
+            "--max_new_tokens",
+            "16",
+            "--input_txt",
+            "你好 world",
+        ]
+    )
     captured = capsys.readouterr()
     assert answer_of(captured.out, "你好 world") == printable(with_suffix)
     assert f"loading {model_dir} onto cpu" in captured.err
@@ -151,15 +161,23 @@ def test_the_command_of_the_readme(model_dir, run_script):
     prompt = "YOUR_PROMPT_OR_QUESTION"
     process = run_script(
         "inference_example.py",
-        "--model_path", str(model_dir),
-        "--device", "cpu",
-        "--max_new_tokens", "512",
-        "--do_sample", "True",
-        "--temperature", "0.3",
-        "--top_k", "50",
-        "--top_p", "0.95",
-        "--input_txt", prompt,
-    )  # fmt: skip
+        "--model_path",
+        str(model_dir),
+        "--device",
+        "cpu",
+        "--max_new_tokens",
+        "512",
+        "--do_sample",
+        "True",
+        "--temperature",
+        "0.3",
+        "--top_k",
+        "50",
+        "--top_p",
+        "0.95",
+        "--input_txt",
+        prompt,
+    )
     assert process.returncode == 0, process.stderr
     assert answer_of(process.stdout, prompt)
     # Log lines alone: no warning of a library, no bar.

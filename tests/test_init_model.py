@@ -231,9 +231,15 @@ def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
 @pytest.mark.parametrize("spelling", ["init_model.py", "colossal_llama2/model/init_model.py"])
 def test_both_spellings_from_another_folder(run_script, model_dir, expanded, tmp_path, spelling):
     done = run_script(
-        spelling, "--source_model_and_tokenizer_path", model_dir, "--target_tokenizer_path", expanded,
-        "--target_model_path", "out", cwd=tmp_path,
-    )  # fmt: skip
+        spelling,
+        "--source_model_and_tokenizer_path",
+        model_dir,
+        "--target_tokenizer_path",
+        expanded,
+        "--target_model_path",
+        "out",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("vocabulary 600 -> ")
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -252,9 +258,16 @@ def test_both_spellings_from_another_folder(run_script, model_dir, expanded, tmp
 
 def test_as_a_module_and_one_line_for_a_mistake(assert_user_error, model_dir, expanded):
     command = [
-        sys.executable, "-m", "colossal_llama2.model.init_model", "--source_model_and_tokenizer_path", str(model_dir),
-        "--target_tokenizer_path", str(expanded), "--target_model_path", str(model_dir),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "colossal_llama2.model.init_model",
+        "--source_model_and_tokenizer_path",
+        str(model_dir),
+        "--target_tokenizer_path",
+        str(expanded),
+        "--target_model_path",
+        str(model_dir),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert_user_error(done, "init_model.py: error:", "holds a model already")
 
@@ -271,8 +284,11 @@ def test_folders_that_are_refused(model_dir, expanded, tokenizer_dir, tmp_path):
     (tmp_path / "file").touch()
     refused("is not a folder", target=tmp_path / "file")
     refused("holds no config.json", source=tokenizer_dir)
-    refused("does not extend .*piece 600 is missing", source=_with_tokenizer(model_dir, expanded, tmp_path / "a"),
-            tokenizer=tokenizer_dir)  # fmt: skip
+    refused(
+        "does not extend .*piece 600 is missing",
+        source=_with_tokenizer(model_dir, expanded, tmp_path / "a"),
+        tokenizer=tokenizer_dir,
+    )
     other = tiny.make_tokenizer(tmp_path / "other", vocab_size=400)
     refused(r"does not extend .*piece \d+ is ", tokenizer=other)
     refused("fewer than the .* pieces", source=_with_tokenizer(model_dir, expanded, tmp_path / "b"))
@@ -306,8 +322,10 @@ def test_weights_that_are_refused(model_dir, expanded, tmp_path):
         return change
 
     refused("holds neither", lambda source: (source / WEIGHTS_FILE).unlink())
-    refused("never unpickled.*convert: python -c", lambda source: (source / WEIGHTS_FILE).rename(
-        source / "pytorch_model-00001-of-00001.bin"))  # fmt: skip
+    refused(
+        "never unpickled.*convert: python -c",
+        lambda source: (source / WEIGHTS_FILE).rename(source / "pytorch_model-00001-of-00001.bin"),
+    )
     refused("not a whole safetensors file", lambda source: (source / WEIGHTS_FILE).write_bytes(b"\x08"))
     refused("no model.embed_tokens.weight", without(INPUT_EMBEDDING))
     refused("no lm_head.weight", without(OUTPUT_EMBEDDING))

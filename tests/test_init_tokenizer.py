@@ -176,8 +176,13 @@ def test_both_spellings_from_another_folder(run_script, tokenizer_dir, tmp_path,
     write_pieces(tmp_path / "pieces.jsonl", ["你好", "and", "你好", "世界"])
     environment = {**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
     arguments = (
-        "--source_tokenizer_dir", tokenizer_dir, "--target_tokenizer_dir", "out", "--expand_tokens_file", "pieces.jsonl"
-    )  # fmt: skip
+        "--source_tokenizer_dir",
+        tokenizer_dir,
+        "--target_tokenizer_dir",
+        "out",
+        "--expand_tokens_file",
+        "pieces.jsonl",
+    )
     done = run_script(spelling, *arguments, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "asked 4, added 6"
@@ -188,9 +193,13 @@ def test_both_spellings_from_another_folder(run_script, tokenizer_dir, tmp_path,
 def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, tokenizer_dir, tmp_path):
     (tmp_path / "pieces.jsonl").write_text('{"piece": "a b"}\n')
     arguments = [
-        "--source_tokenizer_dir", str(tokenizer_dir), "--target_tokenizer_dir", str(tmp_path / "out"),
-        "--expand_tokens_file", str(tmp_path / "pieces.jsonl"),
-    ]  # fmt: skip
+        "--source_tokenizer_dir",
+        str(tokenizer_dir),
+        "--target_tokenizer_dir",
+        str(tmp_path / "out"),
+        "--expand_tokens_file",
+        str(tmp_path / "pieces.jsonl"),
+    ]
     command = [sys.executable, "-m", "colossal_llama2.tokenizer.init_tokenizer", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert_user_error(done, "init_tokenizer.py: error:", "pieces.jsonl:1:", "holds a space")
@@ -237,12 +246,19 @@ def test_a_bad_line_is_named(source, tmp_path, line, words):
 def tokenizer_of(folder: Path, pieces=(), **changes) -> Path:
     """A tokenizer of 400 pieces whose model has other settings, and `pieces` with their scores."""
     content = io.BytesIO()
-    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
-             "remove_extra_whitespaces": False}  # fmt: skip
+    plain = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.english_documents()[:80]), model_writer=content, vocab_size=400, minloglevel=2,
+        sentence_iterator=iter(tiny.english_documents()[:80]),
+        model_writer=content,
+        vocab_size=400,
+        minloglevel=2,
         **{**plain, **changes},
-    )  # fmt: skip
+    )
     folder.mkdir()
     write_tokenizer(with_pieces(content.getvalue(), pieces, [-1000.0 - n for n in range(len(pieces))]), folder)
     return folder
@@ -393,10 +409,18 @@ def test_a_failed_proof_ends_with_code_1(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["s▁", "▁t", "es▁th"])
     with pytest.raises(SystemExit) as ended:
-        init_tokenizer.main([
-            "--source_tokenizer_dir", str(source), "--target_tokenizer_dir", str(tmp_path / "out"),
-            "--expand_tokens_file", str(pieces), "--piece_scores", "zero",
-        ])  # fmt: skip
+        init_tokenizer.main(
+            [
+                "--source_tokenizer_dir",
+                str(source),
+                "--target_tokenizer_dir",
+                str(tmp_path / "out"),
+                "--expand_tokens_file",
+                str(pieces),
+                "--piece_scores",
+                "zero",
+            ]
+        )
     assert ended.value.code == 1 and not (tmp_path / "out").exists()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert re.search("nothing was written.*--piece_scores below.*--closure off", line)
@@ -486,8 +510,12 @@ def test_overwrite_spares_the_source_and_files(source, tmp_path):
     copy = shutil.copytree(source, tmp_path / "folder" / "source")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(copy)
-    for target, words in ((copy, "is or holds"), (copy.parent, "is or holds"), (tmp_path / "link", "is or holds"),
-                          (tmp_path / "file", "not a folder")):  # fmt: skip
+    for target, words in (
+        (copy, "is or holds"),
+        (copy.parent, "is or holds"),
+        (tmp_path / "link", "is or holds"),
+        (tmp_path / "file", "not a folder"),
+    ):
         with pytest.raises(UserError, match=words):
             expand_tokenizer(copy, target, pieces, overwrite=True)
     assert pieces_of(copy) == pieces_of(source)

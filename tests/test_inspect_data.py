@@ -278,9 +278,13 @@ def test_without_pillow_the_cure_is_told(monkeypatch, tmp_path):
 
 def run(*words, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", MODULE, *map(str, words)], cwd=ROOT, env={**os.environ, **environment},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-m", MODULE, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_command_prints_plain_text_into_a_pipe(arrow_dir, tokenizer_dir):

@@ -52,8 +52,12 @@ def logger(monkeypatch):
 def count_to_five(**environment) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", COUNT_TO_FIVE],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def on_a_terminal(program: str, columns: int) -> str:
@@ -121,9 +125,16 @@ def test_a_bar_has_ten_cells_and_the_most_important_figures(columns, fewest, mon
 
     monkeypatch.setattr(logs.shutil, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
     record = {
-        "loss": 2.345678, "lr": 1e-4, "grad_norm": 1.2345, "tokens_per_second": 123456.0, "epoch": 0, "bucket": 3,
-        "mfu": 0.4123, "padding_share": 0.0123, "memory_bytes": 60e9,
-    }  # fmt: skip
+        "loss": 2.345678,
+        "lr": 1e-4,
+        "grad_norm": 1.2345,
+        "tokens_per_second": 123456.0,
+        "epoch": 0,
+        "bucket": 3,
+        "mfu": 0.4123,
+        "padding_share": 0.0123,
+        "memory_bytes": 60e9,
+    }
     figures = shown(record)
     bar = logs.BarProgress(
         total=125_000, description="train", unit="step", initial=9_998, unit_scale=False, bar_format=BAR_FORMAT

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Dict, List
 
 import datasets
 import pytest
@@ -85,7 +84,7 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
     return folder
 
 
-def curve(folder: Path, name: str) -> List[float]:
+def curve(folder: Path, name: str) -> list[float]:
     """A TensorBoard curve, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -94,7 +93,7 @@ def curve(folder: Path, name: str) -> List[float]:
     return [event.value for event in events.Scalars(name)]
 
 
-def distance(folder: Path, expected: Dict[str, torch.Tensor]) -> float:
+def distance(folder: Path, expected: dict[str, torch.Tensor]) -> float:
     """`launching.distance` of the saved weights."""
     weights = AutoModelForCausalLM.from_pretrained(folder / "ckpt" / "modeling").named_parameters()
     return launching.distance({name: weight.detach().float() for name, weight in weights}, expected)

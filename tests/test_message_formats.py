@@ -96,8 +96,8 @@ def value(*messages) -> dict:
         ({"messages": [{"from": "human"}]}, 'message 1 must be {"from": ..., "content": ...} or {"role"'),
         ({"messages": [{"from": "human", "content": "a"}, {"role": "gpt", "content": "b"}]}, "as message 1 is"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'without a "text" that is a string'),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1: \"content\" is a JSON number"),
-        ({"messages": [{"role": "user", "content": float("nan")}]}, "message 1 has no text: its \"content\" is NaN"),
+        ({"messages": [{"role": "user", "content": 3}]}, 'message 1: "content" is a JSON number'),
+        ({"messages": [{"role": "user", "content": float("nan")}]}, 'message 1 has no text: its "content" is NaN'),
         ({"messages": [{"role": 3, "content": "a"}]}, "with two strings"),
         ({"messages": {"role": ["user"], "content": ["a"]}}, '"messages" must be a list'),
         ({"messages": [{"role": "user", "content": "a"}, None]}, "message 2 must be"),
@@ -260,13 +260,20 @@ def test_errors_come_back_from_a_worker_as_they_are(error):
 def test_what_is_worth_knowing_is_noted():
     row = talk(answer(content="", weight=0), {"role": "user", "content": " \n", "weight": 1}, answer(), tools=CALL)
     assert read_sft_row(row).notes == (
-        TOOLS_LEFT_OUT, talks.EMPTY_ANSWERS, talks.MASKED_BY_MARK, talks.EMPTY_QUESTIONS, talks.MARKED_OTHERS
-    )  # fmt: skip
+        TOOLS_LEFT_OUT,
+        talks.EMPTY_ANSWERS,
+        talks.MASKED_BY_MARK,
+        talks.EMPTY_QUESTIONS,
+        talks.MARKED_OTHERS,
+    )
     system = {"role": "system", "content": "Be kind.", "train": True}
     row = {"messages": [system, answer(), system, {"role": "user", "content": "q", "loss": 0}, answer(weight=1)]}
     assert read_sft_row(row).notes == (
-        talks.MARKED_OTHERS, talks.BEGINS_WITH_ANSWER, talks.MASKED_OPENINGS, talks.MARKED_OTHERS
-    )  # fmt: skip
+        talks.MARKED_OTHERS,
+        talks.BEGINS_WITH_ANSWER,
+        talks.MASKED_OPENINGS,
+        talks.MARKED_OTHERS,
+    )
     assert read_sft_row({**SAME["from/value"], "image": "a.png"}).notes == (MEDIA_LEFT_OUT,)
     for name in ("from/value", "alpaca"):
         assert read_sft_row({**SAME[name], "system_prompt": "Be kind."}).notes == (SYSTEM_LEFT_OUT,)

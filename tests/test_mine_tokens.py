@@ -24,9 +24,14 @@ from tests import tiny
 from tests.conftest import ROOT
 
 DEFAULTS = {
-    "num_new_tokens": 600, "script": "han", "max_piece_length": 8, "min_count": 2, "sample_bytes": 10_000_000,
-    "held_out": 0.125, "seed": 1024,
-}  # fmt: skip
+    "num_new_tokens": 600,
+    "script": "han",
+    "max_piece_length": 8,
+    "min_count": 2,
+    "sample_bytes": 10_000_000,
+    "held_out": 0.125,
+    "seed": 1024,
+}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -41,9 +41,12 @@ from tests.faults import artifacts
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 2048,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -96,14 +99,21 @@ def refusal(call) -> str:
         "quantization_config": [{"quant_method": "gptq", "bits": 4}, {}],
         "partial_rotary_factor": [0.5],
         "rope_scaling": [
-            "linear", [], {"type": "no such", "factor": 2.0}, {"type": "linear"}, {"type": 3},
-            {**LINEAR, "factor": "2"}, {**LINEAR, "factor": 0}, {**LINEAR, "type": "dynamic"},
-            {**LLAMA3, "high_freq_factor": 1.0}, {**LLAMA3, "original_max_position_embeddings": 2048.5},
+            "linear",
+            [],
+            {"type": "no such", "factor": 2.0},
+            {"type": "linear"},
+            {"type": 3},
+            {**LINEAR, "factor": "2"},
+            {**LINEAR, "factor": 0},
+            {**LINEAR, "type": "dynamic"},
+            {**LLAMA3, "high_freq_factor": 1.0},
+            {**LLAMA3, "original_max_position_embeddings": 2048.5},
             {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]},
         ],
         "rope_parameters": [{"rope_type": "no such"}, {"rope_type": "default", "rope_theta": "x"}],
     }.items(),
-)  # fmt: skip
+)
 def test_fields_that_no_llama_has_are_refused(folder, name, values):
     config = json.loads((folder / "config.json").read_text())
     for name_alone in ("rope_theta", "rope_scaling"):
@@ -120,25 +130,43 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
 @pytest.mark.parametrize(
     "entries",
     [
-        {"pad_token_id": -1}, {"pad_token_id": None, "eos_token_id": [2, 3]}, {"num_key_value_heads": None},
-        {"head_dim": None}, {"rope_scaling": LINEAR}, {"rope_scaling": {"type": "linear", "factor": 2}},
-        {"rope_scaling": LLAMA3}, {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 32}},
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {"rope_scaling": {"rope_type": "default"}},
-        {"torch_dtype": None}, {"rope_theta": 10000}, {"auto_map": {"AutoModel": "code.Evil"}},
+        {"pad_token_id": -1},
+        {"pad_token_id": None, "eos_token_id": [2, 3]},
+        {"num_key_value_heads": None},
+        {"head_dim": None},
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": 32}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"torch_dtype": None},
+        {"rope_theta": 10000},
+        {"auto_map": {"AutoModel": "code.Evil"}},
         # What transformers would make attributes of, over its own.
         {"to_dict": 1, "return_dict": False, "pruned_heads": "x", "id2label": [], "torchscript": "x"},
         {"configuration_files": ["../config.4.0.0.json"]},
         # Null and nothing: what is not said.
         dict.fromkeys(
-            ("rope_theta", "attention_bias", "mlp_bias", "use_cache", "pretraining_tp", "tie_word_embeddings",
-             "attention_dropout", "rope_parameters")
+            (
+                "rope_theta",
+                "attention_bias",
+                "mlp_bias",
+                "use_cache",
+                "pretraining_tp",
+                "tie_word_embeddings",
+                "attention_dropout",
+                "rope_parameters",
+            )
         ),
-        {"rope_scaling": {}}, {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0, "mscale_all_dim": 0}},
+        {"rope_scaling": {}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0, "mscale_all_dim": 0}},
         {"torch_dtype": "torch.float16"},
         # As mirrors of LLaMA-2 have it: the padding token is one beyond the last row.
-        {"pad_token_id": 600}, {"pad_token_id": -2, "bos_token_id": 10**30, "eos_token_id": [2, 600]},
+        {"pad_token_id": 600},
+        {"pad_token_id": -2, "bos_token_id": 10**30, "eos_token_id": [2, 600]},
     ],
-)  # fmt: skip
+)
 def test_fields_that_a_llama_may_have_are_taken(folder, entries):
     edit(folder / "config.json", **entries)
     check_model(str(folder), "--pretrained")
@@ -595,12 +623,18 @@ def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path)
 @pytest.mark.parametrize(
     "text",
     [
-        "---\na: [\n---\n", "---\n: : :\n\t-\n---\n", "---\na: 2024-13-45\n---\n", "---\n- a\n---\n", "---\nno end\n",
-        "---\na: !!python/object/apply:os.system ['true']\n---\n", "---\na: &a [1]\nb:\n  <<: *a\n---\n",
-        "---\n" + "[" * 5000 + "\n---\n", "---\n" + "- " * 8000 + "\n---\n",
+        "---\na: [\n---\n",
+        "---\n: : :\n\t-\n---\n",
+        "---\na: 2024-13-45\n---\n",
+        "---\n- a\n---\n",
+        "---\nno end\n",
+        "---\na: !!python/object/apply:os.system ['true']\n---\n",
+        "---\na: &a [1]\nb:\n  <<: *a\n---\n",
+        "---\n" + "[" * 5000 + "\n---\n",
+        "---\n" + "- " * 8000 + "\n---\n",
         "---\nbase_model: [\nx:\n" + "- y\n" * 9000 + "---\n",
     ],
-)  # fmt: skip
+)
 def test_a_card_that_is_no_yaml_is_passed_over(tmp_path, caplog, text):
     (tmp_path / "README.md").write_text(text)
     assert read_front_matter(tmp_path / "README.md") == {}

@@ -232,9 +232,13 @@ def test_folders_that_are_no_llama_are_refused(folder, case):
 
 def test_tied_model_is_inspected(tmp_path):
     config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert inspect_weights(str(tmp_path)).vocab_size == 32
 

@@ -38,21 +38,49 @@ MODELS = {
     "suffix": ({"treat_whitespace_as_suffix": True}, []),
 }
 WORDS = [
-    *"the of state def return e s f x a b".split(), " ", "  ", " " * 7, "\n", "\n\n", "\t", "\u3000", "\u00a0", "▁",
-    "e\u0301", "ﬁ", "[INST]", "<b>", "<s>", "<0x0A>", "ΩΩ", "עברית", "ไทย", "👩\u200d🚀", "的x的x", "a b a b",
+    *"the of state def return e s f x a b".split(),
+    " ",
+    "  ",
+    " " * 7,
+    "\n",
+    "\n\n",
+    "\t",
+    "\u3000",
+    "\u00a0",
+    "▁",
+    "e\u0301",
+    "ﬁ",
+    "[INST]",
+    "<b>",
+    "<s>",
+    "<0x0A>",
+    "ΩΩ",
+    "עברית",
+    "ไทย",
+    "👩\u200d🚀",
+    "的x的x",
+    "a b a b",
     *"人工智能改变世界明月松间照，清泉的的的鎏鎏",
-]  # fmt: skip
+]
 TEXTS = st.lists(st.sampled_from(WORDS) | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join)
 
 
 def trained(**changes) -> bytes:
-    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "byte_fallback": True,
-             "remove_extra_whitespaces": False, "user_defined_symbols": []}  # fmt: skip
+    plain = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+        "user_defined_symbols": [],
+    }
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.english_documents()[:80]), model_writer=content, vocab_size=400, minloglevel=2,
+        sentence_iterator=iter(tiny.english_documents()[:80]),
+        model_writer=content,
+        vocab_size=400,
+        minloglevel=2,
         **{**plain, **changes},
-    )  # fmt: skip
+    )
     return content.getvalue()
 
 
@@ -103,8 +131,13 @@ def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path, monkeypatch):
 
 def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path, monkeypatch):
     text = "\n\n".join(tiny.english_documents())[:300_000]
-    rows = [{"target": text[:9000]}, {"target": text, "source": "Copy: "}, {"target": text[:500]}, {"target": text},
-            {"source": text, "target": "\u2581 the end"}]  # fmt: skip
+    rows = [
+        {"target": text[:9000]},
+        {"target": text, "source": "Copy: "},
+        {"target": text[:500]},
+        {"target": text},
+        {"source": text, "target": "\u2581 the end"},
+    ]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
     for size in (1 << 30, parts.PART_CHARACTERS, 1000):

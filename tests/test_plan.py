@@ -25,9 +25,13 @@ def data_of(folder, **flags):
 
 def plan_of(data, **changes):
     numbers = {
-        "micro_batch_size": 2, "data_size": 2, "accumulation_steps": 1, "seed": 1, "num_epochs": 2,
+        "micro_batch_size": 2,
+        "data_size": 2,
+        "accumulation_steps": 1,
+        "seed": 1,
+        "num_epochs": 2,
         "learning_rate": 3e-4,
-    }  # fmt: skip
+    }
     return plan_settings(data, **{**numbers, **changes})
 
 

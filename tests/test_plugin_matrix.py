@@ -10,8 +10,9 @@ def test_gemini_reads_tied_embeddings_of_every_kind_of_writer(tmp_path):
     cells = plugin_matrix.run(tmp_path, ["gemini", "3d pp2"], ["tied"], readers=["gemini"])
     assert {cell.kind: cell.error for cell in cells if cell.error} == {}
     assert [(cell.writer, cell.kind) for cell in cells if cell.figure is not None] == [
-        ("gemini", "resumed"), ("3d pp2", "resumed"),
-    ]  # fmt: skip
+        ("gemini", "resumed"),
+        ("3d pp2", "resumed"),
+    ]
     assert cells[2].figure == 0.0 < cells[5].figure
 
 

@@ -52,9 +52,17 @@ def test_without_scaling_it_is_what_the_config_says():
 
 def test_training_and_inference_use_them():
     facts = ModelFacts(
-        parameters=1, embedding_parameters=1, vocab_size=10, max_position_embeddings=2048, positions=8192,
-        scaling="linear", attention_heads=4, key_value_heads=4, layers=2, ties_embeddings=False,
-    )  # fmt: skip
+        parameters=1,
+        embedding_parameters=1,
+        vocab_size=10,
+        max_position_embeddings=2048,
+        positions=8192,
+        scaling="linear",
+        attention_heads=4,
+        key_value_heads=4,
+        layers=2,
+        ties_embeddings=False,
+    )
     args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--max_length", "8192"])
     checks.check_model_fits(args, facts)
     args.max_length = 8193
@@ -75,7 +83,7 @@ def test_training_and_inference_use_them():
         (LINEAR, 64, None),
         (None, 128, None),
     ],
-)  # fmt: skip
+)
 def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
     scaling, positions, told, tokenizer_dir, tmp_path, caplog
 ):

@@ -112,9 +112,14 @@ def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
     assert told["tokenizer"]["sha256"] == fingerprint(tokenizer_dir) and told["tokenizer"]["sample_differing"] == 0
     assert set(told["categories"]) == {"topic-0", "topic-1", "topic-2"}
     assert [Path(file["path"]).name for file in told["inputs"]] == [
-        "again.jsonl.gz", "array.json", "large.jsonl", "packed.jsonl.zst", "returns.jsonl", "small.jsonl",
+        "again.jsonl.gz",
+        "array.json",
+        "large.jsonl",
+        "packed.jsonl.zst",
+        "returns.jsonl",
+        "small.jsonl",
         "table.parquet",
-    ]  # fmt: skip
+    ]
     for file in told["inputs"]:
         content = Path(file["path"]).read_bytes()
         assert (file["size"], file["sha256"]) == (len(content), prepare.manifest.sha256_of(file["path"]))
@@ -412,9 +417,16 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
 
 def settings_of(stage: str) -> Settings:
     return Settings(
-        stage=stage, max_length=128, num_bins=1, seed=0, overlong="split", splicing="best_fit", on_bad_row="fail",
-        eval_fraction=0.0, writes_jsonl=False,
-    )  # fmt: skip
+        stage=stage,
+        max_length=128,
+        num_bins=1,
+        seed=0,
+        overlong="split",
+        splicing="best_fit",
+        on_bad_row="fail",
+        eval_fraction=0.0,
+        writes_jsonl=False,
+    )
 
 
 def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_path):
@@ -425,10 +437,13 @@ def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_p
         deep = [deep]
     plain = [{"target": f"  text {number}"} for number in range(300)]
     chats = [
-        {"id": "c", "system": "be kind", "messages": [{"from": "human", "content": f"q {number}"},
-                                                      {"from": "assistant", "content": f"a {number}"}]}
+        {
+            "id": "c",
+            "system": "be kind",
+            "messages": [{"from": "human", "content": f"q {number}"}, {"from": "assistant", "content": f"a {number}"}],
+        }
         for number in range(30)
-    ]  # fmt: skip
+    ]
     refused = [{"target": 5, "source": "refused"}, {"body": "not a row"}, {"messages": [{"from": "x", "content": "y"}]}]
     samples = {}
     for name, rows in (
@@ -541,9 +556,7 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
     assert "bing (2 messages), bard (1 messages); if one is the assistant, name it by --assistant_roles" in caplog.text
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
-    assert skipped["notes"] == {
-        talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1
-    }  # fmt: skip
+    assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
     assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1
     samples = read_jsonl(tmp_path / "skip" / "jsonl")
     learnt = {tuple(sample["labels_decode"]): sample["document_target_bytes"] for sample in samples}

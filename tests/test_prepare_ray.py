@@ -76,8 +76,12 @@ def start(keywords: dict, cwd) -> subprocess.Popen:
     path.write_text(COMMAND)
     return subprocess.Popen(
         [sys.executable, str(path), *map(str, flags({**keywords, "executor": "ray"}))],
-        cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def found(look, process: subprocess.Popen):

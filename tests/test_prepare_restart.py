@@ -97,8 +97,11 @@ def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tm
     keywords = {**options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, how, json.dumps(keywords)],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) >= least
     assert contents(tmp_path / "killed") == undisturbed
@@ -121,10 +124,13 @@ def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undistu
     shares = [
         subprocess.Popen(
             [sys.executable, "-c", COMMAND, *map(str, flags({**keywords, "shard": f"{number}/{count}"}))],
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for number in range(1, count + 1)
-    ]  # fmt: skip
+    ]
     ends = [share.communicate(timeout=100) for share in shares]
     assert [share.returncode for share in shares] == [0] * count, ends
     # One, whichever is last, writes the bins and prints the account.
@@ -327,9 +333,13 @@ def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path
         command = [sys.executable, str(ROOT / "prepare_pretrain_dataset.py"), *map(str, flags(keywords))]
         if name == "limited":
             done = subprocess.run(
-                command, cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                command,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=100,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)),
-            )  # fmt: skip
+            )
             assert done.returncode == 1, done.stderr
             assert len(done.stderr.splitlines()) == 1 and "bytes needed; raise the limit" in done.stderr
             assert not (tmp_path / name / "arrow").exists()

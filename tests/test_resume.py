@@ -42,18 +42,38 @@ LAYOUTS = {
     "3d_zero1_bf16": ["--plugin", "3d", "--mixed_precision", "bf16"],
     "3d_pp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--pp", "2", "--micro_batch_size", "4"],
     "3d_sp2_bf16": [
-        "--plugin", "3d", "--mixed_precision", "bf16", "--enable_sequence_parallelism", "--sp_mode", "all_to_all",
-        "--sp", "2", "--micro_batch_size", "4",
+        "--plugin",
+        "3d",
+        "--mixed_precision",
+        "bf16",
+        "--enable_sequence_parallelism",
+        "--sp_mode",
+        "all_to_all",
+        "--sp",
+        "2",
+        "--micro_batch_size",
+        "4",
     ],
     "3d_tp2_bf16": ["--plugin", "3d", "--mixed_precision", "bf16", "--tp", "2", "--micro_batch_size", "4"],
-}  # fmt: skip
+}
 # 360 samples; step 13 is in the middle of the second bucket, where "old" is read a second time.
 MIXTURE = ["new=0.7", "old=0.3"]
 MIXED_STEP = 13
 MIXED = [
-    "--bucketed", "--mixture", *MIXTURE, "--max_length", "128", "--micro_batch_size", "8", "--accumulation_steps", "1",
-    "--num_epochs", "1", "--save_interval", str(MIXED_STEP),
-]  # fmt: skip
+    "--bucketed",
+    "--mixture",
+    *MIXTURE,
+    "--max_length",
+    "128",
+    "--micro_batch_size",
+    "8",
+    "--accumulation_steps",
+    "1",
+    "--num_epochs",
+    "1",
+    "--save_interval",
+    str(MIXED_STEP),
+]
 
 # Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
 POISONED = {
@@ -145,14 +165,27 @@ def add_others(add, folder: Path, tokenizer: Path) -> None:
     for name, poison in POISONED.items():
         allowed = int(name != "zero2_fp32")
         flags = LAYOUTS[name.removesuffix("_overflowing")]
-        add(f"poisoned_{name}", *flags, "--num_epochs", 1, "--save_interval", 1, "--max_bad_steps", allowed,
-            poison=poison)  # fmt: skip
+        add(
+            f"poisoned_{name}",
+            *flags,
+            "--num_epochs",
+            1,
+            "--save_interval",
+            1,
+            "--max_bad_steps",
+            allowed,
+            poison=poison,
+        )
     untrained = write_untrained(folder / "untrained_data", tokenizer)
     for name in UNTRAINED:
         flags = [*LAYOUTS[name], "--dataset", untrained, "--num_epochs", 1, "--save_interval", 1, "--warmup_steps", 2]
         add(f"untrained_{name}", *flags)
-        add(f"untrained_{name}_again", *flags, "--load_checkpoint",
-            folder / f"untrained_{name}" / "ckpt" / "epoch-0_step-1")  # fmt: skip
+        add(
+            f"untrained_{name}_again",
+            *flags,
+            "--load_checkpoint",
+            folder / f"untrained_{name}" / "ckpt" / "epoch-0_step-1",
+        )
     add("unsavable", *fp32, fault="rename")
     earlier = folder / "zero2_fp32" / "ckpt" / "epoch-0_step-4"
     add("of_an_earlier_version", *fp32, "--load_checkpoint", earlier, damages=[["age", str(earlier)]])
@@ -163,8 +196,14 @@ def add_others(add, folder: Path, tokenizer: Path) -> None:
     damages = [["flip", str(optimizer)], ["delete", str(ckpt / "epoch-1_step-8" / "lr_scheduler")]]
     add("auto_past_damage", *fp32, "--resume", "auto", home="auto_on_nothing", damages=damages)
     damaged = ckpt / "epoch-0_step-6"
-    add("named_and_damaged", *fp32, "--load_checkpoint", damaged, home="elsewhere",
-        damages=[["flip", str(damaged / "modeling" / "tokenizer.model")]])  # fmt: skip
+    add(
+        "named_and_damaged",
+        *fp32,
+        "--load_checkpoint",
+        damaged,
+        home="elsewhere",
+        damages=[["flip", str(damaged / "modeling" / "tokenizer.model")]],
+    )
     names = ("epoch-0_step-4", "epoch-0_step-6", "epoch-1_step-12")
     everything = [["add", str(ckpt / name / "stray.json")] for name in names]
     everything += [["cut", str(ckpt / "epoch-1_step-8" / "manifest.json")]]
@@ -204,9 +243,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(jobs, name):
 def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sources):
     data = resolve_data(sources_in(two_sources), bucketed=True, mixture=MIXTURE)
     plan = plan_settings(
-        data, micro_batch_size=8, data_size=2, accumulation_steps=1, seed=1024, num_epochs=1, learning_rate=2e-3,
+        data,
+        micro_batch_size=8,
+        data_size=2,
+        accumulation_steps=1,
+        seed=1024,
+        num_epochs=1,
+        learning_rate=2e-3,
         warmup=None,
-    )  # fmt: skip
+    )
     second = plan["buckets"][1]
     assert second["first_step"] < MIXED_STEP < second["last_step"] and second["sources"]["old"]["again"]
     home, error, log = jobs["mixed"]
@@ -437,7 +482,7 @@ BROKEN = [
     ("optimizer/pytorch_optim.bin.index.json", damage.cut, True, "is not JSON"),
     ("running_states.json", lambda path: path.write_text("{}"), True, "not the running states"),
     ("modeling/tokenizer.model", damage.flip, True, "not that of the run"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", range(len(BROKEN)))

@@ -47,8 +47,10 @@ def file_of(path, tensors, metadata):
         content = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         dtype = next(key for key, value in DTYPES.items() if value == tensor.dtype)
         header[name] = {
-            "dtype": dtype, "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(content)],
-        }  # fmt: skip
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
         data += content
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)

@@ -8,9 +8,30 @@ from colossal_llama2 import arguments, settings_file
 
 REQUIRED = ["--pretrained", "m", "--dataset", "d/part-00000", "d/part-00001"]
 FULL = [
-    *REQUIRED, "--plugin", "3d", "--tp", "2", "--zero", "0", "--lr", "1e-4", "-w", "0", "-s", "7", "--keep_last", "3",
-    "--use_flash_attn", "--sp_mode", "ring", "--save_dir=-odd", "--dist_timeout", "60", "--chunked_loss", "off",
-]  # fmt: skip
+    *REQUIRED,
+    "--plugin",
+    "3d",
+    "--tp",
+    "2",
+    "--zero",
+    "0",
+    "--lr",
+    "1e-4",
+    "-w",
+    "0",
+    "-s",
+    "7",
+    "--keep_last",
+    "3",
+    "--use_flash_attn",
+    "--sp_mode",
+    "ring",
+    "--save_dir=-odd",
+    "--dist_timeout",
+    "60",
+    "--chunked_loss",
+    "off",
+]
 
 
 @pytest.fixture

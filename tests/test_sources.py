@@ -64,8 +64,10 @@ def test_one_name_for_two_folders(tmp_path):
     with pytest.raises(UserError, match="called arrow"):
         resolve_data([f"arrow={given[0]}", given[1]], bucketed=True)
     assert [part.source for part in resolve_data([f"zh={given[0]}", given[1]], bucketed=True).parts] == [
-        "zh", "zh", "arrow",
-    ]  # fmt: skip
+        "zh",
+        "zh",
+        "arrow",
+    ]
     joined = resolve_data([f"all={given[0]}", f"all={given[1]}"], bucketed=True)
     assert [(part.source, part.bucket) for part in joined.parts] == [("all", 0), ("all", 1), ("all", 2)]
 

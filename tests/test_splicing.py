@@ -20,8 +20,13 @@ SPLICINGS = ("best_fit", "sequential", "none")
 
 def test_piece_lengths():
     assert [piece_lengths(length, max_length=8) for length in (1, 8, 9, 16, 17, 20)] == [
-        [1], [8], [7, 2], [8, 8], [8, 7, 2], [8, 8, 4],
-    ]  # fmt: skip
+        [1],
+        [8],
+        [7, 2],
+        [8, 8],
+        [8, 7, 2],
+        [8, 8, 4],
+    ]
 
 
 def test_worked_examples_of_the_docstrings():

@@ -44,9 +44,14 @@ def test_pieces_count_what_their_tokens_spell(overlong, tokenizer_dir, tmp_path)
 def test_bytes_are_those_of_the_text_under_any_normalizer(normalizer, byte_fallback, tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.english_documents()[:300]), model_writer=model, vocab_size=500, model_type="bpe",
-        normalization_rule_name=normalizer, byte_fallback=byte_fallback, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(tiny.english_documents()[:300]),
+        model_writer=model,
+        vocab_size=500,
+        model_type="bpe",
+        normalization_rule_name=normalizer,
+        byte_fallback=byte_fallback,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     encoder = Encoder(tmp_path)
     for text in MIXED + ODD:
@@ -68,9 +73,14 @@ def test_bytes_are_those_of_the_text_under_any_normalizer(normalizer, byte_fallb
 def test_labels_that_are_unknown_tokens_are_counted_and_warned_of(byte_fallback, tmp_path, caplog, capsys):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tiny.english_documents()[:100]), model_writer=model, vocab_size=400, model_type="bpe",
-        normalization_rule_name="identity", byte_fallback=byte_fallback, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(tiny.english_documents()[:100]),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        byte_fallback=byte_fallback,
+        minloglevel=2,
+    )
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.model").write_bytes(model.getvalue())
     rows = [{"target": "the \u05e2\u05d1 state"}, {"source": "\u05e2 of ", "target": "the \u05e2 x \u0e44"}] * 20

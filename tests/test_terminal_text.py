@@ -38,11 +38,17 @@ HOSTILE = {
     "half \ud83d of a pair, not UTF-8 \udcff": "half <U+D83D> of a pair, not UTF-8 <U+DCFF>",
 }
 ORDINARY = (
-    "a  b", "明月松间照，清泉石上流。", "naïve cafe\u0301", "👩\u200d👩\u200d👧 👍🏽",
-    "می\u200cخواهم", "क्\u200dष",
-    "שלום\u200f!", "ภาษา\u200bไทย", "🏴\U000e0067\U000e0062\U000e007f",
+    "a  b",
+    "明月松间照，清泉石上流。",
+    "naïve cafe\u0301",
+    "👩\u200d👩\u200d👧 👍🏽",
+    "می\u200cخواهم",
+    "क्\u200dष",
+    "שלום\u200f!",
+    "ภาษา\u200bไทย",
+    "🏴\U000e0067\U000e0062\U000e007f",
     "so\u00adft <s> ␛ \\x1b",
-)  # fmt: skip
+)
 EVERY_HOSTILE = pytest.mark.parametrize("text", HOSTILE)
 
 
@@ -131,9 +137,21 @@ def a_bug_of_ours(text: str) -> None:
 
 
 ROUTES = (
-    show, show_line, raise_user_error, raise_os_error, raise_as_one_rank, mistake_in_a_flag, unknown_flag, log_a_line,
-    log_a_message, log_progress, draw_a_bar, log_by_a_library, warn_by_a_library, a_bug_of_ours,
-)  # fmt: skip
+    show,
+    show_line,
+    raise_user_error,
+    raise_os_error,
+    raise_as_one_rank,
+    mistake_in_a_flag,
+    unknown_flag,
+    log_a_line,
+    log_a_message,
+    log_progress,
+    draw_a_bar,
+    log_by_a_library,
+    warn_by_a_library,
+    a_bug_of_ours,
+)
 MANY_LINES = (show, draw_a_bar, log_by_a_library, warn_by_a_library, a_bug_of_ours)
 
 
@@ -195,23 +213,32 @@ NAME = "m\x1b[31m\u202e\rx\x9b"
 @pytest.mark.parametrize(
     "command",
     [
-        ["init_model.py", "--source_model_and_tokenizer_path", NAME, "--target_tokenizer_path", NAME,
-         "--target_model_path", "new"],
+        [
+            "init_model.py",
+            "--source_model_and_tokenizer_path",
+            NAME,
+            "--target_tokenizer_path",
+            NAME,
+            "--target_model_path",
+            "new",
+        ],
         ["inference_example.py", "--model_path", NAME, "--input_txt", "x"],
         ["train.py", "--pretrained", NAME, "--dataset", NAME, "--load_config", "settings.json"],
         ["-m", "colossal_llama2.train.verify", NAME],
     ],
     ids=lambda command: command[-2] if command[0] == "-m" else command[0],
-)  # fmt: skip
+)
 def test_commands_quote_names_harmlessly(command, tmp_path):
     (tmp_path / NAME).mkdir()
     (tmp_path / "settings.json").write_text(json.dumps({f"fl\x1b[31mag{NAME}": 1}))
     script = [str(ROOT / command[0])] if command[0] != "-m" else ["-m"]
     process = subprocess.run(
         [sys.executable, *script, *command[1:]],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
-        capture_output=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        timeout=120,
+    )
     output = (process.stdout + process.stderr).decode()
     assert process.returncode == 2 and output.count("\n") == 1
     assert not set(output) & set("\x1b\u202e\r\x9b") and "␛[31m" in output

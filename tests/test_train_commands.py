@@ -58,10 +58,24 @@ def test_the_readme_s_launcher(flags, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost\n")
     command = [
-        os.path.join(os.path.dirname(sys.executable), "colossalai"), "run", "--nproc_per_node", "2",
-        "--hostfile", str(hostfile), "--master_port", str(free_port()), "train_sft.py", *flags,
-        "--plugin", "zero2_cpu", "--mixed_precision", "bf16", "--accumulation_steps", "4", "--use_neft",
-    ]  # fmt: skip
+        os.path.join(os.path.dirname(sys.executable), "colossalai"),
+        "run",
+        "--nproc_per_node",
+        "2",
+        "--hostfile",
+        str(hostfile),
+        "--master_port",
+        str(free_port()),
+        "train_sft.py",
+        *flags,
+        "--plugin",
+        "zero2_cpu",
+        "--mixed_precision",
+        "bf16",
+        "--accumulation_steps",
+        "4",
+        "--use_neft",
+    ]
     paths = {**environment(), "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     process = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr

@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Dict, List
 
 import numpy as np
 import pytest
@@ -51,39 +50,84 @@ FLOAT32_RUNS = {
     "zero2_recomputing": [*FP32, "--plugin", "zero2", "--use_grad_checkpoint"],
     "3d_zero0": [*FP32, "--plugin", "3d", "--zero", "0"],
     "3d_zero0_accumulating": [
-        *FP32, "--plugin", "3d", "--zero", "0", "--micro_batch_size", "2", "--accumulation_steps", "4",
+        *FP32,
+        "--plugin",
+        "3d",
+        "--zero",
+        "0",
+        "--micro_batch_size",
+        "2",
+        "--accumulation_steps",
+        "4",
     ],
     "3d_tp2": [*FP32, *TP2, "--zero", "0"],
     "3d_tp2_sdpa": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
     "3d_pp2": [*FP32, *PP2, "--zero", "0"],
     "3d_pp2_accumulating": [
-        *FP32, *PP2, "--zero", "0", "--micro_batch_size", "4", "--accumulation_steps", "4", "--microbatch_size", "2",
+        *FP32,
+        *PP2,
+        "--zero",
+        "0",
+        "--micro_batch_size",
+        "4",
+        "--accumulation_steps",
+        "4",
+        "--microbatch_size",
+        "2",
     ],
     "3d_sp2_all_to_all": [*FP32, *SP2, "--zero", "0"],
     "3d_tp2_ring": [*FP32, *TP2, "--zero", "0", *SEQUENCE, "ring"],
     # Ranks that share a sample would sum up the gradients of its norms once per micro batch.
     "3d_tp2_split_gather_accumulating": [
-        *FP32, *TP2, "--zero", "0", *SEQUENCE, "split_gather", "--micro_batch_size", "4", "--accumulation_steps", "4",
+        *FP32,
+        *TP2,
+        "--zero",
+        "0",
+        *SEQUENCE,
+        "split_gather",
+        "--micro_batch_size",
+        "4",
+        "--accumulation_steps",
+        "4",
     ],
-}  # fmt: skip
+}
 BFLOAT16_RUNS = {
     "gemini_bf16": [*BF16, "--plugin", "gemini"],
     "gemini_bf16_accumulating": [
-        *BF16, "--plugin", "gemini", "--micro_batch_size", "4", "--accumulation_steps", "2",
+        *BF16,
+        "--plugin",
+        "gemini",
+        "--micro_batch_size",
+        "4",
+        "--accumulation_steps",
+        "2",
     ],
     "gemini_auto_bf16": [*BF16, "--plugin", "gemini_auto"],
     "zero2_bf16": [*BF16, "--plugin", "zero2"],
     "zero2_cpu_bf16": [*BF16, "--plugin", "zero2_cpu"],
     "3d_zero1_bf16": [*BF16, "--plugin", "3d"],
     "3d_zero1_bf16_accumulating": [
-        *BF16, "--plugin", "3d", "--micro_batch_size", "4", "--accumulation_steps", "2",
+        *BF16,
+        "--plugin",
+        "3d",
+        "--micro_batch_size",
+        "4",
+        "--accumulation_steps",
+        "2",
     ],
     "3d_tp2_zero1_bf16": [*BF16, *TP2],
     "3d_tp2_zero2_bf16_accumulating": [
-        *BF16, *TP2, "--zero", "2", "--micro_batch_size", "4", "--accumulation_steps", "4",
+        *BF16,
+        *TP2,
+        "--zero",
+        "2",
+        "--micro_batch_size",
+        "4",
+        "--accumulation_steps",
+        "4",
     ],
     "3d_pp2_zero1_bf16": [*BF16, *PP2, "--chunked_loss", "off"],
-}  # fmt: skip
+}
 
 FP16 = ["--mixed_precision", "fp16"]
 FLOAT16_RUNS = {
@@ -130,12 +174,12 @@ BIASED_RUNS = ["biased_3d_tp2_ring", "biased_3d_tp2_split_gather_accumulating", 
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory, tokenizer_dir) -> List[str]:
+def parts(tmp_path_factory, tokenizer_dir) -> list[str]:
     return write_data(tmp_path_factory.mktemp("prepared"), tokenizer_dir, STEPS)
 
 
 @pytest.fixture(scope="module")
-def full_parts(tmp_path_factory, tokenizer_dir) -> List[str]:
+def full_parts(tmp_path_factory, tokenizer_dir) -> list[str]:
     """Data of which no batch is padded, as spliced data is."""
     return write_data(tmp_path_factory.mktemp("full"), tokenizer_dir, 3, full=True)
 
@@ -223,9 +267,19 @@ def grown_model_dir(tmp_path_factory, odd_model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(
-    tmp_path_factory, parts, full_parts, model_dir, odd_model_dir, grown_model_dir, tied_model_dir, small_model_dir,
-    three_headed_dir, biased_model_dir, old_mirror_dir, far_dir,
-) -> Dict[str, Job]:
+    tmp_path_factory,
+    parts,
+    full_parts,
+    model_dir,
+    odd_model_dir,
+    grown_model_dir,
+    tied_model_dir,
+    small_model_dir,
+    three_headed_dir,
+    biased_model_dir,
+    old_mirror_dir,
+    far_dir,
+) -> dict[str, Job]:
     """Run every command of this file on two ranks and return them by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = []
@@ -249,9 +303,11 @@ def jobs(
     for name, flags in FLOAT16_RUNS.items():
         add(name, *flags, initial_scale=INITIAL_SCALE)
     add(
-        "overflow_unrepaired", *FLOAT16_RUNS["gemini_fp16_accumulating"], initial_scale=INITIAL_SCALE,
+        "overflow_unrepaired",
+        *FLOAT16_RUNS["gemini_fp16_accumulating"],
+        initial_scale=INITIAL_SCALE,
         unrepaired=["forget_skipped"],
-    )  # fmt: skip
+    )
     for name, flags in TIED_ROWS_RUNS.items():
         add(name, *flags, "--train_new_rows_only", "--max_steps", "3", model=grown_and_tied)
     for name, flags in OLD_MIRROR_RUNS.items():
@@ -399,8 +455,13 @@ def test_checkpoint_layout(jobs):
     assert sorted(path.name for path in folder.iterdir()) == names
     checkpoint = folder / "epoch-0_step-5"
     assert sorted(path.name for path in checkpoint.iterdir()) == [
-        "lr_scheduler", "manifest.json", "master_weights", "modeling", "optimizer", "running_states.json",
-    ]  # fmt: skip
+        "lr_scheduler",
+        "manifest.json",
+        "master_weights",
+        "modeling",
+        "optimizer",
+        "running_states.json",
+    ]
     states = json.loads((checkpoint / "running_states.json").read_text())
     assert (states["epoch"], states["step"], states["sample_start_index"]) == (0, 5, 5 * GLOBAL_BATCH)
     assert json.loads((checkpoint / "lr_scheduler").read_text())["total_steps"] == STEPS
@@ -465,9 +526,16 @@ def test_new_rows_alone_are_trained(jobs, parts, grown_model_dir, name):
         else:
             assert torch.equal(after.view(torch.int32), before.view(torch.int32)), key
     trace = reference.train(
-        grown_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP, decay=0.0, freeze=True,
+        grown_model_dir,
+        parts,
+        precision="fp32",
+        global_batch=GLOBAL_BATCH,
+        lr=LR,
+        clip=CLIP,
+        decay=0.0,
+        freeze=True,
         trained_rows=NEW_ROWS,
-    )  # fmt: skip
+    )
     tolerance = 1.5e-3 if name.endswith("bf16") else 1e-5
     assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=20 * tolerance)

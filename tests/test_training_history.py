@@ -23,7 +23,7 @@ from colossal_llama2.model.training_history import (
     named_by_card,
     read_history,
     vocabulary_stage,
-)  # fmt: skip
+)
 from colossal_llama2.train import markdown, model_card
 from tests.test_terminal_text import HOSTILE
 
@@ -57,21 +57,49 @@ def test_what_was_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\xff\xfe", "[]", "null", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 10_000, {"version": 1},
+        b"",
+        b"\xff\xfe",
+        "[]",
+        "null",
+        "{",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "9" * 10_000,
+        {"version": 1},
         b" " * (training_history.MAX_BYTES + 1),
-        {**CONTENT, "version": 2}, {**CONTENT, "version": [1]}, {**CONTENT, "base_model": 7},
-        {**CONTENT, "base_model": ""}, {**CONTENT, "base_model": "x" * 5000}, {**CONTENT, "stages": {}},
-        {**CONTENT, "stages": [None]}, {**CONTENT, "stages": [[]]}, {**CONTENT, "stages": [{}]},
-        *({**CONTENT, "stages": [STAGE, {**STAGE, name: value}]} for name, value in {
-            "stage": ["sft"], "steps": -1, "tokens": 1.5, "samples": True, "world_size": 10**30, "first_loss": "low",
-            "parent": "llama", "data": [{"source": ["zh"]}], "begins": {"epoch": 0}, "versions": {"torch": 2},
-            "weights": {"a": {"bytes": 1}}, "settings": {"deep": [[[]]]}, "resumed": [1], "unknown": 1,
-        }.items()),
+        {**CONTENT, "version": 2},
+        {**CONTENT, "version": [1]},
+        {**CONTENT, "base_model": 7},
+        {**CONTENT, "base_model": ""},
+        {**CONTENT, "base_model": "x" * 5000},
+        {**CONTENT, "stages": {}},
+        {**CONTENT, "stages": [None]},
+        {**CONTENT, "stages": [[]]},
+        {**CONTENT, "stages": [{}]},
+        *(
+            {**CONTENT, "stages": [STAGE, {**STAGE, name: value}]}
+            for name, value in {
+                "stage": ["sft"],
+                "steps": -1,
+                "tokens": 1.5,
+                "samples": True,
+                "world_size": 10**30,
+                "first_loss": "low",
+                "parent": "llama",
+                "data": [{"source": ["zh"]}],
+                "begins": {"epoch": 0},
+                "versions": {"torch": 2},
+                "weights": {"a": {"bytes": 1}},
+                "settings": {"deep": [[[]]]},
+                "resumed": [1],
+                "unknown": 1,
+            }.items()
+        ),
         json.dumps({**CONTENT, "stages": [{**STAGE, "first_loss": float("nan")}]}),
         '{"version": 1, "base_model": "\\ud800", "stages": []}',
     ],
     ids=lambda content: str(content)[:40],
-)  # fmt: skip
+)
 def test_what_is_not_a_history_is_left_out(tmp_path, content, caplog):
     history = read_history(with_history(tmp_path, content))
     assert history.stages == [] and history.base_model is None and history.problem
@@ -82,9 +110,11 @@ def test_what_is_not_a_history_is_left_out(tmp_path, content, caplog):
 
 def test_only_regular_files_are_read(tmp_path):
     for name, make in (
-        ("fifo", os.mkfifo), ("folder", os.mkdir), ("device", lambda path: os.symlink("/dev/zero", path)),
+        ("fifo", os.mkfifo),
+        ("folder", os.mkdir),
+        ("device", lambda path: os.symlink("/dev/zero", path)),
         ("nothing", lambda path: os.symlink(tmp_path / "none", path)),
-    ):  # fmt: skip
+    ):
         (tmp_path / name).mkdir()
         make(tmp_path / name / HISTORY_FILE)
         assert read_history(tmp_path / name).problem
@@ -198,10 +228,32 @@ def test_the_base_model_of_a_strangers_checkpoint(tmp_path):
 
 
 MARKUP = (
-    "a|b", "<script>alert(1)</script>", "![x](https://example.org/a.png)", "[x](javascript:1)", "a\n---\nlicense: mit",
-    "```", "`a`", "**bold**", "__b__", "# x", "---", "key: value", "- x", "'\"", "&lt;", "a\\", "\\|", "$$x$$", "no",
-    "{{x}}", "!!python/object:os.system x", "&a *a", "~~x~~", "", "x" * 300 + " ---",
-)  # fmt: skip
+    "a|b",
+    "<script>alert(1)</script>",
+    "![x](https://example.org/a.png)",
+    "[x](javascript:1)",
+    "a\n---\nlicense: mit",
+    "```",
+    "`a`",
+    "**bold**",
+    "__b__",
+    "# x",
+    "---",
+    "key: value",
+    "- x",
+    "'\"",
+    "&lt;",
+    "a\\",
+    "\\|",
+    "$$x$$",
+    "no",
+    "{{x}}",
+    "!!python/object:os.system x",
+    "&a *a",
+    "~~x~~",
+    "",
+    "x" * 300 + " ---",
+)
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, *MARKUP])
@@ -209,15 +261,23 @@ def test_no_value_becomes_markup(text):
     stage = {**STAGE, "parent": {"name": text}, "data": [{"source": text, "tokens": 1}]}
     run = dict(stage="pretrain", plugin=text, mixed_precision="bf16", world_size=1, total_steps=1, num_epochs=1)
     rows = card(
-        settings={**run, "mixture": [f"{text}=1"], "versions": {"torch": text or "-"}}, base_model=text or "x",
-        amounts=[Amount(text, text, 1, 1)], records=[{"step": 1, "evaluation": {text: {text: 1.0}}}],
-        sources=[text], read=[SourceRead(text, 1, 1, 1)], stages=[stage],
-    )  # fmt: skip
+        settings={**run, "mixture": [f"{text}=1"], "versions": {"torch": text or "-"}},
+        base_model=text or "x",
+        amounts=[Amount(text, text, 1, 1)],
+        records=[{"step": 1, "evaluation": {text: {text: 1.0}}}],
+        sources=[text],
+        read=[SourceRead(text, 1, 1, 1)],
+        stages=[stage],
+    )
     plain = card(
-        settings={**run, "plugin": "x", "mixture": ["x=1"], "versions": {"torch": "x"}}, base_model="x",
-        amounts=[Amount("x", "x", 1, 1)], records=[{"step": 1, "evaluation": {"x": {"x": 1.0}}}],
-        sources=["x"], read=[SourceRead("x", 1, 1, 1)], stages=[{**stage, "parent": {"name": "x"}}],
-    )  # fmt: skip
+        settings={**run, "plugin": "x", "mixture": ["x=1"], "versions": {"torch": "x"}},
+        base_model="x",
+        amounts=[Amount("x", "x", 1, 1)],
+        records=[{"step": 1, "evaluation": {"x": {"x": 1.0}}}],
+        sources=["x"],
+        read=[SourceRead("x", 1, 1, 1)],
+        stages=[{**stage, "parent": {"name": "x"}}],
+    )
     rows.encode()
     controls = {character for character in rows if character != "\n" and not markdown.one_line(character) == character}
     front, body = rows.split("\n---\n", 1)

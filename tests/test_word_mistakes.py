@@ -142,7 +142,7 @@ def test_every_text_is_a_prompt(words, name, value):
     [
         ("--save_dir -5", "save_dir", "-5"),
         ("--save_dir ~nobody-of-this-name", "save_dir", "~nobody-of-this-name"),
-        ("--save_dir \"it's here\"", "save_dir", "it's here"),
+        ('--save_dir "it\'s here"', "save_dir", "it's here"),
         ("--save_dir 输出/ü", "save_dir", "输出/ü"),
         ("--mixture a,b=0.5 c=1", "mixture", ["a,b=0.5", "c=1"]),
     ],

@@ -4,13 +4,12 @@ import pydoc_data.topics
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import List
 
 CHINESE = "明月松间照，清泉石上流。人工智能正在改变世界。你好，世界！今天天气很好，我们去公园散步吧。"
 
 
 @lru_cache
-def english_documents() -> List[str]:
+def english_documents() -> list[str]:
     """Paragraphs of CPython's own documentation, more than 2,000 of them."""
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     return [paragraph.strip() for paragraph in text.split("\n\n") if len(paragraph.strip()) > 20]

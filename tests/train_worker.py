@@ -24,8 +24,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Optional
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,7 +90,7 @@ def first_moments(engine: Engine) -> float:
     return math.sqrt(squares) / (1 - group["betas"][0])
 
 
-def chunks_kept_whole(engine: Engine) -> Optional[List[bool]]:
+def chunks_kept_whole(engine: Engine) -> list[bool] | None:
     """For each of Gemini's chunks of parameters, whether every rank keeps all of it; None for other plugins."""
     manager = getattr(engine.model, "chunk_manager", None)
     if manager is None:
@@ -98,7 +98,7 @@ def chunks_kept_whole(engine: Engine) -> Optional[List[bool]]:
     return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
 
 
-def sends_gradients(engine: Engine) -> Optional[bool]:
+def sends_gradients(engine: Engine) -> bool | None:
     """Whether backward exchanges gradients now: by what DistributedDataParallel, or ZeRO under 3d, goes by."""
     if engine.settings.plugin != "3d":
         return None
@@ -107,7 +107,7 @@ def sends_gradients(engine: Engine) -> Optional[bool]:
     return getattr(engine.model.module, "require_backward_grad_sync", None)
 
 
-def room_figures(engine: Engine) -> Optional[List[List[float]]]:
+def room_figures(engine: Engine) -> list[list[float]] | None:
     """By what figures each rank places Gemini's chunks; None where they are not placed by figures."""
     manager = getattr(engine.model, "gemini_manager", None)
     collector = manager and manager._mem_stats_collector
@@ -152,9 +152,11 @@ def noting_steps(into: dict) -> Iterator[None]:
         steps += 1
         if steps == 1:
             into.update(
-                first_moment_norm=first_moments(engine), chunks=chunks_kept_whole(engine),
-                figures=room_figures(engine), buffers_error=buffers_error(engine),
-            )  # fmt: skip
+                first_moment_norm=first_moments(engine),
+                chunks=chunks_kept_whole(engine),
+                figures=room_figures(engine),
+                buffers_error=buffers_error(engine),
+            )
         if steps == 2:
             into["gathers"] = [gathers, ahead]
         gathers = ahead = 0

@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
 
 import datasets
 import numpy as np
@@ -26,16 +25,16 @@ class Job:
     """One finished command of a shared job; train_worker.py says what it notes."""
 
     folder: Path
-    error: Optional[str]
-    first_moment_norm: Optional[float]
-    chunks: Optional[List[bool]]
-    after: Optional[int] = None
-    figures: Optional[List[List[float]]] = None
-    gathers: Optional[List[int]] = None
-    exchanges: Optional[List[Optional[bool]]] = None
-    buffers_error: Optional[float] = None
+    error: str | None
+    first_moment_norm: float | None
+    chunks: list[bool] | None
+    after: int | None = None
+    figures: list[list[float]] | None = None
+    gathers: list[int] | None = None
+    exchanges: list[bool | None] | None = None
+    buffers_error: float | None = None
 
-    def scalars(self, name: str, run: str = "tb") -> List[float]:
+    def scalars(self, name: str, run: str = "tb") -> list[float]:
         """A TensorBoard curve, by step."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -48,7 +47,7 @@ class Job:
         return self.folder / "ckpt" / "modeling"
 
 
-def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = False) -> List[str]:
+def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = False) -> list[str]:
     """Two prepared parts of real text, some samples with a masked start; 3 are left over.
 
     Args:
@@ -76,7 +75,7 @@ def write_spliced_data(folder: Path, tokenizer_dir: Path, steps: int) -> str:
     encoder = Encoder(tokenizer_dir)
     documents = iter(encoder.encode(tiny.english_documents()[: 100 * steps]))
     random = np.random.default_rng(0)
-    rows: Dict[str, list] = {"input_ids": [], "labels": [], "sequence_lengths": []}
+    rows: dict[str, list] = {"input_ids": [], "labels": [], "sequence_lengths": []}
     for _ in range(GLOBAL_BATCH * steps):
         pieces = [[1, *next(documents)[: int(random.integers(4, 40))], 2] for _ in range(int(random.integers(1, 5)))]
         while sum(map(len, pieces)) > LENGTH:
@@ -99,7 +98,7 @@ def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
     return folder
 
 
-def common_flags(home: Path, model, parts: List[str], *, run: str = "tb") -> list:
+def common_flags(home: Path, model, parts: list[str], *, run: str = "tb") -> list:
     """The flags that every command has; later ones replace them."""
     flags = ["--pretrained", model, "--dataset", *parts, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
     flags += ["--save_dir", home / "ckpt", "--tensorboard_dir", home / run, "--config_file", home / "config.json"]
@@ -118,7 +117,7 @@ def finished(folder: Path, spec: dict) -> Job:
     )
 
 
-def weights_of(job: Job) -> Dict[str, torch.Tensor]:
+def weights_of(job: Job) -> dict[str, torch.Tensor]:
     """The exported model's parameters, in float32."""
     return {
         name: param.detach().float()

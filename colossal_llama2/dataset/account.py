@@ -8,9 +8,10 @@ As JSON, one `Tally`:
 """
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
+from typing import Any
 
 from colossal_llama2.dataset.category_names import category_name
 from colossal_llama2.errors import RunError
@@ -47,7 +48,7 @@ class Tally:
     cut_documents: int = 0
     held_out_documents: int = 0
     held_out_pieces: int = 0
-    dropped: Dict[str, List[int]] = field(default_factory=dict)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, *, documents: int, tokens: int) -> None:
         """Count records or pieces that go into no sample."""
@@ -82,13 +83,13 @@ class Tally:
                 "no output folder was made"
             )
 
-    def as_json(self) -> Dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The counts as in this module's docstring."""
         dropped = {reason: {"documents": count, "tokens": tokens} for reason, (count, tokens) in self.dropped.items()}
         return {**{name: getattr(self, name) for name in COUNTS}, "dropped": dropped}
 
     @classmethod
-    def from_json(cls, content: Dict[str, Any]) -> "Tally":
+    def from_json(cls, content: dict[str, Any]) -> "Tally":
         """The inverse of `as_json`."""
         dropped = {reason: [drop["documents"], drop["tokens"]] for reason, drop in content["dropped"].items()}
         return cls(**{name: content[name] for name in COUNTS}, dropped=dropped)
@@ -108,13 +109,13 @@ class Account:
         unknown_roles: a role that made rows bad, to how many of their messages have it.
     """
 
-    tallies: Dict[Tuple[int, str], Tally] = field(default_factory=dict)
+    tallies: dict[tuple[int, str], Tally] = field(default_factory=dict)
     lines: int = 0
     empty_lines: int = 0
-    bad: Dict[Tuple[int, str], List[Any]] = field(default_factory=dict)
-    formats: Dict[str, int] = field(default_factory=dict)
-    notes: Dict[str, int] = field(default_factory=dict)
-    unknown_roles: Dict[str, int] = field(default_factory=dict)
+    bad: dict[tuple[int, str], list[Any]] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    unknown_roles: dict[str, int] = field(default_factory=dict)
 
     def tally(self, file: int, category: str) -> Tally:
         """The tally of one file and category."""
@@ -146,9 +147,9 @@ class Account:
         """The rows that are left out."""
         return sum(count for count, _ in self.bad.values())
 
-    def bad_reasons(self) -> Dict[str, int]:
+    def bad_reasons(self) -> dict[str, int]:
         """The rows that are left out by reason, the most frequent first."""
-        reasons: Dict[str, int] = {}
+        reasons: dict[str, int] = {}
         for (_, reason), (count, _) in self.bad.items():
             reasons[reason] = reasons.get(reason, 0) + count
         return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
@@ -168,21 +169,21 @@ class Account:
         """All tallies together."""
         return _sum(self.tallies.values())
 
-    def by_file(self) -> Dict[int, Tally]:
+    def by_file(self) -> dict[int, Tally]:
         """The tallies of each file, in the order of the input."""
-        parts: Dict[int, List[Tally]] = {}
+        parts: dict[int, list[Tally]] = {}
         for file, category in sorted(self.tallies):
             parts.setdefault(file, []).append(self.tallies[file, category])
         return {file: _sum(tallies) for file, tallies in parts.items()}
 
-    def by_category(self) -> Dict[str, Tally]:
+    def by_category(self) -> dict[str, Tally]:
         """The tallies of each category, by name."""
-        parts: Dict[str, List[Tally]] = {}
+        parts: dict[str, list[Tally]] = {}
         for file, category in sorted(self.tallies):
             parts.setdefault(category, []).append(self.tallies[file, category])
         return {category: _sum(parts[category]) for category in sorted(parts)}
 
-    def check(self, names: Dict[int, str], *, bins: Tally) -> None:
+    def check(self, names: dict[int, str], *, bins: Tally) -> None:
         """Raise RunError unless each file and category balances, and `bins` hold what is to be kept of all of them."""
         for (file, category), tally in self.tallies.items():
             tally.check(f"{names[file]}, category {category}")
@@ -195,16 +196,22 @@ class Account:
                 f"{bins.predicted}; no output folder was made. Delete --data_cache_dir and give the command again"
             )
 
-    def as_json(self) -> Dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The account of one unit, as its file in the cache holds it."""
         tallies = [[*key, self.tallies[key].as_json()] for key in sorted(self.tallies)]
         bad = [[*key, *self.bad[key]] for key in sorted(self.bad)]
-        return {"tallies": tallies, "lines": self.lines, "empty_lines": self.empty_lines, "bad": bad,
-                "formats": dict(sorted(self.formats.items())), "notes": dict(sorted(self.notes.items())),
-                "unknown_roles": dict(sorted(self.unknown_roles.items()))}  # fmt: skip
+        return {
+            "tallies": tallies,
+            "lines": self.lines,
+            "empty_lines": self.empty_lines,
+            "bad": bad,
+            "formats": dict(sorted(self.formats.items())),
+            "notes": dict(sorted(self.notes.items())),
+            "unknown_roles": dict(sorted(self.unknown_roles.items())),
+        }
 
     @classmethod
-    def from_json(cls, content: Dict[str, Any]) -> "Account":
+    def from_json(cls, content: dict[str, Any]) -> "Account":
         """The inverse of `as_json`."""
         tallies = {(file, category): Tally.from_json(tally) for file, category, tally in content["tallies"]}
         bad = {(file, reason): [count, example] for file, reason, count, example in content["bad"]}
@@ -244,7 +251,7 @@ def _breakdown(heading: str, tallies: Mapping[str, Tally]) -> str:
     return _aligned(lines)
 
 
-def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
+def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of name, number and remark."""
     total, settings = Tally.from_json(manifest["total"]), manifest["settings"]
     max_length, num_samples = settings["max_length"], manifest["samples"]
@@ -284,7 +291,7 @@ def _summary(manifest: Mapping[str, Any]) -> List[Tuple[str, str, str]]:
     return rows
 
 
-def _role_rows(roles: Mapping[str, int]) -> List[Tuple[str, str, str]]:
+def _role_rows(roles: Mapping[str, int]) -> list[tuple[str, str, str]]:
     """Rows of the unknown roles, the most frequent first; those beyond `TABLE_ROWS` are summed up."""
     ordered = sorted(roles.items(), key=lambda item: (-item[1], item[0]))
     rows = [
@@ -298,7 +305,7 @@ def _role_rows(roles: Mapping[str, int]) -> List[Tuple[str, str, str]]:
     return rows
 
 
-def _lost_rows(lost: Sequence[Mapping[str, Any]]) -> List[Tuple[str, str, str]]:
+def _lost_rows(lost: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     if not lost:
         return []
     reasons = Counter(entry["reason"] for entry in lost)

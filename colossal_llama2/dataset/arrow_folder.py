@@ -6,8 +6,9 @@ once. The folder holds data-00000-of-00001.arrow (a stream of record batches), d
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ class ArrowFolder:
     `description` is what `datasets` reports as `info.description`.
     """
 
-    def __init__(self, folder: Path, columns: Dict[str, Any], *, description: str = ""):
+    def __init__(self, folder: Path, columns: dict[str, Any], *, description: str = ""):
         import pyarrow
 
         self._folder, self._columns, self._description = folder, columns, description
@@ -33,7 +34,7 @@ class ArrowFolder:
         self._sink = open(folder / DATA_FILE, "wb")
         self._writer = pyarrow.ipc.new_stream(self._sink, self._schema)
 
-    def write(self, columns: Dict[str, Any]) -> None:
+    def write(self, columns: dict[str, Any]) -> None:
         """Append a batch of arrow arrays, one for each column."""
         import pyarrow
 
@@ -59,8 +60,12 @@ class ArrowFolder:
             "_split": None,
         }
         info = {
-            "citation": "", "description": self._description, "features": self._features, "homepage": "", "license": ""
-        }  # fmt: skip
+            "citation": "",
+            "description": self._description,
+            "features": self._features,
+            "homepage": "",
+            "license": "",
+        }
         (self._folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
         (self._folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
         return fingerprint
@@ -70,7 +75,7 @@ class ArrowFolder:
         self._sink.close()
 
 
-def _feature(kind) -> Dict[str, Any]:
+def _feature(kind) -> dict[str, Any]:
     if isinstance(kind, list):
         return {"feature": _feature(kind[0]), "_type": "List"}
     return {"dtype": kind, "_type": "Value"}
@@ -110,7 +115,7 @@ def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequenc
     return list_column(column.take(number_column(numbers)), counts)
 
 
-def rows_of(columns: Dict[str, Any]) -> List[Dict[str, Any]]:
+def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """The batch as one dictionary a sample, lists of numbers as numpy arrays."""
     listed = {}
     for name, column in columns.items():

@@ -9,8 +9,9 @@ from there on: the command ends with exit code 1 though its output is there, unl
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Tuple
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import store
@@ -29,7 +30,7 @@ MAX_ROLES = 10
 
 def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
     """Warn of files of whose rows more than `WARNED_SHARE` are bad, with the most frequent reason and its cure."""
-    by_file: Dict[int, Dict[str, List[Any]]] = {}
+    by_file: dict[int, dict[str, list[Any]]] = {}
     for (file, reason), entry in account.bad.items():
         by_file.setdefault(file, {})[reason] = entry
     documents = {file: tally.documents for file, tally in account.by_file().items()}
@@ -51,7 +52,7 @@ def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
         )
 
 
-def write_bad_rows(folder: Path, units: Iterable[Tuple[Unit, int]], cache: Path) -> None:
+def write_bad_rows(folder: Path, units: Iterable[tuple[Unit, int]], cache: Path) -> None:
     """Write bad_rows.jsonl. `units` come with the lines of their file that are in units before them."""
     with store.appearing_file(folder / BAD_ROWS_FILE) as file:
         for unit, lines_before in units:
@@ -60,7 +61,7 @@ def write_bad_rows(folder: Path, units: Iterable[Tuple[Unit, int]], cache: Path)
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def report_lost(lost: Sequence[Dict[str, Any]], *, on_bad_file: str, output: Path) -> None:
+def report_lost(lost: Sequence[dict[str, Any]], *, on_bad_file: str, output: Path) -> None:
     """Name each file of a finished run that could not be read to its end.
 
     Raises:

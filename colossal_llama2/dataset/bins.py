@@ -16,9 +16,10 @@ Peak memory: about 150 bytes a piece of this bin, of which `splicing` needs 64 (
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,13 +37,20 @@ MAX_OPEN_FILES = 64
 # A piece that was dealt to a bin: what a PIECE says, and the unit that holds its tokens.
 MEMBER = np.dtype(
     [
-        ("unit", "<i4"), ("document", "<i4"), ("offset", "<i8"), ("target_bytes", "<i8"), ("length", "<i4"),
-        ("category", "<i4"), ("source", "<i4"), ("predicted", "<i4"), ("trained", "<i4"),
+        ("unit", "<i4"),
+        ("document", "<i4"),
+        ("offset", "<i8"),
+        ("target_bytes", "<i8"),
+        ("length", "<i4"),
+        ("category", "<i4"),
+        ("source", "<i4"),
+        ("predicted", "<i4"),
+        ("trained", "<i4"),
     ]
-)  # fmt: skip
+)
 # Written into each part: older ones share the bytes of a cut document out over its pieces by tokens.
 PREDICTED_BYTES = "document_target_bytes: of the tokens that are predicted"
-COLUMNS: Dict[str, Any] = {
+COLUMNS: dict[str, Any] = {
     "input_ids": ["int32"],
     "labels": ["int32"],
     "sequence_lengths": ["int32"],
@@ -50,7 +58,7 @@ COLUMNS: Dict[str, Any] = {
     "document_sources": ["string"],
     "document_target_bytes": ["int64"],
 }
-SFT_COLUMNS: Dict[str, Any] = {
+SFT_COLUMNS: dict[str, Any] = {
     "inputs_decode": "string",
     "labels_decode": ["string"],
     "seq_length": "int32",
@@ -67,8 +75,8 @@ class BinTask(NamedTuple):
     cache_dir: str
     jsonl_dir: str
     arrow_dir: str
-    categories: List[str]
-    sources: List[str]
+    categories: list[str]
+    sources: list[str]
 
 
 def members_file(cache_dir: str, name: str) -> Path:
@@ -81,7 +89,7 @@ def bin_account_file(cache_dir: str, name: str) -> Path:
     return Path(cache_dir) / f"bin-{name}.json"
 
 
-def write_bin(task: BinTask) -> Dict[str, Any]:
+def write_bin(task: BinTask) -> dict[str, Any]:
     """Write one bin; returns its account, counted from what is written:
 
     {"name": "part-00000", "samples": 217, "tokens": 443866, "trained": 443000, "predicted": 442700, "pieces": 390,
@@ -94,9 +102,12 @@ def write_bin(task: BinTask) -> Dict[str, Any]:
     members = members[np.lexsort((members["offset"], members["unit"]))]
     documents = members["unit"].astype(np.int64) << 32 | members["document"]
     order, counts = splice(
-        members["length"], documents, max_length=settings.max_length, splicing=settings.splicing,
+        members["length"],
+        documents,
+        max_length=settings.max_length,
+        splicing=settings.splicing,
         seed=[settings.seed, task.number],
-    )  # fmt: skip
+    )
     tokens = int(members["length"].sum())
     account = {"name": name, "samples": len(counts), "tokens": tokens, "trained": 0, "predicted": 0}
     with ExitStack() as stack:
@@ -124,7 +135,7 @@ def write_bin(task: BinTask) -> Dict[str, Any]:
     return account
 
 
-def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
+def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The members of consecutive samples, about `BATCH_TOKENS` tokens at a time, and their numbers of pieces."""
     ends = np.cumsum(counts)
     tokens = np.cumsum(members["length"], dtype=np.int64)[ends - 1]
@@ -137,7 +148,7 @@ def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[Tuple[np.ndarr
         first = last
 
 
-def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> Tuple[Dict[str, Any], int, int]:
+def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[dict[str, Any], int, int]:
     """The arrow columns of a batch; and its trained and predicted tokens, counted in them."""
     coded = _gather(members, Path(task.cache_dir))
     ids = np.where(coded < 0, ~coded, coded)
@@ -183,7 +194,7 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
     return tokens
 
 
-def _text_columns(columns: Dict[str, Any], lengths: np.ndarray, *, encoder) -> Dict[str, Any]:
+def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder) -> dict[str, Any]:
     """The original's columns for reading a conversation by eye; several categories in a sample are joined by ", "."""
     import pyarrow
 
@@ -198,7 +209,7 @@ def _text_columns(columns: Dict[str, Any], lengths: np.ndarray, *, encoder) -> D
     }
 
 
-def _write_lines(file, columns: Dict[str, Any]) -> None:
+def _write_lines(file, columns: dict[str, Any]) -> None:
     import orjson
 
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE

@@ -8,8 +8,9 @@ source; of one that has too many it takes others each time, until all were taken
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Portion:
     rows: np.ndarray
     lengths: np.ndarray
     taken: int
-    asked: Optional[float] = None
+    asked: float | None = None
 
     def order(self, *, seed: int, epoch: int, bucket: int) -> np.ndarray:
         """The rows that an epoch takes, in its order. None is taken a second time before all were taken once."""
@@ -75,7 +76,7 @@ class Buckets:
         """`portions` of each bucket, by source."""
         self.portions = [list(bucket) for bucket in portions]
         sizes = [sum(portion.taken for portion in bucket) for bucket in self.portions]
-        self.ends: List[int] = np.cumsum(sizes).tolist()
+        self.ends: list[int] = np.cumsum(sizes).tolist()
 
     @property
     def num_samples(self) -> int:
@@ -104,7 +105,7 @@ class Buckets:
         return np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def make_buckets(measured: Sequence[MeasuredPart], *, bucketed: bool, mixture: Optional[Mixture]) -> Buckets:
+def make_buckets(measured: Sequence[MeasuredPart], *, bucketed: bool, mixture: Mixture | None) -> Buckets:
     """Sort samples into buckets and decide how many each gives.
 
     Args:
@@ -113,7 +114,7 @@ def make_buckets(measured: Sequence[MeasuredPart], *, bucketed: bool, mixture: O
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(part.source for part, _ in measured))}
     starts = np.cumsum([0, *(len(lengths) for _, lengths in measured)])
-    buckets: Dict[int, Dict[str, List[int]]] = {}
+    buckets: dict[int, dict[str, list[int]]] = {}
     for index, (part, lengths) in enumerate(measured):
         if len(lengths):
             of_source = buckets.setdefault(part.bucket if bucketed else 0, {}).setdefault(part.source, [])
@@ -129,7 +130,7 @@ def make_buckets(measured: Sequence[MeasuredPart], *, bucketed: bool, mixture: O
     return Buckets(portions)
 
 
-def _mixed(portions: Sequence[Portion], mixture: Mixture) -> List[Portion]:
+def _mixed(portions: Sequence[Portion], mixture: Mixture) -> list[Portion]:
     """The portions with as many samples taken as the shares ask, which are divided among those that are there."""
     total = sum(mixture.shares[portion.source] for portion in portions)
     shares = {portion.source: mixture.shares[portion.source] / total for portion in portions}

@@ -17,8 +17,9 @@ text parts; and it judges no record, so it renders messages of which training re
 """
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 from colossal_llama2.dataset.loss_marks import INVERTED_MARKS, MARKS
 from colossal_llama2.row_errors import RowError
@@ -58,7 +59,7 @@ class Turn(NamedTuple):
 
     role: str
     text: str
-    mark: Optional[bool] = None
+    mark: bool | None = None
 
 
 class Message(NamedTuple):
@@ -78,7 +79,7 @@ class Message(NamedTuple):
 class UnknownRole(RowError):
     """A record with roles that are not known. `roles` counts its messages of each; long names are cut."""
 
-    def __init__(self, message: str, roles: Dict[str, int]):
+    def __init__(self, message: str, roles: dict[str, int]):
         super().__init__(message, reason=UNKNOWN_ROLE)
         self.roles = roles
 
@@ -95,9 +96,9 @@ class Conversation:
     """
 
     system_text: str
-    exchanges: List[List[Message]]
-    unanswered: List[Message]
-    notes: Tuple[str, ...] = ()
+    exchanges: list[list[Message]]
+    unanswered: list[Message]
+    notes: tuple[str, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -124,7 +125,7 @@ def canonical_role(role: str) -> str:
 def read_conversation(
     turns: Sequence[Turn],
     *,
-    system_text: Optional[str] = None,
+    system_text: str | None = None,
     speakers: Mapping[str, str] = ROLES,
     masks_opening: bool = True,
 ) -> Conversation:
@@ -142,10 +143,10 @@ def read_conversation(
         RowError: for a role that is not known (`UnknownRole`) or a tool's, two system texts of one place, a system
             message that nothing follows, or no turns.
     """
-    exchanges: List[List[Message]] = []
-    current: List[Message] = []
-    notes: List[str] = []
-    told_before: Optional[str] = None
+    exchanges: list[list[Message]] = []
+    current: list[Message] = []
+    notes: list[str] = []
+    told_before: str | None = None
     is_opening = True
     for number, turn in enumerate(turns, start=1):
         speaker = speakers.get(turn.role) or speakers.get(canonical_role(turn.role))
@@ -198,7 +199,7 @@ def _check_is_system(number: int, turns: Sequence[Turn], speakers: Mapping[str, 
     )
 
 
-def _message(turn: Turn, speaker: str, system_text: Optional[str], *, masks: bool, notes: List[str]) -> Message:
+def _message(turn: Turn, speaker: str, system_text: str | None, *, masks: bool, notes: list[str]) -> Message:
     """What a turn says; what is worth knowing of it is added to `notes`. `masks` is for an answer."""
     is_answer = speaker == ASSISTANT
     if not turn.text or turn.text.isspace():
@@ -220,7 +221,7 @@ def _with_end(system_text: str) -> str:
     return system_text + SYSTEM_END if system_text else ""
 
 
-def message_segments(messages: List[Message], *, opening: str = "") -> List[Segment]:
+def message_segments(messages: list[Message], *, opening: str = "") -> list[Segment]:
     """The segments of `messages` in order, two for each; `opening` joins the first.
 
     >>> message_segments([Message("Human", "Hi"), Message("Assistant", "Hello!")], opening="Be kind.\\n\\n")

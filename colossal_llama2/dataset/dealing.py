@@ -1,8 +1,8 @@
 """Deal pieces to bins so that each category and the tokens are spread evenly: one pass over their lengths."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ NAMES_FILE = "names.json"
 
 def deal_units(
     units: Sequence[Unit], files: Sequence[InputFile], *, settings: Settings, cache_dir: Path
-) -> Tuple[List[str], List[str]]:
+) -> tuple[list[str], list[str]]:
     """Write dealt/NAME.members in the cache for each bin, unless it is there; returns the categories and sources.
 
     Held-out pieces all go to the bin eval. Memory: `HELD_PIECES`, and fewer pieces than bins for each category.
@@ -37,7 +37,7 @@ def deal_units(
     return names["categories"], names["sources"]
 
 
-def _members_files(folder: Path, settings: Settings) -> List[Path]:
+def _members_files(folder: Path, settings: Settings) -> list[Path]:
     return [folder / f"{settings.bin_name(number)}.members" for number in settings.all_bins]
 
 
@@ -52,10 +52,10 @@ def _is_dealt(folder: Path, settings: Settings) -> bool:
 
 def _deal_units(
     units: Sequence[Unit], files: Sequence[InputFile], members: "_MemberFiles", *, settings: Settings, cache_dir: Path
-) -> Tuple[List[str], List[str]]:
+) -> tuple[list[str], list[str]]:
     sources = {name: number for number, name in enumerate(dict.fromkeys(file.source for file in files))}
     source_of_file = np.array([sources[file.source] for file in files], np.int32)
-    categories: Dict[str, int] = {}
+    categories: dict[str, int] = {}
     dealer = Dealer(settings.num_bins)
     for unit in units:
         pieces = unit_pieces(cache_dir, unit)
@@ -80,7 +80,7 @@ class _MemberFiles:
 
     def __init__(self, folder: Path, settings: Settings):
         self._paths = _members_files(folder, settings)
-        self._held: List[Tuple[np.ndarray, np.ndarray]] = []
+        self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._count = 0
 
     def __enter__(self) -> "_MemberFiles":
@@ -126,9 +126,9 @@ class Dealer:
 
     def __init__(self, num_bins: int):
         self._tokens = np.zeros(num_bins, dtype=np.int64)
-        self._waiting: Optional[np.ndarray] = None
+        self._waiting: np.ndarray | None = None
 
-    def deal(self, pieces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    def deal(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Deal an array with the fields `category` and `length`; returns the pieces that got a bin, and their bins.
 
         All categories at once: each piece may have its own.
@@ -147,7 +147,7 @@ class Dealer:
         # Each category has whole rounds, so that none is of two.
         return pieces[in_round], self._rounds(pieces[in_round])
 
-    def finish(self) -> Tuple[np.ndarray, np.ndarray]:
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
         """Deal what has been waiting, by category."""
         rest = np.zeros(0, MEMBER) if self._waiting is None else self._waiting
         rest = rest[np.argsort(rest["category"], kind="stable")]

@@ -13,7 +13,6 @@ import io
 import lzma
 import zlib
 from contextlib import ExitStack
-from typing import Optional
 
 from colossal_llama2.lines import READ_BYTES
 
@@ -36,7 +35,7 @@ class MissingPackageError(DamagedError):
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError, DamagedError)
 
 
-def compression_of(head: bytes) -> Optional[str]:
+def compression_of(head: bytes) -> str | None:
     """What the file is compressed by, "gzip", "zstd", "bzip2" or "xz", by its first 8 bytes; None for anything else."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"

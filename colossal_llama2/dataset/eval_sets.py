@@ -1,7 +1,8 @@
 """Held-out text that a run is measured on: what --eval_dataset names, and how many bytes of text it predicts."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.bins import PREDICTED_BYTES
@@ -21,7 +22,7 @@ class EvalSet(NamedTuple):
     path: str
 
 
-def resolve_eval_sets(given: Optional[Sequence[str]]) -> List[EvalSet]:
+def resolve_eval_sets(given: Sequence[str] | None) -> list[EvalSet]:
     """The folders that NAME=PATH of --eval_dataset name: of samples, or with such a folder called eval/ in them.
 
     Raises:
@@ -44,7 +45,7 @@ def resolve_eval_sets(given: Optional[Sequence[str]]) -> List[EvalSet]:
     return found
 
 
-def target_bytes(path: str) -> Optional[int]:
+def target_bytes(path: str) -> int | None:
     """UTF-8 bytes of all text that a folder of samples predicts; None if it does not say exactly, with a warning.
 
     Parts from before version 2 of `manifest` share the bytes of a cut document out over its pieces by tokens, and under
@@ -59,8 +60,9 @@ def target_bytes(path: str) -> Optional[int]:
     if part.info.description != PREDICTED_BYTES and _may_have_cut_documents(path):
         logs.get_logger().warning(
             "%s is of an older version, which knows the bytes of cut documents only roughly: no bits per byte; prepare "
-            "it again", path,
-        )  # fmt: skip
+            "it again",
+            path,
+        )
         return None
     tables = part.select_columns([BYTES_COLUMN]).with_format("arrow").iter(CHECK_ROWS)
     return sum(compute.sum(compute.list_flatten(rows[BYTES_COLUMN])).as_py() or 0 for rows in tables)

@@ -1,13 +1,13 @@
 """Which entries of a folder are data by their names, and what a file holds by its first bytes, which decide.
 
-    news.jsonl  news.json  news.ndjson  news.jl     and these with .gz, .zst, .zstd, .bz2 or .xz behind; in any case
-    news.parquet
+news.jsonl  news.json  news.ndjson  news.jl     and these with .gz, .zst, .zstd, .bz2 or .xz behind; in any case
+news.parquet
 """
 
 import codecs
 import re
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from colossal_llama2.dataset.decompression import compression_of
 from colossal_llama2.dataset.json_stream import HEAD_BYTES, layout_of
@@ -79,7 +79,7 @@ class LeftOut(NamedTuple):
     cure: str
 
 
-def data_stem(name: str) -> Optional[str]:
+def data_stem(name: str) -> str | None:
     """The name of a data file without its endings; None if it is not named as one."""
     found = None if name.startswith(".") else _DATA_NAME.fullmatch(name)
     return found and (found["stem"] or found["table"])
@@ -108,7 +108,7 @@ def kind_of(head: bytes) -> str:
     return "unreadable" if unreadable(head) else layout_of(head)
 
 
-def surprise(name: str, kind: str) -> Optional[str]:
+def surprise(name: str, kind: str) -> str | None:
     """What a file is, if its name says something else: "gzip", "Parquet", ...; else None."""
     found = _DATA_NAME.fullmatch(name)
     if found is None or kind == "unreadable":
@@ -122,7 +122,7 @@ def surprise(name: str, kind: str) -> Optional[str]:
     return None
 
 
-def unreadable(head: bytes) -> Optional[Unreadable]:
+def unreadable(head: bytes) -> Unreadable | None:
     """Why a text that begins with these `HEAD_BYTES` cannot be read by anything here; None if it may be JSON."""
     for mark, encoding in _WIDE:
         if head.startswith(mark):

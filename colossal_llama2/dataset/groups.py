@@ -3,7 +3,8 @@
 A group is a pair such as ("zh", "news"). Groups are numbered in the order of their names.
 """
 
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class Amount(NamedTuple):
     tokens: int
 
 
-def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> Optional[List[Amount]]:
+def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> list[Amount] | None:
     """How much of each group there is in one of `shares` equal shares of the data; None where it does not say."""
     import pyarrow
     import pyarrow.compute as compute
@@ -48,9 +49,9 @@ def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> 
     return merged(found)
 
 
-def merged(found: Iterable[Sequence[Any]]) -> List[Amount]:
+def merged(found: Iterable[Sequence[Any]]) -> list[Amount]:
     """Amounts with each group once, by name."""
-    sums: Dict[Tuple[str, str], List[int]] = {}
+    sums: dict[tuple[str, str], list[int]] = {}
     for source, category, pieces, tokens in found:
         total = sums.setdefault((source or "", category or ""), [0, 0])
         total[0] += pieces
@@ -61,11 +62,11 @@ def merged(found: Iterable[Sequence[Any]]) -> List[Amount]:
 class Groups:
     """Numbers the groups of `pairs` (source, category)."""
 
-    def __init__(self, pairs: Sequence[Tuple[str, str]]):
+    def __init__(self, pairs: Sequence[tuple[str, str]]):
         self.pairs = list(pairs)
         self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
 
-    def of_predicted(self, rows, labels: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    def of_predicted(self, rows, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The groups of the tokens that each token predicts, and how many there are of each.
 
         Args:
@@ -87,9 +88,9 @@ class Groups:
         return groups, np.bincount(groups[is_predicted], minlength=len(self.pairs))
 
 
-def by_name(pairs: Sequence[Tuple[str, str]], values: Sequence[float], *, column: int) -> Dict[str, float]:
+def by_name(pairs: Sequence[tuple[str, str]], values: Sequence[float], *, column: int) -> dict[str, float]:
     """Values of groups, added up by source (`column` 0) or by category (1)."""
-    sums: Dict[str, float] = {}
+    sums: dict[str, float] = {}
     for pair, value in zip(pairs, values, strict=True):
         sums[pair[column]] = sums.get(pair[column], 0.0) + value
     return sums

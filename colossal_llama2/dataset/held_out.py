@@ -12,7 +12,6 @@ import sys
 import unicodedata
 from functools import lru_cache
 from itertools import chain
-from typing import List
 
 import numpy as np
 
@@ -22,9 +21,15 @@ from colossal_llama2.dataset.settings import Settings
 # Properties of Unicode that Python's database does not name: Default_Ignorable_Code_Point, but for the format
 # characters, which are in the category Cf.
 OTHER_IGNORABLE = (
-    (0x34F, 0x34F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164), (0xFE00, 0xFE0F),
-    (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF),
-)  # fmt: skip
+    (0x34F, 0x34F),
+    (0x115F, 0x1160),
+    (0x17B4, 0x17B5),
+    (0x180B, 0x180F),
+    (0x3164, 0x3164),
+    (0xFE00, 0xFE0F),
+    (0xFFA0, 0xFFA0),
+    (0xE0100, 0xE01EF),
+)
 
 
 def is_held_out(row, settings: Settings) -> bool:
@@ -36,7 +41,7 @@ def is_held_out(row, settings: Settings) -> bool:
     return int.from_bytes(digest.digest(), "little") < settings.eval_fraction * 2**64
 
 
-def learnt_texts(row) -> List[str]:
+def learnt_texts(row) -> list[str]:
     """The target of a pre-training record; every message of a conversation up to its last answer."""
     if isinstance(row, tokenization.PretrainRow):
         return [row.target]

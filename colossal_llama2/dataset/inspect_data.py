@@ -10,8 +10,9 @@ import random
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.dataset import IGNORE_INDEX
@@ -44,9 +45,9 @@ class Run(NamedTuple):
 class Document(NamedTuple):
     """One document of a sample: its category, if it is recorded, its length in tokens, and its runs."""
 
-    category: Optional[str]
+    category: str | None
     num_tokens: int
-    runs: List[Run]
+    runs: list[Run]
 
 
 def main(argv=None) -> None:
@@ -57,8 +58,14 @@ def main(argv=None) -> None:
         # A terminal that cannot show a character should say which it is, not end the report.
         sys.stdout.reconfigure(errors="backslashreplace")
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        report = inspect_part(Path(args.part), tokenizer_dir=args.tokenizer_dir, num_samples=args.sample,
-                              seed=args.seed, plots=args.plots, is_coloured=is_coloured)  # fmt: skip
+        report = inspect_part(
+            Path(args.part),
+            tokenizer_dir=args.tokenizer_dir,
+            num_samples=args.sample,
+            seed=args.seed,
+            plots=args.plots,
+            is_coloured=is_coloured,
+        )
         try:
             for line in report:
                 print(line)
@@ -69,7 +76,7 @@ def main(argv=None) -> None:
 
 
 def inspect_part(
-    part: Path, *, tokenizer_dir: str, num_samples: int, seed: int, plots: Optional[str], is_coloured: bool
+    part: Path, *, tokenizer_dir: str, num_samples: int, seed: int, plots: str | None, is_coloured: bool
 ) -> Iterator[str]:
     """The lines of the report on the bin in the folder `part`; with `plots`, also write the charts to that folder.
 
@@ -120,7 +127,7 @@ def open_bin(folder: Path):
     return dataset
 
 
-def bins_in(folder: Path) -> List[Path]:
+def bins_in(folder: Path) -> list[Path]:
     """The bins in a folder, by name."""
     return [path for path in sorted(folder.glob("part-*")) if _is_bin(path)]
 
@@ -129,7 +136,7 @@ def _is_bin(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
 
 
-def sample_lengths(dataset) -> List[int]:
+def sample_lengths(dataset) -> list[int]:
     """Tokens of each sample, without reading the tokens."""
     import pyarrow.compute
 
@@ -137,7 +144,7 @@ def sample_lengths(dataset) -> List[int]:
     return [length for chunk in column.chunks for length in pyarrow.compute.list_value_length(chunk).to_pylist()]
 
 
-def count_categories(dataset) -> Optional[Counter]:
+def count_categories(dataset) -> Counter | None:
     """Documents per category of a bin, None if it does not record them."""
     import pyarrow
 
@@ -152,7 +159,7 @@ def count_categories(dataset) -> Optional[Counter]:
     return counts
 
 
-def documents_of(row: Dict[str, Any], *, encoder, where: str) -> List[Document]:
+def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
     """The documents of a sample, decoded. Without recorded borders the whole sample is one.
 
     Raises UserError if an id is not the tokenizer's or the borders do not fit the sample; `where` names the sample.
@@ -179,7 +186,7 @@ def documents_of(row: Dict[str, Any], *, encoder, where: str) -> List[Document]:
     return documents
 
 
-def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> List[Run]:
+def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> list[Run]:
     runs, start = [], 0
     for end in range(1, len(input_ids) + 1):
         if end == len(input_ids) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
@@ -192,7 +199,7 @@ def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> List[R
 def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
     """The text of `ids`, its marks as <s> and </s>. Behind the mark that `opens` a document stands a dummy prefix."""
     marks = {encoder.bos_id: "<s>", encoder.eos_id: "</s>"}
-    parts: List[str] = []
+    parts: list[str] = []
     start = 0
     for end in range(len(ids) + 1):
         if end == len(ids) or ids[end] in marks:
@@ -267,7 +274,7 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
 
     yield ""
     yield _draw_lengths(part, lengths=lengths, path=folder / LENGTHS_FILE)
-    bins: Dict[str, Counter] = {}
+    bins: dict[str, Counter] = {}
     for path in bins_in(part.absolute().parent) or [part]:
         counts = count_categories(open_bin(path))
         if counts is None:

@@ -12,7 +12,7 @@ parses it. So a record that is wrong in itself is one bad row, and what breaks t
 
 import re
 from functools import partial
-from typing import List, NamedTuple, NoReturn, Optional
+from typing import NamedTuple, NoReturn
 
 from colossal_llama2.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter
 
@@ -36,7 +36,7 @@ class RawRecord(NamedTuple):
     the document.
     """
 
-    content: Optional[bytes]
+    content: bytes | None
     line: int
     size: int
 
@@ -80,7 +80,7 @@ class RecordReader:
         if byte is None:
             return RawRecord(b"", self._line, 0)
         scan = _Scan(byte)
-        parts: List[bytes] = []
+        parts: list[bytes] = []
         length, end = 0, None
         while end is None:
             try:
@@ -100,7 +100,7 @@ class RecordReader:
                 break
         return RawRecord(b"".join(parts) if length <= MAX_LINE_BYTES else None, self._line, self._size)
 
-    def _inside_array(self, byte: Optional[int]) -> Optional[int]:
+    def _inside_array(self, byte: int | None) -> int | None:
         """Pass the "[", "," or "]" that stands here; returns the record's first byte, None at the end of the array."""
         is_behind_comma = byte == _COMMA and self._is_open
         if is_behind_comma or not self._is_open:
@@ -120,7 +120,7 @@ class RecordReader:
             self._fail("more text behind the JSON array; a file holds one array, or one record a line")
         return None
 
-    def _next_solid(self) -> Optional[int]:
+    def _next_solid(self) -> int | None:
         """Move to the next byte that is no white space and return it, None at the end; the record's line is there."""
         while True:
             found = _SOLID.search(self._block, self._position)
@@ -167,7 +167,7 @@ class _Scan:
         self._in_string = self._is_escaped = self._is_begun = False
         self.is_scalar = not (first in _CLOSERS or first == _QUOTE)
 
-    def feed(self, block: bytes, start: int) -> Optional[int]:
+    def feed(self, block: bytes, start: int) -> int | None:
         """Where in block[start:] the value ends; None if it goes on. Raises ValueError if its brackets do not match."""
         if self.is_scalar:
             return self._scalar_end(block, start)
@@ -205,7 +205,7 @@ class _Scan:
         elif self._closers.pop() != byte:
             raise ValueError("the brackets of the record that begins here do not match")
 
-    def _scalar_end(self, block: bytes, start: int) -> Optional[int]:
+    def _scalar_end(self, block: bytes, start: int) -> int | None:
         found = _SCALAR_END.search(block, start)
         if found is None:
             self._is_begun = True

@@ -1,9 +1,10 @@
 """From prepared part-* folders to batches: which samples each rank reads, in which order, and how they are padded."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def load_part(path: str, *, flag: str = "--dataset") -> "datasets.Dataset":
     return part
 
 
-def dataset_fingerprints(dataset_paths: Sequence[str]) -> List[str]:
+def dataset_fingerprints(dataset_paths: Sequence[str]) -> list[str]:
     """What `datasets` noted of each folder's content when it was written; a prepare command notes a hash of it."""
     fingerprints = []
     for path in (Path(folder, "state.json") for folder in dataset_paths):
@@ -172,7 +173,7 @@ class SampleOrder:
     data_size: int
     accumulation_steps: int
     seed: int
-    buckets: Optional[Buckets] = None
+    buckets: Buckets | None = None
 
     @property
     def samples_per_micro_step(self) -> int:
@@ -191,7 +192,7 @@ class SampleOrder:
         """Samples at the end of that epoch which are too few for one more micro batch of all ranks."""
         return (self.num_samples - consumed) % self.samples_per_micro_step
 
-    def rows(self, epoch: int, begin: int, end: int) -> List[int]:
+    def rows(self, epoch: int, begin: int, end: int) -> list[int]:
         """The rows of the data that are the samples `begin` to `end` - 1 of an epoch."""
         return self.epoch_rows(epoch)[begin:end].tolist()
 
@@ -205,7 +206,7 @@ class SampleOrder:
         """The bucket of the sample at that place of any epoch, both counted from 0; 0 without buckets."""
         return self.buckets.bucket_of(position) if self.buckets is not None else 0
 
-    def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[Tuple[List[np.ndarray], int]]:
+    def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[tuple[list[np.ndarray], int]]:
         """Yield, for each optimizer step, this rank's sample indices per micro batch and the samples all ranks took."""
         order = self.epoch_rows(epoch)
         width = self.samples_per_micro_step
@@ -266,7 +267,7 @@ class Collator:
         pad_token_id: int,
         max_length: int,
         length_divisor: int = 1,
-        groups: Optional[Groups] = None,
+        groups: Groups | None = None,
         keeps_apart: bool = True,
     ):
         """
@@ -314,7 +315,7 @@ class Collator:
         )
 
 
-def _document_numbers(lengths: Sequence[np.ndarray], width: int) -> Optional[np.ndarray]:
+def _document_numbers(lengths: Sequence[np.ndarray], width: int) -> np.ndarray | None:
     """(rows, width) numbers of documents of these lengths, as `Batch` has them; None if each row is one."""
     if all(len(row) == 1 for row in lengths):
         return None
@@ -337,11 +338,11 @@ class StepLoader:
         self._dataset, self.order, self._collator, self._data_rank = dataset, order, collator, data_rank
         self._pins = pins
 
-    def steps(self, epoch: int, consumed: int) -> Iterator[Tuple[List[Batch], int]]:
+    def steps(self, epoch: int, consumed: int) -> Iterator[tuple[list[Batch], int]]:
         """Yield (micro batches of this rank, samples that all ranks took) for each optimizer step left in the epoch."""
         return prefetched(self._steps(epoch, consumed))
 
-    def _steps(self, epoch: int, consumed: int) -> Iterator[Tuple[List[Batch], int]]:
+    def _steps(self, epoch: int, consumed: int) -> Iterator[tuple[list[Batch], int]]:
         for indices, taken in self.order.steps(epoch, consumed, self._data_rank):
             batches = [self._collator(self._dataset[rows]) for rows in indices]
             yield [batch.pinned() for batch in batches] if self._pins else batches, taken

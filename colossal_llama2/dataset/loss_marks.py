@@ -9,7 +9,7 @@ record says so. Other values, such as a weight of 0.5, cannot be honoured and ar
 an answer.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any
 
 from colossal_llama2.dataset.absent import is_absent
 from colossal_llama2.row_errors import RowError
@@ -27,13 +27,13 @@ CONTRADICTION = "loss marks of one message that contradict each other"
 OF_PARTS = "a loss mark for parts of an answer"
 
 
-def read_mark(fields: Dict[str, Any], where: str) -> Optional[bool]:
+def read_mark(fields: dict[str, Any], where: str) -> bool | None:
     """Whether the marks among the fields of a message or a record train it; None if there is no mark.
 
     `where` names the message or record. Raises RowError for a mark that cannot be honoured, and for two marks that
     contradict each other.
     """
-    found: Optional[bool] = None
+    found: bool | None = None
     first = ""
     for name in fields:
         if name not in ALL_MARKS or is_absent(fields[name]):

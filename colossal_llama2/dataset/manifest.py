@@ -17,8 +17,9 @@ The counts are those of `account`. `lost_files` are those that could not be read
 """
 
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Sequence
+from typing import Any
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset import plan
@@ -48,7 +49,7 @@ COMMANDS = {
 
 def plan_content(
     settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """What must be equal for a restart to go on."""
     return {
         "version": VERSION,
@@ -60,7 +61,7 @@ def plan_content(
     }
 
 
-def begin_or_continue(folders: OutputDirs, content: Dict[str, Any]) -> bool:
+def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
     """Write plan.json, or check that the one in the cache is the same; returns whether there was one.
 
     Raises UserError with what has changed.
@@ -94,7 +95,7 @@ def begin_or_continue(folders: OutputDirs, content: Dict[str, Any]) -> bool:
     return True
 
 
-def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, Any]:
+def check_finished(folders: OutputDirs, content: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of finished output. Raises UserError with what is different or missing, unless the output is
     what this command would write.
 
@@ -127,7 +128,7 @@ def check_finished(folders: OutputDirs, content: Dict[str, Any]) -> Dict[str, An
     return manifest
 
 
-def _is_outdated(manifest: Dict[str, Any]) -> bool:
+def _is_outdated(manifest: dict[str, Any]) -> bool:
     """Whether this version may make something else of the same input and settings."""
     version = manifest.get("version")
     version = version if isinstance(version, int) else 1
@@ -137,7 +138,7 @@ def _is_outdated(manifest: Dict[str, Any]) -> bool:
     return version < 2 and bool(has_cuts) or version < 3 and bool(is_read_otherwise)
 
 
-def _check_complete(outputs: Dict[str, str], manifest: Dict[str, Any]) -> None:
+def _check_complete(outputs: dict[str, str], manifest: dict[str, Any]) -> None:
     """Raise UserError if a bin of finished output is not there any more, or is cut."""
     entries = [*manifest["bins"], *([manifest["eval"]] if manifest["eval"] else [])]
     names = {"--data_arrow_output_dir": "{}/state.json", "--data_jsonl_output_dir": "{}.jsonl"}
@@ -156,7 +157,7 @@ def _check_complete(outputs: Dict[str, str], manifest: Dict[str, Any]) -> None:
         )
 
 
-def _came_after(file: Dict[str, Any], since: int) -> bool:
+def _came_after(file: dict[str, Any], since: int) -> bool:
     return max(file["mtime_ns"], os.stat(file["path"]).st_ctime_ns) > since
 
 
@@ -186,7 +187,7 @@ def _read_ours(path: Path, keys: Collection[str]) -> Any:
     return content if is_ours and isinstance(content["inputs"], list) else NOT_OURS
 
 
-def _is_as_written(content: Dict[str, Any]) -> bool:
+def _is_as_written(content: dict[str, Any]) -> bool:
     """Whether what is used of a plan or a manifest has the types that it is written with."""
     try:
         for file in json_input.typed(content, "inputs", list):
@@ -207,7 +208,7 @@ def _is_as_written(content: Dict[str, Any]) -> bool:
     return True
 
 
-def read_manifest_of(part: str) -> Dict[str, Any]:
+def read_manifest_of(part: str) -> dict[str, Any]:
     """The manifest of the prepared data that a part-* or eval folder belongs to; empty if none lies beside it.
 
     Raises UserError for a manifest that is damaged.
@@ -264,14 +265,14 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         )
 
 
-def _changed_settings(earlier: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+def _changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = {name: Settings.FLAGS.get(name, f"--{name}") for name in now}
     # Of a version that had no such flag, so that it was off.
     before = {name: earlier.get(name, Settings.LATER_DEFAULTS.get(name)) for name in now}
     return [f"{names[name]} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
 
 
-def _changed_inputs(earlier: List[dict], now: List[dict], compared: Sequence[str]) -> List[str]:
+def _changed_inputs(earlier: list[dict], now: list[dict], compared: Sequence[str]) -> list[str]:
     before, after = ({file["path"]: file for file in files} for files in (earlier, now))
     changes = [f"{path} is new" for path in after if path not in before]
     changes += [f"{path} is missing" for path in before if path not in after]
@@ -289,21 +290,19 @@ def manifest_content(
     settings: Settings,
     files: Sequence[InputFile],
     *,
-    tokenizer: Dict[str, Any],
-    hashes: Dict[int, str],
+    tokenizer: dict[str, Any],
+    hashes: dict[int, str],
     account: Account,
-    bins: List[Dict[str, Any]],
+    bins: list[dict[str, Any]],
     lost: Sequence[LostFile] = (),
     left_out: Sequence[LeftOut] = (),
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The manifest, as in this module's docstring; `bins` are the accounts that `bins.write_bin` returns."""
     by_file = account.by_file()
     inputs = []
     for number, file in enumerate(files):
         counts = by_file[number].as_json() if number in by_file else {}
-        inputs.append(
-            {"path": file.path, "source": file.source, "size": file.size, "sha256": hashes[number], **counts}
-        )
+        inputs.append({"path": file.path, "source": file.source, "size": file.size, "sha256": hashes[number], **counts})
     samples = sum(entry["samples"] for entry in bins)
     return {
         "version": VERSION,
@@ -326,5 +325,3 @@ def manifest_content(
         "bins": bins[: settings.num_bins],
         "eval": bins[settings.num_bins] if settings.has_eval else None,
     }
-
-

@@ -1,7 +1,8 @@
 """A manifest.json as aligned lines, whatever it holds: names and values, nested ones indented, records as rows."""
 
 import re
-from typing import Any, Iterator, List, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from colossal_llama2.terminal_text import terminal_width, visible_line
 
@@ -42,7 +43,7 @@ def _nested(value: Any, *, indent: str) -> Iterator[str]:
 def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str) -> Iterator[str]:
     """Records as rows under the names of their fields; what is nested in them goes into one cell."""
     fields = list(dict.fromkeys(field for record in records.values() for field in record))
-    rows: List[List[str]] = [["", *map(visible_line, fields)]]
+    rows: list[list[str]] = [["", *map(visible_line, fields)]]
     for name, record in records.items():
         rows.append([_short(name), *(_cell(record[field]) if field in record else "" for field in fields)])
     widths = [max(map(terminal_width, column)) for column in zip(*rows, strict=True)]

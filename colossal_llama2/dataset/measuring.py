@@ -1,7 +1,8 @@
 """How many tokens prepared parts have, by sample and by category, and how many were read. Token ids are never read."""
 
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class SourceRead(NamedTuple):
 
 def read_by_source(
     measured: Sequence[MeasuredPart], order: SampleOrder, *, first_sample: int, samples_seen: int
-) -> List[SourceRead]:
+) -> list[SourceRead]:
     """What a run has read of each source, in their order.
 
     Args:
@@ -40,7 +41,7 @@ def read_by_source(
         count = min(samples_seen, order.num_samples - begin - order.dropped_after(begin))
         times += np.bincount(order.epoch_rows(epoch)[begin : begin + count], minlength=len(lengths))
         epoch, begin, samples_seen = epoch + 1, 0, samples_seen - count
-    found: Dict[str, List[int]] = {}
+    found: dict[str, list[int]] = {}
     start = 0
     for part, part_lengths in measured:
         part_times = times[start : start + len(part_lengths)]
@@ -51,7 +52,7 @@ def read_by_source(
     return [SourceRead(source, *total) for source, total in found.items()]
 
 
-def measure_parts(parts: Sequence[Part]) -> List[MeasuredPart]:
+def measure_parts(parts: Sequence[Part]) -> list[MeasuredPart]:
     """The tokens of each sample of each part. Raises UserError for a part that is damaged."""
     return [MeasuredPart(part, _sample_lengths(part.path)) for part in parts]
 
@@ -86,13 +87,13 @@ def category_tokens(path: str, times: np.ndarray) -> Counter:
     return tokens
 
 
-def _read(path: str, columns: List[str]) -> Iterator[Any]:
+def _read(path: str, columns: list[str]) -> Iterator[Any]:
     """Arrow tables of these columns, one after the other."""
     part = load_part(path).select_columns(columns).with_format("arrow")
     return part.iter(CHECK_ROWS) if len(part) else iter(())
 
 
-def _weighed(rows: Any, times: np.ndarray) -> Tuple[Any, np.ndarray, np.ndarray]:
+def _weighed(rows: Any, times: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
     """Category, tokens and weight of each document; or of each sample, where documents say nothing."""
     import pyarrow.compute as compute
 
@@ -109,7 +110,7 @@ def _weighed(rows: Any, times: np.ndarray) -> Tuple[Any, np.ndarray, np.ndarray]
     return None, sample_lengths, times
 
 
-def _sums(categories: Any, tokens: np.ndarray) -> Iterator[Tuple[str, int]]:
+def _sums(categories: Any, tokens: np.ndarray) -> Iterator[tuple[str, int]]:
     if categories is None:
         yield NOT_RECORDED, int(tokens.sum())
         return

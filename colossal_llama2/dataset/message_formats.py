@@ -18,7 +18,8 @@ A text may be a list of text parts, which are joined: [{"type": "text", "text": 
 would be lost, as tool calls, reasoning and images, makes its record one that cannot be used. Other fields are ignored.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from colossal_llama2.dataset.absent import is_absent
 from colossal_llama2.dataset.conversation import TOOL_MESSAGE, TOOL_ROLES, Turn, canonical_role
@@ -81,9 +82,16 @@ OTHERS_LEFT_OUT = 'records with several of "messages", "conversations" and "inst
 OTHER_OUTPUTS = ("response", "answer", "completion", "target")
 # Names that people give to a question and its answer.
 OTHER_PAIRS = (
-    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"),
-    ("input", "output"), ("question", "response"), ("problem", "solution"), ("query", "answer"), ("input", "target"),
-)  # fmt: skip
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("input", "output"),
+    ("question", "response"),
+    ("problem", "solution"),
+    ("query", "answer"),
+    ("input", "target"),
+)
 
 
 class Recognized(NamedTuple):
@@ -92,13 +100,13 @@ class Recognized(NamedTuple):
     `notes` are counted in the account.
     """
 
-    turns: List[Turn]
-    system_text: Optional[str]
+    turns: list[Turn]
+    system_text: str | None
     format: str
-    notes: Tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def recognize(row: Dict[str, Any]) -> Recognized:
+def recognize(row: dict[str, Any]) -> Recognized:
     """Read a record in whichever of `FORMATS` it has. Raises RowError with the reason if it has none, or breaks it.
 
     What a role may be is judged by `conversation.read_conversation`.
@@ -113,18 +121,14 @@ def recognize(row: Dict[str, Any]) -> Recognized:
         mark = read_mark(row, "the record")
         if is_alpaca:
             _refuse_what_would_be_lost(row, "the record")
-        notes += [
-            note
-            for note, names in LEFT_OUT
-            if any(_holds_something(row.get(name)) for name in names)
-        ]
+        notes += [note for note, names in LEFT_OUT if any(_holds_something(row.get(name)) for name in names)]
     turns, form = (_alpaca_turns(row), ALPACA) if is_alpaca else _list_turns(row[found[0]], found[0])
     if mark is False:
         turns = [turn._replace(mark=False) for turn in turns]
     return Recognized(turns, _text(row, "system") or None, form, tuple(notes))
 
 
-def _no_conversation(row: Dict[str, Any]) -> RowError:
+def _no_conversation(row: dict[str, Any]) -> RowError:
     """What to say of a record without a conversation: what its fields look like, and the cure."""
     there = [name for name, value in row.items() if not is_absent(value)]
     missing = '"messages" is missing, and so are "conversations" and "instruction"'
@@ -150,7 +154,7 @@ def _no_conversation(row: Dict[str, Any]) -> RowError:
     return RowError(missing, reason=NO_CONVERSATION)
 
 
-def where_records_lie(row: Dict[str, Any], fields: Sequence[str]) -> str:
+def where_records_lie(row: dict[str, Any], fields: Sequence[str]) -> str:
     """Where an object that is not a record holds some, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
 
     Args:
@@ -175,7 +179,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and any(who in value and what in value for who, what in MESSAGE_FIELDS.values())
 
 
-def _list_turns(messages: Any, name: str) -> Tuple[List[Turn], str]:
+def _list_turns(messages: Any, name: str) -> tuple[list[Turn], str]:
     """The turns of a list of messages, and the name of their format."""
     if not isinstance(messages, list):
         raise RowError(f'"{name}" must be a list of at least one message', reason=NOT_A_LIST)
@@ -218,7 +222,7 @@ def _format_of(message: Any) -> str:
     raise RowError(f"message 1 must be {shapes}", reason=NOT_A_MESSAGE)
 
 
-def _refuse_what_would_be_lost(fields: Dict[str, Any], where: str, *, media: frozenset = frozenset()) -> None:
+def _refuse_what_would_be_lost(fields: dict[str, Any], where: str, *, media: frozenset = frozenset()) -> None:
     """Raise RowError for a field beside the text that is part of what is said."""
     for name, value in fields.items():
         if name not in BESIDE_TEXT or not _holds_something(value):
@@ -272,9 +276,9 @@ def _text_of_part(part: Any, where: str) -> str:
     raise RowError(f'{where} is {shown:.80}; only {{"type": "text", "text": ...}} is read', reason=reason)
 
 
-def _alpaca_turns(row: Dict[str, Any]) -> List[Turn]:
+def _alpaca_turns(row: dict[str, Any]) -> list[Turn]:
     """The rounds of `history`, then the instruction, with the input on the next line, and the output."""
-    turns: List[Turn] = []
+    turns: list[Turn] = []
     history = row.get("history")
     history = [] if is_absent(history) else history
     if not isinstance(history, list):
@@ -292,7 +296,7 @@ def _alpaca_turns(row: Dict[str, Any]) -> List[Turn]:
     return [*turns, Turn(USER, question), Turn(ASSISTANT, output)]
 
 
-def _text(row: Dict[str, Any], name: str) -> Optional[str]:
+def _text(row: dict[str, Any], name: str) -> str | None:
     value = row.get(name)
     if isinstance(value, str):
         return value

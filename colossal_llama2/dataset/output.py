@@ -7,9 +7,9 @@ is done, so that the same command goes on after any end.
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from colossal_llama2.dataset.locks import RefusedError, hold
 from colossal_llama2.dataset.store import TEMPORARY, remove_leftovers
@@ -24,7 +24,7 @@ CACHE_FLAG = "--data_cache_dir"
 class OutputDirs:
     """The folders of one command. `jsonl` is None if no jsonl is to be written."""
 
-    def __init__(self, *, cache: str, jsonl: Optional[str], arrow: str):
+    def __init__(self, *, cache: str, jsonl: str | None, arrow: str):
         self._given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
         self._given = {flag: folder for flag, folder in self._given.items() if folder is not None}
         for flag, folder in self._given.items():
@@ -38,10 +38,10 @@ class OutputDirs:
         self.final_arrow = self._finals[-1]
         self.arrow = self._partials[-1]
         self.jsonl = self._partials[0] if jsonl is not None else None
-        self._made: List[Path] = []
+        self._made: list[Path] = []
 
     @property
-    def outputs(self) -> Dict[str, str]:
+    def outputs(self) -> dict[str, str]:
         """The output folders by their flags."""
         return {flag: str(Path(folder).resolve()) for flag, folder in self._given.items() if flag != CACHE_FLAG}
 
@@ -69,9 +69,13 @@ class OutputDirs:
     def _check_cache(self, given: str) -> None:
         if os.path.lexists(self.cache) and not self.cache.is_dir():
             raise UserError(f"{CACHE_FLAG}: {given} is not a folder; name another")
-        foreign = self.cache.is_dir() and not (self.cache / PLAN_FILE).exists() and [
-            path for path in self.cache.iterdir() if not path.name.startswith(TEMPORARY) and not is_stray(path.name)
-        ]  # fmt: skip
+        foreign = (
+            self.cache.is_dir()
+            and not (self.cache / PLAN_FILE).exists()
+            and [
+                path for path in self.cache.iterdir() if not path.name.startswith(TEMPORARY) and not is_stray(path.name)
+            ]
+        )
         if foreign:
             raise UserError(f"{CACHE_FLAG}: {given} holds other files, such as {foreign[0].name}; name another")
 
@@ -81,7 +85,7 @@ class OutputDirs:
         return (self.arrow / MANIFEST_FILE).is_file() and (self.cache / PLAN_FILE).is_file()
 
     @contextmanager
-    def locked(self, shard: Optional[Tuple[int, int]]) -> Iterator[None]:
+    def locked(self, shard: tuple[int, int] | None) -> Iterator[None]:
         """Make the folders and keep other runs out of them; runs of other shares may enter.
 
         A mistake in the user's data takes away all that was made, unless other shares may be at work.
@@ -106,7 +110,7 @@ class OutputDirs:
         return folder / f"{TEMPORARY}run.lock" if folder == self.cache else folder.with_name(f"{folder.name}.lock")
 
     @contextmanager
-    def _taken_back(self, shard: Optional[Tuple[int, int]]) -> Iterator[None]:
+    def _taken_back(self, shard: tuple[int, int] | None) -> Iterator[None]:
         """Remove what was made if the user's data has a mistake, unless other shares may be at work."""
         try:
             yield
@@ -198,6 +202,6 @@ class OutputDirs:
             else:
                 path.unlink(missing_ok=True)
 
-    def paths(self) -> Dict[str, str]:
+    def paths(self) -> dict[str, str]:
         """The folders that workers write to, by the names that a BinTask has for them."""
         return {"cache_dir": str(self.cache), "jsonl_dir": str(self.jsonl), "arrow_dir": str(self.arrow)}

@@ -15,10 +15,11 @@ The input is read twice more, so the time is linear in it. Memory: 24 bytes for 
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,8 +60,8 @@ class Place(NamedTuple):
 
 
 def count_overlaps(
-    tasks: Sequence[UnitTask], lines_before: Dict[int, int], *, run_tasks: Callable, paths: Sequence[str]
-) -> Dict[str, Any]:
+    tasks: Sequence[UnitTask], lines_before: dict[int, int], *, run_tasks: Callable, paths: Sequence[str]
+) -> dict[str, Any]:
     """The report above, of a run whose units are done. What is done of it is in the cache, as of all else.
 
     Args:
@@ -86,7 +87,7 @@ def count_overlaps(
         return f"{paths[place[0]]}:{lines_before[unit] + place[1]}"
 
     is_found = np.zeros(len(grams), bool)
-    texts: Dict[int, Tuple[str, str]] = {}
+    texts: dict[int, tuple[str, str]] = {}
     for task in tasks:
         found = store.read_json(_json(task, "found"))["examples"]
         is_found[np.fromfile(_data(task, "found"), np.int64)] = True
@@ -103,15 +104,19 @@ def count_overlaps(
                 training, text = texts.pop(known)
                 examples.append({"held_out": where(task.unit.number, place), "training": training, "text": text})
     report = {
-        "ngram": NGRAM, "documents": sum(documents.values()), "compared": compared, "too_short": documents[False],
-        "overlapping": overlapping, "share": round(overlapping / compared, 6) if compared else 0.0,
+        "ngram": NGRAM,
+        "documents": sum(documents.values()),
+        "compared": compared,
+        "too_short": documents[False],
+        "overlapping": overlapping,
+        "share": round(overlapping / compared, 6) if compared else 0.0,
         "examples": examples,
-    }  # fmt: skip
+    }
     _log(report)
     return report
 
 
-def _log(report: Dict[str, Any]) -> None:
+def _log(report: dict[str, Any]) -> None:
     first = "".join(
         f"; such as {example['held_out']} and {example['training']}: {visible_line(example['text'])}"
         for example in report["examples"][:1]
@@ -143,7 +148,7 @@ def _data(task: UnitTask, kind: str) -> Path:
 
 def write_held_out_grams(task: UnitTask) -> int:
     """Write the n-grams of a unit's held-out documents, and [file, line, n-grams] of each; returns the unit's size."""
-    documents: List[List[int]] = []
+    documents: list[list[int]] = []
     with store.appearing_file(_data(task, "grams")) as file:
         for place, row in _rows(task, HELD_OUT):
             own = np.unique(grams_of(_measured_texts(row)))
@@ -175,14 +180,14 @@ def write_overlaps(task: UnitTask) -> int:
     return task.unit.size
 
 
-def _batches(task: UnitTask) -> Iterator[Tuple[List[Place], List[List[str]], np.ndarray, np.ndarray]]:
+def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
     """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams.
 
     Documents without n-grams are left out.
     """
-    places: List[Place] = []
-    texts: List[List[str]] = []
-    grams: List[np.ndarray] = []
+    places: list[Place] = []
+    texts: list[list[str]] = []
+    grams: list[np.ndarray] = []
     count, characters = 0, 0
     for place, row in _rows(task, TRAINED_ON):
         text = _trained_texts(row)
@@ -220,7 +225,7 @@ def _spaced(words: Sequence[str]) -> str:
     return text
 
 
-def _rows(task: UnitTask, side: int) -> Iterator[Tuple[Place, Any]]:
+def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Any]]:
     """The checked records of a unit whose documents are on one side, as the unit noted it when it was done."""
     read = tokenization.row_reader(task.settings)
     sides = iter(unit_sides(Path(task.cache_dir), task.unit))
@@ -236,17 +241,17 @@ def _rows(task: UnitTask, side: int) -> Iterator[Tuple[Place, Any]]:
                 yield Place(span.file, line.number), row
 
 
-def _measured_texts(row) -> List[str]:
+def _measured_texts(row) -> list[str]:
     if isinstance(row, tokenization.PretrainRow):
         return [row.target]
     return [message.text for message in chain(*row.conversation.exchanges) if message.is_trained]
 
 
-def _trained_texts(row) -> List[str]:
+def _trained_texts(row) -> list[str]:
     return [row.source, row.target] if isinstance(row, tokenization.PretrainRow) else learnt_texts(row)
 
 
-def words_of(text: str) -> List[str]:
+def words_of(text: str) -> list[str]:
     """The words of a text, as n-grams have them."""
     return WORD.findall(folded(text))
 
@@ -274,7 +279,7 @@ def _hash(word: str) -> int:
 # In the command.
 
 
-def _sampled_grams(tasks: Sequence[UnitTask]) -> Tuple[np.ndarray, Callable[[Unit, int], bool]]:
+def _sampled_grams(tasks: Sequence[UnitTask]) -> tuple[np.ndarray, Callable[[Unit, int], bool]]:
     """The sorted n-grams of the held-out documents, or of a sample of at most `MAX_GRAMS`; and what is in it."""
     counts = np.zeros(64, np.int64)
     for task in tasks:
@@ -299,7 +304,7 @@ def _level(unit: Unit, number: int) -> int:
 
 def _held_out_documents(
     task: UnitTask, is_in_sample: Callable[[Unit, int], bool]
-) -> Iterator[Tuple[List[int], np.ndarray]]:
+) -> Iterator[tuple[list[int], np.ndarray]]:
     """The place and the n-grams of each held-out document of a unit that can be compared and is in the sample."""
     entries = np.fromfile(_data(task, "grams"), GRAM)
     end = 0

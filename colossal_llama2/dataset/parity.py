@@ -5,9 +5,9 @@ folder in transformers gets tokenizer.json. That one can differ (equal scores, u
 and then model and text do not fit each other.
 """
 
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Collection, Dict, Iterator, List, Sequence, Set, Tuple, Type
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import InputFile, Span
@@ -27,7 +27,7 @@ PLACE_BYTES = 4 << 20
 
 def choose_encoder(
     tokenizer_dir: str, files: Sequence[InputFile], settings: Settings
-) -> Tuple[Type[Encoder], Dict[str, int]]:
+) -> tuple[type[Encoder], dict[str, int]]:
     """The fastest encoder that gives SentencePiece's ids on a sample; and how far tokenizer.json gives them too.
 
     The sample holds texts that will be encoded, from places all over the input. The second is {"sample_texts": 200,
@@ -56,7 +56,7 @@ def choose_encoder(
     return encoder, {"sample_texts": len(texts), "sample_differing": differing}
 
 
-def sample_texts(files: Sequence[InputFile], settings: Settings) -> List[str]:
+def sample_texts(files: Sequence[InputFile], settings: Settings) -> list[str]:
     """The beginnings of up to `SAMPLE_TEXTS` different texts, as many from each of the places.
 
     They are what the reader of the rows returns, so ids, URLs and names of roles are not among them. Rows that it
@@ -64,13 +64,13 @@ def sample_texts(files: Sequence[InputFile], settings: Settings) -> List[str]:
     """
     places = list(_places(files))
     each = SAMPLE_TEXTS // len(places)
-    texts: Dict[str, None] = {}
+    texts: dict[str, None] = {}
     for file, span in places:
         texts.update(dict.fromkeys(islice(_new_texts(file, span, settings, texts), each)))
     return list(texts)
 
 
-def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
+def _places(files: Sequence[InputFile]) -> Iterator[tuple[InputFile, Span]]:
     """Spans to begin reading at: in some of many files, or several in each of a few."""
     step = max(len(files) / SAMPLE_PLACES, 1)
     for number in (int(index * step) for index in range(min(len(files), SAMPLE_PLACES))):
@@ -83,7 +83,7 @@ def _places(files: Sequence[InputFile]) -> Iterator[Tuple[InputFile, Span]]:
 
 def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection[str]) -> Iterator[str]:
     """The texts of a place that are not among the `seen` ones, each once."""
-    own: Set[str] = set()
+    own: set[str] = set()
     read = row_reader(settings)
     for line in islice(SpanReader(file, span), SAMPLE_TEXTS):
         try:
@@ -96,12 +96,12 @@ def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection
                 yield text
 
 
-def _fast_ids(path: Path, texts: Sequence[str]) -> List[List[int]]:
+def _fast_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     fast = load_fast(path)
     # In data, a mark is text; SentencePiece always takes it for text.
     fast.encode_special_tokens = True
     return [fast.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-def _differing(ids: Sequence[List[int]], expected: Sequence[List[int]]) -> int:
+def _differing(ids: Sequence[list[int]], expected: Sequence[list[int]]) -> int:
     return sum(one != other for one, other in zip(ids, expected, strict=True))

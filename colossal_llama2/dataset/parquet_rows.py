@@ -6,7 +6,8 @@ holds text takes; so do values that Python has no type for, such as a date after
 pairs. The metadata of pandas and of Arrow's extension types is not used.
 """
 
-from typing import Any, Iterator, List, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from colossal_llama2.lines import MAX_LINE_BYTES
 
@@ -25,7 +26,7 @@ class BrokenParquetError(Exception):
 class ParquetRow(NamedTuple):
     """One row as JSON; None if it is over `MAX_LINE_BYTES`, then with its `size`, or holds text that is not UTF-8."""
 
-    content: Optional[bytes]
+    content: bytes | None
     size: int
 
 
@@ -64,7 +65,7 @@ def _rows_of(batch) -> Iterator[ParquetRow]:
         yield ParquetRow(content if is_short else None, len(content))
 
 
-def _values(batch) -> List[Optional[dict]]:
+def _values(batch) -> list[dict | None]:
     """The rows as Python has them, None for one with text that is not UTF-8."""
     try:
         return batch.to_pylist()
@@ -72,7 +73,7 @@ def _values(batch) -> List[Optional[dict]]:
         return [_row(batch.slice(number, 1)) for number in range(batch.num_rows)]
 
 
-def _row(batch) -> Optional[dict]:
+def _row(batch) -> dict | None:
     """The only row of a batch of which some value cannot be had."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):

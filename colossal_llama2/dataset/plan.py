@@ -11,8 +11,9 @@ several ranges has one more unit, which computes its hash; the others are hashed
 """
 
 import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import file_kinds
@@ -63,9 +64,9 @@ class LostFile(NamedTuple):
 class Inputs(NamedTuple):
     """What the input folders hold: files to read, entries that are not, and files that cannot be opened."""
 
-    files: List[InputFile]
-    left_out: List[LeftOut]
-    lost: List[LostFile]
+    files: list[InputFile]
+    left_out: list[LeftOut]
+    lost: list[LostFile]
 
 
 class Span(NamedTuple):
@@ -73,14 +74,14 @@ class Span(NamedTuple):
 
     file: int
     start: int
-    stop: Optional[int]
+    stop: int | None
 
 
 class Unit(NamedTuple):
     """One unit of work. `hashes_only` marks the one that computes the hash of a file in several ranges."""
 
     number: int
-    spans: Tuple[Span, ...]
+    spans: tuple[Span, ...]
     hashes_only: bool
     size: int
 
@@ -90,7 +91,7 @@ class Unit(NamedTuple):
         return f"unit-{self.number:08d}"
 
 
-def find_input_files(folders: Sequence[str]) -> List[InputFile]:
+def find_input_files(folders: Sequence[str]) -> list[InputFile]:
     """The files of `find_inputs`, all of which must be readable."""
     return find_inputs(folders).files
 
@@ -121,7 +122,7 @@ def find_inputs(folders: Sequence[str], *, skips_bad_files: bool = False) -> Inp
 
 def _apart(folders: Sequence[str]) -> Iterator[str]:
     """The folders, each checked to be one, and apart from those before it."""
-    resolved: List[Path] = []
+    resolved: list[Path] = []
     for folder in folders:
         if Path(folder).is_file():
             raise UserError(
@@ -175,7 +176,7 @@ def _log_left_out(left_out: Sequence[LeftOut]) -> None:
 
 def _named(left_out: Sequence[LeftOut]) -> str:
     """The entries by what they are, some of each by name, with what to do if they are data."""
-    by_kind: Dict[Tuple[str, str], List[str]] = {}
+    by_kind: dict[tuple[str, str], list[str]] = {}
     for entry in left_out:
         by_kind.setdefault((entry.what, entry.cure), []).append(entry.path)
     return "; ".join(f"{_some(paths)} ({what}; {cure})" for (what, cure), paths in by_kind.items())
@@ -194,13 +195,13 @@ def _log_surprises(files: Iterable[InputFile]) -> None:
         logs.get_logger().info(f"read by what they hold, which is not what their names say: {_some(surprises)}")
 
 
-def _source_names(folders: Sequence[str]) -> List[str]:
+def _source_names(folders: Sequence[str]) -> list[str]:
     """The folders' own names, or the paths as given where two folders have the same name."""
     names = [Path(folder).resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else list(folders)
 
 
-def _entries(folder: Path) -> List[Path]:
+def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except PermissionError:
@@ -209,7 +210,7 @@ def _entries(folder: Path) -> List[Path]:
 
 def _refuse_copies(paths: Sequence[Path]) -> None:
     """Raise UserError for news.jsonl beside news.jsonl.gz or news.parquet: the same would be read twice."""
-    by_stem: Dict[Optional[str], List[Path]] = {}
+    by_stem: dict[str | None, list[Path]] = {}
     for path in paths:
         by_stem.setdefault(file_kinds.data_stem(path.name), []).append(path)
     for same in by_stem.values():
@@ -232,10 +233,10 @@ def _input_file(path: Path, source: str) -> InputFile:
     return InputFile(str(path), source, status.st_size, status.st_mtime_ns, file_kinds.kind_of(head))
 
 
-def units_of(files: Sequence[InputFile]) -> List[Unit]:
+def units_of(files: Sequence[InputFile]) -> list[Unit]:
     """All units, in the order of the input."""
-    units: List[Unit] = []
-    together: List[Span] = []
+    units: list[Unit] = []
+    together: list[Span] = []
     size = 0
 
     def close() -> None:

@@ -2,8 +2,9 @@
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import NamedTuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import replace_file
@@ -31,14 +32,14 @@ class Bar(NamedTuple):
     """One bar: its label, or "" for none, and the heights of its layers from the bottom up."""
 
     label: str
-    layers: Tuple[float, ...]
+    layers: tuple[float, ...]
 
 
 class Chart(NamedTuple):
     """Bars, the names of both axes (across, up), and from where to where the chart goes across its picture."""
 
     bars: Sequence[Bar]
-    axes: Tuple[str, str]
+    axes: tuple[str, str]
     left: float
     right: float
 
@@ -64,7 +65,7 @@ def draw_spliced(documents: Sequence[int], per_sample: Sequence[int], path: Path
     _draw(charts, path, title=title, colours=COLOURS[:1], legend=[])
 
 
-def _histogram(values: Sequence[int], *, first: int) -> List[Bar]:
+def _histogram(values: Sequence[int], *, first: int) -> list[Bar]:
     """Bars of equal width from `first` on; some have a label, the least value that they count."""
     width = _round_up((max(values) - first + 1) / MAX_BUCKETS)
     counts = [0] * ((max(values) - first) // width + 1)
@@ -102,18 +103,16 @@ def draw_categories(bins: Mapping[str, Mapping[str, int]], path: Path, *, title:
     _draw([Chart(bars, axes, LEFT, right)], path, title=title, colours=colours, legend=legend)
 
 
-def total_categories(bins: Mapping[str, Mapping[str, int]]) -> Dict[str, int]:
+def total_categories(bins: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """Documents per category over all bins, the largest category first: the order of the layers, bottom up."""
-    totals: Dict[str, int] = {}
+    totals: dict[str, int] = {}
     for counts in bins.values():
         for category, count in counts.items():
             totals[category] = totals.get(category, 0) + count
     return dict(sorted(totals.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def _draw(
-    charts: Sequence[Chart], path: Path, *, title: str, colours: Sequence[str], legend: List[str]
-) -> None:
+def _draw(charts: Sequence[Chart], path: Path, *, title: str, colours: Sequence[str], legend: list[str]) -> None:
     image_module, draw_module, font = pillow()
     image = image_module.new("RGB", SIZE, "white")
     draw = draw_module.Draw(image)
@@ -150,7 +149,7 @@ def _draw_chart(draw, font, chart: Chart, colours: Sequence[str]) -> None:
     draw.text((left - LEFT + 8, TOP - 24), chart.axes[1], fill="black", font=font, anchor="lm")
 
 
-def _draw_legend(draw, font, entries: Sequence[Tuple[str, str]]) -> None:
+def _draw_legend(draw, font, entries: Sequence[tuple[str, str]]) -> None:
     left = SIZE[0] - RIGHT - LEGEND_WIDTH + 20
     for number, (name, colour) in enumerate(entries):
         top = TOP + number * (FONT_SIZE + 10)

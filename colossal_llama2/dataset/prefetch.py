@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from typing import Any, Iterable, Iterator, Tuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 # Optimizer steps ahead. One is enough where reading is faster than training, two even out a slow one.
 DEPTH = 2
@@ -14,7 +15,7 @@ def prefetched(items: Iterable[Any], *, depth: int = DEPTH) -> Iterator[Any]:
 
     What making an item raises is raised here, in its place.
     """
-    ready: queue.Queue[Tuple[str, Any]] = queue.Queue(depth)
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     ended = threading.Event()
     thread = threading.Thread(target=_fill, args=(items, ready, ended), daemon=True)
     thread.start()
@@ -31,7 +32,7 @@ def prefetched(items: Iterable[Any], *, depth: int = DEPTH) -> Iterator[Any]:
         thread.join()
 
 
-def _fill(items: Iterable[Any], ready: "queue.Queue[Tuple[str, Any]]", ended: threading.Event) -> None:
+def _fill(items: Iterable[Any], ready: "queue.Queue[tuple[str, Any]]", ended: threading.Event) -> None:
     try:
         for item in items:
             if not _put(ready, ("item", item), ended):
@@ -41,7 +42,7 @@ def _fill(items: Iterable[Any], ready: "queue.Queue[Tuple[str, Any]]", ended: th
         _put(ready, ("error", error), ended)
 
 
-def _put(ready: "queue.Queue[Tuple[str, Any]]", entry: Tuple[str, Any], ended: threading.Event) -> bool:
+def _put(ready: "queue.Queue[tuple[str, Any]]", entry: tuple[str, Any], ended: threading.Event) -> bool:
     """Hand an entry over; False if nobody wants it any more."""
     while not ended.is_set():
         try:

@@ -12,9 +12,10 @@ settings and the tokenizer alone: not on the number of workers, the machine, or 
 
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset import account as accounts
@@ -90,19 +91,28 @@ def _prepare(
     eval_fraction: float = 0.0,
     eval_dedup: bool = False,
     no_jsonl: bool = False,
-    num_workers: Optional[int] = None,
+    num_workers: int | None = None,
     executor: str = "local",
-    ray_address: Optional[str] = None,
-    shard: Optional[Tuple[int, int]] = None,
-    assistant_roles: Optional[Sequence[str]] = None,
+    ray_address: str | None = None,
+    shard: tuple[int, int] | None = None,
+    assistant_roles: Sequence[str] | None = None,
     assistant_first: str = "mask",
 ) -> None:
     settings = Settings(
-        stage=stage, max_length=max_length, num_bins=num_spliced_dataset_bins, seed=seed, overlong=overlong,
-        splicing=splicing, on_bad_row=on_bad_row, eval_fraction=eval_fraction, writes_jsonl=not no_jsonl,
-        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir), eval_dedup=eval_dedup,
-        assistant_roles=_assistant_roles(assistant_roles or ()), assistant_first=assistant_first,
-    )  # fmt: skip
+        stage=stage,
+        max_length=max_length,
+        num_bins=num_spliced_dataset_bins,
+        seed=seed,
+        overlong=overlong,
+        splicing=splicing,
+        on_bad_row=on_bad_row,
+        eval_fraction=eval_fraction,
+        writes_jsonl=not no_jsonl,
+        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir),
+        eval_dedup=eval_dedup,
+        assistant_roles=_assistant_roles(assistant_roles or ()),
+        assistant_first=assistant_first,
+    )
     if eval_dedup and not settings.has_eval:
         raise UserError("--eval_dedup compares what --eval_fraction holds out, which is 0; give one or leave it out")
     _check_execution(executor, ray_address, num_workers)
@@ -136,7 +146,7 @@ def _assistant_roles(names: Sequence[str]) -> str:
     return ",".join(roles)
 
 
-def _check_execution(executor: str, ray_address: Optional[str], num_workers: Optional[int]) -> None:
+def _check_execution(executor: str, ray_address: str | None, num_workers: int | None) -> None:
     """Raise UserError for flags of which one would not count."""
     if ray_address is not None and executor != "ray":
         raise UserError(f"--ray_address {ray_address} needs --executor ray, {executor} given; add it or leave both out")
@@ -146,7 +156,7 @@ def _check_execution(executor: str, ray_address: Optional[str], num_workers: Opt
         )
 
 
-def _say_finished(folders: OutputDirs, content: Dict[str, Any], on_bad_file: str) -> None:
+def _say_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
     """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
@@ -164,17 +174,17 @@ class _Run:
     run_tasks: Callable
     folders: OutputDirs
     inputs: Inputs
-    units: List[Unit]
+    units: list[Unit]
     tokenizer_dir: str
     on_bad_file: str
-    sample: Dict[str, int] = field(default_factory=dict)
+    sample: dict[str, int] = field(default_factory=dict)
 
     @property
-    def files(self) -> List[InputFile]:
+    def files(self) -> list[InputFile]:
         """The files that are read."""
         return self.inputs.files
 
-    def go(self, content: Dict[str, Any]) -> None:
+    def go(self, content: dict[str, Any]) -> None:
         """Do all that is not done yet."""
         if manifest.begin_or_continue(self.folders, content) and not self.execution.shard:
             logs.get_logger().info(f"going on with the unfinished run in {self.folders.cache}")
@@ -199,7 +209,7 @@ class _Run:
         if count:
             logs.get_logger().info(f"removed {count:,} half-written files and folders of an earlier run")
 
-    def _do_units(self, encoder: Type[Encoder]) -> None:
+    def _do_units(self, encoder: type[Encoder]) -> None:
         """Do this share of the units."""
         number, shares = self.execution.shard or (1, 1)
         own = [unit for unit in self.units if unit.number % shares == number - 1]
@@ -210,22 +220,28 @@ class _Run:
         start = time.monotonic()
         with logs.progress(
             total=total, initial=total - left, description="tokenize", unit="B", unit_scale=True
-        ) as progress:  # fmt: skip
+        ) as progress:
             for done in self.run_tasks(do_unit, tasks):
                 documents += done.documents
                 tokens += done.tokens
                 rate = documents / max(time.monotonic() - start, 1e-9)
                 progress.update(done.size, documents=f"{documents:,} ({rate:,.0f}/s)", tokens=f"{tokens:,}")
 
-    def _unit_task(self, unit: Unit, encoder: Type[Encoder]) -> UnitTask:
+    def _unit_task(self, unit: Unit, encoder: type[Encoder]) -> UnitTask:
         files = {span.file: self.files[span.file] for span in unit.spans}
         fails_at_bad_file = (self.settings.on_bad_row, self.on_bad_file) == ("fail", "fail")
         return UnitTask(
-            unit, files, self.settings, self.tokenizer_dir, encoder, str(self.folders.cache), os.getcwd(),
+            unit,
+            files,
+            self.settings,
+            self.tokenizer_dir,
+            encoder,
+            str(self.folders.cache),
+            os.getcwd(),
             fails_at_bad_file,
-        )  # fmt: skip
+        )
 
-    def _finish(self, content: Dict[str, Any]) -> Dict[str, Any]:
+    def _finish(self, content: dict[str, Any]) -> dict[str, Any]:
         """Write the bins and the manifest, give the folders their names, print the account, and return the manifest."""
         if self.folders.is_being_published:
             written = store.read_json_or_none(self.folders.arrow / MANIFEST_FILE)
@@ -240,7 +256,7 @@ class _Run:
             logs.get_logger().warning(f"bad rows were skipped for {roles_in_words(roles)}")
         return written
 
-    def _write(self, content: Dict[str, Any]) -> Dict[str, Any]:
+    def _write(self, content: dict[str, Any]) -> dict[str, Any]:
         """Write the bins, what lies beside them, and last the manifest, which is returned."""
         if self.execution.shard:
             self._remove_leftovers()
@@ -261,14 +277,20 @@ class _Run:
         self._write_chat_template()
         overlaps = {"eval_dedup": self._count_overlaps()} if self.settings.eval_dedup else {}
         whole = manifest.manifest_content(
-            self.settings, self.files, tokenizer={"sha256": content["tokenizer"], **self.sample}, hashes=hashes,
-            account=account, bins=bins, lost=lost, left_out=self.inputs.left_out,
-        )  # fmt: skip
+            self.settings,
+            self.files,
+            tokenizer={"sha256": content["tokenizer"], **self.sample},
+            hashes=hashes,
+            account=account,
+            bins=bins,
+            lost=lost,
+            left_out=self.inputs.left_out,
+        )
         whole.update(overlaps)
         store.write_json_whole(self.folders.arrow / MANIFEST_FILE, whole)
         return whole
 
-    def _collect(self) -> Tuple[Account, Dict[int, str], List[LostFile]]:
+    def _collect(self) -> tuple[Account, dict[int, str], list[LostFile]]:
         """The accounts of all units together, the hash of each file, and files that were not read to their end."""
         account, hashes, lost = Account(), {}, list(self.inputs.lost)
         for unit in self.units:
@@ -318,11 +340,9 @@ class _Run:
             f"{least} tokens before anything is said)"
         )
 
-    def _write_bins(self) -> List[Dict[str, Any]]:
+    def _write_bins(self) -> list[dict[str, Any]]:
         """Write the bins that are not written yet; returns the accounts of all."""
-        categories, sources = deal_units(
-            self.units, self.files, settings=self.settings, cache_dir=self.folders.cache
-        )
+        categories, sources = deal_units(self.units, self.files, settings=self.settings, cache_dir=self.folders.cache)
         paths = self.folders.paths()
         tasks = [
             BinTask(number, self.settings, self.tokenizer_dir, **paths, categories=categories, sources=sources)
@@ -331,7 +351,7 @@ class _Run:
         waiting = [task for task in tasks if not self._is_written(task)]
         with logs.progress(
             total=len(tasks), initial=len(tasks) - len(waiting), description="write bins", unit="bins"
-        ) as progress:  # fmt: skip
+        ) as progress:
             for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
@@ -348,9 +368,9 @@ class _Run:
             and (not self.settings.writes_jsonl or Path(task.jsonl_dir, f"{name}.jsonl").is_file())
         )
 
-    def _lines_before_units(self) -> Iterator[Tuple[Unit, int]]:
+    def _lines_before_units(self) -> Iterator[tuple[Unit, int]]:
         """Each unit, and how many lines of its file the units before it have: 0 for a unit of whole files."""
-        lines: Dict[int, int] = {}
+        lines: dict[int, int] = {}
         for unit in self.units:
             (file, _, stop), *_ = unit.spans
             yield unit, lines.get(file, 0)
@@ -358,7 +378,7 @@ class _Run:
                 content = store.read_json(self.folders.cache / f"{unit.name}.json")
                 lines[file] = lines.get(file, 0) + content["account"]["lines"]
 
-    def _count_overlaps(self) -> Dict[str, Any]:
+    def _count_overlaps(self) -> dict[str, Any]:
         # The encoder does not count here.
         tasks = [self._unit_task(unit, Encoder) for unit in self.units]
         lines_before = {unit.number: lines for unit, lines in self._lines_before_units()}

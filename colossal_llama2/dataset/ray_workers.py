@@ -16,9 +16,10 @@ import secrets
 import socket
 import time
 import traceback
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
@@ -35,7 +36,7 @@ GO_ON = "give the same command again, and it goes on where it stopped"
 
 
 @contextlib.contextmanager
-def ray_runner(address: Optional[str], *, num_workers: int) -> Iterator[Callable]:
+def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
     """Yield `run(function, tasks)`, which yields what tasks give as they are done, as `workers.run_tasks` does.
 
     `address` is that of a cluster that this machine is a node of, HOST:PORT or "auto"; None starts a Ray with
@@ -100,7 +101,7 @@ def _is_alive_in(leader: int, process) -> bool:
         return False
 
 
-def _check(address: Optional[str]) -> None:
+def _check(address: str | None) -> None:
     """Raise UserError for what can be told without Ray, which takes its time to say so."""
     install = "pip install 'ray>={}.{}'".format(*OLDEST_VERSION)
     try:
@@ -145,7 +146,7 @@ def _send(connection, message: Any) -> None:
         _received(connection)  # why the driver has ended
 
 
-def _received(connection) -> Tuple[int, Any]:
+def _received(connection) -> tuple[int, Any]:
     try:
         slots, result = connection.recv()
     except (EOFError, OSError):
@@ -158,7 +159,7 @@ def _received(connection) -> Tuple[int, Any]:
 # The driver's process.
 
 
-def _drive(connection, address: Optional[str], num_workers: int) -> None:
+def _drive(connection, address: str | None, num_workers: int) -> None:
     """Connect to Ray, and do tasks until the command closes the connection."""
     os.setsid()  # what Ray starts is known by it
     begin_worker(before_end=partial(_kill_session, os.getpid()))
@@ -171,7 +172,7 @@ def _drive(connection, address: Optional[str], num_workers: int) -> None:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    running: List[Any] = []
+    running: list[Any] = []
     try:
         _connect(ray, address, num_workers)
         connection.send((_slots(ray), None))
@@ -187,9 +188,9 @@ def _drive(connection, address: Optional[str], num_workers: int) -> None:
         ray.shutdown()
 
 
-def _connect(ray, address: Optional[str], num_workers: int) -> None:
+def _connect(ray, address: str | None, num_workers: int) -> None:
     # Nodes need the packages in requirements.txt, and get this one from here.
-    where: Dict[str, Any] = {"runtime_env": {"py_modules": [str(Path(__file__).resolve().parents[1])]}}
+    where: dict[str, Any] = {"runtime_env": {"py_modules": [str(Path(__file__).resolve().parents[1])]}}
     if address is None:
         # RAY_ADDRESS does not count here.
         where.update(
@@ -210,7 +211,7 @@ def _slots(ray) -> int:
     return TASKS_AHEAD * max(int(ray.cluster_resources().get("CPU", 0)), 1)
 
 
-def _serve(ray, connection, running: List[Any]) -> None:
+def _serve(ray, connection, running: list[Any]) -> None:
     while True:
         # Wait for a task if there is none, else take those that have come.
         while not running or connection.poll():
@@ -223,7 +224,7 @@ def _serve(ray, connection, running: List[Any]) -> None:
         connection.send((_slots(ray), result))
 
 
-def _result(ray, running: List[Any], done: Any) -> Any:
+def _result(ray, running: list[Any], done: Any) -> Any:
     """What a task gave. Raises the error of the first task that has one, if it has any: those before are waited for."""
     try:
         return ray.get(done)
@@ -241,7 +242,7 @@ def _result(ray, running: List[Any], done: Any) -> Any:
     raise RunError(f"Ray has lost a task and found it again; {GO_ON}")
 
 
-def _cancel(ray, running: List[Any]) -> None:
+def _cancel(ray, running: list[Any]) -> None:
     """End the workers that are at a task, and wait until they have ended."""
     for reference in running:
         ray.cancel(reference, force=True)

@@ -1,12 +1,13 @@
 """Keys that stand twice in an object, of which parsers keep one value without a word: refused where the value is used.
 
-    {"target": "a", "target": "b"}               refused
-    {"target": "a", "meta": {"id": 1, "id": 2}}  read: nothing looks into "meta"
+{"target": "a", "target": "b"}               refused
+{"target": "a", "meta": {"id": 1, "id": 2}}  read: nothing looks into "meta"
 """
 
 import json
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Dict, FrozenSet, Iterator, List, Tuple
+from typing import Any
 
 from colossal_llama2.dataset.message_formats import LISTS, USED_IN_MESSAGE, USED_IN_PART, USED_IN_RECORD
 from colossal_llama2.row_errors import RowError
@@ -20,10 +21,10 @@ REPEATED = "a key that stands there twice"
 class _Repeating(dict):
     """An object with keys that stand twice: those are `repeated`."""
 
-    repeated: FrozenSet[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
 
 
-def refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
+def refuse_repeated_keys(line: bytes, record: dict[str, Any]) -> None:
     """Raise RowError if a key that is read stands twice in the line's record, in a message or in a part of its text.
 
     A flat record in which each key's bytes stand once, none of them escaped, needs no second parse.
@@ -34,9 +35,9 @@ def refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
     else:
         if len(record) <= MAX_FLAT_KEYS and b"\\u00" not in line:
             return
-    found: List[_Repeating] = []
+    found: list[_Repeating] = []
 
-    def unique_keys(pairs: List[Tuple[str, Any]]) -> dict:
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
         unique = dict(pairs)
         if len(unique) == len(pairs):
             return unique
@@ -55,7 +56,7 @@ def refuse_repeated_keys(line: bytes, record: Dict[str, Any]) -> None:
             raise RowError(f"the key {repeated[0]!r:.80} stands there twice; each key must be unique", reason=REPEATED)
 
 
-def _used_objects(record: Dict[str, Any]) -> Iterator[Tuple[Any, FrozenSet[str]]]:
+def _used_objects(record: dict[str, Any]) -> Iterator[tuple[Any, frozenset[str]]]:
     """The objects that readers look into, and the keys that they look for."""
     yield record, USED_IN_RECORD | PRETRAINING_FIELDS
     for messages in (record.get(name) for name in LISTS):

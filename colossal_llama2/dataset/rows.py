@@ -3,8 +3,9 @@
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from colossal_llama2.dataset.decompression import DAMAGE, Decompressing, MissingPackageError
 from colossal_llama2.dataset.file_kinds import COMPRESSIONS, PARQUET, unreadable
@@ -50,10 +51,10 @@ class Line(NamedTuple):
 
     number: int
     size: int
-    record: Optional[Dict[str, Any]]
-    problem: Optional[str] = None
+    record: dict[str, Any] | None
+    problem: str | None = None
     count: int = 1
-    reason: Optional[str] = None
+    reason: str | None = None
     is_lost: bool = False
 
 
@@ -65,7 +66,7 @@ class SpanReader:
         self._file, self._span = file, span
         self._path = os.path.join(base, file.path)
         self._hash = hashlib.sha256()
-        self._lines_before: Optional[int] = 0 if span.start == 0 else None
+        self._lines_before: int | None = 0 if span.start == 0 else None
 
     def __iter__(self) -> Iterator[Line]:
         if self._file.kind == PARQUET:
@@ -86,7 +87,7 @@ class SpanReader:
                 pass
 
     @property
-    def sha256(self) -> Optional[str]:
+    def sha256(self) -> str | None:
         """The file's hash; None if only a part of it was read."""
         return self._hash.hexdigest() if self._span.stop is None else None
 
@@ -177,7 +178,7 @@ class _WithHead:
 
     def __init__(self, stream):
         self._stream = stream
-        self._error: Optional[BaseException] = None
+        self._error: BaseException | None = None
         head = b""
         try:
             while len(head) < HEAD_BYTES and (block := stream.read1(READ_BYTES)):
@@ -250,7 +251,7 @@ def _checked_row(row: ParquetRow, number: int) -> Line:
     return Line(number, 0, None, "not UTF-8; each text must be UTF-8", reason="not UTF-8")
 
 
-def _checked(content: Optional[bytes], number: int, size: int, count: int = 1, what: str = "") -> Line:
+def _checked(content: bytes | None, number: int, size: int, count: int = 1, what: str = "") -> Line:
     """One line, or, if `what` names it, one record of a JSON document."""
     if content is None:
         return _too_long(number, size, what or "a line")
@@ -267,11 +268,11 @@ def _checked(content: Optional[bytes], number: int, size: int, count: int = 1, w
     return Line(number, size, record)
 
 
-def _refuse_deep_nesting(line: bytes, record: Dict[str, Any]) -> None:
+def _refuse_deep_nesting(line: bytes, record: dict[str, Any]) -> None:
     """Raise RowError for lists and objects that are more than `MAX_NESTING` deep in each other."""
     if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
         return
-    level: List[Any] = [record]
+    level: list[Any] = [record]
     for _ in range(MAX_NESTING):
         inner = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]

@@ -1,8 +1,8 @@
 """Samples against the positions of the model, as far as files beside the data and the tokenizer say: without torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Optional, Sequence
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.manifest import read_manifest_of
@@ -54,7 +54,7 @@ def check_samples_fit(parts: Sequence[str], model_path: str, *, flag: str = "--d
             )
 
 
-def longest_sample(part: str) -> Optional[int]:
+def longest_sample(part: str) -> int | None:
     """Tokens of the longest sample of a part-* or eval folder by its manifest; None if it does not say."""
     manifest = read_manifest_of(part)
     name = Path(part).resolve().name

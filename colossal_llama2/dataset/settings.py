@@ -1,7 +1,8 @@
 """What decides the output of a prepare command, beside its input: written to the cache and to manifest.json."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any
 
 from colossal_llama2.dataset.conversation import speakers_of
 
@@ -39,14 +40,16 @@ class Settings:
 
     # The flag behind each field, for messages.
     FLAGS = {
-        "stage": "the command", "num_bins": "--num_spliced_dataset_bins", "writes_jsonl": "writing jsonl",
+        "stage": "the command",
+        "num_bins": "--num_spliced_dataset_bins",
+        "writes_jsonl": "writing jsonl",
         "prefix_after_marks": "a text's leading space in tokenizer.json",
-    }  # fmt: skip
+    }
 
     # Of flags that earlier versions did not have.
     LATER_DEFAULTS = {"eval_dedup": False, "assistant_roles": "", "assistant_first": "mask"}
 
-    def as_dict(self) -> Dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
         return asdict(self)
 
@@ -88,5 +91,5 @@ class Execution:
 
     num_workers: int
     executor: str = "local"
-    ray_address: Optional[str] = None
-    shard: Optional[Tuple[int, int]] = None
+    ray_address: str | None = None
+    shard: tuple[int, int] | None = None

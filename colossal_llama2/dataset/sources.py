@@ -14,8 +14,9 @@ names of files is read here, and at most one manifest.json a folder.
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from colossal_llama2.dataset.manifest import read_manifest_of
 from colossal_llama2.errors import UserError
@@ -38,19 +39,19 @@ class Mixture(NamedTuple):
     The source that stands first is the one that is read once; with "stop", at most once.
     """
 
-    shares: Dict[str, float]
+    shares: dict[str, float]
     end: str
 
 
 class Data(NamedTuple):
     """All that --dataset, --bucketed and --mixture say."""
 
-    parts: List[Part]
+    parts: list[Part]
     bucketed: bool = False
-    mixture: Optional[Mixture] = None
+    mixture: Mixture | None = None
 
     @property
-    def paths(self) -> List[str]:
+    def paths(self) -> list[str]:
         """The folders of the parts."""
         return [part.path for part in self.parts]
 
@@ -59,7 +60,7 @@ class Data(NamedTuple):
         """Whether the order of samples depends on their source, so that its name matters."""
         return self.bucketed or self.mixture is not None
 
-    def facts(self) -> Dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What a resumed run must have the same, as JSON; None for what is off, as older checkpoints have it."""
         return {
             "bucketed": self.bucketed or None,
@@ -70,7 +71,7 @@ class Data(NamedTuple):
 
 
 class _Found(NamedTuple):
-    given_name: Optional[str]
+    given_name: str | None
     path: str
     folder: str
 
@@ -79,7 +80,7 @@ def resolve_data(
     dataset: Sequence[str],
     *,
     bucketed: bool = False,
-    mixture: Optional[Sequence[str]] = None,
+    mixture: Sequence[str] | None = None,
     mixture_end: str = "repeat",
 ) -> Data:
     """What the words of --dataset and --mixture mean. Raises UserError with all that is wrong with one of the two."""
@@ -87,7 +88,7 @@ def resolve_data(
     return Data(parts, bucketed, parse_mixture(mixture, mixture_end, [part.source for part in parts]))
 
 
-def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str = "--dataset") -> List[Part]:
+def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str = "--dataset") -> list[Part]:
     """The parts that the words of --dataset name, in the given order.
 
     Args:
@@ -98,7 +99,7 @@ def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str
     Raises:
         UserError: with everything that is wrong.
     """
-    found: List[_Found] = []
+    found: list[_Found] = []
     problems = []
     for word in given:
         try:
@@ -116,7 +117,7 @@ def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str
     return parts
 
 
-def _parts_of(word: str, flag: str) -> List[_Found]:
+def _parts_of(word: str, flag: str) -> list[_Found]:
     name, path = _split(word)
     folder = Path(path)
     if not folder.is_dir():
@@ -138,7 +139,7 @@ def _parts_of(word: str, flag: str) -> List[_Found]:
     return [_Found(name, part, os.path.dirname(os.path.abspath(part))) for part in paths]
 
 
-def _split(word: str) -> Tuple[Optional[str], str]:
+def _split(word: str) -> tuple[str | None, str]:
     """Name and path of NAME=PATH; a folder whose name has a "=" is a path."""
     name, sign, path = word.partition("=")
     if not sign or not name or not path or "/" in name or Path(word).is_dir():
@@ -152,7 +153,7 @@ def is_part(folder: Path) -> bool:
     return all((folder / name).is_file() for name in PART_FILES)
 
 
-def _parts_inside(folder: Path) -> List[Path]:
+def _parts_inside(folder: Path) -> list[Path]:
     """By number, since part-10 comes after part-9."""
     inside = [child for child in folder.glob("part-*") if child.is_dir()]
     numbers = {child: re.search(r"\d+$", child.name) for child in inside}
@@ -173,14 +174,14 @@ def _check_all_there(word: str, inside: Sequence[Path], flag: str) -> None:
         )
 
 
-def _names(found: Sequence[_Found], *, names_matter: bool) -> List[str]:
+def _names(found: Sequence[_Found], *, names_matter: bool) -> list[str]:
     """The source of each part: the given name, or the end of its folder's path."""
-    folders: Dict[str, str] = {}
+    folders: dict[str, str] = {}
     for part in found:
         if part.given_name is None:
             folders.setdefault(os.path.realpath(part.folder), part.folder)
     taken = {part.given_name for part in found if part.given_name is not None}
-    names: Dict[str, str] = {}
+    names: dict[str, str] = {}
     for length in range(1, max((folder.count("/") for folder in folders.values()), default=0) + 1):
         ends = {real: "/".join(folder.strip("/").split("/")[-length:]) or "/" for real, folder in folders.items()}
         counts = Counter(ends.values())
@@ -194,7 +195,7 @@ def _names(found: Sequence[_Found], *, names_matter: bool) -> List[str]:
     return [part.given_name or names.get(os.path.realpath(part.folder), part.folder) for part in found]
 
 
-def parse_mixture(words: Optional[Sequence[str]], end: str, sources: Sequence[str]) -> Optional[Mixture]:
+def parse_mixture(words: Sequence[str] | None, end: str, sources: Sequence[str]) -> Mixture | None:
     """The mixture that the words SOURCE=WEIGHT of --mixture ask for; None if there are none.
 
     Args:

@@ -3,7 +3,7 @@
 Every piece that goes in comes out, once.
 """
 
-from typing import Iterable, List, Sequence, Tuple
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ WINDOW_PIECES = 1 << 17
 FULL_ENOUGH = 0.995
 
 
-def piece_lengths(length: int, *, max_length: int) -> List[int]:
+def piece_lengths(length: int, *, max_length: int) -> list[int]:
     """Lengths of the pieces that a document of `length` tokens is cut into, in order; `max_length` is at least 3.
 
     All are full but the last. A last piece of one token has no loss (nothing in it is predicted from anything), so
@@ -28,7 +28,7 @@ def piece_lengths(length: int, *, max_length: int) -> List[int]:
     return pieces
 
 
-def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> List[List[int]]:
+def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
     """Group items so that the lengths in a group add up to `capacity` at most, with as few groups as this finds.
 
     Items are taken longest first (equal ones in their order), each into the fullest group that has room for it.
@@ -38,8 +38,8 @@ def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> List[List[i
     >>> best_fit_decreasing([3, 5, 6, 2, 4], capacity=10)
     [[2, 4], [1, 0, 3]]
     """
-    groups: List[List[int]] = []
-    groups_with_room: List[List[int]] = [[] for _ in range(capacity + 1)]
+    groups: list[list[int]] = []
+    groups_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     # Bit r is set while some group has room r, so the tightest fit is the lowest set bit from the item's length on:
     # one shift of a capacity-long integer, whatever the number of groups.
     rooms = 0
@@ -61,13 +61,13 @@ def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> List[List[i
     return groups
 
 
-def next_fit(lengths: Iterable[int], *, capacity: int) -> List[List[int]]:
+def next_fit(lengths: Iterable[int], *, capacity: int) -> list[list[int]]:
     """Group neighbours: a new group begins where the next item does not fit.
 
     >>> next_fit([3, 5, 6, 2, 4], capacity=10)
     [[0, 1], [2, 3], [4]]
     """
-    groups: List[List[int]] = []
+    groups: list[list[int]] = []
     room = -1
     for item, length in enumerate(lengths):
         if length > room:
@@ -78,12 +78,12 @@ def next_fit(lengths: Iterable[int], *, capacity: int) -> List[List[int]]:
     return groups
 
 
-def best_fit_in_windows(lengths: np.ndarray, *, capacity: int, window: int = WINDOW_PIECES) -> List[np.ndarray]:
+def best_fit_in_windows(lengths: np.ndarray, *, capacity: int, window: int = WINDOW_PIECES) -> list[np.ndarray]:
     """`best_fit_decreasing` in memory that is bounded by `window` items, besides eight bytes an item for the result.
 
     The groups of a window that are not full are opened again in the next one, at most half a window of items.
     """
-    finished: List[np.ndarray] = []
+    finished: list[np.ndarray] = []
     carried = np.zeros(0, np.int32)
     start = 0
     while start < len(lengths) or len(carried):
@@ -95,7 +95,7 @@ def best_fit_in_windows(lengths: np.ndarray, *, capacity: int, window: int = WIN
         if start == len(lengths):
             return finished + members
         fills = np.array([lengths[group].sum() for group in members])
-        carried_groups: List[np.ndarray] = []
+        carried_groups: list[np.ndarray] = []
         room = window // 2
         for index in np.argsort(fills, kind="stable"):
             group = members[index]
@@ -108,7 +108,7 @@ def best_fit_in_windows(lengths: np.ndarray, *, capacity: int, window: int = WIN
     return finished
 
 
-def group_pieces(lengths: np.ndarray, *, max_length: int, splicing: str) -> List[np.ndarray]:
+def group_pieces(lengths: np.ndarray, *, max_length: int, splicing: str) -> list[np.ndarray]:
     """The pieces of each sample, as indices; `splicing` is "best_fit", "sequential" or "none"."""
     if splicing == "best_fit":
         return best_fit_in_windows(lengths, capacity=max_length)
@@ -119,7 +119,7 @@ def group_pieces(lengths: np.ndarray, *, max_length: int, splicing: str) -> List
 
 def splice(
     lengths: np.ndarray, documents: np.ndarray, *, max_length: int, splicing: str, seed: Sequence[int]
-) -> Tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Arrange the pieces of one bin, given in the order of the input, into samples.
 
     Args:
@@ -145,7 +145,7 @@ def splice(
     return pieces, counts
 
 
-def _keep_order_of_cut_documents(groups: List[np.ndarray], documents: np.ndarray) -> None:
+def _keep_order_of_cut_documents(groups: list[np.ndarray], documents: np.ndarray) -> None:
     """Reorder groups so that the pieces of each cut document stand in the order of their indices.
 
     All pieces of such a document but its last fill a sample each. So a sample with a last piece that stands too early

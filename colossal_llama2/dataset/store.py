@@ -7,9 +7,10 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any
 
 from colossal_llama2 import json_input
 from colossal_llama2.errors import RunError
@@ -81,7 +82,7 @@ def read_json_or_none(path: Path) -> Any:
         raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
 
 
-def read_json(path: Path) -> Dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of the cache. Raises RunError if it is damaged or missing."""
     content = read_json_or_none(path)
     if content is None:
@@ -120,7 +121,7 @@ def remove_leftovers(folder: Path) -> int:
     """Remove what dead runs were writing in `folder`; returns how many files and folders that were."""
     leftovers = [
         path for path in folder.iterdir() if path.name.startswith(TEMPORARY) and not path.name.endswith(".lock")
-    ]  # fmt: skip
+    ]
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

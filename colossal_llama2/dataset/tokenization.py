@@ -5,9 +5,10 @@ border of the mask. Rows come in batches, because the encoder is fastest that wa
 """
 
 import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.absent import is_absent
@@ -58,7 +59,7 @@ class PretrainRow(NamedTuple):
     source: str
     target: str
     category: str
-    notes: Tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     is_masked: bool = False
 
 
@@ -71,7 +72,7 @@ class SftRow(NamedTuple):
     conversation: Conversation
     category: str
     format: str
-    notes: Tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Drop(NamedTuple):
@@ -91,18 +92,18 @@ class Tokenized(NamedTuple):
     input_ids: Sequence[int]
     labels: Sequence[int]
     tokens_in: int
-    drops: Tuple[Drop, ...] = ()
+    drops: tuple[Drop, ...] = ()
     exchanges: int = 0
 
 
-def row_reader(settings: "Settings") -> Callable[[Dict[str, Any]], Any]:
+def row_reader(settings: "Settings") -> Callable[[dict[str, Any]], Any]:
     """The function that checks a record as a prepare command of these settings does: a PretrainRow or an SftRow."""
     if settings.stage == "pretrain":
         return read_pretrain_document
     return partial(read_sft_row, speakers=settings.speakers, masks_opening=settings.masks_opening)
 
 
-def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
+def read_pretrain_row(row: dict[str, Any]) -> PretrainRow:
     """Check a record of {"source", "target", "category"}; raises RowError with the reason.
 
     "text" is read where "target" is absent.
@@ -127,7 +128,7 @@ def read_pretrain_row(row: Dict[str, Any]) -> PretrainRow:
     return PretrainRow(source, target, _category(row, default=NO_CATEGORY_PRETRAIN), notes, is_masked)
 
 
-def _no_target(row: Dict[str, Any], name: str) -> RowError:
+def _no_target(row: dict[str, Any], name: str) -> RowError:
     """What to say of a record without text: its fields, and the cure."""
     if not is_absent(row.get(name)):
         return RowError(f'"{name}" must be a string', reason=NOT_TEXT)
@@ -140,7 +141,7 @@ def _no_target(row: Dict[str, Any], name: str) -> RowError:
     return RowError(f'"target" is missing{cure}', reason=NO_TARGET)
 
 
-def _is_masked(row: Dict[str, Any]) -> Tuple[bool, Tuple[str, ...]]:
+def _is_masked(row: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     """Whether a loss mark masks the document, and notes. A document may have such a field that is no mark."""
     try:
         return read_mark(row, "the record") is False, ()
@@ -148,7 +149,7 @@ def _is_masked(row: Dict[str, Any]) -> Tuple[bool, Tuple[str, ...]]:
         return False, (OTHER_MARKS,)
 
 
-def read_pretrain_document(row: Dict[str, Any]) -> PretrainRow:
+def read_pretrain_document(row: dict[str, Any]) -> PretrainRow:
     """The same for a record that is trained on: an empty target is a mistake too."""
     document = read_pretrain_row(row)
     if not document.target:
@@ -157,22 +158,18 @@ def read_pretrain_document(row: Dict[str, Any]) -> PretrainRow:
     return document
 
 
-def read_sft_row(
-    row: Dict[str, Any], *, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True
-) -> SftRow:
+def read_sft_row(row: dict[str, Any], *, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> SftRow:
     """Check a record of a conversation in any of `message_formats.FORMATS`; raises RowError with the reason.
 
     `speakers` and `masks_opening` are those of `read_conversation`.
     """
     turns, system_text, name, notes = recognize(row)
-    conversation = read_conversation(
-        turns, system_text=system_text, speakers=speakers, masks_opening=masks_opening
-    )
+    conversation = read_conversation(turns, system_text=system_text, speakers=speakers, masks_opening=masks_opening)
     category = _category(row, default=NO_CATEGORY_SFT)
     return SftRow(conversation, category, name, notes + conversation.notes)
 
 
-def _category(row: Dict[str, Any], *, default: str) -> str:
+def _category(row: dict[str, Any], *, default: str) -> str:
     """The category of a record: a text, or the text of a number or truth value."""
     value = row.get("category")
     if isinstance(value, str):
@@ -184,13 +181,13 @@ def _category(row: Dict[str, Any], *, default: str) -> str:
     raise RowError('"category" must be a string or a number', reason=NOT_TEXT)
 
 
-def _absent_text(row: Dict[str, Any], name: str) -> str:
+def _absent_text(row: dict[str, Any], name: str) -> str:
     if is_absent(row[name]):
         return ""
     raise RowError(f'"{name}" must be a string', reason=NOT_TEXT)
 
 
-def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> List[Tokenized]:
+def tokenize_pretrain(rows: Sequence[PretrainRow], *, encoder) -> list[Tokenized]:
     """Each row as <s> + source + target + </s>, however long: fitting it into samples is the work of `splicing`.
 
     Labels are the ids; with a source, <s> and the source are -100. A row that a loss mark masks is dropped.
@@ -222,7 +219,7 @@ def _has_long_text(row: PretrainRow) -> bool:
     return is_long(row.target) or is_long(row.source)
 
 
-def _long_ids_and_labels(row: PretrainRow, *, encoder) -> Tuple["np.ndarray", "np.ndarray"]:
+def _long_ids_and_labels(row: PretrainRow, *, encoder) -> tuple["np.ndarray", "np.ndarray"]:
     """The ids and labels of a row, as (tokens,) int32 arrays, or one array where all is trained."""
     import numpy as np
 
@@ -253,7 +250,7 @@ def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder) -> "np
 
 def tokenize_sft(
     rows: Sequence[SftRow], *, encoder, max_length: int, prefix_after_marks: bool = False
-) -> List[Tokenized]:
+) -> list[Tokenized]:
     """Each conversation as one sample of at most `max_length` tokens, by the template of `conversation`.
 
     `prefix_after_marks` gives each text a leading "▁" of its own, as the folder's tokenizer does in transformers (see
@@ -286,7 +283,7 @@ def smallest_exchange(encoder, *, prefix_after_marks: bool) -> int:
     return tokens.tokens_in
 
 
-def _exchange_segments(conversation: Conversation) -> List[List[Segment]]:
+def _exchange_segments(conversation: Conversation) -> list[list[Segment]]:
     """One list of segments per exchange; the unanswered messages, if any, make the last one."""
     groups = [*conversation.exchanges, *([conversation.unanswered] if conversation.unanswered else [])]
     openings = [opening_text(conversation), *[""] * (len(groups) - 1)]
@@ -333,7 +330,7 @@ def _keep_what_fits(
     return Tokenized(input_ids, labels, everything, drops, kept)
 
 
-def _joined(segments: Iterable[_Encoded], *, encoder) -> Tuple[List[int], List[int]]:
+def _joined(segments: Iterable[_Encoded], *, encoder) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation's segments; the mask follows `is_trained`, never the marks."""
     input_ids, labels = [encoder.bos_id], [IGNORE_INDEX]
     for ids, segment in segments:
@@ -357,8 +354,8 @@ def _why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
 
 def decode_marked(ids: Sequence[int], *, encoder) -> str:
     """The text of `ids` for a reader, with <s> and </s> shown where their ids stand."""
-    parts: List[str] = []
-    run: List[int] = []
+    parts: list[str] = []
+    run: list[int] = []
     marks = {encoder.bos_id: "<s>", encoder.eos_id: "</s>"}
     for token in map(int, ids):
         if token in marks:
@@ -369,13 +366,13 @@ def decode_marked(ids: Sequence[int], *, encoder) -> str:
     return "".join([*parts, encoder.decode(run)])
 
 
-def decode_trained(labels: Sequence[int], *, encoder) -> List[str]:
+def decode_trained(labels: Sequence[int], *, encoder) -> list[str]:
     """The text of each run of trained labels, with the marks shown: what the model learns to say, turn by turn."""
     runs = groupby(map(int, labels), key=lambda label: label != IGNORE_INDEX)
     return [decode_marked(list(run), encoder=encoder) for is_trained, run in runs if is_trained]
 
 
-def _encode_each(texts: Iterable[str], *, encoder, dummy_prefix: bool) -> Dict[str, Sequence[int]]:
+def _encode_each(texts: Iterable[str], *, encoder, dummy_prefix: bool) -> dict[str, Sequence[int]]:
     """Text to ids, each distinct text encoded once: names and system texts recur in every conversation.
 
     Those of a long text are an array, and so are all of a conversation that is far larger than a batch.

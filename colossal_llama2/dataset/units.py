@@ -12,11 +12,12 @@ Some files a unit, of which the last says that all are complete:
 import gc
 import os
 from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,10 +46,17 @@ MASKED_PIECES = "pieces of long sources without a trained token"
 # `document` counts the documents of the unit, `offset` the tokens before the piece in the unit's file.
 PIECE = np.dtype(
     [
-        ("offset", "<i8"), ("target_bytes", "<i8"), ("length", "<i4"), ("document", "<i4"), ("category", "<i4"),
-        ("file", "<i4"), ("held_out", "<i4"), ("trained", "<i4"), ("predicted", "<i4"),
+        ("offset", "<i8"),
+        ("target_bytes", "<i8"),
+        ("length", "<i4"),
+        ("document", "<i4"),
+        ("category", "<i4"),
+        ("file", "<i4"),
+        ("held_out", "<i4"),
+        ("trained", "<i4"),
+        ("predicted", "<i4"),
     ]
-)  # fmt: skip
+)
 
 
 class UnitTask(NamedTuple):
@@ -59,10 +67,10 @@ class UnitTask(NamedTuple):
     """
 
     unit: Unit
-    files: Dict[int, InputFile]
+    files: dict[int, InputFile]
     settings: Settings
     tokenizer_dir: str
-    encoder_class: Type[Encoder]
+    encoder_class: type[Encoder]
     cache_dir: str
     base: str
     fails_at_bad_file: bool = True
@@ -145,7 +153,7 @@ def _sides_file(cache_dir: Path, unit: Unit) -> Path:
 
 
 @lru_cache(maxsize=2)
-def encoder_of(tokenizer_dir: str, encoder_class: Type[Encoder] = Encoder) -> Encoder:
+def encoder_of(tokenizer_dir: str, encoder_class: type[Encoder] = Encoder) -> Encoder:
     """An encoder of this process, loaded once."""
     return encoder_class(tokenizer_dir)
 
@@ -160,7 +168,7 @@ class _Document(NamedTuple):
     target_bytes: int
     held_out: bool
     tokens: tokenization.Tokenized
-    token_bytes: Optional[np.ndarray]
+    token_bytes: np.ndarray | None
 
 
 class _UnitWorker:
@@ -172,15 +180,15 @@ class _UnitWorker:
         self._needed_bytes = task.unit.size * CACHE_BYTES_PER_INPUT_BYTE
         self._encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
         self._read, self._tokenize = _functions(task)
-        self._rows: List[Tuple[int, Any]] = []
+        self._rows: list[tuple[int, Any]] = []
         self._batch_bytes = self._tokens_written = self._documents = 0
         # (file, category) to a number, in the order of appearance.
-        self._slots: Dict[Tuple[int, str], int] = {}
+        self._slots: dict[tuple[int, str], int] = {}
         self.account = Account()
         self.sides = bytearray()
-        self._hashes: Dict[str, str] = {}
-        self._bad_rows: List[Dict[str, Any]] = []
-        self._lost: List[LostFile] = []
+        self._hashes: dict[str, str] = {}
+        self._bad_rows: list[dict[str, Any]] = []
+        self._lost: list[LostFile] = []
 
     def run(self) -> None:
         """Read and tokenize all spans."""
@@ -208,7 +216,7 @@ class _UnitWorker:
                 self._hashes[str(span.file)] = reader.sha256
         self._finish_batch()
 
-    def content(self) -> Dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """What the unit's JSON file says."""
         categories = [category for _, category in self._slots]
         sides = {"sides": len(self.sides)} if self._task.settings.eval_dedup else {}
@@ -316,7 +324,7 @@ class _UnitWorker:
         for number, document in enumerate(documents, start=self._documents):
             length = len(document.tokens.input_ids)
             file, category = slots[document.slot]
-            lengths: List[int] = [length]
+            lengths: list[int] = [length]
             if length > settings.max_length:
                 tally = self.account.tally(file, category)
                 tally.cut_documents += 1
@@ -333,7 +341,7 @@ class _UnitWorker:
             offset += length
         return np.array(rows, dtype=PIECE)
 
-    def _token_bytes(self, row, tokens: tokenization.Tokenized) -> Optional[np.ndarray]:
+    def _token_bytes(self, row, tokens: tokenization.Tokenized) -> np.ndarray | None:
         """The bytes of the learnt text that each token of a document stands for, if the document will be cut."""
         if len(tokens.input_ids) <= self._task.settings.max_length:
             return None
@@ -348,15 +356,21 @@ class _UnitWorker:
         documents = pieces["document"][held_out]
         begins = held_out[np.append(True, documents[1:] != documents[:-1])[: len(held_out)]]
 
-        def sums(which: np.ndarray, name: Optional[str] = None) -> List[int]:
+        def sums(which: np.ndarray, name: str | None = None) -> list[int]:
             weights = None if name is None else pieces[name][which]
             # Sums of floats are exact up to 2^53.
             return np.bincount(category[which], weights, minlength=len(present)).astype(np.int64).tolist()
 
         columns = (
-            sums(has_loss, "trained"), sums(has_loss, "length"), sums(has_loss, "predicted"), sums(has_loss),
-            sums(is_held_out), sums(begins), sums(~has_loss), sums(~has_loss, "length"),
-        )  # fmt: skip
+            sums(has_loss, "trained"),
+            sums(has_loss, "length"),
+            sums(has_loss, "predicted"),
+            sums(has_loss),
+            sums(is_held_out),
+            sums(begins),
+            sums(~has_loss),
+            sums(~has_loss, "length"),
+        )
         slots = list(self._slots)
         for slot, *counts in zip(present.tolist(), *columns, strict=True):
             trained, length, predicted, kept, held_out_pieces, held_out_documents, dropped, dropped_tokens = counts
@@ -372,7 +386,7 @@ class _UnitWorker:
                 tally.drop(MASKED_PIECES, documents=dropped, tokens=dropped_tokens)
 
 
-def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
+def _functions(task: UnitTask) -> tuple[Callable, Callable]:
     """How a record of the stage is checked, and how checked ones are tokenized."""
     encoder = encoder_of(task.tokenizer_dir, task.encoder_class)
     read = tokenization.row_reader(task.settings)
@@ -387,7 +401,7 @@ def _functions(task: UnitTask) -> Tuple[Callable, Callable]:
     return read, tokenize
 
 
-def texts_of(row) -> List[str]:
+def texts_of(row) -> list[str]:
     """Every text of a checked record, those to learn last."""
     if isinstance(row, tokenization.PretrainRow):
         return [row.source, row.target]
@@ -405,9 +419,9 @@ def _target_bytes(row, tokens: tokenization.Tokenized, sizes: Sequence[int]) -> 
     return sum(len(answer.text.encode()) for answer in answers if answer.is_trained)
 
 
-def _groups(documents: Sequence[_Document]) -> Iterator[List[_Document]]:
+def _groups(documents: Sequence[_Document]) -> Iterator[list[_Document]]:
     """The documents in their order: each long one alone, so that its tokens need not be copied."""
-    group: List[_Document] = []
+    group: list[_Document] = []
     for document in documents:
         if isinstance(document.tokens.input_ids, np.ndarray):
             yield from filter(None, (group, [document]))
@@ -418,7 +432,7 @@ def _groups(documents: Sequence[_Document]) -> Iterator[List[_Document]]:
         yield group
 
 
-def _stretches(pieces: np.ndarray) -> List[Tuple[int, int]]:
+def _stretches(pieces: np.ndarray) -> list[tuple[int, int]]:
     """Where pieces lie, as [start, stop) ranges of their batch's tokens; those that touch come as one."""
     starts, stops = pieces["offset"], pieces["offset"] + pieces["length"]
     begins = np.append(True, starts[1:] != stops[:-1])[: len(pieces)]

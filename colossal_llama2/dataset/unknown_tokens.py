@@ -4,7 +4,8 @@ A tokenizer without a piece for each byte puts <unk> in place of every character
 the model to write <unk>.
 """
 
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 

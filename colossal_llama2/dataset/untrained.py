@@ -58,5 +58,7 @@ def log_untrained(untrained: int, samples: int, *, flag: str = "--dataset") -> N
     if untrained:
         logs.get_logger().warning(
             "%s: %s of %s samples have no trained token, all their labels are -100; they count in no loss",
-            flag, f"{untrained:,}", f"{samples:,}",
-        )  # fmt: skip
+            flag,
+            f"{untrained:,}",
+            f"{samples:,}",
+        )

@@ -8,11 +8,12 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Collection, Iterable, Iterator
+from typing import Any
 
 from colossal_llama2.dataset.settings import Execution
 from colossal_llama2.errors import RunError
@@ -21,8 +22,12 @@ TASKS_AHEAD = 2
 JOIN_SECONDS = 10
 # What tasks import. Those that are not there are passed over.
 PRELOADED = [
-    "colossal_llama2.dataset.bins", "kitoken", "orjson", "pyarrow.compute", "sentencepiece.sentencepiece_model_pb2",
-]  # fmt: skip
+    "colossal_llama2.dataset.bins",
+    "kitoken",
+    "orjson",
+    "pyarrow.compute",
+    "sentencepiece.sentencepiece_model_pb2",
+]
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import contextlib
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Optional
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.given_paths import is_hub_name, no_folder
@@ -31,14 +31,14 @@ DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 def answer_prompt(
     *,
     model_path: str,
-    device: Optional[str],
+    device: str | None,
     input_txt: str,
     max_new_tokens: int,
     do_sample: bool,
     temperature: float,
     top_k: int,
     top_p: float,
-    seed: Optional[int],
+    seed: int | None,
 ) -> None:
     """Load the model at `model_path`, continue `input_txt`, and print prompt and answer to stdout.
 
@@ -71,7 +71,7 @@ def answer_prompt(
     show(f"Prompt: {input_txt}\nAnswer: {answer}")
 
 
-def load_model(model_path: str, device: Optional[str]):
+def load_model(model_path: str, device: str | None):
     """Load a model for inference and its tokenizer.
 
     Args:
@@ -116,7 +116,7 @@ def generate(
     temperature: float,
     top_k: int,
     top_p: float,
-    seed: Optional[int],
+    seed: int | None,
 ) -> str:
     """Continue `prompt`, fed as it is, and return the new text alone.
 
@@ -153,7 +153,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def memory_errors_named(device: Optional[str]) -> Iterator[None]:
+def memory_errors_named(device: str | None) -> Iterator[None]:
     """Turn a GPU's out-of-memory error into a RunError that names the device."""
     import torch
 
@@ -190,7 +190,7 @@ def _quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _resolve_device(device: Optional[str]):
+def _resolve_device(device: str | None):
     """The torch.device that `--device` means; UserError if there is no such device here."""
     import torch
 
@@ -256,9 +256,13 @@ def _read_weights(folder: Path, *, given: str, dtype):
         with warnings.catch_warnings(), unpickling_refused():
             warnings.simplefilter("ignore", UserWarning)
             model, report = LlamaForCausalLM.from_pretrained(
-                folder, config=config, torch_dtype=dtype, use_safetensors=True, local_files_only=True,
+                folder,
+                config=config,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
                 output_loading_info=True,
-            )  # fmt: skip
+            )
     except (torch.cuda.OutOfMemoryError, RunError):
         raise
     except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere
@@ -292,7 +296,7 @@ def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
     return room
 
 
-def _end_tokens(model, tokenizer) -> Optional[List[int]]:
+def _end_tokens(model, tokenizer) -> list[int] | None:
     """Ids that end a text (None: none do): the tokenizer's, and the model's own, which may be one number or several."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from typing import Optional
 
 from colossal_llama2 import logs
 
@@ -16,7 +15,7 @@ def has_flash_attn() -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _why_no_flash_attn() -> Optional[str]:
+def _why_no_flash_attn() -> str | None:
     import torch
 
     if not torch.cuda.is_available():

@@ -10,8 +10,9 @@ The idea is that of Wijmans et al., "Cut your losses in large-vocabulary languag
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.dataset import IGNORE_INDEX
 
@@ -43,9 +44,9 @@ class HeadPart:
     first_token: int
     rows: int
     group: Any = None
-    trained: Optional[Tuple[Tuple[int, int], ...]] = None
+    trained: tuple[tuple[int, int], ...] | None = None
 
-    def trained_in(self, start: int, stop: int) -> List[Tuple[int, int]]:
+    def trained_in(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The [begin, end) ranges of trained rows among the weight's rows `start` to `stop` - 1."""
         if self.trained is None:
             return [(start, stop)]
@@ -58,7 +59,7 @@ def chunked_cross_entropy(
     weight: "torch.Tensor",
     targets: "torch.Tensor",
     part: HeadPart,
-    tell: Optional[Callable[["torch.Tensor"], None]] = None,
+    tell: Callable[["torch.Tensor"], None] | None = None,
 ) -> "torch.Tensor":
     """Sum over all tokens of the loss of `hidden @ weight.T`, in float32, as a scalar.
 
@@ -135,7 +136,7 @@ def _chunked_function():
     return ChunkedCrossEntropy
 
 
-def _softmax_sums(hidden, weight, targets, part: HeadPart, *, kept: List[Any], room: int):
+def _softmax_sums(hidden, weight, targets, part: HeadPart, *, kept: list[Any], room: int):
     """Of each token: the highest logit, the sum of exponentials over it (float64), and the target's logit or 0.
 
     Of the first blocks, up to `room` logits, the exponentials over the block's highest are added to `kept`. The sum is
@@ -172,7 +173,7 @@ def _exp_of(logits, highest):
     return (logits.double() - highest).exp_()
 
 
-def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_loss, needed, *, kept: List[Any]):
+def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_loss, needed, *, kept: list[Any]):
     """Gradients of hidden states and weight, where needed. Uses up `kept`."""
     import torch
     import torch.distributed as dist
@@ -225,7 +226,7 @@ def _blocks(targets, part: HeadPart):
 
 
 def use_chunked_loss(
-    model, part: HeadPart, *, sample_group: Any = None, tell: Optional[Callable[..., None]] = None
+    model, part: HeadPart, *, sample_group: Any = None, tell: Callable[..., None] | None = None
 ) -> None:
     """Let a LLaMA compute its loss without logits, which it does not return any more.
 

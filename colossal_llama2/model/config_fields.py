@@ -5,10 +5,11 @@ entry, whatever its name. So a model is made of the fields in FIELDS alone, whic
 Nothing here imports torch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -26,13 +27,13 @@ ACTIVATIONS = frozenset(
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # Says what is wrong with a value, as "... allowed"; None if nothing is.
-Rule = Callable[[Any], Optional[str]]
+Rule = Callable[[Any], str | None]
 
 
 def integer(low: int, high: int) -> Rule:
     """An integer from `low` to `high`."""
 
-    def problem(value: Any) -> Optional[str]:
+    def problem(value: Any) -> str | None:
         return None if is_whole(value) and low <= value <= high else f"an integer from {low:,} to {high:,} is allowed"
 
     return problem
@@ -41,7 +42,7 @@ def integer(low: int, high: int) -> Rule:
 def number(low: float, high: float, *, above: bool = False) -> Rule:
     """A finite number from `low`, or `above` it, to `high`."""
 
-    def problem(value: Any) -> Optional[str]:
+    def problem(value: Any) -> str | None:
         if is_finite(value) and low <= value <= high and not (above and value == low):
             return None
         return f"a number {'above' if above else 'from'} {low:g} to {high:g} is allowed"
@@ -49,7 +50,7 @@ def number(low: float, high: float, *, above: bool = False) -> Rule:
     return problem
 
 
-def boolean(value: Any) -> Optional[str]:
+def boolean(value: Any) -> str | None:
     """true or false."""
     return None if isinstance(value, bool) else "true or false is allowed"
 
@@ -62,24 +63,24 @@ def one_of(names) -> Rule:
 def or_null(rule: Rule) -> Rule:
     """The same, or null."""
 
-    def problem(value: Any) -> Optional[str]:
+    def problem(value: Any) -> str | None:
         return None if value is None else (text := rule(value)) and f"{text}, or null"
 
     return problem
 
 
-def token_ids(value: Any) -> Optional[str]:
+def token_ids(value: Any) -> str | None:
     """A whole number, or a list of some. Which of them are ids of tokens, `known_ids` says."""
     listed = value if isinstance(value, list) else [value]
     return None if all(map(is_whole, listed)) else "a token id or a list of token ids is allowed"
 
 
-def token_id(value: Any) -> Optional[str]:
+def token_id(value: Any) -> str | None:
     """A whole number."""
     return None if is_whole(value) else "a token id is allowed"
 
 
-def dtype_name(value: Any) -> Optional[str]:
+def dtype_name(value: Any) -> str | None:
     """A format that a model can be held in, as in `torch.float16` or without the module."""
     return one_of(DTYPES)(value.removeprefix("torch.") if isinstance(value, str) else value)
 
@@ -97,7 +98,7 @@ class Field:
 
 
 POSITIONS = integer(1, 10**9)
-FIELDS: Dict[str, Field] = {
+FIELDS: dict[str, Field] = {
     "vocab_size": Field(integer(1, 2**27), 32000),
     "hidden_size": Field(integer(1, 2**20), 4096),
     "intermediate_size": Field(integer(1, 2**24), 11008),
@@ -126,7 +127,7 @@ TOKEN_ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 POSITIVE = number(0, 1e30, above=True)
 
 
-def factors(value: Any) -> Optional[str]:
+def factors(value: Any) -> str | None:
     """A factor for each pair of channels."""
     are_numbers = isinstance(value, list) and not any(map(POSITIVE, value))
     return None if are_numbers else "a list of positive numbers is allowed"
@@ -135,7 +136,7 @@ def factors(value: Any) -> Optional[str]:
 # Also beside the fields, but only where the file has it: transformers looks whether it is there.
 TRAINED_POSITIONS = "original_max_position_embeddings"
 # For each kind of scaling, its parameters: needed ones, and those that may be left out.
-ROPE_TYPES: Dict[str, Tuple[Dict[str, Rule], Dict[str, Rule]]] = {
+ROPE_TYPES: dict[str, tuple[dict[str, Rule], dict[str, Rule]]] = {
     "default": ({}, {}),
     "linear": ({"factor": POSITIVE}, {}),
     "dynamic": ({"factor": POSITIVE}, {TRAINED_POSITIONS: or_null(POSITIONS)}),
@@ -159,10 +160,10 @@ ROPE_TYPES: Dict[str, Tuple[Dict[str, Rule], Dict[str, Rule]]] = {
         {"short_factor": factors, "long_factor": factors},
         {**dict.fromkeys(("factor", "attention_factor"), POSITIVE), TRAINED_POSITIONS: or_null(POSITIONS)},
     ),
-}  # fmt: skip
+}
 
 
-def read_fields(folder: Path) -> Dict[str, Any]:
+def read_fields(folder: Path) -> dict[str, Any]:
     """What `fields_of` returns for a folder's config.json. Token ids that its vocabulary has not are logged.
 
     Raises:
@@ -188,7 +189,7 @@ def check_not_quantized(config: dict, path: Path) -> None:
             )
 
 
-def fields_of(config: dict, path: Path) -> Dict[str, Any]:
+def fields_of(config: dict, path: Path) -> dict[str, Any]:
     """The FIELDS of a config, checked, with defaults where it has none, and `rope_scaling`.
 
     Token ids are those of `known_ids`.
@@ -199,7 +200,7 @@ def fields_of(config: dict, path: Path) -> Dict[str, Any]:
     config = with_older_rope(config, path)
     if config.get("torch_dtype") is None:
         config["torch_dtype"] = config.get("dtype")
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, field in FIELDS.items():
         found[name] = config.get(name, field.default)
         if found[name] is None and field.null_is_default:
@@ -262,7 +263,7 @@ def _rope_type_spelt(value: Any) -> Any:
     return value
 
 
-def _check_heads(found: Dict[str, Any], config: dict, path: Path) -> None:
+def _check_heads(found: dict[str, Any], config: dict, path: Path) -> None:
     heads, key_value_heads, size = found["num_attention_heads"], found["num_key_value_heads"], found["head_dim"]
     if heads % key_value_heads:
         raise UserError(
@@ -313,7 +314,7 @@ def _log_once(line: str) -> None:
     logs.get_logger().info("%s", line)
 
 
-def _rope_scaling(scaling: Any, fields: Dict[str, Any], path: Path) -> Optional[dict]:
+def _rope_scaling(scaling: Any, fields: dict[str, Any], path: Path) -> dict | None:
     if scaling is None or scaling == {}:
         return None
     if not isinstance(scaling, dict):
@@ -337,7 +338,7 @@ def _rope_scaling(scaling: Any, fields: Dict[str, Any], path: Path) -> Optional[
     return {**scaling, "rope_type": kinds[0]}
 
 
-def _rope_mismatch(kind: str, scaling: dict, fields: Dict[str, Any]) -> Optional[str]:
+def _rope_mismatch(kind: str, scaling: dict, fields: dict[str, Any]) -> str | None:
     """What parameters of a scaling do not fit together, or to the heads."""
     pairs = fields["head_dim"] // 2
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
@@ -369,5 +370,3 @@ def llama_config(folder: Path, **settings: Any):
         raise UserError(f"{path}: no LLaMA can be made of it ({shown(f'{type(error).__name__}: {error}')})")
     config.name_or_path = str(folder)
     return config
-
-

@@ -11,7 +11,7 @@ row is wrong on a CPU by the row's length.
 """
 
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Optional
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +37,8 @@ def attention_inputs(
     form: MaskForm,
     dtype: "torch.dtype",
     device: "torch.device",
-    shape: Tuple[int, int],
-) -> Dict[str, Any]:
+    shape: tuple[int, int],
+) -> dict[str, Any]:
     """Keyword arguments of a LLaMA's forward pass that say which tokens see which.
 
     Args:
@@ -56,7 +56,7 @@ def attention_inputs(
     if documents is None:
         return {"attention_mask": None if attention_mask is None else attention_mask.to(device, non_blocking=True)}
     there = documents.to(device, non_blocking=True)
-    inputs: Dict[str, Any] = {"position_ids": position_ids(there)}
+    inputs: dict[str, Any] = {"position_ids": position_ids(there)}
     if form is MaskForm.BLOCKS:
         inputs["attention_mask"] = block_mask(there, dtype)
     else:
@@ -64,11 +64,11 @@ def attention_inputs(
     return inputs
 
 
-def _border_inputs(documents: Optional["torch.Tensor"], shape: Tuple[int, int], device) -> Dict[str, Any]:
+def _border_inputs(documents: Optional["torch.Tensor"], shape: tuple[int, int], device) -> dict[str, Any]:
     import torch
 
     rows, length = shape
-    inputs: Dict[str, Any] = {"attention_mask": None}
+    inputs: dict[str, Any] = {"attention_mask": None}
     if documents is None:
         cumulative, longest = torch.arange(0, rows * length + 1, length, dtype=torch.int32), length
     else:
@@ -115,7 +115,7 @@ def block_mask(documents: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor
     return mask.masked_fill_(sees, 0.0)[:, None]
 
 
-def borders(documents: "torch.Tensor") -> Tuple["torch.Tensor", int]:
+def borders(documents: "torch.Tensor") -> tuple["torch.Tensor", int]:
     """What flash-attn's kernels for unequal lengths need, over all rows one after the other, padding included.
 
     Returns:

@@ -20,8 +20,9 @@ Each function returns what it has changed, in words, and keeps everything else a
 import math
 import textwrap
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 from colossal_llama2.input_files import read_settings
 from colossal_llama2.json_input import is_finite, is_whole
@@ -32,16 +33,41 @@ from colossal_llama2.model.folder import CONFIG_FILE, GENERATION_CONFIG_FILE
 CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
 # Generation settings that old versions wrote into config.json, and what they are if nothing is said.
-DEFAULTS: Dict[str, Any] = {
-    "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False, "num_beams": 1,
-    "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0,
-    "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
-    "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False, "return_dict_in_generate": False,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None, "suppress_tokens": None, "begin_suppress_tokens": None,
-    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "encoder_repetition_penalty": 1.0, "max_new_tokens": None,
-    "min_new_tokens": None, "min_p": None, "top_h": None, "penalty_alpha": None,
-}  # fmt: skip
+DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "remove_invalid_values": False,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "max_new_tokens": None,
+    "min_new_tokens": None,
+    "min_p": None,
+    "top_h": None,
+    "penalty_alpha": None,
+}
 
 
 def _is_flag(value: Any) -> bool:
@@ -53,7 +79,7 @@ def _are_counts(value: Any) -> bool:
 
 
 # What generate() accepts, besides null.
-RANGES: Dict[str, Callable[[Any], bool]] = {
+RANGES: dict[str, Callable[[Any], bool]] = {
     "do_sample": _is_flag,
     "temperature": lambda value: is_finite(value) and value >= 0,
     "top_k": lambda value: is_whole(value) and value >= 0,
@@ -90,11 +116,26 @@ BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penal
 EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 # Decoding methods that one version has and another does not, arguments of generate(), and settings of a machine.
 NOT_PORTABLE = (
-    "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "penalty_alpha", "dola_layers",
-    "cache_implementation", "cache_config", "return_legacy_cache", "compile_config", "watermarking_config",
-    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "streamer",
-    "negative_prompt_ids", "negative_prompt_attention_mask",
-)  # fmt: skip
+    "num_beam_groups",
+    "diversity_penalty",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "cache_implementation",
+    "cache_config",
+    "return_legacy_cache",
+    "compile_config",
+    "watermarking_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+)
 
 
 class ModelConfigs:
@@ -119,12 +160,12 @@ class ModelConfigs:
         self.changes += moves + changes
 
     @property
-    def end_token_ids(self) -> List[int]:
+    def end_token_ids(self) -> list[int]:
         """The ids that end a text when the model generates."""
         ends = self.generation.get("eos_token_id")
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
-    def exported(self, torch_dtype: str) -> Dict[str, Dict[str, Any]]:
+    def exported(self, torch_dtype: str) -> dict[str, dict[str, Any]]:
         """Both files' contents by name, of a LlamaForCausalLM whose weights are stored in `torch_dtype`."""
         # transformers 5 writes "dtype" and believes it where both are given; 4 reads "torch_dtype" alone.
         config = {key: value for key, value in self.config.items() if key != "dtype"}
@@ -132,7 +173,7 @@ class ModelConfigs:
         return {CONFIG_FILE: config, GENERATION_CONFIG_FILE: self.generation}
 
 
-def portable_config(config: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any], List[str]]:
+def portable_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """What config.json should hold, what of it belongs in generation_config.json, and what was changed."""
     config, changes = _with_older_names(config)
     found = {key: config[key] for key in DEFAULTS if key in config}
@@ -145,7 +186,7 @@ def portable_config(config: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, A
     return {**kept, **ids}, moved, changes
 
 
-def _with_older_names(config: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+def _with_older_names(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The config in the names and forms that transformers 4 and 5 both read, and what was changed."""
     # Null means here that nothing is said; transformers would compute with it.
     unsaid = [name for name, field in FIELDS.items() if field.null_is_default and config.get(name, 0) is None]
@@ -162,7 +203,7 @@ def _with_older_names(config: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]
     return older, [f"{CONFIG_FILE}: rope_parameters is now rope_theta and rope_scaling, which transformers 4 reads too"]
 
 
-def with_moved_settings(content: Dict[str, Any], moved: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+def with_moved_settings(content: dict[str, Any], moved: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """generation_config.json with the settings of config.json that it has not, and what was changed."""
     new = {key: value for key, value in moved.items() if key not in content}
     old = {key: value for key, value in moved.items() if content.get(key, value) != value}
@@ -172,9 +213,7 @@ def with_moved_settings(content: Dict[str, Any], moved: Dict[str, Any]) -> Tuple
     return {**new, **content}, changes
 
 
-def portable_generation(
-    content: Dict[str, Any], *, vocab_size: Optional[int] = None
-) -> Tuple[Dict[str, Any], List[str]]:
+def portable_generation(content: dict[str, Any], *, vocab_size: int | None = None) -> tuple[dict[str, Any], list[str]]:
     """What generation_config.json should hold, and what was changed."""
     ids, changes = _portable_ids(content, GENERATION_CONFIG_FILE, vocab_size=vocab_size)
     kept, unusable = {}, {}
@@ -192,7 +231,7 @@ def portable_generation(
     return kept, changes
 
 
-def _portable_ids(content: Dict[str, Any], name: str, *, vocab_size: Optional[int]) -> Tuple[Dict[str, Any], List[str]]:
+def _portable_ids(content: dict[str, Any], name: str, *, vocab_size: int | None) -> tuple[dict[str, Any], list[str]]:
     """The token ids that have to change, null where no token is left."""
     beyond = vocab_size if is_whole(vocab_size) else math.inf
     changed, changes = {}, []
@@ -210,11 +249,11 @@ def _portable_ids(content: Dict[str, Any], name: str, *, vocab_size: Optional[in
     return changed, changes
 
 
-def _taken_out(content: Dict[str, Any], keys: Sequence[str]) -> Dict[str, Any]:
+def _taken_out(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: content.pop(key) for key in keys if key in content}
 
 
-def _leave_out_unportable(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+def _leave_out_unportable(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     out = _taken_out(content, NOT_PORTABLE)
     suppressed = set(content.get("suppress_tokens") or ())
     for key in ("forced_bos_token_id", "forced_eos_token_id"):
@@ -225,7 +264,7 @@ def _leave_out_unportable(content: Dict[str, Any], changes: List[str]) -> Dict[s
     return out
 
 
-def _settle_sampling(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+def _settle_sampling(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     values = [key for key in SAMPLING if content.get(key, DEFAULTS[key]) not in (None, DEFAULTS[key])]
     if content.get("temperature") == 0:
         content["do_sample"] = False
@@ -241,7 +280,7 @@ def _settle_sampling(content: Dict[str, Any], changes: List[str]) -> Dict[str, A
     return {}
 
 
-def _settle_beams(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+def _settle_beams(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     beams, samples = content.get("num_beams", 1), content.get("do_sample") is True
     out = _taken_out(content, BEAMS) if beams == 1 else {}
     most = beams if beams > 1 else math.inf if samples else 1
@@ -250,16 +289,16 @@ def _settle_beams(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]
     return out
 
 
-def _settle_outputs(content: Dict[str, Any], changes: List[str]) -> Dict[str, Any]:
+def _settle_outputs(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     ignored = [key for key in EXTRA_OUTPUTS if content.get(key) is True]
     return {} if content.get("return_dict_in_generate") is True else _taken_out(content, ignored)
 
 
-def _listed(values: Dict[str, Any]) -> str:
+def _listed(values: dict[str, Any]) -> str:
     return " and ".join(f"{key} {value!r:.40}" for key, value in values.items())
 
 
-def accepted_generation(content: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+def accepted_generation(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The content if the installed transformers accepts it without a warning, else its token ids; and what was changed.
 
     The rules above should leave nothing for this to find. It is for entries that they do not know.

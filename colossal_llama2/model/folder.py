@@ -10,7 +10,6 @@ instead of the weights beside it, and let peft unpickle the adapter, which runs 
 
 import os
 from pathlib import Path
-from typing import Dict, Tuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.input_files import is_regular, read_settings
@@ -55,7 +54,7 @@ def has_weights(folder: Path) -> bool:
     return any(is_regular(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
-def shard_names(path: str) -> Tuple[str, ...]:
+def shard_names(path: str) -> tuple[str, ...]:
     """File names of a checkpoint's safetensors, in order.
 
     Raises:
@@ -68,7 +67,7 @@ def shard_names(path: str) -> Tuple[str, ...]:
     return tuple(sorted(set(weight_map(folder).values())))
 
 
-def weight_map(folder: Path) -> Dict[str, str]:
+def weight_map(folder: Path) -> dict[str, str]:
     """Which file has which tensor, as the index says. Raises UserError if it names anything but files of the folder."""
     path = folder / INDEX_FILE
     try:

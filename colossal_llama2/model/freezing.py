@@ -1,7 +1,7 @@
 """Train the embeddings alone, the first stage after a vocabulary is extended; or of them the new rows alone."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Tuple
+from typing import TYPE_CHECKING
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 # [begin, end) ranges of token ids.
-Ranges = Tuple[Tuple[int, int], ...]
+Ranges = tuple[tuple[int, int], ...]
 
 
-def freeze_non_embedding_parameters(model) -> Tuple[int, int]:
+def freeze_non_embedding_parameters(model) -> tuple[int, int]:
     """Let only the input and output embeddings of a LLaMA model be trained.
 
     Returns:

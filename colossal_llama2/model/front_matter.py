@@ -1,8 +1,9 @@
 """The front matter of a model card, whoever wrote the card."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -17,7 +18,7 @@ PARSED_CHARACTERS, PARSED_BRACKETS = 2**14, 500
 BASE_MODEL = "base_model"
 
 
-def read_front_matter(card: Path) -> Dict[str, Any]:
+def read_front_matter(card: Path) -> dict[str, Any]:
     """What a README.md says between its first two lines of dashes; empty if it says nothing.
 
     A card is of no use to training, so one that cannot be read is logged and passed over.
@@ -31,7 +32,7 @@ def read_front_matter(card: Path) -> Dict[str, Any]:
         return {}
 
 
-def _parsed(card: Path) -> Dict[str, Any]:
+def _parsed(card: Path) -> dict[str, Any]:
     import yaml
 
     check_regular(card, max_bytes=CARD_BYTES)
@@ -55,7 +56,7 @@ def _parsed(card: Path) -> Dict[str, Any]:
     return content or {}
 
 
-def _entry(lines: List[str], key: str) -> Iterator[str]:
+def _entry(lines: list[str], key: str) -> Iterator[str]:
     """The lines of one entry of a mapping that is not indented."""
     is_inside = False
     for line in lines:

@@ -9,12 +9,13 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
-from typing import Any, Callable, Iterator, List, NoReturn, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from colossal_llama2.errors import RunError
 
 # The functions that run what a file holds, by module; those of torch.jit stand on the two of torch._C.
-REFUSED: List[Tuple[str, str]] = [
+REFUSED: list[tuple[str, str]] = [
     ("torch", "load"),
     ("torch.serialization", "load"),
     ("torch.jit", "load"),
@@ -27,9 +28,13 @@ REFUSED: List[Tuple[str, str]] = [
 ]
 # Each of these modules holds its own reference to is_peft_available.
 PEFT_ASKED_BY = (
-    "transformers.utils", "transformers.utils.import_utils", "transformers.modeling_utils",
-    "transformers.models.auto.auto_factory", "transformers.integrations.peft", "transformers.utils.peft_utils",
-)  # fmt: skip
+    "transformers.utils",
+    "transformers.utils.import_utils",
+    "transformers.modeling_utils",
+    "transformers.models.auto.auto_factory",
+    "transformers.integrations.peft",
+    "transformers.utils.peft_utils",
+)
 
 
 # How many loads are under way.

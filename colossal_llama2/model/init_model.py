@@ -16,10 +16,10 @@ them from a narrow distribution around the mean of all rows.
 import os
 import re
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Union
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -91,9 +91,9 @@ class Rows:
     """
 
     kept: int
-    bags: List[List[int]]
+    bags: list[list[int]]
     new: int
-    moved_ids: Dict[int, int]
+    moved_ids: dict[int, int]
     padding: int = 0
 
     @property
@@ -107,7 +107,7 @@ class Rows:
         return self.tokens + self.padding
 
     @property
-    def new_ranges(self) -> List[List[int]]:
+    def new_ranges(self) -> list[list[int]]:
         """Target rows that are new, as ascending [begin, end) ranges: all tokens from `kept` on but those that
         moved.
         """
@@ -116,7 +116,7 @@ class Rows:
         return [[before + 1, after] for before, after in between if before + 1 < after]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and initialize the model."""
     args = arguments.init_model_parser().parse_args(argv)
     logs.configure_logging()
@@ -132,9 +132,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def init_model(
-    source_model_and_tokenizer_path: Union[str, Path],
-    target_tokenizer_path: Union[str, Path],
-    target_model_path: Union[str, Path],
+    source_model_and_tokenizer_path: str | Path,
+    target_tokenizer_path: str | Path,
+    target_model_path: str | Path,
     *,
     dtype: str = "source",
     pad_vocab_to_multiple_of: int = 1,
@@ -195,7 +195,7 @@ def init_model(
 # Checks, before anything is written.
 
 
-def _check_folders(source: Union[str, Path], tokenizer: Union[str, Path]) -> None:
+def _check_folders(source: str | Path, tokenizer: str | Path) -> None:
     for flag, folder in (("--source_model_and_tokenizer_path", source), ("--target_tokenizer_path", tokenizer)):
         check_is_folder(folder, flag, "give a folder in Hugging Face format")
         check_tokenizer_files(Path(os.path.abspath(folder)))
@@ -266,7 +266,7 @@ def _read_config(source: Path) -> dict:
     return config
 
 
-def _format_name(dtype: str) -> Optional[str]:
+def _format_name(dtype: str) -> str | None:
     """The name of a dtype in safetensors; None for "source"."""
     if dtype not in ("source", *arguments.MODEL_DTYPES):
         raise ValueError(f"dtype is {dtype!r}, source or one of {arguments.MODEL_DTYPES} allowed")
@@ -277,7 +277,7 @@ def _tokenizer_bytes(tokenizer: Path) -> int:
     return sum(path.stat().st_size for name in COPIED_FILES for path in tokenizer.glob(name))
 
 
-def _check_matrices(shards: List[Shard], config: dict) -> int:
+def _check_matrices(shards: list[Shard], config: dict) -> int:
     """The number of rows of both matrices. Raises UserError if one is missing or they do not fit together."""
     found = {name: shard.tensors[name] for shard in shards for name in MATRICES if name in shard.tensors}
     folder = shards[0].path.parent
@@ -336,7 +336,7 @@ def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
     return Rows(kept=len(old), bags=bags, new=len(bags) - len(moved_ids), moved_ids=moved_ids)
 
 
-def _check_extends(source: Path, tokenizer: Path, *, old: List[str], new: List[str]) -> None:
+def _check_extends(source: Path, tokenizer: Path, *, old: list[str], new: list[str]) -> None:
     for index, piece in enumerate(old):
         if index >= len(new) or new[index] != piece:
             found = repr(new[index]) if index < len(new) else "missing"
@@ -349,7 +349,7 @@ def _check_extends(source: Path, tokenizer: Path, *, old: List[str], new: List[s
 # Writing.
 
 
-def _write_weights(source: Path, folder: Path, shards: List[Shard], change: Change, *, total: int) -> None:
+def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Change, *, total: int) -> None:
     # The disk takes one shard while the next one is being read.
     with ThreadPoolExecutor(max_workers=1) as pool:
         with logs.progress(total=total, description="weights", unit="B", unit_scale=True) as bar:
@@ -389,13 +389,13 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
         write_json(folder / GENERATION_CONFIG_FILE, portable)
 
 
-def _noted_ranges(config: dict, rows: Rows) -> List[List[int]]:
+def _noted_ranges(config: dict, rows: Rows) -> list[list[int]]:
     """The new rows that the source's config notes, where they are in the target: nothing is new, so they still are."""
     noted = config.get(NEW_ROWS_KEY)
     is_list = isinstance(noted, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in noted)
     if not is_list or not all(type(border) is int for pair in noted for border in pair):
         return []
-    found: List[List[int]] = []
+    found: list[list[int]] = []
     # A row that no token has is not in the target.
     sources = [*((row, row) for row in range(rows.kept)), *sorted(rows.moved_ids.items(), key=lambda ids: ids[1])]
     for old, new in sources:

@@ -2,9 +2,10 @@
 
 import re
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.given_paths import no_folder, what_it_holds
@@ -53,7 +54,7 @@ class ModelFacts:
     vocab_size: int
     max_position_embeddings: int
     positions: int
-    scaling: Optional[str]
+    scaling: str | None
     attention_heads: int
     key_value_heads: int
     layers: int
@@ -86,7 +87,7 @@ def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> N
         raise UserError(f"{flag} {path}: has no safetensors weights; {cure}")
 
 
-def generation_ids(folder: Path, fields: Dict[str, Any]) -> Dict[str, Any]:
+def generation_ids(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
     """The ids of <s>, </s> and padding in generation_config.json, those of config.json where it has none.
 
     Ids that the vocabulary has not count as none and are logged.
@@ -116,7 +117,7 @@ class StoredWeight(NamedTuple):
     """One tensor of a safetensors file: the format's name of its dtype, such as BF16, and its shape."""
 
     dtype: str
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 # What can be trained; integers and floats of 8 bits are those of quantized models.
@@ -164,7 +165,7 @@ def check_weights(path: str) -> None:
         )
 
 
-def expected_shapes(fields: Dict[str, Any]) -> Iterator[Tuple[str, Tuple[int, ...]]]:
+def expected_shapes(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each weight of a LLaMA, as transformers' LlamaForCausalLM has them.
 
     Args:
@@ -241,7 +242,7 @@ def model_without_weights(path: str):
         raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); correct the file")
 
 
-def stored_weights(path: str) -> Dict[str, StoredWeight]:
+def stored_weights(path: str) -> dict[str, StoredWeight]:
     """What the headers of a checkpoint's safetensors say, without the constants that old checkpoints store.
 
     Raises:
@@ -249,8 +250,8 @@ def stored_weights(path: str) -> Dict[str, StoredWeight]:
     """
     from safetensors import SafetensorError, safe_open
 
-    found: Dict[str, StoredWeight] = {}
-    places: Dict[str, str] = {}
+    found: dict[str, StoredWeight] = {}
+    places: dict[str, str] = {}
     for file_name in shard_names(path):
         shard = Path(path, file_name)
         # It may be of any size: its header, which is read first, says what is in it.

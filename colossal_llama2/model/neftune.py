@@ -7,7 +7,8 @@ takes the padded length, by which the noise of a conversation would depend on wh
 """
 
 import contextlib
-from typing import TYPE_CHECKING, Iterator, Optional
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Optional
 
 from colossal_llama2.model.documents import document_lengths, one_document_each
 

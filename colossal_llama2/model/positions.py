@@ -8,7 +8,7 @@ original maximum pre-trained length"; modeling_rope_utils.py) and as vLLM derive
     llama3, longrope   max_position_embeddings is the extended length already
 """
 
-from typing import Any, Optional
+from typing import Any
 
 from colossal_llama2.json_input import is_finite
 
@@ -32,7 +32,7 @@ def positions_of(config: Any) -> int:
     return max(positions, int((original if is_finite(original) else positions) * factor))
 
 
-def scaling_type(config: Any) -> Optional[str]:
+def scaling_type(config: Any) -> str | None:
     """What rope_scaling says in either spelling, `rope_type` or the older `type`; None if there is none."""
     scaling = getattr(config, "rope_scaling", None)
     if not isinstance(scaling, dict):
@@ -41,7 +41,7 @@ def scaling_type(config: Any) -> Optional[str]:
     return name if isinstance(name, str) else None
 
 
-def described(positions: int, scaling: Optional[str]) -> str:
+def described(positions: int, scaling: str | None) -> str:
     """For messages: how many positions a model has, and what says so. `scaling` is its `scaling_type`."""
     scaled = f", and rope_scaling of type {scaling}" if scaling else ""
     return f"the model has {positions} positions (max_position_embeddings of its config.json{scaled})"

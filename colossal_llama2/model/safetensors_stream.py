@@ -14,13 +14,13 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.input_files import ANY_SIZE, check_regular
@@ -48,7 +48,7 @@ class Shard:
     data_start: int
 
     @cached_property
-    def tensors(self) -> Dict[str, dict]:
+    def tensors(self) -> dict[str, dict]:
         """The header without its free-text metadata, in the order of the data."""
         names = (name for name in self.header if name != METADATA)
         return {name: self.header[name] for name in sorted(names, key=lambda name: self.header[name]["data_offsets"])}
@@ -63,17 +63,17 @@ class Change:
     are converted to; None converts nothing.
     """
 
-    matrices: Tuple[str, ...]
+    matrices: tuple[str, ...]
     kept: int
-    bags: List[List[int]]
-    dtype: Optional[str] = None
+    bags: list[list[int]]
+    dtype: str | None = None
     padding: int = 0
 
 
 # Reading.
 
 
-def read_shards(source: Path) -> List[Shard]:
+def read_shards(source: Path) -> list[Shard]:
     """The headers of all weight files of a checkpoint. Raises UserError if any is missing, foreign or damaged."""
     if not has_weights(source):
         raise UserError(_no_weights(source))
@@ -120,7 +120,7 @@ def read_shard(path: Path) -> Shard:
 # Planning.
 
 
-def target_tensors(shard: Shard, change: Change) -> Dict[str, dict]:
+def target_tensors(shard: Shard, change: Change) -> dict[str, dict]:
     """The header entries of the changed shard, in the order of its data.
 
     Tensors with larger numbers come first, as the format's own writer orders them, so that every one is aligned.
@@ -172,7 +172,7 @@ def target_size(shard: Shard, change: Change) -> int:
     return len(target_header(shard, change)) + sum(map(_data_bytes, target_tensors(shard, change).values()))
 
 
-def target_index(index: dict, shards: List[Shard], change: Change) -> dict:
+def target_index(index: dict, shards: list[Shard], change: Change) -> dict:
     """The content of the index file with the sizes of the changed shards."""
     old = [entry for shard in shards for entry in shard.tensors.values()]
     new = [entry for shard in shards for entry in target_tensors(shard, change).values()]
@@ -261,7 +261,7 @@ def _chunks(source: FileIO, *, begin: int, length: int, dtype: str) -> Iterator:
         yield torch.frombuffer(chunk, dtype=getattr(torch, FLOATS[dtype][0]))
 
 
-def _mean_rows(source: FileIO, *, begin: int, entry: dict, bags: List[List[int]]) -> Iterator:
+def _mean_rows(source: FileIO, *, begin: int, entry: dict, bags: list[list[int]]) -> Iterator:
     """The mean of each bag's rows, summed in float32, as float32 tensors of some rows each."""
     import torch
 

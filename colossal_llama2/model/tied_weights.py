@@ -3,15 +3,15 @@
 Other tools and earlier versions of this suite store it under both. Such folders are read too, if both are equal.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Sequence
 
 INPUT_EMBEDDING = "model.embed_tokens.weight"
 OUTPUT_EMBEDDING = "lm_head.weight"
 BLOCK_ROWS = 4096
 
 
-def check_is_one_matrix(folder: Path, shards: Sequence[str]) -> Optional[str]:
+def check_is_one_matrix(folder: Path, shards: Sequence[str]) -> str | None:
     """Why the matrices of a folder, whose config.json ties them, cannot be one; None if they can.
 
     Reads nothing if the output embedding is not stored.

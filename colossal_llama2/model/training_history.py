@@ -22,8 +22,9 @@ The folder may come from anyone, so what is read is checked entry by entry, and 
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import UserError
@@ -42,17 +43,17 @@ MAX_FINGERPRINTS = 1000
 HASHED_BYTES = 2**30
 CARD_FILE = "README.md"
 
-Weights = Dict[str, Dict[str, Any]]
+Weights = dict[str, dict[str, Any]]
 
 
 class History(NamedTuple):
     """What a folder says of its model's past; `problem` says why a file that is there was left out."""
 
-    base_model: Optional[str] = None
-    stages: List[Dict[str, Any]] = []
-    problem: Optional[str] = None
+    base_model: str | None = None
+    stages: list[dict[str, Any]] = []
+    problem: str | None = None
 
-    def followed_by(self, stage: Dict[str, Any], *, base_model: str) -> Dict[str, Any]:
+    def followed_by(self, stage: dict[str, Any], *, base_model: str) -> dict[str, Any]:
         """The content of the file after one more stage; `base_model` is its parent, should it be the first."""
         return {"version": VERSION, "base_model": self.base_model or base_model, "stages": [*self.stages, stage]}
 
@@ -95,7 +96,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _hub_name(folder: Path) -> Optional[str]:
+def _hub_name(folder: Path) -> str | None:
     """ "meta-llama/Llama-2-7b-hf" for a folder of that model in the cache of huggingface_hub."""
     kind, *name = folder.parent.parent.name.split("--")
     return "/".join(name) if folder.parent.name == "snapshots" and kind == "models" and name else None
@@ -106,7 +107,7 @@ def base_model_of(path: str, history: History) -> str:
     return history.base_model or named_by_card(Path(path, CARD_FILE)) or name_of(path)
 
 
-def named_by_card(card: Path) -> Optional[str]:
+def named_by_card(card: Path) -> str | None:
     """The `base_model` in a card's front matter; None if there is none that can be read. Never raises."""
     named = read_front_matter(card).get("base_model")
     named = named[0] if isinstance(named, list) and len(named) == 1 else named
@@ -118,14 +119,14 @@ def is_name(value: Any) -> bool:
     return _is_text(value) and bool(value.strip())
 
 
-def describe_parent(path: str, history: History, known: Optional[Weights] = None) -> Dict[str, Any]:
+def describe_parent(path: str, history: History, known: Weights | None = None) -> dict[str, Any]:
     """A stage's "parent": the folder that its weights come from.
 
     Args:
         known: hashes of its weights that are at hand, such as those in a checkpoint's manifest.
     """
     weights = weights_of(path, known or {})
-    parent: Dict[str, Any] = {"name": name_of(path), "weights": weights}
+    parent: dict[str, Any] = {"name": name_of(path), "weights": weights}
     config = Path(path, CONFIG_FILE)
     if config.is_file():
         parent["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
@@ -137,8 +138,9 @@ def describe_parent(path: str, history: History, known: Optional[Weights] = None
         parent["as_recorded"] = False
         logs.get_logger().warning(
             "%s: its weights are not those that the last stage in its %s left; they are told as another model's",
-            path, HISTORY_FILE,
-        )  # fmt: skip
+            path,
+            HISTORY_FILE,
+        )
     return parent
 
 
@@ -223,7 +225,7 @@ _is_source = _record(
     },
     "source",
 )
-STAGE_FIELDS: Dict[str, Check] = {
+STAGE_FIELDS: dict[str, Check] = {
     "stage": lambda value: value in KINDS if isinstance(value, str) else False,
     "parent": _record(
         {
@@ -266,7 +268,7 @@ def _checked(content: Any) -> History:
     return History(content["base_model"], stages)
 
 
-def _first_wrong(entry: Any) -> Optional[str]:
+def _first_wrong(entry: Any) -> str | None:
     if not isinstance(entry, dict):
         return "the type"
     wrong = [name for name in REQUIRED if name not in entry]
@@ -274,7 +276,7 @@ def _first_wrong(entry: Any) -> Optional[str]:
     return f"{wrong[0]!r:.60}" if wrong else None
 
 
-def as_written(content: Dict[str, Any]) -> Dict[str, Any]:
+def as_written(content: dict[str, Any]) -> dict[str, Any]:
     """What `read_history` will find of this content. Raises ValueError if it would leave it out."""
     text = json.dumps(content)
     if len(text) > MAX_BYTES // 2:
@@ -285,8 +287,8 @@ def as_written(content: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def vocabulary_stage(
-    source: str, sizes: Tuple[int, int], tokenizer_sha256: str, *, new_rows: int = 0, padding_rows: int = 0
-) -> Dict[str, Any]:
+    source: str, sizes: tuple[int, int], tokenizer_sha256: str, *, new_rows: int = 0, padding_rows: int = 0
+) -> dict[str, Any]:
     """The content of the file for a model whose vocabulary was extended from `sizes[0]` to `sizes[1]` rows.
 
     Of these, `padding_rows` have no token. A model that has as many rows as before, none of them new, had no new stage.

@@ -8,8 +8,8 @@ them, and nothing is copied: 64 MiB of a file at a time are mapped, and are then
 import math
 import mmap
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, Optional, Tuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.folder import shard_names
@@ -21,7 +21,7 @@ WINDOW_BYTES = 64 * 2**20
 PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
-def check_numbers(path: str, dtype: Optional[str], *, cure: str = "", share: int = 0, shares: int = 1) -> None:
+def check_numbers(path: str, dtype: str | None, *, cure: str = "", share: int = 0, shares: int = 1) -> None:
     """Read the weights of a model folder and check that each number is finite, also when it is rounded to `dtype`.
 
     Args:
@@ -42,7 +42,7 @@ def check_numbers(path: str, dtype: Optional[str], *, cure: str = "", share: int
                     raise UserError(_message(shard, tensor, found, target, whole=shares == 1, cure=cure))
 
 
-def _ranges(shard: Shard, share: int, shares: int) -> Iterator[Tuple[str, int, int]]:
+def _ranges(shard: Shard, share: int, shares: int) -> Iterator[tuple[str, int, int]]:
     """For each tensor of floats: its name, and the first byte and the bytes of this share of it."""
     for name, entry in shard.tensors.items():
         if entry["dtype"] in FLOATS and not name.endswith(COMPUTED_SUFFIX):
@@ -51,7 +51,7 @@ def _ranges(shard: Shard, share: int, shares: int) -> Iterator[Tuple[str, int, i
             yield name, shard.data_start + entry["data_offsets"][0] + first * width, (end - first) * width
 
 
-def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target: Optional[str]) -> Dict[str, int]:
+def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target: str | None) -> dict[str, int]:
     """How many numbers of a range of bytes are NaN, infinite, or too large for `target`; empty if none is."""
     import torch
 
@@ -72,7 +72,7 @@ def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target:
     return +found
 
 
-def _count(values, held) -> Dict[str, int]:
+def _count(values, held) -> dict[str, int]:
     """How many of a tensor's numbers are not finite, or will not be in the dtype `held`, by what is wrong with them."""
     import torch
 
@@ -86,7 +86,7 @@ def _count(values, held) -> Dict[str, int]:
     return {"NaN": int(is_nan.sum()), "infinite": int(is_infinite.sum()), "too large": int(too_large.sum())}
 
 
-def _message(shard: Shard, name: str, found: Dict[str, int], target: Optional[str], *, whole: bool, cure: str) -> str:
+def _message(shard: Shard, name: str, found: dict[str, int], target: str | None, *, whole: bool, cure: str) -> str:
     kinds = [f"{count:,} {kind}" for kind, count in found.items() if count]
     if target and found["too large"]:
         kinds[-1] += f" for {FLOATS[target][0]}"

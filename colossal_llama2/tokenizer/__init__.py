@@ -3,9 +3,10 @@
 import hashlib
 import textwrap
 from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterable, Iterator, List, Sequence, Union
+from typing import TYPE_CHECKING
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
@@ -38,7 +39,7 @@ class Encoder:
     them). Raises UserError if the folder or the file is missing, is no SentencePiece model, or has no <s> or </s>.
     """
 
-    def __init__(self, tokenizer_dir: Union[str, Path]):
+    def __init__(self, tokenizer_dir: str | Path):
         self._tokenizer_dir = tokenizer_dir
         path = sentencepiece_file(tokenizer_dir)
         self._content = path.read_bytes()
@@ -58,7 +59,7 @@ class Encoder:
         """A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model."""
         return _processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
-    def encode(self, texts: List[str], *, dummy_prefix: bool = True) -> List[List[int]]:
+    def encode(self, texts: list[str], *, dummy_prefix: bool = True) -> list[list[int]]:
         """Token ids of each text, without <s> and </s>, on one thread.
 
         Special tokens in a text stay text: "<s>" on a web page is three characters, never id 1. With
@@ -90,7 +91,7 @@ class Encoder:
     def _parts(self, text: str) -> Iterator[str]:
         return self._safe_cuts.parts_of(text) if is_long(text) else iter([text])
 
-    def _encode(self, texts: List[str], *, dummy_prefix: bool) -> List[List[int]]:
+    def _encode(self, texts: list[str], *, dummy_prefix: bool) -> list[list[int]]:
         processor = self._processor if dummy_prefix else self._continuation_processor
         # One thread: whoever has much text runs one Encoder in each of several processes.
         return processor.encode(list(texts), num_threads=1)
@@ -131,7 +132,7 @@ class Encoder:
         return type(self), (self._tokenizer_dir,)
 
 
-def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
+def load_tokenizer(path: str | Path, *, pad_token: str = "unk"):
     """The transformers tokenizer of a local folder or of a Hugging Face name, padding on the right.
 
     `pad_token` says which token pads: "unk" or "eos". A folder is read from disk alone, and code that comes with a
@@ -150,7 +151,10 @@ def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
     try:
         with unpickling_refused(offline=is_folder):
             tokenizer = AutoTokenizer.from_pretrained(
-                path, local_files_only=is_folder, trust_remote_code=False, padding_side=PADDING_SIDE,
+                path,
+                local_files_only=is_folder,
+                trust_remote_code=False,
+                padding_side=PADDING_SIDE,
                 **(own_file_arguments(path) if is_folder else {}),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
@@ -167,12 +171,12 @@ def load_tokenizer(path: Union[str, Path], *, pad_token: str = "unk"):
     return tokenizer
 
 
-def fingerprint(tokenizer_dir: Union[str, Path]) -> str:
+def fingerprint(tokenizer_dir: str | Path) -> str:
     """SHA-256 of tokenizer.model in hexadecimal: equal for folders whose `Encoder` gives equal ids."""
     return hashlib.sha256(sentencepiece_file(tokenizer_dir).read_bytes()).hexdigest()
 
 
-def puts_prefix_after_marks(tokenizer_dir: Union[str, Path]) -> bool:
+def puts_prefix_after_marks(tokenizer_dir: str | Path) -> bool:
     """Whether transformers puts "▁" before a text that follows a mark: "</s>Hi" becomes </s> ▁Hi, not </s> Hi.
 
     tokenizer.json decides, which AutoTokenizer loads: the Prepend normalizer of the one that LLaMA-2 ships does so. A
@@ -187,7 +191,7 @@ def puts_prefix_after_marks(tokenizer_dir: Union[str, Path]) -> bool:
     return not config.is_file() or read_json(config).get("legacy") is not False
 
 
-def load_fast(path: Union[str, Path]):
+def load_fast(path: str | Path):
     """The `tokenizers.Tokenizer` of a tokenizer.json. Raises UserError if it is damaged."""
     from tokenizers import Tokenizer
 
@@ -197,7 +201,7 @@ def load_fast(path: Union[str, Path]):
         raise UserError(f"{path} cannot be read ({error}); copy it again from where the tokenizer comes from")
 
 
-def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
+def sentencepiece_file(tokenizer_dir: str | Path) -> Path:
     """Path of tokenizer.model in a tokenizer folder. Raises UserError if the folder or the file is missing."""
     folder = Path(tokenizer_dir)
     if not folder.is_dir():
@@ -211,12 +215,12 @@ def sentencepiece_file(tokenizer_dir: Union[str, Path]) -> Path:
     return path
 
 
-def read_added_tokens(folder: Path, num_pieces: int) -> Dict[str, int]:
+def read_added_tokens(folder: Path, num_pieces: int) -> dict[str, int]:
     """The tokens that transformers adds beyond the `num_pieces` of SentencePiece, with their ids, in order of id.
 
     Raises UserError if two files disagree about an id, or if the ids do not follow the pieces without a gap.
     """
-    found: Dict[str, int] = {}
+    found: dict[str, int] = {}
     for token, index in _listed_added_tokens(folder):
         if index >= num_pieces and found.setdefault(token, index) != index:
             raise UserError(f"{folder} gives the added token {token!r} the ids {found[token]} and {index}; keep one")

@@ -5,10 +5,10 @@ New pieces are appended as bytes, without a protobuf object for each: a million 
 
 import math
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence, Tuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import MODEL_FILE, Encoder, sentencepiece_file
@@ -29,10 +29,10 @@ class BpeModel:
     """
 
     content: bytes
-    pieces: List[str]
-    scores: Dict[str, float]
+    pieces: list[str]
+    scores: dict[str, float]
     lowest_merge: float
-    user_defined: List[str]
+    user_defined: list[str]
     has_identity_normalizer: bool
 
     @classmethod
@@ -73,7 +73,7 @@ def read_model(folder: Path):
     return model
 
 
-def scores_below(lowest: float, count: int) -> List[float]:
+def scores_below(lowest: float, count: int) -> list[float]:
     """`count` falling scores below `lowest`, each a different float32.
 
     The step is 1 where float32 holds every whole number, as far as the scores reach; else twice the distance of its
@@ -122,7 +122,7 @@ def _end_of_pieces(content: bytes) -> int:
     return end
 
 
-def _read_varint(content: bytes, position: int) -> Tuple[int, int]:
+def _read_varint(content: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = content[position]
@@ -147,7 +147,7 @@ def plain_processor(content: bytes):
     return processor
 
 
-def unreachable(content: bytes, pieces: Sequence[str]) -> List[str]:
+def unreachable(content: bytes, pieces: Sequence[str]) -> list[str]:
     """Those of a model's `pieces` that SentencePiece's own merges never make, by encoding each of them.
 
     What the model's normalizer makes of them is judged by `altered_by_normalizer`.
@@ -161,7 +161,7 @@ def unreachable(content: bytes, pieces: Sequence[str]) -> List[str]:
     return found
 
 
-def altered_by_normalizer(model: BpeModel, pieces: Iterable[str]) -> List[str]:
+def altered_by_normalizer(model: BpeModel, pieces: Iterable[str]) -> list[str]:
     """The pieces that no text holds after the model's normalizer, which may turn "Ａ" into "A" or drop spaces."""
     from sentencepiece import SentencePieceProcessor
 
@@ -173,7 +173,7 @@ def altered_by_normalizer(model: BpeModel, pieces: Iterable[str]) -> List[str]:
     return [piece for piece in pieces if piece not in processor.normalize(f"x{piece.replace(SPACE, ' ')}x")]
 
 
-def merges(pieces: Sequence[str], scores: Sequence[float], can_merge: Iterable[str]) -> List[Tuple[str, str]]:
+def merges(pieces: Sequence[str], scores: Sequence[float], can_merge: Iterable[str]) -> list[tuple[str, str]]:
     """The merges that transformers derives from a SentencePiece BPE, best first (`generate_merges` in its converter).
 
     Each split of a piece into two pieces is one; pieces that cannot merge, such as "<0x0A>", are in none:
@@ -182,7 +182,7 @@ def merges(pieces: Sequence[str], scores: Sequence[float], can_merge: Iterable[s
     """
     known = frozenset(can_merge)
     by_score = sorted(zip(scores, pieces, strict=True), key=lambda entry: -entry[0])
-    found: List[Tuple[str, str]] = []
+    found: list[tuple[str, str]] = []
     for _, group in groupby(by_score, key=lambda entry: entry[0]):
         splits = [
             (piece[:index], piece[index:])

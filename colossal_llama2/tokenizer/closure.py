@@ -17,8 +17,8 @@ all scores differ, it does not matter that SentencePiece breaks ties by position
 import heapq
 import math
 from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Collection, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from colossal_llama2.tokenizer.bpe_model import (
     BpeModel,
@@ -38,17 +38,17 @@ class Plan:
     are those that the model's normalizer never produces; they are dropped, unless all pieces are appended.
     """
 
-    pieces: List[str]
-    scores: List[float]
+    pieces: list[str]
+    scores: list[float]
     characters: int
     intermediates: int
-    dropped: List[str]
-    given_up: List[str]
+    dropped: list[str]
+    given_up: list[str]
     altered: Sequence[str] = ()
 
 
 def make_plan(
-    model: BpeModel, wanted: Sequence[str], *, closure: str, piece_scores: str, max_added: Optional[int] = None
+    model: BpeModel, wanted: Sequence[str], *, closure: str, piece_scores: str, max_added: int | None = None
 ) -> Plan:
     """Decide what to append to `model`, of the `wanted` pieces in the order of the file.
 
@@ -70,7 +70,7 @@ def make_plan(
     return replace(found, dropped=dropped, given_up=list(wanted[count:]), altered=altered)
 
 
-def _longest_prefix(plan: Callable[[int], Plan], total: int, limit: Optional[int]) -> Tuple[int, Plan]:
+def _longest_prefix(plan: Callable[[int], Plan], total: int, limit: int | None) -> tuple[int, Plan]:
     """How many pieces of the file, from its first, can be planned for within `limit` pieces in all, and the plan.
 
     What a longer prefix needs grows almost evenly, so interpolation finds the place in a few trials. It can also shrink
@@ -132,11 +132,11 @@ def _append_all(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Pl
     return Plan(pieces, scores, 0, 0, dropped=[], given_up=[])
 
 
-def _ordered(wanted: Sequence[str], piece_scores: str) -> List[str]:
+def _ordered(wanted: Sequence[str], piece_scores: str) -> list[str]:
     return sorted(wanted, key=len) if piece_scores == "zero" else list(wanted)
 
 
-def _scores(model: BpeModel, pieces: Sequence[str], piece_scores: str, *, num_asked: int) -> List[float]:
+def _scores(model: BpeModel, pieces: Sequence[str], piece_scores: str, *, num_asked: int) -> list[float]:
     """Falling scores below every merge of the source; with "zero", 0 for the first `num_asked` pieces."""
     zeros = num_asked if piece_scores == "zero" else 0
     return [0.0] * zeros + scores_below(model.lowest_merge, len(pieces) - zeros)
@@ -145,7 +145,7 @@ def _scores(model: BpeModel, pieces: Sequence[str], piece_scores: str, *, num_as
 # What has to be added.
 
 
-def missing_characters(pieces: Iterable[str], known: Collection[str]) -> List[str]:
+def missing_characters(pieces: Iterable[str], known: Collection[str]) -> list[str]:
     """The single characters of `pieces` that are not among the `known` pieces nor the pieces, in order of appearance.
 
     A piece is built from its characters. One that is no piece would come as bytes, which never merge:
@@ -158,7 +158,7 @@ def missing_characters(pieces: Iterable[str], known: Collection[str]) -> List[st
     return [character for character in characters if character not in known and character not in own]
 
 
-def evolve(symbols: Sequence[str], scores: Dict[str, float]) -> List[str]:
+def evolve(symbols: Sequence[str], scores: dict[str, float]) -> list[str]:
     """Merge neighbours as SentencePiece does, the best score first and of equals the leftmost, until none can.
 
     `scores` are the pieces that merges can make. Cost: the square of the number of symbols, of which a piece has few.
@@ -179,7 +179,7 @@ def evolve(symbols: Sequence[str], scores: Dict[str, float]) -> List[str]:
     return symbols
 
 
-def intermediate_pieces(stuck: Sequence[str], scores: Dict[str, float]) -> List[str]:
+def intermediate_pieces(stuck: Sequence[str], scores: dict[str, float]) -> list[str]:
     """Pieces to append, in this order, each with a score below all before it, so that every stuck piece is reached.
 
     As in training a BPE: add the concatenation of two neighbours that the most stuck pieces hold, let the model merge
@@ -195,14 +195,14 @@ def intermediate_pieces(stuck: Sequence[str], scores: Dict[str, float]) -> List[
     gives the next pair. Memory is proportional to the characters of the stuck pieces.
     """
     states = [evolve(piece, scores) for piece in stuck]
-    holders: Dict[str, Set[int]] = defaultdict(set)
+    holders: dict[str, set[int]] = defaultdict(set)
     for index, state in enumerate(states):
         for pair in _pairs(state):
             holders[pair].add(index)
     heap = [(-len(found), len(pair), pair) for pair, found in holders.items()]
     heapq.heapify(heap)
     lowest = min(scores.values(), default=0.0)
-    added: List[str] = []
+    added: list[str] = []
     while heap:
         count, _, pair = heapq.heappop(heap)
         if len(holders[pair]) != -count:
@@ -225,7 +225,7 @@ def intermediate_pieces(stuck: Sequence[str], scores: Dict[str, float]) -> List[
     return added
 
 
-def _pairs(symbols: Sequence[str]) -> List[str]:
+def _pairs(symbols: Sequence[str]) -> list[str]:
     return [left + right for left, right in zip(symbols, symbols[1:], strict=False)]
 
 

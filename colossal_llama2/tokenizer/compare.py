@@ -11,10 +11,10 @@ import re
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -45,9 +45,9 @@ class Tokenizer:
 
     kind: str
     vocabulary_size: int
-    unknown_id: Optional[int]
-    encode: Callable[[List[str]], List[List[int]]]
-    find_unreachable: Optional[Callable[[], List[str]]]
+    unknown_id: int | None
+    encode: Callable[[list[str]], list[list[int]]]
+    find_unreachable: Callable[[], list[str]] | None
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Row:
     compression_rate: float
     average_sample_tokens: float
     unknown_tokens: int
-    unreachable_pieces: Optional[int]
+    unreachable_pieces: int | None
     megabytes_per_second: float
 
 
@@ -76,7 +76,7 @@ class LeftOut:
     error: str
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's), compare and print."""
     args = arguments.compare_parser().parse_args(argv)
     logs.configure_logging()
@@ -96,10 +96,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise UserError("no tokenizer could be compared; the lines above say why")
 
 
-def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> Tuple[List[Row], List[LeftOut]]:
+def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> tuple[list[Row], list[LeftOut]]:
     """Measure each tokenizer on the documents; one that cannot be loaded, or fails on them, is left out."""
-    rows: List[Row] = []
-    left_out: List[LeftOut] = []
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
     total = len(tokenizer_dirs) * len(documents)
     with _single_thread(), logs.progress(total=total, description="encode", unit="documents") as progress:
         for path in tokenizer_dirs:
@@ -112,7 +112,7 @@ def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> Tuple[Li
     return rows, left_out
 
 
-def sample_documents(data_input_dirs: Sequence[str], count: int) -> List[str]:
+def sample_documents(data_input_dirs: Sequence[str], count: int) -> list[str]:
     """At most `count` different documents, drawn by hash. Raises UserError if there is none."""
     sample: Sample = Sample(count)
     for document in read_documents(data_input_dirs):
@@ -227,7 +227,7 @@ def _load_with_transformers(folder: Path) -> Tokenizer:
     if loaded.is_fast:
         return _fast(loaded.backend_tokenizer, "transformers fast")
 
-    def encode(texts: List[str]) -> List[List[int]]:
+    def encode(texts: list[str]) -> list[list[int]]:
         return loaded(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     model = getattr(loaded, "sp_model", None)
@@ -245,7 +245,7 @@ def _fast(backend, kind: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
 
-    def encode(texts: List[str]) -> List[List[int]]:
+    def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     settings = json.loads(backend.to_str())
@@ -265,10 +265,10 @@ def _load_sentencepiece(content: bytes, path: Path) -> Tokenizer:
     except (RuntimeError, OSError):
         raise UserError(f"{path} is neither a SentencePiece model nor a {FAST_FILE}")
 
-    def encode(texts: List[str]) -> List[List[int]]:
+    def encode(texts: list[str]) -> list[list[int]]:
         return processor.encode(texts, num_threads=1)
 
-    def search() -> List[str]:
+    def search() -> list[str]:
         return _unreachable_in_model(content)
 
     return Tokenizer("SentencePiece", processor.get_piece_size(), processor.unk_id(), encode, search)
@@ -277,7 +277,7 @@ def _load_sentencepiece(content: bytes, path: Path) -> Tokenizer:
 # Tokens that no text yields.
 
 
-def _unreachable_in_model(content: bytes) -> List[str]:
+def _unreachable_in_model(content: bytes) -> list[str]:
     """Ordinary pieces of a SentencePiece model that its own merges (or its likeliest split) do not yield."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -286,7 +286,7 @@ def _unreachable_in_model(content: bytes) -> List[str]:
     return unreachable(content, ordinary)
 
 
-def _unreachable_in_fast(backend, settings: dict, encode: Callable) -> List[str]:
+def _unreachable_in_fast(backend, settings: dict, encode: Callable) -> list[str]:
     """Tokens of a tokenizer.json, special, added and byte tokens left out, that none of a few texts yields.
 
     A token of a byte-level vocabulary that is a part of a character has no text: its merges alone are tried.
@@ -309,7 +309,7 @@ def _unreachable_in_fast(backend, settings: dict, encode: Callable) -> List[str]
 
 
 # In turn: alone, behind a line break (where many tokenizers add no space), and with the space that some add or expect.
-_TEXT_VARIANTS: Tuple[Callable[[str], str], ...] = (
+_TEXT_VARIANTS: tuple[Callable[[str], str], ...] = (
     lambda text: text,
     lambda text: f"\n{text}",
     lambda text: text.removeprefix(" "),
@@ -317,7 +317,7 @@ _TEXT_VARIANTS: Tuple[Callable[[str], str], ...] = (
 )
 
 
-def _not_among_ids(tokens: List[str], texts: List[str], vocabulary: dict, encode: Callable) -> List[str]:
+def _not_among_ids(tokens: list[str], texts: list[str], vocabulary: dict, encode: Callable) -> list[str]:
     left = []
     for start in range(0, len(tokens), BATCH_PIECES):
         part = tokens[start : start + BATCH_PIECES]
@@ -326,7 +326,7 @@ def _not_among_ids(tokens: List[str], texts: List[str], vocabulary: dict, encode
     return left
 
 
-def _byte_level_text(token: str) -> Optional[str]:
+def _byte_level_text(token: str) -> str | None:
     """The text of a token of a byte-level vocabulary ("Ġthe" is " the"), None for a part of a character."""
     try:
         return bytes(_BYTES[character] for character in token).decode()

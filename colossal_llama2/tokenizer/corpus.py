@@ -2,7 +2,8 @@
 
 import hashlib
 import heapq
-from typing import Generic, Iterator, List, Sequence, Tuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.plan import Span, find_input_files
@@ -38,7 +39,7 @@ def read_documents(data_input_dirs: Sequence[str]) -> Iterator[str]:
             progress.update(file.size if file.is_one_span else 0)
 
 
-def draw(text: str, seed: int) -> Tuple[float, int]:
+def draw(text: str, seed: int) -> tuple[float, int]:
     """Two independent random draws that the text and the seed decide: a number in [0, 1), and a 64-bit key."""
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=seed.to_bytes(8, "big")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48, int.from_bytes(digest[8:], "big")
@@ -53,7 +54,7 @@ class Sample(Generic[Item]):
 
     def __init__(self, budget: int):
         self._budget = budget
-        self._heap: List[Tuple[int, Item, int]] = []  # largest key first, so keys are negated
+        self._heap: list[tuple[int, Item, int]] = []  # largest key first, so keys are negated
         self._keys: set = set()
         self._limit = 1 << 64  # keys from here on are out for good, or small items would fill the last gap
         self.size = 0
@@ -75,6 +76,6 @@ class Sample(Generic[Item]):
             self._keys.remove(self._limit)
             self.size -= size
 
-    def items(self) -> List[Item]:
+    def items(self) -> list[Item]:
         """The kept items, by key."""
         return [item for _, item, _ in sorted(self._heap, key=lambda entry: -entry[0])]

@@ -19,7 +19,6 @@ import importlib.util
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import List, Type, Union
 
 from colossal_llama2.tokenizer import Encoder, no_dummy_prefix, sentencepiece_file
 
@@ -43,12 +42,12 @@ class FastEncoder(Encoder):
 
         return Kitoken.from_sentencepiece(self._content + no_dummy_prefix())
 
-    def _encode(self, texts: List[str], *, dummy_prefix: bool) -> List[List[int]]:
+    def _encode(self, texts: list[str], *, dummy_prefix: bool) -> list[list[int]]:
         fast = self._fast if dummy_prefix else self._fast_continuation
         return fast.encode_all(list(texts), False)
 
 
-def encoder_class(tokenizer_dir: Union[str, Path]) -> Type[Encoder]:
+def encoder_class(tokenizer_dir: str | Path) -> type[Encoder]:
     """The fastest encoder that is exact for a tokenizer: FastEncoder, or Encoder if there is a doubt or no kitoken.
 
     Takes a tenth of a second. Raises UserError as `Encoder` does.
@@ -66,7 +65,7 @@ def encoder_class(tokenizer_dir: Union[str, Path]) -> Type[Encoder]:
     return FastEncoder if is_exact else Encoder
 
 
-def _merged_pieces(tokenizer_dir: Union[str, Path]) -> List[str]:
+def _merged_pieces(tokenizer_dir: str | Path) -> list[str]:
     """The pieces that merges make, and single characters; none if anything but merges decides, or merges can tie."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 

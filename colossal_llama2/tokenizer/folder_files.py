@@ -5,8 +5,9 @@ files, which would be opened wherever they lie, so those are refused, and so are
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import is_stray
@@ -36,12 +37,19 @@ OWN_FILES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"
 OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SWITCHES = (
-    "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
-    "spaces_between_special_tokens", "split_special_tokens", "use_default_system_prompt", "from_slow",
-)  # fmt: skip
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "spaces_between_special_tokens",
+    "split_special_tokens",
+    "use_default_system_prompt",
+    "from_slow",
+)
 
 
-def check_tokenizer_files(folder: Union[str, Path]) -> None:
+def check_tokenizer_files(folder: str | Path) -> None:
     """Check the files of a folder that a tokenizer may be read from; what is missing is not asked for.
 
     Raises:
@@ -101,7 +109,7 @@ def _is_own_file(name: str, value: Any, folder: Path) -> bool:
     return name in OWN_FILES and value == OWN_FILES[name] and is_regular(folder / OWN_FILES[name])
 
 
-def own_file_arguments(folder: Union[str, Path]) -> Dict[str, str]:
+def own_file_arguments(folder: str | Path) -> dict[str, str]:
     """Arguments for a tokenizer's from_pretrained that make tokenizer_config.json's names of own files whole paths.
 
     transformers would look for such a name in the working directory.
@@ -114,17 +122,17 @@ def own_file_arguments(folder: Union[str, Path]) -> Dict[str, str]:
     return {name: str(Path(folder, own)) for name, own in OWN_FILES.items() if settings.get(name) == own}
 
 
-def _token(value: Any) -> Optional[str]:
+def _token(value: Any) -> str | None:
     content = value.get("content") if isinstance(value, dict) else value
     return None if isinstance(content, str) else 'a string, or an object with "content", is allowed'
 
 
-def _tokens(value: Any) -> Optional[str]:
+def _tokens(value: Any) -> str | None:
     is_list = isinstance(value, list) and not any(map(_token, value))
     return None if is_list else "a list of tokens is allowed"
 
 
-def _numbered_tokens(value: Any) -> Optional[str]:
+def _numbered_tokens(value: Any) -> str | None:
     are_tokens = isinstance(value, dict) and all(
         key.isascii() and key.isdecimal() and len(key) < 10 and isinstance(token, dict) and not _token(token)
         for key, token in value.items()
@@ -132,32 +140,32 @@ def _numbered_tokens(value: Any) -> Optional[str]:
     return None if are_tokens else "an object of token ids and tokens is allowed"
 
 
-def _is(kinds: tuple, text: str) -> Callable[[Any], Optional[str]]:
+def _is(kinds: tuple, text: str) -> Callable[[Any], str | None]:
     return lambda value: None if isinstance(value, kinds) else f"{text} is allowed"
 
 
-def _length(value: Any) -> Optional[str]:
+def _length(value: Any) -> str | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     return None if is_number else "a positive number is allowed"
 
 
-def _side(value: Any) -> Optional[str]:
+def _side(value: Any) -> str | None:
     return None if value in ("left", "right") else "left or right is allowed"
 
 
-def _sentencepiece_settings(value: Any) -> Optional[str]:
+def _sentencepiece_settings(value: Any) -> str | None:
     is_harmless = isinstance(value, dict) and not any(name.startswith("model") for name in value)
     return None if is_harmless else "an object that names no model is allowed"
 
 
-def _plain_names(value: Any) -> Optional[str]:
+def _plain_names(value: Any) -> str | None:
     are_plain = isinstance(value, list) and all(
         isinstance(name, str) and Path(name).name == name and "\\" not in name for name in value
     )
     return None if are_plain else "a list of plain file names is allowed"
 
 
-RULES: Dict[str, Callable[[Any], Optional[str]]] = {
+RULES: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(SPECIAL_TOKENS, _token),
     **dict.fromkeys(SWITCHES, _is((bool,), "true or false")),
     **dict.fromkeys(("padding_side", "truncation_side"), _side),

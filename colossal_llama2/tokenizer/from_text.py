@@ -1,8 +1,8 @@
 """Make a LLaMA-2 tokenizer from nothing but text: for rehearsals and tests, where LLaMA-2's own is not to be had."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from colossal_llama2.files import write_json
 from colossal_llama2.model.guard import unpickling_refused
@@ -61,7 +61,5 @@ def write_tokenizer(model: bytes, folder: Path, *, model_max_length: int = 4096)
     from transformers import AutoTokenizer
 
     with unpickling_refused():
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, use_fast=True, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
     tokenizer.backend_tokenizer.save(str(folder / FAST_FILE))

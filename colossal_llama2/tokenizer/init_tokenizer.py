@@ -11,8 +11,8 @@ unless SentencePiece and both tokenizers of transformers agree on them (parity.p
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set, Union
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -65,7 +65,7 @@ REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 SHOWN_PIECES = 5
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and expand the tokenizer."""
     args = arguments.init_tokenizer_parser().parse_args(argv)
     logs.configure_logging()
@@ -85,13 +85,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def expand_tokenizer(
-    source_tokenizer_dir: Union[str, Path],
-    target_tokenizer_dir: Union[str, Path],
-    expand_tokens_file: Union[str, Path],
+    source_tokenizer_dir: str | Path,
+    target_tokenizer_dir: str | Path,
+    expand_tokens_file: str | Path,
     *,
     piece_scores: str = "below",
     closure: str = "complete",
-    max_added_pieces: Optional[int] = None,
+    max_added_pieces: int | None = None,
     parity_text: Sequence[str] = (),
     overwrite: bool = False,
 ) -> None:
@@ -180,7 +180,7 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     check_can_create(target.parent, "--target_tokenizer_dir")
 
 
-def _special_tokens(source: Path, model: BpeModel, added_tokens: Dict[str, int]) -> Set[str]:
+def _special_tokens(source: Path, model: BpeModel, added_tokens: dict[str, int]) -> set[str]:
     """Every token that is not ordinary text: <s>, <0x0A> and the like, and what transformers knows as special."""
     special = set(model.pieces).difference(model.scores).union(model.user_defined)
     for value in read_json(source / SPECIAL_TOKENS_FILE).values():
@@ -262,7 +262,7 @@ def _write_fast_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Pla
     (folder / FAST_FILE).write_bytes(orjson.dumps(fast, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
-def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: Set[str]) -> None:
+def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: set[str]) -> None:
     """Old text can only be tokenized as before if the old merges are still there in the old order."""
     old = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in source_merges]
     kept = [
@@ -273,11 +273,15 @@ def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: Set[
     if old != kept:
         logs.get_logger().warning(
             "the source's %s has other merges than its %s (%d against %d); the target's follow %s",
-            FAST_FILE, MODEL_FILE, len(old), len(kept), MODEL_FILE,
-        )  # fmt: skip
+            FAST_FILE,
+            MODEL_FILE,
+            len(old),
+            len(kept),
+            MODEL_FILE,
+        )
 
 
-def _move_post_processor_ids(processor: Optional[dict], num_source_pieces: int, num_added: int) -> None:
+def _move_post_processor_ids(processor: dict | None, num_source_pieces: int, num_added: int) -> None:
     """A template or a sequence of post-processors names special tokens together with their ids."""
     if processor is None:
         return
@@ -291,7 +295,7 @@ def _move_post_processor_ids(processor: Optional[dict], num_source_pieces: int, 
 # Checking what was written, before it gets its final name.
 
 
-def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: Plan, added_tokens: Dict[str, int]) -> None:
+def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: Plan, added_tokens: dict[str, int]) -> None:
     """Every new piece and every added token must have its id in the fast tokenizer, which has no others."""
     expected = {piece: index for index, piece in enumerate(plan.pieces, start=len(model.pieces))}
     expected.update({token: index + len(plan.pieces) for token, index in added_tokens.items()})
@@ -305,8 +309,8 @@ def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: Plan, added_tokens
 
 
 def _measure(
-    source: Tokenizers, target: Tokenizers, model: BpeModel, plan: Plan, documents: List[str]
-) -> List[Measurement]:
+    source: Tokenizers, target: Tokenizers, model: BpeModel, plan: Plan, documents: list[str]
+) -> list[Measurement]:
     finder = PieceFinder(plan.pieces)
     groups = {
         "new pieces alone": texts_alone(plan.pieces),

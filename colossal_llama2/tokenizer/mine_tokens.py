@@ -14,9 +14,9 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -64,8 +64,8 @@ class Mined:
     those held out, which were never trained on.
     """
 
-    pieces: List[str]
-    curve: List[Tuple[int, float]]
+    pieces: list[str]
+    curve: list[tuple[int, float]]
     unreachable: int
     train_bytes: int
     train_documents: int
@@ -73,7 +73,7 @@ class Mined:
     held_out_characters: int
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's), mine, write and print."""
     args = arguments.mine_tokens_parser().parse_args(argv)
     logs.configure_logging()
@@ -108,7 +108,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def mine(
     *,
     data_input_dirs: Sequence[str],
-    source_tokenizer_dir: Union[str, Path],
+    source_tokenizer_dir: str | Path,
     num_new_tokens: int,
     script: str,
     max_piece_length: int,
@@ -172,7 +172,7 @@ def mine(
 
 def _sample(
     data_input_dirs: Sequence[str], script: str, *, sample_bytes: int, held_out: float, seed: int
-) -> Tuple[Sample, Sample]:
+) -> tuple[Sample, Sample]:
     """Text to train on, reduced to lines of the script's runs, and whole texts to measure.
 
     A document of another script alone is in neither. The part to measure gets at most its share of `sample_bytes`.
@@ -207,7 +207,7 @@ def _runs(text: str, run: re.Pattern, script: str) -> str:
     return "\n".join(run.findall(text))
 
 
-def _training_lines(texts: List[str], script: str, min_count: int) -> Tuple[List[str], Dict[str, int]]:
+def _training_lines(texts: list[str], script: str, min_count: int) -> tuple[list[str], dict[str, int]]:
     """Lines without characters rarer than `min_count`, and the others with their counts, most frequent first."""
     counts: Counter = Counter()
     for text in texts:
@@ -225,8 +225,8 @@ def _training_lines(texts: List[str], script: str, min_count: int) -> Tuple[List
 
 
 def _train(
-    lines: List[str], *, num_merges: int, num_characters: int, max_piece_length: int, spaced: bool
-) -> Tuple[List[str], List[int]]:
+    lines: list[str], *, num_merges: int, num_characters: int, max_piece_length: int, spaced: bool
+) -> tuple[list[str], list[int]]:
     """Merged pieces as SentencePiece trains them, and how often each ends up in the text; fewer if there are no more.
 
     Equal lines are one line with a count to the trainer, and digits stay single, as in LLaMA-2.
@@ -260,7 +260,7 @@ def _train(
     return [pieces[index] for index in merges], [int(counts[index]) for index in merges]
 
 
-def _count_ids(processor, lines: List[str]):
+def _count_ids(processor, lines: list[str]):
     import numpy as np
 
     counts = np.zeros(processor.get_piece_size(), dtype=np.int64)
@@ -270,9 +270,7 @@ def _count_ids(processor, lines: List[str]):
     return counts
 
 
-def _in_order_of_use(
-    merges: List[str], counts: List[int], characters: Dict[str, int], min_count: int
-) -> Iterator[str]:
+def _in_order_of_use(merges: list[str], counts: list[int], characters: dict[str, int], min_count: int) -> Iterator[str]:
     """Characters and merges by the tokens that each saves, merges in trained order.
 
     A merge saves one token whenever it is made; a character saves its UTF-8 bytes but one, as bytes are what it comes
@@ -291,7 +289,7 @@ def _in_order_of_use(
         yield piece
 
 
-def _times_made(merges: List[str], counts: List[int]) -> List[int]:
+def _times_made(merges: list[str], counts: list[int]) -> list[int]:
     """How often each merge is made, from how often its piece is left at the end: once for each larger piece, too."""
     rank = {piece: index for index, piece in enumerate(merges)}
     made = list(counts)
@@ -302,7 +300,7 @@ def _times_made(merges: List[str], counts: List[int]) -> List[int]:
     return made
 
 
-def _last_two(piece: str, rank: Dict[str, int]) -> List[str]:
+def _last_two(piece: str, rank: dict[str, int]) -> list[str]:
     """The parts that the last merge of a piece joins: ["人工", "智能"] of "人工智能"."""
     parts = list(piece)
     while len(parts) > 2:
@@ -315,7 +313,7 @@ def _last_two(piece: str, rank: Dict[str, int]) -> List[str]:
 # Choosing and measuring, with the tokenizer that init_tokenizer.py would write.
 
 
-def _reachable(model: BpeModel, candidates: List[str], limit: int) -> Tuple[List[str], int]:
+def _reachable(model: BpeModel, candidates: list[str], limit: int) -> tuple[list[str], int]:
     """The first `limit` candidates that can be reached together, and the number of those left out on the way."""
     altered = set(altered_by_normalizer(model, candidates))
     left = [piece for piece in candidates if piece not in altered]
@@ -327,7 +325,7 @@ def _reachable(model: BpeModel, candidates: List[str], limit: int) -> Tuple[List
         left = [piece for piece in left if piece not in lost]
 
 
-def unreached_pieces(model: BpeModel, pieces: Sequence[str]) -> List[str]:
+def unreached_pieces(model: BpeModel, pieces: Sequence[str]) -> list[str]:
     """Those of the new `pieces` that `model`, extended by all of them, never produces.
 
     A piece with a character that is no piece counts too: the fast tokenizer would see bytes in its place.
@@ -351,7 +349,7 @@ def _extended(model: BpeModel, pieces: Sequence[str]) -> bytes:
     return with_pieces(model.content, pieces, scores_below(model.lowest_merge, len(pieces)))
 
 
-def _sizes(count: int, points: int) -> List[int]:
+def _sizes(count: int, points: int) -> list[int]:
     """Numbers of pieces to measure, in order: none, all but the last thousand, all, and `points` between them."""
     between = {round(count * point / points) for point in range(1, points)} if points else set()
     return sorted({0, max(0, count - LAST_PIECES), count} | between)
@@ -395,7 +393,7 @@ def _check_can_plot(plot: Path) -> None:
         raise UserError("--plot needs matplotlib; run: pip install matplotlib==3.11.2")
 
 
-def _draw_curve(curve: List[Tuple[int, float]], path: Path) -> None:
+def _draw_curve(curve: list[tuple[int, float]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,9 +2,9 @@
 
 import json
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Collection, Iterator, List, Optional
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_jsonl
@@ -24,7 +24,7 @@ class NewPieces:
     asked: int
     duplicates: int
     already_pieces: int
-    wanted: List[str]
+    wanted: list[str]
 
 
 def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Collection[str]) -> NewPieces:
@@ -57,7 +57,7 @@ def _pieces_of(path: Path, check: "_Check") -> Iterator[str]:
                 raise UserError(f"{line.where}: {error}")
 
 
-def _explanation(line: bytes) -> Optional[str]:
+def _explanation(line: bytes) -> str | None:
     """What a line that is no JSON object is, if it looks like a list of words, and what to write instead."""
     try:
         text = line.decode().strip()
@@ -83,10 +83,10 @@ def _explanation(line: bytes) -> Optional[str]:
 def _form(word: str = "...") -> str:
     """What to write for a word."""
     word = word.strip(" \"'")[:MAX_PIECE_CHARACTERS].replace(" ", SPACE)
-    return f'each line must be one JSON object, such as {json.dumps({"piece": word or "..."}, ensure_ascii=False)}'
+    return f"each line must be one JSON object, such as {json.dumps({'piece': word or '...'}, ensure_ascii=False)}"
 
 
-def _words_of(record: dict) -> List[str]:
+def _words_of(record: dict) -> list[str]:
     """What may be meant as the piece of a record without one: its first text, or in a vocabulary its first key."""
     texts = [value for value in record.values() if isinstance(value, str)]
     return texts or [key for key, value in record.items() if isinstance(value, (int, float))]

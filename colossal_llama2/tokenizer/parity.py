@@ -8,9 +8,9 @@ measured alike, and what the extension adds is told apart. Likewise, text that h
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Set
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import read_json
@@ -41,7 +41,7 @@ class Difference:
     source_differs: int = 0
     target_differs: int = 0
     added: int = 0
-    first: Optional[dict] = None
+    first: dict | None = None
 
 
 @dataclass
@@ -51,10 +51,10 @@ class Measurement:
     group: str
     documents: int
     fast: Difference = field(default_factory=Difference)
-    slow: Optional[Difference] = None
+    slow: Difference | None = None
     without_new_piece: int = 0
     changed: int = 0
-    first_changed: Optional[dict] = None
+    first_changed: dict | None = None
 
     @property
     def failures(self) -> int:
@@ -78,7 +78,7 @@ class Tokenizers:
         self.slow = None if slow.is_fast else slow
         self._processor = SentencePieceProcessor(model_file=str(sentencepiece_file(folder)))
 
-    def fast_ids(self, texts: Sequence[str]) -> List[List[int]]:
+    def fast_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the fast tokenizer, without <s> and </s>."""
         backend = self.fast.backend_tokenizer
         found = []
@@ -87,7 +87,7 @@ class Tokenizers:
             found += [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
         return found
 
-    def slow_ids(self, texts: Sequence[str]) -> List[List[int]]:
+    def slow_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the slow tokenizer, without <s> and </s>."""
         # The two steps of `encode`, without the making of masks, which takes longer than they do.
         return [self.slow.convert_tokens_to_ids(self.slow.tokenize(text)) for text in texts]
@@ -107,7 +107,11 @@ def load_with_transformers(folder: Path, *, use_fast: bool = True):
     try:
         with unpickling_refused():
             return AutoTokenizer.from_pretrained(
-                folder, use_fast=use_fast, local_files_only=True, trust_remote_code=False, **named,
+                folder,
+                use_fast=use_fast,
+                local_files_only=True,
+                trust_remote_code=False,
+                **named,
                 **own_file_arguments(folder),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
@@ -122,7 +126,7 @@ class PieceFinder:
 
     def __init__(self, pieces: Iterable[str]):
         self._pieces = frozenset(pieces)
-        lengths: Dict[str, Set[int]] = defaultdict(set)
+        lengths: dict[str, set[int]] = defaultdict(set)
         for piece in self._pieces:
             lengths[piece[0]].add(len(piece))
         self._lengths = dict(lengths)
@@ -141,12 +145,12 @@ class PieceFinder:
 # The texts.
 
 
-def texts_alone(pieces: Sequence[str]) -> List[str]:
+def texts_alone(pieces: Sequence[str]) -> list[str]:
     """Each piece as a text of its own."""
     return [piece.replace(SPACE, " ") for piece in pieces]
 
 
-def texts_in_context(pieces: Sequence[str]) -> List[str]:
+def texts_in_context(pieces: Sequence[str]) -> list[str]:
     """Every piece once, in a random order (always the same): two beside each other, one between spaces."""
     shuffled = texts_alone(pieces)
     random.Random(0).shuffle(shuffled)
@@ -154,7 +158,7 @@ def texts_in_context(pieces: Sequence[str]) -> List[str]:
     return [f"The {a}{b} and {c}." for a, b, c, *_ in triples]
 
 
-def texts_of_old_pieces(model: BpeModel) -> List[str]:
+def texts_of_old_pieces(model: BpeModel) -> list[str]:
     """The source's own pieces in a random order (always the same), some to a text: its language without a corpus."""
     pieces = texts_alone([piece for piece in model.pieces if piece in model.scores])
     random.Random(0).shuffle(pieces)
@@ -205,7 +209,7 @@ def evenly(texts: Sequence[str], most_texts: int, most_characters: int) -> Seque
     return texts[:: math.ceil(ratio)] if ratio > 1 else texts
 
 
-def _levels(tokenizers: Tokenizers, texts: Sequence[str], ids: List[List[int]], others: List[List[int]]) -> List[int]:
+def _levels(tokenizers: Tokenizers, texts: Sequence[str], ids: list[list[int]], others: list[list[int]]) -> list[int]:
     differing = [index for index, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other]
     without = tokenizers.encoder.encode([texts[index] for index in differing], dummy_prefix=False)
     levels = [EQUAL] * len(texts)
@@ -214,7 +218,7 @@ def _levels(tokenizers: Tokenizers, texts: Sequence[str], ids: List[List[int]], 
     return levels
 
 
-def _compare(result: Difference, texts: Sequence[str], old: List[int], new: List[int]) -> None:
+def _compare(result: Difference, texts: Sequence[str], old: list[int], new: list[int]) -> None:
     result.documents = len(texts)
     result.source_differs = sum(level > EQUAL for level in old)
     result.target_differs = sum(level > EQUAL for level in new)

@@ -1,7 +1,8 @@
 """Real documents to measure tokenizers on, from jsonl and text files of any size: read in part, sampled, bounded."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Sequence
+from typing import NamedTuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer.corpus import Sample, draw
@@ -20,7 +21,7 @@ class _Line(NamedTuple):
     content: bytes
 
 
-def read_parity_text(paths: Sequence[str], *, sample_bytes: int = SAMPLE_BYTES) -> List[str]:
+def read_parity_text(paths: Sequence[str], *, sample_bytes: int = SAMPLE_BYTES) -> list[str]:
     """Documents of jsonl and text files and of folders with such, each once; the same ones in every run.
 
     A document is what a jsonl line holds in "source" and "target", "text", "content" or "messages", or a paragraph of
@@ -41,7 +42,7 @@ def read_parity_text(paths: Sequence[str], *, sample_bytes: int = SAMPLE_BYTES) 
     return sample.items()
 
 
-def _files(path: Path) -> List[Path]:
+def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -86,7 +87,7 @@ def _records(lines: Iterator[_Line]) -> Iterator[str]:
         yield from filter(None, _texts_of(record, line.where))
 
 
-def _texts_of(record: dict, where: str) -> List[str]:
+def _texts_of(record: dict, where: str) -> list[str]:
     if isinstance(record, dict):
         if isinstance(record.get("target"), str):
             return [f"{record.get('source') or ''}{record['target']}"]
@@ -104,7 +105,7 @@ def _texts_of(record: dict, where: str) -> List[str]:
 
 def _paragraphs(lines: Iterator[_Line]) -> Iterator[str]:
     """Lines up to an empty one, joined. What is not UTF-8 is replaced: such a file need not be perfect."""
-    paragraph: List[str] = []
+    paragraph: list[str] = []
     size = 0
     for line in lines:
         text = line.content.decode(errors="replace")

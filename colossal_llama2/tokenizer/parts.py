@@ -15,7 +15,7 @@ border, and for other kinds of models, no cut is safe. A text without such a pai
 a sequence of DNA, cannot be cut either.
 """
 
-from typing import Iterator, Optional, Set
+from collections.abc import Iterator
 
 SPACE = "▁"
 # A part is half to all of this where the text can be cut, and longer where it cannot.
@@ -42,8 +42,8 @@ class SafeCuts:
             and normalizer.escape_whitespaces
             and not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces)
         )
-        self._joined: Set[str] = set()
-        self._known: Optional[Set[str]] = None
+        self._joined: set[str] = set()
+        self._known: set[str] | None = None
         if not self.can_cut:
             return
         for entry in model.pieces:
@@ -65,11 +65,11 @@ class SafeCuts:
             start = stop
         yield text[start:]
 
-    def _last_cut(self, text: str, lowest: int, highest: int) -> Optional[int]:
+    def _last_cut(self, text: str, lowest: int, highest: int) -> int | None:
         places = range(highest, lowest, -1)
         return next((place for place in places if self._is_safe(text[place - 1], text[place])), None)
 
-    def _next_cut(self, text: str, lowest: int) -> Optional[int]:
+    def _next_cut(self, text: str, lowest: int) -> int | None:
         places = range(lowest + 1, len(text))
         return next((place for place in places if self._is_safe(text[place - 1], text[place])), None)
 

@@ -1,6 +1,6 @@
 """vocabulary_report.json, and the same as a table: what became of the asked pieces, and what was proven about them."""
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.closure import Plan
@@ -58,7 +58,7 @@ def make_report(
     }
 
 
-def failures(report: dict) -> List[str]:
+def failures(report: dict) -> list[str]:
     """What a proven extension must not have, one phrase each; empty if all is well."""
     parity = report["parity"]
     fast = sum(group["fast"]["added"] for group in parity)

@@ -8,7 +8,8 @@ SentencePiece puts in front is 0 bytes, a token for a byte is 1, and <unk> is al
 removes or changes is charged to the token that follows it, or at the end of the text to the last one.
 """
 
-from typing import Any, Iterable, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class TextBytes:
         )
 
     def of_tokens(
-        self, text: str, ids: Sequence[int], *, has_prefix: bool, parts: Iterable[Tuple[str, Any]]
+        self, text: str, ids: Sequence[int], *, has_prefix: bool, parts: Iterable[tuple[str, Any]]
     ) -> np.ndarray:
         """(tokens,) int32: the bytes of `text` that each of its tokens stands for, which sum to those of the text.
 
@@ -69,7 +70,7 @@ class TextBytes:
             raise RunError(_other_ids(text))
         return found
 
-    def _spelt_lengths(self, tokens: np.ndarray) -> Optional[np.ndarray]:
+    def _spelt_lengths(self, tokens: np.ndarray) -> np.ndarray | None:
         """The bytes that the pieces spell; None if that cannot be what the tokens stand for."""
         if not self._is_spelt:
             return None

@@ -7,7 +7,6 @@ keeps four matrices instead of two and a half, its norms compute in float32, and
 """
 
 from dataclasses import dataclass
-from typing import List, Tuple
 
 from colossal_llama2.model.chunked_loss import KEPT_LOGITS, block_rows
 
@@ -80,15 +79,20 @@ class StageShape:
         """Channels inside the MLP here."""
         return self.model.intermediate_size // self.splits
 
-    def layer_weights(self) -> List[Tuple[str, int]]:
+    def layer_weights(self) -> list[tuple[str, int]]:
         """Names and elements of one layer's weights here, in the order in which they compute."""
         hidden, query, key, inner = self.model.hidden_size, self.query_width, self.key_width, self.inner_width
         return [
             ("norm", hidden),
-            ("q", hidden * query), ("k", hidden * key), ("v", hidden * key), ("o", hidden * query),
+            ("q", hidden * query),
+            ("k", hidden * key),
+            ("v", hidden * key),
+            ("o", hidden * query),
             ("norm", hidden),
-            ("gate", hidden * inner), ("up", hidden * inner), ("down", hidden * inner),
-        ]  # fmt: skip
+            ("gate", hidden * inner),
+            ("up", hidden * inner),
+            ("down", hidden * inner),
+        ]
 
     def embedding_weights(self) -> int:
         """Elements of the input embeddings here, and as many of the head."""
@@ -144,7 +148,7 @@ class Moment:
 
     activations: int
     logits: int
-    weights: Tuple[Tuple[str, int], ...] = ()
+    weights: tuple[tuple[str, int], ...] = ()
 
 
 class _Tape:
@@ -202,7 +206,7 @@ def kept_bytes(stage: StageShape, batch: MicroBatch) -> int:
     return stage.layers * layer + shared + (sizes.norm if stage.has_head else 0)
 
 
-def loss_bytes(stage: StageShape, batch: MicroBatch) -> Tuple[int, int]:
+def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
     """What the head and the loss hold besides hidden states, in forward and in backward at their most."""
     if not stage.has_head:
         return 0, 0
@@ -223,7 +227,7 @@ def loss_bytes(stage: StageShape, batch: MicroBatch) -> Tuple[int, int]:
     return logits, logits + hidden * (FLOAT32 + element)
 
 
-def backward_moments(stage: StageShape, batch: MicroBatch) -> List[Moment]:
+def backward_moments(stage: StageShape, batch: MicroBatch) -> list[Moment]:
     """The operations of backward in their order, on one rank: loss, final norm, layers from the last, embeddings."""
     sizes = _Sizes(stage, batch)
     tape = _Tape(kept_bytes(stage, batch))
@@ -258,8 +262,12 @@ def _norm(tape: _Tape, sizes: _Sizes, batch: MicroBatch, *, meets_residual: bool
     rounded = sizes.hidden if sizes.is_half else 0
     # The gradient behind the weight, then that of x * 1/rms by each factor, and that of the mean of squares.
     weights = [("norm", sizes.hidden // batch.element // max(batch.tokens // batch.hidden_splits, 1))]
-    tape.do(new=sizes.hidden32, free=sizes.norm_output, passing=2 * sizes.hidden32 + rounded,
-            weights=weights if batch.trains_layers else ())  # fmt: skip
+    tape.do(
+        new=sizes.hidden32,
+        free=sizes.norm_output,
+        passing=2 * sizes.hidden32 + rounded,
+        weights=weights if batch.trains_layers else (),
+    )
     # Both gradients of the residual stream become one: that from the norm's output was made by the block before.
     merged = sizes.hidden if meets_residual else 0
     tape.do(free=sizes.hidden32 + sizes.norm - sizes.norm_output + merged, passing=rounded)

@@ -7,9 +7,10 @@ import argparse
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
@@ -43,7 +44,7 @@ class Measured:
     tokens: int
     places: int
     seconds: float
-    parts: Dict[str, float]
+    parts: dict[str, float]
     communication: float
     memory: int
 
@@ -61,7 +62,7 @@ def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int)
     return datasets.Dataset(table).with_format("arrow")
 
 
-def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str], stop: NoSignals) -> Measured:
+def measure(engine, loader: StepLoader, *, noise, profile_dir: str | None, stop: NoSignals) -> Measured:
     """Take the steps of an epoch: the first to warm up, the last two under the profiler, those between on the clock.
 
     There are enough of them, by checks.benchmark_problems.
@@ -97,9 +98,7 @@ def measure(engine, loader: StepLoader, *, noise, profile_dir: Optional[str], st
 class _Steps:
     """Takes one optimizer step after the other and counts."""
 
-    def __init__(
-        self, engine, source: Iterator[Tuple[List[Batch], int]], *, noise, timer: NoTimer, stop: NoSignals
-    ):  # fmt: skip
+    def __init__(self, engine, source: Iterator[tuple[list[Batch], int]], *, noise, timer: NoTimer, stop: NoSignals):
         self._engine, self._source, self._noise, self._timer, self._stop = engine, source, noise, timer, stop
         self._step = self.tokens = self.places = 0
 
@@ -118,7 +117,7 @@ class _Steps:
 
 
 @contextlib.contextmanager
-def _profiler(folder: Optional[str], rank: int) -> Iterator[Any]:
+def _profiler(folder: str | None, rank: int) -> Iterator[Any]:
     """PyTorch's profiler, which writes rank-00000.json if a folder is given: for ui.perfetto.dev or chrome://tracing."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -150,7 +149,7 @@ def communication_seconds(profiler) -> float:
     return total / 1e6
 
 
-def report(found: Measured, *, ranks: int, flops: float, peak_tflops: Optional[float]) -> str:
+def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | None) -> str:
     """The figures as aligned lines: name, figure, remark."""
     per_second = found.tokens / found.seconds
     rows = [
@@ -199,9 +198,12 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     order: SampleOrder = flags.sample_order(args, args.num_samples, engine)
     dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
     loader = StepLoader(
-        dataset, order, Collator(pad_token_id=PADDING_ID, max_length=args.max_length), engine.data_rank,
+        dataset,
+        order,
+        Collator(pad_token_id=PADDING_ID, max_length=args.max_length),
+        engine.data_rank,
         pins=engine.pins_batches,
-    )  # fmt: skip
+    )
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     run.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
     with run.noise_of(args, engine) as noise:

@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.arguments import with_defaults
@@ -40,8 +39,13 @@ def plan_benchmark(args: argparse.Namespace) -> None:
     order: SampleOrder = flags.sample_order(args, args.num_samples, ranks)
     logs.get_logger().info(
         "%.1f M parameters, vocabulary %d; plugin %s, %s; %d processes, data parallel over %d",
-        facts.parameters / 1e6, facts.vocab_size, args.plugin, args.mixed_precision, ranks.world_size, ranks.data_size,
-    )  # fmt: skip
+        facts.parameters / 1e6,
+        facts.vocab_size,
+        args.plugin,
+        args.mixed_precision,
+        ranks.world_size,
+        ranks.data_size,
+    )
     config = model_without_weights(args.pretrained).config
     show(memory_lines(args, config, ranks, has_documents=False))
     show(flops_lines(args, flops_per_token(config, facts.parameters, args.max_length), order, ranks))
@@ -79,7 +83,7 @@ def flops_lines(args: argparse.Namespace, flops: float, order: SampleOrder, rank
         f"model FLOPs, forward and backward, recomputation not counted: {scaled(flops)} a token, {scaled(of_step)} a "
         f"step, {scaled(of_step / ranks.world_size)} of them on each rank",
     ]
-    peak: Optional[float] = known_peak(args.peak_tflops)
+    peak: float | None = known_peak(args.peak_tflops)
     if peak is not None:
         least = of_step / ranks.world_size / (peak * 1e12)
         lines.append(f"at {peak:g} TFLOPS of each rank, a step takes at least {least:.3g} s")

@@ -17,9 +17,10 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import RunError, UserError
@@ -57,14 +58,14 @@ class LoadPlan:
     """
 
     model_path: str
-    resume_path: Optional[str]
+    resume_path: str | None
     is_newest: bool = False
 
-    def read_states(self) -> Tuple[TrainState, Dict[str, Any]]:
+    def read_states(self) -> tuple[TrainState, dict[str, Any]]:
         """Where the resumed run was, and what else its running_states.json tells."""
         return running_states.read(Path(self.resume_path, STATES_NAME))
 
-    def read_schedule(self) -> Dict[str, Any]:
+    def read_schedule(self) -> dict[str, Any]:
         """The learning-rate schedule of the resumed run."""
         path = Path(self.resume_path, SCHEDULE_NAME)
         try:
@@ -73,7 +74,7 @@ class LoadPlan:
             raise UserError(f"{path}: is not JSON as a checkpoint has it ({error}); resume from another checkpoint")
 
 
-def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
+def plan_loading(pretrained: str, load_checkpoint: str | None) -> LoadPlan:
     """Decide by what `load_checkpoint` holds, not by its name, whether it resumes a run or only gives weights.
 
     Raises:
@@ -106,12 +107,12 @@ def plan_loading(pretrained: str, load_checkpoint: Optional[str]) -> LoadPlan:
     )
 
 
-def _checkpoints_in(folder: Path) -> List[str]:
+def _checkpoints_in(folder: Path) -> list[str]:
     """Names of the complete checkpoints in a --save_dir, the earliest first."""
     return [path.name for path in checkpoint_files.complete_checkpoints(folder)]
 
 
-def check_save_dir(save_dir: str, resume_path: Optional[str]) -> None:
+def check_save_dir(save_dir: str, resume_path: str | None) -> None:
     """Refuse a folder that holds another run's checkpoints.
 
     Raises:
@@ -154,12 +155,12 @@ class Checkpointer:
         model_path: str,
         tokenizer_path: str,
         schedule: CosineSchedule,
-        facts: Dict[str, Any],
-        keep_last: Optional[int] = None,
-        keep_every: Optional[int] = None,
+        facts: dict[str, Any],
+        keep_last: int | None = None,
+        keep_every: int | None = None,
         expected_bytes: int = 0,
-        row_health: Optional[RowHealth] = None,
-        history: Optional[Callable[[], Optional[Dict[str, Any]]]] = None,
+        row_health: RowHealth | None = None,
+        history: Callable[[], dict[str, Any] | None] | None = None,
     ):
         """
         Args:
@@ -182,10 +183,10 @@ class Checkpointer:
         self._row_health, self._history = row_health, history
         # Is told of saves.
         self.reporter = SilentReporter()
-        self._last_saved: Optional[Path] = None
-        self._last_step: Optional[int] = None
+        self._last_saved: Path | None = None
+        self._last_step: int | None = None
         # How long the last save held up the training, None before the first.
-        self.pause_seconds: Optional[float] = None
+        self.pause_seconds: float | None = None
         with engine.first_rank_only() as first:
             if first:
                 self._model_files = model_files(model_path, tokenizer_path, engine.settings.precision)
@@ -225,14 +226,17 @@ class Checkpointer:
             self.reporter.write(state.step, figures)
         logs.get_logger().info(
             "Saved %s: %s bytes; training paused for %.1f s, of which %.1f s to hash them and to wait for the disk",
-            final, f"{self._expected_bytes:,}", self.pause_seconds, time.monotonic() - written,
-        )  # fmt: skip
+            final,
+            f"{self._expected_bytes:,}",
+            self.pause_seconds,
+            time.monotonic() - written,
+        )
         with self._engine.first_rank_only() as first:
             if first:
                 checkpoint_files.remove_old(final, keep_last=self._keep_last, keep_every=self._keep_every)
         return final
 
-    def _look_at_rows(self, partial: Path) -> Dict[str, float]:
+    def _look_at_rows(self, partial: Path) -> dict[str, float]:
         """What became of the rows of --train_new_rows_only, on rank 0. RunError, on all, if others have changed."""
         with self._engine.first_rank_only() as first:
             return self._row_health.tell(partial / MODEL_NAME) if first and self._row_health is not None else {}
@@ -326,7 +330,7 @@ class Checkpointer:
                 checkpoint_files.publish_checkpoint(partial, final)
         self._expected_bytes, self._expected_files = sum(sizes.values()), len(sizes) + OTHER_FILES
 
-    def finish(self, card: Optional[Callable[[], Optional[str]]] = None) -> Path:
+    def finish(self, card: Callable[[], str | None] | None = None) -> Path:
         """Put the model of the last checkpoint, which was saved at the last step, into <save_dir>/modeling.
 
         Its weights are hard links where the file system has links, so they cost no room. `card` is called on rank 0 and
@@ -338,7 +342,7 @@ class Checkpointer:
         return self._save_dir / MODEL_NAME
 
 
-def publish_model(checkpoint: Path, card: Optional[str] = None) -> None:
+def publish_model(checkpoint: Path, card: str | None = None) -> None:
     """Put the model of a checkpoint beside it, as the result of the run, with a README.md; replaces an earlier one."""
     final = checkpoint.with_name(MODEL_NAME)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
@@ -363,7 +367,7 @@ def _add_weights(folder: Path, checkpoint: Path) -> None:
         write_json(folder / HISTORY_FILE, content)
 
 
-def _strays(folder: str, names: List[str]) -> List[str]:
+def _strays(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if is_stray(name)]
 
 

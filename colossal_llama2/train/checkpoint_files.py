@@ -8,8 +8,9 @@ A checkpoint is complete if it has its final name and a manifest.json, which is 
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.errors import RunError, UserError
@@ -39,7 +40,7 @@ def step_of(checkpoint: Path) -> int:
     return int(CHECKPOINT_NAME.fullmatch(checkpoint.name).group(2))
 
 
-def complete_checkpoints(save_dir: Path) -> List[Path]:
+def complete_checkpoints(save_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, in the order in which they were written."""
     found = []
     for folder in save_dir.glob("epoch-*_step-*") if save_dir.is_dir() else ():
@@ -62,13 +63,13 @@ def later_than_all(save_dir: Path, now: float) -> float:
     return max(now, _saved_at(complete[-1]) + LEAST_SECONDS_APART) if complete else now
 
 
-def list_files(folder: Path) -> Dict[str, int]:
+def list_files(folder: Path) -> dict[str, int]:
     """Bytes of all files below a folder but its manifest, by name; links to files count as files.
 
     What a system puts anywhere by itself is passed over. What is neither a file nor a folder, such as a link to a
     folder, has -1 bytes.
     """
-    sizes: Dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_stray(name)]
         for name in [*names, *(name for name in folders if Path(place, name).is_symlink())]:
@@ -78,7 +79,7 @@ def list_files(folder: Path) -> Dict[str, int]:
     return {name: sizes[name] for name in sorted(sizes) if name != MANIFEST_NAME}
 
 
-def file_entries(folder: Path, sizes: Dict[str, int], *, share: int = 0, shares: int = 1) -> List[Dict[str, Any]]:
+def file_entries(folder: Path, sizes: dict[str, int], *, share: int = 0, shares: int = 1) -> list[dict[str, Any]]:
     """The manifest's entries for one of `shares` shares of the files, about equal in bytes."""
     return [
         {"path": name, "bytes": sizes[name], "sha256": sha256_of(folder / name)}
@@ -86,7 +87,7 @@ def file_entries(folder: Path, sizes: Dict[str, int], *, share: int = 0, shares:
     ]
 
 
-def _dealt(sizes: Dict[str, int], share: int, shares: int) -> List[str]:
+def _dealt(sizes: dict[str, int], share: int, shares: int) -> list[str]:
     """Every `shares`-th of the names, the largest files first, so that the shares are about equal."""
     return sorted(sizes, key=lambda name: (-sizes[name], name))[share::shares]
 
@@ -97,13 +98,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, entries: List[Dict[str, Any]], *, saved_at: float) -> None:
+def write_manifest(folder: Path, entries: list[dict[str, Any]], *, saved_at: float) -> None:
     """List a folder's files in its manifest. `saved_at` is in seconds since 1970."""
     files = sorted(entries, key=lambda entry: entry["path"])
     write_json(folder / MANIFEST_NAME, {"files": files, "saved_at": saved_at})
 
 
-def read_manifest(folder: Path) -> Dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises UserError if it is missing, damaged, or names a file outside the folder."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -121,7 +122,7 @@ def read_manifest(folder: Path) -> Dict[str, Any]:
     return manifest
 
 
-def recorded_weights(checkpoint: Path) -> Dict[str, Dict[str, Any]]:
+def recorded_weights(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of the safetensors of a checkpoint's model, by name. Raises UserError as `read_manifest`."""
     prefix = f"{MODEL_NAME}/"
     return {
@@ -146,7 +147,7 @@ def _checked_entry(entry: Any) -> str:
     return name
 
 
-def sizes_problem(folder: Path) -> Optional[str]:
+def sizes_problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint by its files' names and sizes alone, None if they are as its manifest says."""
     try:
         listed = {entry["path"]: entry["bytes"] for entry in read_manifest(folder)["files"]}
@@ -206,7 +207,7 @@ def remove_leftovers(save_dir: Path) -> None:
         discard(path)
 
 
-def remove_old(checkpoint: Path, *, keep_last: Optional[int], keep_every: Optional[int]) -> None:
+def remove_old(checkpoint: Path, *, keep_last: int | None, keep_every: int | None) -> None:
     """Remove complete checkpoints beside `checkpoint` but the `keep_last` newest and multiples of `keep_every` steps.
 
     Called when the newest is complete, so there are never fewer than `keep_last`, once there were so many. `checkpoint`

@@ -3,7 +3,6 @@
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import List
 
 from colossal_llama2.arguments import unused_flags, with_defaults
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets
@@ -72,7 +71,7 @@ def _check_pretrained(args: argparse.Namespace, *, needs_weights: bool) -> None:
     check_max_length(args.max_length, args.pretrained)
 
 
-def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: List[str]) -> LoadPlan:
+def _checked_plan(args: argparse.Namespace, plan: LoadPlan, problems: list[str]) -> LoadPlan:
     """Where the weights of a run that writes come from, with what is wrong added to `problems`."""
     try:
         plan = plan_loading(args.pretrained, args.load_checkpoint)
@@ -107,7 +106,7 @@ def check_again(args: argparse.Namespace, plan: LoadPlan) -> LoadPlan:
     return plan
 
 
-def dry_run_problems(args: argparse.Namespace) -> List[str]:
+def dry_run_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of --dry_run, one sentence each."""
     problems = []
     if args.num_ranks is not None and not args.dry_run:
@@ -115,7 +114,7 @@ def dry_run_problems(args: argparse.Namespace) -> List[str]:
     return problems
 
 
-def benchmark_problems(args: argparse.Namespace) -> List[str]:
+def benchmark_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of --benchmark, one sentence each."""
     if not args.benchmark:
         return ["--profile needs --benchmark"] if args.profile is not None else []
@@ -134,7 +133,7 @@ def benchmark_problems(args: argparse.Namespace) -> List[str]:
     return problems
 
 
-def utf8_problems(args: argparse.Namespace) -> List[str]:
+def utf8_problems(args: argparse.Namespace) -> list[str]:
     """Flags that no checkpoint could hold: one sentence for each that is not UTF-8, as a path may be."""
     problems = []
     for name, value in vars(args).items():
@@ -146,7 +145,7 @@ def utf8_problems(args: argparse.Namespace) -> List[str]:
     return problems
 
 
-def evaluation_problems(args: argparse.Namespace) -> List[str]:
+def evaluation_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags of evaluation, one sentence each."""
     names = [word.partition("=")[0] for word in args.eval_dataset or ()]
     alarms = Counter(word.rpartition("=")[0] for word in args.forgetting_alarm or ())

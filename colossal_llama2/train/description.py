@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import platform
 from importlib import metadata
-from typing import Any, Dict, Optional
+from typing import Any
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.loader import SampleOrder, dataset_fingerprints
@@ -19,7 +19,7 @@ from colossal_llama2.train.schedule import CosineSchedule
 
 def describe_run(
     args: argparse.Namespace, engine: Engine, order: SampleOrder, tokenizer_path: str, data: Data
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """What running_states.json says of the whole run."""
     return {
         "num_samples": order.num_samples,
@@ -41,10 +41,10 @@ def describe_run(
     }
 
 
-def versions() -> Dict[str, Optional[str]]:
+def versions() -> dict[str, str | None]:
     """Versions of what a result depends on, by name; None for a kernel that is not installed."""
     found = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
-    kernels: Dict[str, Optional[str]] = dict.fromkeys(("flash-attn", "liger-kernel"))
+    kernels: dict[str, str | None] = dict.fromkeys(("flash-attn", "liger-kernel"))
     for name in kernels:
         with contextlib.suppress(metadata.PackageNotFoundError):
             kernels[name] = metadata.version(name)
@@ -58,11 +58,21 @@ def tell_plan(
     batch = order.samples_per_micro_step * args.accumulation_steps
     logs.get_logger().info(
         "%.1f M parameters, vocabulary %d; plugin %s, %s; %d processes, data parallel over %d",
-        facts.parameters / 1e6, facts.vocab_size, args.plugin, args.mixed_precision,
-        engine.world_size, engine.data_size,
-    )  # fmt: skip
+        facts.parameters / 1e6,
+        facts.vocab_size,
+        args.plugin,
+        args.mixed_precision,
+        engine.world_size,
+        engine.data_size,
+    )
     logs.get_logger().info(
         "%d samples; epochs: %d; samples a step: %d (%d per rank x %d ranks x %d accumulated); steps: %d, warm-up: %d",
-        order.num_samples, args.num_epochs, batch, args.micro_batch_size, engine.data_size, args.accumulation_steps,
-        schedule.total_steps, schedule.warmup_steps,
-    )  # fmt: skip
+        order.num_samples,
+        args.num_epochs,
+        batch,
+        args.micro_batch_size,
+        engine.data_size,
+        args.accumulation_steps,
+        schedule.total_steps,
+        schedule.warmup_steps,
+    )

@@ -1,7 +1,5 @@
 """What a rank's device can do, what it was asked to do, and how much memory that took."""
 
-from typing import Optional
-
 # Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
 
@@ -37,7 +35,7 @@ def flops_per_token(config, parameters: int, length: int) -> float:
     return 6.0 * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * length
 
 
-def known_peak(given: Optional[float]) -> Optional[float]:
+def known_peak(given: float | None) -> float | None:
     """TFLOPS of this rank's device: what was given, or what its name says."""
     import torch
 

@@ -6,9 +6,10 @@ It needs neither a process group nor a GPU, reads no weights and writes nothing,
 import argparse
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.arguments import with_defaults
@@ -57,7 +58,7 @@ class Ranks:
         return self.world_size // self.settings.model_ranks
 
 
-class _Problems(List[str]):
+class _Problems(list[str]):
     """What is wrong, gathered."""
 
     def check(self, action: Callable[[], Any]) -> Any:
@@ -113,9 +114,13 @@ def dry_run(args: argparse.Namespace) -> None:
     has_documents = DOCUMENT_COLUMN in dataset.column_names
     show(memory_lines(args, config, ranks, has_documents=has_documents))
     saves = saved_steps(
-        order, state, args.num_epochs, args.save_interval, total_steps=schedule.total_steps,
+        order,
+        state,
+        args.num_epochs,
+        args.save_interval,
+        total_steps=schedule.total_steps,
         skip_epochs=args.skip_save_each_epoch,
-    )  # fmt: skip
+    )
     show(_disk_lines(args, facts, saves))
     show_line("dry run: nothing was trained, nothing was written")
 
@@ -125,7 +130,7 @@ def _end(problems: Sequence[str]) -> None:
         raise UserError("; and ".join(dict.fromkeys(problems)))
 
 
-def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems) -> Optional[ModelFacts]:
+def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems) -> ModelFacts | None:
     """Shapes against config.json, both against the flags, and the tokenizer against the vocabulary."""
     try:
         check_model(plan.model_path, "--pretrained")
@@ -139,9 +144,7 @@ def _inspect_model(args: argparse.Namespace, plan: LoadPlan, problems: _Problems
     return facts
 
 
-def _inspect_data(
-    args: argparse.Namespace, facts: Optional[ModelFacts], problems: _Problems, *, has_flags: bool
-):
+def _inspect_data(args: argparse.Namespace, facts: ModelFacts | None, problems: _Problems, *, has_flags: bool):
     """The samples, when their lengths and token ids were looked at; None if they cannot be read."""
     try:
         data = flags.data_of(args)
@@ -160,7 +163,7 @@ def _check_samples(args: argparse.Namespace, dataset) -> None:
     log_untrained(untrained_samples(dataset, share=0, shares=1), len(dataset))
 
 
-def _check_eval_sets(args: argparse.Namespace, facts: Optional[ModelFacts]) -> None:
+def _check_eval_sets(args: argparse.Namespace, facts: ModelFacts | None) -> None:
     for one in eval_parts.load_eval_sets(args):
         flag = f"--eval_dataset {one.name}"
         log_untrained(untrained_samples(one.samples, share=0, shares=1), len(one.samples), flag=flag)
@@ -214,7 +217,7 @@ def memory_lines(args: argparse.Namespace, config, ranks: Ranks, *, has_document
     return "\n".join([table, *_device_lines(args, config, ranks, has_documents=has_documents)])
 
 
-def _device_lines(args: argparse.Namespace, config, ranks: Ranks, *, has_documents: bool) -> List[str]:
+def _device_lines(args: argparse.Namespace, config, ranks: Ranks, *, has_documents: bool) -> list[str]:
     """Where --num_ranks plans for GPUs on a machine without any: that, and what a rehearsal here takes."""
     import torch
 
@@ -261,7 +264,7 @@ def saved_steps(
     *,
     total_steps: int,
     skip_epochs: bool = False,
-) -> List[int]:
+) -> list[int]:
     """The steps after which a run that begins at `state` saves.
 
     Multiples of `save_interval`; the end of each epoch, unless `skip_epochs`; and of the run.
@@ -273,7 +276,7 @@ def saved_steps(
     return sorted(step for step in saved if state.step < step <= total_steps)
 
 
-def most_kept(steps: Sequence[int], *, keep_last: Optional[int], keep_every: Optional[int]) -> int:
+def most_kept(steps: Sequence[int], *, keep_last: int | None, keep_every: int | None) -> int:
     """Checkpoints that lie on the disk at once: an old one goes when the new one is complete."""
     most, kept = 0, []
     for step in steps:

@@ -1,7 +1,7 @@
 """What --eval_dataset names, opened and checked, and what measures the model on it."""
 
 import argparse
-from typing import Any, Dict, List
+from typing import Any
 
 from colossal_llama2.dataset.eval_sets import resolve_eval_sets, target_bytes
 from colossal_llama2.dataset.loader import check_lengths, dataset_fingerprints, load_tokenized_dataset, without_names
@@ -13,7 +13,7 @@ from colossal_llama2.train.reporting import SilentReporter
 from colossal_llama2.train.stopping import NoSignals
 
 
-def load_eval_sets(args: argparse.Namespace) -> List[LoadedSet]:
+def load_eval_sets(args: argparse.Namespace) -> list[LoadedSet]:
     """The data of --eval_dataset, checked as that of --dataset is."""
     sets = []
     for name, path in resolve_eval_sets(args.eval_dataset):
@@ -30,8 +30,8 @@ def make_evaluator(
     args: argparse.Namespace,
     plan: LoadPlan,
     engine: Engine,
-    sets: List[LoadedSet],
-    run_facts: Dict[str, Any],
+    sets: list[LoadedSet],
+    run_facts: dict[str, Any],
     *,
     tokenizer_path: str,
     owes: bool,
@@ -52,10 +52,16 @@ def make_evaluator(
         return SilentEvaluator()
     collator = flags.make_collator(args, tokenizer_path, keeps_apart=args.document_mask != "off")
     return Evaluator(
-        engine, sets, collator, interval=args.eval_interval, metrics=metrics, history=run_facts["evaluations"],
-        stop=stop, makes_up=owes,
+        engine,
+        sets,
+        collator,
+        interval=args.eval_interval,
+        metrics=metrics,
+        history=run_facts["evaluations"],
+        stop=stop,
+        makes_up=owes,
         alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
-    )  # fmt: skip
+    )
 
 
 def owes_evaluation(args: argparse.Namespace, plan: LoadPlan) -> bool:
@@ -63,7 +69,7 @@ def owes_evaluation(args: argparse.Namespace, plan: LoadPlan) -> bool:
     return bool(args.eval_dataset) and plan.resume_path is not None and is_cut_short(plan.read_states()[1])
 
 
-def alarm_limits(args: argparse.Namespace) -> Dict[str, float]:
+def alarm_limits(args: argparse.Namespace) -> dict[str, float]:
     """--forgetting_alarm: by which share each set's bits per byte may rise."""
     pairs = (word.rpartition("=") for word in args.forgetting_alarm or ())
     return {name: float(limit) for name, _, limit in pairs}

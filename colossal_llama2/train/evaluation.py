@@ -12,8 +12,9 @@ of the text as it was given (see `tokenizer.text_bytes`), and are counted when t
 
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from colossal_llama2.train.engine.booster import Engine
 
 # What is measured of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}.
-Figures = Dict[str, Dict[str, float]]
+Figures = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,18 @@ class LoadedSet:
 
     name: str
     samples: "datasets.Dataset"
-    target_bytes: Optional[int]
+    target_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Alarm:
     """By which share of its first value a set's figure may rise, and whether the run ends if it rises by more."""
 
-    limits: Dict[str, float]
+    limits: dict[str, float]
     stops: bool = False
 
 
-def history_of(saved: Dict[str, Any], fingerprints: Dict[str, str]) -> List[Dict[str, Any]]:
+def history_of(saved: dict[str, Any], fingerprints: dict[str, str]) -> list[dict[str, Any]]:
     """The evaluations that a resumed checkpoint tells, but for those of a name that stands for other samples now.
 
     Args:
@@ -78,7 +79,7 @@ def history_of(saved: Dict[str, Any], fingerprints: Dict[str, str]) -> List[Dict
     return history
 
 
-def is_cut_short(saved: Dict[str, Any]) -> bool:
+def is_cut_short(saved: dict[str, Any]) -> bool:
     """Whether a signal cut short the evaluation of the step that a checkpoint was written after."""
     history = saved.get("evaluations")
     return bool(history) and not history[-1]["figures"]
@@ -87,7 +88,7 @@ def is_cut_short(saved: Dict[str, Any]) -> bool:
 class SilentEvaluator:
     """Of a run that is not measured."""
 
-    history: Sequence[Dict[str, Any]] = ()
+    history: Sequence[dict[str, Any]] = ()
 
     def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
         """Measure the model that the run begins with, unless the run that it resumes has done so.
@@ -118,9 +119,18 @@ class Evaluator(SilentEvaluator):
     """
 
     def __init__(
-        self, engine: "Engine", sets: Sequence[LoadedSet], collator: Collator, *, interval: Optional[int],
-        alarm: Alarm, metrics: SilentWriter, history: List[Dict[str, Any]], stop: NoSignals, makes_up: bool = False,
-    ):  # fmt: skip
+        self,
+        engine: "Engine",
+        sets: Sequence[LoadedSet],
+        collator: Collator,
+        *,
+        interval: int | None,
+        alarm: Alarm,
+        metrics: SilentWriter,
+        history: list[dict[str, Any]],
+        stop: NoSignals,
+        makes_up: bool = False,
+    ):
         """
         Args:
             interval: in optimizer steps; None for the ends of epochs alone, which are measured in any case.
@@ -129,7 +139,7 @@ class Evaluator(SilentEvaluator):
         self._engine, self._sets, self._collator, self._interval = engine, sets, collator, interval
         self._alarm, self._metrics, self.history = alarm, metrics, history
         self._stop, self._makes_up = stop, makes_up
-        self._alarmed: List[str] = []
+        self._alarmed: list[str] = []
 
     def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
         names = {name for entry in self.history for name in entry["figures"]}
@@ -145,7 +155,7 @@ class Evaluator(SilentEvaluator):
             self._judge(self._measure(state.step), state, run_ends=run_ends, save_now=save_now)
 
     def _judge(
-        self, figures: Optional[Figures], state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]
+        self, figures: Figures | None, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]
     ) -> None:
         """Raise the alarm where a figure has risen too far."""
         if figures is None:
@@ -164,7 +174,7 @@ class Evaluator(SilentEvaluator):
                 f"{folder} and another --forgetting_alarm, or mix in more of {', '.join(risen)}"
             )
 
-    def _measure(self, step: int) -> Optional[Figures]:
+    def _measure(self, step: int) -> Figures | None:
         """The figures of all sets; None if a signal came, which ends the run as soon as what is trained is saved."""
         figures: Figures = {}
         for one in self._sets:
@@ -189,16 +199,22 @@ class Evaluator(SilentEvaluator):
         later = ", and made up for when the run is resumed" if step else ""
         logs.get_logger().info("step %d: a signal came, so the evaluation is left unfinished%s", step, later)
 
-    def _tell(self, step: int, name: str, figures: Dict[str, float], seconds: float) -> None:
+    def _tell(self, step: int, name: str, figures: dict[str, float], seconds: float) -> None:
         key, first = self._first(name, figures)
         since = f", {figures[key] / first - 1:+.2%} since the first" if first else ""
         bits = f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else ""
         logs.get_logger().info(
             "step %d: %s: loss %.4f, perplexity %.2f%s%s (%.1f s)",
-            step, name, figures["loss"], figures["perplexity"], bits, since, seconds,
-        )  # fmt: skip
+            step,
+            name,
+            figures["loss"],
+            figures["perplexity"],
+            bits,
+            since,
+            seconds,
+        )
 
-    def _first(self, name: str, now: Dict[str, float]) -> tuple:
+    def _first(self, name: str, now: dict[str, float]) -> tuple:
         """Which figure of a set is compared with that of `now`, and its first value, None if there is none yet."""
         for entry in self.history:
             if name in entry["figures"]:
@@ -207,7 +223,7 @@ class Evaluator(SilentEvaluator):
                 return key, figures[key]
         return "loss", None
 
-    def _risen(self, figures: Figures) -> Dict[str, str]:
+    def _risen(self, figures: Figures) -> dict[str, str]:
         """The sets whose figure has risen too far, each with a sentence that says so."""
         risen = {}
         for name, limit in self._alarm.limits.items():
@@ -222,7 +238,7 @@ class Evaluator(SilentEvaluator):
         return risen
 
 
-def figures_of(nats: float, predicted: int, target_bytes: Optional[int]) -> Dict[str, float]:
+def figures_of(nats: float, predicted: int, target_bytes: int | None) -> dict[str, float]:
     """The figures of a summed loss, by name. Bits per byte are left out where the bytes are unknown."""
     loss = nats / predicted
     figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -233,7 +249,7 @@ def figures_of(nats: float, predicted: int, target_bytes: Optional[int]) -> Dict
 
 def summed_loss(
     engine: "Engine", samples: "datasets.Dataset", collator: Collator, *, stop: NoSignals
-) -> Optional[Tuple[float, int]]:
+) -> tuple[float, int] | None:
     """The model's loss on all samples.
 
     The samples are dealt to the data-parallel ranks, all of which make the same number of forward passes, some of

@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Optional
 
 from colossal_llama2.arguments import with_defaults
 from colossal_llama2.dataset.buckets import Buckets
@@ -18,7 +17,7 @@ from colossal_llama2.train.checkpoint import LoadPlan
 from colossal_llama2.train.engine.booster import Engine, EngineSettings
 
 
-def engine_settings(args: argparse.Namespace, *, trained_rows: Optional[Ranges] = None) -> EngineSettings:
+def engine_settings(args: argparse.Namespace, *, trained_rows: Ranges | None = None) -> EngineSettings:
     """The flags that decide how a step is computed."""
     args = with_defaults(args)
     return EngineSettings(
@@ -53,7 +52,7 @@ def trained_parameters(args: argparse.Namespace, facts: ModelFacts) -> int:
     return facts.embedding_parameters if trains_embeddings_alone(args) else facts.parameters
 
 
-def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Optional[Ranges]:
+def rows_to_train(args: argparse.Namespace, plan: LoadPlan) -> Ranges | None:
     """The rows of --train_new_rows_only, None without it. Raises UserError if the model does not tell which are new."""
     return read_new_rows(plan.model_path) if args.train_new_rows_only else None
 
@@ -70,7 +69,7 @@ def data_of(args: argparse.Namespace) -> Data:
 
 
 def sample_order(
-    args: argparse.Namespace, num_samples: int, engine: Engine, buckets: Optional[Buckets] = None
+    args: argparse.Namespace, num_samples: int, engine: Engine, buckets: Buckets | None = None
 ) -> SampleOrder:
     """The order of samples, if there are enough for one micro batch on every rank."""
     return plans.make_order(
@@ -94,7 +93,7 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def make_collator(
-    args: argparse.Namespace, tokenizer_path: str, groups: Optional[Groups] = None, *, keeps_apart: bool = True
+    args: argparse.Namespace, tokenizer_path: str, groups: Groups | None = None, *, keeps_apart: bool = True
 ) -> Collator:
     """Pads with <unk> in pre-training and with </s> in fine-tuning, as the original does."""
     tokenizer = load_tokenizer(tokenizer_path, pad_token=args.pad_token)

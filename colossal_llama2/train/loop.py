@@ -12,8 +12,9 @@ on the same samples at half the loss scale, so that no sample is lost.
 import math
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset.loader import Batch, StepLoader
@@ -74,12 +75,12 @@ class TrainState:
         self.bad_steps += result.problem is not None
         self.overflows += result.overflows
 
-    def to_dict(self) -> Dict[str, int]:
+    def to_dict(self) -> dict[str, int]:
         """The fields by name, as running_states.json holds them."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> "TrainState":
+    def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or impossible."""
         # Checkpoints of earlier versions lack what was not counted then.
         values = {**dict.fromkeys(COUNTED_LATER, 0), **values}
@@ -106,7 +107,7 @@ class StepTotals:
     tokens: int
     places: int
     untrained_micro_batches: int
-    signal: Optional[signal.Signals]
+    signal: signal.Signals | None
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,12 @@ class StepResult:
         loss_scale: of fp16, in the last pass; None in other precisions.
     """
 
-    loss: Optional[float]
-    grad_norm: Optional[float]
+    loss: float | None
+    grad_norm: float | None
     tokens: int
     by_group: Sequence[float] = ()
     overflows: int = 0
-    loss_scale: Optional[float] = None
+    loss_scale: float | None = None
 
     @property
     def is_untrained(self) -> bool:
@@ -135,7 +136,7 @@ class StepResult:
         return self.loss is None
 
     @property
-    def problem(self) -> Optional[str]:
+    def problem(self) -> str | None:
         """Which of the figures is not finite, None if all that there are are finite."""
         if self.is_untrained:
             return None
@@ -146,7 +147,7 @@ class StepResult:
         return None if math.isfinite(self.grad_norm) else f"gradient norm is {self.grad_norm}"
 
 
-def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> StepTotals:
+def step_totals(engine: "Engine", batches: list[Batch], stop: NoSignals) -> StepTotals:
     """Add up this rank's micro batches and signals with those of all ranks."""
     counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
     counts.append(sum(batch.input_ids.numel() for batch in batches))
@@ -158,7 +159,7 @@ def step_totals(engine: "Engine", batches: List[Batch], stop: NoSignals) -> Step
 
 def train_step(
     engine: "Engine",
-    batches: List[Batch],
+    batches: list[Batch],
     totals: StepTotals,
     *,
     noise: "NoNoise",
@@ -187,8 +188,10 @@ def train_step(
         overflows += 1
         logs.get_logger().info(
             "step %d: gradients overflowed fp16 at a loss scale of %s; the step is repeated at %s",
-            step + 1, f"{engine.used_loss_scale:,.0f}", f"{engine.next_loss_scale:,.0f}",
-        )  # fmt: skip
+            step + 1,
+            f"{engine.used_loss_scale:,.0f}",
+            f"{engine.next_loss_scale:,.0f}",
+        )
     result = StepResult(
         loss=None if is_untrained else loss,
         grad_norm=None if is_untrained else grad_norm,
@@ -203,8 +206,8 @@ def train_step(
 
 
 def summed_pass(
-    engine: "Engine", batches: List[Batch], totals: StepTotals, *, noise: "NoNoise", step: int, timer: NoTimer
-) -> Tuple[float, List[float]]:
+    engine: "Engine", batches: list[Batch], totals: StepTotals, *, noise: "NoNoise", step: int, timer: NoTimer
+) -> tuple[float, list[float]]:
     """Forward and backward once over this rank's micro batches.
 
     Returns:
@@ -223,7 +226,7 @@ def summed_pass(
 
 
 def accumulated_loss(
-    engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int, predicted: int, timer: NoTimer
+    engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int, timer: NoTimer
 ):
     """Forward and backward of one micro batch after the other; returns the sum of their losses on this rank."""
     loss_sum = 0.0
@@ -325,5 +328,7 @@ def _tell_dropped(loader: StepLoader, state: TrainState) -> None:
     if dropped:
         logs.get_logger().info(
             "epoch %d: %d of %d samples are left over, too few for a micro batch on every rank",
-            state.epoch, dropped, loader.order.num_samples,
-        )  # fmt: skip
+            state.epoch,
+            dropped,
+            loader.order.num_samples,
+        )

@@ -2,12 +2,13 @@
 
 import io
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any
 
 from colossal_llama2.dataset.plots import COLOURS, FONT_SIZE, GRID, SIZE, TITLE_HEIGHT, drawable, pillow
 
-Point = Tuple[int, float]
+Point = tuple[int, float]
 
 # Drawn twice as large and made smaller, which smooths the lines.
 SCALE = 2
@@ -26,12 +27,12 @@ MIN_BORDER_PIXELS = 40
 class Curves:
     """What is drawn. A border is where a bucket, or where there are none, an epoch begins: (step, its name)."""
 
-    losses: List[Point] = field(default_factory=list)
-    borders: List[Tuple[int, str]] = field(default_factory=list)
-    evaluations: Dict[str, List[Point]] = field(default_factory=dict)
+    losses: list[Point] = field(default_factory=list)
+    borders: list[tuple[int, str]] = field(default_factory=list)
+    evaluations: dict[str, list[Point]] = field(default_factory=dict)
 
 
-def curves_of(records: Iterable[Dict[str, Any]]) -> Curves:
+def curves_of(records: Iterable[dict[str, Any]]) -> Curves:
     """The curves in the records of a log; losses that are no number are left out."""
     curves = Curves()
     place = None
@@ -49,7 +50,7 @@ def curves_of(records: Iterable[Dict[str, Any]]) -> Curves:
     return curves
 
 
-def smoothed(points: List[Point]) -> List[Point]:
+def smoothed(points: list[Point]) -> list[Point]:
     """A mean whose weights fall exponentially to both sides, so that it does not lag behind."""
     span = max(MIN_SMOOTHED_STEPS, len(points) * SMOOTHED_SHARE)
     keep = 1 - 2 / (span + 1)
@@ -62,7 +63,7 @@ def smoothed(points: List[Point]) -> List[Point]:
     return means
 
 
-def _running(values: List[float], keep: float) -> List[Tuple[float, float]]:
+def _running(values: list[float], keep: float) -> list[tuple[float, float]]:
     """Of each value and those before it: their sum, and that of their weights, which fall by `keep` a step."""
     sums, total, weight = [], 0.0, 0.0
     for value in values:
@@ -117,12 +118,12 @@ class _Canvas:
     def _y(self, loss: float) -> float:
         return self._bottom - (loss - self._low) / (self._high - self._low) * (self._bottom - TOP)
 
-    def text(self, place: Tuple[float, float], text: str, anchor: str, fill: str = "black") -> None:
+    def text(self, place: tuple[float, float], text: str, anchor: str, fill: str = "black") -> None:
         x, y = place
         shown = drawable(text, self._font)
         self._draw.text((x * SCALE, y * SCALE), shown, fill=fill, font=self._font, anchor=anchor)
 
-    def _segment(self, begin: Tuple[float, float], end: Tuple[float, float], colour: str, width: float = 1) -> None:
+    def _segment(self, begin: tuple[float, float], end: tuple[float, float], colour: str, width: float = 1) -> None:
         (x, y), (to_x, to_y) = begin, end
         self._draw.line((x * SCALE, y * SCALE, to_x * SCALE, to_y * SCALE), fill=colour, width=round(width * SCALE))
 
@@ -140,7 +141,7 @@ class _Canvas:
         self.text(((LEFT + self._right) / 2, SIZE[1] - 14), "optimizer step", anchor="mm")
         self.text((8, TOP - 24), "loss, nats per token", anchor="lm")
 
-    def borders(self, borders: List[Tuple[int, str]]) -> None:
+    def borders(self, borders: list[tuple[int, str]]) -> None:
         """Dashed lines with a name each, unless they lie too close together."""
         shown = -math.inf
         for step, name in borders:
@@ -152,11 +153,11 @@ class _Canvas:
                 self._segment((x, y), (x, y + 5), BORDER)
             self.text((x + 4, TOP + 2), name.split()[-1] if len(borders) > 6 else name, anchor="la", fill=BORDER)
 
-    def line(self, points: List[Point], colour: str, *, width: float) -> None:
+    def line(self, points: list[Point], colour: str, *, width: float) -> None:
         """A line through points; of many in one column of pixels, the lowest and the highest. Of one, a dot."""
         if len(points) == 1:
             return self.dots(points, colour)
-        columns: Dict[int, List[float]] = {}
+        columns: dict[int, list[float]] = {}
         for step, loss in points:
             columns.setdefault(round(self._x(step) * SCALE), []).append(self._y(loss))
         path = []
@@ -166,13 +167,13 @@ class _Canvas:
         if len(path) > 1:
             self._draw.line(path, fill=colour, width=round(width * SCALE), joint="curve")
 
-    def dots(self, points: List[Point], colour: str) -> None:
+    def dots(self, points: list[Point], colour: str) -> None:
         """A dot on each point."""
         for step, loss in points:
             x, y, radius = self._x(step) * SCALE, self._y(loss) * SCALE, 4 * SCALE
             self._draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
-    def legend(self, entries: List[Tuple[str, str]]) -> None:
+    def legend(self, entries: list[tuple[str, str]]) -> None:
         """Names beside their colours, at the right."""
         for number, (name, colour) in enumerate(entries):
             y = TOP + 10 + number * 24

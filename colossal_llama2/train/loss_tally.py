@@ -1,6 +1,7 @@
 """The loss of each group of tokens, such as those of one source, added up where the loss of all of them is computed."""
 
-from typing import TYPE_CHECKING, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Optional
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +16,13 @@ class LossTally:
     Forward passes that nobody expects, such as those of an evaluation, are not counted.
     """
 
-    def __init__(self, device: "torch.device", *, unfed: Optional[str] = None):
+    def __init__(self, device: "torch.device", *, unfed: str | None = None):
         """`unfed` says why the loss of a token is not known here; None if `add` will be called."""
         self.unfed = unfed
         self._device = device
         self._size = 0
-        self._sums: Optional[torch.Tensor] = None
-        self._expected: Optional[torch.Tensor] = None
+        self._sums: torch.Tensor | None = None
+        self._expected: torch.Tensor | None = None
 
     def begin(self, size: int) -> None:
         """Tell `size` groups apart from now on, if losses of tokens are known here."""
@@ -35,7 +36,7 @@ class LossTally:
         if self._size and groups is not None:
             self._expected = groups.to(self._device, non_blocking=True)
 
-    def add(self, losses: "torch.Tensor", share: Tuple[int, int] = (0, 1)) -> None:
+    def add(self, losses: "torch.Tensor", share: tuple[int, int] = (0, 1)) -> None:
         """Count the (tokens,) losses of the expected pass, which are the `share` (rank, ranks) of each sample."""
         import torch
 
@@ -49,7 +50,7 @@ class LossTally:
             # Ranks that share samples are taken for ranks that repeat them, and their mean is taken.
             self._sums.index_add_(0, groups, losses.detach().double() * ranks)
 
-    def take(self, batches: Sequence["Batch"]) -> List[float]:
+    def take(self, batches: Sequence["Batch"]) -> list[float]:
         """Sums of losses by group of these micro batches, then numbers of tokens; begins anew. Empty if not begun."""
         self._expected = None
         if not self._size:

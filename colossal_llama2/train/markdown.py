@@ -1,7 +1,8 @@
 """Markdown of values that anyone may have chosen: none of them is taken for markup, HTML or YAML."""
 
 import re
-from typing import Any, Dict, Iterable, List, Sequence, Union
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from colossal_llama2.terminal_text import one_line
 
@@ -30,14 +31,14 @@ def code(value: Any) -> Markup:
     return plain(text) if not text.strip() or NOT_IN_CODE.search(text) else Markup(f"`{text}`")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Union[str, Markup]]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Markup]]) -> str:
     """A table; cells that are not `Markup` are made `plain`."""
-    lines: List[List[str]] = [list(map(plain, columns)), ["---"] * len(columns)]
+    lines: list[list[str]] = [list(map(plain, columns)), ["---"] * len(columns)]
     lines += [list(map(plain, row)) for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def front_matter(values: Dict[str, Any]) -> str:
+def front_matter(values: dict[str, Any]) -> str:
     """YAML between two lines of dashes; texts must be of one line."""
     import yaml
 

@@ -11,9 +11,9 @@ holes that an allocator leaves, loading and saving.
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Dict, List, Sequence, Set, Tuple
 
 from colossal_llama2.train import activations
 from colossal_llama2.train.activations import FLOAT32, MicroBatch, ModelShape, StageShape
@@ -27,7 +27,7 @@ ZERO_BUCKET = 12 * 2**20
 # zero/gemini/chunk/utils.py: steps in which a size of chunks is searched.
 CHUNK_INTERVAL = 1024
 
-Weights = Sequence[Tuple[str, int]]
+Weights = Sequence[tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class RankMemory:
         host: what lies in the host's memory on purpose; nothing in a rehearsal, where it is all the same memory.
     """
 
-    device: Dict[str, Dict[str, int]]
-    host: Dict[str, int] = field(default_factory=dict)
+    device: dict[str, dict[str, int]]
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak_moment(self) -> str:
@@ -117,7 +117,7 @@ def rank_memory(shape: ModelShape, plan: Plan) -> RankMemory:
     return max(stages, key=lambda memory: memory.peak)
 
 
-def stage_shapes(shape: ModelShape, settings: EngineSettings) -> List[StageShape]:
+def stage_shapes(shape: ModelShape, settings: EngineSettings) -> list[StageShape]:
     """What the stages of a pipeline hold; one without a pipeline.
 
     Layers that do not come out even go to the middle (pipeline/stage_manager.py, distribute_layers).
@@ -166,7 +166,7 @@ def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: i
     yield from ({"activations": 0, "logits": 0, **found} for found in keeper.end())
 
 
-def _placed(device: Dict[str, Dict[str, int]], constant: Dict[str, int], plan: Plan) -> RankMemory:
+def _placed(device: dict[str, dict[str, int]], constant: dict[str, int], plan: Plan) -> RankMemory:
     """Put together what changes and what stays, and move to the host what lies there."""
     host = {}
     offloaded = {"zero2_cpu": ("master weights", "optimizer"), "gemini_auto": ("master weights", "optimizer")}
@@ -180,7 +180,7 @@ def _placed(device: Dict[str, Dict[str, int]], constant: Dict[str, int], plan: P
     return RankMemory(moments, host)
 
 
-def trained_weights(stage: StageShape, settings: EngineSettings) -> List[Tuple[str, int]]:
+def trained_weights(stage: StageShape, settings: EngineSettings) -> list[tuple[str, int]]:
     """Names and elements of the weights here that have gradients, in the order in which they compute."""
     embeddings = [("embeddings", stage.embedding_weights())]
     layers = [] if settings.embeddings_only else stage.layers * stage.layer_weights()
@@ -214,7 +214,7 @@ class _Keeper:
         wraps = plan.shards > 1 and plan.settings.pp_size == 1
         self.buckets = self.trained * self.element if wraps else 0
 
-    def constant(self) -> Dict[str, int]:
+    def constant(self) -> dict[str, int]:
         """What is there from the first update on: Adam's two moments in float32, and what they belong to."""
         # amp/naive_amp/mixed_precision_optimizer.py: a float32 copy of what is not float32 itself.
         masters = FLOAT32 * self.trained if self.element < FLOAT32 else 0
@@ -225,24 +225,24 @@ class _Keeper:
             "buffers": self.buckets,
         }
 
-    def host(self) -> Dict[str, int]:
+    def host(self) -> dict[str, int]:
         """What lies in the host's memory besides what is only moved there."""
         return {}
 
-    def forward(self) -> Dict[str, int]:
+    def forward(self) -> dict[str, int]:
         return {"gradients": self.gradients}
 
-    def after(self, weights: Weights) -> List[Dict[str, int]]:
+    def after(self, weights: Weights) -> list[dict[str, int]]:
         for _, size in weights:
             # Where there is one already, the new one is added and let go of.
             self.gradients += 0 if self.earlier else size * self.element
         passing = max((size for _, size in weights), default=0) * self.element if self.earlier else 0
         return [{"gradients": self.gradients + passing}]
 
-    def end(self) -> List[Dict[str, int]]:
+    def end(self) -> list[dict[str, int]]:
         return []
 
-    def update(self) -> Dict[str, int]:
+    def update(self) -> dict[str, int]:
         # All gradients in float32, and one squared in float64 for the norm.
         copies = FLOAT32 * self.trained if self.element < FLOAT32 else 0
         # Each half-precision gradient goes when it is copied.
@@ -264,9 +264,9 @@ class _ZeroKeeper(_Keeper):
         # Without overlap stage 1 begins to reduce when backward is done (:738).
         self.waits = not self.splits and plan.on_cpu
         # One for matrices and one for norms (repairs.fill_buckets).
-        self.bucket: Dict[bool, List[int]] = {False: [], True: []}
+        self.bucket: dict[bool, list[int]] = {False: [], True: []}
 
-    def constant(self) -> Dict[str, int]:
+    def constant(self) -> dict[str, int]:
         # :277, a float32 copy of this rank's part, in fp32 too.
         return {
             "weights": self.element * self.all,
@@ -275,7 +275,7 @@ class _ZeroKeeper(_Keeper):
             "buffers": 0,
         }
 
-    def after(self, weights: Weights) -> List[Dict[str, int]]:
+    def after(self, weights: Weights) -> list[dict[str, int]]:
         if self.waits:
             return super().after(weights)
         found = [self._now()]
@@ -283,7 +283,7 @@ class _ZeroKeeper(_Keeper):
             found += self._add(name, size)
         return found
 
-    def end(self) -> List[Dict[str, int]]:
+    def end(self) -> list[dict[str, int]]:
         found = []
         if self.waits:
             waiting, self.gradients = self.gradients, 0
@@ -294,7 +294,7 @@ class _ZeroKeeper(_Keeper):
                     found.append({**parts, "gradients": parts["gradients"] + waiting_now})
         return found + self._reduce()
 
-    def _add(self, name: str, size: int) -> List[Dict[str, int]]:
+    def _add(self, name: str, size: int) -> list[dict[str, int]]:
         """A gradient comes to the bucket of its group; all are reduced before if that one is full (:439)."""
         found, bucket = [], self.bucket[name == "norm"]
         if sum(bucket) + size > ZERO_BUCKET:
@@ -302,11 +302,11 @@ class _ZeroKeeper(_Keeper):
         bucket.append(size)
         return [*found, self._now()]
 
-    def _reduce(self, coming: int = 0) -> List[Dict[str, int]]:
+    def _reduce(self, coming: int = 0) -> list[dict[str, int]]:
         """Flatten one bucket after the other into a copy, reduce it, and keep this rank's part (stage 1: all; :356)."""
         return [self._reduce_one(bucket, coming) for bucket in self.bucket.values() if bucket]
 
-    def _reduce_one(self, bucket: List[int], coming: int) -> Dict[str, int]:
+    def _reduce_one(self, bucket: list[int], coming: int) -> dict[str, int]:
         elements = sum(bucket)
         copies = elements + (elements // self.shards if self.splits else 0)
         if self.plan.on_cpu and self.splits:
@@ -323,10 +323,10 @@ class _ZeroKeeper(_Keeper):
     def _in_buckets(self) -> int:
         return sum(map(sum, self.bucket.values())) * self.element
 
-    def _now(self) -> Dict[str, int]:
+    def _now(self) -> dict[str, int]:
         return {"gradients": self.gradients, "buffers": self._in_buckets()}
 
-    def update(self) -> Dict[str, int]:
+    def update(self) -> dict[str, int]:
         kept, is_half = self.kept * self.element, self.element < FLOAT32
         # The norm's squares in float64, one weight at a time, beside float32 copies of half-precision gradients (:555).
         shares = [-(-size // self.shards) for _, size in self.weights]
@@ -367,16 +367,16 @@ class _GeminiKeeper(_Keeper):
         self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
         # Backward takes the weights of a name from the last one on.
-        self.waiting: Dict[str, List[int]] = {}
+        self.waiting: dict[str, list[int]] = {}
         for (name, _), chunk in zip(self.weights, places, strict=True):
             self.waiting.setdefault(name, []).append(chunk)
         self.left = [places.count(chunk) for chunk in range(len(self.chunks))]
         self.elements = sum(self.chunks)
         self.shard = self.elements // self.shards
         self.ahead = arguments["max_prefetch"]
-        self.gathered: Set[int] = set(range(len(self.chunks))) if self.is_auto else set()
+        self.gathered: set[int] = set(range(len(self.chunks))) if self.is_auto else set()
 
-    def constant(self) -> Dict[str, int]:
+    def constant(self) -> dict[str, int]:
         frozen = (self.all - self.trained) * self.element
         # Gradients take the weights' place in their chunks, unless they are accumulated (gemini_ddp.py:79).
         return {
@@ -387,7 +387,7 @@ class _GeminiKeeper(_Keeper):
             "buffers": 0,
         }
 
-    def host(self) -> Dict[str, int]:
+    def host(self) -> dict[str, int]:
         """A copy of each shard, page-locked for good by asynchronous reduction (plugin/gemini_plugin.py:491)."""
         if self.plan.on_cpu:
             return {}
@@ -399,14 +399,14 @@ class _GeminiKeeper(_Keeper):
         """Bytes of gathered chunks over those of their shards, which they take the place of (chunk.py:550)."""
         return sum(self.chunks[chunk] - self.chunks[chunk] // self.shards for chunk in chunks) * self.element
 
-    def forward(self) -> Dict[str, int]:
+    def forward(self) -> dict[str, int]:
         # placement_policy.py:66, static: before an operation all others are let go of, and the next ones come while it
         # runs. auto: none is let go of while there is room.
         by_size = sorted(range(len(self.chunks)), key=self.chunks.__getitem__, reverse=True)
         ahead = by_size[1 : 1 + self.ahead]
         return {"buffers": self._extra(self.gathered) or self._extra([by_size[0], *ahead]) + self._sent(ahead)}
 
-    def after(self, weights: Weights) -> List[Dict[str, int]]:
+    def after(self, weights: Weights) -> list[dict[str, int]]:
         found = []
         for name, size in weights:
             found += self._gradient(self.waiting[name].pop(), size)
@@ -422,7 +422,7 @@ class _GeminiKeeper(_Keeper):
         """Bytes of the shards that messages on their way keep, which gloo sends from where they are."""
         return sum(self.chunks[chunk] // self.shards for chunk in chunks) * self.element * self.plan.on_cpu
 
-    def _gradient(self, chunk: int, size: int) -> List[Dict[str, int]]:
+    def _gradient(self, chunk: int, size: int) -> list[dict[str, int]]:
         """A gradient comes into its chunk, which is reduced when it is the last (gemini_ddp.py:357)."""
         self.gathered.add(chunk)
         own = 0 if self.reuses else self.chunks[chunk] * self.element
@@ -436,7 +436,7 @@ class _GeminiKeeper(_Keeper):
         self.gathered.discard(chunk)
         return [parts, reducing]
 
-    def update(self) -> Dict[str, int]:
+    def update(self) -> dict[str, int]:
         if not self.plan.on_cpu:
             return {}
         # engine/repairs.py, clip_in_bf16: float32 copies of all gradients. engine/cpu.py: one is divided into a copy.
@@ -445,7 +445,7 @@ class _GeminiKeeper(_Keeper):
         return {"gradients": copies, "buffers": 2 * FLOAT32 * largest}
 
 
-def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> List[int]:
+def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> list[int]:
     """Elements of each chunk that Gemini puts weights of these sizes into, padding included.
 
     The size that wastes least between `minimum_m` x 2**20 and twice that, or from the largest weight that is no
@@ -475,7 +475,7 @@ def _chunks_needed(ends: Sequence[int], size: int) -> int:
     return count
 
 
-def _own_sizes(sizes: Sequence[int], usual: int, shards: int) -> List[int]:
+def _own_sizes(sizes: Sequence[int], usual: int, shards: int) -> list[int]:
     chunks, room = [], 0
     for size in sizes:
         if size > room:
@@ -485,7 +485,7 @@ def _own_sizes(sizes: Sequence[int], usual: int, shards: int) -> List[int]:
     return chunks
 
 
-def _places(sizes: Sequence[int], chunks: Sequence[int]) -> List[int]:
+def _places(sizes: Sequence[int], chunks: Sequence[int]) -> list[int]:
     """The number of each weight's chunk."""
     places, room = [], 0
     chunk = -1

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from colossal_llama2 import logs
 
@@ -16,7 +16,7 @@ _NUMBERS = itertools.count()
 class SilentWriter:
     """A metrics writer that keeps nothing: for every rank but the first."""
 
-    def write(self, step: int, figures: Dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float]) -> None:
         """Record figures by name at an optimizer step."""
 
     def close(self) -> None:
@@ -44,7 +44,7 @@ class TensorBoardWriter(SilentWriter):
         self._add(file_version="brain.Event:2")
         self._add(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, step: int, figures: Dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float]) -> None:
         # One event with all figures: events are packed one by one, in Python.
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._add(step=step, summary=self._summary(value=values))

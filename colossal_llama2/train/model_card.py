@@ -7,8 +7,9 @@ It says only what the same run says again, if it is killed and resumed: no times
 none, so it is the model that the first stage began with; the table of stages names the folders.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any
 
 from colossal_llama2 import json_input
 from colossal_llama2.dataset.category_names import category_name
@@ -30,18 +31,41 @@ LANGUAGES = frozenset(
 )
 # Of the settings: places on a disk, what is told elsewhere in the card, and what has no part in the model.
 NOT_SETTINGS = (
-    "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
-    "save_interval", "keep_last", "keep_every", "max_bad_steps", "dist_timeout", "eval_dataset", "benchmark",
-    "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks", "stage", "pad_token", "versions", "world_size",
-    "total_steps", "run_id", "skip_save_each_epoch",
-)  # fmt: skip
+    "pretrained",
+    "dataset",
+    "save_dir",
+    "tensorboard_dir",
+    "config_file",
+    "load_config",
+    "load_checkpoint",
+    "resume",
+    "save_interval",
+    "keep_last",
+    "keep_every",
+    "max_bad_steps",
+    "dist_timeout",
+    "eval_dataset",
+    "benchmark",
+    "num_samples",
+    "profile",
+    "peak_tflops",
+    "dry_run",
+    "num_ranks",
+    "stage",
+    "pad_token",
+    "versions",
+    "world_size",
+    "total_steps",
+    "run_id",
+    "skip_save_each_epoch",
+)
 # The final loss is the mean over a tenth of the run, and over at most so many steps.
 FINAL_STEPS = 100
 HOW = {
     "vocabulary": "Extension of the vocabulary",
     "pretrain": "Continued pre-training",
     "sft": "Supervised fine-tuning",
-}  # fmt: skip
+}
 # Of a stage in the table; training_history.json has all.
 MAX_SOURCES = 8
 # Checkpoints of earlier versions that are followed, each to the --pretrained of its run.
@@ -52,15 +76,15 @@ LOSSES = ("first_loss", "final_loss")
 
 def render(
     *,
-    settings: Dict[str, Any],
+    settings: dict[str, Any],
     base_model: str,
     amounts: Sequence[Amount],
-    records: Iterable[Dict[str, Any]],
+    records: Iterable[dict[str, Any]],
     tokens_seen: int,
     skipped_steps: int = 0,
     sources: Sequence[str] = (),
     read: Sequence[SourceRead] = (),
-    stages: Sequence[Dict[str, Any]] = (),
+    stages: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The text of the card.
 
@@ -116,7 +140,7 @@ def base_model(model_path: str) -> str:
     return name_of(model_path)
 
 
-def _named_by_states(path: Path) -> Tuple[Optional[str], Optional[str]]:
+def _named_by_states(path: Path) -> tuple[str | None, str | None]:
     """The base model and the --pretrained that a checkpoint's running_states.json names, None for what it does not."""
     try:
         states = json_input.read_object(path)
@@ -129,7 +153,7 @@ def _named_by_states(path: Path) -> Tuple[Optional[str], Optional[str]]:
 
 
 def _front_matter(base_model: str, names: Sequence[str]) -> str:
-    matter: Dict[str, Any] = {"base_model": one_line(base_model)}
+    matter: dict[str, Any] = {"base_model": one_line(base_model)}
     languages = sorted({name for name in names if name in LANGUAGES})
     if languages:
         matter["language"] = languages
@@ -137,7 +161,7 @@ def _front_matter(base_model: str, names: Sequence[str]) -> str:
     return front_matter(matter)
 
 
-def _title(stages: Sequence[Dict[str, Any]], settings: Dict[str, Any]) -> str:
+def _title(stages: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
     """What was done, each kind of stage once: "Continued pre-training and supervised fine-tuning"."""
     kinds = dict.fromkeys(stage["stage"] for stage in stages) or [settings["stage"]]
     *names, last = (HOW[kind] for kind in kinds)
@@ -145,7 +169,7 @@ def _title(stages: Sequence[Dict[str, Any]], settings: Dict[str, Any]) -> str:
     return text[0] + text[1:].lower()
 
 
-def _stages(base_model: str, stages: Sequence[Dict[str, Any]]) -> str:
+def _stages(base_model: str, stages: Sequence[dict[str, Any]]) -> str:
     """All stages, by what each recorded, and their sums."""
     if not stages:
         return ""
@@ -154,16 +178,21 @@ def _stages(base_model: str, stages: Sequence[Dict[str, Any]]) -> str:
     sums = [_sum([stage.get(name) for stage in trained]) for name in ("steps", "tokens")]
     rows.append(["all", "", "", *sums, "", ""])
     columns = [
-        "stage", "began with", "tokens read, by source", "optimizer steps", "tokens, padding not counted",
-        "loss of the first step", "final loss",
-    ]  # fmt: skip
+        "stage",
+        "began with",
+        "tokens read, by source",
+        "optimizer steps",
+        "tokens, padding not counted",
+        "loss of the first step",
+        "final loss",
+    ]
     text = f"Base model: {plain(base_model)}."
     if len(stages) > 1:
         text += " What follows the table is of the last stage alone."
     return f"## Stages\n\n{text}\n\n" + table(columns, rows)
 
 
-def _stage_cells(stage: Dict[str, Any]) -> List[str]:
+def _stage_cells(stage: dict[str, Any]) -> list[str]:
     parent = stage["parent"]
     began = parent["name"] if parent.get("as_recorded", True) else f"{parent['name']}, changed since the stage before"
     if stage["stage"] == "vocabulary":
@@ -182,19 +211,19 @@ def _stage_cells(stage: Dict[str, Any]) -> List[str]:
     return [began, shown or NOT_RECORDED, steps, _count(stage.get("tokens")), first, final]
 
 
-def _count(value: Optional[int]) -> str:
+def _count(value: int | None) -> str:
     return NOT_RECORDED if value is None else f"{value:,}"
 
 
-def _sum(values: Sequence[Optional[int]]) -> str:
+def _sum(values: Sequence[int | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{sum(known):,}" + ("" if len(known) == len(values) else " and more that is not recorded")
 
 
-def curves(records: Iterable[Dict[str, Any]]) -> Tuple[List[float], Dict[str, Dict[int, Dict[str, float]]]]:
+def curves(records: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, dict[int, dict[str, float]]]]:
     """The losses of all steps that have one, and the figures of evaluations by data and step."""
-    losses: List[float] = []
-    evaluations: Dict[str, Dict[int, Dict[str, float]]] = {}
+    losses: list[float] = []
+    evaluations: dict[str, dict[int, dict[str, float]]] = {}
     for record in records:
         if record.get("loss") is not None:
             losses.append(record["loss"])
@@ -203,15 +232,13 @@ def curves(records: Iterable[Dict[str, Any]]) -> Tuple[List[float], Dict[str, Di
     return losses, evaluations
 
 
-def final_loss(losses: Sequence[float]) -> Tuple[float, int]:
+def final_loss(losses: Sequence[float]) -> tuple[float, int]:
     """The mean loss at the end of a run, and of how many steps it is."""
     last = losses[-min(FINAL_STEPS, max(len(losses) // 10, 1)) :]
     return sum(last) / len(last), len(last)
 
 
-def _how(
-    settings: Dict[str, Any], tokens_seen: int, losses: List[float], skipped_steps: int, of_last: str
-) -> str:
+def _how(settings: dict[str, Any], tokens_seen: int, losses: list[float], skipped_steps: int, of_last: str) -> str:
     ranks, plugin = settings["world_size"], plain(settings["plugin"])
     lines = [
         f"## Training{of_last}\n",
@@ -231,23 +258,27 @@ def _how(
     return "\n".join(lines) + "\n" + table(["what", "figure"], rows)
 
 
-def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: Dict[str, Any], of_last: str) -> str:
+def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: dict[str, Any], of_last: str) -> str:
     parts = [_read(read, settings), _amounts(amounts, settings)]
     return "\n\n".join([f"## Data{of_last}", *filter(None, parts)]) if any(parts) else ""
 
 
-def _read(read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
+def _read(read: Sequence[SourceRead], settings: dict[str, Any]) -> str:
     """What was trained, by source; a sample that was read again counts again."""
     total = sum(one.tokens for one in read)
     if not total:
         return ""
     rows = [
         [
-            one.source, f"{one.samples_there:,}", f"{one.samples:,}", f"{one.samples / max(one.samples_there, 1):.2f}",
-            f"{one.tokens:,}", f"{one.tokens / total:.1%}",
+            one.source,
+            f"{one.samples_there:,}",
+            f"{one.samples:,}",
+            f"{one.samples / max(one.samples_there, 1):.2f}",
+            f"{one.tokens:,}",
+            f"{one.tokens / total:.1%}",
         ]
         for one in read
-    ]  # fmt: skip
+    ]
     sums = (f"{sum(values):,}" for values in zip(*(one[1:] for one in read), strict=True))
     there, samples, tokens = sums
     rows.append(["all", there, samples, "", tokens, "100.0%"])
@@ -256,7 +287,7 @@ def _read(read: Sequence[SourceRead], settings: Dict[str, Any]) -> str:
     return f"What training has read.{asked}\n\n" + table(columns, rows)
 
 
-def _amounts(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
+def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
     """What there is, by source and category of documents."""
     if not amounts:
         return ""
@@ -278,7 +309,7 @@ def _amounts(amounts: Sequence[Amount], settings: Dict[str, Any]) -> str:
     return f"{what}\n\n" + table(columns, rows)
 
 
-def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]], of_last: str) -> str:
+def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: str) -> str:
     """The first and the last figures of each evaluated data."""
     if not evaluations:
         return ""
@@ -291,12 +322,12 @@ def _evaluation(evaluations: Dict[str, Dict[int, Dict[str, float]]], of_last: st
     return f"## Evaluation{of_last}\n\n" + table(columns, rows)
 
 
-def told_settings(settings: Dict[str, Any]) -> Dict[str, Any]:
+def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those that have a part in the model and name no place on a disk."""
     return {name: value for name, value in settings.items() if name not in NOT_SETTINGS and value is not None}
 
 
-def _figure(value: Optional[float]) -> str:
+def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 

@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable
 
 from colossal_llama2.launcher import BY_HAND, place
 from colossal_llama2.terminal_text import show_line

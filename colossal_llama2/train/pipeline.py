@@ -1,6 +1,7 @@
 """One optimizer step through the stages of a pipeline, each of which holds some layers of the model."""
 
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.dataset import IGNORE_INDEX
 from colossal_llama2.dataset.loader import Batch
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from colossal_llama2.train.engine.booster import Engine
 
 
-def regroup(batches: Sequence[Batch], size: int) -> List[Batch]:
+def regroup(batches: Sequence[Batch], size: int) -> list[Batch]:
     """The rows of all batches in order, `size` to a batch, padded on the right to the longest of all."""
     import torch
     from torch.nn.functional import pad
@@ -27,7 +28,7 @@ def regroup(batches: Sequence[Batch], size: int) -> List[Batch]:
     # Padding is not looked at, and so it may be any token.
     ids = joined([batch.input_ids for batch in batches], [int(batch.input_ids[0, -1]) for batch in batches])
     labels = joined([batch.labels for batch in batches], [IGNORE_INDEX] * len(batches))
-    documents: Sequence[Optional[torch.Tensor]] = [None] * len(ids)
+    documents: Sequence[torch.Tensor | None] = [None] * len(ids)
     if any(batch.documents is not None for batch in batches):
         documents = joined([_documents_of(batch) for batch in batches], [0] * len(batches))
     lengths = torch.cat([batch.lengths for batch in batches]).split(size)
@@ -52,7 +53,7 @@ def _batch(input_ids, labels, lengths, documents) -> Batch:
     )
 
 
-def pipeline_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", step: int, predicted: int) -> float:
+def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int) -> float:
     """Forward and backward of all micro batches of a step, cut into the smaller ones that the stages pass on.
 
     Accumulated micro batches go through together: the more there are on the way, the less a stage waits.
@@ -67,7 +68,7 @@ def pipeline_loss(engine: "Engine", batches: List[Batch], *, noise: "NoNoise", s
 
     parts = regroup(batches, engine.settings.microbatch_size)
 
-    def more_inputs(index: int) -> Dict[str, Any]:
+    def more_inputs(index: int) -> dict[str, Any]:
         part = parts[index]
         noise.prepare(step=step, micro_step=index, lengths=part.lengths, documents=part.documents)
         return engine.attention_inputs(part)

@@ -4,8 +4,9 @@
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Callable, Dict, List, Sequence, Tuple
+from typing import TYPE_CHECKING
 
 from colossal_llama2.dataset import IGNORE_INDEX
 
@@ -14,16 +15,16 @@ if TYPE_CHECKING:
 
 ADAM_BETAS = (0.9, 0.95)
 # A document: its token ids, and its labels.
-Document = Tuple[List[int], List[int]]
+Document = tuple[list[int], list[int]]
 
 
 @dataclass
 class Trace:
     """Loss and gradient norm of every step, and the weights after the last, in float32 on the CPU."""
 
-    losses: List[float] = field(default_factory=list)
-    grad_norms: List[float] = field(default_factory=list)
-    weights: Dict[str, "torch.Tensor"] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    weights: dict[str, "torch.Tensor"] = field(default_factory=dict)
 
 
 def train(

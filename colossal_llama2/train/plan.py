@@ -20,8 +20,9 @@ are of the epoch in which the run begins, from there on, and null if it reads no
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def make_order(
     data_size: int,
     accumulation_steps: int,
     seed: int,
-    buckets: Optional[Buckets] = None,
+    buckets: Buckets | None = None,
 ) -> SampleOrder:
     """The order of samples. Raises UserError if there are not enough for one micro batch on every rank.
 
@@ -72,7 +73,7 @@ def make_order(
     return order
 
 
-def buckets_of(data: Data, measured: Sequence[MeasuredPart]) -> Optional[Buckets]:
+def buckets_of(data: Data, measured: Sequence[MeasuredPart]) -> Buckets | None:
     """The buckets that the order follows; None for one shuffle of everything."""
     return make_buckets(measured, bucketed=data.bucketed, mixture=data.mixture) if data.is_ordered else None
 
@@ -93,7 +94,7 @@ def build_plan(
     num_epochs: int,
     schedule: CosineSchedule,
     state: "TrainState",
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The plan as in this module's docstring, counted in the very order that the run follows.
 
     Args:
@@ -150,7 +151,7 @@ def _end_of_run(order: SampleOrder, begins: _Place, total_steps: int) -> _Place:
 
 def _steps_of(
     first: int, end: int, order: SampleOrder, begins: _Place, *, total_steps: int
-) -> Tuple[Optional[int], Optional[int]]:
+) -> tuple[int | None, int | None]:
     """First and last step that read samples `first` to `end` - 1 of the epoch in which the run begins."""
     first, end = max(first, begins.sample), min(end, order.num_samples - order.dropped_after(begins.sample))
     first_step = begins.step + (first - begins.sample) // _samples_a_step(order) + 1
@@ -166,11 +167,11 @@ def _buckets(
     begins: _Place,
     *,
     total_steps: int,
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """The account of each bucket; `times` says how often an epoch reads each row."""
     starts = np.cumsum([0, *(len(lengths) for _, lengths in measured)])
     names = list(dict.fromkeys(part.source for part in data.parts))
-    groups: Dict[int, Dict[str, List[int]]] = {}
+    groups: dict[int, dict[str, list[int]]] = {}
     for index, (part, lengths) in enumerate(measured):
         # As make_buckets does.
         if len(lengths):
@@ -202,7 +203,7 @@ def _buckets(
     return buckets
 
 
-def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> Dict[str, Any]:
+def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> dict[str, Any]:
     """The account of a source in a bucket."""
     lengths, read = np.concatenate([lengths for _, lengths in parts]), np.concatenate(times)
     categories: Counter = Counter()
@@ -221,8 +222,8 @@ def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> Dict[
     }
 
 
-def _source_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str, Any]:
-    totals: Dict[str, Dict[str, Any]] = {}
+def _source_totals(buckets: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    totals: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
         for name, source in bucket["sources"].items():
             total = totals.setdefault(name, {"samples": 0, "tokens": 0})
@@ -231,7 +232,7 @@ def _source_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str, 
     return {name: {**total, "share": round(total["tokens"] / tokens, 6)} for name, total in totals.items()}
 
 
-def _category_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str, Any]:
+def _category_totals(buckets: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
     totals: Counter = Counter()
     for bucket in buckets:
         for source in bucket["sources"].values():
@@ -239,7 +240,7 @@ def _category_totals(buckets: Sequence[Dict[str, Any]], tokens: int) -> Dict[str
     return {name: {"tokens": count, "share": round(count / tokens, 6)} for name, count in totals.most_common()}
 
 
-def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> List[Tuple[int, float]]:
+def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> list[tuple[int, float]]:
     """Points (step, learning rate), with the first and last step and the end of the warm-up.
 
     Args:
@@ -255,7 +256,7 @@ def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> List[Tuple[
     return [(step + 1, float(f"{schedule.learning_rate(done):.6g}")) for step, done in updates.items()]
 
 
-def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:
+def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
     """What a user should know beforehand: what is missing, read again, or not read at all."""
     for path, count in Counter(data.paths).items():
         if count > 1:
@@ -291,7 +292,7 @@ def _notes(content: Dict[str, Any], data: Data) -> Iterator[str]:
         )
 
 
-def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: Dict[str, Any]) -> Iterator[str]:
+def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: dict[str, Any]) -> Iterator[str]:
     """Where a run begins, if not at the first sample; where it ends, if before the last."""
 
     def where(place: _Place, sample: int) -> str:
@@ -305,14 +306,14 @@ def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: Dict
         yield f"it ends after step {ends.step:,} in {where(ends, ends.sample - 1)}; {unread:,} samples are not read"
 
 
-def _misses_shares(bucket: Dict[str, Any]) -> bool:
+def _misses_shares(bucket: dict[str, Any]) -> bool:
     sources = bucket["sources"].values()
     return any(source["asked"] is not None and abs(source["share"] - source["asked"]) > TOLERANCE for source in sources)
 
 
 def _bucket_list(numbers: Sequence[int]) -> str:
     """In words: bucket 0; buckets 0, 2 to 9."""
-    runs: List[List[int]] = []
+    runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
@@ -322,14 +323,14 @@ def _bucket_list(numbers: Sequence[int]) -> str:
     return f"bucket{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
 
 
-def tell_and_save(content: Dict[str, Any], save_dir: str) -> None:
+def tell_and_save(content: dict[str, Any], save_dir: str) -> None:
     """Log the plan and write it to `save_dir`, in place of an earlier one."""
     for line in plan_lines(content):
         logs.get_logger().info("%s", line)
     replace_file(Path(save_dir, PLAN_NAME), to_json(content).encode())
 
 
-def plan_lines(content: Dict[str, Any]) -> Iterator[str]:
+def plan_lines(content: dict[str, Any]) -> Iterator[str]:
     """The plan as text: totals, a row for each bucket and source, the categories, the learning rate, the notes."""
     epoch = content["epoch"]
     kind = "buckets in order, each shuffled by itself" if content["bucketed"] else "one shuffle of everything"
@@ -350,7 +351,7 @@ def plan_lines(content: Dict[str, Any]) -> Iterator[str]:
         yield f"and {len(content['notes']) - MAX_ROWS:,} more notes in {PLAN_NAME}"
 
 
-def _bucket_rows(content: Dict[str, Any]) -> List[List[str]]:
+def _bucket_rows(content: dict[str, Any]) -> list[list[str]]:
     head = ["bucket", "source", "parts", "samples", "tokens", "share", "steps"]
     has_mixture = content["mixture"] is not None
     rows = [[*head, "asked", "read", "left out"] if has_mixture else head]
@@ -374,7 +375,7 @@ def _bucket_rows(content: Dict[str, Any]) -> List[List[str]]:
     return shown
 
 
-def _category_rows(content: Dict[str, Any]) -> List[List[str]]:
+def _category_rows(content: dict[str, Any]) -> list[list[str]]:
     rows = [["category", "tokens", "share"]]
     for name, total in content["categories"].items():
         rows.append([visible_line(category_name(name)), f"{total['tokens']:,}", f"{total['share']:.1%}"])

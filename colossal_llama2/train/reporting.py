@@ -6,8 +6,9 @@ GPU's times are read when the next step is through, by which it has reached thei
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.category_names import category_name
@@ -84,10 +85,10 @@ class Reporter(SilentReporter):
         writer: SilentWriter,
         log: TrainLog,
         progress: logs.SilentProgress,
-        groups: Sequence[Tuple[str, str]] = (),
-        bucket_of: Optional[Callable[[int], int]] = None,
+        groups: Sequence[tuple[str, str]] = (),
+        bucket_of: Callable[[int], int] | None = None,
         flops_per_token: Callable[[int], float],
-        peak_flops: Optional[float],
+        peak_flops: float | None,
     ):
         """
         Args:
@@ -99,10 +100,10 @@ class Reporter(SilentReporter):
         self._writer, self._log, self._progress, self._groups = writer, log, progress, groups
         self._bucket_of, self._flops_per_token, self._peak_flops = bucket_of, flops_per_token, peak_flops
         self.timer = StepTimer()
-        self._late: List[Tuple[Dict[str, Any], List[Mark]]] = []
+        self._late: list[tuple[dict[str, Any], list[Mark]]] = []
 
     def step(self, state, totals, result, *, learning_rate, taken, seconds) -> None:
-        record: Dict[str, Any] = {"step": state.step, "epoch": state.epoch}
+        record: dict[str, Any] = {"step": state.step, "epoch": state.epoch}
         if self._bucket_of is not None:
             record["bucket"] = self._bucket_of(state.sample_start_index - taken)
         record.update(loss=result.loss, lr=learning_rate, grad_norm=result.grad_norm, tokens=result.tokens)
@@ -124,7 +125,7 @@ class Reporter(SilentReporter):
             self._settle()
         self._progress.update(**shown(record))
 
-    def _by_name(self, by_group: Sequence[float]) -> Dict[str, Dict[str, float]]:
+    def _by_name(self, by_group: Sequence[float]) -> dict[str, dict[str, float]]:
         """The mean loss over the tokens of each source and of each category that the step has some of."""
         sums, counts = by_group[: len(self._groups)], by_group[len(self._groups) :]
         means = {}
@@ -148,7 +149,7 @@ class Reporter(SilentReporter):
             torch.cuda.synchronize()
             self._settle()
 
-    def write(self, step: int, figures: Dict[str, float]) -> None:
+    def write(self, step: int, figures: dict[str, float]) -> None:
         self._settle_all()
         self._log.write(evaluation_record(step, figures))
         self._writer.write(step, figures)
@@ -169,7 +170,7 @@ class Reporter(SilentReporter):
         self._writer.close()
 
 
-def scalars(record: Dict[str, Any]) -> Dict[str, float]:
+def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The figures of a step's line as TensorBoard names them."""
     figures = {SCALARS[key]: record[key] for key in SCALARS if record.get(key) is not None}
     for key, family in FAMILIES.items():
@@ -178,7 +179,7 @@ def scalars(record: Dict[str, Any]) -> Dict[str, float]:
     return figures
 
 
-def shown(record: Dict[str, Any]) -> Dict[str, str]:
+def shown(record: dict[str, Any]) -> dict[str, str]:
     """What bar and lines tell of a step, the most important first: a narrow terminal cuts the end."""
     figures = {
         "loss": "no trained token" if record["loss"] is None else f"{record['loss']:.4f}",
@@ -204,7 +205,7 @@ def short_count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def told_groups(amounts: Optional[Sequence[Amount]], tally: "LossTally") -> Optional[Groups]:
+def told_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups | None:
     """The groups whose losses are told apart, if they can be; begins the tally. Why they cannot be is said, once."""
     reason = None
     if amounts is None:
@@ -229,7 +230,7 @@ def reporting(
     order: "SampleOrder",
     parameters: int,
     tensorboard_dir: str,
-    peak_tflops: Optional[float],
+    peak_tflops: float | None,
 ) -> Iterator[SilentReporter]:
     """What shows a run that goes on from `state`; at its end, however that comes, the report's files are written.
 
@@ -249,9 +250,12 @@ def reporting(
     with contextlib.ExitStack() as parts:
         parts.callback(report.write_files)
         progress = logs.progress(
-            total=report.settings["total_steps"], initial=state.step, description="train", unit="step",
+            total=report.settings["total_steps"],
+            initial=state.step,
+            description="train",
+            unit="step",
             bar_format=BAR_FORMAT,
-        )  # fmt: skip
+        )
         reporter = Reporter(
             writer=writer,
             log=log,

@@ -4,9 +4,10 @@ import argparse
 import json
 import math
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.loader import SampleOrder
@@ -25,19 +26,48 @@ from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
 # second has SDPA as default attention, float32 rotary frequencies, NEFTune by document and repeated fp16 steps.
 NUMERICS = 2
 SHAPE_KEYS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "vocab_size", "tie_word_embeddings",
-)  # fmt: skip
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 # Of a value of a checkpoint that a message tells.
 SHOWN_CHARACTERS = 200
 # Flags that change no number of a run, or must be equal anyway. --pretrained and --dataset are compared by content.
 NOT_NUMERIC = (
-    "pretrained", "dataset", "save_dir", "tensorboard_dir", "config_file", "load_config", "load_checkpoint", "resume",
-    "save_interval", "skip_save_each_epoch", "keep_last", "keep_every", "max_bad_steps", "dist_timeout",
-    "use_grad_checkpoint", "bucketed", "mixture", "mixture_end", "continue_data",
-    "eval_dataset", "eval_interval", "forgetting_alarm", "on_forgetting",
-    "benchmark", "num_samples", "profile", "peak_tflops", "dry_run", "num_ranks",
-)  # fmt: skip
+    "pretrained",
+    "dataset",
+    "save_dir",
+    "tensorboard_dir",
+    "config_file",
+    "load_config",
+    "load_checkpoint",
+    "resume",
+    "save_interval",
+    "skip_save_each_epoch",
+    "keep_last",
+    "keep_every",
+    "max_bad_steps",
+    "dist_timeout",
+    "use_grad_checkpoint",
+    "bucketed",
+    "mixture",
+    "mixture_end",
+    "continue_data",
+    "eval_dataset",
+    "eval_interval",
+    "forgetting_alarm",
+    "on_forgetting",
+    "benchmark",
+    "num_samples",
+    "profile",
+    "peak_tflops",
+    "dry_run",
+    "num_ranks",
+)
 
 # What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
 DATA_FACTS = {
@@ -58,7 +88,7 @@ RESUMED_FACTS = {
 }
 
 
-def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: Optional[str] = None) -> LoadPlan:
+def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: str | None = None) -> LoadPlan:
     """Resume the newest checkpoint of `save_dir` whose files have the right sizes; `otherwise` if there is none at all.
 
     Args:
@@ -105,7 +135,7 @@ def settle(plan: LoadPlan, save_dir: str) -> LoadPlan:
     return plan
 
 
-def _damage(checkpoint: Path) -> Optional[str]:
+def _damage(checkpoint: Path) -> str | None:
     """The first thing wrong with a checkpoint's content; each rank reads its share."""
     rank, ranks = exchange.place()
     with exchange.all_or_none():
@@ -113,13 +143,13 @@ def _damage(checkpoint: Path) -> Optional[str]:
     return next((problem for found in exchange.gather_values(problems) for problem in found), None)
 
 
-def model_shape(path: str) -> Dict[str, Any]:
+def model_shape(path: str) -> dict[str, Any]:
     """The sizes in a model's config.json that decide the shapes of its weights."""
     config = read_json(Path(path, CONFIG_FILE))
     return {key: config.get(key) for key in SHAPE_KEYS}
 
 
-def machine() -> Dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What the last bits of a sum depend on besides software: the device, and on a CPU its threads."""
     import torch
 
@@ -136,7 +166,7 @@ def difference(name: str, before: Any, now: Any) -> str:
     return f"{name} was {_short(before)}, this run has {now}"
 
 
-def changes(saved: Dict[str, Any], now: Dict[str, Any]) -> List[str]:
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs from the run that was saved and can change the last bits of its numbers."""
     pairs = [(name, saved.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
     pairs.append(("version of the numerics", saved.get("numerics", 1), now["numerics"]))
@@ -156,13 +186,17 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def log_verdict(plan: LoadPlan, state: TrainState, saved: Dict[str, Any], now: Dict[str, Any]) -> None:
+def log_verdict(plan: LoadPlan, state: TrainState, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Log where a resumed run goes on and how exactly."""
     logger = logs.get_logger()
     logger.info(
         "Resuming %s: epoch %d, step %d, %s samples and %s tokens consumed",
-        plan.resume_path, state.epoch, state.step, f"{state.samples_seen:,}", f"{state.tokens_seen:,}",
-    )  # fmt: skip
+        plan.resume_path,
+        state.epoch,
+        state.step,
+        f"{state.samples_seen:,}",
+        f"{state.tokens_seen:,}",
+    )
     changed = changes(saved, now)
     if not changed and not _same_layout(saved, now):
         changed = [difference("layout", saved.get("layout"), now["layout"])]
@@ -182,11 +216,11 @@ def log_verdict(plan: LoadPlan, state: TrainState, saved: Dict[str, Any], now: D
         logger.warning("The float32 master weights are left aside, they were split otherwise; rounded ones are taken")
 
 
-def _same_layout(saved: Dict[str, Any], now: Dict[str, Any]) -> bool:
+def _same_layout(saved: dict[str, Any], now: dict[str, Any]) -> bool:
     return saved.get("layout") == _as_json(now["layout"])
 
 
-def restore_exactly(plan: LoadPlan, engine, now: Dict[str, Any]) -> None:
+def restore_exactly(plan: LoadPlan, engine, now: dict[str, Any]) -> None:
     """Give back what ColossalAI's own checkpoint lacks, as far as this job is laid out as the saved one was.
 
     Called on all ranks.
@@ -210,7 +244,7 @@ def is_done(
     order: SampleOrder,
     *,
     num_epochs: int,
-    max_steps: Optional[int],
+    max_steps: int | None,
     owes_evaluation: bool,
 ) -> bool:
     """True if --resume auto found the last checkpoint of its run, which only may not have published its model."""
@@ -219,7 +253,7 @@ def is_done(
 
 
 def initial_state(
-    args: argparse.Namespace, plan: LoadPlan, run_facts: Dict[str, Any], order: SampleOrder
+    args: argparse.Namespace, plan: LoadPlan, run_facts: dict[str, Any], order: SampleOrder
 ) -> TrainState:
     """The state to begin from: that of the resumed checkpoint, if this run goes on with the same things."""
     if plan.resume_path is None:
@@ -255,9 +289,7 @@ def _check_place(plan: LoadPlan, state: TrainState, order: SampleOrder, *, first
         )
 
 
-def _continued_state(
-    plan: LoadPlan, now: Dict[str, Any], order: SampleOrder, *, num_epochs: int
-) -> TrainState:
+def _continued_state(plan: LoadPlan, now: dict[str, Any], order: SampleOrder, *, num_epochs: int) -> TrainState:
     """The state of a new run that goes on in the data where another one, whose weights it takes, had come to.
 
     Args:
@@ -322,7 +354,7 @@ def make_schedule(
     return schedule
 
 
-def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> None:
+def _tell_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> None:
     now = asdict(schedule)
     changed = [f"{name} {shown(saved.get(name))} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
@@ -330,7 +362,7 @@ def _tell_changed_schedule(saved: Dict[str, Any], schedule: CosineSchedule) -> N
 
 
 def finish_again(
-    plan: LoadPlan, engine, *, keep_last: Optional[int], keep_every: Optional[int], card: Callable[[], Optional[str]]
+    plan: LoadPlan, engine, *, keep_last: int | None, keep_every: int | None, card: Callable[[], str | None]
 ) -> None:
     """Do what a run that died after its last save left undone: remove old checkpoints, and publish the model."""
     last = Path(plan.resume_path)

@@ -1,8 +1,9 @@
 """What became of the embeddings' rows when the new ones alone are trained, as a saved model shows it."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, Tuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -35,13 +36,13 @@ class RowHealth:
         self._origin, self._trained, self._precision = model_path, trained, precision
         self._before = {name: _digests(rows) for name, rows in self._matrices(model_path)}
 
-    def tell(self, folder: Path) -> Dict[str, float]:
+    def tell(self, folder: Path) -> dict[str, float]:
         """Log and return the figures of a saved model: norms of the new rows, and the share that has moved.
 
         Raises:
             RunError: a row has moved that is not trained.
         """
-        figures: Dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name, rows in self._matrices(str(folder)):
             if name not in self._before:
                 continue  # tied embeddings may be stored under both names
@@ -57,13 +58,19 @@ class RowHealth:
             share = float(moved[is_trained].mean())
             logs.get_logger().info(
                 "%s: %.1f %% of %s new rows have moved since %s; norms %.3f to %.3f, mean %.3f; old rows, mean %.3f",
-                matrix, 100 * share, f"{len(new):,}", self._origin, new.min(), new.max(), new.mean(),
+                matrix,
+                100 * share,
+                f"{len(new):,}",
+                self._origin,
+                new.min(),
+                new.max(),
+                new.mean(),
                 old.mean() if len(old) else float("nan"),
-            )  # fmt: skip
+            )
             figures.update({f"Rows/{matrix} moved": share, f"Rows/{matrix} norm": float(new.mean())})
         return figures
 
-    def _matrices(self, folder: str) -> Iterator[Tuple[str, Iterator["torch.Tensor"]]]:
+    def _matrices(self, folder: str) -> Iterator[tuple[str, Iterator["torch.Tensor"]]]:
         """The embeddings of a model folder (one, if they are tied), each as blocks of rows in float32."""
         from safetensors import safe_open
 
@@ -83,7 +90,7 @@ def _digests(blocks: Iterator["torch.Tensor"]) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), dtype=np.uint64)
 
 
-def _compare(blocks: Iterator["torch.Tensor"], before: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _compare(blocks: Iterator["torch.Tensor"], before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(rows,) whether each row has another hash than before, and its Euclidean norm."""
     norms, moved, start = [], [], 0
     for block in blocks:

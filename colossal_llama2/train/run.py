@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2 import logs
 from colossal_llama2.arguments import used_flags, with_defaults
@@ -56,7 +56,7 @@ def train_on_all(args: argparse.Namespace, stop: NoSignals, watch: Watch) -> Non
         leave()
 
 
-def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = None) -> None:
+def run(args: argparse.Namespace, plan: LoadPlan, stop: NoSignals | None = None) -> None:
     """Train inside a process group, which stays open: the flags are checked, `plan` says where weights come from."""
     stop, args = stop or NoSignals(), with_defaults(args)
     plan = resuming.settle(plan, args.save_dir)
@@ -73,9 +73,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
         state = resuming.initial_state(args, plan, run_facts, order)
         owes = eval_parts.owes_evaluation(args, plan)
     report, record = make_report(args, engine, plan, given, order, state, run_facts)
-    if resuming.is_done(
-        plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes
-    ):
+    if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes):
         return finish_again(args, plan, engine, record)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
     with exchange.all_or_none():
@@ -91,10 +89,16 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
     with contextlib.ExitStack() as parts:
         checkpointer.reporter = parts.enter_context(
             reporting(
-                engine=engine, state=state, report=report, plan=plan, order=order, parameters=given.model.parameters,
-                tensorboard_dir=args.tensorboard_dir, peak_tflops=args.peak_tflops,
+                engine=engine,
+                state=state,
+                report=report,
+                plan=plan,
+                order=order,
+                parameters=given.model.parameters,
+                tensorboard_dir=args.tensorboard_dir,
+                peak_tflops=args.peak_tflops,
             )
-        )  # fmt: skip
+        )
         fit(
             state,
             num_epochs=args.num_epochs,
@@ -107,8 +111,15 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: Optional[NoSignals] = No
             bad_steps=BadSteps(args.max_bad_steps),
             metrics=checkpointer.reporter,
             evaluator=eval_parts.make_evaluator(
-                args, plan, engine, given.eval_sets, run_facts, tokenizer_path=tokenizer_path, owes=owes,
-                metrics=checkpointer.reporter, stop=stop,
+                args,
+                plan,
+                engine,
+                given.eval_sets,
+                run_facts,
+                tokenizer_path=tokenizer_path,
+                owes=owes,
+                metrics=checkpointer.reporter,
+                stop=stop,
             ),
         )
     final = checkpointer.finish(card=record.card)
@@ -124,8 +135,8 @@ class Given(NamedTuple):
     model: ModelFacts
     data: Data
     samples: "datasets.Dataset"
-    measured: List[MeasuredPart]
-    eval_sets: List[LoadedSet]
+    measured: list[MeasuredPart]
+    eval_sets: list[LoadedSet]
 
 
 def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
@@ -176,7 +187,7 @@ def tell_end(
     engine: Engine,
     state: TrainState,
     order: SampleOrder,
-    run_facts: Dict[str, Any],
+    run_facts: dict[str, Any],
     final: Path,
     stop: NoSignals,
 ) -> None:
@@ -188,13 +199,22 @@ def tell_end(
     log_overflows(state)
     logs.get_logger().info(
         "Done: %d steps%s, %s tokens; samples that were not read: %s. The model is in %s",
-        state.step, without_update(state), f"{state.tokens_seen:,}", f"{unread:,}", final,
-    )  # fmt: skip
+        state.step,
+        without_update(state),
+        f"{state.tokens_seen:,}",
+        f"{unread:,}",
+        final,
+    )
 
 
 def load_model(
-    args: argparse.Namespace, plan: LoadPlan, engine: Engine, attention: str, run_facts: Dict[str, Any],
-    *, ties_embeddings: bool,
+    args: argparse.Namespace,
+    plan: LoadPlan,
+    engine: Engine,
+    attention: str,
+    run_facts: dict[str, Any],
+    *,
+    ties_embeddings: bool,
 ) -> None:
     """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
     with exchange.all_or_none(), engine.initializing(ties_embeddings=ties_embeddings):
@@ -206,8 +226,10 @@ def load_model(
         rows = sum(end - begin for begin, end in engine.settings.trained_rows or ())
         logs.get_logger().info(
             "%s alone are trained: %.1f M parameters, %.1f M frozen",
-            f"{rows:,} new rows of the embeddings" if rows else "Embeddings", trainable / 1e6, frozen / 1e6,
-        )  # fmt: skip
+            f"{rows:,} new rows of the embeddings" if rows else "Embeddings",
+            trainable / 1e6,
+            frozen / 1e6,
+        )
     model.train()
     engine.boost(model)
     if plan.resume_path is not None:
@@ -224,7 +246,7 @@ def make_checkpointer(
     engine: Engine,
     schedule: CosineSchedule,
     facts: ModelFacts,
-    run_facts: Dict[str, Any],
+    run_facts: dict[str, Any],
     record: StageRecord,
 ) -> Checkpointer:
     """What saves to --save_dir."""
@@ -260,9 +282,14 @@ def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractCon
 
 
 def make_report(
-    args: argparse.Namespace, engine: Engine, plan: LoadPlan, given: Given, order: SampleOrder, state: TrainState,
-    run_facts: Dict[str, Any],
-) -> Tuple[RunReport, StageRecord]:
+    args: argparse.Namespace,
+    engine: Engine,
+    plan: LoadPlan,
+    given: Given,
+    order: SampleOrder,
+    state: TrainState,
+    run_facts: dict[str, Any],
+) -> tuple[RunReport, StageRecord]:
     """What the run leaves at its end, and in its models; checkpoints get the name of its base model.
 
     Called on all ranks.

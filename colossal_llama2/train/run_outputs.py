@@ -12,8 +12,9 @@ import errno
 import os
 import re
 import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any
 
 from colossal_llama2 import json_input, logs
 from colossal_llama2.dataset.sources import is_part
@@ -102,7 +103,7 @@ def _check_settings_file(path: Path) -> None:
         )
 
 
-def write_settings(config_file: str, settings: Dict[str, Any], *, save_dir: str) -> Path:
+def write_settings(config_file: str, settings: dict[str, Any], *, save_dir: str) -> Path:
     """Write the resolved flags and versions of a run, with its id, to --save_dir and to --config_file.
 
     Returns:
@@ -168,7 +169,7 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value) is not None
 
 
-def _is_copied(known: Dict[str, Any], save_dir: str) -> bool:
+def _is_copied(known: dict[str, Any], save_dir: str) -> bool:
     """Whether a --save_dir was copied from one that is still there, so that its id is that one's."""
     original = known.get("save_dir")
     if not isinstance(original, str) or os.path.realpath(original) == os.path.realpath(save_dir):
@@ -177,16 +178,16 @@ def _is_copied(known: Dict[str, Any], save_dir: str) -> bool:
     return other is not None and other.get("run_id") == known["run_id"]
 
 
-def _names(save_dir: str, run_id: str) -> List[str]:
+def _names(save_dir: str, run_id: str) -> list[str]:
     """Names for what is this run's, the first of which another run may have had."""
     name = Path(os.path.realpath(save_dir)).name
     name = name if PLAIN_NAME.fullmatch(name) else run_id
     return [name, *(f"{name}-{number}" for number in range(2, MAX_NAMES))]
 
 
-def _chosen(places: List[Path], *, is_own: Callable[[Path], bool], is_free: Callable[[Path], bool]) -> Path:
+def _chosen(places: list[Path], *, is_own: Callable[[Path], bool], is_free: Callable[[Path], bool]) -> Path:
     """The place that is this run's already, or else the first that is free."""
-    free: Optional[Path] = None
+    free: Path | None = None
     for place in places:
         if is_own(place):
             return place
@@ -199,7 +200,7 @@ def _chosen(places: List[Path], *, is_own: Callable[[Path], bool], is_free: Call
     return free
 
 
-def _is_own(content: Optional[Dict[str, Any]], save_dir: str, run_id: str) -> bool:
+def _is_own(content: dict[str, Any] | None, save_dir: str, run_id: str) -> bool:
     if content is None:
         return False
     if "run_id" in content:
@@ -221,7 +222,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
         yield from entries
 
 
-def _settings_in(path: Path) -> Optional[Dict[str, Any]]:
+def _settings_in(path: Path) -> dict[str, Any] | None:
     content = _read(path)
     return content if content is not None and SETTINGS_KEYS <= content.keys() else None
 
@@ -230,7 +231,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
 
 
-def _read(path: Path) -> Optional[Dict[str, Any]]:
+def _read(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file that has the text `save_dir`; None for anything else."""
     try:
         content = json_input.read_object(path)

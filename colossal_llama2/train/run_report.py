@@ -2,9 +2,10 @@
 
 import os
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.groups import Amount, amounts, merged
@@ -30,9 +31,9 @@ class RunReport:
     """
 
     save_dir: str
-    settings: Dict[str, Any]
-    environment: Dict[str, Any]
-    amounts: Optional[List[Amount]]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    amounts: list[Amount] | None
     base_model: str
     sources: Sequence[str] = ()
 
@@ -63,9 +64,9 @@ class RunReport:
         *,
         tokens_seen: int,
         read: Callable[[], Sequence[SourceRead]],
-        stages: Callable[[], Sequence[Dict[str, Any]]] = list,
+        stages: Callable[[], Sequence[dict[str, Any]]] = list,
         skipped_steps: int = 0,
-    ) -> Optional[str]:
+    ) -> str | None:
         """The README.md of the model at the end of the run; None, which is told, if it cannot be made.
 
         `read` gives what the run has read of each source, `stages` all of the model's, the last of which is the run;
@@ -95,7 +96,7 @@ def in_words(error: Exception) -> str:
     return str(error) if isinstance(error, OSError) else repr(error)
 
 
-def amounts_of_all(dataset) -> Optional[List[Amount]]:
+def amounts_of_all(dataset) -> list[Amount] | None:
     """How much data of each source and category there is, None if it does not say. Called on all ranks."""
     from colossal_llama2.train.engine import exchange
 
@@ -106,7 +107,7 @@ def amounts_of_all(dataset) -> Optional[List[Amount]]:
     return None if None in found else merged(row for rows in found for row in rows)
 
 
-def environment(versions: Dict[str, Any]) -> Dict[str, Any]:
+def environment(versions: dict[str, Any]) -> dict[str, Any]:
     """Software, and the hosts with their devices and ranks. Called on all ranks."""
     import socket
 
@@ -119,7 +120,7 @@ def environment(versions: Dict[str, Any]) -> Dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     mine = [socket.gethostname(), device, os.cpu_count(), memory, torch.get_num_threads()]
     ranks = exchange.gather_values(mine)
-    hosts: Dict[str, Dict[str, Any]] = {}
+    hosts: dict[str, dict[str, Any]] = {}
     for rank, (host, device, cores, memory, threads) in enumerate(ranks):
         known = hosts.setdefault(host, {"cpu_cores": cores, "memory_bytes": memory, "ranks": {}})
         known["ranks"][str(rank)] = {"device": device, "threads": threads}

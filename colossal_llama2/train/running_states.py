@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any
 
 from colossal_llama2 import json_input
 from colossal_llama2.errors import UserError
@@ -11,16 +11,28 @@ from colossal_llama2.train.loop import TrainState
 
 # Entries besides the place in the data, which older checkpoints may lack: the type of each that is not None.
 TYPES = {
-    "layout": dict, "settings": dict, "versions": dict, "machine": dict, "model_shape": dict, "eval_fingerprints": dict,
-    "ranks": list, "evaluations": list, "dataset_fingerprints": list, "trained_rows": list, "sources": list,
-    "mixture": list, "tokenizer": str, "base_model": str, "freeze_non_embeds_params": bool,
-}  # fmt: skip
+    "layout": dict,
+    "settings": dict,
+    "versions": dict,
+    "machine": dict,
+    "model_shape": dict,
+    "eval_fingerprints": dict,
+    "ranks": list,
+    "evaluations": list,
+    "dataset_fingerprints": list,
+    "trained_rows": list,
+    "sources": list,
+    "mixture": list,
+    "tokenizer": str,
+    "base_model": str,
+    "freeze_non_embeds_params": bool,
+}
 COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed", "numerics")
 # Words of the state of NumPy's Mersenne Twister, in which the position is not checked by NumPy.
 TWISTER_WORDS = 624
 
 
-def read(path: Path) -> Tuple[TrainState, Dict[str, Any]]:
+def read(path: Path) -> tuple[TrainState, dict[str, Any]]:
     """Where a run was, and all that the file holds. Raises UserError if an entry is not what it must be."""
     try:
         states = json_input.read_object(path)
@@ -35,7 +47,7 @@ def read(path: Path) -> Tuple[TrainState, Dict[str, Any]]:
     raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another one")
 
 
-def _check_entries(states: Dict[str, Any]) -> None:
+def _check_entries(states: dict[str, Any]) -> None:
     for name, kind in TYPES.items():
         if states.get(name) is not None:
             json_input.typed(states, name, kind)
@@ -73,8 +85,11 @@ def _check_rank(rank: Any) -> None:
     if numpy is not None:
         if not isinstance(numpy, list) or len(numpy) != 5:
             raise ValueError(f"numpy is {shown(numpy)}, its five entries allowed")
-        json_input.whole_number({"the position of NumPy's random state": numpy[2]},
-                                "the position of NumPy's random state", most=TWISTER_WORDS)  # fmt: skip
+        json_input.whole_number(
+            {"the position of NumPy's random state": numpy[2]},
+            "the position of NumPy's random state",
+            most=TWISTER_WORDS,
+        )
     scale = rank.get("loss_scale")
     if scale is not None:
         if not isinstance(scale, dict) or json_input.number(scale, "scale") <= 0:

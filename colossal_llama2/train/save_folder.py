@@ -1,9 +1,9 @@
 """The folder that a run saves to: one run at a time, and seen by every host of the job.
 
-    locked      before torch is imported: a second run in the same folder is refused
-    say_ending  when a run begins to end early: the next one on this host waits for it
-    let_go      before a process ends itself at once: a lock that it holds would keep a restart on another host out
-    prepare     before step 1: leftovers go, and every rank reads what rank 0 wrote
+locked      before torch is imported: a second run in the same folder is refused
+say_ending  when a run begins to end early: the next one on this host waits for it
+let_go      before a process ends itself at once: a lock that it holds would keep a restart on another host out
+prepare     before step 1: leftovers go, and every rank reads what rank 0 wrote
 """
 
 import fcntl
@@ -14,9 +14,9 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Dict, Iterator, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -33,7 +33,7 @@ ENDING_SECONDS = 300.0
 LOOK_SECONDS = 0.1
 
 # The lock files that this process holds, and their descriptors.
-_held_here: Dict[Path, int] = {}
+_held_here: dict[Path, int] = {}
 
 
 @contextmanager
@@ -146,13 +146,15 @@ def _open_regular(path: Path) -> int:
     return descriptor
 
 
-def _owner(descriptor: int) -> Optional[dict]:
+def _owner(descriptor: int) -> dict | None:
     try:
         content = json.loads(os.pread(descriptor, 1000, 0))
         return {
-            "host": str(content["host"]), "pid": int(content["pid"]), "since": str(content["since"]),
+            "host": str(content["host"]),
+            "pid": int(content["pid"]),
+            "since": str(content["since"]),
             "ending": content.get("ending") is True,
-        }  # fmt: skip
+        }
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
@@ -188,7 +190,7 @@ def _holds_lock_itself(descriptor: int) -> bool:
     return True
 
 
-def _held(path: Path, owner: Optional[dict], cure: str) -> UserError:
+def _held(path: Path, owner: dict | None, cure: str) -> UserError:
     who = "another run" if owner is None else f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     return UserError(f"--save_dir {path.parent}: {who} is writing to it; {cure}, or give another folder")
 

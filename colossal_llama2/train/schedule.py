@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Optional
 
 WARMUP_RATIO = 0.025
 FLOOR_RATIO = 0.1
@@ -29,6 +28,6 @@ class CosineSchedule:
         return self.peak * (FLOOR_RATIO + (1 - FLOOR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def warmup_steps(requested: Optional[int], total_steps: int) -> int:
+def warmup_steps(requested: int | None, total_steps: int) -> int:
     """The requested number of warm-up steps, or 2.5 % of all steps if none was."""
     return int(WARMUP_RATIO * total_steps) if requested is None else requested

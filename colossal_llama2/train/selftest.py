@@ -16,9 +16,9 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List
 
 from colossal_llama2 import arguments, errors, launcher, logs
 from colossal_llama2.errors import RunError, UserError
@@ -31,9 +31,13 @@ from colossal_llama2.train.plain_loop import Document, Trace
 VOCABULARY = 1024
 # Wide and deep enough to be split 8 times by every axis; so small that a CPU trains it in seconds.
 SHAPE = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "max_position_embeddings": 512,
-}  # fmt: skip
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 512,
+}
 MAX_LENGTH = 128
 # Relative differences that are rounding: in float32, and at least, in bf16. There it is twice the gap between two plain
 # loops that only pad differently, where that is more.
@@ -130,16 +134,22 @@ def make_inputs(work: Path, *, num_samples: int) -> None:
     (data_dir / "documents.jsonl").write_text("".join(rows), encoding="utf-8")
     with open(work / "prepared.txt", "w", encoding="utf-8") as account, contextlib.redirect_stdout(account):
         prepare_pretrain(
-            data_input_dirs=[str(data_dir)], tokenizer_dir=str(model_dir), data_cache_dir=str(work / "cache"),
-            data_jsonl_output_dir=str(work / "jsonl"), data_arrow_output_dir=str(work / "arrow"),
-            max_length=MAX_LENGTH, num_spliced_dataset_bins=1, num_workers=1, no_jsonl=True,
-        )  # fmt: skip
+            data_input_dirs=[str(data_dir)],
+            tokenizer_dir=str(model_dir),
+            data_cache_dir=str(work / "cache"),
+            data_jsonl_output_dir=str(work / "jsonl"),
+            data_arrow_output_dir=str(work / "arrow"),
+            max_length=MAX_LENGTH,
+            num_spliced_dataset_bins=1,
+            num_workers=1,
+            no_jsonl=True,
+        )
     datasets.disable_progress_bars()
     prepared = datasets.load_from_disk(str(work / "arrow" / "part-00000"))
     prepared.select(np.arange(num_samples) % len(prepared)).save_to_disk(str(work / "part-00000"))
 
 
-def python_documents() -> List[str]:
+def python_documents() -> list[str]:
     """Paragraphs of CPython's own documentation."""
     import pydoc_data.topics
 
@@ -147,7 +157,7 @@ def python_documents() -> List[str]:
     return [part.strip() for name in sorted(topics) for part in topics[name].split("\n\n") if part.strip()]
 
 
-def make_model(folder: Path, documents: List[str]) -> None:
+def make_model(folder: Path, documents: list[str]) -> None:
     """Write a tokenizer that was trained on the documents, and a LLaMA of random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,7 +186,7 @@ class Row:
         return self.found <= self.allowed
 
 
-def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> List[Row]:
+def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> list[Row]:
     """Run the plain loop on this rank's device and hold both training runs against it."""
     whole, resumed = (trace_of(work / name) for name in ("whole", "resumed"))
     steps = list(step_documents(args, work, samples_a_step))
@@ -198,7 +208,7 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> Lis
     ]
 
 
-def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[List[Document]]:
+def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[list[Document]]:
     """The documents of each optimizer step, or its samples whole if documents are not to be kept apart."""
     from colossal_llama2.dataset.loader import DOCUMENT_COLUMN, SampleOrder, load_tokenized_dataset
 
@@ -214,7 +224,7 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
         yield documents
 
 
-def plain_trace(args: argparse.Namespace, work: Path, steps: List[List[Document]], *, together: int = 1) -> Trace:
+def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
     from colossal_llama2.model.loading import load_llama
@@ -227,9 +237,13 @@ def plain_trace(args: argparse.Namespace, work: Path, steps: List[List[Document]
         freeze_non_embedding_parameters(model)
     schedule = CosineSchedule(args.lr, len(steps), warmup_steps(args.warmup_steps, len(steps)))
     return plain_loop.train(
-        model, steps, learning_rate=schedule.learning_rate, max_norm=args.gradient_clipping,
-        weight_decay=args.weight_decay, together=together,
-    )  # fmt: skip
+        model,
+        steps,
+        learning_rate=schedule.learning_rate,
+        max_norm=args.gradient_clipping,
+        weight_decay=args.weight_decay,
+        together=together,
+    )
 
 
 def trace_of(home: Path) -> Trace:
@@ -246,7 +260,7 @@ def trace_of(home: Path) -> Trace:
     return Trace(losses, norms, weights)
 
 
-def largest(values: List[float], expected: List[float]) -> float:
+def largest(values: list[float], expected: list[float]) -> float:
     """Largest relative difference; infinite if there are not equally many, or one is no number."""
     if len(values) != len(expected):
         return float("inf")
@@ -254,13 +268,13 @@ def largest(values: List[float], expected: List[float]) -> float:
     return max(gaps) if all(gap == gap for gap in gaps) else float("inf")
 
 
-def distance(weights: Dict, expected: Dict) -> float:
+def distance(weights: dict, expected: dict) -> float:
     """Norm of the difference of all weights over the norm of the expected ones."""
     difference = sum(float((weights[name] - tensor).double().square().sum()) for name, tensor in expected.items())
     return (difference / sum(float(tensor.double().square().sum()) for tensor in expected.values())) ** 0.5
 
 
-def tell(args: argparse.Namespace, work: Path, rows: List[Row]) -> None:
+def tell(args: argparse.Namespace, work: Path, rows: list[Row]) -> None:
     """Print the rows; remove the work folder if all are equal, and raise RunError if not."""
     width = max(len(row.name) for row in rows)
     show_line(f"{'selftest':{width}}     found   allowed")

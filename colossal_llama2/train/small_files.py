@@ -1,7 +1,7 @@
 """What a checkpoint holds besides tensors, known before step 1: a save must not fail by it hours later."""
 
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -11,7 +11,7 @@ from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.tokenizer import TOKENIZER_FILES
 
 
-def model_files(model_path: str, tokenizer_path: str, precision: str) -> Dict[str, bytes]:
+def model_files(model_path: str, tokenizer_path: str, precision: str) -> dict[str, bytes]:
     """The small files of a saved model, by path inside its folder: both configurations and the tokenizer.
 
     Logs in what the configurations differ from those that the run began with.

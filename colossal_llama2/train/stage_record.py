@@ -5,9 +5,10 @@ checkpoint that it goes on from.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.buckets import MeasuredPart
@@ -38,9 +39,9 @@ class Beginning:
     """
 
     history: History = field(default_factory=History)
-    parent: Dict[str, Any] = field(default_factory=dict)
-    kept: Dict[str, Any] = field(default_factory=dict)
-    resumed: List[Dict[str, Any]] = field(default_factory=list)
+    parent: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -56,9 +57,9 @@ class StageRecord:
     measured: Sequence[MeasuredPart]
     order: SampleOrder
     state: "TrainState"
-    facts: Dict[str, Any]
+    facts: dict[str, Any]
 
-    def read(self) -> List[SourceRead]:
+    def read(self) -> list[SourceRead]:
         """What the run has read of each source."""
         return read_by_source(
             self.measured,
@@ -67,7 +68,7 @@ class StageRecord:
             samples_seen=self.state.samples_seen,
         )
 
-    def stage(self) -> Dict[str, Any]:
+    def stage(self) -> dict[str, Any]:
         """The run as a stage of training_history.json."""
         losses, _ = model_card.curves(train_log.read(Path(self.report.save_dir, LOG_NAME)))
         first = self.beginning.kept.get("first_loss")
@@ -94,8 +95,8 @@ class StageRecord:
         }
         return {**stage, "resumed": self.beginning.resumed} if self.beginning.resumed else stage
 
-    def _sources(self) -> List[Dict[str, Any]]:
-        fingerprints: Dict[str, List[str]] = {}
+    def _sources(self) -> list[dict[str, Any]]:
+        fingerprints: dict[str, list[str]] = {}
         for part, fingerprint in zip(self.data.parts, self.facts["dataset_fingerprints"], strict=True):
             fingerprints.setdefault(part.source, []).append(fingerprint)
         shown = max(training_history.MAX_FINGERPRINTS // len(fingerprints), 1)
@@ -111,7 +112,7 @@ class StageRecord:
             for one in self.read()
         ]
 
-    def history(self) -> Optional[Dict[str, Any]]:
+    def history(self) -> dict[str, Any] | None:
         """What training_history.json says of a model that is saved now; None, which is logged, if it cannot be made."""
         try:
             content = self.beginning.history.followed_by(self.stage(), base_model=encodable(self.report.base_model))
@@ -122,11 +123,11 @@ class StageRecord:
             )
             return None
 
-    def stages(self) -> List[Dict[str, Any]]:
+    def stages(self) -> list[dict[str, Any]]:
         """All stages, the last of which is the run."""
         return [*self.beginning.history.stages, self.stage()]
 
-    def card(self) -> Optional[str]:
+    def card(self) -> str | None:
         """The README.md of the model as it is now; None, which is logged, if it cannot be made."""
         skipped = self.state.step - self.state.updates
         return self.report.card(
@@ -134,7 +135,7 @@ class StageRecord:
         )
 
 
-def begin_stage(args: argparse.Namespace, plan: "LoadPlan", state: "TrainState", facts: Dict[str, Any]) -> Beginning:
+def begin_stage(args: argparse.Namespace, plan: "LoadPlan", state: "TrainState", facts: dict[str, Any]) -> Beginning:
     """Read the history of the folder that the weights come from. For rank 0; never raises, what is wrong is logged."""
     recorded = read_history(Path(plan.model_path))
     training_history.log_problem(recorded)
@@ -151,7 +152,7 @@ def begin_stage(args: argparse.Namespace, plan: "LoadPlan", state: "TrainState",
 
 
 def _begin_unrecorded(
-    args: argparse.Namespace, plan: "LoadPlan", saved: Dict[str, Any], resumed: List[Dict[str, Any]]
+    args: argparse.Namespace, plan: "LoadPlan", saved: dict[str, Any], resumed: list[dict[str, Any]]
 ) -> Beginning:
     """Where a run began whose checkpoint has no history, as those of earlier versions; --pretrained, if it can be."""
     settings = saved.get("settings")
@@ -160,8 +161,9 @@ def _begin_unrecorded(
         return Beginning(history, describe_parent(args.pretrained, history), resumed=resumed)
     logs.get_logger().warning(
         "%s has no %s, so the card cannot tell which stages came before this run",
-        plan.model_path, training_history.HISTORY_FILE,
-    )  # fmt: skip
+        plan.model_path,
+        training_history.HISTORY_FILE,
+    )
     return Beginning(parent={"name": "not recorded"}, resumed=resumed)
 
 

@@ -2,16 +2,17 @@
 
 import contextlib
 import time
-from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Tuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 # Name of a part, its begin and its end: seconds of the host's clock, or events of a GPU.
-Mark = Tuple[str, Any, Any]
+Mark = tuple[str, Any, Any]
 
 
 class NoTimer:
     """Measures nothing: for ranks whose times are not told."""
 
-    def part(self, name: str) -> ContextManager[None]:
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A context whose time belongs to a part of the step."""
         return contextlib.nullcontext()
 
@@ -30,7 +31,7 @@ class StepTimer(NoTimer):
         import torch
 
         self._on_gpu = torch.cuda.is_available()
-        self._marks: List[Mark] = []
+        self._marks: list[Mark] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -58,7 +59,7 @@ class StepTimer(NoTimer):
         event.record()
         return event
 
-    def seconds(self) -> Dict[str, float]:
+    def seconds(self) -> dict[str, float]:
         """The sum of each part, by name, since the last call. Waits for the GPU."""
         if self._on_gpu:
             import torch
@@ -71,15 +72,15 @@ class StepTimer(NoTimer):
         """True if `take` may give marks that the GPU has not reached yet; one optimizer step later it has."""
         return self._on_gpu
 
-    def take(self) -> List[Mark]:
+    def take(self) -> list[Mark]:
         """The marks since the last call, for `seconds_of`. Waits for nothing."""
         marks, self._marks = self._marks, []
         return marks
 
 
-def seconds_of(marks: Iterable[Mark]) -> Dict[str, float]:
+def seconds_of(marks: Iterable[Mark]) -> dict[str, float]:
     """The sum of each part, by name; a GPU must have reached all of the marks."""
-    sums: Dict[str, float] = {}
+    sums: dict[str, float] = {}
     for name, begin, end in marks:
         passed = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
         sums[name] = sums.get(name, 0.0) + passed

@@ -13,8 +13,9 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, NoReturn, Optional, Sequence
+from typing import NoReturn
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import Stopped
@@ -39,7 +40,7 @@ class NoSignals:
     def begin(self) -> None:
         """Called before the first step."""
 
-    def received(self) -> List[float]:
+    def received(self) -> list[float]:
         """1 for each of SIGNALS that came to this process, 0 for the others."""
         return [0.0] * len(SIGNALS)
 
@@ -80,7 +81,7 @@ class StopSignals(NoSignals):
     def begin(self) -> None:
         self._raises = False
 
-    def received(self) -> List[float]:
+    def received(self) -> list[float]:
         return [float(self._counts[number] > 0) for number in SIGNALS]
 
     def _handle(self, number, frame) -> None:
@@ -125,12 +126,12 @@ def end_at_once() -> NoReturn:
     os._exit(128 + signal.SIGINT)
 
 
-def agreed_signal(sums: Sequence[float]) -> Optional[signal.Signals]:
+def agreed_signal(sums: Sequence[float]) -> signal.Signals | None:
     """The signal to obey, from the sums of what all ranks received; None if none came."""
     return next((number for number, count in zip(SIGNALS, sums, strict=True) if count), None)
 
 
-def tell_stop(number: signal.Signals, *, save_seconds: Optional[float]) -> None:
+def tell_stop(number: signal.Signals, *, save_seconds: float | None) -> None:
     """Log that a signal is about to end the run, and what may go wrong. `save_seconds`: what the last save took."""
     save_folder.say_ending()
     logs.get_logger().info("%s: saving, then ending", number.name)
@@ -139,5 +140,6 @@ def tell_stop(number: signal.Signals, *, save_seconds: Optional[float]) -> None:
         logs.get_logger().warning(
             "torchrun kills its processes %.0f s after SIGTERM, the last save took %.0f s; if this one is cut short, "
             "the checkpoint before it stays. SIGUSR1 to the ranks gives all the time that a save takes",
-            TORCHRUN_SECONDS, save_seconds,
-        )  # fmt: skip
+            TORCHRUN_SECONDS,
+            save_seconds,
+        )

@@ -18,8 +18,9 @@ to it, and cuts away later ones. One that begins anew cuts away all.
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
@@ -28,14 +29,14 @@ from colossal_llama2.train.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX
 EVALUATION = "Evaluation/"
 
 
-def read(path: Path) -> Iterator[Dict[str, Any]]:
+def read(path: Path) -> Iterator[dict[str, Any]]:
     """The records in a log, in order; none if there is no file. What a killed run wrote half of is left out."""
     for record, _ in _lines(path):
         if record is not None:
             yield record
 
 
-def _lines(path: Path) -> Iterator[Tuple[Optional[Dict[str, Any]], bytes]]:
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
     """(record, line); the record is None if the line is none of ours."""
     if not path.is_file():
         return
@@ -48,7 +49,7 @@ def _lines(path: Path) -> Iterator[Tuple[Optional[Dict[str, Any]], bytes]]:
                 yield None, line
 
 
-def begin(save_dir: str, *, last_step: int, resumed_from: Optional[str] = None) -> Path:
+def begin(save_dir: str, *, last_step: int, resumed_from: str | None = None) -> Path:
     """The log of a run that goes on after `last_step`: later lines are cut away, in one step, and it is said.
 
     Args:
@@ -109,7 +110,7 @@ class TrainLog:
         self._file = None
         self._is_torn = self._has_failed = False
 
-    def write(self, record: Dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Append one record, at once."""
         import orjson
 
@@ -147,9 +148,9 @@ class TrainLog:
             self._file = None
 
 
-def evaluation_record(step: int, figures: Dict[str, float]) -> Dict[str, Any]:
+def evaluation_record(step: int, figures: dict[str, float]) -> dict[str, Any]:
     """The line for figures that are named as in TensorBoard: "Evaluation/en/loss", or otherwise."""
-    record: Dict[str, Any] = {"step": step}
+    record: dict[str, Any] = {"step": step}
     for name, value in figures.items():
         if name.startswith(EVALUATION) and name.count("/") > 1:
             _, data, figure = name.split("/", 2)

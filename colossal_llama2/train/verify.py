@@ -9,8 +9,9 @@ a model of any size needs the memory of its largest matrix. Nothing is trained, 
 """
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 from colossal_llama2 import arguments, errors, logs
 from colossal_llama2.errors import UserError
@@ -66,7 +67,7 @@ def verify(checkpoint: str) -> Iterator[str]:
         yield f"{name:<10} {check(plan, saved)}"
 
 
-def _check_states(path: Path, saved: Dict[str, Any]) -> None:
+def _check_states(path: Path, saved: dict[str, Any]) -> None:
     for name, kind in STATE_TYPES.items():
         if not isinstance(saved.get(name), kind):
             raise UserError(f"{path}: {name} is {saved.get(name)!r}, no {kind.__name__}; take another checkpoint")
@@ -74,7 +75,7 @@ def _check_states(path: Path, saved: Dict[str, Any]) -> None:
         raise UserError(f"{path}: has states of {len(saved['ranks'])} ranks, the run had {saved['world_size']}")
 
 
-def _check_model(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+def _check_model(plan: LoadPlan, saved: dict[str, Any]) -> str:
     check_model(plan.model_path, MODEL_NAME)
     facts = inspect_weights(plan.model_path)
     for name in shard_names(plan.model_path):
@@ -82,12 +83,12 @@ def _check_model(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     return f"{facts.parameters / 1e6:.1f} M parameters, shapes as its config.json says, all numbers finite"
 
 
-def _check_optimizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+def _check_optimizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
     """Adam's two moments of each trained parameter, in the parameter's shape, and the groups that name them."""
     folder = Path(plan.resume_path, OPTIMIZER_NAME)
     weight_map, groups_name = read_optimizer_index(folder)
     expected = _trained_shapes(plan, saved)
-    found: Dict[str, Tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(weight_map.values())):
         read_object(str(folder / name))
         found |= _read_all(folder / name)
@@ -106,7 +107,7 @@ def _check_optimizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     return f"both moments of {len(expected)} parameters, shapes as the model's, all numbers finite"
 
 
-def _trained_shapes(plan: LoadPlan, saved: Dict[str, Any]) -> List[Tuple[str, Tuple[int, ...]]]:
+def _trained_shapes(plan: LoadPlan, saved: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the trained parameters in the optimizer's order: matrices, then norms."""
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 
@@ -117,7 +118,7 @@ def _trained_shapes(plan: LoadPlan, saved: Dict[str, Any]) -> List[Tuple[str, Tu
     return [item for item in trained if len(item[1]) > 1] + [item for item in trained if len(item[1]) <= 1]
 
 
-def _check_masters(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+def _check_masters(plan: LoadPlan, saved: dict[str, Any]) -> str:
     if saved["layout"].get("precision") == "fp32":
         return "none needed, the run is in float32"
     total = 0
@@ -133,7 +134,7 @@ def _check_masters(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     return f"of {saved['world_size']} ranks, all numbers finite"
 
 
-def _check_tokenizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
+def _check_tokenizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
     from colossal_llama2.tokenizer.parity import Tokenizers
 
     folder = Path(plan.model_path)
@@ -157,7 +158,7 @@ def _check_tokenizer(plan: LoadPlan, saved: Dict[str, Any]) -> str:
     return f"{len(tokenizers.fast)} tokens for {rows} rows; transformers encodes as SentencePiece does"
 
 
-CHECKS: Dict[str, Callable[[LoadPlan, Dict[str, Any]], str]] = {
+CHECKS: dict[str, Callable[[LoadPlan, dict[str, Any]], str]] = {
     "model": _check_model,
     "optimizer": _check_optimizer,
     "masters": _check_masters,
@@ -165,7 +166,7 @@ CHECKS: Dict[str, Callable[[LoadPlan, Dict[str, Any]], str]] = {
 }
 
 
-def _read_all(path: Path) -> Dict[str, Tuple[int, ...]]:
+def _read_all(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes in a safetensors file, all of whose numbers are read. Raises UserError for NaN and infinity."""
     import torch
     from safetensors import SafetensorError, safe_open

@@ -10,19 +10,19 @@ Ends with 1 if something was not survived, and tells what. Runs on one CPU core;
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Dict, List
 
 from tests.faults import corruption, crash_points, fuzz, kills, links, malicious, mutants, place, starts, steps, warm
 from tests.faults.rows import HEADER, Row
 
 
-def crash_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def crash_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Kills at every change of a file during a save."""
     return crash_points.check(place.make(folder, samples=16), sample=5 if sample else None, seed=seed)
 
 
-def kill_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def kill_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Kills of the whole process group while it trains."""
     counts = {"zero2": 4} if sample else {"zero2": 34, "gemini": 33, "3d": 33}
     rows = []
@@ -32,53 +32,53 @@ def kill_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
     return rows
 
 
-def corruption_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def corruption_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Damaged files."""
     return corruption.check(place.make(folder, samples=16), sample=8 if sample else None, seed=seed)
 
 
-def malicious_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def malicious_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Files that would run code."""
     return malicious.check(place.make(folder, samples=16), sample=6 if sample else None, seed=seed)
 
 
-def link_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def link_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Links and stray files in a run folder."""
     return links.check(place.make(folder, samples=16), sample=4 if sample else None, seed=seed)
 
 
-def step_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def step_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Resuming from each step."""
     return steps.check_each_step(place.make(folder, samples=steps.SAMPLES), every=10 if sample else 1)
 
 
-def start_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def start_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Simultaneous starts."""
     return starts.check_starts(place.make(folder, samples=16), starts=10 if sample else 30)
 
 
-def signal_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def signal_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Signals at random moments."""
     return starts.check_signals(place.make(folder, samples=16), signals=4 if sample else 30, seed=seed)
 
 
-def rank_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def rank_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Other numbers of ranks."""
     return steps.check_orders() + ([] if sample else steps.check_ranks(place.make(folder, samples=48)))
 
 
-def overflow_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def overflow_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """No update before the first save."""
     plugins = ["zero2", "gemini accumulating"] if sample else list(steps.FP16)
     return steps.check_overflow(place.make(folder, samples=24), plugins=plugins)
 
 
-def fuzz_rows(folder: Path, sample: bool, seed: int) -> List[Row]:
+def fuzz_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Random damage to JSON."""
     return fuzz.check(place.make(folder, samples=16), cases=3 if sample else 250, first_seed=seed)
 
 
-CHECKS: Dict[str, Callable[[Path, bool, int], List[Row]]] = {
+CHECKS: dict[str, Callable[[Path, bool, int], list[Row]]] = {
     "crash_points": crash_rows,
     "kills": kill_rows,
     "corruption": corruption_rows,
@@ -113,7 +113,7 @@ def main(argv=None) -> None:
     sys.exit(0 if all(row.is_survived for row in rows) else 1)
 
 
-def run_checks(names: List[str], work: Path, *, sample: bool, seed: int) -> List[Row]:
+def run_checks(names: list[str], work: Path, *, sample: bool, seed: int) -> list[Row]:
     """Run checks by name and print their rows as they come, with what was not survived below each."""
     print(HEADER, flush=True)
     rows = []

@@ -8,9 +8,9 @@ import itertools
 import json
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict
 
 Plant = Callable[[Path, "Payload"], None]
 WEIGHTS, OPTIMIZER_INDEX = "model-00001-of-00001.safetensors", "optimizer/pytorch_optim.bin.index.json"
@@ -193,7 +193,7 @@ TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch {canary}') }}{{ self
 AUTO_MAP = {name: "code.Evil" for name in ("AutoConfig", "AutoModelForCausalLM")}
 EVIL_PAIR = ["code.Evil", None]
 
-CHECKPOINT: Dict[str, Plant] = {
+CHECKPOINT: dict[str, Plant] = {
     "pytorch_optim_group.bin": put("optimizer/pytorch_optim_group.bin", "torch_file"),
     "pytorch_optim-00001.bin": put("optimizer/pytorch_optim-00001.bin", "torch_file"),
     "pytorch_optim.bin": put("optimizer/pytorch_optim.bin", "torch_file"),
@@ -217,7 +217,7 @@ CHECKPOINT: Dict[str, Plant] = {
     "names of transformers' Trainer": put("rng_state.pth", "torch_file"),
     "names of torch.distributed.checkpoint": put(".metadata"),
 }
-MODEL: Dict[str, Plant] = {
+MODEL: dict[str, Plant] = {
     "pytorch_model.bin beside safetensors": put("pytorch_model.bin", "torch_file"),
     "pytorch_model.bin alone": only("pytorch_model.bin", "torch_file"),
     "TorchScript as pytorch_model.bin": only("pytorch_model.bin", "torchscript"),
@@ -249,7 +249,7 @@ MODEL: Dict[str, Plant] = {
 }
 # What lies in one folder with others of its kind: each alone may be harmless, or refused for another reason.
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "no-such-owner/no-such-model", "target_modules": ["q_proj"]}
-INGREDIENTS: Dict[str, Plant] = {
+INGREDIENTS: dict[str, Plant] = {
     "adapter_config": change("adapter_config.json", **ADAPTER),
     "adapter bin": put("adapter_model.bin", "torchscript"),
     "adapter pickle": put("adapter_model.safetensors", "pickled"),
@@ -263,10 +263,13 @@ INGREDIENTS: Dict[str, Plant] = {
 }
 PAIRS = list(itertools.combinations(INGREDIENTS, 2))
 TRIPLES = [
-    ("adapter_config", "adapter bin", "auto_map"), ("adapter_config", "adapter bin", "bin"),
-    ("adapter_config", "adapter pickle", "bin index"), ("adapter_config", "bin", "bin index"),
-    ("auto_map", "tokenizer auto_map", "modeling_llama.py"), ("bin", "bin index", "pth"),
-]  # fmt: skip
+    ("adapter_config", "adapter bin", "auto_map"),
+    ("adapter_config", "adapter bin", "bin"),
+    ("adapter_config", "adapter pickle", "bin index"),
+    ("adapter_config", "bin", "bin index"),
+    ("auto_map", "tokenizer auto_map", "modeling_llama.py"),
+    ("bin", "bin index", "pth"),
+]
 COMBINATIONS = {" + ".join(names): together(*map(INGREDIENTS.get, names)) for names in [*PAIRS, *TRIPLES]}
 MODEL.update(COMBINATIONS)
 MODEL.update(
@@ -288,29 +291,49 @@ MODEL.update(
         **{
             f"{name} -> {target}": link(name, target)
             for name, target in (
-                ("config.json", "/dev/zero"), ("generation_config.json", "/dev/full"), ("tokenizer.json", "/dev/full"),
-                ("tokenizer.model", "/dev/zero"), ("tokenizer_config.json", "/dev/tty"),
-                ("model.safetensors", "/dev/zero"), ("README.md", "/dev/zero"), ("chat_template.jinja", "/dev/null"),
+                ("config.json", "/dev/zero"),
+                ("generation_config.json", "/dev/full"),
+                ("tokenizer.json", "/dev/full"),
+                ("tokenizer.model", "/dev/zero"),
+                ("tokenizer_config.json", "/dev/tty"),
+                ("model.safetensors", "/dev/zero"),
+                ("README.md", "/dev/zero"),
+                ("chat_template.jinja", "/dev/null"),
             )
         },
         **{
             f"{name} is a FIFO": fifo(name)
             for name in (
-                "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-                "special_tokens_map.json", "added_tokens.json", "model.safetensors", "model.safetensors.index.json",
-                "README.md", "adapter_config.json", "pytorch_model.bin", "vocab.json",
+                "config.json",
+                "generation_config.json",
+                "tokenizer.json",
+                "tokenizer.model",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+                "added_tokens.json",
+                "model.safetensors",
+                "model.safetensors.index.json",
+                "README.md",
+                "adapter_config.json",
+                "pytorch_model.bin",
+                "vocab.json",
             )
         },
     }
-)  # fmt: skip
+)
 CHECKPOINT.update(
     {
         f"modeling: {name}": within("modeling", COMBINATIONS[name])
-        for name in ("adapter_config + adapter bin", "adapter bin + bin", "adapter_config + adapter bin + auto_map",
-                     "bin + bin index", "auto_map + modeling_llama.py")
+        for name in (
+            "adapter_config + adapter bin",
+            "adapter bin + bin",
+            "adapter_config + adapter bin + auto_map",
+            "bin + bin index",
+            "auto_map + modeling_llama.py",
+        )
     }
-)  # fmt: skip
-SAMPLES: Dict[str, Plant] = {
+)
+SAMPLES: dict[str, Plant] = {
     "pickle as arrow data": put("data-00000-of-00001.arrow"),
     "torch file as dataset_info.json": put("dataset_info.json", "torch_file"),
     "samples named outside": change("state.json", _data_files=[{"filename": "../outside.arrow"}]),

@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import List, Optional, Set
 
 from colossal_llama2.train import checkpoint_files, verify
 from tests.faults import damage, warm
@@ -16,7 +15,7 @@ FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, *places.PLUGINS["zero2"]
 KINDS = ("cut", "flip", "delete", "swap")
 
 
-def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
+def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Damage each file in each way, or `sample` of these; verify and train.py --load_checkpoint must name the file."""
     job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
     assert job.wait() == 0, job.said
@@ -38,7 +37,7 @@ def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
     return [row]
 
 
-def _problem(place: Place, checkpoint: Path, names: Set[str]) -> Optional[str]:
+def _problem(place: Place, checkpoint: Path, names: set[str]) -> str | None:
     resuming = place.flags("resumed", *FLAGS, "--load_checkpoint", checkpoint)
     jobs = [
         warm.Job(lambda: verify.main([str(checkpoint)]), place.log("verified")),
@@ -54,4 +53,3 @@ def _problem(place: Place, checkpoint: Path, names: Set[str]) -> Optional[str]:
     if place.save_dir("resumed").exists():
         return "train.py has written something"
     return None
-

@@ -9,8 +9,8 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable, Iterator, List, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
@@ -40,7 +40,7 @@ class Bench:
         self.whole_trace = self.run()
         assert self.whole_trace.code == 0, place.log("killed").read_text()
 
-    def run(self, *, crash_at: Optional[int] = None, torn: bool = False) -> trace.Trace:
+    def run(self, *, crash_at: int | None = None, torn: bool = False) -> trace.Trace:
         """Run the fourth step in a fresh copy of what there was before it."""
         shutil.rmtree(self.place.folder / "killed", ignore_errors=True)
         shutil.copytree(self.place.save_dir("begun"), self.place.save_dir("killed"), symlinks=True)
@@ -48,7 +48,7 @@ class Bench:
         job = warm.train(flags, log, before=_trace_from_save)
         return trace.watch(job, self.place.save_dir("killed"), crash_at=crash_at, torn=torn)
 
-    def problem(self) -> Optional[str]:
+    def problem(self) -> str | None:
         """What is wrong with the folder that a killed run left, and with the run that goes on in it."""
         save_dir = self.place.save_dir("killed")
         try:
@@ -57,7 +57,7 @@ class Bench:
             found = repr(error)
         return found or self._problem_of_resuming(save_dir)
 
-    def _problem_of_folder(self, save_dir: Path) -> Optional[str]:
+    def _problem_of_folder(self, save_dir: Path) -> str | None:
         complete = checkpoint_files.complete_checkpoints(save_dir)
         if len(complete) < KEEP_LAST:
             return f"{len(complete)} complete checkpoints"
@@ -83,7 +83,7 @@ class Bench:
             return "modeling is not the model of the last step"
         return None
 
-    def _problem_of_resuming(self, save_dir: Path) -> Optional[str]:
+    def _problem_of_resuming(self, save_dir: Path) -> str | None:
         state = self._state_of(save_dir)
         leftovers = [path for path in save_dir.iterdir() if _is_leftover(path)]
         if state in self._resumed:
@@ -114,16 +114,16 @@ def _is_leftover(path: Path) -> bool:
     return checkpoint_files.LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
-def _leftover_problem(leftovers: List[Path], said: str) -> Optional[str]:
+def _leftover_problem(leftovers: list[Path], said: str) -> str | None:
     untold = [path.name for path in leftovers if f"Removing {path}, which" not in said]
     left = [path.name for path in leftovers if path.exists()]
     return f"removal of {untold} is not told, {left} are still there" if untold or left else None
 
 
 @contextlib.contextmanager
-def told() -> Iterator[List[str]]:
+def told() -> Iterator[list[str]]:
     """What is logged in this process inside the `with`."""
-    lines: List[str] = []
+    lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logs.get_logger()
@@ -163,7 +163,7 @@ def _trace_from_save() -> None:
     Checkpointer.save_now = traced
 
 
-def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
+def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Kill at every change and in every write, or at `sample` of each."""
     bench = Bench(place)
     rows = []
@@ -184,12 +184,12 @@ def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
     return [*rows, row]
 
 
-def _sampled(points: Iterable[int], sample: Optional[int], seed: int) -> List[int]:
+def _sampled(points: Iterable[int], sample: int | None, seed: int) -> list[int]:
     points = list(points)
     return points if sample is None else sorted(random.Random(seed).sample(points, min(sample, len(points))))
 
 
-def order_problem(operations: List[trace.Operation]) -> Optional[str]:
+def order_problem(operations: list[trace.Operation]) -> str | None:
     """What a power cut could undo: a final name given, or an old checkpoint removed, before the new one is on the disk.
 
     This is the order of the calls; whether a disk keeps what it was told to keep cannot be seen here.

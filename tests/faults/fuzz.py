@@ -13,9 +13,10 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -44,9 +45,14 @@ SPECIAL = ["NaN", "Infinity", "-Infinity", "1e999", "-0"]
 def values() -> st.SearchStrategy:
     """Values of every JSON type, with the extremes of each."""
     scalars = st.one_of(
-        st.none(), st.booleans(), st.sampled_from(NUMBERS), st.integers(-10, 10_000),
-        st.floats(allow_nan=False), st.sampled_from(NAUGHTY_TEXT), st.text(max_size=8),
-    )  # fmt: skip
+        st.none(),
+        st.booleans(),
+        st.sampled_from(NUMBERS),
+        st.integers(-10, 10_000),
+        st.floats(allow_nan=False),
+        st.sampled_from(NAUGHTY_TEXT),
+        st.text(max_size=8),
+    )
     nested = st.recursive(
         scalars,
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
@@ -91,7 +97,7 @@ def places_in(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 @st.composite
-def changed(draw, good: Dict[str, Any], more_keys: List[str]) -> str:
+def changed(draw, good: dict[str, Any], more_keys: list[str]) -> str:
     """The good object with one to three of its entries replaced or removed, or known keys added that it lacks."""
     content = json.loads(json.dumps(good))
     for _ in range(draw(st.integers(1, 3))):
@@ -129,7 +135,7 @@ def broken(draw, good: bytes) -> bytes:
     return draw(st.one_of(st.binary(max_size=20), values().map(lambda value: text_of(value).encode())))
 
 
-def damage(good: bytes, more_keys: List[str]) -> st.SearchStrategy:
+def damage(good: bytes, more_keys: list[str]) -> st.SearchStrategy:
     """Nine times in ten a changed entry, else broken bytes."""
     whole = changed(json.loads(good), more_keys).map(lambda text: text.encode("utf-8", "surrogatepass"))
     return st.integers(0, 9).flatmap(lambda number: broken(good) if number == 0 else whole)
@@ -139,24 +145,77 @@ def damage(good: bytes, more_keys: List[str]) -> st.SearchStrategy:
 # Files to damage, and who reads them
 
 CONFIG_KEYS = [
-    "hidden_act", "rope_scaling", "rope_theta", "attention_bias", "mlp_bias", "head_dim", "pad_token_id",
-    "eos_token_id", "tie_word_embeddings", "torch_dtype", "quantization_config", "temperature", "pretraining_tp",
-    "initialized_rows", "attn_implementation", "auto_map", "use_cache", "num_key_value_heads", "generation_config",
-    "task_specific_params", "id2label", "num_labels", "pruned_heads", "return_dict", "output_attentions",
-    "problem_type", "attention_dropout",
-]  # fmt: skip
+    "hidden_act",
+    "rope_scaling",
+    "rope_theta",
+    "attention_bias",
+    "mlp_bias",
+    "head_dim",
+    "pad_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "quantization_config",
+    "temperature",
+    "pretraining_tp",
+    "initialized_rows",
+    "attn_implementation",
+    "auto_map",
+    "use_cache",
+    "num_key_value_heads",
+    "generation_config",
+    "task_specific_params",
+    "id2label",
+    "num_labels",
+    "pruned_heads",
+    "return_dict",
+    "output_attentions",
+    "problem_type",
+    "attention_dropout",
+]
 TOKENIZER_KEYS = [
-    "tokenizer_class", "add_bos_token", "add_eos_token", "legacy", "chat_template", "model_max_length",
-    "padding_side", "added_tokens_decoder", "additional_special_tokens", "sp_model_kwargs", "bos_token",
-    "eos_token", "unk_token", "pad_token", "clean_up_tokenization_spaces", "add_prefix_space",
-    "use_default_system_prompt", "extra_special_tokens",
-]  # fmt: skip
+    "tokenizer_class",
+    "add_bos_token",
+    "add_eos_token",
+    "legacy",
+    "chat_template",
+    "model_max_length",
+    "padding_side",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "sp_model_kwargs",
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "clean_up_tokenization_spaces",
+    "add_prefix_space",
+    "use_default_system_prompt",
+    "extra_special_tokens",
+]
 GENERATION_KEYS = [
-    "temperature", "top_p", "top_k", "do_sample", "eos_token_id", "pad_token_id", "bos_token_id", "max_length",
-    "num_beams", "cache_implementation", "watermarking_config", "stop_strings", "max_new_tokens", "typical_p",
-    "num_return_sequences", "forced_eos_token_id", "suppress_tokens", "bad_words_ids", "transformers_version",
-    "compile_config", "guidance_scale",
-]  # fmt: skip
+    "temperature",
+    "top_p",
+    "top_k",
+    "do_sample",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "max_length",
+    "num_beams",
+    "cache_implementation",
+    "watermarking_config",
+    "stop_strings",
+    "max_new_tokens",
+    "typical_p",
+    "num_return_sequences",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "bad_words_ids",
+    "transformers_version",
+    "compile_config",
+    "guidance_scale",
+]
 STATES_KEYS = ["first_sample", "evaluations", "ranks", "base_model", "versions", "skipped_steps"]
 MANIFEST_KEYS = ["saved_at", "files", "tokens", "samples", "tokenizer", "max_length", "categories", "stage"]
 ROW_KEYS = ["source", "target", "category", "messages", "weight", "extra"]
@@ -180,10 +239,10 @@ class Scene:
         path.write_bytes(content)
 
 
-Command = Callable[[Path], List[str]]
+Command = Callable[[Path], list[str]]
 
 
-def train_flags(folder: Path, *more: Any, save_dir: str = "new") -> List[str]:
+def train_flags(folder: Path, *more: Any, save_dir: str = "new") -> list[str]:
     """train.py on the scene's model and samples."""
     words = ["train.py", "--pretrained", folder / "model", "--dataset", folder / "samples", "--max_length", 64]
     words += ["--save_dir", folder / save_dir, "--tensorboard_dir", folder / "tb", "--config_file", folder / "settings"]
@@ -195,7 +254,7 @@ def checkpoint_of(folder: Path) -> Path:
     return next((folder / "run").glob("epoch-*_step-*"))
 
 
-def prepare_flags(folder: Path, stage: str) -> List[str]:
+def prepare_flags(folder: Path, stage: str) -> list[str]:
     """A prepare script on the scene's rows."""
     words = [f"prepare_{stage}_dataset.py", "--data_input_dirs", folder / f"rows_{stage}", "--num_workers", 1]
     words += ["--tokenizer_dir", folder / "model", "--max_length", 64, "--num_spliced_dataset_bins", 1]
@@ -204,19 +263,19 @@ def prepare_flags(folder: Path, stage: str) -> List[str]:
     return [str(word) for word in words]
 
 
-def inference_flags(folder: Path) -> List[str]:
+def inference_flags(folder: Path) -> list[str]:
     """Two tokens from the scene's model."""
     words = ["inference_example.py", "--model_path", folder / "model", "--device", "cpu", "--input_txt", "a"]
     return [str(word) for word in [*words, "--max_new_tokens", 2]]
 
 
-def extend_flags(folder: Path) -> List[str]:
+def extend_flags(folder: Path) -> list[str]:
     """One new piece for the scene's tokenizer."""
     words = ["init_tokenizer.py", "--source_tokenizer_dir", folder / "model", "--target_tokenizer_dir", folder / "out"]
     return [str(word) for word in [*words, "--expand_tokens_file", folder / "pieces.jsonl"]]
 
 
-def init_model_flags(folder: Path) -> List[str]:
+def init_model_flags(folder: Path) -> list[str]:
     """The scene's model with its own tokenizer, which adds no rows."""
     words = ["init_model.py", "--source_model_and_tokenizer_path", folder / "model", "--target_tokenizer_path"]
     return [str(word) for word in [*words, folder / "model", "--target_model_path", folder / "out"]]
@@ -228,46 +287,93 @@ class Target:
 
     name: str
     path: Callable[[Path], Path]
-    more_keys: List[str]
-    commands: List[Command]
+    more_keys: list[str]
+    commands: list[Command]
 
 
 TARGETS = [
-    Target("config.json", lambda folder: folder / "model/config.json", CONFIG_KEYS, [
-        train_flags, inference_flags, lambda folder: train_flags(folder, "--dry_run"), init_model_flags,
-    ]),
-    Target("tokenizer_config.json", lambda folder: folder / "model/tokenizer_config.json", TOKENIZER_KEYS, [
-        inference_flags, train_flags, extend_flags,
-    ]),
-    Target("generation_config.json", lambda folder: folder / "model/generation_config.json", GENERATION_KEYS, [
-        train_flags, inference_flags,
-    ]),
-    Target("running_states.json", lambda folder: checkpoint_of(folder) / "running_states.json", STATES_KEYS, [
-        lambda folder: train_flags(folder, "--resume", "auto", "--max_steps", 3, save_dir="run"),
-        lambda folder: train_flags(folder, "--load_checkpoint", checkpoint_of(folder), "--max_steps", 3),
-        lambda folder: ["verify", str(checkpoint_of(folder))],
-    ]),
-    Target("manifest.json of a checkpoint", lambda folder: checkpoint_of(folder) / "manifest.json", MANIFEST_KEYS, [
-        lambda folder: train_flags(folder, "--resume", "auto", "--max_steps", 3, save_dir="run"),
-        lambda folder: ["verify", str(checkpoint_of(folder))],
-    ]),
-    Target("manifest.json of samples", lambda folder: folder / "samples/manifest.json", MANIFEST_KEYS, [
-        train_flags, lambda folder: train_flags(folder, "--dry_run"),
-    ]),
-    Target("a row of text", lambda folder: folder / "rows_pretrain/rows.jsonl", ROW_KEYS, [
-        lambda folder: prepare_flags(folder, "pretrain"),
-    ]),
-    Target("a row of messages", lambda folder: folder / "rows_sft/rows.jsonl", ROW_KEYS, [
-        lambda folder: prepare_flags(folder, "sft"),
-    ]),
-]  # fmt: skip
+    Target(
+        "config.json",
+        lambda folder: folder / "model/config.json",
+        CONFIG_KEYS,
+        [
+            train_flags,
+            inference_flags,
+            lambda folder: train_flags(folder, "--dry_run"),
+            init_model_flags,
+        ],
+    ),
+    Target(
+        "tokenizer_config.json",
+        lambda folder: folder / "model/tokenizer_config.json",
+        TOKENIZER_KEYS,
+        [
+            inference_flags,
+            train_flags,
+            extend_flags,
+        ],
+    ),
+    Target(
+        "generation_config.json",
+        lambda folder: folder / "model/generation_config.json",
+        GENERATION_KEYS,
+        [
+            train_flags,
+            inference_flags,
+        ],
+    ),
+    Target(
+        "running_states.json",
+        lambda folder: checkpoint_of(folder) / "running_states.json",
+        STATES_KEYS,
+        [
+            lambda folder: train_flags(folder, "--resume", "auto", "--max_steps", 3, save_dir="run"),
+            lambda folder: train_flags(folder, "--load_checkpoint", checkpoint_of(folder), "--max_steps", 3),
+            lambda folder: ["verify", str(checkpoint_of(folder))],
+        ],
+    ),
+    Target(
+        "manifest.json of a checkpoint",
+        lambda folder: checkpoint_of(folder) / "manifest.json",
+        MANIFEST_KEYS,
+        [
+            lambda folder: train_flags(folder, "--resume", "auto", "--max_steps", 3, save_dir="run"),
+            lambda folder: ["verify", str(checkpoint_of(folder))],
+        ],
+    ),
+    Target(
+        "manifest.json of samples",
+        lambda folder: folder / "samples/manifest.json",
+        MANIFEST_KEYS,
+        [
+            train_flags,
+            lambda folder: train_flags(folder, "--dry_run"),
+        ],
+    ),
+    Target(
+        "a row of text",
+        lambda folder: folder / "rows_pretrain/rows.jsonl",
+        ROW_KEYS,
+        [
+            lambda folder: prepare_flags(folder, "pretrain"),
+        ],
+    ),
+    Target(
+        "a row of messages",
+        lambda folder: folder / "rows_sft/rows.jsonl",
+        ROW_KEYS,
+        [
+            lambda folder: prepare_flags(folder, "sft"),
+        ],
+    ),
+]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cases
 
 
-def check(place: Place, *, cases: int, first_seed: int) -> List[Row]:
+def check(place: Place, *, cases: int, first_seed: int) -> list[Row]:
     """Damage each target `cases` times."""
     scene = _make_scene(place)
     return [_check_target(scene, target, cases=cases, first_seed=first_seed) for target in TARGETS]
@@ -285,10 +391,15 @@ def _make_scene(place: Place) -> Scene:
         _write_rows(good)
         out = good / "prepared"
         prepare_pretrain(
-            data_input_dirs=[str(good / "rows_many")], tokenizer_dir=str(good / "model"), max_length=64,
-            data_cache_dir=str(out / "cache"), data_jsonl_output_dir=str(out / "jsonl"),
-            data_arrow_output_dir=str(out / "arrow"), num_spliced_dataset_bins=1, num_workers=1,
-        )  # fmt: skip
+            data_input_dirs=[str(good / "rows_many")],
+            tokenizer_dir=str(good / "model"),
+            max_length=64,
+            data_cache_dir=str(out / "cache"),
+            data_jsonl_output_dir=str(out / "jsonl"),
+            data_arrow_output_dir=str(out / "arrow"),
+            num_spliced_dataset_bins=1,
+            num_workers=1,
+        )
         (out / "arrow").rename(good / "samples")
         shutil.rmtree(out)
 
@@ -324,9 +435,12 @@ def _check_target(scene: Scene, target: Target, *, cases: int, first_seed: int) 
 
     @seed(first_seed)
     @settings(
-        max_examples=cases, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(content=damage(good, target.more_keys))
     def run(content: bytes) -> None:
         command = target.commands[row.faults % len(target.commands)]
@@ -343,7 +457,7 @@ def _check_target(scene: Scene, target: Target, *, cases: int, first_seed: int) 
     return row
 
 
-def _problem(scene: Scene, words: List[str]) -> Optional[str]:
+def _problem(scene: Scene, words: list[str]) -> str | None:
     """What is wrong with how a command ended."""
     before = _entries(scene.folder)
     job = warm.Job(lambda: _main(words), scene.folder.with_name("case.log"))
@@ -384,7 +498,7 @@ def _wait(job: warm.Job) -> tuple:
     return None, -signal.SIGKILL, 0
 
 
-def _main(words: List[str]) -> None:
+def _main(words: list[str]) -> None:
     # Private memory beyond what the parent left: an allocation that is far too large fails at once.
     data = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (data + 4 * LIMIT_BYTES,) * 2)
@@ -392,5 +506,3 @@ def _main(words: List[str]) -> None:
     if words[0] == "verify":
         return verify.main(words[1:])
     __import__(words[0].removesuffix(".py")).main(words[1:])
-
-

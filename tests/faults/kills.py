@@ -7,7 +7,6 @@ is killed, the next one begins anew, until there were as many kills as asked for
 import random
 import shutil
 import time
-from typing import List, Optional
 
 from tests.faults import place as places
 from tests.faults import warm
@@ -22,7 +21,7 @@ KILLS_A_RUN = 8
 MOMENTS = (0.2, 1.0)
 
 
-def check(place: Place, plugin: str, *, kills: int, ranks: int, seed: int) -> List[Row]:
+def check(place: Place, plugin: str, *, kills: int, ranks: int, seed: int) -> list[Row]:
     """Kill runs of a plugin so many times; every run that comes to its end must have made the same."""
     flags = [*FLAGS, "--accumulation_steps", 2 // ranks, *places.PLUGINS[plugin]]
     begin = time.monotonic()
@@ -59,7 +58,7 @@ def _is_killed(job: warm.Job, seconds: float) -> bool:
     return False
 
 
-def _end_problem(place: Place, flags: list, ranks: int, expected: dict) -> Optional[str]:
+def _end_problem(place: Place, flags: list, ranks: int, expected: dict) -> str | None:
     job = warm.train(place.flags("killed", *flags, "--resume", "auto"), place.log("killed"), ranks=ranks)
     if job.wait() != 0:
         return f"--resume auto failed: {job.said}"

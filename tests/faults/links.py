@@ -9,8 +9,9 @@ import random
 import re
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 from colossal_llama2.train import checkpoint_files, save_folder
 from tests.faults import place as places
@@ -26,9 +27,9 @@ MOVED = ("epoch-0_step-2", "epoch-0_step-2/running_states.json", "epoch-0_step-2
 STRAYS = (".DS_Store", "._x", ".nfs0001", "Thumbs.db", ".fuse_hidden1", ".snapshot", "lost+found", "desktop.ini")
 
 
-def cases() -> Dict[str, Callable[[Path, Path], None]]:
+def cases() -> dict[str, Callable[[Path, Path], None]]:
     """What is planted, by name: functions of the run's folder and of one outside with `file` and `folder`."""
-    found: Dict[str, Callable[[Path, Path], None]] = {}
+    found: dict[str, Callable[[Path, Path], None]] = {}
     for name in (*FILES, *(f"{name}.tmp" for name in FILES[1:])):
         found[f"{name} -> file"] = _planter(name, lambda path, out: path.symlink_to(out / "file"))
         found[f"{name} -> new file"] = _planter(name, lambda path, out: path.symlink_to(out / "new"))
@@ -59,7 +60,7 @@ def _mover(name: str) -> Callable[[Path, Path], None]:
     return moved
 
 
-def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
+def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Plant each link, or `sample` of them, and resume; then resume among stray files."""
     job = warm.train(place.flags("begun", *FLAGS, "--max_steps", 2), place.log("begun"))
     assert job.wait() == 0, job.said
@@ -74,7 +75,7 @@ def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
     return [links, strays]
 
 
-def _problem(place: Place, plant: Callable[[Path, Path], None]) -> Optional[str]:
+def _problem(place: Place, plant: Callable[[Path, Path], None]) -> str | None:
     out = place.folder / "out"
     _begin_again(place)
     (out / "folder").mkdir(parents=True)
@@ -95,7 +96,7 @@ def _problem(place: Place, plant: Callable[[Path, Path], None]) -> Optional[str]
     return f"left: {left}" if left and code == 0 else None
 
 
-def _stray_problem(place: Place, name: str) -> Optional[str]:
+def _stray_problem(place: Place, name: str) -> str | None:
     _begin_again(place)
     save_dir = place.save_dir("linked")
     for folder in [save_dir, *(path for path in save_dir.rglob("*") if path.is_dir())]:
@@ -117,9 +118,9 @@ def _resume(place: Place) -> warm.Job:
     return warm.train(place.flags("linked", *FLAGS, "--resume", "auto"), place.log("resumed"))
 
 
-def _all_of(folder: Path) -> Dict[str, Any]:
+def _all_of(folder: Path) -> dict[str, Any]:
     """Kind, rights and content of all below a folder."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         status = path.lstat()
         content = path.read_bytes() if stat.S_ISREG(status.st_mode) else None

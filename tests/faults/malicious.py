@@ -7,9 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
 
 from colossal_llama2.train import checkpoint_files, verify
 from tests.conftest import ROOT
@@ -24,8 +24,11 @@ FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, *places.PLUGINS["zero2"]
 KINDS = {"checkpoint": artifacts.CHECKPOINT, "model": artifacts.MODEL, "samples": artifacts.SAMPLES}
 # Commands that read such files, in processes that import all by themselves, in the full check.
 SUBPROCESSES = (
-    "pytorch_model.bin alone", "auto_map in config.json", "pickle as tokenizer.json", "pickle as lr_scheduler",
-)  # fmt: skip
+    "pytorch_model.bin alone",
+    "auto_map in config.json",
+    "pickle as tokenizer.json",
+    "pickle as lr_scheduler",
+)
 
 
 class Scene:
@@ -49,7 +52,7 @@ class Scene:
             entries = checkpoint_files.file_entries(checkpoint, sizes)
             checkpoint_files.write_manifest(checkpoint, entries, saved_at=1.0)
 
-    def commands(self, kind: str) -> Dict[str, List[str]]:
+    def commands(self, kind: str) -> dict[str, list[str]]:
         """Scripts that read what was planted, with their flags."""
         train = self._place.flags("unused", *FLAGS)
         save_dir = "save_dir" if kind == "checkpoint" else "new"
@@ -68,28 +71,42 @@ class Scene:
         return {
             "train.py": train,
             "inference_example.py": [
-                "--model_path", str(self.folder / "model"), "--device", "cpu",
-                "--input_txt", "a", "--max_new_tokens", "2",
+                "--model_path",
+                str(self.folder / "model"),
+                "--device",
+                "cpu",
+                "--input_txt",
+                "a",
+                "--max_new_tokens",
+                "2",
             ],
             "train.py --dry_run": [*train, "--dry_run"],
             "init_model.py": [
-                "--source_model_and_tokenizer_path", str(self.folder / "model"), "--target_tokenizer_path",
-                str(self._place.folder / "tokenizer"), "--target_model_path", str(self.folder / "extended"),
+                "--source_model_and_tokenizer_path",
+                str(self.folder / "model"),
+                "--target_tokenizer_path",
+                str(self._place.folder / "tokenizer"),
+                "--target_model_path",
+                str(self.folder / "extended"),
             ],
             "init_tokenizer.py": [
-                "--source_tokenizer_dir", str(self.folder / "model"), "--target_tokenizer_dir",
-                str(self.folder / "target"), "--expand_tokens_file", str(self.folder / "pieces.jsonl"),
+                "--source_tokenizer_dir",
+                str(self.folder / "model"),
+                "--target_tokenizer_dir",
+                str(self.folder / "target"),
+                "--expand_tokens_file",
+                str(self.folder / "pieces.jsonl"),
             ],
-        }  # fmt: skip
+        }
 
-    def harm(self) -> Optional[str]:
+    def harm(self) -> str | None:
         """What the last commands have done that they must not."""
         if self.payload.canary.exists():
             return "the payload ran"
         return f"unpickled, or asked the network: {self.report.read_text()}" if self.report.exists() else None
 
 
-def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
+def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Put each artifact, or `sample` of them, before every command that may read it."""
     job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
     assert job.wait() == 0, job.said
@@ -115,7 +132,7 @@ def check(place: Place, *, sample: Optional[int], seed: int) -> List[Row]:
     return [run, guard]
 
 
-def _problem(scene: Scene, script: str, flags: List[str]) -> Optional[str]:
+def _problem(scene: Scene, script: str, flags: list[str]) -> str | None:
     job = warm.Job(lambda: _main(scene, script, flags), scene.folder / f"{script}.log")
     try:
         code = job.wait()
@@ -125,19 +142,19 @@ def _problem(scene: Scene, script: str, flags: List[str]) -> Optional[str]:
     return problem and f"{script}: {problem}"
 
 
-def _main(scene: Scene, script: str, flags: List[str]) -> None:
+def _main(scene: Scene, script: str, flags: list[str]) -> None:
     unpickling.install(str(scene.report))
     network.install(str(scene.report))
     script = script.split()[0]
     os.chdir(scene.folder)
     sys.argv = [script, *flags]
-    mains: Dict[str, Callable] = {"verify": verify.main}
+    mains: dict[str, Callable] = {"verify": verify.main}
     if script not in mains:
         mains[script] = __import__(script.removesuffix(".py")).main
     mains[script](flags)
 
 
-def _end_problem(code: int, said: str) -> Optional[str]:
+def _end_problem(code: int, said: str) -> str | None:
     """A command ends well, since it does not read the file, or with one line."""
     errors = re.findall(r"^\S.*: error: .*", said, re.M)
     if "Traceback" in said or code not in (0, 1, 2) or len(errors) != (code != 0):
@@ -173,7 +190,7 @@ def _notices_in_fork(scene: Scene) -> Callable[[], None]:
     return run
 
 
-def _payload_problem(scene: Scene) -> Optional[str]:
+def _payload_problem(scene: Scene) -> str | None:
     """Whether the TorchScript payload runs where it is loaded, as it must, and not when it is made."""
     scene.payload.canary.unlink(missing_ok=True)
 
@@ -206,7 +223,7 @@ def _notices_in_subprocess(scene: Scene) -> Callable[[], None]:
     return run
 
 
-def _guard_problem(scene: Scene, run: Callable[[], None], *, in_fork: bool = True) -> Optional[str]:
+def _guard_problem(scene: Scene, run: Callable[[], None], *, in_fork: bool = True) -> str | None:
     scene.report.unlink(missing_ok=True)
     run()
     lines = scene.report.read_text().splitlines() if scene.report.exists() else []
@@ -217,7 +234,7 @@ def _guard_problem(scene: Scene, run: Callable[[], None], *, in_fork: bool = Tru
     return f"not noticed: {sorted(missed)}" if missed else None
 
 
-def _start(scene: Scene, words: List[str]) -> subprocess.CompletedProcess:
+def _start(scene: Scene, words: list[str]) -> subprocess.CompletedProcess:
     """A Python of its own, whose calls are watched too."""
     environment = {**os.environ, unpickling.REPORT_VARIABLE: str(scene.report)}
     environment["PYTHONPATH"] = str(ROOT / "tests" / "faults" / "hook")

@@ -6,9 +6,10 @@ A mutant is a replaced function in the process that forks the training commands,
 import contextlib
 import os
 import unittest.mock
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any
 
 from colossal_llama2 import files, publishing
 from colossal_llama2.train import checkpoint, checkpoint_files
@@ -27,8 +28,8 @@ class Mutant:
     """What is taken out, by which replacements (owner, name, value), and the check that must find a problem."""
 
     name: str
-    changes: Tuple[Tuple[Any, str, Any], ...]
-    finds: Callable[[Path], Optional[str]]
+    changes: tuple[tuple[Any, str, Any], ...]
+    finds: Callable[[Path], str | None]
 
 
 def nothing(*args, **kwargs) -> None:
@@ -56,10 +57,10 @@ def remove_one_more(checkpoint: Path, *, keep_last, keep_every) -> None:
     remove_old(checkpoint, keep_last=keep_last and keep_last - 1, keep_every=keep_every)
 
 
-def crashes(chosen: Callable[[Operation], bool], *, torn: bool = False) -> Callable[[Path], Optional[str]]:
+def crashes(chosen: Callable[[Operation], bool], *, torn: bool = False) -> Callable[[Path], str | None]:
     """A check that kills at these changes of a save."""
 
-    def find(folder: Path) -> Optional[str]:
+    def find(folder: Path) -> str | None:
         bench = Bench(place.make(folder, samples=16))
         for number, operation in enumerate(bench.whole_trace.operations, start=1):
             if chosen(operation):
@@ -72,25 +73,25 @@ def crashes(chosen: Callable[[Operation], bool], *, torn: bool = False) -> Calla
     return find
 
 
-def order(folder: Path) -> Optional[str]:
+def order(folder: Path) -> str | None:
     """The check of what is on the disk before what."""
     return crash_points.order_problem(Bench(place.make(folder, samples=16)).whole_trace.operations)
 
 
-def damages(folder: Path) -> Optional[str]:
+def damages(folder: Path) -> str | None:
     """The check of damaged files."""
     (row,) = corruption.check(place.make(folder, samples=16), sample=6, seed=1)
     return next(iter(row.problems), None)
 
 
-def resumes(folder: Path) -> Optional[str]:
+def resumes(folder: Path) -> str | None:
     """The check of exactness."""
     (row,) = steps.check_each_step(place.make(folder, samples=steps.SAMPLES), every=25)
     return next(iter(row.problems), None)
 
 
 SYNCS = tuple((owner, name, nothing) for owner in (publishing, files) for name in ("sync", "sync_entries"))
-MUTANTS: List[Mutant] = [
+MUTANTS: list[Mutant] = [
     Mutant("no fsync", SYNCS, order),
     Mutant(
         "no rename: written under the final name",
@@ -121,7 +122,7 @@ MUTANTS: List[Mutant] = [
 ]
 
 
-def check(work: Path) -> List[Row]:
+def check(work: Path) -> list[Row]:
     """A row per mutant: found, or what is missing in the checks."""
     rows = []
     for number, mutant in enumerate(MUTANTS):

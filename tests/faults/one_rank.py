@@ -1,9 +1,9 @@
 """What befalls one rank of two while it saves, as a disk of its own host would have it.
 
-    index     rank 1 cannot write its part of a pipeline's index
-    folder    rank 1 cannot make the folder of these parts
-    rename    no folder can be renamed, as where the folder above belongs to somebody else
-    slow      rank 0 needs a second to remove what is half written, and rank 1 cannot write its part of the index
+index     rank 1 cannot write its part of a pipeline's index
+folder    rank 1 cannot make the folder of these parts
+rename    no folder can be renamed, as where the folder above belongs to somebody else
+slow      rank 0 needs a second to remove what is half written, and rank 1 cannot write its part of the index
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 from unittest import mock
 
 from colossal_llama2.train.engine import exchange

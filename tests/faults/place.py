@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 from colossal_llama2.train import checkpoint_files
 from tests import tiny
@@ -31,7 +31,7 @@ class Place:
     def samples(self) -> Path:
         return self.folder / "samples"
 
-    def flags(self, name: str, *more: Any) -> List[str]:
+    def flags(self, name: str, *more: Any) -> list[str]:
         """Flags of a run that saves to `save_dir(name)`."""
         home = self.folder / name
         words = ["--pretrained", self.model, "--dataset", self.samples, "--max_length", 64, "--lr", "2e-3"]
@@ -66,7 +66,7 @@ def _write(place: Place, samples: int) -> None:
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(place.samples)
 
 
-def trained(save_dir: Path) -> Dict[str, Any]:
+def trained(save_dir: Path) -> dict[str, Any]:
     """What training has made: hashes of all weights and states of the last checkpoint, and of the final model."""
     newest = checkpoint_files.complete_checkpoints(save_dir)[-1]
     states = json.loads((newest / "running_states.json").read_text())
@@ -74,7 +74,7 @@ def trained(save_dir: Path) -> Dict[str, Any]:
     return {**counts, "checkpoint": _inner_hashes(newest), "model": model_hashes(save_dir / "modeling")}
 
 
-def model_hashes(folder: Path) -> Dict[str, str]:
+def model_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a final model but its card.
 
     The card tells of the log too, which a checkpoint that was copied elsewhere has not taken along.
@@ -82,12 +82,12 @@ def model_hashes(folder: Path) -> Dict[str, str]:
     return {name: digest for name, digest in hashes(folder).items() if name != "README.md"}
 
 
-def _inner_hashes(checkpoint: Path) -> Dict[str, str]:
+def _inner_hashes(checkpoint: Path) -> dict[str, str]:
     # Of the files outside the folders, one names flags, which a resumed run has more of.
     return {name: digest for name, digest in hashes(checkpoint).items() if "/" in name}
 
 
-def hashes(folder: Path) -> Dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder, by name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

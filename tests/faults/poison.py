@@ -1,13 +1,13 @@
 """Numbers of one rank that are spoilt in all passes of one step, as a faulty device or an outlier spoils them.
 
-    loss        loss and gradients are NaN
-    gradient    the gradients are infinite, the loss is not
-    report      the loss is infinite, the gradients are not
+loss        loss and gradients are NaN
+gradient    the gradients are infinite, the loss is not
+report      the loss is infinite, the gradients are not
 """
 
 import contextlib
 import math
-from typing import Iterator
+from collections.abc import Iterator
 
 from colossal_llama2.train import loop
 from colossal_llama2.train.engine import exchange

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
 
 from tests.conftest import ROOT
 
@@ -21,9 +20,14 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, flags: List[str], launcher: Optional[List[str]] = None, *,
-        environment: Optional[Dict[str, str]] = None, log: str = "log",
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        flags: list[str],
+        launcher: list[str] | None = None,
+        *,
+        environment: dict[str, str] | None = None,
+        log: str = "log",
+    ):
         self.save_dir = folder / "save_dir"
         folder.mkdir(parents=True, exist_ok=True)
         places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
@@ -36,7 +40,7 @@ class Run:
         with self._log.open("w") as said:
             self.process = subprocess.Popen(
                 command, env={**os.environ, **own}, stderr=said, stdout=said, start_new_session=True
-            )  # fmt: skip
+            )
 
     @property
     def said(self) -> str:

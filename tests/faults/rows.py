@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import List, Optional
 
 
 @dataclass
@@ -11,11 +10,11 @@ class Row:
 
     name: str
     faults: int = 0
-    problems: List[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
-    def tell(self, where: str, problem: Optional[str]) -> None:
+    def tell(self, where: str, problem: str | None) -> None:
         self.faults += 1
         if problem is not None:
             self.problems.append(f"{where}: {problem}")

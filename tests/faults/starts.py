@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import time
-from typing import List, Optional
 
 from colossal_llama2.train import checkpoint_files, save_folder
 from tests.faults import place as places
@@ -18,7 +17,7 @@ FLAGS = ["--micro_batch_size", 1, "--num_epochs", 40, "--save_interval", 5, "--k
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 
-def check_starts(place: Place, *, starts: int) -> List[Row]:
+def check_starts(place: Place, *, starts: int) -> list[Row]:
     """Start so many runs in one --save_dir at once: one trains, the others name it."""
     row = Row(f"{starts} runs started at once in one --save_dir: one wins")
     flags = place.flags("together", *FLAGS, "--num_epochs", 1)
@@ -51,7 +50,7 @@ def check_starts(place: Place, *, starts: int) -> List[Row]:
     return [row]
 
 
-def check_signals(place: Place, *, signals: int, seed: int) -> List[Row]:
+def check_signals(place: Place, *, signals: int, seed: int) -> list[Row]:
     """Send a signal at random moments: the exit code is right, and what is there is whole and can be resumed."""
     row = Row("SIGTERM, SIGINT or SIGUSR1 at a random moment: saved, and the right exit code")
     chance = random.Random(seed)
@@ -80,7 +79,7 @@ def _take_over() -> None:
     checks.check_inputs = telling
 
 
-def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> Optional[str]:
+def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> str | None:
     code = job.wait()
     save_dir = place.save_dir("stopped")
     if code != CODES[kind] or "Traceback" in job.said:

@@ -1,8 +1,8 @@
 """A run of 50 steps that is resumed from each of its steps, and the same samples on other numbers of ranks."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Optional, Sequence
 
 from colossal_llama2.dataset.loader import SampleOrder
 from colossal_llama2.train import checkpoint_files, verify
@@ -18,7 +18,7 @@ STEPS = 50
 WORLD_SIZES = (1, 2, 4)
 
 
-def check_each_step(place: Place, *, every: int) -> List[Row]:
+def check_each_step(place: Place, *, every: int) -> list[Row]:
     """Resume from each step, or from every so manieth, and compare the ends."""
     job = warm.train(place.flags("whole", *FLAGS, "--save_interval", 1), place.log("whole"))
     assert job.wait() == 0, job.said
@@ -31,7 +31,7 @@ def check_each_step(place: Place, *, every: int) -> List[Row]:
     return [row]
 
 
-def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAGS) -> Optional[str]:
+def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAGS) -> str | None:
     shutil.rmtree(place.folder / "resumed", ignore_errors=True)
     shutil.copytree(folder, place.save_dir("resumed") / folder.name)
     # The history of the model tells the last losses, which are in the log.
@@ -48,7 +48,7 @@ def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAG
     return None if places.trained(place.save_dir("resumed")) == expected else "the result is another one"
 
 
-def check_orders() -> List[Row]:
+def check_orders() -> list[Row]:
     """Every change of the number of ranks, after every step of an epoch: no sample twice, none left out."""
     row = Row("resumed on another number of ranks (1, 2, 4): same samples in the same order")
     for before in WORLD_SIZES:
@@ -62,7 +62,7 @@ def check_orders() -> List[Row]:
     return [row]
 
 
-def _taken(ranks: int, consumed: int, steps: int) -> List[List[int]]:
+def _taken(ranks: int, consumed: int, steps: int) -> list[list[int]]:
     """The samples of each step, in order, of 16 a step."""
     order = SampleOrder(num_samples=128, micro_batch_size=2, data_size=ranks, accumulation_steps=8 // ranks, seed=7)
     ranked = [list(order.steps(0, consumed, rank)) for rank in range(ranks)]
@@ -72,7 +72,7 @@ def _taken(ranks: int, consumed: int, steps: int) -> List[List[int]]:
     ]
 
 
-def check_ranks(place: Place) -> List[Row]:
+def check_ranks(place: Place) -> list[Row]:
     """A real run on one rank that goes on with two, and one the other way round; losses must be those of one rank."""
     row = Row("run resumed on another number of ranks (1 -> 2, 2 -> 1): equal losses but for rounding")
     fp32 = ["--plugin", "zero2", "--mixed_precision", "fp32", "--micro_batch_size", 2, "--save_interval", 5]
@@ -117,7 +117,7 @@ FP16 = {
 }
 
 
-def check_overflow(place: Place, *, plugins: List[str]) -> List[Row]:
+def check_overflow(place: Place, *, plugins: list[str]) -> list[Row]:
     """In fp16, with a loss scale so high that the first steps overflow: save, verify, resume before any update."""
     row = Row("fp16 overflows from the first step: saved, verified, resumed, equal at the end")
     for name in plugins:

@@ -1,7 +1,5 @@
 """A module whose __setstate__, compiled by TorchScript, writes a file when torch.jit.load reads it. Imports torch."""
 
-from typing import Tuple
-
 import torch
 
 
@@ -17,7 +15,7 @@ class Evil(torch.nn.Module):
         return (self.path, self.training)
 
     @torch.jit.export
-    def __setstate__(self, state: Tuple[str, bool]):
+    def __setstate__(self, state: tuple[str, bool]):
         self.path = state[0]
         self.training = state[1]
         torch.save(torch.zeros(1), state[0])

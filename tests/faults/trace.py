@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import NamedTuple
 
 from tests.faults.warm import Job
 
@@ -35,12 +35,12 @@ class Call(NamedTuple):
     """A system call that changes files: which of its arguments are descriptors, paths, and the number of bytes."""
 
     name: str
-    descriptor: Optional[int] = None
-    path: Optional[int] = None
-    folder: Optional[int] = None
-    count: Optional[int] = None
-    flags: Optional[int] = None
-    target: Optional[int] = None
+    descriptor: int | None = None
+    path: int | None = None
+    folder: int | None = None
+    count: int | None = None
+    flags: int | None = None
+    target: int | None = None
 
 
 CALLS = {
@@ -75,7 +75,7 @@ class Operation(NamedTuple):
 
     kind: str
     path: str
-    target: Optional[str] = None
+    target: str | None = None
 
     def __str__(self) -> str:
         return f"{self.kind} {self.path}" + (f" -> {self.target}" if self.target else "")
@@ -85,12 +85,12 @@ class Operation(NamedTuple):
 class Trace:
     """What a process did. `code` is its exit code, 137 if it was killed as planned."""
 
-    operations: List[Operation] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
     code: int = 0
     was_torn: bool = False
 
 
-def can_trace() -> Optional[str]:
+def can_trace() -> str | None:
     """None, or why no process can be watched here."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"tracing is for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
@@ -107,7 +107,7 @@ def begin() -> None:
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
-def watch(job: Job, folder: Path, *, crash_at: Optional[int] = None, torn: bool = False) -> Trace:
+def watch(job: Job, folder: Path, *, crash_at: int | None = None, torn: bool = False) -> Trace:
     """Follow a job of one process, which calls `begin`, to its end.
 
     Args:
@@ -140,7 +140,7 @@ def watch(job: Job, folder: Path, *, crash_at: Optional[int] = None, torn: bool 
         libc.ptrace(SYSCALL, pid, None, ctypes.c_void_p(passed_on))
 
 
-def _count(trace: Trace, pid: int, root: str, crash_at: Optional[int], torn: bool) -> None:
+def _count(trace: Trace, pid: int, root: str, crash_at: int | None, torn: bool) -> None:
     registers = Registers()
     _libc().ptrace(GETREGS, pid, None, ctypes.byref(registers))
     call = CALLS.get(registers.orig_rax)
@@ -167,7 +167,7 @@ def _halve(pid: int, call: Call, registers: Registers) -> None:
     _libc().ptrace(SETREGS, pid, None, ctypes.byref(registers))
 
 
-def _operation(call: Call, pid: int, registers: Registers, root: str) -> Optional[Operation]:
+def _operation(call: Call, pid: int, registers: Registers, root: str) -> Operation | None:
     """The change that a call makes, None if it makes none below `root`."""
     values = [getattr(registers, name) for name in ARGUMENTS]
     if call.flags is not None and not values[call.flags] & WRITES_TO:
@@ -185,7 +185,7 @@ def _operation(call: Call, pid: int, registers: Registers, root: str) -> Optiona
     return Operation(call.name, os.path.relpath(path, root), target)
 
 
-def _path(pid: int, values: List[int], folder: Optional[int], path: int) -> str:
+def _path(pid: int, values: list[int], folder: int | None, path: int) -> str:
     text = _string(pid, values[path])
     number = AT_FDCWD if folder is None else struct.unpack("i", struct.pack("I", values[folder] & 0xFFFFFFFF))[0]
     base = _link(f"/proc/{pid}/cwd") if number == AT_FDCWD else _link(f"/proc/{pid}/fd/{number}")
@@ -203,7 +203,7 @@ def _string(pid: int, address: int) -> str:
     return os.fsdecode(content.split(b"\0")[0])
 
 
-def _link(path: str) -> Optional[str]:
+def _link(path: str) -> str | None:
     try:
         return os.readlink(path)
     except OSError:

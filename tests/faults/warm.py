@@ -12,8 +12,8 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence
 
 from tests.conftest import ROOT
 
@@ -54,7 +54,7 @@ class Job:
         sys.stderr.flush()
         log.write_text("")
         port = _free_port()
-        self.pids: List[int] = []
+        self.pids: list[int] = []
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
@@ -62,7 +62,7 @@ class Job:
             # Set on both sides, whichever comes first.
             _set_group(pid, self.pids[0] if self.pids else pid)
             self.pids.append(pid)
-        self._codes: List[Optional[int]] = [None] * ranks
+        self._codes: list[int | None] = [None] * ranks
 
     @property
     def said(self) -> str:
@@ -101,7 +101,7 @@ class Job:
         self._codes[0] = code
 
 
-def train(flags: Sequence[str], log: Path, *, ranks: int = 1, before: Optional[Callable[[], None]] = None) -> Job:
+def train(flags: Sequence[str], log: Path, *, ranks: int = 1, before: Callable[[], None] | None = None) -> Job:
     """Start train.py with these flags; `before` is called in each process first."""
 
     def body() -> None:

@@ -11,11 +11,12 @@ import socket
 import sys
 import warnings
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from colossal_llama2 import launcher, logs
 from colossal_llama2.errors import UserError
@@ -62,9 +63,9 @@ class EngineSettings:
     pp_size: int = 1
     microbatch_size: int = 1
     sp_size: int = 1
-    sp_mode: Optional[str] = None
+    sp_mode: str | None = None
     embeddings_only: bool = False
-    trained_rows: Optional[Tuple[Tuple[int, int], ...]] = None
+    trained_rows: tuple[tuple[int, int], ...] | None = None
 
     @property
     def model_ranks(self) -> int:
@@ -82,9 +83,7 @@ class EngineSettings:
         return {None: 1, "all_to_all": self.sp_size}.get(self.sp_mode, self.tp_size)
 
 
-def launch(
-    seed: int, *, timeout_seconds: Optional[float] = None, meet: Callable[[], None] = lambda: None
-) -> None:
+def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[], None] = lambda: None) -> None:
     """Join the process group of the launcher; without one, form one of this process alone.
 
     Args:
@@ -182,15 +181,15 @@ def _free_port() -> int:
 # Arguments of ColossalAI's plugins, as plain dictionaries, so that they can be compared without building a plugin.
 
 
-def _common_arguments(settings: EngineSettings) -> Dict[str, Any]:
+def _common_arguments(settings: EngineSettings) -> dict[str, Any]:
     # An infinite bound clips nothing, and unlike 0 still lets the plugin compute the norm, which is logged. Gemini on a
     # GPU must have it: it frees a chunk that accumulates while another stream copies from it (chunk.py:556), and only
     # the host's wait for the norm keeps others from taking that memory before.
-    arguments: Dict[str, Any] = {"precision": settings.precision, "max_norm": settings.max_norm or math.inf}
+    arguments: dict[str, Any] = {"precision": settings.precision, "max_norm": settings.max_norm or math.inf}
     return {**arguments, "initial_scale": loss_scale.INITIAL_SCALE, "hysteresis": loss_scale.HYSTERESIS}
 
 
-def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool, policy: str) -> Dict[str, Any]:
+def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool, policy: str) -> dict[str, Any]:
     """Keyword arguments of GeminiPlugin for a model of that many parameters."""
     chunk_m = min(GEMINI_MIN_CHUNK_M, parameters / 2**20 / GEMINI_CHUNKS_AT_LEAST)
     arguments = _common_arguments(settings)
@@ -206,7 +205,7 @@ def gemini_arguments(settings: EngineSettings, *, parameters: int, on_cpu: bool,
     return arguments
 
 
-def zero_arguments(settings: EngineSettings, *, on_cpu: bool, offload: bool) -> Dict[str, Any]:
+def zero_arguments(settings: EngineSettings, *, on_cpu: bool, offload: bool) -> dict[str, Any]:
     """Keyword arguments of LowLevelZeroPlugin at stage 2."""
     # Overlapping records tensors on a CUDA stream.
     return {**_common_arguments(settings), "stage": 2, "overlap_communication": not on_cpu, "cpu_offload": offload}
@@ -229,7 +228,7 @@ def has_apex_norm() -> bool:
     return hasattr(norms, "FusedRMSNorm")
 
 
-def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool, fused_norm: bool = False) -> Dict[str, Any]:
+def hybrid_arguments(settings: EngineSettings, *, on_cpu: bool, fused_norm: bool = False) -> dict[str, Any]:
     """Keyword arguments of HybridParallelPlugin."""
     arguments = _common_arguments(settings)
     arguments.update(
@@ -296,7 +295,7 @@ class PluginKind:
     is_lazy: bool = False
 
 
-PLUGINS: Dict[str, PluginKind] = {
+PLUGINS: dict[str, PluginKind] = {
     "gemini": PluginKind(_gemini_plugin, is_gemini=True, is_lazy=True),
     "gemini_auto": PluginKind(partial(_gemini_plugin, policy="auto"), is_gemini=True, is_lazy=True),
     "zero2": PluginKind(_zero_plugin, needs_moments=True),
@@ -305,7 +304,7 @@ PLUGINS: Dict[str, PluginKind] = {
 }
 
 
-def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
+def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
     """What is wrong with the settings for so many ranks: one sentence each, none if they can run."""
     kind = PLUGINS[settings.plugin]
     problems = []
@@ -326,7 +325,7 @@ def settings_problems(settings: EngineSettings, world_size: int) -> List[str]:
     return problems + _pipeline_problems(settings) + _sequence_problems(settings)
 
 
-def _pipeline_problems(settings: EngineSettings) -> List[str]:
+def _pipeline_problems(settings: EngineSettings) -> list[str]:
     if settings.pp_size == 1:
         return []
     problems = []
@@ -346,7 +345,7 @@ def _pipeline_problems(settings: EngineSettings) -> List[str]:
     return problems
 
 
-def _sequence_problems(settings: EngineSettings) -> List[str]:
+def _sequence_problems(settings: EngineSettings) -> list[str]:
     if settings.sp_mode is None:
         return [f"--sp {settings.sp_size} needs --enable_sequence_parallelism"] if settings.sp_size > 1 else []
     problems = []
@@ -448,14 +447,14 @@ class Engine:
             embedding = self.unwrapped_model.get_input_embeddings()
             train_rows_only(embedding, self.settings.trained_rows, vocab_size=vocab_size)
 
-    def _why_no_rank_has_token_losses(self) -> Optional[str]:
+    def _why_no_rank_has_token_losses(self) -> str | None:
         """The reason of this rank, or that others have one: all ranks add up their sums, or none. Called on all."""
         reason = self._why_no_token_losses()
         if exchange.any_rank(reason is not None) and reason is None:
             return "Liger's kernel, which is installed on other hosts, gives the sum of all tokens alone"
         return reason
 
-    def _why_no_token_losses(self) -> Optional[str]:
+    def _why_no_token_losses(self) -> str | None:
         if self.is_pipelined:
             return "the stages of a pipeline share the loss of their samples alone"
         if self.settings.chunked_loss == "off":
@@ -505,7 +504,7 @@ class Engine:
             trained=self.settings.trained_rows,
         )
 
-    def attention_inputs(self, batch: "Batch") -> Dict[str, Any]:
+    def attention_inputs(self, batch: "Batch") -> dict[str, Any]:
         """Keyword arguments of the model that say which tokens of a batch see which."""
         form = MaskForm.BLOCKS
         if self.settings.uses_colossal_attention:
@@ -565,9 +564,9 @@ class Engine:
 
     def run_pipeline(
         self,
-        inputs: Dict[str, Any],
+        inputs: dict[str, Any],
         *,
-        more_inputs: Callable[[int], Dict[str, Any]],
+        more_inputs: Callable[[int], dict[str, Any]],
         criterion: Callable[[Any, int], Any],
     ) -> float:
         """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
@@ -622,7 +621,7 @@ class Engine:
         """Accumulate the gradients of a loss."""
         self._booster.backward(loss, self.optimizer)
 
-    def step(self, *, update: bool = True) -> Optional[float]:
+    def step(self, *, update: bool = True) -> float | None:
         """Clip, update the parameters, clear the gradients.
 
         Without `update`, and where the norm is no number, parameters and moments stay as they are.
@@ -650,11 +649,11 @@ class Engine:
         """The loss scale of the next backward pass; 1 in other precisions than fp16."""
         return loss_scale.scale_of(self.optimizer)
 
-    def remember_loss_scale(self) -> Optional[loss_scale.ScalerState]:
+    def remember_loss_scale(self) -> loss_scale.ScalerState | None:
         """The state of fp16's loss scale, for `put_back_loss_scale`; None in other precisions."""
         return loss_scale.remember(self.optimizer)
 
-    def put_back_loss_scale(self, state: Optional[loss_scale.ScalerState]) -> None:
+    def put_back_loss_scale(self, state: loss_scale.ScalerState | None) -> None:
         """Undo what steps have done to the loss scale since it was in this state."""
         loss_scale.put_back(self.optimizer, state)
 
@@ -663,7 +662,7 @@ class Engine:
         """Whether batches should lie in page-locked memory, from which a GPU copies while it works."""
         return self.device.type == "cuda"
 
-    def sum_over_data(self, values: Sequence[float], *, known_to_host: bool = False) -> List[float]:
+    def sum_over_data(self, values: Sequence[float], *, known_to_host: bool = False) -> list[float]:
         """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
 
         All ranks take part, so that a number that is NaN, or not zero, on one of them is so in the sum that each gets.
@@ -767,7 +766,7 @@ def _order_layers_by_use(model) -> None:
             setattr(layer, name, module)
 
 
-def _parameter_groups(model, weight_decay: float) -> List[Dict[str, Any]]:
+def _parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices, which decay, and norms, which do not."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     if not trainable:

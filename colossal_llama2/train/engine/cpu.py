@@ -212,15 +212,37 @@ class FusedCpuAdam:
         steps = torch.tensor(float(step) if bias_correction else 1e9)
         update = torch._fused_adamw_ if self._adamw_mode else torch._fused_adam_
         update(
-            [param], [grad.to(param.dtype)], [exp_avg], [exp_avg_sq], [], [steps],
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-        )  # fmt: skip
+            [param],
+            [grad.to(param.dtype)],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [steps],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def host_attention(
-    q, k, v, dropout_p=0.0, scale=None, attention_mask=None, is_causal=False,
-    cu_seqlens_q=None, cu_seqlens_kv=None, max_seqlen_q=None, max_seqlen_kv=None, q_indices=None, kv_indices=None,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    scale=None,
+    attention_mask=None,
+    is_causal=False,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_seqlen_q=None,
+    max_seqlen_kv=None,
+    q_indices=None,
+    kv_indices=None,
+):
     """The contract of ColossalAI's flash attention kernels, met by scaled_dot_product_attention.
 
     Args:
@@ -244,9 +266,14 @@ def host_attention(
         # layer, while the one that is given is the same in all.
         blind = blind if blind.any() else None
     out = scaled_dot_product_attention(
-        q, k, v, attn_mask=attention_mask if blind is None else attention_mask.masked_fill(blind, 0.0),
-        dropout_p=dropout_p, scale=scale, is_causal=is_causal and attention_mask is None,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        attn_mask=attention_mask if blind is None else attention_mask.masked_fill(blind, 0.0),
+        dropout_p=dropout_p,
+        scale=scale,
+        is_causal=is_causal and attention_mask is None,
+    )
     return out if blind is None else out.masked_fill(blind, 0.0)
 
 

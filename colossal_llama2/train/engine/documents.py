@@ -47,9 +47,12 @@ def install(*, use_flash_attn: bool) -> None:
         return {
             "attention_mask": block_mask(q_padding_mask, dtype) if is_read else nothing,
             "attention_mask_type": AttnMaskType.PADDED_CAUSAL,
-            "cu_seqlens_q": cumulative, "cu_seqlens_kv": cumulative,
-            "max_seqlen_q": longest, "max_seqlen_kv": longest,
-            "q_indices": every_token, "kv_indices": every_token,
-        }  # fmt: skip
+            "cu_seqlens_q": cumulative,
+            "cu_seqlens_kv": cumulative,
+            "max_seqlen_q": longest,
+            "max_seqlen_kv": longest,
+            "q_indices": every_token,
+            "kv_indices": every_token,
+        }
 
     ColoAttention.prepare_attn_kwargs = staticmethod(prepare_documents)

@@ -1,15 +1,15 @@
 """What ColossalAI leaves out of its checkpoints, without which a run does not repeat the uninterrupted one bit by bit.
 
-    master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
-    loss scale       of fp16
-    random states    of Python, NumPy and PyTorch, as data
+master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
+loss scale       of fp16
+random states    of Python, NumPy and PyTorch, as data
 """
 
 import base64
 import random
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import open_to_umask, sync
@@ -21,12 +21,19 @@ if TYPE_CHECKING:
 MASTERS_NAME = "master_weights"
 # Settings that leave the split of the weights over ranks as it is.
 NOT_LAYOUT = (
-    "max_norm", "accumulation_steps", "use_flash_attn", "chunked_loss", "learning_rate", "weight_decay",
-    "micro_batch_size", "microbatch_size", "trained_rows",
-)  # fmt: skip
+    "max_norm",
+    "accumulation_steps",
+    "use_flash_attn",
+    "chunked_loss",
+    "learning_rate",
+    "weight_decay",
+    "micro_batch_size",
+    "microbatch_size",
+    "trained_rows",
+)
 
 
-def layout(engine: "Engine") -> Dict[str, Any]:
+def layout(engine: "Engine") -> dict[str, Any]:
     """What decides which part of the master weights a rank holds."""
     from colossal_llama2.train.engine.booster import PLUGINS
 
@@ -43,7 +50,7 @@ def has_masters(engine: "Engine") -> bool:
     return engine.settings.precision != "fp32"
 
 
-def master_weights(engine: "Engine") -> List[Any]:
+def master_weights(engine: "Engine") -> list[Any]:
     """This rank's float32 weights, flat or shaped, in the optimizer's order. They can be changed in place."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "param_to_chunk16"):
@@ -97,7 +104,7 @@ def _masters_path(folder: str, rank: int) -> str:
     return str(Path(folder, f"rank-{rank:05d}.safetensors"))
 
 
-def rank_states(engine: "Engine") -> Dict[str, Any]:
+def rank_states(engine: "Engine") -> dict[str, Any]:
     """Random states and loss scale of this rank, as JSON values."""
     import numpy as np
     import torch
@@ -118,7 +125,7 @@ def rank_states(engine: "Engine") -> Dict[str, Any]:
     return states
 
 
-def restore_rank_states(engine: "Engine", states: Dict[str, Any]) -> None:
+def restore_rank_states(engine: "Engine", states: dict[str, Any]) -> None:
     """Take over what `rank_states` gave. Raises KeyError, TypeError or ValueError for anything else."""
     import numpy as np
     import torch

@@ -6,25 +6,26 @@ torch.distributed's own functions for objects pickle them; these do not.
 import contextlib
 import json
 import socket
-from typing import Any, Iterator, List, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 from colossal_llama2.errors import RunError, UserError
 
 
-def place() -> Tuple[int, int]:
+def place() -> tuple[int, int]:
     """This rank, and how many there are."""
     import torch.distributed as dist
 
     return dist.get_rank(), dist.get_world_size()
 
 
-def place_on_host() -> Tuple[int, int]:
+def place_on_host() -> tuple[int, int]:
     """Which of the ranks on this host this one is, and how many those are. Called on all ranks."""
     hosts, rank = gather_values(socket.gethostname()), place()[0]
     return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
 
 
-def gather_values(value: Any) -> List[Any]:
+def gather_values(value: Any) -> list[Any]:
     """The JSON values that all ranks give, by rank. Called on all ranks."""
     import torch
     import torch.distributed as dist
@@ -39,9 +40,7 @@ def gather_values(value: Any) -> List[Any]:
     padded[: len(content)] = content
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
-    return [
-        json.loads(bytes(text[: int(size)].cpu().tolist())) for text, size in zip(gathered, sizes, strict=True)
-    ]  # fmt: skip
+    return [json.loads(bytes(text[: int(size)].cpu().tolist())) for text, size in zip(gathered, sizes, strict=True)]
 
 
 def max_over_ranks(value: int) -> int:

@@ -9,8 +9,9 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.files import open_to_umask, read_json, sync, write_json
@@ -24,7 +25,7 @@ def write_object(value: Any, path: str) -> None:
     """Write nested dicts and lists of tensors, numbers, strings, booleans and None to a safetensors file."""
     from safetensors.torch import save_file
 
-    tensors: Dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     structure = _encode(value, "", tensors)
     save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
 
@@ -45,7 +46,7 @@ def read_object(path: str, *, step_as_tensor: bool = False) -> Any:
         raise UserError(f"{path}: not a state file of this suite ({error}); resume from another checkpoint")
 
 
-def _encode(value: Any, name: str, tensors: Dict[str, Any]) -> Any:
+def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -107,7 +108,7 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _replaced(places: List[Tuple[Any, str, Any]]) -> Iterator[None]:
+def _replaced(places: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """Within it, the named attributes of modules and classes are others."""
     originals = [getattr(owner, name) for owner, name, _ in places]
     try:
@@ -120,7 +121,7 @@ def _replaced(places: List[Tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors_at_the_end() -> Iterator[List[Exception]]:
+def _errors_at_the_end() -> Iterator[list[Exception]]:
     """Collect errors of writing in the list that it yields, and raise the first one at the end.
 
     With --plugin 3d each stage of a pipeline also makes a folder and writes its part of the index
@@ -129,7 +130,7 @@ def _errors_at_the_end() -> Iterator[List[Exception]]:
     from colossalai.checkpoint_io import CheckpointIndexFile, hybrid_parallel_checkpoint_io
     from safetensors import SafetensorError
 
-    errors: List[Exception] = []
+    errors: list[Exception] = []
     write_index = CheckpointIndexFile.write_index_file
 
     class NotingPath(type(Path())):
@@ -152,7 +153,7 @@ def _errors_at_the_end() -> Iterator[List[Exception]]:
         raise errors[0]
 
 
-def _write_or_note(errors: List[Exception], path: Any, write: Callable[[], None]) -> None:
+def _write_or_note(errors: list[Exception], path: Any, write: Callable[[], None]) -> None:
     """Write a file and wait until it is on the disk; note an error."""
 
     def write_and_sync() -> None:
@@ -162,7 +163,7 @@ def _write_or_note(errors: List[Exception], path: Any, write: Callable[[], None]
     _note(errors, write_and_sync)
 
 
-def _note(errors: List[Exception], write: Callable[[], None]) -> None:
+def _note(errors: list[Exception], write: Callable[[], None]) -> None:
     """Write something; note an error, after which nothing more is written.
 
     Between its writes ColossalAI lets the ranks exchange tensors: one that raised there would leave the others waiting.
@@ -208,7 +209,7 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
         yield
 
 
-def read_optimizer_index(folder: Path) -> Tuple[Dict[str, str], str]:
+def read_optimizer_index(folder: Path) -> tuple[dict[str, str], str]:
     """Which file of an optimizer folder has which parameter's state, and which one the groups.
 
     Raises:
@@ -246,7 +247,7 @@ def rename_optimizer_shards(folder: str) -> None:
     _rename(index_path, index, new_names)
 
 
-def _rename(index_path: Path, index: Dict[str, Any], new_names: Dict[str, str]) -> None:
+def _rename(index_path: Path, index: dict[str, Any], new_names: dict[str, str]) -> None:
     for old, new in new_names.items():
         (index_path.parent / old).rename(index_path.parent / new)
         # safetensors gives its files to their owner alone.

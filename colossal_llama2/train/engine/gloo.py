@@ -4,7 +4,6 @@ Other backends' calls go where they went.
 """
 
 import functools
-from typing import Optional
 
 # Of messages: ranks at different exchanges must not take each other's.
 SUM_TAG, GATHER_TAG = 1, 2
@@ -123,7 +122,7 @@ def _messages(group, sent, received, *, tag: int) -> list:
     return works
 
 
-def _ended(works: _Works, async_op: bool) -> Optional[_Works]:
+def _ended(works: _Works, async_op: bool) -> _Works | None:
     """What a collective returns: its handle, or nothing when it has ended."""
     if async_op:
         return works

@@ -4,17 +4,17 @@ Its rules are those of ColossalAI's DynamicGradScaler, but for the hysteresis of
 after the first overflow: the same samples, which are passed again here (`train_step`), would overflow again.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any
 
 # Overflows that lower the scale.
 HYSTERESIS = 1
 INITIAL_SCALE = 2**16
 MIXIN_NAMES = ("mix_precision_mixin", "mixed_precision_mixin", "mixed_precision")
 
-ScalerState = Tuple[Any, int, int]
+ScalerState = tuple[Any, int, int]
 
 
-def scaler_of(optimizer) -> Optional[Any]:
+def scaler_of(optimizer) -> Any | None:
     """The DynamicGradScaler of a boosted optimizer; None in other precisions than fp16."""
     for name in MIXIN_NAMES:
         scaler = getattr(getattr(optimizer, name, None), "grad_scaler", None)
@@ -29,13 +29,13 @@ def scale_of(optimizer) -> float:
     return 1.0 if scaler is None else float(scaler.scale)
 
 
-def remember(optimizer) -> Optional[ScalerState]:
+def remember(optimizer) -> ScalerState | None:
     """The scaler's state, for `put_back`. The host does not wait for a GPU: a changed scale is another tensor."""
     scaler = scaler_of(optimizer)
     return None if scaler is None else (scaler._scale, scaler._growth_step, scaler._hysteresis_step)
 
 
-def put_back(optimizer, state: Optional[ScalerState]) -> None:
+def put_back(optimizer, state: ScalerState | None) -> None:
     """Undo what steps have done to the scaler since `remember` gave this state."""
     if state is not None:
         scaler = scaler_of(optimizer)

@@ -12,9 +12,10 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from colossal_llama2 import launcher, logs
 from colossal_llama2.errors import LaunchError
@@ -54,12 +55,12 @@ class Line:
         has_left: whether the other end has said that it ends.
     """
 
-    def __init__(self, connection: socket.socket, rank: Optional[int] = None):
+    def __init__(self, connection: socket.socket, rank: int | None = None):
         self.connection, self.rank, self._rest = connection, rank, b""
-        self.waiting: List[str] = []
+        self.waiting: list[str] = []
         self.has_left = False
 
-    def read(self) -> Optional[List[str]]:
+    def read(self) -> list[str] | None:
         """The lines that have come, perhaps none yet; None at the end of the connection."""
         try:
             content = self.connection.recv(MAX_LINE)
@@ -110,7 +111,7 @@ def listen_as_given(*, backlog: int) -> socket.socket:
         )
 
 
-def address_through_torchrun(place: Place, own_port: Optional[int], *, timeout_seconds: float) -> Address:
+def address_through_torchrun(place: Place, own_port: int | None, *, timeout_seconds: float) -> Address:
     """Leave the address of rank 0 with torchrun, or take it from there. Raises what PyTorch raises if that fails."""
     from torch.distributed import TCPStore
 
@@ -125,7 +126,7 @@ def address_through_torchrun(place: Place, own_port: Optional[int], *, timeout_s
 
 def introduce(
     address: Address, here: Place, word: str, *, until: float, tell: Callable[[str], None]
-) -> Tuple[Line, str]:
+) -> tuple[Line, str]:
     """Connect to rank 0, say who this is, and return the connection with what rank 0 answered.
 
     Args:

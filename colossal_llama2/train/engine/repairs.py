@@ -1,26 +1,26 @@
 """Faults of ColossalAI 0.5.0 that exist on every device, each mended by one small function.
 
-    clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
-    refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
-    forget_skipped         Gemini that accumulates in fp16: after one overflow all later steps overflow
-    agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and wait for each other
-    save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
-    loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
-    ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
-    wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
-    gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
-    fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
-    skip_hidden_messages   Gemini: after each backward the host looks for the place of a message that is not shown
-    read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored by both of their names
-    sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
-    unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
-    norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
+clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
+refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
+forget_skipped         Gemini that accumulates in fp16: after one overflow all later steps overflow
+agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and wait for each other
+save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
+loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
+ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
+wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
+gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
+fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
+skip_hidden_messages   Gemini: after each backward the host looks for the place of a message that is not shown
+read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored by both of their names
+sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
+unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
+norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
 """
 
 import contextlib
 import functools
 import logging
-from typing import Iterator
+from collections.abc import Iterator
 
 REPAIRED_VERSION = "0.5.0"
 

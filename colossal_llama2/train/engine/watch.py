@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Callable, Dict, Iterator, Optional
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import LaunchError, RankError, RunError, Stopped
@@ -82,7 +82,7 @@ def watching(
         watch.leave(farewell)
 
 
-def is_timeout(error: Optional[BaseException]) -> bool:
+def is_timeout(error: BaseException | None) -> bool:
     """Whether gloo gave up waiting for a rank: in this error, or in one that this error followed."""
     while error is not None:
         if any(words in str(error) for words in TIMED_OUT):
@@ -96,9 +96,9 @@ class Watch:
 
     def __init__(self, command: str, here: Place, timeout_seconds: float, before_end: Callable[[], None]):
         self._command, self._here, self._timeout, self._before_end = command, here, timeout_seconds, before_end
-        self._lines: Dict[int, Line] = {}
-        self._hosts: Dict[int, str] = {here.rank: socket.gethostname()}
-        self._problem: Optional[Exception] = None
+        self._lines: dict[int, Line] = {}
+        self._hosts: dict[int, str] = {here.rank: socket.gethostname()}
+        self._problem: Exception | None = None
         self._all_are_here, self._is_linked = threading.Event(), threading.Event()
         self._is_calling = self._is_leaving = self._gives_up = self.is_settled = False
         self._own_word = f"{socket.gethostname()}/{secrets.token_hex(8)}"
@@ -160,8 +160,9 @@ class Watch:
             # If there is no way between two hosts, it is said and left at that.
             logs.get_logger().warning(
                 "Ranks cannot watch each other: %s did not connect with rank 0; a dead one is noticed by "
-                "--dist_timeout", self._missing(),
-            )  # fmt: skip
+                "--dist_timeout",
+                self._missing(),
+            )
 
     def leave(self, farewell: str) -> None:
         """Tell the others that this rank ends, and how."""
@@ -261,7 +262,7 @@ class Watch:
 
     # Of all ranks.
 
-    def _run(self, listener: Optional[socket.socket], secret: str) -> None:
+    def _run(self, listener: socket.socket | None, secret: str) -> None:
         """Hear all that is said, and notice the end of a connection that nobody announced."""
         with selectors.DefaultSelector() as selector:
             if listener:
@@ -329,9 +330,7 @@ class Watch:
             what = what.partition(":")[0] if self.is_settled else what
             then = "earlier checkpoints are whole, go on with --resume auto"
             then = then if self.is_settled else "no step was taken, start again"
-            show_line(
-                f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}", file=sys.stderr
-            )
+            show_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}", file=sys.stderr)
         self._before_end()
         os._exit(1)
 
