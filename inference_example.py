@@ -3,7 +3,8 @@
 python inference_example.py --model_path checkpoint_dir/modeling --input_txt "明月松间照，"
 """
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
 
 
 def main(argv=None) -> None:

@@ -4,14 +4,15 @@
         --tokenizer_dir tokenizer-zh --data_arrow_output_dir arrow --max_length 4096
 """
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
 
 
 def main(argv=None) -> None:
     args = arguments.prepare_pretrain_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("prepare_pretrain_dataset.py"):
-        from colossal_llama2.dataset.prepare import prepare_pretrain
+        from colossal_llama2.dataset.write.prepare import prepare_pretrain
 
         prepare_pretrain(**vars(args))
 

@@ -5,7 +5,8 @@
         --plugin zero2 --mixed_precision bf16 --lr 1e-4
 """
 
-from colossal_llama2 import arguments, errors, launcher, logs
+from colossal_llama2 import errors, launcher, logs
+from colossal_llama2.cli import arguments
 
 
 def main(argv=None) -> None:

@@ -5,7 +5,8 @@
         --plugin zero2 --mixed_precision bf16 --lr 5e-5 --accumulation_steps 8 --use_neft
 """
 
-from colossal_llama2 import arguments, errors, launcher, logs
+from colossal_llama2 import errors, launcher, logs
+from colossal_llama2.cli import arguments
 
 
 def main(argv=None) -> None:

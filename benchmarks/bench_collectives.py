@@ -3,7 +3,7 @@
     python benchmarks/bench_collectives.py
 
 Two and three ranks, one thread each, on 12 Mi numbers: a bucket of ZeRO. "sums" is reduce_scatter_tensor, "gather"
-all_gather_into_tensor; both ways in one process, by turns, as engine/gloo.py has them and as PyTorch does. The floor is
+all_gather_into_tensor; both ways in one process, by turns, as engine/patches/gloo_collectives.py has them and as PyTorch does. The floor is
 what must be moved: the time to copy within a process what a rank gets from the others. Three ranks want three cores.
 """
 
@@ -55,12 +55,12 @@ def measure() -> None:
     import torch
     import torch.distributed as dist
 
-    from colossal_llama2.train.engine import cpu, gloo
+    from colossal_llama2.engine.patches import cpu_device, gloo_collectives
 
-    cpu.keep_freed_memory()
+    cpu_device.keep_freed_memory()
     dist.init_process_group("gloo")
     originals = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
-    gloo.install()
+    gloo_collectives.install()
     functions = {"gloo's own": originals, "ours": (dist.reduce_scatter_tensor, dist.all_gather_into_tensor)}
     size = dist.get_world_size()
     found = {}

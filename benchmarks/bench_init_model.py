@@ -68,7 +68,7 @@ def make_source(folder: Path) -> None:
     import numpy
     from safetensors.numpy import save_file
 
-    from colossal_llama2.tokenizer.from_text import write_tokenizer
+    from colossal_llama2.encoding.from_text import write_tokenizer
 
     folder.mkdir()
     write_tokenizer((Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes(), folder)
@@ -114,8 +114,8 @@ def make_target_tokenizer(source: Path, target: Path) -> None:
     """Extend the tokenizer by the most frequent words of jieba and their characters, to exactly NEW_ROWS pieces."""
     import jieba
 
-    from colossal_llama2.tokenizer import Encoder
-    from colossal_llama2.tokenizer.bpe_model import read_model
+    from colossal_llama2.encoding.bpe_model import read_model
+    from colossal_llama2.encoding.encoder import Encoder
     from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 
     known = {piece.piece for piece in read_model(source).pieces}
@@ -216,7 +216,7 @@ def concatenate_ratio(work: Path) -> float:
     from safetensors.numpy import load_file, save_file
 
     from colossal_llama2.model.safetensors_stream import Change, read_shard, write_shard
-    from colossal_llama2.publishing import sync
+    from colossal_llama2.storage.publishing import sync
 
     old, new, hidden = OLD_ROWS // SMALL, NEW_ROWS // SMALL, HIDDEN // SMALL
     generator = numpy.random.default_rng(0)

@@ -70,7 +70,7 @@ def step(way: str, hidden, weight, targets):
     """Forward and backward; returns the summed loss and the gradients of both."""
     import torch
 
-    from colossal_llama2.model.chunked_loss import HeadPart, chunked_cross_entropy
+    from colossal_llama2.engine.chunked_loss import HeadPart, chunked_cross_entropy
 
     if way == "chunked":
         loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, len(weight)))

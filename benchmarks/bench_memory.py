@@ -4,8 +4,8 @@
 
 train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. Of each
 rank: its highest resident memory (VmHWM) during four steps, less what was resident after imports. The prediction is
-that of colossal_llama2/train/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted to what
-comes out here. The last column is the highest while the model is loaded and split, which the prediction is not about.
+that of colossal_llama2/train/forecast/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted
+to what comes out here. The last column is the highest while the model is loaded and split, which the prediction is not about.
 
 glibc keeps freed memory for later, and the more the larger what was freed; MALLOC_MMAP_THRESHOLD_ makes it give back
 all that is at least 64 KB, so that what is resident is what is in use. With --kept_memory glibc is as train.py sets it:
@@ -109,11 +109,11 @@ def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, v
 
 def predict(words: list[str], ranks: int) -> int:
     """Bytes by the formulas, for the flags of a run on a CPU."""
-    from colossal_llama2 import arguments
+    from colossal_llama2.cli import arguments
     from colossal_llama2.model.loading import model_without_weights
-    from colossal_llama2.train.activations import ModelShape
     from colossal_llama2.train.dry_run import memory_plan
-    from colossal_llama2.train.memory import rank_memory
+    from colossal_llama2.train.forecast.activations import ModelShape
+    from colossal_llama2.train.forecast.memory import rank_memory
 
     args = arguments.train_parser().parse_args(words)
     shape = ModelShape.of(model_without_weights(args.pretrained).config)

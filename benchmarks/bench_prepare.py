@@ -9,7 +9,7 @@ a process of its own. CPU-seconds are user and system time of the process and it
 server that forks workers, have a column of their own and count nowhere else. Memory is that of the largest process.
 
 - encode: the ids of all texts in memory and nothing else: by SentencePiece, on one thread and on all, and by kitoken
-  (see colossal_llama2/tokenizer/fast_encoder.py). The fastest of those that give SentencePiece's ids is the floor.
+  (see colossal_llama2/encoding/fast_encoder.py). The fastest of those that give SentencePiece's ids is the floor.
 - ours: the whole command, with jsonl and without, on one worker and on all cores.
 - map: what a good engineer writes with `datasets`: one batched map on all cores, which encodes with the fast tokenizer,
   cuts long documents and splices greedily; then equal shards saved as arrow. It neither shuffles nor balances the
@@ -78,7 +78,7 @@ def make_inputs(work: Path, downloads: Path, limit: int) -> None:
     import mistral_common
     import quickstart_corpus as corpus
 
-    from colossal_llama2.tokenizer.from_text import write_tokenizer
+    from colossal_llama2.encoding.from_text import write_tokenizer
 
     (work / "tokenizer").mkdir()
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -122,8 +122,8 @@ def encode(work: Path, data: str, workers: int, *, fast: bool = False):
     """Encode every text with SentencePiece, on as many threads as there are workers."""
     from sentencepiece import SentencePieceProcessor
 
-    from colossal_llama2.tokenizer import MODEL_FILE, Encoder
-    from colossal_llama2.tokenizer.fast_encoder import FastEncoder
+    from colossal_llama2.encoding.encoder import MODEL_FILE, Encoder
+    from colossal_llama2.encoding.fast_encoder import FastEncoder
 
     encoder = (FastEncoder if fast else Encoder)(work / "tokenizer")
     encoder.encode(["a"])
@@ -162,8 +162,8 @@ def batches_of_texts(folder: Path) -> Iterator[list[str]]:
 
 def count_differing(work: Path) -> int:
     """Texts of which kitoken's ids are not SentencePiece's."""
-    from colossal_llama2.tokenizer import Encoder
-    from colossal_llama2.tokenizer.fast_encoder import FastEncoder
+    from colossal_llama2.encoding.encoder import Encoder
+    from colossal_llama2.encoding.fast_encoder import FastEncoder
 
     encoders = [kind(work / "tokenizer") for kind in (Encoder, FastEncoder)]
     differing = 0
@@ -182,7 +182,7 @@ def ours(work: Path, data: str, workers: int, *, no_jsonl: bool = False):
     import tokenizers  # noqa: F401
     import tqdm  # noqa: F401
 
-    from colossal_llama2.dataset.prepare import prepare_pretrain
+    from colossal_llama2.dataset.write.prepare import prepare_pretrain
 
     out = work / f"out-{data}-{workers}-{no_jsonl}"
     return lambda: prepare_pretrain(
@@ -281,7 +281,7 @@ def measured(name: str, work: Path, data: str, workers: int) -> dict[str, float]
 
 def start_and_stop_server() -> None:
     """Start the server that forks workers, with its imports, and one process by it that does nothing."""
-    from colossal_llama2.dataset.workers import PRELOADED
+    from colossal_llama2.dataset.write.local_workers import PRELOADED
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from inputs import make_folder  # noqa: E402
 
-from colossal_llama2 import arguments, logs  # noqa: E402
+from colossal_llama2 import logs  # noqa: E402
+from colossal_llama2.cli import arguments  # noqa: E402
 
 VOCABULARY, LENGTH = 8000, 256
 STEPS, WARMUP_STEPS = 40, 5
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     args = parser.parse_args()
-    from colossal_llama2.train.engine.booster import launch, leave
+    from colossal_llama2.engine.engine import launch, leave
 
     make_folder(parser, args.work_dir)
     # As on a cluster, where stderr is a file.
@@ -107,11 +108,12 @@ def make_data(folder: Path) -> Path:
 @contextlib.contextmanager
 def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
     """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
-    from colossal_llama2.train import reporting, run
+    from colossal_llama2.train import run
+    from colossal_llama2.train.report import reporter
 
     @contextlib.contextmanager
     def silent(**parts):
-        yield reporting.SilentReporter()
+        yield reporter.SilentReporter()
 
     def noting(show):
         def step(*args, **keywords):
@@ -121,9 +123,9 @@ def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
         return step
 
     with contextlib.ExitStack() as changes:
-        changed = reporting.Reporter
+        changed = reporter.Reporter
         if kind == "without":
-            changed = reporting.SilentReporter
+            changed = reporter.SilentReporter
             changes.enter_context(mock.patch.object(run, "reporting", silent))
             changes.enter_context(mock.patch.object(run, "told_groups", lambda *args: None))
         changes.enter_context(mock.patch.object(changed, "step", noting(changed.step)))

@@ -58,7 +58,7 @@ PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
 
 def main() -> None:
     """Measure each candidate and print a table for each model and length."""
-    from colossal_llama2.arguments import positive_int
+    from colossal_llama2.cli.arguments import positive_int
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
@@ -190,10 +190,10 @@ def keep_freed_memory() -> None:
     """Set glibc as train.py does where there is no GPU."""
     import torch
 
-    from colossal_llama2.train.engine import cpu
+    from colossal_llama2.engine.patches import cpu_device
 
     if not torch.cuda.is_available():
-        cpu.keep_freed_memory()
+        cpu_device.keep_freed_memory()
 
 
 def device():

@@ -27,14 +27,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import quickstart_corpus as corpus  # noqa: E402
 import quickstart_table as table  # noqa: E402
 
-from colossal_llama2 import arguments, errors, logs  # noqa: E402
-from colossal_llama2.tokenizer import Encoder  # noqa: E402
-from colossal_llama2.tokenizer.bpe_model import BpeModel  # noqa: E402
-from colossal_llama2.tokenizer.from_text import write_tokenizer  # noqa: E402
+from colossal_llama2 import errors, logs  # noqa: E402
+from colossal_llama2.cli import arguments  # noqa: E402
+from colossal_llama2.encoding.bpe_model import BpeModel  # noqa: E402
+from colossal_llama2.encoding.encoder import Encoder  # noqa: E402
+from colossal_llama2.encoding.folder_files import REPORT_FILE  # noqa: E402
+from colossal_llama2.encoding.from_text import write_tokenizer  # noqa: E402
+from colossal_llama2.encoding.parity import Measurement, PieceFinder, Tokenizers, measure  # noqa: E402
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer  # noqa: E402
 from colossal_llama2.tokenizer.mine_tokens import mine  # noqa: E402
-from colossal_llama2.tokenizer.parity import Measurement, PieceFinder, Tokenizers, measure  # noqa: E402
-from colossal_llama2.tokenizer.report import REPORT_FILE  # noqa: E402
 
 NUM_PIECES = 37_104
 HELD_OUT_ONE_IN = 8

@@ -1,14 +1,19 @@
 """Teach a LLaMA-2 model a new language or domain.
 
-    arguments.py     every command's flags, each defined once
-    errors.py        mistakes a user can make, told in one line
-    files.py         JSON files, and folders that appear whole or not at all
-    logs.py          log lines and progress bars, from rank 0 only
-    tokenizer/       extend a SentencePiece vocabulary, load and encode with it
-    model/           initialize new embedding rows; freezing, NEFTune, attention
-    dataset/         jsonl to token ids to spliced samples in bins; batches out of bins
-    train/           the loop, checkpoints, and train/engine/: all that touches ColossalAI
-    inference/       generate text with a trained model
+Folders, each of which imports only folders above it in this list:
+
+    errors.py, logs.py, launcher.py, ...   how a command ends, what it prints, and which rank it is
+    storage/      files that appear whole or not at all, and bounded reading of what a user gives
+    cli/          the flags of every command
+    charts/       the style of all pictures
+    encoding/     text to token ids and back; the files of a tokenizer
+    corpus/       jsonl and the other input formats, to documents and conversations
+    model/        a model's folder, weights, embeddings, attention; initialize new embedding rows
+    dataset/      documents to token ids to spliced samples in bins; batches out of bins
+    tokenizer/    extend a SentencePiece vocabulary, and compare tokenizers
+    engine/       everything that touches ColossalAI
+    train/        the loop, checkpoints, evaluation, reports, forecasts
+    inference/    generate text with a trained model
 
 Importing this package imports nothing else of it but interrupts.py, which acts in our own commands alone.
 """

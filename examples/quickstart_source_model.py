@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, errors, logs
-from colossal_llama2.files import jsonl_files, read_jsonl
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.storage.files import jsonl_files, read_jsonl
 
 SEED = 42
 MAX_LENGTH = 512
@@ -70,7 +71,7 @@ def main(argv=None) -> None:
         output_dir = Path(args.output_dir)
         if output_dir.exists():
             raise errors.UserError(f"--output_dir {output_dir} exists; delete it or name another folder")
-        from colossal_llama2.tokenizer.from_text import train_vocabulary, write_tokenizer
+        from colossal_llama2.encoding.from_text import train_vocabulary, write_tokenizer
 
         texts = read_targets(Path(args.english_dir))
         logs.get_logger().info("Training a tokenizer of %d pieces on %d documents", args.vocab_size, len(texts))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, errors
+from colossal_llama2 import errors
+from colossal_llama2.cli import arguments
 
 SPEED_TAG = "Tokens per Second"
 LANGUAGES = {"en": "English", "zh": "Chinese"}

@@ -1,4 +1,4 @@
-"""One rank of a test job: the collectives of engine/gloo.py against sums and joins that are worked out by hand.
+"""One rank of a test job: the collectives of engine/patches/gloo_collectives.py against sums and joins that are worked out by hand.
 
 torchrun --standalone --nproc_per_node 3 tests/collectives_worker.py JOBS.json
 """
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2.train.engine import gloo
+from colossal_llama2.engine.patches import gloo_collectives
 
 SIZE = 1000
 
@@ -53,7 +53,7 @@ def end(work, async_op: bool) -> None:
 def main() -> None:
     """Check all ranks together, and the last two by themselves."""
     dist.init_process_group("gloo")
-    gloo.install()
+    gloo_collectives.install()
     everybody, pair = list(range(dist.get_world_size())), [1, 2]
     pair_group = dist.new_group(pair)
     for dtype in (torch.float32, torch.bfloat16):

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.measuring import measure_parts
-from colossal_llama2.dataset.prepare import prepare_pretrain
-from colossal_llama2.dataset.sources import Data
-from colossal_llama2.dataset.splicing import piece_lengths
-from colossal_llama2.train.loop import TrainState
-from colossal_llama2.train.plan import buckets_of, build_plan, make_order
-from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.read.sources import Data
+from colossal_llama2.dataset.read.token_counts import measure_parts
+from colossal_llama2.dataset.write.prepare import prepare_pretrain
+from colossal_llama2.dataset.write.splicing import piece_lengths
+from colossal_llama2.train.forecast.data_plan import buckets_of, build_plan, make_order
+from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.train.stepping.state import TrainState
 from tests import tiny
 
 Piece = tuple[tuple[int, ...], tuple[int, ...], str]

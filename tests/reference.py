@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
+from colossal_llama2.dataset.read.step_loader import SampleOrder, load_tokenized_dataset
 
 
 @dataclass

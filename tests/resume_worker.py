@@ -19,11 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, launcher, logs
+from colossal_llama2 import launcher, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.engine import loss_scale
+from colossal_llama2.engine.engine import launch, leave
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checks, run
-from colossal_llama2.train.engine import exchange, loss_scale
-from colossal_llama2.train.engine.booster import launch, leave
 from tests.faults import damage, one_rank, poison
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
@@ -48,11 +50,11 @@ def run_job(job: dict, is_first: bool) -> dict:
     try:
         for kind, path in job.get("damage", ()) if is_first else ():
             damage.KINDS[kind](Path(path))
-        exchange.gather_values(None)
+        collectives.gather_values(None)
         args = PARSERS[job["script"]]().parse_args(job["flags"])
         with contextlib.ExitStack() as around:
             if job.get("views"):
-                around.enter_context(contextlib.chdir(Path(job["views"], f"rank-{exchange.place()[0]}")))
+                around.enter_context(contextlib.chdir(Path(job["views"], f"rank-{collectives.place()[0]}")))
             if job.get("poison"):
                 around.enter_context(poison.poisoned(*job["poison"]))
             if job.get("fault"):
@@ -62,7 +64,7 @@ def run_job(job: dict, is_first: bool) -> dict:
         error, left = str(caught), [path.name for path in Path(args.save_dir).glob("epoch-*.tmp")]
     finally:
         logs.get_logger().removeHandler(keeper)
-    return {"error": error, "log": keeper.lines, "ranks": exchange.gather_values([error, left])}
+    return {"error": error, "log": keeper.lines, "ranks": collectives.gather_values([error, left])}
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from colossal_llama2 import arguments
+from colossal_llama2.cli import arguments
 
 REQUIRED = object()
 

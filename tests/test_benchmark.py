@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from colossal_llama2.train import benchmark
-from colossal_llama2.train.step_timer import StepTimer
+from colossal_llama2.train.stepping.step_timer import StepTimer
 
 
 def flags(model_dir, *more):

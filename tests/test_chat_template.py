@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.conversation import ROLES, chat_template, speakers_of
-from colossal_llama2.dataset.prepare import CHAT_TEMPLATE_FILE, prepare_sft
-from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.tokenizer import Encoder, load_tokenizer, puts_prefix_after_marks
+from colossal_llama2.corpus.conversation import ROLES, chat_template, speakers_of
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.write.prepare import CHAT_TEMPLATE_FILE, prepare_sft
+from colossal_llama2.dataset.write.tokenization import read_sft_row, tokenize_sft
+from colossal_llama2.encoding.encoder import Encoder, load_tokenizer, puts_prefix_after_marks
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from tests.preparing import read_jsonl, write_lines
 from tests.preparing import settings as prepare_settings

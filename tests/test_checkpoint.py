@@ -11,11 +11,12 @@ import os
 import pytest
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.dataset.read.step_loader import SampleOrder
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import checkpoint_files, resuming
-from colossal_llama2.train.checkpoint import LoadPlan, check_save_dir, plan_loading, publish_model
-from colossal_llama2.train.loop import TrainState
+from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.checkpointer import LoadPlan, check_save_dir, plan_loading, publish_model
+from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.stepping.state import TrainState
 from tests.faults import damage
 
 STATES = {"epoch": 1, "step": 30, "sample_start_index": 80, "samples_seen": 180, "tokens_seen": 9000, "seed": 1024}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from colossal_llama2.model import chunked_loss
-from colossal_llama2.model.chunked_loss import HeadPart, chunked_cross_entropy, use_chunked_loss
+from colossal_llama2.engine import chunked_loss
+from colossal_llama2.engine.chunked_loss import HeadPart, chunked_cross_entropy, use_chunked_loss
 
 TOKENS, WIDTH, VOCABULARY = 50, 16, 1003
 

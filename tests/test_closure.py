@@ -6,15 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossal_llama2.encoding.bpe_model import BpeModel, merges, plain_processor, scores_below, unreachable, with_pieces
 from colossal_llama2.tokenizer import closure
-from colossal_llama2.tokenizer.bpe_model import (
-    BpeModel,
-    merges,
-    plain_processor,
-    scores_below,
-    unreachable,
-    with_pieces,
-)
 from colossal_llama2.tokenizer.closure import evolve, intermediate_pieces, make_plan, missing_characters
 
 # Few characters, so that pieces overlap and repeat; "▁", "e" and "t" are in many merges of the source.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2.tokenizer import Encoder, compare
-from colossal_llama2.tokenizer.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.tokenizer import compare
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
 from examples import quickstart_corpus
 from tests.conftest import ROOT

@@ -2,8 +2,8 @@
 
 import pytest
 
-from colossal_llama2.dataset import conversation
-from colossal_llama2.dataset.conversation import (
+from colossal_llama2.corpus import conversation
+from colossal_llama2.corpus.conversation import (
     Message,
     Segment,
     Turn,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset.bins import MEMBER
-from colossal_llama2.dataset.dealing import Dealer
+from colossal_llama2.dataset.write.assign_bins import Dealer
+from colossal_llama2.dataset.write.bins import MEMBER
 
 
 def members(categories, lengths) -> np.ndarray:

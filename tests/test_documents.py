@@ -7,11 +7,11 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, prepare_fa2_from_position_ids
 
-from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.loader import Collator, check_lengths, load_tokenized_dataset
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.read.step_loader import Collator, check_lengths, load_tokenized_dataset
+from colossal_llama2.engine.patches import cpu_device, document_attention
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.documents import MaskForm, attention_inputs, block_mask, borders, position_ids
-from colossal_llama2.train.engine import cpu, documents
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
@@ -67,10 +67,10 @@ def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
 def test_colossalai_attention_takes_documents():
     from colossalai.shardformer.layer.attn import ColoAttention
 
-    cpu.install()
+    cpu_device.install()
     before = ColoAttention.prepare_attn_kwargs
     for use_flash_attn in (False, True):
-        documents.install(use_flash_attn=use_flash_attn)
+        document_attention.install(use_flash_attn=use_flash_attn)
     installed = ColoAttention.prepare_attn_kwargs
     assert installed.__wrapped__ is getattr(before, "__wrapped__", before)
     torch.manual_seed(0)

@@ -9,20 +9,24 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from colossal_llama2 import arguments
-from colossal_llama2.arguments import with_defaults
-from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.cli import arguments
+from colossal_llama2.cli.arguments import with_defaults
+from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.engine.engine import EngineSettings
+from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import write_json
 from colossal_llama2.model.loading import inspect_weights
-from colossal_llama2.train import activations, checkpoint_files, checks, description, dry_run, flags, memory
-from colossal_llama2.train.activations import MicroBatch, ModelShape
-from colossal_llama2.train.checkpoint import LoadPlan, expected_bytes
+from colossal_llama2.storage.files import write_json
+from colossal_llama2.train import checks, dry_run
+from colossal_llama2.train.checkpointing.checkpointer import LoadPlan, expected_bytes
 from colossal_llama2.train.dry_run import most_kept, saved_steps
-from colossal_llama2.train.engine.booster import EngineSettings
-from colossal_llama2.train.engine.files import OPTIMIZER_INDEX
-from colossal_llama2.train.loop import TrainState
-from colossal_llama2.train.schedule import CosineSchedule
+from colossal_llama2.train.forecast import activations, memory
+from colossal_llama2.train.forecast.activations import MicroBatch, ModelShape
+from colossal_llama2.train.report import run_metadata
+from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.settings import flags
+from colossal_llama2.train.stepping.schedule import CosineSchedule
+from colossal_llama2.train.stepping.state import TrainState
 from tests.training_jobs import write_data
 
 LLAMA_7B = ModelShape(
@@ -369,7 +373,7 @@ def write_checkpoint(folder, words, model, dataset_samples, **state):
     plan = LoadPlan(model_path=str(model), resume_path=None)
     ranks = dry_run.Ranks(flags.engine_settings(args, trained_rows=flags.rows_to_train(args, plan)), 1)
     order = flags.sample_order(args, dataset_samples, ranks)
-    facts = description.describe_run(args, ranks, order, str(model), flags.data_of(args))
+    facts = run_metadata.describe_run(args, ranks, order, str(model), flags.data_of(args))
     shutil.copytree(model, folder / "modeling")
     write_json(folder / "running_states.json", {**facts, **TrainState(**state).to_dict()})
     write_json(folder / "lr_scheduler", asdict(CosineSchedule(args.lr, 40, 1)))

@@ -1,4 +1,4 @@
-"""The parts of train/engine that can be checked without a process group; test_training.py checks them together."""
+"""The parts of engine/ that can be checked without a process group; test_training.py checks them together."""
 
 import contextlib
 import inspect
@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from colossal_llama2.engine import engine as engine_module
+from colossal_llama2.engine.engine import EngineSettings, settings_problems
+from colossal_llama2.engine.patches import bug_fixes, checkpoint_io, cpu_device
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
-from colossal_llama2.train.engine import booster, cpu, exchange, files, repairs
-from colossal_llama2.train.engine.booster import EngineSettings, settings_problems
 from tests import launching
 from tests.conftest import ROOT
 
@@ -43,10 +45,13 @@ def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
     from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
 
     built = [
-        (GeminiPlugin, booster.gemini_arguments(settings(), parameters=10**9, on_cpu=on_cpu, policy="auto")),
-        (LowLevelZeroPlugin, booster.zero_arguments(settings(), on_cpu=on_cpu, offload=True)),
-        (HybridParallelPlugin, booster.hybrid_arguments(settings(tp_size=2), on_cpu=on_cpu, fused_norm=not on_cpu)),
-        (HybridParallelPlugin, booster.hybrid_arguments(settings(pp_size=2, sp_mode="ring"), on_cpu=on_cpu)),
+        (GeminiPlugin, engine_module.gemini_arguments(settings(), parameters=10**9, on_cpu=on_cpu, policy="auto")),
+        (LowLevelZeroPlugin, engine_module.zero_arguments(settings(), on_cpu=on_cpu, offload=True)),
+        (
+            HybridParallelPlugin,
+            engine_module.hybrid_arguments(settings(tp_size=2), on_cpu=on_cpu, fused_norm=not on_cpu),
+        ),
+        (HybridParallelPlugin, engine_module.hybrid_arguments(settings(pp_size=2, sp_mode="ring"), on_cpu=on_cpu)),
     ]
     for plugin, arguments in built:
         assert arguments.keys() <= inspect.signature(plugin.__init__).parameters.keys()
@@ -54,17 +59,17 @@ def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
 
 
 def test_apex_s_norm_is_used_where_it_imports(monkeypatch):
-    assert not booster.has_apex_norm()
+    assert not engine_module.has_apex_norm()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not booster.has_apex_norm()
+    assert not engine_module.has_apex_norm()
     apex = types.ModuleType("apex.normalization")
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.normalization", apex)
     monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", types.ModuleType("fused_layer_norm_cuda"))
     # Old versions have no RMSNorm.
-    assert not booster.has_apex_norm()
+    assert not engine_module.has_apex_norm()
     apex.FusedRMSNorm = object
-    assert booster.has_apex_norm()
+    assert engine_module.has_apex_norm()
 
 
 @pytest.mark.parametrize("stage, exchange", [(2, "reduce_scatter_tensor"), (1, "all_reduce")])
@@ -77,7 +82,7 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
     from colossalai.nn.optimizer import HybridAdam
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
-    cpu.install()
+    cpu_device.install()
     matrices, norms = ([torch.nn.Parameter(torch.rand(shape)) for _ in range(3)] for shape in ((4, 4), (4,)))
 
     def loss():
@@ -92,7 +97,7 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
         adam = HybridAdam([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}])
         zero = LowLevelZeroOptimizer(adam, partition_grad=stage == 2, reduce_bucket_size=bucket_size)
         if repaired:
-            repairs.fill_buckets(zero)
+            bug_fixes.fill_buckets(zero)
         for _ in range(2):
             count = mock.Mock(side_effect=getattr(torch.distributed, exchange))
             with mock.patch.object(torch.distributed, exchange, count):
@@ -112,7 +117,7 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
 def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
     from colossalai.logging import DistributedLogger
 
-    repairs.skip_hidden_messages()
+    bug_fixes.skip_hidden_messages()
     looked = []
     place = "_DistributedLogger__get_call_info"
     monkeypatch.setattr(DistributedLogger, place, lambda _: looked.append(1) or ("", 1, ""))
@@ -126,20 +131,20 @@ def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
 
 
 def test_no_clipping_still_measures_the_norm():
-    assert booster.zero_arguments(settings(max_norm=0.0), on_cpu=True, offload=False)["max_norm"] == math.inf
+    assert engine_module.zero_arguments(settings(max_norm=0.0), on_cpu=True, offload=False)["max_norm"] == math.inf
 
 
 def test_gemini_always_shards():
-    small = booster.gemini_arguments(settings(), parameters=2_000_000, on_cpu=True, policy="static")
+    small = engine_module.gemini_arguments(settings(), parameters=2_000_000, on_cpu=True, policy="static")
     assert 4 * small["min_chunk_size_m"] * 2**20 < 2_000_000
-    large = booster.gemini_arguments(settings(), parameters=7 * 10**9, on_cpu=False, policy="static")
+    large = engine_module.gemini_arguments(settings(), parameters=7 * 10**9, on_cpu=False, policy="static")
     assert large["min_chunk_size_m"] == 32 and large["enable_async_reduce"]
 
 
 def test_an_evaluation_leaves_gemini_where_it_was():
     policy, collector = types.SimpleNamespace(max_prefetch=1), types.SimpleNamespace(_step_idx=5)
     manager = types.SimpleNamespace(placement_policy=policy, _mem_stats_collector=collector, need_warmup=False)
-    engine = object.__new__(booster.Engine)
+    engine = object.__new__(engine_module.Engine)
     engine.model = types.SimpleNamespace(gemini_manager=manager)
     with engine._gemini_evaluating():
         assert policy.max_prefetch == 0
@@ -164,8 +169,8 @@ def test_gemini_places_by_the_least_room_of_all_ranks(monkeypatch):
     gemini = types.SimpleNamespace(gemini_manager=manager, chunk_manager=types.SimpleNamespace(device=None))
     monkeypatch.setattr(memory, "colo_device_memory_capacity", lambda device: 100.0)
     others = iter([50.0, [5.0, 20.0]])
-    monkeypatch.setattr(exchange, "gather_values", lambda own: [own, next(others)])
-    repairs.agree_on_memory(gemini)
+    monkeypatch.setattr(collectives, "gather_values", lambda own: [own, next(others)])
+    bug_fixes.agree_on_memory(gemini)
     collector.finish_collection()
     assert memory.colo_device_memory_capacity(None) == 50
     # 40 of 100 leave more than 5 of 50, and 15 of 100 more than 20 of 50.
@@ -173,12 +178,12 @@ def test_gemini_places_by_the_least_room_of_all_ranks(monkeypatch):
 
 
 def test_buffers_of_a_model_are_not_sent():
-    assert booster.hybrid_arguments(settings(), on_cpu=True)["broadcast_buffers"] is False
+    assert engine_module.hybrid_arguments(settings(), on_cpu=True)["broadcast_buffers"] is False
 
 
 def test_gemini_accumulates_only_if_told_so():
     def accumulation(steps):
-        arguments = booster.gemini_arguments(
+        arguments = engine_module.gemini_arguments(
             settings(accumulation_steps=steps), parameters=10**6, on_cpu=True, policy="static"
         )
         return arguments["enable_gradient_accumulation"]
@@ -217,27 +222,27 @@ def test_settings_that_cannot_run_are_named(changes, world_size, words):
     assert all(word in problem for word in words)
 
 
-@pytest.mark.parametrize("plugin", booster.PLUGINS)
+@pytest.mark.parametrize("plugin", engine_module.PLUGINS)
 def test_every_plugin_takes_the_readme_s_flags(plugin):
     assert settings_problems(settings(plugin=plugin, precision="fp16"), world_size=8) == []
 
 
 def test_every_plugin_flag_has_a_builder():
-    from colossal_llama2 import arguments
+    from colossal_llama2.cli import arguments
 
-    assert tuple(booster.PLUGINS) == arguments.PLUGINS
+    assert tuple(engine_module.PLUGINS) == arguments.PLUGINS
 
 
 def test_norms_do_not_decay():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4))
-    matrices, norms = booster._parameter_groups(model, 0.1)
+    matrices, norms = engine_module._parameter_groups(model, 0.1)
     assert [param.dim() for param in matrices["params"]] == [2] and matrices["weight_decay"] == 0.1
     assert {param.dim() for param in norms["params"]} == {1} and norms["weight_decay"] == 0.0
 
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(UserError, match="trainable"):
-        booster._parameter_groups(torch.nn.Linear(2, 2).requires_grad_(False), 0.1)
+        engine_module._parameter_groups(torch.nn.Linear(2, 2).requires_grad_(False), 0.1)
 
 
 def test_state_files_bring_back_what_was_written(tmp_path):
@@ -245,8 +250,8 @@ def test_state_files_bring_back_what_was_written(tmp_path):
         0: {"step": 3, "exp_avg": torch.randn(4, 5).bfloat16(), "flag": True},
         1: {"step": torch.tensor(3.0), "none": None, "betas": (0.9, 0.95), "names": ["a", "b"]},
     }
-    files.write_object(value, str(tmp_path / "state"))
-    back = files.read_object(str(tmp_path / "state"))
+    checkpoint_io.write_object(value, str(tmp_path / "state"))
+    back = checkpoint_io.read_object(str(tmp_path / "state"))
     assert back[0]["step"] == 3 and back[0]["flag"] is True and torch.equal(back[0]["exp_avg"], value[0]["exp_avg"])
     assert back[1]["betas"] == (0.9, 0.95) and back[1]["names"] == ["a", "b"] and back[1]["none"] is None
     assert torch.equal(back[1]["step"], torch.tensor(3.0))
@@ -255,13 +260,15 @@ def test_state_files_bring_back_what_was_written(tmp_path):
 
 
 def test_step_comes_as_tensor_for_gemini(tmp_path):
-    files.write_object({0: {"step": 3}}, str(tmp_path / "state"))
-    assert torch.equal(files.read_object(str(tmp_path / "state"), step_as_tensor=True)[0]["step"], torch.tensor(3.0))
+    checkpoint_io.write_object({0: {"step": 3}}, str(tmp_path / "state"))
+    assert torch.equal(
+        checkpoint_io.read_object(str(tmp_path / "state"), step_as_tensor=True)[0]["step"], torch.tensor(3.0)
+    )
 
 
 def test_unknown_types_are_not_stored(tmp_path):
     with pytest.raises(TypeError, match="set"):
-        files.write_object({"a": {1, 2}}, str(tmp_path / "state"))
+        checkpoint_io.write_object({"a": {1, 2}}, str(tmp_path / "state"))
 
 
 class Payload:
@@ -277,13 +284,13 @@ class Payload:
 def test_pickled_state_is_refused_and_not_run(tmp_path):
     torch.save({0: Payload(tmp_path / "canary")}, tmp_path / "state.safetensors")
     with pytest.raises(UserError, match="not a state file"):
-        files.read_object(str(tmp_path / "state.safetensors"))
+        checkpoint_io.read_object(str(tmp_path / "state.safetensors"))
     assert not (tmp_path / "canary").exists()
 
 
 def test_colossalai_reads_and_writes_state_files(tmp_path):
     original = torch.save, torch.load
-    with files.safetensors_instead_of_pickle():
+    with checkpoint_io.safetensors_instead_of_pickle():
         torch.save({"a": torch.ones(2)}, str(tmp_path / "file"))
         assert torch.equal(torch.load(str(tmp_path / "file"), map_location="cpu")["a"], torch.ones(2))
         buffer = io.BytesIO()
@@ -297,10 +304,10 @@ def test_shards_get_the_field_s_names(tmp_path):
     for name in ("model-00001.safetensors", "model-00002.safetensors"):
         (tmp_path / name).write_text(name)
     index = {"metadata": {}, "weight_map": {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}}
-    (tmp_path / files.INDEX_FILE).write_text(json.dumps(index))
-    files.rename_model_shards(str(tmp_path))
+    (tmp_path / checkpoint_io.INDEX_FILE).write_text(json.dumps(index))
+    checkpoint_io.rename_model_shards(str(tmp_path))
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert list(json.loads((tmp_path / files.INDEX_FILE).read_text())["weight_map"].values()) == names
+    assert list(json.loads((tmp_path / checkpoint_io.INDEX_FILE).read_text())["weight_map"].values()) == names
     assert [(tmp_path / name).read_text() for name in names] == ["model-00001.safetensors", "model-00002.safetensors"]
 
 
@@ -311,7 +318,7 @@ def test_cpu_adam_is_adamw(div_scale):
     expected = start.clone().requires_grad_()
     optimizer = torch.optim.AdamW([expected], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     param, first, second = start.clone(), torch.zeros(50), torch.zeros(50)
-    kernel = cpu.FusedCpuAdam(0.1, 0.9, 0.95, 1e-8, 0.1, True)
+    kernel = cpu_device.FusedCpuAdam(0.1, 0.9, 0.95, 1e-8, 0.1, True)
     for step in (1, 2, 3):
         expected.grad = grad / max(div_scale, 1.0)
         optimizer.step()
@@ -322,12 +329,12 @@ def test_cpu_adam_is_adamw(div_scale):
 def test_cpu_attention_equals_softmax_and_gives_blind_rows_zeros():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3))
-    causal = cpu.host_attention(q, k, v, is_causal=True)
+    causal = cpu_device.host_attention(q, k, v, is_causal=True)
     scores = (q @ k.transpose(-1, -2) / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
     assert torch.allclose(causal, scores.softmax(-1) @ v, atol=1e-6)
     hidden = torch.zeros(2, 1, 6, 6)
     hidden[0, 0, :2] = torch.finfo(torch.float32).min
-    out = cpu.host_attention(q, k, v, attention_mask=hidden)
+    out = cpu_device.host_attention(q, k, v, attention_mask=hidden)
     assert (out[0, :, :2] == 0).all() and torch.isfinite(out).all()
     out.sum().backward()
     assert (q.grad[0, :, :2] == 0).all() and torch.isfinite(k.grad).all()
@@ -343,7 +350,7 @@ def kept_for_backward(mask):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outs = [cpu.host_attention(q, k, v, attention_mask=mask, q_indices=()) for _ in range(2)]
+        outs = [cpu_device.host_attention(q, k, v, attention_mask=mask, q_indices=()) for _ in range(2)]
     places = {tensor.untyped_storage().data_ptr() for tensor in (q, k, v, *outs)}
     return [tensor for place, tensor in kept.items() if place not in places]
 
@@ -362,8 +369,8 @@ def test_the_norm_of_a_chunk(gloo_group, size, is_gathered, theirs_is_low):
     """Gemini's, whose float32 norm of 32 M numbers is 0.2 % low; what a chunk holds besides does not count."""
     from colossalai.zero.gemini.chunk import Chunk
 
-    cpu.install()
-    repairs.norm_in_blocks()
+    cpu_device.install()
+    bug_fixes.norm_in_blocks()
     used = size - 5
     chunk = Chunk(size, gloo_group, torch.bfloat16)
     chunk.append_tensor(torch.nn.Parameter(torch.empty(used, dtype=torch.bfloat16)))
@@ -412,7 +419,7 @@ def test_buffers_are_not_rounded_with_the_weights(rope, in_place):
         rope_scaling={"rope_type": rope, **ROPES[rope]},
     )
     exact, model = LlamaForCausalLM(config).model.rotary_emb, LlamaForCausalLM(config)
-    with repairs.unrounded_buffers(model):
+    with bug_fixes.unrounded_buffers(model):
         if in_place:
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.bfloat16()
@@ -430,13 +437,13 @@ def test_buffers_are_not_rounded_with_the_weights(rope, in_place):
 def test_bf16_clipping_is_lost_without_its_repair():
     from colossalai.nn.optimizer import HybridAdam
 
-    cpu.install()
+    cpu_device.install()
 
     def first_moment(repair):
         param = torch.nn.Parameter(torch.zeros(4))
         optimizer = HybridAdam([param], lr=1e-3, betas=(0.9, 0.95))
         if repair:
-            repairs.clip_in_bf16(optimizer)
+            bug_fixes.clip_in_bf16(optimizer)
         # As Gemini does it: a float32 master parameter with a bf16 gradient.
         param.data, param.grad = torch.zeros(4).bfloat16(), torch.full((4,), 8.0).bfloat16()
         param.data = torch.zeros(4)
@@ -456,9 +463,9 @@ def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
     patches = ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone")
     for name in (*patches, "norm_in_blocks"):
-        monkeypatch.setattr(repairs, name, lambda: pytest.fail("patched an unknown version"))
+        monkeypatch.setattr(bug_fixes, name, lambda: pytest.fail("patched an unknown version"))
     with caplog.at_level("WARNING"):
-        repairs.install()
+        bug_fixes.install()
     assert "0.6.0" in caplog.text
 
 
@@ -476,7 +483,7 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    cpu.install()
+    cpu_device.install()
     source, target = torch.arange(6.0).view(2, 3), torch.zeros(2, 3)
     for name, arguments in (("reduce_scatter", (target, [source])), ("all_to_all", ([target], [source]))):
         # Later versions have them.
@@ -492,8 +499,8 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
 def test_freed_memory_is_kept_for_the_next_step(environment, keeps):
     code = """
 import resource, torch
-from colossal_llama2.train.engine import cpu
-cpu.keep_freed_memory()
+from colossal_llama2.engine.patches import cpu_device
+cpu_device.keep_freed_memory()
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(6, 2**20) for _ in range(3)]
@@ -511,7 +518,7 @@ print(faults)
 def test_sums_are_scattered_as_gloo_would(gloo_group):
     import torch.distributed as dist
 
-    cpu.install()
+    cpu_device.install()
     source, target = torch.randn(3, 4).to(torch.bfloat16), torch.zeros(12, dtype=torch.bfloat16)
     assert dist.reduce_scatter_tensor(target, source.T, async_op=True).wait()
     assert torch.equal(target, source.T.flatten())
@@ -527,7 +534,7 @@ def test_three_ranks_scatter_sums_and_gather(tmp_path):
 def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):
     from colossalai.pipeline import p2p
 
-    cpu.install()
+    cpu_device.install()
     # What ColossalAI 0.5.0 compares with; if PyTorch has it one day, the patch can go.
     assert not hasattr(torch.distributed.Backend, "HCCL")
     assert p2p._check_for_nccl_hccl_backend(gloo_group) is False

@@ -99,7 +99,7 @@ def test_sigterm_lets_output_be_removed(tmp_path):
     program = (
         "import os, pathlib, signal, sys\n"
         "from colossal_llama2.errors import one_line_errors\n"
-        "from colossal_llama2.files import temporary_folder\n"
+        "from colossal_llama2.storage.files import temporary_folder\n"
         "with one_line_errors('tool.py'), temporary_folder(pathlib.Path(sys.argv[1]), 'out'):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    signal.pause()\n"

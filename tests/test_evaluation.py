@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from colossal_llama2.dataset.prepare import prepare_pretrain
-from colossal_llama2.train import train_log
+from colossal_llama2.dataset.write.prepare import prepare_pretrain
+from colossal_llama2.train.report import train_log
 from tests import bits_per_byte, preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of

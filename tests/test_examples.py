@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import arguments
+from colossal_llama2.cli import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 PARSERS = {"train": arguments.train_parser, "train_sft": arguments.train_sft_parser}

@@ -17,7 +17,7 @@ from colossal_llama2.model.exported_configs import (
     portable_generation,
     with_moved_settings,
 )
-from colossal_llama2.train.small_files import json_bytes, model_files
+from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
 # What a folder's generation_config.json says, and what the exported one says.

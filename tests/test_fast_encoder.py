@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.tokenizer.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.fast_encoder import FastEncoder, encoder_class
 from colossal_llama2.tokenizer.closure import make_plan
-from colossal_llama2.tokenizer.fast_encoder import FastEncoder, encoder_class
 from tests.tiny import CHINESE, english_documents
 
 pytest.importorskip("kitoken")

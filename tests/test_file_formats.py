@@ -17,12 +17,13 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
-from colossal_llama2.dataset import decompression, plan, prepare, rows
-from colossal_llama2.dataset.parquet_rows import read_parquet
-from colossal_llama2.dataset.plan import Span, find_inputs
-from colossal_llama2.dataset.rows import SpanReader
+from colossal_llama2.corpus import data_files, decompression, row_reader
+from colossal_llama2.corpus.data_files import Span, find_inputs
+from colossal_llama2.corpus.parquet_rows import read_parquet
+from colossal_llama2.corpus.row_reader import SpanReader
+from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.tokenizer.corpus import read_documents
+from colossal_llama2.tokenizer.text_sample import read_documents
 from tests import tiny
 from tests.preparing import flags, manifest, pieces_of, read_jsonl, settings, write_lines
 
@@ -61,7 +62,7 @@ def put(folder, name: str, content: bytes):
 
 def read(folder) -> list:
     """The lines of all files of a folder, with blank ones left out."""
-    files = plan.find_input_files([str(folder)])
+    files = data_files.find_input_files([str(folder)])
     lines = [line for number, file in enumerate(files) for line in SpanReader(file, Span(number, 0, None))]
     return [line for line in lines if line.record is not None or line.problem]
 
@@ -190,10 +191,10 @@ def test_copies_in_any_form_are_refused(other, tmp_path):
 )
 @pytest.mark.parametrize("is_large", [False, True])
 def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_large, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "UNIT_BYTES", 100 if is_large else 4 << 20)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", 100 if is_large else 4 << 20)
     put(tmp_path, "a.jsonl", content)
-    files = plan.find_input_files([str(tmp_path)])
-    (unit,) = plan.units_of(files)
+    files = data_files.find_input_files([str(tmp_path)])
+    (unit,) = data_files.units_of(files)
     (line,) = SpanReader(files[0], unit.spans[0])
     assert line.is_lost and line.number == 1 and re.search(words, line.problem)
     with pytest.raises(UserError, match=f"a.jsonl:1: .*{words}"):
@@ -203,8 +204,8 @@ def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_la
 @pytest.mark.parametrize("start", [b"\0\0\n", b"\xff\n", "好".encode() * 3000 + b"\n", b'{"a": "\xff"}\r\r'])
 def test_bad_lines_at_the_start_are_bad_rows_and_no_lost_file(start, tmp_path):
     put(tmp_path, "a.jsonl", start + LINES)
-    files = plan.find_input_files([str(tmp_path)])
-    lines = list(SpanReader(files[0], plan.units_of(files)[0].spans[0]))
+    files = data_files.find_input_files([str(tmp_path)])
+    lines = list(SpanReader(files[0], data_files.units_of(files)[0].spans[0]))
     assert not any(line.is_lost for line in lines) and lines[0].problem
     assert sum(line.record is not None for line in lines) == LINES.count(b"\n")
 
@@ -327,7 +328,7 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path):
 
 
 def test_a_row_is_as_long_as_a_line_may_be(tmp_path, monkeypatch):
-    monkeypatch.setattr("colossal_llama2.dataset.parquet_rows.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("colossal_llama2.corpus.parquet_rows.MAX_LINE_BYTES", 100)
     parquet.write_table(pyarrow.table({"target": ["x", "x" * 200, "y"]}), tmp_path / "a.parquet")
     first, long, last = read(tmp_path)
     assert (first.record, last.record) == ({"target": "x"}, {"target": "y"}) and long.reason == "over 32 MiB"
@@ -370,7 +371,7 @@ def test_nothing_in_a_parquet_file_is_run(tmp_path):
 
 
 def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", 3000)
     parts = [RECORDS[start : start + 6] for start in range(0, 30, 6)]
     lines = [[json.dumps(record).encode() for record in part] for part in parts]
     put(tmp_path / "mixed", "0.json", json.dumps(parts[0], indent=4).encode())
@@ -386,4 +387,4 @@ def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path, monk
     assert sorted(mixed) == sorted(plain)
     assert list(read_documents([str(tmp_path / "mixed")])) == list(read_documents([str(tmp_path / "plain")]))
     hashes = [entry["sha256"] for entry in manifest(tmp_path / "out-mixed")["inputs"]]
-    assert hashes == [rows.sha256_of(path) for path in sorted((tmp_path / "mixed").iterdir())]
+    assert hashes == [row_reader.sha256_of(path) for path in sorted((tmp_path / "mixed").iterdir())]

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from colossal_llama2.encoding.bpe_model import read_model
+from colossal_llama2.encoding.encoder import Encoder, fingerprint
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, Rows, _noted_ranges, init_model
 from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.model.training_history import read_history
-from colossal_llama2.tokenizer import Encoder, fingerprint
-from colossal_llama2.tokenizer.bpe_model import read_model
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
-from colossal_llama2.train.model_card import _stage_cells
+from colossal_llama2.train.report.model_card import _stage_cells
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -476,7 +476,7 @@ def test_a_full_disk_is_told_before_anything_is_written(model_dir, expanded, tmp
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_overwrite_replaces_the_whole_folder(model_dir, expanded, tokenizer_dir, tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr("colossal_llama2.publishing._exchange", lambda one, other: False)
+        monkeypatch.setattr("colossal_llama2.storage.publishing._exchange", lambda one, other: False)
     target = shutil.copytree(expanded, tmp_path / "target")
     (target / "model-00001-of-00002.safetensors").write_bytes(b"old")
     (target / "vocabulary_report.json").write_text("{}")

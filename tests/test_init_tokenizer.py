@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from colossal_llama2.encoding.bpe_model import BpeModel, read_model, with_pieces
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.folder_files import REPORT_FILE
+from colossal_llama2.encoding.from_text import write_tokenizer
+from colossal_llama2.encoding.parity import PieceFinder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder, init_tokenizer
-from colossal_llama2.tokenizer.bpe_model import BpeModel, read_model, with_pieces
+from colossal_llama2.tokenizer import init_tokenizer
 from colossal_llama2.tokenizer.closure import make_plan
-from colossal_llama2.tokenizer.from_text import write_tokenizer
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
-from colossal_llama2.tokenizer.parity import PieceFinder
-from colossal_llama2.tokenizer.report import REPORT_FILE
 from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents

@@ -9,14 +9,15 @@ import unicodedata
 
 import pytest
 
-from colossal_llama2 import arguments
-from colossal_llama2.dataset import inspect_data, plots
+from colossal_llama2.charts import plots
+from colossal_llama2.cli import arguments
+from colossal_llama2.dataset import inspect_data
 from colossal_llama2.dataset.inspect_data import documents_of, inspect_part
-from colossal_llama2.dataset.manifest_table import manifest_lines
-from colossal_llama2.dataset.tokenization import read_pretrain_row, read_sft_row, tokenize_pretrain, tokenize_sft
+from colossal_llama2.dataset.layout.manifest_table import manifest_lines
+from colossal_llama2.dataset.write.tokenization import read_pretrain_row, read_sft_row, tokenize_pretrain, tokenize_sft
+from colossal_llama2.encoding.encoder import Encoder, fingerprint
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import visible, visible_line
-from colossal_llama2.tokenizer import Encoder, fingerprint
 from tests.conftest import ROOT
 from tests.test_commands import HEAVY_MODULES
 

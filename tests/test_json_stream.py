@@ -8,13 +8,13 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from colossal_llama2 import lines as lines_module
-from colossal_llama2.dataset import json_stream
-from colossal_llama2.dataset.json_stream import BrokenDocumentError, RecordReader, layout_of
-from colossal_llama2.dataset.plan import InputFile, Span
-from colossal_llama2.dataset.rows import SpanReader
-from colossal_llama2.files import parse_object
-from colossal_llama2.lines import LineCounter, LineReader
+from colossal_llama2.corpus import json_stream
+from colossal_llama2.corpus.data_files import InputFile, Span
+from colossal_llama2.corpus.json_stream import BrokenDocumentError, RecordReader, layout_of
+from colossal_llama2.corpus.row_reader import SpanReader
+from colossal_llama2.storage import lines as lines_module
+from colossal_llama2.storage.files import parse_object
+from colossal_llama2.storage.lines import LineCounter, LineReader
 
 BREAKS = ("\n", "\r\n", "\r")
 TEXTS = st.text(st.sampled_from('a"\\{}[],: \n\r\u2028é你'), max_size=8)
@@ -178,7 +178,7 @@ def test_ranges_give_each_line_once_with_its_number(tmp_path_factory, lines, ste
     size = path.stat().st_size
     file = InputFile(str(path), "in", size, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("colossal_llama2.dataset.rows.READ_BYTES", block)
+        patch.setattr("colossal_llama2.corpus.row_reader.READ_BYTES", block)
         patch.setattr(lines_module, "READ_BYTES", block)
         found, numbers = [], []
         for start in range(0, size, step):

@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 
 from colossal_llama2 import launcher, logs
+from colossal_llama2.engine.ranks import meeting
+from colossal_llama2.engine.ranks.liveness import Watch
 from colossal_llama2.errors import LaunchError
 from colossal_llama2.launcher import Place
-from colossal_llama2.train.engine import meeting
-from colossal_llama2.train.engine.watch import Watch
 from tests.conftest import ROOT
 from tests.launching import free_port
 
@@ -208,7 +208,7 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
 
 
 def test_a_rank_that_fails_says_why(port, monkeypatch):
-    monkeypatch.setattr("colossal_llama2.train.engine.watch.VERDICT_SECONDS", 0.1)
+    monkeypatch.setattr("colossal_llama2.engine.ranks.liveness.VERDICT_SECONDS", 0.1)
     ends = Ends()
     first, second = ends.watch(0, 2), ends.watch(1, 2)
     meet(first, second)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.loader import (
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.read.step_loader import (
     Collator,
     SampleOrder,
     StepLoader,

@@ -26,7 +26,7 @@ COUNT_TO_FIVE = (
 # The bar of a training run, with more figures than fit beside it, and a log line in the middle.
 TRAIN = (
     "from colossal_llama2 import logs\n"
-    "from colossal_llama2.train.reporting import BAR_FORMAT, shown\n"
+    "from colossal_llama2.train.report.reporter import BAR_FORMAT, shown\n"
     "logs.configure_logging()\n"
     "record = dict(loss=2.83912, lr=9.7e-05, grad_norm=0.4117, tokens_per_second=1234567.0, epoch=0, bucket=3)\n"
     "record.update(mfu=0.43, padding_share=0.011, memory_bytes=2**36)\n"
@@ -121,7 +121,7 @@ def test_a_command_that_nobody_launches_speaks_in_the_shell_of_a_training_job():
 
 @pytest.mark.parametrize("columns, fewest", [(80, 2), (120, 5)])
 def test_a_bar_has_ten_cells_and_the_most_important_figures(columns, fewest, monkeypatch, capsys):
-    from colossal_llama2.train.reporting import BAR_FORMAT, shown
+    from colossal_llama2.train.report.reporter import BAR_FORMAT, shown
 
     monkeypatch.setattr(logs.shutil, "get_terminal_size", lambda *_: os.terminal_size((0, 0)))
     record = {

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 
-from colossal_llama2.dataset import IGNORE_INDEX, loss_marks
-from colossal_llama2.dataset import conversation as talks
-from colossal_llama2.dataset.conversation import SYSTEM_TEXT, TOOL_MESSAGE, UnknownRole, speakers_of
-from colossal_llama2.dataset.json_stream import BrokenDocumentError
-from colossal_llama2.dataset.message_formats import (
+from colossal_llama2.corpus import conversation as talks
+from colossal_llama2.corpus import loss_marks
+from colossal_llama2.corpus.conversation import SYSTEM_TEXT, TOOL_MESSAGE, UnknownRole, speakers_of
+from colossal_llama2.corpus.json_stream import BrokenDocumentError
+from colossal_llama2.corpus.message_formats import (
     FORMATS,
     MEDIA_LEFT_OUT,
     NO_CONVERSATION,
@@ -27,9 +27,10 @@ from colossal_llama2.dataset.message_formats import (
     Turn,
     recognize,
 )
-from colossal_llama2.dataset.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.row_errors import RowError
-from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.write.tokenization import read_sft_row, tokenize_sft
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.storage.row_errors import RowError
 
 TURNS = [("human", "Hi"), ("assistant", "Hello!"), ("human", "Bye"), ("assistant", "Bye!")]
 SAME = {

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2 import arguments
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.bpe_model import BpeModel
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder, mine_tokens
-from colossal_llama2.tokenizer.bpe_model import BpeModel
-from colossal_llama2.tokenizer.corpus import Sample, draw
+from colossal_llama2.tokenizer import mine_tokens
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.text_sample import Sample, draw
 from examples import quickstart_corpus
 from tests import tiny
 from tests.conftest import ROOT

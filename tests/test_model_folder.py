@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colossal_llama2 import arguments
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.encoder import load_tokenizer
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.encoding.parity import load_with_transformers
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model import config_fields, guard, init_model
+from colossal_llama2.model import config_fields, init_model
 from colossal_llama2.model.front_matter import read_front_matter
-from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.loading import (
     check_model,
     check_weights,
@@ -32,11 +35,9 @@ from colossal_llama2.model.loading import (
     model_without_weights,
 )
 from colossal_llama2.model.weight_numbers import check_numbers
-from colossal_llama2.tokenizer import load_tokenizer
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
-from colossal_llama2.tokenizer.parity import load_with_transformers
+from colossal_llama2.storage import unpickling_guard
+from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.train import checks
-from colossal_llama2.train.engine import exchange
 from tests.faults import artifacts
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -488,7 +489,7 @@ def test_what_is_imported_while_a_model_is_loaded_works_later():
 
 def test_what_is_imported_while_a_model_is_loaded_is_guarded(monkeypatch):
     # In place of torch, whose second import in a process fails.
-    monkeypatch.setattr(guard, "REFUSED", [("this", "d"), ("no.such.module", "x")])
+    monkeypatch.setattr(unpickling_guard, "REFUSED", [("this", "d"), ("no.such.module", "x")])
     monkeypatch.delitem(sys.modules, "this", raising=False)
     original = sys.meta_path[:]
     with unpickling_refused():
@@ -517,7 +518,7 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
     refusal(lambda: generation.load_model(str(folder), "cpu"))
     # The second lock: were the first one open, transformers would still not look for the adapter's base.
     with pytest.MonkeyPatch.context() as without_check:
-        for module in ("colossal_llama2.model.folder", "colossal_llama2.model.loading"):
+        for module in ("colossal_llama2.model.model_folder", "colossal_llama2.model.loading"):
             without_check.setattr(f"{module}.check_model_files", lambda folder: None)
         without_check.setattr(generation, "check_model_files", lambda folder: None)
         load_llama(str(folder), precision="fp32", attention="sdpa")
@@ -594,11 +595,11 @@ def test_each_host_looks_at_all_numbers(folder, monkeypatch):
     """The folder may be on a disk of the host's own, so that another host's copy is whole."""
     spoil(folder, NAME, float("nan"), count=1)
     hosts = ["a", "b", "a", "b"]
-    monkeypatch.setattr(exchange, "gather_values", lambda value: hosts)
-    monkeypatch.setattr(exchange, "all_or_none", contextlib.nullcontext)
+    monkeypatch.setattr(collectives, "gather_values", lambda value: hosts)
+    monkeypatch.setattr(collectives, "all_or_none", contextlib.nullcontext)
     found = set()
     for rank in range(4):
-        monkeypatch.setattr(exchange, "place", lambda rank=rank: (rank, 4))
+        monkeypatch.setattr(collectives, "place", lambda rank=rank: (rank, 4))
         with contextlib.suppress(UserError):
             checks.check_numbers_of(str(folder), "fp32")
             continue

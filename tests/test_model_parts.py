@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model import attention
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.folder import shard_names
 from colossal_llama2.model.freezing import freeze_non_embedding_parameters, read_new_rows
 from colossal_llama2.model.loading import check_model_folder, inspect_weights, load_llama
+from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.model.neftune import embedding_noise
-from colossal_llama2.train.row_health import RowHealth
+from colossal_llama2.train.checkpointing.new_rows_report import RowHealth
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import checkpoint_files
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests import launching, tiny
 from tests.conftest import ROOT
 from tests.faults import one_rank

@@ -7,10 +7,11 @@ import re
 import datasets
 import pytest
 
-from colossal_llama2.dataset import account as accounts
-from colossal_llama2.dataset import overlap, plan, prepare, tokenization
+from colossal_llama2.corpus import data_files
+from colossal_llama2.dataset.layout import token_ledger as accounts
+from colossal_llama2.dataset.write import overlap, prepare, tokenization
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder
 from tests.preparing import manifest, settings, write_lines
 
 WORDS = [f"word{number}" for number in range(300)]
@@ -75,7 +76,7 @@ def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, monkeypatc
     table = accounts.tables(manifest(tmp_path / "one"))
     assert re.search(rf"^  overlapping +{len(overlapping)}  ", table, re.M)
     assert f"of {report['compared']} compared share 13 words" in table
-    monkeypatch.setattr(plan, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", 2000)
     monkeypatch.setattr(overlap, "BATCH_GRAMS", 7)
     for name, options in (("two", {"num_workers": 2}), ("shares", {"shares": ((2, 2), (1, 2))})):
         again = prepared(tmp_path / name, tokenizer_dir, **options)

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossal_llama2.encoding import parity
+from colossal_llama2.encoding.bpe_model import BpeModel, merges, plain_processor, with_pieces
+from colossal_llama2.encoding.parity import PieceFinder, Tokenizers, evenly, measure
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import parity, parity_text
-from colossal_llama2.tokenizer.bpe_model import BpeModel, merges, plain_processor, with_pieces
+from colossal_llama2.tokenizer import parity_text
 from colossal_llama2.tokenizer.closure import make_plan
 from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
-from colossal_llama2.tokenizer.parity import PieceFinder, Tokenizers, evenly, measure
 from colossal_llama2.tokenizer.parity_text import read_parity_text
 from tests.test_closure import CHARACTERS, PIECES, TEXT, content_of, model, wanted_of  # noqa: F401 - a fixture
 from tests.tiny import CHINESE, english_documents

@@ -12,11 +12,12 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import prepare, tokenization
-from colossal_llama2.tokenizer import Encoder, parts
-from colossal_llama2.tokenizer.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.dataset.write import prepare, tokenization
+from colossal_llama2.encoding import safe_cuts
+from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.fast_encoder import FastEncoder, encoder_class
 from colossal_llama2.tokenizer.closure import make_plan
-from colossal_llama2.tokenizer.fast_encoder import FastEncoder, encoder_class
 from tests import tiny
 from tests.preparing import contents, read_jsonl, write_lines
 from tests.preparing import settings as keywords_of
@@ -116,7 +117,7 @@ def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path, monkeypatch):
         expected = [(kind.encode([text, "a"], dummy_prefix=dummy_prefix)) for kind in kinds]
         sizes = encoder.bytes_of_tokens(text, expected[0][0], dummy_prefix=dummy_prefix).tolist()
         with monkeypatch.context() as patched:
-            patched.setattr(parts, "PART_CHARACTERS", size)
+            patched.setattr(safe_cuts, "PART_CHARACTERS", size)
             cut = list(encoder._safe_cuts.parts_of(text))
             assert "".join(cut) == text
             numbers.append(len(cut))
@@ -140,8 +141,8 @@ def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp
     ]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
-    for size in (1 << 30, parts.PART_CHARACTERS, 1000):
-        monkeypatch.setattr(parts, "PART_CHARACTERS", size)
+    for size in (1 << 30, safe_cuts.PART_CHARACTERS, 1000):
+        monkeypatch.setattr(safe_cuts, "PART_CHARACTERS", size)
         out = tmp_path / str(size)
         prepare.prepare_pretrain(
             **keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=512, eval_fraction=0.2, seed=3)
@@ -164,7 +165,7 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
     for size, much in ((1 << 30, 1 << 30), (1000, 1 << 30), (1 << 30, 100)):
-        monkeypatch.setattr(parts, "PART_CHARACTERS", size)
+        monkeypatch.setattr(safe_cuts, "PART_CHARACTERS", size)
         monkeypatch.setattr(tokenization, "MUCH_TEXT", much)
         out = tmp_path / f"{size} {much}"
         prepare.prepare_sft(**keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=6000))

@@ -2,8 +2,8 @@
 
 import torch
 
-from colossal_llama2.dataset.loader import Batch
-from colossal_llama2.train.pipeline import regroup
+from colossal_llama2.dataset.read.step_loader import Batch
+from colossal_llama2.train.stepping.pipeline import regroup
 
 
 def batch(rows, width, documents=None) -> Batch:

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from colossal_llama2.dataset.arrow_folder import ArrowFolder
-from colossal_llama2.dataset.measuring import measure_parts, read_by_source
-from colossal_llama2.dataset.sources import resolve_data
+from colossal_llama2.dataset.layout.arrow_folder import ArrowFolder
+from colossal_llama2.dataset.read.sources import resolve_data
+from colossal_llama2.dataset.read.token_counts import measure_parts, read_by_source
 from colossal_llama2.errors import UserError
-from colossal_llama2.train.loop import TrainState
-from colossal_llama2.train.plan import buckets_of, build_plan, make_order, plan_lines
-from colossal_llama2.train.schedule import CosineSchedule
+from colossal_llama2.train.forecast.data_plan import buckets_of, build_plan, make_order, plan_lines
+from colossal_llama2.train.stepping.schedule import CosineSchedule
+from colossal_llama2.train.stepping.state import TrainState
 from tests.preparing import plan_settings
 
 MIXTURE = ["new=0.7", "old=0.3"]

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from transformers import LlamaConfig
 
-from colossal_llama2 import arguments
-from colossal_llama2.dataset import prepare, sample_lengths
+from colossal_llama2.cli import arguments
+from colossal_llama2.dataset.write import prepare, sample_lengths
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.model.loading import ModelFacts

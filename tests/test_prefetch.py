@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from colossal_llama2.dataset.prefetch import prefetched
+from colossal_llama2.dataset.read.prefetch import prefetched
 
 
 def threads() -> int:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from colossal_llama2 import errors
-from colossal_llama2.dataset import IGNORE_INDEX, bins, prepare
-from colossal_llama2.dataset.units import MASKED_PIECES
-from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.write import bins, prepare
+from colossal_llama2.dataset.write.tokenize_unit import MASKED_PIECES
+from colossal_llama2.encoding.encoder import Encoder
 from tests import tiny
 from tests.preparing import contents, flags, read_jsonl, settings, write_lines
 

@@ -21,16 +21,17 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import conversation as talks
-from colossal_llama2.dataset import parity, plan, prepare, tokenization
-from colossal_llama2.dataset.conversation import chat_template
-from colossal_llama2.dataset.rows import MAX_LINE_BYTES
-from colossal_llama2.dataset.settings import Settings
-from colossal_llama2.dataset.workers import run_tasks
+from colossal_llama2.corpus import conversation as talks
+from colossal_llama2.corpus import data_files
+from colossal_llama2.corpus.conversation import chat_template
+from colossal_llama2.corpus.row_reader import MAX_LINE_BYTES
+from colossal_llama2.dataset.layout.prepare_settings import Settings
+from colossal_llama2.dataset.write import choose_encoder, prepare, tokenization
+from colossal_llama2.dataset.write.local_workers import run_tasks
+from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.encoding.fast_encoder import FastEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import terminal_width
-from colossal_llama2.tokenizer import Encoder, fingerprint
-from colossal_llama2.tokenizer.fast_encoder import FastEncoder
 from tests import tiny
 from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines
 
@@ -42,7 +43,7 @@ UNIT_BYTES = 4000
 @pytest.fixture
 def small_units(monkeypatch):
     """So that small data makes several units of work."""
-    monkeypatch.setattr(plan, "UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
 
 
 def documents(count: int) -> list:
@@ -408,8 +409,8 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
             return own(self, [text.replace("late", "early") for text in texts], dummy_prefix=dummy_prefix)
 
         monkeypatch.setattr(FastEncoder, "encode", encode)
-    files = plan.find_input_files([str(tmp_path / "in")])
-    encoder, counts = parity.choose_encoder(str(folder), files, settings_of("pretrain"))
+    files = data_files.find_input_files([str(tmp_path / "in")])
+    encoder, counts = choose_encoder.choose_encoder(str(folder), files, settings_of("pretrain"))
     assert encoder is (Encoder if difference == "the fast encoder" else FastEncoder)
     assert counts["sample_texts"] == 198 and bool(counts["sample_differing"]) is (difference == "tokenizer.json")
     assert bool(caplog.records) is (difference != "none")
@@ -454,9 +455,13 @@ def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_p
     ):
         write_lines(tmp_path / name / "rows.jsonl", rows)
         stage = "sft" if name == "chats" else "pretrain"
-        samples[name] = parity.sample_texts(plan.find_input_files([str(tmp_path / name)]), settings_of(stage))
-    assert len(samples["plain"]) == len(set(samples["plain"])) == parity.SAMPLE_TEXTS
-    assert len(samples["meta"]) == parity.SAMPLE_TEXTS and all(text.startswith("  text ") for text in samples["meta"])
+        samples[name] = choose_encoder.sample_texts(
+            data_files.find_input_files([str(tmp_path / name)]), settings_of(stage)
+        )
+    assert len(samples["plain"]) == len(set(samples["plain"])) == choose_encoder.SAMPLE_TEXTS
+    assert len(samples["meta"]) == choose_encoder.SAMPLE_TEXTS and all(
+        text.startswith("  text ") for text in samples["meta"]
+    )
     assert {text for text in samples["chats"] if text[1] != " "} == {"be kind"}
     assert len(samples["chats"]) == len(set(samples["chats"])) > 20
     assert sorted(samples["few"]) == ["before", "one", "two"]

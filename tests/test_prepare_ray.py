@@ -11,8 +11,9 @@ import time
 import psutil
 import pytest
 
-from colossal_llama2 import arguments
-from colossal_llama2.dataset import plan, prepare
+from colossal_llama2.cli import arguments
+from colossal_llama2.corpus import data_files
+from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import UserError
 from tests import tiny
 from tests.conftest import ROOT
@@ -44,7 +45,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def of_local(inputs, tokenizer_dir, tmp_path, monkeypatch) -> dict:
     """The files of the local run."""
-    monkeypatch.setattr(plan, "UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
     prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "local"), num_workers=2)
     return contents(tmp_path / "local")
 
@@ -199,7 +200,7 @@ def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path,
     found(lambda: list((tmp_path / "ray" / "cache").glob("unit-*.json")), process)
     assert left_without_driver(process) == []
     assert not (tmp_path / "ray" / "arrow").exists()
-    monkeypatch.setattr(plan, "UNIT_BYTES", UNIT_BYTES)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
     prepare.prepare_pretrain(**keywords, num_workers=1)
     assert contents(tmp_path / "ray") == of_local
 

@@ -11,9 +11,11 @@ from contextlib import nullcontext
 
 import pytest
 
-from colossal_llama2.dataset import dealing, plan, prepare, store
-from colossal_llama2.dataset.locks import RefusedError
-from colossal_llama2.dataset.output import OutputDirs
+from colossal_llama2.corpus import data_files
+from colossal_llama2.dataset.layout import store
+from colossal_llama2.dataset.layout.locks import RefusedError
+from colossal_llama2.dataset.layout.output_folder import OutputDirs
+from colossal_llama2.dataset.write import assign_bins, prepare
 from colossal_llama2.errors import RunError, UserError
 from tests import tiny
 from tests.conftest import ROOT
@@ -78,7 +80,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr(plan, "UNIT_BYTES", 6000)
+    monkeypatch.setattr(data_files, "UNIT_BYTES", 6000)
 
 
 def options(inputs, tokenizer_dir, output, **others) -> dict:
@@ -207,7 +209,7 @@ def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokeniz
 
 
 def test_members_are_written_in_any_number_of_steps(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
-    monkeypatch.setattr(dealing, "HELD_PIECES", 1)
+    monkeypatch.setattr(assign_bins, "HELD_PIECES", 1)
     prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "out"))
     assert contents(tmp_path / "out") == undisturbed
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from colossal_llama2 import arguments
+from colossal_llama2.cli import arguments
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port

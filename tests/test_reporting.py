@@ -16,17 +16,18 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from colossal_llama2 import arguments
-from colossal_llama2.dataset.groups import Amount
-from colossal_llama2.dataset.loader import SampleOrder
-from colossal_llama2.dataset.measuring import SourceRead
-from colossal_llama2.files import write_json
+from colossal_llama2.cli import arguments
+from colossal_llama2.dataset.read.loss_groups import Amount
+from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.dataset.read.token_counts import SourceRead
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import checks, loss_plot, model_card, run_report, train_log
-from colossal_llama2.train.loop import StepResult, StepTotals
-from colossal_llama2.train.metrics import TensorBoardWriter
-from colossal_llama2.train.reporting import Reporter, scalars
+from colossal_llama2.storage.files import write_json
+from colossal_llama2.train import checks
+from colossal_llama2.train.report import loss_plot, model_card, run_report, train_log
+from colossal_llama2.train.report.metric_writers import TensorBoardWriter
+from colossal_llama2.train.report.reporter import Reporter, scalars
+from colossal_llama2.train.stepping.state import StepResult, StepTotals
 from tests import launching, tiny
 
 LENGTH, STEPS, BATCH = 64, 4, 4

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colossal_llama2.dataset.loader import SampleOrder
-from colossal_llama2.dataset.sources import resolve_data
+from colossal_llama2.dataset.read.sources import resolve_data
+from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import checkpoint_files, verify
-from colossal_llama2.train.plan import plan_lines
-from colossal_llama2.train.schedule import CosineSchedule
+from colossal_llama2.train import verify
+from colossal_llama2.train.forecast.data_plan import plan_lines
+from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.stepping.schedule import CosineSchedule
 from tests import launching, tiny
 from tests.faults import damage
 from tests.preparing import plan_settings

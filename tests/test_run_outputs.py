@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import arguments, files
+from colossal_llama2.cli import arguments
 from colossal_llama2.errors import UserError
-from colossal_llama2.train import run_outputs, run_report, train_log
+from colossal_llama2.storage import files
+from colossal_llama2.train.report import run_report, train_log
+from colossal_llama2.train.run_folder import run_outputs
 from tests.test_checkpoint import bare_checkpoint
 
 EVENTS = "events.out.tfevents.1.host.2.0"

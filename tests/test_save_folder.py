@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import save_folder
+from colossal_llama2.train.run_folder import run_lock
 
 HOLDER = """
 import sys
@@ -45,11 +45,11 @@ def test_of_many_starts_at_once_one_wins_and_the_others_name_it(tmp_path):
 
 
 def test_a_folder_to_which_nothing_was_written_does_not_stay(tmp_path):
-    with save_folder.locked(tmp_path / "runs" / "one"):
+    with run_lock.locked(tmp_path / "runs" / "one"):
         assert (tmp_path / "runs" / "one" / ".lock").is_file()
     assert not (tmp_path / "runs").exists()
     (tmp_path / "mine").mkdir()
-    with save_folder.locked(tmp_path / "mine"):
+    with run_lock.locked(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").is_dir()
 
@@ -57,12 +57,12 @@ def test_a_folder_to_which_nothing_was_written_does_not_stay(tmp_path):
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     process = start(tmp_path)
     assert process.stdout.readline() == "won\n"
-    with pytest.raises(UserError, match=f"process {process.pid} on .* is writing to it"), save_folder.locked(tmp_path):
+    with pytest.raises(UserError, match=f"process {process.pid} on .* is writing to it"), run_lock.locked(tmp_path):
         pass
     process.kill()
     process.communicate()
     assert (tmp_path / ".lock").is_file()
-    with save_folder.locked(tmp_path):
+    with run_lock.locked(tmp_path):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / ".lock").exists()
 
@@ -75,7 +75,7 @@ def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
     assert [process.stdout.readline() for _ in range(2)] == ["won\n", "ends\n"]
     threading.Timer(0.5, process.stdin.close).start()
     start_time = time.monotonic()
-    with save_folder.locked(tmp_path):
+    with run_lock.locked(tmp_path):
         assert time.monotonic() - start_time >= 0.4
     process.wait()
     process.stdout.close()
@@ -84,7 +84,7 @@ def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
 def test_the_lock_of_another_host_is_never_guessed_to_be_dead(tmp_path):
     owner = {"host": "elsewhere", "pid": 1, "since": "2026-01-01 00:00:00"}
     (tmp_path / ".lock").write_text(json.dumps(owner))
-    with pytest.raises(UserError, match="process 1 on elsewhere.*remove .*/.lock"), save_folder.locked(tmp_path):
+    with pytest.raises(UserError, match="process 1 on elsewhere.*remove .*/.lock"), run_lock.locked(tmp_path):
         pass
     assert json.loads((tmp_path / ".lock").read_text()) == owner
 
@@ -93,10 +93,10 @@ def test_without_locks_a_living_process_keeps_the_folder(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError("no locks on this file system")
 
-    monkeypatch.setattr(save_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(run_lock.fcntl, "flock", no_locks)
     owner = {"host": socket.gethostname(), "pid": os.getppid(), "since": "2026-01-01 00:00:00"}
     (tmp_path / ".lock").write_text(json.dumps(owner))
-    with pytest.raises(UserError, match="wait until that run has ended"), save_folder.locked(tmp_path):
+    with pytest.raises(UserError, match="wait until that run has ended"), run_lock.locked(tmp_path):
         pass
 
 
@@ -115,7 +115,7 @@ def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path, kind):
         os.link(other, lock)
     else:
         lock.symlink_to(other if kind == "link" else tmp_path / "new")
-    with pytest.raises(UserError, match=".lock in it .*; remove it"), save_folder.locked(folder):
+    with pytest.raises(UserError, match=".lock in it .*; remove it"), run_lock.locked(folder):
         pass
     assert other.read_text() == "precious" and not (tmp_path / "new").exists() and os.path.lexists(lock)
 
@@ -126,11 +126,11 @@ def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path, monkeypatc
     def read_only(path, missing_ok=False):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    with pytest.raises(RunError, match="the first"), save_folder.locked(tmp_path):
+    with pytest.raises(RunError, match="the first"), run_lock.locked(tmp_path):
         monkeypatch.setattr(Path, "unlink", read_only)
         raise RunError("the first")
     assert not caplog.text
-    with save_folder.locked(tmp_path):
+    with run_lock.locked(tmp_path):
         pass
     assert ".lock cannot be removed (Read-only file system)" in caplog.text
 

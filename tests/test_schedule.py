@@ -2,7 +2,7 @@
 
 import pytest
 
-from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from colossal_llama2 import arguments, settings_file
+from colossal_llama2.cli import arguments, settings_file
 
 REQUIRED = ["--pretrained", "m", "--dataset", "d/part-00000", "d/part-00001"]
 FULL = [

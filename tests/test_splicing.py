@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset.splicing import (
+from colossal_llama2.dataset.write.splicing import (
     best_fit_decreasing,
     best_fit_in_windows,
     next_fit,

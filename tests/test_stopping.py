@@ -12,9 +12,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import checkpoint_files
-from colossal_llama2.train.engine import watch
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.engine.ranks import liveness
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests import tiny
 from tests.faults.processes import START_SECONDS, TORCHRUN, Run
 from tests.launching import free_port
@@ -212,12 +212,12 @@ def test_a_timeout_is_recognised_behind_later_errors():
         except RuntimeError:
             raise RuntimeError("Application timeout caused pair closure")
     except RuntimeError as error:
-        assert watch.is_timeout(error) and watch.is_timeout(error.__context__)
+        assert liveness.is_timeout(error) and liveness.is_timeout(error.__context__)
     try:
         try:
             raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")
         except RuntimeError as first:
             raise RuntimeError("saving failed") from first
     except RuntimeError as error:
-        assert watch.is_timeout(error)
-    assert not watch.is_timeout(RuntimeError("Connection closed by peer"))
+        assert liveness.is_timeout(error)
+    assert not liveness.is_timeout(RuntimeError("Connection closed by peer"))

@@ -7,9 +7,10 @@ import datasets
 import pytest
 import sentencepiece
 
-from colossal_llama2.dataset import eval_sets, prepare
+from colossal_llama2.dataset.read import eval_sets
+from colossal_llama2.dataset.write import prepare
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder
 from tests import bits_per_byte, tiny
 from tests.preparing import manifest, read_jsonl, settings, write_lines
 

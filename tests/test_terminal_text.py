@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.terminal_text import one_line, printable, show, show_line

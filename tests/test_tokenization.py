@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset import IGNORE_INDEX, tokenization
-from colossal_llama2.dataset import conversation as talks
-from colossal_llama2.dataset.conversation import SYSTEM_TEXT
-from colossal_llama2.dataset.tokenization import (
+from colossal_llama2.corpus import conversation as talks
+from colossal_llama2.corpus.conversation import SYSTEM_TEXT
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.write import tokenization
+from colossal_llama2.dataset.write.tokenization import (
     PretrainRow,
     decode_marked,
     decode_trained,
@@ -16,8 +17,8 @@ from colossal_llama2.dataset.tokenization import (
     tokenize_pretrain,
     tokenize_sft,
 )
-from colossal_llama2.row_errors import RowError
-from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.storage.row_errors import RowError
 
 BOS, EOS = 1, 2
 TEXTS = st.text(st.sampled_from("ab <s>/人工\n"), max_size=12)

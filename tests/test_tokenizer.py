@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from colossal_llama2.encoding.encoder import Encoder, fingerprint, load_tokenizer
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder, fingerprint, load_tokenizer
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents
 

@@ -9,12 +9,13 @@ import sys
 import datasets
 import pytest
 
-from colossal_llama2 import arguments
-from colossal_llama2.dataset.manifest import check_parts_fit
-from colossal_llama2.dataset.prepare import prepare_pretrain, prepare_sft
+from colossal_llama2.cli import arguments
+from colossal_llama2.dataset.layout.manifest import check_parts_fit
+from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import Encoder
-from colossal_llama2.train import checkpoint_files, save_folder, start
+from colossal_llama2.train import start
+from colossal_llama2.train.run_folder import checkpoint_files, run_lock
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -158,14 +159,14 @@ def test_a_used_save_dir_is_refused(run_script, assert_user_error, flags, tmp_pa
 
 def test_a_folder_that_was_written_to_between_check_and_lock_is_refused(flags, tmp_path, monkeypatch):
     """Another run may hold it, save and end just then."""
-    locked = save_folder.locked
+    locked = run_lock.locked
     other = tmp_path / "save_dir" / "epoch-0_step-5"
 
     def locked_later(save_dir):
         other.mkdir(parents=True)
         return locked(save_dir)
 
-    monkeypatch.setattr(save_folder, "locked", locked_later)
+    monkeypatch.setattr(run_lock, "locked", locked_later)
     with pytest.raises(UserError, match="already holds epoch-0_step-5 of another run"):
         start.train(arguments.train_parser().parse_args([*flags, "--plugin", "zero2"]))
     assert other.is_dir() and not other.with_name(".lock").exists()

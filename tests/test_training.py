@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from colossal_llama2.dataset.loader import SampleOrder, load_tokenized_dataset
-from colossal_llama2.train import checkpoint_files
+from colossal_llama2.dataset.read.step_loader import SampleOrder, load_tokenized_dataset
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests import far_copies, reference, tiny
 from tests.launching import distance, launch
 from tests.training_jobs import (

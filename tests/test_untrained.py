@@ -3,12 +3,12 @@
 import datasets
 import pytest
 
-from colossal_llama2 import arguments
-from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
+from colossal_llama2.cli import arguments
+from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import dry_run
-from colossal_llama2.train.bad_steps import without_update
-from colossal_llama2.train.loop import StepResult, TrainState
+from colossal_llama2.train.stepping.nonfinite_steps import without_update
+from colossal_llama2.train.stepping.state import StepResult, TrainState
 
 
 def samples_of(labels, documents=None):

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from colossal_llama2 import arguments, flag_names
+from colossal_llama2.cli import arguments, flag_names
 from tests.test_arguments import FLAGS, error_of
 
 MAKERS = {make.__name__.removesuffix("_parser"): make for make in FLAGS} | {"selftest": arguments.selftest_parser}

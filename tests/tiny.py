@@ -17,7 +17,7 @@ def english_documents() -> list[str]:
 
 def make_tokenizer(folder: Path, vocab_size: int = 600) -> Path:
     """Train a SentencePiece BPE with LLaMA's settings on English and write a folder like that of LLaMA-2."""
-    from colossal_llama2.tokenizer.from_text import train_vocabulary, write_tokenizer
+    from colossal_llama2.encoding.from_text import train_vocabulary, write_tokenizer
 
     folder.mkdir(parents=True)
     lines = (line for document in english_documents() for line in document.splitlines() if line.strip())

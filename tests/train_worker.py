@@ -30,13 +30,18 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from colossal_llama2 import arguments, launcher, logs
+from colossal_llama2 import launcher, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.engine import engine as engine_module
+from colossal_llama2.engine import loss_scale
+from colossal_llama2.engine.engine import Engine, launch, leave
+from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, Stopped, UserError
 from colossal_llama2.model.neftune import EmbeddingNoise
-from colossal_llama2.train import checks, evaluation, run
-from colossal_llama2.train.engine import booster, exchange, loss_scale, repairs
-from colossal_llama2.train.engine.booster import Engine, launch, leave
-from colossal_llama2.train.stopping import NoSignals, StopSignals
+from colossal_llama2.train import checks, run
+from colossal_llama2.train.evaluation import evaluator
+from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
 # Repairs that replace a function of ColossalAI, and which.
@@ -47,7 +52,7 @@ FAULTS = {
 # Repairs that wrap a method of ColossalAI, and which.
 WRAPPED = {"sum_split_biases": ("colossalai.shardformer.layer.linear", "Linear1D_Row", "__init__")}
 originals = {}
-install_repairs = repairs.install
+install_repairs = bug_fixes.install
 
 
 def repair_and_remember() -> None:
@@ -65,7 +70,7 @@ def without_repair(name: str) -> contextlib.AbstractContextManager:
         return mock.patch.object(owner, method, getattr(owner, method).__wrapped__)
     if name not in FAULTS:
         # What is left of a repair that surrounds something is a context that does nothing.
-        return mock.patch.object(repairs, name, lambda *args: contextlib.nullcontext())
+        return mock.patch.object(bug_fixes, name, lambda *args: contextlib.nullcontext())
     module, attribute = FAULTS[name]
     return mock.patch.object(importlib.import_module(module), attribute, originals[name])
 
@@ -111,7 +116,7 @@ def room_figures(engine: Engine) -> list[list[float]] | None:
     """By what figures each rank places Gemini's chunks; None where they are not placed by figures."""
     manager = getattr(engine.model, "gemini_manager", None)
     collector = manager and manager._mem_stats_collector
-    return collector and exchange.gather_values(list(map(float, collector._memstats.non_model_data_list("cuda"))))
+    return collector and collectives.gather_values(list(map(float, collector._memstats.non_model_data_list("cuda"))))
 
 
 def buffers_error(engine: Engine) -> float:
@@ -198,20 +203,20 @@ def noting_noise(into: dict) -> Iterator[None]:
 
 def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
     """Within it, Gemini is built with these arguments too."""
-    build = booster.gemini_arguments
-    return mock.patch.object(booster, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
+    build = engine_module.gemini_arguments
+    return mock.patch.object(engine_module, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
 
 
 @contextlib.contextmanager
 def signal_after(batches: int, into: dict) -> Iterator[NoSignals]:
     """Within it, rank 1 gets a SIGTERM when it has collated so many batches of evaluations; yields what notes it."""
-    share, done = evaluation._share, 0
+    share, done = evaluator._share, 0
 
     def counting(*args):
         nonlocal done
         for batch in share(*args):
             done += 1
-            if done == batches and exchange.place()[0] == 1:
+            if done == batches and collectives.place()[0] == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
                 # A thread notes it.
                 while not any(stop.received()):
@@ -219,7 +224,7 @@ def signal_after(batches: int, into: dict) -> Iterator[NoSignals]:
             into["after"] = done - batches
             yield batch
 
-    with StopSignals(has_partners=True) as stop, mock.patch.object(evaluation, "_share", counting):
+    with StopSignals(has_partners=True) as stop, mock.patch.object(evaluator, "_share", counting):
         yield stop
 
 
@@ -251,7 +256,7 @@ def main() -> None:
     jobs_path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
-    with mock.patch.object(repairs, "install", repair_and_remember):
+    with mock.patch.object(bug_fixes, "install", repair_and_remember):
         launch(seed=1024)
     for job in json.loads(jobs_path.read_text()):
         logs.get_logger().info("### %s", job["name"])

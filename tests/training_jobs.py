@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from colossal_llama2.tokenizer import Encoder
+from colossal_llama2.encoding.encoder import Encoder
 from tests import tiny
 
 LENGTH = 48

@@ -14,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colossal_llama2 import arguments, errors, logs
-from colossal_llama2.dataset import IGNORE_INDEX
-from colossal_llama2.dataset.category_names import NO_CATEGORY, category_name
-from colossal_llama2.dataset.manifest_table import manifest_lines
-from colossal_llama2.dataset.output import MANIFEST_FILE
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.corpus.category_names import NO_CATEGORY, category_name
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.layout.manifest_table import manifest_lines
+from colossal_llama2.dataset.layout.output_folder import MANIFEST_FILE
+from colossal_llama2.encoding.encoder import Encoder, fingerprint
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import read_json
-from colossal_llama2.output_paths import check_output_file
+from colossal_llama2.storage.files import read_json
+from colossal_llama2.storage.output_paths import check_output_file
 from colossal_llama2.terminal_text import visible, visible_line
-from colossal_llama2.tokenizer import Encoder, fingerprint
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
@@ -270,7 +271,7 @@ def check_plots_folder(folder: Path) -> None:
 
 
 def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
-    from colossal_llama2.dataset.plots import draw_categories, total_categories
+    from colossal_llama2.charts.plots import draw_categories, total_categories
 
     yield ""
     yield _draw_lengths(part, lengths=lengths, path=folder / LENGTHS_FILE)
@@ -294,7 +295,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
 
     The fill is that of --max_length, where a manifest says it, else of the longest sample.
     """
-    from colossal_llama2.dataset.plots import draw_lengths, draw_spliced
+    from colossal_llama2.charts.plots import draw_lengths, draw_spliced
 
     manifest = part.absolute().parent / MANIFEST_FILE
     longest = (read_json(manifest).get("settings") or {}).get("max_length") if manifest.is_file() else None

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.given_paths import is_hub_name, no_folder
 from colossal_llama2.logs import get_logger
 from colossal_llama2.model.config_fields import llama_config, read_fields
-from colossal_llama2.model.folder import check_model_files, shard_names
-from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.loading import check_model, generation_ids
+from colossal_llama2.model.model_folder import check_model_files, shard_names
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.model.tied_weights import check_is_one_matrix
 from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.storage.given_paths import is_hub_name, no_folder
+from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.terminal_text import show
 
 # The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
@@ -90,7 +90,7 @@ def load_model(model_path: str, device: str | None):
 
     import torch
 
-    from colossal_llama2.tokenizer import load_tokenizer
+    from colossal_llama2.encoding.encoder import load_tokenizer
 
     get_logger().info(f"loading {model_path} onto {target}")
     tokenizer = load_tokenizer(str(folder))

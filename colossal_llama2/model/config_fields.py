@@ -13,9 +13,9 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import read_settings
-from colossal_llama2.json_input import is_finite, is_whole, shown
-from colossal_llama2.model.folder import CONFIG_FILE
+from colossal_llama2.model.model_folder import CONFIG_FILE
+from colossal_llama2.storage.input_files import read_settings
+from colossal_llama2.storage.json_input import is_finite, is_whole, shown
 
 # Keys under which a quantized model describes how its weights are packed.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")

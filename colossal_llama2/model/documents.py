@@ -22,7 +22,7 @@ class MaskForm(Enum):
 
     BLOCKS: a dense mask, for PyTorch's attention, eager or SDPA.
     BORDERS: cumulative lengths, for flash-attn by transformers.
-    NUMBERS: `documents` as they are, for ColossalAI's attention (see train/engine/documents.py).
+    NUMBERS: `documents` as they are, for ColossalAI's attention (see engine/patches/document_attention.py).
     """
 
     BLOCKS = "blocks"

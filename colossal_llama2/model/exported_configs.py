@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.input_files import read_settings
-from colossal_llama2.json_input import is_finite, is_whole
 from colossal_llama2.model.config_fields import FIELDS, TOKEN_ID_FIELDS, known_ids, with_older_rope
-from colossal_llama2.model.folder import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama2.model.model_folder import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama2.storage.input_files import read_settings
+from colossal_llama2.storage.json_input import is_finite, is_whole
 
 # Entries that name code, or how one run computed attention.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal")

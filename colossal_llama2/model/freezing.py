@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import read_json
 from colossal_llama2.model.loading import CONFIG_FILE, NEW_ROWS_KEY
+from colossal_llama2.storage.files import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.input_files import MIB, check_regular
-from colossal_llama2.json_input import shown
+from colossal_llama2.storage.input_files import MIB, check_regular
+from colossal_llama2.storage.json_input import shown
 
 BORDER = "---"
 CARD_BYTES = 64 * MIB

@@ -25,19 +25,12 @@ if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.bpe_model import SPACE, read_model
+from colossal_llama2.encoding.encoder import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
+from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import (
-    check_can_create,
-    contents_of,
-    is_stray,
-    sync,
-    temporary_folder,
-    write_contents,
-    write_json,
-)
-from colossal_llama2.given_paths import check_is_folder
-from colossal_llama2.input_files import read_settings
 from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
 from colossal_llama2.model.exported_configs import (
     GENERATION_CONFIG_FILE,
@@ -45,7 +38,6 @@ from colossal_llama2.model.exported_configs import (
     portable_generation,
     with_moved_settings,
 )
-from colossal_llama2.model.folder import check_model_files, shard_names
 from colossal_llama2.model.loading import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -54,6 +46,7 @@ from colossal_llama2.model.loading import (
     WEIGHTS_FILE,
     check_weights,
 )
+from colossal_llama2.model.model_folder import check_model_files, shard_names
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -66,12 +59,19 @@ from colossal_llama2.model.safetensors_stream import (
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING, check_is_one_matrix
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.model.weight_numbers import check_numbers
-from colossal_llama2.publishing import check_space, claimed, publish, publish_into, remove_leftovers
+from colossal_llama2.storage.files import (
+    check_can_create,
+    contents_of,
+    is_stray,
+    sync,
+    temporary_folder,
+    write_contents,
+    write_json,
+)
+from colossal_llama2.storage.given_paths import check_is_folder
+from colossal_llama2.storage.input_files import read_settings
+from colossal_llama2.storage.publishing import check_space, claimed, publish, publish_into, remove_leftovers
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
-from colossal_llama2.tokenizer.bpe_model import SPACE, read_model
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
-from colossal_llama2.tokenizer.report import REPORT_FILE
 
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
 # Weights keep the source's names, which an index lists beside them; a run that was killed may leave some without one.

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.given_paths import no_folder, what_it_holds
-from colossal_llama2.input_files import ANY_SIZE, check_regular, is_regular, read_settings
-from colossal_llama2.json_input import shown
 from colossal_llama2.model.config_fields import (
     CONFIG_FILE,
     TOKEN_ID_FIELDS,
@@ -20,7 +17,7 @@ from colossal_llama2.model.config_fields import (
     log_unknown_ids,
     read_fields,
 )
-from colossal_llama2.model.folder import (
+from colossal_llama2.model.model_folder import (
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -29,9 +26,12 @@ from colossal_llama2.model.folder import (
     shard_names,
     weight_map,
 )
-from colossal_llama2.model.guard import unpickling_refused
 from colossal_llama2.model.positions import positions_of, scaling_type
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
+from colossal_llama2.storage.given_paths import no_folder, what_it_holds
+from colossal_llama2.storage.input_files import ANY_SIZE, check_regular, is_regular, read_settings
+from colossal_llama2.storage.json_input import shown
+from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
 # Old checkpoints store this constant, which the model computes by itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"

@@ -10,7 +10,7 @@ original maximum pre-trained length"; modeling_rope_utils.py) and as vLLM derive
 
 from typing import Any
 
-from colossal_llama2.json_input import is_finite
+from colossal_llama2.storage.json_input import is_finite
 
 EXTENDED_BY_FACTOR = ("linear", "dynamic", "yarn")
 

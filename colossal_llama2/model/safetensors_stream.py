@@ -23,9 +23,9 @@ from itertools import chain
 from pathlib import Path
 
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.input_files import ANY_SIZE, check_regular
-from colossal_llama2.model.folder import INDEX_FILE, WEIGHTS_FILE, has_weights, shard_names, weight_map
 from colossal_llama2.model.loading import COMPUTED_SUFFIX
+from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, has_weights, shard_names, weight_map
+from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
 
 METADATA = "__metadata__"
 # The format's names of the number formats that can be averaged and converted: PyTorch's names, bytes.

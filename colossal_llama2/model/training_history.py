@@ -26,11 +26,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colossal_llama2 import json_input, logs
+from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.json_input import is_finite, is_whole
 from colossal_llama2.model.front_matter import read_front_matter
 from colossal_llama2.model.loading import CONFIG_FILE, shard_names
+from colossal_llama2.storage import json_input
+from colossal_llama2.storage.json_input import is_finite, is_whole
 
 HISTORY_FILE = "training_history.json"
 VERSION = 1

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.folder import shard_names
 from colossal_llama2.model.loading import COMPUTED_SUFFIX
+from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.model.safetensors_stream import FLOATS, Shard, read_shard
 
 WINDOW_BYTES = 64 * 2**20

@@ -20,13 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from colossal_llama2.tokenizer.bpe_model import (
-    BpeModel,
-    altered_by_normalizer,
-    scores_below,
-    unreachable,
-    with_pieces,
-)
+from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
 
 
 @dataclass(frozen=True)

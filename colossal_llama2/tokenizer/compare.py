@@ -20,15 +20,16 @@ if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.bpe_model import SPACE, unreachable
+from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE
+from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_new_file, new_file, read_json, write_json
-from colossal_llama2.model.guard import unpickling_refused
+from colossal_llama2.storage.files import check_new_file, new_file, read_json, write_json
+from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer import CONFIG_FILE, FAST_FILE, MODEL_FILE
-from colossal_llama2.tokenizer.bpe_model import SPACE, unreachable
-from colossal_llama2.tokenizer.corpus import Sample, draw, read_documents
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
 
 SEED = 1024
 BATCH_DOCUMENTS = 64

@@ -18,21 +18,10 @@ if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from colossal_llama2 import arguments, errors, logs
-from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.files import (
-    check_can_create,
-    contents_of,
-    is_stray,
-    read_json,
-    temporary_folder,
-    write_contents,
-    write_json,
-)
-from colossal_llama2.given_paths import check_is_folder
-from colossal_llama2.publishing import claimed, publish, remove_leftovers
-from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer import (
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.bpe_model import BpeModel, merges, unreachable, with_pieces
+from colossal_llama2.encoding.encoder import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     COPIED_FILES,
@@ -43,11 +32,8 @@ from colossal_llama2.tokenizer import (
     read_added_tokens,
     sentencepiece_file,
 )
-from colossal_llama2.tokenizer.bpe_model import BpeModel, merges, unreachable, with_pieces
-from colossal_llama2.tokenizer.closure import Plan, make_plan
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
-from colossal_llama2.tokenizer.new_pieces import read_new_pieces
-from colossal_llama2.tokenizer.parity import (
+from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
+from colossal_llama2.encoding.parity import (
     Measurement,
     PieceFinder,
     Tokenizers,
@@ -57,8 +43,23 @@ from colossal_llama2.tokenizer.parity import (
     texts_in_context,
     texts_of_old_pieces,
 )
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage.files import (
+    check_can_create,
+    contents_of,
+    is_stray,
+    read_json,
+    temporary_folder,
+    write_contents,
+    write_json,
+)
+from colossal_llama2.storage.given_paths import check_is_folder
+from colossal_llama2.storage.publishing import claimed, publish, remove_leftovers
+from colossal_llama2.terminal_text import show_line
+from colossal_llama2.tokenizer.closure import Plan, make_plan
+from colossal_llama2.tokenizer.extension_report import failures, make_report, print_report
+from colossal_llama2.tokenizer.new_pieces import read_new_pieces
 from colossal_llama2.tokenizer.parity_text import read_parity_text
-from colossal_llama2.tokenizer.report import REPORT_FILE, failures, make_report, print_report
 
 # What LLaMA-2 ships beside its weights, and what transformers needs to load a tokenizer with its settings.
 REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)

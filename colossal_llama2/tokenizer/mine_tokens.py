@@ -22,20 +22,15 @@ if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_new_file, new_file
-from colossal_llama2.output_paths import check_apart
+from colossal_llama2.storage.files import check_new_file, new_file
+from colossal_llama2.storage.output_paths import check_apart
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer.bpe_model import (
-    BpeModel,
-    altered_by_normalizer,
-    scores_below,
-    unreachable,
-    with_pieces,
-)
-from colossal_llama2.tokenizer.corpus import Sample, draw, read_documents
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
+from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
 
 # Trained on: runs of these characters. "any" leaves out whitespace, control characters and two that SentencePiece
 # keeps for itself. The trainer takes a run as one word, so a run of any length is cut.
@@ -397,7 +392,7 @@ def _draw_curve(curve: list[tuple[int, float]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from colossal_llama2.dataset import plots
+    from colossal_llama2.charts import plots
 
     # As the pictures that Pillow draws.
     figure = Figure(figsize=(plots.SIZE[0] / 100, plots.SIZE[1] / 100), dpi=100, layout="constrained")

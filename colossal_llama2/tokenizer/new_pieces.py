@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from colossal_llama2.encoding.bpe_model import SPACE
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import read_jsonl
-from colossal_llama2.tokenizer.bpe_model import SPACE
+from colossal_llama2.storage.files import read_jsonl
 
 MAX_PIECE_CHARACTERS = 64
 # The control characters (Unicode category Cc), tabs and line breaks among them.

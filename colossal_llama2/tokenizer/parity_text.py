@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer.corpus import Sample, draw
+from colossal_llama2.tokenizer.text_sample import Sample, draw
 
 SAMPLE_BYTES = 8 * 2**20
 # What is read of files that are larger in all: stretches, evenly spaced.

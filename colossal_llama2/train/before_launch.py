@@ -9,7 +9,8 @@ no torch and writes nothing. The folders are looked at on this host alone.
 import argparse
 from pathlib import Path
 
-from colossal_llama2 import arguments, errors, launcher, logs
+from colossal_llama2 import errors, launcher, logs
+from colossal_llama2.cli import arguments
 from colossal_llama2.errors import UserError
 
 PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}

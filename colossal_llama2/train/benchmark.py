@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.loader import Batch, Collator, SampleOrder, StepLoader
+from colossal_llama2.dataset.read.step_loader import Batch, Collator, SampleOrder, StepLoader
+from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
-from colossal_llama2.files import new_file
+from colossal_llama2.storage.files import new_file
 from colossal_llama2.terminal_text import show
-from colossal_llama2.train import checks, flags
+from colossal_llama2.train import checks
 from colossal_llama2.train.checks import PROFILED_STEPS, WARMUP_STEPS
-from colossal_llama2.train.device import flops_per_token, known_peak, peak_memory
-from colossal_llama2.train.engine import exchange
-from colossal_llama2.train.loop import StepResult, StepTotals, step_totals, train_step
-from colossal_llama2.train.step_timer import NoTimer, StepTimer
-from colossal_llama2.train.stopping import NoSignals
+from colossal_llama2.train.settings import flags
+from colossal_llama2.train.stepping.state import StepResult, StepTotals
+from colossal_llama2.train.stepping.step import step_totals, train_step
+from colossal_llama2.train.stepping.step_timer import NoTimer, StepTimer
+from colossal_llama2.train.stepping.stopping import NoSignals
 
 PADDING_ID = 0
 
@@ -83,7 +85,7 @@ def measure(engine, loader: StepLoader, *, noise, profile_dir: str | None, stop:
         parts = timer.seconds()
         seconds = time.perf_counter() - start
         tokens, places = take.tokens - before[0], take.places - before[1]
-        memory = exchange.max_over_ranks(peak_memory())
+        memory = collectives.max_over_ranks(peak_memory())
         with _profiler(profile_dir, engine.rank) as profiler:
             start = time.perf_counter()
             for _ in range(PROFILED_STEPS):
@@ -181,15 +183,15 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
         UserError: the model does not fit the flags.
         Stopped: a signal came to a rank.
     """
+    from colossal_llama2.engine.engine import Engine
     from colossal_llama2.model.attention import choose_attention
     from colossal_llama2.model.config_fields import llama_config
     from colossal_llama2.model.loading import inspect_weights
-    from colossal_llama2.train import run  # which imports this module
-    from colossal_llama2.train.checkpoint import LoadPlan
-    from colossal_llama2.train.engine.booster import Engine
+    from colossal_llama2.train import model_setup
+    from colossal_llama2.train.checkpointing.checkpointer import LoadPlan
 
     plan = LoadPlan(model_path=args.pretrained, resume_path=None)
-    with exchange.all_or_none():
+    with collectives.all_or_none():
         facts = inspect_weights(args.pretrained)
         checks.check_model_fits(args, facts)
         trained_rows = flags.rows_to_train(args, plan)
@@ -205,8 +207,8 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
         pins=engine.pins_batches,
     )
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
-    run.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
-    with run.noise_of(args, engine) as noise:
+    model_setup.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
+    with model_setup.noise_of(args, engine) as noise:
         found = measure(engine, loader, noise=noise, profile_dir=args.profile, stop=stop)
     if engine.rank == 0:
         config = llama_config(Path(args.pretrained))

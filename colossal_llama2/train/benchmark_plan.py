@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from colossal_llama2 import logs
-from colossal_llama2.arguments import with_defaults
-from colossal_llama2.dataset.loader import SampleOrder
+from colossal_llama2.cli.arguments import with_defaults
+from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.engine.device import flops_per_token, known_peak
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import (
     INDEX_FILE,
@@ -17,10 +18,10 @@ from colossal_llama2.model.loading import (
     shard_names,
 )
 from colossal_llama2.terminal_text import show
-from colossal_llama2.train import checks, flags
+from colossal_llama2.train import checks
 from colossal_llama2.train.checks import PROFILED_STEPS, WARMUP_STEPS
-from colossal_llama2.train.device import flops_per_token, known_peak
 from colossal_llama2.train.dry_run import Ranks, memory_lines
+from colossal_llama2.train.settings import flags
 
 
 def plan_benchmark(args: argparse.Namespace) -> None:

@@ -4,24 +4,32 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from colossal_llama2.arguments import unused_flags, with_defaults
-from colossal_llama2.dataset.eval_sets import resolve_eval_sets
-from colossal_llama2.dataset.loader import SampleOrder, highest_token_id
-from colossal_llama2.dataset.manifest import check_parts_fit
-from colossal_llama2.dataset.sample_lengths import check_max_length, check_samples_fit
-from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
+from colossal_llama2.cli.arguments import unused_flags, with_defaults
+from colossal_llama2.dataset.layout.manifest import check_parts_fit
+from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets
+from colossal_llama2.dataset.read.step_loader import SampleOrder, highest_token_id
+from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
+from colossal_llama2.dataset.write.sample_lengths import check_max_length, check_samples_fit
+from colossal_llama2.encoding.encoder import load_tokenizer
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.engine.engine import Engine, settings_problems
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
-from colossal_llama2.files import check_is_utf8
 from colossal_llama2.model.loading import ModelFacts, check_model
 from colossal_llama2.model.positions import described
 from colossal_llama2.model.weight_numbers import check_numbers
-from colossal_llama2.output_paths import check_output_folder
-from colossal_llama2.tokenizer import load_tokenizer
-from colossal_llama2.tokenizer.folder_files import check_tokenizer_files
-from colossal_llama2.train import flags, resuming, run_outputs
-from colossal_llama2.train.checkpoint import MODEL_NAME, STATES_NAME, LoadPlan, check_save_dir, plan_loading
-from colossal_llama2.train.engine import exchange
-from colossal_llama2.train.engine.booster import Engine, settings_problems
+from colossal_llama2.storage.files import check_is_utf8
+from colossal_llama2.storage.output_paths import check_output_folder
+from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.checkpointer import (
+    MODEL_NAME,
+    STATES_NAME,
+    LoadPlan,
+    check_save_dir,
+    plan_loading,
+)
+from colossal_llama2.train.run_folder import run_outputs
+from colossal_llama2.train.settings import flags
 
 # Steps of --benchmark that are not on the clock: the first allocate, tune kernels and fill caches, the last are slowed
 # down by the profiler.
@@ -198,11 +206,11 @@ def check_tokenizer_fits(args: argparse.Namespace, plan: LoadPlan, facts: ModelF
 
 def check_samples(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
     """Refuse data of another tokenizer, or without a trained token; each rank looks through its share."""
-    with exchange.all_or_none():
+    with collectives.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)
         untrained = untrained_samples(dataset, share=engine.rank, shares=engine.world_size)
-    check_highest_id(exchange.max_over_ranks(highest), facts, flag=flag)
-    log_untrained(sum(exchange.gather_values(untrained)), len(dataset), flag=flag)
+    check_highest_id(collectives.max_over_ranks(highest), facts, flag=flag)
+    log_untrained(sum(collectives.gather_values(untrained)), len(dataset), flag=flag)
 
 
 def check_numbers_of(model_path: str, precision: str) -> None:
@@ -211,8 +219,8 @@ def check_numbers_of(model_path: str, precision: str) -> None:
     The ranks of a host share the work. Each host looks through all weights, since the folder may be on its own disk.
     """
     cure = "use --mixed_precision bf16 or fp32" if precision == "fp16" else "use --mixed_precision fp32"
-    share, shares = exchange.place_on_host()
-    with exchange.all_or_none():
+    share, shares = collectives.place_on_host()
+    with collectives.all_or_none():
         check_numbers(model_path, precision, cure=cure, share=share, shares=shares)
 
 

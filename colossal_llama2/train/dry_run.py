@@ -12,30 +12,34 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.arguments import with_defaults
-from colossal_llama2.dataset.loader import (
+from colossal_llama2.cli.arguments import with_defaults
+from colossal_llama2.dataset.read.sources import Data
+from colossal_llama2.dataset.read.step_loader import (
     DOCUMENT_COLUMN,
     SampleOrder,
     check_lengths,
     highest_token_id,
     load_tokenized_dataset,
 )
-from colossal_llama2.dataset.measuring import measure_parts
-from colossal_llama2.dataset.sources import Data
-from colossal_llama2.dataset.untrained import log_untrained, untrained_samples
+from colossal_llama2.dataset.read.token_counts import measure_parts
+from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
+from colossal_llama2.engine.engine import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
 from colossal_llama2.model.loading import ModelFacts, check_model, inspect_weights, model_without_weights
 from colossal_llama2.terminal_text import show, show_line
-from colossal_llama2.train import checks, description, eval_parts, flags, resuming
-from colossal_llama2.train import plan as plans
-from colossal_llama2.train.activations import ModelShape
-from colossal_llama2.train.checkpoint import STATES_NAME, LoadPlan, expected_bytes
-from colossal_llama2.train.engine.booster import EngineSettings
-from colossal_llama2.train.loop import TrainState
-from colossal_llama2.train.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
-from colossal_llama2.train.model_card import base_model
-from colossal_llama2.train.small_files import json_bytes, model_files
+from colossal_llama2.train import checks
+from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.checkpointer import STATES_NAME, LoadPlan, expected_bytes
+from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
+from colossal_llama2.train.evaluation import evaluation_setup
+from colossal_llama2.train.forecast import data_plan as plans
+from colossal_llama2.train.forecast.activations import ModelShape
+from colossal_llama2.train.forecast.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
+from colossal_llama2.train.report import run_metadata
+from colossal_llama2.train.report.model_card import base_model
+from colossal_llama2.train.settings import flags
+from colossal_llama2.train.stepping.state import TrainState
 
 GIB = 2**30
 # Of what was measured on a CPU (benchmarks/bench_memory.py), and a wider one where nothing was.
@@ -94,7 +98,7 @@ def dry_run(args: argparse.Namespace) -> None:
         problems.check(lambda: _check_eval_sets(args, facts))
     if order is not None:
         state = problems.check(lambda: _initial_state(args, plan, ranks, order, data))
-    owes = state is not None and eval_parts.owes_evaluation(args, plan)
+    owes = state is not None and evaluation_setup.owes_evaluation(args, plan)
     takes_none = state is not None and _is_done(args, plan, state, order, owes)
     if state is not None and not takes_none:
         schedule = problems.check(lambda: resuming.make_schedule(args, plan, state, order, owes_evaluation=owes))
@@ -107,7 +111,7 @@ def dry_run(args: argparse.Namespace) -> None:
     if takes_none:
         show_line(f"dry run: {plan.resume_path} is the end of its run, which would take no step; nothing was written")
         return
-    description.tell_plan(args, ranks, order, schedule, facts)
+    run_metadata.tell_plan(args, ranks, order, schedule, facts)
     for line in plans.plan_lines(content):
         logs.get_logger().info("%s", line)
     config = model_without_weights(plan.model_path).config
@@ -164,7 +168,7 @@ def _check_samples(args: argparse.Namespace, dataset) -> None:
 
 
 def _check_eval_sets(args: argparse.Namespace, facts: ModelFacts | None) -> None:
-    for one in eval_parts.load_eval_sets(args):
+    for one in evaluation_setup.load_eval_sets(args):
         flag = f"--eval_dataset {one.name}"
         log_untrained(untrained_samples(one.samples, share=0, shares=1), len(one.samples), flag=flag)
         if facts is not None:
@@ -175,7 +179,7 @@ def _check_eval_sets(args: argparse.Namespace, facts: ModelFacts | None) -> None
 def _initial_state(
     args: argparse.Namespace, plan: LoadPlan, ranks: Ranks, order: SampleOrder, data: Data
 ) -> TrainState:
-    facts = description.describe_run(args, ranks, order, flags.find_tokenizer(args, plan), data)
+    facts = run_metadata.describe_run(args, ranks, order, flags.find_tokenizer(args, plan), data)
     json_bytes({**facts, "base_model": base_model(plan.model_path)}, STATES_NAME)
     training_history.log_problem(training_history.read_history(Path(plan.model_path)))
     return resuming.initial_state(args, plan, facts, order)

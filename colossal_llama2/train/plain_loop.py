@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from colossal_llama2.dataset import IGNORE_INDEX
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch

@@ -6,33 +6,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2 import logs
-from colossal_llama2.arguments import used_flags, with_defaults
-from colossal_llama2.dataset.buckets import MeasuredPart
-from colossal_llama2.dataset.loader import SampleOrder, StepLoader, check_lengths, load_tokenized_dataset
-from colossal_llama2.dataset.measuring import measure_parts
-from colossal_llama2.dataset.sources import Data
+from colossal_llama2.cli.arguments import used_flags, with_defaults
+from colossal_llama2.dataset.read.buckets import MeasuredPart
+from colossal_llama2.dataset.read.sources import Data
+from colossal_llama2.dataset.read.step_loader import SampleOrder, StepLoader, check_lengths, load_tokenized_dataset
+from colossal_llama2.dataset.read.token_counts import measure_parts
+from colossal_llama2.engine.engine import Engine, launch, leave
+from colossal_llama2.engine.ranks import collectives
+from colossal_llama2.engine.ranks.liveness import Watch
 from colossal_llama2.errors import Stopped
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.freezing import freeze_non_embedding_parameters
-from colossal_llama2.model.loading import ModelFacts, inspect_weights, load_llama
-from colossal_llama2.model.neftune import NoNoise, embedding_noise
-from colossal_llama2.train import checks, description, eval_parts, flags, resuming, run_outputs, save_folder
-from colossal_llama2.train import plan as plans
-from colossal_llama2.train.bad_steps import BadSteps, log_overflows, without_update
+from colossal_llama2.model.loading import ModelFacts, inspect_weights
+from colossal_llama2.train import checks
 from colossal_llama2.train.benchmark import benchmark
-from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, Checkpointer, LoadPlan, expected_bytes
-from colossal_llama2.train.engine import exchange
-from colossal_llama2.train.engine.booster import Engine, launch, leave
-from colossal_llama2.train.engine.watch import Watch
-from colossal_llama2.train.evaluation import LoadedSet
-from colossal_llama2.train.loop import TrainState, fit
-from colossal_llama2.train.model_card import base_model
-from colossal_llama2.train.reporting import reporting, told_groups
-from colossal_llama2.train.row_health import RowHealth
-from colossal_llama2.train.run_report import RunReport, amounts_of_all, environment
-from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
-from colossal_llama2.train.stage_record import Beginning, StageRecord, begin_stage
-from colossal_llama2.train.stopping import NoSignals, agreed_signal
+from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.checkpointer import Checkpointer, LoadPlan, expected_bytes
+from colossal_llama2.train.checkpointing.new_rows_report import RowHealth
+from colossal_llama2.train.evaluation import evaluation_setup
+from colossal_llama2.train.evaluation.evaluator import LoadedSet
+from colossal_llama2.train.forecast import data_plan as plans
+from colossal_llama2.train.loop import fit
+from colossal_llama2.train.model_setup import load_model, noise_of
+from colossal_llama2.train.report import run_metadata
+from colossal_llama2.train.report.model_card import base_model
+from colossal_llama2.train.report.reporter import reporting, told_groups
+from colossal_llama2.train.report.run_report import RunReport, amounts_of_all, environment
+from colossal_llama2.train.report.stage_record import Beginning, StageRecord, begin_stage
+from colossal_llama2.train.run_folder import run_lock, run_outputs
+from colossal_llama2.train.settings import flags
+from colossal_llama2.train.stepping.nonfinite_steps import BadSteps, log_overflows, without_update
+from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
+from colossal_llama2.train.stepping.state import TrainState
+from colossal_llama2.train.stepping.stopping import NoSignals, agreed_signal
 
 if TYPE_CHECKING:
     import datasets
@@ -43,7 +48,7 @@ def train_on_all(args: argparse.Namespace, stop: NoSignals, watch: Watch) -> Non
     plan = checks.check_inputs(args)
     with contextlib.ExitStack() as around:
         if logs.is_first_rank() and not args.benchmark:
-            around.enter_context(save_folder.locked(args.save_dir))
+            around.enter_context(run_lock.locked(args.save_dir))
             plan = checks.check_again(args, plan)
         watch.reach_out()
         launch(args.seed, timeout_seconds=args.dist_timeout, meet=watch.wait)
@@ -61,27 +66,27 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: NoSignals | None = None)
     stop, args = stop or NoSignals(), with_defaults(args)
     plan = resuming.settle(plan, args.save_dir)
     # A rank may see what the others do not, such as a file that its host cannot read: all must hear of it.
-    with exchange.all_or_none():
+    with collectives.all_or_none():
         given = read_given(args, plan)
         settings = flags.engine_settings(args, trained_rows=flags.rows_to_train(args, plan))
     engine = Engine(settings, given.model.parameters)
     check_contents(args, plan, given, engine)
     order = flags.sample_order(args, len(given.samples), engine, buckets=plans.buckets_of(given.data, given.measured))
     tokenizer_path = flags.find_tokenizer(args, plan)
-    with exchange.all_or_none():
-        run_facts = description.describe_run(args, engine, order, tokenizer_path, given.data)
+    with collectives.all_or_none():
+        run_facts = run_metadata.describe_run(args, engine, order, tokenizer_path, given.data)
         state = resuming.initial_state(args, plan, run_facts, order)
-        owes = eval_parts.owes_evaluation(args, plan)
+        owes = evaluation_setup.owes_evaluation(args, plan)
     report, record = make_report(args, engine, plan, given, order, state, run_facts)
     if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes):
         return finish_again(args, plan, engine, record)
     attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
-    with exchange.all_or_none():
+    with collectives.all_or_none():
         schedule = resuming.make_schedule(args, plan, state, order, owes_evaluation=owes)
         report.know_steps(schedule.total_steps, schedule.warmup_steps)
         collator = flags.make_collator(args, tokenizer_path, told_groups(report.amounts, engine.loss_tally))
     loader = StepLoader(given.samples, order, collator, engine.data_rank, pins=engine.pins_batches)
-    save_folder.prepare(args.save_dir)
+    run_lock.prepare(args.save_dir)
     checkpointer = make_checkpointer(args, plan, engine, schedule, given.model, run_facts, record)
     checkpointer.rehearse(state)
     tell_beginning(args, engine, given, order, schedule, state, report)
@@ -110,7 +115,7 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: NoSignals | None = None)
             stop=stop,
             bad_steps=BadSteps(args.max_bad_steps),
             metrics=checkpointer.reporter,
-            evaluator=eval_parts.make_evaluator(
+            evaluator=evaluation_setup.make_evaluator(
                 args,
                 plan,
                 engine,
@@ -148,7 +153,7 @@ def read_given(args: argparse.Namespace, plan: LoadPlan) -> Given:
     samples = load_tokenized_dataset(data.paths, args.document_mask)
     check_lengths(samples, args.max_length)
     measured = measure_parts(data.parts) if data.is_ordered or logs.is_first_rank() else []
-    return Given(model, data, samples, measured, eval_parts.load_eval_sets(args))
+    return Given(model, data, samples, measured, evaluation_setup.load_eval_sets(args))
 
 
 def check_contents(args: argparse.Namespace, plan: LoadPlan, given: Given, engine: Engine) -> None:
@@ -169,7 +174,7 @@ def tell_beginning(
     report: RunReport,
 ) -> None:
     """Log what the run is going to do, and write it to plan.json and --config_file. Called on all ranks."""
-    description.tell_plan(args, engine, order, schedule, given.model)
+    run_metadata.tell_plan(args, engine, order, schedule, given.model)
     with engine.first_rank_only() as first:
         if not first:
             return
@@ -207,39 +212,6 @@ def tell_end(
     )
 
 
-def load_model(
-    args: argparse.Namespace,
-    plan: LoadPlan,
-    engine: Engine,
-    attention: str,
-    run_facts: dict[str, Any],
-    *,
-    ties_embeddings: bool,
-) -> None:
-    """Load the weights and hand them to the engine; when resuming, the optimizer's state too."""
-    with exchange.all_or_none(), engine.initializing(ties_embeddings=ties_embeddings):
-        model = load_llama(plan.model_path, precision=args.mixed_precision, attention=attention)
-    if args.use_grad_checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if flags.trains_embeddings_alone(args):
-        trainable, frozen = freeze_non_embedding_parameters(model)
-        rows = sum(end - begin for begin, end in engine.settings.trained_rows or ())
-        logs.get_logger().info(
-            "%s alone are trained: %.1f M parameters, %.1f M frozen",
-            f"{rows:,} new rows of the embeddings" if rows else "Embeddings",
-            trainable / 1e6,
-            frozen / 1e6,
-        )
-    model.train()
-    engine.boost(model)
-    if plan.resume_path is not None:
-        engine.load_optimizer(str(Path(plan.resume_path, OPTIMIZER_NAME)))
-        resuming.restore_exactly(plan, engine, run_facts)
-        logs.get_logger().info("Resumed %s", plan.resume_path)
-    elif plan.model_path != args.pretrained:
-        logs.get_logger().info("Took the weights of %s, and nothing else of that run", plan.model_path)
-
-
 def make_checkpointer(
     args: argparse.Namespace,
     plan: LoadPlan,
@@ -273,14 +245,6 @@ def make_checkpointer(
     )
 
 
-def noise_of(args: argparse.Namespace, engine: Engine) -> contextlib.AbstractContextManager:
-    """NEFTune if it was asked for."""
-    if not getattr(args, "use_neft", False):
-        return contextlib.nullcontext(NoNoise())
-    logs.get_logger().info("NEFTune: noise of alpha %g on the embeddings", args.neft_alpha)
-    return embedding_noise(engine.unwrapped_model, alpha=args.neft_alpha, seed=args.seed, data_rank=engine.data_rank)
-
-
 def make_report(
     args: argparse.Namespace,
     engine: Engine,
@@ -294,10 +258,10 @@ def make_report(
 
     Called on all ranks.
     """
-    settings = {**used_flags(args), "world_size": engine.world_size, "versions": description.versions()}
+    settings = {**used_flags(args), "world_size": engine.world_size, "versions": run_metadata.versions()}
     with engine.first_rank_only() as first:
         name = base_model(plan.model_path) if first else None
-    run_facts["base_model"] = exchange.first_rank_value(name)
+    run_facts["base_model"] = collectives.first_rank_value(name)
     report = RunReport(
         save_dir=args.save_dir,
         settings=settings,
@@ -315,7 +279,7 @@ def finish_again(args: argparse.Namespace, plan: LoadPlan, engine: Engine, recor
     """The end of a run that died after its last save."""
     report, step = record.report, record.state.step
     report.know_steps(step, warmup_steps(args.warmup_steps, step))
-    save_folder.prepare(args.save_dir)
+    run_lock.prepare(args.save_dir)
     if engine.rank == 0:
         report.write_files()
     resuming.finish_again(plan, engine, keep_last=args.keep_last, keep_every=args.keep_every, card=record.card)

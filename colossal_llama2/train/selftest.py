@@ -20,12 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from colossal_llama2 import arguments, errors, launcher, logs
+from colossal_llama2 import errors, launcher, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.engine.device import repeats_exactly
+from colossal_llama2.engine.ranks import meeting, orphans
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.train import orphans, plain_loop
-from colossal_llama2.train.device import repeats_exactly
-from colossal_llama2.train.engine import meeting
+from colossal_llama2.train import plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
 
 VOCABULARY = 1024
@@ -64,9 +65,9 @@ def selftest(args: argparse.Namespace) -> None:
         UserError: the flags do not fit each other or the ranks, or --work_dir is no new folder that all ranks see.
         RunError: a difference that is not rounding.
     """
-    from colossal_llama2.train import flags
-    from colossal_llama2.train.engine.booster import launch, leave, settings_problems
-    from colossal_llama2.train.engine.watch import watching
+    from colossal_llama2.engine.engine import launch, leave, settings_problems
+    from colossal_llama2.engine.ranks.liveness import watching
+    from colossal_llama2.train.settings import flags
 
     work, ranks = Path(args.work_dir), meeting.settled_place().world_size
     problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
@@ -87,12 +88,13 @@ def selftest(args: argparse.Namespace) -> None:
 
 def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None:
     """The test itself, inside a process group."""
-    from colossal_llama2.train import checks, flags, run
-    from colossal_llama2.train.engine import exchange
+    from colossal_llama2.engine.ranks import collectives
+    from colossal_llama2.train import checks, run
+    from colossal_llama2.train.settings import flags
 
     settings = flags.engine_settings(args)
     samples = args.micro_batch_size * args.accumulation_steps * (ranks // settings.model_ranks)
-    with exchange.all_or_none():
+    with collectives.all_or_none():
         if logs.is_first_rank():
             make_inputs(work, num_samples=samples * args.steps)
     middle = Path("whole", "checkpoints", f"epoch-0_step-{args.steps // 2}")
@@ -100,7 +102,7 @@ def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None
         logs.get_logger().info("### %s: %d steps", name, args.steps)
         train_args = training_arguments(args, work, name, **more)
         run.run(train_args, checks.check_inputs(train_args))
-    with exchange.all_or_none():
+    with collectives.all_or_none():
         if logs.is_first_rank():
             tell(args, work, compare(args, work, samples_a_step=samples))
 
@@ -123,7 +125,7 @@ def make_inputs(work: Path, *, num_samples: int) -> None:
     import datasets
     import numpy as np
 
-    from colossal_llama2.dataset.prepare import prepare_pretrain
+    from colossal_llama2.dataset.write.prepare import prepare_pretrain
 
     documents = python_documents()
     data_dir, model_dir = work / "documents", work / "model"
@@ -162,7 +164,7 @@ def make_model(folder: Path, documents: list[str]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from colossal_llama2.tokenizer.from_text import train_vocabulary, write_tokenizer
+    from colossal_llama2.encoding.from_text import train_vocabulary, write_tokenizer
 
     lines = (line for document in documents for line in document.splitlines() if line.strip())
     write_tokenizer(train_vocabulary(lines, VOCABULARY), folder)
@@ -210,7 +212,7 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> lis
 
 def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[list[Document]]:
     """The documents of each optimizer step, or its samples whole if documents are not to be kept apart."""
-    from colossal_llama2.dataset.loader import DOCUMENT_COLUMN, SampleOrder, load_tokenized_dataset
+    from colossal_llama2.dataset.read.step_loader import DOCUMENT_COLUMN, SampleOrder, load_tokenized_dataset
 
     rows = load_tokenized_dataset([str(work / "part-00000")], args.document_mask)
     order = SampleOrder(len(rows), samples_a_step, data_size=1, accumulation_steps=1, seed=args.seed)
@@ -226,10 +228,10 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
 
 def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
+    from colossal_llama2.engine.engine import current_device
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
     from colossal_llama2.model.loading import load_llama
-    from colossal_llama2.train.engine.booster import current_device
-    from colossal_llama2.train.schedule import CosineSchedule, warmup_steps
+    from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
 
     model = load_llama(str(work / "model"), precision=args.mixed_precision, attention="eager")
     model = model.to(current_device())

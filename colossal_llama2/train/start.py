@@ -8,10 +8,10 @@ import contextlib
 import sys
 from pathlib import Path
 
-from colossal_llama2.train import orphans, save_folder
-from colossal_llama2.train.engine import meeting
-from colossal_llama2.train.engine.watch import watching
-from colossal_llama2.train.stopping import StopSignals
+from colossal_llama2.engine.ranks import meeting, orphans
+from colossal_llama2.engine.ranks.liveness import watching
+from colossal_llama2.train.run_folder import run_lock
+from colossal_llama2.train.stepping.stopping import StopSignals
 
 
 def train(args: argparse.Namespace) -> None:
@@ -34,10 +34,8 @@ def train(args: argparse.Namespace) -> None:
     command = Path(sys.argv[0]).name
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopSignals(has_partners=here.world_size > 1))
-        orphans.end_with_launcher(before=save_folder.say_ending)
-        watch = around.enter_context(
-            watching(command, timeout_seconds=args.dist_timeout, before_end=save_folder.let_go)
-        )
+        orphans.end_with_launcher(before=run_lock.say_ending)
+        watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.let_go))
         from colossal_llama2.train.run import train_on_all
 
         train_on_all(args, stop, watch)

@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2 import arguments, errors, logs
+from colossal_llama2 import errors, logs
+from colossal_llama2.cli import arguments
+from colossal_llama2.encoding.encoder import MODEL_FILE, fingerprint
+from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
+from colossal_llama2.engine.resume_state import MASTERS_NAME
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.folder import shard_names
 from colossal_llama2.model.loading import check_model, inspect_weights, model_without_weights
+from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer import MODEL_FILE, fingerprint
-from colossal_llama2.train import checkpoint_files
-from colossal_llama2.train.checkpoint import OPTIMIZER_NAME, STATES_NAME, LoadPlan, plan_loading
-from colossal_llama2.train.checkpoint_files import MODEL_NAME
-from colossal_llama2.train.engine.exact import MASTERS_NAME
-from colossal_llama2.train.engine.files import OPTIMIZER_INDEX, read_object, read_optimizer_index
+from colossal_llama2.train.checkpointing.checkpointer import OPTIMIZER_NAME, STATES_NAME, LoadPlan, plan_loading
+from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder.checkpoint_files import MODEL_NAME
 
 COMMAND = "python -m colossal_llama2.train.verify"
 # What running_states.json must hold besides the place in the data, and of which type.
@@ -135,7 +136,7 @@ def _check_masters(plan: LoadPlan, saved: dict[str, Any]) -> str:
 
 
 def _check_tokenizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
-    from colossal_llama2.tokenizer.parity import Tokenizers
+    from colossal_llama2.encoding.parity import Tokenizers
 
     folder = Path(plan.model_path)
     if fingerprint(folder) != saved["tokenizer"]:

@@ -5,7 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
-from colossal_llama2.train import checkpoint_files, verify
+from colossal_llama2.train import verify
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests.faults import damage, warm
 from tests.faults import place as places
 from tests.faults.place import Place

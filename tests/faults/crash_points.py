@@ -14,8 +14,10 @@ from pathlib import Path
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.train import checkpoint_files, resuming, verify
-from colossal_llama2.train.checkpoint import Checkpointer, LoadPlan
+from colossal_llama2.train import verify
+from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.checkpointer import Checkpointer, LoadPlan
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests.faults import place as places
 from tests.faults import trace, warm
 from tests.faults.place import Place

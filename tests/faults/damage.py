@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from colossal_llama2.model.training_history import HISTORY_FILE
-from colossal_llama2.train import checkpoint_files
-from colossal_llama2.train.loop import COUNTED_LATER
+from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.stepping.state import COUNTED_LATER
 
 
 def cut(path: Path) -> None:

@@ -384,7 +384,7 @@ def _make_scene(place: Place) -> Scene:
     good = place.folder / "good"
 
     def write() -> None:
-        from colossal_llama2.dataset.prepare import prepare_pretrain
+        from colossal_llama2.dataset.write.prepare import prepare_pretrain
 
         shutil.copytree(place.model, good / "model")
         (good / "pieces.jsonl").write_text('{"piece": "人工智能"}\n', encoding="utf-8")

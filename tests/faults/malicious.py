@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from colossal_llama2.train import checkpoint_files, verify
+from colossal_llama2.train import verify
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests.conftest import ROOT
 from tests.faults import artifacts, network, unpickling, warm
 from tests.faults import place as places

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2 import files, publishing
-from colossal_llama2.train import checkpoint, checkpoint_files
-from colossal_llama2.train.engine.booster import Engine
+from colossal_llama2.engine.engine import Engine
+from colossal_llama2.storage import files, publishing
+from colossal_llama2.train.checkpointing import checkpointer
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests.faults import corruption, crash_points, place, steps
 from tests.faults.crash_points import Bench
 from tests.faults.rows import Row
@@ -95,7 +96,7 @@ MUTANTS: list[Mutant] = [
     Mutant("no fsync", SYNCS, order),
     Mutant(
         "no rename: written under the final name",
-        ((checkpoint, "PARTIAL_SUFFIX", ""), (checkpoint_files, "publish_checkpoint", point_to)),
+        ((checkpointer, "PARTIAL_SUFFIX", ""), (checkpoint_files, "publish_checkpoint", point_to)),
         crashes(lambda operation: operation.kind == "write" and operation.path.endswith("manifest.json"), torn=True),
     ),
     Mutant(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from colossal_llama2.train.engine import exchange
+from colossal_llama2.engine.ranks import collectives
 
 PARTS = "tmp_index_files"
 SLOW_SECONDS = 1.0
@@ -26,7 +26,7 @@ def befalling(kind: str) -> Iterator[None]:
     """Within it, the fault of that name is there."""
     from colossalai.checkpoint_io import CheckpointIndexFile
 
-    rank, _ = exchange.place()
+    rank, _ = collectives.place()
     write_index, make_folder, remove = CheckpointIndexFile.write_index_file, Path.mkdir, shutil.rmtree
 
     def write_no_part(index, name):
@@ -48,7 +48,7 @@ def befalling(kind: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as faults:
         if kind == "rename":
-            faults.enter_context(mock.patch("colossal_llama2.publishing.os.rename", rename_no_folder))
+            faults.enter_context(mock.patch("colossal_llama2.storage.publishing.os.rename", rename_no_folder))
         elif rank == 1 and kind == "folder":
             faults.enter_context(mock.patch.object(Path, "mkdir", make_no_folder))
         elif rank == 1:

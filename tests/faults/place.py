@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.train import checkpoint_files
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests import tiny
 from tests.faults import warm
 
@@ -57,7 +57,7 @@ def make(folder: Path, *, samples: int) -> Place:
 def _write(place: Place, samples: int) -> None:
     import datasets
 
-    from colossal_llama2.tokenizer import Encoder
+    from colossal_llama2.encoding.encoder import Encoder
 
     tokenizer = tiny.make_tokenizer(place.folder / "tokenizer")
     tiny.make_model(place.model, tokenizer)

@@ -9,9 +9,9 @@ import contextlib
 import math
 from collections.abc import Iterator
 
+from colossal_llama2.engine.engine import Engine
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.train import loop
-from colossal_llama2.train.engine import exchange
-from colossal_llama2.train.engine.booster import Engine
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
     done = 0
 
     def spoiling(engine, loss):
-        is_hit = done == step - 1 and exchange.place()[0] == rank
+        is_hit = done == step - 1 and collectives.place()[0] == rank
         spoilt = {"loss": loss * math.nan, "gradient": infinite_gradient(loss)}.get(kind, loss) if is_hit else loss
         backward(engine, spoilt)
         if is_hit and kind != "gradient":

@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 
-from colossal_llama2.train import checkpoint_files, save_folder
+from colossal_llama2.train.run_folder import checkpoint_files, run_lock
 from tests.faults import place as places
 from tests.faults import warm
 from tests.faults.place import Place
@@ -93,5 +93,5 @@ def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> str | None:
     problem = checkpoint_files.sizes_problem(newest) or next(checkpoint_files.content_problems(newest), None)
     if checkpoint_files.step_of(newest) != int(told[1]) or problem:
         return f"{newest}: {problem}"
-    left = [path.name for path in save_dir.iterdir() if path.suffix == ".tmp" or path.name == save_folder.LOCK_NAME]
+    left = [path.name for path in save_dir.iterdir() if path.suffix == ".tmp" or path.name == run_lock.LOCK_NAME]
     return f"left: {left}" if left else None

@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from colossal_llama2.dataset.loader import SampleOrder
-from colossal_llama2.train import checkpoint_files, verify
+from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.train import verify
+from colossal_llama2.train.run_folder import checkpoint_files
 from tests.faults import place as places
 from tests.faults import warm
 from tests.faults.place import Place
@@ -135,7 +136,7 @@ def check_overflow(place: Place, *, plugins: list[str]) -> list[Row]:
 
 
 def _raise_scale() -> None:
-    from colossal_llama2.train.engine import booster
+    from colossal_llama2.engine import engine
 
-    common_arguments = booster._common_arguments
-    booster._common_arguments = lambda settings: {**common_arguments(settings), "initial_scale": 2.0**20}
+    common_arguments = engine._common_arguments
+    engine._common_arguments = lambda settings: {**common_arguments(settings), "initial_scale": 2.0**20}

@@ -1,0 +1,298 @@
+"""Mistakes in the words of a command line that argparse would misunderstand, each with what to type instead.
+
+Argparse sees words alone: it takes "–lr" pasted from a web page for a value, `--use_flash_attn True` for a stray word,
+and a folder called "None" for a folder. What is judged here is how the words were typed; values that have a type are
+judged by it. A value is never called wrong if there is a file of that name.
+"""
+
+import argparse
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from colossal_llama2.cli import flag_names
+
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
+QUOTES = "\u201c\u201d\u201e\u201f\u2018\u2019\u201a\u201b\u00ab\u00bb\u300c\u300d\uff02\uff07"
+WIDE_COMMAS = re.compile("[\uff0c\u3001\u060c]")
+ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+NOTHING = ("none", "null", "nil")
+# What a shell takes for "this line goes on": Windows' cmd and PowerShell.
+CONTINUATIONS = {"^": "Windows' cmd", "`": "PowerShell"}
+# What argparse takes for a value, and what else is a number.
+PLAIN_NUMBER = re.compile(r"-(\d+|\d*\.\d+)")
+NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan", re.ASCII | re.IGNORECASE)
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/].*|\\\\.+|\.{1,2}\\.*")
+
+
+class Given(NamedTuple):
+    """A flag of the command line and the words behind it, up to the next flag.
+
+    `attached` is the value of --flag=value. `action` is None for words before the first flag.
+    """
+
+    flag: str
+    action: argparse.Action | None
+    attached: str | None
+    words: list[str]
+
+
+def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Raise ValueError with the first mistake in the words of a command line, up to "--"."""
+    words = list(words[: words.index("--")]) if "--" in words else list(words)
+    if "-h" in words or "--help" in words:
+        return
+    for before, word in zip(["", *words], words, strict=False):
+        if _is_text(before, parser):
+            _check_text(before, word, parser)
+        else:
+            _check_word(word, parser)
+    # Words that stand by themselves may also follow the value of a flag.
+    free = sum(not action.option_strings for action in parser._actions)
+    for given in split(words, parser):
+        if given.action is None:
+            _check_no_words(given, free, parser)
+            free -= len(given.words)
+        elif given.action.nargs == 0:
+            _check_switch(given)
+        else:
+            free -= _check_values(given, free)
+
+
+def split(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[Given]:
+    """The words by flag, as argparse reads them."""
+    given = Given("", None, None, [])
+    for word in words:
+        flag, sign, value = word.partition("=")
+        action = parser._option_string_actions.get(flag) if word.startswith("-") else None
+        if action is None:
+            given.words.append(word)
+            continue
+        yield given
+        given = Given(flag, action, value if sign else None, [])
+    yield given
+
+
+def repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """One sentence for each flag with several values that is given again, which makes argparse forget the first."""
+    counts: dict = {}
+    for given in split(words, parser):
+        if given.action is not None and (given.action.nargs == "+" or takes_commas(given.action)):
+            counts.setdefault(given.action.dest, []).append(given)
+    return [
+        f"{uses[-1].flag} is given {len(uses)} times, the last one counts: {_typed(uses[-1])}"
+        for uses in counts.values()
+        if len(uses) > 1
+    ]
+
+
+def _typed(given: Given) -> str:
+    return shlex.join([given.attached] if given.attached is not None else given.words)
+
+
+def takes_commas(action: argparse.Action) -> bool:
+    """Whether the value of a flag is a list with commas."""
+    return "," in str(action.metavar)
+
+
+def is_path(action: argparse.Action) -> bool:
+    """Whether the value of a flag names a file or a folder."""
+    return action.type is None and action.choices is None and action.metavar not in (None, "TEXT")
+
+
+# One word by itself.
+
+
+def _is_text(flag: str, parser: argparse.ArgumentParser) -> bool:
+    """Whether any word behind a flag is its value, however it looks."""
+    action = parser._option_string_actions.get(flag)
+    return action is not None and action.metavar == "TEXT"
+
+
+def _check_text(flag: str, word: str, parser: argparse.ArgumentParser) -> None:
+    """A text. Argparse takes one word with a hyphen before it for a flag, unless it is a number."""
+    is_flag = word.partition("=")[0] in parser._option_string_actions
+    if word[:1] == "-" and len(word) > 1 and " " not in word and not is_flag and not PLAIN_NUMBER.fullmatch(word):
+        raise ValueError(f"{flag}: a text that begins with a hyphen is given as {shlex.quote(f'{flag}={word}')}")
+
+
+def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
+    if word.endswith("\r"):
+        raise ValueError(
+            "a word ends with a carriage return, so the script has the line ends of Windows; run: "
+            "sed -i 's/\\r$//' SCRIPT"
+        )
+    if word in CONTINUATIONS:
+        raise ValueError(f"{word} continues a line in {CONTINUATIONS[word]} alone; elsewhere end the line with \\")
+    flag = word.partition("=")[0]
+    plain = "--" + flag.lstrip(DASHES + "-")
+    is_dashed = flag != "" and flag[0] in DASHES and not os.path.exists(word)
+    if is_dashed and (plain in parser._option_string_actions or re.fullmatch(r"\W+[a-z]+(_[a-z]+)+", flag)):
+        raise ValueError(
+            f"{flag} begins with U+{ord(flag[0]):04X}, a dash that web pages put for two hyphens; type {plain}"
+        )
+    is_short = re.fullmatch(r"-[A-Za-z][\w-]+", flag) is not None
+    if is_short and flag not in parser._option_string_actions and plain in parser._option_string_actions:
+        raise ValueError(f"{flag} has one hyphen; type {plain}")
+    # Argparse takes a word with a space for a value.
+    if word.startswith("--") and " " not in flag and flag not in parser._option_string_actions:
+        raise ValueError(flag_names.unknown_flag(flag, parser))
+
+
+# Words that no flag takes.
+
+
+def _check_no_words(given: Given, free: int, parser: argparse.ArgumentParser) -> None:
+    """Words before the first flag; the command takes `free` of them."""
+    for word in given.words[free:]:
+        name, sign, value = word.partition("=")
+        flag = f"--{name}"
+        if flag in parser._option_string_actions:
+            raise ValueError(f"unexpected {word}; type {flag}{sign}{value}, with two hyphens")
+        raise ValueError(f"unexpected {word}; each value stands behind its flag, and each flag begins with --")
+
+
+def _check_switch(given: Given) -> None:
+    """A flag without a value."""
+    values = given.words[:1] if given.attached is None else [given.attached]
+    if values and (given.attached is not None or values[0].lower() in (*ON, *OFF, *NOTHING)):
+        is_off = values[0].lower() in (*OFF, *NOTHING)
+        cure = f"leave {given.flag} out" if is_off else "give the flag alone"
+        raise ValueError(f"{given.flag} takes no value, {values[0]!r} given; {cure}")
+
+
+def _check_values(given: Given, free: int) -> int:
+    """The values of a flag, behind which as many as `free` words may stand by themselves; returns how many do."""
+    flag, action = given.flag, given.action
+    words = given.words if given.attached is None else [given.attached, *given.words]
+    if not words:
+        raise ValueError(f"{flag} needs a value: {_usage(given)}")
+    # Every text is a prompt.
+    is_text = action.metavar == "TEXT"
+    if words[0] == "=" and (len(words) > 1 or not is_text) or (given.attached == "" and len(words) > 1):
+        raise ValueError(f"{flag} and = have a space between them; type {shlex.join([flag, *words[1:]])}")
+    if words[0].startswith("=") and given.attached is None and not is_text:
+        raise ValueError(f"{flag} and = have a space between them; type {flag}{words[0]}")
+    stray = len(words) - 1 if action.nargs != "+" else 0
+    if stray > max(free, 0):
+        raise ValueError(_too_many(given, words))
+    if is_text:
+        return stray
+    for word in words[: len(words) - stray]:
+        if not word.strip():
+            raise ValueError(
+                f"{flag} has an empty value; check that the shell variable behind it is set, and that no space follows "
+                f"a \\ at the end of a line"
+            )
+        if action.option_strings and word.startswith("-") and given.attached is None:
+            _check_dash(given, word)
+        _check_value(given, word)
+    return stray
+
+
+def _check_dash(given: Given, word: str) -> None:
+    """Argparse takes a value that begins with a hyphen for a flag, unless it is a plain number."""
+    if PLAIN_NUMBER.fullmatch(word):
+        return
+    if NUMBER.fullmatch(word) and given.action.type is not None:
+        try:
+            given.action.type(word)
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise ValueError(f"{given.flag}: {error}")
+    raise ValueError(
+        f"{word} behind {given.flag} begins with a hyphen and is no flag; a value that does is given as "
+        f"{given.flag}={word}"
+    )
+
+
+def _too_many(given: Given, words: list[str]) -> str:
+    """The message about words that follow the one value of a flag."""
+    flag, rest = given.flag, " ".join(words[1:])
+    blank = [word for word in words[1:] if not word.strip()]
+    if blank:
+        return (
+            f"a word of blanks stands behind {flag} {words[0]}; a \\ that continues a line must be its last character, "
+            f"with no space behind it"
+        )
+    if words[1] in ("\\", "/"):
+        return f"unexpected {words[1]} behind {flag} {words[0]}; a \\ continues a line only as its last character"
+    if takes_commas(given.action):
+        entries = [part.strip() for word in words for part in word.split(",") if part.strip()]
+        return f"{flag} takes one list with commas and no spaces; type {flag} {shlex.quote(','.join(entries))}"
+    if any(word[:1] and word[0] in QUOTES or word[-1:] and word[-1] in QUOTES for word in words):
+        plain = " ".join(words).strip(QUOTES)
+        return f"{flag} has typographic quotes, which a shell does not know; type {flag} {shlex.quote(plain)}"
+    if given.action.metavar == "TEXT" or os.path.exists(" ".join(words)):
+        return f"unexpected {rest}; quote a value that has spaces: {flag} {shlex.quote(' '.join(words))}"
+    return f"unexpected {rest}; {flag} takes one value, {words[0]}; quote a value that has spaces"
+
+
+# Values.
+
+
+def _check_value(given: Given, word: str) -> None:
+    flag, action = given.flag, given.action
+    if action.choices is not None:
+        return
+    if word.lower() in NOTHING and not os.path.exists(word) and action.type is not str:
+        wanted = "give its value" if action.required else f"leave {flag} out"
+        raise ValueError(f"{flag} is {word!r}, which stands for no value in Python alone; {wanted}")
+    has_paths = is_path(action) or action.nargs == "+" or takes_commas(action)
+    if not has_paths or os.path.exists(word):
+        return
+    if word[0] in QUOTES or word[-1] in QUOTES:
+        raise ValueError(
+            f"{flag} {word} has typographic quotes, which a shell does not know; type "
+            f"{flag} {shlex.quote(word.strip(QUOTES))}"
+        )
+    if word[0] in "\"'" and word[-1] == word[0] and len(word) > 2:
+        raise ValueError(f"{flag} {word} holds quotes that no shell took away; leave one pair of quotes out")
+    if WINDOWS_PATH.fullmatch(word):
+        raise ValueError(f"{flag} {word} is a path of Windows; give one of this system, such as /mnt/c/folder")
+    if takes_commas(action) and WIDE_COMMAS.search(word):
+        raise ValueError(
+            f"{flag} {word} has commas of another script; type {flag} {shlex.quote(WIDE_COMMAS.sub(',', word))}"
+        )
+    if action.nargs == "+":
+        _check_list(given, word)
+    for part in word.split(",") if takes_commas(action) else [word]:
+        _check_path(flag, part, in_list=part != word)
+
+
+def _check_path(flag: str, path: str, *, in_list: bool) -> None:
+    full = os.path.expanduser(path)
+    # Of a user who does not exist, it is a name like any other.
+    if full != path and not os.path.exists(path):
+        where = "behind a comma" if in_list else "behind ="
+        raise ValueError(f"{flag}: the shell does not replace ~ {where} or in quotes; give {path} as {full}")
+    if re.match(r"\$\{?\w", path):
+        raise ValueError(f"{flag} {path} is a variable that the shell did not replace; use double quotes, or none")
+    if path != path.strip() and not in_list:
+        raise ValueError(f"{flag} {path!r} begins or ends with a blank; type {flag} {shlex.quote(path.strip())}")
+
+
+def _check_list(given: Given, word: str) -> None:
+    """A word of a flag that takes several; NAME=DIR counts by its folder."""
+    if os.path.exists(word.partition("=")[2]):
+        return
+    parts = [part for part in re.split(r"[,;]\s*", word) if part]
+    # A name may hold a comma.
+    if "=" in str(given.action.metavar) and not all("=" in part for part in parts):
+        return
+    if len(parts) > 1 or word.endswith(","):
+        raise ValueError(f"{given.flag} takes its values with spaces and no commas; type {given.flag} {_joined(parts)}")
+    parts = word.split()
+    if len(parts) > 1 and all(os.path.exists(part) for part in parts):
+        raise ValueError(f"{given.flag} has its values in one pair of quotes; type {given.flag} {_joined(parts)}")
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " ".join(map(shlex.quote, parts))
+
+
+def _usage(given: Given) -> str:
+    choices = given.action.choices
+    value = "{" + ",".join(map(str, choices)) + "}" if choices is not None else given.action.metavar or "VALUE"
+    return f"{given.flag} {value}" + (" ..." if given.action.nargs == "+" else "")

@@ -1,0 +1,297 @@
+"""The chat template: what text a conversation becomes, and which of it is trained on.
+
+    SYSTEM TEXT + blank line
+    Human: <s>TEXT</s>Assistant: <s>TEXT</s>Human: <s>TEXT</s>Assistant: <s>TEXT</s>
+
+with nothing between the messages, and one more <s> in front of everything. The text of a later system message stands,
+with its blank line, before the name that follows it. The marks are token ids, never text: a
+message that holds the characters "<s>" keeps them as characters. Loss falls on what the assistant says and on the
+</s> that ends it.
+
+`chat_template` is the same for transformers, made of the same constants: `apply_chat_template` gives the ids of
+`tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask: an answer that its message's loss
+mark masks (`loss_marks`) is left out of it, and so is an opening answer that --assistant_first masks. What it cannot
+do: a mark that a message spells out, such as the characters "<s>", becomes the mark's id, which in training it never
+does; a loss mark of the whole record is not part of the messages that it is given; it takes texts alone, no lists of
+text parts; and it judges no record, so it renders messages of which training refuses the loss marks or the tool calls.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from colossal_llama2.corpus.loss_marks import INVERTED_MARKS, MARKS
+from colossal_llama2.storage.row_errors import RowError
+
+SYSTEM_TEXT = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+SYSTEM_END = "\n\n"
+NAME_END = ": "
+HUMAN, ASSISTANT = "Human", "Assistant"
+ROLES = {"human": HUMAN, "user": HUMAN, "assistant": ASSISTANT, "gpt": ASSISTANT}
+SYSTEM_ROLE = "system"
+# Of messages that hold calls of tools, or what these returned.
+TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+
+# Reasons.
+UNKNOWN_ROLE = "a message of an unknown role"
+TOOL_MESSAGE = "a message with tool calls or their results"
+SYSTEM_PLACE = "a system message out of place"
+# Notes.
+EMPTY_ANSWERS = "answers without text"
+EMPTY_QUESTIONS = "messages of the human without text"
+BEGINS_WITH_ANSWER = "conversations that begin with the assistant"
+MASKED_OPENINGS = "opening answers masked (--assistant_first mask)"
+MASKED_BY_MARK = "answers masked by a loss mark"
+MARKED_OTHERS = "other messages that a mark trains, masked still"
+# Longer names of unknown roles are cut.
+ROLE_CHARACTERS = 40
+
+
+class Turn(NamedTuple):
+    """One message as a record has it, whatever its format.
+
+    `role` is as written. `mark` is what a loss mark says of it: True to train it, False to mask it, None without one.
+    """
+
+    role: str
+    text: str
+    mark: bool | None = None
+
+
+class Message(NamedTuple):
+    """What one side says. `speaker` is "Human" or "Assistant"; `system_text` was told just before, if any."""
+
+    speaker: str
+    text: str
+    system_text: str = ""
+    is_masked: bool = False
+
+    @property
+    def is_trained(self) -> bool:
+        """True for what the model shall learn to say."""
+        return self.speaker == ASSISTANT and not self.is_masked
+
+
+class UnknownRole(RowError):
+    """A record with roles that are not known. `roles` counts its messages of each; long names are cut."""
+
+    def __init__(self, message: str, roles: dict[str, int]):
+        super().__init__(message, reason=UNKNOWN_ROLE)
+        self.roles = roles
+
+    def __reduce__(self):
+        return type(self), (*self.args, self.roles)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation in exchanges: each is a run of messages that ends with an answer of the assistant.
+
+    `unanswered` holds the human's messages after the last answer: nothing can be learnt from them. `notes` are counted
+    in the account, one for each occurrence.
+    """
+
+    system_text: str
+    exchanges: list[list[Message]]
+    unanswered: list[Message]
+    notes: tuple[str, ...] = ()
+
+
+class Segment(NamedTuple):
+    """A stretch of text to encode by itself. A marked one stands between <s> and </s>.
+
+    With `is_trained`, the text and its </s> carry loss; the <s> does not, since it is given when the model is asked.
+    """
+
+    text: str
+    is_marked: bool
+    is_trained: bool
+
+
+def speakers_of(assistant_roles: Iterable[str] = ()) -> Mapping[str, str]:
+    """Role to speaker: `ROLES`, and the names that --assistant_roles gives to the assistant."""
+    return {**ROLES, **dict.fromkeys(map(canonical_role, assistant_roles), ASSISTANT)}
+
+
+def canonical_role(role: str) -> str:
+    """The name of a role without the differences that are not counted: case, and white space around it."""
+    return role.strip().lower()
+
+
+def read_conversation(
+    turns: Sequence[Turn],
+    *,
+    system_text: str | None = None,
+    speakers: Mapping[str, str] = ROLES,
+    masks_opening: bool = True,
+) -> Conversation:
+    """Check the turns of a record and sort them into exchanges.
+
+    Any order of roles is taken, and empty texts are. Answers that a loss mark masks carry no loss; nor do those before
+    the first human message, unless `masks_opening` is False.
+
+    Args:
+        system_text: one that the record has apart from its turns, None without one. A first turn of the role system is
+            such a text among the turns; with neither it is the template's own.
+        speakers: of `speakers_of`.
+
+    Raises:
+        RowError: for a role that is not known (`UnknownRole`) or a tool's, two system texts of one place, a system
+            message that nothing follows, or no turns.
+    """
+    exchanges: list[list[Message]] = []
+    current: list[Message] = []
+    notes: list[str] = []
+    told_before: str | None = None
+    is_opening = True
+    for number, turn in enumerate(turns, start=1):
+        speaker = speakers.get(turn.role) or speakers.get(canonical_role(turn.role))
+        if speaker is None:
+            _check_is_system(number, turns, speakers)
+            if number == 1 and system_text is not None:
+                message = 'message 1 has the role system, but the line has a "system" of its own; keep one'
+                raise RowError(message, reason=SYSTEM_PLACE)
+            if told_before is not None:
+                message = f"messages {number - 1} and {number} both have the role system; make them one"
+                raise RowError(message, reason=SYSTEM_PLACE)
+            if turn.mark:
+                notes.append(MARKED_OTHERS)
+            if number == 1:
+                system_text = turn.text
+            else:
+                told_before = turn.text
+            continue
+        if speaker == HUMAN:
+            is_opening = False
+        elif is_opening and not exchanges:
+            notes.append(BEGINS_WITH_ANSWER)
+        current.append(_message(turn, speaker, told_before, masks=is_opening and masks_opening, notes=notes))
+        told_before = None
+        if speaker == ASSISTANT:
+            exchanges.append(current)
+            current = []
+    if told_before is not None:
+        raise RowError("the last message has the role system, and nothing follows it", reason=SYSTEM_PLACE)
+    if not exchanges and not current:
+        raise RowError("the conversation holds a system message and nothing else", reason=SYSTEM_PLACE)
+    return Conversation(SYSTEM_TEXT if system_text is None else system_text, exchanges, current, tuple(notes))
+
+
+def _check_is_system(number: int, turns: Sequence[Turn], speakers: Mapping[str, str]) -> None:
+    """Raise RowError unless turn `number`, which nobody speaks, has the role system."""
+    role = turns[number - 1].role
+    name = canonical_role(role)
+    if name == SYSTEM_ROLE:
+        return
+    if name in TOOL_ROLES:
+        raise RowError(f"message {number} is from {role!r:.80}; calls of tools are not read", reason=TOOL_MESSAGE)
+    roles = (canonical_role(turn.role) for turn in turns)
+    known = {*speakers, SYSTEM_ROLE, *TOOL_ROLES}
+    unknown = Counter(role[:ROLE_CHARACTERS] for role in roles if role not in known)
+    raise UnknownRole(
+        f"message {number} is from {role!r:.80}; roles are {', '.join([*speakers, SYSTEM_ROLE])}; if it is the "
+        "assistant, name it by --assistant_roles",
+        dict(unknown),
+    )
+
+
+def _message(turn: Turn, speaker: str, system_text: str | None, *, masks: bool, notes: list[str]) -> Message:
+    """What a turn says; what is worth knowing of it is added to `notes`. `masks` is for an answer."""
+    is_answer = speaker == ASSISTANT
+    if not turn.text or turn.text.isspace():
+        notes.append(EMPTY_ANSWERS if is_answer else EMPTY_QUESTIONS)
+    if turn.mark and not is_answer:
+        notes.append(MARKED_OTHERS)
+    if not is_answer or not (masks or turn.mark is False):
+        return Message(speaker, turn.text, system_text or "")
+    notes.append(MASKED_BY_MARK if turn.mark is False else MASKED_OPENINGS)
+    return Message(speaker, turn.text, system_text or "", is_masked=True)
+
+
+def opening_text(conversation: Conversation) -> str:
+    """What stands before the first message's name: the system text and its blank line, or nothing if it is empty."""
+    return _with_end(conversation.system_text)
+
+
+def _with_end(system_text: str) -> str:
+    return system_text + SYSTEM_END if system_text else ""
+
+
+def message_segments(messages: list[Message], *, opening: str = "") -> list[Segment]:
+    """The segments of `messages` in order, two for each; `opening` joins the first.
+
+    >>> message_segments([Message("Human", "Hi"), Message("Assistant", "Hello!")], opening="Be kind.\\n\\n")
+    [Segment(text='Be kind.\\n\\nHuman: ', is_marked=False, is_trained=False),
+     Segment(text='Hi', is_marked=True, is_trained=False),
+     Segment(text='Assistant: ', is_marked=False, is_trained=False),
+     Segment(text='Hello!', is_marked=True, is_trained=True)]
+    """
+    segments = []
+    for number, message in enumerate(messages):
+        before = (opening if number == 0 else "") + _with_end(message.system_text)
+        name = f"{before}{message.speaker}{NAME_END}"
+        segments.append(Segment(name, is_marked=False, is_trained=False))
+        segments.append(Segment(message.text, is_marked=True, is_trained=message.is_trained))
+    return segments
+
+
+def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> str:
+    """The template above for transformers, which takes {"role", "content"}: the same text with its marks as text.
+
+    `prefix_after_marks` is `tokenizer.puts_prefix_after_marks`. SentencePiece puts a "▁" before the first text; where
+    transformers, which sees a mark in front, does not, a space stands for it. `speakers` and `masks_opening` are those
+    of `read_conversation`.
+    """
+    prefix = "" if prefix_after_marks else " "
+    twice = f" both have the role {SYSTEM_ROLE}; make them one"
+    refusal = f"; roles are {', '.join([*speakers, SYSTEM_ROLE])}"
+    opening = "state.asked" if masks_opening else "true"
+    return f"""\
+{{%- set speakers = {dict(speakers)!a} -%}}
+{{%- set state = namespace(asked=false, trained=true) -%}}
+{{{{- bos_token + {prefix!a} -}}}}
+{{%- set system_text = {SYSTEM_TEXT!a} -%}}
+{{%- if messages and messages[0]['role'] | trim | lower == {SYSTEM_ROLE!a} -%}}
+  {{%- set system_text = messages[0]['content'] -%}}
+{{%- endif -%}}
+{{%- if system_text -%}}
+  {{{{- system_text + {SYSTEM_END!a} -}}}}
+{{%- endif -%}}
+{{%- for message in messages -%}}
+  {{%- set role = message['role'] | trim | lower -%}}
+  {{%- if role in speakers -%}}
+    {{%- set state.asked = state.asked or speakers[role] == {HUMAN!a} -%}}
+    {{%- set state.trained = speakers[role] == {ASSISTANT!a} and {opening} -%}}
+    {{%- for mark in {list(MARKS)!a} if message[mark] == 0 -%}}
+      {{%- set state.trained = false -%}}
+    {{%- endfor -%}}
+    {{%- for mark in {list(INVERTED_MARKS)!a} if message[mark] == 1 -%}}
+      {{%- set state.trained = false -%}}
+    {{%- endfor -%}}
+    {{{{- speakers[role] + {NAME_END!a} + bos_token -}}}}
+    {{%- if state.trained -%}}
+      {{%- generation -%}}
+        {{{{- message['content'] + eos_token -}}}}
+      {{%- endgeneration -%}}
+    {{%- else -%}}
+      {{{{- message['content'] + eos_token -}}}}
+    {{%- endif -%}}
+  {{%- elif role == {SYSTEM_ROLE!a} -%}}
+    {{%- if loop.index > 2 and loop.previtem['role'] | trim | lower == {SYSTEM_ROLE!a} -%}}
+      {{{{- raise_exception('messages ' ~ loop.index0 ~ ' and ' ~ loop.index ~ {twice!a}) -}}}}
+    {{%- endif -%}}
+    {{%- if message['content'] and not loop.first -%}}
+      {{{{- message['content'] + {SYSTEM_END!a} -}}}}
+    {{%- endif -%}}
+  {{%- else -%}}
+    {{{{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ {refusal!a}) -}}}}
+  {{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+  {{{{- {ASSISTANT + NAME_END!a} + bos_token -}}}}
+{{%- endif -%}}
+"""

@@ -1,0 +1,255 @@
+"""The records of a JSON document that is larger than memory: those of an array, or objects that follow each other.
+
+    [{"target": "a"}, {"target": "b"}]          compact, one record a line, or pretty-printed
+    {                                           objects one after the other, over several lines
+      "target": "a"
+    }
+    {"target": "b"}
+
+Only where a record begins and ends is found here, by its brackets and strings; whether it is JSON is up to whoever
+parses it. So a record that is wrong in itself is one bad row, and what breaks the brackets ends the document.
+"""
+
+import re
+from functools import partial
+from typing import NamedTuple, NoReturn
+
+from colossal_llama2.storage.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter
+
+# What the body of a string is made of, an escape being two bytes, and what matters outside of strings.
+_STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
+_STRUCTURE = re.compile(rb'["{}\[\]]')
+_SOLID = re.compile(rb"[^ \t\n\r]")
+_SCALAR_END = re.compile(rb'[\s,\[\]{}"]')
+_CLOSERS = {ord("{"): ord("}"), ord("["): ord("]")}
+_QUOTE, _COMMA, _OPEN, _CLOSE = b'",[]'
+_PRETTY = re.compile(rb"\{[ \t]*[\r\n]")
+# What of a text decides how it is read.
+HEAD_BYTES = 64 << 10
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class RawRecord(NamedTuple):
+    """One record as it stands in the document, which begins on `line`, counted from 1.
+
+    `content` is None for one over `MAX_LINE_BYTES`. `size` is its bytes with all that stands before it, 0 at the end of
+    the document.
+    """
+
+    content: bytes | None
+    line: int
+    size: int
+
+
+class BrokenDocumentError(Exception):
+    """A document that cannot be read any further from `line` on."""
+
+    def __init__(self, problem: str, *, line: int):
+        super().__init__(problem)
+        self.line = line
+
+    def __reduce__(self):
+        return partial(type(self), line=self.line), self.args
+
+
+class RecordReader:
+    """Reads records from a stream with `read1`, holding one of them at a time.
+
+    The stream may raise an error of its own, after the records before it were read.
+    """
+
+    def __init__(self, stream, *, is_array: bool):
+        self._stream, self._is_array = stream, is_array
+        self._block, self._position = b"", 0
+        self._lines = LineCounter()
+        self._is_open = False
+        # Of the record that is being read, or was read last.
+        self._size, self._line = 0, 1
+
+    @property
+    def line(self) -> int:
+        """The line that reading has come to."""
+        return self._lines.count + 1
+
+    def read(self) -> RawRecord:
+        """The next record; raises BrokenDocumentError where the brackets, commas and strings are not those of JSON."""
+        self._size = 0
+        byte = self._next_solid()
+        if self._is_array:
+            byte = self._inside_array(byte)
+        if byte is None:
+            return RawRecord(b"", self._line, 0)
+        scan = _Scan(byte)
+        parts: list[bytes] = []
+        length, end = 0, None
+        while end is None:
+            try:
+                end = scan.feed(self._block, self._position)
+            except ValueError as error:
+                self._fail(str(error))
+            stop = len(self._block) if end is None else end
+            length += stop - self._position
+            if length <= MAX_LINE_BYTES:
+                parts.append(self._block[self._position : stop])
+            else:
+                parts.clear()
+            self._advance(stop)
+            if end is None and not self._fill():
+                if self._is_array or not scan.is_scalar:
+                    self._fail("the file is cut off inside the record that begins here")
+                break
+        return RawRecord(b"".join(parts) if length <= MAX_LINE_BYTES else None, self._line, self._size)
+
+    def _inside_array(self, byte: int | None) -> int | None:
+        """Pass the "[", "," or "]" that stands here; returns the record's first byte, None at the end of the array."""
+        is_behind_comma = byte == _COMMA and self._is_open
+        if is_behind_comma or not self._is_open:
+            self._is_open = True
+            self._advance(self._position + 1)
+            byte = self._next_solid()
+        elif byte is not None and byte != _CLOSE:
+            self._fail('neither "," nor "]" after a record of the JSON array')
+        if byte is None:
+            self._fail('the JSON array is cut off here, its "]" is missing')
+        if byte != _CLOSE:
+            return byte
+        if is_behind_comma:
+            self._fail("a comma with no record behind it; remove it")
+        self._advance(self._position + 1)
+        if self._next_solid() is not None:
+            self._fail("more text behind the JSON array; a file holds one array, or one record a line")
+        return None
+
+    def _next_solid(self) -> int | None:
+        """Move to the next byte that is no white space and return it, None at the end; the record's line is there."""
+        while True:
+            found = _SOLID.search(self._block, self._position)
+            self._advance(found.start() if found else len(self._block))
+            self._line = self.line
+            if found and not self._passed_mark():
+                return self._block[self._position]
+            if self._position == len(self._block) and not self._fill():
+                return None
+
+    def _passed_mark(self) -> bool:
+        """Whether a byte order mark stands here, which is passed."""
+        if self._block[self._position] != BYTE_ORDER_MARK[0]:
+            return False
+        while len(self._block) - self._position < len(BYTE_ORDER_MARK):
+            rest = self._block[self._position :]
+            if not self._fill():
+                self._block = rest
+                return False
+            self._block = rest + self._block
+        if not self._block.startswith(BYTE_ORDER_MARK, self._position):
+            return False
+        self._advance(self._position + len(BYTE_ORDER_MARK))
+        return True
+
+    def _advance(self, position: int) -> None:
+        self._lines.add(self._block, self._position, position)
+        self._size += position - self._position
+        self._position = position
+
+    def _fill(self) -> bool:
+        self._block, self._position = self._stream.read1(READ_BYTES), 0
+        return bool(self._block)
+
+    def _fail(self, problem: str) -> NoReturn:
+        raise BrokenDocumentError(problem, line=self._line)
+
+
+class _Scan:
+    """Looks for the end of one value, whose first byte is given, in blocks that are fed to it."""
+
+    def __init__(self, first: int):
+        self._closers = bytearray()
+        self._in_string = self._is_escaped = self._is_begun = False
+        self.is_scalar = not (first in _CLOSERS or first == _QUOTE)
+
+    def feed(self, block: bytes, start: int) -> int | None:
+        """Where in block[start:] the value ends; None if it goes on. Raises ValueError if its brackets do not match."""
+        if self.is_scalar:
+            return self._scalar_end(block, start)
+        position = start
+        while position < len(block):
+            if self._in_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                    position += 1
+                position = _STRING_BODY.match(block, position).end()
+                if position == len(block):
+                    return None
+                if block[position] != _QUOTE:
+                    self._is_escaped = True
+                    return None
+                self._in_string = False
+                position += 1
+            else:
+                found = _STRUCTURE.search(block, position)
+                if found is None:
+                    return None
+                position = found.end()
+                self._structure(block[position - 1])
+            if not self._closers and not self._in_string:
+                return position
+        if len(self._closers) > MAX_LINE_BYTES:
+            raise ValueError("brackets that are nested without end")
+        return None
+
+    def _structure(self, byte: int) -> None:
+        if byte == _QUOTE:
+            self._in_string = True
+        elif byte in _CLOSERS:
+            self._closers.append(_CLOSERS[byte])
+        elif self._closers.pop() != byte:
+            raise ValueError("the brackets of the record that begins here do not match")
+
+    def _scalar_end(self, block: bytes, start: int) -> int | None:
+        found = _SCALAR_END.search(block, start)
+        if found is None:
+            self._is_begun = True
+            return None
+        if found.start() == start and not self._is_begun:
+            raise ValueError(f"{chr(block[start])!r} where a record should begin")
+        return found.start()
+
+
+def layout_of(head: bytes) -> str:
+    """How a text holds records, by its first `HEAD_BYTES`: "array", "objects" over several lines each, or "lines"."""
+    text = head.removeprefix(BYTE_ORDER_MARK)
+    found = _SOLID.search(text)
+    if found is None or text[found.start()] not in _CLOSERS:
+        return "lines"
+    start = found.start()
+    if text[start] == _OPEN:
+        return "lines" if _is_lists_in_lines(text[start:]) else "array"
+    # What each pretty-printer begins with, and no line of jsonl.
+    if _PRETTY.match(text, start):
+        return "objects"
+    try:
+        end = _Scan(text[start]).feed(text, start)
+    except ValueError:
+        end = None
+    value = text[start:end]
+    if end is None or b"\n" not in value and b"\r" not in value:
+        return "lines"
+    import orjson
+
+    try:
+        orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return "lines"
+    return "objects"
+
+
+def _is_lists_in_lines(text: bytes) -> bool:
+    """Whether the text is several lines, of which each is an array of its own."""
+    scan = _Scan(_OPEN)
+    try:
+        end = scan.feed(text, 0)
+    except ValueError:
+        return False
+    if end is None or b"\n" in text[:end] or b"\r" in text[:end]:
+        return False
+    return text[end:].lstrip(b" \t\r\n")[:1] == b"["

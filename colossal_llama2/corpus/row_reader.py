@@ -1,0 +1,275 @@
+"""The lines of a span of an input file, each checked: a record, nothing (blank), or why it cannot be used."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from colossal_llama2.corpus.data_files import InputFile, Span
+from colossal_llama2.corpus.decompression import DAMAGE, Decompressing, MissingPackageError
+from colossal_llama2.corpus.file_kinds import COMPRESSIONS, PARQUET, unreadable
+from colossal_llama2.corpus.json_stream import BYTE_ORDER_MARK, HEAD_BYTES, BrokenDocumentError, RecordReader, layout_of
+from colossal_llama2.corpus.parquet_rows import BrokenParquetError, ParquetRow, read_parquet
+from colossal_llama2.corpus.repeated_keys import refuse_repeated_keys
+from colossal_llama2.storage.files import parse_object
+from colossal_llama2.storage.lines import (
+    MAX_LINE_BYTES,
+    NEWLINE,
+    READ_BYTES,
+    RETURN,
+    LineCounter,
+    LineReader,
+    first_line_end,
+)
+from colossal_llama2.storage.row_errors import RowError
+
+# Deeper, and what happens would depend on how deep the stack of the process is.
+MAX_NESTING = 256
+OTHER_REASON = "other faults"
+
+
+class Line(NamedTuple):
+    """One line, or one record of a JSON array or a Parquet file, each of which counts as a line.
+
+    Attributes:
+        number: of the line where it begins, from the span's first line on; of a Parquet file, of the row.
+        size: its bytes.
+        record: None if it is blank or there is a `problem`.
+        problem: why it cannot be used, and the cure.
+        count: how many lines it stands for: blank lines may come as one.
+        reason: what rows with this problem are counted by.
+        is_lost: whether all that follows in the file is lost with it; then it counts as no line.
+    """
+
+    number: int
+    size: int
+    record: dict[str, Any] | None
+    problem: str | None = None
+    count: int = 1
+    reason: str | None = None
+    is_lost: bool = False
+
+
+class SpanReader:
+    """Reads the lines of one span; afterwards `sha256` is the hash of a file that was read as a whole."""
+
+    def __init__(self, file: InputFile, span: Span, base: str = ""):
+        """`base` is the folder that the file's path counts from."""
+        self._file, self._span = file, span
+        self._path = os.path.join(base, file.path)
+        self._hash = hashlib.sha256()
+        self._lines_before: int | None = 0 if span.start == 0 else None
+
+    def __iter__(self) -> Iterator[Line]:
+        if self._file.kind == PARQUET:
+            yield from self._parquet()
+            return
+        with ExitStack() as stack:
+            raw = stack.enter_context(open(self._path, "rb"))
+            if self._span.stop is not None:
+                yield from self._range(raw)
+                return
+            hashed = io.BufferedReader(_HashingReader(raw, self._hash), READ_BYTES)
+            stream = hashed
+            if self._file.kind in COMPRESSIONS:
+                stream = Decompressing(self._path, self._file.kind, hashed, stack)
+                stream = io.BufferedReader(stream, READ_BYTES)
+            yield from self._whole(_WithHead(stream))
+            while hashed.read(READ_BYTES):  # what a decompressor leaves unread
+                pass
+
+    @property
+    def sha256(self) -> str | None:
+        """The file's hash; None if only a part of it was read."""
+        return self._hash.hexdigest() if self._span.stop is None else None
+
+    def line_number(self, number: int) -> int:
+        """The line of the file that the span's line `number` is, both counted from 1."""
+        if self._lines_before is None:
+            self._lines_before = self._count_lines_before()
+        return self._lines_before + number
+
+    def _count_lines_before(self) -> int:
+        counter = LineCounter()
+        with open(self._path, "rb") as raw:
+            left = _first_line_start(raw, self._span.start, self._file.size)
+            raw.seek(0)
+            while left > 0 and (block := raw.read(min(left, READ_BYTES))):
+                counter.add(block)
+                left -= len(block)
+        return counter.count
+
+    def _range(self, raw) -> Iterator[Line]:
+        position = _first_line_start(raw, self._span.start, self._span.stop)
+        raw.seek(position)
+        reader, number = LineReader(raw), 1
+        while position < self._span.stop:
+            line = reader.read(room=self._span.stop - position)
+            if not line.size:
+                return
+            yield _checked(line.content, number, line.size, line.count)
+            position += line.size
+            number += line.count
+
+    def _whole(self, stream: "_WithHead") -> Iterator[Line]:
+        if problem := unreadable(stream.head):
+            yield _lost(1, problem.why, problem.reason)
+            return
+        layout = layout_of(stream.head)
+        if layout == "lines":
+            lines = LineReader(stream)
+            read = self._lines(lines)
+        else:
+            lines = RecordReader(stream, is_array=layout == "array")
+            read = self._records(lines)
+        number = 1
+        try:
+            for line in read:
+                number = line.number + line.count
+                yield line
+        except DAMAGE as error:
+            if self._file.kind not in COMPRESSIONS:
+                raise
+            if isinstance(error, MissingPackageError):
+                yield _lost(number, str(error), "zstd window over 128 MiB")
+                return
+            problem = f"the compressed data is cut short or damaged here ({error}), all after it is lost"
+            yield _lost(number, f"{problem}; fetch the file again", "compressed data cut short or damaged")
+
+    def _lines(self, reader: LineReader) -> Iterator[Line]:
+        number = 1
+        while (line := reader.read()).size:
+            yield _checked(line.content, number, line.size, line.count)
+            number += line.count
+
+    def _records(self, reader: RecordReader) -> Iterator[Line]:
+        number = 0
+        try:
+            while (record := reader.read()).size:
+                number += 1
+                yield _checked(record.content, record.line, record.size, what=f"record {number:,}")
+        except BrokenDocumentError as error:
+            problem = f"{error}, behind {number:,} records; fetch the file again, or mend it"
+            yield _lost(error.line, problem, "JSON array cut short or broken")
+
+    def _parquet(self) -> Iterator[Line]:
+        number = 0
+        try:
+            for row in read_parquet(self._path):
+                number += 1
+                yield _checked_row(row, number)
+        except BrokenParquetError as error:
+            yield _lost(number + 1, f"{error}; fetch the file again", "Parquet file cut short or damaged")
+        with open(self._path, "rb") as raw:
+            while block := raw.read(READ_BYTES):
+                self._hash.update(block)
+
+
+class _WithHead:
+    """A stream with `read1`, of which the first bytes are read already. An error comes after what is before it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._error: BaseException | None = None
+        head = b""
+        try:
+            while len(head) < HEAD_BYTES and (block := stream.read1(READ_BYTES)):
+                head += block
+        except DAMAGE as error:
+            self._error = error
+        self.head, self._left = head[:HEAD_BYTES], head
+
+    def read1(self, size: int) -> bytes:
+        """As that of the stream, but of a head of any size."""
+        if self._left:
+            block, self._left = self._left, b""
+            return block
+        if self._error is not None:
+            raise self._error
+        return self._stream.read1(size)
+
+
+class _HashingReader(io.RawIOBase):
+    """A raw file whose bytes are hashed on their way."""
+
+    def __init__(self, raw, digest):
+        self._raw, self._digest = raw, digest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._raw.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+
+def sha256_of(path: str) -> str:
+    """The hash of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line_start(raw, start: int, stop: int) -> int:
+    """The place of the first line that begins at `start` or after it; at least `stop` if none does before."""
+    if start == 0:
+        return 0
+    position, returned = start - 1, False
+    raw.seek(position)
+    while position < stop and (block := raw.read(min(READ_BYTES, stop - position + 1))):
+        if returned:
+            return position + (block[0] == NEWLINE)
+        if end := first_line_end(block, 0):
+            return position + end
+        returned = block[-1] == RETURN
+        position += len(block)
+    return max(position, stop)
+
+
+def _lost(number: int, problem: str, reason: str) -> Line:
+    return Line(number, 0, None, problem, 0, reason, is_lost=True)
+
+
+def _too_long(number: int, size: int, what: str) -> Line:
+    problem = f"{what} of {size:,} bytes, at most {MAX_LINE_BYTES >> 20} MiB allowed; cut the document"
+    return Line(number, size, None, problem, reason=f"over {MAX_LINE_BYTES >> 20} MiB")
+
+
+def _checked_row(row: ParquetRow, number: int) -> Line:
+    if row.content is not None:
+        return Line(number, row.size, parse_object(row.content))
+    if row.size:
+        return _too_long(number, row.size, "a row")
+    return Line(number, 0, None, "not UTF-8; each text must be UTF-8", reason="not UTF-8")
+
+
+def _checked(content: bytes | None, number: int, size: int, count: int = 1, what: str = "") -> Line:
+    """One line, or, if `what` names it, one record of a JSON document."""
+    if content is None:
+        return _too_long(number, size, what or "a line")
+    text = content.removeprefix(BYTE_ORDER_MARK)
+    if not text or text.isspace():
+        return Line(number, size, None, count=count)
+    try:
+        record = parse_object(text, "record" if what else "line", allows_nan=True)
+        _refuse_deep_nesting(text, record)
+        refuse_repeated_keys(text, record)
+    except ValueError as error:
+        reason = getattr(error, "reason", OTHER_REASON)
+        return Line(number, size, None, f"{what}: {error}" if what else str(error), reason=reason)
+    return Line(number, size, record)
+
+
+def _refuse_deep_nesting(line: bytes, record: dict[str, Any]) -> None:
+    """Raise RowError for lists and objects that are more than `MAX_NESTING` deep in each other."""
+    if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
+        return
+    level: list[Any] = [record]
+    for _ in range(MAX_NESTING):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    if level:
+        why = f"lists and objects in each other more than {MAX_NESTING} deep; flatten the line"
+        raise RowError(why, reason=f"nested more than {MAX_NESTING} deep")

@@ -1,0 +1,328 @@
+"""What a run was given and what came of it: plan.json in the cache, manifest.json beside the bins.
+
+plan.json is there from the start, so that a restart goes on with nothing but the same work. manifest.json is written
+last; it depends on the input, the settings and the tokenizer alone:
+
+    {"version": 3, "settings": {"stage": "pretrain", "max_length": 4096, ...},
+     "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
+     "inputs": [{"path": "data/zh/news.jsonl", "source": "zh", "size": 5101, "sha256": "0c9e...", "documents": 3, ...}],
+     "categories": {"news": {"documents": 3, "tokens_in": 620, "trained": 600, ...}}, "total": {...}, "lines": 3,
+     "empty_lines": 0, "bad_rows": 0, "bad_reasons": {}, "lost_files": [], "left_out": [], "formats": {}, "notes": {},
+     "unknown_roles": {}, "samples": 1, "fill": 0.97,
+     "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
+               "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
+
+The counts are those of `account`. `lost_files` are those that could not be read to their end (`plan.LostFile`),
+`left_out` the entries of the input folders that are not read (`file_kinds.LeftOut`).
+"""
+
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.corpus import data_files
+from colossal_llama2.corpus.data_files import InputFile, LostFile
+from colossal_llama2.corpus.file_kinds import LeftOut
+from colossal_llama2.corpus.row_reader import sha256_of
+from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE
+from colossal_llama2.dataset.layout.locks import RefusedError
+from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs
+from colossal_llama2.dataset.layout.prepare_settings import Settings
+from colossal_llama2.dataset.layout.store import read_json_or_none, write_json_whole
+from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.encoding.encoder import fingerprint
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage import json_input
+
+# 2: held out by the normalized text (`held_out`), bytes of the tokens that are predicted, which cut documents change.
+# 3: what rows are marked with, and what their lines may be, which more rows are read by.
+VERSION = 3
+MANIFEST_KEYS = {"settings", "tokenizer", "bins"}
+NOT_OURS = "not ours"
+# What prepares the data of a stage, and what trains on it.
+COMMANDS = {
+    "pretrain": ("prepare_pretrain_dataset.py", "train.py"),
+    "sft": ("prepare_sft_dataset.py", "train_sft.py"),
+}
+
+
+def plan_content(
+    settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs
+) -> dict[str, Any]:
+    """What must be equal for a restart to go on."""
+    return {
+        "version": VERSION,
+        "unit_bytes": data_files.UNIT_BYTES,
+        "settings": settings.as_dict(),
+        "tokenizer": tokenizer_sha256,
+        "inputs": [file._asdict() for file in files],
+        "outputs": folders.outputs,
+    }
+
+
+def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
+    """Write plan.json, or check that the one in the cache is the same; returns whether there was one.
+
+    Raises UserError with what has changed.
+    """
+    path = folders.cache / PLAN_FILE
+    with folders.deciding():
+        earlier = _read_ours(path, content.keys())
+        if earlier is None:
+            write_json_whole(path, content)
+            return False
+    if earlier == NOT_OURS:
+        raise RefusedError(
+            f"{CACHE_FLAG}: {path} is damaged, or of another program or version; delete that folder or name another"
+        )
+    changes = _changed_settings(earlier["settings"], content["settings"])
+    changes += [
+        f"{flag} was {earlier['outputs'][flag]}, now {folder}"
+        for flag, folder in content["outputs"].items()
+        if earlier["outputs"].get(flag, folder) != folder
+    ]
+    if earlier["tokenizer"] != content["tokenizer"]:
+        changes.append("the tokenizer is another one")
+    changes += _changed_inputs(earlier["inputs"], content["inputs"], ("size", "mtime_ns"))
+    if not changes and earlier != content:
+        changes.append("it was made by another version")
+    if changes:
+        raise RefusedError(
+            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; give "
+            "the command as it was to go on, or delete that folder to begin anew"
+        )
+    return True
+
+
+def check_finished(folders: OutputDirs, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of finished output. Raises UserError with what is different or missing, unless the output is
+    what this command would write.
+
+    Inputs are compared by size, and by hash if they are newer than the output.
+    """
+    path = folders.final_arrow / MANIFEST_FILE
+    manifest = _read_ours(path, {*MANIFEST_KEYS, "inputs", "total", "eval"})
+    if manifest in (None, NOT_OURS):
+        raise UserError(
+            f"--data_arrow_output_dir: {path} is damaged or of another program; remove its folder or name another"
+        )
+    changes = _changed_settings(manifest["settings"], content["settings"])
+    if manifest["tokenizer"]["sha256"] != content["tokenizer"]:
+        changes.append("the tokenizer is another one")
+    changes += _changed_inputs(manifest["inputs"], content["inputs"], ("size",))
+    if _is_outdated(manifest):
+        changes.append("it was made by another version")
+    if not changes:
+        # A copy may have kept the time of its source; when it came here, the system alone says.
+        since = path.stat().st_mtime_ns
+        newer = [file["path"] for file in content["inputs"] if _came_after(file, since)]
+        known = {file["path"]: file["sha256"] for file in manifest["inputs"]}
+        changes = [f"{file} has other content" for file in newer if sha256_of(file) != known[file]]
+    if changes:
+        raise UserError(
+            f"--data_arrow_output_dir: {folders.final_arrow} exists already, made of something else: "
+            f"{'; '.join(changes)}; remove it or name another folder"
+        )
+    _check_complete(folders.outputs, manifest)
+    return manifest
+
+
+def _is_outdated(manifest: dict[str, Any]) -> bool:
+    """Whether this version may make something else of the same input and settings."""
+    version = manifest.get("version")
+    version = version if isinstance(version, int) else 1
+    has_cuts = manifest["eval"] or manifest["total"].get("cut_documents")
+    # What was a bad row may be none now.
+    is_read_otherwise = manifest["settings"]["stage"] == "sft" or manifest.get("bad_rows")
+    return version < 2 and bool(has_cuts) or version < 3 and bool(is_read_otherwise)
+
+
+def _check_complete(outputs: dict[str, str], manifest: dict[str, Any]) -> None:
+    """Raise UserError if a bin of finished output is not there any more, or is cut."""
+    entries = [*manifest["bins"], *([manifest["eval"]] if manifest["eval"] else [])]
+    names = {"--data_arrow_output_dir": "{}/state.json", "--data_jsonl_output_dir": "{}.jsonl"}
+    files = [(flag, Path(folder, names[flag].format(e["name"]))) for flag, folder in outputs.items() for e in entries]
+    wrong = [(flag, path, "is missing") for flag, path in files if not path.is_file()]
+    for entry in entries:
+        data = Path(outputs["--data_arrow_output_dir"], entry["name"], DATA_FILE)
+        size = data.stat().st_size if data.is_file() else 0
+        if size != entry.get("bytes", size):
+            wrong.append(("--data_arrow_output_dir", data, f"has {size:,} bytes, not {entry['bytes']:,}"))
+    if wrong:
+        flag, path, problem = wrong[0]
+        raise UserError(
+            f"{flag}: {path} {problem} ({len(wrong):,} such in all), though the output was finished; put it back, or "
+            "remove the output folders and give the command again"
+        )
+
+
+def _came_after(file: dict[str, Any], since: int) -> bool:
+    return max(file["mtime_ns"], os.stat(file["path"]).st_ctime_ns) > since
+
+
+def check_unchanged(files: Sequence[InputFile]) -> None:
+    """Raise UserError if an input is not what it was when the run began."""
+    for file in files:
+        try:
+            status = os.stat(file.path)
+        except OSError as error:
+            raise UserError(f"{file.path} has gone while it was read ({error.strerror}); put it back and begin anew")
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise UserError(
+                f"{file.path} has changed while it was read ({file.size:,} bytes, now {status.st_size:,}); give the "
+                "command again when nothing writes there"
+            )
+
+
+def _read_ours(path: Path, keys: Collection[str]) -> Any:
+    """The object in a JSON file, None if there is none, `NOT_OURS` if it is damaged or has not these keys."""
+    try:
+        content = read_json_or_none(path)
+    except RunError:
+        return NOT_OURS
+    if content is None:
+        return None
+    is_ours = isinstance(content, dict) and keys <= content.keys() and _is_as_written(content)
+    return content if is_ours and isinstance(content["inputs"], list) else NOT_OURS
+
+
+def _is_as_written(content: dict[str, Any]) -> bool:
+    """Whether what is used of a plan or a manifest has the types that it is written with."""
+    try:
+        for file in json_input.typed(content, "inputs", list):
+            json_input.typed(file, "path", str)
+            json_input.whole_number(file, "size")
+        json_input.typed(content, "settings", dict)
+        if "bins" not in content:
+            json_input.typed(content, "tokenizer", str)
+            return all(isinstance(folder, str) for folder in json_input.typed(content, "outputs", dict).values())
+        json_input.typed(json_input.typed(content, "tokenizer", dict), "sha256", str)
+        for file in content["inputs"]:
+            json_input.typed(file, "sha256", str)
+        for entry in [*json_input.typed(content, "bins", list), *([content["eval"]] if content.get("eval") else [])]:
+            json_input.typed(entry, "name", str)
+            json_input.whole_number({"bytes": 0, **entry}, "bytes")
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def read_manifest_of(part: str) -> dict[str, Any]:
+    """The manifest of the prepared data that a part-* or eval folder belongs to; empty if none lies beside it.
+
+    Raises UserError for a manifest that is damaged.
+    """
+    path = Path(part).resolve().parent / MANIFEST_FILE
+    try:
+        content = read_json_or_none(path)
+    except RunError as error:
+        raise UserError(str(error))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or copy it again")
+    # The name is a common one: others' files are none of ours.
+    if not isinstance(content, dict) or not MANIFEST_KEYS <= content.keys():
+        return {}
+    for name, kind in {"settings": dict, "tokenizer": dict, "bins": list}.items():
+        try:
+            json_input.typed(content, name, kind)
+        except ValueError as error:
+            raise UserError(f"{path}: is damaged ({error}); copy it again, or prepare the data again")
+    return content
+
+
+def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, flag: str = "--dataset") -> None:
+    """Compare prepared folders with the model's tokenizer and the command, as far as they say what they were made of.
+
+    Raises UserError for a folder whose ids are of another tokenizer. Warns of one of another stage, "pretrain" or
+    "sft": whoever mixes them on purpose may.
+    """
+    expected = fingerprint(tokenizer_dir)
+    others, unknown = [], []
+    for part in parts:
+        manifest = read_manifest_of(part)
+        if not manifest:
+            unknown.append(part)
+        elif (found := manifest["tokenizer"].get("sha256")) != expected:
+            raise UserError(
+                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 {str(found)[:12]}) "
+                f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"
+                f", or give --pretrained the model that init_model.py made for the other tokenizer"
+            )
+        elif manifest["settings"].get("stage") != stage:
+            others.append(part)
+    if others:
+        (other,) = COMMANDS.keys() - {stage}
+        logs.get_logger().warning(
+            f"{flag} {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
+            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless you mix them on purpose, stop and "
+            f"run {COMMANDS[other][1]}"
+        )
+    if unknown:
+        logs.get_logger().warning(
+            f"{flag} {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
+            f"({len(unknown)} of {len(parts)} folders)"
+        )
+
+
+def _changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    names = {name: Settings.FLAGS.get(name, f"--{name}") for name in now}
+    # Of a version that had no such flag, so that it was off.
+    before = {name: earlier.get(name, Settings.LATER_DEFAULTS.get(name)) for name in now}
+    return [f"{names[name]} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
+
+
+def _changed_inputs(earlier: list[dict], now: list[dict], compared: Sequence[str]) -> list[str]:
+    before, after = ({file["path"]: file for file in files} for files in (earlier, now))
+    changes = [f"{path} is new" for path in after if path not in before]
+    changes += [f"{path} is missing" for path in before if path not in after]
+    for path in before.keys() & after.keys():
+        if any(before[path].get(name) != after[path][name] for name in compared):
+            size, now_size = before[path].get("size"), after[path]["size"]
+            how = "the same size, another time" if size == now_size else f"{size:,} bytes, now {now_size:,}"
+            changes.append(f"{path} has changed ({how})")
+    if not changes and list(before) != list(after):
+        changes.append("--data_input_dirs has another order")
+    return sorted(changes)
+
+
+def manifest_content(
+    settings: Settings,
+    files: Sequence[InputFile],
+    *,
+    tokenizer: dict[str, Any],
+    hashes: dict[int, str],
+    account: Account,
+    bins: list[dict[str, Any]],
+    lost: Sequence[LostFile] = (),
+    left_out: Sequence[LeftOut] = (),
+) -> dict[str, Any]:
+    """The manifest, as in this module's docstring; `bins` are the accounts that `bins.write_bin` returns."""
+    by_file = account.by_file()
+    inputs = []
+    for number, file in enumerate(files):
+        counts = by_file[number].as_json() if number in by_file else {}
+        inputs.append({"path": file.path, "source": file.source, "size": file.size, "sha256": hashes[number], **counts})
+    samples = sum(entry["samples"] for entry in bins)
+    return {
+        "version": VERSION,
+        "settings": settings.as_dict(),
+        "tokenizer": tokenizer,
+        "inputs": inputs,
+        "categories": {name: tally.as_json() for name, tally in account.by_category().items()},
+        "total": account.total().as_json(),
+        "lines": account.lines,
+        "empty_lines": account.empty_lines,
+        "bad_rows": account.bad_rows,
+        "bad_reasons": account.bad_reasons(),
+        "lost_files": [entry._asdict() for entry in lost],
+        "left_out": [entry._asdict() for entry in left_out],
+        "formats": dict(sorted(account.formats.items())),
+        "notes": dict(sorted(account.notes.items())),
+        "unknown_roles": dict(sorted(account.unknown_roles.items())),
+        "samples": samples,
+        "fill": round(account.total().kept / (samples * settings.max_length), 6),
+        "bins": bins[: settings.num_bins],
+        "eval": bins[settings.num_bins] if settings.has_eval else None,
+    }

@@ -1,0 +1,95 @@
+"""What decides the output of a prepare command, beside its input: written to the cache and to manifest.json."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from colossal_llama2.corpus.conversation import speakers_of
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one command; equal settings, input and tokenizer give equal bytes.
+
+    Attributes:
+        stage: "pretrain" or "sft".
+        overlong: "split" cuts a document over `max_length` into pieces, "truncate" leaves out its end.
+        splicing: "best_fit", "sequential" or "none".
+        on_bad_row: "fail" or "skip".
+        eval_fraction: part of the documents of each category that goes to eval/.
+        writes_jsonl: whether the samples are also written as jsonl.
+        prefix_after_marks: whether each text of a conversation has a "▁" of its own, as the tokenizer's folder decides.
+        eval_dedup: whether held-out text is compared with the text that is trained on (`overlap`).
+        assistant_roles: other names of the assistant in conversations, sorted, with commas between them.
+        assistant_first: "mask" or "train", the answers of a conversation before the first human message.
+    """
+
+    stage: str
+    max_length: int
+    num_bins: int
+    seed: int
+    overlong: str
+    splicing: str
+    on_bad_row: str
+    eval_fraction: float
+    writes_jsonl: bool
+    prefix_after_marks: bool = False
+    eval_dedup: bool = False
+    assistant_roles: str = ""
+    assistant_first: str = "mask"
+
+    # The flag behind each field, for messages.
+    FLAGS = {
+        "stage": "the command",
+        "num_bins": "--num_spliced_dataset_bins",
+        "writes_jsonl": "writing jsonl",
+        "prefix_after_marks": "a text's leading space in tokenizer.json",
+    }
+
+    # Of flags that earlier versions did not have.
+    LATER_DEFAULTS = {"eval_dedup": False, "assistant_roles": "", "assistant_first": "mask"}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+    @property
+    def speakers(self) -> Mapping[str, str]:
+        """The roles that are known, and who speaks in each."""
+        return speakers_of(filter(None, self.assistant_roles.split(",")))
+
+    @property
+    def masks_opening(self) -> bool:
+        """Whether answers before the first human message carry no loss."""
+        return self.assistant_first == "mask"
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether documents are held out."""
+        return self.eval_fraction > 0
+
+    def bin_name(self, number: int) -> str:
+        """part-00000, ...; the one after the last bin is eval."""
+        return f"part-{number:05d}" if number < self.num_bins else "eval"
+
+    @property
+    def all_bins(self) -> range:
+        """The numbers of all bins, the held-out one last."""
+        return range(self.num_bins + self.has_eval)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done. None of it changes the output.
+
+    Attributes:
+        num_workers: processes on this machine; tasks at a time of a Ray that is started here.
+        executor: "local", or "ray".
+        ray_address: of the Ray cluster whose cores do the work, HOST:PORT or "auto"; None: of this machine alone.
+        shard: (i, n), i from 1 to n: the i-th of n shares of the units.
+    """
+
+    num_workers: int
+    executor: str = "local"
+    ray_address: str | None = None
+    shard: tuple[int, int] | None = None

@@ -1,0 +1,130 @@
+"""Files and folders that appear whole or not at all, even if the machine loses power, and a full disk told in one line.
+
+What is being written has a name that begins with `TEMPORARY`; a run that begins removes what an earlier one left.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2.errors import RunError
+from colossal_llama2.storage import json_input
+from colossal_llama2.storage.files import discard, errors_naming, open_to_umask, sync, sync_entries
+
+TEMPORARY = ".tmp-"
+GO_ON = "and give the same command again, it goes on where it stopped"
+# A manifest counts each category of each input: of these there can be hundreds of thousands.
+MAX_JSON_BYTES, MAX_JSON_VALUES = 256 << 20, 8_000_000
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name in the same folder."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+
+
+@contextmanager
+def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
+    """Yield a new folder, which gets the name `path` when all in it is written. Raises RunError if the disk is full."""
+    temporary = temporary_beside(path)
+    try:
+        with full_disk_told(path, needed_bytes):
+            temporary.mkdir(parents=True)
+            open_to_umask(temporary)
+            yield temporary
+            sync(temporary)
+            # Of a run that died before it could note that this is done.
+            discard(path)
+            os.replace(temporary, path)
+            sync_entries(path.parent)
+    finally:
+        discard(temporary)
+
+
+@contextmanager
+def appearing_file(path: Path, *, needed_bytes: int = 4096) -> Iterator[Any]:
+    """Yield a binary file to write, which gets the name `path` at the end. Raises RunError if the disk is full."""
+    temporary = temporary_beside(path)
+    try:
+        with full_disk_told(path, needed_bytes):
+            with errors_naming(path), open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_entries(path.parent)
+    finally:
+        discard(temporary)
+
+
+def write_json_whole(path: Path, content: Any) -> None:
+    """Write a value as JSON, indented, in UTF-8."""
+    import orjson
+
+    # Indented, `json` is ten times slower: seconds for the account of some hundred thousand categories.
+    text = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    with appearing_file(path) as file:
+        file.write(text)
+
+
+def read_json_or_none(path: Path) -> Any:
+    """The value in a JSON file, None if there is no such file. Raises RunError if it is damaged."""
+    try:
+        return json_input.parse(json_input.read_regular(path, most_bytes=MAX_JSON_BYTES), most_values=MAX_JSON_VALUES)
+    except FileNotFoundError:
+        return None
+    except (ValueError, IsADirectoryError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete {path.parent} and prepare the data again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the cache. Raises RunError if it is damaged or missing."""
+    content = read_json_or_none(path)
+    if content is None:
+        raise RunError(f"{path} is missing; delete {path.parent} and prepare the data again")
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is damaged (not a JSON object); delete {path.parent} and prepare the data again")
+    return content
+
+
+@contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turn what is raised for entries that a JSON file of the cache lacks, or has of another type, into a RunError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}); delete {path.parent} and prepare the data again")
+
+
+@contextmanager
+def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn the system's error for a full disk into a RunError with needed and free bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        needed = f"{path}: {error.strerror}; about {needed_bytes:,} bytes needed"
+        if error.errno == errno.EFBIG:
+            raise RunError(f"{needed}; raise the limit on the size of a file (ulimit -f), {GO_ON}")
+        free = shutil.disk_usage(folder).free
+        raise RunError(f"{needed}, {free:,} free in {folder}; make room, {GO_ON}")
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove what dead runs were writing in `folder`; returns how many files and folders that were."""
+    leftovers = [
+        path for path in folder.iterdir() if path.name.startswith(TEMPORARY) and not path.name.endswith(".lock")
+    ]
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(leftovers)

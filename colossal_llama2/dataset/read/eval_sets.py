@@ -1,0 +1,73 @@
+"""Held-out text that a run is measured on: what --eval_dataset names, and how many bytes of text it predicts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.layout.manifest import read_manifest_of
+from colossal_llama2.dataset.read.sources import is_part
+from colossal_llama2.dataset.read.step_loader import CHECK_ROWS, load_part
+from colossal_llama2.dataset.write.bins import PREDICTED_BYTES
+from colossal_llama2.errors import UserError
+
+EVAL_NAME = "eval"
+BYTES_COLUMN = "document_target_bytes"
+
+
+class EvalSet(NamedTuple):
+    """A name, and the folder of samples behind it."""
+
+    name: str
+    path: str
+
+
+def resolve_eval_sets(given: Sequence[str] | None) -> list[EvalSet]:
+    """The folders that NAME=PATH of --eval_dataset name: of samples, or with such a folder called eval/ in them.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    problems, found = [], []
+    for name, _, path in (word.partition("=") for word in given or ()):
+        folder = next((folder for folder in (Path(path), Path(path, EVAL_NAME)) if is_part(folder)), None)
+        if folder is None:
+            problems.append(
+                f"--eval_dataset {name}={path}: holds no prepared samples, and no {EVAL_NAME}/ of such; give what "
+                f"prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote with --eval_fraction"
+            )
+        elif name in [one.name for one in found]:
+            problems.append(f"--eval_dataset: two are called {name}; give each its own name")
+        else:
+            found.append(EvalSet(name, str(folder)))
+    if problems:
+        raise UserError("; and ".join(problems))
+    return found
+
+
+def target_bytes(path: str) -> int | None:
+    """UTF-8 bytes of all text that a folder of samples predicts; None if it does not say exactly, with a warning.
+
+    Parts from before version 2 of `manifest` share the bytes of a cut document out over its pieces by tokens, and under
+    `--overlong truncate` that is off by as much as 2.3 times. They are exact where nothing was cut.
+    """
+    import pyarrow.compute as compute
+
+    part = load_part(path)
+    if BYTES_COLUMN not in part.column_names:
+        logs.get_logger().warning("%s does not say how many bytes of text it has: no bits per byte", path)
+        return None
+    if part.info.description != PREDICTED_BYTES and _may_have_cut_documents(path):
+        logs.get_logger().warning(
+            "%s is of an older version, which knows the bytes of cut documents only roughly: no bits per byte; prepare "
+            "it again",
+            path,
+        )
+        return None
+    tables = part.select_columns([BYTES_COLUMN]).with_format("arrow").iter(CHECK_ROWS)
+    return sum(compute.sum(compute.list_flatten(rows[BYTES_COLUMN])).as_py() or 0 for rows in tables)
+
+
+def _may_have_cut_documents(path: str) -> bool:
+    total = read_manifest_of(path).get("total")
+    return not isinstance(total, dict) or total.get("cut_documents") != 0

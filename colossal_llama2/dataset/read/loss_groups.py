@@ -1,0 +1,96 @@
+"""Which source and category each document of prepared data is of: how much there is, and the group of each token.
+
+A group is a pair such as ("zh", "news"). Groups are numbered in the order of their names.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import datasets
+
+LENGTH_COLUMN = "sequence_lengths"
+NAME_COLUMNS = ["document_sources", "document_categories"]
+# Rows that are looked at together.
+ROWS = 10_000
+# Curves by more groups than this are not to be looked at.
+MAX_GROUPS = 256
+
+
+class Amount(NamedTuple):
+    """How much data a group has: pieces of documents, and tokens, in one pass over it."""
+
+    source: str
+    category: str
+    pieces: int
+    tokens: int
+
+
+def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> list[Amount] | None:
+    """How much of each group there is in one of `shares` equal shares of the data; None where it does not say."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    columns = [*NAME_COLUMNS, LENGTH_COLUMN]
+    if not set(columns) <= set(dataset.column_names):
+        return None
+    part = dataset.select_columns(columns)
+    part = part.select(range(len(dataset) * share // shares, len(dataset) * (share + 1) // shares))
+    found = []
+    for rows in part.iter(ROWS):
+        flat = pyarrow.table({name: compute.list_flatten(rows[name]) for name in columns})
+        sums = flat.group_by(NAME_COLUMNS).aggregate([(LENGTH_COLUMN, "count"), (LENGTH_COLUMN, "sum")])
+        sums = sums.select([*NAME_COLUMNS, f"{LENGTH_COLUMN}_count", f"{LENGTH_COLUMN}_sum"])
+        found += [Amount(*row.values()) for row in sums.to_pylist()]
+    return merged(found)
+
+
+def merged(found: Iterable[Sequence[Any]]) -> list[Amount]:
+    """Amounts with each group once, by name."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for source, category, pieces, tokens in found:
+        total = sums.setdefault((source or "", category or ""), [0, 0])
+        total[0] += pieces
+        total[1] += tokens
+    return [Amount(*group, *sums[group]) for group in sorted(sums)]
+
+
+class Groups:
+    """Numbers the groups of `pairs` (source, category)."""
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]):
+        self.pairs = list(pairs)
+        self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
+
+    def of_predicted(self, rows, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The groups of the tokens that each token predicts, and how many there are of each.
+
+        Args:
+            rows: arrow table with the columns named above.
+            labels: (rows, width), padded with IGNORE_INDEX.
+
+        Returns:
+            (rows, width) int64, 0 where nothing is predicted; and (groups,) int64.
+        """
+        groups = np.zeros(labels.shape, dtype=np.int64)
+        lengths, sources, categories = (rows[name].to_pylist() for name in (LENGTH_COLUMN, *NAME_COLUMNS))
+        for row, pairs in enumerate(zip(sources, categories, strict=True)):
+            numbers = [self._numbers[source or "", category or ""] for source, category in zip(*pairs, strict=True)]
+            of_tokens = np.repeat(numbers, lengths[row])
+            groups[row, : len(of_tokens) - 1] = of_tokens[1:]
+        is_predicted = np.zeros(labels.shape, dtype=bool)
+        is_predicted[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+        groups[~is_predicted] = 0
+        return groups, np.bincount(groups[is_predicted], minlength=len(self.pairs))
+
+
+def by_name(pairs: Sequence[tuple[str, str]], values: Sequence[float], *, column: int) -> dict[str, float]:
+    """Values of groups, added up by source (`column` 0) or by category (1)."""
+    sums: dict[str, float] = {}
+    for pair, value in zip(pairs, values, strict=True):
+        sums[pair[column]] = sums.get(pair[column], 0.0) + value
+    return sums

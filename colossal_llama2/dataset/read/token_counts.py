@@ -1,0 +1,120 @@
+"""How many tokens prepared parts have, by sample and by category, and how many were read. Token ids are never read."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colossal_llama2.dataset.read.buckets import MeasuredPart
+from colossal_llama2.dataset.read.sources import Part
+from colossal_llama2.dataset.read.step_loader import CHECK_ROWS, DOCUMENT_COLUMN, SampleOrder, load_part
+
+CATEGORY_COLUMN = "document_categories"
+# Older fine-tuning data has one category a sample.
+SAMPLE_CATEGORY_COLUMN = "seq_category"
+NOT_RECORDED = "not recorded"
+
+
+class SourceRead(NamedTuple):
+    """What was read of a source, each sample and its tokens as often as it was; `samples_there` are in its parts."""
+
+    source: str
+    samples_there: int
+    samples: int
+    tokens: int
+
+
+def read_by_source(
+    measured: Sequence[MeasuredPart], order: SampleOrder, *, first_sample: int, samples_seen: int
+) -> list[SourceRead]:
+    """What a run has read of each source, in their order.
+
+    Args:
+        first_sample: where it began, counted from the first sample of the first epoch.
+        samples_seen: how many it read from there on; those that an epoch leaves over at its end are not read.
+    """
+    lengths = np.concatenate([lengths for _, lengths in measured])
+    times = np.zeros(len(lengths), dtype=np.int64)
+    epoch, begin = divmod(first_sample, order.num_samples)
+    while samples_seen > 0:
+        count = min(samples_seen, order.num_samples - begin - order.dropped_after(begin))
+        times += np.bincount(order.epoch_rows(epoch)[begin : begin + count], minlength=len(lengths))
+        epoch, begin, samples_seen = epoch + 1, 0, samples_seen - count
+    found: dict[str, list[int]] = {}
+    start = 0
+    for part, part_lengths in measured:
+        part_times = times[start : start + len(part_lengths)]
+        start += len(part_lengths)
+        total = found.setdefault(part.source, [0, 0, 0])
+        for place, value in enumerate((len(part_lengths), part_times.sum(), (part_times * part_lengths).sum())):
+            total[place] += int(value)
+    return [SourceRead(source, *total) for source, total in found.items()]
+
+
+def measure_parts(parts: Sequence[Part]) -> list[MeasuredPart]:
+    """The tokens of each sample of each part. Raises UserError for a part that is damaged."""
+    return [MeasuredPart(part, _sample_lengths(part.path)) for part in parts]
+
+
+def _sample_lengths(path: str) -> np.ndarray:
+    import pyarrow.compute as compute
+
+    columns = _read(path, ["input_ids"])
+    lengths = [np.asarray(compute.list_value_length(rows["input_ids"])).astype(np.int64) for rows in columns]
+    return np.concatenate([np.zeros(0, np.int64), *lengths])
+
+
+def category_tokens(path: str, times: np.ndarray) -> Counter:
+    """Tokens of each category in a part, each sample counted so many times.
+
+    Args:
+        times: (samples,) whole numbers.
+    """
+    names = load_part(path).column_names
+    if {CATEGORY_COLUMN, DOCUMENT_COLUMN} <= set(names):
+        columns = ["input_ids", CATEGORY_COLUMN, DOCUMENT_COLUMN]
+    else:
+        columns = ["input_ids", *({SAMPLE_CATEGORY_COLUMN} & set(names))]
+    tokens: Counter = Counter()
+    start = 0
+    for rows in _read(path, columns):
+        here = times[start : start + len(rows)]
+        start += len(rows)
+        categories, lengths, weights = _weighed(rows, here)
+        for name, count in _sums(categories, lengths * weights):
+            tokens[name] += count
+    return tokens
+
+
+def _read(path: str, columns: list[str]) -> Iterator[Any]:
+    """Arrow tables of these columns, one after the other."""
+    part = load_part(path).select_columns(columns).with_format("arrow")
+    return part.iter(CHECK_ROWS) if len(part) else iter(())
+
+
+def _weighed(rows: Any, times: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Category, tokens and weight of each document; or of each sample, where documents say nothing."""
+    import pyarrow.compute as compute
+
+    sample_lengths = np.asarray(compute.list_value_length(rows["input_ids"])).astype(np.int64)
+    if CATEGORY_COLUMN in rows.column_names:
+        counts, named = (
+            np.asarray(compute.list_value_length(rows[name])) for name in (DOCUMENT_COLUMN, CATEGORY_COLUMN)
+        )
+        if (counts == named).all():
+            lengths = np.asarray(compute.list_flatten(rows[DOCUMENT_COLUMN])).astype(np.int64)
+            return compute.list_flatten(rows[CATEGORY_COLUMN]), lengths, np.repeat(times, counts)
+    if SAMPLE_CATEGORY_COLUMN in rows.column_names:
+        return rows[SAMPLE_CATEGORY_COLUMN], sample_lengths, times
+    return None, sample_lengths, times
+
+
+def _sums(categories: Any, tokens: np.ndarray) -> Iterator[tuple[str, int]]:
+    if categories is None:
+        yield NOT_RECORDED, int(tokens.sum())
+        return
+    coded = categories.combine_chunks().fill_null(NOT_RECORDED).dictionary_encode()
+    # Sums of floats are exact up to 2^53.
+    sums = np.bincount(np.asarray(coded.indices), weights=tokens, minlength=len(coded.dictionary)).astype(np.int64)
+    yield from zip(map(str, coded.dictionary.to_pylist()), sums.tolist(), strict=True)

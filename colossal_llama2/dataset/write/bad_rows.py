@@ -1,0 +1,85 @@
+"""What is said of rows and files that cannot be used: hints, warnings, and what lies beside the manifest.
+
+bad_rows.jsonl, with --on_bad_row skip, one line a row that was left out; `reason` is what such rows are counted by:
+
+    {"file": "data/zh/a.jsonl", "line": 3, "reason": "not JSON", "problem": "not JSON (unexpected end of data: ...)"}
+
+A file that cannot be read to its end is not a bad row. What stands before the place is used, and the file is "lost"
+from there on: the command ends with exit code 1 though its output is there, unless --on_bad_file skip.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.corpus.data_files import InputFile, LostFile, Unit
+from colossal_llama2.dataset.layout import store
+from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.errors import RunError
+from colossal_llama2.terminal_text import visible_line
+
+BAD_ROWS_FILE = "bad_rows.jsonl"
+# A file with a larger share of bad rows is probably not what it was taken for.
+WARNED_SHARE = 0.1
+MAX_WARNINGS = 10
+# Unknown roles in one sentence.
+MAX_ROLES = 10
+
+
+def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
+    """Warn of files of whose rows more than `WARNED_SHARE` are bad, with the most frequent reason and its cure."""
+    by_file: dict[int, dict[str, list[Any]]] = {}
+    for (file, reason), entry in account.bad.items():
+        by_file.setdefault(file, {})[reason] = entry
+    documents = {file: tally.documents for file, tally in account.by_file().items()}
+    warnings = []
+    for file, reasons in sorted(by_file.items()):
+        bad = sum(count for count, _ in reasons.values())
+        rows = bad + documents.get(file, 0)
+        if bad > WARNED_SHARE * rows:
+            reason, (count, example) = max(reasons.items(), key=lambda item: item[1][0])
+            warnings.append(
+                f"{files[file].path}: {bad:,} of {rows:,} rows ({bad / rows:.0%}) are left out as bad, most "
+                f"often ({count:,}): {reason}. The first of these: {example}"
+            )
+    for warning in warnings[:MAX_WARNINGS]:
+        logs.get_logger().warning(warning)
+    if len(warnings) > MAX_WARNINGS:
+        logs.get_logger().warning(
+            f"{len(warnings) - MAX_WARNINGS:,} more files with over {WARNED_SHARE:.0%} of bad rows; see {BAD_ROWS_FILE}"
+        )
+
+
+def write_bad_rows(folder: Path, units: Iterable[tuple[Unit, int]], cache: Path) -> None:
+    """Write bad_rows.jsonl. `units` come with the lines of their file that are in units before them."""
+    with store.appearing_file(folder / BAD_ROWS_FILE) as file:
+        for unit, lines_before in units:
+            for row in store.read_json(cache / f"{unit.name}.json")["bad_rows"]:
+                row["line"] += lines_before
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def report_lost(lost: Sequence[dict[str, Any]], *, on_bad_file: str, output: Path) -> None:
+    """Name each file of a finished run that could not be read to its end.
+
+    Raises:
+        RunError: there is one, and `on_bad_file` is "fail".
+    """
+    for entry in lost[:MAX_WARNINGS]:
+        logs.get_logger().error(f"lost: {LostFile(**entry)}")
+    if lost and on_bad_file == "fail":
+        raise RunError(
+            f"{len(lost):,} of the input files could not be read to the end, such as {lost[0]['file']}; {output} is "
+            "complete but for what they hold, and its manifest.json lists them as lost_files. Mend them, remove the "
+            "output and give the command again, or accept it by --on_bad_file skip"
+        )
+
+
+def roles_in_words(roles: Mapping[str, int]) -> str:
+    """The unknown roles with how many messages have each, the most frequent first, and the cure."""
+    ordered = sorted(roles, key=lambda role: (-roles[role], role))
+    told = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:MAX_ROLES])
+    rest = f" and {len(ordered) - MAX_ROLES:,} more" if len(ordered) > MAX_ROLES else ""
+    return f"unknown roles: {told}{rest}; if one is the assistant, name it by --assistant_roles"

@@ -1,0 +1,219 @@
+"""One bin: arrange its pieces into samples and write them as arrow and as jsonl.
+
+A sample, of two documents of which the first has a source:
+
+    {"input_ids": [1, 41287, ..., 53429, 2, 1, 9027, ..., 2], "labels": [-100, -100, ..., 53429, 2, 1, 9027, ..., 2],
+     "sequence_lengths": [61, 103], "document_categories": ["riddle", "sports"], "document_sources": ["zh", "en"],
+     "document_target_bytes": [6, 412]}
+
+`document_target_bytes` is the UTF-8 bytes of the text that a piece predicts: all that is learnt of a whole document;
+and of a piece of a cut one what its tokens stand for, but for the first, which nothing in the piece predicts.
+
+Fine-tuning adds `inputs_decode`, `labels_decode`, `seq_length` and `seq_category`, for reading a sample by eye.
+
+Peak memory: about 150 bytes a piece of this bin, of which `splicing` needs 64 (181 if it is "none"), and one batch.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colossal_llama2.dataset.layout import store
+from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE, ArrowFolder, list_column, named_list_column, rows_of
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.layout.prepare_settings import Settings
+from colossal_llama2.dataset.write import tokenization
+from colossal_llama2.dataset.write.splicing import splice
+from colossal_llama2.dataset.write.tokenize_unit import encoder_of
+
+BATCH_TOKENS = 1 << 19
+# Ids and labels in arrow, and about so many characters for each in jsonl.
+ARROW_BYTES_PER_TOKEN = 8
+JSONL_BYTES_PER_TOKEN = 12
+MAX_OPEN_FILES = 64
+# A piece that was dealt to a bin: what a PIECE says, and the unit that holds its tokens.
+MEMBER = np.dtype(
+    [
+        ("unit", "<i4"),
+        ("document", "<i4"),
+        ("offset", "<i8"),
+        ("target_bytes", "<i8"),
+        ("length", "<i4"),
+        ("category", "<i4"),
+        ("source", "<i4"),
+        ("predicted", "<i4"),
+        ("trained", "<i4"),
+    ]
+)
+# Written into each part: older ones share the bytes of a cut document out over its pieces by tokens.
+PREDICTED_BYTES = "document_target_bytes: of the tokens that are predicted"
+COLUMNS: dict[str, Any] = {
+    "input_ids": ["int32"],
+    "labels": ["int32"],
+    "sequence_lengths": ["int32"],
+    "document_categories": ["string"],
+    "document_sources": ["string"],
+    "document_target_bytes": ["int64"],
+}
+SFT_COLUMNS: dict[str, Any] = {
+    "inputs_decode": "string",
+    "labels_decode": ["string"],
+    "seq_length": "int32",
+    "seq_category": "string",
+}
+
+
+class BinTask(NamedTuple):
+    """All that a worker needs to write a bin. `categories` and `sources` are what the members' numbers stand for."""
+
+    number: int
+    settings: Settings
+    tokenizer_dir: str
+    cache_dir: str
+    jsonl_dir: str
+    arrow_dir: str
+    categories: list[str]
+    sources: list[str]
+
+
+def members_file(cache_dir: str, name: str) -> Path:
+    """Where the dealing puts the members of a bin."""
+    return Path(cache_dir) / "dealt" / f"{name}.members"
+
+
+def bin_account_file(cache_dir: str, name: str) -> Path:
+    """The file that says, with what it holds, that a bin is written."""
+    return Path(cache_dir) / f"bin-{name}.json"
+
+
+def write_bin(task: BinTask) -> dict[str, Any]:
+    """Write one bin; returns its account, counted from what is written:
+
+    {"name": "part-00000", "samples": 217, "tokens": 443866, "trained": 443000, "predicted": 442700, "pieces": 390,
+     "longest": 4096, "fingerprint": "0f5a...", "bytes": 3612040}
+
+    `longest` is the tokens of the longest sample, `bytes` those of the arrow file.
+    """
+    settings, name = task.settings, task.settings.bin_name(task.number)
+    members = np.fromfile(members_file(task.cache_dir, name), dtype=MEMBER)
+    members = members[np.lexsort((members["offset"], members["unit"]))]
+    documents = members["unit"].astype(np.int64) << 32 | members["document"]
+    order, counts = splice(
+        members["length"],
+        documents,
+        max_length=settings.max_length,
+        splicing=settings.splicing,
+        seed=[settings.seed, task.number],
+    )
+    tokens = int(members["length"].sum())
+    account = {"name": name, "samples": len(counts), "tokens": tokens, "trained": 0, "predicted": 0}
+    with ExitStack() as stack:
+        if settings.writes_jsonl:
+            path = Path(task.jsonl_dir) / f"{name}.jsonl"
+            jsonl = stack.enter_context(store.appearing_file(path, needed_bytes=tokens * JSONL_BYTES_PER_TOKEN))
+        final = Path(task.arrow_dir) / name
+        folder = stack.enter_context(store.appearing_folder(final, needed_bytes=tokens * ARROW_BYTES_PER_TOKEN))
+        columns = COLUMNS if settings.stage == "pretrain" else {**COLUMNS, **SFT_COLUMNS}
+        arrow = ArrowFolder(folder, columns, description=PREDICTED_BYTES)
+        stack.callback(arrow.close)
+        for batch, batch_counts in _batches(members[order], counts):
+            columns, trained, predicted = _columns(batch, batch_counts, task)
+            account["trained"] += trained
+            account["predicted"] += predicted
+            arrow.write(columns)
+            if settings.writes_jsonl:
+                with store.full_disk_told(path, tokens * JSONL_BYTES_PER_TOKEN):
+                    _write_lines(jsonl, columns)
+        account["pieces"] = len(members)
+        account["longest"] = int(np.add.reduceat(members["length"][order], np.cumsum(counts) - counts).max())
+        account["fingerprint"] = arrow.finish()
+    account["bytes"] = (final / DATA_FILE).stat().st_size
+    store.write_json_whole(bin_account_file(task.cache_dir, name), account)
+    return account
+
+
+def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The members of consecutive samples, about `BATCH_TOKENS` tokens at a time, and their numbers of pieces."""
+    ends = np.cumsum(counts)
+    tokens = np.cumsum(members["length"], dtype=np.int64)[ends - 1]
+    first = 0
+    while first < len(counts):
+        done = tokens[first - 1] if first else 0
+        last = max(int(np.searchsorted(tokens, done + BATCH_TOKENS, side="right")), first + 1)
+        start = ends[first - 1] if first else 0
+        yield members[start : ends[last - 1]], counts[first:last]
+        first = last
+
+
+def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[dict[str, Any], int, int]:
+    """The arrow columns of a batch; and its trained and predicted tokens, counted in them."""
+    coded = _gather(members, Path(task.cache_dir))
+    ids = np.where(coded < 0, ~coded, coded)
+    labels = np.where(coded < 0, np.int32(IGNORE_INDEX), coded)
+    ends = np.cumsum(members["length"])
+    sample_ends = ends[np.cumsum(counts) - 1]
+    sample_lengths = np.diff(sample_ends, prepend=0)
+    columns = {
+        "input_ids": list_column(ids, sample_lengths),
+        "labels": list_column(labels, sample_lengths),
+        "sequence_lengths": list_column(members["length"].copy(), counts),
+        "document_categories": named_list_column(task.categories, members["category"].copy(), counts),
+        "document_sources": named_list_column(task.sources, members["source"].copy(), counts),
+        "document_target_bytes": list_column(members["target_bytes"].copy(), counts),
+    }
+    if task.settings.stage == "sft":
+        columns.update(_text_columns(columns, sample_lengths, encoder=encoder_of(task.tokenizer_dir)))
+    trained = int(np.count_nonzero(coded >= 0))
+    return columns, trained, trained - int(np.count_nonzero(coded[ends - members["length"]] >= 0))
+
+
+def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
+    """The tokens of the members one after the other, read in the order of the cache's files."""
+    lengths = members["length"]
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.empty(int(lengths.sum()), np.int32)
+    files: OrderedDict[int, int] = OrderedDict()
+    try:
+        order = np.lexsort((members["offset"], members["unit"]))
+        sorted_columns = (members["unit"], members["offset"], lengths, starts)
+        for unit, offset, length, start in zip(*(column[order].tolist() for column in sorted_columns), strict=True):
+            if unit not in files:
+                if len(files) >= MAX_OPEN_FILES:
+                    os.close(files.popitem(last=False)[1])
+                files[unit] = os.open(cache_dir / f"unit-{unit:08d}.tokens", os.O_RDONLY)
+            place = tokens[start : start + length]
+            count = os.preadv(files[unit], [place.data], offset * tokens.itemsize)
+            if count != place.nbytes:
+                raise OSError(f"unit-{unit:08d}.tokens in {cache_dir} is cut short; delete the folder and begin anew")
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+    return tokens
+
+
+def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder) -> dict[str, Any]:
+    """The original's columns for reading a conversation by eye; several categories in a sample are joined by ", "."""
+    import pyarrow
+
+    categories = [", ".join(sorted(set(names))) for names in columns["document_categories"].to_pylist()]
+    ids, labels = (columns[name].to_pylist() for name in ("input_ids", "labels"))
+    trained = [tokenization.decode_trained(row, encoder=encoder) for row in labels]
+    return {
+        "inputs_decode": pyarrow.array([tokenization.decode_marked(row, encoder=encoder) for row in ids]),
+        "labels_decode": pyarrow.array(trained, pyarrow.list_(pyarrow.string())),
+        "seq_length": pyarrow.array(lengths.astype(np.int32)),
+        "seq_category": pyarrow.array(categories),
+    }
+
+
+def _write_lines(file, columns: dict[str, Any]) -> None:
+    import orjson
+
+    option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    for row in rows_of(columns):
+        file.write(orjson.dumps(row, option=option))

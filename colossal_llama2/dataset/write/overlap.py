@@ -1,0 +1,315 @@
+"""--eval_dedup: how much of the held-out text is also in what is trained on, by n-grams of 13 as GPT-3's report has it.
+
+A held-out document overlaps if 13 words in a row of what it is measured on (its target; the answers of a conversation)
+stand in the text of a document that is trained on (source and target; all messages, without system texts). Case, forms
+of characters (`held_out.folded`), punctuation and white space do not count; in scripts that are written without spaces,
+such as Chinese, Japanese and Thai, a word is one character. Shorter documents cannot be compared. Nothing is removed.
+
+    {"ngram": 13, "documents": 461, "compared": 455, "too_short": 6, "overlapping": 12, "share": 0.026374,
+     "examples": [{"held_out": "data/a.jsonl:17", "training": "data/b.jsonl:3", "text": "the ..."}]}
+
+The input is read twice more, so the time is linear in it. Memory: 24 bytes for each held-out n-gram, of at most
+`MAX_GRAMS`; of more held-out text, a sample of the documents is compared, and "compared" says of how many.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from colossal_llama2 import logs
+from colossal_llama2.corpus.data_files import Unit
+from colossal_llama2.corpus.row_reader import SpanReader
+from colossal_llama2.dataset.layout import store
+from colossal_llama2.dataset.write import tokenization
+from colossal_llama2.dataset.write.held_out import folded, learnt_texts
+from colossal_llama2.dataset.write.tokenize_unit import HELD_OUT, TRAINED_ON, UnitTask, unit_sides
+from colossal_llama2.terminal_text import visible_line
+
+NGRAM = 13
+MAX_GRAMS = 1 << 24
+MAX_EXAMPLES = 5
+# What is looked up together: n-grams, and the text that they are from.
+BATCH_GRAMS = 1 << 18
+BATCH_CHARACTERS = 8 << 20
+BATCH_DOCUMENTS = 1 << 16
+GRAMS_FILE = "overlap.grams"
+GRAM = np.dtype([("gram", "<u8"), ("document", "<i4")])
+# Han, kana, bopomofo, Thai, Lao, Tibetan, Burmese, Khmer: scripts without spaces between words.
+UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3100-\u312f"
+    "\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Vowel signs and accents, which Python does not take for parts of a word.
+MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff"
+WORD = re.compile(f"[{UNSPACED}]|(?:[^\\W_{UNSPACED}]|[{MARKS}])+")
+# Odd, so that no part of a hash is lost.
+MULTIPLIER, MIXER = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
+
+
+class Place(NamedTuple):
+    """Where a document stands: its file, and its line in the unit's part of that."""
+
+    file: int
+    line: int
+
+
+def count_overlaps(
+    tasks: Sequence[UnitTask], lines_before: dict[int, int], *, run_tasks: Callable, paths: Sequence[str]
+) -> dict[str, Any]:
+    """The report above, of a run whose units are done. What is done of it is in the cache, as of all else.
+
+    Args:
+        tasks: of all units.
+        lines_before: by unit, the lines of its file that are in units before it.
+        paths: of the files by number.
+    """
+    cache = Path(tasks[0].cache_dir)
+    tasks = [task for task in tasks if not task.unit.hashes_only]
+    waiting = [task for task in tasks if not _json(task, "grams").exists()]
+    _run(run_tasks, write_held_out_grams, waiting, "held-out text")
+    documents = Counter()
+    for task in tasks:
+        for _, _, grams in store.read_json(_json(task, "grams"))["documents"]:
+            documents[bool(grams)] += 1
+    grams, is_in_sample = _sampled_grams(tasks)
+    with store.appearing_file(cache / GRAMS_FILE, needed_bytes=grams.nbytes) as file:
+        file.write(grams.tobytes())
+    waiting = [task for task in tasks if not _json(task, "found").exists()]
+    _run(run_tasks, write_overlaps, waiting, "compare with it")
+
+    def where(unit: int, place: Sequence[int]) -> str:
+        return f"{paths[place[0]]}:{lines_before[unit] + place[1]}"
+
+    is_found = np.zeros(len(grams), bool)
+    texts: dict[int, tuple[str, str]] = {}
+    for task in tasks:
+        found = store.read_json(_json(task, "found"))["examples"]
+        is_found[np.fromfile(_data(task, "found"), np.int64)] = True
+        for gram, place, text in found:
+            texts.setdefault(gram, (where(task.unit.number, place), text))
+    compared, overlapping, examples = 0, 0, []
+    for task in tasks:
+        for place, own in _held_out_documents(task, is_in_sample):
+            numbers = np.searchsorted(grams, own)
+            compared += 1
+            overlapping += bool(is_found[numbers].any())
+            known = next((number for number in numbers.tolist() if number in texts), None)
+            if known is not None and len(examples) < MAX_EXAMPLES:
+                training, text = texts.pop(known)
+                examples.append({"held_out": where(task.unit.number, place), "training": training, "text": text})
+    report = {
+        "ngram": NGRAM,
+        "documents": sum(documents.values()),
+        "compared": compared,
+        "too_short": documents[False],
+        "overlapping": overlapping,
+        "share": round(overlapping / compared, 6) if compared else 0.0,
+        "examples": examples,
+    }
+    _log(report)
+    return report
+
+
+def _log(report: dict[str, Any]) -> None:
+    first = "".join(
+        f"; such as {example['held_out']} and {example['training']}: {visible_line(example['text'])}"
+        for example in report["examples"][:1]
+    )
+    logs.get_logger().info(
+        f"--eval_dedup: {report['overlapping']:,} of {report['compared']:,} held-out documents ({report['share']:.2%}) "
+        f"share {NGRAM} words in a row with text that is trained on ({report['too_short']:,} are too short to be "
+        f"compared, of {report['documents']:,}){first}"
+    )
+
+
+def _run(run_tasks: Callable, function: Callable, tasks: Sequence[UnitTask], description: str) -> None:
+    size = sum(task.unit.size for task in tasks)
+    with logs.progress(total=size, description=description, unit="B", unit_scale=True) as progress:
+        for done in run_tasks(function, tasks):
+            progress.update(done)
+
+
+def _json(task: UnitTask, kind: str) -> Path:
+    return Path(task.cache_dir, f"overlap-{task.unit.number:08d}.{kind}.json")
+
+
+def _data(task: UnitTask, kind: str) -> Path:
+    return Path(task.cache_dir, f"overlap-{task.unit.number:08d}.{kind}")
+
+
+# In the workers.
+
+
+def write_held_out_grams(task: UnitTask) -> int:
+    """Write the n-grams of a unit's held-out documents, and [file, line, n-grams] of each; returns the unit's size."""
+    documents: list[list[int]] = []
+    with store.appearing_file(_data(task, "grams")) as file:
+        for place, row in _rows(task, HELD_OUT):
+            own = np.unique(grams_of(_measured_texts(row)))
+            entries = np.empty(len(own), GRAM)
+            entries["gram"], entries["document"] = own, len(documents)
+            file.write(entries.tobytes())
+            documents.append([*place, len(own)])
+    store.write_json_whole(_json(task, "grams"), {"documents": documents})
+    return task.unit.size
+
+
+def write_overlaps(task: UnitTask) -> int:
+    """Write which held-out n-grams a unit's other documents have, and [number, place, text] of a few of them."""
+    path = Path(task.cache_dir, GRAMS_FILE)
+    grams = np.memmap(path, "<u8", "r") if path.stat().st_size else np.zeros(0, np.uint64)
+    found, examples = [np.zeros(0, np.int64)], []
+    for places, texts, ends, own in _batches(task):
+        numbers = np.searchsorted(grams, own)
+        numbers[numbers == len(grams)] = 0
+        hits = np.flatnonzero(grams[numbers] == own) if len(grams) else np.zeros(0, np.int64)
+        found = [np.unique(np.concatenate([*found, numbers[hits]]))]
+        documents, firsts = np.unique(np.searchsorted(ends, hits, side="right"), return_index=True)
+        for document, hit in list(zip(documents, hits[firsts], strict=True))[: MAX_EXAMPLES - len(examples)]:
+            begin = ends[document - 1] if document else 0
+            examples.append([int(numbers[hit]), list(places[document]), _example(texts[document], hit - begin)])
+    with store.appearing_file(_data(task, "found")) as file:
+        file.write(found[0].astype(np.int64).tobytes())
+    store.write_json_whole(_json(task, "found"), {"examples": examples})
+    return task.unit.size
+
+
+def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
+    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+
+    Documents without n-grams are left out.
+    """
+    places: list[Place] = []
+    texts: list[list[str]] = []
+    grams: list[np.ndarray] = []
+    count, characters = 0, 0
+    for place, row in _rows(task, TRAINED_ON):
+        text = _trained_texts(row)
+        own = grams_of(text)
+        if not len(own):
+            continue
+        places.append(place)
+        texts.append(text)
+        grams.append(own)
+        count += len(own)
+        characters += sum(map(len, text))
+        if count >= BATCH_GRAMS or characters >= BATCH_CHARACTERS or len(places) >= BATCH_DOCUMENTS:
+            yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
+            places, texts, grams, count, characters = [], [], [], 0, 0
+    if grams:
+        yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
+
+
+def _example(texts: Sequence[str], gram: int) -> str:
+    """The words of the n-gram number `gram` of a document."""
+    for words in map(words_of, texts):
+        count = max(len(words) - NGRAM + 1, 0)
+        if gram < count:
+            return _spaced(words[gram : gram + NGRAM])
+        gram -= count
+    raise IndexError(gram)
+
+
+def _spaced(words: Sequence[str]) -> str:
+    """The words as text: with spaces, but not between two that are characters of a script without them."""
+    text = words[0]
+    for before, word in zip(words, words[1:], strict=False):
+        is_unspaced = re.match(f"[{UNSPACED}]", before) and re.match(f"[{UNSPACED}]", word)
+        text += word if is_unspaced else f" {word}"
+    return text
+
+
+def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Any]]:
+    """The checked records of a unit whose documents are on one side, as the unit noted it when it was done."""
+    read = tokenization.row_reader(task.settings)
+    sides = iter(unit_sides(Path(task.cache_dir), task.unit))
+    for span in task.unit.spans:
+        for line in SpanReader(task.files[span.file], span, task.base):
+            if line.record is None:
+                continue
+            try:
+                row = read(line.record)
+            except ValueError:  # skipped by --on_bad_row then, too
+                continue
+            if next(sides) == side:
+                yield Place(span.file, line.number), row
+
+
+def _measured_texts(row) -> list[str]:
+    if isinstance(row, tokenization.PretrainRow):
+        return [row.target]
+    return [message.text for message in chain(*row.conversation.exchanges) if message.is_trained]
+
+
+def _trained_texts(row) -> list[str]:
+    return [row.source, row.target] if isinstance(row, tokenization.PretrainRow) else learnt_texts(row)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, as n-grams have them."""
+    return WORD.findall(folded(text))
+
+
+def grams_of(texts: Sequence[str]) -> np.ndarray:
+    """(n-grams,) uint64: a hash of each run of `NGRAM` words of each text, in their order."""
+    return np.concatenate([np.zeros(0, np.uint64), *map(_grams_of, texts)])
+
+
+def _grams_of(text: str) -> np.ndarray:
+    words = np.array([_hash(word) for word in words_of(text)], np.uint64)
+    count = max(len(words) - NGRAM + 1, 0)
+    grams = np.zeros(count, np.uint64)
+    for place in range(NGRAM if count else 0):
+        grams = grams * np.uint64(MULTIPLIER) + words[place : place + count]
+    grams = (grams ^ (grams >> np.uint64(32))) * np.uint64(MIXER)
+    return grams ^ (grams >> np.uint64(29))
+
+
+@lru_cache(maxsize=1 << 17)
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+
+
+# In the command.
+
+
+def _sampled_grams(tasks: Sequence[UnitTask]) -> tuple[np.ndarray, Callable[[Unit, int], bool]]:
+    """The sorted n-grams of the held-out documents, or of a sample of at most `MAX_GRAMS`; and what is in it."""
+    counts = np.zeros(64, np.int64)
+    for task in tasks:
+        for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):
+            counts[_level(task.unit, number)] += grams
+    # Documents of a level and above are half as many as those of the level below and above.
+    lowest = next(level for level in range(64) if counts[level:].sum() <= MAX_GRAMS or level == 63)
+
+    def is_in_sample(unit: Unit, number: int) -> bool:
+        return _level(unit, number) >= lowest
+
+    parts = [own for task in tasks for _, own in _held_out_documents(task, is_in_sample)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts])), is_in_sample
+
+
+def _level(unit: Unit, number: int) -> int:
+    """Zeros at the end of a hash of a held-out document's place: a half has 0, a quarter 1, and so on."""
+    digest = hashlib.blake2b(f"{unit.number} {number}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "little") | 1 << 63
+    return (value & -value).bit_length() - 1
+
+
+def _held_out_documents(
+    task: UnitTask, is_in_sample: Callable[[Unit, int], bool]
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """The place and the n-grams of each held-out document of a unit that can be compared and is in the sample."""
+    entries = np.fromfile(_data(task, "grams"), GRAM)
+    end = 0
+    for number, (file, line, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):
+        end += grams
+        if grams and is_in_sample(task.unit, number):
+            yield [file, line], entries["gram"][end - grams : end]

@@ -1,0 +1,183 @@
+"""A tokenizer's files, whoever made the folder: checked before transformers opens them.
+
+transformers hands every entry of tokenizer_config.json to the tokenizer's class, as an argument. Some of them name
+files, which would be opened wherever they lie, so those are refused, and so are values of a type that fails later.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage.files import is_stray
+from colossal_llama2.storage.input_files import MIB, check_regular, is_regular, read_settings
+from colossal_llama2.storage.json_input import shown
+
+TEMPLATES_FOLDER = "additional_chat_templates"
+# Empty, it is a template that adds nothing.
+TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# What a LLaMA's tokenizer is read from, and how large it may be.
+NAMED_FILES = {
+    "tokenizer.model": 64 * MIB,
+    "tokenizer.json": 128 * MIB,
+    "added_tokens.json": 64 * MIB,
+    TEMPLATE_FILE: MIB,
+    "chat_template.json": MIB,
+    **dict.fromkeys(CONFIG_FILES, 64 * MIB),
+}
+# Other kinds of tokenizers have their vocabulary in files of other names.
+OTHER_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt")
+MOST_TEMPLATES = 100
+# Arguments of tokenizer classes that are a path, or an object that no JSON file can hold.
+PATH_ENTRIES = ("vocab_file", "tokenizer_file", "merges_file", "spm_file", "gguf_file", "vocabulary_file")
+# The file that each of them is anyway.
+OWN_FILES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SWITCHES = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "legacy",
+    "spaces_between_special_tokens",
+    "split_special_tokens",
+    "use_default_system_prompt",
+    "from_slow",
+)
+
+
+def check_tokenizer_files(folder: str | Path) -> None:
+    """Check the files of a folder that a tokenizer may be read from; what is missing is not asked for.
+
+    Raises:
+        UserError: one of them is not a regular file, or tokenizer_config.json or special_tokens_map.json holds a value
+            that no tokenizer can have, or names a file.
+    """
+    folder = Path(folder)
+    for name, max_bytes in NAMED_FILES.items():
+        if os.path.lexists(folder / name):
+            check_regular(folder / name, max_bytes=max_bytes, allows_empty=name == TEMPLATE_FILE)
+    for path in sorted(path for pattern in OTHER_PATTERNS for path in folder.glob(pattern)):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            check_regular(path)
+    _check_templates(folder / TEMPLATES_FOLDER)
+    for name in CONFIG_FILES:
+        if is_regular(folder / name):
+            _check_settings(read_settings(folder / name), folder / name)
+
+
+def _check_templates(folder: Path) -> None:
+    """Its content goes along into every saved model, so it must not lead to anything else."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder of chat templates; remove it")
+    paths = sorted(path for path in folder.iterdir() if not is_stray(path.name))
+    if len(paths) > MOST_TEMPLATES:
+        raise UserError(f"{folder}: holds {len(paths):,} chat templates, at most {MOST_TEMPLATES} allowed; remove some")
+    for path in paths:
+        if path.suffix != ".jinja":
+            raise UserError(f"{path}: is not a chat template, only files named *.jinja are allowed here; remove it")
+        check_regular(path, max_bytes=MIB, allows_empty=True)
+
+
+def _check_settings(settings: dict, path: Path) -> None:
+    for name in PATH_ENTRIES:
+        # Without tokenizer.json transformers drops the entry, which many old folders have.
+        is_dropped = name == "tokenizer_file" and not (path.parent / "tokenizer.json").is_file()
+        if settings.get(name) is not None and not is_dropped and not _is_own_file(name, settings[name], path.parent):
+            raise UserError(
+                f"{path}: {name} names the file {shown(settings[name])}; only the folder's own files are opened, "
+                f"remove the entry"
+            )
+    for name in OBJECT_ENTRIES:
+        if settings.get(name) not in (None, [], {}):
+            raise UserError(
+                f"{path}: {name} is {shown(settings[name])}, which cannot be set in a file; remove the entry"
+            )
+    for name, rule in RULES.items():
+        problem = rule(settings[name]) if settings.get(name) is not None else None
+        if problem:
+            raise UserError(f"{path}: {name} is {shown(settings[name])}; {problem}, or null")
+
+
+def _is_own_file(name: str, value: Any, folder: Path) -> bool:
+    """Whether an entry names, without a folder, the file that transformers would take without the entry."""
+    return name in OWN_FILES and value == OWN_FILES[name] and is_regular(folder / OWN_FILES[name])
+
+
+def own_file_arguments(folder: str | Path) -> dict[str, str]:
+    """Arguments for a tokenizer's from_pretrained that make tokenizer_config.json's names of own files whole paths.
+
+    transformers would look for such a name in the working directory.
+
+    Args:
+        folder: what `check_tokenizer_files` accepted.
+    """
+    path = Path(folder, CONFIG_FILES[0])
+    settings = read_settings(path) if is_regular(path) else {}
+    return {name: str(Path(folder, own)) for name, own in OWN_FILES.items() if settings.get(name) == own}
+
+
+def _token(value: Any) -> str | None:
+    content = value.get("content") if isinstance(value, dict) else value
+    return None if isinstance(content, str) else 'a string, or an object with "content", is allowed'
+
+
+def _tokens(value: Any) -> str | None:
+    is_list = isinstance(value, list) and not any(map(_token, value))
+    return None if is_list else "a list of tokens is allowed"
+
+
+def _numbered_tokens(value: Any) -> str | None:
+    are_tokens = isinstance(value, dict) and all(
+        key.isascii() and key.isdecimal() and len(key) < 10 and isinstance(token, dict) and not _token(token)
+        for key, token in value.items()
+    )
+    return None if are_tokens else "an object of token ids and tokens is allowed"
+
+
+def _is(kinds: tuple, text: str) -> Callable[[Any], str | None]:
+    return lambda value: None if isinstance(value, kinds) else f"{text} is allowed"
+
+
+def _length(value: Any) -> str | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return None if is_number else "a positive number is allowed"
+
+
+def _side(value: Any) -> str | None:
+    return None if value in ("left", "right") else "left or right is allowed"
+
+
+def _sentencepiece_settings(value: Any) -> str | None:
+    is_harmless = isinstance(value, dict) and not any(name.startswith("model") for name in value)
+    return None if is_harmless else "an object that names no model is allowed"
+
+
+def _plain_names(value: Any) -> str | None:
+    are_plain = isinstance(value, list) and all(
+        isinstance(name, str) and Path(name).name == name and "\\" not in name for name in value
+    )
+    return None if are_plain else "a list of plain file names is allowed"
+
+
+RULES: dict[str, Callable[[Any], str | None]] = {
+    **dict.fromkeys(SPECIAL_TOKENS, _token),
+    **dict.fromkeys(SWITCHES, _is((bool,), "true or false")),
+    **dict.fromkeys(("padding_side", "truncation_side"), _side),
+    "additional_special_tokens": _tokens,
+    "added_tokens_decoder": _numbered_tokens,
+    "auto_map": _is((dict, list), "an object or a list"),
+    "chat_template": _is((str, list, dict), "a string or a list"),
+    "fast_tokenizer_files": _plain_names,
+    "model_max_length": _length,
+    "sp_model_kwargs": _sentencepiece_settings,
+    "tokenizer_class": _is((str,), "a string"),
+}
+
+
+REPORT_FILE = "vocabulary_report.json"

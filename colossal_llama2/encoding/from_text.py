@@ -1,0 +1,65 @@
+"""Make a LLaMA-2 tokenizer from nothing but text: for rehearsals and tests, where LLaMA-2's own is not to be had."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE, PADDING_SIDE, SPECIAL_TOKENS_FILE
+from colossal_llama2.storage.files import write_json
+from colossal_llama2.storage.unpickling_guard import unpickling_refused
+
+
+def train_vocabulary(lines: Iterable[str], vocab_size: int) -> bytes:
+    """Train a SentencePiece BPE with the settings that LLaMA-2's tokenizer.model records; returns such a file.
+
+    Args:
+        lines: text without line breaks.
+        vocab_size: number of pieces, <unk>, <s>, </s> and 256 bytes included.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.99995,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=1 << 16,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_tokenizer(model: bytes, folder: Path, *, model_max_length: int = 4096) -> None:
+    """Write a SentencePiece model as the four files that LLaMA-2 ships, with its settings, into an existing folder."""
+    (folder / MODEL_FILE).write_bytes(model)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {
+        **special,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+        "model_max_length": model_max_length,
+        "pad_token": None,
+        "padding_side": PADDING_SIDE,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    # By hand, since transformers would write "add_prefix_space": null, which it reads as no leading "▁"; LLaMA-2's
+    # files leave the key out, which it reads as one, as SentencePiece does.
+    write_json(folder / CONFIG_FILE, config)
+    write_json(folder / SPECIAL_TOKENS_FILE, special)
+
+    from transformers import AutoTokenizer
+
+    with unpickling_refused():
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, local_files_only=True, trust_remote_code=False)
+    tokenizer.backend_tokenizer.save(str(folder / FAST_FILE))

@@ -1,0 +1,241 @@
+"""Whether SentencePiece, the slow and the fast tokenizer of transformers give equal ids, before and after an extension.
+
+`AutoTokenizer` loads the fast one, other servers read tokenizer.model: where they differ, a model is served other ids
+than it was trained on. Some sources differ by themselves (LLaMA-2's on leading spaces), so source and target are
+measured alike, and what the extension adds is told apart. Likewise, text that holds no new piece must keep its ids.
+"""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from colossal_llama2.encoding.bpe_model import SPACE, BpeModel
+from colossal_llama2.encoding.encoder import CONFIG_FILE, Encoder, sentencepiece_file
+from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage.files import read_json
+from colossal_llama2.storage.unpickling_guard import unpickling_refused
+
+# What is measured of one group of texts at most, evenly chosen: the fast tokenizer takes seconds for it, the slow one
+# too. Whether pieces are reached is checked on all.
+FAST_TEXTS, FAST_CHARACTERS = 100_000, 2**23
+SLOW_TEXTS, SLOW_CHARACTERS = 40_000, 2_600_000
+TEXTS_AT_A_TIME = 1000
+SHOWN_CHARACTERS, SHOWN_IDS = 200, 50
+PIECES_PER_TEXT = 8
+MAX_OLD_TEXTS = 4000
+EQUAL, OTHER_PREFIX, OTHER = range(3)
+
+
+@dataclass
+class Difference:
+    """How one tokenizer compares with SentencePiece on `documents` texts: on how many it differs, in source and target.
+
+    `added` counts where it differs in the target, and less or not at all in the source; `first` shows the first such.
+    """
+
+    documents: int = 0
+    source_differs: int = 0
+    target_differs: int = 0
+    added: int = 0
+    first: dict | None = None
+
+
+@dataclass
+class Measurement:
+    """What was measured on a group of texts: parity, and how many of those `without_new_piece` have changed."""
+
+    group: str
+    documents: int
+    fast: Difference = field(default_factory=Difference)
+    slow: Difference | None = None
+    without_new_piece: int = 0
+    changed: int = 0
+    first_changed: dict | None = None
+
+    @property
+    def failures(self) -> int:
+        """Documents on which the extension makes tokenizers differ or changes the ids of old text."""
+        return self.fast.added + (self.slow.added if self.slow else 0) + self.changed
+
+    def as_dict(self) -> dict:
+        """For a report."""
+        return asdict(self)
+
+
+class Tokenizers:
+    """SentencePiece, fast and slow tokenizer of one folder. `slow` is None where transformers has no slow one."""
+
+    def __init__(self, folder: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self.encoder = Encoder(folder)
+        self.fast = load_with_transformers(folder, use_fast=True)
+        slow = load_with_transformers(folder, use_fast=False)
+        self.slow = None if slow.is_fast else slow
+        self._processor = SentencePieceProcessor(model_file=str(sentencepiece_file(folder)))
+
+    def fast_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the fast tokenizer, without <s> and </s>."""
+        backend = self.fast.backend_tokenizer
+        found = []
+        for start in range(0, len(texts), TEXTS_AT_A_TIME):
+            batch = list(texts[start : start + TEXTS_AT_A_TIME])
+            found += [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
+        return found
+
+    def slow_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the slow tokenizer, without <s> and </s>."""
+        # The two steps of `encode`, without the making of masks, which takes longer than they do.
+        return [self.slow.convert_tokens_to_ids(self.slow.tokenize(text)) for text in texts]
+
+    def normalized(self, text: str) -> str:
+        """What SentencePiece merges the characters of: the text with "▁" for spaces and before it."""
+        return self._processor.normalize(text)
+
+
+def load_with_transformers(folder: Path, *, use_fast: bool = True):
+    """AutoTokenizer on a folder. Raises UserError if its settings name a class that does not fit tokenizer.model."""
+    from transformers import AutoTokenizer
+
+    # Older LLaMA derivatives name no class, which AutoTokenizer would look for in the model's config.json.
+    named = {} if read_json(folder / CONFIG_FILE).get("tokenizer_class") else {"tokenizer_type": "llama"}
+    check_tokenizer_files(folder)
+    try:
+        with unpickling_refused():
+            return AutoTokenizer.from_pretrained(
+                folder,
+                use_fast=use_fast,
+                local_files_only=True,
+                trust_remote_code=False,
+                **named,
+                **own_file_arguments(folder),
+            )
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
+        raise UserError(
+            f"transformers cannot load the source's {CONFIG_FILE} with its tokenizer.model "
+            f"({type(error).__name__}: {str(error)[:200]}); give a tokenizer whose tokenizer_class is LlamaTokenizer"
+        )
+
+
+class PieceFinder:
+    """Tells whether a text holds one of many pieces, in time that is linear in the text."""
+
+    def __init__(self, pieces: Iterable[str]):
+        self._pieces = frozenset(pieces)
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for piece in self._pieces:
+            lengths[piece[0]].add(len(piece))
+        self._lengths = dict(lengths)
+
+    def found_in(self, text: str) -> bool:
+        """True if one of the pieces is a part of the text."""
+        firsts = self._lengths.keys() & set(text)
+        return bool(firsts) and any(
+            text[index : index + length] in self._pieces
+            for index, character in enumerate(text)
+            if character in firsts
+            for length in self._lengths[character]
+        )
+
+
+# The texts.
+
+
+def texts_alone(pieces: Sequence[str]) -> list[str]:
+    """Each piece as a text of its own."""
+    return [piece.replace(SPACE, " ") for piece in pieces]
+
+
+def texts_in_context(pieces: Sequence[str]) -> list[str]:
+    """Every piece once, in a random order (always the same): two beside each other, one between spaces."""
+    shuffled = texts_alone(pieces)
+    random.Random(0).shuffle(shuffled)
+    triples = (shuffled[start : start + 3] + ["", ""] for start in range(0, len(shuffled), 3))
+    return [f"The {a}{b} and {c}." for a, b, c, *_ in triples]
+
+
+def texts_of_old_pieces(model: BpeModel) -> list[str]:
+    """The source's own pieces in a random order (always the same), some to a text: its language without a corpus."""
+    pieces = texts_alone([piece for piece in model.pieces if piece in model.scores])
+    random.Random(0).shuffle(pieces)
+    starts = range(0, len(pieces), PIECES_PER_TEXT)
+    return ["".join(pieces[start : start + PIECES_PER_TEXT]) for start in starts[:MAX_OLD_TEXTS]]
+
+
+# Measuring.
+
+
+def measure(source: Tokenizers, target: Tokenizers, group: str, texts: Sequence[str], new: PieceFinder) -> Measurement:
+    """Compare SentencePiece with the fast and the slow tokenizer, and source with target, on `texts`.
+
+    A text differs anew if the target's two tokenizers differ more than the source's: EQUAL < OTHER_PREFIX < OTHER. With
+    OTHER_PREFIX, one of them puts a "▁" before the text and the other does not, which is the source's own setting.
+    """
+    texts = evenly(texts, FAST_TEXTS, FAST_CHARACTERS)
+    result = Measurement(group, len(texts))
+    ids = source.encoder.encode(texts), target.encoder.encode(texts)
+    fast = source.fast_ids(texts), target.fast_ids(texts)
+    levels = _levels(source, texts, ids[0], fast[0]), _levels(target, texts, ids[1], fast[1])
+    _compare(result.fast, texts, *levels)
+    _show(result.fast, target, "fast", target.fast_ids)
+    if source.slow and target.slow:
+        result.slow = Difference()
+        some = evenly(texts, SLOW_TEXTS, SLOW_CHARACTERS)
+        slow_levels = [_levels(one, some, one.encoder.encode(some), one.slow_ids(some)) for one in (source, target)]
+        _compare(result.slow, some, *slow_levels)
+        _show(result.slow, target, "slow", target.slow_ids)
+
+    old_size, new_size = source.encoder.vocab_size, target.encoder.vocab_size
+    for index, text in enumerate(texts):
+        if not new.found_in(target.normalized(text)):
+            result.without_new_piece += 1
+            old_fast = [token if token < old_size else token - old_size + new_size for token in fast[0][index]]
+            # Where the source's fast tokenizer contradicts its tokenizer.model, the target's follows that.
+            has_other_fast = levels[0][index] < OTHER and old_fast != fast[1][index]
+            if ids[0][index] != ids[1][index] or has_other_fast:
+                result.changed += 1
+                shown = {"text": text[:SHOWN_CHARACTERS], "source": ids[0][index], "target": ids[1][index]}
+                result.first_changed = result.first_changed or shown
+    return result
+
+
+def evenly(texts: Sequence[str], most_texts: int, most_characters: int) -> Sequence[str]:
+    """All texts, or every n-th of them, as the limits allow."""
+    ratio = max(len(texts) / most_texts, sum(map(len, texts)) / most_characters)
+    return texts[:: math.ceil(ratio)] if ratio > 1 else texts
+
+
+def _levels(tokenizers: Tokenizers, texts: Sequence[str], ids: list[list[int]], others: list[list[int]]) -> list[int]:
+    differing = [index for index, (one, other) in enumerate(zip(ids, others, strict=True)) if one != other]
+    without = tokenizers.encoder.encode([texts[index] for index in differing], dummy_prefix=False)
+    levels = [EQUAL] * len(texts)
+    for index, one in zip(differing, without, strict=True):
+        levels[index] = OTHER_PREFIX if one == others[index] else OTHER
+    return levels
+
+
+def _compare(result: Difference, texts: Sequence[str], old: list[int], new: list[int]) -> None:
+    result.documents = len(texts)
+    result.source_differs = sum(level > EQUAL for level in old)
+    result.target_differs = sum(level > EQUAL for level in new)
+    added = [text for text, before, after in zip(texts, old, new, strict=True) if after > before]
+    result.added = len(added)
+    result.first = {"text": added[0]} if added else None
+
+
+def _show(result: Difference, target: Tokenizers, name: str, ids_of) -> None:
+    """Complete the first text that differs with the ids that both tokenizers give, and shorten it."""
+    if result.first:
+        text = result.first["text"]
+        (ids,), (others,) = target.encoder.encode([text]), ids_of([text])
+        start = next((index for index, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)
+        result.first = {
+            "text": text[:SHOWN_CHARACTERS],
+            "first_differing_token": start,
+            "sentencepiece": ids[start : start + SHOWN_IDS],
+            name: others[start : start + SHOWN_IDS],
+        }

@@ -1,0 +1,272 @@
+"""The output head and its cross-entropy in one, without ever holding the logits of the whole vocabulary.
+
+Logits of 4,096 tokens over 69,104 pieces are 1.1 GB in float32, and a cross-entropy holds several such matrices. Here
+they are made for a block of the vocabulary at a time, twice: forward adds the block to each token's sum of
+exponentials, which is all that is kept but for the first few blocks; backward makes the others again, and turns each
+into its rows of the weight's gradient, whole at once, and its share of the hidden states' gradient, which is summed in
+float32.
+
+The idea is that of Wijmans et al., "Cut your losses in large-vocabulary language models" (arXiv 2411.09009).
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+# Logits that exist at a time, if MIN_BLOCK_ROWS are not more: 4 MiB in float32 are in a CPU's caches from one operation
+# to the next. A GPU's kernels like them large: 32 MiB.
+BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**23}
+# Logits of which backward needs no second product, since their exponentials are kept: all, where they are few.
+KEPT_LOGITS = 2**23
+# With fewer rows of the weight at a time, more would go into adding up the hidden states' gradient than into products.
+MIN_BLOCK_ROWS = 512
+# Whose arguments are those that `_liger_sum` gives.
+LIGER_VERSION = "0.8."
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """What this rank holds of an output head.
+
+    Attributes:
+        first_token: the token id of the weight's first row.
+        rows: how many rows are tokens; the rest pads the vocabulary.
+        group: process group whose ranks hold the other parts; None if this is the whole head.
+        trained: [begin, end) ranges of token ids; the gradient of all other rows is zero. None: all are trained.
+    """
+
+    first_token: int
+    rows: int
+    group: Any = None
+    trained: tuple[tuple[int, int], ...] | None = None
+
+    def trained_in(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The [begin, end) ranges of trained rows among the weight's rows `start` to `stop` - 1."""
+        if self.trained is None:
+            return [(start, stop)]
+        here = [(begin - self.first_token, end - self.first_token) for begin, end in self.trained]
+        return [(max(begin, start), min(end, stop)) for begin, end in here if begin < stop and end > start]
+
+
+def chunked_cross_entropy(
+    hidden: "torch.Tensor",
+    weight: "torch.Tensor",
+    targets: "torch.Tensor",
+    part: HeadPart,
+    tell: Callable[["torch.Tensor"], None] | None = None,
+) -> "torch.Tensor":
+    """Sum over all tokens of the loss of `hidden @ weight.T`, in float32, as a scalar.
+
+    Args:
+        hidden: (tokens, width) hidden states; the same on all ranks of `part.group`.
+        weight: (rows or more, width) rows of the head.
+        targets: (tokens,) token ids over the whole vocabulary; IGNORE_INDEX counts as nothing.
+        tell: called in the forward pass with the (tokens,) float32 loss of each token, 0 where there is no target;
+            not called by Liger's kernel, which has no such losses.
+    """
+    from torch.overrides import handle_torch_function, has_torch_function
+
+    if has_torch_function((hidden, weight)):
+        # Gemini's parameters are sharded: they are gathered around what it takes for one operation of PyTorch.
+        return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part, tell)
+    is_whole = part.group is None and part.trained is None and part.rows == len(weight)
+    if is_whole and takes_liger(hidden.device, hidden.dtype):
+        return _liger_sum(hidden, weight, targets)
+    return _chunked_function().apply(hidden, weight, targets, part, tell)
+
+
+def has_liger() -> bool:
+    """True if a GPU is there and a version of liger-kernel whose fused loss is known here. Imports nothing of it."""
+    from importlib import metadata
+
+    import torch
+
+    try:
+        return torch.cuda.is_available() and metadata.version("liger-kernel").startswith(LIGER_VERSION)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def takes_liger(device: "torch.device", dtype: "torch.dtype") -> bool:
+    """Whether hidden states of this kind go through Liger's kernel, where the head is whole."""
+    import torch
+
+    # Liger makes gradients in forward, before they are scaled up: small ones would vanish in fp16.
+    return device.type == "cuda" and dtype is torch.bfloat16 and has_liger()
+
+
+def _liger_sum(hidden, weight, targets):
+    import torch
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32)
+    return loss(weight, hidden, targets)
+
+
+@functools.lru_cache(maxsize=1)
+def _chunked_function():
+    """The autograd.Function, made when torch is there."""
+    import torch
+
+    class ChunkedCrossEntropy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets, part, tell):
+            ctx.part, ctx.kept = part, []
+            room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
+            highest, total, target_logits = _softmax_sums(hidden, weight, targets, part, kept=ctx.kept, room=room)
+            ctx.save_for_backward(hidden, weight, targets, highest, total)
+            losses = torch.where(targets == IGNORE_INDEX, 0.0, total.log().float() + (highest - target_logits))
+            if tell is not None:
+                tell(losses)
+            return losses.sum()
+
+        @staticmethod
+        def backward(ctx, grad_loss):
+            # Gemini's tensors replace in-place operations by others, which would be lost.
+            with torch._C.DisableTorchFunctionSubclass():
+                gradients = _gradients(*ctx.saved_tensors, ctx.part, grad_loss, ctx.needs_input_grad, kept=ctx.kept)
+                return (*gradients, None, None, None)
+
+    return ChunkedCrossEntropy
+
+
+def _softmax_sums(hidden, weight, targets, part: HeadPart, *, kept: list[Any], room: int):
+    """Of each token: the highest logit, the sum of exponentials over it (float64), and the target's logit or 0.
+
+    Of the first blocks, up to `room` logits, the exponentials over the block's highest are added to `kept`. The sum is
+    a number for each token alone, and so it costs nothing to have it exact: an error, as that of a rounded log-sum-exp
+    would be one, makes all probabilities of the token too large or too small.
+    """
+    import torch
+    import torch.distributed as dist
+
+    highest = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+    total, target_logits = torch.zeros_like(highest, dtype=torch.float64), torch.zeros_like(highest)
+    for rows, places, is_here in _blocks(targets, part):
+        logits = (hidden @ weight[rows].T).float()
+        target_logits += torch.where(is_here, logits.gather(1, places[:, None])[:, 0], 0.0)
+        block_highest = logits.amax(1)
+        exponentials = logits.sub_(block_highest[:, None]).exp_()
+        before, highest = highest, torch.maximum(highest, block_highest)
+        total = total * _exp_of(before, highest) + exponentials.sum(1) * _exp_of(block_highest, highest)
+        room -= exponentials.numel()
+        if room >= 0:
+            kept.append((exponentials, block_highest))
+        del logits, exponentials
+    if part.group is not None:
+        before, highest = highest, highest.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=part.group)
+        sums = torch.stack([total * _exp_of(before, highest), target_logits.double()])
+        dist.all_reduce(sums, group=part.group)
+        total, target_logits = sums[0], sums[1].float()
+    return highest, total, target_logits
+
+
+def _exp_of(logits, highest):
+    """The exponential of their difference, in float64: -inf for no logits at all gives 0."""
+    return (logits.double() - highest).exp_()
+
+
+def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_loss, needed, *, kept: list[Any]):
+    """Gradients of hidden states and weight, where needed. Uses up `kept`."""
+    import torch
+    import torch.distributed as dist
+
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
+    grad_weight = None
+    if needed[1]:
+        # Rows that are not trained get no other value.
+        grad_weight = torch.empty_like(weight) if part.trained is None else torch.zeros_like(weight)
+        grad_weight[part.rows :] = 0.0
+    factor = torch.where(targets == IGNORE_INDEX, 0.0, grad_loss.float())
+    for rows, places, is_here in _blocks(targets, part):
+        block = weight[rows]
+        if kept:
+            exponentials, block_highest = kept.pop(0)
+            scale = _exp_of(block_highest, highest).div_(total)
+        else:
+            exponentials = (hidden @ block.T).float().sub_(highest[:, None]).exp_()
+            scale = total.reciprocal()
+        # The probabilities, less 1 at the target, are the gradient of the logits.
+        slopes = exponentials.mul_(scale.mul_(factor).float()[:, None])
+        slopes.scatter_add_(1, places[:, None], (is_here * -factor)[:, None])
+        slopes = slopes.to(weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden += slopes @ block
+        if grad_weight is not None:
+            for begin, end in part.trained_in(rows.start, rows.stop):
+                torch.mm(slopes[:, begin - rows.start : end - rows.start].T, hidden, out=grad_weight[begin:end])
+        del exponentials, slopes
+    if grad_hidden is not None:
+        if part.group is not None:
+            dist.all_reduce(grad_hidden, group=part.group)
+        grad_hidden = grad_hidden.to(hidden.dtype)
+    return grad_hidden, grad_weight
+
+
+def block_rows(tokens: int, device_type: str) -> int:
+    """Rows of the vocabulary whose logits exist at a time, for so many tokens on "cpu" or "cuda"."""
+    return max(BLOCK_LOGITS[device_type] // max(tokens, 1), MIN_BLOCK_ROWS)
+
+
+def _blocks(targets, part: HeadPart):
+    """Yield for each block: its slice of rows, (tokens,) the target's place in it, and whether the target is in it."""
+    size = block_rows(len(targets), targets.device.type)
+    for start in range(0, part.rows, size):
+        stop = min(start + size, part.rows)
+        places = targets - (part.first_token + start)
+        is_here = (places >= 0) & (places < stop - start)
+        yield slice(start, stop), places.clamp(0, stop - start - 1), is_here
+
+
+def use_chunked_loss(
+    model, part: HeadPart, *, sample_group: Any = None, tell: Callable[..., None] | None = None
+) -> None:
+    """Let a LLaMA compute its loss without logits, which it does not return any more.
+
+    Args:
+        model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.
+        part: what this rank holds of the head.
+        sample_group: process group whose ranks each have an equal part of every sample's hidden states at the head,
+            and whose gradients are averaged; None if samples are whole.
+        tell: called in each forward pass with the (tokens,) losses of `chunked_cross_entropy`, and with the keyword
+            `share`, (rank, ranks) in `sample_group`: the tokens are that part of the length of each sample.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    forward_to_logits = model.forward
+
+    def forward_to_loss(labels, **inputs):
+        """The mean loss over the predicted tokens, 0 if there are none."""
+        hidden = forward_to_logits(**inputs).logits
+        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group, tell)
+        return CausalLMOutputWithPast(loss=loss)
+
+    # Attributes of the instances, as ColossalAI does it: plugins find the model by its class.
+    model.forward = forward_to_loss
+    model.lm_head.forward = lambda hidden: hidden
+
+
+def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group, tell):
+    """The loss of (batch, length) labels by hidden states of that length, or of this rank's part of it."""
+    import torch
+    import torch.distributed as dist
+
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    predicted = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    if sample_group is None:
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, tell) / predicted
+    rank, size = dist.get_rank(sample_group), dist.get_world_size(sample_group)
+    targets = targets.chunk(size, dim=1)[rank]
+    tell_share = None if tell is None else functools.partial(tell, share=(rank, size))
+    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, tell_share)
+    total = own.detach().clone()
+    dist.all_reduce(total, group=sample_group)
+    # The value is the sum over ranks; the gradient is that of this rank's part, times what averaging takes away.
+    return (total + (own - own.detach()) * size) / predicted

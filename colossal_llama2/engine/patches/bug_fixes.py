@@ -1,0 +1,396 @@
+"""Faults of ColossalAI 0.5.0 that exist on every device, each mended by one small function.
+
+clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
+refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
+forget_skipped         Gemini that accumulates in fp16: after one overflow all later steps overflow
+agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and wait for each other
+save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
+loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
+ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
+wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
+gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
+fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
+skip_hidden_messages   Gemini: after each backward the host looks for the place of a message that is not shown
+read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored by both of their names
+sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
+unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
+norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
+"""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+
+REPAIRED_VERSION = "0.5.0"
+
+
+def install() -> None:
+    """Apply the repairs that work by replacing a function, if this is the version that needs them."""
+    import colossalai
+
+    from colossal_llama2 import logs
+
+    if not has_faults():
+        logs.get_logger().warning(
+            "ColossalAI %s: its faults in %s are mended here, later ones are not known; compare with a short run first",
+            colossalai.__version__,
+            REPAIRED_VERSION,
+        )
+        return
+    save_padded_vocabulary()
+    loss_in_float32()
+    ring_weight_gradients()
+    wrap_to_reduce_alone()
+    skip_hidden_messages()
+    read_tied_by_two_names()
+    sum_split_biases()
+    norm_in_blocks()
+
+
+def has_faults() -> bool:
+    """True if ColossalAI is of the version that these repairs are for."""
+    import colossalai
+
+    return colossalai.__version__ == REPAIRED_VERSION
+
+
+def clip_in_bf16(optimizer) -> None:
+    """Make HybridAdam apply Gemini's clipping to bf16 gradients of parameters in CPU memory.
+
+    Gemini hands the clipping factor to the optimizer as `div_scale`. For a bf16 gradient on the CPU,
+    nn/optimizer/hybrid_adam.py:128 takes a branch that ignores it; float32 gradients take the kernel, which does not.
+    """
+    import torch
+
+    if not has_faults():
+        return
+
+    def promote_gradients(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                on_cpu_in_bf16 = param.grad is not None and param.grad.dtype is torch.bfloat16 and not param.is_cuda
+                if on_cpu_in_bf16 and param.dtype is torch.float32:
+                    param.grad = param.grad.float()
+
+    optimizer.register_step_pre_hook(promote_gradients)
+
+
+def refresh_offloaded(optimizer) -> None:
+    """Bring Gemini's half-precision weights up to date before they are saved.
+
+    zero/gemini/chunk/chunk.py:509: where weights and optimizer lie on the host, an update leaves the half-precision
+    chunk as it is until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
+    """
+    if not has_faults():
+        return
+    for chunk in optimizer.chunk16_set:
+        if not chunk.optim_sync_flag:
+            chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
+
+
+def forget_skipped(gemini) -> None:
+    """Let Gemini drop the gradients of a step whose update was skipped.
+
+    zero/gemini/gemini_optimizer.py:275: where fp16 has overflowed, a step returns before line 293, which ends the
+    accumulation. The next step's gradients are added to infinite ones, and so are all that follow.
+    """
+    if has_faults():
+        gemini.chunk_manager.accumulating_grads = False
+
+
+def agree_on_memory(gemini) -> None:
+    """Let all ranks place Gemini's chunks by the same figures: the least room that one of them has.
+
+    zero/gemini/placement_policy.py:184: each rank lets go of chunks by the memory of its device and what it has taken
+    of it besides chunks, which is measured in the first step. One that has let go of a chunk gathers it while another,
+    which has it still, is on its way to the next exchange.
+    """
+    collector = gemini.gemini_manager._mem_stats_collector
+    if not has_faults() or collector is None:
+        return
+    from colossalai.legacy.utils import memory
+
+    from colossal_llama2.engine.ranks import collectives
+
+    own = float(memory.colo_device_memory_capacity(gemini.chunk_manager.device))
+    least = min(collectives.gather_values(own))
+    memory.colo_device_memory_capacity = lambda device: least
+    finish = collector.finish_collection
+
+    def finish_and_agree() -> None:
+        # Once, and then without a cycle of references.
+        del collector.finish_collection
+        finish()
+        figures = collector._memstats.non_model_data_list("cuda")
+        taken = collectives.gather_values([float(figure) - (own - least) for figure in figures])
+        figures[:] = [max(of_ranks) for of_ranks in zip(*taken, strict=True)]
+
+    collector.finish_collection = finish_and_agree
+
+
+def save_padded_vocabulary() -> None:
+    """Make checkpoints of models work whose vocabulary is not a multiple of the tensor-parallel size.
+
+    tensor/padded_tensor/api.py:47: a detached padded tensor is padded, but has no `_unpad_detach` to take back.
+    checkpoint_io/utils.py:127: the padded dimension is not recognized, since original != tp_size * shard there.
+    """
+    from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io
+    from colossalai.tensor.padded_tensor import api
+
+    take_back = api._hijack_back_detach_and_clone
+
+    def take_back_if_taken(padded):
+        return take_back(padded) if hasattr(padded, "_unpad_detach") else padded
+
+    def search_tp_partition_dim(current_shape, original_shape, tp_size):
+        for dimension, length in enumerate(original_shape):
+            if length > current_shape[dimension]:
+                assert length <= tp_size * current_shape[dimension], (original_shape, current_shape, tp_size)
+                return dimension
+        return None
+
+    if take_back.__name__ != take_back_if_taken.__name__:
+        api._hijack_back_detach_and_clone = take_back_if_taken
+        hybrid_parallel_checkpoint_io.search_tp_partition_dim = search_tp_partition_dim
+
+
+def loss_in_float32() -> None:
+    """Compute the cross entropy of 3d in float32, as transformers does.
+
+    shardformer/layer/loss.py:235 sums the losses of a batch in the number format of the logits: 6.9223 becomes 6.9062
+    in bf16, and in fp16 the sum overflows; line 240 rounds the number of tokens with it.
+    """
+    import torch
+    from colossalai.shardformer.modeling import llama
+
+    cross_entropy = llama.dist_cross_entropy
+    if cross_entropy.__module__ == __name__:
+        return
+
+    def float32_cross_entropy(labels, logits, shard_config, vocab_size, dtype, seq_dim=1):
+        return cross_entropy(labels, logits.float(), shard_config, vocab_size, torch.float32, seq_dim)
+
+    llama.dist_cross_entropy = float32_cross_entropy
+
+
+def ring_weight_gradients() -> None:
+    """Give the backward pass of --sp_mode ring the whole gathered input.
+
+    shardformer/layer/_operation.py:470 keeps the tensor that a rank sent last instead of the one it received, and the
+    weight gradients of all column-parallel layers are computed from it. The products of the ring are not overlapped
+    with its messages any more, in exchange.
+    """
+    from colossalai.shardformer.layer import _operation
+
+    def gather_then_compute(
+        func, input_to_gather=None, input_local=None, process_group=None, gather_dim=1, keep_item=False
+    ):
+        gathered = {
+            name: _operation._gather(value.contiguous(), gather_dim, process_group)
+            for name, value in input_to_gather.items()
+        }
+        return func(**gathered, **input_local), gathered
+
+    _operation._ring_as_gather = gather_then_compute
+
+
+def wrap_to_reduce_alone() -> None:
+    """Put DistributedDataParallel around a model only where there are ranks to reduce its gradients over.
+
+    booster/plugin/hybrid_parallel_plugin.py:1311 does it for a data-parallel size of 1 as well, under ZeRO too. ZeRO
+    stage 2 takes each gradient away when it has come; at the end of backward the wrapper puts it back from its bucket,
+    and the next micro batch is added to what ZeRO has counted. The buckets are a second copy of all gradients besides.
+    """
+    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+
+    original = HybridParallelModule.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def begin(self, *args, dp_group, use_ddp: bool, **keywords) -> None:
+        use_ddp = use_ddp and dp_group.size() > 1
+        original(self, *args, dp_group=dp_group, use_ddp=use_ddp, **keywords)
+
+    HybridParallelModule.__init__ = begin
+
+
+def skip_hidden_messages() -> None:
+    """Let ColossalAI's log do nothing for messages that its level hides.
+
+    logging/logger.py:71 first finds out where a message comes from: inspect.stack(), which for each function on the
+    stack goes through all modules that are loaded. Gemini has such a message after each backward (gemini_ddp.py:343).
+    """
+    from colossalai.logging import DistributedLogger
+
+    def only_if_shown(log, level: int):
+        @functools.wraps(log)
+        def log_if_shown(self, *args, **keywords) -> None:
+            if self._logger.isEnabledFor(level):
+                log(self, *args, **keywords)
+
+        return log_if_shown
+
+    for name in ("debug", "info", "warning", "error"):
+        log = getattr(DistributedLogger, name)
+        if not hasattr(log, "__wrapped__"):
+            setattr(DistributedLogger, name, only_if_shown(log, getattr(logging, name.upper())))
+
+
+def read_tied_by_two_names() -> None:
+    """Let Gemini load a model whose tied embeddings are stored under both of their names.
+
+    zero/gemini/gemini_ddp.py:683 knows the first name of a parameter only, and line 817 refuses the second.
+    """
+    from colossalai.zero import GeminiDDP
+
+    from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
+
+    original = GeminiDDP._load_from_state_dict
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def load_by_first_name(self, state_dict, prefix, *args) -> None:
+        # Both callers pass a copy that nothing else uses: gemini_ddp.py:616 and checkpoint_io/utils.py:710.
+        if self.module.config.tie_word_embeddings:
+            state_dict.pop(prefix + OUTPUT_EMBEDDING, None)
+        original(self, state_dict, prefix, *args)
+
+    GeminiDDP._load_from_state_dict = load_by_first_name
+
+
+def sum_split_biases() -> None:
+    """Sum the gradients of row-parallel biases over the ranks that share a sample.
+
+    shardformer/layer/linear.py:592: with --sp_mode split_gather or ring, the bias is added after the sequence is split
+    again, so each rank has the bias's gradient from its own tokens alone. The weights of norms, which see split
+    sequences too, are marked so that their gradients are summed (shardformer/layer/normalization.py:187). Biases are
+    not.
+    """
+    from colossalai.shardformer.layer import linear
+    from colossalai.shardformer.layer.utils import SeqParallelUtils, is_share_sp_tp
+
+    original = linear.Linear1D_Row.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def mark_bias(self, *args, **keywords) -> None:
+        original(self, *args, **keywords)
+        if self.bias is not None and is_share_sp_tp(self.seq_parallel_mode):
+            SeqParallelUtils.marked_as_sp_partial_derived_param(self.bias)
+
+    linear.Linear1D_Row.__init__ = mark_bias
+
+
+@contextlib.contextmanager
+def unrounded_buffers(model) -> Iterator[None]:
+    """Within it a plugin may take over the model; behind it the model's buffers have their number format again.
+
+    Every plugin casts buffers with the weights (booster/plugin/low_level_zero_plugin.py:83 and
+    hybrid_parallel_plugin.py:104, zero/gemini/gemini_ddp.py:883). A LLaMA has one, the rotary frequencies, which
+    transformers keeps in float32: `from_pretrained(torch_dtype=...)` casts parameters alone. In bf16 they are off by up
+    to 3.7e-3 of their value: in some channels a distance of 2,048 tokens counts as 2,055, in others as 2,041.
+    """
+    import torch
+    from colossalai.lazy.lazy_init import LazyTensor
+
+    kept = []
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # With lazy loading nothing has computed it yet; Gemini does so at the same place.
+            buffer = buffer.materialize() if isinstance(buffer, LazyTensor) else buffer
+            if torch.is_floating_point(buffer):
+                kept.append((module, name, buffer.clone()))
+    yield
+    for module, name, buffer in kept:
+        # In place: transformers, and wrappers around the model, know the same tensor by other names.
+        cast = getattr(module, name)
+        if cast.dtype is not buffer.dtype:
+            cast.data = buffer.to(cast.device)
+
+
+# Numbers whose squares are summed in float32; the sums of blocks are summed in float64.
+NORM_BLOCK = 1024
+
+
+def norm_in_blocks() -> None:
+    """Let Gemini measure a chunk's gradients by blocks.
+
+    zero/gemini/chunk/chunk.py:261 takes a float32 copy of the whole chunk and one float32 norm of it. On a CPU, which
+    adds up one number after the other, small squares are lost beside their sum: 0.01 % of the norm of 4 M random
+    numbers and 0.2 % of that of 32 M. Clipping divides by this norm. ZeRO and 3d use float64 (low_level_optim.py:672).
+    """
+    from colossalai.zero.gemini.chunk import Chunk
+
+    original = Chunk.set_l2_norm
+
+    @functools.wraps(getattr(original, "__wrapped__", original))
+    def set_l2_norm(self) -> None:
+        assert self.l2_norm is None, "the norm of a chunk is computed twice"
+        values = self.cuda_global_chunk[: self.utilized_size] if self.is_gathered else self.cuda_shard[: self.valid_end]
+        self.l2_norm = sum_of_squares(values)
+
+    Chunk.set_l2_norm = set_l2_norm
+
+
+def sum_of_squares(values) -> float:
+    """The sum of the squares of a flat tensor of any number format, within 1e-6 of it."""
+    import torch
+
+    whole = values.numel() // NORM_BLOCK * NORM_BLOCK
+    parts = values[:whole].view(-1, NORM_BLOCK), values[whole:].view(1, -1)
+    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]
+    return torch.cat(norms).double().square().sum().item()
+
+
+def fill_buckets(optimizer) -> None:
+    """Let ZeRO collect gradients in a bucket for each parameter group, to exchange them when one is full.
+
+    zero/low_level/low_level_optim.py:440 has one bucket for all groups, and empties it whenever a gradient of another
+    group comes: with matrices that decay and norms that do not, four times in each layer of a LLaMA.
+    """
+    from colossalai.zero.low_level.bookkeeping import BucketStore
+
+    if not has_faults():
+        return
+
+    def bucket_of(group_id: int, like: BucketStore) -> BucketStore:
+        class GroupBucket(BucketStore):
+            def reset_all(self) -> None:
+                super().reset_all()
+                self.current_group_id = group_id
+
+        return GroupBucket(like.torch_pg, like.reduce_bucket_size)
+
+    buckets = optimizer.pg_to_bucket_store
+    for group_id, params in optimizer._working_param_groups.items():
+        # The first group keeps the bucket that there is, whose key others look up.
+        for param in params if group_id else ():
+            ranks = optimizer.param_to_pg[param]
+            if (ranks, group_id) not in buckets:
+                buckets[ranks, group_id] = bucket_of(group_id, buckets[ranks])
+            optimizer.pid_to_bucket_store[id(param)] = buckets[ranks, group_id]
+
+
+@contextlib.contextmanager
+def gathered_weights(gemini) -> Iterator[None]:
+    """Run Gemini's model as it is, with all half-precision weights gathered on each device.
+
+    zero/gemini/gemini_ddp.py:278 refuses to go forward without gradients before a step has told what memory is needed.
+    Nothing is recorded here, so that the first step still can. Weights are let go as line 260 does it.
+    """
+    if not has_faults():
+        yield
+        return
+    for chunk in gemini.chunk_manager.get_chunks(gemini.fp16_params):
+        gemini.chunk_manager.access_chunk(chunk)
+    gemini.forward = gemini.module.forward
+    try:
+        yield
+    finally:
+        del gemini.forward
+        gemini._post_forward()
+        gemini.gemini_manager.reset_attributes()

@@ -1,0 +1,256 @@
+"""ColossalAI's checkpoint files without pickle: safetensors for tensors, JSON for the rest, under the field's names.
+
+ColossalAI writes optimizer states with torch.save and reads them with torch.load, which runs code that a file may
+hold. Inside `safetensors_instead_of_pickle` both names stand for the functions of this file instead. A file of ours
+is a safetensors file whose metadata entry "structure" is JSON: the saved object with each tensor replaced by its name.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.model.loading import INDEX_FILE
+from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
+from colossal_llama2.storage.files import open_to_umask, read_json, sync, write_json
+
+OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
+
+
+def write_object(value: Any, path: str) -> None:
+    """Write nested dicts and lists of tensors, numbers, strings, booleans and None to a safetensors file."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    structure = _encode(value, "", tensors)
+    save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
+
+
+def read_object(path: str, *, step_as_tensor: bool = False) -> Any:
+    """Read what `write_object` wrote.
+
+    Args:
+        step_as_tensor: give each state's "step" as a tensor, as Gemini wants it; other plugins save a number.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            structure = json.loads(file.metadata()["structure"])
+            return _decode(structure, file, step_as_tensor)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a state file of this suite ({error}); resume from another checkpoint")
+
+
+def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        # Pairs, since JSON would turn the integer keys of optimizer states into strings. Sorted, since the order of
+        # keys after a resume is another one, and equal states must give equal files.
+        items = sorted(value.items(), key=lambda item: (str(type(item[0])), item[0]))
+        return {"dict": [[key, _encode(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in items]}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_encode(item, f"{name}.{index}".lstrip("."), tensors) for index, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"cannot store a {type(value).__name__} ({name})")
+
+
+def _decode(structure: Any, file, step_as_tensor: bool, key: Any = None) -> Any:
+    import torch
+
+    if not isinstance(structure, dict):
+        return torch.tensor(float(structure)) if key == "step" and step_as_tensor else structure
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return file.get_tensor(content)
+    if kind == "dict":
+        return {name: _decode(item, file, step_as_tensor, name) for name, item in content}
+    return {"list": list, "tuple": tuple}[kind](_decode(item, file, step_as_tensor) for item in content)
+
+
+@contextlib.contextmanager
+def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[None]:
+    """Let ColossalAI's optimizer checkpoint code write and read the files of this module.
+
+    checkpoint_io/utils.py:492,504,685,748, hybrid_parallel_checkpoint_io.py:697 and gemini_plugin.py:272,345 call
+    torch.save and torch.load; for a name that ends in .safetensors they call `load_flat`, which unpickles its metadata.
+    An error in writing is raised at the end.
+    """
+    import torch
+    from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io, utils
+
+    def save(value, path, *args, **kwargs):
+        # Ranks exchange objects through buffers in memory by the same functions; these are not files.
+        if not isinstance(path, (str, os.PathLike)):
+            return originals[0](value, path, *args, **kwargs)
+        return _write_or_note(errors, path, lambda: write_object(value, path))
+
+    def load(path, *args, **kwargs):
+        if not isinstance(path, (str, os.PathLike)):
+            return originals[1](path, *args, **kwargs)
+        return read_object(path, step_as_tensor=step_as_tensor)
+
+    places = [(torch, "save", save), (torch, "load", load)]
+    places += [(module, "load_flat", load) for module in (utils, hybrid_parallel_checkpoint_io)]
+    originals = [getattr(module, name) for module, name, _ in places]
+    with _errors_at_the_end() as errors, _replaced(places):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(places: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within it, the named attributes of modules and classes are others."""
+    originals = [getattr(owner, name) for owner, name, _ in places]
+    try:
+        for owner, name, replacement in places:
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for (owner, name, _), original in zip(places, originals, strict=True):
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _errors_at_the_end() -> Iterator[list[Exception]]:
+    """Collect errors of writing in the list that it yields, and raise the first one at the end.
+
+    With --plugin 3d each stage of a pipeline also makes a folder and writes its part of the index
+    (hybrid_parallel_checkpoint_io.py:242,301,334,499,575,611), before a barrier; there errors are noted too.
+    """
+    from colossalai.checkpoint_io import CheckpointIndexFile, hybrid_parallel_checkpoint_io
+    from safetensors import SafetensorError
+
+    errors: list[Exception] = []
+    write_index = CheckpointIndexFile.write_index_file
+
+    class NotingPath(type(Path())):
+        def mkdir(self, *args, **kwargs):
+            _note(errors, lambda: Path(self).mkdir(*args, **kwargs))
+
+    def write_index_or_note(index, name):
+        _note(errors, lambda: write_index(index, name))
+
+    places = [(CheckpointIndexFile, "write_index_file", write_index_or_note)]
+    places += [(hybrid_parallel_checkpoint_io, "Path", NotingPath)]
+    try:
+        with _replaced(places):
+            yield errors
+    except (OSError, SafetensorError):
+        # What fails later may fail for want of what could not be written.
+        if not errors:
+            raise
+    if errors:
+        raise errors[0]
+
+
+def _write_or_note(errors: list[Exception], path: Any, write: Callable[[], None]) -> None:
+    """Write a file and wait until it is on the disk; note an error."""
+
+    def write_and_sync() -> None:
+        write()
+        sync(Path(path))
+
+    _note(errors, write_and_sync)
+
+
+def _note(errors: list[Exception], write: Callable[[], None]) -> None:
+    """Write something; note an error, after which nothing more is written.
+
+    Between its writes ColossalAI lets the ranks exchange tensors: one that raised there would leave the others waiting.
+    """
+    from safetensors import SafetensorError
+
+    if errors:
+        return
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        errors.append(error)
+
+
+@contextlib.contextmanager
+def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
+    """Let ColossalAI write a model's tensors, each once, and no configuration.
+
+    checkpoint_io/utils.py:576 saves generation_config.json with a method that raises an error for values that caused
+    a mere warning when they were read. The caller writes both configurations instead (model/exported_configs.py).
+    Tied embeddings are written under the first of their names only, as transformers does. ColossalAI writes both: ZeRO
+    (general_checkpoint_io.py:231), Gemini (gemini_ddp.py:934) and the last stage of a pipeline.
+    """
+    import safetensors.torch
+    from colossalai.booster.plugin import gemini_plugin
+    from colossalai.checkpoint_io import general_checkpoint_io, hybrid_parallel_checkpoint_io
+    from colossalai.checkpoint_io.utils import StateDictSharder
+
+    save_file, append_param = safetensors.torch.save_file, StateDictSharder.append_param
+
+    def save_and_sync(tensors, path, *args, **kwargs):
+        _write_or_note(errors, path, lambda: save_file(tensors, path, *args, **kwargs))
+
+    def append_once(sharder, name, tensor):
+        if ties_embeddings and name == OUTPUT_EMBEDDING:
+            return None, 0
+        return append_param(sharder, name, tensor)
+
+    places = [(safetensors.torch, "save_file", save_and_sync), (StateDictSharder, "append_param", append_once)]
+    modules = (gemini_plugin, general_checkpoint_io, hybrid_parallel_checkpoint_io)
+    places += [(module, "save_config_file", lambda *args, **kwargs: None) for module in modules]
+    with _errors_at_the_end() as errors, _replaced(places):
+        yield
+
+
+def read_optimizer_index(folder: Path) -> tuple[dict[str, str], str]:
+    """Which file of an optimizer folder has which parameter's state, and which one the groups.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside the folder.
+    """
+    path = folder / OPTIMIZER_INDEX
+    index = read_json(path)
+    try:
+        weight_map, groups_name = dict(index["weight_map"]), index["metadata"]["param_groups"]
+        names = sorted({*weight_map.values(), groups_name}, key=str)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not an index of optimizer states ({error!r}); take another checkpoint")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{path} names {name!r}; only plain *.safetensors file names are allowed")
+    return weight_map, groups_name
+
+
+def rename_model_shards(folder: str) -> None:
+    """Rename model-00001.safetensors to model-00001-of-0000N.safetensors, the form that the field's tools expect."""
+    index_path = Path(folder, INDEX_FILE)
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    shards = sorted(set(index["weight_map"].values()))
+    new_names = {name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, name in enumerate(shards, start=1)}
+    _rename(index_path, index, new_names)
+
+
+def rename_optimizer_shards(folder: str) -> None:
+    """Call the optimizer's files what they are: .safetensors instead of .bin."""
+    index_path = Path(folder, OPTIMIZER_INDEX)
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    old_names = {*index["weight_map"].values(), index["metadata"]["param_groups"]}
+    new_names = {name: re.sub(r"\.bin$", ".safetensors", name) for name in old_names}
+    index["metadata"]["param_groups"] = new_names[index["metadata"]["param_groups"]]
+    _rename(index_path, index, new_names)
+
+
+def _rename(index_path: Path, index: dict[str, Any], new_names: dict[str, str]) -> None:
+    for old, new in new_names.items():
+        (index_path.parent / old).rename(index_path.parent / new)
+        # safetensors gives its files to their owner alone.
+        open_to_umask(index_path.parent / new)
+    index["weight_map"] = {key: new_names[name] for key, name in index["weight_map"].items()}
+    write_json(index_path, index)

@@ -1,0 +1,355 @@
+"""What ColossalAI 0.5.0 needs to run its Booster plugins where there is no GPU: the rehearsal of a cluster job.
+
+Nothing of ColossalAI is replaced by a look-alike: its plugins, optimizers and checkpoint code run as they are, over
+gloo. What it lacks on a CPU is supplied here and in gloo_collectives.py, one function for each, and two things make it faster:
+
+    accelerator   a device whose streams and events do nothing            documented: set_accelerator
+    kernels       CPU Adam and attention, by PyTorch's own fused kernels   documented: register_extension
+    gemini        telling "the device" from "the host", which are both RAM patch, see `_patch_gemini_chunks`
+    gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
+    pipelines     which backend a group has                                patch, see `_patch_backend_check`
+    collectives   those that gloo lacks, or does in a longer way          patches, see engine/patches/gloo_collectives.py
+    memory        what a GPU's caching allocator does                      glibc's settings, see `keep_freed_memory`
+
+`install` is called once, before any plugin is built.
+"""
+
+import contextlib
+import functools
+
+from colossal_llama2.engine.patches import gloo_collectives
+
+
+@functools.lru_cache(maxsize=1)
+def install() -> None:
+    """Make ColossalAI run on this machine's CPU. May be called again at no cost."""
+    from colossalai.accelerator import set_accelerator
+
+    set_accelerator(_host_accelerator())
+    _register_kernels()
+    _patch_gemini_chunks()
+    _patch_memory_tracer()
+    _patch_backend_check()
+    gloo_collectives.install()
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free for the next step, as PyTorch does it on a GPU.
+
+    By default much of it goes back to the kernel, which clears each page anew: 25,000 page faults a step of a model of
+    8 M parameters in float32, a sixth of its time (measured). mmap is off, since what was mapped, as all over 32 MiB
+    is, goes back whenever it is freed. In exchange what loading a model frees stays with the process, and gemini_auto,
+    which counts it as used, moves weights out of the way earlier. Settings in the environment (MALLOC_...,
+    GLIBC_TUNABLES) hold.
+    """
+    import ctypes
+    import os
+
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # never
+
+
+def _device():
+    """The stand-in for a GPU's memory: an indexed CPU device, which does not compare equal to torch.device("cpu").
+
+    Tensors made on it are plain CPU tensors, and so all arithmetic is unchanged.
+    """
+    import torch
+
+    return torch.device("cpu", 0)
+
+
+class _NoStream:
+    """A stream or event of a device that has no queue: everything has happened when it is asked."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def _nothing(self, *args, **kwargs) -> None:
+        pass
+
+    synchronize = wait = wait_stream = wait_event = record = _nothing
+
+    def record_event(self, event=None) -> "_NoStream":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
+class _HostMethods:
+    """The methods that CpuAccelerator leaves unsupported, for a device of one process whose work is done at once."""
+
+    support_set_device = False
+
+    def get_current_device(self):
+        return _device()
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def _nothing(self, *args, **kwargs) -> None:
+        pass
+
+    set_device = synchronize = empty_cache = reset_peak_memory_stats = set_stream = _nothing
+
+    def manual_seed(self, seed) -> None:
+        import torch
+
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def get_rng_state(self, device=None):
+        import torch
+
+        return torch.get_rng_state()
+
+    def set_rng_state(self, new_state, device=None) -> None:
+        import torch
+
+        torch.set_rng_state(new_state)
+
+    def memory_allocated(self, device=None) -> int:
+        import psutil
+
+        return psutil.Process().memory_info().rss
+
+    def max_memory_allocated(self, device=None) -> int:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def Stream(self, *args, **kwargs) -> _NoStream:
+        return _NoStream()
+
+    Event = current_stream = default_stream = Stream
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+
+def _host_accelerator():
+    """An accelerator for `set_accelerator`."""
+    from colossalai.accelerator import CpuAccelerator
+
+    class HostAccelerator(_HostMethods, CpuAccelerator):
+        def __init__(self):
+            super().__init__()
+            # zero/low_level/low_level_optim.py:254 and zero/gemini/chunk/chunk.py:198 know only "cuda" and "npu".
+            self._name = "cuda"
+
+    return HostAccelerator()
+
+
+def _register_kernels() -> None:
+    """Offer CPU kernels to ColossalAI's loaders, which compile theirs against CUDA headers or need a GPU."""
+    from colossalai.kernel import kernel_loader
+    from colossalai.kernel.extensions.base_extension import _Extension
+
+    class HostExtension(_Extension):
+        kernel = None
+
+        def __init__(self):
+            super().__init__(type(self).__name__, support_aot=False, support_jit=False)
+
+        def is_available(self):
+            return True
+
+        def assert_compatible(self):
+            pass
+
+        def build_aot(self):
+            raise NotImplementedError
+
+        build_jit = build_aot
+
+        def load(self):
+            return type(self).kernel
+
+    class HostAdam(HostExtension):
+        class kernel:
+            CPUAdamOptimizer = FusedCpuAdam
+
+    class HostAttention(HostExtension):
+        kernel = staticmethod(host_attention)
+
+    kernel_loader.CPUAdamLoader.register_extension(HostAdam)
+    for loader in (
+        kernel_loader.FlashAttentionLoader,
+        kernel_loader.FlashAttentionDaoLoader,
+        kernel_loader.FlashAttentionWithCustomMaskLoader,
+        kernel_loader.FlashAttentionForFloatAndCustomMaskLoader,
+    ):
+        loader.register_extension(HostAttention)
+
+
+class FusedCpuAdam:
+    """The contract of ColossalAI's csrc/kernel/x86/cpu_adam.cpp, met by PyTorch's fused CPU Adam."""
+
+    def __init__(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
+        self._adamw_mode = adamw_mode
+
+    def step(
+        self, step, lr, beta1, beta2, eps, weight_decay, bias_correction, param, grad, exp_avg, exp_avg_sq, div_scale
+    ) -> None:
+        """Update `param` and both moments in place; `grad` is divided by `div_scale` if that is positive."""
+        import torch
+
+        grad = grad.float()
+        if div_scale > 0:
+            grad = grad / div_scale
+        # The fused kernel always corrects the bias; far along, the correction is 1.
+        steps = torch.tensor(float(step) if bias_correction else 1e9)
+        update = torch._fused_adamw_ if self._adamw_mode else torch._fused_adam_
+        update(
+            [param],
+            [grad.to(param.dtype)],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [steps],
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def host_attention(
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    scale=None,
+    attention_mask=None,
+    is_causal=False,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_seqlen_q=None,
+    max_seqlen_kv=None,
+    q_indices=None,
+    kv_indices=None,
+):
+    """The contract of ColossalAI's flash attention kernels, met by scaled_dot_product_attention.
+
+    Args:
+        q, k, v: (batch, heads, length, head_dim)
+        attention_mask: additive, the type's minimum where hidden; None or empty if nothing is hidden.
+        is_causal: hide later positions; if no `q_indices` are given the mask says nothing more and is not needed.
+
+    Returns:
+        (batch, heads, length, head_dim). Rows that may see nothing give zeros: on a CPU, SDPA's gradient of such a
+        row is wrong by the row's length.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if attention_mask is not None and (attention_mask.numel() == 0 or (is_causal and q_indices is None)):
+        attention_mask = None
+    blind = None
+    if attention_mask is not None:
+        blind = attention_mask.amax(-1, keepdim=True) <= torch.finfo(attention_mask.dtype).min
+        # Padding on the right and documents leave none. A mask that is filled is another one, kept for backward in each
+        # layer, while the one that is given is the same in all.
+        blind = blind if blind.any() else None
+    out = scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=attention_mask if blind is None else attention_mask.masked_fill(blind, 0.0),
+        dropout_p=dropout_p,
+        scale=scale,
+        is_causal=is_causal and attention_mask is None,
+    )
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def _patch_gemini_chunks() -> None:
+    """Let Gemini's chunks move between "device" and "host" when both are CPU memory.
+
+    chunk.py:304-319, chunk.py:323-360 and manager.py:142 read `device.type == "cpu"` as "offloaded to the host". Here
+    both sides have that type, and the index tells them apart (see `_device`).
+    """
+    from colossalai.zero.gemini.chunk.chunk import Chunk
+    from colossalai.zero.gemini.chunk.manager import ChunkManager
+
+    close_chunk, shard_move, move_chunk = Chunk.close_chunk, Chunk.shard_move, ChunkManager.move_chunk
+
+    def close_chunk_on_device(self):
+        close_chunk(self)
+        if not self.keep_gathered and self.shard_device == _device() and self.cuda_shard is None:
+            self.cuda_shard, self.cpu_shard, self.cpu_vis_flag = self.cpu_shard, None, False
+
+    def shard_move_to_device(self, device, force_copy=False, non_blocking=False):
+        if device != _device():
+            shard_move(self, device, force_copy, non_blocking)
+        elif not self.optim_sync_flag:
+            self._Chunk__paired_shard_move(non_blocking=non_blocking)
+            self.optim_sync_flag = True
+        elif self.cuda_shard is None:
+            self.cuda_shard = self.cpu_shard.clone()
+            if not self.pin_memory:
+                self.cpu_shard = None
+
+    def move_chunk_to_device(self, chunk, device, force_copy=False, async_move=False):
+        if device != _device():
+            move_chunk(self, chunk, device, force_copy, async_move)
+        elif chunk.can_move and chunk.device_type == "cpu":
+            self._ChunkManager__sub_memory_usage(chunk.memory_usage)
+            chunk.shard_move(device, force_copy, non_blocking=async_move)
+            self._ChunkManager__add_memory_usage(chunk.memory_usage)
+
+    Chunk.close_chunk = close_chunk_on_device
+    Chunk.shard_move = shard_move_to_device
+    ChunkManager.move_chunk = move_chunk_to_device
+
+
+def _patch_memory_tracer() -> None:
+    """Give gemini_auto the memory figures that it takes from CUDA.
+
+    legacy/utils/memory.py:113 divides the host's memory by a process count that only a legacy launcher sets (it is -1
+    otherwise, and the plugin fails with "No enough CUDA memory"); memory_tracer/memory_monitor.py asks torch.cuda.
+    """
+    import os
+    import time
+
+    import psutil
+    from colossalai.legacy.core import global_context
+    from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
+
+    def start(self):
+        pass
+
+    def finish(self):
+        used = psutil.Process().memory_info().rss
+        self.time_stamps.append(time.time())
+        self.mem_stats.append(used)
+        return used
+
+    global_context.num_processes_on_current_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    SyncCudaMemoryMonitor.start = start
+    SyncCudaMemoryMonitor.finish = finish
+
+
+def _patch_backend_check() -> None:
+    """Let the stages of a pipeline talk over gloo.
+
+    pipeline/p2p.py:159 compares a group's backend with Backend.HCCL, which only a PyTorch for Ascend has; NCCL alone,
+    compared first, never gets there.
+    """
+    from colossalai.pipeline import p2p
+
+    p2p._check_for_nccl_hccl_backend = p2p.check_for_nccl_backend

@@ -1,0 +1,58 @@
+"""Documents kept apart in ColossalAI's own attention, which --plugin 3d runs with --use_flash_attn, and wherever ranks
+share a sample.
+
+Its kernels can do it: the one of flash-attn takes cumulative lengths, those of PyTorch a mask. Its models cannot ask
+for it, since they make both of the padding alone (shardformer/modeling/llama.py:134).
+"""
+
+
+def install(*, use_flash_attn: bool) -> None:
+    """Let ColoAttention take numbers of documents for a padding mask. May be called again at no cost.
+
+    Args:
+        use_flash_attn: take flash-attn's kernel where it can run, and not only PyTorch's.
+    """
+    import functools
+
+    import torch
+    from colossalai.kernel.extensions import FlashAttentionDaoCudaExtension
+    from colossalai.kernel.kernel_loader import FlashAttentionLoader
+    from colossalai.shardformer.layer.attn import AttnMaskType, ColoAttention
+
+    from colossal_llama2.model.attention import has_flash_attn
+    from colossal_llama2.model.documents import block_mask, borders
+
+    takes_flash_attn = use_flash_attn and has_flash_attn()
+    if not takes_flash_attn:
+        # ColossalAI asks only whether it imports, and would run it unasked, and on a GPU that is too old for it.
+        loader = FlashAttentionLoader
+        loader.REGISTRY = [kernel for kernel in loader.REGISTRY if kernel is not FlashAttentionDaoCudaExtension]
+    current = ColoAttention.prepare_attn_kwargs
+    prepare_padding = getattr(current, "__wrapped__", current)
+
+    @functools.wraps(prepare_padding)
+    def prepare_documents(shape_4d, dtype, device, q_padding_mask=None, **others):
+        """The arguments of ColoAttention.attention, by (batch, length) numbers that model/documents.py explains."""
+        # flash-attn reads no mask, and a dense one of a long sample fills a GPU. The kernel in cpu_device.py reads none that
+        # is only causal.
+        is_read = not takes_flash_attn or dtype is torch.float32
+        nothing = torch.empty(0, dtype=dtype, device=device)
+        if q_padding_mask is None and (not is_read or nothing.device.type == "cpu"):
+            return {"attention_mask": nothing, "attention_mask_type": AttnMaskType.CAUSAL}
+        # Ones and zeros are a padding mask.
+        if q_padding_mask is None or int(q_padding_mask.max()) <= 1:
+            return prepare_padding(shape_4d, dtype, device, q_padding_mask, **others)
+        cumulative, longest = borders(q_padding_mask)
+        every_token = torch.arange(q_padding_mask.numel(), device=device)
+        return {
+            "attention_mask": block_mask(q_padding_mask, dtype) if is_read else nothing,
+            "attention_mask_type": AttnMaskType.PADDED_CAUSAL,
+            "cu_seqlens_q": cumulative,
+            "cu_seqlens_kv": cumulative,
+            "max_seqlen_q": longest,
+            "max_seqlen_kv": longest,
+            "q_indices": every_token,
+            "kv_indices": every_token,
+        }
+
+    ColoAttention.prepare_attn_kwargs = staticmethod(prepare_documents)

@@ -1,0 +1,130 @@
+"""Collectives that ColossalAI calls and gloo lacks or does in a longer way; see engine/patches/cpu_device.py.
+
+Other backends' calls go where they went.
+"""
+
+import functools
+
+# Of messages: ranks at different exchanges must not take each other's.
+SUM_TAG, GATHER_TAG = 1, 2
+
+
+@functools.lru_cache(maxsize=1)
+def install() -> None:
+    """Put the collectives below in the place of PyTorch's. May be called again at no cost."""
+    _supply_list_forms()
+    _shorten_tensor_forms()
+
+
+def _supply_list_forms() -> None:
+    """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
+
+    In PyTorch 2.5 gloo has only the forms that take one tensor. It ends the process if shapes differ, and so it is
+    given flat tensors.
+    """
+    import torch
+    import torch.distributed as dist
+
+    reduce_scatter, all_to_all = dist.reduce_scatter, dist.all_to_all
+
+    def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo":
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        flat = torch.empty(output.numel(), dtype=output.dtype)
+        dist.reduce_scatter_tensor(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
+        output.copy_(flat.view_as(output))
+        return _ended(_Works(), async_op)
+
+    def flat_all_to_all(output_list, input_list, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo":
+            return all_to_all(output_list, input_list, group=group, async_op=async_op)
+        sent, received = ([part.numel() for part in parts] for parts in (input_list, output_list))
+        flat = torch.empty(sum(received), dtype=output_list[0].dtype)
+        inputs = torch.cat([part.reshape(-1) for part in input_list])
+        dist.all_to_all_single(flat, inputs, received, sent, group=group)
+        for part, values in zip(output_list, flat.split(received), strict=True):
+            part.copy_(values.view_as(part))
+        return _ended(_Works(), async_op)
+
+    dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all
+
+
+def _shorten_tensor_forms() -> None:
+    """Let gloo scatter sums of a tensor, and gather one, as ZeRO and Gemini do, by what each rank needs from each.
+
+    Its own reduce_scatter sums up everything on every rank and keeps a part, and its all_gather goes round in a ring
+    (benchmarks/bench_collectives.py).
+    """
+    import torch
+    import torch.distributed as dist
+
+    reduce_scatter, all_gather = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
+
+    def summed_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_backend(group) != "gloo" or op != dist.ReduceOp.SUM:
+            return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
+        size, own = dist.get_world_size(group), dist.get_rank(group)
+        sent = input.contiguous().view(size, -1)
+        # In the order of the ranks: sums do not depend on where they are made.
+        parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
+        # To its end, even if it need not: what is sent may be freed when this returns.
+        _Works(_messages(group, sent, parts, tag=SUM_TAG)).wait()
+        total = parts[0] + parts[1] if size > 1 else parts[0]
+        for part in parts[2:]:
+            total += part
+        output.copy_(total.view_as(output))
+        return _ended(_Works(), async_op)
+
+    def exchanged_gather(output_tensor, input_tensor, group=None, async_op=False):
+        size, own = dist.get_world_size(group), dist.get_rank(group)
+        fits = output_tensor.is_contiguous() and output_tensor.numel() == size * input_tensor.numel()
+        if dist.get_backend(group) != "gloo" or not fits:
+            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        sent, parts = input_tensor.contiguous().view(-1), output_tensor.view(size, -1)
+        works = _messages(group, [sent] * size, parts, tag=GATHER_TAG)
+        if sent.data_ptr() != parts[own].data_ptr():
+            parts[own].copy_(sent)
+        return _ended(_Works(works), async_op)
+
+    dist.reduce_scatter_tensor, dist.all_gather_into_tensor = summed_scatter, exchanged_gather
+
+
+class _Works:
+    """The handle of messages that are on their way, which keep their tensors alive; with none, of what has ended."""
+
+    def __init__(self, works=()):
+        self._works = list(works)
+
+    def wait(self, *args) -> bool:
+        works, self._works = self._works, []
+        for work in works:
+            # Whoever waits once more for a message that has come waits for ever.
+            work.wait()
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+def _messages(group, sent, received, *, tag: int) -> list:
+    """Send `sent[rank]` to the other ranks of a group, and write what they send into `received[rank]`.
+
+    They go from and to the tensors themselves; gloo's own collectives of whole tensors copy on the way.
+    """
+    import torch.distributed as dist
+
+    works = []
+    for rank in range(dist.get_world_size(group)):
+        if rank != dist.get_rank(group):
+            partner = rank if group is None else dist.get_global_rank(group, rank)
+            works.append(dist.isend(sent[rank], partner, group=group, tag=tag))
+            works.append(dist.irecv(received[rank], partner, group=group, tag=tag))
+    return works
+
+
+def _ended(works: _Works, async_op: bool) -> _Works | None:
+    """What a collective returns: its handle, or nothing when it has ended."""
+    if async_op:
+        return works
+    works.wait()
+    return None

@@ -1,0 +1,154 @@
+"""What ColossalAI leaves out of its checkpoints, without which a run does not repeat the uninterrupted one bit by bit.
+
+master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
+loss scale       of fp16
+random states    of Python, NumPy and PyTorch, as data
+"""
+
+import base64
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2.engine import loss_scale
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage.files import open_to_umask, sync
+
+if TYPE_CHECKING:
+    from colossal_llama2.engine.engine import Engine
+
+MASTERS_NAME = "master_weights"
+# Settings that leave the split of the weights over ranks as it is.
+NOT_LAYOUT = (
+    "max_norm",
+    "accumulation_steps",
+    "use_flash_attn",
+    "chunked_loss",
+    "learning_rate",
+    "weight_decay",
+    "micro_batch_size",
+    "microbatch_size",
+    "trained_rows",
+)
+
+
+def layout(engine: "Engine") -> dict[str, Any]:
+    """What decides which part of the master weights a rank holds."""
+    from colossal_llama2.engine.engine import PLUGINS
+
+    settings = {name: value for name, value in asdict(engine.settings).items() if name not in NOT_LAYOUT}
+    found = {**settings, "world_size": engine.world_size}
+    if PLUGINS[engine.settings.plugin].is_gemini:
+        # What weights are in a chunk, and so what part of them a rank holds (engine.py, _order_layers_by_use).
+        found["chunks"] = "layers by use"
+    return found
+
+
+def has_masters(engine: "Engine") -> bool:
+    """True where weights are held in half precision, and in float32 beside it."""
+    return engine.settings.precision != "fp32"
+
+
+def master_weights(engine: "Engine") -> list[Any]:
+    """This rank's float32 weights, flat or shaped, in the optimizer's order. They can be changed in place."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "param_to_chunk16"):
+        return [param.data for group in optimizer.optim.param_groups for param in group["params"]]
+    # Gemini: the float32 chunk beside the half-precision one; Adam's parameters are ranges of it, empty between steps.
+    ranges = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            begin, end = optimizer.param_to_range[param]
+            ranges.append(optimizer.param_to_chunk16[param].paired_chunk.payload[begin:end])
+    return ranges
+
+
+def save_masters(engine: "Engine", folder: str) -> None:
+    """Write this rank's float32 weights, if it holds half-precision ones. Called on all ranks."""
+    from safetensors.torch import save_file
+
+    if has_masters(engine):
+        Path(folder).mkdir(exist_ok=True)
+        tensors = {f"{i:05d}": tensor.cpu().clone() for i, tensor in enumerate(master_weights(engine))}
+        path = _masters_path(folder, engine.rank)
+        save_file(tensors, path)
+        open_to_umask(Path(path))
+        sync(Path(path))
+
+
+def load_masters(engine: "Engine", folder: str) -> None:
+    """Take over what `save_masters` wrote on the same layout, when the rounded weights are loaded already.
+
+    Raises:
+        UserError: the file is missing or of another layout.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = _masters_path(folder, engine.rank)
+    targets = master_weights(engine)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            if len(list(file.keys())) != len(targets):
+                raise ValueError(f"{len(list(file.keys()))} tensors, this rank has {len(targets)}")
+            for i, target in enumerate(targets):
+                tensor = file.get_tensor(f"{i:05d}")
+                if tensor.shape != target.shape:
+                    raise ValueError(f"tensor {i} is {tuple(tensor.shape)}, this rank's is {tuple(target.shape)}")
+                target.copy_(tensor)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be taken over ({error}); resume from another checkpoint")
+
+
+def _masters_path(folder: str, rank: int) -> str:
+    return str(Path(folder, f"rank-{rank:05d}.safetensors"))
+
+
+def rank_states(engine: "Engine") -> dict[str, Any]:
+    """Random states and loss scale of this rank, as JSON values."""
+    import numpy as np
+    import torch
+
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    states = {
+        "python": [version, _text(np.array(words, dtype=np.uint32)), gauss],
+        "numpy": [name, _text(keys), int(position), int(has_gauss), float(cached)],
+        "torch": _text(torch.get_rng_state().numpy()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _text(torch.cuda.get_rng_state().numpy())
+    scaler = loss_scale.scaler_of(engine.optimizer)
+    if scaler is not None:
+        counters = {"growth_step": scaler._growth_step, "hysteresis_step": scaler._hysteresis_step}
+        states["loss_scale"] = {"scale": float(scaler._scale), **counters}
+    return states
+
+
+def restore_rank_states(engine: "Engine", states: dict[str, Any]) -> None:
+    """Take over what `rank_states` gave. Raises KeyError, TypeError or ValueError for anything else."""
+    import numpy as np
+    import torch
+
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(_array(words, np.uint32).tolist()), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, _array(keys, np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(torch.from_numpy(_array(states["torch"], np.uint8)))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(_array(states["cuda"], np.uint8)))
+    scaler = loss_scale.scaler_of(engine.optimizer)
+    if scaler is not None and "loss_scale" in states:
+        saved = states["loss_scale"]
+        scaler._scale.fill_(saved["scale"])
+        scaler._growth_step, scaler._hysteresis_step = int(saved["growth_step"]), int(saved["hysteresis_step"])
+
+
+def _text(array) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _array(text: str, dtype):
+    import numpy as np
+
+    return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()

@@ -1,0 +1,83 @@
+"""Which files of a model folder are opened, whoever made the folder, and which make it unusable.
+
+Opened are config.json, generation_config.json, the safetensors file or the index of such files and the files that it
+names, and the tokenizer's files; all of them must be regular files. Pickles and code beside them (*.bin, *.pt, *.py)
+are never opened, and no reason to refuse: Meta's own LLaMA-2 folders have both kinds of weights.
+
+An adapter is another matter. transformers would look for peft, load the base model that adapter_config.json names
+instead of the weights beside it, and let peft unpickle the adapter, which runs code (CVE-2025-32434).
+"""
+
+import os
+from pathlib import Path
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage.input_files import is_regular, read_settings
+from colossal_llama2.storage.json_input import shown
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model*")
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise a UserError if there is an adapter in a model folder."""
+    found = sorted(path.name for pattern in ADAPTER_PATTERNS for path in folder.glob(pattern))
+    # A link that leads nowhere is found by no pattern without wildcards.
+    if not found and os.path.lexists(folder / ADAPTER_PATTERNS[0]):
+        found = [ADAPTER_PATTERNS[0]]
+    if found:
+        raise UserError(
+            f"{folder} has {', '.join(found)}, an adapter beside the weights, which is never loaded here; merge it "
+            f"with peft (merge_and_unload, then save_pretrained to a new folder), or, if the weights are merged "
+            f"already, remove it"
+        )
+
+
+def check_model_files(folder: Path) -> None:
+    """Check what a folder's model is read from by names and kinds of files, without opening more than JSON.
+
+    Raises:
+        UserError: there is an adapter, or a file that would be opened is not a regular file.
+    """
+    check_no_adapter(folder)
+    for name in (CONFIG_FILE, GENERATION_CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE):
+        is_regular(folder / name)
+    if is_regular(folder / GENERATION_CONFIG_FILE):
+        read_settings(folder / GENERATION_CONFIG_FILE, allows_mark=True)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is a safetensors file, or an index of some, under the names that are looked for."""
+    return any(is_regular(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def shard_names(path: str) -> tuple[str, ...]:
+    """File names of a checkpoint's safetensors, in order.
+
+    Raises:
+        UserError: the index is damaged, or names a file outside the folder.
+    """
+    folder = Path(path)
+    # Where both are there, transformers and ColossalAI load the single file.
+    if is_regular(folder / WEIGHTS_FILE):
+        return (WEIGHTS_FILE,)
+    return tuple(sorted(set(weight_map(folder).values())))
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Which file has which tensor, as the index says. Raises UserError if it names anything but files of the folder."""
+    path = folder / INDEX_FILE
+    try:
+        names = read_settings(path).get("weight_map")
+    except UserError as error:
+        raise UserError(f"{error}; it is not an index of weights")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{path}: not an index of weights (no weight_map); copy it again from its source")
+    for name in names.values():
+        # A path could lead out of the folder: out of the source when reading, out of the target when copying.
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise UserError(f"{path} names {shown(name)}; only plain *.safetensors file names are allowed")
+    return names

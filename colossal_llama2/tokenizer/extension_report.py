@@ -1,0 +1,106 @@
+"""vocabulary_report.json, and the same as a table: what became of the asked pieces, and what was proven about them."""
+
+from collections.abc import Sequence
+
+from colossal_llama2.encoding.parity import Difference, Measurement
+from colossal_llama2.terminal_text import show_line
+from colossal_llama2.tokenizer.closure import Plan
+from colossal_llama2.tokenizer.new_pieces import NewPieces
+
+COUNTS = (
+    ("asked", "pieces in the file"),
+    ("duplicates", "repeated in the file"),
+    ("already_pieces", "pieces of the source already"),
+    ("dropped", "dropped: no merges lead to them"),
+    ("given_up", "given up for --max_added_pieces"),
+    ("added_from_file", "added from the file"),
+    ("added_characters", "added by closure: characters"),
+    ("added_intermediates", "added by closure: intermediate pieces"),
+    ("added", "added in all"),
+    ("unreachable", "unreachable among these"),
+    ("vocabulary_before", "vocabulary before"),
+    ("vocabulary_after", "vocabulary after"),
+)
+# A list in the report is cut after so many, or a million given-up pieces would be written out; its count is exact.
+MAX_LISTED = 100_000
+
+
+def make_report(
+    asked: NewPieces,
+    plan: Plan,
+    *,
+    unreachable: Sequence[str],
+    vocabulary_before: int,
+    measurements: Sequence[Measurement],
+    settings: dict,
+) -> dict:
+    """Everything that vocabulary_report.json holds. `settings` are the flags that decided it."""
+    return {
+        **settings,
+        "asked": asked.asked,
+        "duplicates": asked.duplicates,
+        "already_pieces": asked.already_pieces,
+        "dropped": len(plan.dropped),
+        "given_up": len(plan.given_up),
+        "added_from_file": len(plan.pieces) - plan.characters - plan.intermediates,
+        "added_characters": plan.characters,
+        "added_intermediates": plan.intermediates,
+        "added_by_closure": plan.characters + plan.intermediates,
+        "added": len(plan.pieces),
+        "unreachable": len(unreachable),
+        "vocabulary_before": vocabulary_before,
+        "vocabulary_after": vocabulary_before + len(plan.pieces),
+        "unreachable_pieces": list(unreachable[:MAX_LISTED]),
+        "dropped_pieces": plan.dropped[:MAX_LISTED],
+        "given_up_pieces": plan.given_up[:MAX_LISTED],
+        "parity": [measurement.as_dict() for measurement in measurements],
+    }
+
+
+def failures(report: dict) -> list[str]:
+    """What a proven extension must not have, one phrase each; empty if all is well."""
+    parity = report["parity"]
+    fast = sum(group["fast"]["added"] for group in parity)
+    slow = sum(group["slow"]["added"] for group in parity if group["slow"])
+    changed = sum(group["changed"] for group in parity)
+    found = []
+    if report["unreachable"]:
+        found.append(f"{report['unreachable']:,} of {report['added']:,} new pieces are never reached")
+    if fast or slow:
+        found.append(
+            f"tokenizers differ anew on {fast:,} texts (fast) and {slow:,} (slow){_example(parity, ('fast', 'slow'))}"
+        )
+    if changed:
+        found.append(f"{changed:,} texts without a new piece have other ids than before{_example(parity)}")
+    return found
+
+
+def _example(parity: Sequence[dict], names: Sequence[str] = ()) -> str:
+    shown = [group[name]["first"] for group in parity for name in names if group[name] and group[name]["first"]]
+    shown = shown or [group["first_changed"] for group in parity if not names and group["first_changed"]]
+    return f", the first is {shown[0]['text'][:60]!r}" if shown else ""
+
+
+def print_report(report: dict) -> None:
+    """Print the counts, and one line for each group of texts."""
+    for name, label in COUNTS:
+        show_line(f"{label:<40}{report[name]:>10,}")
+    show_line("")
+    heads = ("texts", "fast", "slow", "already", "old text", "changed")
+    show_line(f"{'ids that differ from SentencePiece':<36}" + "".join(f"{head:>10}" for head in heads))
+    for group in report["parity"]:
+        slow = group["slow"] or vars(Difference())
+        already = max(group["fast"]["source_differs"], slow["source_differs"])
+        figures = [group["documents"], group["fast"]["added"], slow["added"] if group["slow"] else "none", already]
+        figures += [group["without_new_piece"], group["changed"]]
+        cells = (f"{figure:,}" if isinstance(figure, int) else figure for figure in figures)
+        show_line(f"{group['group']:<36}" + "".join(f"{cell:>10}" for cell in cells))
+        for name in ("fast", "slow"):
+            if group[name] and group[name]["first"]:
+                show_line(f"  first that differs ({name}): {group[name]['first']}")
+        if group["first_changed"]:
+            show_line(f"  first that changed: {group['first_changed']['text']!r}")
+        if group["slow"] and group["slow"]["documents"] < group["documents"]:
+            show_line(f"  (slow: measured on {group['slow']['documents']:,} of them)")
+    show_line("fast, slow: texts on which the extension makes them differ; already: on which the source's own differ;")
+    show_line("old text: texts that hold no new piece; changed: those of them that got other ids")

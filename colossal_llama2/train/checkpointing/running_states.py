@@ -1,0 +1,100 @@
+"""Read running_states.json, which a checkpoint of somebody else's may hold: every entry that is used has its type."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage import json_input
+from colossal_llama2.storage.json_input import shown
+from colossal_llama2.train.stepping.state import TrainState
+
+# Entries besides the place in the data, which older checkpoints may lack: the type of each that is not None.
+TYPES = {
+    "layout": dict,
+    "settings": dict,
+    "versions": dict,
+    "machine": dict,
+    "model_shape": dict,
+    "eval_fingerprints": dict,
+    "ranks": list,
+    "evaluations": list,
+    "dataset_fingerprints": list,
+    "trained_rows": list,
+    "sources": list,
+    "mixture": list,
+    "tokenizer": str,
+    "base_model": str,
+    "freeze_non_embeds_params": bool,
+}
+COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed", "numerics")
+# Words of the state of NumPy's Mersenne Twister, in which the position is not checked by NumPy.
+TWISTER_WORDS = 624
+
+
+def read(path: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Where a run was, and all that the file holds. Raises UserError if an entry is not what it must be."""
+    try:
+        states = json_input.read_object(path)
+        state = TrainState.from_dict(states)
+        _check_entries(states)
+    except KeyError as error:
+        problem = f"no {error}"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    else:
+        return state, states
+    raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another one")
+
+
+def _check_entries(states: dict[str, Any]) -> None:
+    for name, kind in TYPES.items():
+        if states.get(name) is not None:
+            json_input.typed(states, name, kind)
+    for name in COUNTS:
+        if states.get(name) is not None:
+            json_input.whole_number(states, name)
+    for entry in states.get("evaluations") or ():
+        _check_evaluation(entry)
+    ranks = states.get("ranks") or ()
+    for rank in ranks:
+        _check_rank(rank)
+    # With different ones, the ranks would scale and repeat a step differently, and wait for each other.
+    for rank in ranks:
+        if rank.get("loss_scale") != ranks[0].get("loss_scale"):
+            first, other = shown(ranks[0].get("loss_scale")), shown(rank.get("loss_scale"))
+            raise ValueError(f"loss_scale is {first} on one rank and {other} on another, the same on all allowed")
+
+
+def _check_evaluation(entry: Any) -> None:
+    """{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}; a figure may be NaN, where a model diverged."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"evaluations has {shown(entry)}, objects allowed")
+    json_input.whole_number(entry, "step")
+    for name, figures in json_input.typed(entry, "figures", dict).items():
+        values = figures.values() if isinstance(figures, dict) and "loss" in figures else [None]
+        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+            raise ValueError(f"evaluations has {shown(figures)} for {shown(name)}, numbers by name allowed")
+
+
+def _check_rank(rank: Any) -> None:
+    """What PyTorch, NumPy and Python take over without a look at it, or answer with a crash."""
+    if not isinstance(rank, dict):
+        raise ValueError(f"ranks has {shown(rank)}, objects allowed")
+    numpy = rank.get("numpy")
+    if numpy is not None:
+        if not isinstance(numpy, list) or len(numpy) != 5:
+            raise ValueError(f"numpy is {shown(numpy)}, its five entries allowed")
+        json_input.whole_number(
+            {"the position of NumPy's random state": numpy[2]},
+            "the position of NumPy's random state",
+            most=TWISTER_WORDS,
+        )
+    scale = rank.get("loss_scale")
+    if scale is not None:
+        if not isinstance(scale, dict) or json_input.number(scale, "scale") <= 0:
+            raise ValueError(f"loss_scale is {shown(scale)}, a scale above 0 allowed")
+        if not math.log2(scale["scale"]) <= 127:
+            raise ValueError(f"loss_scale is {shown(scale)}, what float32 holds allowed")
+        for name in ("growth_step", "hysteresis_step"):
+            json_input.whole_number(scale, name)

@@ -1,0 +1,49 @@
+"""What a checkpoint holds besides tensors, known before step 1: a save must not fail by it hours later."""
+
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.encoding.encoder import TOKENIZER_FILES
+from colossal_llama2.errors import UserError
+from colossal_llama2.model.exported_configs import ModelConfigs, accepted_generation
+from colossal_llama2.model.loading import dtype_of
+from colossal_llama2.storage.files import contents_of, to_json
+
+
+def model_files(model_path: str, tokenizer_path: str, precision: str) -> dict[str, bytes]:
+    """The small files of a saved model, by path inside its folder: both configurations and the tokenizer.
+
+    Logs in what the configurations differ from those that the run began with.
+
+    Raises:
+        UserError: a configuration is damaged, or a file cannot be read, or not be written as UTF-8.
+    """
+    configs = ModelConfigs(Path(model_path))
+    configs.generation, changes = accepted_generation(configs.generation)
+    for change in [*configs.changes, *changes]:
+        logs.get_logger().info("In the saved model: %s", change)
+    files = contents_of(Path(tokenizer_path), TOKENIZER_FILES)
+    for name in files:
+        encoded(name, f"a file of the tokenizer in {tokenizer_path}")
+    dtype = str(dtype_of(precision)).removeprefix("torch.")
+    for name, content in configs.exported(dtype).items():
+        files[name] = encoded(to_json(content), str(Path(model_path, name)))
+    return files
+
+
+def json_bytes(content: Any, what: str) -> bytes:
+    """What `write_json` writes. Raises UserError for what JSON in UTF-8 cannot hold."""
+    try:
+        return encoded(to_json(content), what)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} cannot be saved as JSON ({error})")
+
+
+def encoded(text: str, what: str) -> bytes:
+    """The text in UTF-8. Raises UserError, which names what holds it, if it has no such form."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        broken = ascii(text[max(error.start - 20, 0) : error.start + 20])
+        raise UserError(f"{what}: {broken} is not UTF-8; rename it, or write it again")

@@ -1,1 +1,0 @@
-"""All that touches ColossalAI. Nothing outside this folder imports it, and inside it only functions do."""

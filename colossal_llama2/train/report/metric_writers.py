@@ -1,0 +1,64 @@
+"""Where a run's figures go: TensorBoard, from rank 0."""
+
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.train.stepping.silent_reporter import SilentWriter
+
+# Beside time and process it tells the files of one process apart.
+_NUMBERS = itertools.count()
+
+
+class TensorBoardWriter(SilentWriter):
+    """Writes each figure as a TensorBoard scalar, in a file of its own. If the disk takes no more, that is said once.
+
+    TensorBoard's own writer has a thread, which prints a traceback where it fails, and ends the run by its next call.
+    """
+
+    def __init__(self, folder: str, last_step: int):
+        """TensorBoard replaces what earlier files of `folder` have after `last_step`; -1 for all."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        # TensorBoard reads the files in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self._path, self._has_failed = Path(folder, name), False
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._records = RecordWriter(self._path.open("xb"))
+        self._add(file_version="brain.Event:2")
+        self._add(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        # One event with all figures: events are packed one by one, in Python.
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._add(step=step, summary=self._summary(value=values))
+
+    def _add(self, **content: Any) -> None:
+        # After half an event, TensorBoard would read no later one.
+        if self._has_failed:
+            return
+        try:
+            self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+            self._records.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            logs.get_logger().warning(
+                "%s cannot be written (%s); TensorBoard lacks what follows", self._path, error.strerror
+            )
+
+    def close(self) -> None:
+        try:
+            self._records.close()
+        except OSError as error:
+            self._fail(error)

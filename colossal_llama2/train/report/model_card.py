@@ -1,0 +1,337 @@
+"""The model card of a trained model: README.md with the front matter that model hubs read, and tables for people.
+
+It says only what the same run says again, if it is killed and resumed: no times, no paths of checkpoints.
+
+`base_model` of the front matter is for the Hub the model that this one was fine-tuned from, by its Hub identifier
+(https://huggingface.co/docs/hub/model-cards, "Specifying a base model"). The folders that stages left in between have
+none, so it is the model that the first stage began with; the table of stages names the folders.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2.corpus.category_names import category_name
+from colossal_llama2.dataset.read.loss_groups import Amount
+from colossal_llama2.dataset.read.token_counts import SourceRead
+from colossal_llama2.model.training_history import is_name, name_of, named_by_card, read_history
+from colossal_llama2.storage import json_input
+from colossal_llama2.terminal_text import one_line
+from colossal_llama2.train.checkpointing.checkpointer import CARD_NAME, STATES_NAME
+from colossal_llama2.train.report.markdown import code, front_matter, plain, table
+from colossal_llama2.train.run_folder.checkpoint_files import MODEL_NAME
+
+# Two-letter codes of ISO 639-1, by which hubs sort models.
+LANGUAGES = frozenset(
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en "
+    "eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv "
+    "ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne "
+    "ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st "
+    "su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
+)
+# Of the settings: places on a disk, what is told elsewhere in the card, and what has no part in the model.
+NOT_SETTINGS = (
+    "pretrained",
+    "dataset",
+    "save_dir",
+    "tensorboard_dir",
+    "config_file",
+    "load_config",
+    "load_checkpoint",
+    "resume",
+    "save_interval",
+    "keep_last",
+    "keep_every",
+    "max_bad_steps",
+    "dist_timeout",
+    "eval_dataset",
+    "benchmark",
+    "num_samples",
+    "profile",
+    "peak_tflops",
+    "dry_run",
+    "num_ranks",
+    "stage",
+    "pad_token",
+    "versions",
+    "world_size",
+    "total_steps",
+    "run_id",
+    "skip_save_each_epoch",
+)
+# The final loss is the mean over a tenth of the run, and over at most so many steps.
+FINAL_STEPS = 100
+HOW = {
+    "vocabulary": "Extension of the vocabulary",
+    "pretrain": "Continued pre-training",
+    "sft": "Supervised fine-tuning",
+}
+# Of a stage in the table; training_history.json has all.
+MAX_SOURCES = 8
+# Checkpoints of earlier versions that are followed, each to the --pretrained of its run.
+MAX_FOLLOWED = 16
+NOT_RECORDED = "not recorded"
+LOSSES = ("first_loss", "final_loss")
+
+
+def render(
+    *,
+    settings: dict[str, Any],
+    base_model: str,
+    amounts: Sequence[Amount],
+    records: Iterable[dict[str, Any]],
+    tokens_seen: int,
+    skipped_steps: int = 0,
+    sources: Sequence[str] = (),
+    read: Sequence[SourceRead] = (),
+    stages: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The text of the card.
+
+    Args:
+        settings: what --config_file holds.
+        base_model: the name of the model that the weights come from.
+        amounts: how much data of each source and category there is.
+        records: those of train_log.jsonl.
+        tokens_seen: over all epochs, padding not counted.
+        skipped_steps: steps that made no update.
+        sources: names of the folders of --dataset.
+        read: what the run has read of each of them.
+        stages: of training_history.json, the last of which is this run; all but their table is of this run alone.
+    """
+    losses, evaluations = curves(records)
+    of_last = " of the last stage" if len(stages) > 1 else ""
+    told = [[code(f"--{name}"), _cell(value)] for name, value in told_settings(settings).items()]
+    versions = [[name, version] for name, version in settings["versions"].items() if version]
+    earlier = [source["source"] for stage in stages for source in stage.get("data", ())]
+    parts = [
+        _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations, *earlier]),
+        f"# {_title(stages, settings)} of {plain(base_model)}",
+        _stages(base_model, stages),
+        _how(settings, tokens_seen, losses, skipped_steps, of_last),
+        _data(amounts, read, settings, of_last),
+        _evaluation(evaluations, of_last),
+        f"## Settings{of_last}\n\n" + table(["flag", "value"], told),
+        f"## Software{of_last}\n\n" + table(["package", "version"], versions),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def base_model(model_path: str) -> str:
+    """The name of the model that these weights come from.
+
+    It is the name in the folder's history or card, or for a checkpoint's model the one that its run began with, or else
+    the folder's own name. The folder may come from anyone, so what cannot be read is passed over. For one rank.
+    """
+    for _ in range(MAX_FOLLOWED):
+        folder = Path(model_path).absolute()
+        named = read_history(folder).base_model or named_by_card(folder / CARD_NAME)
+        if named is not None:
+            return named
+        if folder.name != MODEL_NAME:
+            break
+        known, pretrained = _named_by_states(folder.with_name(STATES_NAME))
+        if known is not None:
+            return known
+        # Checkpoints of earlier versions name the folder alone.
+        if pretrained is None or Path(pretrained).absolute() == folder:
+            break
+        model_path = pretrained
+    return name_of(model_path)
+
+
+def _named_by_states(path: Path) -> tuple[str | None, str | None]:
+    """The base model and the --pretrained that a checkpoint's running_states.json names, None for what it does not."""
+    try:
+        states = json_input.read_object(path)
+        settings = json_input.typed(states, "settings", dict) if "settings" in states else {}
+    except (OSError, ValueError):
+        return None, None
+    known, pretrained = states.get("base_model"), settings.get("pretrained")
+    is_path = is_name(pretrained) and "\0" not in pretrained
+    return known if is_name(known) else None, pretrained if is_path else None
+
+
+def _front_matter(base_model: str, names: Sequence[str]) -> str:
+    matter: dict[str, Any] = {"base_model": one_line(base_model)}
+    languages = sorted({name for name in names if name in LANGUAGES})
+    if languages:
+        matter["language"] = languages
+    matter.update(library_name="transformers", pipeline_tag="text-generation", tags=["llama", "colossal-llama-2"])
+    return front_matter(matter)
+
+
+def _title(stages: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """What was done, each kind of stage once: "Continued pre-training and supervised fine-tuning"."""
+    kinds = dict.fromkeys(stage["stage"] for stage in stages) or [settings["stage"]]
+    *names, last = (HOW[kind] for kind in kinds)
+    text = " and ".join([", ".join(names), last] if names else [last])
+    return text[0] + text[1:].lower()
+
+
+def _stages(base_model: str, stages: Sequence[dict[str, Any]]) -> str:
+    """All stages, by what each recorded, and their sums."""
+    if not stages:
+        return ""
+    rows = [[f"{number}. {HOW[stage['stage']]}", *_stage_cells(stage)] for number, stage in enumerate(stages, start=1)]
+    trained = [stage for stage in stages if stage["stage"] != "vocabulary"]
+    sums = [_sum([stage.get(name) for stage in trained]) for name in ("steps", "tokens")]
+    rows.append(["all", "", "", *sums, "", ""])
+    columns = [
+        "stage",
+        "began with",
+        "tokens read, by source",
+        "optimizer steps",
+        "tokens, padding not counted",
+        "loss of the first step",
+        "final loss",
+    ]
+    text = f"Base model: {plain(base_model)}."
+    if len(stages) > 1:
+        text += " What follows the table is of the last stage alone."
+    return f"## Stages\n\n{text}\n\n" + table(columns, rows)
+
+
+def _stage_cells(stage: dict[str, Any]) -> list[str]:
+    parent = stage["parent"]
+    began = parent["name"] if parent.get("as_recorded", True) else f"{parent['name']}, changed since the stage before"
+    if stage["stage"] == "vocabulary":
+        sizes = [_count(stage.get(name)) for name in ("vocabulary_before", "vocabulary")]
+        padding = f", {_count(stage['padding_rows'])} of them rows without a token" if stage.get("padding_rows") else ""
+        return [began, f"vocabulary of {sizes[0]}, now {sizes[1]}{padding}", "", "", "", ""]
+    data = stage.get("data", [])
+    shown = ", ".join(f"{source['source']} {_count(source.get('tokens'))}" for source in data[:MAX_SOURCES])
+    shown += f", and {len(data) - MAX_SOURCES} more sources" if len(data) > MAX_SOURCES else ""
+    first, final = (NOT_RECORDED if stage.get(name) is None else _figure(stage[name]) for name in LOSSES)
+    if stage.get("final_loss_steps", 0) > 1 and stage.get("final_loss") is not None:
+        final += f" (mean of {stage['final_loss_steps']} steps)"
+    steps = _count(stage.get("steps"))
+    if stage.get("updates", stage.get("steps")) != stage.get("steps"):
+        steps += f" ({stage['updates']:,} of them with an update)"
+    return [began, shown or NOT_RECORDED, steps, _count(stage.get("tokens")), first, final]
+
+
+def _count(value: int | None) -> str:
+    return NOT_RECORDED if value is None else f"{value:,}"
+
+
+def _sum(values: Sequence[int | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known):,}" + ("" if len(known) == len(values) else " and more that is not recorded")
+
+
+def curves(records: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, dict[int, dict[str, float]]]]:
+    """The losses of all steps that have one, and the figures of evaluations by data and step."""
+    losses: list[float] = []
+    evaluations: dict[str, dict[int, dict[str, float]]] = {}
+    for record in records:
+        if record.get("loss") is not None:
+            losses.append(record["loss"])
+        for name, figures in record.get("evaluation", {}).items():
+            evaluations.setdefault(name, {}).setdefault(record["step"], {}).update(figures)
+    return losses, evaluations
+
+
+def final_loss(losses: Sequence[float]) -> tuple[float, int]:
+    """The mean loss at the end of a run, and of how many steps it is."""
+    last = losses[-min(FINAL_STEPS, max(len(losses) // 10, 1)) :]
+    return sum(last) / len(last), len(last)
+
+
+def _how(settings: dict[str, Any], tokens_seen: int, losses: list[float], skipped_steps: int, of_last: str) -> str:
+    ranks, plugin = settings["world_size"], plain(settings["plugin"])
+    lines = [
+        f"## Training{of_last}\n",
+        f"{HOW[settings['stage']]} with ColossalAI's plugin {plugin} in {settings['mixed_precision']}, "
+        f"on {ranks} rank{'s' if ranks > 1 else ''}.\n",
+    ]
+    rows = [
+        ["optimizer steps", f"{settings['total_steps']:,}"],
+        *([["of them without an update", f"{skipped_steps:,}"]] if skipped_steps else []),
+        ["epochs", f"{settings['num_epochs']:,}"],
+        ["tokens, padding not counted", f"{tokens_seen:,}"],
+    ]
+    if losses:
+        mean, count = final_loss(losses)
+        rows.append([f"final loss, mean of the last {count} steps", f"{mean:.4f}"])
+        rows.append(["loss of the first step", f"{losses[0]:.4f}"])
+    return "\n".join(lines) + "\n" + table(["what", "figure"], rows)
+
+
+def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: dict[str, Any], of_last: str) -> str:
+    parts = [_read(read, settings), _amounts(amounts, settings)]
+    return "\n\n".join([f"## Data{of_last}", *filter(None, parts)]) if any(parts) else ""
+
+
+def _read(read: Sequence[SourceRead], settings: dict[str, Any]) -> str:
+    """What was trained, by source; a sample that was read again counts again."""
+    total = sum(one.tokens for one in read)
+    if not total:
+        return ""
+    rows = [
+        [
+            one.source,
+            f"{one.samples_there:,}",
+            f"{one.samples:,}",
+            f"{one.samples / max(one.samples_there, 1):.2f}",
+            f"{one.tokens:,}",
+            f"{one.tokens / total:.1%}",
+        ]
+        for one in read
+    ]
+    sums = (f"{sum(values):,}" for values in zip(*(one[1:] for one in read), strict=True))
+    there, samples, tokens = sums
+    rows.append(["all", there, samples, "", tokens, "100.0%"])
+    columns = ["source of the training", "samples there", "samples read", "times read", "tokens read", "share"]
+    asked = f" Asked for: {code(_cell(settings['mixture']))}." if settings.get("mixture") else ""
+    return f"What training has read.{asked}\n\n" + table(columns, rows)
+
+
+def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
+    """What there is, by source and category of documents."""
+    if not amounts:
+        return ""
+    total = sum(amount.tokens for amount in amounts)
+    rows = [
+        [
+            amount.source,
+            category_name(amount.category),
+            f"{amount.pieces:,}",
+            f"{amount.tokens:,}",
+            f"{amount.tokens / total:.1%}",
+        ]
+        for amount in amounts
+    ]
+    rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])
+    columns = ["source", "category", "documents", "tokens", "share"]
+    what = "What was there to take from" if settings.get("mixture") else "One epoch"
+    what += ", by source of the documents; a document that was cut counts once for each piece."
+    return f"{what}\n\n" + table(columns, rows)
+
+
+def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: str) -> str:
+    """The first and the last figures of each evaluated data."""
+    if not evaluations:
+        return ""
+    names = list(dict.fromkeys(n for found in evaluations.values() for figures in found.values() for n in figures))
+    rows = []
+    for data, found in evaluations.items():
+        for step in sorted({min(found), max(found)}):
+            rows.append([data, f"{step:,}", *(_figure(found[step].get(name)) for name in names)])
+    columns = ["data", "after step", *(name.replace("_", " ") for name in names)]
+    return f"## Evaluation{of_last}\n\n" + table(columns, rows)
+
+
+def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that have a part in the model and name no place on a disk."""
+    return {name: value for name, value in settings.items() if name not in NOT_SETTINGS and value is not None}
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,240 @@
+"""What a run shows of itself: TensorBoard, train_log.jsonl, and a bar or lines, all by one object, on rank 0.
+
+Nothing here waits for a GPU. Loss and gradient norm are there when a step ends, since the loop itself needs them; a
+GPU's times are read when the next step is through, by which it has reached their marks.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2 import logs
+from colossal_llama2.corpus.category_names import category_name
+from colossal_llama2.dataset.read.loss_groups import MAX_GROUPS, Amount, Groups, by_name
+from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.model.config_fields import llama_config
+from colossal_llama2.train.report import train_log
+from colossal_llama2.train.report.metric_writers import TensorBoardWriter
+from colossal_llama2.train.report.train_log import TrainLog, evaluation_record
+from colossal_llama2.train.run_folder import run_outputs
+from colossal_llama2.train.stepping.silent_reporter import SilentReporter, SilentWriter
+from colossal_llama2.train.stepping.step_timer import Mark, StepTimer, seconds_of
+
+if TYPE_CHECKING:
+    from colossal_llama2.dataset.read.step_loader import SampleOrder
+    from colossal_llama2.engine.engine import Engine
+    from colossal_llama2.engine.loss_tally import LossTally
+    from colossal_llama2.train.checkpointing.checkpointer import LoadPlan
+    from colossal_llama2.train.report.run_report import RunReport
+    from colossal_llama2.train.stepping.state import TrainState
+
+# Of train_log.jsonl to TensorBoard.
+SCALARS = {
+    "loss": "Loss",
+    "lr": "Learning Rate",
+    "grad_norm": "Gradient Norm",
+    "loss_scale": "Loss Scale",
+    "tokens_per_second": "Tokens per Second",
+    "padding_share": "Padding Share",
+    "mfu": "MFU",
+    "memory_bytes": "Memory in Bytes",
+    "epoch": "Epoch",
+    "bucket": "Bucket",
+}
+# tqdm's: what is left of the width is the bar.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
+FAMILIES = {"seconds": "Seconds", "loss_by_source": "Loss by Source", "loss_by_category": "Loss by Category"}
+
+
+class Reporter(SilentReporter):
+    """Shows all that is known."""
+
+    def __init__(
+        self,
+        *,
+        writer: SilentWriter,
+        log: TrainLog,
+        progress: logs.SilentProgress,
+        groups: Sequence[tuple[str, str]] = (),
+        bucket_of: Callable[[int], int] | None = None,
+        flops_per_token: Callable[[int], float],
+        peak_flops: float | None,
+    ):
+        """
+        Args:
+            groups: (source, category) of each group whose loss a StepResult tells, in its order.
+            bucket_of: the bucket in which the sample at a place of any epoch is, both counted from 0.
+            flops_per_token: of samples of so many tokens.
+            peak_flops: what all ranks together can do in a second; None if that is not known.
+        """
+        self._writer, self._log, self._progress, self._groups = writer, log, progress, groups
+        self._bucket_of, self._flops_per_token, self._peak_flops = bucket_of, flops_per_token, peak_flops
+        self.timer = StepTimer()
+        self._late: list[tuple[dict[str, Any], list[Mark]]] = []
+
+    def step(self, state, totals, result, *, learning_rate, taken, seconds) -> None:
+        record: dict[str, Any] = {"step": state.step, "epoch": state.epoch}
+        if self._bucket_of is not None:
+            record["bucket"] = self._bucket_of(state.sample_start_index - taken)
+        record.update(loss=result.loss, lr=learning_rate, grad_norm=result.grad_norm, tokens=result.tokens)
+        if result.loss_scale is not None:
+            record["loss_scale"] = result.loss_scale
+        if totals.untrained_micro_batches:
+            record["untrained_micro_batches"] = totals.untrained_micro_batches
+        record["tokens_per_second"] = round(result.tokens / seconds, 1)
+        record["padding_share"] = round(1 - totals.tokens / totals.places, 6)
+        if self._peak_flops is not None:
+            flops = self._flops_per_token(result.tokens // taken) * result.tokens
+            record["mfu"] = round(flops / seconds / self._peak_flops, 6)
+        record["memory_bytes"] = peak_memory()
+        if result.by_group:
+            record.update(self._by_name(result.by_group))
+        self._settle()
+        self._late.append((record, self.timer.take()))
+        if not self.timer.is_late:
+            self._settle()
+        self._progress.update(**shown(record))
+
+    def _by_name(self, by_group: Sequence[float]) -> dict[str, dict[str, float]]:
+        """The mean loss over the tokens of each source and of each category that the step has some of."""
+        sums, counts = by_group[: len(self._groups)], by_group[len(self._groups) :]
+        means = {}
+        for column, name in enumerate(("loss_by_source", "loss_by_category")):
+            losses, tokens = (by_name(self._groups, values, column=column) for values in (sums, counts))
+            means[name] = {key: losses[key] / tokens[key] for key in losses if tokens[key]}
+        return means
+
+    def _settle(self) -> None:
+        """Write down the steps whose times can be read."""
+        for record, marks in self._late:
+            record["seconds"] = {part: round(value, 6) for part, value in seconds_of(marks).items()}
+            self._log.write(record)
+            self._writer.write(record["step"], scalars(record))
+        self._late.clear()
+
+    def _settle_all(self) -> None:
+        if self._late:
+            import torch
+
+            torch.cuda.synchronize()
+            self._settle()
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._settle_all()
+        self._log.write(evaluation_record(step, figures))
+        self._writer.write(step, figures)
+
+    def before_save(self) -> None:
+        self._settle_all()
+        self._log.sync()
+
+    def saved(self, step: int, name: str, seconds: float) -> None:
+        self._log.write({"step": step, "checkpoint": name, "seconds": {"save": round(seconds, 6)}})
+        self._writer.write(step, {"Seconds/save": seconds})
+
+    def close(self) -> None:
+        # Where a GPU has failed, that is told already.
+        with contextlib.suppress(RuntimeError):
+            self._settle_all()
+        self._log.close()
+        self._writer.close()
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The figures of a step's line as TensorBoard names them."""
+    figures = {SCALARS[key]: record[key] for key in SCALARS if record.get(key) is not None}
+    for key, family in FAMILIES.items():
+        shown_as = category_name if key == "loss_by_category" else str
+        figures.update({f"{family}/{shown_as(name)}": value for name, value in record.get(key, {}).items()})
+    return figures
+
+
+def shown(record: dict[str, Any]) -> dict[str, str]:
+    """What bar and lines tell of a step, the most important first: a narrow terminal cuts the end."""
+    figures = {
+        "loss": "no trained token" if record["loss"] is None else f"{record['loss']:.4f}",
+        "lr": f"{record['lr']:.2e}",
+        "norm": "none" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}",
+        "tok/s": short_count(record["tokens_per_second"]),
+        "epoch": str(record["epoch"]),
+    }
+    if "bucket" in record:
+        figures["bucket"] = str(record["bucket"])
+    if "mfu" in record:
+        figures["MFU"] = f"{record['mfu']:.1%}"
+    figures["padding"] = f"{record['padding_share']:.1%}"
+    figures["memory"] = f"{record['memory_bytes'] / 2**30:.1f} GiB"
+    return figures
+
+
+def short_count(value: float) -> str:
+    """Three digits or four: 812, 7,758, 18.4k, 1.24M."""
+    for least, unit, name, digits in ((1e6, 1e6, "M", 2), (1e4, 1e3, "k", 1)):
+        if value >= least:
+            return f"{value / unit:.{digits}f}{name}"
+    return f"{value:,.0f}"
+
+
+def told_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups | None:
+    """The groups whose losses are told apart, if they can be; begins the tally. Why they cannot be is said, once."""
+    reason = None
+    if amounts is None:
+        reason = "the data does not say where documents come from, or they are not kept apart"
+    elif len(amounts) > MAX_GROUPS:
+        reason = f"the data has {len(amounts)} pairs of them, more than {MAX_GROUPS}"
+    reason = reason or tally.unfed
+    if reason:
+        logs.get_logger().info("No loss by source and category: %s", reason)
+        return None
+    tally.begin(len(amounts))
+    return Groups([amount[:2] for amount in amounts])
+
+
+@contextlib.contextmanager
+def reporting(
+    *,
+    engine: "Engine",
+    state: "TrainState",
+    report: "RunReport",
+    plan: "LoadPlan",
+    order: "SampleOrder",
+    parameters: int,
+    tensorboard_dir: str,
+    peak_tflops: float | None,
+) -> Iterator[SilentReporter]:
+    """What shows a run that goes on from `state`; at its end, however that comes, the report's files are written.
+
+    Called on all ranks, and raised on all if the first cannot begin its files.
+    """
+    with engine.first_rank_only() as first:
+        if first:
+            config = llama_config(Path(plan.model_path))
+            is_new = plan.resume_path is None
+            log = TrainLog(train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path))
+            events_dir = run_outputs.claim_events_folder(tensorboard_dir, save_dir=report.save_dir)
+            writer = TensorBoardWriter(str(events_dir), last_step=-1 if is_new else state.step)
+    if not first:
+        yield SilentReporter()
+        return
+    peak = known_peak(peak_tflops)
+    with contextlib.ExitStack() as parts:
+        parts.callback(report.write_files)
+        progress = logs.progress(
+            total=report.settings["total_steps"],
+            initial=state.step,
+            description="train",
+            unit="step",
+            bar_format=BAR_FORMAT,
+        )
+        reporter = Reporter(
+            writer=writer,
+            log=log,
+            progress=parts.enter_context(progress),
+            groups=[amount[:2] for amount in report.amounts or ()],
+            bucket_of=None if order.buckets is None else order.bucket_of,
+            flops_per_token=functools.partial(flops_per_token, config, parameters),
+            peak_flops=None if peak is None else peak * 1e12 * engine.world_size,
+        )
+        yield parts.enter_context(contextlib.closing(reporter))

@@ -1,0 +1,160 @@
+"""train_log.jsonl in --save_dir: what a run has shown, one line for each step, evaluation and checkpoint.
+
+    {"step": 400, "epoch": 0, "bucket": 1, "loss": 2.8391, "lr": 9.7e-05, "grad_norm": 0.41, "tokens": 16200,
+     "tokens_per_second": 2806.1, "padding_share": 0.011, "mfu": 0.43, "memory_bytes": 2147483648,
+     "seconds": {"data": 0.01, "forward": 1.9, "backward": 3.7, "optimizer": 0.2},
+     "loss_by_source": {"en": 2.5, "zh": 3.1}, "loss_by_category": {"news": 2.9, "web": 2.8}}
+    {"step": 400, "evaluation": {"en": {"loss": 2.61, "bits_per_byte": 0.93}}}
+    {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
+
+A step without a trained token has the loss null, and one whose gradient overflows fp16 at every loss scale has the
+grad_norm null; neither made an update. In fp16 there is "loss_scale", and where micro batches of a step have no trained
+token, "untrained_micro_batches" is their number. What a run does not know is left out; what is no number is null.
+
+A step's line is in the file before its checkpoint is whole, so a run that goes on from a checkpoint finds all lines up
+to it, and cuts away later ones. One that begins anew cuts away all.
+"""
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.storage.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
+from colossal_llama2.train.run_folder.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX
+
+EVALUATION = "Evaluation/"
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in a log, in order; none if there is no file. What a killed run wrote half of is left out."""
+    for record, _ in _lines(path):
+        if record is not None:
+            yield record
+
+
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
+    """(record, line); the record is None if the line is none of ours."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = parse_object(line)
+                yield record if isinstance(record.get("step"), int) and line.endswith(b"\n") else None, line
+            except ValueError:
+                yield None, line
+
+
+def begin(save_dir: str, *, last_step: int, resumed_from: str | None = None) -> Path:
+    """The log of a run that goes on after `last_step`: later lines are cut away, in one step, and it is said.
+
+    Args:
+        resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's is copied. None
+            for a run that begins anew: all lines are cut away, those before the first step too.
+    """
+    path = Path(save_dir, LOG_NAME)
+    if resumed_from is None:
+        last_step = -1
+    if resumed_from is not None and not os.path.lexists(path):
+        earlier = Path(resumed_from).absolute().parent / LOG_NAME
+        if earlier.is_file():
+            _write_whole(path, earlier, last_step)
+            logs.get_logger().info("%s begins with the lines of %s up to step %d", path, earlier, last_step)
+            return path
+    lost = sum(1 for record, _ in _lines(path) if record is None or record["step"] > last_step)
+    if not lost and _leads_elsewhere(path):
+        _write_whole(path, path, last_step)
+        logs.get_logger().info("%s was another file's second name; it is a copy of it from here on", path)
+    if lost:
+        _write_whole(path, path, last_step)
+        if resumed_from is None:
+            logs.get_logger().info("%s: %d lines of an earlier run are cut away, this one begins anew", path, lost)
+        else:
+            logs.get_logger().info(
+                "%s: %d lines after step %d are cut away, the run goes on from there", path, lost, last_step
+            )
+    return path
+
+
+def _leads_elsewhere(path: Path) -> bool:
+    """Whether what is appended here would be appended to a file of another name, or to none."""
+    if not os.path.lexists(path):
+        return False
+    status = path.lstat()
+    return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+
+
+def _write_whole(path: Path, source: Path, last_step: int) -> None:
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    discard(partial)
+    with errors_naming(path, instead_of=partial), open_no_link(partial, "xb") as file:
+        for record, line in _lines(source):
+            if record is not None and record["step"] <= last_step:
+                file.write(line)
+    if source.is_file():
+        shutil.copymode(source, partial)
+    sync(partial)
+    os.replace(partial, path)
+    sync_entries(path.parent)
+
+
+class TrainLog:
+    """Appends records. If the disk takes none, that is said once, and the run goes on."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = None
+        self._is_torn = self._has_failed = False
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, at once."""
+        import orjson
+
+        # orjson writes null for NaN and infinity.
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+        try:
+            if self._file is None:
+                self._file = open_no_link(self._path, "ab", buffering=0)
+            line = b"\n" + line if self._is_torn else line
+            self._is_torn = self._file.write(line) != len(line)
+        except OSError as error:
+            self._is_torn = True
+            self._tell_once(error)
+
+    def _tell_once(self, error: OSError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            logs.get_logger().warning("%s cannot be written (%s); it lacks some steps", self._path, error.strerror)
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk, or cannot get there."""
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._tell_once(error)
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._tell_once(error)
+            self._file = None
+
+
+def evaluation_record(step: int, figures: dict[str, float]) -> dict[str, Any]:
+    """The line for figures that are named as in TensorBoard: "Evaluation/en/loss", or otherwise."""
+    record: dict[str, Any] = {"step": step}
+    for name, value in figures.items():
+        if name.startswith(EVALUATION) and name.count("/") > 1:
+            _, data, figure = name.split("/", 2)
+            record.setdefault("evaluation", {}).setdefault(data, {})[figure] = float(value)
+        else:
+            record.setdefault("figures", {})[name] = float(value)
+    return record

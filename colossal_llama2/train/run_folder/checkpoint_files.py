@@ -1,0 +1,248 @@
+"""The files of checkpoints: which ones a folder holds, whether they are whole, how one gets its name, which may go.
+
+A checkpoint is complete if it has its final name and a manifest.json, which is written last and lists every file:
+
+    {"files": [{"path": "modeling/config.json", "bytes": 612, "sha256": "..."}, ...], "saved_at": 1764000000.0}
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage import json_input
+from colossal_llama2.storage.files import discard, is_stray, replace_file, write_json
+from colossal_llama2.storage.publishing import publish
+
+MANIFEST_NAME = "manifest.json"
+LEAST_SECONDS_APART = 1e-3
+SHA256 = re.compile(r"[0-9a-f]{64}")
+LATEST_NAME = "latest"
+MODEL_NAME = "modeling"
+PARTIAL_SUFFIX = ".tmp"
+OLD_SUFFIX = ".old"
+CHECKPOINT_NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
+LOG_NAME, PLAN_NAME = "train_log.jsonl", "plan.json"
+# What a run leaves beside its checkpoints when it ends.
+REPORT_NAMES = ("settings.json", "environment.json", "loss.png")
+FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, *REPORT_NAMES)
+_FILES = "|".join(map(re.escape, FILE_NAMES))
+LEFTOVER_NAME = re.compile(
+    rf"(epoch-\d+_step-\d+|{MODEL_NAME}|{_FILES})\.(tmp|old)|\.({_FILES})\.[0-9a-f]{{8}}\.tmp|\.token-[0-9a-f]{{8}}"
+)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name).group(2))
+
+
+def complete_checkpoints(save_dir: Path) -> list[Path]:
+    """The complete checkpoints in a folder, in the order in which they were written."""
+    found = []
+    for folder in save_dir.glob("epoch-*_step-*") if save_dir.is_dir() else ():
+        if CHECKPOINT_NAME.fullmatch(folder.name) and (folder / MANIFEST_NAME).is_file():
+            found.append((_saved_at(folder), step_of(folder), folder))
+    return [folder for *_, folder in sorted(found)]
+
+
+def _saved_at(checkpoint: Path) -> float:
+    try:
+        return float(read_manifest(checkpoint)["saved_at"])
+    except UserError:
+        # Not to be read: it can be no more than the last choice, where the reason is told.
+        return 0.0
+
+
+def later_than_all(save_dir: Path, now: float) -> float:
+    """`now`, or just after the newest complete checkpoint: clocks go back, and differ between hosts."""
+    complete = complete_checkpoints(save_dir)
+    return max(now, _saved_at(complete[-1]) + LEAST_SECONDS_APART) if complete else now
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Bytes of all files below a folder but its manifest, by name; links to files count as files.
+
+    What a system puts anywhere by itself is passed over. What is neither a file nor a folder, such as a link to a
+    folder, has -1 bytes.
+    """
+    sizes: dict[str, int] = {}
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_stray(name)]
+        for name in [*names, *(name for name in folders if Path(place, name).is_symlink())]:
+            path = Path(place, name)
+            if not is_stray(name):
+                sizes[path.relative_to(folder).as_posix()] = path.stat().st_size if path.is_file() else -1
+    return {name: sizes[name] for name in sorted(sizes) if name != MANIFEST_NAME}
+
+
+def file_entries(folder: Path, sizes: dict[str, int], *, share: int = 0, shares: int = 1) -> list[dict[str, Any]]:
+    """The manifest's entries for one of `shares` shares of the files, about equal in bytes."""
+    return [
+        {"path": name, "bytes": sizes[name], "sha256": sha256_of(folder / name)}
+        for name in _dealt(sizes, share, shares)
+    ]
+
+
+def _dealt(sizes: dict[str, int], share: int, shares: int) -> list[str]:
+    """Every `shares`-th of the names, the largest files first, so that the shares are about equal."""
+    return sorted(sizes, key=lambda name: (-sizes[name], name))[share::shares]
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, entries: list[dict[str, Any]], *, saved_at: float) -> None:
+    """List a folder's files in its manifest. `saved_at` is in seconds since 1970."""
+    files = sorted(entries, key=lambda entry: entry["path"])
+    write_json(folder / MANIFEST_NAME, {"files": files, "saved_at": saved_at})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises UserError if it is missing, damaged, or names a file outside the folder."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {MANIFEST_NAME}, so it was not written to its end; take another checkpoint")
+    try:
+        manifest = json_input.read_object(path)
+        json_input.number(manifest, "saved_at")
+        names = [_checked_entry(entry) for entry in json_input.typed(manifest, "files", list)]
+        if len(set(names)) < len(names):
+            raise ValueError("it lists a file twice")
+    except KeyError as error:
+        raise UserError(f"{path}: not the manifest of a checkpoint (no {error}); take another checkpoint")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not the manifest of a checkpoint ({error}); take another checkpoint")
+    return manifest
+
+
+def recorded_weights(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of the safetensors of a checkpoint's model, by name. Raises UserError as `read_manifest`."""
+    prefix = f"{MODEL_NAME}/"
+    return {
+        entry["path"].removeprefix(prefix): {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+        for entry in read_manifest(checkpoint)["files"]
+        if entry["path"].startswith(prefix) and entry["path"].endswith(".safetensors")
+    }
+
+
+def _checked_entry(entry: Any) -> str:
+    """The path in an entry of a manifest. Raises ValueError or KeyError if the entry is not as it should be."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"it lists {json_input.shown(entry)}, objects allowed")
+    name = json_input.typed(entry, "path", str)
+    parts = name.split("/")
+    if not parts[0] or {".", ".."} & set(parts) or "\\" in name or "\0" in name:
+        raise ValueError(f"it names {json_input.shown(name)}, which is outside")
+    name.encode()  # half of a surrogate pair is in no file's name
+    json_input.whole_number(entry, "bytes")
+    if not SHA256.fullmatch(json_input.typed(entry, "sha256", str)):
+        raise ValueError(f"sha256 of {json_input.shown(name)} is {json_input.shown(entry['sha256'])}")
+    return name
+
+
+def sizes_problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint by its files' names and sizes alone, None if they are as its manifest says."""
+    try:
+        listed = {entry["path"]: entry["bytes"] for entry in read_manifest(folder)["files"]}
+    except UserError as error:
+        return str(error)
+    present = list_files(folder)
+    for name, size in listed.items():
+        if name not in present:
+            return f"{folder / name}: is missing"
+        if present[name] < 0:
+            return f"{folder / name}: is not a regular file"
+        if present[name] != size:
+            return f"{folder / name}: has {present[name]:,} bytes, {size:,} were written"
+    unknown = sorted(present.keys() - listed.keys())
+    if unknown:
+        return f"{folder / unknown[0]}: is not listed in {MANIFEST_NAME}; remove it to use this checkpoint"
+    return None
+
+
+def content_problems(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:
+    """What is wrong with the content of one share of a checkpoint's files, whose sizes are right."""
+    entries = {entry["path"]: entry for entry in read_manifest(folder)["files"]}
+    for name in _dealt({name: entry["bytes"] for name, entry in entries.items()}, share, shares):
+        try:
+            if sha256_of(folder / name) != entries[name]["sha256"]:
+                yield f"{folder / name}: its content is not what was written (sha256 differs)"
+        except OSError as error:
+            yield f"{folder / name}: cannot be read ({error.strerror})"
+
+
+def publish_checkpoint(partial: Path, final: Path) -> None:
+    """Give a checkpoint its final name when all of it is on the disk, and then let `latest` name it."""
+    publish(partial, final, replace=True)
+    replace_file(final.parent / LATEST_NAME, f"{final.name}\n".encode())
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether this is a leftover that goes with `remove_leftovers`, not a whole checkpoint that was being replaced."""
+    return LEFTOVER_NAME.fullmatch(path.name) is not None and not _is_replaced(path)
+
+
+def _is_replaced(path: Path) -> bool:
+    return path.suffix == OLD_SUFFIX and not path.is_symlink() and (path / MANIFEST_NAME).is_file()
+
+
+def remove_leftovers(save_dir: Path) -> None:
+    """Remove what a run that died was writing or removing, and say so; a folder that it was replacing comes back."""
+    for path in sorted(save_dir.iterdir()) if save_dir.is_dir() else ():
+        if not LEFTOVER_NAME.fullmatch(path.name):
+            continue
+        original = path.with_suffix("")
+        if _is_replaced(path) and not os.path.lexists(original):
+            path.rename(original)
+            logs.get_logger().info("An earlier run died while it replaced %s; its old content is back", original)
+            continue
+        logs.get_logger().info("Removing %s, which an earlier run left unfinished", path)
+        discard(path)
+
+
+def remove_old(checkpoint: Path, *, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove complete checkpoints beside `checkpoint` but the `keep_last` newest and multiples of `keep_every` steps.
+
+    Called when the newest is complete, so there are never fewer than `keep_last`, once there were so many. `checkpoint`
+    itself stays, whatever its age. Of a link to a checkpoint elsewhere, the link alone is removed.
+    """
+    if keep_last is None:
+        return
+    for folder in complete_checkpoints(checkpoint.parent)[:-keep_last]:
+        if folder != checkpoint and (keep_every is None or step_of(folder) % keep_every):
+            # Out of sight at once, since a removal can be cut short too. It has no complete name, so it never returns.
+            if folder.is_symlink():
+                folder.unlink()
+                logs.get_logger().info(
+                    "Removed the link %s (--keep_last %d); the checkpoint that it led to stays", folder, keep_last
+                )
+                continue
+            doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
+            discard(doomed)
+            folder.rename(doomed)
+            discard(doomed)
+            logs.get_logger().info("Removed %s (--keep_last %d)", folder, keep_last)
+
+
+def check_room(save_dir: Path, needed: int, *, files: int = 1) -> None:
+    """Raise RunError unless so many bytes, and inodes for so many files, are free for a checkpoint."""
+    free = os.statvfs(save_dir)
+    wanted = []
+    if free.f_bavail * free.f_frsize < needed:
+        wanted.append(f"needs about {needed:,} bytes, {free.f_bavail * free.f_frsize:,} are free")
+    # A file system that makes inodes as it needs them says that it has none at all.
+    if free.f_files and free.f_favail < files:
+        wanted.append(f"has about {files:,} files, {free.f_favail:,} more can be made (inodes, see df -i)")
+    if wanted:
+        raise RunError(
+            f"--save_dir {save_dir}: a checkpoint {' and '.join(wanted)}; nothing was written, earlier checkpoints are "
+            f"whole; make room, or keep fewer with --keep_last"
+        )

@@ -1,0 +1,241 @@
+"""Which settings file and which folder of TensorBoard events a run writes to: never those of another run.
+
+A run is known by the random run_id in settings.json of its --save_dir, which is there from the start, so that a resumed
+run finds it again. The same id stands in --config_file, and in run.json of the folder with its events. Where
+--config_file or --tensorboard_dir is another run's, the newer one gets a name below it, after its --save_dir:
+
+    config_file    config_file-checkpoint_dir_sft        configs/a.json    configs/a-checkpoint_dir_sft.json
+    logs_dir       logs_dir/checkpoint_dir_sft
+"""
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.read.sources import is_part
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.storage import json_input
+from colossal_llama2.storage.files import replace_file, to_json
+from colossal_llama2.storage.output_paths import check_apart, check_output_file, check_output_folder
+from colossal_llama2.train.run_folder.checkpoint_files import (
+    CHECKPOINT_NAME,
+    FILE_NAMES,
+    LATEST_NAME,
+    LEFTOVER_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    REPORT_NAMES,
+)
+
+# In a folder with events: whose they are.
+RUN_NAME = "run.json"
+SETTINGS_NAME = REPORT_NAMES[0]
+# What every settings file has, of whatever version.
+SETTINGS_KEYS = {"save_dir", "pretrained", "versions"}
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
+MAX_NAMES = 1000
+
+
+def check_places(save_dir: str, tensorboard_dir: str, config_file: str) -> None:
+    """Look at all places that a run writes to, before it does anything.
+
+    Raises:
+        UserError: one is of the wrong kind or cannot be made, two are in each other's way, one lies where a checkpoint,
+            an exported model or data would be spoiled by it, or --config_file is none that may be overwritten.
+    """
+    folder, events, settings = Path(save_dir), Path(tensorboard_dir), Path(config_file)
+    check_output_folder(folder, "--save_dir")
+    check_output_folder(events, "--tensorboard_dir")
+    check_output_file(settings, "--config_file")
+    check_apart(settings, "--config_file", folder, "--save_dir")
+    check_apart(settings, "--config_file", events, "--tensorboard_dir")
+    for flag, path in (("--save_dir", folder), ("--tensorboard_dir", events), ("--config_file", settings)):
+        _check_spoils_nothing(path, flag)
+    for flag, path in (("--tensorboard_dir", events), ("--config_file", settings)):
+        _check_not_ours(path, flag, folder)
+    for name in FILE_NAMES:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise UserError(f"--save_dir {save_dir}: {name} in it is a folder, the run writes a file there; remove it")
+    if os.path.lexists(folder / MODEL_NAME) and not (folder / MODEL_NAME).is_dir():
+        raise UserError(
+            f"--save_dir {save_dir}: {MODEL_NAME} in it is not a folder, the run puts its model there; remove it"
+        )
+    _check_settings_file(settings)
+
+
+def _check_spoils_nothing(path: Path, flag: str) -> None:
+    """Refuse a place in a checkpoint, which lists every file in it, in a model, or in a folder of samples."""
+    real = Path(os.path.realpath(path))
+    for above in (real, *real.parents):
+        if (above / MANIFEST_NAME).is_file() and CHECKPOINT_NAME.fullmatch(above.name):
+            raise UserError(f"{flag} {path}: is in the checkpoint {above}, which it would spoil; name another")
+        if above.name == MODEL_NAME and (above.parent / LATEST_NAME).is_file():
+            raise UserError(f"{flag} {path}: is in {above}, which its run replaces at its end; name another")
+        if any((above / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+            raise UserError(f"{flag} {path}: is in {above}, which holds a model; name another")
+        if is_part(above):
+            raise UserError(f"{flag} {path}: is in {above}, which holds prepared samples; name another")
+
+
+def _check_not_ours(path: Path, flag: str, save_dir: Path) -> None:
+    """Refuse what the run itself writes in --save_dir under that name, and what it removes there."""
+    real, folder = (Path(os.path.realpath(place)) for place in (path, save_dir))
+    if not real.is_relative_to(folder) or real == folder:
+        return
+    name = real.relative_to(folder).parts[0]
+    is_settings = flag == "--config_file" and real == folder / SETTINGS_NAME
+    names = (*FILE_NAMES, MODEL_NAME, ".lock")
+    if (name in names and not is_settings) or CHECKPOINT_NAME.fullmatch(name) or LEFTOVER_NAME.fullmatch(name):
+        raise UserError(f"{flag} {path}: the run itself writes or removes {name} in --save_dir; name another")
+
+
+def _check_settings_file(path: Path) -> None:
+    """Raise a UserError if --config_file names anything but a new or empty file, or one that --config_file wrote."""
+    if os.path.lexists(path) and not _is_empty(path) and _settings_in(path) is None:
+        raise UserError(
+            f"--config_file {path}: exists, and is not a settings file, so it is not overwritten; name "
+            f"another, or remove it"
+        )
+
+
+def write_settings(config_file: str, settings: dict[str, Any], *, save_dir: str) -> Path:
+    """Write the resolved flags and versions of a run, with its id, to --save_dir and to --config_file.
+
+    Returns:
+        Where they are: --config_file, or a name below it if that is another run's.
+    """
+    given, run_id = Path(config_file), identify(save_dir)
+    settings["run_id"] = run_id
+    replace_file(Path(save_dir, SETTINGS_NAME), to_json(settings).encode())
+    given.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(MAX_NAMES):
+        path = _chosen(
+            [given, *(given.with_name(f"{given.stem}-{name}{given.suffix}") for name in _names(save_dir, run_id))],
+            is_own=lambda path: _is_own(_settings_in(path), save_dir, run_id),
+            is_free=lambda path: not os.path.lexists(path) or _is_empty(path),
+        )
+        try:
+            replace_file(path, to_json(settings).encode(), replaces=os.path.lexists(path))
+        except FileExistsError:
+            continue  # a run that began at the same time was faster
+        if path != given:
+            logs.get_logger().warning("--config_file %s is another run's; this run's settings are in %s", given, path)
+        return path
+    raise RunError(f"--config_file {given}: other runs take every name below it; name another")
+
+
+def claim_events_folder(tensorboard_dir: str, *, save_dir: str) -> Path:
+    """Make the folder for a run's events, --tensorboard_dir or one below another run's, and note whose it is."""
+    given, run_id = Path(tensorboard_dir), identify(save_dir)
+    for _ in range(MAX_NAMES):
+        folder = _chosen(
+            [given, *(given / name for name in _names(save_dir, run_id))],
+            is_own=lambda folder: _is_own(_read(folder / RUN_NAME), save_dir, run_id),
+            is_free=_has_no_events,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if not os.path.lexists(folder / RUN_NAME):
+                note = {"run_id": run_id, "save_dir": os.path.realpath(save_dir)}
+                replace_file(folder / RUN_NAME, to_json(note).encode(), replaces=False)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            # A run goes on without events where the disk takes none, which their writer tells.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        if folder != given:
+            logs.get_logger().warning(
+                "--tensorboard_dir %s has events of another run; this run's are in %s", given, folder
+            )
+        return folder
+    raise RunError(f"--tensorboard_dir {given}: other runs take every name below it; name another")
+
+
+def identify(save_dir: str) -> str:
+    """The id of the run in a --save_dir, which its settings.json has; a new one for a run that begins."""
+    known = _read(Path(save_dir, SETTINGS_NAME))
+    if known is not None and _is_id(known.get("run_id")) and not _is_copied(known, save_dir):
+        return known["run_id"]
+    return secrets.token_hex(8)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value) is not None
+
+
+def _is_copied(known: dict[str, Any], save_dir: str) -> bool:
+    """Whether a --save_dir was copied from one that is still there, so that its id is that one's."""
+    original = known.get("save_dir")
+    if not isinstance(original, str) or os.path.realpath(original) == os.path.realpath(save_dir):
+        return False
+    other = _read(Path(original, SETTINGS_NAME))
+    return other is not None and other.get("run_id") == known["run_id"]
+
+
+def _names(save_dir: str, run_id: str) -> list[str]:
+    """Names for what is this run's, the first of which another run may have had."""
+    name = Path(os.path.realpath(save_dir)).name
+    name = name if PLAIN_NAME.fullmatch(name) else run_id
+    return [name, *(f"{name}-{number}" for number in range(2, MAX_NAMES))]
+
+
+def _chosen(places: list[Path], *, is_own: Callable[[Path], bool], is_free: Callable[[Path], bool]) -> Path:
+    """The place that is this run's already, or else the first that is free."""
+    free: Path | None = None
+    for place in places:
+        if is_own(place):
+            return place
+        if free is None and is_free(place):
+            free = place
+        elif free is not None and not os.path.lexists(place):
+            break
+    if free is None:
+        raise RunError(f"{places[0]}: is another run's, and no name below it is free; name another")
+    return free
+
+
+def _is_own(content: dict[str, Any] | None, save_dir: str, run_id: str) -> bool:
+    if content is None:
+        return False
+    if "run_id" in content:
+        return content["run_id"] == run_id
+    # Settings of an earlier version.
+    return os.path.realpath(content["save_dir"]) == os.path.realpath(save_dir)
+
+
+def _has_no_events(folder: Path) -> bool:
+    if not os.path.lexists(folder):
+        return True
+    if not folder.is_dir() or os.path.lexists(folder / RUN_NAME):
+        return False
+    return not any(entry.name.startswith("events.out.tfevents.") for entry in _entries(folder))
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        yield from entries
+
+
+def _settings_in(path: Path) -> dict[str, Any] | None:
+    content = _read(path)
+    return content if content is not None and SETTINGS_KEYS <= content.keys() else None
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file that has the text `save_dir`; None for anything else."""
+    try:
+        content = json_input.read_object(path)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content.get("save_dir"), str) else None

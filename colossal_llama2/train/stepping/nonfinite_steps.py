@@ -1,0 +1,70 @@
+"""Steps that make no update, for want of a trained token or of finite figures, and passes that were repeated."""
+
+from typing import TYPE_CHECKING
+
+from colossal_llama2 import logs
+from colossal_llama2.errors import RunError
+
+if TYPE_CHECKING:
+    from colossal_llama2.dataset.read.step_loader import SampleOrder
+    from colossal_llama2.train.stepping.state import StepResult, TrainState
+
+SHOWN_ROWS = 8
+
+
+class BadSteps:
+    """Reports such steps; `allowed` of a run's steps may have figures that are not finite."""
+
+    def __init__(self, allowed: int):
+        self._allowed = allowed
+
+    def check(self, result: "StepResult", state: "TrainState", order: "SampleOrder", taken: int) -> None:
+        """Report the step if it made no update.
+
+        Args:
+            state: before the step; it counts the earlier ones, those before a resume included.
+            taken: samples of the step, over all ranks.
+
+        Raises:
+            RunError: there were more steps with figures that are not finite than allowed.
+        """
+        if result.is_untrained:
+            where = _where(state, order, taken)
+            logs.get_logger().warning("no trained token at %s: all labels are -100; no update was made", where)
+        if result.problem is None:
+            return
+        count = state.bad_steps + 1
+        text = f"the {result.problem} at {_where(state, order, taken)}; no update was made"
+        if count > self._allowed:
+            raise RunError(
+                f"{text}; {count} such steps, --max_bad_steps {self._allowed} allowed; earlier checkpoints are "
+                f"whole: look at these rows, or lower --lr"
+            )
+        logs.get_logger().warning("%s (%d of %d allowed)", text, count, self._allowed)
+
+
+def _where(state: "TrainState", order: "SampleOrder", taken: int) -> str:
+    begin, end = state.sample_start_index, state.sample_start_index + taken
+    rows = ", ".join(map(str, order.rows(state.epoch, begin, min(end, begin + SHOWN_ROWS))))
+    more = ", ..." if taken > SHOWN_ROWS else ""
+    samples = f"samples {begin:,} to {end - 1:,} of epoch {state.epoch} (rows {rows}{more} of the data)"
+    return f"step {state.step + 1}, {samples}"
+
+
+def without_update(state: "TrainState") -> str:
+    """How many of a run's steps made no update, and why, as the end of a clause; empty if all made one."""
+    reasons = [
+        f"{state.untrained_steps:,} had no trained token" if state.untrained_steps else "",
+        f"{state.bad_steps:,} had a loss or gradient norm that is not finite" if state.bad_steps else "",
+    ]
+    told = ", ".join(filter(None, reasons))
+    return f", {state.step - state.updates:,} of them without an update ({told})" if told else ""
+
+
+def log_overflows(state: "TrainState") -> None:
+    """Log how often fp16 gradients overflowed in the run, if they did."""
+    if state.overflows:
+        logs.get_logger().info(
+            "fp16: passes that overflowed and were repeated at half the loss scale: %s; no sample was lost by it",
+            f"{state.overflows:,}",
+        )

@@ -1,0 +1,86 @@
+"""One optimizer step through the stages of a pipeline, each of which holds some layers of the model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.read.step_loader import Batch
+from colossal_llama2.model.documents import one_document_each
+
+if TYPE_CHECKING:
+    import torch
+
+    from colossal_llama2.engine.engine import Engine
+    from colossal_llama2.model.neftune import NoNoise
+
+
+def regroup(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """The rows of all batches in order, `size` to a batch, padded on the right to the longest of all."""
+    import torch
+    from torch.nn.functional import pad
+
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def joined(rows: Sequence["torch.Tensor"], values: Sequence[int]) -> Sequence["torch.Tensor"]:
+        whole = [pad(part, (0, width - part.shape[1]), value=value) for part, value in zip(rows, values, strict=True)]
+        return torch.cat(whole).split(size)
+
+    # Padding is not looked at, and so it may be any token.
+    ids = joined([batch.input_ids for batch in batches], [int(batch.input_ids[0, -1]) for batch in batches])
+    labels = joined([batch.labels for batch in batches], [IGNORE_INDEX] * len(batches))
+    documents: Sequence[torch.Tensor | None] = [None] * len(ids)
+    if any(batch.documents is not None for batch in batches):
+        documents = joined([_documents_of(batch) for batch in batches], [0] * len(batches))
+    lengths = torch.cat([batch.lengths for batch in batches]).split(size)
+    return [_batch(*parts) for parts in zip(ids, labels, lengths, documents, strict=True)]
+
+
+def _documents_of(batch: Batch) -> "torch.Tensor":
+    if batch.documents is not None:
+        return batch.documents
+    return one_document_each(batch.lengths, batch.input_ids.shape[1])
+
+
+def _batch(input_ids, labels, lengths, documents) -> Batch:
+    mask = one_document_each(lengths, input_ids.shape[1])
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        attention_mask=None if bool(mask.all()) else mask,
+        lengths=lengths,
+        predicted=int((labels[:, 1:] != IGNORE_INDEX).sum()),
+        documents=documents,
+    )
+
+
+def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int) -> float:
+    """Forward and backward of all micro batches of a step, cut into the smaller ones that the stages pass on.
+
+    Accumulated micro batches go through together: the more there are on the way, the less a stage waits.
+
+    Args:
+        predicted: labels that count, over all ranks and micro batches of the step.
+
+    Returns:
+        The loss of this rank's samples, weighed as in `train_step`; known on every stage.
+    """
+    import torch
+
+    parts = regroup(batches, engine.settings.microbatch_size)
+
+    def more_inputs(index: int) -> dict[str, Any]:
+        part = parts[index]
+        noise.prepare(step=step, micro_step=index, lengths=part.lengths, documents=part.documents)
+        return engine.attention_inputs(part)
+
+    def criterion(outputs, index: int):
+        if parts[index].predicted or outputs.logits is None:
+            return outputs.loss * (parts[index].predicted * engine.data_size / predicted)
+        # The mean over no token is NaN.
+        return outputs.logits[:, :1, :1].float().sum() * 0.0
+
+    inputs = {
+        "input_ids": torch.cat([part.input_ids for part in parts]),
+        "labels": torch.cat([part.labels for part in parts]),
+    }
+    return engine.run_pipeline(inputs, more_inputs=more_inputs, criterion=criterion)
