@@ -3,8 +3,9 @@
     python benchmarks/bench_collectives.py
 
 Two and three ranks, one thread each, on 12 Mi numbers: a bucket of ZeRO. "sums" is reduce_scatter_tensor, "gather"
-all_gather_into_tensor; both ways in one process, by turns, as engine/patches/gloo_collectives.py has them and as PyTorch does. The floor is
-what must be moved: the time to copy within a process what a rank gets from the others. Three ranks want three cores.
+all_gather_into_tensor; both ways in one process, by turns, as gloo_collectives.py has them and as PyTorch does. The
+floor is what must be moved: the time to copy within a process what a rank gets from the others. Three ranks want
+three cores.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. Of each
 rank: its highest resident memory (VmHWM) during four steps, less what was resident after imports. The prediction is
 that of colossal_llama2/train/forecast/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted
-to what comes out here. The last column is the highest while the model is loaded and split, which the prediction is not about.
+to what comes out here. The last column is the highest while the model is loaded and split, which the prediction is not
+about.
 
 glibc keeps freed memory for later, and the more the larger what was freed; MALLOC_MMAP_THRESHOLD_ makes it give back
 all that is at least 64 KB, so that what is resident is what is in use. With --kept_memory glibc is as train.py sets it:

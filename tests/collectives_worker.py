@@ -1,4 +1,4 @@
-"""One rank of a test job: the collectives of engine/patches/gloo_collectives.py against sums and joins that are worked out by hand.
+"""One rank of a test job: gloo_collectives.py against sums and joins that are worked out by hand.
 
 torchrun --standalone --nproc_per_node 3 tests/collectives_worker.py JOBS.json
 """

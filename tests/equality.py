@@ -3,7 +3,7 @@
     python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
     python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
     python -m tests.equality --output docs/equality.md    what it finds as a page too
-    python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of engine/patches/bug_fixes.py
+    python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of bug_fixes.py
 
 Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
 compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
@@ -473,8 +473,8 @@ ColossalAI's plugins cast a model's rotary frequencies with its weights, to bf16
 value, and train at other positions than those of the exported model, which transformers loads with float32
 frequencies. So do all runs of ColossalAI's own scripts in bf16 or fp16. Short samples hardly show it; over distances of
 thousands of tokens it matters. Here the frequencies stay in float32 (`unrounded_buffers` in
-`engine/patches/bug_fixes.py`). Without it all 18 bf16 rows "far" are 0.98 apart in the loss and 0.47 in the norm, since the
-attention finds other tokens; with it, 6.6e-4 and 5.0e-4 at most
+`engine/patches/bug_fixes.py`). Without it all 18 bf16 rows "far" are 0.98 apart in the loss and 0.47 in the norm,
+since the attention finds other tokens; with it, 6.6e-4 and 5.0e-4 at most
 (`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers`). A run resumed from a checkpoint of an
 earlier version of this code, trained at rounded positions, goes on at exact ones.
 

@@ -1,14 +1,15 @@
 """What ColossalAI 0.5.0 needs to run its Booster plugins where there is no GPU: the rehearsal of a cluster job.
 
 Nothing of ColossalAI is replaced by a look-alike: its plugins, optimizers and checkpoint code run as they are, over
-gloo. What it lacks on a CPU is supplied here and in gloo_collectives.py, one function for each, and two things make it faster:
+gloo. What it lacks on a CPU is supplied here and in gloo_collectives.py, one function for each, and two things make it
+faster:
 
     accelerator   a device whose streams and events do nothing            documented: set_accelerator
     kernels       CPU Adam and attention, by PyTorch's own fused kernels   documented: register_extension
     gemini        telling "the device" from "the host", which are both RAM patch, see `_patch_gemini_chunks`
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
     pipelines     which backend a group has                                patch, see `_patch_backend_check`
-    collectives   those that gloo lacks, or does in a longer way          patches, see engine/patches/gloo_collectives.py
+    collectives   those that gloo lacks, or does in a longer way          patches, see gloo_collectives.py
     memory        what a GPU's caching allocator does                      glibc's settings, see `keep_freed_memory`
 
 `install` is called once, before any plugin is built.

@@ -33,8 +33,8 @@ def install(*, use_flash_attn: bool) -> None:
     @functools.wraps(prepare_padding)
     def prepare_documents(shape_4d, dtype, device, q_padding_mask=None, **others):
         """The arguments of ColoAttention.attention, by (batch, length) numbers that model/documents.py explains."""
-        # flash-attn reads no mask, and a dense one of a long sample fills a GPU. The kernel in cpu_device.py reads none that
-        # is only causal.
+        # flash-attn reads no mask, and a dense one of a long sample fills a GPU. The kernel in cpu_device.py reads none
+        # that is only causal.
         is_read = not takes_flash_attn or dtype is torch.float32
         nothing = torch.empty(0, dtype=dtype, device=device)
         if q_padding_mask is None and (not is_read or nothing.device.type == "cpu"):

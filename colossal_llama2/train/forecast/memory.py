@@ -310,7 +310,7 @@ class _ZeroKeeper(_Keeper):
         elements = sum(bucket)
         copies = elements + (elements // self.shards if self.splits else 0)
         if self.plan.on_cpu and self.splits:
-            # What comes from the other ranks, and the sum (engine/patches/gloo_collectives.py).
+            # What comes from the other ranks, and the sum (gloo_collectives.py).
             copies += elements
         parts = self._now()
         parts["gradients"] += coming * self.element
@@ -430,7 +430,7 @@ class _GeminiKeeper(_Keeper):
         self.left[chunk] -= 1
         if self.left[chunk] > 0:
             return [parts]
-        # The result has room of its own, and on a CPU what comes from the other ranks, and the sum (engine/patches/gloo_collectives.py).
+        # The result has room of its own; on a CPU what comes from the other ranks, and the sum, too (gloo_collectives.py).
         elements = self.chunks[chunk] // self.shards + (self.chunks[chunk] if self.plan.on_cpu else 0)
         reducing = {**parts, "buffers": parts["buffers"] + elements * self.element}
         self.gathered.discard(chunk)
@@ -439,7 +439,7 @@ class _GeminiKeeper(_Keeper):
     def update(self) -> dict[str, int]:
         if not self.plan.on_cpu:
             return {}
-        # engine/patches/bug_fixes.py, clip_in_bf16: float32 copies of all gradients. engine/patches/cpu_device.py: one is divided into a copy.
+        # bug_fixes.py, clip_in_bf16: float32 copies of all gradients. cpu_device.py: one is divided into a copy.
         copies = FLOAT32 * self.shard if self.plan.settings.precision == "bf16" else 0
         largest = min(self.largest, max(self.chunks) // self.shards)
         return {"gradients": copies, "buffers": 2 * FLOAT32 * largest}
