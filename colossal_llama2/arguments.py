@@ -562,8 +562,7 @@ def prepare_sft_parser() -> CommandParser:
         metavar="NAME,NAME",
         type=role_list,
         default=None,
-        help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row "
-        "(default: none)",
+        help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row",
     )
     roles.add_argument(
         "--assistant_first",
@@ -973,7 +972,7 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
         metavar="N",
         type=positive_int,
         default=None,
-        help="samples that a pipeline stage passes on at a time; must divide --micro_batch_size into at least --pp parts "
+        help="samples that a pipeline stage passes on at a time; divides --micro_batch_size into at least --pp parts "
         f"{_default('microbatch_size')}",
     )
     parallel.add_argument(
@@ -1049,7 +1048,7 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         type=positive_int,
         default=None,
         help="optimizer steps between evaluations; one also runs before the first step and at the end of each epoch "
-        "and of the run (default: only these)",
+        "and of the run",
     )
     evaluation.add_argument(
         "--forgetting_alarm",
