@@ -353,34 +353,33 @@ def init_tokenizer_parser() -> CommandParser:
         "--target_tokenizer_dir",
         metavar="DIR",
         required=True,
-        help="folder to write; must not exist yet, unless --overwrite is given",
+        help="folder to write; must not exist yet unless --overwrite is given",
     )
     group.add_argument(
         "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} a line (jsonl)'
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace the target tokenizer, when the new one is complete"
-    )
+    group.add_argument("--overwrite", action="store_true", help="replace the target once the new tokenizer is complete")
     pieces = parser.add_argument_group("pieces")
     pieces.add_argument(
         "--piece_scores",
         choices=("below", "zero"),
         default="below",
-        help="below: falling in file order, under every old merge; zero: as the original, all 0, by length",
+        help="below: falling in file order, below every existing merge; zero: all 0 and sorted by length, as in the "
+        "original",
     )
     pieces.add_argument(
         "--closure",
         choices=("complete", "drop", "off"),
         default="complete",
-        help="complete: add the characters and intermediate pieces that lead to all new ones; drop: leave out the "
-        "unreachable; off: as the original, nothing is proven",
+        help="complete: also add the characters and intermediate pieces that the new ones need; drop: leave out pieces "
+        "that no merge reaches; off: check nothing, as in the original",
     )
     pieces.add_argument(
         "--max_added_pieces",
         metavar="N",
         type=positive_int,
         default=None,
-        help="most pieces to add, those of the closure included; the last of the file are given up first "
+        help="most pieces to add, including those added by the closure; the last in the file are dropped first "
         "(default: no limit)",
     )
     pieces.add_argument(
@@ -388,8 +387,8 @@ def init_tokenizer_parser() -> CommandParser:
         metavar="PATH",
         nargs="+",
         default=None,
-        help="jsonl or text files, or folders with such, on which tokenizers must agree and old text must not change; "
-        "sampled if large (default: the pieces alone)",
+        help="jsonl or text files, or folders of them, to check the new tokenizer on as well; large text is sampled "
+        "(default: the new pieces only)",
     )
     return parser
 
@@ -416,19 +415,27 @@ def init_model_parser() -> CommandParser:
         "--target_model_path",
         metavar="DIR",
         required=True,
-        help="folder to write model and tokenizer to; may be --target_tokenizer_path",
+        help="folder to write the model and its tokenizer to; new, or the same as --target_tokenizer_path",
     )
     group.add_argument(
-        "--dtype", choices=("source", *MODEL_DTYPES), default="source", help="number format of the written weights"
+        "--dtype",
+        choices=("source", *MODEL_DTYPES),
+        default="source",
+        help="number format of the written weights; source: as the source model's; values too large for it are an "
+        "error",
     )
     group.add_argument(
         "--pad_vocab_to_multiple_of",
         metavar="N",
         type=row_multiple,
         default=1,
-        help="fill the embeddings up to a multiple of N with rows that no token has, for faster kernels and for --tp",
+        help="pad the embeddings to a multiple of N with rows that no token uses, for faster kernels and for --tp",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace the target, when the new one is complete")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the target once the new model is complete; refused if it contains anything else",
+    )
     return parser
 
 
@@ -463,7 +470,7 @@ def mine_tokens_parser() -> CommandParser:
         help="most new pieces; 37,104 make LLaMA-2's vocabulary that of Colossal-LLaMA-2",
     )
     pieces.add_argument(
-        "--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: Chinese ones, or any"
+        "--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: han (Chinese) or any"
     )
     pieces.add_argument(
         "--max_piece_length", metavar="CHARACTERS", type=positive_int, default=8, help="longest piece, in characters"
@@ -473,7 +480,7 @@ def mine_tokens_parser() -> CommandParser:
         metavar="N",
         type=positive_int,
         default=5,
-        help="fewest times that the sample must hold a character, or merge a piece",
+        help="fewest occurrences in the sample of a character, or of a merge",
     )
     sample = parser.add_argument_group("sample")
     sample.add_argument(
@@ -481,14 +488,14 @@ def mine_tokens_parser() -> CommandParser:
         metavar="BYTES",
         type=positive_int,
         default=100_000_000,
-        help="most text of the script to train on, sampled from what there is; takes about 25 times this in memory",
+        help="most text of the script to train on, sampled from the input; needs about 25 times as much memory",
     )
     sample.add_argument(
         "--held_out",
         metavar="SHARE",
         type=share,
         default=0.125,
-        help="share of documents to measure on and never train on",
+        help="share of the documents to measure on and never train on",
     )
     sample.add_argument(
         "--seed", metavar="N", type=seed_number, default=1024, help="seed of the sample and of what is held out"
@@ -520,7 +527,7 @@ def compare_parser() -> CommandParser:
         metavar="N",
         type=positive_int,
         default=10_000,
-        help="most documents to compare on; of more, so many are drawn",
+        help="most documents to compare on; a larger input is sampled",
     )
     return parser
 
@@ -555,14 +562,13 @@ def prepare_sft_parser() -> CommandParser:
         metavar="NAME,NAME",
         type=role_list,
         default=None,
-        help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row "
-        "(default: none)",
+        help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row",
     )
     roles.add_argument(
         "--assistant_first",
         choices=("mask", "train"),
         default="mask",
-        help="whether answers before the first human message carry loss",
+        help="answers before the first human message, as in conversations that were cut: mask them, or train on them",
     )
     return parser
 
@@ -575,32 +581,36 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
         "--on_bad_row",
         choices=("fail", "skip"),
         default="fail",
-        help="end at the first row that cannot be used, or leave such rows out and list them in bad_rows.jsonl",
+        help="fail: stop at the first row that cannot be used; skip: leave such rows out and list them in "
+        "bad_rows.jsonl",
     )
     data.add_argument(
         "--on_bad_file",
         choices=("fail", "skip"),
         default="fail",
-        help="end at a file that cannot be read to its end (with --on_bad_row skip: at the end, with exit code 1), or "
-        "leave out the rest of such files and name them",
+        help="a file that cannot be read to its end: fail (with --on_bad_row skip: at the end, exit code 1), or skip "
+        "the rest of it and list it",
     )
     output = parser.add_argument_group("output (the jsonl and the arrow folder may not exist yet)")
     output.add_argument(
         "--data_cache_dir",
         metavar="DIR",
         default="cache",
-        help="folder for finished units of work, from which a killed run goes on; emptied at the end",
+        help="folder for finished units of work, from which an interrupted run continues; emptied at the end",
     )
     output.add_argument(
-        "--data_jsonl_output_dir", metavar="DIR", default="jsonl_output", help=f"folder for the {samples} as jsonl"
+        "--data_jsonl_output_dir",
+        metavar="DIR",
+        default="jsonl_output",
+        help=f"folder for the {samples} as part-00000.jsonl, ...",
     )
     output.add_argument(
         "--data_arrow_output_dir",
         metavar="DIR",
         default="arrow_output",
-        help=f"folder for the {samples} as arrow, which train.py reads, and for manifest.json",
+        help=f"folder for the {samples} as part-00000/, ..., which train.py reads, and for manifest.json",
     )
-    output.add_argument("--no_jsonl", action="store_true", help="write no jsonl copy of the samples")
+    output.add_argument("--no_jsonl", action="store_true", help="do not write the jsonl copy of the samples")
     shape = parser.add_argument_group("shape")
     shape.add_argument(
         "--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens"
@@ -610,33 +620,39 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
         metavar="N",
         type=bin_count,
         default=10,
-        help="number of bins (part-* folders) that the data is spread over",
+        help="number of bins (part-* folders) to spread the data over",
     )
     shape.add_argument(
         "--splicing",
         choices=SPLICINGS,
         default=splicing,
-        help="how documents share a sample: where they fit best, in the order of the input, or not at all",
+        help="how documents share a sample: best_fit fills samples best; sequential keeps the input order; none: one "
+        "per sample",
     )
     shape.add_argument(
         "--overlong",
         choices=overlong,
         default=overlong[0],
-        help="what becomes of a text over --max_length: split into several pieces, or its end left out",
+        help="a document over --max_length is split into several pieces or truncated"
+        if "split" in overlong
+        else "a conversation over --max_length keeps the leading turns that fit whole",
     )
     shape.add_argument(
         "--eval_fraction",
         metavar="F",
         type=fraction,
         default=0.0,
-        help="part of the documents of each category that is held out and written as eval/ beside the bins",
+        help="share of the documents of each category to hold out, chosen by a hash of the text and written as eval/ "
+        "beside the bins",
     )
     shape.add_argument(
         "--eval_dedup",
         action="store_true",
-        help="report how many held-out documents share 13 words in a row with text that is trained on",
+        help="report how many held-out documents share 13 consecutive words with training text",
     )
-    shape.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of order and held-out part")
+    shape.add_argument(
+        "--seed", metavar="N", type=seed_number, default=1024, help="seed of the order and of the held-out part"
+    )
     _add_work_arguments(parser)
 
 
@@ -648,28 +664,29 @@ def _add_work_arguments(parser: CommandParser) -> None:
         metavar="N",
         type=positive_int,
         default=None,
-        help="processes that tokenize and write (default: the CPU cores); the output does not depend on it",
+        help="processes that tokenize and write; the output does not depend on it (default: the number of CPU cores)",
     )
     work.add_argument(
         "--shard",
         metavar="i/n",
         type=shard,
         default=None,
-        help="do the i-th of n shares of the units, on a folder that n runs share; the last to finish writes the bins",
+        help="do the i-th of n shares of the work, in folders that all n runs share; the last to finish writes the "
+        "bins",
     )
     work.add_argument(
         "--executor",
         choices=("local", "ray"),
         default="local",
-        help="do the units on the cores of this machine, or on those of a Ray cluster that shares the folders",
+        help="run on the cores of this machine, or on a Ray cluster whose nodes share the folders",
     )
     work.add_argument(
         "--ray_address",
         metavar="HOST:PORT",
         type=ray_address,
         default=None,
-        help="head node of the Ray cluster, or auto for the one that this machine is in (default: start a Ray with "
-        "--num_workers cores here)",
+        help="head node of the Ray cluster, or auto for the cluster that this machine is in (default: start Ray here "
+        "with --num_workers cores)",
     )
 
 
@@ -693,7 +710,7 @@ def inspect_data_parser() -> CommandParser:
         "--plots",
         metavar="DIR",
         default=None,
-        help="folder for lengths.png (lengths of the samples) and categories.png (categories of all bins beside it)",
+        help="folder for lengths.png and categories.png",
     )
     return parser
 
@@ -704,8 +721,8 @@ def _add_data_input_dirs(group) -> None:
         metavar="DIR,DIR",
         type=path_list,
         required=True,
-        help="comma-separated folders; every *.jsonl, *.json, *.ndjson and *.jl directly inside is read, also with "
-        ".gz, .zst, .bz2 or .xz behind, and every *.parquet",
+        help="comma-separated folders; reads every *.jsonl, *.json, *.ndjson and *.jl directly inside, also compressed "
+        "(.gz, .zst, .zstd, .bz2, .xz), and every *.parquet",
     )
 
 
@@ -735,7 +752,7 @@ def train_sft_parser() -> CommandParser:
     _add_training_arguments(parser, accumulation_steps=8)
     parser.set_defaults(stage="sft", pad_token="eos")
     sft = parser.add_argument_group("fine-tuning")
-    sft.add_argument("--use_neft", action="store_true", help="add NEFTune's noise to the embeddings while training")
+    sft.add_argument("--use_neft", action="store_true", help="add NEFTune noise to the embeddings while training")
     sft.add_argument(
         "--neft_alpha",
         metavar="ALPHA",
@@ -756,7 +773,10 @@ def selftest_parser() -> CommandParser:
     )
     own = parser.add_argument_group("test")
     own.add_argument(
-        "--work_dir", metavar="DIR", default="selftest", help="new folder that all hosts share; removed if all is equal"
+        "--work_dir",
+        metavar="DIR",
+        default="selftest",
+        help="new folder that all hosts share; removed if everything is equal",
     )
     own.add_argument("--steps", metavar="N", type=at_least_two, default=10, help="optimizer steps")
     _add_compute_arguments(parser.add_argument_group("model"))
@@ -780,14 +800,17 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
 def _add_model_arguments(parser: CommandParser) -> None:
     data = parser.add_argument_group("data and model")
     data.add_argument(
-        "--pretrained", metavar="DIR", required=True, help="Hugging Face LLaMA model and tokenizer to start from"
+        "--pretrained",
+        metavar="DIR",
+        required=True,
+        help="Hugging Face LLaMA model (safetensors) and tokenizer to start from",
     )
     data.add_argument(
         "--dataset",
         metavar="DIR",
         nargs="+",
         required=True,
-        help="prepared part-* folders, or folders that hold such; NAME=DIR names the source",
+        help="prepared part-* folders in reading order, or folders that contain them; NAME=DIR names the source",
     )
     _add_order_arguments(data)
     data.add_argument(
@@ -795,12 +818,13 @@ def _add_model_arguments(parser: CommandParser) -> None:
         metavar="TOKENS",
         type=sequence_length,
         default=4096,
-        help="longest sample; the data must not have a longer one",
+        help="pad samples to at most this length; a longer sample is an error; at most the number of positions of the "
+        "model",
     )
     data.add_argument(
         "--train_new_rows_only",
         action="store_true",
-        help="train only the rows of the embeddings that init_model.py added; all else stays as it is, bit for bit",
+        help="train only the embedding rows that init_model.py added; everything else stays the same bit for bit",
     )
     _add_compute_arguments(data)
 
@@ -809,8 +833,8 @@ def _add_order_arguments(data) -> None:
     data.add_argument(
         "--bucketed",
         action="store_true",
-        help="read bucket after bucket, part k of every source being bucket k, and shuffle inside a bucket alone; "
-        "without it everything is shuffled together",
+        help="read bucket after bucket: bucket k is part k of every source, shuffled on its own; without it all "
+        "samples are shuffled together",
     )
     data.add_argument(
         "--mixture",
@@ -818,14 +842,14 @@ def _add_order_arguments(data) -> None:
         nargs="+",
         type=source_weight,
         default=None,
-        help="share of each source in the tokens of a bucket; the source named first is read once "
-        "(default: what is there)",
+        help="share of each source in the tokens of a bucket; the source named first is read once (default: the sizes "
+        "of the sources)",
     )
     data.add_argument(
         "--mixture_end",
         choices=MIXTURE_ENDS,
         default=None,
-        help=f"a source of --mixture that runs out is read again, or the bucket ends with it {_default('mixture_end')}",
+        help=f"when a source of --mixture runs out: repeat it, or stop the bucket {_default('mixture_end')}",
     )
 
 
@@ -834,14 +858,16 @@ def _add_compute_arguments(data) -> None:
         "--document_mask",
         choices=SWITCH,
         default="auto",
-        help="keep the documents of a sample apart, in attention, positions and loss; auto: where the data says where "
-        "they end; off: as the original",
+        help="keep the documents of a sample apart in attention, positions and loss; auto: if the data has document "
+        "lengths; off: as in the original",
     )
     data.add_argument(
-        "--freeze_non_embeds_params", action="store_true", help="train the input and output embeddings alone"
+        "--freeze_non_embeds_params", action="store_true", help="train only the input and output embeddings"
     )
     data.add_argument(
-        "--use_flash_attn", action="store_true", help="flash-attn on GPUs, instead of PyTorch's fused attention"
+        "--use_flash_attn",
+        action="store_true",
+        help="use flash-attn on GPUs that support it; everywhere else PyTorch's scaled_dot_product_attention is used",
     )
     data.add_argument(
         "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
@@ -850,7 +876,7 @@ def _add_compute_arguments(data) -> None:
         "--chunked_loss",
         choices=SWITCH,
         default="auto",
-        help="compute the loss without ever holding the logits of the whole vocabulary; auto: where that works",
+        help="compute the loss without ever holding the logits of the whole vocabulary; auto: wherever that works",
     )
 
 
@@ -863,7 +889,8 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
             metavar="STEPS",
             type=positive_int,
             default=None,
-            help="end after so many optimizer steps, in the middle of an epoch if need be (default: with the epochs)",
+            help="stop after this many optimizer steps, even in the middle of an epoch (default: at the end of the "
+            "last epoch)",
         )
     recipe.add_argument(
         "--micro_batch_size",
@@ -880,7 +907,13 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         default=accumulation_steps,
         help="micro batches per optimizer step",
     )
-    recipe.add_argument("--lr", metavar="LR", type=positive_float, default=3e-4, help="peak learning rate")
+    recipe.add_argument(
+        "--lr",
+        metavar="LR",
+        type=positive_float,
+        default=3e-4,
+        help="peak learning rate; a cosine schedule lowers it to a tenth",
+    )
     recipe.add_argument(
         "-s",
         "--warmup_steps",
@@ -890,7 +923,12 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         help="optimizer steps of linear warm-up (default: 2.5 %% of all steps)",
     )
     recipe.add_argument(
-        "-w", "--weight_decay", metavar="W", type=non_negative_float, default=0.1, help="AdamW's weight decay"
+        "-w",
+        "--weight_decay",
+        metavar="W",
+        type=non_negative_float,
+        default=0.1,
+        help="AdamW's weight decay; norms do not decay",
     )
     recipe.add_argument(
         "--gradient_clipping",
@@ -898,47 +936,59 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         metavar="NORM",
         type=non_negative_float,
         default=1.0,
-        help="largest gradient norm; 0 clips nothing",
+        help="largest gradient norm; 0 turns clipping off",
     )
     recipe.add_argument(
-        "--mixed_precision", choices=PRECISIONS, default="fp16", help="number format of forward and backward"
+        "--mixed_precision",
+        choices=PRECISIONS,
+        default="fp16",
+        help="number format of the forward and backward passes; fp32 is for tests and rehearsals and does not work "
+        "with gemini",
     )
-    recipe.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of data order and noise")
+    recipe.add_argument(
+        "--seed", metavar="N", type=seed_number, default=1024, help="seed of the data order and of NEFTune noise"
+    )
 
 
 def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel = parser.add_argument_group("parallelism")
     parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
-    parallel.add_argument("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for 3d")
+    parallel.add_argument(
+        "--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for --plugin 3d"
+    )
     parallel.add_argument(
         "--zero",
         "--zero_stage",
         type=int,
         choices=(0, 1, 2),
         default=None,
-        help=f"ZeRO stage, for 3d {_default('zero')}",
+        help=f"ZeRO stage, for --plugin 3d {_default('zero')}",
     )
-    parallel.add_argument("--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for 3d")
+    parallel.add_argument(
+        "--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for --plugin 3d with --zero 0 or 1"
+    )
     parallel.add_argument(
         "--microbatch_size",
         metavar="N",
         type=positive_int,
         default=None,
-        help="samples that a pipeline stage passes on at once, a divisor of --micro_batch_size "
+        help="samples that a pipeline stage passes on at a time; divides --micro_batch_size into at least --pp parts "
         f"{_default('microbatch_size')}",
     )
     parallel.add_argument(
-        "--enable_sequence_parallelism", action="store_true", help="split samples along their length too, for 3d"
+        "--enable_sequence_parallelism",
+        action="store_true",
+        help="split samples along their length as well, for --plugin 3d",
     )
     parallel.add_argument(
         "--sp_mode",
         choices=SP_MODES,
         default=None,
-        help="split_gather and ring: among tensor-parallel ranks; all_to_all: among ranks of its own, see --sp "
+        help="split_gather and ring: over the tensor-parallel ranks; all_to_all: over separate ranks, see --sp "
         f"{_default('sp_mode')}",
     )
     parallel.add_argument(
-        "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for all_to_all"
+        "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for --sp_mode all_to_all"
     )
 
 
@@ -976,7 +1026,8 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
         metavar="TFLOPS",
         type=positive_float,
         default=None,
-        help="what a device can do, for MFU, also while training (default: known for A100, A800, H100 and some more)",
+        help="peak of one device, for MFU, while training too (default: known for A100, A800, H100, H800 and some "
+        "others)",
     )
 
 
@@ -988,15 +1039,16 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         nargs="+",
         type=named_path,
         default=None,
-        help="held-out samples to measure loss and bits per byte on, before the first step and later: folders that a "
-        "prepare command wrote with --eval_fraction, each under a name",
+        help="held-out data for loss and bits per byte, as NAME=DIR: folders that a prepare command wrote with "
+        "--eval_fraction",
     )
     evaluation.add_argument(
         "--eval_interval",
         metavar="STEPS",
         type=positive_int,
         default=None,
-        help="optimizer steps between evaluations (default: at the ends of epochs alone)",
+        help="optimizer steps between evaluations; one also runs before the first step and at the end of each epoch "
+        "and of the run",
     )
     evaluation.add_argument(
         "--forgetting_alarm",
@@ -1004,13 +1056,13 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         nargs="+",
         type=named_share,
         default=None,
-        help="warn when the bits per byte of that --eval_dataset are higher than at first by more than this share",
+        help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this share",
     )
     evaluation.add_argument(
         "--on_forgetting",
         choices=("warn", "stop"),
         default=None,
-        help=f"what --forgetting_alarm does {_default('on_forgetting')}",
+        help=f"what --forgetting_alarm does: warn, or stop: save and exit with code 1 {_default('on_forgetting')}",
     )
 
 
@@ -1019,15 +1071,15 @@ def _add_dry_run_arguments(parser: CommandParser) -> None:
     dry_run.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything, print the plan, memory and disk, and end without a step; nothing is written; with "
-        "--benchmark neither data nor weights are needed",
+        help="check everything, print the plan, memory and disk space, and exit before the first step; nothing is "
+        "written; with --benchmark neither data nor weights are needed",
     )
     dry_run.add_argument(
         "--num_ranks",
         metavar="N",
         type=positive_int,
         default=None,
-        help="with --dry_run: plan for so many GPUs, which need not be here (default: the launcher's processes)",
+        help="with --dry_run: plan for this many GPUs, which need not exist here (default: the launcher's processes)",
     )
 
 
@@ -1042,24 +1094,25 @@ def _add_output_arguments(parser: CommandParser) -> None:
     output.add_argument(
         "--skip_save_each_epoch",
         action="store_true",
-        help="save no checkpoint because an epoch ends; at the end of the run one is saved in any case",
+        help="do not save at the end of each epoch; the end of the run is always saved",
     )
     output.add_argument(
         "--load_checkpoint",
         metavar="DIR",
         default=None,
-        help="a checkpoint folder to resume from, or its modeling/ folder to load weights alone",
+        help="checkpoint folder to resume from, or its modeling/ folder to load the weights only",
     )
     output.add_argument(
         "--continue_data",
         action="store_true",
-        help="with --load_checkpoint CHECKPOINT/modeling: begin at the sample that the checkpoint had come to",
+        help="with --load_checkpoint CHECKPOINT/modeling: continue from that checkpoint's position in the data",
     )
     output.add_argument(
         "--resume",
         choices=("auto",),
         default=None,
-        help="auto: go on from the newest whole checkpoint of --save_dir; if there is none, begin as without it",
+        help="auto: continue from the newest complete checkpoint in --save_dir; start from the beginning if there is "
+        "none",
     )
     output.add_argument(
         "--keep_last",
@@ -1073,25 +1126,34 @@ def _add_output_arguments(parser: CommandParser) -> None:
         metavar="STEPS",
         type=positive_int,
         default=None,
-        help="keep those whose step is a multiple of it, too",
+        help="with --keep_last: also keep checkpoints whose step is a multiple of this",
     )
     output.add_argument(
         "--max_bad_steps",
         metavar="N",
         type=non_negative_int,
         default=0,
-        help="steps whose loss or gradient norm is not finite that are skipped before the run ends",
+        help="number of steps with a NaN/Inf loss or gradient norm to skip before the run ends",
     )
     output.add_argument(
         "--dist_timeout",
         metavar="SECONDS",
         type=positive_float,
         default=600.0,
-        help="how long ranks wait for each other; a save must not take longer",
+        help="how long ranks wait for each other; must be longer than a save takes",
     )
-    output.add_argument("--tensorboard_dir", metavar="DIR", default="logs_dir", help="folder for TensorBoard logs")
     output.add_argument(
-        "--config_file", metavar="FILE", default="config_file", help="file to write the resolved settings to (JSON)"
+        "--tensorboard_dir",
+        metavar="DIR",
+        default="logs_dir",
+        help="folder for TensorBoard; if it has events of another run, a folder inside it is used",
+    )
+    output.add_argument(
+        "--config_file",
+        metavar="FILE",
+        default="config_file",
+        help="file to write the resolved settings to (JSON); if it belongs to another run, the name of --save_dir is "
+        "added to it",
     )
 
 
@@ -1101,7 +1163,8 @@ def _add_settings_arguments(parser: CommandParser) -> None:
         settings_file.FLAG,
         metavar="FILE",
         default=None,
-        help="take settings from a file that --config_file wrote, such as <save_dir>/settings.json; other flags win",
+        help="read settings from a file that --config_file wrote, such as SAVE_DIR/settings.json; flags on the command "
+        "line win, but a switch that the file turns on stays on",
     )
 
 
@@ -1132,11 +1195,16 @@ def inference_parser() -> CommandParser:
         "--model_path",
         metavar="PATH",
         default="hpcai-tech/Colossal-LLaMA-2-7b-base",
-        help="local folder or Hugging Face name of a model with its tokenizer",
+        help="local folder or Hugging Face name of a LLaMA model with its tokenizer; other models are refused",
     )
     model.add_argument("--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)")
     generation = parser.add_argument_group("generation")
-    generation.add_argument("--input_txt", metavar="TEXT", default="明月松间照，", help="prompt or question")
+    generation.add_argument(
+        "--input_txt",
+        metavar="TEXT",
+        default="明月松间照，",
+        help="prompt or question; the mark \\n\\n->\\n\\n of the published models is appended",
+    )
     generation.add_argument(
         "--max_new_tokens",
         metavar="N",
@@ -1149,7 +1217,7 @@ def inference_parser() -> CommandParser:
         metavar="True|False",
         type=true_or_false,
         default=True,
-        help="sample; False takes the likeliest token",
+        help="sample; False always takes the likeliest token",
     )
     generation.add_argument(
         "--temperature", metavar="T", type=sampling_temperature, default=0.3, help="sampling temperature"
