@@ -4,11 +4,11 @@ python inference_example.py --model_path checkpoint_dir/modeling --input_txt "æ˜
 """
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import inference_flags
 
 
 def main(argv=None) -> None:
-    args = arguments.inference_parser().parse_args(argv)
+    args = inference_flags.inference_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("inference_example.py"):
         from colossal_llama2.inference.generation import answer_prompt

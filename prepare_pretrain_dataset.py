@@ -5,11 +5,11 @@
 """
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import data_flags
 
 
 def main(argv=None) -> None:
-    args = arguments.prepare_pretrain_parser().parse_args(argv)
+    args = data_flags.prepare_pretrain_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("prepare_pretrain_dataset.py"):
         from colossal_llama2.dataset.write.prepare import prepare_pretrain

@@ -6,13 +6,13 @@
 """
 
 from colossal_llama2 import errors, launcher, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 
 
 def main(argv=None) -> None:
     # First: of the processes of a host, one says what is wrong with the flags.
     launcher.settle()
-    args = arguments.train_parser().parse_args(argv)
+    args = train_flags.train_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("train.py"):
         from colossal_llama2.train.start import train

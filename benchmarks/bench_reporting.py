@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from inputs import make_folder  # noqa: E402
 
 from colossal_llama2 import logs  # noqa: E402
-from colossal_llama2.cli import arguments  # noqa: E402
+from colossal_llama2.cli import train_flags  # noqa: E402
 
 VOCABULARY, LENGTH = 8000, 256
 STEPS, WARMUP_STEPS = 40, 5
@@ -139,7 +139,7 @@ def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tup
     flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
     flags += ["--tensorboard_dir", home / "tb", "--config_file", home / "config.json", "--use_flash_attn"]
-    args = arguments.train_parser().parse_args([str(flag) for flag in flags])
+    args = train_flags.train_parser().parse_args([str(flag) for flag in flags])
     ends: list[tuple[float, float]] = []
     with watched(kind, ends):
         run.run(args, checks.check_inputs(args))

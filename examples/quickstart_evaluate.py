@@ -20,13 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli.parser import CommandParser, value_types
 from colossal_llama2.storage.files import jsonl_files, read_jsonl
 
 
-def build_parser() -> arguments.CommandParser:
+def build_parser() -> CommandParser:
     """Flags of this script."""
-    parser = arguments.CommandParser(
+    parser = CommandParser(
         "quickstart_evaluate.py",
         "Measure a model's loss per byte and its tokens per character on held-out text.",
         "  python examples/quickstart_evaluate.py --model_path quickstart/stage-1/modeling \\\n"
@@ -39,10 +39,10 @@ def build_parser() -> arguments.CommandParser:
     parser.add_argument("--tensorboard_dir", metavar="DIR", help="the stage's TensorBoard logs, noted for the table")
     parser.add_argument("--config_file", metavar="FILE", help="the stage's resolved settings, noted for the table")
     parser.add_argument(
-        "--max_length", metavar="TOKENS", type=arguments.sequence_length, default=256, help="length of a window"
+        "--max_length", metavar="TOKENS", type=value_types.sequence_length, default=256, help="length of a window"
     )
     parser.add_argument(
-        "--batch_size", metavar="N", type=arguments.positive_int, default=8, help="windows per forward pass"
+        "--batch_size", metavar="N", type=value_types.positive_int, default=8, help="windows per forward pass"
     )
     return parser
 

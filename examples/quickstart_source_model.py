@@ -12,16 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli.parser import CommandParser, value_types
 from colossal_llama2.storage.files import jsonl_files, read_jsonl
 
 SEED = 42
 MAX_LENGTH = 512
 
 
-def build_parser() -> arguments.CommandParser:
+def build_parser() -> CommandParser:
     """Flags of this script."""
-    parser = arguments.CommandParser(
+    parser = CommandParser(
         "quickstart_source_model.py",
         "Train an English tokenizer and write a small LLaMA with random weights beside it.",
         "  python examples/quickstart_source_model.py --english_dir quickstart/data/en --output_dir quickstart/source",
@@ -29,7 +29,7 @@ def build_parser() -> arguments.CommandParser:
     parser.add_argument("--english_dir", metavar="DIR", required=True, help="folder with English *.jsonl")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="folder to write; must not exist yet")
     parser.add_argument(
-        "--vocab_size", metavar="N", type=arguments.positive_int, default=4000, help="pieces of the tokenizer"
+        "--vocab_size", metavar="N", type=value_types.positive_int, default=4000, help="pieces of the tokenizer"
     )
     return parser
 

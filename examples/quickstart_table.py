@@ -13,15 +13,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli.parser import CommandParser
 
 SPEED_TAG = "Tokens per Second"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
-def build_parser() -> arguments.CommandParser:
+def build_parser() -> CommandParser:
     """Flags of this script."""
-    parser = arguments.CommandParser(
+    parser = CommandParser(
         "quickstart_table.py",
         "Print the quick start's results as a table.",
         "  python examples/quickstart_table.py --results_file quickstart/results.json",

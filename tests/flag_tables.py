@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from colossal_llama2 import arguments
+from colossal_llama2.cli import data_flags, inference_flags, tokenizer_flags, train_flags
+from colossal_llama2.cli.parser import CommandParser
 
 INTRODUCTION = """\
 # Flags
@@ -20,19 +21,19 @@ Written by `python -m tests.flag_tables --output docs/flags.md` from the parsers
 Flags cannot be abbreviated. "-" in the column "default" means that the flag is off or not set.
 """
 # What a user types: its parser, and the command whose flags it shares, if there is one.
-COMMANDS: dict[str, tuple[Callable[[], arguments.CommandParser], str | None]] = {
-    "init_tokenizer.py": (arguments.init_tokenizer_parser, None),
-    "init_model.py": (arguments.init_model_parser, None),
-    "prepare_pretrain_dataset.py": (arguments.prepare_pretrain_parser, None),
-    "prepare_sft_dataset.py": (arguments.prepare_sft_parser, "prepare_pretrain_dataset.py"),
-    "train.py": (arguments.train_parser, None),
-    "train_sft.py": (arguments.train_sft_parser, "train.py"),
-    "inference_example.py": (arguments.inference_parser, None),
-    "colossal_llama2.tokenizer.mine_tokens": (arguments.mine_tokens_parser, None),
-    "colossal_llama2.tokenizer.compare": (arguments.compare_parser, None),
-    "colossal_llama2.dataset.inspect_data": (arguments.inspect_data_parser, None),
-    "colossal_llama2.train.verify": (arguments.verify_parser, None),
-    "colossal_llama2.train.selftest": (arguments.selftest_parser, "train.py"),
+COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
+    "init_tokenizer.py": (tokenizer_flags.init_tokenizer_parser, None),
+    "init_model.py": (tokenizer_flags.init_model_parser, None),
+    "prepare_pretrain_dataset.py": (data_flags.prepare_pretrain_parser, None),
+    "prepare_sft_dataset.py": (data_flags.prepare_sft_parser, "prepare_pretrain_dataset.py"),
+    "train.py": (train_flags.train_parser, None),
+    "train_sft.py": (train_flags.train_sft_parser, "train.py"),
+    "inference_example.py": (inference_flags.inference_parser, None),
+    "colossal_llama2.tokenizer.mine_tokens": (tokenizer_flags.mine_tokens_parser, None),
+    "colossal_llama2.tokenizer.compare": (tokenizer_flags.compare_parser, None),
+    "colossal_llama2.dataset.inspect_data": (data_flags.inspect_data_parser, None),
+    "colossal_llama2.train.verify": (train_flags.verify_parser, None),
+    "colossal_llama2.train.selftest": (train_flags.selftest_parser, "train.py"),
 }
 TABLE_HEAD = ["| flag | default | meaning |", "|---|---|---|"]
 # A command with more flags gets one table for each of its argument groups.

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import launcher, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.engine import loss_scale
 from colossal_llama2.engine.engine import launch, leave
 from colossal_llama2.engine.ranks import collectives
@@ -28,7 +28,7 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checks, run
 from tests.faults import damage, one_rank, poison
 
-PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
 
 
 class LineKeeper(logging.Handler):

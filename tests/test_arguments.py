@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import data_flags, dependent_flags, inference_flags, tokenizer_flags, train_flags, value_types
 
 REQUIRED = object()
 
@@ -68,19 +68,19 @@ TRAIN = {
 }
 # Per parser: all spellings of a flag -> (words given, value parsed, the README's default).
 FLAGS = {
-    arguments.init_tokenizer_parser: {
+    tokenizer_flags.init_tokenizer_parser: {
         ("--source_tokenizer_dir",): ("a", "a", REQUIRED),
         ("--target_tokenizer_dir",): ("b", "b", REQUIRED),
         ("--expand_tokens_file",): ("c", "c", REQUIRED),
     },
-    arguments.init_model_parser: {
+    tokenizer_flags.init_model_parser: {
         ("--source_model_and_tokenizer_path",): ("a", "a", REQUIRED),
         ("--target_tokenizer_path",): ("b", "b", REQUIRED),
         ("--target_model_path",): ("c", "c", REQUIRED),
         ("--dtype",): ("bfloat16", "bfloat16", "source"),
         ("--overwrite",): ([], True, False),
     },
-    arguments.mine_tokens_parser: {
+    tokenizer_flags.mine_tokens_parser: {
         ("--data_input_dirs",): ("a,b", ["a", "b"], REQUIRED),
         ("--source_tokenizer_dir",): ("s", "s", REQUIRED),
         ("--output_file",): ("f", "f", REQUIRED),
@@ -93,21 +93,21 @@ FLAGS = {
         ("--held_out",): ("0.5", 0.5, 0.125),
         ("--seed",): ("7", 7, 1024),
     },
-    arguments.compare_parser: {
+    tokenizer_flags.compare_parser: {
         ("--tokenizer_dirs",): ("a,b", ["a", "b"], REQUIRED),
         ("--data_input_dirs",): ("c,d", ["c", "d"], REQUIRED),
         ("--output_file",): ("f", "f", None),
         ("--sample_documents",): ("10", 10, 10_000),
     },
-    arguments.prepare_pretrain_parser: PREPARE,
-    arguments.prepare_sft_parser: PREPARE
+    data_flags.prepare_pretrain_parser: PREPARE,
+    data_flags.prepare_sft_parser: PREPARE
     | {
         ("--assistant_roles",): ("bing, bard", ["bing", "bard"], None),
         ("--assistant_first",): ("train", "train", "mask"),
     },
-    arguments.train_parser: TRAIN,
-    arguments.train_sft_parser: TRAIN | {("--accumulation_steps",): ("4", 4, 8), ("--use_neft",): ([], True, False)},
-    arguments.inference_parser: {
+    train_flags.train_parser: TRAIN,
+    train_flags.train_sft_parser: TRAIN | {("--accumulation_steps",): ("4", 4, 8), ("--use_neft",): ([], True, False)},
+    inference_flags.inference_parser: {
         ("--model_path",): ("m", "m", "hpcai-tech/Colossal-LLaMA-2-7b-base"),
         # The original's cuda:0 where there is a GPU; cpu elsewhere.
         ("--device",): ("cuda:0", "cuda:0", None),
@@ -147,7 +147,7 @@ def test_every_flag_of_the_original_parses_under_each_spelling(make_parser):
 @PARSERS
 def test_defaults_are_those_of_the_readme(make_parser):
     flags = FLAGS[make_parser]
-    parsed = arguments.with_defaults(make_parser().parse_args(required_words(flags)))
+    parsed = dependent_flags.with_defaults(make_parser().parse_args(required_words(flags)))
     for names, (_, value, default) in flags.items():
         assert getattr(parsed, destination(names)) == (value if default is REQUIRED else default), names
 
@@ -200,38 +200,38 @@ def error_of(make_parser, words, capsys) -> str:
     ],
 )
 def test_a_near_miss_is_suggested(misspelt, meant, capsys):
-    message = error_of(arguments.train_parser, [misspelt, "5"], capsys)
+    message = error_of(train_flags.train_parser, [misspelt, "5"], capsys)
     assert f"unknown argument {misspelt.split('=')[0]}, did you mean {meant}?" in message
 
 
 def test_an_unknown_flag_without_a_near_one_gets_no_suggestion(capsys):
-    assert "did you mean" not in error_of(arguments.train_parser, ["--qqqq"], capsys)
+    assert "did you mean" not in error_of(train_flags.train_parser, ["--qqqq"], capsys)
 
 
 @pytest.mark.parametrize(
     "make_parser, flag, value, allowed",
     [
-        (arguments.train_parser, "--lr", "0", "a number above 0"),
-        (arguments.train_parser, "--lr", "nan", "a number above 0"),
-        (arguments.train_parser, "--lr", "inf", "a number above 0"),
-        (arguments.train_parser, "--weight_decay", "-0.1", "a number of at least 0"),
-        (arguments.train_parser, "--gradient_clipping", "much", "a number of at least 0"),
-        (arguments.train_parser, "--warmup_steps", "-1", "a whole number of at least 0"),
-        (arguments.train_parser, "--save_interval", "0", "a whole number of at least 1"),
-        (arguments.train_parser, "--micro_batch_size", "1.5", "a whole number of at least 1"),
-        (arguments.train_parser, "--max_length", "7", "a whole number from 8 to 1048576"),
-        (arguments.train_parser, "--plugin", "zero3", "zero2"),
-        (arguments.train_parser, "--mixed_precision", "fp8", "bf16"),
-        (arguments.train_parser, "--zero", "3", "2"),
-        (arguments.prepare_sft_parser, "--num_spliced_dataset_bins", "0", "from 1 to 100000"),
-        (arguments.prepare_sft_parser, "--num_spliced_dataset_bins", "100001", "from 1 to 100000"),
-        (arguments.prepare_sft_parser, "--data_input_dirs", "a,,b", "empty entry"),
-        (arguments.prepare_sft_parser, "--assistant_roles", "a,,b", "empty entry"),
-        (arguments.inference_parser, "--do_sample", "yes", "True or False"),
-        (arguments.inference_parser, "--top_p", "1.5", "above 0 and at most 1"),
-        (arguments.inference_parser, "--top_p", "0", "above 0 and at most 1"),
-        (arguments.inference_parser, "--temperature", "0", "a number above 0"),
-        (arguments.inference_parser, "--top_k", "0", "a whole number of at least 1"),
+        (train_flags.train_parser, "--lr", "0", "a number above 0"),
+        (train_flags.train_parser, "--lr", "nan", "a number above 0"),
+        (train_flags.train_parser, "--lr", "inf", "a number above 0"),
+        (train_flags.train_parser, "--weight_decay", "-0.1", "a number of at least 0"),
+        (train_flags.train_parser, "--gradient_clipping", "much", "a number of at least 0"),
+        (train_flags.train_parser, "--warmup_steps", "-1", "a whole number of at least 0"),
+        (train_flags.train_parser, "--save_interval", "0", "a whole number of at least 1"),
+        (train_flags.train_parser, "--micro_batch_size", "1.5", "a whole number of at least 1"),
+        (train_flags.train_parser, "--max_length", "7", "a whole number from 8 to 1048576"),
+        (train_flags.train_parser, "--plugin", "zero3", "zero2"),
+        (train_flags.train_parser, "--mixed_precision", "fp8", "bf16"),
+        (train_flags.train_parser, "--zero", "3", "2"),
+        (data_flags.prepare_sft_parser, "--num_spliced_dataset_bins", "0", "from 1 to 100000"),
+        (data_flags.prepare_sft_parser, "--num_spliced_dataset_bins", "100001", "from 1 to 100000"),
+        (data_flags.prepare_sft_parser, "--data_input_dirs", "a,,b", "empty entry"),
+        (data_flags.prepare_sft_parser, "--assistant_roles", "a,,b", "empty entry"),
+        (inference_flags.inference_parser, "--do_sample", "yes", "True or False"),
+        (inference_flags.inference_parser, "--top_p", "1.5", "above 0 and at most 1"),
+        (inference_flags.inference_parser, "--top_p", "0", "above 0 and at most 1"),
+        (inference_flags.inference_parser, "--temperature", "0", "a number above 0"),
+        (inference_flags.inference_parser, "--top_k", "0", "a whole number of at least 1"),
     ],
 )
 def test_a_bad_value_is_one_line_that_says_what_is_allowed(make_parser, flag, value, allowed, capsys):
@@ -240,25 +240,25 @@ def test_a_bad_value_is_one_line_that_says_what_is_allowed(make_parser, flag, va
 
 
 def test_a_value_split_at_its_spaces_is_told(capsys):
-    message = error_of(arguments.inference_parser, ["--input_txt", "two", "words"], capsys)
+    message = error_of(inference_flags.inference_parser, ["--input_txt", "two", "words"], capsys)
     assert "unexpected words" in message and "quote" in message
 
 
 @pytest.mark.parametrize("word", ["True", "true", "TRUE"])
 def test_true_and_false_are_words(word):
-    assert arguments.true_or_false(word) is True
-    assert arguments.true_or_false("False") is False
+    assert value_types.true_or_false(word) is True
+    assert value_types.true_or_false("False") is False
 
 
 def test_bounds_themselves_are_accepted():
-    assert arguments.bin_count("1") == 1 and arguments.bin_count("100000") == arguments.MAX_BINS
-    assert arguments.probability("1") == 1.0
-    assert arguments.non_negative_float("0") == 0.0
-    assert math.isclose(arguments.positive_float("1e-12"), 1e-12)
+    assert value_types.bin_count("1") == 1 and value_types.bin_count("100000") == value_types.MAX_BINS
+    assert value_types.probability("1") == 1.0
+    assert value_types.non_negative_float("0") == 0.0
+    assert math.isclose(value_types.positive_float("1e-12"), 1e-12)
 
 
 def test_the_readme_s_two_fine_tuning_flags_are_the_only_new_ones():
     def flags(make_parser):
         return {spelling for action in make_parser()._actions for spelling in action.option_strings}
 
-    assert flags(arguments.train_sft_parser) - flags(arguments.train_parser) == {"--use_neft", "--neft_alpha"}
+    assert flags(train_flags.train_sft_parser) - flags(train_flags.train_parser) == {"--use_neft", "--neft_alpha"}

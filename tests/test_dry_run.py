@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from colossal_llama2.cli import arguments
-from colossal_llama2.cli.arguments import with_defaults
+from colossal_llama2.cli import train_flags
+from colossal_llama2.cli.dependent_flags import with_defaults
 from colossal_llama2.dataset.read.step_loader import SampleOrder
 from colossal_llama2.engine.engine import EngineSettings
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
@@ -182,7 +182,7 @@ def test_activations_of_a_layer_by_hand():
 )
 def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, has_mask):
     """ColossalAI's own makes a dense mask for PyTorch's kernel on GPUs."""
-    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", *words.split()])
+    args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", *words.split()])
     planned = dry_run.memory_plan(with_defaults(args), 2, has_documents=False, on_cpu=on_cpu)
     assert planned.attention == attention
     assert bool(activations.mask_bytes(planned.micro_batch())) == has_mask
@@ -300,7 +300,7 @@ def test_a_7b_on_64_gpus_is_planned_here(run_script, model_dir, data, tmp_path):
 def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--pretrained", str(model_dir), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
-    dry_run.dry_run(arguments.train_sft_parser().parse_args(words))
+    dry_run.dry_run(train_flags.train_sft_parser().parse_args(words))
     told = capsys.readouterr().out
     assert "(1 x CPU)" in told and "expect +-15 %" in told
     assert not list(tmp_path.iterdir())
@@ -312,20 +312,20 @@ def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tm
     write_json(model / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1})
     words = ["--pretrained", str(model), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
     with caplog.at_level("INFO"):
-        dry_run.dry_run(arguments.train_parser().parse_args(words))
+        dry_run.dry_run(train_flags.train_parser().parse_args(words))
     assert "do_sample is now true" in caplog.text and "pad_token_id -1 is now None" in caplog.text
     (model / "generation_config.json").write_text('{"note": "\\ud800"}')
     with pytest.raises(UserError, match="generation_config.json: .* is not UTF-8"):
-        dry_run.dry_run(arguments.train_parser().parse_args(words))
+        dry_run.dry_run(train_flags.train_parser().parse_args(words))
     with pytest.raises(UserError, match="--tensorboard_dir: the name 'tb.udcff' is not UTF-8"):
-        checks.check_inputs(arguments.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
+        checks.check_inputs(train_flags.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
 
 
 def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def message(*words):
-        args = arguments.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *data, *words])
+        args = train_flags.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *data, *words])
         with pytest.raises(UserError) as error:
             dry_run.dry_run(args) if args.dry_run else checks.check_inputs(args)
         return str(error.value)
@@ -369,7 +369,7 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_script, model_dir, tmp_p
 
 def write_checkpoint(folder, words, model, dataset_samples, **state):
     """A checkpoint of a run of these flags: what a resume looks at before it loads, the weights included."""
-    args = with_defaults(arguments.train_parser().parse_args(words))
+    args = with_defaults(train_flags.train_parser().parse_args(words))
     plan = LoadPlan(model_path=str(model), resume_path=None)
     ranks = dry_run.Ranks(flags.engine_settings(args, trained_rows=flags.rows_to_train(args, plan)), 1)
     order = flags.sample_order(args, dataset_samples, ranks)
@@ -395,7 +395,7 @@ def test_a_resume_of_new_rows_is_planned_until_nothing_is_left(model_dir, data, 
     write_checkpoint(saved, words, model, 323, step=12, sample_start_index=96)
 
     def told(*more):
-        dry_run.dry_run(arguments.train_parser().parse_args([*words, *more]))
+        dry_run.dry_run(train_flags.train_parser().parse_args([*words, *more]))
         return capsys.readouterr().out
 
     with caplog.at_level("INFO"):
@@ -418,14 +418,14 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
     def message(*words):
         with pytest.raises(UserError) as error:
             words = ["--pretrained", str(model_dir), "--dataset", *words]
-            checks.check_inputs(arguments.train_parser().parse_args(words))
+            checks.check_inputs(train_flags.train_parser().parse_args(words))
         return str(error.value)
 
     told = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
     assert "--mixture_end stop needs --mixture" in told and "--on_forgetting warn needs --forgetting_alarm" in told
     told = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
     assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
-    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
+    args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
     assert flags.data_of(args).mixture.end == "repeat"
 
 

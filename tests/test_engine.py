@@ -228,9 +228,9 @@ def test_every_plugin_takes_the_readme_s_flags(plugin):
 
 
 def test_every_plugin_flag_has_a_builder():
-    from colossal_llama2.cli import arguments
+    from colossal_llama2.cli import train_flags
 
-    assert tuple(engine_module.PLUGINS) == arguments.PLUGINS
+    assert tuple(engine_module.PLUGINS) == train_flags.PLUGINS
 
 
 def test_norms_do_not_decay():

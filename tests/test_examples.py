@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-PARSERS = {"train": arguments.train_parser, "train_sft": arguments.train_sft_parser}
+PARSERS = {"train": train_flags.train_parser, "train_sft": train_flags.train_sft_parser}
 NAMES = pytest.mark.parametrize("name", PARSERS)
 VARIABLES = (
     "HOSTFILE",

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from colossal_llama2.charts import plots
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import data_flags
 from colossal_llama2.dataset import inspect_data
 from colossal_llama2.dataset.inspect_data import documents_of, inspect_part
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
@@ -333,5 +333,5 @@ def test_help_and_mistakes_need_no_package(tmp_path, assert_user_error):
 
 
 def test_the_flags():
-    parsed = arguments.inspect_data_parser().parse_args(["part-00000", "--tokenizer_dir", "t"])
+    parsed = data_flags.inspect_data_parser().parse_args(["part-00000", "--tokenizer_dir", "t"])
     assert vars(parsed) == {"part": "part-00000", "tokenizer_dir": "t", "sample": 5, "seed": 1024, "plots": None}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
@@ -342,8 +342,8 @@ def test_the_curve_is_a_png(mined, tmp_path, chinese, tokenizer_dir, capsys):
 
 
 def test_flags_and_function_agree():
-    parser = arguments.mine_tokens_parser()
+    parser = tokenizer_flags.mine_tokens_parser()
     flags = {action.dest for action in parser._actions} - {"help", "output_file", "plot"}
     assert flags == set(inspect.signature(mine_tokens.mine).parameters) - {"curve_points"}
-    assert set(arguments.MINED_SCRIPTS) == set(mine_tokens.SCRIPTS)
+    assert set(tokenizer_flags.MINED_SCRIPTS) == set(mine_tokens.SCRIPTS)
     assert tiny.CHINESE and "".join(re.findall(f"[{mine_tokens.SCRIPTS['han']}]", tiny.CHINESE)) == tiny.CHINESE

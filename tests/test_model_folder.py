@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.encoding.encoder import load_tokenizer
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.parity import load_with_transformers
@@ -425,7 +425,7 @@ def test_settings_of_real_tokenizers_are_taken(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"])
 def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path, name):
     (folder / name).write_text("{}")
-    train = arguments.train_parser().parse_args(["--pretrained", str(folder), "--dataset", str(tmp_path)])
+    train = train_flags.train_parser().parse_args(["--pretrained", str(folder), "--dataset", str(tmp_path)])
     calls = [
         lambda: check_model(str(folder), "--pretrained"),
         lambda: checks.check_inputs(train),

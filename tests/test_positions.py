@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import LlamaConfig
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.write import prepare, sample_lengths
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
@@ -63,7 +63,7 @@ def test_training_and_inference_use_them():
         layers=2,
         ties_embeddings=False,
     )
-    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--max_length", "8192"])
+    args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--max_length", "8192"])
     checks.check_model_fits(args, facts)
     args.max_length = 8193
     with pytest.raises(UserError, match="8193 given, the model has 8192 positions .*rope_scaling of type linear"):

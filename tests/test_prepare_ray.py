@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import data_flags
 from colossal_llama2.corpus import data_files
 from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import UserError
@@ -226,5 +226,5 @@ def test_mistakes_with_ray_are_one_line(inputs, tokenizer_dir, tmp_path, monkeyp
     refused("Ray is not installed; run pip install")
     for address in ("ray://127.0.0.1:10001", "somewhere"):
         with pytest.raises(SystemExit):
-            arguments.prepare_sft_parser().parse_args(["--ray_address", address])
+            data_flags.prepare_sft_parser().parse_args(["--ray_address", address])
         assert "HOST:PORT such as 10.0.0.1:6379, or auto allowed" in capsys.readouterr().err

@@ -9,25 +9,25 @@ import sys
 
 import pytest
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import data_flags, dependent_flags, inference_flags, tokenizer_flags, train_flags
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PARSERS = {
-    "init_tokenizer.py": arguments.init_tokenizer_parser,
-    "init_model.py": arguments.init_model_parser,
-    "prepare_pretrain_dataset.py": arguments.prepare_pretrain_parser,
-    "prepare_sft_dataset.py": arguments.prepare_sft_parser,
-    "train.py": arguments.train_parser,
-    "train_sft.py": arguments.train_sft_parser,
-    "inference_example.py": arguments.inference_parser,
-    "colossal_llama2.tokenizer.mine_tokens": arguments.mine_tokens_parser,
-    "colossal_llama2.tokenizer.compare": arguments.compare_parser,
-    "colossal_llama2.dataset.inspect_data": arguments.inspect_data_parser,
-    "colossal_llama2.train.verify": arguments.verify_parser,
-    "colossal_llama2.train.selftest": arguments.selftest_parser,
+    "init_tokenizer.py": tokenizer_flags.init_tokenizer_parser,
+    "init_model.py": tokenizer_flags.init_model_parser,
+    "prepare_pretrain_dataset.py": data_flags.prepare_pretrain_parser,
+    "prepare_sft_dataset.py": data_flags.prepare_sft_parser,
+    "train.py": train_flags.train_parser,
+    "train_sft.py": train_flags.train_sft_parser,
+    "inference_example.py": inference_flags.inference_parser,
+    "colossal_llama2.tokenizer.mine_tokens": tokenizer_flags.mine_tokens_parser,
+    "colossal_llama2.tokenizer.compare": tokenizer_flags.compare_parser,
+    "colossal_llama2.dataset.inspect_data": data_flags.inspect_data_parser,
+    "colossal_llama2.train.verify": train_flags.verify_parser,
+    "colossal_llama2.train.selftest": train_flags.selftest_parser,
 }
 
 
@@ -77,7 +77,7 @@ def test_every_flag_is_in_a_table_with_its_default(script):
             assert set(told) == {"off"}, action.option_strings
         elif action.option_strings and action.dest != "help":
             assert told, action.option_strings
-            dependent = arguments.DEPENDENT_FLAGS.get(action.dest)
+            dependent = dependent_flags.DEPENDENT_FLAGS.get(action.dest)
             default = dependent.default if dependent else action.default
             assert default is None or f"`{default}`" in told, action.option_strings
 

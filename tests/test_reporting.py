@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.step_loader import SampleOrder
 from colossal_llama2.dataset.read.token_counts import SourceRead
@@ -345,7 +345,7 @@ def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
     written = json.loads((home / "config.json").read_text())
     assert ("zero" in written, "sp_mode" in written) == (name.startswith("3d"),) * 2
     words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
-    again = arguments.train_parser().parse_args(words)
+    again = train_flags.train_parser().parse_args(words)
     again.num_ranks, again.dry_run = 2, True
     assert checks.check_inputs(again).resume_path is None
     assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import dependent_flags, train_flags
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage import files
 from colossal_llama2.train.report import run_report, train_log
@@ -88,9 +88,11 @@ def test_the_report_keeps_the_id(here):
 
 def test_its_own_settings_are_read_back(here):
     """The id is no flag."""
-    args = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d"])
-    path = run_outputs.write_settings("config_file", {**arguments.used_flags(args), "versions": {}}, save_dir=str(here))
-    again = arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--load_config", str(path)])
+    args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d"])
+    path = run_outputs.write_settings(
+        "config_file", {**dependent_flags.used_flags(args), "versions": {}}, save_dir=str(here)
+    )
+    again = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--load_config", str(path)])
     assert again.save_dir == args.save_dir
 
 

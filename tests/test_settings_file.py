@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from colossal_llama2.cli import arguments, settings_file
+from colossal_llama2.cli import dependent_flags, settings_file, train_flags
 
 REQUIRED = ["--pretrained", "m", "--dataset", "d/part-00000", "d/part-00001"]
 FULL = [
@@ -38,7 +38,7 @@ FULL = [
 def file_of(tmp_path):
     """Write settings as --config_file has them, and changes."""
 
-    def write(words=FULL, make_parser=arguments.train_parser, **changes) -> str:
+    def write(words=FULL, make_parser=train_flags.train_parser, **changes) -> str:
         found = {"versions": {"torch": "2.5.1"}, "world_size": 2, "total_steps": 9, **changes}
         path = tmp_path / "settings.json"
         path.write_text(json.dumps({**vars(make_parser().parse_args(words)), **found}))
@@ -47,7 +47,7 @@ def file_of(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("make_parser", [arguments.train_parser, arguments.train_sft_parser])
+@pytest.mark.parametrize("make_parser", [train_flags.train_parser, train_flags.train_sft_parser])
 def test_every_setting_comes_back(file_of, make_parser):
     path = file_of(make_parser=make_parser)
     again = make_parser().parse_args(["--load_config", path])
@@ -58,7 +58,7 @@ def test_the_command_line_wins_whatever_the_order(file_of):
     path = file_of()
     for words in (["--lr", "5e-5", f"--load_config={path}"], [f"--load_config={path}", "--lr", "5e-5"]):
         words += ["--dataset", "e", "--batch_size", "4", "--weight_decay", "1"]
-        args = arguments.train_parser().parse_args(words)
+        args = train_flags.train_parser().parse_args(words)
         assert (args.lr, args.dataset, args.micro_batch_size, args.weight_decay) == (5e-5, ["e"], 4, 1.0)
         assert args.plugin == "3d" and args.use_flash_attn
 
@@ -86,7 +86,7 @@ def test_the_command_line_wins_whatever_the_order(file_of):
 def test_a_wrong_entry_is_one_line(file_of, capsys, changes, words):
     path = file_of(**changes)
     with pytest.raises(SystemExit) as end:
-        arguments.train_parser().parse_args(["--load_config", path, *REQUIRED])
+        train_flags.train_parser().parse_args(["--load_config", path, *REQUIRED])
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith(f"train.py: error: --load_config {path}: ")
     assert all(word in line for word in words), line
@@ -101,33 +101,33 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, content, words):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as end:
-        arguments.train_parser().parse_args(["--load_config", str(path)])
+        train_flags.train_parser().parse_args(["--load_config", str(path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and words in line and "--config_file" in line
 
 
 def test_without_arguments_the_required_flags_are_named(capsys):
     with pytest.raises(SystemExit):
-        arguments.train_parser().parse_args([])
+        train_flags.train_parser().parse_args([])
     assert "required: --pretrained, --dataset" in capsys.readouterr().err
 
 
 def test_defaults_of_lists_and_flags_that_are_not_used_come_back(file_of):
-    args = arguments.with_defaults(arguments.train_parser().parse_args(REQUIRED))
-    path = file_of(REQUIRED, **arguments.used_flags(args))
-    again = arguments.train_parser().parse_args(["--load_config", path])
-    assert not arguments.unused_flags(again) and (again.zero, again.eval_dataset) == (None, None)
+    args = dependent_flags.with_defaults(train_flags.train_parser().parse_args(REQUIRED))
+    path = file_of(REQUIRED, **dependent_flags.used_flags(args))
+    again = train_flags.train_parser().parse_args(["--load_config", path])
+    assert not dependent_flags.unused_flags(again) and (again.zero, again.eval_dataset) == (None, None)
 
 
 def test_required_flags_are_still_required(tmp_path, capsys):
     (tmp_path / "a").write_text('{"pretrained": "m", "plugin": null}')
     with pytest.raises(SystemExit):
-        arguments.train_parser().parse_args(["--load_config", str(tmp_path / "a")])
+        train_flags.train_parser().parse_args(["--load_config", str(tmp_path / "a")])
     assert "required: --dataset" in capsys.readouterr().err
 
 
 def test_pairs_are_written_as_on_the_command_line():
-    parser = arguments.train_parser()
+    parser = train_flags.train_parser()
     for value in ([["zh", 0.8], ["en", 0.2]], {"zh": 0.8, "en": 0.2}, ["zh=0.8", "en=0.2"]):
         action = parser._option_string_actions["--mixture"]
         assert settings_file._words(action, value, parser, "here") == ["--mixture", "zh=0.8", "en=0.2"]

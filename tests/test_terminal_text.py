@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.terminal_text import one_line, printable, show, show_line
@@ -87,11 +87,11 @@ def raise_as_one_rank(text: str) -> None:
 
 
 def mistake_in_a_flag(text: str) -> None:
-    arguments.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--lr", text])
+    train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--lr", text])
 
 
 def unknown_flag(text: str) -> None:
-    arguments.train_parser().parse_args([f"--{text.replace(' ', '')}"])
+    train_flags.train_parser().parse_args([f"--{text.replace(' ', '')}"])
 
 
 def log_a_line(text: str) -> None:

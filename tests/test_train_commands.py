@@ -9,7 +9,7 @@ import sys
 import datasets
 import pytest
 
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.encoding.encoder import Encoder
@@ -168,7 +168,7 @@ def test_a_folder_that_was_written_to_between_check_and_lock_is_refused(flags, t
 
     monkeypatch.setattr(run_lock, "locked", locked_later)
     with pytest.raises(UserError, match="already holds epoch-0_step-5 of another run"):
-        start.train(arguments.train_parser().parse_args([*flags, "--plugin", "zero2"]))
+        start.train(train_flags.train_parser().parse_args([*flags, "--plugin", "zero2"]))
     assert other.is_dir() and not other.with_name(".lock").exists()
 
 

@@ -4,10 +4,10 @@ import shlex
 
 import pytest
 
-from colossal_llama2.cli import arguments, flag_names
+from colossal_llama2.cli import data_flags, flag_names, inference_flags, train_flags
 from tests.test_arguments import FLAGS, error_of
 
-MAKERS = {make.__name__.removesuffix("_parser"): make for make in FLAGS} | {"selftest": arguments.selftest_parser}
+MAKERS = {make.__name__.removesuffix("_parser"): make for make in FLAGS} | {"selftest": train_flags.selftest_parser}
 NEEDED = {
     "train": "--pretrained m --dataset d",
     "train_sft": "--pretrained m --dataset d",
@@ -134,7 +134,7 @@ def test_no_switch_takes_a_value_and_each_flag_asks_for_its_own(command, capsys)
     ],
 )
 def test_every_text_is_a_prompt(words, name, value):
-    assert getattr(arguments.inference_parser().parse_args(shlex.split(words)), name) == value
+    assert getattr(inference_flags.inference_parser().parse_args(shlex.split(words)), name) == value
 
 
 @pytest.mark.parametrize(
@@ -150,11 +150,11 @@ def test_every_text_is_a_prompt(words, name, value):
 def test_unusual_names_are_taken(words, name, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = shlex.split(f"{NEEDED['train']} {words}")
-    assert getattr(arguments.train_parser().parse_args(given), name) == value
+    assert getattr(train_flags.train_parser().parse_args(given), name) == value
 
 
 def test_a_word_by_itself_may_follow_a_flag_with_its_value(capsys):
-    parser = arguments.inspect_data_parser
+    parser = data_flags.inspect_data_parser
     for words in ("--tokenizer_dir t part", "--tokenizer_dir=t part", "part --tokenizer_dir t"):
         assert parser().parse_args(words.split()).part == "part"
     assert "unexpected b; --tokenizer_dir takes one" in error_of(parser, "a --tokenizer_dir t b".split(), capsys)
@@ -165,13 +165,13 @@ def test_what_exists_is_never_called_a_mistake(tmp_path, monkeypatch):
     names = ["None", "~", "a,b", "“x”", "–snake_case", "$HOME", "c d", " e"]
     for name in names:
         (tmp_path / name).mkdir()
-    args = arguments.train_parser().parse_args(["--pretrained", "None", "--dataset", *names, "--save_dir", "c d"])
+    args = train_flags.train_parser().parse_args(["--pretrained", "None", "--dataset", *names, "--save_dir", "c d"])
     assert args.dataset == names and args.pretrained == "None"
 
 
 def test_a_list_that_is_given_again_is_reported(capsys):
     words = ["--pretrained", "m", "--dataset", "a", "--lr", "1", "--dataset", "b", "c", "--lr", "2"]
-    assert arguments.train_parser().parse_args(words).dataset == ["b", "c"]
+    assert train_flags.train_parser().parse_args(words).dataset == ["b", "c"]
     assert capsys.readouterr().err == "train.py: warning: --dataset is given 2 times, the last one counts: b c\n"
 
 

@@ -31,7 +31,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import launcher, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.engine import engine as engine_module
 from colossal_llama2.engine import loss_scale
 from colossal_llama2.engine.engine import Engine, launch, leave
@@ -43,7 +43,7 @@ from colossal_llama2.train import checks, run
 from colossal_llama2.train.evaluation import evaluator
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
 
-PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
 # Repairs that replace a function of ColossalAI, and which.
 FAULTS = {
     "ring_weight_gradients": ("colossalai.shardformer.layer._operation", "_ring_as_gather"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import data_flags
 from colossal_llama2.corpus.category_names import NO_CATEGORY, category_name
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
@@ -53,7 +53,7 @@ class Document(NamedTuple):
 
 def main(argv=None) -> None:
     """Parse the flags and print the report."""
-    args = arguments.inspect_data_parser().parse_args(argv)
+    args = data_flags.inspect_data_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
         # A terminal that cannot show a character should say which it is, not end the report.

@@ -26,7 +26,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, read_model
 from colossal_llama2.encoding.encoder import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
 from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
@@ -118,7 +118,7 @@ class Rows:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and initialize the model."""
-    args = arguments.init_model_parser().parse_args(argv)
+    args = tokenizer_flags.init_model_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("init_model.py"):
         init_model(
@@ -268,8 +268,8 @@ def _read_config(source: Path) -> dict:
 
 def _format_name(dtype: str) -> str | None:
     """The name of a dtype in safetensors; None for "source"."""
-    if dtype not in ("source", *arguments.MODEL_DTYPES):
-        raise ValueError(f"dtype is {dtype!r}, source or one of {arguments.MODEL_DTYPES} allowed")
+    if dtype not in ("source", *tokenizer_flags.MODEL_DTYPES):
+        raise ValueError(f"dtype is {dtype!r}, source or one of {tokenizer_flags.MODEL_DTYPES} allowed")
     return next((name for name, (torch_name, _) in FLOATS.items() if torch_name == dtype), None)
 
 

@@ -21,7 +21,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, unreachable
 from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
@@ -79,7 +79,7 @@ class LeftOut:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's), compare and print."""
-    args = arguments.compare_parser().parse_args(argv)
+    args = tokenizer_flags.compare_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("compare.py"):
         output_file = Path(args.output_file) if args.output_file else None

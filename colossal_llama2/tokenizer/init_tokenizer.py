@@ -19,7 +19,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel, merges, unreachable, with_pieces
 from colossal_llama2.encoding.encoder import (
     ADDED_TOKENS_FILE,
@@ -68,7 +68,7 @@ SHOWN_PIECES = 5
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and expand the tokenizer."""
-    args = arguments.init_tokenizer_parser().parse_args(argv)
+    args = tokenizer_flags.init_tokenizer_parser().parse_args(argv)
     logs.configure_logging()
     # The original's README exports "python", for the sake of an old protobuf, which makes large models slow to read.
     os.environ.pop("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", None)

@@ -23,7 +23,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_new_file, new_file
@@ -70,7 +70,7 @@ class Mined:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's), mine, write and print."""
-    args = arguments.mine_tokens_parser().parse_args(argv)
+    args = tokenizer_flags.mine_tokens_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("mine_tokens.py"):
         output_file, plot = Path(args.output_file), Path(args.plot) if args.plot else None

@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 from colossal_llama2 import errors, launcher, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.errors import UserError
 
-PARSERS = {"train.py": arguments.train_parser, "train_sft.py": arguments.train_sft_parser}
+PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
 # More than any job has: what is larger is a mistake.
 MOST_RANKS = 1_000_000
 

@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from colossal_llama2.cli.arguments import unused_flags, with_defaults
+from colossal_llama2.cli.dependent_flags import unused_flags, with_defaults
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets
 from colossal_llama2.dataset.read.step_loader import SampleOrder, highest_token_id

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.cli.arguments import with_defaults
+from colossal_llama2.cli.dependent_flags import with_defaults
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.step_loader import (
     DOCUMENT_COLUMN,

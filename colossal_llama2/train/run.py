@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2 import logs
-from colossal_llama2.cli.arguments import used_flags, with_defaults
+from colossal_llama2.cli.dependent_flags import used_flags, with_defaults
 from colossal_llama2.dataset.read.buckets import MeasuredPart
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.step_loader import SampleOrder, StepLoader, check_lengths, load_tokenized_dataset

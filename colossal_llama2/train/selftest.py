@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colossal_llama2 import errors, launcher, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import dependent_flags, train_flags
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import meeting, orphans
 from colossal_llama2.errors import RunError, UserError
@@ -52,7 +52,7 @@ WAIT_SECONDS = 3600.0
 def main(argv=None) -> None:
     """Parse, run on this rank, and tell."""
     launcher.settle()
-    args = arguments.selftest_parser().parse_args(argv)
+    args = train_flags.selftest_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("selftest"):
         selftest(args)
@@ -70,7 +70,7 @@ def selftest(args: argparse.Namespace) -> None:
     from colossal_llama2.train.settings import flags
 
     work, ranks = Path(args.work_dir), meeting.settled_place().world_size
-    problems = arguments.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
+    problems = dependent_flags.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and os.path.lexists(work):
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
@@ -111,7 +111,7 @@ def training_arguments(args: argparse.Namespace, work: Path, name: str, **more) 
     """The flags of one training command in the work folder."""
     home = work / name
     required = ["--pretrained", str(work / "model"), "--dataset", str(work / "part-00000")]
-    train_args = arguments.train_parser().parse_args(required)
+    train_args = train_flags.train_parser().parse_args(required)
     paths = {"save_dir": "checkpoints", "tensorboard_dir": "logs", "config_file": "config.json"}
     given = {key: value for key, value in vars(args).items() if hasattr(train_args, key)}
     given.update({key: str(home / path) for key, path in paths.items()}, max_length=MAX_LENGTH, **more)

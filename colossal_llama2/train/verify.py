@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import arguments
+from colossal_llama2.cli import train_flags
 from colossal_llama2.encoding.encoder import MODEL_FILE, fingerprint
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
 from colossal_llama2.engine.resume_state import MASTERS_NAME
@@ -35,7 +35,7 @@ PARITY_TEXTS = ("Hello, world! 1234.5", "明月松间照，清泉石上流。", 
 
 def main(argv=None) -> None:
     """Parse the flags and check the checkpoint."""
-    args = arguments.verify_parser().parse_args(argv)
+    args = train_flags.verify_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
         for line in verify(args.checkpoint):

@@ -430,7 +430,7 @@ class _GeminiKeeper(_Keeper):
         self.left[chunk] -= 1
         if self.left[chunk] > 0:
             return [parts]
-        # The result has room of its own; on a CPU what comes from the other ranks, and the sum, too (gloo_collectives.py).
+        # The result has its own memory; on a CPU, so do the other ranks' parts and the sum (gloo_collectives.py).
         elements = self.chunks[chunk] // self.shards + (self.chunks[chunk] if self.plan.on_cpu else 0)
         reducing = {**parts, "buffers": parts["buffers"] + elements * self.element}
         self.gathered.discard(chunk)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from colossal_llama2.cli.arguments import with_defaults
+from colossal_llama2.cli.dependent_flags import with_defaults
 from colossal_llama2.dataset.read.buckets import Buckets
 from colossal_llama2.dataset.read.loss_groups import Groups
 from colossal_llama2.dataset.read.sources import Data, resolve_data

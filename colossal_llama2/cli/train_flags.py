@@ -1,0 +1,488 @@
+"""The flags of train.py, train_sft.py, selftest.py and verify.py."""
+
+import argparse
+
+from colossal_llama2.cli import settings_file
+from colossal_llama2.cli.dependent_flags import default_of
+from colossal_llama2.cli.parser import CommandParser
+from colossal_llama2.cli.value_types import (
+    SWITCH,
+    at_least_two,
+    named_path,
+    named_share,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed_number,
+    sequence_length,
+    source_weight,
+)
+
+PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
+
+
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+
+SP_MODES = ("split_gather", "ring", "all_to_all")
+
+
+MIXTURE_ENDS = ("repeat", "stop")
+
+
+def train_parser() -> CommandParser:
+    """Flags of train.py."""
+    parser = CommandParser(
+        "train.py",
+        "Continue the pre-training of a LLaMA model on prepared data, with ColossalAI.",
+        "  colossalai run --nproc_per_node 8 --hostfile hostfile train.py \\\n"
+        "      --pretrained llama-2-7b-zh --dataset arrow_output/part-00000 arrow_output/part-00001 \\\n"
+        "      --plugin zero2 --mixed_precision bf16 --lr 1e-4 --use_grad_checkpoint --use_flash_attn",
+    )
+    _add_training_arguments(parser, accumulation_steps=1)
+    parser.set_defaults(stage="pretrain", pad_token="unk")
+    return parser
+
+
+def train_sft_parser() -> CommandParser:
+    """Flags of train_sft.py: those of train.py and NEFTune."""
+    parser = CommandParser(
+        "train_sft.py",
+        "Fine-tune a LLaMA model on prepared conversations, with ColossalAI.",
+        "  colossalai run --nproc_per_node 8 --hostfile hostfile train_sft.py \\\n"
+        "      --pretrained llama-2-7b-zh --dataset sft_arrow_output/part-00000 sft_arrow_output/part-00001 \\\n"
+        "      --plugin zero2 --mixed_precision bf16 --lr 5e-5 --accumulation_steps 8 --use_neft",
+    )
+    _add_training_arguments(parser, accumulation_steps=8)
+    parser.set_defaults(stage="sft", pad_token="eos")
+    sft = parser.add_argument_group("fine-tuning")
+    sft.add_argument("--use_neft", action="store_true", help="add NEFTune noise to the embeddings while training")
+    sft.add_argument(
+        "--neft_alpha",
+        metavar="ALPHA",
+        type=positive_float,
+        default=None,
+        help=f"scale of NEFTune's noise; the paper tries 5, 10 and 15 {default_of('neft_alpha')}",
+    )
+    return parser
+
+
+def selftest_parser() -> CommandParser:
+    """Flags of colossal_llama2.train.selftest: those of train.py that decide how a step is computed, and its own."""
+    parser = CommandParser(
+        "selftest",
+        "Prove that training on this machine is the mathematics of a plain loop, and that a resumed run repeats it.",
+        "  colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\\n"
+        "      --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest",
+    )
+    own = parser.add_argument_group("test")
+    own.add_argument(
+        "--work_dir",
+        metavar="DIR",
+        default="selftest",
+        help="new folder that all hosts share; removed if everything is equal",
+    )
+    own.add_argument("--steps", metavar="N", type=at_least_two, default=10, help="optimizer steps")
+    _add_compute_arguments(parser.add_argument_group("model"))
+    _add_recipe_arguments(parser, accumulation_steps=1, has_epochs=False)
+    _add_parallel_arguments(parser)
+    parser.set_defaults(micro_batch_size=2, mixed_precision="bf16")
+    return parser
+
+
+def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
+    _add_model_arguments(parser)
+    _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
+    _add_parallel_arguments(parser)
+    _add_evaluation_arguments(parser)
+    _add_output_arguments(parser)
+    _add_dry_run_arguments(parser)
+    _add_settings_arguments(parser)
+    _add_benchmark_arguments(parser)
+
+
+def _add_model_arguments(parser: CommandParser) -> None:
+    data = parser.add_argument_group("data and model")
+    data.add_argument(
+        "--pretrained",
+        metavar="DIR",
+        required=True,
+        help="Hugging Face LLaMA model (safetensors) and tokenizer to start from",
+    )
+    data.add_argument(
+        "--dataset",
+        metavar="DIR",
+        nargs="+",
+        required=True,
+        help="prepared part-* folders in reading order, or folders that contain them; NAME=DIR names the source",
+    )
+    _add_order_arguments(data)
+    data.add_argument(
+        "--max_length",
+        metavar="TOKENS",
+        type=sequence_length,
+        default=4096,
+        help="pad samples to at most this length; a longer sample is an error; at most the number of positions of the "
+        "model",
+    )
+    data.add_argument(
+        "--train_new_rows_only",
+        action="store_true",
+        help="train only the embedding rows that init_model.py added; everything else stays the same bit for bit",
+    )
+    _add_compute_arguments(data)
+
+
+def _add_order_arguments(data) -> None:
+    data.add_argument(
+        "--bucketed",
+        action="store_true",
+        help="read bucket after bucket: bucket k is part k of every source, shuffled on its own; without it all "
+        "samples are shuffled together",
+    )
+    data.add_argument(
+        "--mixture",
+        metavar="SOURCE=WEIGHT",
+        nargs="+",
+        type=source_weight,
+        default=None,
+        help="share of each source in the tokens of a bucket; the source named first is read once (default: the sizes "
+        "of the sources)",
+    )
+    data.add_argument(
+        "--mixture_end",
+        choices=MIXTURE_ENDS,
+        default=None,
+        help=f"when a source of --mixture runs out: repeat it, or stop the bucket {default_of('mixture_end')}",
+    )
+
+
+def _add_compute_arguments(data) -> None:
+    data.add_argument(
+        "--document_mask",
+        choices=SWITCH,
+        default="auto",
+        help="keep the documents of a sample apart in attention, positions and loss; auto: if the data has document "
+        "lengths; off: as in the original",
+    )
+    data.add_argument(
+        "--freeze_non_embeds_params", action="store_true", help="train only the input and output embeddings"
+    )
+    data.add_argument(
+        "--use_flash_attn",
+        action="store_true",
+        help="use flash-attn on GPUs that support it; everywhere else PyTorch's scaled_dot_product_attention is used",
+    )
+    data.add_argument(
+        "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
+    )
+    data.add_argument(
+        "--chunked_loss",
+        choices=SWITCH,
+        default="auto",
+        help="compute the loss without ever holding the logits of the whole vocabulary; auto: wherever that works",
+    )
+
+
+def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has_epochs: bool = True) -> None:
+    recipe = parser.add_argument_group("optimization")
+    if has_epochs:
+        recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
+        recipe.add_argument(
+            "--max_steps",
+            metavar="STEPS",
+            type=positive_int,
+            default=None,
+            help="stop after this many optimizer steps, even in the middle of an epoch (default: at the end of the "
+            "last epoch)",
+        )
+    recipe.add_argument(
+        "--micro_batch_size",
+        "--batch_size",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="samples per forward pass and data-parallel rank",
+    )
+    recipe.add_argument(
+        "--accumulation_steps",
+        metavar="N",
+        type=positive_int,
+        default=accumulation_steps,
+        help="micro batches per optimizer step",
+    )
+    recipe.add_argument(
+        "--lr",
+        metavar="LR",
+        type=positive_float,
+        default=3e-4,
+        help="peak learning rate; a cosine schedule lowers it to a tenth",
+    )
+    recipe.add_argument(
+        "-s",
+        "--warmup_steps",
+        metavar="STEPS",
+        type=non_negative_int,
+        default=None,
+        help="optimizer steps of linear warm-up (default: 2.5 %% of all steps)",
+    )
+    recipe.add_argument(
+        "-w",
+        "--weight_decay",
+        metavar="W",
+        type=non_negative_float,
+        default=0.1,
+        help="AdamW's weight decay; norms do not decay",
+    )
+    recipe.add_argument(
+        "--gradient_clipping",
+        "--grad_clip",
+        metavar="NORM",
+        type=non_negative_float,
+        default=1.0,
+        help="largest gradient norm; 0 turns clipping off",
+    )
+    recipe.add_argument(
+        "--mixed_precision",
+        choices=PRECISIONS,
+        default="fp16",
+        help="number format of the forward and backward passes; fp32 is for tests and rehearsals and does not work "
+        "with gemini",
+    )
+    recipe.add_argument(
+        "--seed", metavar="N", type=seed_number, default=1024, help="seed of the data order and of NEFTune noise"
+    )
+
+
+def _add_parallel_arguments(parser: CommandParser) -> None:
+    parallel = parser.add_argument_group("parallelism")
+    parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
+    parallel.add_argument(
+        "--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for --plugin 3d"
+    )
+    parallel.add_argument(
+        "--zero",
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2),
+        default=None,
+        help=f"ZeRO stage, for --plugin 3d {default_of('zero')}",
+    )
+    parallel.add_argument(
+        "--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for --plugin 3d with --zero 0 or 1"
+    )
+    parallel.add_argument(
+        "--microbatch_size",
+        metavar="N",
+        type=positive_int,
+        default=None,
+        help="samples that a pipeline stage passes on at a time; divides --micro_batch_size into at least --pp parts "
+        f"{default_of('microbatch_size')}",
+    )
+    parallel.add_argument(
+        "--enable_sequence_parallelism",
+        action="store_true",
+        help="split samples along their length as well, for --plugin 3d",
+    )
+    parallel.add_argument(
+        "--sp_mode",
+        choices=SP_MODES,
+        default=None,
+        help="split_gather and ring: over the tensor-parallel ranks; all_to_all: over separate ranks, see --sp "
+        f"{default_of('sp_mode')}",
+    )
+    parallel.add_argument(
+        "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for --sp_mode all_to_all"
+    )
+
+
+class _BenchmarkSwitch(argparse.Action):
+    """A switch after which --dataset need not be given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, True)
+        for action in parser._actions:
+            if action.dest == "dataset":
+                action.required = False
+
+
+def _add_benchmark_arguments(parser: CommandParser) -> None:
+    benchmark = parser.add_argument_group("benchmark")
+    benchmark.add_argument(
+        "--benchmark",
+        action=_BenchmarkSwitch,
+        nargs=0,
+        default=False,
+        help="measure steps on random tokens, in place of --dataset, and write nothing",
+    )
+    benchmark.add_argument(
+        "--num_samples",
+        metavar="N",
+        type=positive_int,
+        default=None,
+        help=f"random samples, of --max_length tokens {default_of('num_samples')}",
+    )
+    benchmark.add_argument(
+        "--profile", metavar="DIR", default=None, help="with --benchmark: folder for PyTorch's trace of two steps"
+    )
+    benchmark.add_argument(
+        "--peak_tflops",
+        metavar="TFLOPS",
+        type=positive_float,
+        default=None,
+        help="peak of one device, for MFU, while training too (default: known for A100, A800, H100, H800 and some "
+        "others)",
+    )
+
+
+def _add_evaluation_arguments(parser: CommandParser) -> None:
+    evaluation = parser.add_argument_group("evaluation while training")
+    evaluation.add_argument(
+        "--eval_dataset",
+        metavar="NAME=DIR",
+        nargs="+",
+        type=named_path,
+        default=None,
+        help="held-out data for loss and bits per byte, as NAME=DIR: folders that a prepare command wrote with "
+        "--eval_fraction",
+    )
+    evaluation.add_argument(
+        "--eval_interval",
+        metavar="STEPS",
+        type=positive_int,
+        default=None,
+        help="optimizer steps between evaluations; one also runs before the first step and at the end of each epoch "
+        "and of the run",
+    )
+    evaluation.add_argument(
+        "--forgetting_alarm",
+        metavar="NAME=SHARE",
+        nargs="+",
+        type=named_share,
+        default=None,
+        help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this share",
+    )
+    evaluation.add_argument(
+        "--on_forgetting",
+        choices=("warn", "stop"),
+        default=None,
+        help=f"what --forgetting_alarm does: warn, or stop: save and exit with code 1 {default_of('on_forgetting')}",
+    )
+
+
+def _add_dry_run_arguments(parser: CommandParser) -> None:
+    dry_run = parser.add_argument_group("dry run")
+    dry_run.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, print the plan, memory and disk space, and exit before the first step; nothing is "
+        "written; with --benchmark neither data nor weights are needed",
+    )
+    dry_run.add_argument(
+        "--num_ranks",
+        metavar="N",
+        type=positive_int,
+        default=None,
+        help="with --dry_run: plan for this many GPUs, which need not exist here (default: the launcher's processes)",
+    )
+
+
+def _add_output_arguments(parser: CommandParser) -> None:
+    output = parser.add_argument_group("checkpoints and logs")
+    output.add_argument(
+        "--save_dir", metavar="DIR", default="checkpoint_dir", help="folder for checkpoints and the final modeling/"
+    )
+    output.add_argument(
+        "--save_interval", metavar="STEPS", type=positive_int, default=1000, help="optimizer steps between checkpoints"
+    )
+    output.add_argument(
+        "--skip_save_each_epoch",
+        action="store_true",
+        help="do not save at the end of each epoch; the end of the run is always saved",
+    )
+    output.add_argument(
+        "--load_checkpoint",
+        metavar="DIR",
+        default=None,
+        help="checkpoint folder to resume from, or its modeling/ folder to load the weights only",
+    )
+    output.add_argument(
+        "--continue_data",
+        action="store_true",
+        help="with --load_checkpoint CHECKPOINT/modeling: continue from that checkpoint's position in the data",
+    )
+    output.add_argument(
+        "--resume",
+        choices=("auto",),
+        default=None,
+        help="auto: continue from the newest complete checkpoint in --save_dir; start from the beginning if there is "
+        "none",
+    )
+    output.add_argument(
+        "--keep_last",
+        metavar="K",
+        type=positive_int,
+        default=None,
+        help="keep the K newest checkpoints and remove older ones (default: keep all)",
+    )
+    output.add_argument(
+        "--keep_every",
+        metavar="STEPS",
+        type=positive_int,
+        default=None,
+        help="with --keep_last: also keep checkpoints whose step is a multiple of this",
+    )
+    output.add_argument(
+        "--max_bad_steps",
+        metavar="N",
+        type=non_negative_int,
+        default=0,
+        help="number of steps with a NaN/Inf loss or gradient norm to skip before the run ends",
+    )
+    output.add_argument(
+        "--dist_timeout",
+        metavar="SECONDS",
+        type=positive_float,
+        default=600.0,
+        help="how long ranks wait for each other; must be longer than a save takes",
+    )
+    output.add_argument(
+        "--tensorboard_dir",
+        metavar="DIR",
+        default="logs_dir",
+        help="folder for TensorBoard; if it has events of another run, a folder inside it is used",
+    )
+    output.add_argument(
+        "--config_file",
+        metavar="FILE",
+        default="config_file",
+        help="file to write the resolved settings to (JSON); if it belongs to another run, the name of --save_dir is "
+        "added to it",
+    )
+
+
+def _add_settings_arguments(parser: CommandParser) -> None:
+    settings = parser.add_argument_group("settings of another run")
+    settings.add_argument(
+        settings_file.FLAG,
+        metavar="FILE",
+        default=None,
+        help="read settings from a file that --config_file wrote, such as SAVE_DIR/settings.json; flags on the command "
+        "line win, but a switch that the file turns on stays on",
+    )
+
+
+def verify_parser() -> CommandParser:
+    """Flags of colossal_llama2/train/verify.py."""
+    parser = CommandParser(
+        "python -m colossal_llama2.train.verify",
+        "Check one checkpoint: files, hashes, shapes, numbers, tokenizer. Exit code 0 if it is whole, 2 if it is not.",
+        "  python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400",
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="such as checkpoint_dir/epoch-0_step-400; of a run's folder, the newest in it",
+    )
+    return parser

@@ -1,0 +1,196 @@
+"""What the value of a flag may be: functions for `type=` of argparse."""
+
+import argparse
+import math
+import re
+import shlex
+
+SWITCH = ("auto", "on", "off")
+MAX_BINS = 100_000
+MAX_LENGTH = 2**20
+# More would make a model of rows that no token has.
+MAX_ROW_MULTIPLE = 2**16
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, "a whole number of at least 1", lambda value: value >= 1)
+
+
+def row_multiple(text: str) -> int:
+    """A whole number from 1 to `MAX_ROW_MULTIPLE`."""
+    allowed = f"a whole number from 1 to {MAX_ROW_MULTIPLE}"
+    return _number(text, int, allowed, lambda value: 1 <= value <= MAX_ROW_MULTIPLE)
+
+
+def at_least_two(text: str) -> int:
+    """A whole number of at least 2."""
+    return _number(text, int, "a whole number of at least 2", lambda value: value >= 2)
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, "a whole number of at least 0", lambda value: value >= 0)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, "a number above 0", lambda value: value > 0)
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, float, "a number of at least 0", lambda value: value >= 0)
+
+
+def probability(text: str) -> float:
+    """A number above 0 and at most 1."""
+    return _number(text, float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def share(text: str) -> float:
+    """A part of a whole that is neither all nor nothing."""
+    return _number(text, float, "a number above 0 and below 1", lambda value: 0 < value < 1)
+
+
+def seed_number(text: str) -> int:
+    """A seed, as NumPy and PyTorch both take it."""
+    return _number(text, int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+
+
+def bin_count(text: str) -> int:
+    """A number of bins; folders are named part-00000 to part-99999."""
+    return _number(text, int, f"a whole number from 1 to {MAX_BINS}", lambda value: 1 <= value <= MAX_BINS)
+
+
+def sequence_length(text: str) -> int:
+    """A length in tokens that leaves room for text between <s> and </s>."""
+    return _number(text, int, f"a whole number from 8 to {MAX_LENGTH}", lambda value: 8 <= value <= MAX_LENGTH)
+
+
+def fraction(text: str) -> float:
+    """A number of at least 0 and below 1."""
+    return _number(text, float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """A share i/n, counted from 1: "2/8" becomes (2, 8)."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' given, i/n with i from 1 to n allowed, such as 1/8")
+    return int(match[1]), int(match[2])
+
+
+def ray_address(text: str) -> str:
+    """Where a Ray cluster is: HOST:PORT of its head node, or "auto"."""
+    if text != "auto" and not re.fullmatch(r"[^\s/]+:\d{1,5}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' given, HOST:PORT such as 10.0.0.1:6379, or auto allowed")
+    return text
+
+
+def true_or_false(text: str) -> bool:
+    """The words True and False, in any case."""
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"'{text}' given, True or False allowed")
+    return values[text.lower()]
+
+
+def source_weight(text: str) -> str:
+    """SOURCE=WEIGHT, as it was given: a name and a number above 0."""
+    name, _, weight = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"'{text}' given, SOURCE=WEIGHT such as zh=0.8 allowed")
+    positive_float(weight)
+    return text
+
+
+def named_path(text: str) -> str:
+    """NAME=PATH, as it is."""
+    name, sign, path = text.partition("=")
+    if not sign or not name or not path or "/" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} given, NAME=PATH allowed, such as en=arrow_en/eval")
+    return text
+
+
+def named_share(text: str) -> str:
+    """NAME=SHARE, a share over 0, as it is."""
+    name, sign, value = text.rpartition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} given, NAME=SHARE allowed, such as en=0.05")
+    positive_float(value)
+    return text
+
+
+def path_list(text: str) -> list[str]:
+    """A comma-separated list of folders, in the given order."""
+    return _comma_list(text, "give folders as DIR_1,DIR_2,DIR_3")
+
+
+def role_list(text: str) -> list[str]:
+    """A comma-separated list of names of roles."""
+    return _comma_list(text, "give names as chatgpt,bing,bard")
+
+
+def _comma_list(text: str, cure: str) -> list[str]:
+    """The entries of a list with commas; `cure` is for one in which nothing else is left."""
+    entries = [part.strip() for part in text.split(",")]
+    if not all(entries):
+        kept = ",".join(filter(None, entries))
+        cure = f"type {shlex.quote(kept)}" if kept else cure
+        raise argparse.ArgumentTypeError(f"'{text}' has an empty entry; {cure}")
+    return entries
+
+
+def _number(text: str, kind: type, allowed: str, accepts):
+    try:
+        value = kind(text)
+        is_allowed = math.isfinite(value) and accepts(value)
+    except (ValueError, OverflowError):
+        is_allowed = False
+    if not is_allowed:
+        hint = _number_hint(text, kind, accepts)
+        raise argparse.ArgumentTypeError(f"'{text}' given, {allowed} allowed" + (f"; {hint}" if hint else ""))
+    return value
+
+
+def _number_hint(text: str, kind: type, accepts) -> str:
+    """What a number in another notation should be typed as, if that is certain; else ""."""
+    plain = text.strip().lstrip("+").replace("_", "")
+    if re.fullmatch(r"[\d.]+ ?%", plain, re.ASCII):
+        plain, divisor = plain.rstrip("% "), 100
+    elif re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", plain, re.ASCII):
+        if kind is float:
+            # In some countries a thousand, in others one.
+            return ""
+        plain, divisor = plain.replace(",", ""), 1
+    elif re.fullmatch(r"\d+,\d+([eE][-+]?\d+)?", plain, re.ASCII):
+        plain, divisor = plain.replace(",", "."), 1
+    else:
+        divisor = 1
+    try:
+        value = float(plain) / divisor
+    except ValueError:
+        return ""
+    if not math.isfinite(value) or (kind is int and value != int(value)) or not accepts(kind(value)):
+        return ""
+    return f"type {value!r}" if kind is float else f"type {int(value)}"
+
+
+def sampling_temperature(text: str) -> float:
+    """A finite number above 0; 0 is what other tools call greedy decoding."""
+    try:
+        return positive_float(text)
+    except argparse.ArgumentTypeError as error:
+        is_zero = re.fullmatch(r"\+?0*\.?0*", text) is not None
+        greedy = "; for the likeliest token at each place give --do_sample False" if is_zero else ""
+        raise argparse.ArgumentTypeError(f"{error}{greedy}")
+
+
+def candidate_count(text: str) -> int:
+    """A whole number of at least 1; what other tools write for "no limit" is explained."""
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        cure = "; to sample among all tokens give a number as large as the vocabulary" if text in ("0", "-1") else ""
+        raise argparse.ArgumentTypeError(f"{error}{cure}")
