@@ -100,7 +100,7 @@ def test_functions_fit_on_a_screen(path):
 
 
 def is_flag_table(path: Path, function: ast.FunctionDef) -> bool:
-    """The files *_flags.py hold tables of flags in the form of functions: `group.add_argument(...)` one after the other."""
+    """cli/*_flags.py hold tables of flags in the form of functions: one `group.add_argument(...)` after the other."""
     plain = (ast.Expr, ast.Assign, ast.Return)
     return path.parent == PACKAGE / "cli" and all(isinstance(statement, plain) for statement in function.body)
 
