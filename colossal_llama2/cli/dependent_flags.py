@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from colossal_llama2.plugin_names import HYBRID_3D
+
 
 class DependentFlag(NamedTuple):
     """A flag's default, what it needs, in words, and whether the other flags have that."""
@@ -14,7 +16,7 @@ class DependentFlag(NamedTuple):
 
 
 DEPENDENT_FLAGS: dict[str, DependentFlag] = {
-    "zero": DependentFlag(1, "needs --plugin 3d", lambda args: args.plugin == "3d"),
+    "zero": DependentFlag(1, f"needs --plugin {HYBRID_3D}", lambda args: args.plugin == HYBRID_3D),
     "microbatch_size": DependentFlag(1, "needs --pp of at least 2", lambda args: args.pp > 1),
     "sp_mode": DependentFlag(
         "split_gather", "needs --enable_sequence_parallelism", lambda args: args.enable_sequence_parallelism

@@ -18,9 +18,7 @@ from colossal_llama2.cli.value_types import (
     sequence_length,
     source_weight,
 )
-
-PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
-
+from colossal_llama2.plugin_names import PLUGIN_NAMES
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 
@@ -257,7 +255,7 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
 
 def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel = parser.add_argument_group("parallelism")
-    parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
+    parallel.add_argument("--plugin", choices=PLUGIN_NAMES, default="gemini", help="ColossalAI plugin")
     parallel.add_argument(
         "--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for --plugin 3d"
     )

@@ -23,7 +23,7 @@ from colossal_llama2.dataset.read.step_loader import (
 )
 from colossal_llama2.dataset.read.token_counts import measure_parts
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
-from colossal_llama2.engine.engine import EngineSettings
+from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
 from colossal_llama2.model.loading import ModelFacts, check_model, inspect_weights, model_without_weights
