@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import data_flags
 from colossal_llama2.corpus.category_names import NO_CATEGORY, category_name
-from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.layout.columns import (
+    DOCUMENT_CATEGORIES,
+    DOCUMENT_LENGTHS,
+    IGNORE_INDEX,
+    INPUT_IDS,
+    LABELS,
+    SAMPLE_CATEGORY,
+)
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
 from colossal_llama2.dataset.layout.output_folder import MANIFEST_FILE
 from colossal_llama2.encoding.encoder import Encoder, fingerprint
@@ -29,8 +36,7 @@ from colossal_llama2.terminal_text import visible, visible_line
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
-CATEGORY_COLUMNS = ("document_categories", "seq_category")
-BORDER_COLUMN = "sequence_lengths"
+CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
 # Brightness differs as well, for those who tell colours apart less well.
 COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}
@@ -93,7 +99,7 @@ def inspect_part(
         f"{part}: {len(lengths):,} samples of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
     )
-    if BORDER_COLUMN not in dataset.column_names:
+    if DOCUMENT_LENGTHS not in dataset.column_names:
         yield "this bin does not record where its documents end, so no borders are shown"
     chosen = sorted(random.Random(seed).sample(range(len(lengths)), min(num_samples, len(lengths))))
     if chosen and is_coloured:
@@ -123,7 +129,7 @@ def open_bin(folder: Path):
     except Exception as error:  # pyarrow and datasets have many kinds for a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} is not a prepared bin ({reason}); give one, such as arrow_output/part-00000")
-    if not {"input_ids", "labels"} <= columns or not len(dataset):
+    if not {INPUT_IDS, LABELS} <= columns or not len(dataset):
         raise UserError(f"{folder} holds no samples of input_ids and labels; give a bin that was prepared here")
     return dataset
 
@@ -141,7 +147,7 @@ def sample_lengths(dataset) -> list[int]:
     """Tokens of each sample, without reading the tokens."""
     import pyarrow.compute
 
-    column = dataset.data.column("input_ids")
+    column = dataset.data.column(INPUT_IDS)
     return [length for chunk in column.chunks for length in pyarrow.compute.list_value_length(chunk).to_pylist()]
 
 
@@ -165,10 +171,12 @@ def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
 
     Raises UserError if an id is not the tokenizer's or the borders do not fit the sample; `where` names the sample.
     """
-    input_ids, labels = row["input_ids"], row["labels"]
-    borders = row.get(BORDER_COLUMN) or [len(input_ids)]
+    input_ids, labels = row[INPUT_IDS], row[LABELS]
+    borders = row.get(DOCUMENT_LENGTHS) or [len(input_ids)]
     if sum(borders) != len(input_ids) or len(labels) != len(input_ids):
-        raise UserError(f"{where} is damaged: its ids, labels and {BORDER_COLUMN} differ in length; prepare it again")
+        raise UserError(
+            f"{where} is damaged: its ids, labels and {DOCUMENT_LENGTHS} differ in length; prepare it again"
+        )
     unknown = next((token for token in input_ids if not 0 <= token < encoder.vocab_size), None)
     if unknown is not None:
         raise UserError(
@@ -303,7 +311,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
     fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"
     title = f"{visible_line(part.absolute().name)}: {len(lengths):,} samples, {fill}"
     dataset = open_bin(part)
-    borders = dataset[BORDER_COLUMN] if BORDER_COLUMN in dataset.column_names else []
+    borders = dataset[DOCUMENT_LENGTHS] if DOCUMENT_LENGTHS in dataset.column_names else []
     if all(len(documents) == 1 for documents in borders):
         draw_lengths(lengths, path, title=title)
         return f"{path}: how long the samples of this bin are; {fill}"

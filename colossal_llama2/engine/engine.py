@@ -32,7 +32,7 @@ from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
 if TYPE_CHECKING:
-    from colossal_llama2.dataset.read.step_loader import Batch
+    from colossal_llama2.dataset.read.batch import Batch
 
 ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.

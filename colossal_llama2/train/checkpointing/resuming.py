@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import collectives

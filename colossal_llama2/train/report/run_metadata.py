@@ -7,8 +7,9 @@ from importlib import metadata
 from typing import Any
 
 from colossal_llama2 import __version__, logs
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import dataset_fingerprints
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.dataset.read.step_loader import SampleOrder, dataset_fingerprints
 from colossal_llama2.encoding.encoder import fingerprint
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.settings import Ranks

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from colossal_llama2.cli.dependent_flags import with_defaults
+from colossal_llama2.dataset.read.batch import Collator
 from colossal_llama2.dataset.read.buckets import Buckets
 from colossal_llama2.dataset.read.loss_groups import Groups
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data, resolve_data
-from colossal_llama2.dataset.read.step_loader import Collator, SampleOrder
 from colossal_llama2.encoding.encoder import CONFIG_FILE, load_tokenizer
 from colossal_llama2.engine.settings import EngineSettings, Ranks
 from colossal_llama2.launcher import place
