@@ -343,7 +343,7 @@ def test_the_curve_is_a_png(mined, tmp_path, chinese, tokenizer_dir, capsys):
 
 def test_flags_and_function_agree():
     parser = tokenizer_flags.mine_tokens_parser()
-    flags = {action.dest for action in parser._actions} - {"help", "output_file", "plot"}
+    flags = {action.dest for action in parser.actions} - {"help", "output_file", "plot"}
     assert flags == set(inspect.signature(mine_tokens.mine).parameters) - {"curve_points"}
     assert set(tokenizer_flags.MINED_SCRIPTS) == set(mine_tokens.SCRIPTS)
     assert tiny.CHINESE and "".join(re.findall(f"[{mine_tokens.SCRIPTS['han']}]", tiny.CHINESE)) == tiny.CHINESE
