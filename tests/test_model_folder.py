@@ -431,7 +431,7 @@ def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path,
         lambda: checks.check_inputs(train),
         lambda: load_llama(str(folder), precision="fp32", attention="sdpa"),
         lambda: generation.load_model(str(folder), "cpu"),
-        lambda: init_model.init_model(folder, tokenizer_dir, tmp_path / "target"),
+        lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
     ]
     for call in calls:
         line = refusal(call)
@@ -611,7 +611,7 @@ def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path)
     spoil(folder, NAME, float("nan"))
     for call in (
         lambda: generation.load_model(str(folder), "cpu"),
-        lambda: init_model.init_model(folder, tokenizer_dir, tmp_path / "target"),
+        lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
     ):
         line = refusal(call)
         assert NAME in line and "NaN" in line

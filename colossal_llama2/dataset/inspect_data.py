@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +58,17 @@ class Document(NamedTuple):
     runs: list[Run]
 
 
+@dataclass(frozen=True)
+class InspectSettings:
+    """The flags of inspect_data.py: a bin, its tokenizer, the number of samples to show, and the charts' folder."""
+
+    part: str
+    tokenizer_dir: str
+    sample: int
+    seed: int
+    plots: str | None
+
+
 def main(argv=None) -> None:
     """Parse the flags and print the report."""
     args = data_flags.inspect_data_parser().parse_args(argv)
@@ -65,14 +77,7 @@ def main(argv=None) -> None:
         # A terminal that cannot show a character should say which it is, not end the report.
         sys.stdout.reconfigure(errors="backslashreplace")
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        report = inspect_part(
-            Path(args.part),
-            tokenizer_dir=args.tokenizer_dir,
-            num_samples=args.sample,
-            seed=args.seed,
-            plots=args.plots,
-            is_coloured=is_coloured,
-        )
+        report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
         try:
             for line in report:
                 print(line)
@@ -82,26 +87,25 @@ def main(argv=None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def inspect_part(
-    part: Path, *, tokenizer_dir: str, num_samples: int, seed: int, plots: str | None, is_coloured: bool
-) -> Iterator[str]:
-    """The lines of the report on the bin in the folder `part`; with `plots`, also write the charts to that folder.
+def inspect_part(settings: InspectSettings, *, is_coloured: bool) -> Iterator[str]:
+    """The lines of the report on a bin; with `plots`, also write the charts to that folder.
 
     Raises UserError for a folder that is no bin, a bin of another tokenizer, or a place where no chart can be written.
     """
-    encoder = Encoder(tokenizer_dir)
+    part, plots = Path(settings.part), settings.plots
+    encoder = Encoder(settings.tokenizer_dir)
     dataset = open_bin(part)
     lengths = sample_lengths(dataset)
     if plots is not None:
         check_plots_folder(Path(plots))
-    yield from _account(part, tokenizer_dir=tokenizer_dir)
+    yield from _account(part, tokenizer_dir=settings.tokenizer_dir)
     yield (
         f"{part}: {len(lengths):,} samples of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
     )
     if DOCUMENT_LENGTHS not in dataset.column_names:
         yield "this bin does not record where its documents end, so no borders are shown"
-    chosen = sorted(random.Random(seed).sample(range(len(lengths)), min(num_samples, len(lengths))))
+    chosen = sorted(random.Random(settings.seed).sample(range(len(lengths)), min(settings.sample, len(lengths))))
     if chosen and is_coloured:
         yield "colours: " + " ".join(_painted(name, name) for name in COLOURS)
     for index in chosen:
