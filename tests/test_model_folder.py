@@ -529,8 +529,8 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
 def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_script):
     edit(folder / "config.json", num_hidden_layers=10**9)
     code = (
-        "import sys\nfrom colossal_llama2 import arguments\nfrom colossal_llama2.train import checks\n"
-        "try:\n    checks.check_inputs(arguments.train_parser().parse_args(sys.argv[1:]))\n"
+        "import sys\nfrom colossal_llama2.cli import train_flags\nfrom colossal_llama2.train import checks\n"
+        "try:\n    checks.check_inputs(train_flags.train_parser().parse_args(sys.argv[1:]))\n"
         "except Exception as error:\n    print(error)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
