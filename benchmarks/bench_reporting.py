@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     args = parser.parse_args()
-    from colossal_llama2.engine.engine import launch, leave
+    from colossal_llama2.engine.process_group import launch, leave
 
     make_folder(parser, args.work_dir)
     # As on a cluster, where stderr is a file.

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from colossal_llama2 import launcher, logs
 from colossal_llama2.cli import train_flags
 from colossal_llama2.engine import loss_scale
-from colossal_llama2.engine.engine import launch, leave
+from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import checks, run

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import launcher, logs
 from colossal_llama2.cli import train_flags
-from colossal_llama2.engine import engine as engine_module
 from colossal_llama2.engine import loss_scale
-from colossal_llama2.engine.engine import Engine, launch, leave
+from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.plugins import Gemini
+from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, Stopped, UserError
 from colossal_llama2.model.neftune import EmbeddingNoise
@@ -203,8 +204,8 @@ def noting_noise(into: dict) -> Iterator[None]:
 
 def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
     """Within it, Gemini is built with these arguments too."""
-    build = engine_module.gemini_arguments
-    return mock.patch.object(engine_module, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
+    build = Gemini.arguments
+    return mock.patch.object(Gemini, "arguments", lambda self, **keys: {**build(self, **keys), **extra})
 
 
 @contextlib.contextmanager

@@ -208,7 +208,9 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
         engine.data_rank,
         pins=engine.pins_batches,
     )
-    attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
+    attention = choose_attention(
+        args.use_flash_attn, precision=args.mixed_precision, replaced=engine.plugin.replaces_attention
+    )
     model_setup.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
     with model_setup.noise_of(args, engine) as noise:
         found = measure(engine, loader, noise=noise, profile_dir=args.profile, stop=stop)

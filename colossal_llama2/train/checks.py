@@ -13,8 +13,9 @@ from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samp
 from colossal_llama2.dataset.write.sample_lengths import check_max_length, check_samples_fit
 from colossal_llama2.encoding.encoder import load_tokenizer
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
-from colossal_llama2.engine.engine import Engine, settings_problems
 from colossal_llama2.engine.ranks import collectives
+from colossal_llama2.engine.settings import Ranks
+from colossal_llama2.engine.settings_problems import settings_problems
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts, check_model
 from colossal_llama2.model.positions import described
@@ -205,7 +206,7 @@ def check_tokenizer_fits(args: argparse.Namespace, plan: LoadPlan, facts: ModelF
         )
 
 
-def check_samples(dataset, facts: ModelFacts, engine: Engine, *, flag: str = "--dataset") -> None:
+def check_samples(dataset, facts: ModelFacts, engine: Ranks, *, flag: str = "--dataset") -> None:
     """Refuse data of another tokenizer, or without a trained token; each rank looks through its share."""
     with collectives.all_or_none():
         highest = highest_token_id(dataset, share=engine.rank, shares=engine.world_size)

@@ -13,7 +13,8 @@ from colossal_llama2.dataset.read.prepared_data import check_lengths, load_token
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.dataset.read.token_counts import measure_parts
-from colossal_llama2.engine.engine import Engine, launch, leave
+from colossal_llama2.engine.engine import Engine
+from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.ranks.liveness import Watch
 from colossal_llama2.errors import Stopped
@@ -82,7 +83,9 @@ def run(args: argparse.Namespace, plan: LoadPlan, stop: NoSignals | None = None)
     report, record = make_report(args, engine, plan, given, order, state, run_facts)
     if resuming.is_done(plan, state, order, num_epochs=args.num_epochs, max_steps=args.max_steps, owes_evaluation=owes):
         return finish_again(args, plan, engine, record)
-    attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
+    attention = choose_attention(
+        args.use_flash_attn, precision=args.mixed_precision, replaced=engine.plugin.replaces_attention
+    )
     with collectives.all_or_none():
         schedule = resuming.make_schedule(args, plan, state, order, owes_evaluation=owes)
         report.know_steps(schedule.total_steps, schedule.warmup_steps)

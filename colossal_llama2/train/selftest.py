@@ -65,8 +65,9 @@ def selftest(args: argparse.Namespace) -> None:
         UserError: the flags do not fit each other or the ranks, or --work_dir is no new folder that all ranks see.
         RunError: a difference that is not rounding.
     """
-    from colossal_llama2.engine.engine import launch, leave, settings_problems
+    from colossal_llama2.engine.process_group import launch, leave
     from colossal_llama2.engine.ranks.liveness import watching
+    from colossal_llama2.engine.settings_problems import settings_problems
     from colossal_llama2.train.settings import flags
 
     work, ranks = Path(args.work_dir), meeting.settled_place().world_size
@@ -230,7 +231,7 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
 
 def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
-    from colossal_llama2.engine.engine import current_device
+    from colossal_llama2.engine.process_group import current_device
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
     from colossal_llama2.model.loading import load_llama
     from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps

@@ -136,7 +136,6 @@ def check_overflow(place: Place, *, plugins: list[str]) -> list[Row]:
 
 
 def _raise_scale() -> None:
-    from colossal_llama2.engine import engine
+    from colossal_llama2.engine import loss_scale
 
-    common_arguments = engine._common_arguments
-    engine._common_arguments = lambda settings: {**common_arguments(settings), "initial_scale": 2.0**20}
+    loss_scale.INITIAL_SCALE = 2.0**20
