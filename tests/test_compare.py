@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.tokenizer import compare
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from examples import quickstart_corpus
@@ -104,7 +104,7 @@ def reason_of(path, documents) -> str:
 
 def test_the_figures_are_those_of_the_tokenizer(documents, tokenizer_dir, extended_dir):
     for folder, size in ((tokenizer_dir, 600), (extended_dir, len(BpeModel.read(extended_dir).pieces))):
-        tokens = sum(map(len, Encoder(folder).encode(documents)))
+        tokens = sum(map(len, load_encoder(folder).encode(documents)))
         kinds = {
             folder: "transformers fast",
             folder / "tokenizer.json": "tokenizer.json",

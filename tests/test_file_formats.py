@@ -21,6 +21,7 @@ from colossal_llama2.corpus import data_files, decompression, row_reader
 from colossal_llama2.corpus.data_files import Span, find_inputs
 from colossal_llama2.corpus.parquet_rows import read_parquet
 from colossal_llama2.corpus.row_reader import SpanReader
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer.text_sample import read_documents
@@ -190,11 +191,10 @@ def test_copies_in_any_form_are_refused(other, tmp_path):
     ],
 )
 @pytest.mark.parametrize("is_large", [False, True])
-def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_large, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 100 if is_large else 4 << 20)
+def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_large, tmp_path):
     put(tmp_path, "a.jsonl", content)
     files = data_files.find_input_files([str(tmp_path)])
-    (unit,) = data_files.units_of(files)
+    (unit,) = data_files.units_of(files, 100 if is_large else 4 << 20)
     (line,) = SpanReader(files[0], unit.spans[0])
     assert line.is_lost and line.number == 1 and re.search(words, line.problem)
     with pytest.raises(UserError, match=f"a.jsonl:1: .*{words}"):
@@ -354,7 +354,7 @@ def test_times_that_python_cannot_hold_spoil_no_row_of_parquet(tmp_path):
 # In a process of its own: it must not even import what it names.
 OPEN_PARQUET = """
 import sys
-from colossal_llama2.dataset.parquet_rows import read_parquet
+from colossal_llama2.corpus.parquet_rows import read_parquet
 print([row.content for row in read_parquet(sys.argv[1])], "antigravity" in sys.modules)
 """
 
@@ -370,8 +370,7 @@ def test_nothing_in_a_parquet_file_is_run(tmp_path):
     assert done.stdout.strip() == """[b'{"target":"a"}'] False"""
 
 
-def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 3000)
+def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path):
     parts = [RECORDS[start : start + 6] for start in range(0, 30, 6)]
     lines = [[json.dumps(record).encode() for record in part] for part in parts]
     put(tmp_path / "mixed", "0.json", json.dumps(parts[0], indent=4).encode())
@@ -382,7 +381,7 @@ def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path, monk
     for number, part in enumerate(lines):
         put(tmp_path / "plain", f"{number}.jsonl", b"\n".join(part))
     for name in ("mixed", "plain"):
-        prepared(tmp_path / name, tokenizer_dir, tmp_path / f"out-{name}")
+        prepared(tmp_path / name, tokenizer_dir, tmp_path / f"out-{name}", sizes=WorkSizes(unit_bytes=3000))
     mixed, plain = (list(pieces_of(read_jsonl(tmp_path / f"out-{name}" / "jsonl"))) for name in ("mixed", "plain"))
     assert sorted(mixed) == sorted(plain)
     assert list(read_documents([str(tmp_path / "mixed")])) == list(read_documents([str(tmp_path / "plain")]))

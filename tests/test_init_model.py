@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from colossal_llama2.encoding.bpe_model import read_model
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.model.init_model import (
@@ -56,7 +57,7 @@ def weights_of(folder):
 
 def mean_rows(matrix, source, tokenizer):
     """The definition, one token at a time: float32 mean of the rows of the piece's ids, cast once."""
-    encoder, rows = Encoder(source), []
+    encoder, rows = load_encoder(source), []
     for piece in read_model(tokenizer).pieces[encoder.vocab_size :]:
         (ids,) = encoder.encode([piece.piece.replace("▁", " ")], dummy_prefix=False)
         rows.append(torch.stack([matrix[index].float() for index in ids]).mean(0).to(matrix.dtype))
@@ -66,7 +67,7 @@ def mean_rows(matrix, source, tokenizer):
 def check(source, tokenizer, target):
     """Old rows and other tensors bit for bit, new rows by the definition, and the folder loads as a model."""
     before, after = weights_of(source), weights_of(target)
-    pieces, old = Encoder(tokenizer).vocab_size, Encoder(source).vocab_size
+    pieces, old = load_encoder(tokenizer).vocab_size, load_encoder(source).vocab_size
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
@@ -91,7 +92,7 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     check(model_dir, expanded, tmp_path / "out")
     last = capsys.readouterr().out.splitlines()[-1]
-    added = Encoder(expanded).vocab_size - 600
+    added = load_encoder(expanded).vocab_size - 600
     size = (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
     assert last == (
         f"vocabulary 600 -> {600 + added}, {added} rows initialized in each of 2 matrices, {size:,} bytes written"
@@ -171,7 +172,7 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
     assert (pad, late) == (len(matrix) - 2, len(matrix) - 1)
     assert (matrix[pad] == 7.0).all()
     # <late> had no row in the source: it gets the mean of what its text is made of.
-    (ids,) = Encoder(source).encode(["<late>"], dummy_prefix=False)
+    (ids,) = load_encoder(source).encode(["<late>"], dummy_prefix=False)
     torch.testing.assert_close(matrix[late], weights_of(source)[INPUT_EMBEDDING][ids].mean(0))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["initialized_rows"] == [[600, pad], [late, late + 1]]
@@ -185,7 +186,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     source = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie, dtype=dtype)
     init_model(InitModelSettings(source, expanded, tmp_path / "plain"))
     init_model(InitModelSettings(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64))
-    tokens, rows = Encoder(expanded).vocab_size, 640
+    tokens, rows = load_encoder(expanded).vocab_size, 640
     assert 600 < tokens < rows
     assert f"600 -> 640 ({rows - tokens} of them without a token), {tokens - 600} rows" in capsys.readouterr().out
     plain, padded = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
@@ -348,7 +349,7 @@ def test_weights_that_are_refused(model_dir, expanded, tmp_path):
 
 
 def test_a_piece_that_the_source_cannot_encode_is_refused(model_dir, expanded, tmp_path, monkeypatch):
-    monkeypatch.setattr(Encoder, "encode", lambda self, texts, dummy_prefix=True: [[] for _ in texts])
+    monkeypatch.setattr(SentencePieceEncoder, "encode", lambda self, texts, dummy_prefix=True: [[] for _ in texts])
     with pytest.raises(UserError, match="encodes .* as nothing"):
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
 
@@ -373,7 +374,7 @@ def test_text_without_new_pieces_gives_the_source_logits(tokenizer_dir, expanded
     init_model(InitModelSettings(source_dir, expanded, tmp_path / "out"))
     source, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source_dir, tmp_path / "out"))
     documents = zip(
-        *(Encoder(folder).encode(tiny.english_documents()) for folder in (source_dir, expanded)), strict=True
+        *(load_encoder(folder).encode(tiny.english_documents()) for folder in (source_dir, expanded)), strict=True
     )
     old = [ids for ids, target_ids in documents if max(target_ids) < 600 and ids == target_ids]
     assert len(old) > 100

@@ -13,10 +13,10 @@ import pytest
 import sentencepiece
 
 from colossal_llama2.encoding.bpe_model import BpeModel, read_model, with_pieces
-from colossal_llama2.encoding.encoder import Encoder
-from colossal_llama2.encoding.folder_files import REPORT_FILE
+from colossal_llama2.encoding.file_names import REPORT_FILE
 from colossal_llama2.encoding.from_text import write_tokenizer
 from colossal_llama2.encoding.parity import PieceFinder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import init_tokenizer
 from colossal_llama2.tokenizer.closure import make_plan
@@ -99,7 +99,7 @@ def test_old_text_is_tokenized_as_before(source, target):
     finder = PieceFinder(pieces_of(target)[len(pieces_of(source)) :])
     texts = [text for text in english_documents() if not finder.found_in("▁" + text.replace(" ", "▁"))]
     assert len(texts) > 1000
-    assert Encoder(source).encode(texts) == Encoder(target).encode(texts)
+    assert load_encoder(source).encode(texts) == load_encoder(target).encode(texts)
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, target))
     assert before(texts[:300])["input_ids"] == after(texts[:300])["input_ids"]
 
@@ -110,7 +110,7 @@ def test_fast_slow_and_sentencepiece_agree_on_text_with_new_pieces(target):
     texts = [CHINESE, *re.split("[。，！]", CHINESE), "Hello world, 世界", "人工智能and人工 智能\n你好", "你好<0x0A>"]
     fast = AutoTokenizer.from_pretrained(target)
     slow = AutoTokenizer.from_pretrained(target, use_fast=False)
-    expected = Encoder(target).encode(texts)
+    expected = load_encoder(target).encode(texts)
     assert fast.is_fast and not slow.is_fast
     assert fast(texts, add_special_tokens=False)["input_ids"] == expected
     assert [slow.encode(text, add_special_tokens=False) for text in texts] == expected
@@ -118,7 +118,7 @@ def test_fast_slow_and_sentencepiece_agree_on_text_with_new_pieces(target):
 
 
 def test_new_pieces_are_reached(target):
-    encoder, pieces = Encoder(target), pieces_of(target)
+    encoder, pieces = load_encoder(target), pieces_of(target)
     for word in WORDS:
         (ids,) = encoder.encode([word.replace("▁", " ")], dummy_prefix=False)
         assert ids == [pieces.index(word)]
@@ -159,7 +159,10 @@ def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
     for use_fast in (True, False):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast)
         assert tokenizer.convert_tokens_to_ids(["你好", "<pad>", "<tool>"]) == [600, 603, 604]
-        assert tokenizer("你好", add_special_tokens=False)["input_ids"] == Encoder(tmp_path / "new").encode(["你好"])[0]
+        assert (
+            tokenizer("你好", add_special_tokens=False)["input_ids"]
+            == load_encoder(tmp_path / "new").encode(["你好"])[0]
+        )
 
 
 def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
@@ -276,7 +279,7 @@ def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
     told = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
     assert (told["asked"], told["already_pieces"], told["added_from_file"]) == (len(words) + 4, 4, len(words))
     assert told["unreachable"] == told["dropped"] == 0
-    encoder = Encoder(tmp_path / "new")
+    encoder = load_encoder(tmp_path / "new")
     kinds = [AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast) for use_fast in (True, False)]
     known = {word: index for index, word in enumerate(pieces_of(tmp_path / "new"))}
     for word in words:
@@ -491,7 +494,7 @@ def test_pieces_that_look_like_byte_tokens_merge_into_none(source, tmp_path):
 
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "a<0x0A> b"
-    assert fast(text, add_special_tokens=False)["input_ids"] == Encoder(tmp_path / "out").encode([text])[0]
+    assert fast(text, add_special_tokens=False)["input_ids"] == load_encoder(tmp_path / "out").encode([text])[0]
 
 
 # Overwriting.

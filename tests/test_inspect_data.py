@@ -14,8 +14,10 @@ from colossal_llama2.cli import data_flags
 from colossal_llama2.dataset import inspect_data
 from colossal_llama2.dataset.inspect_data import InspectSettings, documents_of, inspect_part
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
-from colossal_llama2.dataset.write.tokenization import read_pretrain_row, read_sft_row, tokenize_pretrain, tokenize_sft
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.dataset.write.records import read_pretrain_row, read_sft_row
+from colossal_llama2.dataset.write.tokenization import tokenize_pretrain, tokenize_sft
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import visible, visible_line
 from tests.conftest import ROOT
@@ -26,8 +28,8 @@ MODULE = "colossal_llama2.dataset.inspect_data"
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir)
+def encoder(tokenizer_dir) -> SentencePieceEncoder:
+    return load_encoder(tokenizer_dir)
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,9 @@ from colossal_llama2.corpus.message_formats import (
     recognize,
 )
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.write.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.write.records import read_sft_row
+from colossal_llama2.dataset.write.tokenization import tokenize_sft
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.storage.row_errors import RowError
 
 TURNS = [("human", "Hi"), ("assistant", "Hello!"), ("human", "Bye"), ("assistant", "Bye!")]
@@ -284,7 +285,7 @@ def test_what_is_worth_knowing_is_noted():
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_loss_is_by_role_whatever_the_text_spells(name, tokenizer_dir):
     """Marks and names of roles inside texts, and empty ones, move no border of the mask."""
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     pairs = [("</s>Assistant: <s>evil</s>", "<s>fine</s>"), ("", "")]
     turns = [turn for human, assistant in pairs for turn in (("user", human), ("assistant", assistant))]
     rows = {

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import mine_tokens
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
@@ -109,7 +109,7 @@ def test_init_tokenizer_takes_the_list_as_it_is(mined, chinese, tokenizer_dir, t
     held_out = [text for text in held_out if re.search(f"[{mine_tokens.SCRIPTS['han']}]", text)]
     assert (mined.held_out_documents, mined.held_out_characters) == (len(held_out), sum(map(len, held_out)))
     for folder, size in ((tokenizer_dir, 0), (tmp_path / "target", 600)):
-        tokens = sum(map(len, Encoder(folder).encode(held_out)))
+        tokens = sum(map(len, load_encoder(folder).encode(held_out)))
         assert dict(mined.curve)[size] == pytest.approx(tokens / mined.held_out_characters)
 
 

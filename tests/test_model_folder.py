@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colossal_llama2.cli import train_flags
-from colossal_llama2.encoding.encoder import load_tokenizer
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.parity import load_with_transformers
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests import launching, tiny
 from tests.conftest import ROOT
@@ -47,7 +47,7 @@ INPUTS = {
 
 
 def write_part(folder, tokenizer_dir, longest=20):
-    rows = [[1, *ids[:18], 2] for ids in Encoder(tokenizer_dir).encode(tiny.english_documents()[:7])]
+    rows = [[1, *ids[:18], 2] for ids in load_encoder(tokenizer_dir).encode(tiny.english_documents()[:7])]
     rows.append([5] * longest)
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder)
 

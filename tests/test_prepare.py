@@ -11,8 +11,8 @@ import pytest
 from colossal_llama2 import errors
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.write import bins, prepare
-from colossal_llama2.dataset.write.tokenize_unit import MASKED_PIECES
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.write.unit_counts import MASKED_PIECES
+from colossal_llama2.encoding.registry import load_encoder
 from tests import tiny
 from tests.preparing import contents, flags, read_jsonl, settings, write_lines
 
@@ -61,7 +61,7 @@ def test_readme_rows_of_pretraining(run_script, tokenizer_dir, tmp_path):
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
     done = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     messi = [1, *encoder.encode([MESSI["target"]])[0], 2]
     source = [1, *encoder.encode([RIDDLE["source"]])[0]]
     target = [*encoder.encode([RIDDLE["target"]], dummy_prefix=False)[0], 2]
@@ -151,7 +151,7 @@ def test_marks_in_text_stay_text(tokenizer_dir, tmp_path):
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path))
     (row,) = read_jsonl(tmp_path / "jsonl")
     assert row["input_ids"].count(1) == row["input_ids"].count(2) == 1
-    assert Encoder(tokenizer_dir).decode(row["input_ids"][1:-1]) == "<s>struck</s> out <s>"
+    assert load_encoder(tokenizer_dir).decode(row["input_ids"][1:-1]) == "<s>struck</s> out <s>"
 
 
 BAD_LINES = [

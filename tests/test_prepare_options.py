@@ -25,11 +25,12 @@ from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import data_files
 from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.corpus.row_reader import MAX_LINE_BYTES
-from colossal_llama2.dataset.layout.prepare_settings import Settings
+from colossal_llama2.dataset.layout.prepare_settings import Settings, WorkSizes
 from colossal_llama2.dataset.write import choose_encoder, prepare, tokenization
 from colossal_llama2.dataset.write.local_workers import run_tasks
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
 from colossal_llama2.encoding.fast_encoder import FastEncoder
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import terminal_width
 from tests import tiny
@@ -40,10 +41,8 @@ COMMANDS = {"pretrain": prepare.prepare_pretrain, "sft": prepare.prepare_sft}
 UNIT_BYTES = 4000
 
 
-@pytest.fixture
-def small_units(monkeypatch):
-    """So that small data makes several units of work."""
-    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
+# With these, small data makes several units of work.
+SMALL_UNITS = WorkSizes(unit_bytes=UNIT_BYTES)
 
 
 def documents(count: int) -> list:
@@ -79,24 +78,24 @@ def inputs(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tmp_path, small_units):
+def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tmp_path):
     for num_workers in (1, 2, 5):
         output = tmp_path / str(num_workers)
         keywords = settings([inputs[stage]], tokenizer_dir, output, max_length=300, bins=3, eval_fraction=0.2)
-        COMMANDS[stage](**{**keywords, "num_workers": num_workers})
+        COMMANDS[stage](**{**keywords, "num_workers": num_workers, "sizes": SMALL_UNITS})
     one, two, five = (contents(tmp_path / name) for name in ("1", "2", "5"))
     assert one == two == five
     assert len(one) >= 4 * 4 + 1 and not list((tmp_path / "1" / "cache").iterdir())
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path, small_units):
+def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "whole", bins=2, eval_fraction=0.2)
-    prepare.prepare_pretrain(**keywords)
+    prepare.prepare_pretrain(**keywords, sizes=SMALL_UNITS)
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "shared", bins=2, eval_fraction=0.2)
     for number in order:
         assert not (tmp_path / "shared" / "arrow").exists()
-        prepare.prepare_pretrain(**keywords, shard=(number, 3))
+        prepare.prepare_pretrain(**keywords, shard=(number, 3), sizes=SMALL_UNITS)
     assert contents(tmp_path / "whole") == contents(tmp_path / "shared")
 
 
@@ -178,8 +177,8 @@ def test_every_piece_of_any_documents_is_there_once(
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir)
+def encoder(tokenizer_dir) -> SentencePieceEncoder:
+    return load_encoder(tokenizer_dir)
 
 
 def test_truncate_is_counted(tokenizer_dir, tmp_path):
@@ -298,7 +297,7 @@ BAD_LINES = {
 }
 
 
-def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path, small_units):
+def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path):
     rows = documents(len(BAD_LINES) * 4)
     lines, bad = [], []
     for number, row in enumerate(rows):
@@ -310,7 +309,7 @@ def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path, small_units):
     write_lines(tmp_path / "good" / "rows.jsonl", rows)
     for name in ("bad", "good"):
         keywords = settings([tmp_path / name], tokenizer_dir, tmp_path / f"out-{name}", on_bad_row="skip")
-        prepare.prepare_pretrain(**keywords)
+        prepare.prepare_pretrain(**keywords, sizes=SMALL_UNITS)
     listed = [json.loads(line) for line in (tmp_path / "out-bad" / "arrow" / "bad_rows.jsonl").read_text().splitlines()]
     path = str(tmp_path / "bad" / "rows.jsonl")
     assert [(row["file"], row["line"]) for row in listed] == [(path, line) for line in bad]
@@ -411,7 +410,7 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
         monkeypatch.setattr(FastEncoder, "encode", encode)
     files = data_files.find_input_files([str(tmp_path / "in")])
     encoder, counts = choose_encoder.choose_encoder(str(folder), files, settings_of("pretrain"))
-    assert encoder is (Encoder if difference == "the fast encoder" else FastEncoder)
+    assert encoder is (SentencePieceEncoder if difference == "the fast encoder" else FastEncoder)
     assert counts["sample_texts"] == 198 and bool(counts["sample_differing"]) is (difference == "tokenizer.json")
     assert bool(caplog.records) is (difference != "none")
 
@@ -508,11 +507,11 @@ def test_a_damaged_fast_tokenizer_is_told(stage, inputs, tokenizer_dir, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path, small_units):
+def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [*documents(40), b"{"])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
     with pytest.raises(UserError, match=r"rows.jsonl:41: .*; other shares may be at work, delete .*cache when none"):
-        prepare.prepare_pretrain(**keywords, shard=(1, 1))
+        prepare.prepare_pretrain(**keywords, shard=(1, 1), sizes=SMALL_UNITS)
     assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
 
 

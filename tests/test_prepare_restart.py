@@ -8,14 +8,15 @@ import resource
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
-from colossal_llama2.corpus import data_files
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.locks import RefusedError
 from colossal_llama2.dataset.layout.output_folder import OutputDirs
-from colossal_llama2.dataset.write import assign_bins, prepare
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import RunError, UserError
 from tests import tiny
 from tests.conftest import ROOT
@@ -26,7 +27,8 @@ from tests.preparing import contents, flags, settings, write_lines
 # before one ended with all done.
 KILLER = """
 import json, os, random, signal, sys, time
-from colossal_llama2.dataset import dealing, plan, prepare, store
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 
 def count_down(function):
     def counted(*args, **keywords):
@@ -39,7 +41,6 @@ def count_down(function):
 
 how, keywords = sys.argv[1], json.loads(sys.argv[2])
 manifest = os.path.join(keywords["data_arrow_output_dir"], "manifest.json")
-plan.UNIT_BYTES = 6000
 drawn, killed, counted_calls = random.Random(4), 0, [0]
 while killed < 300:
     # A few runs by the clock, then one that may end.
@@ -52,7 +53,7 @@ while killed < 300:
         os.dup2(2, 1)
         if how != "time":
             os.replace, os.rename, os.unlink = map(count_down, (os.replace, os.rename, os.unlink))
-        prepare.prepare_pretrain(**keywords)
+        prepare.prepare_pretrain(**keywords, sizes=WorkSizes(unit_bytes=6000))
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
@@ -78,17 +79,21 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 6000)
+SMALL_UNITS = WorkSizes(unit_bytes=6000)
 
 
 def options(inputs, tokenizer_dir, output, **others) -> dict:
+    """The keywords of a run in small units."""
+    return command_options(inputs, tokenizer_dir, output, **{"sizes": SMALL_UNITS, **others})
+
+
+def command_options(inputs, tokenizer_dir, output, **others) -> dict:
+    """Those of them that are flags."""
     return settings([inputs], tokenizer_dir, output, bins=3, eval_fraction=0.2, on_bad_row="skip", **others)
 
 
 @pytest.fixture
-def undisturbed(inputs, tokenizer_dir, tmp_path, small_units) -> dict:
+def undisturbed(inputs, tokenizer_dir, tmp_path) -> dict:
     """The files of a run that nothing happened to."""
     prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "undisturbed"))
     return contents(tmp_path / "undisturbed")
@@ -96,7 +101,7 @@ def undisturbed(inputs, tokenizer_dir, tmp_path, small_units) -> dict:
 
 @pytest.mark.parametrize("how, num_workers, least", [("files", 1, 20), ("shares", 1, 20), ("time", 2, 3)])
 def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tmp_path, undisturbed):
-    keywords = {**options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
+    keywords = {**command_options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, how, json.dumps(keywords)],
         cwd=ROOT,
@@ -112,17 +117,19 @@ def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tm
 
 # The command, with units so small that there are many.
 COMMAND = """
-from colossal_llama2.dataset import plan
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 import prepare_pretrain_dataset
 
-plan.UNIT_BYTES = 6000
+command = prepare.prepare_pretrain
+prepare.prepare_pretrain = lambda **flags: command(**flags, sizes=WorkSizes(unit_bytes=6000))
 prepare_pretrain_dataset.main()
 """
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undisturbed):
-    keywords = options(inputs, tokenizer_dir, tmp_path / "shared")
+    keywords = command_options(inputs, tokenizer_dir, tmp_path / "shared")
     shares = [
         subprocess.Popen(
             [sys.executable, "-c", COMMAND, *map(str, flags({**keywords, "shard": f"{number}/{count}"}))],
@@ -200,7 +207,7 @@ def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, token
 
 
 @pytest.mark.parametrize("name", ["unit-00000001.json", "dealt/names.json"])
-def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path, small_units):
+def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     (tmp_path / "out" / "cache" / name).write_bytes(b'{"a')
@@ -208,9 +215,9 @@ def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokeniz
         prepare.prepare_pretrain(**keywords)
 
 
-def test_members_are_written_in_any_number_of_steps(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
-    monkeypatch.setattr(assign_bins, "HELD_PIECES", 1)
-    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "out"))
+def test_members_are_written_in_any_number_of_steps(inputs, tokenizer_dir, tmp_path, undisturbed):
+    one_at_a_time = replace(SMALL_UNITS, held_pieces=1)
+    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "out", sizes=one_at_a_time))
     assert contents(tmp_path / "out") == undisturbed
 
 
@@ -298,7 +305,7 @@ def test_a_finished_command_leaves_another_s_cache_alone(monkeypatch, inputs, to
     assert contents(tmp_path / "one" / "cache") == before and "plan.json" in before
 
 
-def test_shares_of_another_number_are_refused(inputs, tokenizer_dir, tmp_path, small_units):
+def test_shares_of_another_number_are_refused(inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
     with folders.locked((1, 2)):

@@ -20,7 +20,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.token_counts import SourceRead
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.storage.files import write_json
 from colossal_llama2.train import checks
@@ -91,7 +91,7 @@ UNTOLD = {"3d_pp2": [*THREE_D, "--pp", "2", "--micro_batch_size", BATCH]}
 @pytest.fixture(scope="module")
 def part(tmp_path_factory, tokenizer_dir) -> str:
     """Samples of one to three documents of two sources; one document is masked, some samples are padded."""
-    documents = iter(Encoder(tokenizer_dir).encode(tiny.english_documents()[:200]))
+    documents = iter(load_encoder(tokenizer_dir).encode(tiny.english_documents()[:200]))
     chance = random.Random(0)
     names = ["input_ids", "labels", "sequence_lengths", "document_sources", "document_categories"]
     rows: dict[str, list] = {name: [] for name in names}

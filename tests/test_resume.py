@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import resolve_data
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import verify
 from colossal_llama2.train.forecast.data_plan import plan_lines
@@ -95,7 +95,7 @@ UNTRAINED = ("zero2_fp16", "gemini_bf16", "gemini_auto_bf16", "3d_pp2_bf16")
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory, tokenizer_dir):
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     stream = [token for ids in encoder.encode(tiny.english_documents()[:200]) for token in [1, *ids, 2]]
     folder = tmp_path_factory.mktemp("prepared")
     for part in range(2):
@@ -141,7 +141,7 @@ def sources_in(two_sources):
 
 def write_untrained(folder: Path, tokenizer_dir) -> Path:
     """24 samples, see UNTRAINED; the masked pass is samples 16 to 19 of the run."""
-    (stream,) = Encoder(tokenizer_dir).encode([" ".join(tiny.english_documents()[200:240])])
+    (stream,) = load_encoder(tokenizer_dir).encode([" ".join(tiny.english_documents()[200:240])])
     order = SampleOrder(num_samples=24, micro_batch_size=4, data_size=1, accumulation_steps=2, seed=1024)
     masked = {*order.rows(0, 0, 8), *order.rows(0, 16, 20)}
     rows = [[1, *stream[20 * row :][: 10 + row % 9]] for row in range(24)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.engine.ranks import liveness
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests import tiny
@@ -25,7 +25,7 @@ FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400"
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer_dir, model_dir):
     """Hours of training, saved after each 24 steps, or each 12 of two ranks."""
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
     part = tmp_path_factory.mktemp("prepared") / "part-00000"
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(part)

@@ -12,7 +12,7 @@ import pytest
 from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import start
 from colossal_llama2.train.run_folder import checkpoint_files, run_lock
@@ -26,7 +26,7 @@ PLACES = ("save_dir", "tensorboard_dir", "config_file")
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory, tokenizer_dir):
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
     folder = tmp_path_factory.mktemp("prepared") / "part-00000"
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder)

@@ -233,8 +233,8 @@ def _input_file(path: Path, source: str) -> InputFile:
     return InputFile(str(path), source, status.st_size, status.st_mtime_ns, file_kinds.kind_of(head))
 
 
-def units_of(files: Sequence[InputFile]) -> list[Unit]:
-    """All units, in the order of the input."""
+def units_of(files: Sequence[InputFile], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """All units of up to `unit_bytes`, in the order of the input."""
     units: list[Unit] = []
     together: list[Span] = []
     size = 0
@@ -247,8 +247,8 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
         size = 0
 
     for index, file in enumerate(files):
-        if file.size <= UNIT_BYTES or file.is_one_span:
-            if size + file.size > UNIT_BYTES:
+        if file.size <= unit_bytes or file.is_one_span:
+            if size + file.size > unit_bytes:
                 close()
             together.append(Span(index, 0, None))
             size += file.size
@@ -256,8 +256,8 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
         close()
         # The hash first, as it takes longer than a range, and nothing waits for it.
         units.append(Unit(len(units), (Span(index, 0, None),), True, 0))
-        for start in range(0, file.size, UNIT_BYTES):
-            stop = min(start + UNIT_BYTES, file.size)
+        for start in range(0, file.size, unit_bytes):
+            stop = min(start + unit_bytes, file.size)
             units.append(Unit(len(units), (Span(index, start, stop),), False, stop - start))
     close()
     return units

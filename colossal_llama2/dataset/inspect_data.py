@@ -27,8 +27,8 @@ from colossal_llama2.dataset.layout.columns import (
     SAMPLE_CATEGORY,
 )
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
-from colossal_llama2.dataset.layout.output_folder import MANIFEST_FILE
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.output_paths import check_output_file
@@ -93,7 +93,7 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool) -> Iterator[st
     Raises UserError for a folder that is no bin, a bin of another tokenizer, or a place where no chart can be written.
     """
     part, plots = Path(settings.part), settings.plots
-    encoder = Encoder(settings.tokenizer_dir)
+    encoder = load_encoder(settings.tokenizer_dir)
     dataset = open_bin(part)
     lengths = sample_lengths(dataset)
     if plots is not None:
@@ -228,7 +228,7 @@ def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
 
 def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
     """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
-    path = part.absolute().parent / MANIFEST_FILE
+    path = part.absolute().parent / DATA_MANIFEST_FILE
     if not path.is_file():
         return
     manifest = read_json(path)
@@ -309,7 +309,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
     """
     from colossal_llama2.charts.plots import draw_lengths, draw_spliced
 
-    manifest = part.absolute().parent / MANIFEST_FILE
+    manifest = part.absolute().parent / DATA_MANIFEST_FILE
     longest = (read_json(manifest).get("settings") or {}).get("max_length") if manifest.is_file() else None
     longest = max(longest if isinstance(longest, int) else 0, max(lengths))
     fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from colossal_llama2.encoding.encoder import MODEL_FILE, Encoder, sentencepiece_file
+from colossal_llama2.encoding.file_names import MODEL_FILE
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
 
 SPACE = "▁"
@@ -60,7 +62,7 @@ def read_model(folder: Path):
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
     # SentencePiece tells better than protobuf whether a file is one of its models.
-    Encoder(folder)
+    SentencePieceEncoder(folder)
     path = sentencepiece_file(folder)
     try:
         model = ModelProto.FromString(path.read_bytes())

@@ -12,7 +12,7 @@ to the same if
 - nothing but merges decides: no normalizer, bytes for unknown characters, no pieces that are defined by the user.
 
 So it is for LLaMA-2's tokenizer and for what init_tokenizer.py makes of it, unless by `--piece_scores zero` or
-`--closure off`. For any other, `encoder_class` says to take SentencePiece itself.
+`--closure off`. For any other, `fastest_class` returns SentencePiece itself.
 """
 
 import importlib.util
@@ -20,15 +20,16 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from colossal_llama2.encoding.encoder import Encoder, no_dummy_prefix, sentencepiece_file
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder, no_dummy_prefix
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 
 SPACE = "▁"
 # Longest run of spaces on which both are compared, many times that of the longest piece.
 SPACES_TRIED = 200
 
 
-class FastEncoder(Encoder):
-    """As `Encoder`, for a tokenizer of which `encoder_class` says so."""
+class FastEncoder(SentencePieceEncoder):
+    """The same with kitoken, for tokenizers for which `fastest_class` returns it."""
 
     @cached_property
     def _fast(self):
@@ -47,22 +48,22 @@ class FastEncoder(Encoder):
         return fast.encode_all(list(texts), False)
 
 
-def encoder_class(tokenizer_dir: str | Path) -> type[Encoder]:
-    """The fastest encoder that is exact for a tokenizer: FastEncoder, or Encoder if there is a doubt or no kitoken.
+def fastest_class(tokenizer_dir: str | Path) -> type[SentencePieceEncoder]:
+    """FastEncoder if it is exact for a tokenizer; SentencePieceEncoder if that is in doubt or kitoken is missing.
 
-    Takes a tenth of a second. Raises UserError as `Encoder` does.
+    Takes a tenth of a second. Raises UserError as `SentencePieceEncoder` does.
     """
-    encoder = Encoder(tokenizer_dir)
+    encoder = SentencePieceEncoder(tokenizer_dir)
     if importlib.util.find_spec("kitoken") is None:
-        return Encoder
+        return SentencePieceEncoder
     pieces = _merged_pieces(tokenizer_dir)
     if not pieces:
-        return Encoder
+        return SentencePieceEncoder
     texts = [piece.replace(SPACE, " ") for piece in pieces] + [" " * count for count in range(SPACES_TRIED)]
     ids = encoder.encode(texts, dummy_prefix=False)
     is_reached = all(len(own) == 1 for own in ids[: len(pieces)])
     is_exact = is_reached and FastEncoder(tokenizer_dir).encode(texts, dummy_prefix=False) == ids
-    return FastEncoder if is_exact else Encoder
+    return FastEncoder if is_exact else SentencePieceEncoder
 
 
 def _merged_pieces(tokenizer_dir: str | Path) -> list[str]:

@@ -9,22 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from colossal_llama2.encoding.file_names import (
+    ADDED_TOKENS_FILE,
+    CONFIG_FILE,
+    FAST_FILE,
+    MODEL_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATE_JSON_FILE,
+    TEMPLATES_FOLDER,
+)
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import is_stray
 from colossal_llama2.storage.input_files import MIB, check_regular, is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
 
-TEMPLATES_FOLDER = "additional_chat_templates"
-# Empty, it is a template that adds nothing.
-TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIG_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE)
 # What a LLaMA's tokenizer is read from, and how large it may be.
 NAMED_FILES = {
-    "tokenizer.model": 64 * MIB,
-    "tokenizer.json": 128 * MIB,
-    "added_tokens.json": 64 * MIB,
+    MODEL_FILE: 64 * MIB,
+    FAST_FILE: 128 * MIB,
+    ADDED_TOKENS_FILE: 64 * MIB,
     TEMPLATE_FILE: MIB,
-    "chat_template.json": MIB,
+    TEMPLATE_JSON_FILE: MIB,
     **dict.fromkeys(CONFIG_FILES, 64 * MIB),
 }
 # Other kinds of tokenizers have their vocabulary in files of other names.
@@ -33,7 +40,7 @@ MOST_TEMPLATES = 100
 # Arguments of tokenizer classes that are a path, or an object that no JSON file can hold.
 PATH_ENTRIES = ("vocab_file", "tokenizer_file", "merges_file", "spm_file", "gguf_file", "vocabulary_file")
 # The file that each of them is anyway.
-OWN_FILES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+OWN_FILES = {"vocab_file": MODEL_FILE, "tokenizer_file": FAST_FILE}
 OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SWITCHES = (
@@ -87,7 +94,7 @@ def _check_templates(folder: Path) -> None:
 def _check_settings(settings: dict, path: Path) -> None:
     for name in PATH_ENTRIES:
         # Without tokenizer.json transformers drops the entry, which many old folders have.
-        is_dropped = name == "tokenizer_file" and not (path.parent / "tokenizer.json").is_file()
+        is_dropped = name == "tokenizer_file" and not (path.parent / FAST_FILE).is_file()
         if settings.get(name) is not None and not is_dropped and not _is_own_file(name, settings[name], path.parent):
             raise UserError(
                 f"{path}: {name} names the file {shown(settings[name])}; only the folder's own files are opened, "
@@ -178,6 +185,3 @@ RULES: dict[str, Callable[[Any], str | None]] = {
     "sp_model_kwargs": _sentencepiece_settings,
     "tokenizer_class": _is((str,), "a string"),
 }
-
-
-REPORT_FILE = "vocabulary_report.json"

@@ -4,7 +4,8 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE, PADDING_SIDE, SPECIAL_TOKENS_FILE
+from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE
+from colossal_llama2.encoding.transformers_tokenizer import PADDING_SIDE
 from colossal_llama2.storage.files import write_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from colossal_llama2.encoding.bpe_model import SPACE, BpeModel
-from colossal_llama2.encoding.encoder import CONFIG_FILE, Encoder, sentencepiece_file
+from colossal_llama2.encoding.file_names import CONFIG_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
@@ -72,7 +74,7 @@ class Tokenizers:
     def __init__(self, folder: Path):
         from sentencepiece import SentencePieceProcessor
 
-        self.encoder = Encoder(folder)
+        self.encoder = SentencePieceEncoder(folder)
         self.fast = load_with_transformers(folder, use_fast=True)
         slow = load_with_transformers(folder, use_fast=False)
         self.slow = None if slow.is_fast else slow

@@ -22,11 +22,6 @@ SPACE = "▁"
 PART_CHARACTERS = 1 << 16
 
 
-def is_long(text: str) -> bool:
-    """Whether a text is encoded in parts."""
-    return len(text) > PART_CHARACTERS
-
-
 class SafeCuts:
     """The cuts that are safe with one model. `can_cut` is False if none is."""
 
@@ -54,9 +49,9 @@ class SafeCuts:
             known = (kind.NORMAL, kind.USER_DEFINED)
             self._known = {entry.piece for entry in model.pieces if entry.type in known and len(entry.piece) == 1}
 
-    def parts_of(self, text: str) -> Iterator[str]:
-        """The text in parts of at most `PART_CHARACTERS` where it can be cut; joined, they are the text."""
-        size, start = PART_CHARACTERS, 0
+    def parts_of(self, text: str, size: int = PART_CHARACTERS) -> Iterator[str]:
+        """The text in parts of at most `size` characters where it can be cut; joined, they are the text."""
+        start = 0
         while self.can_cut and len(text) - start > size:
             stop = self._last_cut(text, start + size // 2, start + size) or self._next_cut(text, start + size)
             if stop is None:

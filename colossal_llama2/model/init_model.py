@@ -27,9 +27,11 @@ if not __package__:
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
+from colossal_llama2.encoding.added_tokens import read_added_tokens
 from colossal_llama2.encoding.bpe_model import SPACE, read_model
-from colossal_llama2.encoding.encoder import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
-from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
+from colossal_llama2.encoding.file_names import REPORT_FILE, TOKENIZER_FILES
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
 from colossal_llama2.model.exported_configs import (
@@ -330,7 +332,7 @@ def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
     moved_ids = {old_added[token]: index for token, index in new_added.items() if token in old_added}
     # Pieces write a space as "▁", and their first one is no dummy prefix: it is there only if the piece has it.
     texts = [piece.replace(SPACE, " ") for piece in new[len(old) :]] + list(new_added)
-    bags = Encoder(source).encode(texts, dummy_prefix=False)
+    bags = load_encoder(source).encode(texts, dummy_prefix=False)
     for old_id, new_id in moved_ids.items():
         bags[new_id - len(old)] = [old_id]
     for text, bag in zip(texts, bags, strict=True):

@@ -23,7 +23,7 @@ if not __package__:
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, unreachable
-from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE
+from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_new_file, new_file, read_json, write_json

@@ -21,19 +21,19 @@ if not __package__:
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
+from colossal_llama2.encoding.added_tokens import read_added_tokens
 from colossal_llama2.encoding.bpe_model import BpeModel, merges, unreachable, with_pieces
-from colossal_llama2.encoding.encoder import (
+from colossal_llama2.encoding.file_names import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     COPIED_FILES,
     FAST_FILE,
     MODEL_FILE,
+    REPORT_FILE,
     SPECIAL_TOKENS_FILE,
     TOKENIZER_FILES,
-    read_added_tokens,
-    sentencepiece_file,
 )
-from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.parity import (
     Measurement,
     PieceFinder,
@@ -44,6 +44,7 @@ from colossal_llama2.encoding.parity import (
     texts_in_context,
     texts_of_old_pieces,
 )
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage.files import (
     check_can_create,

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import Span, find_input_files
 from colossal_llama2.corpus.row_reader import SpanReader
-from colossal_llama2.dataset.write.tokenization import read_pretrain_row
+from colossal_llama2.dataset.write.records import read_pretrain_row
 from colossal_llama2.errors import UserError
 
 Item = TypeVar("Item")

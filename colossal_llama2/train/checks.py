@@ -11,8 +11,8 @@ from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.prepared_data import highest_token_id
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
 from colossal_llama2.dataset.write.sample_lengths import check_max_length, check_samples_fit
-from colossal_llama2.encoding.encoder import load_tokenizer
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.engine.settings_problems import settings_problems

@@ -15,7 +15,8 @@ from typing import Any
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import train_flags
-from colossal_llama2.encoding.encoder import MODEL_FILE, fingerprint
+from colossal_llama2.encoding.file_names import MODEL_FILE
+from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
 from colossal_llama2.engine.resume_state import MASTERS_NAME
 from colossal_llama2.errors import UserError

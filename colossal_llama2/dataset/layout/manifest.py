@@ -22,17 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.corpus import data_files
 from colossal_llama2.corpus.data_files import InputFile, LostFile
 from colossal_llama2.corpus.file_kinds import LeftOut
 from colossal_llama2.corpus.row_reader import sha256_of
 from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE
 from colossal_llama2.dataset.layout.locks import RefusedError
-from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs
+from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.layout.store import read_json_or_none, write_json_whole
 from colossal_llama2.dataset.layout.token_ledger import Account
-from colossal_llama2.encoding.encoder import fingerprint
+from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage import json_input
 
@@ -49,12 +48,12 @@ COMMANDS = {
 
 
 def plan_content(
-    settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs
+    settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs, unit_bytes: int
 ) -> dict[str, Any]:
     """What must be equal for a restart to go on."""
     return {
         "version": VERSION,
-        "unit_bytes": data_files.UNIT_BYTES,
+        "unit_bytes": unit_bytes,
         "settings": settings.as_dict(),
         "tokenizer": tokenizer_sha256,
         "inputs": [file._asdict() for file in files],
@@ -67,7 +66,7 @@ def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
 
     Raises UserError with what has changed.
     """
-    path = folders.cache / PLAN_FILE
+    path = folders.cache / WORK_PLAN_FILE
     with folders.deciding():
         earlier = _read_ours(path, content.keys())
         if earlier is None:
@@ -102,7 +101,7 @@ def check_finished(folders: OutputDirs, content: dict[str, Any]) -> dict[str, An
 
     Inputs are compared by size, and by hash if they are newer than the output.
     """
-    path = folders.final_arrow / MANIFEST_FILE
+    path = folders.final_arrow / DATA_MANIFEST_FILE
     manifest = _read_ours(path, {*MANIFEST_KEYS, "inputs", "total", "eval"})
     if manifest in (None, NOT_OURS):
         raise UserError(
@@ -214,7 +213,7 @@ def read_manifest_of(part: str) -> dict[str, Any]:
 
     Raises UserError for a manifest that is damaged.
     """
-    path = Path(part).resolve().parent / MANIFEST_FILE
+    path = Path(part).resolve().parent / DATA_MANIFEST_FILE
     try:
         content = read_json_or_none(path)
     except RunError as error:
@@ -261,7 +260,7 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         )
     if unknown:
         logs.get_logger().warning(
-            f"{flag} {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
+            f"{flag} {unknown[0]}: no {DATA_MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
             f"({len(unknown)} of {len(parts)} folders)"
         )
 

@@ -16,8 +16,10 @@ from colossal_llama2.dataset.layout.store import TEMPORARY, remove_leftovers
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_can_create, check_is_utf8, is_stray, sync_entries
 
-PLAN_FILE = "plan.json"
-MANIFEST_FILE = "manifest.json"
+# In the cache: what the unfinished run was given. A training run writes a plan.json of its own to its --save_dir.
+WORK_PLAN_FILE = "plan.json"
+# Beside the bins: what they were made of. Each checkpoint has a manifest.json of its own.
+DATA_MANIFEST_FILE = "manifest.json"
 CACHE_FLAG = "--data_cache_dir"
 
 
@@ -48,7 +50,7 @@ class OutputDirs:
     @property
     def is_finished(self) -> bool:
         """Whether an earlier run has written everything."""
-        return (self.final_arrow / MANIFEST_FILE).is_file()
+        return (self.final_arrow / DATA_MANIFEST_FILE).is_file()
 
     def check(self) -> None:
         """Raise UserError unless all folders can be made, apart from each other, or be gone on with."""
@@ -71,7 +73,7 @@ class OutputDirs:
             raise UserError(f"{CACHE_FLAG}: {given} is not a folder; name another")
         foreign = (
             self.cache.is_dir()
-            and not (self.cache / PLAN_FILE).exists()
+            and not (self.cache / WORK_PLAN_FILE).exists()
             and [
                 path for path in self.cache.iterdir() if not path.name.startswith(TEMPORARY) and not is_stray(path.name)
             ]
@@ -82,7 +84,7 @@ class OutputDirs:
     @property
     def is_being_published(self) -> bool:
         """Whether an earlier run has everything written and died while it gave the folders their names."""
-        return (self.arrow / MANIFEST_FILE).is_file() and (self.cache / PLAN_FILE).is_file()
+        return (self.arrow / DATA_MANIFEST_FILE).is_file() and (self.cache / WORK_PLAN_FILE).is_file()
 
     @contextmanager
     def locked(self, shard: tuple[int, int] | None) -> Iterator[None]:
@@ -196,7 +198,7 @@ class OutputDirs:
 
     def empty_cache(self) -> None:
         """Remove everything in the cache, the plan last: without it the rest would not be known as ours."""
-        for path in sorted(self.cache.iterdir(), key=lambda path: path.name == PLAN_FILE):
+        for path in sorted(self.cache.iterdir(), key=lambda path: path.name == WORK_PLAN_FILE):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

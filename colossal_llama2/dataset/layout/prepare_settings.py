@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from colossal_llama2.corpus.conversation import speakers_of
+from colossal_llama2.corpus.data_files import UNIT_BYTES
+from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,26 @@ class Execution:
     executor: str = "local"
     ray_address: str | None = None
     shard: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class WorkSizes:
+    """How much is handled at a time, which bounds memory. No flag sets them; tests use small ones.
+
+    Attributes:
+        unit_bytes: input of a unit of work. It decides in which steps pieces are dealt, so plan.json records it.
+        part_characters: a longer text is encoded in parts.
+        batch_characters: texts of a batch that have more characters together are encoded to arrays.
+        held_pieces: pieces that are held in memory while they are dealt to bins.
+        max_grams: of more held-out n-grams, --eval_dedup compares a sample.
+        lookup_grams, lookup_characters, lookup_documents: what --eval_dedup looks up together.
+    """
+
+    unit_bytes: int = UNIT_BYTES
+    part_characters: int = PART_CHARACTERS
+    batch_characters: int = 4 << 20
+    held_pieces: int = 1 << 18
+    max_grams: int = 1 << 24
+    lookup_grams: int = 1 << 18
+    lookup_characters: int = 8 << 20
+    lookup_documents: int = 1 << 16

@@ -10,25 +10,26 @@ from colossal_llama2.corpus.data_files import InputFile, Unit
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write.bins import MEMBER
-from colossal_llama2.dataset.write.tokenize_unit import PIECE, unit_pieces
+from colossal_llama2.dataset.write.unit_files import PIECE, unit_file, unit_pieces
 
-# Pieces held in memory before they are appended to the bins' files.
-HELD_PIECES = 1 << 18
 NAMES_FILE = "names.json"
 
 
 def deal_units(
-    units: Sequence[Unit], files: Sequence[InputFile], *, settings: Settings, cache_dir: Path
+    units: Sequence[Unit], files: Sequence[InputFile], *, settings: Settings, cache_dir: Path, held_pieces: int
 ) -> tuple[list[str], list[str]]:
     """Write dealt/NAME.members in the cache for each bin, unless it is there; returns the categories and sources.
 
-    Held-out pieces all go to the bin eval. Memory: `HELD_PIECES`, and fewer pieces than bins for each category.
+    Held-out pieces all go to the bin eval. Memory: `held_pieces`, and fewer pieces than bins for each category.
+
+    Args:
+        held_pieces: pieces that are held in memory before they are appended to the bins' files.
     """
     final = cache_dir / "dealt"
     if not _is_dealt(final, settings):
-        size = sum((cache_dir / f"{unit.name}.pieces").stat().st_size for unit in units)
+        size = sum(unit_file(cache_dir, unit, "pieces").stat().st_size for unit in units)
         with store.appearing_folder(final, needed_bytes=size) as folder:
-            with _MemberFiles(folder, settings) as members:
+            with _MemberFiles(folder, settings, held_pieces) as members:
                 categories, sources = _deal_units(units, files, members, settings=settings, cache_dir=cache_dir)
             sizes = [path.stat().st_size for path in _members_files(folder, settings)]
             names = {"categories": categories, "sources": sources, "sizes": sizes}
@@ -59,7 +60,7 @@ def _deal_units(
     dealer = Dealer(settings.num_bins)
     for unit in units:
         pieces = unit_pieces(cache_dir, unit)
-        names = store.read_json(cache_dir / f"{unit.name}.json")["categories"]
+        names = store.read_json(unit_file(cache_dir, unit, "json"))["categories"]
         numbers = np.array([categories.setdefault(name, len(categories)) for name in names], np.int32)
         entries = np.zeros(len(pieces), MEMBER)
         for name in set(MEMBER.names) & set(PIECE.names):
@@ -78,7 +79,8 @@ def _deal_units(
 class _MemberFiles:
     """The members files of all bins, appended to in few large steps."""
 
-    def __init__(self, folder: Path, settings: Settings):
+    def __init__(self, folder: Path, settings: Settings, held_pieces: int):
+        self._most_held = held_pieces
         self._paths = _members_files(folder, settings)
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._count = 0
@@ -96,7 +98,7 @@ class _MemberFiles:
         """Append each member to the file of its bin."""
         self._held.append((members, bins))
         self._count += len(members)
-        if self._count >= HELD_PIECES:
+        if self._count >= self._most_held:
             self._flush()
 
     def _flush(self) -> None:

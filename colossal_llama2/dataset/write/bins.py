@@ -42,7 +42,7 @@ from colossal_llama2.dataset.layout.columns import (
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.splicing import splice
-from colossal_llama2.dataset.write.tokenize_unit import encoder_of
+from colossal_llama2.encoding.registry import shared_encoder
 
 BATCH_TOKENS = 1 << 19
 # Ids and labels in arrow, and about so many characters for each in jsonl.
@@ -178,7 +178,7 @@ def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[di
         DOCUMENT_BYTES: list_column(members["target_bytes"].copy(), counts),
     }
     if task.settings.stage == "sft":
-        columns.update(_text_columns(columns, sample_lengths, encoder=encoder_of(task.tokenizer_dir)))
+        columns.update(_text_columns(columns, sample_lengths, encoder=shared_encoder(task.tokenizer_dir)))
     trained = int(np.count_nonzero(coded >= 0))
     return columns, trained, trained - int(np.count_nonzero(coded[ends - members["length"]] >= 0))
 

@@ -13,10 +13,11 @@ from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import InputFile, Span
 from colossal_llama2.corpus.row_reader import SpanReader
 from colossal_llama2.dataset.layout.prepare_settings import Settings
-from colossal_llama2.dataset.write.tokenization import row_reader
-from colossal_llama2.dataset.write.tokenize_unit import encoder_of, texts_of
-from colossal_llama2.encoding.encoder import FAST_FILE, Encoder, load_fast
-from colossal_llama2.encoding.fast_encoder import encoder_class
+from colossal_llama2.dataset.write.records import row_reader
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.file_names import FAST_FILE
+from colossal_llama2.encoding.registry import kind_of, shared_encoder
+from colossal_llama2.encoding.transformers_tokenizer import load_fast
 
 SAMPLE_TEXTS = 200
 SAMPLE_CHARACTERS = 500
@@ -34,15 +35,17 @@ def choose_encoder(
     "sample_differing": 0}; a folder without tokenizer.json has nothing to compare with, and both numbers are 0. Warns
     of what differs.
     """
-    encoder = encoder_class(tokenizer_dir)
+    reference, fastest = kind_of(tokenizer_dir)
+    encoder = fastest(tokenizer_dir)
     texts = sample_texts(files, settings)
-    ids = encoder_of(tokenizer_dir).encode(texts)
-    if encoder is not Encoder and (differing := _differing(encoder_of(tokenizer_dir, encoder).encode(texts), ids)):
+    ids = shared_encoder(tokenizer_dir, reference).encode(texts)
+    differing = 0 if encoder is reference else _differing(shared_encoder(tokenizer_dir, encoder).encode(texts), ids)
+    if differing:
         logs.get_logger().warning(
             f"the fast encoder gives other ids than SentencePiece for {differing} of {len(texts)} texts of a sample; "
             "SentencePiece encodes"
         )
-        encoder = Encoder
+        encoder = reference
     path = Path(tokenizer_dir) / FAST_FILE
     if not path.is_file():
         return encoder, {"sample_texts": 0, "sample_differing": 0}
@@ -87,7 +90,7 @@ def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection
     read = row_reader(settings)
     for line in islice(SpanReader(file, span), SAMPLE_TEXTS):
         try:
-            texts = texts_of(read(line.record)) if line.record else []
+            texts = read(line.record).texts if line.record else []
         except ValueError:
             continue
         for text in (text[:SAMPLE_CHARACTERS] for text in texts):

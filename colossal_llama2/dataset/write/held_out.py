@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from colossal_llama2.dataset.layout.prepare_settings import Settings
-from colossal_llama2.dataset.write import tokenization
+from colossal_llama2.dataset.write.records import Row
 
 # Properties of Unicode that Python's database does not name: Default_Ignorable_Code_Point, but for the format
 # characters, which are in the category Cf.
@@ -32,20 +32,13 @@ OTHER_IGNORABLE = (
 )
 
 
-def is_held_out(row, settings: Settings) -> bool:
+def is_held_out(row: Row, settings: Settings) -> bool:
     """Whether the document of a checked record goes to eval/."""
     if not settings.has_eval:
         return False
-    text = "\0".join(map(normalized, learnt_texts(row)))
+    text = "\0".join(map(normalized, row.identity_texts))
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=settings.seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") < settings.eval_fraction * 2**64
-
-
-def learnt_texts(row) -> list[str]:
-    """The target of a pre-training record; every message of a conversation up to its last answer."""
-    if isinstance(row, tokenization.PretrainRow):
-        return [row.target]
-    return [message.text for message in chain(*row.conversation.exchanges)]
 
 
 def normalized(text: str) -> str:

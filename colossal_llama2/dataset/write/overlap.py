@@ -9,15 +9,14 @@ such as Chinese, Japanese and Thai, a word is one character. Shorter documents c
      "examples": [{"held_out": "data/a.jsonl:17", "training": "data/b.jsonl:3", "text": "the ..."}]}
 
 The input is read twice more, so the time is linear in it. Memory: 24 bytes for each held-out n-gram, of at most
-`MAX_GRAMS`; of more held-out text, a sample of the documents is compared, and "compared" says of how many.
+`WorkSizes.max_grams`; of more held-out text, a sample of the documents is compared, and "compared" says of how many.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +26,15 @@ from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import Unit
 from colossal_llama2.corpus.row_reader import SpanReader
 from colossal_llama2.dataset.layout import store
-from colossal_llama2.dataset.write import tokenization
-from colossal_llama2.dataset.write.held_out import folded, learnt_texts
-from colossal_llama2.dataset.write.tokenize_unit import HELD_OUT, TRAINED_ON, UnitTask, unit_sides
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write.held_out import folded
+from colossal_llama2.dataset.write.records import Row, row_reader
+from colossal_llama2.dataset.write.tokenize_unit import UnitTask
+from colossal_llama2.dataset.write.unit_files import HELD_OUT, TRAINED_ON, unit_sides
 from colossal_llama2.terminal_text import visible_line
 
 NGRAM = 13
-MAX_GRAMS = 1 << 24
 MAX_EXAMPLES = 5
-# What is looked up together: n-grams, and the text that they are from.
-BATCH_GRAMS = 1 << 18
-BATCH_CHARACTERS = 8 << 20
-BATCH_DOCUMENTS = 1 << 16
 GRAMS_FILE = "overlap.grams"
 GRAM = np.dtype([("gram", "<u8"), ("document", "<i4")])
 # Han, kana, bopomofo, Thai, Lao, Tibetan, Burmese, Khmer: scripts without spaces between words.
@@ -61,7 +57,12 @@ class Place(NamedTuple):
 
 
 def count_overlaps(
-    tasks: Sequence[UnitTask], lines_before: dict[int, int], *, run_tasks: Callable, paths: Sequence[str]
+    tasks: Sequence[UnitTask],
+    lines_before: dict[int, int],
+    *,
+    run_tasks: Callable,
+    paths: Sequence[str],
+    max_grams: int,
 ) -> dict[str, Any]:
     """The report above, of a run whose units are done. What is done of it is in the cache, as of all else.
 
@@ -69,6 +70,7 @@ def count_overlaps(
         tasks: of all units.
         lines_before: by unit, the lines of its file that are in units before it.
         paths: of the files by number.
+        max_grams: of more held-out n-grams than this, a sample of the documents is compared.
     """
     cache = Path(tasks[0].cache_dir)
     tasks = [task for task in tasks if not task.unit.hashes_only]
@@ -78,7 +80,7 @@ def count_overlaps(
     for task in tasks:
         for _, _, grams in store.read_json(_json(task, "grams"))["documents"]:
             documents[bool(grams)] += 1
-    grams, is_in_sample = _sampled_grams(tasks)
+    grams, is_in_sample = _sampled_grams(tasks, max_grams=max_grams)
     with store.appearing_file(cache / GRAMS_FILE, needed_bytes=grams.nbytes) as file:
         file.write(grams.tobytes())
     waiting = [task for task in tasks if not _json(task, "found").exists()]
@@ -152,7 +154,7 @@ def write_held_out_grams(task: UnitTask) -> int:
     documents: list[list[int]] = []
     with store.appearing_file(_data(task, "grams")) as file:
         for place, row in _rows(task, HELD_OUT):
-            own = np.unique(grams_of(_measured_texts(row)))
+            own = np.unique(grams_of(row.measured_texts))
             entries = np.empty(len(own), GRAM)
             entries["gram"], entries["document"] = own, len(documents)
             file.write(entries.tobytes())
@@ -166,7 +168,7 @@ def write_overlaps(task: UnitTask) -> int:
     path = Path(task.cache_dir, GRAMS_FILE)
     grams = np.memmap(path, "<u8", "r") if path.stat().st_size else np.zeros(0, np.uint64)
     found, examples = [np.zeros(0, np.int64)], []
-    for places, texts, ends, own in _batches(task):
+    for places, texts, ends, own in batches(_rows(task, TRAINED_ON), task.sizes):
         numbers = np.searchsorted(grams, own)
         numbers[numbers == len(grams)] = 0
         hits = np.flatnonzero(grams[numbers] == own) if len(grams) else np.zeros(0, np.int64)
@@ -181,17 +183,19 @@ def write_overlaps(task: UnitTask) -> int:
     return task.unit.size
 
 
-def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
-    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+def batches(
+    rows: Iterable[tuple[Place, Row]], sizes: WorkSizes
+) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
+    """Documents, some at a time: places, texts, where the n-grams of each end, and all n-grams.
 
-    Documents without n-grams are left out.
+    Documents without n-grams are left out. A batch ends with the document that reaches one of the `sizes`.
     """
     places: list[Place] = []
     texts: list[list[str]] = []
     grams: list[np.ndarray] = []
     count, characters = 0, 0
-    for place, row in _rows(task, TRAINED_ON):
-        text = _trained_texts(row)
+    for place, row in rows:
+        text = row.seen_texts
         own = grams_of(text)
         if not len(own):
             continue
@@ -200,7 +204,8 @@ def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.
         grams.append(own)
         count += len(own)
         characters += sum(map(len, text))
-        if count >= BATCH_GRAMS or characters >= BATCH_CHARACTERS or len(places) >= BATCH_DOCUMENTS:
+        is_full = count >= sizes.lookup_grams or characters >= sizes.lookup_characters
+        if is_full or len(places) >= sizes.lookup_documents:
             yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
             places, texts, grams, count, characters = [], [], [], 0, 0
     if grams:
@@ -226,9 +231,9 @@ def _spaced(words: Sequence[str]) -> str:
     return text
 
 
-def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Any]]:
+def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Row]]:
     """The checked records of a unit whose documents are on one side, as the unit noted it when it was done."""
-    read = tokenization.row_reader(task.settings)
+    read = row_reader(task.settings)
     sides = iter(unit_sides(Path(task.cache_dir), task.unit))
     for span in task.unit.spans:
         for line in SpanReader(task.files[span.file], span, task.base):
@@ -240,16 +245,6 @@ def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Any]]:
                 continue
             if next(sides) == side:
                 yield Place(span.file, line.number), row
-
-
-def _measured_texts(row) -> list[str]:
-    if isinstance(row, tokenization.PretrainRow):
-        return [row.target]
-    return [message.text for message in chain(*row.conversation.exchanges) if message.is_trained]
-
-
-def _trained_texts(row) -> list[str]:
-    return [row.source, row.target] if isinstance(row, tokenization.PretrainRow) else learnt_texts(row)
 
 
 def words_of(text: str) -> list[str]:
@@ -280,14 +275,14 @@ def _hash(word: str) -> int:
 # In the command.
 
 
-def _sampled_grams(tasks: Sequence[UnitTask]) -> tuple[np.ndarray, Callable[[Unit, int], bool]]:
-    """The sorted n-grams of the held-out documents, or of a sample of at most `MAX_GRAMS`; and what is in it."""
+def _sampled_grams(tasks: Sequence[UnitTask], *, max_grams: int) -> tuple[np.ndarray, Callable[[Unit, int], bool]]:
+    """The sorted n-grams of the held-out documents, or of a sample of at most `max_grams`; and what is in it."""
     counts = np.zeros(64, np.int64)
     for task in tasks:
         for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):
             counts[_level(task.unit, number)] += grams
     # Documents of a level and above are half as many as those of the level below and above.
-    lowest = next(level for level in range(64) if counts[level:].sum() <= MAX_GRAMS or level == 63)
+    lowest = next(level for level in range(64) if counts[level:].sum() <= max_grams or level == 63)
 
     def is_in_sample(unit: Unit, number: int) -> bool:
         return _level(unit, number) >= lowest

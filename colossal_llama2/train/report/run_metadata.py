@@ -10,7 +10,7 @@ from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.prepared_data import dataset_fingerprints
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.encoding.encoder import fingerprint
+from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.model.loading import ModelFacts

@@ -9,7 +9,8 @@ from colossal_llama2.dataset.read.buckets import Buckets
 from colossal_llama2.dataset.read.loss_groups import Groups
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data, resolve_data
-from colossal_llama2.encoding.encoder import CONFIG_FILE, load_tokenizer
+from colossal_llama2.encoding.file_names import CONFIG_FILE
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.settings import EngineSettings, Ranks
 from colossal_llama2.launcher import place
 from colossal_llama2.model.freezing import Ranges, read_new_rows
