@@ -44,9 +44,13 @@ def load_tokenized_dataset(
     Raises:
         UserError: a folder is missing, is no prepared folder, holds no samples, or lacks the lengths that "on" needs.
     """
+    return load_parts([part.path for part in resolve_parts(dataset_paths, flag=flag)], document_mask, flag=flag)
+
+
+def load_parts(paths: Sequence[str], document_mask: str, *, flag: str = "--dataset") -> "datasets.Dataset":
+    """The same for the paths of part-* folders that are resolved already."""
     import datasets
 
-    paths = [part.path for part in resolve_parts(dataset_paths, flag=flag)]
     parts = [load_part(path, flag=flag) for path in paths]
     columns = ["input_ids", "labels"]
     if document_mask != "off" and _all_have_documents(paths, parts, required=document_mask == "on"):
@@ -55,7 +59,7 @@ def load_tokenized_dataset(
             columns += NAME_COLUMNS
     whole = datasets.concatenate_datasets([part.select_columns(columns) for part in parts])
     if len(whole) == 0:
-        raise UserError(f"{flag} {' '.join(dataset_paths)}: holds no samples")
+        raise UserError(f"{flag} {' '.join(paths)}: holds no samples")
     return whole.with_format("arrow")
 
 
