@@ -216,7 +216,7 @@ def concatenate_ratio(work: Path) -> float:
     from safetensors.numpy import load_file, save_file
 
     from colossal_llama2.model.safetensors_stream import Change, read_shard, write_shard
-    from colossal_llama2.storage.publishing import sync
+    from colossal_llama2.storage.files import sync
 
     old, new, hidden = OLD_ROWS // SMALL, NEW_ROWS // SMALL, HIDDEN // SMALL
     generator = numpy.random.default_rng(0)

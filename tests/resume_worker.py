@@ -25,7 +25,8 @@ from colossal_llama2.engine import loss_scale
 from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import checks, run
+from colossal_llama2.train import run
+from colossal_llama2.train.settings.from_flags import resolve
 from tests.faults import damage, one_rank, poison
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
@@ -59,7 +60,7 @@ def run_job(job: dict, is_first: bool) -> dict:
                 around.enter_context(poison.poisoned(*job["poison"]))
             if job.get("fault"):
                 around.enter_context(one_rank.befalling(job["fault"]))
-            run.run(args, checks.check_inputs(args))
+            run.run(resolve(args))
     except (UserError, RunError) as caught:
         error, left = str(caught), [path.name for path in Path(args.save_dir).glob("epoch-*.tmp")]
     finally:

@@ -10,21 +10,23 @@ from dataclasses import asdict, replace
 import pytest
 
 from colossal_llama2.cli import train_flags
-from colossal_llama2.cli.dependent_flags import with_defaults
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import inspect_weights
 from colossal_llama2.storage.files import write_json
-from colossal_llama2.train import checks, dry_run
-from colossal_llama2.train.checkpointing.checkpointer import LoadPlan, expected_bytes
-from colossal_llama2.train.dry_run import most_kept, saved_steps
+from colossal_llama2.train import dry_run
+from colossal_llama2.train.checkpointing.checkpoint_writer import expected_bytes
 from colossal_llama2.train.forecast import activations, memory
 from colossal_llama2.train.forecast.activations import MicroBatch, ModelShape
+from colossal_llama2.train.forecast.data_plan import make_order
+from colossal_llama2.train.forecast.disk_space import most_kept, saved_steps
+from colossal_llama2.train.forecast.memory_report import memory_plan
 from colossal_llama2.train.report import run_metadata
 from colossal_llama2.train.run_folder import checkpoint_files
-from colossal_llama2.train.settings import flags
+from colossal_llama2.train.settings.from_flags import resolve, resolve_with_problems
+from colossal_llama2.train.settings.ranks import PlannedRanks
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 from colossal_llama2.train.stepping.state import TrainState
 from tests.training_jobs import write_data
@@ -183,7 +185,7 @@ def test_activations_of_a_layer_by_hand():
 def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, has_mask):
     """ColossalAI's own makes a dense mask for PyTorch's kernel on GPUs."""
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", *words.split()])
-    planned = dry_run.memory_plan(with_defaults(args), 2, has_documents=False, on_cpu=on_cpu)
+    planned = memory_plan(resolve_with_problems(args)[0], 2, has_documents=False, on_cpu=on_cpu)
     assert planned.attention == attention
     assert bool(activations.mask_bytes(planned.micro_batch())) == has_mask
 
@@ -318,7 +320,7 @@ def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tm
     with pytest.raises(UserError, match="generation_config.json: .* is not UTF-8"):
         dry_run.dry_run(train_flags.train_parser().parse_args(words))
     with pytest.raises(UserError, match="--tensorboard_dir: the name 'tb.udcff' is not UTF-8"):
-        checks.check_inputs(train_flags.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
+        resolve(train_flags.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
 
 
 def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch):
@@ -327,7 +329,7 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
     def message(*words):
         args = train_flags.train_parser().parse_args(["--pretrained", str(model_dir), "--dataset", *data, *words])
         with pytest.raises(UserError) as error:
-            dry_run.dry_run(args) if args.dry_run else checks.check_inputs(args)
+            dry_run.dry_run(args) if args.dry_run else resolve(args)
         return str(error.value)
 
     tp = ["--dry_run", "--num_ranks", "6", "--plugin", "3d", "--tp", "4", "--zero", "2"]
@@ -339,7 +341,7 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
     both = message("--train_new_rows_only", "--freeze_non_embeds_params")
     assert "--train_new_rows_only trains new rows of the embeddings" in both and "give one of them" in both
     told = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
-    for words in ("4 make 4 steps; give at least 6", "--profile trace does nothing", "--continue_data does nothing"):
+    for words in ("4 make 4 steps; give at least 6", "--profile trace has no effect", "--continue_data has no effect"):
         assert words in told
     assert not list(tmp_path.iterdir())
 
@@ -369,14 +371,14 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_script, model_dir, tmp_p
 
 def write_checkpoint(folder, words, model, dataset_samples, **state):
     """A checkpoint of a run of these flags: what a resume looks at before it loads, the weights included."""
-    args = with_defaults(train_flags.train_parser().parse_args(words))
-    plan = LoadPlan(model_path=str(model), resume_path=None)
-    ranks = dry_run.Ranks(flags.engine_settings(args, trained_rows=flags.rows_to_train(args, plan)), 1)
-    order = flags.sample_order(args, dataset_samples, ranks)
-    facts = run_metadata.describe_run(args, ranks, order, str(model), flags.data_of(args))
+    config = resolve(train_flags.train_parser().parse_args(words))
+    settings, ranks = config.engine, PlannedRanks(config.engine, 1)
+    sizes = {"micro_batch_size": settings.micro_batch_size, "accumulation_steps": settings.accumulation_steps}
+    order = make_order(dataset_samples, **sizes, data_size=ranks.data_size, seed=config.recipe.seed)
+    facts = run_metadata.describe_run(config, ranks, order, base_model="llama")
     shutil.copytree(model, folder / "modeling")
-    write_json(folder / "running_states.json", {**facts, **TrainState(**state).to_dict()})
-    write_json(folder / "lr_scheduler", asdict(CosineSchedule(args.lr, 40, 1)))
+    write_json(folder / "running_states.json", {**facts.entries(), **TrainState(**state).to_dict()})
+    write_json(folder / "lr_scheduler", asdict(CosineSchedule(settings.learning_rate, 40, 1)))
     (folder / "optimizer").mkdir()
     write_json(folder / "optimizer" / OPTIMIZER_INDEX, {})
     files = checkpoint_files.file_entries(folder, checkpoint_files.list_files(folder))
@@ -418,7 +420,7 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
     def message(*words):
         with pytest.raises(UserError) as error:
             words = ["--pretrained", str(model_dir), "--dataset", *words]
-            checks.check_inputs(train_flags.train_parser().parse_args(words))
+            resolve(train_flags.train_parser().parse_args(words))
         return str(error.value)
 
     told = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
@@ -426,7 +428,7 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
     told = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
     assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
-    assert flags.data_of(args).mixture.end == "repeat"
+    assert resolve_with_problems(args)[0].data.parts.mixture.end == "repeat"
 
 
 def test_matrices_and_norms_wait_in_buckets_of_their_own():

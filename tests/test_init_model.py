@@ -19,15 +19,9 @@ from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model.init_model import (
-    INPUT_EMBEDDING,
-    OUTPUT_EMBEDDING,
-    InitModelSettings,
-    Rows,
-    _noted_ranges,
-    init_model,
-)
-from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.init_model import InitModelSettings, Rows, _noted_ranges, init_model
+from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
 from colossal_llama2.model.training_history import read_history
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.train.report.model_card import _stage_cells

@@ -6,7 +6,7 @@ import pytest
 
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import loss_marks
-from colossal_llama2.corpus.conversation import SYSTEM_TEXT, TOOL_MESSAGE, UnknownRole, speakers_of
+from colossal_llama2.corpus.conversation import SYSTEM_TEXT, TOOL_MESSAGE, Turn, UnknownRole, speakers_of
 from colossal_llama2.corpus.json_stream import BrokenDocumentError
 from colossal_llama2.corpus.message_formats import (
     FORMATS,
@@ -24,7 +24,6 @@ from colossal_llama2.corpus.message_formats import (
     REFUSED,
     SYSTEM_LEFT_OUT,
     TOOLS_LEFT_OUT,
-    Turn,
     recognize,
 )
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX

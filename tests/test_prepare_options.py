@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import data_files
 from colossal_llama2.corpus.conversation import chat_template
-from colossal_llama2.corpus.row_reader import MAX_LINE_BYTES
 from colossal_llama2.dataset.layout.prepare_settings import Settings, WorkSizes
 from colossal_llama2.dataset.write import choose_encoder, prepare, tokenization
 from colossal_llama2.dataset.write.local_workers import run_tasks
@@ -32,6 +31,7 @@ from colossal_llama2.encoding.fast_encoder import FastEncoder
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage.lines import MAX_LINE_BYTES
 from colossal_llama2.terminal_text import terminal_width
 from tests import tiny
 from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines

@@ -23,10 +23,11 @@ from colossal_llama2.dataset.read.token_counts import SourceRead
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.storage.files import write_json
-from colossal_llama2.train import checks
 from colossal_llama2.train.report import loss_plot, model_card, run_report, train_log
 from colossal_llama2.train.report.metric_writers import TensorBoardWriter
 from colossal_llama2.train.report.reporter import Reporter, scalars
+from colossal_llama2.train.run_folder.run_folder import RunFolder
+from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
 from tests import launching, tiny
 
@@ -347,7 +348,7 @@ def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
     words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
     again = train_flags.train_parser().parse_args(words)
     again.num_ranks, again.dry_run = 2, True
-    assert checks.check_inputs(again).resume_path is None
+    assert resolve(again).source.checkpoint is None
     assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)
 
 
@@ -386,7 +387,7 @@ def test_the_plot_draws_what_is_in_the_log():
 def test_without_pillow_one_line_says_so(tmp_path, monkeypatch, caplog):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setitem(sys.modules, "PIL", None)
-    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
+    report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.json", "settings.json", "train_log.jsonl"]
     assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs Pillow" in message]
@@ -401,13 +402,13 @@ def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
     with open(tmp_path / "train_log.jsonl", "ab") as file:
         file.write(b'{"step": 6, "lo')
     assert [record["loss"] for record in train_log.read(tmp_path / "train_log.jsonl")] == [1.0, None, 1.0, 1.0, 1.0]
-    path = train_log.begin(str(tmp_path), last_step=3, resumed_from=str(tmp_path / "epoch-0_step-3"))
+    path = train_log.begin(RunFolder(tmp_path), last_step=3, resumed_from=str(tmp_path / "epoch-0_step-3"))
     assert [record["step"] for record in train_log.read(path)] == [1, 2, 3] and path.read_bytes().endswith(b"}\n")
     assert "3 lines after step 3 are cut away" in caplog.text
     assert [child.name for child in tmp_path.iterdir()] == ["train_log.jsonl"]
     # A run that died before its first checkpoint leaves evaluations of step 0.
     train_log.TrainLog(path).write({"step": 0, "evaluation": {}})
-    assert train_log.begin(str(tmp_path), last_step=0).read_bytes() == b""
+    assert train_log.begin(RunFolder(tmp_path), last_step=0).read_bytes() == b""
     assert "4 lines of an earlier run" in caplog.text
 
 
@@ -447,7 +448,7 @@ def test_a_new_run_replaces_what_one_before_it_has_shown(tmp_path):
 def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setattr(loss_plot, "SIZE", None)
-    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
+    report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert report.card(tokens_seen=1, read=list) is None
     assert [text.split(": ")[1].split(" (")[0] for text in caplog.messages] == [

@@ -15,7 +15,7 @@ from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import verify
 from colossal_llama2.train.forecast.data_plan import plan_lines
-from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder import checkpoint_files, file_names
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 from tests import launching, tiny
 from tests.faults import damage
@@ -348,7 +348,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(jobs):
 def test_old_checkpoints_go_but_never_the_newest(jobs):
     home, error, log = jobs["keeping"]
     names = {path.name for path in (home / "ckpt").iterdir()}
-    names -= {checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}
+    names -= {file_names.LOG_NAME, *file_names.REPORT_NAMES}
     assert error is None
     assert names == {"epoch-0_step-5", "epoch-1_step-10", "epoch-1_step-11", "epoch-1_step-12"} | TOP_FILES
     assert (home / "ckpt" / "latest").read_text() == "epoch-1_step-12\n"
@@ -410,7 +410,7 @@ def test_a_bad_step_updates_nothing(jobs, name):
 
 def steps_of(home: Path):
     """The lines of train_log.jsonl that are about a step."""
-    lines = (home / "ckpt" / checkpoint_files.LOG_NAME).read_text().splitlines()
+    lines = (home / "ckpt" / file_names.LOG_NAME).read_text().splitlines()
     return [record for record in map(json.loads, lines) if "lr" in record]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.engine.ranks import liveness
-from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder import checkpoint_files, file_names
 from tests import tiny
 from tests.faults.processes import START_SECONDS, TORCHRUN, Run
 from tests.launching import free_port
@@ -55,7 +55,7 @@ def assert_saved(run, number):
     assert json.loads((newest / "running_states.json").read_text())["step"] == int(told[1])
     assert not [path.name for path in run.save_dir.iterdir() if path.suffix == ".tmp" or path.name == ".lock"]
     assert "Traceback" not in run.said and run.said.count("stopped:") == 1
-    assert {path.name for path in run.save_dir.iterdir()} >= {"train_log.jsonl", *checkpoint_files.REPORT_NAMES}
+    assert {path.name for path in run.save_dir.iterdir()} >= {"train_log.jsonl", *file_names.REPORT_NAMES}
 
 
 def test_a_signal_to_a_single_process(start):

@@ -15,7 +15,7 @@ from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import start
-from colossal_llama2.train.run_folder import checkpoint_files, run_lock
+from colossal_llama2.train.run_folder import file_names, run_lock
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -193,4 +193,4 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_p
     assert "cannot be written" in process.stderr and "Traceback" not in process.stderr
     # What the steps have shown stays.
     left = {path.name for path in (tmp_path / "save_dir").iterdir()}
-    assert left == {"plan.json", checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}
+    assert left == {"plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
-from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder import file_names
 from tests import far_copies, reference, tiny
 from tests.launching import distance, launch
 from tests.training_jobs import (
@@ -34,7 +34,7 @@ from tests.training_jobs import (
 
 STEPS = 10
 # What a run leaves beside its checkpoints.
-REPORTS = ["plan.json", checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES]
+REPORTS = ["plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES]
 
 BF16 = ["--mixed_precision", "bf16"]
 FP32 = ["--mixed_precision", "fp32"]

@@ -40,8 +40,10 @@ from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, Stopped, UserError
 from colossal_llama2.model.neftune import EmbeddingNoise
-from colossal_llama2.train import checks, run
+from colossal_llama2.train import run
 from colossal_llama2.train.evaluation import evaluator
+from colossal_llama2.train.settings import flag_problems
+from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
@@ -244,10 +246,10 @@ def run_job(job: dict) -> dict:
         for name in job.get("unrepaired", ()):
             changes.enter_context(without_repair(name))
         if job.get("lifted"):
-            changes.enter_context(mock.patch.object(checks, "settings_problems", lambda *args, **keys: []))
+            changes.enter_context(mock.patch.object(flag_problems, "settings_problems", lambda *args, **keys: []))
         try:
             args = PARSERS[job["script"]]().parse_args(job["flags"])
-            run.run(args, checks.check_inputs(args), stop)
+            run.run(resolve(args), stop)
         except (UserError, RunError, Stopped) as error:
             result["error"] = str(error)
     return result

@@ -34,21 +34,15 @@ from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
-from colossal_llama2.model.exported_configs import (
+from colossal_llama2.model.exported_configs import portable_config, portable_generation, with_moved_settings
+from colossal_llama2.model.loading import CONFIG_FILE, NEW_ROWS_KEY, PADDING_ROWS_KEY, check_weights
+from colossal_llama2.model.model_folder import (
     GENERATION_CONFIG_FILE,
-    portable_config,
-    portable_generation,
-    with_moved_settings,
-)
-from colossal_llama2.model.loading import (
-    CONFIG_FILE,
     INDEX_FILE,
-    NEW_ROWS_KEY,
-    PADDING_ROWS_KEY,
     WEIGHTS_FILE,
-    check_weights,
+    check_model_files,
+    shard_names,
 )
-from colossal_llama2.model.model_folder import check_model_files, shard_names
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import INDEX_FILE
+from colossal_llama2.model.model_folder import INDEX_FILE
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 from colossal_llama2.storage.files import open_to_umask, read_json, sync, write_json
 
