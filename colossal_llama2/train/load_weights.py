@@ -5,6 +5,7 @@ from pathlib import Path
 
 from colossal_llama2 import logs
 from colossal_llama2.engine.engine import Engine
+from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.model.attention import choose_attention
 from colossal_llama2.model.freezing import freeze_non_embedding_parameters
@@ -20,7 +21,9 @@ from colossal_llama2.train.settings.config import TrainConfig
 def attention_of(config: TrainConfig) -> str:
     """The attention that transformers uses, or that ColossalAI replaces. Raises UserError if it is not installed."""
     settings = config.engine
-    return choose_attention(settings.use_flash_attn, precision=settings.precision, replaced=settings.plugin == "3d")
+    return choose_attention(
+        settings.use_flash_attn, precision=settings.precision, replaced=plugin_of(settings).replaces_attention
+    )
 
 
 def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *, attention: str) -> None:
