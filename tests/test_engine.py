@@ -454,21 +454,6 @@ def test_bf16_clipping_is_lost_without_its_repair():
     assert first_moment(repair=True) == pytest.approx(2.0, rel=1e-2)
 
 
-def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
-    import logging
-
-    import colossalai
-
-    monkeypatch.setattr(colossalai, "__version__", "0.6.0")
-    monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
-    patches = ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone")
-    for name in (*patches, "norm_in_blocks"):
-        monkeypatch.setattr(bug_fixes, name, lambda: pytest.fail("patched an unknown version"))
-    with caplog.at_level("WARNING"):
-        bug_fixes.install()
-    assert "0.6.0" in caplog.text
-
-
 @pytest.fixture
 def gloo_group():
     """A process group of this process alone."""

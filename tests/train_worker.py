@@ -10,13 +10,12 @@ A job has "name", "script", "flags", and may have
     initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
-    unrepaired          names of FAULTS to put back, and of other repairs to leave out
+    unrepaired          names of repairs to leave out
     signal_at           rank 1 gets a SIGTERM when it has collated so many batches of evaluations; "after" tells how
                         many it collated then
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from colossal_llama2 import launcher, logs
 from colossal_llama2.cli import train_flags
 from colossal_llama2.engine import loss_scale
 from colossal_llama2.engine.engine import Engine
-from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.patches import bug_fixes, patching
 from colossal_llama2.engine.plugins import Gemini
 from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
@@ -47,35 +46,20 @@ from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
-# Repairs that replace a function of ColossalAI, and which.
-FAULTS = {
-    "ring_weight_gradients": ("colossalai.shardformer.layer._operation", "_ring_as_gather"),
-    "loss_in_float32": ("colossalai.shardformer.modeling.llama", "dist_cross_entropy"),
+# Repairs that replace an attribute of ColossalAI, and which.
+REPLACED = {
+    "ring_weight_gradients": "colossalai.shardformer.layer._operation:_ring_as_gather",
+    "loss_in_float32": "colossalai.shardformer.modeling.llama:dist_cross_entropy",
+    "sum_split_biases": "colossalai.shardformer.layer.linear:Linear1D_Row.__init__",
 }
-# Repairs that wrap a method of ColossalAI, and which.
-WRAPPED = {"sum_split_biases": ("colossalai.shardformer.layer.linear", "Linear1D_Row", "__init__")}
-originals = {}
-install_repairs = bug_fixes.install
-
-
-def repair_and_remember() -> None:
-    """Install the repairs, and keep what they replace in `originals`."""
-    for name, (module, attribute) in FAULTS.items():
-        originals[name] = getattr(importlib.import_module(module), attribute)
-    install_repairs()
 
 
 def without_repair(name: str) -> contextlib.AbstractContextManager:
     """Within it, ColossalAI is as it is: its own function is back, or what is made of it is left alone."""
-    if name in WRAPPED:
-        module, owner, method = WRAPPED[name]
-        owner = getattr(importlib.import_module(module), owner)
-        return mock.patch.object(owner, method, getattr(owner, method).__wrapped__)
-    if name not in FAULTS:
-        # What is left of a repair that surrounds something is a context that does nothing.
-        return mock.patch.object(bug_fixes, name, lambda *args: contextlib.nullcontext())
-    module, attribute = FAULTS[name]
-    return mock.patch.object(importlib.import_module(module), attribute, originals[name])
+    if name in REPLACED:
+        return patching.replaced({REPLACED[name]: patching.original_of(REPLACED[name])})
+    # What is left of a repair that surrounds something is a context that does nothing.
+    return mock.patch.object(bug_fixes, name, lambda *args: contextlib.nullcontext())
 
 
 def first_moments(engine: Engine) -> float:
@@ -259,8 +243,7 @@ def main() -> None:
     jobs_path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
-    with mock.patch.object(bug_fixes, "install", repair_and_remember):
-        launch(seed=1024)
+    launch(seed=1024)
     for job in json.loads(jobs_path.read_text()):
         logs.get_logger().info("### %s", job["name"])
         try:
