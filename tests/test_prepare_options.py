@@ -558,7 +558,9 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
         prepare.prepare_sft(**keywords)
     skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
-    assert "bing (2 messages), bard (1 messages); if one is the assistant, name it with --assistant_roles" in caplog.text
+    assert (
+        "bing (2 messages), bard (1 messages); if one is the assistant, name it with --assistant_roles" in caplog.text
+    )
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
     assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
     assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1

@@ -86,6 +86,22 @@ def count_overlaps(
     waiting = [task for task in tasks if not _json(task, "found").exists()]
     _run(run_tasks, write_overlaps, waiting, "compare with it")
 
+    report = _report(tasks, grams, is_in_sample, documents=documents, lines_before=lines_before, paths=paths)
+    _log(report)
+    return report
+
+
+def _report(
+    tasks: Sequence[UnitTask],
+    grams: np.ndarray,
+    is_in_sample: Callable[[Unit, int], bool],
+    *,
+    documents: Counter,
+    lines_before: dict[int, int],
+    paths: Sequence[str],
+) -> dict[str, Any]:
+    """Put together what the workers found. `documents` counts the held-out ones that have n-grams (True) or not."""
+
     def where(unit: int, place: Sequence[int]) -> str:
         return f"{paths[place[0]]}:{lines_before[unit] + place[1]}"
 
@@ -106,7 +122,7 @@ def count_overlaps(
             if known is not None and len(examples) < MAX_EXAMPLES:
                 training, text = texts.pop(known)
                 examples.append({"held_out": where(task.unit.number, place), "training": training, "text": text})
-    report = {
+    return {
         "ngram": NGRAM,
         "documents": sum(documents.values()),
         "compared": compared,
@@ -115,8 +131,6 @@ def count_overlaps(
         "share": round(overlapping / compared, 6) if compared else 0.0,
         "examples": examples,
     }
-    _log(report)
-    return report
 
 
 def _log(report: dict[str, Any]) -> None:
