@@ -184,7 +184,7 @@ def test_unigram_models_and_slow_tokenizers(documents, tmp_path):
 def test_code_that_comes_with_a_tokenizer_is_never_run(documents, tokenizer_dir, tmp_path):
     folder = remote_folder(tmp_path / "chatglm", tokenizer_dir)
     reason = reason_of(folder, documents)
-    assert "needs code of its own (tokenization_chatglm.ChatGLMTokenizer" in reason and "never run" in reason
+    assert "needs its own code (tokenization_chatglm.ChatGLMTokenizer" in reason and "never run" in reason
     assert "its tokenizer.model can be given as a file" in reason
     assert not (folder / "ran").exists()
     (folder / "tokenizer_config.json").rename(folder / "config.json")  # where older ones keep it
@@ -242,7 +242,7 @@ def test_the_command_prints_a_table_and_writes_json(corpus, documents, tokenizer
     head, first, second, left_out, total, _ = process.stdout.splitlines()
     assert len({len(head), len(first), len(second)}) == 1
     assert first.startswith(str(tokenizer_dir)) and second.startswith(str(extended_dir))
-    assert left_out.startswith(f"{remote}: left out: needs code of its own")
+    assert left_out.startswith(f"{remote}: left out: needs its own code")
     assert total.startswith(f"{len(documents)} documents, {sum(map(len, documents)):,} characters")
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["tokenizer"] for row in table["tokenizers"]] == [str(paths[0]), str(paths[2])]

@@ -220,7 +220,7 @@ def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepa
         "zh=0.1",
         cwd=tmp_path,
     )
-    words = ("en=nowhere: holds no prepared samples", "two are called en", "--forgetting_alarm zh: there is no")
+    words = ("en=nowhere: holds no prepared samples", "the name en is used twice", "--forgetting_alarm zh: there is no")
     assert_user_error(process, *words)
     assert_user_error(run_script("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")
     assert_user_error(run_script("train.py", *flags, "--eval_dataset", "x", cwd=tmp_path), "NAME=PATH allowed")

@@ -13,7 +13,7 @@ from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_piec
 from colossal_llama2.encoding.fast_encoder import FastEncoder, fastest_class
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
-from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.closure import plan_extension
 from tests.tiny import CHINESE, english_documents
 
 pytest.importorskip("kitoken")
@@ -39,7 +39,7 @@ def model(tokenizer_dir) -> BpeModel:
 @pytest.fixture(scope="module")
 def extended_dir(model, tmp_path_factory) -> Path:
     """The tiny tokenizer with Chinese pieces, as init_tokenizer.py closes it."""
-    plan = make_plan(model, [word for word in WORDS if "▁" not in word], closure="complete", piece_scores="below")
+    plan = plan_extension(model, [word for word in WORDS if "▁" not in word], closure="complete", piece_scores="below")
     content = with_pieces(model.content, plan.pieces, plan.scores)
     return folder_of(content, tmp_path_factory.mktemp("extended") / "tokenizer")
 

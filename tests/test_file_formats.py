@@ -114,7 +114,7 @@ def test_a_wrong_name_is_logged_and_the_content_counts(name, content, told, tmp_
         path.write_bytes(content)
     caplog.set_level("INFO")
     assert [line.record for line in read(path.parent)] == RECORDS
-    assert f"not what their names say: {path} ({told})" in caplog.text
+    assert f"contradicts the file name: {path} ({told})" in caplog.text
 
 
 def long_zstd(content: bytes) -> bytes:
@@ -169,7 +169,7 @@ def test_copies_in_any_form_are_refused(other, tmp_path):
     put(tmp_path, "notes.txt", b"x")
     with pytest.raises(UserError, match=f"a.jsonl and .*{other}|{other} and .*a.jsonl") as caught:
         find_inputs([str(tmp_path)])
-    assert "have one name" in str(caught.value)
+    assert "have the same name" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_cut_array_is_a_lost_file_and_not_bad_rows(tokenizer_dir, tmp_path, ru
     rest = put(tmp_path / "in", "rest.jsonl", LINES + b'{"text": 1}\n{"a": \n')
     broken_line = cut.read_text().count("\n", 0, cut.read_text().rindex("{")) + 1
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", splicing="none")
-    words = f"{cut}:{broken_line}: the file is cut off inside the record that begins here, behind 20 records"
+    words = f"{cut}:{broken_line}: the file is cut off inside the record that begins here, after 20 records"
     with pytest.raises(UserError, match=f"{words}.*--on_bad_file skip"):
         prepare.prepare_pretrain(**keywords)
     assert not (tmp_path / "out" / "arrow").exists()
@@ -252,7 +252,7 @@ def test_files_that_cannot_be_opened_are_skipped_on_request(tokenizer_dir, tmp_p
     ]
     assert written["total"]["documents"] == len(RECORDS)
     put(tmp_path / "empty", "b.jsonl", b"")
-    with pytest.raises(UserError, match="no file there can be read. The first: .*b.jsonl is empty"):
+    with pytest.raises(UserError, match="none of the files can be read. The first: .*b.jsonl is empty"):
         prepared(tmp_path / "empty", tokenizer_dir, tmp_path / "none", on_bad_file="skip")
     assert not (tmp_path / "none").exists()
 
@@ -277,7 +277,7 @@ def test_many_bad_rows_are_explained(stage, lines, words, tokenizer_dir, tmp_pat
         command(**{**keywords, "on_bad_row": "fail"})
     caplog.clear()
     command(**keywords)
-    (told,) = [record.message for record in caplog.records if "left out as bad" in record.message]
+    (told,) = [record.message for record in caplog.records if "skipped as bad" in record.message]
     assert "bad.jsonl" in told and words in told
 
 

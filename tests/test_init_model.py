@@ -441,7 +441,7 @@ def test_config_code_is_never_run_and_sizes_must_match(model_dir, expanded, tmp_
     assert "auto_map is left out" in caplog.text
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     edited_json(source / "config.json", model_type="other")
-    with pytest.raises(UserError, match="code of its own .auto_map., which is never run"):
+    with pytest.raises(UserError, match="its own code .auto_map., which is never run"):
         init_model(InitModelSettings(source, expanded, tmp_path / "other"))
     shutil.copyfile(model_dir / "config.json", source / "config.json")
     for change in ({"vocab_size": 601}, {"hidden_size": 65}):
@@ -455,7 +455,7 @@ def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
     tensors = load_file(source / WEIGHTS_FILE)
     tensors[INPUT_EMBEDDING] = tensors[INPUT_EMBEDDING].to(torch.int8)
     save_file(tensors, source / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="is of dtype I8"):
+    with pytest.raises(UserError, match="has the dtype I8"):
         init_model(InitModelSettings(source, expanded, tmp_path / "out"))
 
 

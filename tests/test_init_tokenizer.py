@@ -19,7 +19,7 @@ from colossal_llama2.encoding.parity import PieceFinder
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import init_tokenizer
-from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.closure import plan_extension
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests import tiny
 from tests.conftest import ROOT
@@ -206,7 +206,7 @@ def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, t
     ]
     command = [sys.executable, "-m", "colossal_llama2.tokenizer.init_tokenizer", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_user_error(done, "init_tokenizer.py: error:", "pieces.jsonl:1:", "holds a space")
+    assert_user_error(done, "init_tokenizer.py: error:", "pieces.jsonl:1:", "contains a space")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,7 +235,7 @@ def test_as_a_module_and_one_line_for_a_mistake(run_script, assert_user_error, t
         (b'{"piece": "</s>"}', "special token"),
         (b'{"piece": "<0x0A>"}', "special token"),
         (b'{"piece": "<tool>"}', "special token"),
-        (b'{"piece": "a<tool>b"}', "holds the special token '<tool>'"),
+        (b'{"piece": "a<tool>b"}', "contains the special token '<tool>'"),
         (b'{"piece": "' + b"x" * 65 + b'"}', "65 characters"),
     ],
 )
@@ -302,7 +302,7 @@ def test_pieces_that_a_normalizer_never_produces_are_named(closure, tmp_path, ca
     source = tokenizer_of(tmp_path / "source", normalization_rule_name="nmt_nfkc")
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["\u3000\u3000", "你好", "Ａ"])
     expand_tokenizer(ExtensionSettings(source, tmp_path / "new", pieces, closure=closure))
-    assert "2 of the pieces never come out of the normalizer" in caplog.text and r"'\u3000\u3000', 'Ａ';" in caplog.text
+    assert "never produces 2 of the pieces" in caplog.text and r"'\u3000\u3000', 'Ａ';" in caplog.text
     assert ("\u3000\u3000" in pieces_of(tmp_path / "new")) is (closure == "off")
 
 
@@ -410,7 +410,7 @@ def test_zero_and_off_write_what_the_original_writes(source, tmp_path, caplog):
     report = report_of(tmp_path / "out")
     assert (report["asked"], report["duplicates"], report["already_pieces"], report["added"]) == (10, 1, 1, 8)
     assert report["added_by_closure"] == 0 and report["unreachable_pieces"] == ["Hello▁world"]
-    assert "not proven: 1 of 8 new pieces are never reached; tokenizers differ anew" in caplog.text
+    assert "not proven: 1 of 8 new pieces are never reached; tokenizers have new differences" in caplog.text
 
 
 def test_a_failed_proof_ends_with_code_1(source, tmp_path, capsys, monkeypatch):
@@ -510,7 +510,7 @@ def test_overwrite_replaces_a_tokenizer_and_nothing_else(source, tmp_path):
     expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
     assert pieces_of(tmp_path / "out")[600:] == ["世界", "世", "界"]
     (tmp_path / "out" / "model.safetensors").touch()
-    with pytest.raises(UserError, match="holds model.safetensors, which is no file of a tokenizer"):
+    with pytest.raises(UserError, match="holds model.safetensors, which is not a file of a tokenizer"):
         expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pieces.jsonl"]
 
@@ -554,6 +554,6 @@ def test_many_pieces_are_no_matter(source):
     words = [f"{a}{b}甲乙" for a in characters for b in characters]
     model = BpeModel.read(source)
     start = time.process_time()
-    plan = make_plan(model, words, closure="complete", piece_scores="below")
+    plan = plan_extension(model, words, closure="complete", piece_scores="below")
     assert time.process_time() - start < 20
     assert len(words) < len(plan.pieces) < 2 * len(words) + 300

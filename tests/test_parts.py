@@ -20,7 +20,7 @@ from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_piec
 from colossal_llama2.encoding.fast_encoder import FastEncoder, fastest_class
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
-from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.closure import plan_extension
 from tests import tiny
 from tests.preparing import contents, read_jsonl, write_lines
 from tests.preparing import settings as keywords_of
@@ -95,7 +95,7 @@ def folder_of(name: str, folder: Path) -> Path:
     model = BpeModel.read(folder)
     pieces = [piece for piece in pieces if piece not in model.pieces]
     if name == "extended":
-        plan = make_plan(model, pieces, closure="complete", piece_scores="below")
+        plan = plan_extension(model, pieces, closure="complete", piece_scores="below")
         pieces, scores = plan.pieces, plan.scores
     else:
         # Some of their characters stay unknown and some of them are not reached, which must not matter.

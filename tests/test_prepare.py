@@ -162,7 +162,7 @@ BAD_LINES = [
     ("pretrain", b'{"target": "\xff"}', "not UTF-8 at byte 13"),
     ("pretrain", b'["target"]', "a JSON list given"),
     ("pretrain", b"null", "null given; each line"),
-    ("pretrain", b'{"data": [{"text": "a"}], "v": "1"}', "the records lie in 'data'; write that list alone"),
+    ("pretrain", b'{"data": [{"text": "a"}], "v": "1"}', "the records are inside 'data'; write only that list"),
     ("pretrain", b'{"1": {"text": "a"}, "2": {"text": "b"}}', "each value of this object is a record"),
     ("pretrain", b'{"source": "a"}', '"target" is missing'),
     ("pretrain", b'{"target": 3}', '"target" must be a string'),
@@ -221,7 +221,7 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
     "name, words",
     [
         ("missing input", ["nowhere is not a folder"]),
-        ("a file as input", ["rows.jsonl is a file", "give a folder that holds what is to be read, ", "/in"]),
+        ("a file as input", ["rows.jsonl is a file", "give a folder, all of whose data files are read, ", "/in"]),
         ("input twice", ["given twice"]),
         ("no jsonl", ["empty has no data file"]),
         ("no rows", ["nothing to prepare", "0 records give 0 pieces"]),
@@ -267,6 +267,6 @@ def test_a_lost_token_is_an_error_of_the_run(monkeypatch, tokenizer_dir, tmp_pat
 
     monkeypatch.setattr(bins, "splice", lose_a_piece)
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", max_length=4096)
-    with pytest.raises(errors.RunError, match="does not balance"):
+    with pytest.raises(errors.RunError, match="do not balance"):
         prepare.prepare_pretrain(**keywords)
     assert not (tmp_path / "out" / "arrow").exists() and not (tmp_path / "out" / "jsonl").exists()

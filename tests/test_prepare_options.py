@@ -282,7 +282,7 @@ BAD_LINES = {
     b'{"target": "a", "m": ' + b"[" * 256 + b"]" * 256 + b"}": "more than 256 deep",
     b'{"target": "a", "m": ' + b'{"m":' * 900 + b"1" + b"}" * 901: "more than 256 deep",
     b'{"target": "a", "m": 1' + b"0" * 400 + b"}": "not JSON",
-    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"target": 2}': "stands there twice",
+    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"target": 2}': "is repeated",
     b'{"target": ': "not JSON",
     b'{"target": NaN}': '"target" is missing',
     b'{"m": NaN, "target": "\\ud800"}': "not JSON",
@@ -291,7 +291,7 @@ BAD_LINES = {
     b'{"target": 3}': '"target" must be a string',
     b'{"target": ""}': '"target" is empty',
     b'{"source": "a"}': '"target" is missing',
-    b'{"target": "a", "target": "b"}': "stands there twice",
+    b'{"target": "a", "target": "b"}': "is repeated",
     b"[1]": "a JSON list given",
     b'{"target": ' + b"[" * 100_000: "not JSON",
 }
@@ -494,7 +494,7 @@ def test_names_that_json_cannot_hold_are_refused(tokenizer_dir, tmp_path):
 def test_a_file_beside_its_compressed_self_is_refused(tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
     (tmp_path / "in" / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UserError, match=r"rows.jsonl and .*rows.jsonl.gz have one name, as if one were a copy"):
+    with pytest.raises(UserError, match=r"rows.jsonl and .*rows.jsonl.gz have the same name and may be copies"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
 
 
@@ -510,7 +510,7 @@ def test_a_damaged_fast_tokenizer_is_told(stage, inputs, tokenizer_dir, tmp_path
 def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [*documents(40), b"{"])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
-    with pytest.raises(UserError, match=r"rows.jsonl:41: .*; other shares may be at work, delete .*cache when none"):
+    with pytest.raises(UserError, match=r"rows.jsonl:41: .*; other shares may be running, delete .*cache when none"):
         prepare.prepare_pretrain(**keywords, shard=(1, 1), sizes=SMALL_UNITS)
     assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
 
@@ -558,7 +558,9 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
         prepare.prepare_sft(**keywords)
     skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
-    assert "bing (2 messages), bard (1 messages); if one is the assistant, name it by --assistant_roles" in caplog.text
+    assert (
+        "bing (2 messages), bard (1 messages); if one is the assistant, name it with --assistant_roles" in caplog.text
+    )
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
     assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
     assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1
@@ -583,5 +585,5 @@ def test_unused_fields_may_hold_nan_and_repeat_keys(tokenizer_dir, tmp_path):
     assert manifest(tmp_path)["total"]["documents"] == 3 and set(manifest(tmp_path)["categories"]) == {"7", "unknown"}
     repeated = b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
     write_lines(tmp_path / "sft" / "rows.jsonl", [repeated])
-    with pytest.raises(UserError, match="rows.jsonl:1: the key 'content' stands there twice"):
+    with pytest.raises(UserError, match="rows.jsonl:1: the key 'content' is repeated"):
         prepare.prepare_sft(**settings([tmp_path / "sft"], tokenizer_dir, tmp_path / "out"))

@@ -166,7 +166,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; give the command"):
+    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; run the command"):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
     with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
@@ -228,13 +228,13 @@ def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp
     folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
     with folders.locked(None):
         for shard in (None, (1, 2)):
-            with pytest.raises(RefusedError, match="another run is at work"):
+            with pytest.raises(RefusedError, match="another run is using"):
                 prepare.prepare_pretrain(**keywords, shard=shard)
         # Another cache does not help: the output is the same.
-        with pytest.raises(RefusedError, match="another run is at work"):
+        with pytest.raises(RefusedError, match="another run is using"):
             prepare.prepare_pretrain(**{**keywords, "data_cache_dir": str(tmp_path / "out" / "other")})
     assert contents(tmp_path / "out") == before
-    with folders.locked((1, 2)), pytest.raises(RefusedError, match="another run is at work"):
+    with folders.locked((1, 2)), pytest.raises(RefusedError, match="another run is using"):
         prepare.prepare_pretrain(**keywords, shard=(1, 2))
 
 
@@ -248,7 +248,7 @@ def test_finished_output_is_said_and_other_settings_are_refused(
     again = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
     other = run_script("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
-    assert_user_error(other, "exists already, made of something else: --max_length was 128, now 64")
+    assert_user_error(other, "exists already and differs from this command: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
 
 
@@ -259,19 +259,19 @@ def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tm
     content = planned.read_text()
     for damaged in ("{", "[]", '{"a": 1}'):
         planned.write_text(damaged)
-        with pytest.raises(UserError, match=rf"--data_cache_dir: {planned} is damaged, or of another program"):
+        with pytest.raises(UserError, match=rf"--data_cache_dir: {planned} is damaged, or from another program"):
             prepare.prepare_pretrain(**keywords)
     planned.write_text(content)
     prepare.prepare_pretrain(**keywords)
     for missing in ("jsonl/part-00001.jsonl", "arrow/part-00000/state.json"):
         whole = (tmp_path / "out" / missing).read_bytes()
         (tmp_path / "out" / missing).unlink()
-        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such in all\)"):
+        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such files\)"):
             prepare.prepare_pretrain(**keywords)
         (tmp_path / "out" / missing).write_bytes(whole)
     for damaged in ("{", "[]", '{"a": 1}'):
         (tmp_path / "out" / "arrow" / "manifest.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"manifest.json is damaged or of another program"):
+        with pytest.raises(UserError, match=r"manifest.json is damaged or from another program"):
             prepare.prepare_pretrain(**keywords)
 
 
@@ -290,7 +290,7 @@ def test_an_input_that_changes_while_it_is_read_is_told(change, monkeypatch, tok
         return done
 
     monkeypatch.setattr(prepare, "do_unit", do_and_change)
-    with pytest.raises(UserError, match=rf"{path} has .*while it was read"):
+    with pytest.raises(UserError, match=rf"{path} (changed|disappeared) while it was read"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -309,9 +309,9 @@ def test_shares_of_another_number_are_refused(inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
     with folders.locked((1, 2)):
-        with pytest.raises(RefusedError, match="another run is at work in .*shares-of-2.lock"):
+        with pytest.raises(RefusedError, match="another run is using .*shares-of-2.lock"):
             prepare.prepare_pretrain(**keywords, shard=(2, 3))
-        with pytest.raises(RefusedError, match="another run is at work in .*share-1-of-2.lock"):
+        with pytest.raises(RefusedError, match="another run is using .*share-1-of-2.lock"):
             prepare.prepare_pretrain(**keywords, shard=(1, 2))
         prepare.prepare_pretrain(**keywords, shard=(2, 2))
 
@@ -325,13 +325,13 @@ def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, t
     prepare.prepare_pretrain(**keywords)
     write_lines(path, [{"target": "new text"}])
     os.utime(path, ns=(later, later))
-    with pytest.raises(UserError, match="rows.jsonl has other content"):
+    with pytest.raises(UserError, match="rows.jsonl has different content"):
         prepare.prepare_pretrain(**keywords)
 
 
 def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
     with pytest.raises(RunError, match=rf"a: No space left.*about 7,000 bytes needed, [0-9,]+ free in {tmp_path};"):
-        with store.full_disk_told(tmp_path / "a", 7000):
+        with store.full_disk_reported(tmp_path / "a", 7000):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

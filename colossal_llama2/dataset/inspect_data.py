@@ -36,7 +36,7 @@ from colossal_llama2.terminal_text import visible, visible_line
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
-# Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
+# The columns with the categories of a sample's documents; older fine-tuning data has one category per sample.
 CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
 # Brightness differs as well, for those who tell colours apart less well.
@@ -74,7 +74,7 @@ def main(argv=None) -> None:
     args = data_flags.inspect_data_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
-        # A terminal that cannot show a character should say which it is, not end the report.
+        # A terminal that cannot show a character shows its code, instead of ending the report.
         sys.stdout.reconfigure(errors="backslashreplace")
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
@@ -83,7 +83,7 @@ def main(argv=None) -> None:
                 print(line)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader, such as `head`, has seen enough. Python would complain once more at its exit.
+            # The reader, such as `head`, has closed the pipe. Without this, Python reports it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -171,9 +171,9 @@ def count_categories(dataset) -> Counter | None:
 
 
 def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
-    """The documents of a sample, decoded. Without recorded borders the whole sample is one.
+    """The documents of a sample, decoded. Without recorded borders, the whole sample is one document.
 
-    Raises UserError if an id is not the tokenizer's or the borders do not fit the sample; `where` names the sample.
+    Raises UserError if the tokenizer lacks an id, or the borders do not fit the sample. `where` names the sample.
     """
     input_ids, labels = row[INPUT_IDS], row[LABELS]
     borders = row.get(DOCUMENT_LENGTHS) or [len(input_ids)]
@@ -210,8 +210,8 @@ def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> list[R
 
 
 def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
-    """The text of `ids`, its marks as <s> and </s>. Behind the mark that `opens` a document stands a dummy prefix."""
-    marks = {encoder.bos_id: "<s>", encoder.eos_id: "</s>"}
+    """The text of `ids` with its marks shown. After the mark that `opens` a document, a text has a dummy prefix."""
+    marks = {encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
     parts: list[str] = []
     start = 0
     for end in range(len(ids) + 1):

@@ -11,12 +11,13 @@ from colossal_llama2.storage.files import read_json
 def read_added_tokens(folder: Path, num_pieces: int) -> dict[str, int]:
     """The tokens that transformers adds beyond the `num_pieces` of SentencePiece, with their ids, in order of id.
 
-    Raises UserError if two files disagree about an id, or if the ids do not follow the pieces without a gap.
+    Raises:
+        UserError: two files disagree about an id, or the ids do not follow the pieces without a gap.
     """
     found: dict[str, int] = {}
     for token, index in _listed_added_tokens(folder):
         if index >= num_pieces and found.setdefault(token, index) != index:
-            raise UserError(f"{folder} gives the added token {token!r} the ids {found[token]} and {index}; keep one")
+            raise UserError(f"{folder} has two ids for the added token {token!r}: {found[token]} and {index}; keep one")
     found = dict(sorted(found.items(), key=lambda item: item[1]))
     if list(found.values()) != list(range(num_pieces, num_pieces + len(found))):
         raise UserError(

@@ -87,7 +87,7 @@ class SentencePieceEncoder:
 
     @cached_property
     def _continuation_processor(self):
-        """A second processor: whether a text is given SentencePiece's leading "▁" is a property of the loaded model."""
+        """A second processor, because the leading "▁" before a text is a property of the loaded model."""
         return load_processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
     def encode(self, texts: list[str], *, dummy_prefix: bool = True) -> list[list[int]]:
@@ -99,8 +99,8 @@ class SentencePieceEncoder:
             encode(["人工智能"])                      -> [[▁, 人工, 智能]]
             encode(["人工智能"], dummy_prefix=False)  -> [[人工, 智能]]
 
-        A lone surrogate in a text is not UTF-8 and raises UnicodeEncodeError. A text that `is_long` is encoded
-        in parts (see `parts`), which bounds the memory that SentencePiece takes beside the ids.
+        A lone surrogate in a text cannot be UTF-8 and raises UnicodeEncodeError. A text that `is_long` is encoded in
+        parts (see `safe_cuts`), which bounds the memory that SentencePiece uses beside the ids.
         """
         if not any(map(self.is_long, texts)):
             return self._encode(texts, dummy_prefix=dummy_prefix)
@@ -139,7 +139,7 @@ class SentencePieceEncoder:
     def bytes_of_tokens(self, text: str, ids: Sequence[int], *, dummy_prefix: bool = True) -> "np.ndarray":
         """(tokens,) int32: how many UTF-8 bytes of `text` each of its tokens stands for; they sum to all of them.
 
-        `ids` is what `encode` gives for the text and the same `dummy_prefix`. See `text_bytes`.
+        `ids` is what `encode` returns for the text and the same `dummy_prefix`. See `text_bytes`.
         """
         has_prefix = dummy_prefix and self._adds_prefix
         parts = (
@@ -156,7 +156,7 @@ class SentencePieceEncoder:
 
     @cached_property
     def _adds_prefix(self) -> bool:
-        """Whether the model puts "▁" before a text; any text that does not begin with one shows it."""
+        """Whether the model puts "▁" before a text, seen on a text that does not begin with a space."""
         return self._processor.id_to_piece(self._processor.encode("a")[0]).startswith("▁")
 
     def __reduce__(self):
@@ -164,7 +164,7 @@ class SentencePieceEncoder:
 
 
 def no_dummy_prefix() -> bytes:
-    """A message to append to a serialized model: protobuf merges the two, so only this one setting changes."""
+    """Bytes to append to a serialized model that turn off the leading "▁": protobuf merges the two messages."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
     return ModelProto(normalizer_spec=NormalizerSpec(add_dummy_prefix=False)).SerializeToString()

@@ -12,17 +12,22 @@ PAD_TOKENS = ("unk", "eos")
 
 
 def load_tokenizer(path: str | Path, *, pad_token: str = "unk"):
-    """The transformers tokenizer of a local folder or of a Hugging Face name, padding on the right.
+    """The transformers tokenizer of a local folder or a Hugging Face name. It pads on the right.
 
-    `pad_token` says which token pads: "unk" or "eos". A folder is read from disk alone, and code that comes with a
-    tokenizer is never run. Raises UserError if there is no tokenizer, or if it lacks the token that should pad.
+    A folder is read from disk only, and code that comes with a tokenizer is never run.
+
+    Args:
+        pad_token: the token that pads, "unk" or "eos".
+
+    Raises:
+        UserError: there is no tokenizer, or it lacks the token that should pad.
     """
     if pad_token not in PAD_TOKENS:
-        raise ValueError(f"pad_token is {pad_token!r}, one of {PAD_TOKENS} allowed")
+        raise ValueError(f"pad_token is {pad_token!r}; allowed are {PAD_TOKENS}")
     from transformers import AutoTokenizer
 
     is_folder = Path(path).is_dir()
-    # A Hugging Face name is NAME or OWNER/NAME; anything else can only be meant as a folder.
+    # A Hugging Face name is NAME or OWNER/NAME; anything else must be a folder.
     if not is_folder and (Path(path).exists() or Path(path).is_absolute() or len(Path(path).parts) > 2):
         raise UserError(f"{path} is not a folder; give the folder of a tokenizer, with tokenizer.model in it")
     if is_folder:
@@ -45,7 +50,7 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk"):
         )
     pad = getattr(tokenizer, f"{pad_token}_token")
     if pad is None:
-        raise UserError(f"the tokenizer of {path} has no {pad_token} token to pad with; give one that has")
+        raise UserError(f"the tokenizer of {path} has no {pad_token} token to pad with; give a tokenizer with one")
     tokenizer.pad_token = pad
     return tokenizer
 
@@ -56,5 +61,5 @@ def load_fast(path: str | Path):
 
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library knows no other class
-        raise UserError(f"{path} cannot be read ({error}); copy it again from where the tokenizer comes from")
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path} cannot be read ({error}); copy it again from the original tokenizer")

@@ -1,13 +1,13 @@
-"""From folders of jsonl to bins of samples: the body of prepare_pretrain_dataset.py and prepare_sft_dataset.py.
+"""Prepare data, from folders of jsonl to bins of samples: prepare_pretrain_dataset.py and prepare_sft_dataset.py.
 
-    plan       input files -> units of work (`plan`)
-    units      each read, checked, tokenized, cut and written to the cache (`units`), by all workers
-    deal       the pieces of all units to bins (`dealing`), by their lengths alone
-    bins       each spliced and written as arrow and jsonl (`bins`), by all workers
-    manifest   the account of every token, checked (`account`, `manifest`); then the folders get their names (`output`)
+    plan       divide the input files into units of work (`data_files`)
+    units      read, check, tokenize and cut each unit, and write it to the cache (`tokenize_unit`), in all workers
+    deal       assign the pieces of all units to bins (`assign_bins`), by their lengths alone
+    bins       splice each bin, and write it as arrow and jsonl (`bins`), in all workers
+    manifest   check the counts of every token (`token_ledger`), write `manifest`, rename the folders (`output_folder`)
 
-Every step leaves whole files, so a run that is killed goes on where it stopped. The output depends on the input, the
-settings and the tokenizer alone: not on the number of workers, the machine, or how often the run was killed.
+Every step writes complete files, so a run that was killed continues where it stopped. The output depends only on the
+input, the settings and the tokenizer: not on the number of workers, the machine, or how often the run was killed.
 """
 
 import os
@@ -44,7 +44,7 @@ from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import show
 
-# The name by which transformers finds it in a tokenizer's folder.
+# The name under which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -52,25 +52,28 @@ def prepare_pretrain(**flags: Any) -> None:
     """Tokenize {"source", "target", "category"} records and splice them into samples of at most `max_length` tokens.
 
     Takes the flags of prepare_pretrain_dataset.py as keywords. Writes arrow folders part-00000, ... with the columns of
-    `bins`, part-00000.jsonl, ... and manifest.json, and prints where every token went. Raises UserError for anything
-    wrong with flags, folders or records, after which nothing is left behind, and RunError for a full disk, a killed
-    worker or an account that does not balance, after which the same command goes on; and for input files that could not
-    be read to their end, if `on_bad_row` is "skip" and `on_bad_file` is not, after which the output is there.
+    `columns`, part-00000.jsonl, ... and manifest.json, and prints what became of every token.
+
+    Raises:
+        UserError: something is wrong with flags, folders or records. Nothing is left behind.
+        RunError: the disk is full, a worker was killed or token counts do not balance; the same command continues. Or,
+            with `on_bad_row` "skip" and `on_bad_file` "fail", input files could not be read to their end; the output
+            is complete apart from them.
     """
     prepare(PrepareConfig(stage="pretrain", **{"splicing": "best_fit", "overlong": "split", **flags}))
 
 
 def prepare_sft(**flags: Any) -> None:
-    """Tokenize conversations, one a sample of at most `max_length` tokens unless `splicing` joins them.
+    """Tokenize conversations, one per sample of at most `max_length` tokens unless `splicing` joins them.
 
-    As `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`; and
-    chat_template.jinja beside the manifest.
+    Like `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`; and
+    with chat_template.jinja beside the manifest.
     """
     prepare(PrepareConfig(stage="sft", **{"splicing": "none", "overlong": "truncate", **flags}))
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Prepare data as `prepare_pretrain` and `prepare_sft` do, which see for the errors raised."""
+    """Run one prepare command. Raises the errors of `prepare_pretrain`."""
     encoder = load_encoder(config.tokenizer_dir)
     has_prefix = config.stage == "sft" and puts_prefix_after_marks(config.tokenizer_dir)
     settings = config.settings(prefix_after_marks=has_prefix)
@@ -111,13 +114,13 @@ def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: 
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / WORK_PLAN_FILE) == content)
     show(accounts.tables(written))
-    logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
+    logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, and has the same input and settings")
     report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
 
 @dataclass
 class _Run:
-    """One command at work in its folders."""
+    """One command with its folders locked."""
 
     settings: Settings
     execution: Execution
@@ -132,13 +135,13 @@ class _Run:
 
     @property
     def files(self) -> list[InputFile]:
-        """The files that are read."""
+        """The files to read."""
         return self.inputs.files
 
     def go(self, content: dict[str, Any]) -> None:
-        """Do all that is not done yet."""
+        """Do everything that is not done yet."""
         if manifest.begin_or_continue(self.folders, content) and not self.execution.shard:
-            logs.get_logger().info(f"going on with the unfinished run in {self.folders.cache}")
+            logs.get_logger().info(f"continuing the unfinished run in {self.folders.cache}")
         if not self.execution.shard:
             self._remove_leftovers()
         if not self.folders.is_being_published:
@@ -146,7 +149,7 @@ class _Run:
             self._do_units(encoder)
             missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
             if missing:
-                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
+                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not done yet")
                 return
         with self.folders.finishing() as is_ours:
             if not is_ours:
@@ -161,7 +164,7 @@ class _Run:
             logs.get_logger().info(f"removed {count:,} half-written files and folders of an earlier run")
 
     def _do_units(self, encoder: type[Encoder]) -> None:
-        """Do this share of the units."""
+        """Do the units of this share that are not done yet."""
         number, shares = self.execution.shard or (1, 1)
         own = [unit for unit in self.units if unit.number % shares == number - 1]
         waiting = [unit for unit in own if not is_done(self.folders.cache, unit)]
@@ -194,7 +197,7 @@ class _Run:
         )
 
     def _finish(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Write the bins and the manifest, give the folders their names, print the account, and return the manifest."""
+        """Write the bins and the manifest, rename the folders, print the token counts, and return the manifest."""
         if self.folders.is_being_published:
             written = store.read_json_or_none(self.folders.arrow / DATA_MANIFEST_FILE)
         else:
@@ -209,7 +212,7 @@ class _Run:
         return written
 
     def _write(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Write the bins, what lies beside them, and last the manifest, which is returned."""
+        """Write the bins, the files beside them, and last the manifest. Returns the manifest."""
         if self.execution.shard:
             self._remove_leftovers()
         manifest.check_unchanged(self.files)
@@ -218,7 +221,7 @@ class _Run:
         self._check_enough(account, lost)
         bins = self._write_bins()
         if self.execution.executor == "ray":
-            # Of workers that were lost, whose tasks others have done.
+            # Left by workers that were lost; others have done their tasks.
             self.folders.remove_leftovers()
         kept = Tally(trained=sum(entry["trained"] for entry in bins))
         kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
@@ -243,7 +246,7 @@ class _Run:
         return whole
 
     def _collect(self) -> tuple[Account, dict[int, str], list[LostFile]]:
-        """The accounts of all units together, the hash of each file, and files that were not read to their end."""
+        """The sum of the counts of all units, the hash of each file, and the files that were not read to their end."""
         account, hashes, lost = Account(), {}, list(self.inputs.lost)
         for unit in self.units:
             path = unit_file(self.folders.cache, unit, "json")
@@ -255,12 +258,12 @@ class _Run:
         return account, hashes, lost
 
     def _check_enough(self, account: Account, lost: Sequence[LostFile]) -> None:
-        """Raise UserError unless each bin, and eval, gets a piece."""
+        """Raise UserError unless every bin, and eval, gets at least one piece."""
         total, num_bins = account.total(), self.settings.num_bins
         if self.settings.has_eval and not total.held_out_pieces:
             raise UserError(
                 f"--eval_fraction {self.settings.eval_fraction} holds out none of {total.documents:,} documents; "
-                "give a larger one, or 0"
+                "give a larger fraction, or 0"
             )
         pieces = total.pieces - total.held_out_pieces
         if pieces >= num_bins:
@@ -283,7 +286,7 @@ class _Run:
         )
 
     def _cure(self, dropped: Mapping[str, Any]) -> str:
-        """What to give where no record gave a sample."""
+        """The cure if no record gave a sample."""
         if dropped.keys().isdisjoint((FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG)):
             return "give folders with usable records"
         least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
@@ -293,7 +296,7 @@ class _Run:
         )
 
     def _write_bins(self) -> list[dict[str, Any]]:
-        """Write the bins that are not written yet; returns the accounts of all."""
+        """Write the bins that are not written yet. Returns the counts of all bins."""
         categories, sources = deal_units(
             self.units,
             self.files,
@@ -327,7 +330,7 @@ class _Run:
         )
 
     def _lines_before_units(self) -> Iterator[tuple[Unit, int]]:
-        """Each unit, and how many lines of its file the units before it have: 0 for a unit of whole files."""
+        """Yield each unit, and how many lines of its file are in earlier units: 0 for a unit of whole files."""
         lines: dict[int, int] = {}
         for unit in self.units:
             (file, _, stop), *_ = unit.spans
@@ -347,7 +350,7 @@ class _Run:
         )
 
     def _write_chat_template(self) -> None:
-        """Put the template of conversations beside them, for copying into the folder of a trained model."""
+        """Write the chat template, to be copied into the folder of a trained model."""
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
                 settings = self.settings

@@ -1,7 +1,7 @@
 """A checked record to `input_ids` and `labels`, for pre-training and for fine-tuning.
 
-Marks are added as ids, and each stretch of text with a mask of its own is encoded by itself, so that no token spans a
-border of the mask. Rows come in batches, because the encoder is fastest that way.
+Marks are added as ids. Each stretch of text with its own mask is encoded separately, so that no token crosses a border
+of the mask. Rows come in batches, with which the encoder is fastest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -39,17 +39,17 @@ MASKED_DOCUMENTS = "documents masked by a loss mark"
 
 
 class Drop(NamedTuple):
-    """`tokens` of one record that go into no sample, and why."""
+    """`tokens` of one record that go into no sample, and the reason."""
 
     reason: str
     tokens: int
 
 
 class Tokenized(NamedTuple):
-    """One record as tokens. `input_ids` and `labels` are equally long, and empty if the whole record is dropped.
+    """One record as tokens. `input_ids` and `labels` have the same length, and are empty if the record is dropped.
 
-    `exchanges` of a conversation, the leading ones, are in them.
-    Those of a long pre-training document are (tokens,) int32 arrays, which take a tenth of the memory of lists.
+    For a conversation, they hold the leading `exchanges`. For a long pre-training document they are (tokens,) int32
+    arrays, which take a tenth of the memory of lists.
     """
 
     input_ids: Sequence[int]
@@ -62,7 +62,7 @@ class Tokenized(NamedTuple):
 def tokenize_pretrain(
     rows: Sequence[PretrainRow], *, encoder: Encoder, batch_characters: int = BATCH_CHARACTERS
 ) -> list[Tokenized]:
-    """Each row as <s> + source + target + </s>, however long: fitting it into samples is the work of `splicing`.
+    """Each row as <s> + source + target + </s>, of any length: `document_pieces` cuts it later.
 
     Labels are the ids; with a source, <s> and the source are -100. A row that a loss mark masks is dropped.
     """
@@ -80,7 +80,7 @@ def tokenize_pretrain(
             input_ids = [*source, *continuations[row.target], encoder.eos_id]
             labels = [IGNORE_INDEX] * len(source) + input_ids[len(source) :]
         else:
-            # No copy: nobody changes either.
+            # Not a copy, because neither is changed.
             labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
         tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
     return [_dropped(tokens) if row.is_masked else tokens for row, tokens in zip(rows, tokenized, strict=True)]
@@ -91,7 +91,7 @@ def _dropped(tokens: Tokenized) -> Tokenized:
 
 
 def _long_ids_and_labels(row: PretrainRow, *, encoder: Encoder) -> tuple["np.ndarray", "np.ndarray"]:
-    """The ids and labels of a row, as (tokens,) int32 arrays, or one array where all is trained."""
+    """The ids and labels of a row, as (tokens,) int32 arrays; the same array if everything is trained."""
     import numpy as np
 
     marks = [np.array([mark], np.int32) for mark in (encoder.bos_id, encoder.eos_id)]
@@ -105,14 +105,14 @@ def _long_ids_and_labels(row: PretrainRow, *, encoder: Encoder) -> tuple["np.nda
 
 
 def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder: Encoder) -> "np.ndarray":
-    """(tokens,) int32: the UTF-8 bytes of the target that each token of a row of `tokenize_pretrain` stands for.
+    """(tokens,) int32: the UTF-8 bytes of the target that each token of a row from `tokenize_pretrain` stands for.
 
-    They sum to those of the target; marks and the source have none.
+    They sum to the size of the target; marks and the source count 0.
     """
     import numpy as np
 
     sizes = np.zeros(len(tokens.input_ids), np.int32)
-    # Behind <s>, or behind <s> and the source, which are masked.
+    # After <s>, or after <s> and the source, which are masked.
     start = int(np.count_nonzero(np.asarray(tokens.labels) == IGNORE_INDEX)) if row.source else 1
     ids = tokens.input_ids[start:-1]
     sizes[start:-1] = encoder.bytes_of_tokens(row.target, ids, dummy_prefix=not row.source)
@@ -129,11 +129,11 @@ def tokenize_sft(
 ) -> list[Tokenized]:
     """Each conversation as one sample of at most `max_length` tokens, by the template of `conversation`.
 
-    `prefix_after_marks` gives each text a leading "▁" of its own, as the folder's tokenizer does in transformers (see
-    `Encoder.puts_prefix_after_marks`); otherwise the first alone has one.
+    With `prefix_after_marks`, each text is encoded with its own prefix, as the tokenizer does in transformers (see
+    `Encoder.puts_prefix_after_marks`); otherwise only the first one is.
 
-    Whole leading exchanges are kept while they fit. What is left out is told in `drops`: exchanges that do not fit,
-    closing messages without an answer, and whole conversations of which no trained answer remains.
+    Whole leading exchanges are kept while they fit. `drops` lists the rest: exchanges that do not fit, closing messages
+    without an answer, and whole conversations without a trained answer that fits.
     """
     plans = [_exchange_segments(row.conversation) for row in rows]
     texts = [[segment.text for exchange in plan for segment in exchange] for plan in plans]
@@ -152,7 +152,7 @@ def tokenize_sft(
 
 
 def smallest_exchange(encoder: Encoder, *, prefix_after_marks: bool) -> int:
-    """Tokens of a conversation of two empty messages with the template's own system text."""
+    """The number of tokens of two empty messages with the template's own system text."""
     empty = read_conversation([Turn("human", ""), Turn("assistant", "")])
     row = SftRow(empty, NO_CATEGORY_SFT, "")
     (tokens,) = tokenize_sft([row], encoder=encoder, max_length=2**20, prefix_after_marks=prefix_after_marks)
@@ -160,7 +160,7 @@ def smallest_exchange(encoder: Encoder, *, prefix_after_marks: bool) -> int:
 
 
 def _exchange_segments(conversation: Conversation) -> list[list[Segment]]:
-    """One list of segments per exchange; the unanswered messages, if any, make the last one."""
+    """One list of segments per exchange; unanswered messages, if there are any, are the last list."""
     groups = [*conversation.exchanges, *([conversation.unanswered] if conversation.unanswered else [])]
     openings = [opening_text(conversation), *[""] * (len(groups) - 1)]
     return [message_segments(group, opening=opening) for group, opening in zip(groups, openings, strict=True)]
@@ -174,19 +174,19 @@ class _Encoded(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """With the marks around it."""
+        """Including the marks around it."""
         return len(self.ids) + 2 * self.segment.is_marked
 
 
 def _keep_what_fits(
     exchanges: Sequence[Sequence[_Encoded]], *, is_trained: Sequence[bool], max_length: int, encoder: Encoder
 ) -> Tokenized:
-    """Join leading exchanges up to `max_length`, if one of them is trained. No others become lists of tokens.
+    """Join leading exchanges up to `max_length`, if one of them is trained. Only these become lists of tokens.
 
-    `is_trained` is of the answers; exchanges beyond their number have none.
+    `is_trained` has an entry per answer; exchanges beyond that number have no answer.
     """
     lengths = [sum(encoded.num_tokens for encoded in exchange) for exchange in exchanges]
-    # The <s> in front of everything.
+    # The <s> before everything.
     lengths[0] += 1
     num_answered = len(is_trained)
     kept = total = 0
@@ -207,7 +207,7 @@ def _keep_what_fits(
 
 
 def _joined(segments: Iterable[_Encoded], *, encoder: Encoder) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation's segments; the mask follows `is_trained`, never the marks."""
+    """Ids and labels of a conversation's segments. The mask is from `is_trained`."""
     input_ids, labels = [encoder.bos_id], [IGNORE_INDEX]
     for ids, segment in segments:
         spoken = ids if isinstance(ids, list) else ids.tolist()
@@ -243,7 +243,7 @@ def decode_marked(ids: Sequence[int], *, encoder: Encoder) -> str:
 
 
 def decode_trained(labels: Sequence[int], *, encoder: Encoder) -> list[str]:
-    """The text of each run of trained labels, with the marks shown: what the model learns to say, turn by turn."""
+    """The text of each run of trained labels, with the marks shown: what the model learns to produce, turn by turn."""
     runs = groupby(map(int, labels), key=lambda label: label != IGNORE_INDEX)
     return [decode_marked(list(run), encoder=encoder) for is_trained, run in runs if is_trained]
 
@@ -251,7 +251,7 @@ def decode_trained(labels: Sequence[int], *, encoder: Encoder) -> list[str]:
 def _encode_each(
     texts: Iterable[str], *, encoder: Encoder, dummy_prefix: bool, batch_characters: int
 ) -> dict[str, Sequence[int]]:
-    """Text to ids, each distinct text encoded once: names and system texts recur in every conversation.
+    """A mapping of texts to ids. Each distinct text is encoded once: names and system texts recur in conversations.
 
     The ids of a long text are an array, and so are those of all texts if they exceed `batch_characters` together, as
     in a conversation that is far larger than a batch.

@@ -94,7 +94,7 @@ class PieceWriter:
                 from the first token of the file.
         """
         written = [coded[start:stop] for start, stop in _stretches(pieces)]
-        with store.full_disk_told(self._path, self._needed_bytes):
+        with store.full_disk_reported(self._path, self._needed_bytes):
             for tokens in written:
                 self._tokens_file.write(tokens.data)
         pieces["offset"] = self.tokens + np.cumsum(pieces["length"], dtype=np.int64) - pieces["length"]

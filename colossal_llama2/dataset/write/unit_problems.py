@@ -11,8 +11,8 @@ from colossal_llama2.dataset.write.records import CONVERSATIONS
 from colossal_llama2.errors import UserError
 
 CORRECT_HINT = "; correct or remove the line"
-SKIP_HINT = ", or go on without such lines by --on_bad_row skip"
-SKIP_FILE_HINT = ", or go on without the rest of such files by --on_bad_file skip"
+SKIP_HINT = ", or skip such lines with --on_bad_row skip"
+SKIP_FILE_HINT = ", or skip the rest of such files with --on_bad_file skip"
 
 
 class UnitProblems:
