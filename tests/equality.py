@@ -448,39 +448,45 @@ def print_row(cells: list[str]) -> None:
     print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
 
 
-PAGE = """# Training is the same mathematics under every plugin and option
+PAGE = """# Training is the same under every plugin and option
 
-Written by `python -m tests.equality --output docs/equality.md`: {steps} optimizer steps of {batch} samples of real text
-with a LLaMA of two layers, on two to four CPU ranks, against a plain PyTorch loop on one. Loss and norm (of the
-gradient, before clipping) are the largest relative difference of any step; weights are the norm of the difference of
-the final weights over the norm of the weights; behind the slash is what is allowed. First moment: of Adam after step
-1, over what clipping lets through to it, 1 if it is right; "-" where ranks hold parts of it twice. The loss is computed
-by blocks of the vocabulary unless the row says "with logits"; "documents" are spliced samples, compared with their
-documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, in which a model made to look
-{far_distance:,} tokens back repeats the token from there. Gemini's models are cut in at least eight chunks, each
-spread over the ranks. The learning rate is {lr:g}, for vocabulary {odd} {odd_lr:.1g}: with that model and the higher
-rate a difference of rounding alone grows to 1e-5 between two plain loops.
+Written by `python -m tests.equality --output docs/equality.md`. Each row is a run of {steps} optimizer steps of {batch}
+samples of real text, with a LLaMA of two layers on two to four CPU ranks. It is compared with a plain PyTorch loop in
+one process.
 
-In float32 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16 it is twice the largest gap between the plain
-loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, with layers
-that add up rounded halves, with both, and with fused attention, which does not round the scores as the plain loop's
-does; 1e-2 for weights, if that is more. {equal} of {count} configurations are equal.
+| column | meaning |
+|---|---|
+| loss, norm | largest relative difference of any step; the norm is that of the gradient before clipping |
+| weights | norm of the difference of the final weights, divided by the norm of the weights |
+| allowed | the value behind the slash |
+| first moment | Adam's after step 1, divided by what clipping lets through; 1 is right; "-" if ranks hold parts twice |
+
+The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared with their documents
+one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens: a model that looks back
+{far_distance:,} tokens repeats the token from there. Gemini's models are divided into at least eight chunks, each
+spread over the ranks. The learning rate is {lr:g}. For vocabulary {odd} it is {odd_lr:.1g}, because with that model
+rounding alone grows to a difference of 1e-5 between two plain loops at the higher rate.
+
+In float32, 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16, twice the largest difference between plain
+loops that differ only in rounding is allowed, and for weights at least 1e-2. These loops process halves, quarters and
+single samples of the batches, sum rounded halves in each layer, do both, or use fused attention, which does not round
+the scores. {equal} of {count} configurations are equal.
 {narrow}
 {table}
 ## Positions in bf16 and fp16
 
-ColossalAI's plugins cast a model's rotary frequencies with its weights, to bf16 with an error of up to 3.7e-3 of their
-value, and train at other positions than those of the exported model, which transformers loads with float32
-frequencies. So do all runs of ColossalAI's own scripts in bf16 or fp16. Short samples hardly show it; over distances of
-thousands of tokens it matters. Here the frequencies stay in float32 (`unrounded_buffers` in
-`engine/patches/bug_fixes.py`). Without it all 18 bf16 rows "far" are 0.98 apart in the loss and 0.47 in the norm,
-since the attention finds other tokens; with it, 6.6e-4 and 5.0e-4 at most
-(`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers`). A run resumed from a checkpoint of an
-earlier version of this code, trained at rounded positions, goes on at exact ones.
+ColossalAI's plugins convert a model's rotary frequencies together with its weights. In bf16 their error is up to 3.7e-3
+of their value, so the model trains at other positions than transformers uses, which loads the exported model with
+float32 frequencies. All runs of ColossalAI's own scripts in bf16 or fp16 have this problem. It hardly shows in short
+samples, but it matters over distances of thousands of tokens. Here the frequencies stay in float32 (the patch
+`unrounded_buffers`). Without it, all 18 bf16 rows "far" differ by 0.98 in the loss and 0.47 in the norm, because the
+attention finds other tokens. With it, they differ by at most 6.6e-4 and 5.0e-4
+(`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers`). A run resumed from a checkpoint that an
+older version of this code trained at rounded positions continues at exact ones.
 
 ## Refused before training starts
 
-Run all the same, this comes of them:
+These combinations are refused. Without the refusal, this happens:
 
 {refused}"""
 
@@ -491,7 +497,7 @@ def told_by_halves(rows: list[Row]) -> str:
     if not narrow:
         return ""
     passing, outside = ([row for row in narrow if row.gap.within(row.narrow) == good] for good in (True, False))
-    text = f"Twice the gap of halves alone would let {len(passing)} of the {len(narrow)} bf16 rows pass"
+    text = f"Twice the difference of halves alone would let {len(passing)} of the {len(narrow)} bf16 rows pass"
     if outside:
         worst = {
             name: max(getattr(row.gap, name) / getattr(row.narrow, name) for row in outside)
@@ -501,7 +507,7 @@ def told_by_halves(rows: list[Row]) -> str:
         # The fewer are named.
         names, others = ("; ".join(row.case.name for row in part) for part in (passing, outside))
         text += f" ({names})" if passing and len(passing) < len(outside) else ""
-        text += f"; the others are at most so many times over it: {figures}"
+        text += f"; the others exceed it by a factor of at most: {figures}"
         text += f" ({others})" if len(outside) <= len(passing) else ""
     return "\n" + textwrap.fill(text + ".", 118) + "\n"
 
