@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import launcher, logs
-from tests import preparing, tiny
+from tests import fork_server, preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +55,16 @@ def run_script():
     def run(script: str, *arguments, cwd: Path = ROOT, timeout: float = 120, env=None) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_forked():
+    """The same in a fork of a process that has imported the libraries: for what does not depend on their import."""
+
+    def run(script: str, *arguments, cwd: Path = ROOT, timeout: float = 120, env=None) -> subprocess.CompletedProcess:
+        return fork_server.run([ROOT / script, *arguments], cwd=cwd, timeout=timeout, env=env)
 
     return run
 

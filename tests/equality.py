@@ -5,10 +5,10 @@
     python -m tests.equality --output docs/equality.md    what it finds as a page too
     python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of bug_fixes.py
 
-Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
-compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
-norm of the difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over
-what clipping should have let through to it. One option is varied at a time.
+Each row is one training command on real text, run by the real scripts' code (train_worker.py). It is compared with
+reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the norm of the
+difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over what clipping
+should have let through to it. One option is varied at a time.
 
 Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the largest gap between the plain loop and plain loops that
 differ in rounding alone, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
@@ -177,7 +177,7 @@ REFUSED = {
     ),
 }
 REFUSED_SECONDS = 90
-CASES_PER_LAUNCH = 16
+ROWS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -367,11 +367,11 @@ def compare(case: Case, job: Job, references: References) -> Row:
 
 
 def launches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
-    """Yield (ranks, cases that share a process group), so few at a time that rows appear now and then."""
+    """Yield (ranks, cases), so few at a time that rows appear now and then."""
     for ranks in sorted({case.layout.ranks for case in cases}):
         chosen = [case for case in cases if case.layout.ranks == ranks]
-        for start in range(0, len(chosen), CASES_PER_LAUNCH):
-            yield ranks, chosen[start : start + CASES_PER_LAUNCH]
+        for start in range(0, len(chosen), ROWS_AT_A_TIME):
+            yield ranks, chosen[start : start + ROWS_AT_A_TIME]
 
 
 def run_cases(
@@ -391,7 +391,7 @@ def run_cases(
         home = folder / f"launch-{number}"
         home.mkdir()
         specs = [case.spec(home, models, parts, unrepaired) for case in chosen]
-        launching.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
+        launching.launch(home, specs, ranks=ranks, timeout=600)
         for case, spec in zip(chosen, specs, strict=True):
             rows.append(compare(case, training_jobs.finished(home, spec), references))
             print_row(rows[-1].cells())
@@ -409,7 +409,7 @@ def why_refused(
     """What comes of a command that is refused, when it is run all the same."""
     spec = case.spec(home, models, parts)
     try:
-        process = launching.attempt(home, [spec], ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
+        process = launching.attempt(home, spec, ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
     except subprocess.TimeoutExpired:
         return f"had not ended after {REFUSED_SECONDS} s"
     if process.returncode:

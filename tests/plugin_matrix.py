@@ -130,7 +130,7 @@ def run(folder: Path, layouts: list[str], models: list[str], readers: list[str] 
                 name = f"{model} {writer} resumed by {reader}"
                 flags = [*LAYOUTS[reader], "--load_checkpoint", saved]
                 specs.append(spec(name, folder / "runs" / name, made[model], parts, flags))
-    launching.launch(folder, specs, timeout=60 + 20 * len(specs))
+    launching.launch(folder, specs)
     for one in specs:
         cells += _judged(folder, one["name"], json.loads((folder / f"{one['name']}.json").read_text())["error"])
     return cells

@@ -527,7 +527,7 @@ def test_sums_are_scattered_as_gloo_would(gloo_group):
 
 
 def test_three_ranks_scatter_sums_and_gather(tmp_path):
-    done = launching.attempt(tmp_path, [], worker="collectives_worker.py", ranks=3, timeout=100)
+    done = launching.attempt(tmp_path, {"name": "all"}, worker="collectives_worker.py", ranks=3, timeout=100)
     assert done.returncode == 0, done.stderr
 
 

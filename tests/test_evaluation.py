@@ -207,9 +207,9 @@ def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
     assert known == pytest.approx(bits_per_byte.figure(prepared / "eval", model, processor), rel=1e-6)
 
 
-def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepared, model_dir, tmp_path):
+def test_flags_that_cannot_be_used_are_told(run_forked, assert_user_error, prepared, model_dir, tmp_path):
     flags = ["--pretrained", model_dir, "--dataset", prepared, "--save_dir", tmp_path / "ckpt"]
-    process = run_script(
+    process = run_forked(
         "train.py",
         *flags,
         "--eval_dataset",
@@ -222,6 +222,6 @@ def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepa
     )
     words = ("en=nowhere: holds no prepared samples", "two are called en", "--forgetting_alarm zh: there is no")
     assert_user_error(process, *words)
-    assert_user_error(run_script("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")
-    assert_user_error(run_script("train.py", *flags, "--eval_dataset", "x", cwd=tmp_path), "NAME=PATH allowed")
+    assert_user_error(run_forked("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")
+    assert_user_error(run_forked("train.py", *flags, "--eval_dataset", "x", cwd=tmp_path), "NAME=PATH allowed")
     assert not (tmp_path / "ckpt").exists()

@@ -97,14 +97,14 @@ def ends(tmp_path_factory, views):
         words = flags_in(folder / name, *flags)
         return {"name": name, "script": "train.py", "flags": words, "views": str(views / seen), **more}
 
-    launching.launch(folder, [spec("whole", *ZERO2)], worker="resume_worker.py", timeout=200)
+    launching.launch(folder, [spec("whole", *ZERO2)], worker="resume_worker.py")
     checkpoint = folder / "whole" / "ckpt" / "epoch-0_step-4"
     specs = [spec(name, *ZERO2, seen=name) for name in INPUTS]
     for name in DAMAGES:
         seen = damaged_views(folder / "views" / name, views, checkpoint, name)
         specs.append(spec(name, *ZERO2, "--num_epochs", 3, "--load_checkpoint", "checkpoint", seen=seen))
     specs += [spec(f"save_{kind}", *PIPELINE, fault=kind) for kind in ("index", "folder", "slow")]
-    launching.launch(folder, specs, worker="resume_worker.py", timeout=400)
+    launching.launch(folder, specs, worker="resume_worker.py")
     return {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text())["ranks"] for spec in specs}
 
 

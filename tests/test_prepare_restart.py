@@ -239,15 +239,15 @@ def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp
 
 
 def test_finished_output_is_said_and_other_settings_are_refused(
-    run_script, assert_user_error, inputs, tokenizer_dir, tmp_path
+    run_forked, assert_user_error, inputs, tokenizer_dir, tmp_path
 ):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
-    first = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    first = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     before = contents(tmp_path / "out")
-    again = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    again = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
-    other = run_script("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
+    other = run_forked("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
     assert_user_error(other, "exists already, made of something else: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
 

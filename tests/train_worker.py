@@ -1,9 +1,9 @@
-"""One rank of a test job: runs many training commands in one process group, since a launch costs seconds.
+"""One rank of a training command of a test, with changes and observations that no flag offers.
 
-    torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
+    torchrun --standalone --nproc_per_node 2 tests/train_worker.py NAME.job
 
-JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
-or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and what `noting_steps` notes.
+NAME.job is JSON. The command is parsed and run as its script would; rank 0 writes <name>.json with "error" (null, or
+the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and what `noting_steps` notes.
 A job has "name", "script", "flags", and may have
     moments             true: note the norm of Adam's first moment after step 1, and what steps do
     noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
@@ -256,21 +256,22 @@ def run_job(job: dict) -> dict:
 
 
 def main() -> None:
-    jobs_path = Path(sys.argv[1])
+    """Run the job that the command line names."""
+    path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
     with mock.patch.object(bug_fixes, "install", repair_and_remember):
         launch(seed=1024)
-    for job in json.loads(jobs_path.read_text()):
-        logs.get_logger().info("### %s", job["name"])
-        try:
-            result = run_job(job)
-        except BaseException:
-            # The other ranks may be waiting for this one, which must not wait for them in turn.
-            traceback.print_exc()
-            os._exit(1)
-        if logs.is_first_rank():
-            jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+    job = json.loads(path.read_text())
+    try:
+        result = run_job(job)
+    except BaseException:
+        # The other ranks may be waiting for this one, which must not wait for them in turn.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if logs.is_first_rank():
+        path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()
 
 
