@@ -527,7 +527,7 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
     assert not tried
 
 
-def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_forked):
+def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_script):
     edit(folder / "config.json", num_hidden_layers=10**9)
     code = (
         "import sys\nfrom colossal_llama2.cli import train_flags\n"
@@ -538,7 +538,7 @@ def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_forked):
     )
     script = tmp_path / "check.py"
     script.write_text(code)
-    process = run_forked(
+    process = run_script(
         str(script), "--pretrained", folder, "--dataset", tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()}
     )
     assert process.returncode == 0, process.stderr

@@ -120,11 +120,11 @@ def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path
     assert re.search(r"documents +94 +2 empty lines skipped", table)
 
 
-def test_two_runs_write_the_same_bytes(run_forked, corpus, tokenizer_dir, tmp_path):
+def test_two_runs_write_the_same_bytes(run_script, corpus, tokenizer_dir, tmp_path):
     for name in ("1", "2"):
         keywords = settings([corpus / "en"], tokenizer_dir, tmp_path / name, bins=7)
         environment = {**os.environ, "PYTHONHASHSEED": name}
-        done = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path, env=environment)
+        done = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
     first, second = contents(tmp_path / "1"), contents(tmp_path / "2")
     assert len(first) >= 28 and first == second
