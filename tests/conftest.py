@@ -11,6 +11,33 @@ from colossal_llama2 import launcher, logs
 from tests import fork_server, preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+# Fixtures that launch training or start processes which import PyTorch: whatever uses one is slow.
+SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start"}
+# Two files run at a time, so the longest begin first.
+LONGEST_FIRST = (
+    "test_training",
+    "test_readme",
+    "test_resume",
+    "test_stopping",
+    "test_faults",
+    "test_evaluation",
+    "test_loss",
+    "test_one_rank",
+    "test_train_commands",
+    "test_prepare_ray",
+    "test_plugin_matrix",
+    "test_reporting",
+    "test_selftest",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow by its fixtures, and put the files of LONGEST_FIRST at the front."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)

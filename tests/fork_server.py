@@ -34,7 +34,7 @@ FIXED = {
 # Imported by commands while they run.
 LATE_IMPORTS = (
     "colossalai.legacy",
-    "colossal_llama2.dataset.prepare",
+    "colossal_llama2.dataset.write.prepare",
     "colossal_llama2.inference.generation",
     "colossal_llama2.model.init_model",
     "colossal_llama2.tokenizer.init_tokenizer",

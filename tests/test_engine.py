@@ -516,6 +516,7 @@ def test_sums_are_scattered_as_gloo_would(gloo_group):
     assert torch.equal(target, source.flatten())
 
 
+@pytest.mark.slow
 def test_three_ranks_scatter_sums_and_gather(tmp_path):
     done = launching.attempt(tmp_path, {"name": "all"}, worker="collectives_worker.py", ranks=3, timeout=100)
     assert done.returncode == 0, done.stderr

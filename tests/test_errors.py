@@ -69,6 +69,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error, code, said",
     [

@@ -124,6 +124,7 @@ def test_a_stage_that_cannot_write_its_index_ends_the_save_on_both(ends, kind):
     assert "(rank 1 on " in error and "earlier checkpoints are whole" in error
 
 
+@pytest.mark.slow
 def test_it_is_one_line_and_a_mistake_of_the_user(views, tmp_path):
     words = [sys.executable, str(ROOT / "train.py"), *flags_in(tmp_path, *ZERO2)]
     command = [*TORCHRUN, "--no-python", "bash", "-c", 'cd "$0/rank-$RANK" && exec "$@"', str(views / "data"), *words]

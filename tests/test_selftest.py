@@ -15,6 +15,7 @@ def run(tmp_path, *flags, code=None):
     return fork_server.run(command, ranks=2, cwd=tmp_path, timeout=600)
 
 
+@pytest.mark.slow
 def test_training_is_proven_and_nothing_is_left(tmp_path):
     flags = ["--plugin", "3d", "--tp", "2", "--zero", "0", "--mixed_precision", "fp32", "--accumulation_steps", "2"]
     done = run(tmp_path, *flags)
@@ -33,6 +34,7 @@ selftest.main()
 """
 
 
+@pytest.mark.slow
 def test_a_fault_of_training_is_found(tmp_path):
     done = run(tmp_path, "--plugin", "zero2", "--mixed_precision", "fp32", "--gradient_clipping", "0.1", code=BROKEN)
     assert done.returncode != 0 and "final weights, norm of the difference" in done.stderr
@@ -40,6 +42,7 @@ def test_a_fault_of_training_is_found(tmp_path):
     assert (tmp_path / "work" / "whole").is_dir()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_refused(tmp_path, assert_user_error):
     def alone(*flags):
         return fork_server.run(["-m", "colossal_llama2.train.selftest", *flags])

@@ -44,6 +44,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 
 
+@pytest.mark.slow
 def test_one_process_without_a_launcher(run_script, flags, tmp_path):
     process = run_script(
         "train.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32", "-w", "0.01", "-s", "2", env=environment()
@@ -55,6 +56,7 @@ def test_one_process_without_a_launcher(run_script, flags, tmp_path):
     assert json.loads((tmp_path / "config_file").read_text())["weight_decay"] == 0.01
 
 
+@pytest.mark.slow
 def test_the_readme_s_launcher(flags, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost\n")
@@ -183,6 +185,7 @@ def test_flags_that_would_change_nothing_are_refused_at_once(run_forked, assert_
     assert "--zero" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_path):
     """`ulimit -f` (in blocks of 1024 bytes) stands for the disk: the model fits, the optimizer's state does not."""
     command = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", sys.executable, str(ROOT / "train.py"), *flags]
