@@ -12,7 +12,7 @@ from tests import fork_server, preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 # Fixtures that launch training or start processes which import PyTorch: whatever uses one is slow.
-SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start"}
+SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start", "start_forked"}
 # Two files run at a time, so the longest begin first.
 LONGEST_FIRST = (
     "test_training",

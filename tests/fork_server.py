@@ -48,6 +48,81 @@ LATE_IMPORTS = (
 )
 
 
+class Command:
+    """A forked command, which `start` makes."""
+
+    def __init__(self, request: dict[str, Any], folder: Path):
+        self._folder = folder
+        self._request = {**request, "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
+        answer = _server().ask({"do": "start", **self._request})
+        self._number: int = answer["job"]
+        # Of each rank.
+        self.pids: list[int] = answer["pids"]
+        self.codes: list[int | None] = [None] * len(self.pids)
+
+    @property
+    def output(self) -> str:
+        """What was written to stdout."""
+        return Path(self._request["stdout"]).read_text(errors="replace")
+
+    @property
+    def errors(self) -> str:
+        """What was written to stderr."""
+        return Path(self._request["stderr"]).read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """The largest exit code of all ranks, 137 standing for a killed one; None while one of them is running."""
+        self.codes = _server().ask({"do": "poll", "job": self._number})["codes"]
+        ended = [code if code >= 0 else 128 - code for code in self.codes if code is not None]
+        return max(ended) if len(ended) == len(self.codes) else None
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit code, once all ranks have ended by themselves.
+
+        When one has failed, the others are killed if they are still there after GRACE_SECONDS.
+
+        Raises:
+            subprocess.TimeoutExpired: they had not ended after `timeout` seconds, and were killed.
+        """
+        start = time.monotonic()
+        deadline, patience = start + timeout, None
+        while (code := self.poll()) is None:
+            now = time.monotonic()
+            if patience is None and any(self.codes):
+                patience = now + GRACE_SECONDS
+            if now > deadline:
+                self.kill()
+                raise subprocess.TimeoutExpired(self._request["argv"], timeout, output=self.output, stderr=self.errors)
+            if patience is not None and now > patience:
+                self.kill()
+            time.sleep(min(0.05, 0.002 + (now - start) / 50))
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the first rank."""
+        os.kill(self.pids[0], number)
+
+    def kill(self) -> None:
+        """Kill what is still running."""
+        _server().ask({"do": "kill", "job": self._number})
+
+
+def start(
+    argv: Sequence[Any], folder: Path, *, ranks: int = 0, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> Command:
+    """Fork a command.
+
+    Args:
+        argv: a script and its arguments, or "-m", a module and its arguments.
+        folder: gets the files of its output.
+        ranks: processes of a job on this machine, with a launcher's variables; 0 for one process without them.
+        env: the whole environment, that of this process if None; FIXED is added.
+    """
+    words = [str(word) for word in argv]
+    environment = {**(os.environ if env is None else env), **FIXED}
+    return Command({"argv": words, "ranks": ranks, "cwd": str(cwd), "env": environment}, folder)
+
+
 def run(
     argv: Sequence[Any],
     *,
@@ -56,36 +131,18 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
-    """Fork a command and wait for its end.
-
-    Args:
-        argv: a script and its arguments, or "-m", a module and its arguments.
-        ranks: processes of a job on this machine, with a launcher's variables; 0 for one process without them.
-        env: the whole environment, that of this process if None; FIXED is added.
-        timeout: seconds.
+    """Fork a command and wait for its end. The arguments are those of `start`.
 
     Returns:
-        The exit code (the largest of all ranks, 137 for a killed one) and the text output, that of ranks together.
+        The exit code and the text output, that of ranks together.
 
     Raises:
-        subprocess.TimeoutExpired: the command was still running and was killed.
+        subprocess.TimeoutExpired: the command was still running after `timeout` seconds, and was killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output, errors = Path(folder, "stdout"), Path(folder, "stderr")
-        request = {
-            "argv": [str(word) for word in argv],
-            "ranks": ranks,
-            "cwd": str(cwd),
-            "env": {**(os.environ if env is None else env), **FIXED},
-            "stdout": str(output),
-            "stderr": str(errors),
-            "timeout": timeout,
-        }
-        code = _server().ask(request)
-        texts = [path.read_text(errors="replace") for path in (output, errors)]
-    if code is None:
-        raise subprocess.TimeoutExpired(list(argv), timeout, output=texts[0], stderr=texts[1])
-    return subprocess.CompletedProcess(list(argv), code, *texts)
+        command = start(argv, Path(folder), ranks=ranks, cwd=cwd, env=env)
+        code = command.wait(timeout)
+        return subprocess.CompletedProcess(list(argv), code, command.output, command.errors)
 
 
 class _Server:
@@ -101,14 +158,14 @@ class _Server:
             text=True,
         )
 
-    def ask(self, request: dict[str, Any]) -> int | None:
-        """The exit code of a command, None if it took too long."""
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for the answer."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, f"the fork server has ended with code {self._process.wait()}"
-        return json.loads(answer)["code"]
+        return json.loads(answer)
 
 
 @cache
@@ -131,34 +188,32 @@ def _serve() -> None:
     # Else each command's collections would walk through, and so copy, the objects of all libraries.
     gc.collect()
     gc.freeze()
+    jobs: list[warm.Job] = []
     for line in requests:
         request = json.loads(line)
-        job = warm.Job(
-            lambda request=request: _become(request),
-            Path(request["stderr"]),
-            output=Path(request["stdout"]),
-            ranks=request["ranks"] or 1,
-            is_launched=request["ranks"] > 0,
-        )
-        answers.write(json.dumps({"code": _exit_code(job, request["timeout"])}) + "\n")
+        if request["do"] == "start":
+            jobs.append(_fork(request))
+            answer = {"job": len(jobs) - 1, "pids": jobs[-1].pids}
+        else:
+            job = jobs[request["job"]]
+            job.is_running()
+            if request["do"] == "kill":
+                job.kill()
+            answer = {"codes": job.codes}
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _exit_code(job: Any, timeout: float) -> int | None:
-    deadline = time.monotonic() + timeout
-    while job.is_running():
-        if job.has_failed:
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-            break
-        if time.monotonic() > deadline:
-            job.kill()
-            return None
-        time.sleep(0.002)
-    while job.is_running() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    if job.is_running():
-        job.kill()
-    return job.exit_code
+def _fork(request: dict[str, Any]) -> Any:
+    from tests.faults import warm
+
+    return warm.Job(
+        lambda: _become(request),
+        Path(request["stderr"]),
+        output=Path(request["stdout"]),
+        ranks=request["ranks"] or 1,
+        is_launched=request["ranks"] > 0,
+    )
 
 
 def _become(request: dict[str, Any]) -> None:

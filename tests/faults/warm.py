@@ -90,9 +90,9 @@ class Job:
         return None in self._codes
 
     @property
-    def has_failed(self) -> bool:
-        """Whether a process has ended with another exit code than 0."""
-        return any(self._codes)
+    def codes(self) -> list[int | None]:
+        """The exit code of each process, as `is_running` last saw them; None for one that was running."""
+        return list(self._codes)
 
     @property
     def exit_code(self) -> int:
