@@ -83,6 +83,7 @@ def test_a_score_of_zero_is_better_than_minus_zero(model):
     assert unreachable(content_of(model, plan), plan.pieces) == []
 
 
+@pytest.mark.slow
 @FEW
 @given(pieces=PIECES, budget=st.integers(1, 40))
 def test_a_budget_gives_up_the_last_pieces_first(model, pieces, budget):

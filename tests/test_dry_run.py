@@ -99,6 +99,7 @@ def test_what_plugins_keep_of_a_7b():
     assert "optimizer" not in offloaded.device["update"]
 
 
+@pytest.mark.slow
 def test_gemini_shards_everything_and_gathers_a_chunk():
     parts = found(64, plugin="gemini").device["backward"]
     # Chunks hold two or three matrices, and what is left of them is padding.
@@ -109,6 +110,7 @@ def test_gemini_shards_everything_and_gathers_a_chunk():
     assert accumulating["gradients"] >= parts["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plugin", "steps", "copies"), [("gemini", 1, 3), ("gemini", 2, 4), ("gemini_auto", 1, 1)])
 def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies):
     parts = found(8, plugin=plugin, accumulation_steps=steps)
@@ -116,6 +118,7 @@ def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies)
     assert found(8, plugin=plugin, accumulation_steps=steps, on_cpu=True).host == {}
 
 
+@pytest.mark.slow
 def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
     """Three chunks of a weight each, of which two ranks hold halves: by hand."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)

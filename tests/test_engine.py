@@ -485,6 +485,7 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
         assert torch.equal(target, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment, keeps", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_freed_memory_is_kept_for_the_next_step(environment, keeps):
     code = """

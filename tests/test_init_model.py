@@ -570,6 +570,7 @@ init_model.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["start", "random", "publish"])
 def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, tmp_path, caplog, moment):
     source = {"--source_model_and_tokenizer_path": model_dir, "--target_tokenizer_path": expanded}

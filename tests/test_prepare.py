@@ -100,6 +100,7 @@ def test_readme_rows_of_fine_tuning(run_forked, tokenizer_dir, tmp_path):
     assert part.features["input_ids"].feature.dtype == part.features["labels"].feature.dtype == "int32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bins", [1, 7, 10, 30, 64, 128])
 def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path, capsys, num_bins):
     keywords = settings([corpus / "en", corpus / "zh"], tokenizer_dir, tmp_path, bins=num_bins)
@@ -120,6 +121,7 @@ def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path
     assert re.search(r"documents +94 +2 empty lines skipped", table)
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(run_script, corpus, tokenizer_dir, tmp_path):
     for name in ("1", "2"):
         keywords = settings([corpus / "en"], tokenizer_dir, tmp_path / name, bins=7)

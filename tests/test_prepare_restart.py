@@ -127,6 +127,7 @@ prepare_pretrain_dataset.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = command_options(inputs, tokenizer_dir, tmp_path / "shared")
@@ -335,6 +336,7 @@ def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
     """The limit on the size of a file stands for a full disk."""
     for name in ("limited", "free"):
