@@ -5,10 +5,10 @@
     python -m tests.equality --output docs/equality.md    what it finds as a page too
     python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of bug_fixes.py
 
-Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
-compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
-norm of the difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over
-what clipping should have let through to it. One option is varied at a time.
+Each row is one training command on real text, run by the real scripts' code (train_worker.py). It is compared with
+reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the norm of the
+difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over what clipping
+should have let through to it. One option is varied at a time.
 
 Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the largest gap between the plain loop and plain loops that
 differ in rounding alone, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
@@ -27,9 +27,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from tests import far_copies, launching, reference, tiny, training_jobs
+from tests.layouts import HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -44,23 +44,6 @@ ODD_VOCABULARY = 601
 ODD_LR = LR / 3
 # Samples of one step of the rows "far", whose models look so far back.
 FAR_BATCH, FAR_LENGTH, FAR_DISTANCE = 2, 2048, 1500
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ranks share the work.
-
-    Attributes:
-        flags: of train.py.
-        ranks: processes of the job.
-        data_size: how many of them see different data.
-        plugin_arguments: of ColossalAI's plugin, for what no flag offers.
-    """
-
-    flags: tuple[str, ...]
-    ranks: int = 2
-    data_size: int = 2
-    plugin_arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,63 +65,9 @@ class Option:
         return self.model, self.data, self.clip, self.freeze, self.lr, self.batch
 
 
-HYBRID = ("--plugin", "3d", "--zero")
-PP2 = ("--pp", "2")
-SEQUENCE = ("--enable_sequence_parallelism", "--sp_mode")
-ALL_TO_ALL = (*SEQUENCE, "all_to_all", "--sp", "2")
-OFFLOADED = (("offload_optim_frac", 1.0), ("offload_param_frac", 1.0))
-FLOAT32_LAYOUTS = {
-    "zero2": Layout(("--plugin", "zero2")),
-    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
-    "3d": Layout((*HYBRID, "0")),
-    "3d tp2": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
-    "3d tp2 flash": Layout((*HYBRID, "0", "--tp", "2", "--use_flash_attn"), data_size=1),
-    "3d tp2 dp2": Layout((*HYBRID, "0", "--tp", "2"), ranks=4),
-    "3d pp2": Layout((*HYBRID, "0", *PP2), data_size=1),
-    "3d pp2 dp2": Layout((*HYBRID, "0", *PP2), ranks=4),
-    "3d pp2 tp2": Layout((*HYBRID, "0", *PP2, "--tp", "2"), ranks=4, data_size=1),
-    "3d pp2 sp2 all_to_all": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL), ranks=4, data_size=1),
-    "3d pp2 sp2 all_to_all flash": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL, "--use_flash_attn"), ranks=4, data_size=1),
-    "3d pp2 tp2 split_gather": Layout(
-        (*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather"), ranks=4, data_size=1
-    ),
-    "3d sp2 all_to_all": Layout((*HYBRID, "0", *ALL_TO_ALL), data_size=1),
-    "3d sp2 all_to_all dp2": Layout((*HYBRID, "0", *ALL_TO_ALL), ranks=4),
-    "3d sp2 all_to_all tp2": Layout((*HYBRID, "0", *ALL_TO_ALL, "--tp", "2"), ranks=4, data_size=1),
-    "3d tp2 split_gather": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
-    "3d tp2 split_gather dp2": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
-    "3d tp2 ring": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
-    "3d tp4 ring": Layout((*HYBRID, "0", "--tp", "4", *SEQUENCE, "ring"), ranks=4, data_size=1),
-}
-BFLOAT16_LAYOUTS = {
-    "gemini": Layout(("--plugin", "gemini")),
-    "gemini offloaded": Layout(("--plugin", "gemini"), plugin_arguments=OFFLOADED),
-    "gemini_auto": Layout(("--plugin", "gemini_auto")),
-    "zero2": Layout(("--plugin", "zero2")),
-    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
-    "3d zero0": Layout((*HYBRID, "0")),
-    "3d zero1": Layout((*HYBRID, "1")),
-    "3d zero2": Layout((*HYBRID, "2")),
-    "3d tp2 zero0": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
-    "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
-    "3d tp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), data_size=1),
-    "3d tp2 flash zero1": Layout((*HYBRID, "1", "--tp", "2", "--use_flash_attn"), data_size=1),
-    "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
-    "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
-    "3d pp2 zero0": Layout((*HYBRID, "0", *PP2), data_size=1),
-    "3d pp2 zero1": Layout((*HYBRID, "1", *PP2), data_size=1),
-    "3d pp2 dp2 zero1": Layout((*HYBRID, "1", *PP2), ranks=4),
-    "3d pp2 tp2 zero1": Layout((*HYBRID, "1", *PP2, "--tp", "2"), ranks=4, data_size=1),
-    "3d sp2 all_to_all zero1": Layout((*HYBRID, "1", *ALL_TO_ALL), data_size=1),
-    "3d sp2 all_to_all zero2": Layout((*HYBRID, "2", *ALL_TO_ALL), data_size=1),
-    "3d tp2 split_gather zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
-    "3d tp2 split_gather dp2 zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
-    "3d tp2 ring zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
-}
 # What is combined with every option, besides all of float32 on two ranks; the others are with some.
 EVERY_OPTION = {"fp32": ("3d pp2 tp2",), "bf16": ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")}
 SOME_OPTIONS = {"fp32": ("", "accumulating 4", "documents"), "bf16": ("", "accumulating 4")}
-LAYOUTS = {"fp32": FLOAT32_LAYOUTS, "bf16": BFLOAT16_LAYOUTS}
 OPTIONS = {
     "": Option(),
     "unclipped": Option(flags=("--gradient_clipping", "0"), clip=0.0),
@@ -177,7 +106,7 @@ REFUSED = {
     ),
 }
 REFUSED_SECONDS = 90
-CASES_PER_LAUNCH = 16
+ROWS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -201,10 +130,9 @@ class Case:
     ) -> dict:
         """The command, for train_worker.py."""
         home = folder / self.name.replace(" ", "_")
-        batch = self.option.batch // self.layout.data_size // self.option.accumulation_steps
         flags = training_jobs.common_flags(home, models[self.option.model], parts[self.option.data])
         flags += ["--lr", self.option.lr, "--mixed_precision", self.precision, *self.layout.flags, *self.option.flags]
-        flags += ["--micro_batch_size", batch, "--accumulation_steps", self.option.accumulation_steps]
+        flags += self.layout.batch_flags(self.option.batch, self.option.accumulation_steps)
         return {
             "name": self.name.replace(" ", "_"),
             "script": "train.py",
@@ -229,9 +157,9 @@ def all_cases() -> list[Case]:
     """The matrix."""
     named = [
         (precision, layout, option)
-        for precision, layouts in LAYOUTS.items()
+        for precision in ("fp32", "bf16")
         for option in OPTIONS
-        for layout in layouts
+        for layout in LAYOUTS[precision]
         if _are_combined(precision, layout, option)
     ]
     cases = [
@@ -367,11 +295,11 @@ def compare(case: Case, job: Job, references: References) -> Row:
 
 
 def launches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
-    """Yield (ranks, cases that share a process group), so few at a time that rows appear now and then."""
+    """Yield (ranks, cases), so few at a time that rows appear now and then."""
     for ranks in sorted({case.layout.ranks for case in cases}):
         chosen = [case for case in cases if case.layout.ranks == ranks]
-        for start in range(0, len(chosen), CASES_PER_LAUNCH):
-            yield ranks, chosen[start : start + CASES_PER_LAUNCH]
+        for start in range(0, len(chosen), ROWS_AT_A_TIME):
+            yield ranks, chosen[start : start + ROWS_AT_A_TIME]
 
 
 def run_cases(
@@ -391,7 +319,7 @@ def run_cases(
         home = folder / f"launch-{number}"
         home.mkdir()
         specs = [case.spec(home, models, parts, unrepaired) for case in chosen]
-        launching.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
+        launching.launch(home, specs, ranks=ranks, timeout=600)
         for case, spec in zip(chosen, specs, strict=True):
             rows.append(compare(case, training_jobs.finished(home, spec), references))
             print_row(rows[-1].cells())
@@ -409,7 +337,7 @@ def why_refused(
     """What comes of a command that is refused, when it is run all the same."""
     spec = case.spec(home, models, parts)
     try:
-        process = launching.attempt(home, [spec], ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
+        process = launching.attempt(home, spec, ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
     except subprocess.TimeoutExpired:
         return f"had not ended after {REFUSED_SECONDS} s"
     if process.returncode:

@@ -1,8 +1,8 @@
-"""One rank of a test job that saves, damages and resumes: many training commands in one process group.
+"""One rank of a training command of a test that saves, damages and resumes.
 
-    torchrun --standalone --nproc_per_node 2 tests/resume_worker.py JOBS.json
+    torchrun --standalone --nproc_per_node 2 tests/resume_worker.py NAME.job
 
-JOBS.json is a list of {"name", "script", "flags"}, of which each may have
+NAME.job is JSON: {"name", "script", "flags"}, and perhaps
     damage    a list of [kind, path] that rank 0 applies first, by tests/faults/damage.py
     poison    (rank, step, kind), for tests/faults/poison.py
     fault     a kind of tests/faults/one_rank.py
@@ -69,18 +69,18 @@ def run_job(job: dict, is_first: bool) -> dict:
 
 
 def main() -> None:
-    jobs_path = Path(sys.argv[1])
+    """Run the job that the command line names."""
+    path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
     # So high that fp16 overflows, also in a resumed run that would begin with it.
     loss_scale.INITIAL_SCALE = 2**21
     launch(seed=1024)
     is_first = logs.is_first_rank()
-    for job in json.loads(jobs_path.read_text()):
-        logs.get_logger().info("### %s", job["name"])
-        result = run_job(job, is_first)
-        if is_first:
-            jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+    job = json.loads(path.read_text())
+    result = run_job(job, is_first)
+    if is_first:
+        path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()
 
 

@@ -77,6 +77,7 @@ def conversations(language: str) -> list:
     return [[{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)] for turns in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language, count", [("chinese", 467), ("english", 2026)])
 @pytest.mark.parametrize("kind, prefixes", [("tokenizer", False), ("chinese", False), ("prefixing", True)])
 def test_every_conversation_of_chatterbot_corpus(language, count, kind, prefixes, request):

@@ -217,6 +217,7 @@ def test_the_environment_stays(documents, tokenizer_dir, monkeypatch):
         assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(corpus, documents, tokenizer_dir, extended_dir, tmp_path):
     remote = remote_folder(tmp_path / "chatglm", tokenizer_dir)
     paths = [tokenizer_dir, remote, extended_dir / "tokenizer.model"]

@@ -99,6 +99,7 @@ def test_what_plugins_keep_of_a_7b():
     assert "optimizer" not in offloaded.device["update"]
 
 
+@pytest.mark.slow
 def test_gemini_shards_everything_and_gathers_a_chunk():
     parts = found(64, plugin="gemini").device["backward"]
     # Chunks hold two or three matrices, and what is left of them is padding.
@@ -109,6 +110,7 @@ def test_gemini_shards_everything_and_gathers_a_chunk():
     assert accumulating["gradients"] >= parts["weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plugin", "steps", "copies"), [("gemini", 1, 3), ("gemini", 2, 4), ("gemini_auto", 1, 1)])
 def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies):
     parts = found(8, plugin=plugin, accumulation_steps=steps)
@@ -116,6 +118,7 @@ def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies)
     assert found(8, plugin=plugin, accumulation_steps=steps, on_cpu=True).host == {}
 
 
+@pytest.mark.slow
 def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
     """Three chunks of a weight each, of which two ranks hold halves: by hand."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
@@ -279,12 +282,12 @@ def data(tmp_path_factory, tokenizer_dir):
     return write_data(tmp_path_factory.mktemp("dry") / "arrow", tokenizer_dir, steps=20)
 
 
-def test_a_7b_on_64_gpus_is_planned_here(run_script, model_dir, data, tmp_path):
+def test_a_7b_on_64_gpus_is_planned_here(run_forked, model_dir, data, tmp_path):
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     hollow = hollow_model(tmp_path / "7b", model_dir, **sizes, num_key_value_heads=32, head_dim=128)
     before = sorted(path.name for path in tmp_path.iterdir())
     words = ["--pretrained", hollow, "--dataset", *data, "--dry_run", "--num_ranks", 64, "--plugin", "3d", "--tp", 8]
-    done = run_script("train.py", *words, cwd=tmp_path)
+    done = run_forked("train.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "64 processes, data parallel over 8" in done.stderr
     assert "steps: 40, warm-up: 1" in done.stderr
@@ -346,7 +349,7 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_benchmark_is_planned_from_a_config_alone(run_script, model_dir, tmp_path):
+def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_path):
     """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py works out."""
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = json.loads((model_dir / "config.json").read_text()) | sizes
@@ -356,7 +359,7 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_script, model_dir, tmp_p
     words = ["--pretrained", tmp_path / "7b", "--benchmark", "--dry_run", "--num_ranks", 8, "--peak_tflops", 312]
     # In a shell of another job.
     environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    done = run_script("train.py", *words, "--plugin", "zero2", cwd=tmp_path, env=environment)
+    done = run_forked("train.py", *words, "--plugin", "zero2", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "6738.4 M parameters" in done.stderr and "from its config.json alone" in done.stderr
     assert "so it ignores RANK=1, WORLD_SIZE=3" in done.stderr

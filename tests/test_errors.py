@@ -11,6 +11,7 @@ import pytest
 from colossal_llama2 import interrupts, launcher
 from colossal_llama2.errors import RunError, UserError, one_line_errors
 from colossal_llama2.launcher import Place
+from tests import fork_server
 from tests.launching import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +109,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error, code, said",
     [
@@ -117,7 +119,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
-def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said):
+def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said, tmp_path):
     """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
     program = (
         "import os, torch.distributed as dist\n"
@@ -129,7 +131,8 @@ def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said):
         "with one_line_errors('tool.py'):\n"
         f"    raise {error}\n"
     )
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (tmp_path / "program.py").write_text(program)
+    process = fork_server.run([tmp_path / "program.py"])
     assert process.returncode == code
     assert process.stderr.strip().split("\n")[-1] == said
     assert ("Traceback" in process.stderr) == ("ValueError" in error)

@@ -44,6 +44,7 @@ def extended_dir(model, tmp_path_factory) -> Path:
     return folder_of(content, tmp_path_factory.mktemp("extended") / "tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tokenizer_dir", "extended_dir"])
 def test_ids_are_those_of_sentencepiece(fixture, request):
     folder = request.getfixturevalue(fixture)

@@ -231,8 +231,8 @@ def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["init_model.py", "colossal_llama2/model/init_model.py"])
-def test_both_spellings_from_another_folder(run_script, model_dir, expanded, tmp_path, spelling):
-    done = run_script(
+def test_both_spellings_from_another_folder(run_forked, model_dir, expanded, tmp_path, spelling):
+    done = run_forked(
         spelling,
         "--source_model_and_tokenizer_path",
         model_dir,
@@ -570,6 +570,7 @@ init_model.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["start", "random", "publish"])
 def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, tmp_path, caplog, moment):
     source = {"--source_model_and_tokenizer_path": model_dir, "--target_tokenizer_path": expanded}

@@ -175,6 +175,7 @@ def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
     assert "other merges" in caplog.text and (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["init_tokenizer.py", "colossal_llama2/tokenizer/init_tokenizer.py"])
 def test_both_spellings_from_another_folder(run_script, tokenizer_dir, tmp_path, spelling):
     write_pieces(tmp_path / "pieces.jsonl", ["你好", "and", "你好", "世界"])

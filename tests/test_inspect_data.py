@@ -288,12 +288,14 @@ def run(*words, **environment) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_plain_text_into_a_pipe(arrow_dir, tokenizer_dir):
     process = run(arrow_dir / "part-00000", "--tokenizer_dir", tokenizer_dir, "--sample", 1, PYTHONIOENCODING="ascii")
     assert process.returncode == 0 and process.stderr == ""
     assert "\x1b" not in process.stdout and "trained | <s>a\\u241b[31m" in process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("no_color, has_colours", [("", True), ("1", False)])
 def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_dir):
     import pty
@@ -315,6 +317,7 @@ def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_d
     assert b"\x1b[31m" not in output and b"\x07" not in output
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error(arrow_dir, tokenizer_dir):
     command = f"{sys.executable} -m {MODULE} {arrow_dir / 'part-00000'} --tokenizer_dir {tokenizer_dir} | head -c 1"
     process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, timeout=60)

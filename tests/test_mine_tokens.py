@@ -335,6 +335,7 @@ def test_a_missing_matplotlib_is_said_before_anything_is_read(tmp_path, monkeypa
     assert str(error.value).split()[-1] in (ROOT / "requirements-dev.txt").read_text().split()
 
 
+@pytest.mark.slow
 def test_the_curve_is_a_png(mined, tmp_path, chinese, tokenizer_dir, capsys):
     pytest.importorskip("matplotlib")
     plot = tmp_path / "curve.png"

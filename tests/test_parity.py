@@ -47,6 +47,7 @@ def fast_bpe(pieces, scores, can_merge):
     return BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(pieces=PIECES, texts=st.lists(TEXT, min_size=1, max_size=10))
 def test_merges_by_rank_are_merges_by_score_after_complete(model, pieces, texts):  # noqa: F811
@@ -58,6 +59,7 @@ def test_merges_by_rank_are_merges_by_score_after_complete(model, pieces, texts)
         assert [token.id for token in fast.tokenize(text)] == processor.encode(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces=PIECES, text=TEXT)
 def test_text_without_a_new_piece_keeps_its_ids(model, pieces, text):  # noqa: F811

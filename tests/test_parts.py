@@ -106,6 +106,7 @@ def folder_of(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path):
     folder = folder_of(name, tmp_path / "tokenizer")
@@ -182,6 +183,7 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
     assert sorted(sample["seq_length"] > 500 for sample in read_jsonl(out / "jsonl")) == [False, False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message_characters", [1 << 20, 100])
 def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir):
     text = "\n\n".join(tiny.english_documents())[: 1 << 20]
@@ -225,6 +227,7 @@ print(json.dumps(peaks[1] - peaks[0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_long_document_takes_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:4_000_000]

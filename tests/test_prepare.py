@@ -56,10 +56,10 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def test_readme_rows_of_pretraining(run_script, tokenizer_dir, tmp_path):
+def test_readme_rows_of_pretraining(run_forked, tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
-    done = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    done = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     encoder = load_encoder(tokenizer_dir)
     messi = [1, *encoder.encode([MESSI["target"]])[0], 2]
@@ -83,10 +83,10 @@ def test_readme_rows_of_pretraining(run_script, tokenizer_dir, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "cache", "jsonl", "arrow"}
 
 
-def test_readme_rows_of_fine_tuning(run_script, tokenizer_dir, tmp_path):
+def test_readme_rows_of_fine_tuning(run_forked, tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [COLORS, {**ZH, "category": "computers"}])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
-    done = run_script("prepare_sft_dataset.py", *flags(keywords), cwd=tmp_path)
+    done = run_forked("prepare_sft_dataset.py", *flags(keywords), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["seq_category"]: row for row in read_jsonl(tmp_path / "jsonl")}
     assert set(rows) == {"None", "computers"}
@@ -100,6 +100,7 @@ def test_readme_rows_of_fine_tuning(run_script, tokenizer_dir, tmp_path):
     assert part.features["input_ids"].feature.dtype == part.features["labels"].feature.dtype == "int32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bins", [1, 7, 10, 30, 64, 128])
 def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path, capsys, num_bins):
     keywords = settings([corpus / "en", corpus / "zh"], tokenizer_dir, tmp_path, bins=num_bins)
@@ -120,6 +121,7 @@ def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path
     assert re.search(r"documents +94 +2 empty lines skipped", table)
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(run_script, corpus, tokenizer_dir, tmp_path):
     for name in ("1", "2"):
         keywords = settings([corpus / "en"], tokenizer_dir, tmp_path / name, bins=7)
@@ -183,11 +185,11 @@ def test_bad_lines_name_file_and_line(tokenizer_dir, tmp_path, stage, line, reas
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_ends_both_commands_with_one_line(run_script, assert_user_error, tokenizer_dir, tmp_path):
+def test_a_mistake_ends_both_commands_with_one_line(run_forked, assert_user_error, tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", [{"source": "a"}])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
     for script, word in (("prepare_pretrain_dataset.py", '"target"'), ("prepare_sft_dataset.py", '"messages"')):
-        done = run_script(script, *flags(keywords), cwd=tmp_path)
+        done = run_forked(script, *flags(keywords), cwd=tmp_path)
         assert_user_error(done, f"{script}: error: {path}:1: {word} is missing")
     assert not (tmp_path / "out").exists()
 

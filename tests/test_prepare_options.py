@@ -141,6 +141,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(
     rows=ROWS,
     max_length=st.integers(8, 40),
@@ -331,6 +332,7 @@ def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
     assert manifest(tmp_path / "out")["total"]["documents"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
     lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(9000))

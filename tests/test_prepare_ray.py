@@ -179,6 +179,7 @@ def left_without_driver(process: subprocess.Popen) -> list:
     return psutil.wait_procs(descendants, timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_when_ray_dies_as_it_starts_nothing_stays(inputs, tokenizer_dir, tmp_path):
     """Its agents, whose parents are gone, would wait for their node for long."""
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray"), tmp_path)
@@ -186,6 +187,7 @@ def test_when_ray_dies_as_it_starts_nothing_stays(inputs, tokenizer_dir, tmp_pat
     assert left_without_driver(process) == []
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_path):
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray"), tmp_path)
     found(lambda: workers_at("ray::do_unit", psutil.Process(process.pid)), process)
@@ -195,6 +197,7 @@ def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_p
     assert not psutil.wait_procs(descendants, timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local):
     """A Ray that the command starts itself, without an address."""
     keywords = options(inputs, tokenizer_dir, tmp_path / "ray")
@@ -206,6 +209,7 @@ def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path,
     assert contents(tmp_path / "ray") == of_local
 
 
+@pytest.mark.slow
 def test_mistakes_with_ray_are_one_line(inputs, tokenizer_dir, tmp_path, monkeypatch, capsys):
     keywords = {**options(inputs, tokenizer_dir, tmp_path / "out"), "executor": "ray"}
 

@@ -127,6 +127,7 @@ prepare_pretrain_dataset.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = command_options(inputs, tokenizer_dir, tmp_path / "shared")
@@ -239,15 +240,15 @@ def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp
 
 
 def test_finished_output_is_said_and_other_settings_are_refused(
-    run_script, assert_user_error, inputs, tokenizer_dir, tmp_path
+    run_forked, assert_user_error, inputs, tokenizer_dir, tmp_path
 ):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
-    first = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    first = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     before = contents(tmp_path / "out")
-    again = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    again = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
-    other = run_script("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
+    other = run_forked("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
     assert_user_error(other, "exists already and differs from this command: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
 
@@ -335,6 +336,7 @@ def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
     """The limit on the size of a file stands for a full disk."""
     for name in ("limited", "free"):

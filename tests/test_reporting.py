@@ -29,21 +29,17 @@ from colossal_llama2.train.report.reporter import Reporter, scalars
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
-from tests import launching, tiny
+from tests import launching, layouts, tiny
 
 LENGTH, STEPS, BATCH = 64, 4, 4
 GROUPS = [("en", "ref"), ("en", "web"), ("zh", "news")]
-ZERO2 = ["--plugin", "zero2", "--mixed_precision", "fp32"]
-THREE_D = ["--plugin", "3d", "--mixed_precision", "fp32", "--zero", "0"]
-BF16 = ["--mixed_precision", "bf16"]
-TP2 = ["--tp", "2", "--micro_batch_size", BATCH]
-SPLIT = ["--enable_sequence_parallelism", "--micro_batch_size", BATCH]
+ZERO2 = layouts.flags("fp32 zero2")
 # Two ranks each; a step has BATCH samples.
 RUNS: dict[str, list] = {
-    "zero2": [*ZERO2, "--micro_batch_size", 1, "--accumulation_steps", 2, "--save_interval", 2],
-    "gemini": ["--plugin", "gemini", *BF16],
-    "3d_tp2": [*THREE_D, *TP2],
-    "3d_all_to_all": [*THREE_D, *SPLIT, "--sp_mode", "all_to_all", "--sp", "2"],
+    "zero2": layouts.flags("fp32 zero2", "--save_interval", 2, batch=BATCH, accumulation_steps=2),
+    "gemini": layouts.flags("bf16 gemini", batch=BATCH),
+    "3d_tp2": layouts.flags("fp32 3d tp2", batch=BATCH),
+    "3d_all_to_all": layouts.flags("fp32 3d sp2 all_to_all", batch=BATCH),
 }
 # A model that init_model.py extended, and what is trained of it, one run after the other; a step has BATCH samples.
 CHAIN = {
@@ -86,7 +82,7 @@ CHAIN = {
         2,
     ],
 }
-UNTOLD = {"3d_pp2": [*THREE_D, "--pp", "2", "--micro_batch_size", BATCH]}
+UNTOLD = {"3d_pp2": layouts.flags("fp32 3d pp2", batch=BATCH)}
 
 
 @pytest.fixture(scope="module")

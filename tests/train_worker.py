@@ -1,11 +1,11 @@
-"""One rank of a test job: runs many training commands in one process group, since a launch costs seconds.
+"""One rank of a training command of a test, with changes and observations that no flag offers.
 
-    torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
+    torchrun --standalone --nproc_per_node 2 tests/train_worker.py NAME.job
 
-JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
-or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and what `noting_steps` notes.
+NAME.job is JSON. The command is parsed and run as its script would; rank 0 writes <name>.json with "error" (null, or
+the message of a UserError, RunError or Stopped), and what `noting_first_step` and the others below note.
 A job has "name", "script", "flags", and may have
-    moments             true: note the norm of Adam's first moment after step 1, and what steps do
+    moments             true: note the first step, with `noting_first_step`
     noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
     initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
@@ -90,22 +90,6 @@ def chunks_kept_whole(engine: Engine) -> list[bool] | None:
     return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
 
 
-def sends_gradients(engine: Engine) -> bool | None:
-    """Whether backward exchanges gradients now: by what DistributedDataParallel, or ZeRO under 3d, goes by."""
-    if engine.settings.plugin != "3d":
-        return None
-    if engine.settings.zero_stage > 0:
-        return engine.optimizer.require_grad_sync
-    return getattr(engine.model.module, "require_backward_grad_sync", None)
-
-
-def room_figures(engine: Engine) -> list[list[float]] | None:
-    """By what figures each rank places Gemini's chunks; None where they are not placed by figures."""
-    manager = getattr(engine.model, "gemini_manager", None)
-    collector = manager and manager._mem_stats_collector
-    return collector and collectives.gather_values(list(map(float, collector._memstats.non_model_data_list("cuda"))))
-
-
 def buffers_error(engine: Engine) -> float:
     """The largest relative error of the model's floating buffers, by those of a new model of the same config."""
     import torch
@@ -124,50 +108,22 @@ def buffers_error(engine: Engine) -> float:
 
 
 @contextlib.contextmanager
-def noting_steps(into: dict) -> Iterator[None]:
-    """Within it, the first step notes Adam's first moment, and steps what they do.
-
-    "buffers_error" see that function
-    "chunks"        of Gemini: for each, whether every rank keeps all of it
-    "figures"       of Gemini with automatic placement: `room_figures`
-    "gathers"       of Gemini: how often the second step gathers a chunk, and how often of that ahead of its use
-    "exchanges"     of 3d: for each micro batch of the first step, whether gradients are exchanged
-    """
-    from colossalai.zero.gemini.chunk import ChunkManager
-
-    step, backward, access_chunk = Engine.step, Engine.backward, ChunkManager.access_chunk
-    steps = gathers = ahead = 0
+def noting_first_step(into: dict) -> Iterator[None]:
+    """Within it, the first step notes "first_moment_norm", "chunks" and "buffers_error": see the functions above."""
+    step = Engine.step
 
     def noting_step(engine, **kwargs):
-        nonlocal steps, gathers, ahead
         norm = step(engine, **kwargs)
-        steps += 1
-        if steps == 1:
+        if "first_moment_norm" not in into:
             into.update(
                 first_moment_norm=first_moments(engine),
                 chunks=chunks_kept_whole(engine),
-                figures=room_figures(engine),
                 buffers_error=buffers_error(engine),
             )
-        if steps == 2:
-            into["gathers"] = [gathers, ahead]
-        gathers = ahead = 0
         return norm
 
-    def noting_backward(engine, loss):
-        if steps == 0:
-            into.setdefault("exchanges", []).append(sends_gradients(engine))
-        backward(engine, loss)
-
-    def noting_access(manager, chunk, async_access=False):
-        nonlocal gathers, ahead
-        gathers += chunk not in manager.accessed_chunks
-        ahead += async_access
-        return access_chunk(manager, chunk, async_access)
-
-    with mock.patch.object(Engine, "step", noting_step), mock.patch.object(Engine, "backward", noting_backward):
-        with mock.patch.object(ChunkManager, "access_chunk", noting_access):
-            yield
+    with mock.patch.object(Engine, "step", noting_step):
+        yield
 
 
 @contextlib.contextmanager
@@ -221,7 +177,7 @@ def run_job(job: dict) -> dict:
     with contextlib.ExitStack() as changes:
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
-            changes.enter_context(noting_steps(result))
+            changes.enter_context(noting_first_step(result))
         if job.get("noise"):
             changes.enter_context(noting_noise(result))
         if "initial_scale" in job:
@@ -240,20 +196,21 @@ def run_job(job: dict) -> dict:
 
 
 def main() -> None:
-    jobs_path = Path(sys.argv[1])
+    """Run the job that the command line names."""
+    path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
     launch(seed=1024)
-    for job in json.loads(jobs_path.read_text()):
-        logs.get_logger().info("### %s", job["name"])
-        try:
-            result = run_job(job)
-        except BaseException:
-            # The other ranks may be waiting for this one, which must not wait for them in turn.
-            traceback.print_exc()
-            os._exit(1)
-        if logs.is_first_rank():
-            jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+    job = json.loads(path.read_text())
+    try:
+        result = run_job(job)
+    except BaseException:
+        # The other ranks may be waiting for this one, which must not wait for them in turn.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if logs.is_first_rank():
+        path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()
 
 

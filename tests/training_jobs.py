@@ -29,9 +29,6 @@ class Job:
     first_moment_norm: float | None
     chunks: list[bool] | None
     after: int | None = None
-    figures: list[list[float]] | None = None
-    gathers: list[int] | None = None
-    exchanges: list[bool | None] | None = None
     buffers_error: float | None = None
 
     def scalars(self, name: str, run: str = "tb") -> list[float]:
@@ -113,7 +110,7 @@ def finished(folder: Path, spec: dict) -> Job:
         error=result["error"],
         first_moment_norm=result.get("first_moment_norm"),
         chunks=result.get("chunks"),
-        **{name: result.get(name) for name in ("after", "figures", "gathers", "exchanges", "buffers_error")},
+        **{name: result.get(name) for name in ("after", "buffers_error")},
     )
 
 
