@@ -130,7 +130,7 @@ def test_a_resumed_run_goes_on_in_its_folder(checkpoint):
 
 def test_a_checkpoint_without_its_manifest_is_refused(checkpoint):
     (checkpoint / "manifest.json").unlink()
-    with pytest.raises(UserError, match="not written to its end"):
+    with pytest.raises(UserError, match="so it is incomplete"):
         find_source("llama", str(checkpoint))
     assert checkpoint_files.complete_checkpoints(checkpoint.parent) == []
 
@@ -325,7 +325,7 @@ def test_inodes_are_room_too(tmp_path, monkeypatch):
     used_up = os.statvfs_result((*free[:5], 1000, 5, 5, *free[8:]))
     monkeypatch.setattr(checkpoint_files.os, "statvfs", lambda path: used_up)
     checkpoint_files.check_room(tmp_path, 1, files=5)
-    with pytest.raises(RunError, match="has about 17 files, 5 more can be made .inodes"):
+    with pytest.raises(RunError, match="has about 17 files, 5 more can be created .inodes"):
         checkpoint_files.check_room(tmp_path, 1, files=17)
     without = os.statvfs_result((*free[:5], 0, 0, 0, *free[8:]))
     monkeypatch.setattr(checkpoint_files.os, "statvfs", lambda path: without)

@@ -58,7 +58,7 @@ def test_steps_without_an_update_are_counted_and_leave_the_schedule():
         state.count(result, 4)
     assert (state.step, state.updates, state.sample_start_index, state.samples_seen) == (5, 2, 20, 20)
     assert (state.untrained_steps, state.bad_steps, state.overflows, state.tokens_seen) == (1, 2, 3, 50)
-    told = ", 3 of them without an update (1 had no trained token, 2 had a loss or gradient norm that is not finite)"
+    told = ", 3 of them without an update (1 had no trained token, 2 had a NaN/Inf loss or gradient norm)"
     assert without_update(state) == told and without_update(TrainState(step=9)) == ""
     assert TrainState.from_dict(state.to_dict()) == state
     # As an earlier version wrote it.

@@ -34,8 +34,8 @@ def train(args: argparse.Namespace) -> None:
     command = Path(sys.argv[0]).name
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopSignals(has_partners=here.world_size > 1))
-        orphans.end_with_launcher(before=run_lock.say_ending)
-        watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.let_go))
+        orphans.end_with_launcher(before=run_lock.mark_ending)
+        watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.release))
         from colossal_llama2.train.run import train_on_all
         from colossal_llama2.train.settings import from_flags
 
