@@ -291,7 +291,7 @@ def test_a_place_that_the_data_has_not_is_told(checkpoint):
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     for change in ({"sample_start_index": 81}, {"samples_seen": 161}, {"samples_seen": 10**15}):
         state = dataclasses.replace(TrainState(epoch=1, sample_start_index=80, samples_seen=160), **change)
-        with pytest.raises(UserError, match="no place in data of 80 samples"):
+        with pytest.raises(UserError, match="not a position in data of 80 samples"):
             resuming._check_place(SavedRun(checkpoint, state, {}), order)
     at_end = TrainState(epoch=1, sample_start_index=80, samples_seen=160)
     resuming._check_place(SavedRun(checkpoint, at_end, {}), order)

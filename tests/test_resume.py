@@ -284,7 +284,7 @@ def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):
     straight = losses(jobs["zero2_bf16"])
     for name, words in {
         "other_micro_batch": ["micro_batch_size 2 -> 1", "accumulation_steps 2 -> 4"],
-        "other_layout": ["plugin zero2 -> 3d", "tp 1 -> 2", "left aside"],
+        "other_layout": ["plugin zero2 -> 3d", "tp 1 -> 2", "master weights are replaced"],
     }.items():
         _, error, log = jobs[name]
         assert error is None
@@ -323,7 +323,7 @@ def test_a_stage_goes_on_in_the_data_of_another(jobs):
     home, error, log = jobs["stage_two"]
     assert error is None
     # 8 samples a step, 46 an epoch, of which 2 are too few for a micro batch: 20 and 44 are left.
-    assert any(line.startswith("Data: going on from") and line.endswith("epoch 0, sample 24") for line in log)
+    assert any(line.startswith("Data: continuing after") and line.endswith("epoch 0, sample 24") for line in log)
     assert any(line.startswith("Done: 9 steps") and "were not read: 4." in line for line in log)
     assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]
 
@@ -381,7 +381,7 @@ def test_resume_auto(jobs):
 def test_a_damaged_checkpoint_that_is_named_is_refused(jobs):
     error = jobs["named_and_damaged"][1]
     assert "epoch-0_step-6/modeling/tokenizer.model" in error and "sha256" in error
-    assert "no checkpoint" in jobs["auto_on_ruins"][1] and "is whole" in jobs["auto_on_ruins"][1]
+    assert "no checkpoint" in jobs["auto_on_ruins"][1] and "is complete and intact" in jobs["auto_on_ruins"][1]
 
 
 def weights_and_moments(checkpoint: Path):
