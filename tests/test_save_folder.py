@@ -69,7 +69,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
-    ending = HOLDER.replace("sys.stdin.read()", "run_lock.say_ending(); print('ends', flush=True); sys.stdin.read()")
+    ending = HOLDER.replace("sys.stdin.read()", "run_lock.mark_ending(); print('ends', flush=True); sys.stdin.read()")
     process = subprocess.Popen(
         [sys.executable, "-c", ending, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
