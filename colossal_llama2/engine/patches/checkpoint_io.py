@@ -89,16 +89,17 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     torch.save and torch.load; for a name that ends in .safetensors they call `load_flat`, which unpickles its metadata.
     An error in writing is raised at the end.
     """
+    save_by_pickle, load_by_pickle = patching.current("torch:save"), patching.current("torch:load")
 
     def save(value, path, *args, **kwargs):
         # Ranks exchange objects through buffers in memory by the same functions; these are not files.
         if not isinstance(path, (str, os.PathLike)):
-            return patching.original_of("torch:save")(value, path, *args, **kwargs)
+            return save_by_pickle(value, path, *args, **kwargs)
         return _write_or_note(errors, path, lambda: write_object(value, path))
 
     def load(path, *args, **kwargs):
         if not isinstance(path, (str, os.PathLike)):
-            return patching.original_of("torch:load")(path, *args, **kwargs)
+            return load_by_pickle(path, *args, **kwargs)
         return read_object(path, step_as_tensor=step_as_tensor)
 
     replacements = {"torch:save": save, "torch:load": load, f"{UTILS}:load_flat": load, f"{HYBRID}:load_flat": load}

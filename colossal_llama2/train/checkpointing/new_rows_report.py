@@ -9,9 +9,9 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError
-from colossal_llama2.model.freezing import Ranges
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.model.model_folder import shard_names
+from colossal_llama2.model.trainable import Ranges
 
 if TYPE_CHECKING:
     import torch
