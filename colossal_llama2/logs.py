@@ -14,6 +14,9 @@ from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
 
 PLAIN_LINE_SECONDS = 15.0
+# Loggers of libraries whose warnings mean nothing here. bitsandbytes, which is imported along with peft, warns on some
+# CPUs that it cannot download a kernel for 4-bit weights.
+QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)
 # Times in a bar are at first unknown, and become longer.
 SPARE_CELLS = 5
 
@@ -43,6 +46,8 @@ def configure_logging() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.propagate = False
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _PrintableRecord(logging.LogRecord):

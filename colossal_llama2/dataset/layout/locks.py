@@ -1,7 +1,10 @@
 """Locks on files (flock), by which runs keep out of each other's folders.
 
-A lock ends with its process, however that ends. NFS has such locks between machines from Linux 2.6.12 on, and wants a
-file that is open for writing.
+A lock ends with its process, however that ends. NFS has such locks between machines from Linux 2.6.12 on, and requires
+a file that is open for writing.
+
+The filelock package does not fit: its file locks are exclusive only, leave the lock file behind, and fall back to a
+file without a lock where the file system has none.
 """
 
 import fcntl

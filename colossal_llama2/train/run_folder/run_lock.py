@@ -1,5 +1,8 @@
 """The folder that a run saves to: one run at a time, and seen by every host of the job.
 
+The filelock package does not fit: the lock file names the host and process that hold it, which a run that is refused
+reports, which replaces the lock where the file system has none, and by which a run that is ending lets the next wait.
+
 locked      before torch is imported: a second run in the same folder is refused
 say_ending  when a run begins to end early: the next one on this host waits for it
 let_go      before a process ends itself at once: a lock that it holds would keep a restart on another host out
