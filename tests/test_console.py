@@ -1,5 +1,6 @@
 """What a user's console shows: our lines alone, also where libraries would print theirs."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import logs
+from colossal_llama2.engine import process_group
 from tests.conftest import ROOT
 from tests.launching import free_port
 
@@ -27,18 +29,27 @@ def environment(toolkit: Path, **others: str) -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "CUDA_HOME": str(toolkit), "OMP_NUM_THREADS": "1", **others}
 
 
-def training_words(two_sources, model_dir, folder: Path, *, save_dir: str = "ckpt") -> list[str]:
-    words = f"--pretrained {model_dir} --dataset {two_sources / 'new' / 'arrow'} --plugin zero2 --mixed_precision bf16"
-    words += f" --max_length 128 --max_steps 1 --save_dir {folder / save_dir} --tensorboard_dir {folder / 'logs'}"
-    return [*words.split(), "--config_file", str(folder / "settings.json")]
-
-
-def test_training_shows_log_lines_alone(two_sources, model_dir, tmp_path, run_script):
-    words = training_words(two_sources, model_dir, tmp_path)
-    process = run_script("train.py", *words, env=environment(tmp_path / "cuda"), timeout=300)
+@pytest.mark.parametrize("plugin", ["zero2", "3d"])
+def test_training_shows_log_lines_alone(plugin, two_sources, model_dir, tmp_path, run_script):
+    words = f"--pretrained {model_dir} --dataset {two_sources / 'new' / 'arrow'} --plugin {plugin} --max_steps 1"
+    words += (
+        f" --mixed_precision bf16 --max_length 128 --save_dir {tmp_path / 'ckpt'} --tensorboard_dir {tmp_path}/logs"
+    )
+    words += f" --config_file {tmp_path / 'settings.json'}"
+    process = run_script("train.py", *words.split(), env=environment(tmp_path / "cuda"), timeout=300)
     assert process.returncode == 0, process.stderr
     assert process.stdout == ""
     assert [line for line in process.stderr.splitlines() if not LOG_LINE.match(line)] == []
+
+
+def test_colossalai_still_gives_the_advice_that_is_filtered_out():
+    """And only that: the text must stay the one that ColossalAI logs."""
+    folder = Path(next(iter(importlib.util.find_spec("colossalai").submodule_search_locations)))
+    text = (folder / "checkpoint_io" / "hybrid_parallel_checkpoint_io.py").read_text()
+    assert f'logging.warning("{process_group.UNSHARDED_ADVICE}")' in text
+    record = logging.LogRecord("root", logging.WARNING, "file", 1, process_group.UNSHARDED_ADVICE, (), None)
+    other = logging.LogRecord("root", logging.WARNING, "file", 1, "something else", (), None)
+    assert not process_group._is_not_advice(record) and process_group._is_not_advice(other)
 
 
 def test_inference_shows_its_answer_and_log_lines_alone(model_dir, tmp_path, run_script):

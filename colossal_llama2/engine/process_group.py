@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -13,6 +14,15 @@ from typing import NoReturn
 from colossal_llama2 import launcher, logs
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.errors import UserError
+
+
+# ColossalAI logs it to the root logger for every model whose weights are in a single file. A filter of a logger sees
+# only what is logged to that logger itself.
+UNSHARDED_ADVICE = "Please avoid using unsharded checkpointing methods when dealing with large models!"
+
+
+def _is_not_advice(record: logging.LogRecord) -> bool:
+    return record.msg != UNSHARDED_ADVICE
 
 
 @contextlib.contextmanager
@@ -60,6 +70,7 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
 
     # Its hints are about calls that this file makes on purpose.
     get_dist_logger().set_level("ERROR")
+    logging.getLogger().addFilter(_is_not_advice)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     if not torch.cuda.is_available():
         from colossal_llama2.engine.patches import cpu_device
