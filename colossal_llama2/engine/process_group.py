@@ -15,7 +15,6 @@ from colossal_llama2 import launcher, logs
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.errors import UserError
 
-
 # ColossalAI logs it to the root logger for every model whose weights are in a single file. A filter of a logger sees
 # only what is logged to that logger itself.
 UNSHARDED_ADVICE = "Please avoid using unsharded checkpointing methods when dealing with large models!"
