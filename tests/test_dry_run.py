@@ -362,7 +362,7 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_p
     done = run_forked("train.py", *words, "--plugin", "zero2", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "6738.4 M parameters" in done.stderr and "from its config.json alone" in done.stderr
-    assert "so it ignores RANK=1, WORLD_SIZE=3" in done.stderr
+    assert "ignoring RANK=1, WORLD_SIZE=3" in done.stderr
     peak = memory.rank_memory(LLAMA_7B, replace(plan(8, attention="sdpa", precision="fp16"), has_documents=False)).peak
     assert f"peak: {peak / 2**30:.2f} GiB" in done.stdout and "(8 x GPU)" in done.stdout
     assert "there is no GPU here" in done.stdout and "a rehearsal of 8 processes on this CPU takes" in done.stdout

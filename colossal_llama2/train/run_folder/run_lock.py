@@ -1,5 +1,9 @@
 """The lock on a run's folder: one run at a time writes to it, and every host of the job sees it.
 
+The filelock package does not fit. This lock file names the host and process that hold it, so that a refused run can
+report them, it serves as the lock where the file system has none, and a run that is ending marks it so that the next
+one waits.
+
 locked        before torch is imported: a second run in the same folder is refused
 mark_ending   when a run begins to end early: the next one on this host waits for it
 release       before a process exits at once: a lock file that stays would keep out a restart on another host
