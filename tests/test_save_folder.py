@@ -55,6 +55,7 @@ def test_a_folder_to_which_nothing_was_written_does_not_stay(tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     process = start(tmp_path)
     assert process.stdout.readline() == "won\n"
