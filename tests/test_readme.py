@@ -29,14 +29,14 @@ PAGES = [
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 MAX_README_LINES = 260
 SCRIPTS = flag_tables.COMMANDS.keys()
-# The first line of a block whose commands no test runs, for readers too.
-NOT_RUN = re.compile(r"# Not run by the tests: .*(downloads packages|takes [a-z ]+|needs GPUs|needs a cluster)\b.*\.")
-EXAMPLE_SCRIPT = ["cp hostfile.example hostfile", "cp train.example.sh train.sh", "bash train.sh"]
+# The first line of a block whose commands no test runs. It states what they need.
+NOT_RUN = re.compile(r"# (Downloads [a-z0-9]+|Takes [a-z ]+|Needs GPUs|Needs a cluster)\b.*\.")
+EXAMPLE_SCRIPT = ["cp train.example.sh train.sh", "bash train.sh"]
 # Flags of launchers, other tools and this repository's test scripts, which no parser of the package has.
 FOREIGN_FLAGS = set(
     "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
     "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
-    "--learning_rate".split()
+    "--learning_rate --local-dir --include".split()
 )
 
 
@@ -167,7 +167,7 @@ def workplace(tmp_path_factory):
     """A folder as a reader has it: the repository's scripts, a source model, text, a hostfile."""
     folder = tmp_path_factory.mktemp("reader")
     scripts = [name for name in SCRIPTS if name.endswith(".py")]
-    for name in [*scripts, "colossal_llama2", "train.example.sh", "hostfile.example"]:
+    for name in [*scripts, "colossal_llama2", "train.example.sh"]:
         os.symlink(ROOT / name, folder / name)
     tiny.make_model(folder / "llama-2-7b", tiny.make_tokenizer(folder / "tokenizer"))
     pieces = ["你好", "人工智能", "明月", "天气"]
@@ -231,10 +231,10 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
 @pytest.mark.slow
 def test_the_example_script_runs_here_as_it_is(workplace):
     """cp, bash train.sh: on two processes of this machine, by the real launcher."""
-    run(f"{EXAMPLE_SCRIPT[1]} && echo localhost > hostfile", workplace)
+    run(f"{EXAMPLE_SCRIPT[0]} && echo localhost > hostfile", workplace)
     dataset = "spliced_tokenized_output_arrow/part-00000 spliced_tokenized_output_arrow/part-00001"
     settings = f"NPROC_PER_NODE=2 MASTER_PORT={free_port()} DATASET='{dataset}'"
-    run(f"{settings} {EXAMPLE_SCRIPT[2]} --micro_batch_size 1 --max_length 4096", workplace)
+    run(f"{settings} {EXAMPLE_SCRIPT[1]} --micro_batch_size 1 --max_length 4096", workplace)
     (run_folder,) = (workplace / "runs" / "checkpoints").iterdir()
     assert (run_folder / "modeling" / "config.json").is_file()
     assert json.loads(next((workplace / "runs" / "configs").iterdir()).read_text())["warmup_steps"] == 100
