@@ -160,7 +160,7 @@ def test_what_is_no_bin_is_told(arrow_dir, tokenizer_dir, tmp_path):
     with pytest.raises(UserError, match="--plots .* cannot be made"):
         report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "file"))
     (tmp_path / "charts" / "lengths.png").mkdir(parents=True)
-    with pytest.raises(UserError, match="--plots .*lengths.png: is a folder, a file allowed"):
+    with pytest.raises(UserError, match="--plots .*lengths.png: is a folder, not a file"):
         report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "charts"))
 
 

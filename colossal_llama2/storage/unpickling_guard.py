@@ -1,8 +1,8 @@
-"""While a model is loaded: nothing is unpickled, no adapter is looked for, nothing is fetched.
+"""While a model is loaded: nothing is unpickled, no adapter is searched for, nothing is downloaded.
 
-The folders were looked at before (folder.py). This is the second lock on the same door: should a library open a file
-that it was not meant to, it fails instead of running what is in it. It does not hold for the whole process, since
-ColossalAI's ranks exchange their own objects by pickles while they train and save.
+The folders were checked before (model/model_folder.py). This is a second safeguard: if a library opens a file that it
+should not, it fails instead of running the file's content. It does not apply to the whole process, because ColossalAI's
+ranks exchange pickled objects of their own while they train and save.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from colossal_llama2.errors import RunError
 
-# The functions that run what a file holds, by module; those of torch.jit stand on the two of torch._C.
+# Functions that can run code from a file, by module; those of torch.jit call the two of torch._C.
 REFUSED: list[tuple[str, str]] = [
     ("torch", "load"),
     ("torch.serialization", "load"),
@@ -37,13 +37,13 @@ PEFT_ASKED_BY = (
 )
 
 
-# How many loads are under way.
+# Number of loads in progress.
 _loads = 0
 
 
 @contextlib.contextmanager
 def unpickling_refused(*, offline: bool = True) -> Iterator[None]:
-    """Within it, what would unpickle raises RunError, peft counts as absent, and if `offline` nothing is fetched."""
+    """Inside, unpickling raises RunError, peft counts as not installed, and with `offline` nothing is downloaded."""
     global _loads
     changes = [(module, name, _refusing) for module, name in REFUSED]
     changes += [(module, "is_peft_available", lambda *_: _no_peft) for module in PEFT_ASKED_BY]
