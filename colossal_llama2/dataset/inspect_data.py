@@ -31,6 +31,8 @@ LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
 CATEGORY_COLUMNS = ("document_categories", "seq_category")
 BORDER_COLUMN = "sequence_lengths"
+# Of the characters that no font can draw, so many are listed.
+MAX_MISSING = 20
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
 # Brightness differs as well, for those who tell colours apart less well.
 COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}
@@ -271,6 +273,7 @@ def check_plots_folder(folder: Path) -> None:
 
 
 def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
+    from colossal_llama2.charts import style
     from colossal_llama2.charts.plots import draw_categories, total_categories
 
     yield ""
@@ -288,6 +291,12 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
     where = f"each of {len(bins):,} bins" if len(bins) > 1 else "the only bin"
     yield f"{folder / CATEGORIES_FILE}: documents per category in {where}; from the bottom: {totals}"
+    missing = style.missing_characters("".join(total_categories(bins)))
+    if missing:
+        yield (
+            f"no font here has {missing[:MAX_MISSING]}{'…' if len(missing) > MAX_MISSING else ''}, so the picture has "
+            "their numbers instead; install a font such as Noto Sans CJK and draw it again"
+        )
 
 
 def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:

@@ -23,6 +23,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from colossal_llama2 import errors, logs
+from colossal_llama2.charts import style, vocabulary_curve
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
 from colossal_llama2.errors import UserError
@@ -95,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with new_file(output_file) as path, path.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in mined.pieces)
         if plot:
+            title = f"{plot.stem}: tokens per character by number of new pieces"
             with new_file(plot) as path:
-                _draw_curve(mined.curve, path)
+                vocabulary_curve.draw_curve(mined.curve, path, title=title)
         _print_report(mined, asked=args.num_new_tokens, min_count=args.min_count, output_file=output_file)
 
 
@@ -382,28 +384,7 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
 def _check_can_plot(plot: Path) -> None:
     if plot.suffix.lower() != ".png":
         raise UserError(f"--plot {plot} does not end in .png, the one format that is drawn")
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ImportError:
-        raise UserError("--plot needs matplotlib; run: pip install matplotlib==3.11.2")
-
-
-def _draw_curve(curve: list[tuple[int, float]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from colossal_llama2.charts import plots
-
-    # As the pictures that Pillow draws.
-    figure = Figure(figsize=(plots.SIZE[0] / 100, plots.SIZE[1] / 100), dpi=100, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
-    axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=plots.COLOURS[0])
-    axes.set(xlabel="new pieces", ylabel="tokens per character, held-out text", ylim=(0, None))
-    axes.set_title(f"{path.stem}: tokens per character by number of new pieces", fontsize=11)
-    axes.grid(color=plots.GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, format="png")
+    style.check_can_draw("--plot")
 
 
 if __name__ == "__main__":
