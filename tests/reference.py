@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from colossal_llama2.dataset.read.step_loader import SampleOrder, load_tokenized_dataset
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
 
 
 @dataclass

@@ -163,7 +163,7 @@ def test_required_flags_are_required(make_parser, capsys):
 
 @PARSERS
 def test_each_spelling_is_defined_once_and_explained(make_parser):
-    actions = make_parser()._actions
+    actions = make_parser().actions
     spellings = Counter(spelling for action in actions for spelling in action.option_strings)
     assert set(spellings.values()) == {1}
     assert all(action.help for action in actions)
@@ -259,6 +259,6 @@ def test_bounds_themselves_are_accepted():
 
 def test_the_readme_s_two_fine_tuning_flags_are_the_only_new_ones():
     def flags(make_parser):
-        return {spelling for action in make_parser()._actions for spelling in action.option_strings}
+        return {spelling for action in make_parser().actions for spelling in action.option_strings}
 
     assert flags(train_flags.train_sft_parser) - flags(train_flags.train_parser) == {"--use_neft", "--neft_alpha"}

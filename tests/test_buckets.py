@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from colossal_llama2.dataset.read.buckets import MeasuredPart, make_buckets
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Mixture, Part
-from colossal_llama2.dataset.read.step_loader import SampleOrder
 
 # Of each part: source, bucket, samples, longest sample. Source "en" has no third part.
 SHAPES = [("zh", 0, 900, 512), ("zh", 1, 700, 512), ("zh", 2, 800, 64), ("en", 0, 400, 256), ("en", 1, 90, 2048)]

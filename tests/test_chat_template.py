@@ -14,7 +14,7 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.write.prepare import CHAT_TEMPLATE_FILE, prepare_sft
 from colossal_llama2.dataset.write.tokenization import read_sft_row, tokenize_sft
 from colossal_llama2.encoding.encoder import Encoder, load_tokenizer, puts_prefix_after_marks
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests.preparing import read_jsonl, write_lines
 from tests.preparing import settings as prepare_settings
 from tests.tiny import CHINESE
@@ -28,7 +28,7 @@ def chinese_dir(tokenizer_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("chinese")
     pieces = [CHINESE[start : start + 2] for start in range(0, 40)] + ["人工智能"]
     (folder / "new.jsonl").write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces))
-    expand_tokenizer(tokenizer_dir, folder / "tokenizer", folder / "new.jsonl")
+    expand_tokenizer(ExtensionSettings(tokenizer_dir, folder / "tokenizer", folder / "new.jsonl"))
     (folder / "tokenizer" / CHAT_TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=False))
     return folder / "tokenizer"
 

@@ -11,7 +11,7 @@ import os
 import pytest
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.checkpointing.checkpointer import LoadPlan, check_save_dir, plan_loading, publish_model

@@ -12,7 +12,7 @@ import pytest
 from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.tokenizer import compare
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from examples import quickstart_corpus
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents
@@ -40,7 +40,7 @@ def extended_dir(tokenizer_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     pieces = "".join(json.dumps({"piece": piece}) + "\n" for piece in ("设置", "文件", "扩展", "插件"))
     (folder / "pieces.jsonl").write_text(pieces)
-    expand_tokenizer(tokenizer_dir, folder / "tokenizer", folder / "pieces.jsonl")
+    expand_tokenizer(ExtensionSettings(tokenizer_dir, folder / "tokenizer", folder / "pieces.jsonl"))
     return folder / "tokenizer"
 
 

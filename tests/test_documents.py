@@ -8,7 +8,8 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs, prepare_fa2_from_position_ids
 
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.read.step_loader import Collator, check_lengths, load_tokenized_dataset
+from colossal_llama2.dataset.read.batch import Collator
+from colossal_llama2.dataset.read.prepared_data import check_lengths, load_tokenized_dataset
 from colossal_llama2.engine.patches import cpu_device, document_attention
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.documents import MaskForm, attention_inputs, block_mask, borders, position_ids

@@ -11,9 +11,9 @@ import pytest
 
 from colossal_llama2.cli import train_flags
 from colossal_llama2.cli.dependent_flags import with_defaults
-from colossal_llama2.dataset.read.step_loader import SampleOrder
-from colossal_llama2.engine.engine import EngineSettings
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
+from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import inspect_weights
 from colossal_llama2.storage.files import write_json

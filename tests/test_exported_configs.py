@@ -32,6 +32,7 @@ GENERATION = {
     "no padding token": ({"pad_token_id": -1}, {"pad_token_id": None}),
     "padding beyond the vocabulary": ({"pad_token_id": 600}, {"pad_token_id": None}),
     "two ends, one unknown": ({"eos_token_id": [2, 700]}, {"eos_token_id": [2]}),
+    "a padding token in a list in a list": ({"pad_token_id": [[0]]}, {"pad_token_id": None}),
     "two padding tokens": ({"pad_token_id": [0, 2]}, {"pad_token_id": 0}),
     "beams alone": ({"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 1}),
     "beams": ({"num_beams": 4, "early_stopping": True, "top_p": 0.5}, {"num_beams": 4, "early_stopping": True}),

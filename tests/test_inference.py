@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import inference_example
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
+from colossal_llama2.inference.generation import GenerationSettings
 from colossal_llama2.terminal_text import printable
 from tests import tiny
 
@@ -68,14 +69,17 @@ def answer_of(stdout: str, prompt: str) -> str:
 def test_greedy_is_what_plain_transformers_gives(loaded, model_dir, prompt):
     model, tokenizer = loaded
     expected = tokenizer.decode(likeliest_tokens(model_dir, prompt, 12), skip_special_tokens=True)
-    assert generation.generate(model, tokenizer, prompt, max_new_tokens=12, **GREEDY) == expected
+    assert generation.generate(model, tokenizer, prompt, GenerationSettings(max_new_tokens=12, **GREEDY)) == expected
     assert expected
 
 
 def test_greedy_ignores_seed_and_sampling_flags(loaded):
     model, tokenizer = loaded
     other = GREEDY | {"temperature": 2.0, "top_k": 1, "top_p": 0.1, "seed": 5}
-    answers = {generation.generate(model, tokenizer, "the", max_new_tokens=12, **flags) for flags in (GREEDY, other)}
+    answers = {
+        generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=12, **flags))
+        for flags in (GREEDY, other)
+    }
     assert len(answers) == 1
 
 
@@ -83,7 +87,7 @@ def test_a_seed_makes_sampling_repeatable(loaded):
     model, tokenizer = loaded
 
     def sample(seed):
-        return generation.generate(model, tokenizer, "the", max_new_tokens=20, seed=seed, **SAMPLED)
+        return generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=20, seed=seed, **SAMPLED))
 
     first = sample(1)
     assert sample(2) != first
@@ -93,9 +97,9 @@ def test_a_seed_makes_sampling_repeatable(loaded):
 
 def test_sampling_obeys_top_k(loaded, model_dir):
     model, tokenizer = loaded
-    likeliest = generation.generate(model, tokenizer, "the", max_new_tokens=12, **GREEDY)
+    likeliest = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=12, **GREEDY))
     narrow = SAMPLED | {"top_k": 1, "seed": 3}
-    assert generation.generate(model, tokenizer, "the", max_new_tokens=12, **narrow) == likeliest
+    assert generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=12, **narrow)) == likeliest
 
 
 @pytest.mark.parametrize("as_list", [False, True])
@@ -104,7 +108,7 @@ def test_the_answer_ends_before_an_end_of_text_token(loaded, model_dir, monkeypa
     new = likeliest_tokens(model_dir, "the", 8)
     end = next(index for index in range(1, 8) if new[index] not in new[:index])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [new[end], 2] if as_list else new[end])
-    answer = generation.generate(model, tokenizer, "the", max_new_tokens=8, **GREEDY)
+    answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=8, **GREEDY))
     # The last token is one of text here, so it is shown; a real </s> is a special token and is not.
     assert answer == tokenizer.decode(new[: end + 1])
 
@@ -116,8 +120,8 @@ def test_leftover_generation_settings_change_and_say_nothing(model_dir, copied_m
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model, tokenizer = generation.load_model(str(copied_model), "cpu")
-        answer = generation.generate(model, tokenizer, "the", max_new_tokens=12, **GREEDY)
-    assert answer == generation.generate(*loaded, "the", max_new_tokens=12, **GREEDY)
+        answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=12, **GREEDY))
+    assert answer == generation.generate(*loaded, "the", GenerationSettings(max_new_tokens=12, **GREEDY))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -191,10 +195,10 @@ def test_an_answer_that_does_not_fit_is_shortened_and_told(loaded, logger_state,
     monkeypatch.setattr(model.config, "max_position_embeddings", prompt_length + 4)
     logger_state.propagate = True
     with caplog.at_level(logging.INFO, logger="colossal_llama2"):
-        answer = generation.generate(model, tokenizer, "the", max_new_tokens=5, **GREEDY)
+        answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=5, **GREEDY))
         assert len(caplog.records) == 1
         assert "at most 4 new tokens, not 5" in caplog.text
-        assert answer == generation.generate(model, tokenizer, "the", max_new_tokens=4, **GREEDY)
+        assert answer == generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=4, **GREEDY))
         assert len(caplog.records) == 1
 
 
@@ -202,7 +206,7 @@ def test_a_prompt_that_does_not_fit_is_refused(loaded, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr(model.config, "max_position_embeddings", len(tokenizer("the")["input_ids"]))
     with pytest.raises(UserError, match="shorten --input_txt"):
-        generation.generate(model, tokenizer, "the", max_new_tokens=5, **GREEDY)
+        generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=5, **GREEDY))
 
 
 def test_no_device_means_gpu_if_there_is_one(monkeypatch):

@@ -18,10 +18,17 @@ from colossal_llama2.encoding.bpe_model import read_model
 from colossal_llama2.encoding.encoder import Encoder, fingerprint
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model.init_model import INPUT_EMBEDDING, OUTPUT_EMBEDDING, Rows, _noted_ranges, init_model
+from colossal_llama2.model.init_model import (
+    INPUT_EMBEDDING,
+    OUTPUT_EMBEDDING,
+    InitModelSettings,
+    Rows,
+    _noted_ranges,
+    init_model,
+)
 from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.model.training_history import read_history
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.train.report.model_card import _stage_cells
 from tests import tiny
 from tests.conftest import ROOT
@@ -33,7 +40,7 @@ PIECES = ["人工智能", "你好", "世界", "人工", "智能", "▁Hello▁wo
 def expand(source, folder):
     path = folder / "pieces.jsonl"
     path.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in PIECES))
-    expand_tokenizer(source, folder / "tokenizer", path)
+    expand_tokenizer(ExtensionSettings(source, folder / "tokenizer", path))
     return folder / "tokenizer"
 
 
@@ -81,7 +88,7 @@ def edited_json(path, **changes):
 
 
 def test_single_file(model_dir, expanded, tmp_path, capsys):
-    init_model(model_dir, expanded, tmp_path / "out")
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     check(model_dir, expanded, tmp_path / "out")
     last = capsys.readouterr().out.splitlines()[-1]
     added = Encoder(expanded).vocab_size - 600
@@ -98,9 +105,9 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
 
 def test_nothing_new_keeps_the_note_of_new_rows(model_dir, expanded, tmp_path):
     """Such as a change of the number format alone; a second extension notes its own rows."""
-    init_model(model_dir, expanded, tmp_path / "first")
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "first"))
     noted = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
-    init_model(tmp_path / "first", tmp_path / "first", tmp_path / "second", dtype="bfloat16")
+    init_model(InitModelSettings(tmp_path / "first", tmp_path / "first", tmp_path / "second", dtype="bfloat16"))
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     assert config["initialized_rows"] == noted == [[600, config["vocab_size"]]]
     # Rows that no token has are left out, and a note that makes no sense is none.
@@ -115,7 +122,7 @@ def test_sharded_half_precision_and_tied(tokenizer_dir, expanded, tmp_path, dtyp
     LlamaForCausalLM.from_pretrained(source, torch_dtype="auto").save_pretrained(source, max_shard_size="60KB")
     (source / WEIGHTS_FILE).unlink(missing_ok=True)
     edited_json(source / INDEX_FILE, metadata={"total_size": 1, "total_parameters": 0})
-    init_model(source, expanded, tmp_path / "out")
+    init_model(InitModelSettings(source, expanded, tmp_path / "out"))
     check(source, expanded, tmp_path / "out")
     index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
     tensors = weights_of(tmp_path / "out")
@@ -141,7 +148,7 @@ def test_rows_beyond_the_tokenizer_are_left_out(model_dir, expanded, tmp_path, c
     source = padded(model_dir, tmp_path / "source", 40)
     edited_json(source / "config.json", pad_token_id=639)
     with caplog.at_level("INFO", logger="colossal_llama2"):
-        init_model(source, expanded, tmp_path / "out")
+        init_model(InitModelSettings(source, expanded, tmp_path / "out"))
     check(source, expanded, tmp_path / "out")
     assert not (weights_of(tmp_path / "out")[INPUT_EMBEDDING] == 7.0).all(1).any()
     # Row 639 was padding. Its number is a Chinese piece or nothing now, so it must not stay the padding token.
@@ -157,7 +164,7 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
     edited_json(source / "config.json", pad_token_id=600, eos_token_id=[2, 600])
     edited_json(source / "generation_config.json", pad_token_id=600)
     target_tokenizer = expand(source, tmp_path)
-    init_model(source, target_tokenizer, tmp_path / "out")
+    init_model(InitModelSettings(source, target_tokenizer, tmp_path / "out"))
     check(source, target_tokenizer, tmp_path / "out")
     matrix = weights_of(tmp_path / "out")[INPUT_EMBEDDING]
     pad, late = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids(["<pad>", "<late>"])
@@ -176,8 +183,8 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
 def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tmp_path, capsys, tie, dtype):
     """They are the mean of the old rows, noted, never generated, and not taken over by the next init_model."""
     source = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie, dtype=dtype)
-    init_model(source, expanded, tmp_path / "plain")
-    init_model(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64)
+    init_model(InitModelSettings(source, expanded, tmp_path / "plain"))
+    init_model(InitModelSettings(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64))
     tokens, rows = Encoder(expanded).vocab_size, 640
     assert 600 < tokens < rows
     assert f"600 -> 640 ({rows - tokens} of them without a token), {tokens - 600} rows" in capsys.readouterr().out
@@ -195,7 +202,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     assert _stage_cells(history.stages[0])[1] == told
 
     for again, more in (("same", 64), ("none", 1), ("larger", 128)):
-        init_model(tmp_path / "out", expanded, tmp_path / again, pad_vocab_to_multiple_of=more)
+        init_model(InitModelSettings(tmp_path / "out", expanded, tmp_path / again, pad_vocab_to_multiple_of=more))
         config = json.loads((tmp_path / again / "config.json").read_text())
         assert config["vocab_size"] == {"same": rows, "none": tokens, "larger": 640}[again]
         assert ("padding_rows" in config) is (again != "none") and config["initialized_rows"] == [[600, tokens]]
@@ -203,15 +210,15 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     assert all(torch.equal(tensor, plain[name]) for name, tensor in weights_of(tmp_path / "none").items())
 
     model, tokenizer = generation.load_model(str(tmp_path / "out"), "cpu")
-    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-    expected = [generation.generate(model, tokenizer, "the state", do_sample=False, **settings)]
+    settings = generation.GenerationSettings(8, do_sample=False, temperature=1.0, top_k=0, top_p=1.0, seed=0)
+    expected = [generation.generate(model, tokenizer, "the state", settings)]
     with torch.no_grad():
         # One of two opposite rows has by far the largest logit. Tied rows are not looked up, so that nothing changes.
         head = model.get_output_embeddings().weight
         head[tokens : tokens + 2] = 100 * torch.stack([torch.ones(head.shape[1]), -torch.ones(head.shape[1])])
     raw = model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=1, do_sample=False)
     assert raw[0, -1] >= tokens
-    assert [generation.generate(model, tokenizer, "the state", do_sample=False, **settings)] == expected
+    assert [generation.generate(model, tokenizer, "the state", settings)] == expected
 
 
 def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
@@ -221,11 +228,11 @@ def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
     for path in model_dir.iterdir():
         (source / path.name).symlink_to(path)
     target = shutil.copytree(expanded, tmp_path / "target")
-    init_model(source, target, target)
+    init_model(InitModelSettings(source, target, target))
     check(source, expanded, target)
     assert not any(path.is_symlink() or path.is_dir() for path in target.iterdir())
     with pytest.raises(UserError, match="holds a model already"):
-        init_model(source, expanded, target)
+        init_model(InitModelSettings(source, expanded, target))
 
 
 @pytest.mark.parametrize("spelling", ["init_model.py", "colossal_llama2/model/init_model.py"])
@@ -251,7 +258,9 @@ def test_both_spellings_from_another_folder(run_script, model_dir, expanded, tmp
     sha256 = hashlib.sha256((model_dir / WEIGHTS_FILE).read_bytes()).hexdigest()
     assert stage["parent"]["weights"][WEIGHTS_FILE]["sha256"] == sha256
     # Where no row is new, only the name of the base goes along.
-    init_model(tmp_path / "out", tmp_path / "out", tmp_path / "again", dtype="bfloat16", overwrite=True)
+    init_model(
+        InitModelSettings(tmp_path / "out", tmp_path / "out", tmp_path / "again", dtype="bfloat16", overwrite=True)
+    )
     again = json.loads((tmp_path / "again" / "training_history.json").read_text())
     assert again == {"version": 1, "base_model": "model", "stages": [stage]}
 
@@ -275,7 +284,7 @@ def test_as_a_module_and_one_line_for_a_mistake(assert_user_error, model_dir, ex
 def test_folders_that_are_refused(model_dir, expanded, tokenizer_dir, tmp_path):
     def refused(words, *, source=model_dir, tokenizer=expanded, target=tmp_path / "out"):
         with pytest.raises(UserError, match=words):
-            init_model(source, tokenizer, target)
+            init_model(InitModelSettings(source, tokenizer, target))
 
     refused("--source_model_and_tokenizer_path .* is not a folder", source=tmp_path / "missing")
     refused("--target_tokenizer_path .* is not a folder", tokenizer=tmp_path / "missing")
@@ -306,7 +315,7 @@ def test_weights_that_are_refused(model_dir, expanded, tmp_path):
         shutil.copytree(model_dir, source)
         change(source)
         with pytest.raises(UserError, match=words):
-            init_model(source, expanded, tmp_path / "out")
+            init_model(InitModelSettings(source, expanded, tmp_path / "out"))
 
     def only_index(source, weight_map):
         (source / WEIGHTS_FILE).rename(source / "one.safetensors")
@@ -341,7 +350,7 @@ def test_weights_that_are_refused(model_dir, expanded, tmp_path):
 def test_a_piece_that_the_source_cannot_encode_is_refused(model_dir, expanded, tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, "encode", lambda self, texts, dummy_prefix=True: [[] for _ in texts])
     with pytest.raises(UserError, match="encodes .* as nothing"):
-        init_model(model_dir, expanded, tmp_path / "out")
+        init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
 
 
 def test_a_failed_write_leaves_nothing(model_dir, expanded, tmp_path, monkeypatch):
@@ -353,7 +362,7 @@ def test_a_failed_write_leaves_nothing(model_dir, expanded, tmp_path, monkeypatc
     before = sorted(path.name for path in target.iterdir())
     for place in (target, tmp_path / "out"):
         with pytest.raises(OSError, match="No space .*model.safetensors"):
-            init_model(model_dir, expanded if place != target else target, place)
+            init_model(InitModelSettings(model_dir, expanded if place != target else target, place))
     assert sorted(path.name for path in target.iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -361,7 +370,7 @@ def test_a_failed_write_leaves_nothing(model_dir, expanded, tmp_path, monkeypatc
 @pytest.mark.parametrize("tie", [False, True])
 def test_text_without_new_pieces_gives_the_source_logits(tokenizer_dir, expanded, tmp_path, tie):
     source_dir = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie)
-    init_model(source_dir, expanded, tmp_path / "out")
+    init_model(InitModelSettings(source_dir, expanded, tmp_path / "out"))
     source, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source_dir, tmp_path / "out"))
     documents = zip(
         *(Encoder(folder).encode(tiny.english_documents()) for folder in (source_dir, expanded)), strict=True
@@ -383,7 +392,7 @@ def test_dtype_converts_every_weight(tokenizer_dir, expanded, tmp_path, before, 
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(8, dtype=torch.float32)
     tensors["position_ids"] = torch.arange(3)
     save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
-    init_model(source, expanded, tmp_path / "out", dtype=after)
+    init_model(InitModelSettings(source, expanded, tmp_path / "out", dtype=after))
     written = weights_of(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == after
     for name, tensor in tensors.items():
@@ -401,17 +410,17 @@ def test_a_number_too_large_for_the_dtype_is_refused(model_dir, expanded, tmp_pa
     tensors = load_file(source / WEIGHTS_FILE)
     tensors["model.norm.weight"][:2] = torch.tensor([65504.0, -65504.0])
     save_file(tensors, source / WEIGHTS_FILE)
-    init_model(source, expanded, tmp_path / "kept", dtype="float16")
+    init_model(InitModelSettings(source, expanded, tmp_path / "kept", dtype="float16"))
     tensors["model.norm.weight"][2] = 70000.0
     save_file(tensors, source / WEIGHTS_FILE)
     with pytest.raises(UserError, match="model.norm.weight: 1 of its numbers would be too large for --dtype float16"):
-        init_model(source, expanded, tmp_path / "out", dtype="float16")
-    init_model(source, expanded, tmp_path / "out", dtype="bfloat16")
+        init_model(InitModelSettings(source, expanded, tmp_path / "out", dtype="float16"))
+    init_model(InitModelSettings(source, expanded, tmp_path / "out", dtype="bfloat16"))
     with pytest.raises(ValueError, match="dtype is 'fp16'"):
-        init_model(source, expanded, tmp_path / "misspelt", dtype="fp16")
+        init_model(InitModelSettings(source, expanded, tmp_path / "misspelt", dtype="fp16"))
     edited_json(source / "config.json", quantization_config={"bits": 4})
     with pytest.raises(UserError, match="quantized"):
-        init_model(source, expanded, tmp_path / "quantized", dtype="float16")
+        init_model(InitModelSettings(source, expanded, tmp_path / "quantized", dtype="float16"))
     assert not list(tmp_path.glob(".*"))
 
 
@@ -425,7 +434,7 @@ def test_a_row_that_moves_may_be_too_large_too(model_dir, tmp_path):
     save_file(tensors, source / WEIGHTS_FILE, metadata={"format": "pt"})
     target_tokenizer = expand(source, tmp_path)
     with pytest.raises(UserError, match="embed_tokens.weight: 2 of its numbers would be too large"):
-        init_model(source, target_tokenizer, tmp_path / "out", dtype="float16")
+        init_model(InitModelSettings(source, target_tokenizer, tmp_path / "out", dtype="float16"))
     assert not (tmp_path / "out").exists()
 
 
@@ -433,17 +442,17 @@ def test_config_code_is_never_run_and_sizes_must_match(model_dir, expanded, tmp_
     source = shutil.copytree(model_dir, tmp_path / "source")
     edited_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
     with caplog.at_level("INFO", logger="colossal_llama2"):
-        init_model(source, expanded, tmp_path / "out")
+        init_model(InitModelSettings(source, expanded, tmp_path / "out"))
     assert "auto_map is left out" in caplog.text
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     edited_json(source / "config.json", model_type="other")
     with pytest.raises(UserError, match="code of its own .auto_map., which is never run"):
-        init_model(source, expanded, tmp_path / "other")
+        init_model(InitModelSettings(source, expanded, tmp_path / "other"))
     shutil.copyfile(model_dir / "config.json", source / "config.json")
     for change in ({"vocab_size": 601}, {"hidden_size": 65}):
         edited_json(source / "config.json", **change)
         with pytest.raises(UserError, match="is 600 x 64, but its config.json says"):
-            init_model(source, expanded, tmp_path / "other")
+            init_model(InitModelSettings(source, expanded, tmp_path / "other"))
 
 
 def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
@@ -452,20 +461,20 @@ def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
     tensors[INPUT_EMBEDDING] = tensors[INPUT_EMBEDDING].to(torch.int8)
     save_file(tensors, source / WEIGHTS_FILE)
     with pytest.raises(UserError, match="is of dtype I8"):
-        init_model(source, expanded, tmp_path / "out")
+        init_model(InitModelSettings(source, expanded, tmp_path / "out"))
 
 
 def test_a_full_disk_is_told_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(RunError) as told:
-        init_model(model_dir, expanded, tmp_path / "deep" / "out")
+        init_model(InitModelSettings(model_dir, expanded, tmp_path / "deep" / "out"))
     needed = int(
         re.match(r"([\d,]+) bytes are needed in .*, 12,345 bytes are free", str(told.value))[1].replace(",", "")
     )
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
-    init_model(model_dir, expanded, tmp_path / "deep" / "out")
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "deep" / "out"))
     written = sum(path.stat().st_size for path in (tmp_path / "deep" / "out").iterdir())
     assert 0 <= written - needed < 4096  # the two configs
 
@@ -482,17 +491,17 @@ def test_overwrite_replaces_the_whole_folder(model_dir, expanded, tokenizer_dir,
     (target / "vocabulary_report.json").write_text("{}")
     link = tmp_path / "link"
     link.symlink_to(target)
-    init_model(model_dir, target, link, overwrite=True)
+    init_model(InitModelSettings(model_dir, target, link, overwrite=True))
     check(model_dir, expanded, target)
     names = {path.name for path in expanded.iterdir()} | MODEL_FILES
     assert {path.name for path in target.iterdir()} == names | {"vocabulary_report.json"}
     assert link.is_symlink() and {path.name for path in tmp_path.iterdir()} == {"target", "link"}
-    init_model(model_dir, expanded, tmp_path / "new", overwrite=True)
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "new", overwrite=True))
     check(model_dir, expanded, tmp_path / "new")
 
 
 def test_overwrite_keeps_the_old_one_until_the_new_is_complete(model_dir, expanded, tmp_path, monkeypatch):
-    init_model(model_dir, expanded, tmp_path / "out")
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     def fail(*arguments, **named):
@@ -501,7 +510,7 @@ def test_overwrite_keeps_the_old_one_until_the_new_is_complete(model_dir, expand
     for place in ("safetensors_stream._mean_rows", "init_model._write_configs", "init_model.publish"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
             patch.setattr(f"colossal_llama2.model.{place}", fail)
-            init_model(model_dir, expanded, tmp_path / "out", overwrite=True)
+            init_model(InitModelSettings(model_dir, expanded, tmp_path / "out", overwrite=True))
         assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -512,28 +521,28 @@ def test_what_overwrite_refuses(model_dir, expanded, tmp_path):
     for name in ("thesis.txt", "pytorch_model.bin"):
         (other / name).write_text("mine")
         with pytest.raises(UserError, match=f"would remove {name}"):
-            init_model(model_dir, expanded, other, overwrite=True)
+            init_model(InitModelSettings(model_dir, expanded, other, overwrite=True))
     source = shutil.copytree(model_dir, tmp_path / "source")
     with pytest.raises(UserError, match="which is in the target"):
-        init_model(source, expanded, source, overwrite=True)
+        init_model(InitModelSettings(source, expanded, source, overwrite=True))
     linked = tmp_path / "linked"
     linked.mkdir()
     for path in source.iterdir():
         (linked / path.name).symlink_to(path)
     with pytest.raises(UserError, match="which is in the target"):
-        init_model(linked, expanded, source, overwrite=True)
+        init_model(InitModelSettings(linked, expanded, source, overwrite=True))
     finished = tmp_path / "finished"
-    init_model(model_dir, expanded, finished)
+    init_model(InitModelSettings(model_dir, expanded, finished))
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "pytorch_model.bin.index.json"):
         (finished / name).write_text("mine")
         with pytest.raises(UserError, match=f"would remove {name}"):
-            init_model(model_dir, expanded, finished, overwrite=True)
+            init_model(InitModelSettings(model_dir, expanded, finished, overwrite=True))
         (finished / name).unlink()
     assert len(list(other.iterdir())) == 2 and (source / WEIGHTS_FILE).exists() and not list(tmp_path.glob(".*"))
 
 
 def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, expanded, tmp_path, monkeypatch):
-    init_model(model_dir, expanded, tmp_path / "out")
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     (tmp_path / "new").mkdir()
     for target, closed, named in (
         (tmp_path / "new" / "out", tmp_path / "new", {}),
@@ -544,7 +553,7 @@ def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, 
             # Root may write everywhere, so the system's answer is replaced.
             patch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
             patch.setattr("colossal_llama2.model.init_model._read_config", None)
-            init_model(model_dir, expanded, target, **named)
+            init_model(InitModelSettings(model_dir, expanded, target, **named))
 
 
 # Killed runs.
@@ -576,24 +585,24 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, t
     while moment == "publish" and child.stdout.readline() != "publish\n":
         pass
     with pytest.raises(UserError, match="another run is writing"):
-        init_model(model_dir, expanded, tmp_path / "out")
+        init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     child.kill()
     child.communicate()
     (leftover,) = tmp_path.iterdir()
     assert re.fullmatch(r"\.out\.[a-z0-9_]{8}\.tmp", leftover.name)
     with caplog.at_level("INFO", logger="colossal_llama2"):
-        init_model(model_dir, expanded, tmp_path / "out")
+        init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     assert f"removing {leftover}" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     check(model_dir, expanded, tmp_path / "out")
 
 
 def test_killed_between_the_two_renames_the_old_folder_comes_back(model_dir, expanded, tmp_path, caplog):
-    init_model(model_dir, expanded, tmp_path / "out")
+    init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / ".out.12345678.old")
     (tmp_path / ".out.mine.tmp").mkdir()
     with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="holds a model already"):
-        init_model(model_dir, expanded, tmp_path / "out")
+        init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     assert "its old content is back" in caplog.text
     check(model_dir, expanded, tmp_path / "out")
     assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we make

@@ -20,7 +20,7 @@ from colossal_llama2.encoding.parity import PieceFinder
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import init_tokenizer
 from colossal_llama2.tokenizer.closure import make_plan
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents
@@ -60,7 +60,7 @@ def _unset_prefix_space(folder):
 @pytest.fixture(scope="module")
 def target(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("target")
-    expand_tokenizer(source, folder / "new" / "zh", write_pieces(folder / "pieces.jsonl", WORDS))
+    expand_tokenizer(ExtensionSettings(source, folder / "new" / "zh", write_pieces(folder / "pieces.jsonl", WORDS)))
     return folder / "new" / "zh"
 
 
@@ -155,7 +155,7 @@ def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
     del config["added_tokens_decoder"], config["tokenizer_class"]
     (old / "tokenizer_config.json").write_text(json.dumps(config))
     (old / "added_tokens.json").write_text(json.dumps({"<pad>": 600, "<tool>": 601}))
-    expand_tokenizer(old, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+    expand_tokenizer(ExtensionSettings(old, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
     for use_fast in (True, False):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast)
         assert tokenizer.convert_tokens_to_ids(["你好", "<pad>", "<tool>"]) == [600, 603, 604]
@@ -168,7 +168,7 @@ def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
     fast["model"]["merges"].pop()
     (odd / "tokenizer.json").write_text(json.dumps(fast))
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
-    expand_tokenizer(odd, tmp_path / "new", pieces)
+    expand_tokenizer(ExtensionSettings(odd, tmp_path / "new", pieces))
     assert "other merges" in caplog.text and (tmp_path / "new").exists()
 
 
@@ -240,7 +240,7 @@ def test_a_bad_line_is_named(source, tmp_path, line, words):
     path = tmp_path / "pieces.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"piece": "ok"}\n\n' + line + b"\n")
     with pytest.raises(UserError, match=f"pieces.jsonl:3: .*{words}"):
-        expand_tokenizer(source, tmp_path / "out", path)
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "out", path))
     assert [path.name for path in tmp_path.iterdir()] == ["pieces.jsonl"]
 
 
@@ -272,7 +272,7 @@ def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
     source = tokenizer_of(tmp_path / "source", ["\u3000", "\t"], user_defined_symbols=["[INST]"])
     words = ["\u3000\u3000", "\u00a0", "\u2003", "\u2028", "\u3000你好", "the\u00a0of", "▁\u3000", "\t\t", "你\u202f"]
     pieces = write_pieces(tmp_path / "pieces.jsonl", [*words, "\u3000", "\t", "[INST]", "▁t"])
-    expand_tokenizer(source, tmp_path / "new", pieces)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "new", pieces))
     told = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
     assert (told["asked"], told["already_pieces"], told["added_from_file"]) == (len(words) + 4, 4, len(words))
     assert told["unreachable"] == told["dropped"] == 0
@@ -291,14 +291,14 @@ def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
                     assert tokenizer.decode(ids) == text
     write_pieces(pieces, ["\u000b"])
     with pytest.raises(UserError, match="control character"):
-        expand_tokenizer(source, tmp_path / "other", pieces)
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "other", pieces))
 
 
 @pytest.mark.parametrize("closure", ["complete", "off"])
 def test_pieces_that_a_normalizer_never_produces_are_named(closure, tmp_path, caplog):
     source = tokenizer_of(tmp_path / "source", normalization_rule_name="nmt_nfkc")
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["\u3000\u3000", "你好", "Ａ"])
-    expand_tokenizer(source, tmp_path / "new", pieces, closure=closure)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "new", pieces, closure=closure))
     assert "2 of the pieces never come out of the normalizer" in caplog.text and r"'\u3000\u3000', 'Ａ';" in caplog.text
     assert ("\u3000\u3000" in pieces_of(tmp_path / "new")) is (closure == "off")
 
@@ -308,7 +308,7 @@ def test_folders_and_files_that_are_refused(source, tmp_path):
 
     def refused(words, *, source=source, target=tmp_path / "out", pieces=pieces):
         with pytest.raises(UserError, match=words):
-            expand_tokenizer(source, target, pieces)
+            expand_tokenizer(ExtensionSettings(source, target, pieces))
 
     refused("is not a file", pieces=tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -343,7 +343,7 @@ def test_a_tokenizer_class_that_cannot_be_loaded_is_refused(source, tmp_path):
     config = {**json.loads((folder / "tokenizer_config.json").read_text()), "tokenizer_class": "NoSuchTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="tokenizer_class is LlamaTokenizer"):
-        expand_tokenizer(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+        expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -361,11 +361,13 @@ def test_a_unigram_model_is_refused(source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "unigram")
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match="is a Unigram model"):
-        expand_tokenizer(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"]))
+        expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
 
 
 def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
-    expand_tokenizer(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["and", "and"]))
+    expand_tokenizer(
+        ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["and", "and"]))
+    )
     assert capsys.readouterr().out.splitlines()[-1] == "asked 2, added 0"
     assert pieces_of(tmp_path / "out") == pieces_of(source)
 
@@ -396,7 +398,9 @@ def report_of(folder):
 
 def test_zero_and_off_write_what_the_original_writes(source, tmp_path, caplog):
     expand_tokenizer(
-        source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", WORDS), piece_scores="zero", closure="off"
+        ExtensionSettings(
+            source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", WORDS), piece_scores="zero", closure="off"
+        )
     )
     expected = original_recipe((source / "tokenizer.model").read_bytes(), WORDS)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == expected
@@ -430,7 +434,9 @@ def test_a_failed_proof_ends_with_code_1(source, tmp_path, capsys, monkeypatch):
 
 def test_drop_leaves_out_what_is_not_reached(source, tmp_path, capsys):
     words = ["heth", "ther▁w", "你好", "thethe"]
-    expand_tokenizer(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", words), closure="drop")
+    expand_tokenizer(
+        ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", words), closure="drop")
+    )
     report = report_of(tmp_path / "out")
     assert report["dropped"] + report["added"] == 4 and report["unreachable"] == report["added_by_closure"] == 0
     # The source has no piece for either character.
@@ -441,7 +447,7 @@ def test_drop_leaves_out_what_is_not_reached(source, tmp_path, capsys):
 
 def test_a_budget_counts_what_closure_adds(source, tmp_path):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好", "世界", "人工智能"])
-    expand_tokenizer(source, tmp_path / "out", pieces, max_added_pieces=7)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, max_added_pieces=7))
     assert pieces_of(tmp_path / "out")[600:] == ["你好", "世界", "你", "好", "世", "界"]
     report = report_of(tmp_path / "out")
     assert report["given_up_pieces"] == ["人工智能"] and report["added"] == 6
@@ -453,7 +459,7 @@ def test_the_report_tells_parity_and_old_text(source, tmp_path, capsys):
     (text / "en.txt").write_text("\n\n".join(english_documents()[:200]))
     (text / "zh.jsonl").write_text(json.dumps({"source": "", "target": CHINESE}))
     pieces = write_pieces(tmp_path / "pieces.jsonl", WORDS)
-    expand_tokenizer(source, tmp_path / "out", pieces, parity_text=[str(text)])
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, parity_text=[str(text)]))
     groups = {group["group"]: group for group in report_of(tmp_path / "out")["parity"]}
     assert list(groups) == ["new pieces alone", "new pieces in context", "old pieces", "parity text"]
     found = groups["parity text"]
@@ -472,7 +478,7 @@ def test_a_source_that_spells_merges_as_text_keeps_the_spelling(source, tmp_path
     fast = json.loads((old / "tokenizer.json").read_text())
     fast["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in fast["model"]["merges"]]
     (old / "tokenizer.json").write_text(json.dumps(fast))
-    expand_tokenizer(old, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", WORDS))
+    expand_tokenizer(ExtensionSettings(old, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", WORDS)))
     merges = json.loads((tmp_path / "new" / "tokenizer.json").read_text())["model"]["merges"]
     assert "你 好" in merges and all(isinstance(pair, str) for pair in merges)
 
@@ -480,7 +486,7 @@ def test_a_source_that_spells_merges_as_text_keeps_the_spelling(source, tmp_path
 def test_pieces_that_look_like_byte_tokens_merge_into_none(source, tmp_path):
     """transformers' own conversion would let "<0x0A" and ">" merge to the token of a line break."""
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["<0x0A", "0A>"])
-    expand_tokenizer(source, tmp_path / "out", pieces)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     from transformers import AutoTokenizer
 
     fast = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -493,16 +499,16 @@ def test_pieces_that_look_like_byte_tokens_merge_into_none(source, tmp_path):
 
 def test_overwrite_replaces_a_tokenizer_and_nothing_else(source, tmp_path):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
-    expand_tokenizer(source, tmp_path / "out", pieces)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     write_pieces(tmp_path / "pieces.jsonl", ["世界"])
     with pytest.raises(UserError, match="exists already"):
-        expand_tokenizer(source, tmp_path / "out", pieces)
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     assert pieces_of(tmp_path / "out")[600:] == ["你好", "你", "好"]
-    expand_tokenizer(source, tmp_path / "out", pieces, overwrite=True)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
     assert pieces_of(tmp_path / "out")[600:] == ["世界", "世", "界"]
     (tmp_path / "out" / "model.safetensors").touch()
     with pytest.raises(UserError, match="holds model.safetensors, which is no file of a tokenizer"):
-        expand_tokenizer(source, tmp_path / "out", pieces, overwrite=True)
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pieces.jsonl"]
 
 
@@ -518,13 +524,13 @@ def test_overwrite_spares_the_source_and_files(source, tmp_path):
         (tmp_path / "file", "not a folder"),
     ):
         with pytest.raises(UserError, match=words):
-            expand_tokenizer(copy, target, pieces, overwrite=True)
+            expand_tokenizer(ExtensionSettings(copy, target, pieces, overwrite=True))
     assert pieces_of(copy) == pieces_of(source)
 
 
 def test_a_fault_leaves_the_old_target(source, tmp_path, monkeypatch):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
-    expand_tokenizer(source, tmp_path / "out", pieces)
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir() if path.is_file())
 
     def fail(*given, **named):
@@ -532,7 +538,7 @@ def test_a_fault_leaves_the_old_target(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(init_tokenizer, "write_json", fail)
     with pytest.raises(OSError, match="no space"):
-        expand_tokenizer(source, tmp_path / "out", pieces, overwrite=True)
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
     assert before == sorted((path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir() if path.is_file())
     assert not list(tmp_path.glob(".*"))
 

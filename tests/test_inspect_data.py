@@ -12,7 +12,7 @@ import pytest
 from colossal_llama2.charts import style
 from colossal_llama2.cli import data_flags
 from colossal_llama2.dataset import inspect_data
-from colossal_llama2.dataset.inspect_data import documents_of, inspect_part
+from colossal_llama2.dataset.inspect_data import InspectSettings, documents_of, inspect_part
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
 from colossal_llama2.dataset.write.tokenization import read_pretrain_row, read_sft_row, tokenize_pretrain, tokenize_sft
 from colossal_llama2.encoding.encoder import Encoder, fingerprint
@@ -64,10 +64,8 @@ def old_bin(encoder, tmp_path_factory):
 
 
 def report(part, tokenizer_dir, *, num_samples=5, seed=1024, plots=None, is_coloured=False) -> str:
-    lines = inspect_part(
-        part, tokenizer_dir=str(tokenizer_dir), num_samples=num_samples, seed=seed, plots=plots, is_coloured=is_coloured
-    )
-    return "\n".join(lines)
+    settings = InspectSettings(str(part), str(tokenizer_dir), sample=num_samples, seed=seed, plots=plots)
+    return "\n".join(inspect_part(settings, is_coloured=is_coloured))
 
 
 # Text.

@@ -294,7 +294,7 @@ time.sleep(60)
 RANK = """
 import os, signal, sys, time
 from colossal_llama2 import launcher
-from colossal_llama2.train import orphans
+from colossal_llama2.engine.ranks import orphans
 assert launcher.settle().launcher == sys.argv[1], launcher.place()
 signal.signal(signal.SIGTERM, lambda *args: (print("SIGTERM", flush=True), sys.exit()))
 orphans.end_with_launcher()

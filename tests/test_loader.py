@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.read.step_loader import (
-    Collator,
-    SampleOrder,
-    StepLoader,
+from colossal_llama2.dataset.read.batch import Collator
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import (
     check_lengths,
     dataset_fingerprints,
     highest_token_id,
     load_tokenized_dataset,
 )
+from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.errors import UserError
 
 

@@ -1,6 +1,6 @@
 """mine_tokens: pieces that are closed, reachable and in order of use, from a bounded sample, with a held-out part."""
 
-import inspect
+import dataclasses
 import json
 import random
 import re
@@ -18,7 +18,7 @@ from colossal_llama2.encoding.bpe_model import BpeModel
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import mine_tokens
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.tokenizer.text_sample import Sample, draw
 from examples import quickstart_corpus
 from tests import tiny
@@ -43,10 +43,13 @@ def write_corpus(folder: Path, texts, name: str = "text.jsonl") -> Path:
     return folder
 
 
-def mine(corpus, tokenizer_dir, **changes) -> mine_tokens.Mined:
-    return mine_tokens.mine(
-        data_input_dirs=[str(corpus)], source_tokenizer_dir=tokenizer_dir, **{**DEFAULTS, **changes}
-    )
+def mine(corpus, tokenizer_dir, *, curve_points: int = 0, **changes) -> mine_tokens.Mined:
+    places = {
+        "data_input_dirs": [str(corpus)],
+        "source_tokenizer_dir": str(tokenizer_dir),
+        "output_file": "not written",
+    }
+    return mine_tokens.mine(mine_tokens.MiningSettings(**{**places, **DEFAULTS, **changes}), curve_points=curve_points)
 
 
 def chinese_texts() -> list:
@@ -99,7 +102,7 @@ def test_any_first_part_of_the_list_is_a_list_of_its_own(mined, tokenizer_dir):
 def test_init_tokenizer_takes_the_list_as_it_is(mined, chinese, tokenizer_dir, tmp_path, capsys):
     file = tmp_path / "pieces.jsonl"
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in mined.pieces))
-    expand_tokenizer(tokenizer_dir, tmp_path / "target", file)
+    expand_tokenizer(ExtensionSettings(tokenizer_dir, tmp_path / "target", file))
     assert capsys.readouterr().out.splitlines()[-1] == "asked 600, added 600"
     # The printed figure is that of the tokenizer that gets written.
     held_out = [text for text in dict.fromkeys(chinese_texts()) if mine_tokens.is_held_out_document(text, 0.125, 1024)]
@@ -140,7 +143,7 @@ def test_a_source_that_merges_otherwise_costs_pieces_and_leaves_none_unreachable
     source = tmp_path / "source"
     expand = write_corpus(tmp_path, [], name="none.jsonl") / "pieces.jsonl"
     expand.write_text('{"piece": "乙"}\n{"piece": "丙"}\n{"piece": "乙丙"}\n')
-    expand_tokenizer(tokenizer_dir, source, expand)
+    expand_tokenizer(ExtensionSettings(tokenizer_dir, source, expand))
     texts = [f"甲乙{'丙' if number % 3 else ''}。第{number}" for number in range(90)]
     found = mine(write_corpus(tmp_path / "zh", texts), source, num_new_tokens=20)
     model = BpeModel.read(source)
@@ -341,7 +344,7 @@ def test_the_curve_is_a_png(mined, tmp_path, chinese, tokenizer_dir, capsys):
 
 def test_flags_and_function_agree():
     parser = tokenizer_flags.mine_tokens_parser()
-    flags = {action.dest for action in parser._actions} - {"help", "output_file", "plot"}
-    assert flags == set(inspect.signature(mine_tokens.mine).parameters) - {"curve_points"}
+    flags = {action.dest for action in parser.actions} - {"help"}
+    assert flags == {field.name for field in dataclasses.fields(mine_tokens.MiningSettings)}
     assert set(tokenizer_flags.MINED_SCRIPTS) == set(mine_tokens.SCRIPTS)
     assert tiny.CHINESE and "".join(re.findall(f"[{mine_tokens.SCRIPTS['han']}]", tiny.CHINESE)) == tiny.CHINESE

@@ -431,7 +431,7 @@ def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path,
         lambda: checks.check_inputs(train),
         lambda: load_llama(str(folder), precision="fp32", attention="sdpa"),
         lambda: generation.load_model(str(folder), "cpu"),
-        lambda: init_model.init_model(folder, tokenizer_dir, tmp_path / "target"),
+        lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
     ]
     for call in calls:
         line = refusal(call)
@@ -529,8 +529,8 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
 def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_script):
     edit(folder / "config.json", num_hidden_layers=10**9)
     code = (
-        "import sys\nfrom colossal_llama2 import arguments\nfrom colossal_llama2.train import checks\n"
-        "try:\n    checks.check_inputs(arguments.train_parser().parse_args(sys.argv[1:]))\n"
+        "import sys\nfrom colossal_llama2.cli import train_flags\nfrom colossal_llama2.train import checks\n"
+        "try:\n    checks.check_inputs(train_flags.train_parser().parse_args(sys.argv[1:]))\n"
         "except Exception as error:\n    print(error)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
@@ -611,7 +611,7 @@ def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path)
     spoil(folder, NAME, float("nan"))
     for call in (
         lambda: generation.load_model(str(folder), "cpu"),
-        lambda: init_model.init_model(folder, tokenizer_dir, tmp_path / "target"),
+        lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
     ):
         line = refusal(call)
         assert NAME in line and "NaN" in line

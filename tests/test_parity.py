@@ -14,7 +14,7 @@ from colossal_llama2.encoding.parity import PieceFinder, Tokenizers, evenly, mea
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import parity_text
 from colossal_llama2.tokenizer.closure import make_plan
-from colossal_llama2.tokenizer.init_tokenizer import expand_tokenizer
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.tokenizer.parity_text import read_parity_text
 from tests.test_closure import CHARACTERS, PIECES, TEXT, content_of, model, wanted_of  # noqa: F401 - a fixture
 from tests.tiny import CHINESE, english_documents
@@ -32,7 +32,9 @@ def original(tokenizer_dir, tmp_path_factory):
     pieces = ["甲乙", "乙丙", "甲乙丙", "s▁", "乙丙丁丁"]
     lines = [json.dumps({"piece": piece}) for piece in pieces]
     (folder / "pieces.jsonl").write_text("\n".join(lines))
-    expand_tokenizer(tokenizer_dir, folder / "out", folder / "pieces.jsonl", piece_scores="zero", closure="off")
+    expand_tokenizer(
+        ExtensionSettings(tokenizer_dir, folder / "out", folder / "pieces.jsonl", piece_scores="zero", closure="off")
+    )
     return Tokenizers(folder / "out"), pieces
 
 
@@ -71,7 +73,7 @@ def test_the_whole_command_on_random_pieces_and_text(tokenizer_dir, source, piec
         folder = Path(name)
         (folder / "pieces.jsonl").write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces))
         # Raises if a piece is not reached, or tokenizers differ on pieces alone, in context, or on the old pieces.
-        expand_tokenizer(tokenizer_dir, folder / "out", folder / "pieces.jsonl")
+        expand_tokenizer(ExtensionSettings(tokenizer_dir, folder / "out", folder / "pieces.jsonl"))
         report = json.loads((folder / "out" / "vocabulary_report.json").read_text())
         new = BpeModel.read(folder / "out").pieces[600:]
         found = measure(source, Tokenizers(folder / "out"), "random", [*texts, CHINESE], PieceFinder(new))

@@ -202,7 +202,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-from colossal_llama2.dataset import prepare, tokenization
+from colossal_llama2.dataset.write import prepare
 from tests.preparing import settings
 
 def peak():

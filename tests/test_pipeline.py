@@ -2,7 +2,7 @@
 
 import torch
 
-from colossal_llama2.dataset.read.step_loader import Batch
+from colossal_llama2.dataset.read.batch import Batch
 from colossal_llama2.train.stepping.pipeline import regroup
 
 

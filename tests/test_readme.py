@@ -69,7 +69,7 @@ def test_every_flag_is_in_a_table_with_its_default(script):
     defaults = {}
     for flags, default, _ in table_rows():
         defaults.setdefault(frozenset(flags), []).append(default)
-    for action in PARSERS[script]()._actions:
+    for action in PARSERS[script]().actions:
         told = defaults.get(frozenset(action.option_strings), [])
         if action.dest == "accumulation_steps":
             assert told == ["`1`, SFT `8`"]
@@ -77,13 +77,13 @@ def test_every_flag_is_in_a_table_with_its_default(script):
             assert set(told) == {"off"}, action.option_strings
         elif action.option_strings and action.dest != "help":
             assert told, action.option_strings
-            dependent = dependent_flags.DEPENDENT_FLAGS.get(action.dest)
-            default = dependent.default if dependent else action.default
+            traits = dependent_flags.train_traits().get(action.dest)
+            default = traits.default if traits and traits.needs else action.default
             assert default is None or f"`{default}`" in told, action.option_strings
 
 
 def test_no_table_names_an_unknown_flag():
-    known = {option for parser in PARSERS.values() for option in parser()._option_string_actions}
+    known = {option for parser in PARSERS.values() for option in parser().by_spelling}
     assert {flag for flags, _, _ in table_rows() for flag in flags} <= known
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.read.loss_groups import Amount
-from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.token_counts import SourceRead
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import resolve_data
-from colossal_llama2.dataset.read.step_loader import SampleOrder
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import verify

@@ -18,9 +18,9 @@ from colossal_llama2.train.run_folder import run_lock
 HOLDER = """
 import sys
 from colossal_llama2.errors import UserError
-from colossal_llama2.train import save_folder
+from colossal_llama2.train.run_folder import run_lock
 try:
-    with save_folder.locked(sys.argv[1]):
+    with run_lock.locked(sys.argv[1]):
         print("won", flush=True)
         sys.stdin.read()
 except UserError as error:
@@ -137,8 +137,8 @@ def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path, monkeypatc
 
 def test_the_lock_is_taken_before_torch_is_imported(tmp_path, run_script):
     code = (
-        "import sys; from colossal_llama2.train import run, save_folder\n"
-        f"with save_folder.locked({str(tmp_path)!r}): print('torch' in sys.modules)"
+        "import sys; from colossal_llama2.train import run; from colossal_llama2.train.run_folder import run_lock\n"
+        f"with run_lock.locked({str(tmp_path)!r}): print('torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.stdout == "False\n", process.stderr

@@ -32,7 +32,8 @@ def test_training_is_proven_and_nothing_is_left(tmp_path):
 
 # Clipping that is lost, as ColossalAI's is under Gemini in bf16 on a CPU.
 BROKEN = """
-from colossal_llama2.train import flags, selftest
+from colossal_llama2.train import selftest
+from colossal_llama2.train.settings import flags
 settings = flags.engine_settings
 flags.engine_settings = lambda *args, **keys: __import__("dataclasses").replace(settings(*args, **keys), max_norm=0.0)
 selftest.main()

@@ -129,5 +129,5 @@ def test_required_flags_are_still_required(tmp_path, capsys):
 def test_pairs_are_written_as_on_the_command_line():
     parser = train_flags.train_parser()
     for value in ([["zh", 0.8], ["en", 0.2]], {"zh": 0.8, "en": 0.2}, ["zh=0.8", "en=0.2"]):
-        action = parser._option_string_actions["--mixture"]
-        assert settings_file._words(action, value, parser, "here") == ["--mixture", "zh=0.8", "en=0.2"]
+        action = parser.by_spelling["--mixture"]
+        assert settings_file._words(action, value, "here") == ["--mixture", "zh=0.8", "en=0.2"]

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
 from colossal_llama2.dataset.read.sources import Part, parse_mixture, resolve_data, resolve_parts
-from colossal_llama2.dataset.read.step_loader import load_tokenized_dataset
 from colossal_llama2.errors import UserError
 
 

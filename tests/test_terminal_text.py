@@ -193,7 +193,8 @@ def test_prompt_and_answer_keep_their_lines(monkeypatch, capsys, model_dir):
     monkeypatch.setattr(generation, "load_model", lambda *args: (None, None))
     monkeypatch.setattr(generation, "generate", lambda *args, **keys: answer)
     flags = dict(device="cpu", max_new_tokens=1, do_sample=False, temperature=1.0, top_k=1, top_p=1.0, seed=None)
-    generation.answer_prompt(model_path=str(model_dir), input_txt="say\n\x07it", **flags)
+    settings = generation.InferenceSettings.from_flags(model_path=str(model_dir), input_txt="say\n\x07it", **flags)
+    generation.answer_prompt(settings)
     assert capsys.readouterr().out == "Prompt: say\n␇it\nAnswer: one\n\ttwo␛[2J␍three<U+202E> 👩\u200d👧\n"
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference.generation import _read_weights
-from colossal_llama2.model.init_model import init_model
+from colossal_llama2.model.init_model import InitModelSettings, init_model
 from colossal_llama2.model.loading import inspect_weights, load_llama
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
 from tests import tiny
@@ -53,7 +53,7 @@ def test_two_matrices_that_differ_are_refused(tied_dir, tmp_path, sharded):
     with pytest.raises(UserError, match="lm_head.weight that differs from model.embed_tokens.weight; set tie_word"):
         inspect_weights(str(folder))
     with pytest.raises(UserError, match="differs"):
-        init_model(folder, folder, tmp_path / "new")
+        init_model(InitModelSettings(folder, folder, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="differs"):
         _read_weights(folder, given=str(folder), dtype=torch.float32)

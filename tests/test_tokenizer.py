@@ -66,7 +66,7 @@ def test_encoder_pickles_as_its_path(encoder):
 
 def test_encoder_needs_no_transformers(tokenizer_dir):
     code = (
-        "import sys; from colossal_llama2.tokenizer import Encoder; Encoder(sys.argv[1]); "
+        "import sys; from colossal_llama2.encoding.encoder import Encoder; Encoder(sys.argv[1]); "
         "assert not {'transformers', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tokenizer_dir)], cwd=ROOT, check=True)

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from colossal_llama2.dataset.read.step_loader import SampleOrder, load_tokenized_dataset
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests import far_copies, reference, tiny
 from tests.launching import distance, launch

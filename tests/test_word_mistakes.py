@@ -103,7 +103,7 @@ def test_a_mistake_is_answered_with_what_to_type(command, words, answer, capsys,
 
 @pytest.mark.parametrize("command", MAKERS)
 def test_no_switch_takes_a_value_and_each_flag_asks_for_its_own(command, capsys):
-    for action in MAKERS[command]()._actions:
+    for action in MAKERS[command]().actions:
         for flag in action.option_strings:
             if action.dest == "help":
                 continue
@@ -176,7 +176,7 @@ def test_a_list_that_is_given_again_is_reported(capsys):
 
 
 def test_other_tools_names_lead_to_flags_that_exist():
-    ours = {spelling[2:] for make in MAKERS.values() for spelling in make()._option_string_actions}
+    ours = {spelling[2:] for make in MAKERS.values() for spelling in make().by_spelling}
     for name, equivalents in flag_names.EQUIVALENTS.items():
         assert set(equivalents) <= ours, name
 

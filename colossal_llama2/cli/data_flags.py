@@ -1,5 +1,6 @@
 """The flags of prepare_pretrain_dataset.py, prepare_sft_dataset.py and inspect_data.py."""
 
+from colossal_llama2.cli.flag_definitions import FlagGroup
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import (
     bin_count,
@@ -41,15 +42,15 @@ def prepare_sft_parser() -> CommandParser:
     )
     # A conversation is never split: one that is too long keeps its whole leading turns.
     _add_prepare_arguments(parser, "samples", splicing="none", overlong=("truncate",))
-    roles = parser.add_argument_group("roles")
-    roles.add_argument(
+    roles = parser.flag_group("roles")
+    roles.add(
         "--assistant_roles",
         metavar="NAME,NAME",
         type=role_list,
         default=None,
         help="other names of the assistant, such as chatgpt,bing,bard; a row with any other unknown role is a bad row",
     )
-    roles.add_argument(
+    roles.add(
         "--assistant_first",
         choices=("mask", "train"),
         default="mask",
@@ -59,62 +60,60 @@ def prepare_sft_parser() -> CommandParser:
 
 
 def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str, overlong: tuple[str, ...]) -> None:
-    data = parser.add_argument_group("input")
+    data = parser.flag_group("input")
     add_data_input_dirs(data)
-    data.add_argument("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
-    data.add_argument(
+    data.add("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
+    data.add(
         "--on_bad_row",
         choices=("fail", "skip"),
         default="fail",
         help="fail: stop at the first row that cannot be used; skip: leave such rows out and list them in "
         "bad_rows.jsonl",
     )
-    data.add_argument(
+    data.add(
         "--on_bad_file",
         choices=("fail", "skip"),
         default="fail",
         help="a file that cannot be read to its end: fail (with --on_bad_row skip: at the end, exit code 1), or skip "
         "the rest of it and list it",
     )
-    output = parser.add_argument_group("output (the jsonl and the arrow folder may not exist yet)")
-    output.add_argument(
+    output = parser.flag_group("output (the jsonl and the arrow folder may not exist yet)")
+    output.add(
         "--data_cache_dir",
         metavar="DIR",
         default="cache",
         help="folder for finished units of work, from which an interrupted run continues; emptied at the end",
     )
-    output.add_argument(
+    output.add(
         "--data_jsonl_output_dir",
         metavar="DIR",
         default="jsonl_output",
         help=f"folder for the {samples} as part-00000.jsonl, ...",
     )
-    output.add_argument(
+    output.add(
         "--data_arrow_output_dir",
         metavar="DIR",
         default="arrow_output",
         help=f"folder for the {samples} as part-00000/, ..., which train.py reads, and for manifest.json",
     )
-    output.add_argument("--no_jsonl", action="store_true", help="do not write the jsonl copy of the samples")
-    shape = parser.add_argument_group("shape")
-    shape.add_argument(
-        "--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens"
-    )
-    shape.add_argument(
+    output.add("--no_jsonl", action="store_true", help="do not write the jsonl copy of the samples")
+    shape = parser.flag_group("shape")
+    shape.add("--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens")
+    shape.add(
         "--num_spliced_dataset_bins",
         metavar="N",
         type=bin_count,
         default=10,
         help="number of bins (part-* folders) to spread the data over",
     )
-    shape.add_argument(
+    shape.add(
         "--splicing",
         choices=SPLICINGS,
         default=splicing,
         help="how documents share a sample: best_fit fills samples best; sequential keeps the input order; none: one "
         "per sample",
     )
-    shape.add_argument(
+    shape.add(
         "--overlong",
         choices=overlong,
         default=overlong[0],
@@ -122,7 +121,7 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
         if "split" in overlong
         else "a conversation over --max_length keeps the leading turns that fit whole",
     )
-    shape.add_argument(
+    shape.add(
         "--eval_fraction",
         metavar="F",
         type=fraction,
@@ -130,28 +129,26 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
         help="share of the documents of each category to hold out, chosen by a hash of the text and written as eval/ "
         "beside the bins",
     )
-    shape.add_argument(
+    shape.add(
         "--eval_dedup",
         action="store_true",
         help="report how many held-out documents share 13 consecutive words with training text",
     )
-    shape.add_argument(
-        "--seed", metavar="N", type=seed_number, default=1024, help="seed of the order and of the held-out part"
-    )
+    shape.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of the order and of the held-out part")
     _add_work_arguments(parser)
 
 
 def _add_work_arguments(parser: CommandParser) -> None:
     """Flags that the output does not depend on."""
-    work = parser.add_argument_group("work")
-    work.add_argument(
+    work = parser.flag_group("work")
+    work.add(
         "--num_workers",
         metavar="N",
         type=positive_int,
         default=None,
         help="processes that tokenize and write; the output does not depend on it (default: the number of CPU cores)",
     )
-    work.add_argument(
+    work.add(
         "--shard",
         metavar="i/n",
         type=shard,
@@ -159,13 +156,13 @@ def _add_work_arguments(parser: CommandParser) -> None:
         help="do the i-th of n shares of the work, in folders that all n runs share; the last to finish writes the "
         "bins",
     )
-    work.add_argument(
+    work.add(
         "--executor",
         choices=("local", "ray"),
         default="local",
         help="run on the cores of this machine, or on a Ray cluster whose nodes share the folders",
     )
-    work.add_argument(
+    work.add(
         "--ray_address",
         metavar="HOST:PORT",
         type=ray_address,
@@ -183,15 +180,13 @@ def inspect_data_parser() -> CommandParser:
         "  python -m colossal_llama2.dataset.inspect_data arrow_output/part-00000 \\\n"
         "      --tokenizer_dir tokenizer-zh --sample 3 --plots charts",
     )
-    group = parser.add_argument_group("input")
-    group.add_argument("part", metavar="PART", help="a prepared bin, such as arrow_output/part-00000")
-    group.add_argument(
-        "--tokenizer_dir", metavar="DIR", required=True, help="the tokenizer that the bin was prepared with"
-    )
-    group = parser.add_argument_group("output")
-    group.add_argument("--sample", metavar="N", type=non_negative_int, default=5, help="number of samples to show")
-    group.add_argument("--seed", metavar="N", type=seed_number, default=1024, help="seed of which samples are shown")
-    group.add_argument(
+    group = parser.flag_group("input")
+    group.add("part", metavar="PART", help="a prepared bin, such as arrow_output/part-00000")
+    group.add("--tokenizer_dir", metavar="DIR", required=True, help="the tokenizer that the bin was prepared with")
+    group = parser.flag_group("output")
+    group.add("--sample", metavar="N", type=non_negative_int, default=5, help="number of samples to show")
+    group.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of which samples are shown")
+    group.add(
         "--plots",
         metavar="DIR",
         default=None,
@@ -200,9 +195,9 @@ def inspect_data_parser() -> CommandParser:
     return parser
 
 
-def add_data_input_dirs(group) -> None:
+def add_data_input_dirs(group: FlagGroup) -> None:
     """Add --data_input_dirs to a group."""
-    group.add_argument(
+    group.add(
         "--data_input_dirs",
         metavar="DIR,DIR",
         type=path_list,

@@ -4,8 +4,9 @@ A suggestion is made only where it is almost certainly right: the same name in a
 an entry of the tables below.
 """
 
-import argparse
 from collections.abc import Iterable
+
+from colossal_llama2.cli.flag_definitions import FlagParser
 
 # Other tools' names, and the flag that does the same here: the first of them that the command has.
 EQUIVALENTS: dict[str, tuple[str, ...]] = {
@@ -136,9 +137,9 @@ _TRAINING = (_LAUNCHER, _PROCESSES, _PLUGIN, _SCHEDULE)
 MAX_EDITS, LETTERS_PER_EDIT = 2, 3
 
 
-def unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
+def unknown_flag(flag: str, parser: FlagParser) -> str:
     """The message about a flag, such as "--learning_rate", that the parser does not have."""
-    spellings = [spelling for spelling in parser._option_string_actions if spelling.startswith("--")]
+    spellings = [spelling for spelling in parser.by_spelling if spelling.startswith("--")]
     name = _plain(flag)
     for spelling in spellings:
         if _plain(spelling) == name:

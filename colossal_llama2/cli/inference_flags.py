@@ -18,43 +18,39 @@ def inference_parser() -> CommandParser:
         "Continue a prompt with a trained model.",
         "  python inference_example.py --model_path checkpoint_dir/modeling --input_txt 明月松间照，",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
+    model = parser.flag_group("model")
+    model.add(
         "--model_path",
         metavar="PATH",
         default="hpcai-tech/Colossal-LLaMA-2-7b-base",
         help="local folder or Hugging Face name of a LLaMA model with its tokenizer; other models are refused",
     )
-    model.add_argument("--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)")
-    generation = parser.add_argument_group("generation")
-    generation.add_argument(
+    model.add("--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)")
+    generation = parser.flag_group("generation")
+    generation.add(
         "--input_txt",
         metavar="TEXT",
         default="明月松间照，",
         help="prompt or question; the mark \\n\\n->\\n\\n of the published models is appended",
     )
-    generation.add_argument(
+    generation.add(
         "--max_new_tokens",
         metavar="N",
         type=positive_int,
         default=512,
         help="most tokens to generate, prompt not counted",
     )
-    generation.add_argument(
+    generation.add(
         "--do_sample",
         metavar="True|False",
         type=true_or_false,
         default=True,
         help="sample; False always takes the likeliest token",
     )
-    generation.add_argument(
-        "--temperature", metavar="T", type=sampling_temperature, default=0.3, help="sampling temperature"
-    )
-    generation.add_argument(
-        "--top_k", metavar="K", type=candidate_count, default=50, help="sample among the K likeliest tokens"
-    )
-    generation.add_argument(
+    generation.add("--temperature", metavar="T", type=sampling_temperature, default=0.3, help="sampling temperature")
+    generation.add("--top_k", metavar="K", type=candidate_count, default=50, help="sample among the K likeliest tokens")
+    generation.add(
         "--top_p", metavar="P", type=probability, default=0.95, help="sample among tokens of this total probability"
     )
-    generation.add_argument("--seed", metavar="N", type=seed_number, default=None, help="seed (default: not set)")
+    generation.add("--seed", metavar="N", type=seed_number, default=None, help="seed (default: not set)")
     return parser

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from colossal_llama2.cli import settings_file
+from colossal_llama2.cli.flag_definitions import FlagParser
 from colossal_llama2.cli.word_mistakes import check_words, repeated_lists
 from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
 from colossal_llama2.terminal_text import one_line, show_line
 
 
-class CommandParser(argparse.ArgumentParser):
+class CommandParser(FlagParser):
     """An ArgumentParser that takes no abbreviations, shows defaults, and answers a mistake with one line."""
 
     def __init__(self, prog: str, description: str, example: str):
@@ -51,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def _loaded_words(self, words: Sequence[str]) -> list[str]:
-        path = settings_file.named_file(words) if settings_file.FLAG in self._option_string_actions else None
+        path = settings_file.named_file(words) if settings_file.FLAG in self.by_spelling else None
         if path is None:
             return []
         try:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from colossal_llama2.cli.flag_definitions import FlagParser
 from colossal_llama2.cli.flag_names import nearest
 from colossal_llama2.storage import json_input
 
@@ -33,7 +34,7 @@ def named_file(words: Sequence[str]) -> str | None:
     return found
 
 
-def words_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
+def words_of(path: str, parser: FlagParser) -> list[str]:
     """The settings in a file as words of a command line.
 
     Raises:
@@ -44,7 +45,7 @@ def words_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
     stage = content.get("stage")
     if stage is not None and stage != parser.get_default("stage"):
         raise ValueError(f"{where}: was written by {COMMANDS.get(stage, stage)}; give a file of {parser.prog}")
-    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    actions = {action.dest: action for action in parser.actions if action.option_strings and action.dest != "help"}
     words: list[str] = []
     for name, value in content.items():
         if name in NOT_FLAGS or value is None and name in actions:
@@ -52,7 +53,7 @@ def words_of(path: str, parser: argparse.ArgumentParser) -> list[str]:
         if name not in actions:
             near = nearest(name, actions)
             raise ValueError(f"{where}: {name} is no flag" + (f", did you mean {near}?" if near else ""))
-        words += _words(actions[name], value, parser, f"{where}: {name}")
+        words += _words(actions[name], value, f"{where}: {name}")
     return words
 
 
@@ -65,7 +66,7 @@ def _read(path: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: is not JSON as --config_file writes it ({error}); give a file that it wrote")
 
 
-def _words(action: argparse.Action, value: Any, parser: argparse.ArgumentParser, where: str) -> list[str]:
+def _words(action: argparse.Action, value: Any, where: str) -> list[str]:
     flag = action.option_strings[-1]
     if action.nargs == 0:
         if not isinstance(value, bool):
@@ -75,11 +76,11 @@ def _words(action: argparse.Action, value: Any, parser: argparse.ArgumentParser,
     texts = [_text(entry, action, where) for entry in _entries(value, takes_many, where)]
     for text in texts:
         try:
-            parsed = parser._get_value(action, text)
-            if action.choices is not None and parsed not in action.choices:
-                raise argparse.ArgumentError(None, f"{text} given, {', '.join(map(str, action.choices))} allowed")
-        except argparse.ArgumentError as error:
-            raise ValueError(f"{where}: {error.message}")
+            value = action.type(text) if callable(action.type) else text
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}")
+        if action.choices is not None and value not in action.choices:
+            raise ValueError(f"{where}: {text} given, {', '.join(map(str, action.choices))} allowed")
     # In one word, a value may begin with a dash.
     return [flag, *texts] if takes_many else [f"{flag}={texts[0]}"]
 

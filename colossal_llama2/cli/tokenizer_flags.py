@@ -14,15 +14,6 @@ MODEL_DTYPES = ("float16", "bfloat16", "float32")
 MINED_SCRIPTS = ("han", "any")
 
 
-# Types. Each raises ArgumentTypeError, which argparse turns into "argument --flag: <message>".
-
-
-# Flags that mean something only beside others. Argparse's default is None, which tells whether one was given.
-
-
-# One parser per command.
-
-
 def init_tokenizer_parser() -> CommandParser:
     """Flags of init_tokenizer.py."""
     parser = CommandParser(
@@ -31,39 +22,39 @@ def init_tokenizer_parser() -> CommandParser:
         "  python init_tokenizer.py --source_tokenizer_dir llama-2-7b \\\n"
         "      --target_tokenizer_dir tokenizer-zh --expand_tokens_file new_tokens.jsonl",
     )
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument(
+    group = parser.flag_group("tokenizer")
+    group.add(
         "--source_tokenizer_dir",
         metavar="DIR",
         required=True,
         help="folder with tokenizer.model, tokenizer_config.json and special_tokens_map.json",
     )
-    group.add_argument(
+    group.add(
         "--target_tokenizer_dir",
         metavar="DIR",
         required=True,
         help="folder to write; must not exist yet unless --overwrite is given",
     )
-    group.add_argument(
+    group.add(
         "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} a line (jsonl)'
     )
-    group.add_argument("--overwrite", action="store_true", help="replace the target once the new tokenizer is complete")
-    pieces = parser.add_argument_group("pieces")
-    pieces.add_argument(
+    group.add("--overwrite", action="store_true", help="replace the target once the new tokenizer is complete")
+    pieces = parser.flag_group("pieces")
+    pieces.add(
         "--piece_scores",
         choices=("below", "zero"),
         default="below",
         help="below: falling in file order, below every existing merge; zero: all 0 and sorted by length, as in the "
         "original",
     )
-    pieces.add_argument(
+    pieces.add(
         "--closure",
         choices=("complete", "drop", "off"),
         default="complete",
         help="complete: also add the characters and intermediate pieces that the new ones need; drop: leave out pieces "
         "that no merge reaches; off: check nothing, as in the original",
     )
-    pieces.add_argument(
+    pieces.add(
         "--max_added_pieces",
         metavar="N",
         type=positive_int,
@@ -71,7 +62,7 @@ def init_tokenizer_parser() -> CommandParser:
         help="most pieces to add, including those added by the closure; the last in the file are dropped first "
         "(default: no limit)",
     )
-    pieces.add_argument(
+    pieces.add(
         "--parity_text",
         metavar="PATH",
         nargs="+",
@@ -90,37 +81,35 @@ def init_model_parser() -> CommandParser:
         "  python init_model.py --source_model_and_tokenizer_path llama-2-7b \\\n"
         "      --target_tokenizer_path tokenizer-zh --target_model_path llama-2-7b-zh",
     )
-    group = parser.add_argument_group("model")
-    group.add_argument(
+    group = parser.flag_group("model")
+    group.add(
         "--source_model_and_tokenizer_path",
         metavar="DIR",
         required=True,
         help="folder with a Hugging Face LLaMA (safetensors) and its tokenizer",
     )
-    group.add_argument(
-        "--target_tokenizer_path", metavar="DIR", required=True, help="the folder that init_tokenizer.py wrote"
-    )
-    group.add_argument(
+    group.add("--target_tokenizer_path", metavar="DIR", required=True, help="the folder that init_tokenizer.py wrote")
+    group.add(
         "--target_model_path",
         metavar="DIR",
         required=True,
         help="folder to write the model and its tokenizer to; new, or the same as --target_tokenizer_path",
     )
-    group.add_argument(
+    group.add(
         "--dtype",
         choices=("source", *MODEL_DTYPES),
         default="source",
         help="number format of the written weights; source: as the source model's; values too large for it are an "
         "error",
     )
-    group.add_argument(
+    group.add(
         "--pad_vocab_to_multiple_of",
         metavar="N",
         type=row_multiple,
         default=1,
         help="pad the embeddings to a multiple of N with rows that no token uses, for faster kernels and for --tp",
     )
-    group.add_argument(
+    group.add(
         "--overwrite",
         action="store_true",
         help="replace the target once the new model is complete; refused if it contains anything else",
@@ -136,59 +125,53 @@ def mine_tokens_parser() -> CommandParser:
         "  python -m colossal_llama2.tokenizer.mine_tokens --data_input_dirs data/zh \\\n"
         "      --source_tokenizer_dir llama-2-7b --output_file new_tokens.jsonl",
     )
-    files = parser.add_argument_group("files")
+    files = parser.flag_group("files")
     add_data_input_dirs(files)
-    files.add_argument(
-        "--source_tokenizer_dir", metavar="DIR", required=True, help="folder with the tokenizer.model to extend"
-    )
-    files.add_argument(
+    files.add("--source_tokenizer_dir", metavar="DIR", required=True, help="folder with the tokenizer.model to extend")
+    files.add(
         "--output_file",
         metavar="FILE",
         required=True,
         help='file for the pieces, one {"piece": "..."} a line (jsonl); must not exist yet',
     )
-    files.add_argument(
+    files.add(
         "--plot", metavar="FILE.png", default=None, help="file for a curve of tokens per character by number of pieces"
     )
-    pieces = parser.add_argument_group("pieces")
-    pieces.add_argument(
+    pieces = parser.flag_group("pieces")
+    pieces.add(
         "--num_new_tokens",
         metavar="N",
         type=positive_int,
         default=37104,
         help="most new pieces; 37,104 make LLaMA-2's vocabulary that of Colossal-LLaMA-2",
     )
-    pieces.add_argument(
-        "--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: han (Chinese) or any"
-    )
-    pieces.add_argument(
+    pieces.add("--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: han (Chinese) or any")
+    pieces.add(
         "--max_piece_length", metavar="CHARACTERS", type=positive_int, default=8, help="longest piece, in characters"
     )
-    pieces.add_argument(
+    pieces.add(
         "--min_count",
         metavar="N",
         type=positive_int,
         default=5,
         help="fewest occurrences in the sample of a character, or of a merge",
     )
-    sample = parser.add_argument_group("sample")
-    sample.add_argument(
+    sample = parser.flag_group("sample")
+    sample.add(
         "--sample_bytes",
         metavar="BYTES",
         type=positive_int,
         default=100_000_000,
         help="most text of the script to train on, sampled from the input; needs about 25 times as much memory",
     )
-    sample.add_argument(
+    sample.add(
         "--held_out",
         metavar="SHARE",
         type=share,
         default=0.125,
         help="share of the documents to measure on and never train on",
     )
-    sample.add_argument(
-        "--seed", metavar="N", type=seed_number, default=1024, help="seed of the sample and of what is held out"
-    )
+    sample.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of the sample and of what is held out")
     return parser
 
 
@@ -200,18 +183,17 @@ def compare_parser() -> CommandParser:
         "  python -m colossal_llama2.tokenizer.compare --tokenizer_dirs llama-2-7b,tokenizer-zh \\\n"
         "      --data_input_dirs data/zh,data/en --output_file comparison.json",
     )
-    parser.add_argument(
+    group = parser.flag_group()
+    group.add(
         "--tokenizer_dirs",
         metavar="PATH,PATH",
         type=path_list,
         required=True,
         help="comma-separated Hugging Face tokenizer folders, tokenizer.model or tokenizer.json files",
     )
-    add_data_input_dirs(parser)
-    parser.add_argument(
-        "--output_file", metavar="FILE.json", default=None, help="file for the table as JSON; must not exist yet"
-    )
-    parser.add_argument(
+    add_data_input_dirs(group)
+    group.add("--output_file", metavar="FILE.json", default=None, help="file for the table as JSON; must not exist yet")
+    group.add(
         "--sample_documents",
         metavar="N",
         type=positive_int,

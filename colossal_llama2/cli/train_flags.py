@@ -3,7 +3,7 @@
 import argparse
 
 from colossal_llama2.cli import settings_file
-from colossal_llama2.cli.dependent_flags import default_of
+from colossal_llama2.cli.flag_definitions import FlagGroup, FlagParser, Need
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import (
     SWITCH,
@@ -18,16 +18,10 @@ from colossal_llama2.cli.value_types import (
     sequence_length,
     source_weight,
 )
-
-PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
-
+from colossal_llama2.plugin_names import HYBRID_3D, PLUGIN_NAMES
 
 PRECISIONS = ("fp16", "bf16", "fp32")
-
-
 SP_MODES = ("split_gather", "ring", "all_to_all")
-
-
 MIXTURE_ENDS = ("repeat", "stop")
 
 
@@ -56,14 +50,15 @@ def train_sft_parser() -> CommandParser:
     )
     _add_training_arguments(parser, accumulation_steps=8)
     parser.set_defaults(stage="sft", pad_token="eos")
-    sft = parser.add_argument_group("fine-tuning")
-    sft.add_argument("--use_neft", action="store_true", help="add NEFTune noise to the embeddings while training")
-    sft.add_argument(
+    sft = parser.flag_group("fine-tuning", changes_numbers=True)
+    sft.add("--use_neft", action="store_true", help="add NEFTune noise to the embeddings while training")
+    sft.add(
         "--neft_alpha",
         metavar="ALPHA",
         type=positive_float,
-        default=None,
-        help=f"scale of NEFTune's noise; the paper tries 5, 10 and 15 {default_of('neft_alpha')}",
+        default=5.0,
+        needs=Need("needs --use_neft", lambda args: args.use_neft),
+        help="scale of NEFTune's noise; the paper tries 5, 10 and 15",
     )
     return parser
 
@@ -76,16 +71,17 @@ def selftest_parser() -> CommandParser:
         "  colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\\n"
         "      --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest",
     )
-    own = parser.add_argument_group("test")
-    own.add_argument(
+    own = parser.flag_group("test")
+    own.add(
         "--work_dir",
         metavar="DIR",
         default="selftest",
         help="new folder that all hosts share; removed if everything is equal",
     )
-    own.add_argument("--steps", metavar="N", type=at_least_two, default=10, help="optimizer steps")
-    _add_compute_arguments(parser.add_argument_group("model"))
-    _add_recipe_arguments(parser, accumulation_steps=1, has_epochs=False)
+    own.add("--steps", metavar="N", type=at_least_two, default=10, help="optimizer steps")
+    _add_compute_arguments(parser.flag_group("model", changes_numbers=True))
+    recipe = parser.flag_group("optimization", changes_numbers=True)
+    _add_recipe_arguments(recipe, accumulation_steps=1)
     _add_parallel_arguments(parser)
     parser.set_defaults(micro_batch_size=2, mixed_precision="bf16")
     return parser
@@ -93,7 +89,9 @@ def selftest_parser() -> CommandParser:
 
 def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -> None:
     _add_model_arguments(parser)
-    _add_recipe_arguments(parser, accumulation_steps=accumulation_steps)
+    recipe = parser.flag_group("optimization", changes_numbers=True)
+    _add_length_arguments(recipe)
+    _add_recipe_arguments(recipe, accumulation_steps=accumulation_steps)
     _add_parallel_arguments(parser)
     _add_evaluation_arguments(parser)
     _add_output_arguments(parser)
@@ -103,22 +101,24 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
 
 
 def _add_model_arguments(parser: CommandParser) -> None:
-    data = parser.add_argument_group("data and model")
-    data.add_argument(
+    data = parser.flag_group("data and model", changes_numbers=True)
+    data.add(
         "--pretrained",
         metavar="DIR",
         required=True,
+        on_card=False,
         help="Hugging Face LLaMA model (safetensors) and tokenizer to start from",
     )
-    data.add_argument(
+    data.add(
         "--dataset",
         metavar="DIR",
         nargs="+",
         required=True,
+        on_card=False,
         help="prepared part-* folders in reading order, or folders that contain them; NAME=DIR names the source",
     )
     _add_order_arguments(data)
-    data.add_argument(
+    data.add(
         "--max_length",
         metavar="TOKENS",
         type=sequence_length,
@@ -126,7 +126,7 @@ def _add_model_arguments(parser: CommandParser) -> None:
         help="pad samples to at most this length; a longer sample is an error; at most the number of positions of the "
         "model",
     )
-    data.add_argument(
+    data.add(
         "--train_new_rows_only",
         action="store_true",
         help="train only the embedding rows that init_model.py added; everything else stays the same bit for bit",
@@ -134,14 +134,14 @@ def _add_model_arguments(parser: CommandParser) -> None:
     _add_compute_arguments(data)
 
 
-def _add_order_arguments(data) -> None:
-    data.add_argument(
+def _add_order_arguments(data: FlagGroup) -> None:
+    data.add(
         "--bucketed",
         action="store_true",
         help="read bucket after bucket: bucket k is part k of every source, shuffled on its own; without it all "
         "samples are shuffled together",
     )
-    data.add_argument(
+    data.add(
         "--mixture",
         metavar="SOURCE=WEIGHT",
         nargs="+",
@@ -150,34 +150,36 @@ def _add_order_arguments(data) -> None:
         help="share of each source in the tokens of a bucket; the source named first is read once (default: the sizes "
         "of the sources)",
     )
-    data.add_argument(
+    data.add(
         "--mixture_end",
         choices=MIXTURE_ENDS,
-        default=None,
-        help=f"when a source of --mixture runs out: repeat it, or stop the bucket {default_of('mixture_end')}",
+        default="repeat",
+        needs=Need("needs --mixture", lambda args: args.mixture is not None),
+        help="when a source of --mixture runs out: repeat it, or stop the bucket",
     )
 
 
-def _add_compute_arguments(data) -> None:
-    data.add_argument(
+def _add_compute_arguments(data: FlagGroup) -> None:
+    data.add(
         "--document_mask",
         choices=SWITCH,
         default="auto",
         help="keep the documents of a sample apart in attention, positions and loss; auto: if the data has document "
         "lengths; off: as in the original",
     )
-    data.add_argument(
-        "--freeze_non_embeds_params", action="store_true", help="train only the input and output embeddings"
-    )
-    data.add_argument(
+    data.add("--freeze_non_embeds_params", action="store_true", help="train only the input and output embeddings")
+    data.add(
         "--use_flash_attn",
         action="store_true",
         help="use flash-attn on GPUs that support it; everywhere else PyTorch's scaled_dot_product_attention is used",
     )
-    data.add_argument(
-        "--use_grad_checkpoint", action="store_true", help="recompute activations: less memory, slower steps"
+    data.add(
+        "--use_grad_checkpoint",
+        action="store_true",
+        changes_numbers=False,
+        help="recompute activations: less memory, slower steps",
     )
-    data.add_argument(
+    data.add(
         "--chunked_loss",
         choices=SWITCH,
         default="auto",
@@ -185,19 +187,20 @@ def _add_compute_arguments(data) -> None:
     )
 
 
-def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has_epochs: bool = True) -> None:
-    recipe = parser.add_argument_group("optimization")
-    if has_epochs:
-        recipe.add_argument("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
-        recipe.add_argument(
-            "--max_steps",
-            metavar="STEPS",
-            type=positive_int,
-            default=None,
-            help="stop after this many optimizer steps, even in the middle of an epoch (default: at the end of the "
-            "last epoch)",
-        )
-    recipe.add_argument(
+def _add_length_arguments(recipe: FlagGroup) -> None:
+    recipe.add("--num_epochs", metavar="N", type=positive_int, default=1, help="passes over the data")
+    recipe.add(
+        "--max_steps",
+        metavar="STEPS",
+        type=positive_int,
+        default=None,
+        help="stop after this many optimizer steps, even in the middle of an epoch (default: at the end of the last "
+        "epoch)",
+    )
+
+
+def _add_recipe_arguments(recipe: FlagGroup, *, accumulation_steps: int) -> None:
+    recipe.add(
         "--micro_batch_size",
         "--batch_size",
         metavar="N",
@@ -205,21 +208,21 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         default=1,
         help="samples per forward pass and data-parallel rank",
     )
-    recipe.add_argument(
+    recipe.add(
         "--accumulation_steps",
         metavar="N",
         type=positive_int,
         default=accumulation_steps,
         help="micro batches per optimizer step",
     )
-    recipe.add_argument(
+    recipe.add(
         "--lr",
         metavar="LR",
         type=positive_float,
         default=3e-4,
         help="peak learning rate; a cosine schedule lowers it to a tenth",
     )
-    recipe.add_argument(
+    recipe.add(
         "-s",
         "--warmup_steps",
         metavar="STEPS",
@@ -227,7 +230,7 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         default=None,
         help="optimizer steps of linear warm-up (default: 2.5 %% of all steps)",
     )
-    recipe.add_argument(
+    recipe.add(
         "-w",
         "--weight_decay",
         metavar="W",
@@ -235,7 +238,7 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         default=0.1,
         help="AdamW's weight decay; norms do not decay",
     )
-    recipe.add_argument(
+    recipe.add(
         "--gradient_clipping",
         "--grad_clip",
         metavar="NORM",
@@ -243,56 +246,55 @@ def _add_recipe_arguments(parser: CommandParser, *, accumulation_steps: int, has
         default=1.0,
         help="largest gradient norm; 0 turns clipping off",
     )
-    recipe.add_argument(
+    recipe.add(
         "--mixed_precision",
         choices=PRECISIONS,
         default="fp16",
         help="number format of the forward and backward passes; fp32 is for tests and rehearsals and does not work "
         "with gemini",
     )
-    recipe.add_argument(
+    recipe.add(
         "--seed", metavar="N", type=seed_number, default=1024, help="seed of the data order and of NEFTune noise"
     )
 
 
 def _add_parallel_arguments(parser: CommandParser) -> None:
-    parallel = parser.add_argument_group("parallelism")
-    parallel.add_argument("--plugin", choices=PLUGINS, default="gemini", help="ColossalAI plugin")
-    parallel.add_argument(
-        "--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for --plugin 3d"
-    )
-    parallel.add_argument(
+    parallel = parser.flag_group("parallelism", changes_numbers=True)
+    parallel.add("--plugin", choices=PLUGIN_NAMES, default="gemini", help="ColossalAI plugin")
+    parallel.add("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for --plugin 3d")
+    parallel.add(
         "--zero",
         "--zero_stage",
         type=int,
         choices=(0, 1, 2),
-        default=None,
-        help=f"ZeRO stage, for --plugin 3d {default_of('zero')}",
+        default=1,
+        needs=Need(f"needs --plugin {HYBRID_3D}", lambda args: args.plugin == HYBRID_3D),
+        help="ZeRO stage, for --plugin 3d",
     )
-    parallel.add_argument(
+    parallel.add(
         "--pp", metavar="N", type=positive_int, default=1, help="pipeline stages, for --plugin 3d with --zero 0 or 1"
     )
-    parallel.add_argument(
+    parallel.add(
         "--microbatch_size",
         metavar="N",
         type=positive_int,
-        default=None,
-        help="samples that a pipeline stage passes on at a time; divides --micro_batch_size into at least --pp parts "
-        f"{default_of('microbatch_size')}",
+        default=1,
+        needs=Need("needs --pp of at least 2", lambda args: args.pp > 1),
+        help="samples that a pipeline stage passes on at a time; divides --micro_batch_size into at least --pp parts",
     )
-    parallel.add_argument(
+    parallel.add(
         "--enable_sequence_parallelism",
         action="store_true",
         help="split samples along their length as well, for --plugin 3d",
     )
-    parallel.add_argument(
+    parallel.add(
         "--sp_mode",
         choices=SP_MODES,
-        default=None,
-        help="split_gather and ring: over the tensor-parallel ranks; all_to_all: over separate ranks, see --sp "
-        f"{default_of('sp_mode')}",
+        default="split_gather",
+        needs=Need("needs --enable_sequence_parallelism", lambda args: args.enable_sequence_parallelism),
+        help="split_gather and ring: over the tensor-parallel ranks; all_to_all: over separate ranks, see --sp",
     )
-    parallel.add_argument(
+    parallel.add(
         "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for --sp_mode all_to_all"
     )
 
@@ -300,33 +302,34 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
 class _BenchmarkSwitch(argparse.Action):
     """A switch after which --dataset need not be given."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser: FlagParser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest, True)
-        for action in parser._actions:
+        for action in parser.actions:
             if action.dest == "dataset":
                 action.required = False
 
 
 def _add_benchmark_arguments(parser: CommandParser) -> None:
-    benchmark = parser.add_argument_group("benchmark")
-    benchmark.add_argument(
+    benchmark = parser.flag_group("benchmark", changes_numbers=False)
+    benchmark.add(
         "--benchmark",
         action=_BenchmarkSwitch,
         nargs=0,
         default=False,
         help="measure steps on random tokens, in place of --dataset, and write nothing",
     )
-    benchmark.add_argument(
+    benchmark.add(
         "--num_samples",
         metavar="N",
         type=positive_int,
-        default=None,
-        help=f"random samples, of --max_length tokens {default_of('num_samples')}",
+        default=500,
+        needs=Need("needs --benchmark", lambda args: args.benchmark),
+        help="random samples, of --max_length tokens",
     )
-    benchmark.add_argument(
+    benchmark.add(
         "--profile", metavar="DIR", default=None, help="with --benchmark: folder for PyTorch's trace of two steps"
     )
-    benchmark.add_argument(
+    benchmark.add(
         "--peak_tflops",
         metavar="TFLOPS",
         type=positive_float,
@@ -337,8 +340,8 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
 
 
 def _add_evaluation_arguments(parser: CommandParser) -> None:
-    evaluation = parser.add_argument_group("evaluation while training")
-    evaluation.add_argument(
+    evaluation = parser.flag_group("evaluation while training", changes_numbers=False)
+    evaluation.add(
         "--eval_dataset",
         metavar="NAME=DIR",
         nargs="+",
@@ -347,7 +350,7 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         help="held-out data for loss and bits per byte, as NAME=DIR: folders that a prepare command wrote with "
         "--eval_fraction",
     )
-    evaluation.add_argument(
+    evaluation.add(
         "--eval_interval",
         metavar="STEPS",
         type=positive_int,
@@ -355,7 +358,7 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         help="optimizer steps between evaluations; one also runs before the first step and at the end of each epoch "
         "and of the run",
     )
-    evaluation.add_argument(
+    evaluation.add(
         "--forgetting_alarm",
         metavar="NAME=SHARE",
         nargs="+",
@@ -363,23 +366,24 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         default=None,
         help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this share",
     )
-    evaluation.add_argument(
+    evaluation.add(
         "--on_forgetting",
         choices=("warn", "stop"),
-        default=None,
-        help=f"what --forgetting_alarm does: warn, or stop: save and exit with code 1 {default_of('on_forgetting')}",
+        default="warn",
+        needs=Need("needs --forgetting_alarm", lambda args: bool(args.forgetting_alarm)),
+        help="what --forgetting_alarm does: warn, or stop: save and exit with code 1",
     )
 
 
 def _add_dry_run_arguments(parser: CommandParser) -> None:
-    dry_run = parser.add_argument_group("dry run")
-    dry_run.add_argument(
+    dry_run = parser.flag_group("dry run", changes_numbers=False)
+    dry_run.add(
         "--dry_run",
         action="store_true",
         help="check everything, print the plan, memory and disk space, and exit before the first step; nothing is "
         "written; with --benchmark neither data nor weights are needed",
     )
-    dry_run.add_argument(
+    dry_run.add(
         "--num_ranks",
         metavar="N",
         type=positive_int,
@@ -389,71 +393,74 @@ def _add_dry_run_arguments(parser: CommandParser) -> None:
 
 
 def _add_output_arguments(parser: CommandParser) -> None:
-    output = parser.add_argument_group("checkpoints and logs")
-    output.add_argument(
+    output = parser.flag_group("checkpoints and logs", changes_numbers=False)
+    output.add(
         "--save_dir", metavar="DIR", default="checkpoint_dir", help="folder for checkpoints and the final modeling/"
     )
-    output.add_argument(
+    output.add(
         "--save_interval", metavar="STEPS", type=positive_int, default=1000, help="optimizer steps between checkpoints"
     )
-    output.add_argument(
+    output.add(
         "--skip_save_each_epoch",
         action="store_true",
         help="do not save at the end of each epoch; the end of the run is always saved",
     )
-    output.add_argument(
+    output.add(
         "--load_checkpoint",
         metavar="DIR",
         default=None,
+        needs=Need("is not for --benchmark, which loads none", lambda args: not args.benchmark),
         help="checkpoint folder to resume from, or its modeling/ folder to load the weights only",
     )
-    output.add_argument(
+    output.add(
         "--continue_data",
         action="store_true",
         help="with --load_checkpoint CHECKPOINT/modeling: continue from that checkpoint's position in the data",
     )
-    output.add_argument(
+    output.add(
         "--resume",
         choices=("auto",),
         default=None,
+        needs=Need("is not for --benchmark, which saves nothing", lambda args: not args.benchmark),
         help="auto: continue from the newest complete checkpoint in --save_dir; start from the beginning if there is "
         "none",
     )
-    output.add_argument(
+    output.add(
         "--keep_last",
         metavar="K",
         type=positive_int,
         default=None,
         help="keep the K newest checkpoints and remove older ones (default: keep all)",
     )
-    output.add_argument(
+    output.add(
         "--keep_every",
         metavar="STEPS",
         type=positive_int,
         default=None,
+        needs=Need("needs --keep_last", lambda args: args.keep_last is not None),
         help="with --keep_last: also keep checkpoints whose step is a multiple of this",
     )
-    output.add_argument(
+    output.add(
         "--max_bad_steps",
         metavar="N",
         type=non_negative_int,
         default=0,
         help="number of steps with a NaN/Inf loss or gradient norm to skip before the run ends",
     )
-    output.add_argument(
+    output.add(
         "--dist_timeout",
         metavar="SECONDS",
         type=positive_float,
         default=600.0,
         help="how long ranks wait for each other; must be longer than a save takes",
     )
-    output.add_argument(
+    output.add(
         "--tensorboard_dir",
         metavar="DIR",
         default="logs_dir",
         help="folder for TensorBoard; if it has events of another run, a folder inside it is used",
     )
-    output.add_argument(
+    output.add(
         "--config_file",
         metavar="FILE",
         default="config_file",
@@ -463,8 +470,8 @@ def _add_output_arguments(parser: CommandParser) -> None:
 
 
 def _add_settings_arguments(parser: CommandParser) -> None:
-    settings = parser.add_argument_group("settings of another run")
-    settings.add_argument(
+    settings = parser.flag_group("settings of another run", changes_numbers=False)
+    settings.add(
         settings_file.FLAG,
         metavar="FILE",
         default=None,
@@ -480,7 +487,7 @@ def verify_parser() -> CommandParser:
         "Check one checkpoint: files, hashes, shapes, numbers, tokenizer. Exit code 0 if it is whole, 2 if it is not.",
         "  python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400",
     )
-    parser.add_argument(
+    parser.flag_group().add(
         "checkpoint",
         metavar="CHECKPOINT",
         help="such as checkpoint_dir/epoch-0_step-400; of a run's folder, the newest in it",

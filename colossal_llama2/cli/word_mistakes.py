@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from colossal_llama2.cli import flag_names
+from colossal_llama2.cli.flag_definitions import FlagParser
 
 DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"
 QUOTES = "\u201c\u201d\u201e\u201f\u2018\u2019\u201a\u201b\u00ab\u00bb\u300c\u300d\uff02\uff07"
@@ -39,7 +40,7 @@ class Given(NamedTuple):
     words: list[str]
 
 
-def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
+def check_words(words: Sequence[str], parser: FlagParser) -> None:
     """Raise ValueError with the first mistake in the words of a command line, up to "--"."""
     words = list(words[: words.index("--")]) if "--" in words else list(words)
     if "-h" in words or "--help" in words:
@@ -50,7 +51,7 @@ def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
         else:
             _check_word(word, parser)
     # Words that stand by themselves may also follow the value of a flag.
-    free = sum(not action.option_strings for action in parser._actions)
+    free = sum(not action.option_strings for action in parser.actions)
     for given in split(words, parser):
         if given.action is None:
             _check_no_words(given, free, parser)
@@ -61,12 +62,12 @@ def check_words(words: Sequence[str], parser: argparse.ArgumentParser) -> None:
             free -= _check_values(given, free)
 
 
-def split(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[Given]:
+def split(words: Sequence[str], parser: FlagParser) -> Iterator[Given]:
     """The words by flag, as argparse reads them."""
     given = Given("", None, None, [])
     for word in words:
         flag, sign, value = word.partition("=")
-        action = parser._option_string_actions.get(flag) if word.startswith("-") else None
+        action = parser.by_spelling.get(flag) if word.startswith("-") else None
         if action is None:
             given.words.append(word)
             continue
@@ -75,7 +76,7 @@ def split(words: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[Giv
     yield given
 
 
-def repeated_lists(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+def repeated_lists(words: Sequence[str], parser: FlagParser) -> list[str]:
     """One sentence for each flag with several values that is given again, which makes argparse forget the first."""
     counts: dict = {}
     for given in split(words, parser):
@@ -105,20 +106,20 @@ def is_path(action: argparse.Action) -> bool:
 # One word by itself.
 
 
-def _is_text(flag: str, parser: argparse.ArgumentParser) -> bool:
+def _is_text(flag: str, parser: FlagParser) -> bool:
     """Whether any word behind a flag is its value, however it looks."""
-    action = parser._option_string_actions.get(flag)
+    action = parser.by_spelling.get(flag)
     return action is not None and action.metavar == "TEXT"
 
 
-def _check_text(flag: str, word: str, parser: argparse.ArgumentParser) -> None:
+def _check_text(flag: str, word: str, parser: FlagParser) -> None:
     """A text. Argparse takes one word with a hyphen before it for a flag, unless it is a number."""
-    is_flag = word.partition("=")[0] in parser._option_string_actions
+    is_flag = word.partition("=")[0] in parser.by_spelling
     if word[:1] == "-" and len(word) > 1 and " " not in word and not is_flag and not PLAIN_NUMBER.fullmatch(word):
         raise ValueError(f"{flag}: a text that begins with a hyphen is given as {shlex.quote(f'{flag}={word}')}")
 
 
-def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
+def _check_word(word: str, parser: FlagParser) -> None:
     if word.endswith("\r"):
         raise ValueError(
             "a word ends with a carriage return, so the script has the line ends of Windows; run: "
@@ -129,27 +130,27 @@ def _check_word(word: str, parser: argparse.ArgumentParser) -> None:
     flag = word.partition("=")[0]
     plain = "--" + flag.lstrip(DASHES + "-")
     is_dashed = flag != "" and flag[0] in DASHES and not os.path.exists(word)
-    if is_dashed and (plain in parser._option_string_actions or re.fullmatch(r"\W+[a-z]+(_[a-z]+)+", flag)):
+    if is_dashed and (plain in parser.by_spelling or re.fullmatch(r"\W+[a-z]+(_[a-z]+)+", flag)):
         raise ValueError(
             f"{flag} begins with U+{ord(flag[0]):04X}, a dash that web pages put for two hyphens; type {plain}"
         )
     is_short = re.fullmatch(r"-[A-Za-z][\w-]+", flag) is not None
-    if is_short and flag not in parser._option_string_actions and plain in parser._option_string_actions:
+    if is_short and flag not in parser.by_spelling and plain in parser.by_spelling:
         raise ValueError(f"{flag} has one hyphen; type {plain}")
     # Argparse takes a word with a space for a value.
-    if word.startswith("--") and " " not in flag and flag not in parser._option_string_actions:
+    if word.startswith("--") and " " not in flag and flag not in parser.by_spelling:
         raise ValueError(flag_names.unknown_flag(flag, parser))
 
 
 # Words that no flag takes.
 
 
-def _check_no_words(given: Given, free: int, parser: argparse.ArgumentParser) -> None:
+def _check_no_words(given: Given, free: int, parser: FlagParser) -> None:
     """Words before the first flag; the command takes `free` of them."""
     for word in given.words[free:]:
         name, sign, value = word.partition("=")
         flag = f"--{name}"
-        if flag in parser._option_string_actions:
+        if flag in parser.by_spelling:
             raise ValueError(f"unexpected {word}; type {flag}{sign}{value}, with two hyphens")
         raise ValueError(f"unexpected {word}; each value stands behind its flag, and each flag begins with --")
 

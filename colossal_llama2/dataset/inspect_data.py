@@ -11,13 +11,21 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import data_flags
 from colossal_llama2.corpus.category_names import NO_CATEGORY, category_name
-from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.layout.columns import (
+    DOCUMENT_CATEGORIES,
+    DOCUMENT_LENGTHS,
+    IGNORE_INDEX,
+    INPUT_IDS,
+    LABELS,
+    SAMPLE_CATEGORY,
+)
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
 from colossal_llama2.dataset.layout.output_folder import MANIFEST_FILE
 from colossal_llama2.encoding.encoder import Encoder, fingerprint
@@ -29,8 +37,7 @@ from colossal_llama2.terminal_text import visible, visible_line
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
-CATEGORY_COLUMNS = ("document_categories", "seq_category")
-BORDER_COLUMN = "sequence_lengths"
+CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
 # Of the characters that no font can draw, so many are listed.
 MAX_MISSING = 20
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
@@ -53,6 +60,17 @@ class Document(NamedTuple):
     runs: list[Run]
 
 
+@dataclass(frozen=True)
+class InspectSettings:
+    """The flags of inspect_data.py: a bin, its tokenizer, the number of samples to show, and the charts' folder."""
+
+    part: str
+    tokenizer_dir: str
+    sample: int
+    seed: int
+    plots: str | None
+
+
 def main(argv=None) -> None:
     """Parse the flags and print the report."""
     args = data_flags.inspect_data_parser().parse_args(argv)
@@ -61,14 +79,7 @@ def main(argv=None) -> None:
         # A terminal that cannot show a character should say which it is, not end the report.
         sys.stdout.reconfigure(errors="backslashreplace")
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        report = inspect_part(
-            Path(args.part),
-            tokenizer_dir=args.tokenizer_dir,
-            num_samples=args.sample,
-            seed=args.seed,
-            plots=args.plots,
-            is_coloured=is_coloured,
-        )
+        report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
         try:
             for line in report:
                 print(line)
@@ -78,26 +89,25 @@ def main(argv=None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def inspect_part(
-    part: Path, *, tokenizer_dir: str, num_samples: int, seed: int, plots: str | None, is_coloured: bool
-) -> Iterator[str]:
-    """The lines of the report on the bin in the folder `part`; with `plots`, also write the charts to that folder.
+def inspect_part(settings: InspectSettings, *, is_coloured: bool) -> Iterator[str]:
+    """The lines of the report on a bin; with `plots`, also write the charts to that folder.
 
     Raises UserError for a folder that is no bin, a bin of another tokenizer, or a place where no chart can be written.
     """
-    encoder = Encoder(tokenizer_dir)
+    part, plots = Path(settings.part), settings.plots
+    encoder = Encoder(settings.tokenizer_dir)
     dataset = open_bin(part)
     lengths = sample_lengths(dataset)
     if plots is not None:
         check_plots_folder(Path(plots))
-    yield from _account(part, tokenizer_dir=tokenizer_dir)
+    yield from _account(part, tokenizer_dir=settings.tokenizer_dir)
     yield (
         f"{part}: {len(lengths):,} samples of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
     )
-    if BORDER_COLUMN not in dataset.column_names:
+    if DOCUMENT_LENGTHS not in dataset.column_names:
         yield "this bin does not record where its documents end, so no borders are shown"
-    chosen = sorted(random.Random(seed).sample(range(len(lengths)), min(num_samples, len(lengths))))
+    chosen = sorted(random.Random(settings.seed).sample(range(len(lengths)), min(settings.sample, len(lengths))))
     if chosen and is_coloured:
         yield "colours: " + " ".join(_painted(name, name) for name in COLOURS)
     for index in chosen:
@@ -125,7 +135,7 @@ def open_bin(folder: Path):
     except Exception as error:  # pyarrow and datasets have many kinds for a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{folder} is not a prepared bin ({reason}); give one, such as arrow_output/part-00000")
-    if not {"input_ids", "labels"} <= columns or not len(dataset):
+    if not {INPUT_IDS, LABELS} <= columns or not len(dataset):
         raise UserError(f"{folder} holds no samples of input_ids and labels; give a bin that was prepared here")
     return dataset
 
@@ -143,7 +153,7 @@ def sample_lengths(dataset) -> list[int]:
     """Tokens of each sample, without reading the tokens."""
     import pyarrow.compute
 
-    column = dataset.data.column("input_ids")
+    column = dataset.data.column(INPUT_IDS)
     return [length for chunk in column.chunks for length in pyarrow.compute.list_value_length(chunk).to_pylist()]
 
 
@@ -167,10 +177,12 @@ def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
 
     Raises UserError if an id is not the tokenizer's or the borders do not fit the sample; `where` names the sample.
     """
-    input_ids, labels = row["input_ids"], row["labels"]
-    borders = row.get(BORDER_COLUMN) or [len(input_ids)]
+    input_ids, labels = row[INPUT_IDS], row[LABELS]
+    borders = row.get(DOCUMENT_LENGTHS) or [len(input_ids)]
     if sum(borders) != len(input_ids) or len(labels) != len(input_ids):
-        raise UserError(f"{where} is damaged: its ids, labels and {BORDER_COLUMN} differ in length; prepare it again")
+        raise UserError(
+            f"{where} is damaged: its ids, labels and {DOCUMENT_LENGTHS} differ in length; prepare it again"
+        )
     unknown = next((token for token in input_ids if not 0 <= token < encoder.vocab_size), None)
     if unknown is not None:
         raise UserError(
@@ -312,7 +324,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
     fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"
     title = f"{visible_line(part.absolute().name)}: {len(lengths):,} samples, {fill}"
     dataset = open_bin(part)
-    borders = dataset[BORDER_COLUMN] if BORDER_COLUMN in dataset.column_names else []
+    borders = dataset[DOCUMENT_LENGTHS] if DOCUMENT_LENGTHS in dataset.column_names else []
     if all(len(documents) == 1 for documents in borders):
         draw_lengths(lengths, path, title=title)
         return f"{path}: how long the samples of this bin are; {fill}"

@@ -24,6 +24,7 @@ from colossal_llama2.engine.chunked_loss import HeadPart, takes_liger, use_chunk
 from colossal_llama2.engine.loss_tally import LossTally
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.engine.ranks import collectives
+from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.documents import MaskForm, attention_inputs
 from colossal_llama2.model.freezing import train_rows_only
@@ -31,7 +32,7 @@ from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
 if TYPE_CHECKING:
-    from colossal_llama2.dataset.read.step_loader import Batch
+    from colossal_llama2.dataset.read.batch import Batch
 
 ADAM_BETAS = (0.9, 0.95)
 # Gemini groups parameters into chunks of at least this many million elements, and never shards a model that is smaller.
@@ -40,49 +41,6 @@ GEMINI_CHUNKS_AT_LEAST = 8
 # Chunks that are gathered while the one before is computed with. With automatic placement none is: the chunk that was
 # gathered last is not counted in what is free (placement_policy.py:210), and a step could fail for want of memory.
 GEMINI_PREFETCHED = {"static": 1, "auto": 0}
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What decides how a step is computed.
-
-    Sizes are numbers of ranks; `max_norm` 0 clips nothing; `chunked_loss` is auto, on or off; `microbatch_size` is the
-    number of samples that a pipeline stage passes on; `sp_mode` is None without sequence parallelism; of the
-    embeddings the rows of `trained_rows` alone are trained, [begin, end) ranges of token ids, None: all.
-    """
-
-    plugin: str
-    precision: str
-    tp_size: int
-    zero_stage: int
-    max_norm: float
-    accumulation_steps: int
-    use_flash_attn: bool
-    chunked_loss: str
-    learning_rate: float
-    weight_decay: float
-    micro_batch_size: int = 1
-    pp_size: int = 1
-    microbatch_size: int = 1
-    sp_size: int = 1
-    sp_mode: str | None = None
-    embeddings_only: bool = False
-    trained_rows: tuple[tuple[int, int], ...] | None = None
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that together hold one copy of the model and see the same samples."""
-        return self.tp_size * self.pp_size * self.sp_size
-
-    @property
-    def uses_colossal_attention(self) -> bool:
-        """True if ColossalAI's fused attention replaces that of transformers, which cannot share a sample."""
-        return PLUGINS[self.plugin].is_hybrid and (self.use_flash_attn or self.sp_mode is not None)
-
-    @property
-    def sequence_shards(self) -> int:
-        """Parts of equal length into which a sample is split."""
-        return {None: 1, "all_to_all": self.sp_size}.get(self.sp_mode, self.tp_size)
 
 
 def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[], None] = lambda: None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Optional
 if TYPE_CHECKING:
     import torch
 
-    from colossal_llama2.dataset.read.step_loader import Batch
+    from colossal_llama2.dataset.read.batch import Batch
 
 
 class LossTally:

@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
@@ -28,25 +30,61 @@ PROMPT_SUFFIX = "\n\n->\n\n"
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 
-def answer_prompt(
-    *,
-    model_path: str,
-    device: str | None,
-    input_txt: str,
-    max_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-) -> None:
-    """Load the model at `model_path`, continue `input_txt`, and print prompt and answer to stdout.
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, the prompt not counted.
+        do_sample: draw each token; if false, the most likely one is chosen and the attributes below have no effect.
+        temperature: divides the logits.
+        top_k: number of most likely tokens to draw from.
+        top_p: total probability of the most likely tokens to draw from.
+        seed: seeds PyTorch's global generators; None leaves them as they are.
+    """
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """The flags of inference_example.py.
+
+    Attributes:
+        model_path: a folder, or the name of a model on Hugging Face.
+        device: "cpu", "cuda", "cuda:N", or None for cuda:0 where there is a GPU and cpu elsewhere.
+        input_txt: the prompt.
+    """
+
+    model_path: str
+    device: str | None
+    input_txt: str
+    generation: GenerationSettings
+
+    @classmethod
+    def from_flags(
+        cls, *, model_path: str, device: str | None, input_txt: str, **generation: Any
+    ) -> "InferenceSettings":
+        """The settings from the values of all flags, by name."""
+        return cls(model_path, device, input_txt, GenerationSettings(**generation))
+
+
+def answer_prompt(settings: InferenceSettings) -> None:
+    """Load the model, continue the prompt, and print prompt and answer to stdout.
 
     Both are printed for people, also into a file, which may be shown on a terminal later: line feeds and tabs stay,
-    other controls are shown. `generate` returns the exact text.
+    other control characters are escaped. `generate` returns the exact text.
 
-    Raises `UserError` for anything in the flags or the folder that cannot work.
+    Raises:
+        UserError: the flags, the model's folder or its files cannot be used.
+        RunError: the GPU runs out of memory.
     """
+    model_path, device, input_txt = settings.model_path, settings.device, settings.input_txt
     _refuse_broken_text(input_txt)
     _refuse_missing_folder(model_path)
     if Path(model_path).is_dir():
@@ -56,17 +94,7 @@ def answer_prompt(
     with memory_errors_named(device):
         model, tokenizer = load_model(model_path, device)
         start = time.monotonic()
-        answer = generate(
-            model,
-            tokenizer,
-            input_txt + PROMPT_SUFFIX,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        answer = generate(model, tokenizer, input_txt + PROMPT_SUFFIX, settings.generation)
     get_logger().info(f"answered in {time.monotonic() - start:.1f} s")
     show(f"Prompt: {input_txt}\nAnswer: {answer}")
 
@@ -106,23 +134,10 @@ def load_model(model_path: str, device: str | None):
     return model.to(target).eval(), tokenizer
 
 
-def generate(
-    model,
-    tokenizer,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    do_sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | None,
-) -> str:
+def generate(model, tokenizer, prompt: str, settings: GenerationSettings) -> str:
     """Continue `prompt`, fed as it is, and return the new text alone.
 
-    The answer is what follows the prompt's last token; it ends before an end-of-text token. Without `do_sample` the
-    likeliest token is taken each time and `temperature`, `top_k`, `top_p` and `seed` change nothing. A `seed` sets
-    torch's global generators.
+    The answer is what follows the prompt's last token; it ends before an end-of-text token.
 
     Raises:
         UserError: the prompt alone fills the model's context.
@@ -134,21 +149,21 @@ def generate(
     prompt_length = inputs["input_ids"].shape[1]
     # Rows that no token has, as padding to a round number leaves.
     tokenless = list(range(len(tokenizer), model.get_output_embeddings().weight.shape[0]))
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p} if do_sample else {}
-    settings = GenerationConfig(
-        max_new_tokens=_fit_context(model, prompt_length=prompt_length, max_new_tokens=max_new_tokens),
-        do_sample=do_sample,
+    sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+    config = GenerationConfig(
+        max_new_tokens=_fit_context(model, prompt_length=prompt_length, max_new_tokens=settings.max_new_tokens),
+        do_sample=settings.do_sample,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=_end_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=tokenless or None,
-        **sampling,
+        **(sampling if settings.do_sample else {}),
     )
-    if seed is not None:
-        torch.manual_seed(seed)
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
     with torch.inference_mode():
         # Without use_model_defaults=False, leftovers of generation_config.json would mix with the flags.
-        sequences = model.generate(**inputs, generation_config=settings, use_model_defaults=False)
+        sequences = model.generate(**inputs, generation_config=config, use_model_defaults=False)
     return tokenizer.decode(sequences[0, prompt_length:], skip_special_tokens=True)
 
 

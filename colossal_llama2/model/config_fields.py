@@ -295,8 +295,12 @@ def known_ids(value: Any, vocab_size: float) -> Any:
     last row and not train it; LLaMA-2's <pad> of some mirrors is one beyond the last row.
     """
     if isinstance(value, list):
-        return [token for token in value if known_ids(token, vocab_size) is not None] or None
-    return value if is_whole(value) and 0 <= value < vocab_size else None
+        return [token for token in value if _is_known_id(token, vocab_size)] or None
+    return value if _is_known_id(value, vocab_size) else None
+
+
+def _is_known_id(value: Any, vocab_size: float) -> bool:
+    return is_whole(value) and 0 <= value < vocab_size
 
 
 def log_unknown_ids(settings: dict, vocab_size: int, path: Path) -> None:

@@ -116,43 +116,45 @@ class Rows:
         return [[before + 1, after] for before, after in between if before + 1 < after]
 
 
+@dataclass(frozen=True)
+class InitModelSettings:
+    """The flags of init_model.py.
+
+    Attributes:
+        dtype: what floating-point weights are converted to: float16, bfloat16, float32, or "source", which changes
+            nothing.
+        pad_vocab_to_multiple_of: rows without a token fill both matrices up to a multiple of this.
+        overwrite: replace an earlier target, which stays until the new one is complete and on the disk.
+    """
+
+    source_model_and_tokenizer_path: str | Path
+    target_tokenizer_path: str | Path
+    target_model_path: str | Path
+    dtype: str = "source"
+    pad_vocab_to_multiple_of: int = 1
+    overwrite: bool = False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and initialize the model."""
     args = tokenizer_flags.init_model_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("init_model.py"):
-        init_model(
-            args.source_model_and_tokenizer_path,
-            args.target_tokenizer_path,
-            args.target_model_path,
-            dtype=args.dtype,
-            pad_vocab_to_multiple_of=args.pad_vocab_to_multiple_of,
-            overwrite=args.overwrite,
-        )
+        init_model(InitModelSettings(**vars(args)))
 
 
-def init_model(
-    source_model_and_tokenizer_path: str | Path,
-    target_tokenizer_path: str | Path,
-    target_model_path: str | Path,
-    *,
-    dtype: str = "source",
-    pad_vocab_to_multiple_of: int = 1,
-    overwrite: bool = False,
-) -> None:
+def init_model(settings: InitModelSettings) -> None:
     """Write the source model with rows for the target tokenizer's new tokens, and that tokenizer, to the target.
 
-    The target is a new folder, the tokenizer's own, or with `overwrite` an earlier target, which stays until the new
-    one is complete and on the disk. `dtype` is what floating-point weights are converted to: float16, bfloat16,
-    float32, or "source", which changes nothing. Rows without a token fill both matrices up to a multiple of
-    `pad_vocab_to_multiple_of`. Raises UserError for what is wrong with the folders, and RunError if
-    the disk is too small, before anything is written.
+    The target is a new folder, the tokenizer's own, or with `overwrite` an earlier target. Raises UserError for what is
+    wrong with the folders, and RunError if the disk is too small, before anything is written.
     """
-    source = Path(os.path.abspath(source_model_and_tokenizer_path))
-    tokenizer = Path(os.path.abspath(target_tokenizer_path))
+    overwrite = settings.overwrite
+    source = Path(os.path.abspath(settings.source_model_and_tokenizer_path))
+    tokenizer = Path(os.path.abspath(settings.target_tokenizer_path))
     # A link to a folder stands for the folder: replacing must not turn it into one.
-    target = Path(os.path.realpath(target_model_path))
-    _check_folders(source_model_and_tokenizer_path, target_tokenizer_path)
+    target = Path(os.path.realpath(settings.target_model_path))
+    _check_folders(settings.source_model_and_tokenizer_path, settings.target_tokenizer_path)
     remove_leftovers(target)
     _check_target(source, tokenizer, target, overwrite=overwrite)
     config = _read_config(source)
@@ -160,8 +162,9 @@ def init_model(
     source_rows = _check_matrices(shards, config)
     _warn_of_unusable_weights(source)
     rows = _plan_rows(source, tokenizer, source_rows=source_rows)
-    rows = replace(rows, padding=-rows.tokens % pad_vocab_to_multiple_of)
-    change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=_format_name(dtype), padding=rows.padding)
+    rows = replace(rows, padding=-rows.tokens % settings.pad_vocab_to_multiple_of)
+    dtype = _format_name(settings.dtype)
+    change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=dtype, padding=rows.padding)
     total = sum(target_size(shard, change) for shard in shards)
     # Whether they fit into another format is seen when they are converted.
     check_numbers(str(source), None)
@@ -172,7 +175,7 @@ def init_model(
     parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(parent, target.name) as folder, claimed(folder):
         _write_weights(source, folder, shards, change, total=total)
-        _write_configs(source, folder, config, rows, dtype)
+        _write_configs(source, folder, config, rows, settings.dtype)
         sizes = (source_rows, rows.vocab_size)
         history = vocabulary_stage(
             str(source), sizes, fingerprint(tokenizer), new_rows=rows.new, padding_rows=rows.padding

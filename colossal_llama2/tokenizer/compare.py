@@ -77,17 +77,28 @@ class LeftOut:
     error: str
 
 
+@dataclass(frozen=True)
+class CompareSettings:
+    """The flags of compare.py."""
+
+    tokenizer_dirs: Sequence[str]
+    data_input_dirs: Sequence[str]
+    output_file: str | None
+    sample_documents: int
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's), compare and print."""
     args = tokenizer_flags.compare_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("compare.py"):
-        output_file = Path(args.output_file) if args.output_file else None
+        settings = CompareSettings(**vars(args))
+        output_file = Path(settings.output_file) if settings.output_file else None
         if output_file:
             check_new_file(output_file, "--output_file")
-        _check_paths(args.tokenizer_dirs)
-        documents = sample_documents(args.data_input_dirs, args.sample_documents)
-        rows, left_out = compare(args.tokenizer_dirs, documents)
+        _check_paths(settings.tokenizer_dirs)
+        documents = sample_documents(settings.data_input_dirs, settings.sample_documents)
+        rows, left_out = compare(settings.tokenizer_dirs, documents)
         _print_table(rows, left_out, documents)
         if output_file:
             with new_file(output_file) as path:

@@ -12,6 +12,7 @@ unless SentencePiece and both tokenizers of transformers agree on them (parity.p
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:
@@ -66,6 +67,20 @@ REQUIRED_FILES = (MODEL_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 SHOWN_PIECES = 5
 
 
+@dataclass(frozen=True)
+class ExtensionSettings:
+    """The flags of init_tokenizer.py."""
+
+    source_tokenizer_dir: str | Path
+    target_tokenizer_dir: str | Path
+    expand_tokens_file: str | Path
+    piece_scores: str = "below"
+    closure: str = "complete"
+    max_added_pieces: int | None = None
+    parity_text: Sequence[str] | None = None
+    overwrite: bool = False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and expand the tokenizer."""
     args = tokenizer_flags.init_tokenizer_parser().parse_args(argv)
@@ -73,49 +88,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The original's README exports "python", for the sake of an old protobuf, which makes large models slow to read.
     os.environ.pop("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", None)
     with errors.one_line_errors("init_tokenizer.py"):
-        expand_tokenizer(
-            args.source_tokenizer_dir,
-            args.target_tokenizer_dir,
-            args.expand_tokens_file,
-            piece_scores=args.piece_scores,
-            closure=args.closure,
-            max_added_pieces=args.max_added_pieces,
-            parity_text=args.parity_text or (),
-            overwrite=args.overwrite,
-        )
+        expand_tokenizer(ExtensionSettings(**vars(args)))
 
 
-def expand_tokenizer(
-    source_tokenizer_dir: str | Path,
-    target_tokenizer_dir: str | Path,
-    expand_tokens_file: str | Path,
-    *,
-    piece_scores: str = "below",
-    closure: str = "complete",
-    max_added_pieces: int | None = None,
-    parity_text: Sequence[str] = (),
-    overwrite: bool = False,
-) -> None:
+def expand_tokenizer(settings: ExtensionSettings) -> None:
     """Write the source's tokenizer with the pieces of the file appended to the target, whole or not at all.
 
-    Prints the report that goes with it, then "asked N, added M": N lines were asked for, M pieces were added. The flags
-    are those of the command. Raises UserError for a mistake in the folders or files, and RunError, with nothing
-    written, if new pieces are not reached, tokenizers disagree anew or old text changes; with closure "off", which
-    proves nothing, that is a warning.
+    Prints the report, then "asked N, added M": the file asked for N pieces, M were added.
+
+    Raises:
+        UserError: a mistake in the folders or files.
+        RunError: new pieces are not reached, tokenizers disagree anew or old text changes; nothing is written. With
+            closure "off", which proves nothing, that is a warning.
     """
-    check_is_folder(source_tokenizer_dir, "--source_tokenizer_dir", "give the folder of a tokenizer, with its files")
-    source = Path(os.path.abspath(source_tokenizer_dir))
+    given, closure = settings.source_tokenizer_dir, settings.closure
+    check_is_folder(given, "--source_tokenizer_dir", "give the folder of a tokenizer, with its files")
+    source = Path(os.path.abspath(given))
     # A link to a folder stands for the folder: replacing must not turn it into one.
-    target = Path(os.path.realpath(target_tokenizer_dir))
+    target = Path(os.path.realpath(settings.target_tokenizer_dir))
     _check_source(source)
     remove_leftovers(target)
-    _check_target(source, target, overwrite=overwrite)
+    _check_target(source, target, overwrite=settings.overwrite)
     model = BpeModel.read(source)
     added_tokens = read_added_tokens(source, len(model.pieces))
     special_tokens = _special_tokens(source, model, added_tokens)
-    asked = read_new_pieces(Path(expand_tokens_file), known=model.scores, special_tokens=special_tokens)
-    documents = read_parity_text(parity_text) if parity_text else []
-    plan = make_plan(model, asked.wanted, closure=closure, piece_scores=piece_scores, max_added=max_added_pieces)
+    asked = read_new_pieces(Path(settings.expand_tokens_file), known=model.scores, special_tokens=special_tokens)
+    documents = read_parity_text(settings.parity_text) if settings.parity_text else []
+    piece_scores, most = settings.piece_scores, settings.max_added_pieces
+    plan = make_plan(model, asked.wanted, closure=closure, piece_scores=piece_scores, max_added=most)
     _warn_of_altered(source, plan.altered)
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,12 +129,12 @@ def expand_tokenizer(
             unreachable=unreachable((folder / MODEL_FILE).read_bytes(), plan.pieces),
             vocabulary_before=len(model.pieces),
             measurements=_measure(Tokenizers(source), tokenizers, model, plan, documents),
-            settings={"piece_scores": piece_scores, "closure": closure, "max_added_pieces": max_added_pieces},
+            settings={"piece_scores": piece_scores, "closure": closure, "max_added_pieces": most},
         )
         print_report(report)
         _judge(report, may_fail=closure == "off")
         write_json(folder / REPORT_FILE, report)
-        publish(folder, target, replace=overwrite)
+        publish(folder, target, replace=settings.overwrite)
     show_line(f"written to {target}")
     show_line(f"asked {asked.asked}, added {len(plan.pieces)}")
 

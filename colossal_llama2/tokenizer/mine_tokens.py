@@ -69,67 +69,67 @@ class Mined:
     held_out_characters: int
 
 
+@dataclass(frozen=True)
+class MiningSettings:
+    """The flags of mine_tokens.py.
+
+    Attributes:
+        script: a key of `SCRIPTS`; only runs of its characters are trained on.
+        min_count: fewest times that the sample must hold a character, or merge a piece.
+        sample_bytes: most text to train on; a larger corpus is sampled, uniformly.
+        held_out: share of documents that are measured and never trained on; a hash of text and seed decides which.
+    """
+
+    data_input_dirs: Sequence[str]
+    source_tokenizer_dir: str
+    num_new_tokens: int
+    script: str
+    max_piece_length: int
+    min_count: int
+    sample_bytes: int
+    held_out: float
+    seed: int
+    output_file: str
+    plot: str | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's), mine, write and print."""
     args = tokenizer_flags.mine_tokens_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("mine_tokens.py"):
-        output_file, plot = Path(args.output_file), Path(args.plot) if args.plot else None
+        settings = MiningSettings(**vars(args))
+        output_file, plot = Path(settings.output_file), Path(settings.plot) if settings.plot else None
         check_new_file(output_file, "--output_file")
         if plot:
             check_new_file(plot, "--plot")
             check_apart(output_file, "--output_file", plot, "--plot")
             check_apart(plot, "--plot", output_file, "--output_file")
             _check_can_plot(plot)
-        mined = mine(
-            data_input_dirs=args.data_input_dirs,
-            source_tokenizer_dir=args.source_tokenizer_dir,
-            num_new_tokens=args.num_new_tokens,
-            script=args.script,
-            max_piece_length=args.max_piece_length,
-            min_count=args.min_count,
-            sample_bytes=args.sample_bytes,
-            held_out=args.held_out,
-            seed=args.seed,
-            curve_points=CURVE_POINTS if plot else 0,
-        )
+        mined = mine(settings, curve_points=CURVE_POINTS if plot else 0)
         with new_file(output_file) as path, path.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in mined.pieces)
         if plot:
             title = f"{plot.stem}: tokens per character by number of new pieces"
             with new_file(plot) as path:
                 vocabulary_curve.draw_curve(mined.curve, path, title=title)
-        _print_report(mined, asked=args.num_new_tokens, min_count=args.min_count, output_file=output_file)
+        _print_report(mined, asked=settings.num_new_tokens, min_count=settings.min_count, output_file=output_file)
 
 
-def mine(
-    *,
-    data_input_dirs: Sequence[str],
-    source_tokenizer_dir: str | Path,
-    num_new_tokens: int,
-    script: str,
-    max_piece_length: int,
-    min_count: int,
-    sample_bytes: int,
-    held_out: float,
-    seed: int,
-    curve_points: int = 0,
-) -> Mined:
+def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
     """Mine at most `num_new_tokens` pieces of at most `max_piece_length` characters from {"source", "target"} jsonl.
 
     Args:
-        script: a key of `SCRIPTS`; only runs of its characters are trained on.
-        min_count: fewest times that the sample must hold a character, or merge a piece.
-        sample_bytes: most text to train on; a larger corpus is sampled, uniformly.
-        held_out: share of documents that are measured and never trained on; a hash of text and seed decides which.
         curve_points: number of sizes to measure between none and all; 0 measures the last thousand alone.
 
     Raises UserError for a mistake in the folders, and if the text yields nothing to train or to measure.
     """
-    if max_piece_length > MAX_PIECE_CHARACTERS:
-        raise UserError(f"--max_piece_length {max_piece_length} given, at most {MAX_PIECE_CHARACTERS} allowed")
-    model = BpeModel.read(Path(source_tokenizer_dir))
-    train, measured = _sample(data_input_dirs, script, sample_bytes=sample_bytes, held_out=held_out, seed=seed)
+    script, min_count, num_new_tokens = settings.script, settings.min_count, settings.num_new_tokens
+    longest = settings.max_piece_length
+    if longest > MAX_PIECE_CHARACTERS:
+        raise UserError(f"--max_piece_length {longest} given, at most {MAX_PIECE_CHARACTERS} allowed")
+    model = BpeModel.read(Path(settings.source_tokenizer_dir))
+    train, measured = _sample(settings)
     lines, characters = _training_lines(train.items(), script, min_count)
     if not lines:
         raise UserError(
@@ -138,7 +138,8 @@ def mine(
         )
     if not measured.size:
         raise UserError(
-            f"no document was held out by --held_out {held_out:g}, so there is none to measure; give more documents"
+            f"no document was held out by --held_out {settings.held_out:g}, so there is none to measure; give more "
+            "documents"
         )
     known = set(model.pieces)
     logs.get_logger().info("training a BPE on %s bytes, for which SentencePiece shows no progress", f"{train.size:,}")
@@ -146,7 +147,7 @@ def mine(
         lines,
         num_merges=int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known),
         num_characters=len(characters),
-        max_piece_length=max_piece_length,
+        max_piece_length=longest,
         spaced=script == "any",
     )
     candidates = [piece for piece in _in_order_of_use(merges, counts, characters, min_count) if piece not in known]
@@ -167,17 +168,16 @@ def mine(
 # Sampling.
 
 
-def _sample(
-    data_input_dirs: Sequence[str], script: str, *, sample_bytes: int, held_out: float, seed: int
-) -> tuple[Sample, Sample]:
+def _sample(settings: MiningSettings) -> tuple[Sample, Sample]:
     """Text to train on, reduced to lines of the script's runs, and whole texts to measure.
 
     A document of another script alone is in neither. The part to measure gets at most its share of `sample_bytes`.
     """
+    script, seed, held_out = settings.script, settings.seed, settings.held_out
     run = re.compile(f"[{SCRIPTS[script]}]{{1,{RUN_CHARACTERS}}}")
-    train, measured = Sample(sample_bytes), Sample(int(sample_bytes * held_out))
-    longest = max(1, min(PART_CHARACTERS, int(sample_bytes * min(held_out, 1)) // 64))
-    for document in read_documents(data_input_dirs):
+    train, measured = Sample(settings.sample_bytes), Sample(int(settings.sample_bytes * held_out))
+    longest = max(1, min(PART_CHARACTERS, int(settings.sample_bytes * min(held_out, 1)) // 64))
+    for document in read_documents(settings.data_input_dirs):
         is_held_out = is_held_out_document(document, held_out, seed)
         for start in range(0, len(document), longest):
             part = document[start : start + longest]

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.read.step_loader import Batch, Collator, SampleOrder, StepLoader
+from colossal_llama2.dataset.read.batch import Batch, Collator
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import with_defaults
-from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.device import flops_per_token, known_peak
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import (

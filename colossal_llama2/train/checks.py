@@ -7,7 +7,8 @@ from pathlib import Path
 from colossal_llama2.cli.dependent_flags import unused_flags, with_defaults
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets
-from colossal_llama2.dataset.read.step_loader import SampleOrder, highest_token_id
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import highest_token_id
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
 from colossal_llama2.dataset.write.sample_lengths import check_max_length, check_samples_fit
 from colossal_llama2.encoding.encoder import load_tokenizer

@@ -13,17 +13,13 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import with_defaults
+from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import check_lengths, highest_token_id, load_tokenized_dataset
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.dataset.read.step_loader import (
-    DOCUMENT_COLUMN,
-    SampleOrder,
-    check_lengths,
-    highest_token_id,
-    load_tokenized_dataset,
-)
 from colossal_llama2.dataset.read.token_counts import measure_parts
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
-from colossal_llama2.engine.engine import EngineSettings
+from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
 from colossal_llama2.model.loading import ModelFacts, check_model, inspect_weights, model_without_weights
@@ -115,7 +111,7 @@ def dry_run(args: argparse.Namespace) -> None:
     for line in plans.plan_lines(content):
         logs.get_logger().info("%s", line)
     config = model_without_weights(plan.model_path).config
-    has_documents = DOCUMENT_COLUMN in dataset.column_names
+    has_documents = DOCUMENT_LENGTHS in dataset.column_names
     show(memory_lines(args, config, ranks, has_documents=has_documents))
     saves = saved_steps(
         order,

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import used_flags, with_defaults
 from colossal_llama2.dataset.read.buckets import MeasuredPart
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import check_lengths, load_tokenized_dataset
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.dataset.read.step_loader import SampleOrder, StepLoader, check_lengths, load_tokenized_dataset
+from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.dataset.read.token_counts import measure_parts
 from colossal_llama2.engine.engine import Engine, launch, leave
 from colossal_llama2.engine.ranks import collectives

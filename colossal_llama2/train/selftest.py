@@ -212,13 +212,15 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> lis
 
 def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[list[Document]]:
     """The documents of each optimizer step, or its samples whole if documents are not to be kept apart."""
-    from colossal_llama2.dataset.read.step_loader import DOCUMENT_COLUMN, SampleOrder, load_tokenized_dataset
+    from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
+    from colossal_llama2.dataset.read.order import SampleOrder
+    from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
 
     rows = load_tokenized_dataset([str(work / "part-00000")], args.document_mask)
     order = SampleOrder(len(rows), samples_a_step, data_size=1, accumulation_steps=1, seed=args.seed)
     for (indices,), _ in order.steps(0, 0, 0):
         samples = rows[indices].to_pydict()
-        lengths = samples.get(DOCUMENT_COLUMN, [[len(ids)] for ids in samples["input_ids"]])
+        lengths = samples.get(DOCUMENT_LENGTHS, [[len(ids)] for ids in samples["input_ids"]])
         documents = []
         for ids, labels, own in zip(samples["input_ids"], samples["labels"], lengths, strict=True):
             starts = [sum(own[:index]) for index in range(len(own))]

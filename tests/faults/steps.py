@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.train import verify
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests.faults import place as places

@@ -28,4 +28,25 @@ Fine-tuning, output: one conversation a sample, with the same columns, and with 
      "seq_length": 62, "seq_category": "None"}
 """
 
+# Every column of prepared data is named here and nowhere else.
+INPUT_IDS = "input_ids"
+LABELS = "labels"
+DOCUMENT_LENGTHS = "sequence_lengths"
+DOCUMENT_CATEGORIES = "document_categories"
+DOCUMENT_SOURCES = "document_sources"
+DOCUMENT_BYTES = "document_target_bytes"
+DOCUMENT_NAMES = [DOCUMENT_SOURCES, DOCUMENT_CATEGORIES]
+# Fine-tuning data has these too, for reading a sample by eye.
+INPUTS_TEXT = "inputs_decode"
+LABELS_TEXT = "labels_decode"
+SAMPLE_LENGTH = "seq_length"
+SAMPLE_CATEGORY = "seq_category"
+
+# Written into each part as its description. Parts of earlier versions share the bytes of a cut document out over its
+# pieces by tokens.
+PREDICTED_BYTES = "document_target_bytes: of the tokens that are predicted"
+
+# The label of a token that carries no loss.
 IGNORE_INDEX = -100
+# Rows that are read at a time where a column is scanned from end to end.
+SCAN_ROWS = 10_000

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from colossal_llama2 import logs
+from colossal_llama2.dataset.layout.columns import DOCUMENT_BYTES, PREDICTED_BYTES, SCAN_ROWS
 from colossal_llama2.dataset.layout.manifest import read_manifest_of
+from colossal_llama2.dataset.read.prepared_data import load_part
 from colossal_llama2.dataset.read.sources import is_part
-from colossal_llama2.dataset.read.step_loader import CHECK_ROWS, load_part
-from colossal_llama2.dataset.write.bins import PREDICTED_BYTES
 from colossal_llama2.errors import UserError
 
 EVAL_NAME = "eval"
-BYTES_COLUMN = "document_target_bytes"
 
 
 class EvalSet(NamedTuple):
@@ -54,7 +53,7 @@ def target_bytes(path: str) -> int | None:
     import pyarrow.compute as compute
 
     part = load_part(path)
-    if BYTES_COLUMN not in part.column_names:
+    if DOCUMENT_BYTES not in part.column_names:
         logs.get_logger().warning("%s does not say how many bytes of text it has: no bits per byte", path)
         return None
     if part.info.description != PREDICTED_BYTES and _may_have_cut_documents(path):
@@ -64,8 +63,8 @@ def target_bytes(path: str) -> int | None:
             path,
         )
         return None
-    tables = part.select_columns([BYTES_COLUMN]).with_format("arrow").iter(CHECK_ROWS)
-    return sum(compute.sum(compute.list_flatten(rows[BYTES_COLUMN])).as_py() or 0 for rows in tables)
+    tables = part.select_columns([DOCUMENT_BYTES]).with_format("arrow").iter(SCAN_ROWS)
+    return sum(compute.sum(compute.list_flatten(rows[DOCUMENT_BYTES])).as_py() or 0 for rows in tables)
 
 
 def _may_have_cut_documents(path: str) -> bool:

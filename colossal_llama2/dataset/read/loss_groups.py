@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS, DOCUMENT_NAMES, IGNORE_INDEX, SCAN_ROWS
 
 if TYPE_CHECKING:
     import datasets
 
-LENGTH_COLUMN = "sequence_lengths"
-NAME_COLUMNS = ["document_sources", "document_categories"]
-# Rows that are looked at together.
-ROWS = 10_000
 # Curves by more groups than this are not to be looked at.
 MAX_GROUPS = 256
 
@@ -35,16 +31,16 @@ def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> 
     import pyarrow
     import pyarrow.compute as compute
 
-    columns = [*NAME_COLUMNS, LENGTH_COLUMN]
+    columns = [*DOCUMENT_NAMES, DOCUMENT_LENGTHS]
     if not set(columns) <= set(dataset.column_names):
         return None
     part = dataset.select_columns(columns)
     part = part.select(range(len(dataset) * share // shares, len(dataset) * (share + 1) // shares))
     found = []
-    for rows in part.iter(ROWS):
+    for rows in part.iter(SCAN_ROWS):
         flat = pyarrow.table({name: compute.list_flatten(rows[name]) for name in columns})
-        sums = flat.group_by(NAME_COLUMNS).aggregate([(LENGTH_COLUMN, "count"), (LENGTH_COLUMN, "sum")])
-        sums = sums.select([*NAME_COLUMNS, f"{LENGTH_COLUMN}_count", f"{LENGTH_COLUMN}_sum"])
+        sums = flat.group_by(DOCUMENT_NAMES).aggregate([(DOCUMENT_LENGTHS, "count"), (DOCUMENT_LENGTHS, "sum")])
+        sums = sums.select([*DOCUMENT_NAMES, f"{DOCUMENT_LENGTHS}_count", f"{DOCUMENT_LENGTHS}_sum"])
         found += [Amount(*row.values()) for row in sums.to_pylist()]
     return merged(found)
 
@@ -77,7 +73,7 @@ class Groups:
             (rows, width) int64, 0 where nothing is predicted; and (groups,) int64.
         """
         groups = np.zeros(labels.shape, dtype=np.int64)
-        lengths, sources, categories = (rows[name].to_pylist() for name in (LENGTH_COLUMN, *NAME_COLUMNS))
+        lengths, sources, categories = (rows[name].to_pylist() for name in (DOCUMENT_LENGTHS, *DOCUMENT_NAMES))
         for row, pairs in enumerate(zip(sources, categories, strict=True)):
             numbers = [self._numbers[source or "", category or ""] for source, category in zip(*pairs, strict=True)]
             of_tokens = np.repeat(numbers, lengths[row])

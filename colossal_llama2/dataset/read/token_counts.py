@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from colossal_llama2.dataset.layout.columns import (
+    DOCUMENT_CATEGORIES,
+    DOCUMENT_LENGTHS,
+    INPUT_IDS,
+    SAMPLE_CATEGORY,
+    SCAN_ROWS,
+)
 from colossal_llama2.dataset.read.buckets import MeasuredPart
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import load_part
 from colossal_llama2.dataset.read.sources import Part
-from colossal_llama2.dataset.read.step_loader import CHECK_ROWS, DOCUMENT_COLUMN, SampleOrder, load_part
 
-CATEGORY_COLUMN = "document_categories"
-# Older fine-tuning data has one category a sample.
-SAMPLE_CATEGORY_COLUMN = "seq_category"
 NOT_RECORDED = "not recorded"
 
 
@@ -60,8 +65,8 @@ def measure_parts(parts: Sequence[Part]) -> list[MeasuredPart]:
 def _sample_lengths(path: str) -> np.ndarray:
     import pyarrow.compute as compute
 
-    columns = _read(path, ["input_ids"])
-    lengths = [np.asarray(compute.list_value_length(rows["input_ids"])).astype(np.int64) for rows in columns]
+    columns = _read(path, [INPUT_IDS])
+    lengths = [np.asarray(compute.list_value_length(rows[INPUT_IDS])).astype(np.int64) for rows in columns]
     return np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
@@ -72,10 +77,10 @@ def category_tokens(path: str, times: np.ndarray) -> Counter:
         times: (samples,) whole numbers.
     """
     names = load_part(path).column_names
-    if {CATEGORY_COLUMN, DOCUMENT_COLUMN} <= set(names):
-        columns = ["input_ids", CATEGORY_COLUMN, DOCUMENT_COLUMN]
+    if {DOCUMENT_CATEGORIES, DOCUMENT_LENGTHS} <= set(names):
+        columns = [INPUT_IDS, DOCUMENT_CATEGORIES, DOCUMENT_LENGTHS]
     else:
-        columns = ["input_ids", *({SAMPLE_CATEGORY_COLUMN} & set(names))]
+        columns = [INPUT_IDS, *({SAMPLE_CATEGORY} & set(names))]
     tokens: Counter = Counter()
     start = 0
     for rows in _read(path, columns):
@@ -90,23 +95,23 @@ def category_tokens(path: str, times: np.ndarray) -> Counter:
 def _read(path: str, columns: list[str]) -> Iterator[Any]:
     """Arrow tables of these columns, one after the other."""
     part = load_part(path).select_columns(columns).with_format("arrow")
-    return part.iter(CHECK_ROWS) if len(part) else iter(())
+    return part.iter(SCAN_ROWS) if len(part) else iter(())
 
 
 def _weighed(rows: Any, times: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
     """Category, tokens and weight of each document; or of each sample, where documents say nothing."""
     import pyarrow.compute as compute
 
-    sample_lengths = np.asarray(compute.list_value_length(rows["input_ids"])).astype(np.int64)
-    if CATEGORY_COLUMN in rows.column_names:
+    sample_lengths = np.asarray(compute.list_value_length(rows[INPUT_IDS])).astype(np.int64)
+    if DOCUMENT_CATEGORIES in rows.column_names:
         counts, named = (
-            np.asarray(compute.list_value_length(rows[name])) for name in (DOCUMENT_COLUMN, CATEGORY_COLUMN)
+            np.asarray(compute.list_value_length(rows[name])) for name in (DOCUMENT_LENGTHS, DOCUMENT_CATEGORIES)
         )
         if (counts == named).all():
-            lengths = np.asarray(compute.list_flatten(rows[DOCUMENT_COLUMN])).astype(np.int64)
-            return compute.list_flatten(rows[CATEGORY_COLUMN]), lengths, np.repeat(times, counts)
-    if SAMPLE_CATEGORY_COLUMN in rows.column_names:
-        return rows[SAMPLE_CATEGORY_COLUMN], sample_lengths, times
+            lengths = np.asarray(compute.list_flatten(rows[DOCUMENT_LENGTHS])).astype(np.int64)
+            return compute.list_flatten(rows[DOCUMENT_CATEGORIES]), lengths, np.repeat(times, counts)
+    if SAMPLE_CATEGORY in rows.column_names:
+        return rows[SAMPLE_CATEGORY], sample_lengths, times
     return None, sample_lengths, times
 
 

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.read.step_loader import CHECK_ROWS, DOCUMENT_COLUMN
+from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS, IGNORE_INDEX, LABELS, SCAN_ROWS
 from colossal_llama2.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,21 +21,21 @@ def untrained_samples(dataset: "datasets.Dataset", *, share: int, shares: int) -
         dataset: as `load_tokenized_dataset` gives it, with samples that `check_lengths` has accepted.
     """
     part = dataset.select(range(len(dataset) * share // shares, len(dataset) * (share + 1) // shares))
-    return sum(_untrained(rows) for rows in part.iter(CHECK_ROWS)) if len(part) else 0
+    return sum(_untrained(rows) for rows in part.iter(SCAN_ROWS)) if len(part) else 0
 
 
 def _untrained(rows) -> int:
     import pyarrow.compute as compute
 
-    labels = compute.list_flatten(rows["labels"])
-    lengths = np.asarray(compute.list_value_length(rows["labels"]))
-    has_documents = DOCUMENT_COLUMN in rows.column_names
+    labels = compute.list_flatten(rows[LABELS])
+    lengths = np.asarray(compute.list_value_length(rows[LABELS]))
+    has_documents = DOCUMENT_LENGTHS in rows.column_names
     if compute.min(labels).as_py() > IGNORE_INDEX:
         # All tokens but the first ones count: the usual case, at four times the speed.
-        firsts_each = np.asarray(compute.list_value_length(rows[DOCUMENT_COLUMN])) if has_documents else 1
+        firsts_each = np.asarray(compute.list_value_length(rows[DOCUMENT_LENGTHS])) if has_documents else 1
         return int((lengths == firsts_each).sum())
     starts = _starts(lengths)
-    firsts = _starts(compute.list_flatten(rows[DOCUMENT_COLUMN])) if has_documents else starts
+    firsts = _starts(compute.list_flatten(rows[DOCUMENT_LENGTHS])) if has_documents else starts
     is_predicted = np.asarray(labels) != IGNORE_INDEX
     is_predicted[firsts] = False
     return int((~np.logical_or.reduceat(is_predicted, starts)).sum())

@@ -25,7 +25,20 @@ import numpy as np
 
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE, ArrowFolder, list_column, named_list_column, rows_of
-from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.layout.columns import (
+    DOCUMENT_BYTES,
+    DOCUMENT_CATEGORIES,
+    DOCUMENT_LENGTHS,
+    DOCUMENT_SOURCES,
+    IGNORE_INDEX,
+    INPUT_IDS,
+    INPUTS_TEXT,
+    LABELS,
+    LABELS_TEXT,
+    PREDICTED_BYTES,
+    SAMPLE_CATEGORY,
+    SAMPLE_LENGTH,
+)
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.splicing import splice
@@ -50,21 +63,19 @@ MEMBER = np.dtype(
         ("trained", "<i4"),
     ]
 )
-# Written into each part: older ones share the bytes of a cut document out over its pieces by tokens.
-PREDICTED_BYTES = "document_target_bytes: of the tokens that are predicted"
 COLUMNS: dict[str, Any] = {
-    "input_ids": ["int32"],
-    "labels": ["int32"],
-    "sequence_lengths": ["int32"],
-    "document_categories": ["string"],
-    "document_sources": ["string"],
-    "document_target_bytes": ["int64"],
+    INPUT_IDS: ["int32"],
+    LABELS: ["int32"],
+    DOCUMENT_LENGTHS: ["int32"],
+    DOCUMENT_CATEGORIES: ["string"],
+    DOCUMENT_SOURCES: ["string"],
+    DOCUMENT_BYTES: ["int64"],
 }
 SFT_COLUMNS: dict[str, Any] = {
-    "inputs_decode": "string",
-    "labels_decode": ["string"],
-    "seq_length": "int32",
-    "seq_category": "string",
+    INPUTS_TEXT: "string",
+    LABELS_TEXT: ["string"],
+    SAMPLE_LENGTH: "int32",
+    SAMPLE_CATEGORY: "string",
 }
 
 
@@ -159,12 +170,12 @@ def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[di
     sample_ends = ends[np.cumsum(counts) - 1]
     sample_lengths = np.diff(sample_ends, prepend=0)
     columns = {
-        "input_ids": list_column(ids, sample_lengths),
-        "labels": list_column(labels, sample_lengths),
-        "sequence_lengths": list_column(members["length"].copy(), counts),
-        "document_categories": named_list_column(task.categories, members["category"].copy(), counts),
-        "document_sources": named_list_column(task.sources, members["source"].copy(), counts),
-        "document_target_bytes": list_column(members["target_bytes"].copy(), counts),
+        INPUT_IDS: list_column(ids, sample_lengths),
+        LABELS: list_column(labels, sample_lengths),
+        DOCUMENT_LENGTHS: list_column(members["length"].copy(), counts),
+        DOCUMENT_CATEGORIES: named_list_column(task.categories, members["category"].copy(), counts),
+        DOCUMENT_SOURCES: named_list_column(task.sources, members["source"].copy(), counts),
+        DOCUMENT_BYTES: list_column(members["target_bytes"].copy(), counts),
     }
     if task.settings.stage == "sft":
         columns.update(_text_columns(columns, sample_lengths, encoder=encoder_of(task.tokenizer_dir)))
@@ -200,14 +211,14 @@ def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder) -> d
     """The original's columns for reading a conversation by eye; several categories in a sample are joined by ", "."""
     import pyarrow
 
-    categories = [", ".join(sorted(set(names))) for names in columns["document_categories"].to_pylist()]
-    ids, labels = (columns[name].to_pylist() for name in ("input_ids", "labels"))
+    categories = [", ".join(sorted(set(names))) for names in columns[DOCUMENT_CATEGORIES].to_pylist()]
+    ids, labels = (columns[name].to_pylist() for name in (INPUT_IDS, LABELS))
     trained = [tokenization.decode_trained(row, encoder=encoder) for row in labels]
     return {
-        "inputs_decode": pyarrow.array([tokenization.decode_marked(row, encoder=encoder) for row in ids]),
-        "labels_decode": pyarrow.array(trained, pyarrow.list_(pyarrow.string())),
-        "seq_length": pyarrow.array(lengths.astype(np.int32)),
-        "seq_category": pyarrow.array(categories),
+        INPUTS_TEXT: pyarrow.array([tokenization.decode_marked(row, encoder=encoder) for row in ids]),
+        LABELS_TEXT: pyarrow.array(trained, pyarrow.list_(pyarrow.string())),
+        SAMPLE_LENGTH: pyarrow.array(lengths.astype(np.int32)),
+        SAMPLE_CATEGORY: pyarrow.array(categories),
     }
 
 

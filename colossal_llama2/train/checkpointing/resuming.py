@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.read.step_loader import SampleOrder
+from colossal_llama2.cli.dependent_flags import changes_numbers
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import collectives
@@ -37,38 +38,6 @@ SHAPE_KEYS = (
 )
 # Of a value of a checkpoint that a message tells.
 SHOWN_CHARACTERS = 200
-# Flags that change no number of a run, or must be equal anyway. --pretrained and --dataset are compared by content.
-NOT_NUMERIC = (
-    "pretrained",
-    "dataset",
-    "save_dir",
-    "tensorboard_dir",
-    "config_file",
-    "load_config",
-    "load_checkpoint",
-    "resume",
-    "save_interval",
-    "skip_save_each_epoch",
-    "keep_last",
-    "keep_every",
-    "max_bad_steps",
-    "dist_timeout",
-    "use_grad_checkpoint",
-    "bucketed",
-    "mixture",
-    "mixture_end",
-    "continue_data",
-    "eval_dataset",
-    "eval_interval",
-    "forgetting_alarm",
-    "on_forgetting",
-    "benchmark",
-    "num_samples",
-    "profile",
-    "peak_tflops",
-    "dry_run",
-    "num_ranks",
-)
 
 # What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
 DATA_FACTS = {
@@ -174,9 +143,14 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for group in ("settings", "versions", "machine"):
         before = saved.get(group) or {}
         # A flag that was not there yet was as its default is.
-        told = [name for name in now[group] if name not in NOT_NUMERIC and (name in before or group != "settings")]
-        pairs += [(name, before.get(name), now[group][name]) for name in told]
+        names = [name for name in now[group] if group != "settings" or (name in before and _is_compared(name))]
+        pairs += [(name, before.get(name), now[group][name]) for name in names]
     return [f"{name} {_short(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
+
+
+def _is_compared(setting: str) -> bool:
+    """Whether the value of a setting is compared: not where what it means is, as a path of data by the data's hash."""
+    return changes_numbers(setting) and f"--{setting}" not in RESUMED_FACTS.values()
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets, target_bytes
-from colossal_llama2.dataset.read.step_loader import (
+from colossal_llama2.dataset.read.prepared_data import (
     check_lengths,
     dataset_fingerprints,
     load_tokenized_dataset,

@@ -20,7 +20,7 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.read.step_loader import Batch, Collator
+from colossal_llama2.dataset.read.batch import Batch, Collator
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.neftune import NoNoise
 from colossal_llama2.train.stepping.pipeline import pipeline_loss

@@ -29,8 +29,8 @@ import numpy as np
 from colossal_llama2 import logs
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.buckets import Buckets, MeasuredPart, make_buckets
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.dataset.read.step_loader import SampleOrder
 from colossal_llama2.dataset.read.token_counts import category_tokens
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import replace_file, to_json

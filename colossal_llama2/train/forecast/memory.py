@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from colossal_llama2.engine.engine import PLUGINS, EngineSettings, gemini_arguments
+from colossal_llama2.engine.engine import PLUGINS, gemini_arguments
+from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.train.forecast import activations
 from colossal_llama2.train.forecast.activations import FLOAT32, MicroBatch, ModelShape, StageShape
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from colossal_llama2.cli.dependent_flags import is_on_card
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.token_counts import SourceRead
@@ -28,36 +29,6 @@ LANGUAGES = frozenset(
     "ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne "
     "ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st "
     "su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
-)
-# Of the settings: places on a disk, what is told elsewhere in the card, and what has no part in the model.
-NOT_SETTINGS = (
-    "pretrained",
-    "dataset",
-    "save_dir",
-    "tensorboard_dir",
-    "config_file",
-    "load_config",
-    "load_checkpoint",
-    "resume",
-    "save_interval",
-    "keep_last",
-    "keep_every",
-    "max_bad_steps",
-    "dist_timeout",
-    "eval_dataset",
-    "benchmark",
-    "num_samples",
-    "profile",
-    "peak_tflops",
-    "dry_run",
-    "num_ranks",
-    "stage",
-    "pad_token",
-    "versions",
-    "world_size",
-    "total_steps",
-    "run_id",
-    "skip_save_each_epoch",
 )
 # The final loss is the mean over a tenth of the run, and over at most so many steps.
 FINAL_STEPS = 100
@@ -323,8 +294,8 @@ def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: st
 
 
 def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those that have a part in the model and name no place on a disk."""
-    return {name: value for name, value in settings.items() if name not in NOT_SETTINGS and value is not None}
+    """Those that the card lists: they have a part in the model and name no place on a disk."""
+    return {name: value for name, value in settings.items() if is_on_card(name) and value is not None}
 
 
 def _figure(value: float | None) -> str:

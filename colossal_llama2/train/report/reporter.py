@@ -23,7 +23,7 @@ from colossal_llama2.train.stepping.silent_reporter import SilentReporter, Silen
 from colossal_llama2.train.stepping.step_timer import Mark, StepTimer, seconds_of
 
 if TYPE_CHECKING:
-    from colossal_llama2.dataset.read.step_loader import SampleOrder
+    from colossal_llama2.dataset.read.order import SampleOrder
     from colossal_llama2.engine.engine import Engine
     from colossal_llama2.engine.loss_tally import LossTally
     from colossal_llama2.train.checkpointing.checkpointer import LoadPlan

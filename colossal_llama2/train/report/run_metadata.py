@@ -7,11 +7,12 @@ from importlib import metadata
 from typing import Any
 
 from colossal_llama2 import __version__, logs
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import dataset_fingerprints
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.dataset.read.step_loader import SampleOrder, dataset_fingerprints
 from colossal_llama2.encoding.encoder import fingerprint
 from colossal_llama2.engine import resume_state
-from colossal_llama2.engine.engine import Engine
+from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.settings import flags
@@ -19,7 +20,7 @@ from colossal_llama2.train.stepping.schedule import CosineSchedule
 
 
 def describe_run(
-    args: argparse.Namespace, engine: Engine, order: SampleOrder, tokenizer_path: str, data: Data
+    args: argparse.Namespace, engine: Ranks, order: SampleOrder, tokenizer_path: str, data: Data
 ) -> dict[str, Any]:
     """What running_states.json says of the whole run."""
     return {
@@ -53,7 +54,7 @@ def versions() -> dict[str, str | None]:
 
 
 def tell_plan(
-    args: argparse.Namespace, engine: Engine, order: SampleOrder, schedule: CosineSchedule, facts: ModelFacts
+    args: argparse.Namespace, engine: Ranks, order: SampleOrder, schedule: CosineSchedule, facts: ModelFacts
 ) -> None:
     """Log what the run is going to do."""
     batch = order.samples_per_micro_step * args.accumulation_steps

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.buckets import MeasuredPart
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.dataset.read.step_loader import SampleOrder
 from colossal_llama2.dataset.read.token_counts import SourceRead, read_by_source
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history

@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 
 from colossal_llama2.cli.dependent_flags import with_defaults
+from colossal_llama2.dataset.read.batch import Collator
 from colossal_llama2.dataset.read.buckets import Buckets
 from colossal_llama2.dataset.read.loss_groups import Groups
+from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data, resolve_data
-from colossal_llama2.dataset.read.step_loader import Collator, SampleOrder
 from colossal_llama2.encoding.encoder import CONFIG_FILE, load_tokenizer
-from colossal_llama2.engine.engine import Engine, EngineSettings
+from colossal_llama2.engine.settings import EngineSettings, Ranks
 from colossal_llama2.launcher import place
 from colossal_llama2.model.freezing import Ranges, read_new_rows
 from colossal_llama2.model.loading import ModelFacts
@@ -69,7 +70,7 @@ def data_of(args: argparse.Namespace) -> Data:
 
 
 def sample_order(
-    args: argparse.Namespace, num_samples: int, engine: Engine, buckets: Buckets | None = None
+    args: argparse.Namespace, num_samples: int, engine: Ranks, buckets: Buckets | None = None
 ) -> SampleOrder:
     """The order of samples, if there are enough for one micro batch on every rank."""
     return plans.make_order(

@@ -6,7 +6,7 @@ from colossal_llama2 import logs
 from colossal_llama2.errors import RunError
 
 if TYPE_CHECKING:
-    from colossal_llama2.dataset.read.step_loader import SampleOrder
+    from colossal_llama2.dataset.read.order import SampleOrder
     from colossal_llama2.train.stepping.state import StepResult, TrainState
 
 SHOWN_ROWS = 8

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.read.step_loader import Batch
+from colossal_llama2.dataset.read.batch import Batch
 from colossal_llama2.model.documents import one_document_each
 
 if TYPE_CHECKING:

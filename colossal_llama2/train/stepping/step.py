@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.read.step_loader import Batch
+from colossal_llama2.dataset.read.batch import Batch
 from colossal_llama2.train.stepping.pipeline import pipeline_loss
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
 from colossal_llama2.train.stepping.step_timer import NoTimer

@@ -1,0 +1,69 @@
+"""Which samples each data-parallel rank reads at each step, in which order: a pure function of a few numbers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from colossal_llama2.dataset.read.buckets import Buckets
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The order of samples over epochs, steps and ranks: a pure function of these numbers.
+
+    One seeded permutation an epoch, or bucket after bucket; each micro batch of the whole job takes the next samples of
+    it, and each rank its slice of them. So the order does not depend on the number of ranks, and a place in it is a
+    count of samples.
+
+    Attributes:
+        num_samples: of an epoch: those of the data, or of `buckets` if there are some.
+    """
+
+    num_samples: int
+    micro_batch_size: int
+    data_size: int
+    accumulation_steps: int
+    seed: int
+    buckets: Buckets | None = None
+
+    @property
+    def samples_per_micro_step(self) -> int:
+        """Samples that all ranks together take in one forward pass."""
+        return self.micro_batch_size * self.data_size
+
+    def steps_after(self, consumed: int) -> int:
+        """Optimizer steps left in an epoch of which `consumed` samples are done.
+
+        The last one has fewer micro batches where they do not come out even.
+        """
+        micro_steps = (self.num_samples - consumed) // self.samples_per_micro_step
+        return -(-micro_steps // self.accumulation_steps)
+
+    def dropped_after(self, consumed: int) -> int:
+        """Samples at the end of that epoch which are too few for one more micro batch of all ranks."""
+        return (self.num_samples - consumed) % self.samples_per_micro_step
+
+    def rows(self, epoch: int, begin: int, end: int) -> list[int]:
+        """The rows of the data that are the samples `begin` to `end` - 1 of an epoch."""
+        return self.epoch_rows(epoch)[begin:end].tolist()
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """(num_samples,) rows of the data in the order of an epoch, those that are left over at its end included."""
+        if self.buckets is not None:
+            return self.buckets.rows(seed=self.seed, epoch=epoch)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+
+    def bucket_of(self, position: int) -> int:
+        """The bucket of the sample at that place of any epoch, both counted from 0; 0 without buckets."""
+        return self.buckets.bucket_of(position) if self.buckets is not None else 0
+
+    def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[tuple[list[np.ndarray], int]]:
+        """Yield, for each optimizer step, this rank's sample indices per micro batch and the samples all ranks took."""
+        order = self.epoch_rows(epoch)
+        width = self.samples_per_micro_step
+        while consumed + width <= self.num_samples:
+            micro_steps = min(self.accumulation_steps, (self.num_samples - consumed) // width)
+            starts = [consumed + i * width + data_rank * self.micro_batch_size for i in range(micro_steps)]
+            yield [order[start : start + self.micro_batch_size] for start in starts], micro_steps * width
+            consumed += micro_steps * width
