@@ -29,6 +29,7 @@ from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, 
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_new_file, new_file
 from colossal_llama2.storage.output_paths import check_apart
+from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
@@ -371,8 +372,7 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
         (f"without the last {last:,} pieces", f"{curve[count - last]:.4f}"),
         (f"what the last {last:,} pieces save", f"{1 - after / curve[count - last]:.2%}"),
     )
-    for name, figure in rows:
-        show_line(f"{name:<36}{figure:>12}")
+    print_table(rows, has_header=False)
     if count < asked:
         show_line(
             f"the text yields no more pieces that it holds {min_count} times; give more text or lower --min_count"

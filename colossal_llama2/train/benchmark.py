@@ -20,7 +20,7 @@ from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memo
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
 from colossal_llama2.storage.files import new_file
-from colossal_llama2.terminal_text import show
+from colossal_llama2.tables import print_table
 from colossal_llama2.train import checks
 from colossal_llama2.train.checks import PROFILED_STEPS, WARMUP_STEPS
 from colossal_llama2.train.settings import flags
@@ -153,8 +153,8 @@ def communication_seconds(profiler) -> float:
     return total / 1e6
 
 
-def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | None) -> str:
-    """The figures as aligned lines: name, figure, remark."""
+def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | None) -> list[tuple[str, str, str]]:
+    """Rows of name, figure and remark."""
     per_second = found.tokens / found.seconds
     rows = [
         ("tokens/s", f"{per_second:,.0f}", f"of all {ranks} ranks, {per_second / ranks:,.0f} of each"),
@@ -174,8 +174,7 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | No
     else:
         share = per_second * flops / ranks / (peak_tflops * 1e12)
         rows.append(("MFU", f"{share:.1%}", f"of {peak_tflops:g} TFLOPS"))
-    names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}".rstrip() for name, figure, remark in rows)
+    return rows
 
 
 def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
@@ -215,4 +214,5 @@ def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
     if engine.rank == 0:
         config = llama_config(Path(args.pretrained))
         flops = flops_per_token(config, facts.parameters, args.max_length)
-        show(report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops)))
+        rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops))
+        print_table(rows, align="lrl", has_header=False)
