@@ -85,12 +85,13 @@ def render(draw: Callable[["Figure"], None], *, title: str, needed_for: str) -> 
         import matplotlib.style
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         # "default" undoes what a matplotlibrc of the user sets.
         with matplotlib.style.context(["default", {**STYLE, "font.family": _font_names()}]):
-            figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI), dpi=DPI, layout="constrained")
+            layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+            figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI), dpi=DPI, layout=layout)
             FigureCanvasAgg(figure)
-            figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
             figure.suptitle(label(title, MAX_TITLE_WIDTH), fontsize=12)
             draw(figure)
             content = io.BytesIO()

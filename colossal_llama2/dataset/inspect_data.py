@@ -77,7 +77,7 @@ def main(argv=None) -> None:
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
         # A terminal that cannot show a character should say which it is, not end the report.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
         try:

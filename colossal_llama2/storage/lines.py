@@ -22,7 +22,7 @@ class RawLine(NamedTuple):
 
     content: bytes | None
     size: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed
 
 
 class LineReader:

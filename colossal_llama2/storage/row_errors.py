@@ -29,5 +29,5 @@ def json_type(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
-    names = {str: "string", list: "list", dict: "object"}
+    names: dict[type, str] = {str: "string", list: "list", dict: "object"}
     return f"a JSON {names.get(type(value), 'number')}"

@@ -149,7 +149,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 run(module)
                 self._do(name)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -176,7 +176,8 @@ def _sample(settings: MiningSettings) -> tuple[Sample, Sample]:
     """
     script, seed, held_out = settings.script, settings.seed, settings.held_out
     run = re.compile(f"[{SCRIPTS[script]}]{{1,{RUN_CHARACTERS}}}")
-    train, measured = Sample(settings.sample_bytes), Sample(int(settings.sample_bytes * held_out))
+    train: Sample = Sample(settings.sample_bytes)
+    measured: Sample = Sample(int(settings.sample_bytes * held_out))
     longest = max(1, min(PART_CHARACTERS, int(settings.sample_bytes * min(held_out, 1)) // 64))
     for document in read_documents(settings.data_input_dirs):
         is_held_out = is_held_out_document(document, held_out, seed)

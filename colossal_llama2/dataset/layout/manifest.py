@@ -17,7 +17,7 @@ The counts are those of `account`. `lost_files` are those that could not be read
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def check_unchanged(files: Sequence[InputFile]) -> None:
             )
 
 
-def _read_ours(path: Path, keys: Collection[str]) -> Any:
+def _read_ours(path: Path, keys: Set[str]) -> Any:
     """The object in a JSON file, None if there is none, `NOT_OURS` if it is damaged or has not these keys."""
     try:
         content = read_json_or_none(path)

@@ -25,8 +25,8 @@ class OutputDirs:
     """The folders of one command. `jsonl` is None if no jsonl is to be written."""
 
     def __init__(self, *, cache: str, jsonl: str | None, arrow: str):
-        self._given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
-        self._given = {flag: folder for flag, folder in self._given.items() if folder is not None}
+        given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
+        self._given = {flag: folder for flag, folder in given.items() if folder is not None}
         for flag, folder in self._given.items():
             if not Path(folder).resolve().name:
                 raise UserError(f"{flag}: {folder} is no folder to write to; name one below it")

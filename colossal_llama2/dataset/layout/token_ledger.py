@@ -224,7 +224,8 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
     tallies = list(tallies)
     # There may be as many categories as documents, so this is not done tally by tally.
     counts = map(sum, zip(*map(attrgetter(*COUNTS), tallies), strict=True))
-    total = Tally(**dict(zip(COUNTS, counts, strict=False)))
+    figures: dict[str, Any] = dict(zip(COUNTS, counts, strict=False))
+    total = Tally(**figures)
     for tally in tallies:
         for reason, (documents, tokens) in tally.dropped.items():
             total.drop(reason, documents=documents, tokens=tokens)
