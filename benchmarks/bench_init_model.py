@@ -115,7 +115,7 @@ def make_target_tokenizer(source: Path, target: Path) -> None:
     import jieba
 
     from colossal_llama2.encoding.bpe_model import read_model
-    from colossal_llama2.encoding.encoder import Encoder
+    from colossal_llama2.encoding.registry import load_encoder
     from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 
     known = {piece.piece for piece in read_model(source).pieces}
@@ -130,7 +130,7 @@ def make_target_tokenizer(source: Path, target: Path) -> None:
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces), encoding="utf-8")
     # What closure adds beyond these would only change the number of rows.
     expand_tokenizer(ExtensionSettings(source, target, file, closure="off"))
-    assert Encoder(target).vocab_size == NEW_ROWS, Encoder(target).vocab_size
+    assert load_encoder(target).vocab_size == NEW_ROWS, load_encoder(target).vocab_size
 
 
 def measure(work: Path) -> list:
@@ -216,7 +216,7 @@ def concatenate_ratio(work: Path) -> float:
     from safetensors.numpy import load_file, save_file
 
     from colossal_llama2.model.safetensors_stream import Change, read_shard, write_shard
-    from colossal_llama2.storage.publishing import sync
+    from colossal_llama2.storage.files import sync
 
     old, new, hidden = OLD_ROWS // SMALL, NEW_ROWS // SMALL, HIDDEN // SMALL
     generator = numpy.random.default_rng(0)

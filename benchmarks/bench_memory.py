@@ -112,13 +112,14 @@ def predict(words: list[str], ranks: int) -> int:
     """Bytes by the formulas, for the flags of a run on a CPU."""
     from colossal_llama2.cli import train_flags
     from colossal_llama2.model.loading import model_without_weights
-    from colossal_llama2.train.dry_run import memory_plan
     from colossal_llama2.train.forecast.activations import ModelShape
     from colossal_llama2.train.forecast.memory import rank_memory
+    from colossal_llama2.train.forecast.memory_report import memory_plan
+    from colossal_llama2.train.settings.from_flags import resolve_with_problems
 
     args = train_flags.train_parser().parse_args(words)
     shape = ModelShape.of(model_without_weights(args.pretrained).config)
-    return rank_memory(shape, memory_plan(args, ranks, has_documents=False, on_cpu=True)).peak
+    return rank_memory(shape, memory_plan(resolve_with_problems(args)[0], ranks, has_documents=False, on_cpu=True)).peak
 
 
 def launch(words: list[str], ranks: int, malloc: dict[str, str]) -> dict[str, int]:

@@ -122,10 +122,11 @@ def encode(work: Path, data: str, workers: int, *, fast: bool = False):
     """Encode every text with SentencePiece, on as many threads as there are workers."""
     from sentencepiece import SentencePieceProcessor
 
-    from colossal_llama2.encoding.encoder import MODEL_FILE, Encoder
     from colossal_llama2.encoding.fast_encoder import FastEncoder
+    from colossal_llama2.encoding.file_names import MODEL_FILE
+    from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 
-    encoder = (FastEncoder if fast else Encoder)(work / "tokenizer")
+    encoder = (FastEncoder if fast else SentencePieceEncoder)(work / "tokenizer")
     encoder.encode(["a"])
     processor = SentencePieceProcessor(model_file=str(work / "tokenizer" / MODEL_FILE))
     batches = list(batches_of_texts(work / data))
@@ -162,10 +163,10 @@ def batches_of_texts(folder: Path) -> Iterator[list[str]]:
 
 def count_differing(work: Path) -> int:
     """Texts of which kitoken's ids are not SentencePiece's."""
-    from colossal_llama2.encoding.encoder import Encoder
     from colossal_llama2.encoding.fast_encoder import FastEncoder
+    from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 
-    encoders = [kind(work / "tokenizer") for kind in (Encoder, FastEncoder)]
+    encoders = [kind(work / "tokenizer") for kind in (SentencePieceEncoder, FastEncoder)]
     differing = 0
     for batch in batches_of_texts(work / "data"):
         one, other = (encoder.encode(batch) for encoder in encoders)

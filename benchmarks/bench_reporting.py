@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     args = parser.parse_args()
-    from colossal_llama2.engine.engine import launch, leave
+    from colossal_llama2.engine.process_group import launch, leave
 
     make_folder(parser, args.work_dir)
     # As on a cluster, where stderr is a file.
@@ -108,7 +108,7 @@ def make_data(folder: Path) -> Path:
 @contextlib.contextmanager
 def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
     """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
-    from colossal_llama2.train import run
+    from colossal_llama2.train import build_run
     from colossal_llama2.train.report import reporter
 
     @contextlib.contextmanager
@@ -126,15 +126,16 @@ def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
         changed = reporter.Reporter
         if kind == "without":
             changed = reporter.SilentReporter
-            changes.enter_context(mock.patch.object(run, "reporting", silent))
-            changes.enter_context(mock.patch.object(run, "told_groups", lambda *args: None))
+            changes.enter_context(mock.patch.object(build_run, "reporting", silent))
+            changes.enter_context(mock.patch.object(build_run, "loss_groups", lambda *args: None))
         changes.enter_context(mock.patch.object(changed, "step", noting(changed.step)))
         yield
 
 
 def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tuple[float, float]]:
     """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
-    from colossal_llama2.train import checks, run
+    from colossal_llama2.train import run
+    from colossal_llama2.train.settings.from_flags import resolve
 
     flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
@@ -142,7 +143,7 @@ def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tup
     args = train_flags.train_parser().parse_args([str(flag) for flag in flags])
     ends: list[tuple[float, float]] = []
     with watched(kind, ends):
-        run.run(args, checks.check_inputs(args))
+        run.run(resolve(args))
     pairs = zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)
     return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairs]
 

@@ -180,7 +180,7 @@ def ours(model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -
 
 def tell(tokens: int, seconds: float) -> None:
     """One line for the parent process."""
-    from colossal_llama2.train.benchmark import peak_memory
+    from colossal_llama2.engine.device import peak_memory
 
     # One write: ranks share their output, and print writes the end of a line by itself.
     os.write(1, (json.dumps({"speed": tokens / seconds, "memory": peak_memory()}) + "\n").encode())

@@ -32,10 +32,10 @@ from colossal_llama2.cli import tokenizer_flags  # noqa: E402
 from colossal_llama2.cli.parser import CommandParser  # noqa: E402
 from colossal_llama2.cli.value_types import positive_int  # noqa: E402
 from colossal_llama2.encoding.bpe_model import BpeModel  # noqa: E402
-from colossal_llama2.encoding.encoder import Encoder  # noqa: E402
-from colossal_llama2.encoding.folder_files import REPORT_FILE  # noqa: E402
+from colossal_llama2.encoding.file_names import REPORT_FILE  # noqa: E402
 from colossal_llama2.encoding.from_text import write_tokenizer  # noqa: E402
 from colossal_llama2.encoding.parity import Measurement, PieceFinder, Tokenizers, measure  # noqa: E402
+from colossal_llama2.encoding.registry import load_encoder  # noqa: E402
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer  # noqa: E402
 from colossal_llama2.tokenizer.mine_tokens import MiningSettings, mine  # noqa: E402
 
@@ -160,7 +160,7 @@ def write_jsonl(path: Path, key: str, texts: Iterable[str]) -> Path:
 
 def tokens_per_character(folder: Path, texts: list[str]) -> float:
     """The compression rate: tokens, without <s> and </s>, over characters."""
-    return sum(map(len, Encoder(folder).encode(texts))) / sum(map(len, texts))
+    return sum(map(len, load_encoder(folder).encode(texts))) / sum(map(len, texts))
 
 
 def evaluate(name: str, base: Path, pieces_file: Path, documents: dict, **settings) -> Row:

@@ -7,6 +7,9 @@
     0    ended early on request, with all saved (SIGUSR1)
 
 Anything else is a bug of ours and keeps its traceback.
+
+With COLOSSAL_LLAMA2_DEBUG=1 in the environment, the traceback of an error stands before its line: on every rank of a
+launched job, the silent ones included, since each may have failed at another place.
 """
 
 import enum
@@ -22,6 +25,8 @@ from typing import NoReturn
 from colossal_llama2 import interrupts
 from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_of_host
 from colossal_llama2.terminal_text import one_line, printable, show, show_line
+
+DEBUG = "COLOSSAL_LLAMA2_DEBUG"
 
 
 class UserError(Exception):
@@ -103,6 +108,14 @@ def _print_traceback(kind, error, trace) -> None:
     show(text, file=sys.stderr)
 
 
+def _show_traceback_if_asked() -> None:
+    """With COLOSSAL_LLAMA2_DEBUG=1, print the traceback of the error that is being handled."""
+    if os.environ.get(DEBUG) == "1":
+        with suppress(OSError):
+            heading = f"rank {place().rank}: " if _is_launched() else ""
+            show(heading + traceback.format_exc().rstrip("\n"), file=sys.stderr)
+
+
 class _Terminated(BaseException):
     """SIGTERM, as an exception that no `except Exception` swallows."""
 
@@ -124,6 +137,8 @@ def _end(
     command: str, message: str, *, code: int, told_by: Tellers = Tellers.ONE_A_HOST, kind: str = "error"
 ) -> NoReturn:
     text = one_line(message).strip()
+    if kind == "error":
+        _show_traceback_if_asked()
     if code:
         report_to_torchrun(f"{command}: {kind}: {text}")
     each_tells = {Tellers.EACH: _is_launched(), Tellers.EACH_OF_MET: _ranks_have_met()}

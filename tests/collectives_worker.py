@@ -1,6 +1,6 @@
 """One rank of a test job: gloo_collectives.py against sums and joins that are worked out by hand.
 
-torchrun --standalone --nproc_per_node 3 tests/collectives_worker.py JOBS.json
+torchrun --standalone --nproc_per_node 3 tests/collectives_worker.py
 """
 
 import sys

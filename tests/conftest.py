@@ -8,9 +8,36 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import launcher, logs
-from tests import preparing, tiny
+from tests import fork_server, preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
+# Fixtures that launch training or start processes which import PyTorch: whatever uses one is slow.
+SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start", "start_forked"}
+# Two files run at a time, so the longest begin first.
+LONGEST_FIRST = (
+    "test_training",
+    "test_readme",
+    "test_resume",
+    "test_stopping",
+    "test_faults",
+    "test_evaluation",
+    "test_loss",
+    "test_one_rank",
+    "test_train_commands",
+    "test_prepare_ray",
+    "test_plugin_matrix",
+    "test_reporting",
+    "test_selftest",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow by its fixtures, and put the files of LONGEST_FIRST at the front."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +82,16 @@ def run_script():
     def run(script: str, *arguments, cwd: Path = ROOT, timeout: float = 120, env=None) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_forked():
+    """The same in a fork of a process that has imported the libraries: for what does not depend on their import."""
+
+    def run(script: str, *arguments, cwd: Path = ROOT, timeout: float = 120, env=None) -> subprocess.CompletedProcess:
+        return fork_server.run([ROOT / script, *arguments], cwd=cwd, timeout=timeout, env=env)
 
     return run
 

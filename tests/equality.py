@@ -5,10 +5,10 @@
     python -m tests.equality --output docs/equality.md    what it finds as a page too
     python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of bug_fixes.py
 
-Each row is one training command on real text, run by the real scripts' code (train_worker.py), many to a launch. It is
-compared with reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the
-norm of the difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over
-what clipping should have let through to it. One option is varied at a time.
+Each row is one training command on real text, run by the real scripts' code (train_worker.py). It is compared with
+reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the norm of the
+difference of the final weights over the norm of the weights, and Adam's first moment after step 1 over what clipping
+should have let through to it. One option is varied at a time.
 
 Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the largest gap between the plain loop and plain loops that
 differ in rounding alone, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
@@ -27,9 +27,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from tests import far_copies, launching, reference, tiny, training_jobs
+from tests.layouts import HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -44,23 +44,6 @@ ODD_VOCABULARY = 601
 ODD_LR = LR / 3
 # Samples of one step of the rows "far", whose models look so far back.
 FAR_BATCH, FAR_LENGTH, FAR_DISTANCE = 2, 2048, 1500
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How ranks share the work.
-
-    Attributes:
-        flags: of train.py.
-        ranks: processes of the job.
-        data_size: how many of them see different data.
-        plugin_arguments: of ColossalAI's plugin, for what no flag offers.
-    """
-
-    flags: tuple[str, ...]
-    ranks: int = 2
-    data_size: int = 2
-    plugin_arguments: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,63 +65,9 @@ class Option:
         return self.model, self.data, self.clip, self.freeze, self.lr, self.batch
 
 
-HYBRID = ("--plugin", "3d", "--zero")
-PP2 = ("--pp", "2")
-SEQUENCE = ("--enable_sequence_parallelism", "--sp_mode")
-ALL_TO_ALL = (*SEQUENCE, "all_to_all", "--sp", "2")
-OFFLOADED = (("offload_optim_frac", 1.0), ("offload_param_frac", 1.0))
-FLOAT32_LAYOUTS = {
-    "zero2": Layout(("--plugin", "zero2")),
-    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
-    "3d": Layout((*HYBRID, "0")),
-    "3d tp2": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
-    "3d tp2 flash": Layout((*HYBRID, "0", "--tp", "2", "--use_flash_attn"), data_size=1),
-    "3d tp2 dp2": Layout((*HYBRID, "0", "--tp", "2"), ranks=4),
-    "3d pp2": Layout((*HYBRID, "0", *PP2), data_size=1),
-    "3d pp2 dp2": Layout((*HYBRID, "0", *PP2), ranks=4),
-    "3d pp2 tp2": Layout((*HYBRID, "0", *PP2, "--tp", "2"), ranks=4, data_size=1),
-    "3d pp2 sp2 all_to_all": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL), ranks=4, data_size=1),
-    "3d pp2 sp2 all_to_all flash": Layout((*HYBRID, "0", *PP2, *ALL_TO_ALL, "--use_flash_attn"), ranks=4, data_size=1),
-    "3d pp2 tp2 split_gather": Layout(
-        (*HYBRID, "0", *PP2, "--tp", "2", *SEQUENCE, "split_gather"), ranks=4, data_size=1
-    ),
-    "3d sp2 all_to_all": Layout((*HYBRID, "0", *ALL_TO_ALL), data_size=1),
-    "3d sp2 all_to_all dp2": Layout((*HYBRID, "0", *ALL_TO_ALL), ranks=4),
-    "3d sp2 all_to_all tp2": Layout((*HYBRID, "0", *ALL_TO_ALL, "--tp", "2"), ranks=4, data_size=1),
-    "3d tp2 split_gather": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
-    "3d tp2 split_gather dp2": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
-    "3d tp2 ring": Layout((*HYBRID, "0", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
-    "3d tp4 ring": Layout((*HYBRID, "0", "--tp", "4", *SEQUENCE, "ring"), ranks=4, data_size=1),
-}
-BFLOAT16_LAYOUTS = {
-    "gemini": Layout(("--plugin", "gemini")),
-    "gemini offloaded": Layout(("--plugin", "gemini"), plugin_arguments=OFFLOADED),
-    "gemini_auto": Layout(("--plugin", "gemini_auto")),
-    "zero2": Layout(("--plugin", "zero2")),
-    "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
-    "3d zero0": Layout((*HYBRID, "0")),
-    "3d zero1": Layout((*HYBRID, "1")),
-    "3d zero2": Layout((*HYBRID, "2")),
-    "3d tp2 zero0": Layout((*HYBRID, "0", "--tp", "2"), data_size=1),
-    "3d tp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), data_size=1),
-    "3d tp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), data_size=1),
-    "3d tp2 flash zero1": Layout((*HYBRID, "1", "--tp", "2", "--use_flash_attn"), data_size=1),
-    "3d tp2 dp2 zero1": Layout((*HYBRID, "1", "--tp", "2"), ranks=4),
-    "3d tp2 dp2 zero2": Layout((*HYBRID, "2", "--tp", "2"), ranks=4),
-    "3d pp2 zero0": Layout((*HYBRID, "0", *PP2), data_size=1),
-    "3d pp2 zero1": Layout((*HYBRID, "1", *PP2), data_size=1),
-    "3d pp2 dp2 zero1": Layout((*HYBRID, "1", *PP2), ranks=4),
-    "3d pp2 tp2 zero1": Layout((*HYBRID, "1", *PP2, "--tp", "2"), ranks=4, data_size=1),
-    "3d sp2 all_to_all zero1": Layout((*HYBRID, "1", *ALL_TO_ALL), data_size=1),
-    "3d sp2 all_to_all zero2": Layout((*HYBRID, "2", *ALL_TO_ALL), data_size=1),
-    "3d tp2 split_gather zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), data_size=1),
-    "3d tp2 split_gather dp2 zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "split_gather"), ranks=4),
-    "3d tp2 ring zero1": Layout((*HYBRID, "1", "--tp", "2", *SEQUENCE, "ring"), data_size=1),
-}
 # What is combined with every option, besides all of float32 on two ranks; the others are with some.
 EVERY_OPTION = {"fp32": ("3d pp2 tp2",), "bf16": ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")}
 SOME_OPTIONS = {"fp32": ("", "accumulating 4", "documents"), "bf16": ("", "accumulating 4")}
-LAYOUTS = {"fp32": FLOAT32_LAYOUTS, "bf16": BFLOAT16_LAYOUTS}
 OPTIONS = {
     "": Option(),
     "unclipped": Option(flags=("--gradient_clipping", "0"), clip=0.0),
@@ -177,7 +106,7 @@ REFUSED = {
     ),
 }
 REFUSED_SECONDS = 90
-CASES_PER_LAUNCH = 16
+ROWS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -201,10 +130,9 @@ class Case:
     ) -> dict:
         """The command, for train_worker.py."""
         home = folder / self.name.replace(" ", "_")
-        batch = self.option.batch // self.layout.data_size // self.option.accumulation_steps
         flags = training_jobs.common_flags(home, models[self.option.model], parts[self.option.data])
         flags += ["--lr", self.option.lr, "--mixed_precision", self.precision, *self.layout.flags, *self.option.flags]
-        flags += ["--micro_batch_size", batch, "--accumulation_steps", self.option.accumulation_steps]
+        flags += self.layout.batch_flags(self.option.batch, self.option.accumulation_steps)
         return {
             "name": self.name.replace(" ", "_"),
             "script": "train.py",
@@ -229,9 +157,9 @@ def all_cases() -> list[Case]:
     """The matrix."""
     named = [
         (precision, layout, option)
-        for precision, layouts in LAYOUTS.items()
+        for precision in ("fp32", "bf16")
         for option in OPTIONS
-        for layout in layouts
+        for layout in LAYOUTS[precision]
         if _are_combined(precision, layout, option)
     ]
     cases = [
@@ -367,11 +295,11 @@ def compare(case: Case, job: Job, references: References) -> Row:
 
 
 def launches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
-    """Yield (ranks, cases that share a process group), so few at a time that rows appear now and then."""
+    """Yield (ranks, cases), so few at a time that rows appear now and then."""
     for ranks in sorted({case.layout.ranks for case in cases}):
         chosen = [case for case in cases if case.layout.ranks == ranks]
-        for start in range(0, len(chosen), CASES_PER_LAUNCH):
-            yield ranks, chosen[start : start + CASES_PER_LAUNCH]
+        for start in range(0, len(chosen), ROWS_AT_A_TIME):
+            yield ranks, chosen[start : start + ROWS_AT_A_TIME]
 
 
 def run_cases(
@@ -391,7 +319,7 @@ def run_cases(
         home = folder / f"launch-{number}"
         home.mkdir()
         specs = [case.spec(home, models, parts, unrepaired) for case in chosen]
-        launching.launch(home, specs, ranks=ranks, timeout=60 + 60 * len(specs))
+        launching.launch(home, specs, ranks=ranks, timeout=600)
         for case, spec in zip(chosen, specs, strict=True):
             rows.append(compare(case, training_jobs.finished(home, spec), references))
             print_row(rows[-1].cells())
@@ -409,7 +337,7 @@ def why_refused(
     """What comes of a command that is refused, when it is run all the same."""
     spec = case.spec(home, models, parts)
     try:
-        process = launching.attempt(home, [spec], ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
+        process = launching.attempt(home, spec, ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
     except subprocess.TimeoutExpired:
         return f"had not ended after {REFUSED_SECONDS} s"
     if process.returncode:
@@ -448,39 +376,45 @@ def print_row(cells: list[str]) -> None:
     print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
 
 
-PAGE = """# Training is the same mathematics under every plugin and option
+PAGE = """# Training is the same under every plugin and option
 
-Written by `python -m tests.equality --output docs/equality.md`: {steps} optimizer steps of {batch} samples of real text
-with a LLaMA of two layers, on two to four CPU ranks, against a plain PyTorch loop on one. Loss and norm (of the
-gradient, before clipping) are the largest relative difference of any step; weights are the norm of the difference of
-the final weights over the norm of the weights; behind the slash is what is allowed. First moment: of Adam after step
-1, over what clipping lets through to it, 1 if it is right; "-" where ranks hold parts of it twice. The loss is computed
-by blocks of the vocabulary unless the row says "with logits"; "documents" are spliced samples, compared with their
-documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, in which a model made to look
-{far_distance:,} tokens back repeats the token from there. Gemini's models are cut in at least eight chunks, each
-spread over the ranks. The learning rate is {lr:g}, for vocabulary {odd} {odd_lr:.1g}: with that model and the higher
-rate a difference of rounding alone grows to 1e-5 between two plain loops.
+Written by `python -m tests.equality --output docs/equality.md`. Each row is a run of {steps} optimizer steps of {batch}
+samples of real text, with a LLaMA of two layers on two to four CPU ranks. It is compared with a plain PyTorch loop in
+one process.
 
-In float32 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16 it is twice the largest gap between the plain
-loop and plain loops that differ in rounding alone: on halves, quarters and single samples of the batches, with layers
-that add up rounded halves, with both, and with fused attention, which does not round the scores as the plain loop's
-does; 1e-2 for weights, if that is more. {equal} of {count} configurations are equal.
+| column | meaning |
+|---|---|
+| loss, norm | largest relative difference of any step; the norm is that of the gradient before clipping |
+| weights | norm of the difference of the final weights, divided by the norm of the weights |
+| allowed | the value behind the slash |
+| first moment | Adam's after step 1, divided by what clipping lets through; 1 is right; "-" if ranks hold parts twice |
+
+The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared with their documents
+one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens: a model that looks back
+{far_distance:,} tokens repeats the token from there. Gemini's models are divided into at least eight chunks, each
+spread over the ranks. The learning rate is {lr:g}. For vocabulary {odd} it is {odd_lr:.1g}, because with that model
+rounding alone grows to a difference of 1e-5 between two plain loops at the higher rate.
+
+In float32, 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16, twice the largest difference between plain
+loops that differ only in rounding is allowed, and for weights at least 1e-2. These loops process halves, quarters and
+single samples of the batches, sum rounded halves in each layer, do both, or use fused attention, which does not round
+the scores. {equal} of {count} configurations are equal.
 {narrow}
 {table}
 ## Positions in bf16 and fp16
 
-ColossalAI's plugins cast a model's rotary frequencies with its weights, to bf16 with an error of up to 3.7e-3 of their
-value, and train at other positions than those of the exported model, which transformers loads with float32
-frequencies. So do all runs of ColossalAI's own scripts in bf16 or fp16. Short samples hardly show it; over distances of
-thousands of tokens it matters. Here the frequencies stay in float32 (`unrounded_buffers` in
-`engine/patches/bug_fixes.py`). Without it all 18 bf16 rows "far" are 0.98 apart in the loss and 0.47 in the norm,
-since the attention finds other tokens; with it, 6.6e-4 and 5.0e-4 at most
-(`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers`). A run resumed from a checkpoint of an
-earlier version of this code, trained at rounded positions, goes on at exact ones.
+ColossalAI's plugins convert a model's rotary frequencies together with its weights. In bf16 their error is up to 3.7e-3
+of their value, so the model trains at other positions than transformers uses, which loads the exported model with
+float32 frequencies. All runs of ColossalAI's own scripts in bf16 or fp16 have this problem. It hardly shows in short
+samples, but it matters over distances of thousands of tokens. Here the frequencies stay in float32 (the patch
+`unrounded_buffers`). Without it, all 18 bf16 rows "far" differ by 0.98 in the loss and 0.47 in the norm, because the
+attention finds other tokens. With it, they differ by at most 6.6e-4 and 5.0e-4
+(`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers`). A run resumed from a checkpoint that an
+older version of this code trained at rounded positions continues at exact ones.
 
 ## Refused before training starts
 
-Run all the same, this comes of them:
+These combinations are refused. Without the refusal, this happens:
 
 {refused}"""
 
@@ -491,7 +425,7 @@ def told_by_halves(rows: list[Row]) -> str:
     if not narrow:
         return ""
     passing, outside = ([row for row in narrow if row.gap.within(row.narrow) == good] for good in (True, False))
-    text = f"Twice the gap of halves alone would let {len(passing)} of the {len(narrow)} bf16 rows pass"
+    text = f"Twice the difference of halves alone would let {len(passing)} of the {len(narrow)} bf16 rows pass"
     if outside:
         worst = {
             name: max(getattr(row.gap, name) / getattr(row.narrow, name) for row in outside)
@@ -501,7 +435,7 @@ def told_by_halves(rows: list[Row]) -> str:
         # The fewer are named.
         names, others = ("; ".join(row.case.name for row in part) for part in (passing, outside))
         text += f" ({names})" if passing and len(passing) < len(outside) else ""
-        text += f"; the others are at most so many times over it: {figures}"
+        text += f"; the others exceed it by a factor of at most: {figures}"
         text += f" ({others})" if len(outside) <= len(passing) else ""
     return "\n" + textwrap.fill(text + ".", 118) + "\n"
 

@@ -18,7 +18,8 @@ INTRODUCTION = """\
 # Flags
 
 Written by `python -m tests.flag_tables --output docs/flags.md` from the parsers behind `--help`, so both always agree.
-Flags cannot be abbreviated. "-" in the column "default" means that the flag is off or not set.
+"-" in the column "default" means that the flag is off or not set. Flags cannot be abbreviated. For a misspelt flag, or
+another tool's name such as `--learning_rate`, the error message names the right one.
 """
 # What a user types: its parser, and the command whose flags it shares, if there is one.
 COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {

@@ -1,44 +1,43 @@
-"""Ranks that run many training commands one after the other, and the distance of what they trained."""
+"""Training commands on several ranks, and the distance of what they trained."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests import fork_server
 from tests.conftest import ROOT
 
 
 def launch(
-    folder: Path, specs: list[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 840
+    folder: Path, specs: list[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 240
 ) -> None:
-    """Run the commands on the ranks of one job, with a limit on its time (seconds). AssertionError if it fails."""
-    process = attempt(folder, specs, worker, ranks=ranks, timeout=timeout)
-    assert process.returncode == 0, process.stderr[-6000:]
+    """Run commands one after the other, each in processes of its own, within `timeout` seconds each.
+
+    The result of each is in <name>.json. That of one which crashed, or was killed because it took too long, has the
+    end of its stderr as "error", so that the tests of that command fail with it and the others are run.
+    """
+    for spec in specs:
+        try:
+            process = attempt(folder, spec, worker, ranks=ranks, timeout=timeout)
+            crash = f"exit code {process.returncode}: {process.stderr[-6000:]}" if process.returncode else None
+        except subprocess.TimeoutExpired as error:
+            crash = f"had not ended after {timeout:g} s: {error.stderr[-6000:]}"
+        if crash is not None:
+            message = f"{spec['name']} crashed, {crash}"
+            result = {"error": message, "log": [], "ranks": [[message, []]] * ranks}
+            (folder / f"{spec['name']}.json").write_text(json.dumps(result))
 
 
 def attempt(
-    folder: Path, specs: list[dict], worker: str = "train_worker.py", *, ranks: int, timeout: float
+    folder: Path, spec: dict, worker: str = "train_worker.py", *, ranks: int, timeout: float
 ) -> subprocess.CompletedProcess:
-    """The same for commands that may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
-    (folder / "jobs.json").write_text(json.dumps(specs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += [str(ROOT / "tests" / worker), str(folder / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            # The launcher ends its ranks, which are not in its process group.
-            process.terminate()
-            process.communicate(timeout=60)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    """Run one command, which may fail. Raises subprocess.TimeoutExpired, with no process left behind."""
+    job = folder / f"{spec['name']}.job"
+    job.write_text(json.dumps(spec))
+    return fork_server.run([ROOT / "tests" / worker, job], ranks=ranks, timeout=timeout)
 
 
 def free_port() -> int:

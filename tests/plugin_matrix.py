@@ -15,10 +15,11 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
-from tests import launching, tiny, training_jobs
+from tests import launching, layouts, tiny, training_jobs
 from tests.training_jobs import GLOBAL_BATCH
 
 STEPS, SAVED = 6, 3
@@ -26,14 +27,15 @@ STEPS, SAVED = 6, 3
 RESUMED_ALLOWED = 0.25
 # Adam moves a weight by no more than this in a step, and the smallest bf16 weights here are about 1e-8.
 NO_RATE = "1e-15"
+# As the table of tests/layouts.py names them, in bf16.
 LAYOUTS = {
-    "zero2": ["--plugin", "zero2"],
-    "zero2_cpu": ["--plugin", "zero2_cpu"],
-    "gemini": ["--plugin", "gemini"],
-    "gemini_auto": ["--plugin", "gemini_auto"],
-    "3d": ["--plugin", "3d"],
-    "3d tp2": ["--plugin", "3d", "--tp", "2"],
-    "3d pp2": ["--plugin", "3d", "--pp", "2"],
+    "zero2": "zero2",
+    "zero2_cpu": "zero2_cpu",
+    "gemini": "gemini",
+    "gemini_auto": "gemini_auto",
+    "3d": "3d zero1",
+    "3d tp2": "3d tp2 zero1",
+    "3d pp2": "3d pp2 zero1",
 }
 MODELS = ("untied", "tied")
 HEAD = "lm_head.weight"
@@ -58,11 +60,10 @@ class Cell:
         return "same bits" if not self.figure else f"{self.figure:.3f}"
 
 
-def spec(name: str, home: Path, model: Path, parts: list[str], flags: list[str]) -> dict:
-    """A command for train_worker.py."""
-    batch = GLOBAL_BATCH if "--tp" in flags or "--pp" in flags else GLOBAL_BATCH // 2
-    common = training_jobs.common_flags(home, model, parts)
-    words = [*common, "--mixed_precision", "bf16", "--micro_batch_size", batch, "--save_interval", SAVED, *flags]
+def spec(name: str, home: Path, model: Path, parts: list[str], layout: str, *more: Any) -> dict:
+    """A command for train_worker.py, with a layout of LAYOUTS and further flags."""
+    of_layout = layouts.flags(f"bf16 {LAYOUTS[layout]}", "--save_interval", SAVED, *more, batch=GLOBAL_BATCH)
+    words = [*training_jobs.common_flags(home, model, parts), *of_layout]
     return {"name": name, "script": "train.py", "flags": [str(word) for word in words]}
 
 
@@ -110,27 +111,27 @@ def judge_resumed(start: Path, end: Path, resumed: Path) -> float:
     return launching.distance({name: value.float() for name, value in found.items()}, expected) / way
 
 
-def run(folder: Path, layouts: list[str], models: list[str], readers: list[str] | None = None) -> list[Cell]:
+def run(folder: Path, writers: list[str], models: list[str], readers: list[str] | None = None) -> list[Cell]:
     """Train, read and resume; every cell of the table."""
-    readers = readers or layouts
+    readers = readers or writers
     tokenizer = tiny.make_tokenizer(folder / "tokenizer")
     parts = training_jobs.write_data(folder / "data", tokenizer, STEPS)
     made = {name: tiny.make_model(folder / name, tokenizer, tie=name == "tied") for name in models}
     specs, cells = [], []
     for model in models:
-        for writer in layouts:
+        for writer in writers:
             home = folder / "runs" / f"{model} {writer}"
-            specs.append(spec(f"{model} {writer}", home, made[model], parts, LAYOUTS[writer]))
+            specs.append(spec(f"{model} {writer}", home, made[model], parts, writer))
             saved = home / "ckpt" / f"epoch-0_step-{SAVED}"
             for reader in readers:
                 name = f"{model} {writer} read by {reader}"
                 there = folder / "runs" / name
-                flags = [*LAYOUTS[reader], "--load_checkpoint", saved / "modeling", "--max_steps", 1, "--lr", NO_RATE]
-                specs.append(spec(name, there, made[model], parts, flags))
+                once = ["--load_checkpoint", saved / "modeling", "--max_steps", 1, "--lr", NO_RATE]
+                specs.append(spec(name, there, made[model], parts, reader, *once))
                 name = f"{model} {writer} resumed by {reader}"
-                flags = [*LAYOUTS[reader], "--load_checkpoint", saved]
-                specs.append(spec(name, folder / "runs" / name, made[model], parts, flags))
-    launching.launch(folder, specs, timeout=60 + 20 * len(specs))
+                here = folder / "runs" / name
+                specs.append(spec(name, here, made[model], parts, reader, "--load_checkpoint", saved))
+    launching.launch(folder, specs)
     for one in specs:
         cells += _judged(folder, one["name"], json.loads((folder / f"{one['name']}.json").read_text())["error"])
     return cells

@@ -110,7 +110,7 @@ def pieces_of(samples: Sequence[dict]) -> Iterator[Piece]:
 
 
 def expected_pieces(rows: Sequence[dict], *, encoder, max_length: int, overlong: str) -> Counter:
-    """What pre-training rows must become, worked out one by one from the rules in README.md."""
+    """What pre-training rows must become, worked out one by one from the rules in docs/data.md."""
     found: list[Piece] = []
     for row in rows:
         source, target, category = row.get("source", ""), row["target"], row.get("category", "unknown")

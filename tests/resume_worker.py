@@ -1,8 +1,8 @@
-"""One rank of a test job that saves, damages and resumes: many training commands in one process group.
+"""One rank of a training command of a test that saves, damages and resumes.
 
-    torchrun --standalone --nproc_per_node 2 tests/resume_worker.py JOBS.json
+    torchrun --standalone --nproc_per_node 2 tests/resume_worker.py NAME.job
 
-JOBS.json is a list of {"name", "script", "flags"}, of which each may have
+NAME.job is JSON: {"name", "script", "flags"}, and perhaps
     damage    a list of [kind, path] that rank 0 applies first, by tests/faults/damage.py
     poison    (rank, step, kind), for tests/faults/poison.py
     fault     a kind of tests/faults/one_rank.py
@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from colossal_llama2 import launcher, logs
 from colossal_llama2.cli import train_flags
 from colossal_llama2.engine import loss_scale
-from colossal_llama2.engine.engine import launch, leave
+from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.train import checks, run
+from colossal_llama2.train import run
+from colossal_llama2.train.settings.from_flags import resolve
 from tests.faults import damage, one_rank, poison
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
@@ -59,7 +60,7 @@ def run_job(job: dict, is_first: bool) -> dict:
                 around.enter_context(poison.poisoned(*job["poison"]))
             if job.get("fault"):
                 around.enter_context(one_rank.befalling(job["fault"]))
-            run.run(args, checks.check_inputs(args))
+            run.run(resolve(args))
     except (UserError, RunError) as caught:
         error, left = str(caught), [path.name for path in Path(args.save_dir).glob("epoch-*.tmp")]
     finally:
@@ -68,18 +69,18 @@ def run_job(job: dict, is_first: bool) -> dict:
 
 
 def main() -> None:
-    jobs_path = Path(sys.argv[1])
+    """Run the job that the command line names."""
+    path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
     # So high that fp16 overflows, also in a resumed run that would begin with it.
     loss_scale.INITIAL_SCALE = 2**21
     launch(seed=1024)
     is_first = logs.is_first_rank()
-    for job in json.loads(jobs_path.read_text()):
-        logs.get_logger().info("### %s", job["name"])
-        result = run_job(job, is_first)
-        if is_first:
-            jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+    job = json.loads(path.read_text())
+    result = run_job(job, is_first)
+    if is_first:
+        path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()
 
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from colossal_llama2.corpus.conversation import ROLES, chat_template, speakers_of
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.write.prepare import CHAT_TEMPLATE_FILE, prepare_sft
-from colossal_llama2.dataset.write.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.encoding.encoder import Encoder, load_tokenizer, puts_prefix_after_marks
+from colossal_llama2.dataset.write.records import read_sft_row
+from colossal_llama2.dataset.write.tokenization import tokenize_sft
+from colossal_llama2.encoding.registry import load_encoder, puts_prefix_after_marks
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests.preparing import read_jsonl, write_lines
 from tests.preparing import settings as prepare_settings
@@ -48,7 +50,7 @@ def prefixing_dir(chinese_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chinese(chinese_dir) -> tuple:
-    return Encoder(chinese_dir), load_tokenizer(chinese_dir)
+    return load_encoder(chinese_dir), load_tokenizer(chinese_dir)
 
 
 def ours(encoder, messages, prefix_after_marks=False, **reading) -> tuple:
@@ -75,11 +77,12 @@ def conversations(language: str) -> list:
     return [[{"role": roles[number % 2], "content": text} for number, text in enumerate(turns)] for turns in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language, count", [("chinese", 467), ("english", 2026)])
 @pytest.mark.parametrize("kind, prefixes", [("tokenizer", False), ("chinese", False), ("prefixing", True)])
 def test_every_conversation_of_chatterbot_corpus(language, count, kind, prefixes, request):
     folder = request.getfixturevalue(f"{kind}_dir")
-    encoder, tokenizer = Encoder(folder), load_tokenizer(folder)
+    encoder, tokenizer = load_encoder(folder), load_tokenizer(folder)
     assert puts_prefix_after_marks(folder) is prefixes
     tokenizer.chat_template = chat_template(prefix_after_marks=prefixes)
     talks = conversations(language)
@@ -144,7 +147,7 @@ def test_the_slow_tokenizer_gives_the_same_ids(chinese_dir):
 
     slow = AutoTokenizer.from_pretrained(chinese_dir, use_fast=False)
     messages = [{"role": "user", "content": "  你好 a"}, {"role": "assistant", "content": " 人工智能\n"}]
-    assert slow.apply_chat_template(messages) == ours(Encoder(chinese_dir), messages)[0]
+    assert slow.apply_chat_template(messages) == ours(load_encoder(chinese_dir), messages)[0]
 
 
 def test_prepared_samples_follow_the_folder_s_tokenizer(prefixing_dir, tmp_path):
@@ -167,7 +170,7 @@ def test_without_tokenizer_json_the_config_decides(chinese_dir, tmp_path, legacy
     messages = [{"role": "user", "content": "你好 a"}, {"role": "assistant", "content": "人工智能"}]
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.chat_template = chat_template(prefix_after_marks=legacy)
-    assert theirs(tokenizer, messages) == ours(Encoder(tmp_path), messages, legacy)
+    assert theirs(tokenizer, messages) == ours(load_encoder(tmp_path), messages, legacy)
 
 
 @pytest.mark.parametrize(

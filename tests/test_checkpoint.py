@@ -11,11 +11,18 @@ import os
 import pytest
 
 from colossal_llama2 import logs
+from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train.checkpointing import resuming
-from colossal_llama2.train.checkpointing.checkpointer import LoadPlan, check_save_dir, plan_loading, publish_model
+from colossal_llama2.train.checkpointing.checkpointer import publish_model
+from colossal_llama2.train.checkpointing.resuming import Start
+from colossal_llama2.train.checkpointing.run_facts import NUMERICS, RunFacts
+from colossal_llama2.train.checkpointing.saved_run import SavedRun
 from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder.run_folder import RunFolder
+from colossal_llama2.train.settings.from_flags import resolve_with_problems
+from colossal_llama2.train.settings.model_source import ModelSource, find_source, newest_source
 from colossal_llama2.train.stepping.state import TrainState
 from tests.faults import damage
 
@@ -51,36 +58,34 @@ def checkpoint(tmp_path):
 
 
 def test_without_a_checkpoint():
-    plan = plan_loading("llama", None)
-    assert (plan.model_path, plan.resume_path) == ("llama", None)
+    assert find_source("llama", None) == ModelSource("llama", "llama", checkpoint=None)
 
 
 def test_a_checkpoint_resumes_everything(checkpoint):
-    plan = plan_loading("llama", str(checkpoint))
-    assert (plan.model_path, plan.resume_path) == (str(checkpoint / "modeling"), str(checkpoint))
-    state, saved = plan.read_states()
-    assert state == TrainState(epoch=1, step=30, sample_start_index=80, samples_seen=180, tokens_seen=9000)
-    assert saved["seed"] == 1024 and plan.read_schedule() == {"peak": 0.1}
+    source = find_source("llama", str(checkpoint))
+    assert source == ModelSource("llama", str(checkpoint / "modeling"), str(checkpoint))
+    saved = SavedRun.read(source.checkpoint)
+    assert saved.state == TrainState(epoch=1, step=30, sample_start_index=80, samples_seen=180, tokens_seen=9000)
+    assert saved.entries["seed"] == 1024 and saved.read_schedule() == {"peak": 0.1}
 
 
 @pytest.mark.parametrize("spelling", ["modeling", "modelling"])
 def test_its_model_folder_gives_weights_alone(checkpoint, spelling):
-    plan = plan_loading("llama", str(checkpoint / spelling))
-    assert (plan.model_path, plan.resume_path) == (str(checkpoint / "modeling"), None)
+    assert find_source("llama", str(checkpoint / spelling)) == ModelSource("llama", str(checkpoint / "modeling"))
 
 
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        plan_loading("llama", str(tmp_path / "nowhere"))
+        find_source("llama", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="running_states.json"):
-        plan_loading("llama", str(tmp_path))
+        find_source("llama", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["optimizer/pytorch_optim.bin.index.json", "lr_scheduler"])
 def test_an_incomplete_checkpoint_is_refused(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(UserError, match=name):
-        plan_loading("llama", str(checkpoint))
+        find_source("llama", str(checkpoint))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"epoch": 1}', '{"epoch": null}'])
@@ -88,45 +93,45 @@ def test_damaged_states_are_refused(checkpoint, text):
     (checkpoint / "running_states.json").write_text(text)
     seal(checkpoint)
     with pytest.raises(UserError, match="running states"):
-        plan_loading("llama", str(checkpoint)).read_states()
+        SavedRun.read(find_source("llama", str(checkpoint)).checkpoint)
 
 
 def test_a_new_or_empty_folder_may_be_written(tmp_path):
-    check_save_dir(str(tmp_path / "new"), None)
-    check_save_dir(str(tmp_path), None)
+    RunFolder(tmp_path / "new").check_unclaimed(None)
+    RunFolder(tmp_path).check_unclaimed(None)
     (tmp_path / "epoch-0_step-5.tmp").mkdir()  # what a crash in the first save leaves
-    check_save_dir(str(tmp_path), None)
+    RunFolder(tmp_path).check_unclaimed(None)
 
 
 def test_what_a_killed_rehearsal_leaves_is_no_checkpoint(tmp_path):
     aside = tmp_path / "epoch-0_step-0.old"
     (aside / "modeling").mkdir(parents=True)
-    check_save_dir(str(tmp_path), None)
+    RunFolder(tmp_path).check_unclaimed(None)
     # With a manifest, it is a whole checkpoint that was being replaced.
     seal(aside)
     with pytest.raises(UserError, match="epoch-0_step-0.old of another run"):
-        check_save_dir(str(tmp_path), None)
+        RunFolder(tmp_path).check_unclaimed(None)
 
 
 def test_another_run_s_folder_may_not(checkpoint, tmp_path):
     with pytest.raises(UserError, match="epoch-1_step-30"):
-        check_save_dir(str(checkpoint.parent), None)
+        RunFolder(checkpoint.parent).check_unclaimed(None)
     (tmp_path / "done" / "modeling").mkdir(parents=True)
     with pytest.raises(UserError, match="modeling"):
-        check_save_dir(str(tmp_path / "done"), str(checkpoint))
+        RunFolder(tmp_path / "done").check_unclaimed(str(checkpoint))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        check_save_dir(str(tmp_path / "file"), None)
+        RunFolder(tmp_path / "file").check_unclaimed(None)
 
 
 def test_a_resumed_run_goes_on_in_its_folder(checkpoint):
-    check_save_dir(str(checkpoint.parent), str(checkpoint))
+    RunFolder(checkpoint.parent).check_unclaimed(str(checkpoint))
 
 
 def test_a_checkpoint_without_its_manifest_is_refused(checkpoint):
     (checkpoint / "manifest.json").unlink()
     with pytest.raises(UserError, match="not written to its end"):
-        plan_loading("llama", str(checkpoint))
+        find_source("llama", str(checkpoint))
     assert checkpoint_files.complete_checkpoints(checkpoint.parent) == []
 
 
@@ -173,7 +178,7 @@ def test_what_systems_put_anywhere_is_passed_over(checkpoint):
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text("x")
     assert checkpoint_files.sizes_problem(checkpoint) is None
-    assert plan_loading("llama", str(checkpoint)).resume_path == str(checkpoint)
+    assert find_source("llama", str(checkpoint)).checkpoint == str(checkpoint)
     # Nor does it get into the manifest of a new one, or into the exported model.
     assert checkpoint_files.list_files(checkpoint) == before
     publish_model(checkpoint)
@@ -192,7 +197,7 @@ def test_other_strangers_are_named_with_the_cure(checkpoint, kind):
         stranger.symlink_to(checkpoint / ("optimizer" if "folder" in kind else "lr_scheduler"))
     assert "modeling/stranger: is not listed in manifest.json; remove it" in checkpoint_files.sizes_problem(checkpoint)
     with pytest.raises(UserError, match="remove it to use this checkpoint"):
-        resuming.newest_plan(str(checkpoint.parent), otherwise=None)
+        newest_source(RunFolder(checkpoint.parent), otherwise=ModelSource.of_pretrained("llama"))
     stranger.unlink()
     assert checkpoint_files.sizes_problem(checkpoint) is None
 
@@ -202,7 +207,7 @@ NUMBERS = [-1, -(10**400), 10**400, 1e308, math.nan, math.inf, True, "1", None, 
 
 def seal_around(checkpoint, text):
     (checkpoint / "running_states.json").write_text(text)
-    return plan_loading("llama", str(seal(checkpoint)))
+    return SavedRun.read(find_source("llama", str(seal(checkpoint))).checkpoint)
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda value: str(value)[:12])
@@ -210,7 +215,7 @@ def test_bad_numbers_are_told(checkpoint, number):
     for name in ("epoch", "step", "sample_start_index", "samples_seen", "tokens_seen", "first_sample"):
         if number is not None or name != "first_sample":
             with pytest.raises(UserError, match="not the running states"):
-                seal_around(checkpoint, json.dumps({**STATES, name: number})).read_states()
+                seal_around(checkpoint, json.dumps({**STATES, name: number}))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     wrong = [{**manifest, "files": [{**manifest["files"][0], "bytes": number}]}]
     wrong += [{**manifest, "saved_at": number}] if number not in (1e308, 2**53 + 1, 0.5) else []
@@ -223,23 +228,23 @@ def test_bad_numbers_are_told(checkpoint, number):
 def test_bad_random_states_and_loss_scales_are_told(checkpoint):
     """NumPy reads outside its memory at such a position, and PyTorch takes any scale."""
     good = {"numpy": ["MT19937", "", 624, 0, 0.0], "loss_scale": {"scale": 1.0, "growth_step": 0, "hysteresis_step": 2}}
-    seal_around(checkpoint, json.dumps({**STATES, "ranks": [good]})).read_states()
+    seal_around(checkpoint, json.dumps({**STATES, "ranks": [good]}))
     for position in (-5, 625, 10**6, 0.5):
         rank = {**good, "numpy": [*good["numpy"][:2], position, 0, 0.0]}
         with pytest.raises(UserError, match="position of NumPy's"):
-            seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]})).read_states()
+            seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]}))
     for scale in (0, -1.0, math.nan, math.inf, 1e300, "x", None):
         rank = {**good, "loss_scale": {**good["loss_scale"], "scale": scale}}
         with pytest.raises(UserError, match="scale"):
-            seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]})).read_states()
+            seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]}))
 
 
 def test_counts_that_contradict_each_other_are_told(checkpoint):
     for counts in ({"untrained_steps": 31}, {"bad_steps": 31}, {"untrained_steps": 16, "bad_steps": 15}):
         with pytest.raises(UserError, match="31 steps made no update .*, but step is 30"):
-            seal_around(checkpoint, json.dumps({**STATES, **counts})).read_states()
-    state, _ = seal_around(checkpoint, json.dumps({**STATES, "untrained_steps": 30})).read_states()
-    assert state.updates == 0
+            seal_around(checkpoint, json.dumps({**STATES, **counts}))
+    saved = seal_around(checkpoint, json.dumps({**STATES, "untrained_steps": 30}))
+    assert saved.state.updates == 0
 
 
 def test_loss_scales_are_the_same_on_all_ranks(checkpoint):
@@ -247,8 +252,8 @@ def test_loss_scales_are_the_same_on_all_ranks(checkpoint):
     for other in (None, {**scale, "scale": 2.0}, {**scale, "growth_step": 1}):
         ranks = [{"loss_scale": scale}, {"loss_scale": other}]
         with pytest.raises(UserError, match="on one rank and .* on another"):
-            seal_around(checkpoint, json.dumps({**STATES, "ranks": ranks})).read_states()
-    seal_around(checkpoint, json.dumps({**STATES, "ranks": [{"loss_scale": scale}] * 2})).read_states()
+            seal_around(checkpoint, json.dumps({**STATES, "ranks": ranks}))
+    seal_around(checkpoint, json.dumps({**STATES, "ranks": [{"loss_scale": scale}] * 2}))
 
 
 NESTED = '{"a": ' * 900 + "1" + "}" * 900
@@ -257,7 +262,7 @@ NESTED = '{"a": ' * 900 + "1" + "}" * 900
 @pytest.mark.parametrize("text", ["", "\ufeff[]", "[" * 10**5, NESTED, '{"epoch": 1, "epoch": 2}', '{"epoch": 1'])
 def test_what_is_no_plain_object_is_told(checkpoint, text):
     with pytest.raises(UserError, match="not the running states"):
-        seal_around(checkpoint, text).read_states()
+        seal_around(checkpoint, text)
     (checkpoint / "manifest.json").write_text(text)
     assert "not the manifest" in checkpoint_files.sizes_problem(checkpoint)
 
@@ -270,11 +275,10 @@ def test_what_is_no_file_is_not_opened(checkpoint, kind):
         path.unlink()
         os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
         with pytest.raises(UserError, match=f"{name}|holds neither"):
-            plan_loading("llama", str(checkpoint))
-        plan = LoadPlan("", str(checkpoint))
+            find_source("llama", str(checkpoint))
         readers = {
-            "running_states.json": plan.read_states,
-            "lr_scheduler": plan.read_schedule,
+            "running_states.json": lambda: SavedRun.read(checkpoint),
+            "lr_scheduler": SavedRun(checkpoint, TrainState(), {}).read_schedule,
             "manifest.json": lambda: checkpoint_files.read_manifest(checkpoint),
         }
         with pytest.raises(UserError, match=name):
@@ -285,12 +289,12 @@ def test_what_is_no_file_is_not_opened(checkpoint, kind):
 
 def test_a_place_that_the_data_has_not_is_told(checkpoint):
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
-    plan = plan_loading("llama", str(checkpoint))
     for change in ({"sample_start_index": 81}, {"samples_seen": 161}, {"samples_seen": 10**15}):
         state = dataclasses.replace(TrainState(epoch=1, sample_start_index=80, samples_seen=160), **change)
         with pytest.raises(UserError, match="no place in data of 80 samples"):
-            resuming._check_place(plan, state, order, first_sample=0)
-    resuming._check_place(plan, TrainState(epoch=1, sample_start_index=80, samples_seen=160), order, first_sample=0)
+            resuming._check_place(SavedRun(checkpoint, state, {}), order)
+    at_end = TrainState(epoch=1, sample_start_index=80, samples_seen=160)
+    resuming._check_place(SavedRun(checkpoint, at_end, {}), order)
 
 
 def test_of_a_linked_checkpoint_the_link_alone_goes(tmp_path, caplog):
@@ -298,7 +302,7 @@ def test_of_a_linked_checkpoint_the_link_alone_goes(tmp_path, caplog):
     (tmp_path / "run").mkdir()
     link = tmp_path / "run" / elsewhere.name
     link.symlink_to(elsewhere)
-    check_save_dir(str(tmp_path / "run"), str(link))
+    RunFolder(tmp_path / "run").check_unclaimed(str(link))
     newest = bare_checkpoint(tmp_path / "run", 2, saved_at=2.0)
     caplog.set_level("INFO")
     checkpoint_files.remove_old(newest, keep_last=1, keep_every=None)
@@ -373,48 +377,57 @@ def test_the_checkpoint_in_hand_is_never_removed(tmp_path):
 def test_only_what_auto_found_is_done_again(checkpoint):
     """--load_checkpoint may name a finished run of another folder, in which nothing is this run's to remove."""
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
-    plan = plan_loading("llama", str(checkpoint))
-    state, _ = plan.read_states()
-    run = {"num_epochs": 2, "max_steps": None}
-    newest = dataclasses.replace(plan, is_newest=True)
-    assert not resuming.is_done(plan, state, order, **run, owes_evaluation=False)
-    assert resuming.is_done(newest, state, order, **run, owes_evaluation=False)
-    assert not resuming.is_done(newest, state, order, **run, owes_evaluation=True)
+    words = ["--pretrained", "llama", "--dataset", "data", "--num_epochs", "2"]
+    config, _ = resolve_with_problems(train_flags.train_parser().parse_args(words))
+    named = dataclasses.replace(config, source=find_source("llama", str(checkpoint)))
+    newest = dataclasses.replace(config, source=dataclasses.replace(named.source, is_newest=True))
+    start = Start(SavedRun.read(checkpoint).state)
+    assert not resuming.is_done(named, start, order)
+    assert resuming.is_done(newest, start, order)
+    assert not resuming.is_done(newest, dataclasses.replace(start, eval_pending=True), order)
+
+
+def facts_of(**changes) -> RunFacts:
+    """The facts of a run on one rank."""
+    names = [field.name for field in dataclasses.fields(RunFacts)]
+    known = {"world_size": 1, "data_parallel_size": 1, "numerics": NUMERICS}
+    known |= {name: {} for name in ("settings", "versions", "machine", "layout")}
+    return RunFacts(**{**dict.fromkeys(names), **known, **changes})
+
+
+def saved_run(checkpoint, facts: RunFacts, **changes) -> SavedRun:
+    """What a checkpoint of a run with these facts records, but for `changes`."""
+    saved = SavedRun.read(checkpoint)
+    return dataclasses.replace(saved, entries={**saved.entries, **facts.entries(), **changes})
 
 
 @pytest.mark.parametrize("name", ["benchmark", "num_samples", "profile", "peak_tflops"])
-def test_flags_of_the_benchmark_do_not_change_a_run(name):
-    now = {"world_size": 1, "data_parallel_size": 1, "settings": {name: 7}, "versions": {}, "machine": {}}
-    now["numerics"] = resuming.NUMERICS
-    assert resuming.changes({**now, "settings": {}}, now) == []
+def test_flags_of_the_benchmark_do_not_change_a_run(checkpoint, name):
+    facts = facts_of(settings={name: 7})
+    assert resuming.changes(saved_run(checkpoint, facts, settings={}), facts) == []
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_the_log_says_how_exactly_a_run_goes_on(checkpoint, caplog, monkeypatch, is_exact):
     """On GPUs a step does not repeat to the bit; a checkpoint of an earlier version was computed otherwise."""
-    plan = plan_loading("llama", str(checkpoint))
-    state, _ = plan.read_states()
-    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}, "layout": {}}
-    now["numerics"] = resuming.NUMERICS
+    facts = facts_of()
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
     monkeypatch.setattr(resuming, "repeats_exactly", lambda: is_exact)
     with caplog.at_level("INFO"):
-        resuming.log_verdict(plan, state, now, now)
+        resuming.log_verdict(saved_run(checkpoint, facts), facts)
     assert ("bit for bit" in caplog.text, "but for rounding" in caplog.text) == (is_exact, not is_exact)
     caplog.clear()
-    earlier = {name: value for name, value in now.items() if name != "numerics"}
-    resuming.log_verdict(plan, state, earlier, now)
-    assert f"not bit for bit, since this changed: version of the numerics 1 -> {resuming.NUMERICS}" in caplog.text
-    assert "left aside" not in caplog.text
+    earlier = saved_run(checkpoint, facts)
+    del earlier.entries["numerics"]
+    resuming.log_verdict(earlier, facts)
+    assert f"not bit for bit, since this changed: version of the numerics 1 -> {NUMERICS}" in caplog.text
+    assert "master weights" not in caplog.text
 
 
 def test_another_split_under_the_same_settings_is_told(checkpoint, caplog, monkeypatch):
     """As a checkpoint of Gemini has it whose chunks were filled in another order."""
-    plan = plan_loading("llama", str(checkpoint))
-    state, _ = plan.read_states()
-    now = {"world_size": 1, "data_parallel_size": 1, "settings": {}, "versions": {}, "machine": {}, "numerics": 2}
-    now["layout"] = {"plugin": "gemini", "chunks": "layers by use"}
+    facts = facts_of(layout={"plugin": "gemini", "chunks": "layers by use"})
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
-    resuming.log_verdict(plan, state, {**now, "layout": {"plugin": "gemini"}}, now)
+    resuming.log_verdict(saved_run(checkpoint, facts, layout={"plugin": "gemini"}), facts)
     assert "not bit for bit" in caplog.text and "{'chunks': 'layers by use'}" in caplog.text
-    assert "left aside" in caplog.text and "uninterrupted" not in caplog.text
+    assert "master weights are replaced by the rounded" in caplog.text and "uninterrupted" not in caplog.text

@@ -55,6 +55,7 @@ def test_the_bare_environment_is_bare(bare_environment):
     assert "torch was imported" in process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["in the root", "in another folder"])
 def test_help_needs_no_package(script, elsewhere, run_script, bare_environment, tmp_path):
@@ -110,6 +111,7 @@ assert not late, late
 """
 
 
+@pytest.mark.slow
 def test_importing_the_whole_package_does_nothing():
     process = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING], cwd=ROOT, capture_output=True, text=True, timeout=120

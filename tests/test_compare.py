@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.tokenizer import compare
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from examples import quickstart_corpus
@@ -104,7 +104,7 @@ def reason_of(path, documents) -> str:
 
 def test_the_figures_are_those_of_the_tokenizer(documents, tokenizer_dir, extended_dir):
     for folder, size in ((tokenizer_dir, 600), (extended_dir, len(BpeModel.read(extended_dir).pieces))):
-        tokens = sum(map(len, Encoder(folder).encode(documents)))
+        tokens = sum(map(len, load_encoder(folder).encode(documents)))
         kinds = {
             folder: "transformers fast",
             folder / "tokenizer.json": "tokenizer.json",
@@ -184,7 +184,7 @@ def test_unigram_models_and_slow_tokenizers(documents, tmp_path):
 def test_code_that_comes_with_a_tokenizer_is_never_run(documents, tokenizer_dir, tmp_path):
     folder = remote_folder(tmp_path / "chatglm", tokenizer_dir)
     reason = reason_of(folder, documents)
-    assert "needs code of its own (tokenization_chatglm.ChatGLMTokenizer" in reason and "never run" in reason
+    assert "needs its own code (tokenization_chatglm.ChatGLMTokenizer" in reason and "never run" in reason
     assert "its tokenizer.model can be given as a file" in reason
     assert not (folder / "ran").exists()
     (folder / "tokenizer_config.json").rename(folder / "config.json")  # where older ones keep it
@@ -217,6 +217,7 @@ def test_the_environment_stays(documents, tokenizer_dir, monkeypatch):
         assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(corpus, documents, tokenizer_dir, extended_dir, tmp_path):
     remote = remote_folder(tmp_path / "chatglm", tokenizer_dir)
     paths = [tokenizer_dir, remote, extended_dir / "tokenizer.model"]
@@ -242,7 +243,7 @@ def test_the_command_prints_a_table_and_writes_json(corpus, documents, tokenizer
     head, first, second, left_out, total, _ = process.stdout.splitlines()
     assert len({len(head), len(first), len(second)}) == 1
     assert first.startswith(str(tokenizer_dir)) and second.startswith(str(extended_dir))
-    assert left_out.startswith(f"{remote}: left out: needs code of its own")
+    assert left_out.startswith(f"{remote}: left out: needs its own code")
     assert total.startswith(f"{len(documents)} documents, {sum(map(len, documents)):,} characters")
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["tokenizer"] for row in table["tokenizers"]] == [str(paths[0]), str(paths[2])]

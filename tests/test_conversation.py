@@ -77,7 +77,7 @@ def test_segments_train_the_assistant_alone():
 def test_a_system_text_apart_from_the_turns():
     turns = [said("user", "Hi"), said("gpt", "Yo")]
     assert opening_text(read_conversation(turns, system_text="Be kind.")) == "Be kind.\n\n"
-    with pytest.raises(ValueError, match='message 1 has the role system, but the line has a "system" of its own'):
+    with pytest.raises(ValueError, match='message 1 has the role system, but the record also has a "system" field'):
         read_conversation([said("system", "Be brief."), *turns], system_text="Be kind.")
 
 

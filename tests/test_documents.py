@@ -65,6 +65,7 @@ def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
         assert torch.allclose(logits, part, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_colossalai_attention_takes_documents():
     from colossalai.shardformer.layer.attn import ColoAttention
 

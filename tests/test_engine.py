@@ -9,17 +9,17 @@ import os
 import subprocess
 import sys
 import types
-from unittest import mock
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from colossal_llama2.engine import engine as engine_module
-from colossal_llama2.engine.engine import settings_problems
+from colossal_llama2.engine import adam, plugins
 from colossal_llama2.engine.patches import bug_fixes, checkpoint_io, cpu_device
+from colossal_llama2.engine.plugins import PLUGINS, Gemini, GeminiAuto, Hybrid3D, Zero2, Zero2Cpu
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.engine.settings_problems import settings_problems
 from colossal_llama2.errors import UserError
 from colossal_llama2.plugin_names import PLUGIN_NAMES
 from tests import launching
@@ -47,13 +47,16 @@ def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
     from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
 
     built = [
-        (GeminiPlugin, engine_module.gemini_arguments(settings(), parameters=10**9, on_cpu=on_cpu, policy="auto")),
-        (LowLevelZeroPlugin, engine_module.zero_arguments(settings(), on_cpu=on_cpu, offload=True)),
+        (GeminiPlugin, GeminiAuto(settings()).arguments(parameters=10**9, on_cpu=on_cpu)),
+        (LowLevelZeroPlugin, Zero2Cpu(settings()).arguments(parameters=10**9, on_cpu=on_cpu)),
         (
             HybridParallelPlugin,
-            engine_module.hybrid_arguments(settings(tp_size=2), on_cpu=on_cpu, fused_norm=not on_cpu),
+            Hybrid3D(settings(tp_size=2)).arguments(parameters=10**9, on_cpu=on_cpu, fused_norm=not on_cpu),
         ),
-        (HybridParallelPlugin, engine_module.hybrid_arguments(settings(pp_size=2, sp_mode="ring"), on_cpu=on_cpu)),
+        (
+            HybridParallelPlugin,
+            Hybrid3D(settings(pp_size=2, sp_mode="ring")).arguments(parameters=10**9, on_cpu=on_cpu),
+        ),
     ]
     for plugin, arguments in built:
         assert arguments.keys() <= inspect.signature(plugin.__init__).parameters.keys()
@@ -61,26 +64,23 @@ def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
 
 
 def test_apex_s_norm_is_used_where_it_imports(monkeypatch):
-    assert not engine_module.has_apex_norm()
+    assert not plugins.has_apex_norm()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not engine_module.has_apex_norm()
+    assert not plugins.has_apex_norm()
     apex = types.ModuleType("apex.normalization")
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.normalization", apex)
     monkeypatch.setitem(sys.modules, "fused_layer_norm_cuda", types.ModuleType("fused_layer_norm_cuda"))
     # Old versions have no RMSNorm.
-    assert not engine_module.has_apex_norm()
+    assert not plugins.has_apex_norm()
     apex.FusedRMSNorm = object
-    assert engine_module.has_apex_norm()
+    assert plugins.has_apex_norm()
 
 
-@pytest.mark.parametrize("stage, exchange", [(2, "reduce_scatter_tensor"), (1, "all_reduce")])
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bucket_size", [1000, 16])
-def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchange, bucket_size):
-    """Matrices of 16 numbers and norms of 4 alternate, as in backward; one bucket that is full empties the other, too.
-
-    Stage 1 takes gradients when all are there, one group after the other, and had no fault.
-    """
+def test_gradients_from_buckets_are_those_of_autograd(gloo_group, stage, bucket_size):
+    """Matrices of 16 numbers and norms of 4 alternate, as in backward; a bucket holds all of them or a matrix."""
     from colossalai.nn.optimizer import HybridAdam
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
@@ -94,17 +94,13 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
         return hidden.sum()
 
     wanted = [grad.flatten() for grad in torch.autograd.grad(loss(), [*matrices, *norms])]
-    counts = []
     for repaired in (False, True):
         adam = HybridAdam([{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}])
         zero = LowLevelZeroOptimizer(adam, partition_grad=stage == 2, reduce_bucket_size=bucket_size)
         if repaired:
             bug_fixes.fill_buckets(zero)
         for _ in range(2):
-            count = mock.Mock(side_effect=getattr(torch.distributed, exchange))
-            with mock.patch.object(torch.distributed, exchange, count):
-                zero.backward(loss())
-            counts.append(count.call_count)
+            zero.backward(loss())
             (store,) = zero.pg_to_grad_store.values()
             for param, grad in zip([*matrices, *norms], wanted, strict=True):
                 (found,) = store.get_partitioned_gradients_by_param_id(int(param.dim() == 1), id(param))
@@ -112,8 +108,6 @@ def test_buckets_are_emptied_when_they_are_full_alone(gloo_group, stage, exchang
             zero.zero_grad()
         for handle in zero.grad_handles:
             handle.remove()
-    exchanges = {(2, 1000): [6, 2], (2, 16): [6, 6], (1, 1000): [2, 2], (1, 16): [4, 4]}[stage, bucket_size]
-    assert [counts[:2], counts[2:]] == [[count] * 2 for count in exchanges]
 
 
 def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
@@ -133,22 +127,20 @@ def test_hidden_messages_of_colossalai_cost_nothing(monkeypatch):
 
 
 def test_no_clipping_still_measures_the_norm():
-    assert engine_module.zero_arguments(settings(max_norm=0.0), on_cpu=True, offload=False)["max_norm"] == math.inf
+    assert Zero2(settings(max_norm=0.0)).arguments(parameters=10**9, on_cpu=True)["max_norm"] == math.inf
 
 
 def test_gemini_always_shards():
-    small = engine_module.gemini_arguments(settings(), parameters=2_000_000, on_cpu=True, policy="static")
+    small = Gemini(settings()).arguments(parameters=2_000_000, on_cpu=True)
     assert 4 * small["min_chunk_size_m"] * 2**20 < 2_000_000
-    large = engine_module.gemini_arguments(settings(), parameters=7 * 10**9, on_cpu=False, policy="static")
+    large = Gemini(settings()).arguments(parameters=7 * 10**9, on_cpu=False)
     assert large["min_chunk_size_m"] == 32 and large["enable_async_reduce"]
 
 
 def test_an_evaluation_leaves_gemini_where_it_was():
     policy, collector = types.SimpleNamespace(max_prefetch=1), types.SimpleNamespace(_step_idx=5)
     manager = types.SimpleNamespace(placement_policy=policy, _mem_stats_collector=collector, need_warmup=False)
-    engine = object.__new__(engine_module.Engine)
-    engine.model = types.SimpleNamespace(gemini_manager=manager)
-    with engine._gemini_evaluating():
+    with Gemini(settings()).evaluating(types.SimpleNamespace(gemini_manager=manager)):
         assert policy.max_prefetch == 0
         collector._step_idx = 9
     assert (policy.max_prefetch, collector._step_idx) == (1, 5)
@@ -180,14 +172,12 @@ def test_gemini_places_by_the_least_room_of_all_ranks(monkeypatch):
 
 
 def test_buffers_of_a_model_are_not_sent():
-    assert engine_module.hybrid_arguments(settings(), on_cpu=True)["broadcast_buffers"] is False
+    assert Hybrid3D(settings()).arguments(parameters=10**9, on_cpu=True)["broadcast_buffers"] is False
 
 
 def test_gemini_accumulates_only_if_told_so():
     def accumulation(steps):
-        arguments = engine_module.gemini_arguments(
-            settings(accumulation_steps=steps), parameters=10**6, on_cpu=True, policy="static"
-        )
+        arguments = Gemini(settings(accumulation_steps=steps)).arguments(parameters=10**6, on_cpu=True)
         return arguments["enable_gradient_accumulation"]
 
     assert (accumulation(1), accumulation(4)) == (False, True)
@@ -224,25 +214,25 @@ def test_settings_that_cannot_run_are_named(changes, world_size, words):
     assert all(word in problem for word in words)
 
 
-@pytest.mark.parametrize("plugin", engine_module.PLUGINS)
+@pytest.mark.parametrize("plugin", PLUGINS)
 def test_every_plugin_takes_the_readme_s_flags(plugin):
     assert settings_problems(settings(plugin=plugin, precision="fp16"), world_size=8) == []
 
 
 def test_every_plugin_name_has_a_builder():
-    assert tuple(engine_module.PLUGINS) == PLUGIN_NAMES
+    assert tuple(PLUGINS) == PLUGIN_NAMES
 
 
 def test_norms_do_not_decay():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4))
-    matrices, norms = engine_module._parameter_groups(model, 0.1)
+    matrices, norms = adam.parameter_groups(model, 0.1)
     assert [param.dim() for param in matrices["params"]] == [2] and matrices["weight_decay"] == 0.1
     assert {param.dim() for param in norms["params"]} == {1} and norms["weight_decay"] == 0.0
 
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(UserError, match="trainable"):
-        engine_module._parameter_groups(torch.nn.Linear(2, 2).requires_grad_(False), 0.1)
+        adam.parameter_groups(torch.nn.Linear(2, 2).requires_grad_(False), 0.1)
 
 
 def test_state_files_bring_back_what_was_written(tmp_path):
@@ -454,21 +444,6 @@ def test_bf16_clipping_is_lost_without_its_repair():
     assert first_moment(repair=True) == pytest.approx(2.0, rel=1e-2)
 
 
-def test_other_versions_are_not_repaired_blindly(monkeypatch, caplog):
-    import logging
-
-    import colossalai
-
-    monkeypatch.setattr(colossalai, "__version__", "0.6.0")
-    monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
-    patches = ("save_padded_vocabulary", "loss_in_float32", "ring_weight_gradients", "wrap_to_reduce_alone")
-    for name in (*patches, "norm_in_blocks"):
-        monkeypatch.setattr(bug_fixes, name, lambda: pytest.fail("patched an unknown version"))
-    with caplog.at_level("WARNING"):
-        bug_fixes.install()
-    assert "0.6.0" in caplog.text
-
-
 @pytest.fixture
 def gloo_group():
     """A process group of this process alone."""
@@ -495,6 +470,7 @@ def test_gloo_gets_the_collectives_that_it_lacks(gloo_group):
         assert torch.equal(target, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment, keeps", [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_freed_memory_is_kept_for_the_next_step(environment, keeps):
     code = """
@@ -526,8 +502,9 @@ def test_sums_are_scattered_as_gloo_would(gloo_group):
     assert torch.equal(target, source.flatten())
 
 
+@pytest.mark.slow
 def test_three_ranks_scatter_sums_and_gather(tmp_path):
-    done = launching.attempt(tmp_path, [], worker="collectives_worker.py", ranks=3, timeout=100)
+    done = launching.attempt(tmp_path, {"name": "all"}, worker="collectives_worker.py", ranks=3, timeout=100)
     assert done.returncode == 0, done.stderr
 
 

@@ -8,6 +8,7 @@ from tests import equality
 from tests.equality import Gap
 
 
+@pytest.mark.slow
 def test_a_row_of_the_matrix(tmp_path, capsys):
     page = tmp_path / "docs" / "page.md"
     words = ["fp32", "tp2", "ring", "documents"]

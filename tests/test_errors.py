@@ -1,6 +1,7 @@
 """How commands end: the documented exit codes, one line, said once per host."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from colossal_llama2 import interrupts, launcher
 from colossal_llama2.errors import RunError, UserError, one_line_errors
 from colossal_llama2.launcher import Place
+from tests import fork_server
+from tests.launching import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -41,6 +44,44 @@ def test_an_error_becomes_one_line_and_its_exit_code(error, code, line, capsys):
     assert captured.err == line + "\n"
 
 
+@pytest.mark.parametrize("error", [UserError("given \x1b[2J"), RunError("lost"), OSError(errno.EIO, "I/O error", "f")])
+@pytest.mark.parametrize("value, is_shown", [("1", True), ("0", False), ("", False)])
+def test_on_request_the_traceback_stands_before_the_line(error, value, is_shown, capsys, monkeypatch):
+    monkeypatch.setenv("COLOSSAL_LLAMA2_DEBUG", value)
+    with pytest.raises(SystemExit), one_line_errors("tool.py"):
+        try:
+            raise KeyError("what lies behind")
+        except KeyError:
+            raise error
+    *trace, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("tool.py: error: ")
+    assert bool(trace) == is_shown
+    if is_shown:
+        assert trace[0] == "Traceback (most recent call last):"
+        assert any("KeyError: 'what lies behind'" in text for text in trace)
+        assert any(f"{type(error).__name__}: " in text for text in trace)
+        assert not any("\x1b" in text for text in trace)
+
+
+def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
+    """Also the one that leaves the line to the first of its host."""
+    program = tmp_path / "tool.py"
+    program.write_text(
+        "from colossal_llama2 import launcher\n"
+        "from colossal_llama2.errors import UserError, one_line_errors\n"
+        "launcher.settle()\n"
+        "with one_line_errors('tool.py'):\n"
+        "    raise UserError('no folder x')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLOSSAL_LLAMA2_DEBUG": "1"}
+    process = subprocess.run([*command, str(program)], env=environment, capture_output=True, text=True, timeout=120)
+    lines = process.stderr.splitlines()
+    assert lines.count("tool.py: error: no folder x") == 1
+    for rank in (0, 1):
+        assert f"rank {rank}: Traceback (most recent call last):" in lines
+
+
 def test_success_says_nothing(capsys):
     with one_line_errors("tool.py"):
         pass
@@ -68,6 +109,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error, code, said",
     [
@@ -77,7 +119,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
-def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said):
+def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said, tmp_path):
     """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
     program = (
         "import os, torch.distributed as dist\n"
@@ -89,7 +131,8 @@ def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said):
         "with one_line_errors('tool.py'):\n"
         f"    raise {error}\n"
     )
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (tmp_path / "program.py").write_text(program)
+    process = fork_server.run([tmp_path / "program.py"])
     assert process.returncode == code
     assert process.stderr.strip().split("\n")[-1] == said
     assert ("Traceback" in process.stderr) == ("ValueError" in error)

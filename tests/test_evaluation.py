@@ -12,32 +12,27 @@ from transformers import AutoModelForCausalLM
 
 from colossal_llama2.dataset.write.prepare import prepare_pretrain
 from colossal_llama2.train.report import train_log
-from tests import bits_per_byte, preparing, tiny
+from tests import bits_per_byte, layouts, preparing, tiny
 from tests.launching import launch
 from tests.training_jobs import Job, finished, weights_of
 
 LENGTH = 64
-FP32 = ["--mixed_precision", "fp32"]
-BF16 = ["--mixed_precision", "bf16"]
-TP2 = ["--plugin", "3d", "--tp", "2"]
-PP2 = ["--plugin", "3d", "--pp", "2", "--microbatch_size", "2"]
-SP2 = ["--plugin", "3d", "--enable_sequence_parallelism", "--sp_mode", "all_to_all", "--sp", "2"]
 FLOAT32_RUNS = {
-    "zero2": [*FP32, "--plugin", "zero2"],
-    "zero2_all_logits": [*FP32, "--plugin", "zero2", "--chunked_loss", "off", "--use_flash_attn"],
-    "zero2_cpu": [*FP32, "--plugin", "zero2_cpu", "--micro_batch_size", "3"],
-    "3d": [*FP32, "--plugin", "3d", "--zero", "0"],
-    "3d_tp2": [*FP32, *TP2, "--zero", "0", "--use_flash_attn"],
-    "3d_pp2": [*FP32, *PP2, "--zero", "0"],
-    "3d_sp2": [*FP32, *SP2, "--zero", "0"],
-    "one_rank": [*FP32, "--plugin", "zero2"],
+    "zero2": layouts.flags("fp32 zero2"),
+    "zero2_all_logits": layouts.flags("fp32 zero2", "--chunked_loss", "off", "--use_flash_attn"),
+    "zero2_cpu": layouts.flags("fp32 zero2_cpu", "--micro_batch_size", "3"),
+    "3d": layouts.flags("fp32 3d"),
+    "3d_tp2": layouts.flags("fp32 3d tp2 flash"),
+    "3d_pp2": layouts.flags("fp32 3d pp2", "--microbatch_size", "2"),
+    "3d_sp2": layouts.flags("fp32 3d sp2 all_to_all"),
+    "one_rank": layouts.flags("fp32 zero2"),
 }
 BFLOAT16_RUNS = {
-    "zero2_bf16": [*BF16, "--plugin", "zero2"],
-    "gemini": [*BF16, "--plugin", "gemini"],
-    "gemini_auto": [*BF16, "--plugin", "gemini_auto"],
-    "3d_tp2_bf16": [*BF16, *TP2],
-    "3d_pp2_bf16": [*BF16, *PP2],
+    "zero2_bf16": layouts.flags("bf16 zero2"),
+    "gemini": layouts.flags("bf16 gemini"),
+    "gemini_auto": layouts.flags("bf16 gemini_auto"),
+    "3d_tp2_bf16": layouts.flags("bf16 3d tp2 zero1"),
+    "3d_pp2_bf16": layouts.flags("bf16 3d pp2 zero1", "--microbatch_size", "2"),
 }
 UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
 # Which evaluation a signal cuts short, of which run: that after step 4, and that after the last step, 7.
@@ -207,9 +202,9 @@ def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
     assert known == pytest.approx(bits_per_byte.figure(prepared / "eval", model, processor), rel=1e-6)
 
 
-def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepared, model_dir, tmp_path):
+def test_flags_that_cannot_be_used_are_told(run_forked, assert_user_error, prepared, model_dir, tmp_path):
     flags = ["--pretrained", model_dir, "--dataset", prepared, "--save_dir", tmp_path / "ckpt"]
-    process = run_script(
+    process = run_forked(
         "train.py",
         *flags,
         "--eval_dataset",
@@ -220,8 +215,8 @@ def test_flags_that_cannot_be_used_are_told(run_script, assert_user_error, prepa
         "zh=0.1",
         cwd=tmp_path,
     )
-    words = ("en=nowhere: holds no prepared samples", "two are called en", "--forgetting_alarm zh: there is no")
+    words = ("en=nowhere: holds no prepared samples", "the name en is used twice", "--forgetting_alarm zh: there is no")
     assert_user_error(process, *words)
-    assert_user_error(run_script("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")
-    assert_user_error(run_script("train.py", *flags, "--eval_dataset", "x", cwd=tmp_path), "NAME=PATH allowed")
+    assert_user_error(run_forked("train.py", *flags, "--eval_interval", "5", cwd=tmp_path), "needs --eval_dataset")
+    assert_user_error(run_forked("train.py", *flags, "--eval_dataset", "x", cwd=tmp_path), "NAME=PATH allowed")
     assert not (tmp_path / "ckpt").exists()

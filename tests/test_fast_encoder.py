@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
-from colossal_llama2.encoding.encoder import Encoder
-from colossal_llama2.encoding.fast_encoder import FastEncoder, encoder_class
-from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.encoding.fast_encoder import FastEncoder, fastest_class
+from colossal_llama2.encoding.registry import load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.tokenizer.closure import plan_extension
 from tests.tiny import CHINESE, english_documents
 
 pytest.importorskip("kitoken")
@@ -38,16 +39,17 @@ def model(tokenizer_dir) -> BpeModel:
 @pytest.fixture(scope="module")
 def extended_dir(model, tmp_path_factory) -> Path:
     """The tiny tokenizer with Chinese pieces, as init_tokenizer.py closes it."""
-    plan = make_plan(model, [word for word in WORDS if "▁" not in word], closure="complete", piece_scores="below")
+    plan = plan_extension(model, [word for word in WORDS if "▁" not in word], closure="complete", piece_scores="below")
     content = with_pieces(model.content, plan.pieces, plan.scores)
     return folder_of(content, tmp_path_factory.mktemp("extended") / "tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tokenizer_dir", "extended_dir"])
 def test_ids_are_those_of_sentencepiece(fixture, request):
     folder = request.getfixturevalue(fixture)
-    assert encoder_class(folder) is FastEncoder
-    slow, fast = Encoder(folder), pickle.loads(pickle.dumps(FastEncoder(folder)))  # noqa: S301 - our own bytes
+    assert fastest_class(folder) is FastEncoder
+    slow, fast = load_encoder(folder), pickle.loads(pickle.dumps(FastEncoder(folder)))  # noqa: S301 - our own bytes
     assert isinstance(fast, FastEncoder)
 
     @settings(max_examples=300, deadline=None)
@@ -65,9 +67,9 @@ def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
     pieces = [*dict.fromkeys(WORDS[0]), WORDS[0]]
     content = with_pieces(model.content, pieces, scores_below(model.lowest_merge, len(pieces)))
     folder = folder_of(content, tmp_path / "unreached")
-    slow, fast = (kind(folder).encode([WORDS[0]], dummy_prefix=False) for kind in (Encoder, FastEncoder))
+    slow, fast = (kind(folder).encode([WORDS[0]], dummy_prefix=False) for kind in (SentencePieceEncoder, FastEncoder))
     assert slow != fast
-    assert encoder_class(folder) is Encoder
+    assert fastest_class(folder) is SentencePieceEncoder
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,9 @@ def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
     ],
 )
 def test_pieces_in_doubt_are_left_to_sentencepiece(pieces, scores, model, tmp_path):
-    assert encoder_class(folder_of(with_pieces(model.content, pieces, scores), tmp_path / "doubt")) is Encoder
+    assert (
+        fastest_class(folder_of(with_pieces(model.content, pieces, scores), tmp_path / "doubt")) is SentencePieceEncoder
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,10 +116,10 @@ def test_models_in_doubt_are_left_to_sentencepiece(settings_of_model, tmp_path):
             minloglevel=2,
             **{**plain, **changes},
         )
-        classes.append(encoder_class(folder_of(content.getvalue(), tmp_path / name)))
-    assert classes == [FastEncoder, Encoder]
+        classes.append(fastest_class(folder_of(content.getvalue(), tmp_path / name)))
+    assert classes == [FastEncoder, SentencePieceEncoder]
 
 
 def test_without_kitoken_sentencepiece_encodes(tokenizer_dir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert encoder_class(tokenizer_dir) is Encoder
+    assert fastest_class(tokenizer_dir) is SentencePieceEncoder

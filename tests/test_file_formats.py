@@ -21,6 +21,7 @@ from colossal_llama2.corpus import data_files, decompression, row_reader
 from colossal_llama2.corpus.data_files import Span, find_inputs
 from colossal_llama2.corpus.parquet_rows import read_parquet
 from colossal_llama2.corpus.row_reader import SpanReader
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer.text_sample import read_documents
@@ -113,7 +114,7 @@ def test_a_wrong_name_is_logged_and_the_content_counts(name, content, told, tmp_
         path.write_bytes(content)
     caplog.set_level("INFO")
     assert [line.record for line in read(path.parent)] == RECORDS
-    assert f"not what their names say: {path} ({told})" in caplog.text
+    assert f"contradicts the file name: {path} ({told})" in caplog.text
 
 
 def long_zstd(content: bytes) -> bytes:
@@ -168,7 +169,7 @@ def test_copies_in_any_form_are_refused(other, tmp_path):
     put(tmp_path, "notes.txt", b"x")
     with pytest.raises(UserError, match=f"a.jsonl and .*{other}|{other} and .*a.jsonl") as caught:
         find_inputs([str(tmp_path)])
-    assert "have one name" in str(caught.value)
+    assert "have the same name" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +191,10 @@ def test_copies_in_any_form_are_refused(other, tmp_path):
     ],
 )
 @pytest.mark.parametrize("is_large", [False, True])
-def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_large, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 100 if is_large else 4 << 20)
+def test_a_file_that_cannot_be_read_is_named_with_its_cure(content, words, is_large, tmp_path):
     put(tmp_path, "a.jsonl", content)
     files = data_files.find_input_files([str(tmp_path)])
-    (unit,) = data_files.units_of(files)
+    (unit,) = data_files.units_of(files, 100 if is_large else 4 << 20)
     (line,) = SpanReader(files[0], unit.spans[0])
     assert line.is_lost and line.number == 1 and re.search(words, line.problem)
     with pytest.raises(UserError, match=f"a.jsonl:1: .*{words}"):
@@ -216,7 +216,7 @@ def test_a_cut_array_is_a_lost_file_and_not_bad_rows(tokenizer_dir, tmp_path, ru
     rest = put(tmp_path / "in", "rest.jsonl", LINES + b'{"text": 1}\n{"a": \n')
     broken_line = cut.read_text().count("\n", 0, cut.read_text().rindex("{")) + 1
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", splicing="none")
-    words = f"{cut}:{broken_line}: the file is cut off inside the record that begins here, behind 20 records"
+    words = f"{cut}:{broken_line}: the file is cut off inside the record that begins here, after 20 records"
     with pytest.raises(UserError, match=f"{words}.*--on_bad_file skip"):
         prepare.prepare_pretrain(**keywords)
     assert not (tmp_path / "out" / "arrow").exists()
@@ -252,7 +252,7 @@ def test_files_that_cannot_be_opened_are_skipped_on_request(tokenizer_dir, tmp_p
     ]
     assert written["total"]["documents"] == len(RECORDS)
     put(tmp_path / "empty", "b.jsonl", b"")
-    with pytest.raises(UserError, match="no file there can be read. The first: .*b.jsonl is empty"):
+    with pytest.raises(UserError, match="none of the files can be read. The first: .*b.jsonl is empty"):
         prepared(tmp_path / "empty", tokenizer_dir, tmp_path / "none", on_bad_file="skip")
     assert not (tmp_path / "none").exists()
 
@@ -277,7 +277,7 @@ def test_many_bad_rows_are_explained(stage, lines, words, tokenizer_dir, tmp_pat
         command(**{**keywords, "on_bad_row": "fail"})
     caplog.clear()
     command(**keywords)
-    (told,) = [record.message for record in caplog.records if "left out as bad" in record.message]
+    (told,) = [record.message for record in caplog.records if "skipped as bad" in record.message]
     assert "bad.jsonl" in told and words in told
 
 
@@ -354,7 +354,7 @@ def test_times_that_python_cannot_hold_spoil_no_row_of_parquet(tmp_path):
 # In a process of its own: it must not even import what it names.
 OPEN_PARQUET = """
 import sys
-from colossal_llama2.dataset.parquet_rows import read_parquet
+from colossal_llama2.corpus.parquet_rows import read_parquet
 print([row.content for row in read_parquet(sys.argv[1])], "antigravity" in sys.modules)
 """
 
@@ -370,8 +370,7 @@ def test_nothing_in_a_parquet_file_is_run(tmp_path):
     assert done.stdout.strip() == """[b'{"target":"a"}'] False"""
 
 
-def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 3000)
+def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path):
     parts = [RECORDS[start : start + 6] for start in range(0, 30, 6)]
     lines = [[json.dumps(record).encode() for record in part] for part in parts]
     put(tmp_path / "mixed", "0.json", json.dumps(parts[0], indent=4).encode())
@@ -382,7 +381,7 @@ def test_a_mixed_folder_is_prepared_like_its_lines(tokenizer_dir, tmp_path, monk
     for number, part in enumerate(lines):
         put(tmp_path / "plain", f"{number}.jsonl", b"\n".join(part))
     for name in ("mixed", "plain"):
-        prepared(tmp_path / name, tokenizer_dir, tmp_path / f"out-{name}")
+        prepared(tmp_path / name, tokenizer_dir, tmp_path / f"out-{name}", sizes=WorkSizes(unit_bytes=3000))
     mixed, plain = (list(pieces_of(read_jsonl(tmp_path / f"out-{name}" / "jsonl"))) for name in ("mixed", "plain"))
     assert sorted(mixed) == sorted(plain)
     assert list(read_documents([str(tmp_path / "mixed")])) == list(read_documents([str(tmp_path / "plain")]))

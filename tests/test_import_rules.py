@@ -1,50 +1,30 @@
-"""What may import what, how long things may be, and what must not appear, read from the source with ast."""
+"""What may import what, how long things may be, and what must not appear, read from the source with ast.
+
+Each rule is one test, whose failure lists every place that breaks it.
+"""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.import_graph import Arrow, Import, arrows, circles, imports_of, tree_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "colossal_llama2"
-SCRIPTS = sorted(ROOT.glob("*.py"))
-SOURCES = SCRIPTS + sorted(PACKAGE.rglob("*.py"))
+# The only folder that may import ColossalAI.
+ENGINE = PACKAGE / "engine"
+# Defines flags in functions of any length that hold nothing but `group.add_argument(...)`.
+FLAG_TABLES = tuple((PACKAGE / "cli").glob("*_flags.py"))
+# May not import TRAIN.
 LOWER_FOLDERS = ("storage", "encoding", "corpus", "charts", "dataset", "tokenizer", "model", "inference", "engine")
+TRAIN = "colossal_llama2.train"
+UNPICKLERS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "torch.load")
 MAX_SCRIPT_LINES = 40
 MAX_FUNCTION_LINES = 60
 
-EVERY_SOURCE = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def imports(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """Every import in a file: (full dotted name, line, whether it is inside a function)."""
-    yield from _imports_below(tree_of(path), package=path.relative_to(ROOT).parent.parts, in_function=False)
-
-
-def _imports_below(node: ast.AST, *, package: tuple, in_function: bool) -> Iterator[tuple[str, int, bool]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from ((alias.name, child.lineno, in_function) for alias in child.names)
-        elif isinstance(child, ast.ImportFrom):
-            base = list(package[: len(package) - child.level + 1]) if child.level else []
-            base += child.module.split(".") if child.module else []
-            yield from ((".".join([*base, alias.name]), child.lineno, in_function) for alias in child.names)
-        elif isinstance(child, ast.Call) and _dynamic_import(child):
-            yield _dynamic_import(child), child.lineno, in_function
-        deeper = in_function or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        yield from _imports_below(child, package=package, in_function=deeper)
-
-
-def _dynamic_import(call: ast.Call) -> str:
-    """The module of `importlib.import_module("...")` or `__import__("...")`, "" for any other call."""
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    literal = call.args and isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
-    return call.args[0].value if name in ("import_module", "__import__") and literal else ""
+SCRIPTS = sorted(ROOT.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = [*SCRIPTS, *MODULES]
 
 
 def is_or_is_in(name: str, package: str) -> bool:
@@ -53,102 +33,164 @@ def is_or_is_in(name: str, package: str) -> bool:
 
 def offences(path: Path, package: str, *, only_top_level: bool = False) -> list[str]:
     return [
-        f"{path.relative_to(ROOT)}:{line} imports {name}"
-        for name, line, in_function in imports(path)
-        if is_or_is_in(name, package) and not (only_top_level and in_function)
+        f"{place(path, found.line)} imports {found.name}"
+        for found in imports_of(path, ROOT)
+        if is_or_is_in(found.name, package) and not (only_top_level and found.in_function)
     ]
 
 
-@EVERY_SOURCE
-def test_colossalai_is_imported_by_the_engine_alone_and_late(path):
-    inside = PACKAGE / "engine" in path.parents
-    assert not offences(path, "colossalai", only_top_level=inside)
+def place(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
 
 
-@EVERY_SOURCE
-def test_flash_attn_is_imported_late(path):
-    assert not offences(path, "flash_attn", only_top_level=True)
+def test_the_folders_of_the_rules_exist():
+    """After a move, a rule about a folder that is gone would hold for nothing."""
+    folders = [ENGINE, *(PACKAGE / name for name in LOWER_FOLDERS), ROOT.joinpath(*TRAIN.split("."))]
+    assert [path for path in folders if not path.is_dir()] == []
+    assert [path for path in FLAG_TABLES if not path.is_file()] == []
 
 
-@pytest.mark.parametrize("folder", LOWER_FOLDERS)
-def test_the_lower_folders_never_import_train(folder):
-    for path in (PACKAGE / folder).rglob("*.py"):
-        assert not offences(path, "colossal_llama2.train")
+def test_colossalai_is_imported_by_the_engine_alone_and_late():
+    found = [line for path in SOURCES for line in offences(path, "colossalai", only_top_level=ENGINE in path.parents)]
+    assert found == []
 
 
-@EVERY_SOURCE
-def test_nothing_unpickles_or_runs_remote_code(path):
-    for package in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"):
-        assert not offences(path, package)
-    assert not offences(path, "torch.load")
+def test_flash_attn_is_imported_late():
+    assert [line for path in SOURCES for line in offences(path, "flash_attn", only_top_level=True)] == []
+
+
+def test_the_lower_folders_never_import_train():
+    paths = [path for name in LOWER_FOLDERS for path in sorted((PACKAGE / name).rglob("*.py"))]
+    assert [line for path in paths for line in offences(path, TRAIN)] == []
+
+
+def test_no_file_imports_a_file_that_imports_it():
+    found = circles(arrows(PACKAGE))
+    assert not found, "\n".join(found)
+
+
+def test_no_folder_imports_a_folder_that_imports_it():
+    found = circles(arrows(PACKAGE), of_folders=True)
+    assert not found, "\n".join(found)
+
+
+def test_nothing_unpickles_or_runs_remote_code():
+    found = [line for path in SOURCES for package in UNPICKLERS for line in offences(path, package)]
+    found += [line for path in SOURCES for line in _code_from_elsewhere(path)]
+    assert found == []
+
+
+def _code_from_elsewhere(path: Path) -> Iterator[str]:
     for node in ast.walk(tree_of(path)):
-        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) != ("torch", "load"), where
+            if (node.value.id, node.attr) == ("torch", "load"):
+                yield f"{place(path, node.lineno)} torch.load"
         if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert isinstance(node.value, ast.Constant) and node.value.value is False, where
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("eval", "exec"), where
+            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                yield f"{place(path, node.value.lineno)} trust_remote_code"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            yield f"{place(path, node.lineno)} {node.func.id}"
 
 
-@EVERY_SOURCE
-def test_functions_fit_on_a_screen(path):
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_flag_table(path, node):
-            lines = node.end_lineno - node.lineno + 1
-            assert lines <= MAX_FUNCTION_LINES, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+def test_functions_fit_on_a_screen():
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not is_flag_table(path, node):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MAX_FUNCTION_LINES:
+                    found.append(f"{place(path, node.lineno)} {node.name} has {lines} lines")
+    assert found == []
 
 
 def is_flag_table(path: Path, function: ast.FunctionDef) -> bool:
-    """cli/*_flags.py hold tables of flags in the form of functions: one `group.add_argument(...)` after the other."""
+    """Whether a function is a table of flags: `group.add_argument(...)` one after the other."""
     plain = (ast.Expr, ast.Assign, ast.Return)
-    return path.parent == PACKAGE / "cli" and all(isinstance(statement, plain) for statement in function.body)
+    return path in FLAG_TABLES and all(isinstance(statement, plain) for statement in function.body)
 
 
-@EVERY_SOURCE
-def test_every_module_says_what_it_is_for(path):
-    text = path.read_text(encoding="utf-8")
-    # An __init__.py may be empty: it only marks a package.
-    assert ast.get_docstring(ast.parse(text)) or (path.name == "__init__.py" and not text.strip())
+def test_every_module_says_what_it_is_for():
+    def is_empty_package(path: Path) -> bool:
+        return path.name == "__init__.py" and not tree_of(path).body
+
+    found = [path for path in SOURCES if not ast.get_docstring(tree_of(path)) and not is_empty_package(path)]
+    assert [str(path.relative_to(ROOT)) for path in found] == []
 
 
-@EVERY_SOURCE
-def test_public_functions_and_classes_have_docstrings(path):
-    if path in SCRIPTS:
-        return
-    for node in tree_of(path).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {node.name}"
+def test_public_functions_and_classes_have_docstrings():
+    found = []
+    for path in MODULES:
+        for node in tree_of(path).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                if not ast.get_docstring(node):
+                    found.append(f"{place(path, node.lineno)} {node.name}")
+    assert found == []
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_root_scripts_stay_thin(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_SCRIPT_LINES
-    assert f"python {path.name}" in ast.get_docstring(tree_of(path)) or f" {path.name} " in ast.get_docstring(
-        tree_of(path)
-    )
-    top_level = [name for name, _, in_function in imports(path) if not in_function]
-    assert all(is_or_is_in(name, "colossal_llama2") for name in top_level)
+def test_root_scripts_stay_thin():
+    found = []
+    for path in SCRIPTS:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MAX_SCRIPT_LINES:
+            found.append(f"{path.name} has {lines} lines")
+        docstring = ast.get_docstring(tree_of(path))
+        if f"python {path.name}" not in docstring and f" {path.name} " not in docstring:
+            found.append(f"{path.name} does not show its command")
+        for imported in imports_of(path, ROOT):
+            if not imported.in_function and not is_or_is_in(imported.name, "colossal_llama2"):
+                found.append(f"{place(path, imported.line)} imports {imported.name} at the top")
+    assert found == []
 
 
-def test_the_import_reader_sees_what_it_must(tmp_path, monkeypatch):
+def write_package(folder: Path, files: dict[str, str]) -> Path:
+    """A package of these sources; returns its folder."""
+    for name, source in files.items():
+        path = folder / "colossal_llama2" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return folder / "colossal_llama2"
+
+
+def test_the_import_reader_finds_every_kind_of_import(tmp_path):
     """A guard for the guard: every way of importing is found, with its full name and depth."""
-    monkeypatch.setattr("tests.test_import_rules.ROOT", tmp_path)
-    folder = tmp_path / "colossal_llama2" / "dataset"
-    folder.mkdir(parents=True)
-    source = folder / "sample.py"
-    source.write_text(
+    source = (
         "import colossalai.booster as b\n"
         "from ..train import run\n"
         "from . import loader\n"
         "if True:\n    import pickle\n"
         "def f():\n    from flash_attn import g\n    importlib.import_module('torch.load')\n"
     )
-    assert list(imports(source)) == [
-        ("colossalai.booster", 1, False),
-        ("colossal_llama2.train.run", 2, False),
-        ("colossal_llama2.dataset.loader", 3, False),
-        ("pickle", 5, False),
-        ("flash_attn.g", 7, True),
-        ("torch.load", 8, True),
-    ]
+    package = write_package(tmp_path, {"dataset/sample.py": source})
+    assert imports_of(package / "dataset" / "sample.py", tmp_path) == (
+        Import("colossalai.booster", 1, False),
+        Import("colossal_llama2.train.run", 2, False),
+        Import("colossal_llama2.dataset.loader", 3, False),
+        Import("pickle", 5, False),
+        Import("flash_attn.g", 7, True),
+        Import("torch.load", 8, True),
+    )
+
+
+def test_circles_of_files_and_folders_are_named(tmp_path):
+    files = {
+        "top.py": "from .low import a\n",
+        "low/a.py": "if TYPE_CHECKING:\n    from .b import B\n",
+        "low/b.py": "def f():\n    from . import c\n",
+        "low/c.py": "from .a import A\n",
+        "low/deep/d.py": "from ..e import E\n",
+        "low/e.py": "import json\n",
+        "low/f.py": "from colossal_llama2.low.deep.d import D\n",
+        "low/__init__.py": "",
+        "up.py": "import colossal_llama2.low.a\n",
+    }
+    found = arrows(write_package(tmp_path, files))
+    assert Arrow(Path("colossal_llama2/low/b.py"), Path("colossal_llama2/low/c.py"), 2) in found
+    (of_files,) = circles(found)
+    first, *lines = of_files.splitlines()
+    names = [f"colossal_llama2/low/{name}.py" for name in "abc"]
+    assert first == f"circle of 3: {', '.join(names)}"
+    assert lines[0].strip() == f"{names[0]}:2 imports {names[1]}" and len(lines) == 3
+    # No file of either folder imports one that imports it, but the folders do.
+    (of_folders,) = circles(found, of_folders=True)
+    assert of_folders.splitlines()[0] == "circle of 2: colossal_llama2/low, colossal_llama2/low/deep"
+    assert circles([arrow for arrow in found if "deep" not in str(arrow)], of_folders=True) == []

@@ -161,9 +161,9 @@ def test_the_command_feeds_the_suffix(model_dir, loaded, logger_state, capsys):
     assert f"loading {model_dir} onto cpu" in captured.err
 
 
-def test_the_command_of_the_readme(model_dir, run_script):
+def test_the_command_of_the_readme(model_dir, run_forked):
     prompt = "YOUR_PROMPT_OR_QUESTION"
-    process = run_script(
+    process = run_forked(
         "inference_example.py",
         "--model_path",
         str(model_dir),

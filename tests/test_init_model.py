@@ -15,18 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from colossal_llama2.encoding.bpe_model import read_model
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model.init_model import (
-    INPUT_EMBEDDING,
-    OUTPUT_EMBEDDING,
-    InitModelSettings,
-    Rows,
-    _noted_ranges,
-    init_model,
-)
-from colossal_llama2.model.loading import INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.init_model import InitModelSettings, Rows, _noted_ranges, init_model
+from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
+from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
 from colossal_llama2.model.training_history import read_history
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.train.report.model_card import _stage_cells
@@ -56,7 +51,7 @@ def weights_of(folder):
 
 def mean_rows(matrix, source, tokenizer):
     """The definition, one token at a time: float32 mean of the rows of the piece's ids, cast once."""
-    encoder, rows = Encoder(source), []
+    encoder, rows = load_encoder(source), []
     for piece in read_model(tokenizer).pieces[encoder.vocab_size :]:
         (ids,) = encoder.encode([piece.piece.replace("▁", " ")], dummy_prefix=False)
         rows.append(torch.stack([matrix[index].float() for index in ids]).mean(0).to(matrix.dtype))
@@ -66,7 +61,7 @@ def mean_rows(matrix, source, tokenizer):
 def check(source, tokenizer, target):
     """Old rows and other tensors bit for bit, new rows by the definition, and the folder loads as a model."""
     before, after = weights_of(source), weights_of(target)
-    pieces, old = Encoder(tokenizer).vocab_size, Encoder(source).vocab_size
+    pieces, old = load_encoder(tokenizer).vocab_size, load_encoder(source).vocab_size
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
@@ -91,7 +86,7 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     check(model_dir, expanded, tmp_path / "out")
     last = capsys.readouterr().out.splitlines()[-1]
-    added = Encoder(expanded).vocab_size - 600
+    added = load_encoder(expanded).vocab_size - 600
     size = (tmp_path / "out" / WEIGHTS_FILE).stat().st_size
     assert last == (
         f"vocabulary 600 -> {600 + added}, {added} rows initialized in each of 2 matrices, {size:,} bytes written"
@@ -171,7 +166,7 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
     assert (pad, late) == (len(matrix) - 2, len(matrix) - 1)
     assert (matrix[pad] == 7.0).all()
     # <late> had no row in the source: it gets the mean of what its text is made of.
-    (ids,) = Encoder(source).encode(["<late>"], dummy_prefix=False)
+    (ids,) = load_encoder(source).encode(["<late>"], dummy_prefix=False)
     torch.testing.assert_close(matrix[late], weights_of(source)[INPUT_EMBEDDING][ids].mean(0))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["initialized_rows"] == [[600, pad], [late, late + 1]]
@@ -185,7 +180,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     source = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie, dtype=dtype)
     init_model(InitModelSettings(source, expanded, tmp_path / "plain"))
     init_model(InitModelSettings(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64))
-    tokens, rows = Encoder(expanded).vocab_size, 640
+    tokens, rows = load_encoder(expanded).vocab_size, 640
     assert 600 < tokens < rows
     assert f"600 -> 640 ({rows - tokens} of them without a token), {tokens - 600} rows" in capsys.readouterr().out
     plain, padded = weights_of(tmp_path / "plain"), weights_of(tmp_path / "out")
@@ -236,8 +231,8 @@ def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["init_model.py", "colossal_llama2/model/init_model.py"])
-def test_both_spellings_from_another_folder(run_script, model_dir, expanded, tmp_path, spelling):
-    done = run_script(
+def test_both_spellings_from_another_folder(run_forked, model_dir, expanded, tmp_path, spelling):
+    done = run_forked(
         spelling,
         "--source_model_and_tokenizer_path",
         model_dir,
@@ -348,7 +343,7 @@ def test_weights_that_are_refused(model_dir, expanded, tmp_path):
 
 
 def test_a_piece_that_the_source_cannot_encode_is_refused(model_dir, expanded, tmp_path, monkeypatch):
-    monkeypatch.setattr(Encoder, "encode", lambda self, texts, dummy_prefix=True: [[] for _ in texts])
+    monkeypatch.setattr(SentencePieceEncoder, "encode", lambda self, texts, dummy_prefix=True: [[] for _ in texts])
     with pytest.raises(UserError, match="encodes .* as nothing"):
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
 
@@ -373,7 +368,7 @@ def test_text_without_new_pieces_gives_the_source_logits(tokenizer_dir, expanded
     init_model(InitModelSettings(source_dir, expanded, tmp_path / "out"))
     source, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source_dir, tmp_path / "out"))
     documents = zip(
-        *(Encoder(folder).encode(tiny.english_documents()) for folder in (source_dir, expanded)), strict=True
+        *(load_encoder(folder).encode(tiny.english_documents()) for folder in (source_dir, expanded)), strict=True
     )
     old = [ids for ids, target_ids in documents if max(target_ids) < 600 and ids == target_ids]
     assert len(old) > 100
@@ -446,7 +441,7 @@ def test_config_code_is_never_run_and_sizes_must_match(model_dir, expanded, tmp_
     assert "auto_map is left out" in caplog.text
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     edited_json(source / "config.json", model_type="other")
-    with pytest.raises(UserError, match="code of its own .auto_map., which is never run"):
+    with pytest.raises(UserError, match="its own code .auto_map., which is never run"):
         init_model(InitModelSettings(source, expanded, tmp_path / "other"))
     shutil.copyfile(model_dir / "config.json", source / "config.json")
     for change in ({"vocab_size": 601}, {"hidden_size": 65}):
@@ -460,7 +455,7 @@ def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
     tensors = load_file(source / WEIGHTS_FILE)
     tensors[INPUT_EMBEDDING] = tensors[INPUT_EMBEDDING].to(torch.int8)
     save_file(tensors, source / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="is of dtype I8"):
+    with pytest.raises(UserError, match="has the dtype I8"):
         init_model(InitModelSettings(source, expanded, tmp_path / "out"))
 
 
@@ -575,6 +570,7 @@ init_model.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["start", "random", "publish"])
 def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, tmp_path, caplog, moment):
     source = {"--source_model_and_tokenizer_path": model_dir, "--target_tokenizer_path": expanded}

@@ -14,8 +14,10 @@ from colossal_llama2.cli import data_flags
 from colossal_llama2.dataset import inspect_data
 from colossal_llama2.dataset.inspect_data import InspectSettings, documents_of, inspect_part
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
-from colossal_llama2.dataset.write.tokenization import read_pretrain_row, read_sft_row, tokenize_pretrain, tokenize_sft
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.dataset.write.records import read_pretrain_row, read_sft_row
+from colossal_llama2.dataset.write.tokenization import tokenize_pretrain, tokenize_sft
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import visible, visible_line
 from tests.conftest import ROOT
@@ -26,8 +28,8 @@ MODULE = "colossal_llama2.dataset.inspect_data"
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir)
+def encoder(tokenizer_dir) -> SentencePieceEncoder:
+    return load_encoder(tokenizer_dir)
 
 
 @pytest.fixture(scope="module")
@@ -253,12 +255,14 @@ def run(*words, **environment) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_plain_text_into_a_pipe(arrow_dir, tokenizer_dir):
     process = run(arrow_dir / "part-00000", "--tokenizer_dir", tokenizer_dir, "--sample", 1, PYTHONIOENCODING="ascii")
     assert process.returncode == 0 and process.stderr == ""
     assert "\x1b" not in process.stdout and "trained | <s>a\\u241b[31m" in process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("no_color, has_colours", [("", True), ("1", False)])
 def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_dir):
     import pty
@@ -280,6 +284,7 @@ def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_d
     assert b"\x1b[31m" not in output and b"\x07" not in output
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_error(arrow_dir, tokenizer_dir):
     command = f"{sys.executable} -m {MODULE} {arrow_dir / 'part-00000'} --tokenizer_dir {tokenizer_dir} | head -c 1"
     process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, timeout=60)

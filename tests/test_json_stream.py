@@ -97,11 +97,11 @@ def test_objects_one_after_the_other(records, size, line_break):
         ('[{"a": "x}, {"a": 1}]', "cut off inside the record", 0, 1),
         ('[{"a": 1}\n', '"]" is missing', 1, 2),
         ("[", '"]" is missing', 0, 1),
-        ('[{"a": 1},\r]', "a comma with no record", 1, 2),
-        ('[{"a": 1} {"a": 2}]', 'neither "," nor "]"', 1, 1),
+        ('[{"a": 1},\r]', "a comma without a record", 1, 2),
+        ('[{"a": 1} {"a": 2}]', 'expected "," or "]"', 1, 1),
         ('[{"a": [1}, {"a": 2}]', "do not match", 0, 1),
-        ('[{"a": 1}]\n\n{"a": 2}', "more text behind", 1, 3),
-        ('[{"a": 1}, , {"a": 2}]', "where a record should begin", 1, 1),
+        ('[{"a": 1}]\n\n{"a": 2}', "there is text after", 1, 3),
+        ('[{"a": 1}, , {"a": 2}]', "a record should begin here, not", 1, 1),
     ],
 )
 def test_what_breaks_an_array_is_named_with_its_line(text, words, records, line):

@@ -8,41 +8,45 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests import launching, reference
+from tests import launching, layouts, reference
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LENGTH, LR, write_spliced_data
 
-STEPS = 6
-ZERO2 = ["--mixed_precision", "fp32", "--plugin", "zero2"]
-HYBRID = ["--mixed_precision", "fp32", "--plugin", "3d", "--zero", "0"]
-TP2 = [*HYBRID, "--tp", "2", "--micro_batch_size", "16"]
-PP2 = [*HYBRID, "--pp", "2", "--micro_batch_size", "16", "--microbatch_size", "4"]
-SEQUENCE = ["--enable_sequence_parallelism", "--sp_mode"]
-SP2 = [*HYBRID, *SEQUENCE, "all_to_all", "--sp", "2", "--micro_batch_size", "16"]
-GEMINI = ["--mixed_precision", "bf16", "--plugin", "gemini"]
+STEPS = 4
 WITH_LOGITS = ["--chunked_loss", "off"]
 FUSED = ["--use_flash_attn", "--use_grad_checkpoint"]
+
+
+def flags_of(layout: str, *more, accumulation_steps: int = 1) -> list[str]:
+    """A layout's flags; pipelines take a batch in parts of a quarter or a half."""
+    parts = 4 if accumulation_steps == 1 else 2
+    in_parts = ["--microbatch_size", GLOBAL_BATCH // accumulation_steps // parts] if "pp2" in layout else []
+    return layouts.flags(layout, *in_parts, *more, batch=GLOBAL_BATCH, accumulation_steps=accumulation_steps)
+
+
+ZERO2, TP2, PP2 = flags_of("fp32 zero2"), flags_of("fp32 3d tp2"), flags_of("fp32 3d pp2")
+SP2, SPLIT_GATHER = flags_of("fp32 3d sp2 all_to_all"), flags_of("fp32 3d tp2 split_gather")
 FLOAT32_RUNS = {
     "zero2": [*ZERO2, "--document_mask", "on", "--chunked_loss", "on"],
     "zero2_fused": [*ZERO2, *FUSED],
-    "zero2_accumulating": [*ZERO2, *WITH_LOGITS, "--micro_batch_size", "2", "--accumulation_steps", "4"],
-    "3d": HYBRID,
+    "zero2_accumulating": flags_of("fp32 zero2", *WITH_LOGITS, accumulation_steps=4),
+    "3d": flags_of("fp32 3d"),
     "3d_tp2": TP2,
     "3d_tp2_with_logits": [*TP2, *WITH_LOGITS],
     "3d_tp2_fused": [*TP2, *FUSED],
     "3d_pp2": PP2,
     "3d_pp2_with_logits": [*PP2, *WITH_LOGITS],
-    "3d_pp2_fused": [*PP2, *FUSED, "--micro_batch_size", "4", "--accumulation_steps", "4", "--microbatch_size", "2"],
+    "3d_pp2_fused": flags_of("fp32 3d pp2", *FUSED, accumulation_steps=4),
     "3d_sp2_all_to_all": SP2,
     "3d_sp2_all_to_all_with_logits": [*SP2, *WITH_LOGITS],
-    "3d_sp2_all_to_all_fused": [*SP2, *FUSED, "--micro_batch_size", "4", "--accumulation_steps", "4"],
-    "3d_tp2_split_gather": [*TP2, *SEQUENCE, "split_gather"],
-    "3d_tp2_ring_fused": [*TP2, *SEQUENCE, "ring", *FUSED],
+    "3d_sp2_all_to_all_fused": flags_of("fp32 3d sp2 all_to_all", *FUSED, accumulation_steps=4),
+    "3d_tp2_split_gather": SPLIT_GATHER,
+    "3d_tp2_ring_fused": flags_of("fp32 3d tp2 ring", *FUSED),
 }
 BFLOAT16_RUNS = {
-    "gemini": GEMINI,
-    "gemini_with_logits": [*GEMINI, *WITH_LOGITS],
-    "gemini_auto_fused": ["--mixed_precision", "bf16", "--plugin", "gemini_auto", *FUSED],
-    "gemini_accumulating": [*GEMINI, "--micro_batch_size", "4", "--accumulation_steps", "2"],
+    "gemini": flags_of("bf16 gemini"),
+    "gemini_with_logits": flags_of("bf16 gemini", *WITH_LOGITS),
+    "gemini_auto_fused": flags_of("bf16 gemini_auto", *FUSED),
+    "gemini_accumulating": flags_of("bf16 gemini", accumulation_steps=2),
 }
 
 
@@ -51,7 +55,7 @@ NOISE_RUNS = {
     "noise_zero2": ZERO2,
     "noise_tp2": TP2,
     "noise_sp2": SP2,
-    "noise_split_gather": [*TP2, *SEQUENCE, "split_gather"],
+    "noise_split_gather": SPLIT_GATHER,
     "noise_pp2": PP2,
 }
 
@@ -70,13 +74,12 @@ def jobs(tmp_path_factory, part, model_dir) -> Path:
     specs = []
     runs = {**FLOAT32_RUNS, **BFLOAT16_RUNS, "off": [*ZERO2, "--document_mask", "off"]}
     for name, flags in NOISE_RUNS.items():
-        runs[name] = ["--accumulation_steps", 1, *flags, "--use_neft", "--max_steps", 1]
+        runs[name] = [*flags, "--use_neft", "--max_steps", 1]
     runs["refused"] = [*ZERO2, "--document_mask", "on", "--dataset", plain]
     for name, flags in runs.items():
         here = folder / name
         common = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--lr", LR, "--grad_clip", CLIP]
         common += ["--save_dir", here / "ckpt", "--tensorboard_dir", here / "tb", "--config_file", here / "config.json"]
-        common += ["--micro_batch_size", 8]
         specs.append({"name": name, "script": "train.py", "flags": [str(word) for word in [*common, *flags]]})
         if name in NOISE_RUNS:
             specs[-1].update(script="train_sft.py", noise=True)

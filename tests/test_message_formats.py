@@ -6,7 +6,7 @@ import pytest
 
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import loss_marks
-from colossal_llama2.corpus.conversation import SYSTEM_TEXT, TOOL_MESSAGE, UnknownRole, speakers_of
+from colossal_llama2.corpus.conversation import SYSTEM_TEXT, TOOL_MESSAGE, Turn, UnknownRole, speakers_of
 from colossal_llama2.corpus.json_stream import BrokenDocumentError
 from colossal_llama2.corpus.message_formats import (
     FORMATS,
@@ -24,12 +24,12 @@ from colossal_llama2.corpus.message_formats import (
     REFUSED,
     SYSTEM_LEFT_OUT,
     TOOLS_LEFT_OUT,
-    Turn,
     recognize,
 )
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.write.tokenization import read_sft_row, tokenize_sft
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.write.records import read_sft_row
+from colossal_llama2.dataset.write.tokenization import tokenize_sft
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.storage.row_errors import RowError
 
 TURNS = [("human", "Hi"), ("assistant", "Hello!"), ("human", "Bye"), ("assistant", "Bye!")]
@@ -103,8 +103,8 @@ def value(*messages) -> dict:
         ({"messages": {"role": ["user"], "content": ["a"]}}, '"messages" must be a list'),
         ({"messages": [{"role": "user", "content": "a"}, None]}, "message 2 must be"),
         (value(("human", "a"), ("bing", "b")), "message 2 is from 'bing'; roles are human, user, assistant, gpt"),
-        (value(("human", "a"), ("bing", "b")), "name it by --assistant_roles"),
-        ({**value(("system", "a"), ("human", "b")), "system": "c"}, 'has a "system" of its own'),
+        (value(("human", "a"), ("bing", "b")), "name it with --assistant_roles"),
+        ({**value(("system", "a"), ("human", "b")), "system": "c"}, 'also has a "system" field'),
         ({"instruction": "a"}, '"output" is missing'),
         ({"instruction": 1, "output": "b"}, '"instruction" must be a string'),
         ({"instruction": "a", "output": ["b", "c"]}, '"output" must be a string'),
@@ -169,7 +169,7 @@ CALL = [{"id": "1", "type": "function", "function": {"name": "w", "arguments": "
         ({"kind": "QA", "input": "a", "target": "b"}, FIREFLY, FIREFLY),
         (talk(answer(refusal="No.")), REFUSED, 'message 2 has a "refusal" beside its text'),
         ({"conversation": SAME["role/content"]["messages"]}, OTHER_LIST_NAME, "rename 'conversation' to \"messages\""),
-        ({"version": "1", "data": [SAME["alpaca"]]}, RECORDS_INSIDE, "the records lie in 'data'"),
+        ({"version": "1", "data": [SAME["alpaca"]]}, RECORDS_INSIDE, "the records are inside 'data'"),
         ({"a": SAME["from/value"], "b": SAME["from/value"]}, RECORDS_INSIDE, "each value of this object is a record"),
         ({"conversations": [], "messages": None}, NO_CONVERSATION, "there is no other conversation"),
     ],
@@ -284,7 +284,7 @@ def test_what_is_worth_knowing_is_noted():
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_loss_is_by_role_whatever_the_text_spells(name, tokenizer_dir):
     """Marks and names of roles inside texts, and empty ones, move no border of the mask."""
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     pairs = [("</s>Assistant: <s>evil</s>", "<s>fine</s>"), ("", "")]
     turns = [turn for human, assistant in pairs for turn in (("user", human), ("assistant", assistant))]
     rows = {

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colossal_llama2.cli import train_flags
-from colossal_llama2.encoding.encoder import load_tokenizer
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.parity import load_with_transformers
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
@@ -37,7 +37,8 @@ from colossal_llama2.model.loading import (
 from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.storage import unpickling_guard
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
-from colossal_llama2.train import checks
+from colossal_llama2.train.checks import JobChecks
+from colossal_llama2.train.settings.from_flags import resolve
 from tests.faults import artifacts
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -428,7 +429,7 @@ def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path,
     train = train_flags.train_parser().parse_args(["--pretrained", str(folder), "--dataset", str(tmp_path)])
     calls = [
         lambda: check_model(str(folder), "--pretrained"),
-        lambda: checks.check_inputs(train),
+        lambda: resolve(train),
         lambda: load_llama(str(folder), precision="fp32", attention="sdpa"),
         lambda: generation.load_model(str(folder), "cpu"),
         lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
@@ -529,8 +530,9 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
 def test_checks_before_a_run_import_no_torch(folder, tmp_path, run_script):
     edit(folder / "config.json", num_hidden_layers=10**9)
     code = (
-        "import sys\nfrom colossal_llama2.cli import train_flags\nfrom colossal_llama2.train import checks\n"
-        "try:\n    checks.check_inputs(train_flags.train_parser().parse_args(sys.argv[1:]))\n"
+        "import sys\nfrom colossal_llama2.cli import train_flags\n"
+        "from colossal_llama2.train.settings.from_flags import resolve\n"
+        "try:\n    resolve(train_flags.train_parser().parse_args(sys.argv[1:]))\n"
         "except Exception as error:\n    print(error)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
@@ -601,7 +603,7 @@ def test_each_host_looks_at_all_numbers(folder, monkeypatch):
     for rank in range(4):
         monkeypatch.setattr(collectives, "place", lambda rank=rank: (rank, 4))
         with contextlib.suppress(UserError):
-            checks.check_numbers_of(str(folder), "fp32")
+            JobChecks().weights(str(folder), "fp32")
             continue
         found.add(hosts[rank])
     assert found == {"a", "b"}

@@ -19,7 +19,7 @@ from colossal_llama2.model.freezing import freeze_non_embedding_parameters, read
 from colossal_llama2.model.loading import check_model_folder, inspect_weights, load_llama
 from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.model.neftune import embedding_noise
-from colossal_llama2.train.checkpointing.new_rows_report import RowHealth
+from colossal_llama2.train.checkpointing.new_rows_report import NewRowsReport
 
 
 @pytest.fixture
@@ -257,17 +257,17 @@ def test_impossible_new_rows_are_refused(folder, ranges):
 
 def test_row_health_tells_what_moved(folder, tmp_path, caplog):
     caplog.set_level("INFO")
-    health = RowHealth(str(folder), ((8, 12),), "bf16")
+    health = NewRowsReport(str(folder), ((8, 12),), "bf16")
     model = LlamaForCausalLM.from_pretrained(folder).bfloat16()
     embedding, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
     embedding[9:12] += 0.5
     head[8:12] += 0.5
     model.save_pretrained(tmp_path / "later")
-    figures = health.tell(tmp_path / "later")
+    figures = health.examine(tmp_path / "later")
     assert figures["Rows/embed_tokens moved"] == 0.75 and figures["Rows/lm_head moved"] == 1.0
     assert figures["Rows/lm_head norm"] == pytest.approx(head[8:12].float().norm(dim=1).mean().item(), rel=1e-6)
     assert "embed_tokens: 75.0 % of 4 new rows have moved" in caplog.text
     head[12] *= -1
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(RunError, match="row 12 of lm_head.weight has changed"):
-        health.tell(tmp_path / "broken")
+        health.examine(tmp_path / "broken")

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests import launching, tiny
 from tests.conftest import ROOT
@@ -47,7 +47,7 @@ INPUTS = {
 
 
 def write_part(folder, tokenizer_dir, longest=20):
-    rows = [[1, *ids[:18], 2] for ids in Encoder(tokenizer_dir).encode(tiny.english_documents()[:7])]
+    rows = [[1, *ids[:18], 2] for ids in load_encoder(tokenizer_dir).encode(tiny.english_documents()[:7])]
     rows.append([5] * longest)
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder)
 
@@ -97,14 +97,14 @@ def ends(tmp_path_factory, views):
         words = flags_in(folder / name, *flags)
         return {"name": name, "script": "train.py", "flags": words, "views": str(views / seen), **more}
 
-    launching.launch(folder, [spec("whole", *ZERO2)], worker="resume_worker.py", timeout=200)
+    launching.launch(folder, [spec("whole", *ZERO2)], worker="resume_worker.py")
     checkpoint = folder / "whole" / "ckpt" / "epoch-0_step-4"
     specs = [spec(name, *ZERO2, seen=name) for name in INPUTS]
     for name in DAMAGES:
         seen = damaged_views(folder / "views" / name, views, checkpoint, name)
         specs.append(spec(name, *ZERO2, "--num_epochs", 3, "--load_checkpoint", "checkpoint", seen=seen))
     specs += [spec(f"save_{kind}", *PIPELINE, fault=kind) for kind in ("index", "folder", "slow")]
-    launching.launch(folder, specs, worker="resume_worker.py", timeout=400)
+    launching.launch(folder, specs, worker="resume_worker.py")
     return {spec["name"]: json.loads((folder / f"{spec['name']}.json").read_text())["ranks"] for spec in specs}
 
 
@@ -124,6 +124,7 @@ def test_a_stage_that_cannot_write_its_index_ends_the_save_on_both(ends, kind):
     assert "(rank 1 on " in error and "earlier checkpoints are whole" in error
 
 
+@pytest.mark.slow
 def test_it_is_one_line_and_a_mistake_of_the_user(views, tmp_path):
     words = [sys.executable, str(ROOT / "train.py"), *flags_in(tmp_path, *ZERO2)]
     command = [*TORCHRUN, "--no-python", "bash", "-c", 'cd "$0/rank-$RANK" && exec "$@"', str(views / "data"), *words]

@@ -7,10 +7,11 @@ import re
 import datasets
 import pytest
 
-from colossal_llama2.corpus import data_files
 from colossal_llama2.dataset.layout import token_ledger as accounts
-from colossal_llama2.dataset.write import overlap, prepare, tokenization
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import overlap, prepare
+from colossal_llama2.dataset.write.records import PretrainRow
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from tests.preparing import manifest, settings, write_lines
 
@@ -45,10 +46,10 @@ def prepared(folder, tokenizer_dir, **options) -> dict:
     return manifest(folder)["eval_dedup"]
 
 
-def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, monkeypatch, caplog, capsys):
+def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, caplog, capsys):
     caplog.set_level("INFO", "colossal_llama2")
     report = prepared(tmp_path / "one", tokenizer_dir)
-    decode = Encoder(tokenizer_dir).decode
+    decode = load_encoder(tokenizer_dir).decode
     held_out = {
         decode([token for token in sample["input_ids"] if token > 2])
         for sample in datasets.load_from_disk(str(tmp_path / "one" / "arrow" / "eval"))
@@ -78,28 +79,25 @@ def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, monkeypatc
     table = capsys.readouterr().out
     assert re.search(rf"^  overlapping +{len(overlapping)}  ", table, re.M)
     assert f"of {report['compared']} compared share 13 words" in table
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 2000)
-    monkeypatch.setattr(overlap, "BATCH_GRAMS", 7)
+    sizes = WorkSizes(unit_bytes=2000, lookup_grams=7)
     for name, options in (("two", {"num_workers": 2}), ("shares", {"shares": ((2, 2), (1, 2))})):
-        again = prepared(tmp_path / name, tokenizer_dir, **options)
+        again = prepared(tmp_path / name, tokenizer_dir, sizes=sizes, **options)
         assert {**again, "examples": []} == {**report, "examples": []} and 3 <= len(again["examples"]) <= 5
 
 
-@pytest.mark.parametrize("limit", ["BATCH_CHARACTERS", "BATCH_DOCUMENTS"])
-def test_what_is_looked_up_together_is_bounded(limit, monkeypatch):
-    short = [tokenization.PretrainRow(source="", target="a b c", category="") for _ in range(20)]
-    long = [tokenization.PretrainRow(source="", target=" ".join(WORDS[:14]), category="") for _ in range(20)]
+@pytest.mark.parametrize("limit", ["lookup_characters", "lookup_documents"])
+def test_what_is_looked_up_together_is_bounded(limit):
+    short = [PretrainRow(source="", target="a b c", category="") for _ in range(20)]
+    long = [PretrainRow(source="", target=" ".join(WORDS[:14]), category="") for _ in range(20)]
     places = [(overlap.Place(0, number), row) for number, row in enumerate([*short, *long])]
-    monkeypatch.setattr(overlap, "_rows", lambda task, side: iter(places))
-    monkeypatch.setattr(overlap, limit, {"BATCH_CHARACTERS": 3 * len(long[0].target), "BATCH_DOCUMENTS": 3}[limit])
-    batches = list(overlap._batches(None))
+    most = {"lookup_characters": 3 * len(long[0].target), "lookup_documents": 3}[limit]
+    batches = list(overlap.batches(iter(places), WorkSizes(**{limit: most})))
     assert [len(found) for found, *_ in batches] == [3] * 6 + [2]
     assert [place.line for found, *_ in batches for place in found] == list(range(20, 40))
 
 
-def test_much_held_out_text_is_sampled(tokenizer_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(overlap, "MAX_GRAMS", 300)
-    report = prepared(tmp_path, tokenizer_dir)
+def test_much_held_out_text_is_sampled(tokenizer_dir, tmp_path):
+    report = prepared(tmp_path, tokenizer_dir, sizes=WorkSizes(max_grams=300))
     assert 0 < report["compared"] < report["documents"] - report["too_short"]
 
 

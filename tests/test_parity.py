@@ -13,7 +13,7 @@ from colossal_llama2.encoding.bpe_model import BpeModel, merges, plain_processor
 from colossal_llama2.encoding.parity import PieceFinder, Tokenizers, evenly, measure
 from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer import parity_text
-from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.tokenizer.closure import plan_extension
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.tokenizer.parity_text import read_parity_text
 from tests.test_closure import CHARACTERS, PIECES, TEXT, content_of, model, wanted_of  # noqa: F401 - a fixture
@@ -47,10 +47,11 @@ def fast_bpe(pieces, scores, can_merge):
     return BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(pieces=PIECES, texts=st.lists(TEXT, min_size=1, max_size=10))
 def test_merges_by_rank_are_merges_by_score_after_complete(model, pieces, texts):  # noqa: F811
-    plan = make_plan(model, wanted_of(model, pieces), closure="complete", piece_scores="below")
+    plan = plan_extension(model, wanted_of(model, pieces), closure="complete", piece_scores="below")
     scores = [*(model.scores.get(piece, 0.0) for piece in model.pieces), *plan.scores]
     fast = fast_bpe([*model.pieces, *plan.pieces], scores, [*model.scores, *plan.pieces])
     processor = plain_processor(content_of(model, plan))
@@ -58,10 +59,11 @@ def test_merges_by_rank_are_merges_by_score_after_complete(model, pieces, texts)
         assert [token.id for token in fast.tokenize(text)] == processor.encode(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces=PIECES, text=TEXT)
 def test_text_without_a_new_piece_keeps_its_ids(model, pieces, text):  # noqa: F811
-    plan = make_plan(model, wanted_of(model, pieces), closure="complete", piece_scores="below")
+    plan = plan_extension(model, wanted_of(model, pieces), closure="complete", piece_scores="below")
     if not PieceFinder(plan.pieces).found_in(text):
         assert plain_processor(content_of(model, plan)).encode(text) == plain_processor(model.content).encode(text)
 

@@ -12,12 +12,15 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from colossal_llama2.dataset.write import prepare, tokenization
-from colossal_llama2.encoding import safe_cuts
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
+from colossal_llama2.dataset.write.records import read_sft_row
+from colossal_llama2.dataset.write.tokenization import tokenize_sft
 from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
-from colossal_llama2.encoding.encoder import Encoder
-from colossal_llama2.encoding.fast_encoder import FastEncoder, encoder_class
-from colossal_llama2.tokenizer.closure import make_plan
+from colossal_llama2.encoding.fast_encoder import FastEncoder, fastest_class
+from colossal_llama2.encoding.registry import load_encoder
+from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
+from colossal_llama2.tokenizer.closure import plan_extension
 from tests import tiny
 from tests.preparing import contents, read_jsonl, write_lines
 from tests.preparing import settings as keywords_of
@@ -92,7 +95,7 @@ def folder_of(name: str, folder: Path) -> Path:
     model = BpeModel.read(folder)
     pieces = [piece for piece in pieces if piece not in model.pieces]
     if name == "extended":
-        plan = make_plan(model, pieces, closure="complete", piece_scores="below")
+        plan = plan_extension(model, pieces, closure="complete", piece_scores="below")
         pieces, scores = plan.pieces, plan.scores
     else:
         # Some of their characters stay unknown and some of them are not reached, which must not matter.
@@ -103,34 +106,43 @@ def folder_of(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path, monkeypatch):
+def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path):
     folder = folder_of(name, tmp_path / "tokenizer")
-    encoder = Encoder(folder)
-    kinds = [encoder, FastEncoder(folder)] if encoder_class(folder) is FastEncoder else [encoder]
+    encoder = load_encoder(folder)
+    kinds = [encoder, FastEncoder(folder)] if fastest_class(folder) is FastEncoder else [encoder]
     assert len(kinds) == 2 or name not in ("llama", "extended")
     numbers = []
+    of_sizes = {}
+
+    def of_size(kind, size: int):
+        """An encoder of the same class that encodes in parts of `size` characters."""
+        key = type(kind), size
+        if key not in of_sizes:
+            of_sizes[key] = type(kind)(folder, size)
+        return of_sizes[key]
 
     @settings(max_examples=100, deadline=None)
     @given(TEXTS, st.booleans(), st.integers(1, 12))
     def check(text, dummy_prefix, size):
         expected = [(kind.encode([text, "a"], dummy_prefix=dummy_prefix)) for kind in kinds]
         sizes = encoder.bytes_of_tokens(text, expected[0][0], dummy_prefix=dummy_prefix).tolist()
-        with monkeypatch.context() as patched:
-            patched.setattr(safe_cuts, "PART_CHARACTERS", size)
-            cut = list(encoder._safe_cuts.parts_of(text))
-            assert "".join(cut) == text
-            numbers.append(len(cut))
-            for kind, ids in zip(kinds, expected, strict=True):
-                assert kind.encode([text, "a"], dummy_prefix=dummy_prefix) == ids
-                assert kind.encode_long(text, dummy_prefix=dummy_prefix).tolist() == ids[0]
-            assert encoder.bytes_of_tokens(text, expected[0][0], dummy_prefix=dummy_prefix).tolist() == sizes
+        cut = list(encoder._safe_cuts.parts_of(text, size))
+        assert "".join(cut) == text
+        numbers.append(len(cut))
+        for kind, ids in zip(kinds, expected, strict=True):
+            with_parts = of_size(kind, size)
+            assert with_parts.encode([text, "a"], dummy_prefix=dummy_prefix) == ids
+            assert with_parts.encode_long(text, dummy_prefix=dummy_prefix).tolist() == ids[0]
+        in_parts = of_size(encoder, size)
+        assert in_parts.bytes_of_tokens(text, expected[0][0], dummy_prefix=dummy_prefix).tolist() == sizes
 
     check()
     assert (max(numbers) > 3) is (name not in ("normalizer", "spaces removed", "suffix"))
 
 
-def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path, monkeypatch):
+def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:300_000]
     rows = [
         {"target": text[:9000]},
@@ -141,18 +153,16 @@ def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp
     ]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
-    for size in (1 << 30, safe_cuts.PART_CHARACTERS, 1000):
-        monkeypatch.setattr(safe_cuts, "PART_CHARACTERS", size)
+    for size in (1 << 30, PART_CHARACTERS, 1000):
         out = tmp_path / str(size)
-        prepare.prepare_pretrain(
-            **keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=512, eval_fraction=0.2, seed=3)
-        )
+        options = {"eval_fraction": 0.2, "seed": 3, "sizes": WorkSizes(part_characters=size)}
+        prepare.prepare_pretrain(**keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=512, **options))
         outputs.append({name: content for name, content in contents(out).items() if "manifest" not in name})
     assert outputs[0] == outputs[1] == outputs[2]
     assert len(read_jsonl(tmp_path / "1000" / "jsonl")) > 400
 
 
-def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path, monkeypatch):
+def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:20_000]
     talks = [
         [("system", text[:5000]), ("user", text[5000:5100]), ("assistant", text[5100:7000]), ("user", "and?")],
@@ -165,28 +175,27 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
     for size, much in ((1 << 30, 1 << 30), (1000, 1 << 30), (1 << 30, 100)):
-        monkeypatch.setattr(safe_cuts, "PART_CHARACTERS", size)
-        monkeypatch.setattr(tokenization, "MUCH_TEXT", much)
         out = tmp_path / f"{size} {much}"
-        prepare.prepare_sft(**keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=6000))
+        sizes = WorkSizes(part_characters=size, batch_characters=much)
+        prepare.prepare_sft(**keywords_of([tmp_path / "in"], tokenizer_dir, out, max_length=6000, sizes=sizes))
         outputs.append(contents(out))
     assert outputs[0] == outputs[1] == outputs[2]
     assert sorted(sample["seq_length"] > 500 for sample in read_jsonl(out / "jsonl")) == [False, False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message_characters", [1 << 20, 100])
-def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir, monkeypatch):
+def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir):
     text = "\n\n".join(tiny.english_documents())[: 1 << 20]
     told = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
     roles = ("user", "assistant")
     messages = [{"role": roles[number % 2], "content": part} for number, part in enumerate(["Hi", "Hello!", *told])]
-    row = tokenization.read_sft_row({"messages": messages})
-    encoder = Encoder(tokenizer_dir)
+    row = read_sft_row({"messages": messages})
+    encoder = load_encoder(tokenizer_dir)
     encoder.encode_long(text)
-    monkeypatch.setattr(tokenization, "MUCH_TEXT", 1 << 18)
     tracemalloc.start()
     try:
-        (tokens,) = tokenization.tokenize_sft([row], encoder=encoder, max_length=1000)
+        (tokens,) = tokenize_sft([row], encoder=encoder, max_length=1000, batch_characters=1 << 18)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -218,6 +227,7 @@ print(json.dumps(peaks[1] - peaks[0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_long_document_takes_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:4_000_000]

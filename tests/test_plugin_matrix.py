@@ -1,11 +1,13 @@
 """A share of the matrix of writing and reading plugins (tests/plugin_matrix.py): Gemini with tied embeddings."""
 
+import pytest
 import torch
 
 from tests import plugin_matrix
 from tests.plugin_matrix import Cell
 
 
+@pytest.mark.slow
 def test_gemini_reads_tied_embeddings_of_every_kind_of_writer(tmp_path):
     cells = plugin_matrix.run(tmp_path, ["gemini", "3d pp2"], ["tied"], readers=["gemini"])
     assert {cell.kind: cell.error for cell in cells if cell.error} == {}

@@ -13,6 +13,7 @@ from colossal_llama2.inference import generation
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.train import checks
+from colossal_llama2.train.settings.from_flags import resolve_with_problems
 from tests import preparing, tiny
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -64,10 +65,10 @@ def test_training_and_inference_use_them():
         ties_embeddings=False,
     )
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--max_length", "8192"])
-    checks.check_model_fits(args, facts)
+    checks.check_model_fits(resolve_with_problems(args)[0], facts)
     args.max_length = 8193
     with pytest.raises(UserError, match="8193 given, the model has 8192 positions .*rope_scaling of type linear"):
-        checks.check_model_fits(args, facts)
+        checks.check_model_fits(resolve_with_problems(args)[0], facts)
 
     class Model:
         config = LlamaConfig(max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 2.0})

@@ -11,8 +11,8 @@ import pytest
 from colossal_llama2 import errors
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.write import bins, prepare
-from colossal_llama2.dataset.write.tokenize_unit import MASKED_PIECES
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.write.unit_counts import MASKED_PIECES
+from colossal_llama2.encoding.registry import load_encoder
 from tests import tiny
 from tests.preparing import contents, flags, read_jsonl, settings, write_lines
 
@@ -56,12 +56,12 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-def test_readme_rows_of_pretraining(run_script, tokenizer_dir, tmp_path):
+def test_readme_rows_of_pretraining(run_forked, tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [MESSI, RIDDLE])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
-    done = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    done = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     messi = [1, *encoder.encode([MESSI["target"]])[0], 2]
     source = [1, *encoder.encode([RIDDLE["source"]])[0]]
     target = [*encoder.encode([RIDDLE["target"]], dummy_prefix=False)[0], 2]
@@ -83,10 +83,10 @@ def test_readme_rows_of_pretraining(run_script, tokenizer_dir, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "cache", "jsonl", "arrow"}
 
 
-def test_readme_rows_of_fine_tuning(run_script, tokenizer_dir, tmp_path):
+def test_readme_rows_of_fine_tuning(run_forked, tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [COLORS, {**ZH, "category": "computers"}])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096)
-    done = run_script("prepare_sft_dataset.py", *flags(keywords), cwd=tmp_path)
+    done = run_forked("prepare_sft_dataset.py", *flags(keywords), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["seq_category"]: row for row in read_jsonl(tmp_path / "jsonl")}
     assert set(rows) == {"None", "computers"}
@@ -100,6 +100,7 @@ def test_readme_rows_of_fine_tuning(run_script, tokenizer_dir, tmp_path):
     assert part.features["input_ids"].feature.dtype == part.features["labels"].feature.dtype == "int32"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bins", [1, 7, 10, 30, 64, 128])
 def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path, capsys, num_bins):
     keywords = settings([corpus / "en", corpus / "zh"], tokenizer_dir, tmp_path, bins=num_bins)
@@ -120,6 +121,7 @@ def test_as_many_bins_as_asked_and_no_token_lost(corpus, tokenizer_dir, tmp_path
     assert re.search(r"documents +94 +2 empty lines skipped", table)
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(run_script, corpus, tokenizer_dir, tmp_path):
     for name in ("1", "2"):
         keywords = settings([corpus / "en"], tokenizer_dir, tmp_path / name, bins=7)
@@ -151,7 +153,7 @@ def test_marks_in_text_stay_text(tokenizer_dir, tmp_path):
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path))
     (row,) = read_jsonl(tmp_path / "jsonl")
     assert row["input_ids"].count(1) == row["input_ids"].count(2) == 1
-    assert Encoder(tokenizer_dir).decode(row["input_ids"][1:-1]) == "<s>struck</s> out <s>"
+    assert load_encoder(tokenizer_dir).decode(row["input_ids"][1:-1]) == "<s>struck</s> out <s>"
 
 
 BAD_LINES = [
@@ -162,7 +164,7 @@ BAD_LINES = [
     ("pretrain", b'{"target": "\xff"}', "not UTF-8 at byte 13"),
     ("pretrain", b'["target"]', "a JSON list given"),
     ("pretrain", b"null", "null given; each line"),
-    ("pretrain", b'{"data": [{"text": "a"}], "v": "1"}', "the records lie in 'data'; write that list alone"),
+    ("pretrain", b'{"data": [{"text": "a"}], "v": "1"}', "the records are inside 'data'; write only that list"),
     ("pretrain", b'{"1": {"text": "a"}, "2": {"text": "b"}}', "each value of this object is a record"),
     ("pretrain", b'{"source": "a"}', '"target" is missing'),
     ("pretrain", b'{"target": 3}', '"target" must be a string'),
@@ -183,11 +185,11 @@ def test_bad_lines_name_file_and_line(tokenizer_dir, tmp_path, stage, line, reas
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mistake_ends_both_commands_with_one_line(run_script, assert_user_error, tokenizer_dir, tmp_path):
+def test_a_mistake_ends_both_commands_with_one_line(run_forked, assert_user_error, tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", [{"source": "a"}])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
     for script, word in (("prepare_pretrain_dataset.py", '"target"'), ("prepare_sft_dataset.py", '"messages"')):
-        done = run_script(script, *flags(keywords), cwd=tmp_path)
+        done = run_forked(script, *flags(keywords), cwd=tmp_path)
         assert_user_error(done, f"{script}: error: {path}:1: {word} is missing")
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +223,7 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
     "name, words",
     [
         ("missing input", ["nowhere is not a folder"]),
-        ("a file as input", ["rows.jsonl is a file", "give a folder that holds what is to be read, ", "/in"]),
+        ("a file as input", ["rows.jsonl is a file", "give a folder, all of whose data files are read, ", "/in"]),
         ("input twice", ["given twice"]),
         ("no jsonl", ["empty has no data file"]),
         ("no rows", ["nothing to prepare", "0 records give 0 pieces"]),
@@ -267,6 +269,6 @@ def test_a_lost_token_is_an_error_of_the_run(monkeypatch, tokenizer_dir, tmp_pat
 
     monkeypatch.setattr(bins, "splice", lose_a_piece)
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", max_length=4096)
-    with pytest.raises(errors.RunError, match="does not balance"):
+    with pytest.raises(errors.RunError, match="do not balance"):
         prepare.prepare_pretrain(**keywords)
     assert not (tmp_path / "out" / "arrow").exists() and not (tmp_path / "out" / "jsonl").exists()

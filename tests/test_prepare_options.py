@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import data_files
 from colossal_llama2.corpus.conversation import chat_template
-from colossal_llama2.corpus.row_reader import MAX_LINE_BYTES
-from colossal_llama2.dataset.layout.prepare_settings import Settings
+from colossal_llama2.dataset.layout.prepare_settings import Settings, WorkSizes
 from colossal_llama2.dataset.write import choose_encoder, prepare, tokenization
 from colossal_llama2.dataset.write.local_workers import run_tasks
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
 from colossal_llama2.encoding.fast_encoder import FastEncoder
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage.lines import MAX_LINE_BYTES
 from colossal_llama2.terminal_text import terminal_width
 from tests import tiny
 from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines
@@ -40,10 +41,8 @@ COMMANDS = {"pretrain": prepare.prepare_pretrain, "sft": prepare.prepare_sft}
 UNIT_BYTES = 4000
 
 
-@pytest.fixture
-def small_units(monkeypatch):
-    """So that small data makes several units of work."""
-    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
+# With these, small data makes several units of work.
+SMALL_UNITS = WorkSizes(unit_bytes=UNIT_BYTES)
 
 
 def documents(count: int) -> list:
@@ -79,24 +78,24 @@ def inputs(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tmp_path, small_units):
+def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tmp_path):
     for num_workers in (1, 2, 5):
         output = tmp_path / str(num_workers)
         keywords = settings([inputs[stage]], tokenizer_dir, output, max_length=300, bins=3, eval_fraction=0.2)
-        COMMANDS[stage](**{**keywords, "num_workers": num_workers})
+        COMMANDS[stage](**{**keywords, "num_workers": num_workers, "sizes": SMALL_UNITS})
     one, two, five = (contents(tmp_path / name) for name in ("1", "2", "5"))
     assert one == two == five
     assert len(one) >= 4 * 4 + 1 and not list((tmp_path / "1" / "cache").iterdir())
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path, small_units):
+def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "whole", bins=2, eval_fraction=0.2)
-    prepare.prepare_pretrain(**keywords)
+    prepare.prepare_pretrain(**keywords, sizes=SMALL_UNITS)
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "shared", bins=2, eval_fraction=0.2)
     for number in order:
         assert not (tmp_path / "shared" / "arrow").exists()
-        prepare.prepare_pretrain(**keywords, shard=(number, 3))
+        prepare.prepare_pretrain(**keywords, shard=(number, 3), sizes=SMALL_UNITS)
     assert contents(tmp_path / "whole") == contents(tmp_path / "shared")
 
 
@@ -142,6 +141,7 @@ ROWS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(
     rows=ROWS,
     max_length=st.integers(8, 40),
@@ -178,8 +178,8 @@ def test_every_piece_of_any_documents_is_there_once(
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir)
+def encoder(tokenizer_dir) -> SentencePieceEncoder:
+    return load_encoder(tokenizer_dir)
 
 
 def test_truncate_is_counted(tokenizer_dir, tmp_path):
@@ -283,7 +283,7 @@ BAD_LINES = {
     b'{"target": "a", "m": ' + b"[" * 256 + b"]" * 256 + b"}": "more than 256 deep",
     b'{"target": "a", "m": ' + b'{"m":' * 900 + b"1" + b"}" * 901: "more than 256 deep",
     b'{"target": "a", "m": 1' + b"0" * 400 + b"}": "not JSON",
-    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"target": 2}': "stands there twice",
+    b'{"target": "a", ' + b"".join(b'"k%d": 1, ' % n for n in range(3000)) + b'"target": 2}': "is repeated",
     b'{"target": ': "not JSON",
     b'{"target": NaN}': '"target" is missing',
     b'{"m": NaN, "target": "\\ud800"}': "not JSON",
@@ -292,13 +292,13 @@ BAD_LINES = {
     b'{"target": 3}': '"target" must be a string',
     b'{"target": ""}': '"target" is empty',
     b'{"source": "a"}': '"target" is missing',
-    b'{"target": "a", "target": "b"}': "stands there twice",
+    b'{"target": "a", "target": "b"}': "is repeated",
     b"[1]": "a JSON list given",
     b'{"target": ' + b"[" * 100_000: "not JSON",
 }
 
 
-def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path, small_units):
+def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path):
     rows = documents(len(BAD_LINES) * 4)
     lines, bad = [], []
     for number, row in enumerate(rows):
@@ -310,7 +310,7 @@ def test_bad_rows_are_skipped_and_listed(tokenizer_dir, tmp_path, small_units):
     write_lines(tmp_path / "good" / "rows.jsonl", rows)
     for name in ("bad", "good"):
         keywords = settings([tmp_path / name], tokenizer_dir, tmp_path / f"out-{name}", on_bad_row="skip")
-        prepare.prepare_pretrain(**keywords)
+        prepare.prepare_pretrain(**keywords, sizes=SMALL_UNITS)
     listed = [json.loads(line) for line in (tmp_path / "out-bad" / "arrow" / "bad_rows.jsonl").read_text().splitlines()]
     path = str(tmp_path / "bad" / "rows.jsonl")
     assert [(row["file"], row["line"]) for row in listed] == [(path, line) for line in bad]
@@ -332,6 +332,7 @@ def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
     assert manifest(tmp_path / "out")["total"]["documents"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
     lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(9000))
@@ -411,7 +412,7 @@ def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokeniz
         monkeypatch.setattr(FastEncoder, "encode", encode)
     files = data_files.find_input_files([str(tmp_path / "in")])
     encoder, counts = choose_encoder.choose_encoder(str(folder), files, settings_of("pretrain"))
-    assert encoder is (Encoder if difference == "the fast encoder" else FastEncoder)
+    assert encoder is (SentencePieceEncoder if difference == "the fast encoder" else FastEncoder)
     assert counts["sample_texts"] == 198 and bool(counts["sample_differing"]) is (difference == "tokenizer.json")
     assert bool(caplog.records) is (difference != "none")
 
@@ -495,7 +496,7 @@ def test_names_that_json_cannot_hold_are_refused(tokenizer_dir, tmp_path):
 def test_a_file_beside_its_compressed_self_is_refused(tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
     (tmp_path / "in" / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UserError, match=r"rows.jsonl and .*rows.jsonl.gz have one name, as if one were a copy"):
+    with pytest.raises(UserError, match=r"rows.jsonl and .*rows.jsonl.gz have the same name and may be copies"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
 
 
@@ -508,11 +509,11 @@ def test_a_damaged_fast_tokenizer_is_told(stage, inputs, tokenizer_dir, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path, small_units):
+def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", [*documents(40), b"{"])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out")
-    with pytest.raises(UserError, match=r"rows.jsonl:41: .*; other shares may be at work, delete .*cache when none"):
-        prepare.prepare_pretrain(**keywords, shard=(1, 1))
+    with pytest.raises(UserError, match=r"rows.jsonl:41: .*; other shares may be running, delete .*cache when none"):
+        prepare.prepare_pretrain(**keywords, shard=(1, 1), sizes=SMALL_UNITS)
     assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
 
 
@@ -559,7 +560,9 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
         prepare.prepare_sft(**keywords)
     skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
-    assert "bing (2 messages), bard (1 messages); if one is the assistant, name it by --assistant_roles" in caplog.text
+    assert (
+        "bing (2 messages), bard (1 messages); if one is the assistant, name it with --assistant_roles" in caplog.text
+    )
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
     assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
     assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1
@@ -584,5 +587,5 @@ def test_unused_fields_may_hold_nan_and_repeat_keys(tokenizer_dir, tmp_path):
     assert manifest(tmp_path)["total"]["documents"] == 3 and set(manifest(tmp_path)["categories"]) == {"7", "unknown"}
     repeated = b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
     write_lines(tmp_path / "sft" / "rows.jsonl", [repeated])
-    with pytest.raises(UserError, match="rows.jsonl:1: the key 'content' stands there twice"):
+    with pytest.raises(UserError, match="rows.jsonl:1: the key 'content' is repeated"):
         prepare.prepare_sft(**settings([tmp_path / "sft"], tokenizer_dir, tmp_path / "out"))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from colossal_llama2.cli import data_flags
-from colossal_llama2.corpus import data_files
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import UserError
 from tests import tiny
@@ -20,12 +20,15 @@ from tests.conftest import ROOT
 from tests.preparing import contents, flags, settings, write_lines
 
 UNIT_BYTES = 40_000
+SMALL_UNITS = WorkSizes(unit_bytes=UNIT_BYTES)
 # The command, with units so small that there are many.
 COMMAND = f"""
-from colossal_llama2.dataset import plan
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 import prepare_pretrain_dataset
 
-plan.UNIT_BYTES = {UNIT_BYTES}
+command = prepare.prepare_pretrain
+prepare.prepare_pretrain = lambda **flags: command(**flags, sizes=WorkSizes(unit_bytes={UNIT_BYTES}))
 if __name__ == "__main__":
     prepare_pretrain_dataset.main()
 """
@@ -43,10 +46,9 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def of_local(inputs, tokenizer_dir, tmp_path, monkeypatch) -> dict:
+def of_local(inputs, tokenizer_dir, tmp_path) -> dict:
     """The files of the local run."""
-    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
-    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "local"), num_workers=2)
+    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "local"), num_workers=2, sizes=SMALL_UNITS)
     return contents(tmp_path / "local")
 
 
@@ -177,6 +179,7 @@ def left_without_driver(process: subprocess.Popen) -> list:
     return psutil.wait_procs(descendants, timeout=20)[1]
 
 
+@pytest.mark.slow
 def test_when_ray_dies_as_it_starts_nothing_stays(inputs, tokenizer_dir, tmp_path):
     """Its agents, whose parents are gone, would wait for their node for long."""
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray"), tmp_path)
@@ -184,6 +187,7 @@ def test_when_ray_dies_as_it_starts_nothing_stays(inputs, tokenizer_dir, tmp_pat
     assert left_without_driver(process) == []
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_path):
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray"), tmp_path)
     found(lambda: workers_at("ray::do_unit", psutil.Process(process.pid)), process)
@@ -193,18 +197,19 @@ def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_p
     assert not psutil.wait_procs(descendants, timeout=20)[1]
 
 
-def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local, monkeypatch):
+@pytest.mark.slow
+def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local):
     """A Ray that the command starts itself, without an address."""
     keywords = options(inputs, tokenizer_dir, tmp_path / "ray")
     process = start(keywords, tmp_path)
     found(lambda: list((tmp_path / "ray" / "cache").glob("unit-*.json")), process)
     assert left_without_driver(process) == []
     assert not (tmp_path / "ray" / "arrow").exists()
-    monkeypatch.setattr(data_files, "UNIT_BYTES", UNIT_BYTES)
-    prepare.prepare_pretrain(**keywords, num_workers=1)
+    prepare.prepare_pretrain(**keywords, num_workers=1, sizes=SMALL_UNITS)
     assert contents(tmp_path / "ray") == of_local
 
 
+@pytest.mark.slow
 def test_mistakes_with_ray_are_one_line(inputs, tokenizer_dir, tmp_path, monkeypatch, capsys):
     keywords = {**options(inputs, tokenizer_dir, tmp_path / "out"), "executor": "ray"}
 

@@ -8,14 +8,15 @@ import resource
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
-from colossal_llama2.corpus import data_files
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.locks import RefusedError
 from colossal_llama2.dataset.layout.output_folder import OutputDirs
-from colossal_llama2.dataset.write import assign_bins, prepare
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 from colossal_llama2.errors import RunError, UserError
 from tests import tiny
 from tests.conftest import ROOT
@@ -26,7 +27,8 @@ from tests.preparing import contents, flags, settings, write_lines
 # before one ended with all done.
 KILLER = """
 import json, os, random, signal, sys, time
-from colossal_llama2.dataset import dealing, plan, prepare, store
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 
 def count_down(function):
     def counted(*args, **keywords):
@@ -39,7 +41,6 @@ def count_down(function):
 
 how, keywords = sys.argv[1], json.loads(sys.argv[2])
 manifest = os.path.join(keywords["data_arrow_output_dir"], "manifest.json")
-plan.UNIT_BYTES = 6000
 drawn, killed, counted_calls = random.Random(4), 0, [0]
 while killed < 300:
     # A few runs by the clock, then one that may end.
@@ -52,7 +53,7 @@ while killed < 300:
         os.dup2(2, 1)
         if how != "time":
             os.replace, os.rename, os.unlink = map(count_down, (os.replace, os.rename, os.unlink))
-        prepare.prepare_pretrain(**keywords)
+        prepare.prepare_pretrain(**keywords, sizes=WorkSizes(unit_bytes=6000))
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
@@ -78,17 +79,21 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr(data_files, "UNIT_BYTES", 6000)
+SMALL_UNITS = WorkSizes(unit_bytes=6000)
 
 
 def options(inputs, tokenizer_dir, output, **others) -> dict:
+    """The keywords of a run in small units."""
+    return command_options(inputs, tokenizer_dir, output, **{"sizes": SMALL_UNITS, **others})
+
+
+def command_options(inputs, tokenizer_dir, output, **others) -> dict:
+    """Those of them that are flags."""
     return settings([inputs], tokenizer_dir, output, bins=3, eval_fraction=0.2, on_bad_row="skip", **others)
 
 
 @pytest.fixture
-def undisturbed(inputs, tokenizer_dir, tmp_path, small_units) -> dict:
+def undisturbed(inputs, tokenizer_dir, tmp_path) -> dict:
     """The files of a run that nothing happened to."""
     prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "undisturbed"))
     return contents(tmp_path / "undisturbed")
@@ -96,7 +101,7 @@ def undisturbed(inputs, tokenizer_dir, tmp_path, small_units) -> dict:
 
 @pytest.mark.parametrize("how, num_workers, least", [("files", 1, 20), ("shares", 1, 20), ("time", 2, 3)])
 def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tmp_path, undisturbed):
-    keywords = {**options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
+    keywords = {**command_options(inputs, tokenizer_dir, tmp_path / "killed"), "num_workers": num_workers}
     done = subprocess.run(
         [sys.executable, "-c", KILLER, how, json.dumps(keywords)],
         cwd=ROOT,
@@ -112,17 +117,20 @@ def test_any_kill_is_survived(how, num_workers, least, inputs, tokenizer_dir, tm
 
 # The command, with units so small that there are many.
 COMMAND = """
-from colossal_llama2.dataset import plan
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write import prepare
 import prepare_pretrain_dataset
 
-plan.UNIT_BYTES = 6000
+command = prepare.prepare_pretrain
+prepare.prepare_pretrain = lambda **flags: command(**flags, sizes=WorkSizes(unit_bytes=6000))
 prepare_pretrain_dataset.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undisturbed):
-    keywords = options(inputs, tokenizer_dir, tmp_path / "shared")
+    keywords = command_options(inputs, tokenizer_dir, tmp_path / "shared")
     shares = [
         subprocess.Popen(
             [sys.executable, "-c", COMMAND, *map(str, flags({**keywords, "shard": f"{number}/{count}"}))],
@@ -159,7 +167,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; give the command"):
+    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; run the command"):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
     with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
@@ -200,7 +208,7 @@ def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, token
 
 
 @pytest.mark.parametrize("name", ["unit-00000001.json", "dealt/names.json"])
-def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path, small_units):
+def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     (tmp_path / "out" / "cache" / name).write_bytes(b'{"a')
@@ -208,9 +216,9 @@ def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokeniz
         prepare.prepare_pretrain(**keywords)
 
 
-def test_members_are_written_in_any_number_of_steps(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
-    monkeypatch.setattr(assign_bins, "HELD_PIECES", 1)
-    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "out"))
+def test_members_are_written_in_any_number_of_steps(inputs, tokenizer_dir, tmp_path, undisturbed):
+    one_at_a_time = replace(SMALL_UNITS, held_pieces=1)
+    prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "out", sizes=one_at_a_time))
     assert contents(tmp_path / "out") == undisturbed
 
 
@@ -221,27 +229,27 @@ def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp
     folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
     with folders.locked(None):
         for shard in (None, (1, 2)):
-            with pytest.raises(RefusedError, match="another run is at work"):
+            with pytest.raises(RefusedError, match="another run is using"):
                 prepare.prepare_pretrain(**keywords, shard=shard)
         # Another cache does not help: the output is the same.
-        with pytest.raises(RefusedError, match="another run is at work"):
+        with pytest.raises(RefusedError, match="another run is using"):
             prepare.prepare_pretrain(**{**keywords, "data_cache_dir": str(tmp_path / "out" / "other")})
     assert contents(tmp_path / "out") == before
-    with folders.locked((1, 2)), pytest.raises(RefusedError, match="another run is at work"):
+    with folders.locked((1, 2)), pytest.raises(RefusedError, match="another run is using"):
         prepare.prepare_pretrain(**keywords, shard=(1, 2))
 
 
 def test_finished_output_is_said_and_other_settings_are_refused(
-    run_script, assert_user_error, inputs, tokenizer_dir, tmp_path
+    run_forked, assert_user_error, inputs, tokenizer_dir, tmp_path
 ):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
-    first = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    first = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     before = contents(tmp_path / "out")
-    again = run_script("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
+    again = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
-    other = run_script("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
-    assert_user_error(other, "exists already, made of something else: --max_length was 128, now 64")
+    other = run_forked("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
+    assert_user_error(other, "exists already and differs from this command: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
 
 
@@ -252,19 +260,19 @@ def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tm
     content = planned.read_text()
     for damaged in ("{", "[]", '{"a": 1}'):
         planned.write_text(damaged)
-        with pytest.raises(UserError, match=rf"--data_cache_dir: {planned} is damaged, or of another program"):
+        with pytest.raises(UserError, match=rf"--data_cache_dir: {planned} is damaged, or from another program"):
             prepare.prepare_pretrain(**keywords)
     planned.write_text(content)
     prepare.prepare_pretrain(**keywords)
     for missing in ("jsonl/part-00001.jsonl", "arrow/part-00000/state.json"):
         whole = (tmp_path / "out" / missing).read_bytes()
         (tmp_path / "out" / missing).unlink()
-        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such in all\)"):
+        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such files\)"):
             prepare.prepare_pretrain(**keywords)
         (tmp_path / "out" / missing).write_bytes(whole)
     for damaged in ("{", "[]", '{"a": 1}'):
         (tmp_path / "out" / "arrow" / "manifest.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"manifest.json is damaged or of another program"):
+        with pytest.raises(UserError, match=r"manifest.json is damaged or from another program"):
             prepare.prepare_pretrain(**keywords)
 
 
@@ -283,7 +291,7 @@ def test_an_input_that_changes_while_it_is_read_is_told(change, monkeypatch, tok
         return done
 
     monkeypatch.setattr(prepare, "do_unit", do_and_change)
-    with pytest.raises(UserError, match=rf"{path} has .*while it was read"):
+    with pytest.raises(UserError, match=rf"{path} (changed|disappeared) while it was read"):
         prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -298,13 +306,13 @@ def test_a_finished_command_leaves_another_s_cache_alone(monkeypatch, inputs, to
     assert contents(tmp_path / "one" / "cache") == before and "plan.json" in before
 
 
-def test_shares_of_another_number_are_refused(inputs, tokenizer_dir, tmp_path, small_units):
+def test_shares_of_another_number_are_refused(inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     folders = OutputDirs(**{name: str(tmp_path / "out" / name) for name in ("cache", "jsonl", "arrow")})
     with folders.locked((1, 2)):
-        with pytest.raises(RefusedError, match="another run is at work in .*shares-of-2.lock"):
+        with pytest.raises(RefusedError, match="another run is using .*shares-of-2.lock"):
             prepare.prepare_pretrain(**keywords, shard=(2, 3))
-        with pytest.raises(RefusedError, match="another run is at work in .*share-1-of-2.lock"):
+        with pytest.raises(RefusedError, match="another run is using .*share-1-of-2.lock"):
             prepare.prepare_pretrain(**keywords, shard=(1, 2))
         prepare.prepare_pretrain(**keywords, shard=(2, 2))
 
@@ -318,16 +326,17 @@ def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, t
     prepare.prepare_pretrain(**keywords)
     write_lines(path, [{"target": "new text"}])
     os.utime(path, ns=(later, later))
-    with pytest.raises(UserError, match="rows.jsonl has other content"):
+    with pytest.raises(UserError, match="rows.jsonl has different content"):
         prepare.prepare_pretrain(**keywords)
 
 
 def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
     with pytest.raises(RunError, match=rf"a: No space left.*about 7,000 bytes needed, [0-9,]+ free in {tmp_path};"):
-        with store.full_disk_told(tmp_path / "a", 7000):
+        with store.full_disk_reported(tmp_path / "a", 7000):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
     """The limit on the size of a file stands for a full disk."""
     for name in ("limited", "free"):

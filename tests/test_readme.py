@@ -1,5 +1,6 @@
-"""The README's commands are run as they stand there, one after the other; its tables are compared with the parsers."""
+"""README.md and docs/: their commands are run as written, their flags and links exist, flags.md is up to date."""
 
+import ast
 import json
 import os
 import re
@@ -9,99 +10,180 @@ import sys
 
 import pytest
 
-from colossal_llama2.cli import data_flags, dependent_flags, inference_flags, tokenizer_flags, train_flags
-from tests import tiny
+from tests import flag_tables, tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PARSERS = {
-    "init_tokenizer.py": tokenizer_flags.init_tokenizer_parser,
-    "init_model.py": tokenizer_flags.init_model_parser,
-    "prepare_pretrain_dataset.py": data_flags.prepare_pretrain_parser,
-    "prepare_sft_dataset.py": data_flags.prepare_sft_parser,
-    "train.py": train_flags.train_parser,
-    "train_sft.py": train_flags.train_sft_parser,
-    "inference_example.py": inference_flags.inference_parser,
-    "colossal_llama2.tokenizer.mine_tokens": tokenizer_flags.mine_tokens_parser,
-    "colossal_llama2.tokenizer.compare": tokenizer_flags.compare_parser,
-    "colossal_llama2.dataset.inspect_data": data_flags.inspect_data_parser,
-    "colossal_llama2.train.verify": train_flags.verify_parser,
-    "colossal_llama2.train.selftest": train_flags.selftest_parser,
-}
+# In reading order: later pages use what the commands of earlier ones wrote.
+PAGES = [
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in (
+            "install vocabulary data training parallelism checkpoints recipe inference first_gpu_run troubleshooting "
+            "flags equality training_step benchmarks differences architecture"
+        ).split()
+    ),
+    "CONTRIBUTING.md",
+]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+MAX_README_LINES = 260
+SCRIPTS = flag_tables.COMMANDS.keys()
+# The first line of a block whose commands no test runs, for readers too.
+NOT_RUN = re.compile(r"# Not run by the tests: .*(downloads packages|takes [a-z ]+|needs GPUs|needs a cluster)\b.*\.")
+EXAMPLE_SCRIPT = ["cp hostfile.example hostfile", "cp train.example.sh train.sh", "bash train.sh"]
+# Flags of launchers, other tools and this repository's test scripts, which no parser of the package has.
+FOREIGN_FLAGS = set(
+    "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
+    "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
+    "--learning_rate".split()
+)
 
 
-def commands():
-    """Every command of the README's bash blocks, in order, line continuations joined."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [" ".join(shlex.join(shlex.split(line, comments=True)).split()) for line in lines if line.strip()]
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language on all pages, in reading order."""
+    return [
+        block
+        for text in TEXTS.values()
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    ]
 
 
-def script_commands():
-    """(script, its arguments) of every command that starts one of the seven scripts."""
-    found = []
-    for command in commands():
-        words = shlex.split(command)
-        script = next((word for word in words if word in PARSERS), None)
-        if script:
-            found.append((script, words[words.index(script) + 1 :]))
-    return found
+def commands() -> list[str]:
+    """Every command that is not marked as not run, once, in reading order, with continued lines joined."""
+    found = [command for block in blocks("bash") if not NOT_RUN.match(block) for command in as_commands(block)]
+    return list(dict.fromkeys(found))
 
 
-def table_rows():
-    """(flags, default or None, line) of every row of the README's flag tables."""
-    rows = []
-    for line in README.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        flags = re.findall(r"`(-[-\w]*)`", cells[0])
-        if line.startswith("| `-") and flags:
-            rows.append((flags, cells[1] if len(cells) == 3 else None, line))
-    return rows
+def as_commands(block: str) -> list[str]:
+    """The commands of a block, without comments and line continuations."""
+    lines = block.replace("\\\n", " ").splitlines()
+    found = [" ".join(shlex.join(shlex.split(line, comments=True)).split()) for line in lines]
+    return [command for command in found if command]
 
 
-def test_every_script_has_a_command():
-    assert {script for script, _ in script_commands()} == PARSERS.keys()
+def shown_outputs() -> dict[str, list[str]]:
+    """The lines that README.md shows below a command, by command."""
+    pairs = re.findall(r"^```bash\n([^`]*)```\n\n```text\n([^`]*)```", TEXTS["README.md"], flags=re.MULTILINE)
+    return {command: text.splitlines() for block, text in pairs for command in as_commands(block)}
 
 
-@pytest.mark.parametrize("script", PARSERS)
-def test_every_flag_is_in_a_table_with_its_default(script):
-    defaults = {}
-    for flags, default, _ in table_rows():
-        defaults.setdefault(frozenset(flags), []).append(default)
-    for action in PARSERS[script]().actions:
-        told = defaults.get(frozenset(action.option_strings), [])
-        if action.dest == "accumulation_steps":
-            assert told == ["`1`, SFT `8`"]
-        elif isinstance(action.default, bool) and action.nargs == 0:
-            assert set(told) == {"off"}, action.option_strings
-        elif action.option_strings and action.dest != "help":
-            assert told, action.option_strings
-            traits = dependent_flags.train_traits().get(action.dest)
-            default = traits.default if traits and traits.needs else action.default
-            assert default is None or f"`{default}`" in told, action.option_strings
+def shape(line: str) -> str:
+    """A line of output without its time, numbers and alignment; of `Answer: ...`, what precedes the dots."""
+    line = re.sub(r"^\d\d:\d\d:\d\d \| ", "", line).removesuffix("...")
+    return " ".join(re.sub(r"\d[\d,.]*%?", "#", line).split())
 
 
-def test_no_table_names_an_unknown_flag():
-    known = {option for parser in PARSERS.values() for option in parser().by_spelling}
-    assert {flag for flags, _, _ in table_rows() for flag in flags} <= known
+def script_of(command: str) -> str | None:
+    """The script or module of the package that a command starts."""
+    return next((word for word in shlex.split(command) if word in SCRIPTS), None)
+
+
+def slug(heading: str) -> str:
+    """The fragment that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def prose(text: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_is_read():
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} == {page for page in PAGES if "/" in page}
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(TEXTS["README.md"].splitlines()) <= MAX_README_LINES
+
+
+def test_every_command_is_run_or_marked():
+    assert [command for command in commands() if not script_of(command) and command not in EXAMPLE_SCRIPT] == []
+
+
+def test_every_script_has_a_command_that_is_run():
+    assert {script_of(command) for command in commands()} - {None} == set(SCRIPTS)
+
+
+def test_the_page_of_flags_is_what_the_parsers_say():
+    assert TEXTS["docs/flags.md"] == flag_tables.page(), "run python -m tests.flag_tables --output docs/flags.md"
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_every_flag_is_on_the_page_of_flags(command):
+    """By its own section, or by that of the command whose flags it shares."""
+    make_parser, base = flag_tables.COMMANDS[command]
+    text = flag_tables.section(command) + (flag_tables.section(base) if base else "")
+    spellings = {spelling for spelling in make_parser().by_spelling if spelling not in ("-h", "--help")}
+    assert {spelling for spelling in spellings if f"`{spelling}`" not in text} == set()
+
+
+def test_no_page_names_an_unknown_flag():
+    known = FOREIGN_FLAGS.union(*(make().by_spelling for make, _ in flag_tables.COMMANDS.values()))
+    for page, text in TEXTS.items():
+        named = set(re.findall(r"(?<![\w-])--[a-z]\w[\w-]*", prose(text)))
+        assert named - known == set(), page
+
+
+def test_every_link_leads_somewhere():
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+            if re.match(r"https?://", target):
+                continue
+            path, _, fragment = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), (page, target)
+            if fragment:
+                content = file.read_text(encoding="utf-8")
+                headings = {slug(heading) for heading in re.findall(r"^#+ (.*)$", content, flags=re.MULTILINE)}
+                assert fragment in headings, (page, target)
 
 
 def test_no_place_is_left_to_fill_in():
-    assert not re.findall(r"@[A-Z_]{3,}@", README)
+    for page, text in TEXTS.items():
+        assert not re.findall(r"@[A-Z_]{3,}@", text), page
 
 
-def test_the_file_map_is_the_repository():
-    for path in (ROOT / "colossal_llama2").rglob("*.py"):
-        if path.stat().st_size and path.name != "__init__.py":
-            assert path.name in README, path
+def test_the_map_names_every_folder_of_the_package_in_the_order_of_imports():
+    """docs/architecture.md has one row for each folder, and a folder imports only those of earlier rows."""
+    folders = re.findall(r"^\| `(colossal_llama2[\w/]*)/` \|", TEXTS["docs/architecture.md"], flags=re.MULTILINE)
+    files = sorted((ROOT / "colossal_llama2").rglob("*.py"))
+    assert sorted(folders) == sorted({path.parent.relative_to(ROOT).as_posix() for path in files})
+    upwards = []
+    for path in files:
+        own = path.parent.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            for folder in filter(None, map(folder_of, names)):
+                if folders.index(folder) > folders.index(own):
+                    upwards.append(f"{path.relative_to(ROOT)}:{node.lineno} imports from {folder}/")
+    assert upwards == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_files_that_developers_are_sent_to_exist(page):
+    """Paths are those of the repository, or of the package."""
+    paths = re.findall(r"`([\w/]+\.(?:py|md|sh))`", TEXTS[page])
+    found = [path for path in paths if not (ROOT / path).is_file() and not (ROOT / "colossal_llama2" / path).is_file()]
+    assert paths and found == []
+
+
+def folder_of(name: str) -> str | None:
+    """The folder of the package that the file of a dotted name lies in; None for other packages."""
+    parts = name.split(".")
+    if parts[0] != "colossal_llama2":
+        return None
+    while not ROOT.joinpath(*parts).with_suffix(".py").is_file() and not ROOT.joinpath(*parts).is_dir():
+        parts.pop()
+    is_folder = ROOT.joinpath(*parts).is_dir()
+    return "/".join(parts if is_folder else parts[:-1])
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder as the README's reader has it: the repository's scripts, a source model, text, a hostfile."""
+    """A folder as a reader has it: the repository's scripts, a source model, text, a hostfile."""
     folder = tmp_path_factory.mktemp("reader")
-    scripts = [name for name in PARSERS if name.endswith(".py")]
+    scripts = [name for name in SCRIPTS if name.endswith(".py")]
     for name in [*scripts, "colossal_llama2", "train.example.sh", "hostfile.example"]:
         os.symlink(ROOT / name, folder / name)
     tiny.make_model(folder / "llama-2-7b", tiny.make_tokenizer(folder / "tokenizer"))
@@ -112,6 +194,7 @@ def workplace(tmp_path_factory):
     write_jsonl(folder / "data" / "zh" / "a.jsonl", ({"target": f"{tiny.CHINESE}{n}" * 20} for n in range(20)))
     messages = [{"from": "human", "content": "你好"}, {"from": "assistant", "content": tiny.CHINESE}]
     write_jsonl(folder / "data" / "chat" / "a.jsonl", ({"messages": messages} for _ in range(20)))
+    (folder / "hostfile").write_text("localhost\n")
     return folder
 
 
@@ -128,38 +211,47 @@ def run(command, folder):
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert process.returncode == 0, f"{command}\n{process.stderr[-3000:]}"
-    return process.stdout
+    return process.stdout + process.stderr
 
 
+def scaled_down(command: str) -> str:
+    """A command for this machine: 2 processes or ranks in place of 8 or 64, and a short answer."""
+    command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
+    return command.replace("--num_ranks 64", "--num_ranks 2").replace("--max_new_tokens 512", "--max_new_tokens 8")
+
+
+@pytest.mark.slow
 def test_the_pipeline_runs_as_it_is_written(workplace):
-    """Only the number of processes changes, from 8 to 2, and the answer's length."""
-    (workplace / "hostfile").write_text("localhost\n")
-    outputs = {}
+    """Only the number of processes and the answer's length change. What README.md shows is what is printed."""
+    outputs, shown = {}, shown_outputs()
     for command in commands():
-        words = shlex.split(command)
-        script = next((word for word in words if word in PARSERS), None)
+        script = script_of(command)
         if script:
-            command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
-            outputs[script] = run(command.replace("--max_new_tokens 512", "--max_new_tokens 8"), workplace)
-    assert outputs["init_tokenizer.py"].splitlines()[-1].startswith("asked 4, added ")
+            output = run(scaled_down(command), workplace)
+            outputs[script] = outputs.get(script, "") + output
+            printed = "\n".join(map(shape, output.replace("\r", "\n").splitlines()))
+            missing = [line for line in shown.pop(command, ()) if shape(line) not in printed]
+            assert not missing, f"{command}\n{output}"
+    assert not shown
+    assert "asked 4, added " in outputs["init_tokenizer.py"]
     assert (workplace / "mined_tokens.jsonl").is_file()
     assert "tokenizer-zh" in outputs["colossal_llama2.tokenizer.compare"]
     assert "tokens per bin" in outputs["prepare_pretrain_dataset.py"]
     assert "trained | " in outputs["colossal_llama2.dataset.inspect_data"]
     assert (workplace / "charts" / "categories.png").is_file()
+    assert not (workplace / "planned").exists()
     assert "all as they were written" in outputs["colossal_llama2.train.verify"]
     assert (workplace / "checkpoint_dir_sft" / "modeling" / "tokenizer.model").is_file()
     assert "Answer:" in outputs["inference_example.py"]
 
 
+@pytest.mark.slow
 def test_the_example_script_runs_here_as_it_is(workplace):
     """cp, bash train.sh: on two processes of this machine, by the real launcher."""
-    for command in ("cp hostfile.example hostfile", "cp train.example.sh train.sh", "bash train.sh"):
-        assert command in commands()
-    run("cp train.example.sh train.sh && echo localhost > hostfile", workplace)
+    run(f"{EXAMPLE_SCRIPT[1]} && echo localhost > hostfile", workplace)
     dataset = "spliced_tokenized_output_arrow/part-00000 spliced_tokenized_output_arrow/part-00001"
     settings = f"NPROC_PER_NODE=2 MASTER_PORT={free_port()} DATASET='{dataset}'"
-    run(f"{settings} bash train.sh --micro_batch_size 1 --max_length 4096", workplace)
+    run(f"{settings} {EXAMPLE_SCRIPT[2]} --micro_batch_size 1 --max_length 4096", workplace)
     (run_folder,) = (workplace / "runs" / "checkpoints").iterdir()
     assert (run_folder / "modeling" / "config.json").is_file()
     assert json.loads(next((workplace / "runs" / "configs").iterdir()).read_text())["warmup_steps"] == 100

@@ -19,29 +19,26 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.token_counts import SourceRead
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.storage.files import write_json
-from colossal_llama2.train import checks
 from colossal_llama2.train.report import loss_plot, model_card, run_report, train_log
 from colossal_llama2.train.report.metric_writers import TensorBoardWriter
 from colossal_llama2.train.report.reporter import Reporter, scalars
+from colossal_llama2.train.run_folder.run_folder import RunFolder
+from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
-from tests import launching, tiny
+from tests import launching, layouts, tiny
 
 LENGTH, STEPS, BATCH = 64, 4, 4
 GROUPS = [("en", "ref"), ("en", "web"), ("zh", "news")]
-ZERO2 = ["--plugin", "zero2", "--mixed_precision", "fp32"]
-THREE_D = ["--plugin", "3d", "--mixed_precision", "fp32", "--zero", "0"]
-BF16 = ["--mixed_precision", "bf16"]
-TP2 = ["--tp", "2", "--micro_batch_size", BATCH]
-SPLIT = ["--enable_sequence_parallelism", "--micro_batch_size", BATCH]
+ZERO2 = layouts.flags("fp32 zero2")
 # Two ranks each; a step has BATCH samples.
 RUNS: dict[str, list] = {
-    "zero2": [*ZERO2, "--micro_batch_size", 1, "--accumulation_steps", 2, "--save_interval", 2],
-    "gemini": ["--plugin", "gemini", *BF16],
-    "3d_tp2": [*THREE_D, *TP2],
-    "3d_all_to_all": [*THREE_D, *SPLIT, "--sp_mode", "all_to_all", "--sp", "2"],
+    "zero2": layouts.flags("fp32 zero2", "--save_interval", 2, batch=BATCH, accumulation_steps=2),
+    "gemini": layouts.flags("bf16 gemini", batch=BATCH),
+    "3d_tp2": layouts.flags("fp32 3d tp2", batch=BATCH),
+    "3d_all_to_all": layouts.flags("fp32 3d sp2 all_to_all", batch=BATCH),
 }
 # A model that init_model.py extended, and what is trained of it, one run after the other; a step has BATCH samples.
 CHAIN = {
@@ -84,13 +81,13 @@ CHAIN = {
         2,
     ],
 }
-UNTOLD = {"3d_pp2": [*THREE_D, "--pp", "2", "--micro_batch_size", BATCH]}
+UNTOLD = {"3d_pp2": layouts.flags("fp32 3d pp2", batch=BATCH)}
 
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory, tokenizer_dir) -> str:
     """Samples of one to three documents of two sources; one document is masked, some samples are padded."""
-    documents = iter(Encoder(tokenizer_dir).encode(tiny.english_documents()[:200]))
+    documents = iter(load_encoder(tokenizer_dir).encode(tiny.english_documents()[:200]))
     chance = random.Random(0)
     names = ["input_ids", "labels", "sequence_lengths", "document_sources", "document_categories"]
     rows: dict[str, list] = {name: [] for name in names}
@@ -317,7 +314,7 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     assert "Asked for: `zh=0.8 b=0.2`." in text and "What was there" in text and "One epoch" not in text
     assert "| zh | 9 | 18 | 2.00 | 2,400 | 80.0% |\n| b | 4 | 3 | 0.75 | 600 | 20.0% |\n" in text
     assert "| all | 13 | 21 |  | 3,000 | 100.0% |" in text
-    names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end", "eval_interval")
+    names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end")
     assert told == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
     assert "| b\\|d | x | 2 | 20 | 66.7% |\n| b\\|d | no category | 1 | 10 | 33.3% |" in text
@@ -346,7 +343,7 @@ def test_what_a_run_writes_can_be_loaded(jobs, tmp_path, name):
     words = ["--load_config", str(home / "config.json"), "--save_dir", str(tmp_path / "new")]
     again = train_flags.train_parser().parse_args(words)
     again.num_ranks, again.dry_run = 2, True
-    assert checks.check_inputs(again).resume_path is None
+    assert resolve(again).source.checkpoint is None
     assert (again.lr, again.plugin, again.eval_dataset) == (1e-3, name.split("_")[0], None)
 
 
@@ -362,7 +359,7 @@ def test_run_folder_and_settings(jobs):
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
+    report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.json", "settings.json", "train_log.jsonl"]
     assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs matplotlib" in message]
@@ -377,13 +374,13 @@ def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
     with open(tmp_path / "train_log.jsonl", "ab") as file:
         file.write(b'{"step": 6, "lo')
     assert [record["loss"] for record in train_log.read(tmp_path / "train_log.jsonl")] == [1.0, None, 1.0, 1.0, 1.0]
-    path = train_log.begin(str(tmp_path), last_step=3, resumed_from=str(tmp_path / "epoch-0_step-3"))
+    path = train_log.begin(RunFolder(tmp_path), last_step=3, resumed_from=str(tmp_path / "epoch-0_step-3"))
     assert [record["step"] for record in train_log.read(path)] == [1, 2, 3] and path.read_bytes().endswith(b"}\n")
     assert "3 lines after step 3 are cut away" in caplog.text
     assert [child.name for child in tmp_path.iterdir()] == ["train_log.jsonl"]
     # A run that died before its first checkpoint leaves evaluations of step 0.
     train_log.TrainLog(path).write({"step": 0, "evaluation": {}})
-    assert train_log.begin(str(tmp_path), last_step=0).read_bytes() == b""
+    assert train_log.begin(RunFolder(tmp_path), last_step=0).read_bytes() == b""
     assert "4 lines of an earlier run" in caplog.text
 
 
@@ -423,7 +420,7 @@ def test_a_new_run_replaces_what_one_before_it_has_shown(tmp_path):
 def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setattr(loss_plot, "RAW", "no colour")
-    report = run_report.RunReport(str(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
+    report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert report.card(tokens_seen=1, read=list) is None
     assert [text.split(": ")[1].split(" (")[0] for text in caplog.messages] == [

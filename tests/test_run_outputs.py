@@ -13,6 +13,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage import files
 from colossal_llama2.train.report import run_report, train_log
 from colossal_llama2.train.run_folder import run_outputs
+from colossal_llama2.train.run_folder.run_folder import RunFolder
 from tests.test_checkpoint import bare_checkpoint
 
 EVENTS = "events.out.tfevents.1.host.2.0"
@@ -32,9 +33,10 @@ def settings(save_dir):
 def begin(save_dir, *, config="config_file", events="logs_dir"):
     """What a run does at its beginning; returns the names that it writes to."""
     Path(save_dir).mkdir(exist_ok=True)
-    run_outputs.check_places(save_dir, events, config)
-    path = run_outputs.write_settings(config, settings(save_dir), save_dir=save_dir)
-    folder = run_outputs.claim_events_folder(events, save_dir=save_dir)
+    run_folder = RunFolder(Path(save_dir))
+    run_outputs.check_places(run_folder, events, config)
+    path = run_outputs.write_settings(config, settings(save_dir), run_folder=run_folder)
+    folder = run_outputs.claim_events_folder(events, run_folder=run_folder)
     (folder / EVENTS).touch()
     return str(path), str(folder)
 
@@ -82,15 +84,16 @@ def test_the_report_keeps_the_id(here):
     begin("run")
     run_id = json.loads(Path("run/settings.json").read_text())["run_id"]
     Path("run", "train_log.jsonl").touch()
-    run_report.RunReport("run", settings("run"), {}, None, "llama").write_files()
-    assert json.loads(Path("run/settings.json").read_text())["run_id"] == run_id == run_outputs.identify("run")
+    folder = RunFolder(Path("run"))
+    run_report.RunReport(folder, settings("run"), {}, None, "llama").write_files()
+    assert json.loads(folder.settings.read_text())["run_id"] == run_id == run_outputs.identify(folder)
 
 
 def test_its_own_settings_are_read_back(here):
     """The id is no flag."""
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d"])
     path = run_outputs.write_settings(
-        "config_file", {**dependent_flags.used_flags(args), "versions": {}}, save_dir=str(here)
+        "config_file", {**dependent_flags.used_flags(args), "versions": {}}, run_folder=RunFolder(here)
     )
     again = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", "--load_config", str(path)])
     assert again.save_dir == args.save_dir
@@ -147,12 +150,12 @@ def test_a_place_that_cannot_be_is_found_at_the_start(here):
         before = before or sorted(here.rglob("*"))
         places = {"--save_dir": "save", "--tensorboard_dir": "tb", "--config_file": "config", flag: str(path)}
         with pytest.raises(UserError) as error:
-            run_outputs.check_places(*places.values())
+            run_outputs.check_places(RunFolder(Path(places.pop("--save_dir"))), *places.values())
         assert words in str(error.value) and str(path) in str(error.value), error.value
     assert sorted(here.rglob("*")) == before
     (here / "empty").touch()
-    run_outputs.check_places("save", "tb", "empty")
-    run_outputs.check_places("folder", "folder", "folder/new.json")
+    run_outputs.check_places(RunFolder(Path("save")), "tb", "empty")
+    run_outputs.check_places(RunFolder(Path("folder")), "folder", "folder/new.json")
 
 
 # Files.
@@ -194,7 +197,8 @@ def test_the_log_is_appended_to_no_other_file(tmp_path):
         target.write_bytes(line)
         folder.mkdir()
         plant(target, folder / "train_log.jsonl")
-        log = train_log.TrainLog(train_log.begin(str(folder), last_step=1, resumed_from=str(folder / "epoch-0_step-1")))
+        resumed_from = str(folder / "epoch-0_step-1")
+        log = train_log.TrainLog(train_log.begin(RunFolder(folder), last_step=1, resumed_from=resumed_from))
         log.write({"step": 2})
         log.close()
         assert target.read_bytes() == line and (folder / "train_log.jsonl").read_bytes().startswith(line + b'{"step":2')

@@ -18,9 +18,10 @@ from colossal_llama2.train.run_folder import run_lock
 HOLDER = """
 import sys
 from colossal_llama2.errors import UserError
+from pathlib import Path
 from colossal_llama2.train.run_folder import run_lock
 try:
-    with run_lock.locked(sys.argv[1]):
+    with run_lock.locked(Path(sys.argv[1])):
         print("won", flush=True)
         sys.stdin.read()
 except UserError as error:
@@ -68,7 +69,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
-    ending = HOLDER.replace("sys.stdin.read()", "save_folder.say_ending(); print('ends', flush=True); sys.stdin.read()")
+    ending = HOLDER.replace("sys.stdin.read()", "run_lock.say_ending(); print('ends', flush=True); sys.stdin.read()")
     process = subprocess.Popen(
         [sys.executable, "-c", ending, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -137,8 +138,9 @@ def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path, monkeypatc
 
 def test_the_lock_is_taken_before_torch_is_imported(tmp_path, run_script):
     code = (
-        "import sys; from colossal_llama2.train import run; from colossal_llama2.train.run_folder import run_lock\n"
-        f"with run_lock.locked({str(tmp_path)!r}): print('torch' in sys.modules)"
+        "import sys; from pathlib import Path; from colossal_llama2.train import run\n"
+        "from colossal_llama2.train.run_folder import run_lock\n"
+        f"with run_lock.locked(Path({str(tmp_path)!r})): print('torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert process.stdout == "False\n", process.stderr

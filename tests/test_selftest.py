@@ -1,27 +1,21 @@
 """The self-test of training: it passes where training is right, and says so where it is not."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from colossal_llama2.train import plain_loop, selftest
-from tests.conftest import ROOT
-
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+from tests import fork_server
 
 
 def run(tmp_path, *flags, code=None):
-    command = [*COMMAND, "-m", "colossal_llama2.train.selftest"]
+    command = ["-m", "colossal_llama2.train.selftest"]
     if code is not None:
         (tmp_path / "changed.py").write_text(code)
-        command = [*COMMAND, str(tmp_path / "changed.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": str(ROOT)}
-    command += ["--work_dir", str(tmp_path / "work"), "--steps", "4", *flags]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        command = [tmp_path / "changed.py"]
+    command += ["--work_dir", tmp_path / "work", "--steps", "4", *flags]
+    return fork_server.run(command, ranks=2, cwd=tmp_path, timeout=600)
 
 
+@pytest.mark.slow
 def test_training_is_proven_and_nothing_is_left(tmp_path):
     flags = ["--plugin", "3d", "--tp", "2", "--zero", "0", "--mixed_precision", "fp32", "--accumulation_steps", "2"]
     done = run(tmp_path, *flags)
@@ -33,13 +27,14 @@ def test_training_is_proven_and_nothing_is_left(tmp_path):
 # Clipping that is lost, as ColossalAI's is under Gemini in bf16 on a CPU.
 BROKEN = """
 from colossal_llama2.train import selftest
-from colossal_llama2.train.settings import flags
-settings = flags.engine_settings
-flags.engine_settings = lambda *args, **keys: __import__("dataclasses").replace(settings(*args, **keys), max_norm=0.0)
+from colossal_llama2.train.settings import from_flags
+settings = from_flags.engine_settings
+from_flags.engine_settings = lambda args: __import__("dataclasses").replace(settings(args), max_norm=0.0)
 selftest.main()
 """
 
 
+@pytest.mark.slow
 def test_a_fault_of_training_is_found(tmp_path):
     done = run(tmp_path, "--plugin", "zero2", "--mixed_precision", "fp32", "--gradient_clipping", "0.1", code=BROKEN)
     assert done.returncode != 0 and "final weights, norm of the difference" in done.stderr
@@ -47,10 +42,10 @@ def test_a_fault_of_training_is_found(tmp_path):
     assert (tmp_path / "work" / "whole").is_dir()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_refused(tmp_path, assert_user_error):
     def alone(*flags):
-        command = [sys.executable, "-m", "colossal_llama2.train.selftest", *flags]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        return fork_server.run(["-m", "colossal_llama2.train.selftest", *flags])
 
     assert_user_error(alone("--work_dir", str(tmp_path)), f"--work_dir {tmp_path} exists already")
     assert_user_error(alone("--mixed_precision", "fp16", "--work_dir", str(tmp_path / "a")), "fp16 is not compared")

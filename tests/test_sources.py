@@ -58,7 +58,7 @@ def test_one_name_for_two_folders(tmp_path):
     given = [str(tmp_path / part) for part in ("zh/arrow", "en/arrow")]
     names = [part.source for part in resolve_parts(given)]
     assert names == ["zh/arrow", "zh/arrow", "en/arrow"]
-    with pytest.raises(UserError, match=r"two sources are called arrow.*NAME="):
+    with pytest.raises(UserError, match=r"two sources have the name arrow.*NAME="):
         resolve_data(given, bucketed=True)
     # What has a name already cannot get another's.
     with pytest.raises(UserError, match="called arrow"):
@@ -81,7 +81,7 @@ def test_every_mistake_is_told_at_once(tmp_path):
     told = str(error.value).split("; and ")
     assert "part-00001 is missing (1 of the 2" in told[0]
     assert "not a prepared part-* folder" in told[1] and "prepare_pretrain_dataset.py" in told[1]
-    assert "part-00000 in it is no whole part-* folder" in told[2]
+    assert "part-00000 in it is not a complete part-* folder" in told[2]
     assert "--dataset zh=nowhere: no such folder" in told[3] and "NAME=PATH" in told[3]
     with pytest.raises(UserError, match="^--dataset arrow/part-00000: no such folder; give part-"):
         # One "/" alone makes it no name on a hub, which has no prepared data.

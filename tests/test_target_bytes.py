@@ -9,7 +9,7 @@ import sentencepiece
 
 from colossal_llama2.dataset.read import eval_sets
 from colossal_llama2.dataset.write import prepare
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from tests import bits_per_byte, tiny
 from tests.preparing import manifest, read_jsonl, settings, write_lines
@@ -54,7 +54,7 @@ def test_bytes_are_those_of_the_text_under_any_normalizer(normalizer, byte_fallb
         minloglevel=2,
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    encoder = Encoder(tmp_path)
+    encoder = load_encoder(tmp_path)
     for text in MIXED + ODD:
         for dummy_prefix in (True, False):
             (ids,) = encoder.encode([text], dummy_prefix=dummy_prefix)

@@ -7,17 +7,11 @@ from hypothesis import strategies as st
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus.conversation import SYSTEM_TEXT
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.write import tokenization
-from colossal_llama2.dataset.write.tokenization import (
-    PretrainRow,
-    decode_marked,
-    decode_trained,
-    read_pretrain_row,
-    read_sft_row,
-    tokenize_pretrain,
-    tokenize_sft,
-)
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.write import records, tokenization
+from colossal_llama2.dataset.write.records import PretrainRow, read_pretrain_row, read_sft_row
+from colossal_llama2.dataset.write.tokenization import decode_marked, decode_trained, tokenize_pretrain, tokenize_sft
+from colossal_llama2.encoding.registry import load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.storage.row_errors import RowError
 
 BOS, EOS = 1, 2
@@ -26,8 +20,8 @@ ROLES = st.sampled_from(["human", "user", "assistant", "gpt"])
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir)
+def encoder(tokenizer_dir) -> SentencePieceEncoder:
+    return load_encoder(tokenizer_dir)
 
 
 def pretrain(encoder, **row):
@@ -85,8 +79,8 @@ def test_pretrain_properties(encoder, source, target):
         (read_pretrain_row, {"target": float("nan")}, '"target" is missing'),
         (read_pretrain_row, {"messages": [{"role": "user"}]}, "this looks like SFT data: use prepare_sft_dataset.py"),
         (read_pretrain_row, {"target": None, "instruction": "a"}, "this looks like SFT data"),
-        (tokenization.read_pretrain_document, {"text": ""}, '"text" is empty'),
-        (tokenization.read_pretrain_document, {"target": "", "text": "a"}, '"target" is empty'),
+        (records.read_pretrain_document, {"text": ""}, '"text" is empty'),
+        (records.read_pretrain_document, {"target": "", "text": "a"}, '"target" is empty'),
         (read_pretrain_row, {"target": "a", "source": 3}, '"source" must be a string'),
         (read_pretrain_row, {"target": "a", "category": ["x"]}, '"category" must be a string'),
         (read_sft_row, {"target": "a"}, '"messages" is missing'),
@@ -111,7 +105,7 @@ def test_text_is_read_where_target_is_absent():
     assert read_pretrain_row({"text": "a", "source": "s"}) == read_pretrain_row({"target": "a", "source": "s"})
     assert read_pretrain_row({"target": None, "text": "a"}) == read_pretrain_row({"target": "a", "text": []})
     both = read_pretrain_row({"text": "b", "target": "a"})
-    assert (both.target, both.notes) == ("a", (tokenization.BOTH_TEXTS,))
+    assert (both.target, both.notes) == ("a", (records.BOTH_TEXTS,))
 
 
 @pytest.mark.parametrize("value, text", [(7, "7"), (-7, "-7"), (1.5, "1.5"), (True, "true"), (0, "0"), ("", "")])
@@ -128,7 +122,7 @@ def test_a_document_that_a_mark_masks_is_dropped(encoder):
     assert pretrain(encoder, target="a", weight=1) == pretrain(encoder, target="a")
     # A field of another meaning, as documents may have it.
     other = read_pretrain_row({"target": "a", "weight": 0.7})
-    assert not other.is_masked and other.notes == (tokenization.OTHER_MARKS,)
+    assert not other.is_masked and other.notes == (records.OTHER_MARKS,)
 
 
 def test_sft_ids_and_mask(encoder):

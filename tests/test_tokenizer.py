@@ -1,4 +1,4 @@
-"""Encoder, load_tokenizer and fingerprint: what data preparation and training build on."""
+"""load_encoder, load_tokenizer and fingerprint: what data preparation and training build on."""
 
 import hashlib
 import io
@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from colossal_llama2.encoding.encoder import Encoder, fingerprint, load_tokenizer
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.errors import UserError
 from tests.conftest import ROOT
 from tests.tiny import CHINESE, english_documents
@@ -17,7 +18,7 @@ from tests.tiny import CHINESE, english_documents
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer_dir):
-    return Encoder(tokenizer_dir)
+    return load_encoder(tokenizer_dir)
 
 
 def _train_model(**settings) -> bytes:
@@ -66,7 +67,7 @@ def test_encoder_pickles_as_its_path(encoder):
 
 def test_encoder_needs_no_transformers(tokenizer_dir):
     code = (
-        "import sys; from colossal_llama2.encoding.encoder import Encoder; Encoder(sys.argv[1]); "
+        "import sys; from colossal_llama2.encoding.registry import load_encoder; load_encoder(sys.argv[1]); "
         "assert not {'transformers', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tokenizer_dir)], cwd=ROOT, check=True)
@@ -85,15 +86,15 @@ def test_encoder_refuses_a_folder_without_a_model(tmp_path, content, words):
     if content is not None:
         (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match=words):
-        Encoder(tmp_path)
+        load_encoder(tmp_path)
 
 
 def test_encoder_refuses_what_is_no_folder_and_a_model_without_markers(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
-        Encoder(tmp_path / "missing")
+        load_encoder(tmp_path / "missing")
     (tmp_path / "tokenizer.model").write_bytes(_train_model(model_type="bpe", bos_id=-1))
     with pytest.raises(UserError, match="no <s> or no </s>"):
-        Encoder(tmp_path)
+        load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("pad_token, pad_id", [("unk", 0), ("eos", 2)])

@@ -12,10 +12,10 @@ import pytest
 from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import start
-from colossal_llama2.train.run_folder import checkpoint_files, run_lock
+from colossal_llama2.train.run_folder import file_names, run_lock
 from tests import tiny
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -26,7 +26,7 @@ PLACES = ("save_dir", "tensorboard_dir", "config_file")
 
 @pytest.fixture(scope="module")
 def part(tmp_path_factory, tokenizer_dir):
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
     folder = tmp_path_factory.mktemp("prepared") / "part-00000"
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder)
@@ -44,6 +44,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 
 
+@pytest.mark.slow
 def test_one_process_without_a_launcher(run_script, flags, tmp_path):
     process = run_script(
         "train.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32", "-w", "0.01", "-s", "2", env=environment()
@@ -55,6 +56,7 @@ def test_one_process_without_a_launcher(run_script, flags, tmp_path):
     assert json.loads((tmp_path / "config_file").read_text())["weight_decay"] == 0.01
 
 
+@pytest.mark.slow
 def test_the_readme_s_launcher(flags, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost\n")
@@ -98,8 +100,8 @@ def test_the_readme_s_launcher(flags, tmp_path):
         (["--save_intervall", "3"], ["--save_interval?"]),
     ],
 )
-def test_mistakes_end_in_one_line(run_script, assert_user_error, flags, tmp_path, change, words):
-    process = run_script(
+def test_mistakes_end_in_one_line(run_forked, assert_user_error, flags, tmp_path, change, words):
+    process = run_forked(
         "train.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32", *change, env=environment(), cwd=tmp_path
     )
     errors = [line for line in process.stderr.splitlines() if "error:" in line]
@@ -115,12 +117,12 @@ def instead(flags, value, other):
     return [other if word == value else word for word in flags]
 
 
-def test_data_of_another_tokenizer_is_refused_before_anything(run_script, assert_user_error, flags, tmp_path, part):
+def test_data_of_another_tokenizer_is_refused_before_anything(run_forked, assert_user_error, flags, tmp_path, part):
     prepared = shutil.copytree(part.parent, tmp_path / "prepared")
     content = {"settings": {"stage": "pretrain"}, "tokenizer": {"sha256": "ab" * 32}, "bins": []}
     (prepared / "manifest.json").write_text(json.dumps(content))
     flags = instead(flags, str(part), str(prepared / "part-00000"))
-    process = run_script("train.py", *flags, "--plugin", "zero2")
+    process = run_forked("train.py", *flags, "--plugin", "zero2")
     assert_user_error(process, "part-00000: prepared with another tokenizer", "abababababab", "--tokenizer_dir")
 
 
@@ -142,18 +144,18 @@ def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_pat
         check_parts_fit(list(parts.values()), stage=other, tokenizer_dir=str(model_dir))
         (message,) = caplog.messages
         assert message.startswith(f"--dataset {parts[stage]}: made by prepare_{stage}_dataset.py")
-        assert f"but this is {script} (1 of 2 folders); unless you mix them on purpose, stop and run train" in message
+        assert f"but this is {script} (1 of 2 folders); unless this mix is intended, stop and run train" in message
 
 
-def test_several_mistakes_are_told_at_once(run_script, assert_user_error, flags, part):
+def test_several_mistakes_are_told_at_once(run_forked, assert_user_error, flags, part):
     flags = instead(flags, str(part), "elsewhere")
-    process = run_script("train.py", *flags, "--pretrained", "nowhere", "--tp", "3")
+    process = run_forked("train.py", *flags, "--pretrained", "nowhere", "--tp", "3")
     assert_user_error(process, "nowhere", "elsewhere", "--tp 3")
 
 
-def test_a_used_save_dir_is_refused(run_script, assert_user_error, flags, tmp_path):
+def test_a_used_save_dir_is_refused(run_forked, assert_user_error, flags, tmp_path):
     (tmp_path / "save_dir" / "epoch-0_step-5").mkdir(parents=True)
-    process = run_script("train.py", *flags, "--plugin", "zero2")
+    process = run_forked("train.py", *flags, "--plugin", "zero2")
     assert_user_error(process, "already holds epoch-0_step-5", "give a new folder")
 
 
@@ -172,17 +174,18 @@ def test_a_folder_that_was_written_to_between_check_and_lock_is_refused(flags, t
     assert other.is_dir() and not other.with_name(".lock").exists()
 
 
-def test_flags_that_would_change_nothing_are_refused_at_once(run_script, assert_user_error, flags):
+def test_flags_that_would_change_nothing_are_refused_at_once(run_forked, assert_user_error, flags):
     unused = {"zero": 1, "microbatch_size": 1, "sp_mode": "ring", "neft_alpha": 5.0, "num_samples": 9, "keep_every": 2}
     words = [word for name, value in unused.items() for word in (f"--{name}", str(value))]
-    process = run_script("train_sft.py", *flags, "--plugin", "zero2", *words)
+    process = run_forked("train_sft.py", *flags, "--plugin", "zero2", *words)
     assert_user_error(process, *(f"--{name} {value} needs --" for name, value in unused.items()))
     loading = ["--load_checkpoint", "somewhere", "--resume", "auto"]
-    process = run_script("train.py", *flags, "--plugin", "3d", "--zero", "0", "--benchmark", *loading)
+    process = run_forked("train.py", *flags, "--plugin", "3d", "--zero", "0", "--benchmark", *loading)
     assert_user_error(process, "--load_checkpoint somewhere is not for --benchmark", "--resume auto is not for")
     assert "--zero" not in process.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_path):
     """`ulimit -f` (in blocks of 1024 bytes) stands for the disk: the model fits, the optimizer's state does not."""
     command = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", sys.executable, str(ROOT / "train.py"), *flags]
@@ -193,4 +196,4 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_p
     assert "cannot be written" in process.stderr and "Traceback" not in process.stderr
     # What the steps have shown stays.
     left = {path.name for path in (tmp_path / "save_dir").iterdir()}
-    assert left == {"plan.json", checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}
+    assert left == {"plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES}

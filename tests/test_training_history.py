@@ -133,6 +133,7 @@ anything = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([*STAGE]), anything)
 def test_a_card_can_be_made_of_all_that_is_accepted(tmp_path_factory, name, value):

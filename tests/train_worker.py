@@ -1,22 +1,21 @@
-"""One rank of a test job: runs many training commands in one process group, since a launch costs seconds.
+"""One rank of a training command of a test, with changes and observations that no flag offers.
 
-    torchrun --standalone --nproc_per_node 2 tests/train_worker.py JOBS.json
+    torchrun --standalone --nproc_per_node 2 tests/train_worker.py NAME.job
 
-JOBS.json is a list of jobs. Each is parsed and run as its script would; rank 0 writes <name>.json with "error" (null,
-or the message of a UserError, RunError or Stopped), perhaps "first_moment_norm", and what `noting_steps` notes.
+NAME.job is JSON. The command is parsed and run as its script would; rank 0 writes <name>.json with "error" (null, or
+the message of a UserError, RunError or Stopped), and what `noting_first_step` and the others below note.
 A job has "name", "script", "flags", and may have
-    moments             true: note the norm of Adam's first moment after step 1, and what steps do
+    moments             true: note the first step, with `noting_first_step`
     noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
     initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
-    unrepaired          names of FAULTS to put back, and of other repairs to leave out
+    unrepaired          names of repairs to leave out
     signal_at           rank 1 gets a SIGTERM when it has collated so many batches of evaluations; "after" tells how
                         many it collated then
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -32,47 +31,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import launcher, logs
 from colossal_llama2.cli import train_flags
-from colossal_llama2.engine import engine as engine_module
 from colossal_llama2.engine import loss_scale
-from colossal_llama2.engine.engine import Engine, launch, leave
-from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.engine import Engine
+from colossal_llama2.engine.patches import bug_fixes, patching
+from colossal_llama2.engine.plugins import Gemini
+from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, Stopped, UserError
 from colossal_llama2.model.neftune import EmbeddingNoise
-from colossal_llama2.train import checks, run
+from colossal_llama2.train import run
 from colossal_llama2.train.evaluation import evaluator
+from colossal_llama2.train.settings import flag_problems
+from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
-# Repairs that replace a function of ColossalAI, and which.
-FAULTS = {
-    "ring_weight_gradients": ("colossalai.shardformer.layer._operation", "_ring_as_gather"),
-    "loss_in_float32": ("colossalai.shardformer.modeling.llama", "dist_cross_entropy"),
+# Repairs that replace an attribute of ColossalAI, and which.
+REPLACED = {
+    "ring_weight_gradients": "colossalai.shardformer.layer._operation:_ring_as_gather",
+    "loss_in_float32": "colossalai.shardformer.modeling.llama:dist_cross_entropy",
+    "sum_split_biases": "colossalai.shardformer.layer.linear:Linear1D_Row.__init__",
 }
-# Repairs that wrap a method of ColossalAI, and which.
-WRAPPED = {"sum_split_biases": ("colossalai.shardformer.layer.linear", "Linear1D_Row", "__init__")}
-originals = {}
-install_repairs = bug_fixes.install
-
-
-def repair_and_remember() -> None:
-    """Install the repairs, and keep what they replace in `originals`."""
-    for name, (module, attribute) in FAULTS.items():
-        originals[name] = getattr(importlib.import_module(module), attribute)
-    install_repairs()
 
 
 def without_repair(name: str) -> contextlib.AbstractContextManager:
     """Within it, ColossalAI is as it is: its own function is back, or what is made of it is left alone."""
-    if name in WRAPPED:
-        module, owner, method = WRAPPED[name]
-        owner = getattr(importlib.import_module(module), owner)
-        return mock.patch.object(owner, method, getattr(owner, method).__wrapped__)
-    if name not in FAULTS:
-        # What is left of a repair that surrounds something is a context that does nothing.
-        return mock.patch.object(bug_fixes, name, lambda *args: contextlib.nullcontext())
-    module, attribute = FAULTS[name]
-    return mock.patch.object(importlib.import_module(module), attribute, originals[name])
+    if name in REPLACED:
+        return patching.replaced({REPLACED[name]: patching.original_of(REPLACED[name])})
+    # What is left of a repair that surrounds something is a context that does nothing.
+    return mock.patch.object(bug_fixes, name, lambda *args: contextlib.nullcontext())
 
 
 def first_moments(engine: Engine) -> float:
@@ -103,22 +90,6 @@ def chunks_kept_whole(engine: Engine) -> list[bool] | None:
     return [chunk.keep_gathered for group in manager.chunk_groups.values() for chunk in group]
 
 
-def sends_gradients(engine: Engine) -> bool | None:
-    """Whether backward exchanges gradients now: by what DistributedDataParallel, or ZeRO under 3d, goes by."""
-    if engine.settings.plugin != "3d":
-        return None
-    if engine.settings.zero_stage > 0:
-        return engine.optimizer.require_grad_sync
-    return getattr(engine.model.module, "require_backward_grad_sync", None)
-
-
-def room_figures(engine: Engine) -> list[list[float]] | None:
-    """By what figures each rank places Gemini's chunks; None where they are not placed by figures."""
-    manager = getattr(engine.model, "gemini_manager", None)
-    collector = manager and manager._mem_stats_collector
-    return collector and collectives.gather_values(list(map(float, collector._memstats.non_model_data_list("cuda"))))
-
-
 def buffers_error(engine: Engine) -> float:
     """The largest relative error of the model's floating buffers, by those of a new model of the same config."""
     import torch
@@ -137,50 +108,22 @@ def buffers_error(engine: Engine) -> float:
 
 
 @contextlib.contextmanager
-def noting_steps(into: dict) -> Iterator[None]:
-    """Within it, the first step notes Adam's first moment, and steps what they do.
-
-    "buffers_error" see that function
-    "chunks"        of Gemini: for each, whether every rank keeps all of it
-    "figures"       of Gemini with automatic placement: `room_figures`
-    "gathers"       of Gemini: how often the second step gathers a chunk, and how often of that ahead of its use
-    "exchanges"     of 3d: for each micro batch of the first step, whether gradients are exchanged
-    """
-    from colossalai.zero.gemini.chunk import ChunkManager
-
-    step, backward, access_chunk = Engine.step, Engine.backward, ChunkManager.access_chunk
-    steps = gathers = ahead = 0
+def noting_first_step(into: dict) -> Iterator[None]:
+    """Within it, the first step notes "first_moment_norm", "chunks" and "buffers_error": see the functions above."""
+    step = Engine.step
 
     def noting_step(engine, **kwargs):
-        nonlocal steps, gathers, ahead
         norm = step(engine, **kwargs)
-        steps += 1
-        if steps == 1:
+        if "first_moment_norm" not in into:
             into.update(
                 first_moment_norm=first_moments(engine),
                 chunks=chunks_kept_whole(engine),
-                figures=room_figures(engine),
                 buffers_error=buffers_error(engine),
             )
-        if steps == 2:
-            into["gathers"] = [gathers, ahead]
-        gathers = ahead = 0
         return norm
 
-    def noting_backward(engine, loss):
-        if steps == 0:
-            into.setdefault("exchanges", []).append(sends_gradients(engine))
-        backward(engine, loss)
-
-    def noting_access(manager, chunk, async_access=False):
-        nonlocal gathers, ahead
-        gathers += chunk not in manager.accessed_chunks
-        ahead += async_access
-        return access_chunk(manager, chunk, async_access)
-
-    with mock.patch.object(Engine, "step", noting_step), mock.patch.object(Engine, "backward", noting_backward):
-        with mock.patch.object(ChunkManager, "access_chunk", noting_access):
-            yield
+    with mock.patch.object(Engine, "step", noting_step):
+        yield
 
 
 @contextlib.contextmanager
@@ -203,8 +146,8 @@ def noting_noise(into: dict) -> Iterator[None]:
 
 def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
     """Within it, Gemini is built with these arguments too."""
-    build = engine_module.gemini_arguments
-    return mock.patch.object(engine_module, "gemini_arguments", lambda *args, **keys: {**build(*args, **keys), **extra})
+    build = Gemini.arguments
+    return mock.patch.object(Gemini, "arguments", lambda self, **keys: {**build(self, **keys), **extra})
 
 
 @contextlib.contextmanager
@@ -234,7 +177,7 @@ def run_job(job: dict) -> dict:
     with contextlib.ExitStack() as changes:
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
-            changes.enter_context(noting_steps(result))
+            changes.enter_context(noting_first_step(result))
         if job.get("noise"):
             changes.enter_context(noting_noise(result))
         if "initial_scale" in job:
@@ -243,31 +186,31 @@ def run_job(job: dict) -> dict:
         for name in job.get("unrepaired", ()):
             changes.enter_context(without_repair(name))
         if job.get("lifted"):
-            changes.enter_context(mock.patch.object(checks, "settings_problems", lambda *args, **keys: []))
+            changes.enter_context(mock.patch.object(flag_problems, "settings_problems", lambda *args, **keys: []))
         try:
             args = PARSERS[job["script"]]().parse_args(job["flags"])
-            run.run(args, checks.check_inputs(args), stop)
+            run.run(resolve(args), stop)
         except (UserError, RunError, Stopped) as error:
             result["error"] = str(error)
     return result
 
 
 def main() -> None:
-    jobs_path = Path(sys.argv[1])
+    """Run the job that the command line names."""
+    path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
-    with mock.patch.object(bug_fixes, "install", repair_and_remember):
-        launch(seed=1024)
-    for job in json.loads(jobs_path.read_text()):
-        logs.get_logger().info("### %s", job["name"])
-        try:
-            result = run_job(job)
-        except BaseException:
-            # The other ranks may be waiting for this one, which must not wait for them in turn.
-            traceback.print_exc()
-            os._exit(1)
-        if logs.is_first_rank():
-            jobs_path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
+    launch(seed=1024)
+    job = json.loads(path.read_text())
+    try:
+        result = run_job(job)
+    except BaseException:
+        # The other ranks may be waiting for this one, which must not wait for them in turn.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    if logs.is_first_rank():
+        path.with_name(f"{job['name']}.json").write_text(json.dumps(result))
     leave()
 
 

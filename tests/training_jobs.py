@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import load_encoder
 from tests import tiny
 
 LENGTH = 48
@@ -29,9 +29,6 @@ class Job:
     first_moment_norm: float | None
     chunks: list[bool] | None
     after: int | None = None
-    figures: list[list[float]] | None = None
-    gathers: list[int] | None = None
-    exchanges: list[bool | None] | None = None
     buffers_error: float | None = None
 
     def scalars(self, name: str, run: str = "tb") -> list[float]:
@@ -53,7 +50,7 @@ def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = Fa
     Args:
         full: all samples have LENGTH tokens, as spliced ones have; otherwise from the half of it.
     """
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     stream = [token for ids in encoder.encode(tiny.english_documents()[: 30 * steps]) for token in [1, *ids, 2]]
     random = np.random.default_rng(0)
     rows = []
@@ -72,7 +69,7 @@ def write_data(folder: Path, tokenizer_dir: Path, steps: int, *, full: bool = Fa
 
 def write_spliced_data(folder: Path, tokenizer_dir: Path, steps: int) -> str:
     """A prepared part of real text: one to four documents a sample, unequal lengths, some with a masked start."""
-    encoder = Encoder(tokenizer_dir)
+    encoder = load_encoder(tokenizer_dir)
     documents = iter(encoder.encode(tiny.english_documents()[: 100 * steps]))
     random = np.random.default_rng(0)
     rows: dict[str, list] = {"input_ids": [], "labels": [], "sequence_lengths": []}
@@ -113,7 +110,7 @@ def finished(folder: Path, spec: dict) -> Job:
         error=result["error"],
         first_moment_norm=result.get("first_moment_norm"),
         chunks=result.get("chunks"),
-        **{name: result.get(name) for name in ("after", "figures", "gathers", "exchanges", "buffers_error")},
+        **{name: result.get(name) for name in ("after", "buffers_error")},
     )
 
 

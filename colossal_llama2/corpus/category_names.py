@@ -1,4 +1,4 @@
-"""What the category of a document is called on screens, in pictures and in reports."""
+"""How the category of a document is shown on screens, in charts and in reports."""
 
 # What the original writes for fine-tuning data without a category.
 NO_CATEGORY_SFT = "None"
@@ -6,5 +6,5 @@ NO_CATEGORY = "no category"
 
 
 def category_name(category: str | None) -> str:
-    """A category as it is shown: that of a document without one is NO_CATEGORY."""
+    """The text shown for a category; NO_CATEGORY for a document without one."""
     return NO_CATEGORY if category in (None, NO_CATEGORY_SFT) else str(category)

@@ -1,19 +1,20 @@
-"""The chat template: what text a conversation becomes, and which of it is trained on.
+"""The chat template: the text of a conversation, and which parts of it are trained on.
 
     SYSTEM TEXT + blank line
     Human: <s>TEXT</s>Assistant: <s>TEXT</s>Human: <s>TEXT</s>Assistant: <s>TEXT</s>
 
-with nothing between the messages, and one more <s> in front of everything. The text of a later system message stands,
-with its blank line, before the name that follows it. The marks are token ids, never text: a
-message that holds the characters "<s>" keeps them as characters. Loss falls on what the assistant says and on the
-</s> that ends it.
+There is nothing between the messages, and one more <s> before everything. The text of a later system message, with its
+blank line, comes before the next name. <s> and </s> stand for the marks of the tokenizer, which are added as ids: a
+message that contains the characters "<s>" keeps them as text. The assistant's text and the </s> after it carry loss.
 
-`chat_template` is the same for transformers, made of the same constants: `apply_chat_template` gives the ids of
-`tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask: an answer that its message's loss
-mark masks (`loss_marks`) is left out of it, and so is an opening answer that --assistant_first masks. What it cannot
-do: a mark that a message spells out, such as the characters "<s>", becomes the mark's id, which in training it never
-does; a loss mark of the whole record is not part of the messages that it is given; it takes texts alone, no lists of
-text parts; and it judges no record, so it renders messages of which training refuses the loss marks or the tool calls.
+`chat_template` returns the same template for transformers: `apply_chat_template` returns the ids of
+`tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask, without answers that a loss mark of
+their message (`loss_marks`) or --assistant_first masks. It has limits:
+
+- A mark that is spelled out in a message, such as "<s>", becomes the mark's id, which never happens in training.
+- It does not see the loss mark of a whole record.
+- It accepts plain texts only, not lists of text parts.
+- It renders messages whose loss marks or tool calls training would refuse.
 """
 
 from collections import Counter
@@ -33,14 +34,14 @@ NAME_END = ": "
 HUMAN, ASSISTANT = "Human", "Assistant"
 ROLES = {"human": HUMAN, "user": HUMAN, "assistant": ASSISTANT, "gpt": ASSISTANT}
 SYSTEM_ROLE = "system"
-# Of messages that hold calls of tools, or what these returned.
+# Roles of messages with tool calls or their results.
 TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
 
-# Reasons.
+# Reasons for bad rows, by which manifests count them.
 UNKNOWN_ROLE = "a message of an unknown role"
 TOOL_MESSAGE = "a message with tool calls or their results"
 SYSTEM_PLACE = "a system message out of place"
-# Notes.
+# Notes, by which manifests count records that are used.
 EMPTY_ANSWERS = "answers without text"
 EMPTY_QUESTIONS = "messages of the human without text"
 BEGINS_WITH_ANSWER = "conversations that begin with the assistant"
@@ -52,9 +53,9 @@ ROLE_CHARACTERS = 40
 
 
 class Turn(NamedTuple):
-    """One message as a record has it, whatever its format.
+    """One message of a record, in any format.
 
-    `role` is as written. `mark` is what a loss mark says of it: True to train it, False to mask it, None without one.
+    `role` is as written. `mark` is its loss mark: True to train it, False to mask it, None if it has none.
     """
 
     role: str
@@ -63,7 +64,7 @@ class Turn(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What one side says. `speaker` is "Human" or "Assistant"; `system_text` was told just before, if any."""
+    """A message of one side. `speaker` is "Human" or "Assistant"; `system_text` is a system message just before it."""
 
     speaker: str
     text: str
@@ -72,12 +73,12 @@ class Message(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """True for what the model shall learn to say."""
+        """Whether the model learns to produce this message."""
         return self.speaker == ASSISTANT and not self.is_masked
 
 
 class UnknownRole(RowError):
-    """A record with roles that are not known. `roles` counts its messages of each; long names are cut."""
+    """A record has unknown roles. `roles` counts its messages with each of them; long names are cut."""
 
     def __init__(self, message: str, roles: dict[str, int]):
         super().__init__(message, reason=UNKNOWN_ROLE)
@@ -89,10 +90,10 @@ class UnknownRole(RowError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation in exchanges: each is a run of messages that ends with an answer of the assistant.
+    """A conversation in exchanges; each is a run of messages that ends with an answer of the assistant.
 
-    `unanswered` holds the human's messages after the last answer: nothing can be learnt from them. `notes` are counted
-    in the account, one for each occurrence.
+    `unanswered` holds the human's messages after the last answer, which cannot be trained on. `notes` are counted in
+    the token ledger, once per occurrence.
     """
 
     system_text: str
@@ -102,9 +103,9 @@ class Conversation:
 
 
 class Segment(NamedTuple):
-    """A stretch of text to encode by itself. A marked one stands between <s> and </s>.
+    """A stretch of text that is encoded separately. A marked one is enclosed in <s> and </s>.
 
-    With `is_trained`, the text and its </s> carry loss; the <s> does not, since it is given when the model is asked.
+    With `is_trained`, the text and its </s> carry loss; the <s> does not, because the prompt ends with it.
     """
 
     text: str
@@ -113,12 +114,12 @@ class Segment(NamedTuple):
 
 
 def speakers_of(assistant_roles: Iterable[str] = ()) -> Mapping[str, str]:
-    """Role to speaker: `ROLES`, and the names that --assistant_roles gives to the assistant."""
+    """A mapping of roles to speakers: `ROLES`, and the assistant's names of --assistant_roles."""
     return {**ROLES, **dict.fromkeys(map(canonical_role, assistant_roles), ASSISTANT)}
 
 
 def canonical_role(role: str) -> str:
-    """The name of a role without the differences that are not counted: case, and white space around it."""
+    """The name of a role in lower case, without surrounding white space."""
     return role.strip().lower()
 
 
@@ -129,33 +130,33 @@ def read_conversation(
     speakers: Mapping[str, str] = ROLES,
     masks_opening: bool = True,
 ) -> Conversation:
-    """Check the turns of a record and sort them into exchanges.
+    """Check the turns of a record and group them into exchanges.
 
-    Any order of roles is taken, and empty texts are. Answers that a loss mark masks carry no loss; nor do those before
-    the first human message, unless `masks_opening` is False.
+    Any order of roles is allowed, and texts may be empty. Answers that a loss mark masks carry no loss, and neither do
+    answers before the first human message, unless `masks_opening` is False.
 
     Args:
-        system_text: one that the record has apart from its turns, None without one. A first turn of the role system is
-            such a text among the turns; with neither it is the template's own.
-        speakers: of `speakers_of`.
+        system_text: the record's separate system text, if it has one. Otherwise a first turn with the role system is
+            the system text, and without that the template's own text.
+        speakers: from `speakers_of`.
 
     Raises:
-        RowError: for a role that is not known (`UnknownRole`) or a tool's, two system texts of one place, a system
-            message that nothing follows, or no turns.
+        RowError: a role is unknown (`UnknownRole`) or belongs to a tool, there are two system texts for one place, or
+            nothing follows a system message, or there are no turns.
     """
     exchanges: list[list[Message]] = []
     current: list[Message] = []
     notes: list[str] = []
-    told_before: str | None = None
+    system_before: str | None = None
     is_opening = True
     for number, turn in enumerate(turns, start=1):
         speaker = speakers.get(turn.role) or speakers.get(canonical_role(turn.role))
         if speaker is None:
             _check_is_system(number, turns, speakers)
             if number == 1 and system_text is not None:
-                message = 'message 1 has the role system, but the line has a "system" of its own; keep one'
+                message = 'message 1 has the role system, but the record also has a "system" field; keep one'
                 raise RowError(message, reason=SYSTEM_PLACE)
-            if told_before is not None:
+            if system_before is not None:
                 message = f"messages {number - 1} and {number} both have the role system; make them one"
                 raise RowError(message, reason=SYSTEM_PLACE)
             if turn.mark:
@@ -163,18 +164,18 @@ def read_conversation(
             if number == 1:
                 system_text = turn.text
             else:
-                told_before = turn.text
+                system_before = turn.text
             continue
         if speaker == HUMAN:
             is_opening = False
         elif is_opening and not exchanges:
             notes.append(BEGINS_WITH_ANSWER)
-        current.append(_message(turn, speaker, told_before, masks=is_opening and masks_opening, notes=notes))
-        told_before = None
+        current.append(_message(turn, speaker, system_before, masks=is_opening and masks_opening, notes=notes))
+        system_before = None
         if speaker == ASSISTANT:
             exchanges.append(current)
             current = []
-    if told_before is not None:
+    if system_before is not None:
         raise RowError("the last message has the role system, and nothing follows it", reason=SYSTEM_PLACE)
     if not exchanges and not current:
         raise RowError("the conversation holds a system message and nothing else", reason=SYSTEM_PLACE)
@@ -182,25 +183,25 @@ def read_conversation(
 
 
 def _check_is_system(number: int, turns: Sequence[Turn], speakers: Mapping[str, str]) -> None:
-    """Raise RowError unless turn `number`, which nobody speaks, has the role system."""
+    """Raise RowError unless turn `number`, which has no speaker, has the role system."""
     role = turns[number - 1].role
     name = canonical_role(role)
     if name == SYSTEM_ROLE:
         return
     if name in TOOL_ROLES:
-        raise RowError(f"message {number} is from {role!r:.80}; calls of tools are not read", reason=TOOL_MESSAGE)
+        raise RowError(f"message {number} is from {role!r:.80}; tool calls are not supported", reason=TOOL_MESSAGE)
     roles = (canonical_role(turn.role) for turn in turns)
     known = {*speakers, SYSTEM_ROLE, *TOOL_ROLES}
     unknown = Counter(role[:ROLE_CHARACTERS] for role in roles if role not in known)
     raise UnknownRole(
         f"message {number} is from {role!r:.80}; roles are {', '.join([*speakers, SYSTEM_ROLE])}; if it is the "
-        "assistant, name it by --assistant_roles",
+        "assistant, name it with --assistant_roles",
         dict(unknown),
     )
 
 
 def _message(turn: Turn, speaker: str, system_text: str | None, *, masks: bool, notes: list[str]) -> Message:
-    """What a turn says; what is worth knowing of it is added to `notes`. `masks` is for an answer."""
+    """The message of a turn. Adds to `notes` what should be counted. `masks` masks it if it is an answer."""
     is_answer = speaker == ASSISTANT
     if not turn.text or turn.text.isspace():
         notes.append(EMPTY_ANSWERS if is_answer else EMPTY_QUESTIONS)
@@ -213,7 +214,7 @@ def _message(turn: Turn, speaker: str, system_text: str | None, *, masks: bool, 
 
 
 def opening_text(conversation: Conversation) -> str:
-    """What stands before the first message's name: the system text and its blank line, or nothing if it is empty."""
+    """The text before the first message's name: the system text and a blank line, or nothing if it is empty."""
     return _with_end(conversation.system_text)
 
 
@@ -222,7 +223,7 @@ def _with_end(system_text: str) -> str:
 
 
 def message_segments(messages: list[Message], *, opening: str = "") -> list[Segment]:
-    """The segments of `messages` in order, two for each; `opening` joins the first.
+    """The segments of `messages` in order, two for each; `opening` is prepended to the first.
 
     >>> message_segments([Message("Human", "Hi"), Message("Assistant", "Hello!")], opening="Be kind.\\n\\n")
     [Segment(text='Be kind.\\n\\nHuman: ', is_marked=False, is_trained=False),
@@ -240,11 +241,11 @@ def message_segments(messages: list[Message], *, opening: str = "") -> list[Segm
 
 
 def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> str:
-    """The template above for transformers, which takes {"role", "content"}: the same text with its marks as text.
+    """The template above in Jinja for transformers, for messages of {"role", "content"}. Marks are text in it.
 
-    `prefix_after_marks` is `tokenizer.puts_prefix_after_marks`. SentencePiece puts a "▁" before the first text; where
-    transformers, which sees a mark in front, does not, a space stands for it. `speakers` and `masks_opening` are those
-    of `read_conversation`.
+    `prefix_after_marks` is from `Encoder.puts_prefix_after_marks`: SentencePiece puts a "▁" before the first text; if
+    transformers does not, because a mark precedes the text, the template adds a space instead. `speakers` and
+    `masks_opening` are those of `read_conversation`.
     """
     prefix = "" if prefix_after_marks else " "
     twice = f" both have the role {SYSTEM_ROLE}; make them one"

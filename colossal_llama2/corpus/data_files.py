@@ -1,13 +1,13 @@
-"""Which files are read, and the units of work that they are cut into.
+"""Find the input files, and divide them into units of work.
 
-A unit is up to `UNIT_BYTES` of input, whole lines: consecutive small files together, or a range of a large one. A line
-belongs to the range in which its first byte lies. So units follow from the files alone, not from who does them:
+A unit is up to `UNIT_BYTES` of input in whole lines: several small files, or a range of a large one. A line belongs to
+the range that holds its first byte. So the units depend on the files alone, not on the number of workers:
 
     Unit(number=0, spans=(Span(file=0, start=0, stop=4194304),))            the first 4 MiB of a large file
     Unit(number=2, spans=(Span(file=1, start=0, stop=None), Span(file=2, start=0, stop=None)))    two small files
 
-A compressed file, a JSON array and a Parquet file can only be read from their start, so each is one span. A file in
-several ranges has one more unit, which computes its hash; the others are hashed while they are read.
+A compressed file, a JSON array and a Parquet file can only be read from their start, so each is one span. A file with
+several ranges has one more unit that computes its hash; other files are hashed while they are read.
 """
 
 import stat
@@ -23,15 +23,16 @@ from colossal_llama2.storage.files import check_is_utf8, is_stray
 from colossal_llama2.terminal_text import visible_line
 
 UNIT_BYTES = 4 << 20
-EMPTY_FILE = "is empty; move it away, or fetch it again if it should not be"
-# Names in one line of the log.
+EMPTY_FILE = "is empty; move it away, or fetch it again if it should hold data"
+# File names shown in one log line.
 MAX_NAMED = 3
 
 
 class InputFile(NamedTuple):
     """One file to read.
 
-    `source` names its folder; size and time tell whether it has changed since; `kind` is of `file_kinds.kind_of`.
+    `source` names its folder; `size` and `mtime_ns` show later whether it has changed; `kind` is from
+    `file_kinds.kind_of`.
     """
 
     path: str
@@ -42,14 +43,14 @@ class InputFile(NamedTuple):
 
     @property
     def is_one_span(self) -> bool:
-        """Whether it can only be read from its start."""
+        """Whether the file can only be read from its start."""
         return self.kind != file_kinds.LINES
 
 
 class LostFile(NamedTuple):
-    """A file that cannot be read to its end: `line` is the first that is lost, 0 if the file cannot be opened.
+    """A file that cannot be read to its end. `line` is the first line that is lost, 0 if the file cannot be opened.
 
-    Of a Parquet file, lines are rows. `reason` is what such files are counted by, `problem` says it with the cure.
+    In a Parquet file, lines are rows. Such files are counted by `reason`; `problem` is the message with the cure.
     """
 
     file: str
@@ -62,7 +63,7 @@ class LostFile(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the input folders hold: files to read, entries that are not, and files that cannot be opened."""
+    """The content of the input folders: files to read, entries that are not data, and files that cannot be opened."""
 
     files: list[InputFile]
     left_out: list[LeftOut]
@@ -92,21 +93,22 @@ class Unit(NamedTuple):
 
 
 def find_input_files(folders: Sequence[str]) -> list[InputFile]:
-    """The files of `find_inputs`, all of which must be readable."""
+    """The files of `find_inputs`. Every file must be readable."""
     return find_inputs(folders).files
 
 
 def find_inputs(folders: Sequence[str], *, skips_bad_files: bool = False) -> Inputs:
-    """Every file to read directly inside the folders: folders in the given order, files sorted by name.
+    """All data files directly inside the folders: folders in the given order, files sorted by name.
 
-    Logs which entries are not read, and which files are not what their names say.
+    Logs which entries are not read, and which files have a name that contradicts their content.
 
     Args:
-        skips_bad_files: whether a file that is empty, unreadable or no file is listed as lost.
+        skips_bad_files: list a file that is empty, unreadable or not a regular file as lost, instead of raising.
 
     Raises:
-        UserError: a folder is missing, given twice, inside another or without such a file, two files have one name but
-            for the ending, or a file, or with `skips_bad_files` each, is empty, unreadable or no file.
+        UserError: a folder is missing, given twice, inside another one or without data files; two files have the same
+            name apart from the extension; a file, or with `skips_bad_files` every file, is empty, unreadable or not a
+            regular file.
     """
     found = Inputs([], [], [])
     try:
@@ -116,18 +118,18 @@ def find_inputs(folders: Sequence[str], *, skips_bad_files: bool = False) -> Inp
         _log_left_out(found.left_out)
     _log_surprises(found.files)
     if not found.files:
-        raise UserError(f"--data_input_dirs: no file there can be read. The first: {found.lost[0].problem}")
+        raise UserError(f"--data_input_dirs: none of the files can be read. The first: {found.lost[0].problem}")
     return found
 
 
 def _apart(folders: Sequence[str]) -> Iterator[str]:
-    """The folders, each checked to be one, and apart from those before it."""
+    """Yield the folders, after checking that each one exists and does not overlap an earlier one."""
     resolved: list[Path] = []
     for folder in folders:
         if Path(folder).is_file():
             raise UserError(
-                f"--data_input_dirs: {folder} is a file, and all data files of a folder are read; give a folder that "
-                f"holds what is to be read{_sole_file_cure(Path(folder))}"
+                f"--data_input_dirs: {folder} is a file; give a folder, all of whose data files are read"
+                f"{_sole_file_cure(Path(folder))}"
             )
         if not Path(folder).is_dir():
             raise UserError(f"--data_input_dirs: {folder} is not a folder; give folders with data files inside")
@@ -136,13 +138,15 @@ def _apart(folders: Sequence[str]) -> Iterator[str]:
             raise UserError(f"--data_input_dirs: {folder} is given twice; name each folder once")
         for other, given in zip(resolved, folders, strict=False):
             if place.is_relative_to(other) or other.is_relative_to(place):
-                raise UserError(f"--data_input_dirs: of {given} and {folder} one is inside the other; name them apart")
+                raise UserError(
+                    f"--data_input_dirs: of {given} and {folder}, one is inside the other; give separate folders"
+                )
         resolved.append(place)
         yield folder
 
 
 def _sole_file_cure(path: Path) -> str:
-    """For a file that is all that its folder holds, that folder."""
+    """The folder of a file that is alone in it."""
     return f", {path.parent}" if list(path.parent.iterdir()) == [path] else ""
 
 
@@ -167,7 +171,7 @@ def _add_folder(found: Inputs, folder: str, source: str, *, skips_bad_files: boo
 
 
 def _log_left_out(left_out: Sequence[LeftOut]) -> None:
-    """One line about all entries that are not read."""
+    """Log one line about all entries that are not read."""
     if left_out:
         is_expected = all(is_stray(Path(entry.path).name) for entry in left_out)
         log = logs.get_logger().info if is_expected else logs.get_logger().warning
@@ -175,7 +179,7 @@ def _log_left_out(left_out: Sequence[LeftOut]) -> None:
 
 
 def _named(left_out: Sequence[LeftOut]) -> str:
-    """The entries by what they are, some of each by name, with what to do if they are data."""
+    """The entries grouped by what they are, with a few names of each and what to do if they are data."""
     by_kind: dict[tuple[str, str], list[str]] = {}
     for entry in left_out:
         by_kind.setdefault((entry.what, entry.cure), []).append(entry.path)
@@ -188,15 +192,15 @@ def _some(names: Sequence[Any]) -> str:
 
 
 def _log_surprises(files: Iterable[InputFile]) -> None:
-    """One line about all files that are not what their names say."""
+    """Log one line about all files whose content contradicts their name."""
     found = ((file.path, file_kinds.surprise(Path(file.path).name, file.kind)) for file in files)
     surprises = [f"{path} ({surprise})" for path, surprise in found if surprise]
     if surprises:
-        logs.get_logger().info(f"read by what they hold, which is not what their names say: {_some(surprises)}")
+        logs.get_logger().info(f"read by content, which contradicts the file name: {_some(surprises)}")
 
 
 def _source_names(folders: Sequence[str]) -> list[str]:
-    """The folders' own names, or the paths as given where two folders have the same name."""
+    """The names of the folders, or their paths as given if two folders have the same name."""
     names = [Path(folder).resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else list(folders)
 
@@ -205,18 +209,18 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except PermissionError:
-        raise UserError(f"--data_input_dirs: {folder} may not be read; give yourself the right to")
+        raise UserError(f"--data_input_dirs: no permission to read {folder}; change its permissions")
 
 
 def _refuse_copies(paths: Sequence[Path]) -> None:
-    """Raise UserError for news.jsonl beside news.jsonl.gz or news.parquet: the same would be read twice."""
+    """Raise UserError for news.jsonl beside news.jsonl.gz or news.parquet: the same data would be read twice."""
     by_stem: dict[str | None, list[Path]] = {}
     for path in paths:
         by_stem.setdefault(file_kinds.data_stem(path.name), []).append(path)
     for same in by_stem.values():
         if len(same) > 1:
             names = " and ".join(map(str, same)) if len(same) == 2 else ", ".join(map(str, same))
-            raise UserError(f"{names} have one name, as if one were a copy; move all but one away or rename them")
+            raise UserError(f"{names} have the same name and may be copies; move all but one away, or rename them")
 
 
 def _input_file(path: Path, source: str) -> InputFile:
@@ -224,17 +228,17 @@ def _input_file(path: Path, source: str) -> InputFile:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path} is not a regular file; move it away, every file of such a name is read")
+            raise UserError(f"{path} is not a regular file; move it away, because every file with such a name is read")
         head = file_kinds.read_head(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that or move it away")
+        raise UserError(f"{path} cannot be read ({error.strerror}); fix that, or move it away")
     if status.st_size == 0:
         raise UserError(f"{path} {EMPTY_FILE}")
     return InputFile(str(path), source, status.st_size, status.st_mtime_ns, file_kinds.kind_of(head))
 
 
-def units_of(files: Sequence[InputFile]) -> list[Unit]:
-    """All units, in the order of the input."""
+def units_of(files: Sequence[InputFile], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+    """All units of up to `unit_bytes`, in the order of the input."""
     units: list[Unit] = []
     together: list[Span] = []
     size = 0
@@ -247,17 +251,17 @@ def units_of(files: Sequence[InputFile]) -> list[Unit]:
         size = 0
 
     for index, file in enumerate(files):
-        if file.size <= UNIT_BYTES or file.is_one_span:
-            if size + file.size > UNIT_BYTES:
+        if file.size <= unit_bytes or file.is_one_span:
+            if size + file.size > unit_bytes:
                 close()
             together.append(Span(index, 0, None))
             size += file.size
             continue
         close()
-        # The hash first, as it takes longer than a range, and nothing waits for it.
+        # The hash first: it takes longer than a range, and nothing waits for it.
         units.append(Unit(len(units), (Span(index, 0, None),), True, 0))
-        for start in range(0, file.size, UNIT_BYTES):
-            stop = min(start + UNIT_BYTES, file.size)
+        for start in range(0, file.size, unit_bytes):
+            stop = min(start + unit_bytes, file.size)
             units.append(Unit(len(units), (Span(index, start, stop),), False, stop - start))
     close()
     return units

@@ -1,10 +1,10 @@
-"""The bytes in a compressed file, as a stream: all that there are, also before a place where it is damaged.
+"""Decompress a file as a stream, including every byte before a place where it is damaged.
 
-What compresses a file is decided by its first bytes, not by its name. Several compressed streams one after the other,
-as `cat` and parallel compressors make them, are read as one.
+The compression is detected from the first bytes, not from the name. Concatenated streams, as `cat` and parallel
+compressors write them, are read as one.
 
-pyarrow decodes zstd with windows of up to 128 MiB, which is what `zstd` itself decodes unless asked. For longer ones
-(`zstd --long=28` and more) backports.zstd is taken. They need as much memory as the window has, 2 GiB at most.
+pyarrow decodes zstd with windows of up to 128 MiB, the default limit of `zstd` itself. Longer windows (`zstd --long=28`
+and above) are decoded by backports.zstd; they need as much memory as the window, at most 2 GiB.
 """
 
 import bz2
@@ -18,25 +18,25 @@ from colossal_llama2.storage.lines import READ_BYTES
 
 LONG_WINDOWS_PACKAGE = "backports.zstd==1.8.0"
 MAX_WINDOW_LOG = 31
-# Any of zstd's skippable frames, with which parallel compressors begin, is this with another first byte.
+# Bytes 2 to 4 of zstd's skippable frames, with which parallel compressors begin.
 _SKIPPABLE = b"\x2a\x4d\x18"
 _WINDOW_TOO_LONG = "requires too much memory"
 PADDING = b"\0"
 
 
 class DamagedError(Exception):
-    """Compressed data that cannot be decompressed any further, with the reason."""
+    """Compressed data cannot be decompressed any further. The message is the reason."""
 
 
 class MissingPackageError(DamagedError):
-    """Sound data for which a package is missing; the message says which."""
+    """The data is valid, but a package is missing, which the message names."""
 
 
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, OSError, DamagedError)
 
 
 def compression_of(head: bytes) -> str | None:
-    """What the file is compressed by, "gzip", "zstd", "bzip2" or "xz", by its first 8 bytes; None for anything else."""
+    """The compression of a file, from its first 8 bytes: "gzip", "zstd", "bzip2", "xz", or None for anything else."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
     if head.startswith(b"\x28\xb5\x2f\xfd") or head[1:4] == _SKIPPABLE and 0x50 <= head[0] <= 0x5F:
@@ -47,14 +47,14 @@ def compression_of(head: bytes) -> str | None:
 
 
 class Decompressing(io.RawIOBase):
-    """The decompressed bytes of a file that is read from `stream`; all that there are before an error is raised.
+    """The decompressed bytes of a file that is read from `stream`. Every valid byte is returned before an error.
 
-    A decompressor that fails keeps to itself what it has of the block asked for. So the data up to that block is then
-    read once more, from `path`, and the block by the byte.
+    A decompressor that fails discards what it has decoded of the requested block. So the data up to that block is
+    decompressed again from `path`, and then the block one byte at a time.
     """
 
     def __init__(self, path: str, compression: str, stream, stack: ExitStack):
-        """`compression` is what `compression_of` returns; `stack` closes what is opened."""
+        """`compression` is what `compression_of` returns; files that are opened are closed with `stack`."""
         self._path, self._compression, self._stack = path, compression, stack
         self._has_long_window = False
         self._stream = self._decompressor(stream)
@@ -80,14 +80,14 @@ class Decompressing(io.RawIOBase):
         return len(block)
 
     def _begin_anew(self) -> None:
-        """Come back to the place from the start of the file."""
+        """Return to the current position from the start of the file."""
         self._stream = self._decompressor(self._stack.enter_context(open(self._path, "rb")))
         left = self._given
         while left:
             left -= len(self._stream.read(min(left, READ_BYTES)))
 
     def _decompressor(self, stream):
-        """An object whose `read` gives decompressed bytes, and raises one of `DAMAGE`."""
+        """An object whose `read` returns decompressed bytes, or raises one of `DAMAGE`."""
         if self._compression == "gzip":
             return self._stack.enter_context(gzip.GzipFile(fileobj=stream))
         if self._compression == "bzip2":
@@ -112,9 +112,9 @@ def _long_window_decompressor():
 
 
 class _Streams:
-    """Reads compressed streams that follow each other, by decompressors with the interface of `bz2.BZ2Decompressor`.
+    """Reads concatenated streams with decompressors that have the interface of `bz2.BZ2Decompressor`.
 
-    The readers of Python's own bz2 and lzma pass over what follows the first stream if it is damaged, without a word.
+    The readers in Python's bz2 and lzma modules silently ignore a damaged stream that follows the first one.
     """
 
     def __init__(self, stream, make):
@@ -138,7 +138,7 @@ class _Streams:
             try:
                 block = self._decompressor.decompress(given, size)
             except Exception as error:
-                # That of backports.zstd is none of the kinds that others raise.
+                # The error class of backports.zstd is not among DAMAGE.
                 raise error if isinstance(error, DAMAGE) else DamagedError(str(error))
             if self._decompressor.eof:
                 self._rest, self._decompressor = self._decompressor.unused_data, None
@@ -146,7 +146,7 @@ class _Streams:
                 return block
 
     def _next_data(self) -> bytes:
-        """What follows the padding behind a stream; b"" at the end of the file."""
+        """The bytes after the padding of a stream; b"" at the end of the file."""
         while data := self._stream.read(READ_BYTES):
             if data := data.lstrip(PADDING):
                 return data

@@ -1,6 +1,6 @@
-"""Which entries of a folder are data by their names, and what a file holds by its first bytes, which decide.
+"""Which entries of a folder are data files, by name, and how to read each file, by its first bytes.
 
-news.jsonl  news.json  news.ndjson  news.jl     and these with .gz, .zst, .zstd, .bz2 or .xz behind; in any case
+news.jsonl  news.json  news.ndjson  news.jl     also followed by .gz, .zst, .zstd, .bz2 or .xz; in any case
 news.parquet
 """
 
@@ -13,11 +13,11 @@ from colossal_llama2.corpus.decompression import compression_of
 from colossal_llama2.corpus.json_stream import HEAD_BYTES, layout_of
 from colossal_llama2.corpus.parquet_rows import MAGIC
 
-# Of which a range can be read by itself.
+# The only kind of file of which a range can be read by itself.
 LINES = "lines"
 PARQUET = "parquet"
 COMPRESSIONS = ("gzip", "zstd", "bzip2", "xz")
-ENDINGS = "*.jsonl, *.json, *.ndjson and *.jl, each also with .gz, .zst, .bz2 or .xz behind, and *.parquet"
+ENDINGS = "*.jsonl, *.json, *.ndjson and *.jl, each also followed by .gz, .zst, .bz2 or .xz, and *.parquet"
 
 _DATA_NAME = re.compile(
     r"(?P<stem>.+?)\.(?P<text>jsonl|json|ndjson|jl)(?:\.(?P<packed>gz|zst|zstd|bz2|xz))?|(?P<table>.+)\.parquet",
@@ -25,7 +25,7 @@ _DATA_NAME = re.compile(
 )
 _EXPECTED = {None: "text", "gz": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}
 
-# What an entry of this name, which is not read, is; and what to do if it is data.
+# For entries that are not read, by name: what they are, as manifests record it, and what to do if they are data.
 _LEFT_OUT = (
     (r"\..*", "hidden", "rename it without the dot"),
     (r".*\.(zip|tar|tgz|tbz2?|txz|rar|7z|tar\.\w+|lz4|lzma|lzo|sz|snappy|br|z)", "an archive", "unpack it"),
@@ -37,7 +37,7 @@ _LEFT_OUT = (
     (r".*", "of another ending", f"rename it to one of {ENDINGS}"),
 )
 
-# Contents that no reader here takes, by their first bytes.
+# Contents that cannot be read, by their first bytes.
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive", "unpack it"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
@@ -56,23 +56,23 @@ _FOREIGN = (
     (b"<!DOCTYPE html", "a web page", "fetch the file itself"),
     (b"<html", "a web page", "fetch the file itself"),
 )
-# Pairs, as UTF-32 begins as UTF-16 does; without a mark, every second byte of ASCII is zero.
+# The order matters: a UTF-32 mark begins with a UTF-16 mark.
 _WIDE = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 _BEGINS_JSON = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t]*[\[{]", re.MULTILINE)
-# Bytes that text never holds: the control characters but those of white space, escape and record separator.
+# Control characters that text never contains; white space, escape and record separator are allowed.
 _NO_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c\x1d\x1f\x7f]")
 _TAR_MAGIC, _TAR_PLACE = b"ustar", 257
 
 
 class Unreadable(NamedTuple):
-    """Why a text cannot be read, with the cure, and the reason that such files are counted by."""
+    """Why a file cannot be read, with the cure, and the reason under which such files are counted."""
 
     why: str
     reason: str
 
 
 class LeftOut(NamedTuple):
-    """An entry of an input folder that is not read: what it is, and what to do if it is data."""
+    """An entry of an input folder that is not read: what it is, and what to do if it holds data."""
 
     path: str
     what: str
@@ -80,7 +80,7 @@ class LeftOut(NamedTuple):
 
 
 def data_stem(name: str) -> str | None:
-    """The name of a data file without its endings; None if it is not named as one."""
+    """The name of a data file without its extensions; None if it is not the name of a data file."""
     found = None if name.startswith(".") else _DATA_NAME.fullmatch(name)
     return found and (found["stem"] or found["table"])
 
@@ -96,10 +96,9 @@ def left_out(path: Path) -> LeftOut:
 
 
 def kind_of(head: bytes) -> str:
-    """How a file is read, by its first `HEAD_BYTES`: one of `COMPRESSIONS`, `PARQUET`, `LINES`, or another.
+    """How to read a file, from its first `HEAD_BYTES`: one of `COMPRESSIONS`, `PARQUET` or `LINES`, or one of these:
 
-    Others are plain text that can only be read from its start: "array" and "objects" (see `json_stream.layout_of`), and
-    "unreadable".
+    "array" and "objects" (see `json_stream.layout_of`), plain text that can only be read from its start; "unreadable".
     """
     if compression := compression_of(head):
         return compression
@@ -109,7 +108,7 @@ def kind_of(head: bytes) -> str:
 
 
 def surprise(name: str, kind: str) -> str | None:
-    """What a file is, if its name says something else: "gzip", "Parquet", ...; else None."""
+    """What a file actually is, such as "gzip", if that contradicts its name; otherwise None."""
     found = _DATA_NAME.fullmatch(name)
     if found is None or kind == "unreadable":
         return None
@@ -123,7 +122,7 @@ def surprise(name: str, kind: str) -> str | None:
 
 
 def unreadable(head: bytes) -> Unreadable | None:
-    """Why a text that begins with these `HEAD_BYTES` cannot be read by anything here; None if it may be JSON."""
+    """Why a file that begins with these `HEAD_BYTES` cannot be read; None if it may be JSON."""
     for mark, encoding in _WIDE:
         if head.startswith(mark):
             return _wide(encoding)
@@ -143,7 +142,7 @@ def unreadable(head: bytes) -> Unreadable | None:
 
 def _is_binary(head: bytes) -> bool:
     try:
-        # Its last character may be cut.
+        # Incremental: the last character may be cut off.
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return True

@@ -1,4 +1,4 @@
-"""The records of a JSON document that is larger than memory: those of an array, or objects that follow each other.
+"""Read the records of a JSON document that may be larger than memory: an array, or consecutive objects.
 
     [{"target": "a"}, {"target": "b"}]          compact, one record a line, or pretty-printed
     {                                           objects one after the other, over several lines
@@ -6,8 +6,8 @@
     }
     {"target": "b"}
 
-Only where a record begins and ends is found here, by its brackets and strings; whether it is JSON is up to whoever
-parses it. So a record that is wrong in itself is one bad row, and what breaks the brackets ends the document.
+This module only finds where a record begins and ends, from brackets and strings; the caller parses it. So an invalid
+record is one bad row, while unbalanced brackets end the document.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 from colossal_llama2.storage.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter
 
-# What the body of a string is made of, an escape being two bytes, and what matters outside of strings.
+# The body of a string, in which an escape takes two bytes; and the bytes that matter outside strings.
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _STRUCTURE = re.compile(rb'["{}\[\]]')
 _SOLID = re.compile(rb"[^ \t\n\r]")
@@ -24,16 +24,16 @@ _SCALAR_END = re.compile(rb'[\s,\[\]{}"]')
 _CLOSERS = {ord("{"): ord("}"), ord("["): ord("]")}
 _QUOTE, _COMMA, _OPEN, _CLOSE = b'",[]'
 _PRETTY = re.compile(rb"\{[ \t]*[\r\n]")
-# What of a text decides how it is read.
+# How much of a file decides how it is read.
 HEAD_BYTES = 64 << 10
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RawRecord(NamedTuple):
-    """One record as it stands in the document, which begins on `line`, counted from 1.
+    """The text of one record. It begins on `line` of the document, counted from 1.
 
-    `content` is None for one over `MAX_LINE_BYTES`. `size` is its bytes with all that stands before it, 0 at the end of
-    the document.
+    `content` is None for a record over `MAX_LINE_BYTES`. `size` counts its bytes and those since the last record; it is
+    0 at the end of the document.
     """
 
     content: bytes | None
@@ -42,7 +42,7 @@ class RawRecord(NamedTuple):
 
 
 class BrokenDocumentError(Exception):
-    """A document that cannot be read any further from `line` on."""
+    """A document cannot be read from `line` on."""
 
     def __init__(self, problem: str, *, line: int):
         super().__init__(problem)
@@ -53,9 +53,9 @@ class BrokenDocumentError(Exception):
 
 
 class RecordReader:
-    """Reads records from a stream with `read1`, holding one of them at a time.
+    """Reads records from a stream with `read1`, one at a time.
 
-    The stream may raise an error of its own, after the records before it were read.
+    Errors of the stream itself are raised after the records before them.
     """
 
     def __init__(self, stream, *, is_array: bool):
@@ -63,16 +63,16 @@ class RecordReader:
         self._block, self._position = b"", 0
         self._lines = LineCounter()
         self._is_open = False
-        # Of the record that is being read, or was read last.
+        # Of the current record.
         self._size, self._line = 0, 1
 
     @property
     def line(self) -> int:
-        """The line that reading has come to."""
+        """The current line."""
         return self._lines.count + 1
 
     def read(self) -> RawRecord:
-        """The next record; raises BrokenDocumentError where the brackets, commas and strings are not those of JSON."""
+        """The next record. Raises BrokenDocumentError where brackets, commas or strings are not valid JSON."""
         self._size = 0
         byte = self._next_solid()
         if self._is_array:
@@ -101,27 +101,27 @@ class RecordReader:
         return RawRecord(b"".join(parts) if length <= MAX_LINE_BYTES else None, self._line, self._size)
 
     def _inside_array(self, byte: int | None) -> int | None:
-        """Pass the "[", "," or "]" that stands here; returns the record's first byte, None at the end of the array."""
+        """Skip the "[", "," or "]" at the current position. Returns the record's first byte, None after the array."""
         is_behind_comma = byte == _COMMA and self._is_open
         if is_behind_comma or not self._is_open:
             self._is_open = True
             self._advance(self._position + 1)
             byte = self._next_solid()
         elif byte is not None and byte != _CLOSE:
-            self._fail('neither "," nor "]" after a record of the JSON array')
+            self._fail('expected "," or "]" after a record of the JSON array')
         if byte is None:
             self._fail('the JSON array is cut off here, its "]" is missing')
         if byte != _CLOSE:
             return byte
         if is_behind_comma:
-            self._fail("a comma with no record behind it; remove it")
+            self._fail("a comma without a record after it; remove the comma")
         self._advance(self._position + 1)
         if self._next_solid() is not None:
-            self._fail("more text behind the JSON array; a file holds one array, or one record a line")
+            self._fail("there is text after the JSON array; a file holds one array, or one record per line")
         return None
 
     def _next_solid(self) -> int | None:
-        """Move to the next byte that is no white space and return it, None at the end; the record's line is there."""
+        """Move to the next byte that is not white space and return it, None at the end. Sets the record's line."""
         while True:
             found = _SOLID.search(self._block, self._position)
             self._advance(found.start() if found else len(self._block))
@@ -132,7 +132,7 @@ class RecordReader:
                 return None
 
     def _passed_mark(self) -> bool:
-        """Whether a byte order mark stands here, which is passed."""
+        """Skip a byte order mark at the current position. Returns whether there was one."""
         if self._block[self._position] != BYTE_ORDER_MARK[0]:
             return False
         while len(self._block) - self._position < len(BYTE_ORDER_MARK):
@@ -160,7 +160,7 @@ class RecordReader:
 
 
 class _Scan:
-    """Looks for the end of one value, whose first byte is given, in blocks that are fed to it."""
+    """Finds the end of one value in blocks that are fed to it. The first byte of the value is given."""
 
     def __init__(self, first: int):
         self._closers = bytearray()
@@ -168,7 +168,7 @@ class _Scan:
         self.is_scalar = not (first in _CLOSERS or first == _QUOTE)
 
     def feed(self, block: bytes, start: int) -> int | None:
-        """Where in block[start:] the value ends; None if it goes on. Raises ValueError if its brackets do not match."""
+        """The offset where the value ends in the block; None if it goes on. Raises ValueError for wrong brackets."""
         if self.is_scalar:
             return self._scalar_end(block, start)
         position = start
@@ -195,7 +195,7 @@ class _Scan:
             if not self._closers and not self._in_string:
                 return position
         if len(self._closers) > MAX_LINE_BYTES:
-            raise ValueError("brackets that are nested without end")
+            raise ValueError("brackets are nested without end")
         return None
 
     def _structure(self, byte: int) -> None:
@@ -212,12 +212,12 @@ class _Scan:
             self._is_begun = True
             return None
         if found.start() == start and not self._is_begun:
-            raise ValueError(f"{chr(block[start])!r} where a record should begin")
+            raise ValueError(f"a record should begin here, not {chr(block[start])!r}")
         return found.start()
 
 
 def layout_of(head: bytes) -> str:
-    """How a text holds records, by its first `HEAD_BYTES`: "array", "objects" over several lines each, or "lines"."""
+    """How a text holds records, from its first `HEAD_BYTES`: "array", "objects" of several lines each, or "lines"."""
     text = head.removeprefix(BYTE_ORDER_MARK)
     found = _SOLID.search(text)
     if found is None or text[found.start()] not in _CLOSERS:
@@ -225,7 +225,7 @@ def layout_of(head: bytes) -> str:
     start = found.start()
     if text[start] == _OPEN:
         return "lines" if _is_lists_in_lines(text[start:]) else "array"
-    # What each pretty-printer begins with, and no line of jsonl.
+    # Pretty-printed objects begin like this, lines of jsonl never do.
     if _PRETTY.match(text, start):
         return "objects"
     try:
@@ -245,7 +245,7 @@ def layout_of(head: bytes) -> str:
 
 
 def _is_lists_in_lines(text: bytes) -> bool:
-    """Whether the text is several lines, of which each is an array of its own."""
+    """Whether the text is several lines, each of which is an array."""
     scan = _Scan(_OPEN)
     try:
         end = scan.feed(text, 0)

@@ -1,4 +1,4 @@
-"""The formats that conversations come in, recognized record by record and read into the turns of `conversation`.
+"""Recognize the format of each conversation record, and read it into the turns of `conversation`.
 
     from/content     {"messages": [{"from": "human", "content": "Hi"}, {"from": "assistant", "content": "Hello!"}]}
     role/content     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
@@ -7,15 +7,14 @@
     alpaca           {"instruction": "Translate.", "input": "Guten Tag", "output": "Good day",
                       "system": "Be kind.", "history": [["Hi", "Hello!"]]}
 
-The names of the two lists and the names inside a message are judged apart: `conversations` of role/content are common
-too. The first message decides for the record. `system` is optional, and so are alpaca's `input` and `history`. An empty
-`system` or `input` is as good as absent, and so are null and empty lists everywhere (`absent`), as `datasets` fills
-them in where it merges rows: formats are decided by the fields that hold something. A record with several of
-`messages`, `conversations` and `instruction` is read by the first of them.
+Either list name may hold messages of any of the three field pairs: `conversations` of role/content are common too. The
+first message decides for the whole record. `system` and alpaca's `input` and `history` are optional. An empty `system`
+or `input` counts as absent, and so do null and empty lists everywhere (`absent`), which `datasets` fills in where it
+merges rows. A record with several of `messages`, `conversations` and `instruction` is read by the first of them.
 
 A text may be a list of text parts, which are joined: [{"type": "text", "text": "Hello "}, {"type": "text", "text":
-"there"}]. Loss marks are those of `loss_marks`, of messages and of records. What a message holds beside its text and
-would be lost, as tool calls, reasoning and images, makes its record one that cannot be used. Other fields are ignored.
+"there"}]. Messages and records may have loss marks (`loss_marks`). A message with content beside its text that would be
+lost, such as tool calls, reasoning or images, makes its record a bad row. Other fields are ignored.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from colossal_llama2.corpus.conversation import TOOL_MESSAGE, TOOL_ROLES, Turn, 
 from colossal_llama2.corpus.loss_marks import ALL_MARKS, read_mark
 from colossal_llama2.storage.row_errors import RowError, json_type
 
-# Name of the format: the two fields of its messages, who and what.
+# Format name to the fields of a message for the role and the text.
 MESSAGE_FIELDS = {
     "from/content": ("from", "content"),
     "role/content": ("role", "content"),
@@ -44,7 +43,7 @@ REFUSAL = "refusal"
 MEDIA_FIELDS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
 TOOL_LISTS = frozenset(("tools", "functions"))
 OTHER_SYSTEM_FIELDS = frozenset(("system_prompt", "system_message", "meta_instruction"))
-# Fields of a message that are looked at beside its role and text, and of a record beside its conversation.
+# Fields that are examined in a message beside its role and text, and in a record beside its conversation.
 BESIDE_TEXT = ALL_MARKS | TOOL_FIELDS | REASONING_FIELDS | MEDIA_FIELDS | {REFUSAL}
 BESIDE_CONVERSATION = BESIDE_TEXT | TOOL_LISTS | OTHER_SYSTEM_FIELDS
 USED_IN_RECORD = frozenset((*LISTS, *ALPACA_FIELDS, "system", "category")) | BESIDE_CONVERSATION
@@ -52,7 +51,7 @@ USED_IN_MESSAGE = frozenset(name for names in MESSAGE_FIELDS.values() for name i
 TEXT_PARTS = ("text", "input_text", "output_text")
 USED_IN_PART = frozenset(("type", "text"))
 
-# Reasons.
+# Reasons for bad rows, by which manifests count them.
 NO_CONVERSATION = 'no "messages", "conversations" or "instruction"'
 PRETRAINING_DATA = "this looks like pre-training data: use prepare_pretrain_dataset.py"
 PREFERENCE_DATA = "this looks like preference data, which is not read"
@@ -67,7 +66,7 @@ RECORDS_INSIDE = "an object that holds records, and is not one itself"
 BAD_HISTORY = '"history" that is not a list of [question, answer]'
 NO_OUTPUT = '"instruction" without "output"'
 NOT_TEXT = "a field that is not text"
-# Notes.
+# Notes, by which manifests count records that are used.
 TOOLS_LEFT_OUT = "conversations whose list of tools is left out"
 SYSTEM_LEFT_OUT = 'conversations with a system prompt in another field than "system", which is left out'
 MEDIA_LEFT_OUT = "conversations whose images, audio or video are left out"
@@ -78,9 +77,9 @@ LEFT_OUT = (
 )
 OTHERS_LEFT_OUT = 'records with several of "messages", "conversations" and "instruction", read by the first'
 
-# Names that people give to alpaca's "output".
+# Other common names of alpaca's "output".
 OTHER_OUTPUTS = ("response", "answer", "completion", "target")
-# Names that people give to a question and its answer.
+# Common names of a question and its answer.
 OTHER_PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -95,9 +94,9 @@ OTHER_PAIRS = (
 
 
 class Recognized(NamedTuple):
-    """The turns of a record, the system text that it has apart from them, if any, and the name of its format.
+    """The turns of a record, its separate system text if there is one, and the name of its format.
 
-    `notes` are counted in the account.
+    `notes` are counted in the token ledger.
     """
 
     turns: list[Turn]
@@ -107,9 +106,9 @@ class Recognized(NamedTuple):
 
 
 def recognize(row: dict[str, Any]) -> Recognized:
-    """Read a record in whichever of `FORMATS` it has. Raises RowError with the reason if it has none, or breaks it.
+    """Read a record in any of `FORMATS`. Raises RowError if it has none of them, or is not valid in its format.
 
-    What a role may be is judged by `conversation.read_conversation`.
+    `conversation.read_conversation` checks the roles.
     """
     found = [name for name in (*LISTS, "instruction") if name in row and not is_absent(row[name])]
     if not found:
@@ -129,7 +128,7 @@ def recognize(row: dict[str, Any]) -> Recognized:
 
 
 def _no_conversation(row: dict[str, Any]) -> RowError:
-    """What to say of a record without a conversation: what its fields look like, and the cure."""
+    """The error for a record without a conversation, with a cure that depends on its fields."""
     there = [name for name, value in row.items() if not is_absent(value)]
     missing = '"messages" is missing, and so are "conversations" and "instruction"'
     if "chosen" in there and "rejected" in there:
@@ -155,13 +154,13 @@ def _no_conversation(row: dict[str, Any]) -> RowError:
 
 
 def where_records_lie(row: dict[str, Any], fields: Sequence[str]) -> str:
-    """Where an object that is not a record holds some, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
+    """Where an object holds records inside, as {"data": [...]} and {"id1": {...}, ...} do, and the cure.
 
     Args:
-        fields: names of which a record has one.
+        fields: every record has at least one of these.
 
     Returns:
-        An empty string if its lists do not begin with a record, and not all its values are records.
+        An empty string if none of its lists begins with a record, and not all of its values are records.
     """
 
     def is_record(value: Any) -> bool:
@@ -169,9 +168,9 @@ def where_records_lie(row: dict[str, Any], fields: Sequence[str]) -> str:
 
     for name, value in row.items():
         if isinstance(value, list) and value and is_record(value[0]):
-            return f"the records lie in {name!r:.80}; write that list alone into the file"
+            return f"the records are inside {name!r:.80}; write only that list into the file"
     if row and all(is_record(value) for value in row.values()):
-        return "each value of this object is a record; write them as one array, or one a line"
+        return "each value of this object is a record; write them as one array, or one per line"
     return ""
 
 
@@ -210,7 +209,7 @@ def _no_message(number: int, who: str, what: str) -> RowError:
 
 
 def _format_of(message: Any) -> str:
-    """The name of the first format whose two fields hold something; or, if none does, whose fields are there."""
+    """The name of the first format whose two fields have values; if there is none, of the first with a role."""
     fields = message if isinstance(message, dict) else {}
     held = {name for name, value in fields.items() if not is_absent(value)}
     for have_text in (held, fields):
@@ -223,12 +222,12 @@ def _format_of(message: Any) -> str:
 
 
 def _refuse_what_would_be_lost(fields: dict[str, Any], where: str, *, media: frozenset = frozenset()) -> None:
-    """Raise RowError for a field beside the text that is part of what is said."""
+    """Raise RowError for a field beside the text that holds content of the message."""
     for name, value in fields.items():
         if name not in BESIDE_TEXT or not _holds_something(value):
             continue
         if name in TOOL_FIELDS:
-            raise RowError(f'{where} has "{name}"; calls of tools are not read', reason=TOOL_MESSAGE)
+            raise RowError(f'{where} has "{name}"; tool calls are not supported', reason=TOOL_MESSAGE)
         if name in REASONING_FIELDS:
             cure = "put it into the text if it is to be trained, or remove it"
             raise RowError(f'{where} has "{name}", which is not read; {cure}', reason=REASONING)
@@ -240,15 +239,15 @@ def _refuse_what_would_be_lost(fields: dict[str, Any], where: str, *, media: fro
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether a field beside a text says anything: flags and numbers, such as "thinking": false, do not."""
+    """Whether a field has content; flags and numbers, such as "thinking": false, have none."""
     return isinstance(value, (str, list, dict)) and bool(value) and not is_absent(value)
 
 
 def _joined_parts(parts: Any, role: str, what: str, number: int) -> str:
-    """The text of a list of parts. Raises RowError for a part that is not text, and for anything but a list."""
+    """The text of a list of parts. Raises RowError for a part that is not text, and for values other than a list."""
     where = f"message {number}"
     if canonical_role(role) in TOOL_ROLES:
-        raise RowError(f"{where} is from {role!r:.80}; calls of tools are not read", reason=TOOL_MESSAGE)
+        raise RowError(f"{where} is from {role!r:.80}; tool calls are not supported", reason=TOOL_MESSAGE)
     if is_absent(parts):
         shown = "null" if parts is None else "NaN" if parts != parts else "empty"
         raise RowError(f'{where} has no text: its "{what}" is {shown}; give a string', reason=NO_TEXT)
@@ -277,7 +276,7 @@ def _text_of_part(part: Any, where: str) -> str:
 
 
 def _alpaca_turns(row: dict[str, Any]) -> list[Turn]:
-    """The rounds of `history`, then the instruction, with the input on the next line, and the output."""
+    """The rounds of `history`, then the instruction followed by the input on a new line, and the output."""
     turns: list[Turn] = []
     history = row.get("history")
     history = [] if is_absent(history) else history

@@ -1,9 +1,9 @@
-"""The rows of a Parquet file as the records that the same data has as jsonl, some at a time, and without running code.
+"""Read the rows of a Parquet file, in batches, as the records that the same data would have as jsonl.
 
 Lists and structs become lists and objects, dates and times their ISO 8601 text, decimals and durations text, NaN null.
-Binary values become text where they are UTF-8, and else an object that says how long they are, which no field that
-holds text takes; so do values that Python has no type for, such as a date after the year 9999. A map becomes a list of
-pairs. The metadata of pandas and of Arrow's extension types is not used.
+Binary values become text if they are UTF-8. Otherwise they become an object with their length, which is never valid
+where text is expected; so do values that Python cannot represent, such as a date after the year 9999. A map becomes a
+list of pairs. The metadata of pandas and of Arrow's extension types is ignored, so no code in a file is run.
 """
 
 from collections.abc import Iterator
@@ -15,23 +15,23 @@ MAGIC = b"PAR1"
 BATCH_BYTES = 8 << 20
 MAX_BATCH_ROWS = 4096
 BUFFER_BYTES = 1 << 20
-# Of text that is not UTF-8, a time zone that is not known here, and dates and durations out of Python's range.
+# Raised for text that is not UTF-8, for unknown time zones, and for dates and durations outside Python's range.
 NO_VALUE = (ValueError, OverflowError)
 
 
 class BrokenParquetError(Exception):
-    """A Parquet file that cannot be read any further, with the reason."""
+    """A Parquet file cannot be read any further. The message is the reason."""
 
 
 class ParquetRow(NamedTuple):
-    """One row as JSON; None if it is over `MAX_LINE_BYTES`, then with its `size`, or holds text that is not UTF-8."""
+    """One row as JSON. `content` is None if it is over `MAX_LINE_BYTES`, or, with `size` 0, holds invalid UTF-8."""
 
     content: bytes | None
     size: int
 
 
 def read_parquet(path: str) -> Iterator[ParquetRow]:
-    """Every row of a file, by row groups. Raises BrokenParquetError where it cannot be read on."""
+    """Yield every row of a file, one row group at a time. Raises BrokenParquetError where the file is damaged."""
     import pyarrow
     import pyarrow.parquet
 
@@ -48,7 +48,7 @@ def read_parquet(path: str) -> Iterator[ParquetRow]:
                 rows = min(max(BATCH_BYTES // size, 1), MAX_BATCH_ROWS)
                 for batch in file.iter_batches(rows, row_groups=[group], use_threads=False):
                     yield from _rows_of(batch)
-    # pyarrow's own errors are of these kinds.
+    # The classes of pyarrow's own errors.
     except (OSError, ValueError, NotImplementedError, KeyError, TypeError, OverflowError) as error:
         raise BrokenParquetError(f"the Parquet file is cut short or damaged ({str(error).splitlines()[0]:.200})")
 
@@ -66,7 +66,7 @@ def _rows_of(batch) -> Iterator[ParquetRow]:
 
 
 def _values(batch) -> list[dict | None]:
-    """The rows as Python has them, None for one with text that is not UTF-8."""
+    """The rows as Python objects; None for a row with text that is not UTF-8."""
     try:
         return batch.to_pylist()
     except NO_VALUE:
@@ -74,7 +74,7 @@ def _values(batch) -> list[dict | None]:
 
 
 def _row(batch) -> dict | None:
-    """The only row of a batch of which some value cannot be had."""
+    """The only row of a batch in which some value cannot be converted."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -87,7 +87,7 @@ def _row(batch) -> dict | None:
 
 
 def _as_json(value: Any) -> Any:
-    """What orjson writes in place of a value of a type that JSON has not."""
+    """The value that orjson writes for a type that JSON lacks."""
     if not isinstance(value, bytes):
         return str(value)
     try:

@@ -1,7 +1,7 @@
-"""Keys that stand twice in an object, of which parsers keep one value without a word: refused where the value is used.
+"""Refuse repeated keys in an object where the value is used: parsers silently keep one of the values.
 
 {"target": "a", "target": "b"}               refused
-{"target": "a", "meta": {"id": 1, "id": 2}}  read: nothing looks into "meta"
+{"target": "a", "meta": {"id": 1, "id": 2}}  read, because "meta" is ignored
 """
 
 import json
@@ -13,22 +13,22 @@ from typing import Any
 from colossal_llama2.corpus.message_formats import LISTS, USED_IN_MESSAGE, USED_IN_PART, USED_IN_RECORD
 from colossal_llama2.storage.row_errors import RowError
 
-# Looking for one key in a line takes as long as parsing it in a few.
+# With more keys, searching the line for each one takes longer than parsing it again.
 MAX_FLAT_KEYS = 16
 PRETRAINING_FIELDS = frozenset(("source", "target", "text"))
 REPEATED = "a key that stands there twice"
 
 
 class _Repeating(dict):
-    """An object with keys that stand twice: those are `repeated`."""
+    """An object with repeated keys, listed in `repeated`."""
 
     repeated: frozenset[str] = frozenset()
 
 
 def refuse_repeated_keys(line: bytes, record: dict[str, Any]) -> None:
-    """Raise RowError if a key that is read stands twice in the line's record, in a message or in a part of its text.
+    """Raise RowError if a key that is read is repeated in a line's record, in a message or in a part of its text.
 
-    A flat record in which each key's bytes stand once, none of them escaped, needs no second parse.
+    A flat record whose line contains each key once, without escapes, is not parsed a second time.
     """
     for key, value in record.items() if len(record) <= MAX_FLAT_KEYS else ():
         if isinstance(value, (dict, list)) or line.count(_quoted(key)) != 1:
@@ -54,11 +54,11 @@ def refuse_repeated_keys(line: bytes, record: dict[str, Any]) -> None:
     for value, used in _used_objects(parsed):
         repeated = sorted(value.repeated & used) if isinstance(value, _Repeating) else []
         if repeated:
-            raise RowError(f"the key {repeated[0]!r:.80} stands there twice; each key must be unique", reason=REPEATED)
+            raise RowError(f"the key {repeated[0]!r:.80} is repeated; each key must be unique", reason=REPEATED)
 
 
 def _used_objects(record: dict[str, Any]) -> Iterator[tuple[Any, frozenset[str]]]:
-    """The objects that readers look into, and the keys that they look for."""
+    """Yield the objects that readers use, each with the keys that they read."""
     yield record, USED_IN_RECORD | PRETRAINING_FIELDS
     for messages in (record.get(name) for name in LISTS):
         for message in messages if isinstance(messages, list) else ():
@@ -71,5 +71,5 @@ def _used_objects(record: dict[str, Any]) -> Iterator[tuple[Any, frozenset[str]]
 
 @lru_cache(maxsize=16)
 def _quoted(key: str) -> bytes:
-    """A key as it stands in a line, unless something in it is escaped."""
+    """A key as it is written in a line, unless it contains escapes."""
     return f'"{key}"'.encode()

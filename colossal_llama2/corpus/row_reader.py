@@ -1,4 +1,4 @@
-"""The lines of a span of an input file, each checked: a record, nothing (blank), or why it cannot be used."""
+"""Read the lines of a span of an input file. Each one is a record, blank, or has a problem."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ from colossal_llama2.storage.lines import (
 )
 from colossal_llama2.storage.row_errors import RowError
 
-# Deeper, and what happens would depend on how deep the stack of the process is.
+# A fixed limit, so that the result does not depend on the stack size of the process.
 MAX_NESTING = 256
 OTHER_REASON = "other faults"
 
@@ -34,13 +34,13 @@ class Line(NamedTuple):
     """One line, or one record of a JSON array or a Parquet file, each of which counts as a line.
 
     Attributes:
-        number: of the line where it begins, from the span's first line on; of a Parquet file, of the row.
-        size: its bytes.
-        record: None if it is blank or there is a `problem`.
+        number: of its first line, counted from the span's first line; in a Parquet file, of the row.
+        size: in bytes.
+        record: None if the line is blank or has a `problem`.
         problem: why it cannot be used, and the cure.
-        count: how many lines it stands for: blank lines may come as one.
-        reason: what rows with this problem are counted by.
-        is_lost: whether all that follows in the file is lost with it; then it counts as no line.
+        count: how many lines it stands for: several blank lines may come as one.
+        reason: the key under which rows with this problem are counted.
+        is_lost: True if the rest of the file cannot be read either; then it is not counted as a line.
     """
 
     number: int
@@ -53,10 +53,10 @@ class Line(NamedTuple):
 
 
 class SpanReader:
-    """Reads the lines of one span; afterwards `sha256` is the hash of a file that was read as a whole."""
+    """Reads the lines of one span. Afterwards `sha256` is the hash of the file, if the span is the whole file."""
 
     def __init__(self, file: InputFile, span: Span, base: str = ""):
-        """`base` is the folder that the file's path counts from."""
+        """`base` is the folder that the file's path is relative to."""
         self._file, self._span = file, span
         self._path = os.path.join(base, file.path)
         self._hash = hashlib.sha256()
@@ -76,16 +76,16 @@ class SpanReader:
             if self._file.kind in COMPRESSIONS:
                 stream = io.BufferedReader(Decompressing(self._path, self._file.kind, hashed, stack), READ_BYTES)
             yield from self._whole(_WithHead(stream))
-            while hashed.read(READ_BYTES):  # what a decompressor leaves unread
+            while hashed.read(READ_BYTES):  # the bytes that a decompressor did not read
                 pass
 
     @property
     def sha256(self) -> str | None:
-        """The file's hash; None if only a part of it was read."""
+        """The hash of the file; None if only a part of it was read."""
         return self._hash.hexdigest() if self._span.stop is None else None
 
     def line_number(self, number: int) -> int:
-        """The line of the file that the span's line `number` is, both counted from 1."""
+        """The number of the span's line `number` in the whole file, both counted from 1."""
         if self._lines_before is None:
             self._lines_before = self._count_lines_before()
         return self._lines_before + number
@@ -132,7 +132,7 @@ class SpanReader:
             if isinstance(error, MissingPackageError):
                 yield _lost(number, str(error), "zstd window over 128 MiB")
                 return
-            damage = f"the compressed data is cut short or damaged here ({error}), all after it is lost"
+            damage = f"the compressed data is cut short or damaged here ({error}), and everything after it is lost"
             yield _lost(number, f"{damage}; fetch the file again", "compressed data cut short or damaged")
 
     def _lines(self, reader: LineReader) -> Iterator[Line]:
@@ -148,7 +148,7 @@ class SpanReader:
                 number += 1
                 yield _checked(record.content, record.line, record.size, what=f"record {number:,}")
         except BrokenDocumentError as error:
-            problem = f"{error}, behind {number:,} records; fetch the file again, or mend it"
+            problem = f"{error}, after {number:,} records; fetch the file again, or fix it"
             yield _lost(error.line, problem, "JSON array cut short or broken")
 
     def _parquet(self) -> Iterator[Line]:
@@ -165,7 +165,7 @@ class SpanReader:
 
 
 class _WithHead:
-    """A stream with `read1`, of which the first bytes are read already. An error comes after what is before it."""
+    """A stream with `read1` whose `head` is known in advance. An error in the head is raised after its valid bytes."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -179,7 +179,7 @@ class _WithHead:
         self.head, self._left = head[:HEAD_BYTES], head
 
     def read1(self, size: int) -> bytes:
-        """As that of the stream, but of a head of any size."""
+        """Like `read1` of the stream; the first block is the head, whatever `size` is."""
         if self._left:
             block, self._left = self._left, b""
             return block
@@ -189,7 +189,7 @@ class _WithHead:
 
 
 class _HashingReader(io.RawIOBase):
-    """A raw file whose bytes are hashed on their way."""
+    """A raw file that hashes the bytes that are read from it."""
 
     def __init__(self, raw, digest):
         self._raw, self._digest = raw, digest
@@ -210,7 +210,7 @@ def sha256_of(path: str) -> str:
 
 
 def _first_line_start(raw, start: int, stop: int) -> int:
-    """The place of the first line that begins at `start` or after it; at least `stop` if none does before."""
+    """The offset of the first line that begins in [start, stop); `stop` or more if there is none."""
     if start == 0:
         return 0
     position, returned = start - 1, False
@@ -243,7 +243,7 @@ def _checked_row(row: ParquetRow, number: int) -> Line:
 
 
 def _checked(content: bytes | None, number: int, size: int, count: int = 1, what: str = "") -> Line:
-    """One line, or, if `what` names it, one record of a JSON document."""
+    """Check one line, or one record of a JSON document, which `what` then names."""
     if content is None:
         return _too_long(number, size, what or "a line")
     text = content.removeprefix(BYTE_ORDER_MARK)
@@ -260,7 +260,7 @@ def _checked(content: bytes | None, number: int, size: int, count: int = 1, what
 
 
 def _refuse_deep_nesting(line: bytes, record: dict[str, Any]) -> None:
-    """Raise RowError for lists and objects that are more than `MAX_NESTING` deep in each other."""
+    """Raise RowError for lists and objects that are nested more than `MAX_NESTING` deep."""
     if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
         return
     level: list[Any] = [record]
@@ -268,5 +268,5 @@ def _refuse_deep_nesting(line: bytes, record: dict[str, Any]) -> None:
         inner = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
     if level:
-        why = f"lists and objects in each other more than {MAX_NESTING} deep; flatten the line"
+        why = f"lists and objects are nested more than {MAX_NESTING} deep; flatten the line"
         raise RowError(why, reason=f"nested more than {MAX_NESTING} deep")

@@ -27,8 +27,8 @@ from colossal_llama2.dataset.layout.columns import (
     SAMPLE_CATEGORY,
 )
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
-from colossal_llama2.dataset.layout.output_folder import MANIFEST_FILE
-from colossal_llama2.encoding.encoder import Encoder, fingerprint
+from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.output_paths import check_output_file
@@ -36,7 +36,7 @@ from colossal_llama2.terminal_text import visible, visible_line
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
-# Where the categories of a sample's documents stand: in one list, or in older fine-tuning data one for the sample.
+# The columns with the categories of a sample's documents; older fine-tuning data has one category per sample.
 CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
 # Of the characters that no font can draw, so many are listed.
 MAX_MISSING = 20
@@ -76,7 +76,7 @@ def main(argv=None) -> None:
     args = data_flags.inspect_data_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
-        # A terminal that cannot show a character should say which it is, not end the report.
+        # A terminal that cannot show a character shows its code, instead of ending the report.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
@@ -85,7 +85,7 @@ def main(argv=None) -> None:
                 print(line)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader, such as `head`, has seen enough. Python would complain once more at its exit.
+            # The reader, such as `head`, has closed the pipe. Without this, Python reports it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -95,7 +95,7 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool) -> Iterator[st
     Raises UserError for a folder that is no bin, a bin of another tokenizer, or a place where no chart can be written.
     """
     part, plots = Path(settings.part), settings.plots
-    encoder = Encoder(settings.tokenizer_dir)
+    encoder = load_encoder(settings.tokenizer_dir)
     dataset = open_bin(part)
     lengths = sample_lengths(dataset)
     if plots is not None:
@@ -173,9 +173,9 @@ def count_categories(dataset) -> Counter | None:
 
 
 def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
-    """The documents of a sample, decoded. Without recorded borders the whole sample is one.
+    """The documents of a sample, decoded. Without recorded borders, the whole sample is one document.
 
-    Raises UserError if an id is not the tokenizer's or the borders do not fit the sample; `where` names the sample.
+    Raises UserError if the tokenizer lacks an id, or the borders do not fit the sample. `where` names the sample.
     """
     input_ids, labels = row[INPUT_IDS], row[LABELS]
     borders = row.get(DOCUMENT_LENGTHS) or [len(input_ids)]
@@ -212,8 +212,8 @@ def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> list[R
 
 
 def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
-    """The text of `ids`, its marks as <s> and </s>. Behind the mark that `opens` a document stands a dummy prefix."""
-    marks = {encoder.bos_id: "<s>", encoder.eos_id: "</s>"}
+    """The text of `ids` with its marks shown. After the mark that `opens` a document, a text has a dummy prefix."""
+    marks = {encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
     parts: list[str] = []
     start = 0
     for end in range(len(ids) + 1):
@@ -230,7 +230,7 @@ def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
 
 def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
     """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
-    path = part.absolute().parent / MANIFEST_FILE
+    path = part.absolute().parent / DATA_MANIFEST_FILE
     if not path.is_file():
         return
     manifest = read_json(path)
@@ -318,7 +318,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
     """
     from colossal_llama2.charts.plots import draw_lengths, draw_spliced
 
-    manifest = part.absolute().parent / MANIFEST_FILE
+    manifest = part.absolute().parent / DATA_MANIFEST_FILE
     longest = (read_json(manifest).get("settings") or {}).get("max_length") if manifest.is_file() else None
     longest = max(longest if isinstance(longest, int) else 0, max(lengths))
     fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"

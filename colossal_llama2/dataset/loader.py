@@ -1,4 +1,4 @@
-"""The original's place of `load_tokenized_dataset`, for programs that import it from here."""
+"""`load_tokenized_dataset` under the import path of the original project."""
 
 from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
 

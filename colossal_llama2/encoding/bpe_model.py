@@ -1,6 +1,6 @@
-"""A SentencePiece BPE model file: its pieces, the same file with more of them, and what SentencePiece makes of a text.
+"""Read a SentencePiece BPE model file, append pieces to it, and find pieces that SentencePiece never produces.
 
-New pieces are appended as bytes, without a protobuf object for each: a million take a second, with every protobuf.
+New pieces are appended as bytes, without a protobuf object for each: a million pieces take a second.
 """
 
 import math
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from colossal_llama2.encoding.encoder import MODEL_FILE, Encoder, sentencepiece_file
+from colossal_llama2.encoding.file_names import MODEL_FILE
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
 
 SPACE = "▁"
-# Where protobuf keeps the pieces in a ModelProto, and piece and score in one of them: field number and wire type.
+# Tags (field number and wire type) of a ModelProto's pieces, and of a piece's text and score.
 PIECES_TAG, PIECE_TAG, SCORE_TAG = b"\x0a", b"\x0a", b"\x15"
 FLOAT32_BITS = 24
 TEXTS_AT_A_TIME = 100_000
@@ -24,8 +26,8 @@ TEXTS_AT_A_TIME = 100_000
 class BpeModel:
     """The content of a tokenizer.model: `pieces` in order of id, and the `scores` of those that merges can make.
 
-    `lowest_merge` is the lowest score of a piece of two or more characters. The score of a single character decides
-    nothing, and some models give all of theirs a sentinel (-1e9), near which float32 cannot tell new scores apart.
+    `lowest_merge` is the lowest score of a piece of two or more characters. Scores of single characters have no effect,
+    and in some models they are all a sentinel (-1e9), near which float32 cannot represent distinct new scores.
     """
 
     content: bytes
@@ -59,8 +61,8 @@ def read_model(folder: Path):
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-    # SentencePiece tells better than protobuf whether a file is one of its models.
-    Encoder(folder)
+    # SentencePiece detects better than protobuf whether a file is one of its models.
+    SentencePieceEncoder(folder)
     path = sentencepiece_file(folder)
     try:
         model = ModelProto.FromString(path.read_bytes())
@@ -69,15 +71,15 @@ def read_model(folder: Path):
     kind = model.trainer_spec.model_type
     if kind != TrainerSpec.BPE:
         name = TrainerSpec.ModelType.Name(kind).capitalize()
-        raise UserError(f"{path} is a {name} model; only BPE models, such as LLaMA-2's, can be expanded by appending")
+        raise UserError(f"{path} is a {name} model; only BPE models, such as LLaMA-2's, can be extended")
     return model
 
 
 def scores_below(lowest: float, count: int) -> list[float]:
-    """`count` falling scores below `lowest`, each a different float32.
+    """`count` decreasing scores below `lowest`, each a different float32.
 
-    The step is 1 where float32 holds every whole number, as far as the scores reach; else twice the distance of its
-    neighbours there: scores_below(-2.5, 3) -> [-4.0, -5.0, -6.0].
+    The step is 1 if float32 represents every whole number in that range; otherwise it is twice the distance between
+    neighbouring values there: scores_below(-2.5, 3) -> [-4.0, -5.0, -6.0].
     """
     start = math.floor(lowest)
     step = max(1.0, 2.0 ** (math.frexp(abs(start) + count)[1] - FLOAT32_BITS + 1))
@@ -85,7 +87,7 @@ def scores_below(lowest: float, count: int) -> list[float]:
 
 
 def with_pieces(content: bytes, pieces: Sequence[str], scores: Sequence[float]) -> bytes:
-    """A serialized ModelProto with `pieces` behind its own, byte for byte as protobuf would write it."""
+    """A serialized ModelProto with `pieces` appended to its own, byte for byte as protobuf would write it."""
     end = _end_of_pieces(content)
     records = bytearray()
     for piece, score in zip(pieces, scores, strict=True):
@@ -105,7 +107,7 @@ def _varint(value: int) -> bytes:
 
 
 def _end_of_pieces(content: bytes) -> int:
-    """Where the last piece of a serialized ModelProto ends, 0 if there is none."""
+    """The offset at which the last piece of a serialized ModelProto ends; 0 if it has none."""
     position = end = 0
     while position < len(content):
         tag, position = _read_varint(content, position)
@@ -134,11 +136,11 @@ def _read_varint(content: bytes, position: int) -> tuple[int, int]:
 
 
 def plain_processor(content: bytes):
-    """SentencePiece with a model's merges and without its normalizer, so that a piece as text stands for itself."""
+    """SentencePiece with a model's merges but without its normalizer, so that the text of a piece stays unchanged."""
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
-    # Protobuf merges two messages that follow each other: each field set here replaces the model's.
+    # Protobuf merges two concatenated messages: each field set here replaces the model's.
     plain = NormalizerSpec(
         name="identity", precompiled_charsmap=b"", add_dummy_prefix=False, remove_extra_whitespaces=False
     )
@@ -148,9 +150,9 @@ def plain_processor(content: bytes):
 
 
 def unreachable(content: bytes, pieces: Sequence[str]) -> list[str]:
-    """Those of a model's `pieces` that SentencePiece's own merges never make, by encoding each of them.
+    """The `pieces` of a model that SentencePiece's merges never make, found by encoding each of them.
 
-    What the model's normalizer makes of them is judged by `altered_by_normalizer`.
+    The model's normalizer is not applied; see `altered_by_normalizer`.
     """
     processor = plain_processor(content)
     found = []
@@ -162,21 +164,21 @@ def unreachable(content: bytes, pieces: Sequence[str]) -> list[str]:
 
 
 def altered_by_normalizer(model: BpeModel, pieces: Iterable[str]) -> list[str]:
-    """The pieces that no text holds after the model's normalizer, which may turn "Ａ" into "A" or drop spaces."""
+    """The pieces that never occur after the model's normalizer, which may turn "Ａ" into "A" or drop spaces."""
     from sentencepiece import SentencePieceProcessor
 
     if model.has_identity_normalizer:
         return []
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(model.content)
-    # In the middle of a text: spaces at its ends may be dropped.
+    # Inside a text, because spaces at its ends may be dropped.
     return [piece for piece in pieces if piece not in processor.normalize(f"x{piece.replace(SPACE, ' ')}x")]
 
 
 def merges(pieces: Sequence[str], scores: Sequence[float], can_merge: Iterable[str]) -> list[tuple[str, str]]:
     """The merges that transformers derives from a SentencePiece BPE, best first (`generate_merges` in its converter).
 
-    Each split of a piece into two pieces is one; pieces that cannot merge, such as "<0x0A>", are in none:
+    Each split of a piece into two pieces is a merge; pieces that cannot merge, such as "<0x0A>", are in none:
 
         merges(["a", "b", "c", "ab", "abc"], [-3, -4, -5, -1, -2], ...) -> [("a", "b"), ("ab", "c")]
     """

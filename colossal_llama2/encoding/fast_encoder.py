@@ -1,18 +1,19 @@
-"""SentencePiece's ids from kitoken, about three times as fast, for tokenizers on which the two are sure to agree.
+"""SentencePiece's ids from kitoken, about three times as fast, for tokenizers on which both are certain to agree.
 
-SentencePiece takes a text as a whole, and merges the best-scored two neighbours again and again. kitoken first splits
-it before each run of spaces ("▁"), takes a part that is a piece as it is, and merges in the others by rank. That comes
-to the same if
+SentencePiece repeatedly merges the two neighbours with the best score, over the whole text. kitoken first splits the
+text before each run of spaces ("▁"), keeps a part that is a piece unchanged, and merges in the other parts by rank.
+Both give the same ids if
 
-- "▁" stands nowhere in a piece but in front, so that no merge crosses a split;
-- every piece is what SentencePiece makes of its own text: then it is made so in every text (`closure` says why);
-- each character of a piece is a piece, so that a merge leads to each and kitoken ranks it by its score;
-- no two pieces have one score, since SentencePiece then goes by position and kitoken by id. LLaMA-2 has such: runs of
-  spaces, which every shorter run leads to, so that there both end alike. That is tried out;
-- nothing but merges decides: no normalizer, bytes for unknown characters, no pieces that are defined by the user.
+- "▁" occurs only at the beginning of pieces, so that no merge crosses a split;
+- SentencePiece encodes the text of every piece to that piece; then it does so in every text (`closure` shows why);
+- every character of a piece is a piece, so that merges lead to each piece and kitoken ranks it by its score;
+- no two pieces have the same score: SentencePiece would decide by position and kitoken by id. In LLaMA-2, runs of
+spaces
+  do, but every shorter run leads to them, so that the results are equal. This is tested on runs of spaces;
+- only merges decide: no normalizer, bytes for unknown characters, no user-defined pieces.
 
-So it is for LLaMA-2's tokenizer and for what init_tokenizer.py makes of it, unless by `--piece_scores zero` or
-`--closure off`. For any other, `encoder_class` says to take SentencePiece itself.
+This holds for LLaMA-2's tokenizer, and for its extensions by init_tokenizer.py without `--piece_scores zero` and
+`--closure off`. For any other tokenizer, `fastest_class` returns SentencePiece itself.
 """
 
 import importlib.util
@@ -20,15 +21,16 @@ from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
-from colossal_llama2.encoding.encoder import Encoder, no_dummy_prefix, sentencepiece_file
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder, no_dummy_prefix
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 
 SPACE = "▁"
-# Longest run of spaces on which both are compared, many times that of the longest piece.
+# The longest run of spaces on which both are compared, many times the longest piece.
 SPACES_TRIED = 200
 
 
-class FastEncoder(Encoder):
-    """As `Encoder`, for a tokenizer of which `encoder_class` says so."""
+class FastEncoder(SentencePieceEncoder):
+    """The same with kitoken, for tokenizers for which `fastest_class` returns it."""
 
     @cached_property
     def _fast(self):
@@ -47,26 +49,26 @@ class FastEncoder(Encoder):
         return fast.encode_all(list(texts), False)
 
 
-def encoder_class(tokenizer_dir: str | Path) -> type[Encoder]:
-    """The fastest encoder that is exact for a tokenizer: FastEncoder, or Encoder if there is a doubt or no kitoken.
+def fastest_class(tokenizer_dir: str | Path) -> type[SentencePieceEncoder]:
+    """FastEncoder if it is exact for a tokenizer; SentencePieceEncoder if that is in doubt or kitoken is missing.
 
-    Takes a tenth of a second. Raises UserError as `Encoder` does.
+    Takes a tenth of a second. Raises UserError as `SentencePieceEncoder` does.
     """
-    encoder = Encoder(tokenizer_dir)
+    encoder = SentencePieceEncoder(tokenizer_dir)
     if importlib.util.find_spec("kitoken") is None:
-        return Encoder
+        return SentencePieceEncoder
     pieces = _merged_pieces(tokenizer_dir)
     if not pieces:
-        return Encoder
+        return SentencePieceEncoder
     texts = [piece.replace(SPACE, " ") for piece in pieces] + [" " * count for count in range(SPACES_TRIED)]
     ids = encoder.encode(texts, dummy_prefix=False)
     is_reached = all(len(own) == 1 for own in ids[: len(pieces)])
     is_exact = is_reached and FastEncoder(tokenizer_dir).encode(texts, dummy_prefix=False) == ids
-    return FastEncoder if is_exact else Encoder
+    return FastEncoder if is_exact else SentencePieceEncoder
 
 
 def _merged_pieces(tokenizer_dir: str | Path) -> list[str]:
-    """The pieces that merges make, and single characters; none if anything but merges decides, or merges can tie."""
+    """Single characters and the pieces that merges make; empty if anything but merges decides, or merges can tie."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
     model = ModelProto.FromString(sentencepiece_file(tokenizer_dir).read_bytes())

@@ -1,7 +1,7 @@
-"""A tokenizer's files, whoever made the folder: checked before transformers opens them.
+"""Check the files of a tokenizer's folder, which may come from anyone, before transformers opens them.
 
-transformers hands every entry of tokenizer_config.json to the tokenizer's class, as an argument. Some of them name
-files, which would be opened wherever they lie, so those are refused, and so are values of a type that fails later.
+transformers passes every entry of tokenizer_config.json to the tokenizer's class as an argument. Some entries name
+files, which would be opened anywhere on the disk, so they are refused. So are values of a type that would fail later.
 """
 
 import os
@@ -9,31 +9,38 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from colossal_llama2.encoding.file_names import (
+    ADDED_TOKENS_FILE,
+    CONFIG_FILE,
+    FAST_FILE,
+    MODEL_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TEMPLATE_JSON_FILE,
+    TEMPLATES_FOLDER,
+)
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import is_stray
 from colossal_llama2.storage.input_files import MIB, check_regular, is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
 
-TEMPLATES_FOLDER = "additional_chat_templates"
-# Empty, it is a template that adds nothing.
-TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-# What a LLaMA's tokenizer is read from, and how large it may be.
+CONFIG_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE)
+# The files of a LLaMA tokenizer, and their maximum sizes.
 NAMED_FILES = {
-    "tokenizer.model": 64 * MIB,
-    "tokenizer.json": 128 * MIB,
-    "added_tokens.json": 64 * MIB,
+    MODEL_FILE: 64 * MIB,
+    FAST_FILE: 128 * MIB,
+    ADDED_TOKENS_FILE: 64 * MIB,
     TEMPLATE_FILE: MIB,
-    "chat_template.json": MIB,
+    TEMPLATE_JSON_FILE: MIB,
     **dict.fromkeys(CONFIG_FILES, 64 * MIB),
 }
-# Other kinds of tokenizers have their vocabulary in files of other names.
+# Other kinds of tokenizers keep their vocabulary in files with other names.
 OTHER_PATTERNS = ("*.json", "*.model", "*.jinja", "*.txt")
 MOST_TEMPLATES = 100
-# Arguments of tokenizer classes that are a path, or an object that no JSON file can hold.
+# Arguments of tokenizer classes that are a path, or an object that JSON cannot represent.
 PATH_ENTRIES = ("vocab_file", "tokenizer_file", "merges_file", "spm_file", "gguf_file", "vocabulary_file")
-# The file that each of them is anyway.
-OWN_FILES = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
+# The file that transformers uses for each of them by default.
+OWN_FILES = {"vocab_file": MODEL_FILE, "tokenizer_file": FAST_FILE}
 OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SWITCHES = (
@@ -50,11 +57,11 @@ SWITCHES = (
 
 
 def check_tokenizer_files(folder: str | Path) -> None:
-    """Check the files of a folder that a tokenizer may be read from; what is missing is not asked for.
+    """Check the files of a folder that a tokenizer may be read from. Missing files are accepted.
 
     Raises:
-        UserError: one of them is not a regular file, or tokenizer_config.json or special_tokens_map.json holds a value
-            that no tokenizer can have, or names a file.
+        UserError: one of them is not a regular file, or tokenizer_config.json or special_tokens_map.json holds an
+            invalid value or names a file.
     """
     folder = Path(folder)
     for name, max_bytes in NAMED_FILES.items():
@@ -70,24 +77,26 @@ def check_tokenizer_files(folder: str | Path) -> None:
 
 
 def _check_templates(folder: Path) -> None:
-    """Its content goes along into every saved model, so it must not lead to anything else."""
+    """The folder is copied into every saved model, so it must hold nothing but templates."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder of chat templates; remove it")
+        raise UserError(f"{folder} is not a folder of chat templates; remove it")
     paths = sorted(path for path in folder.iterdir() if not is_stray(path.name))
     if len(paths) > MOST_TEMPLATES:
-        raise UserError(f"{folder}: holds {len(paths):,} chat templates, at most {MOST_TEMPLATES} allowed; remove some")
+        raise UserError(
+            f"{folder} holds {len(paths):,} chat templates, at most {MOST_TEMPLATES} are allowed; remove some"
+        )
     for path in paths:
         if path.suffix != ".jinja":
-            raise UserError(f"{path}: is not a chat template, only files named *.jinja are allowed here; remove it")
+            raise UserError(f"{path} is not a chat template: only files named *.jinja are allowed here; remove it")
         check_regular(path, max_bytes=MIB, allows_empty=True)
 
 
 def _check_settings(settings: dict, path: Path) -> None:
     for name in PATH_ENTRIES:
         # Without tokenizer.json transformers drops the entry, which many old folders have.
-        is_dropped = name == "tokenizer_file" and not (path.parent / "tokenizer.json").is_file()
+        is_dropped = name == "tokenizer_file" and not (path.parent / FAST_FILE).is_file()
         if settings.get(name) is not None and not is_dropped and not _is_own_file(name, settings[name], path.parent):
             raise UserError(
                 f"{path}: {name} names the file {shown(settings[name])}; only the folder's own files are opened, "
@@ -105,17 +114,17 @@ def _check_settings(settings: dict, path: Path) -> None:
 
 
 def _is_own_file(name: str, value: Any, folder: Path) -> bool:
-    """Whether an entry names, without a folder, the file that transformers would take without the entry."""
+    """Whether an entry names, without a folder, the file that transformers would use without the entry."""
     return name in OWN_FILES and value == OWN_FILES[name] and is_regular(folder / OWN_FILES[name])
 
 
 def own_file_arguments(folder: str | Path) -> dict[str, str]:
-    """Arguments for a tokenizer's from_pretrained that make tokenizer_config.json's names of own files whole paths.
+    """Arguments for a tokenizer's from_pretrained that turn file names in tokenizer_config.json into full paths.
 
-    transformers would look for such a name in the working directory.
+    transformers would look for such a file in the working directory.
 
     Args:
-        folder: what `check_tokenizer_files` accepted.
+        folder: accepted by `check_tokenizer_files`.
     """
     path = Path(folder, CONFIG_FILES[0])
     settings = read_settings(path) if is_regular(path) else {}
@@ -178,6 +187,3 @@ RULES: dict[str, Callable[[Any], str | None]] = {
     "sp_model_kwargs": _sentencepiece_settings,
     "tokenizer_class": _is((str,), "a string"),
 }
-
-
-REPORT_FILE = "vocabulary_report.json"

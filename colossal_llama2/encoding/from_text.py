@@ -1,17 +1,18 @@
-"""Make a LLaMA-2 tokenizer from nothing but text: for rehearsals and tests, where LLaMA-2's own is not to be had."""
+"""Train a LLaMA-2 tokenizer from text alone, for rehearsals and tests without LLaMA-2's own tokenizer."""
 
 import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE, PADDING_SIDE, SPECIAL_TOKENS_FILE
+from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE
+from colossal_llama2.encoding.transformers_tokenizer import PADDING_SIDE
 from colossal_llama2.storage.files import write_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
 
 def train_vocabulary(lines: Iterable[str], vocab_size: int) -> bytes:
-    """Train a SentencePiece BPE with the settings that LLaMA-2's tokenizer.model records; returns such a file.
+    """Train a SentencePiece BPE with the settings recorded in LLaMA-2's tokenizer.model. Returns the serialized model.
 
     Args:
         lines: text without line breaks.
@@ -54,8 +55,8 @@ def write_tokenizer(model: bytes, folder: Path, *, model_max_length: int = 4096)
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
     }
-    # By hand, since transformers would write "add_prefix_space": null, which it reads as no leading "▁"; LLaMA-2's
-    # files leave the key out, which it reads as one, as SentencePiece does.
+    # Not written by transformers, which would add "add_prefix_space": null and read that as no leading "▁". Without the
+    # key, as in LLaMA-2's files, it adds the "▁" as SentencePiece does.
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / SPECIAL_TOKENS_FILE, special)
 

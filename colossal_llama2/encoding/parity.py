@@ -1,8 +1,8 @@
-"""Whether SentencePiece, the slow and the fast tokenizer of transformers give equal ids, before and after an extension.
+"""Compare the ids of SentencePiece and of the slow and fast tokenizers of transformers, before and after an extension.
 
-`AutoTokenizer` loads the fast one, other servers read tokenizer.model: where they differ, a model is served other ids
-than it was trained on. Some sources differ by themselves (LLaMA-2's on leading spaces), so source and target are
-measured alike, and what the extension adds is told apart. Likewise, text that holds no new piece must keep its ids.
+`AutoTokenizer` loads the fast one, other servers read tokenizer.model. Where they differ, a model is served other ids
+than it was trained on. Some source tokenizers already differ (LLaMA-2's on leading spaces), so source and target are
+measured alike, and only new differences count against the extension. Text without new pieces must also keep its ids.
 """
 
 import math
@@ -13,14 +13,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from colossal_llama2.encoding.bpe_model import SPACE, BpeModel
-from colossal_llama2.encoding.encoder import CONFIG_FILE, Encoder, sentencepiece_file
+from colossal_llama2.encoding.file_names import CONFIG_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
-# What is measured of one group of texts at most, evenly chosen: the fast tokenizer takes seconds for it, the slow one
-# too. Whether pieces are reached is checked on all.
+# At most this much of one group of texts is measured, evenly chosen, which takes either tokenizer some seconds. Whether
+# pieces are reached is checked on all of them.
 FAST_TEXTS, FAST_CHARACTERS = 100_000, 2**23
 SLOW_TEXTS, SLOW_CHARACTERS = 40_000, 2_600_000
 TEXTS_AT_A_TIME = 1000
@@ -32,9 +34,9 @@ EQUAL, OTHER_PREFIX, OTHER = range(3)
 
 @dataclass
 class Difference:
-    """How one tokenizer compares with SentencePiece on `documents` texts: on how many it differs, in source and target.
+    """On how many of `documents` texts a tokenizer differs from SentencePiece, in the source and in the target.
 
-    `added` counts where it differs in the target, and less or not at all in the source; `first` shows the first such.
+    `added` counts the texts that differ more in the target than in the source; `first` shows the first of them.
     """
 
     documents: int = 0
@@ -46,7 +48,7 @@ class Difference:
 
 @dataclass
 class Measurement:
-    """What was measured on a group of texts: parity, and how many of those `without_new_piece` have changed."""
+    """The result for a group of texts: parity, and how many of the texts `without_new_piece` have changed ids."""
 
     group: str
     documents: int
@@ -58,7 +60,7 @@ class Measurement:
 
     @property
     def failures(self) -> int:
-        """Documents on which the extension makes tokenizers differ or changes the ids of old text."""
+        """Documents on which the extension adds a difference between tokenizers, or changes the ids of old text."""
         return self.fast.added + (self.slow.added if self.slow else 0) + self.changed
 
     def as_dict(self) -> dict:
@@ -67,12 +69,12 @@ class Measurement:
 
 
 class Tokenizers:
-    """SentencePiece, fast and slow tokenizer of one folder. `slow` is None where transformers has no slow one."""
+    """SentencePiece, the fast and the slow tokenizer of one folder. `slow` is None if transformers has none."""
 
     def __init__(self, folder: Path):
         from sentencepiece import SentencePieceProcessor
 
-        self.encoder = Encoder(folder)
+        self.encoder = SentencePieceEncoder(folder)
         self.fast = load_with_transformers(folder, use_fast=True)
         slow = load_with_transformers(folder, use_fast=False)
         self.slow = None if slow.is_fast else slow
@@ -89,11 +91,11 @@ class Tokenizers:
 
     def slow_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the slow tokenizer, without <s> and </s>."""
-        # The two steps of `encode`, without the making of masks, which takes longer than they do.
+        # The two steps of `encode`, without building masks, which takes longer.
         return [self.slow.convert_tokens_to_ids(self.slow.tokenize(text)) for text in texts]
 
     def normalized(self, text: str) -> str:
-        """What SentencePiece merges the characters of: the text with "▁" for spaces and before it."""
+        """The text whose characters SentencePiece merges: with "▁" for spaces, and with a leading "▁"."""
         return self._processor.normalize(text)
 
 
@@ -101,7 +103,7 @@ def load_with_transformers(folder: Path, *, use_fast: bool = True):
     """AutoTokenizer on a folder. Raises UserError if its settings name a class that does not fit tokenizer.model."""
     from transformers import AutoTokenizer
 
-    # Older LLaMA derivatives name no class, which AutoTokenizer would look for in the model's config.json.
+    # Older LLaMA derivatives do not name a class; AutoTokenizer would look for it in the model's config.json.
     named = {} if read_json(folder / CONFIG_FILE).get("tokenizer_class") else {"tokenizer_type": "llama"}
     check_tokenizer_files(folder)
     try:
@@ -122,7 +124,7 @@ def load_with_transformers(folder: Path, *, use_fast: bool = True):
 
 
 class PieceFinder:
-    """Tells whether a text holds one of many pieces, in time that is linear in the text."""
+    """Finds out whether a text contains any of many pieces, in time linear in the text."""
 
     def __init__(self, pieces: Iterable[str]):
         self._pieces = frozenset(pieces)
@@ -132,7 +134,7 @@ class PieceFinder:
         self._lengths = dict(lengths)
 
     def found_in(self, text: str) -> bool:
-        """True if one of the pieces is a part of the text."""
+        """Whether the text contains one of the pieces."""
         firsts = self._lengths.keys() & set(text)
         return bool(firsts) and any(
             text[index : index + length] in self._pieces
@@ -142,16 +144,16 @@ class PieceFinder:
         )
 
 
-# The texts.
+# Texts to compare on.
 
 
 def texts_alone(pieces: Sequence[str]) -> list[str]:
-    """Each piece as a text of its own."""
+    """Each piece as a separate text."""
     return [piece.replace(SPACE, " ") for piece in pieces]
 
 
 def texts_in_context(pieces: Sequence[str]) -> list[str]:
-    """Every piece once, in a random order (always the same): two beside each other, one between spaces."""
+    """Every piece once, in a fixed random order, three per text: two side by side and one between spaces."""
     shuffled = texts_alone(pieces)
     random.Random(0).shuffle(shuffled)
     triples = (shuffled[start : start + 3] + ["", ""] for start in range(0, len(shuffled), 3))
@@ -159,7 +161,7 @@ def texts_in_context(pieces: Sequence[str]) -> list[str]:
 
 
 def texts_of_old_pieces(model: BpeModel) -> list[str]:
-    """The source's own pieces in a random order (always the same), some to a text: its language without a corpus."""
+    """The source's own pieces in a fixed random order, several per text: text of its language without a corpus."""
     pieces = texts_alone([piece for piece in model.pieces if piece in model.scores])
     random.Random(0).shuffle(pieces)
     starts = range(0, len(pieces), PIECES_PER_TEXT)
@@ -172,8 +174,8 @@ def texts_of_old_pieces(model: BpeModel) -> list[str]:
 def measure(source: Tokenizers, target: Tokenizers, group: str, texts: Sequence[str], new: PieceFinder) -> Measurement:
     """Compare SentencePiece with the fast and the slow tokenizer, and source with target, on `texts`.
 
-    A text differs anew if the target's two tokenizers differ more than the source's: EQUAL < OTHER_PREFIX < OTHER. With
-    OTHER_PREFIX, one of them puts a "▁" before the text and the other does not, which is the source's own setting.
+    A text has a new difference if the target's two tokenizers differ more than the source's, in the order EQUAL <
+    OTHER_PREFIX < OTHER. OTHER_PREFIX means that only one of them puts a "▁" before the text.
     """
     texts = evenly(texts, FAST_TEXTS, FAST_CHARACTERS)
     result = Measurement(group, len(texts))
@@ -194,7 +196,7 @@ def measure(source: Tokenizers, target: Tokenizers, group: str, texts: Sequence[
         if not new.found_in(target.normalized(text)):
             result.without_new_piece += 1
             old_fast = [token if token < old_size else token - old_size + new_size for token in fast[0][index]]
-            # Where the source's fast tokenizer contradicts its tokenizer.model, the target's follows that.
+            # Where the source's fast tokenizer contradicts its tokenizer.model, the target's follows tokenizer.model.
             has_other_fast = levels[0][index] < OTHER and old_fast != fast[1][index]
             if ids[0][index] != ids[1][index] or has_other_fast:
                 result.changed += 1
@@ -228,7 +230,7 @@ def _compare(result: Difference, texts: Sequence[str], old: list[int], new: list
 
 
 def _show(result: Difference, target: Tokenizers, name: str, ids_of) -> None:
-    """Complete the first text that differs with the ids that both tokenizers give, and shorten it."""
+    """Add the ids of both tokenizers to the first text that differs, and shorten it."""
     if result.first:
         text = result.first["text"]
         (ids,), (others,) = target.encoder.encode([text]), ids_of([text])

@@ -1,37 +1,32 @@
-"""Where a long text can be cut so that its parts, encoded one by one, give the ids of the whole.
+"""Where a long text can be cut so that its parts, encoded separately, give the same ids as the whole text.
 
-SentencePiece's BPE makes symbols only by merging neighbours, or by finding a piece that the user defined, and every
-symbol of two characters or more is a piece. So a symbol can reach across the border between two characters only if
-these two stand side by side in some piece. Where no piece of the vocabulary holds the pair, nothing crosses the border
-in any text, and what happens on one side of it does not depend on the other side:
+SentencePiece's BPE makes symbols only by merging neighbours, or by matching a user-defined piece, and every symbol of
+two or more characters is a piece. So a symbol can cross the border between two characters only if some piece contains
+these two side by side. If no piece of the vocabulary contains the pair, nothing crosses the border in any text, and the
+two sides do not depend on each other:
 
-    pieces  a  b  c  ab  bc  ▁  ▁a        the text "abc abc" may be cut before the space, as "c▁" is in no piece,
+    pieces  a  b  c  ab  bc  ▁  ▁a        the text "abc abc" may be cut before the space, as no piece contains "c▁",
                                           and nowhere else
 
-Runs of unknown characters become one <unk> where there are no pieces for bytes, so one of the two must be known then.
+Without pieces for bytes, a run of unknown characters becomes one <unk>, so one character of the pair must be known.
 
-That holds where nothing but merges decides. With a normalizer, which may join or drop characters on both sides of a
+This holds only where merges alone decide. With a normalizer, which may join or drop characters on both sides of a
 border, and for other kinds of models, no cut is safe. A text without such a pair, such as a run of equal characters or
-a sequence of DNA, cannot be cut either.
+a DNA sequence, cannot be cut either.
 """
 
 from collections.abc import Iterator
 
 SPACE = "▁"
-# A part is half to all of this where the text can be cut, and longer where it cannot.
+# A part has half to all of this length where the text can be cut, and more where it cannot.
 PART_CHARACTERS = 1 << 16
 
 
-def is_long(text: str) -> bool:
-    """Whether a text is encoded in parts."""
-    return len(text) > PART_CHARACTERS
-
-
 class SafeCuts:
-    """The cuts that are safe with one model. `can_cut` is False if none is."""
+    """The safe cuts of one model. `can_cut` is False if there are none."""
 
     def __init__(self, content: bytes):
-        """`content` is that of tokenizer.model. Takes a second for a million pieces."""
+        """`content` is the serialized tokenizer.model. Takes a second for a million pieces."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
         model = ModelProto.FromString(content)
@@ -47,16 +42,16 @@ class SafeCuts:
         if not self.can_cut:
             return
         for entry in model.pieces:
-            # All kinds of pieces: more pairs than merges can make cost nothing.
+            # All kinds of pieces: pairs that merges cannot make only forbid a few more cuts.
             piece = entry.piece.replace(" ", SPACE)
             self._joined.update(map("".join, zip(piece, piece[1:], strict=False)))
         if not any(entry.type == kind.BYTE for entry in model.pieces):
             known = (kind.NORMAL, kind.USER_DEFINED)
             self._known = {entry.piece for entry in model.pieces if entry.type in known and len(entry.piece) == 1}
 
-    def parts_of(self, text: str) -> Iterator[str]:
-        """The text in parts of at most `PART_CHARACTERS` where it can be cut; joined, they are the text."""
-        size, start = PART_CHARACTERS, 0
+    def parts_of(self, text: str, size: int = PART_CHARACTERS) -> Iterator[str]:
+        """The text in parts of at most `size` characters where it can be cut; joined, they are the text."""
+        start = 0
         while self.can_cut and len(text) - start > size:
             stop = self._last_cut(text, start + size // 2, start + size) or self._next_cut(text, start + size)
             if stop is None:

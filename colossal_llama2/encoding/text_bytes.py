@@ -1,11 +1,11 @@
-"""How many UTF-8 bytes of a text each of its tokens stands for.
+"""Count how many UTF-8 bytes of a text each of its tokens stands for.
 
     "Hi 鎏" with the dummy prefix        ▁   Hi   ▁   <0xE9>  <0x8E>  <0x8F>
                                          0    2   1        1       1       1
 
-The bytes are those of the text as it was given, so they sum to its length whatever the tokenizer: the space that
-SentencePiece puts in front is 0 bytes, a token for a byte is 1, and <unk> is all that it stands for. What a normalizer
-removes or changes is charged to the token that follows it, or at the end of the text to the last one.
+The counts refer to the original text, so they sum to its length with any tokenizer: the space that SentencePiece puts
+in front counts 0 bytes, a byte token 1, and <unk> everything that it replaces. Bytes that a normalizer removes or
+changes are counted for the token after them, or at the end of the text for the last token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,15 +15,15 @@ import numpy as np
 
 from colossal_llama2.errors import RunError
 
-# As many at a time, since numpy makes indices of 8 bytes of them.
+# Bounds memory: numpy makes an 8-byte index of each token.
 TOKENS_AT_A_TIME = 1 << 20
 
 
 class TextBytes:
-    """The bytes of tokens, for one serialized SentencePiece model."""
+    """The bytes of tokens for one SentencePiece model."""
 
     def __init__(self, content: bytes):
-        """`content` is that of tokenizer.model."""
+        """`content` is the serialized tokenizer.model."""
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
         model = ModelProto.FromString(content)
@@ -35,7 +35,7 @@ class TextBytes:
         self._lengths = np.array(lengths, np.int32)
         self._lengths[self._is_byte] = 1
         self._lengths[self._is_unknown | (types == kind.CONTROL)] = 0
-        # With such a normalizer a text is what its pieces spell, but for the space in front.
+        # With such a normalizer, the pieces spell the text exactly, apart from the space in front.
         self._is_spelt = normalizer.escape_whitespaces and not (
             normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
         )
@@ -46,18 +46,19 @@ class TextBytes:
         """(tokens,) int32: the bytes of `text` that each of its tokens stands for, which sum to those of the text.
 
         Args:
-            ids: what the encoder makes of the text; `has_prefix` if it puts a space before.
-            parts: the text as it is encoded, in one part or in more, each with its SentencePieceProcessor. They are
-                asked for if the ids alone do not say it.
+            ids: the encoder's ids of the text.
+            has_prefix: whether the encoder puts a space before the text.
+            parts: the text in one or more parts, as it is encoded, each with its SentencePieceProcessor. They are read
+                only if the ids alone do not determine the bytes.
 
         Raises:
-            RunError: the tokens are of another encoder, and differ.
+            RunError: SentencePiece encodes the text to other ids.
         """
         tokens = np.asarray(ids, np.int32)
         lengths = self._spelt_lengths(tokens)
         if has_prefix and lengths is not None and len(lengths):
             lengths[0] -= 1
-        # U+2581 in a text is 3 bytes, but spelt as the space that it stands for in a piece.
+        # U+2581 in a text has 3 bytes, but in a piece it stands for a space.
         if lengths is not None and lengths.sum() == len(text.encode()):
             return lengths
         found = np.zeros(len(tokens), np.int32)
@@ -71,7 +72,7 @@ class TextBytes:
         return found
 
     def _spelt_lengths(self, tokens: np.ndarray) -> np.ndarray | None:
-        """The bytes that the pieces spell; None if that cannot be what the tokens stand for."""
+        """The bytes that the pieces spell; None if they do not determine what the tokens stand for."""
         if not self._is_spelt:
             return None
         lengths = np.empty(len(tokens), np.int32)
@@ -83,13 +84,13 @@ class TextBytes:
         return lengths
 
     def _by_offsets(self, text: str, tokens: np.ndarray, processor) -> np.ndarray:
-        """The same from the places that SentencePiece reports, which takes it another encoding.
+        """The same from the offsets that SentencePiece reports, for which it encodes the text again.
 
-        `tokens` may go on beyond those of the text.
+        `tokens` may continue beyond the text.
         """
         from sentencepiece.sentencepiece_pb2 import SentencePieceText
 
-        # `out_type` and this format are the same in all releases of the package.
+        # `out_type` and this format exist in all releases of the package.
         pieces = SentencePieceText.FromString(processor.encode(text, out_type="serialized_proto")).pieces
         ends = np.array([piece.end for piece in pieces], np.int64)
         tokens = tokens[: len(ends)]
@@ -102,12 +103,12 @@ class TextBytes:
         return lengths
 
     def _with_single_bytes(self, lengths: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """SentencePiece reports a character spelt in bytes at its last byte: here each byte has its own."""
+        """Give each byte token one byte: SentencePiece reports a character in bytes at its last one."""
         is_byte = self._is_byte[tokens]
         starts = np.flatnonzero(is_byte & ~np.append(False, is_byte[:-1]))
         stops = np.flatnonzero(is_byte & ~np.append(is_byte[1:], False)) + 1
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            # More than a byte for each: a normalizer has removed something before them.
+            # More bytes than tokens: a normalizer has removed something before them.
             more = lengths[start:stop].sum() - (stop - start)
             if more >= 0:
                 lengths[start:stop] = 1
@@ -117,6 +118,6 @@ class TextBytes:
 
 def _other_ids(text: str) -> str:
     return (
-        f"kitoken encodes a text otherwise than SentencePiece, {text[:60]!r}; uninstall kitoken "
-        "and give the same command again"
+        f"kitoken and SentencePiece encode a text differently, {text[:60]!r}; uninstall kitoken "
+        "and run the same command again"
     )

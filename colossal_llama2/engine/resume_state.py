@@ -7,77 +7,62 @@ random states    of Python, NumPy and PyTorch, as data
 
 import base64
 import random
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from colossal_llama2.engine import loss_scale
+from colossal_llama2.engine.plugins import Plugin, plugin_of
+from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import open_to_umask, sync
 
-if TYPE_CHECKING:
-    from colossal_llama2.engine.engine import Engine
-
 MASTERS_NAME = "master_weights"
-# Settings that leave the split of the weights over ranks as it is.
-NOT_LAYOUT = (
-    "max_norm",
-    "accumulation_steps",
-    "use_flash_attn",
-    "chunked_loss",
-    "learning_rate",
-    "weight_decay",
-    "micro_batch_size",
-    "microbatch_size",
-    "trained_rows",
+# The settings that decide how the weights are split over the ranks. All others may change without cost.
+LAYOUT_SETTINGS = (
+    "plugin",
+    "precision",
+    "tp_size",
+    "zero_stage",
+    "pp_size",
+    "sp_size",
+    "sp_mode",
+    "embeddings_only",
 )
 
 
-def layout(engine: "Engine") -> dict[str, Any]:
-    """What decides which part of the master weights a rank holds."""
-    from colossal_llama2.engine.engine import PLUGINS
+class Resumable(Ranks, Protocol):
+    """What is saved of an Engine."""
 
-    settings = {name: value for name, value in asdict(engine.settings).items() if name not in NOT_LAYOUT}
-    found = {**settings, "world_size": engine.world_size}
-    if PLUGINS[engine.settings.plugin].is_gemini:
-        # What weights are in a chunk, and so what part of them a rank holds (engine.py, _order_layers_by_use).
-        found["chunks"] = "layers by use"
-    return found
+    plugin: Plugin
+    optimizer: Any
 
 
-def has_masters(engine: "Engine") -> bool:
-    """True where weights are held in half precision, and in float32 beside it."""
-    return engine.settings.precision != "fp32"
+def layout(ranks: Ranks) -> dict[str, Any]:
+    """What decides which part of the master weights a rank holds, as JSON values."""
+    settings = {name: getattr(ranks.settings, name) for name in LAYOUT_SETTINGS}
+    return {**settings, "world_size": ranks.world_size, **plugin_of(ranks.settings).layout()}
 
 
-def master_weights(engine: "Engine") -> list[Any]:
-    """This rank's float32 weights, flat or shaped, in the optimizer's order. They can be changed in place."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "param_to_chunk16"):
-        return [param.data for group in optimizer.optim.param_groups for param in group["params"]]
-    # Gemini: the float32 chunk beside the half-precision one; Adam's parameters are ranges of it, empty between steps.
-    ranges = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            begin, end = optimizer.param_to_range[param]
-            ranges.append(optimizer.param_to_chunk16[param].paired_chunk.payload[begin:end])
-    return ranges
+def has_masters(ranks: Ranks) -> bool:
+    """True if weights are in half precision, with float32 copies."""
+    return ranks.settings.precision != "fp32"
 
 
-def save_masters(engine: "Engine", folder: str) -> None:
+def save_masters(engine: Resumable, folder: str) -> None:
     """Write this rank's float32 weights, if it holds half-precision ones. Called on all ranks."""
     from safetensors.torch import save_file
 
     if has_masters(engine):
         Path(folder).mkdir(exist_ok=True)
-        tensors = {f"{i:05d}": tensor.cpu().clone() for i, tensor in enumerate(master_weights(engine))}
+        weights = engine.plugin.master_weights(engine.optimizer)
+        tensors = {f"{i:05d}": weight.cpu().clone() for i, weight in enumerate(weights)}
         path = _masters_path(folder, engine.rank)
         save_file(tensors, path)
         open_to_umask(Path(path))
         sync(Path(path))
 
 
-def load_masters(engine: "Engine", folder: str) -> None:
+def load_masters(engine: Resumable, folder: str) -> None:
     """Take over what `save_masters` wrote on the same layout, when the rounded weights are loaded already.
 
     Raises:
@@ -86,7 +71,7 @@ def load_masters(engine: "Engine", folder: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     path = _masters_path(folder, engine.rank)
-    targets = master_weights(engine)
+    targets = engine.plugin.master_weights(engine.optimizer)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             if len(list(file.keys())) != len(targets):
@@ -104,7 +89,7 @@ def _masters_path(folder: str, rank: int) -> str:
     return str(Path(folder, f"rank-{rank:05d}.safetensors"))
 
 
-def rank_states(engine: "Engine") -> dict[str, Any]:
+def rank_states(engine: Resumable) -> dict[str, Any]:
     """Random states and loss scale of this rank, as JSON values."""
     import numpy as np
     import torch
@@ -125,7 +110,7 @@ def rank_states(engine: "Engine") -> dict[str, Any]:
     return states
 
 
-def restore_rank_states(engine: "Engine", states: dict[str, Any]) -> None:
+def restore_rank_states(engine: Resumable, states: dict[str, Any]) -> None:
     """Take over what `rank_states` gave. Raises KeyError, TypeError or ValueError for anything else."""
     import numpy as np
     import torch

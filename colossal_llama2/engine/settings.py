@@ -6,8 +6,6 @@ Imports neither torch nor ColossalAI.
 from dataclasses import dataclass
 from typing import Protocol
 
-from colossal_llama2.plugin_names import HYBRID_3D
-
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -51,11 +49,6 @@ class EngineSettings:
     def model_ranks(self) -> int:
         """Number of ranks that together hold one copy of the model and see the same samples."""
         return self.tp_size * self.pp_size * self.sp_size
-
-    @property
-    def uses_colossal_attention(self) -> bool:
-        """True if ColossalAI's fused attention replaces that of transformers, which cannot share a sample."""
-        return self.plugin == HYBRID_3D and (self.use_flash_attn or self.sp_mode is not None)
 
     @property
     def sequence_shards(self) -> int:

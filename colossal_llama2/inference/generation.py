@@ -118,7 +118,7 @@ def load_model(model_path: str, device: str | None):
 
     import torch
 
-    from colossal_llama2.encoding.encoder import load_tokenizer
+    from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 
     get_logger().info(f"loading {model_path} onto {target}")
     tokenizer = load_tokenizer(str(folder))

@@ -3,14 +3,14 @@
     python init_model.py --source_model_and_tokenizer_path llama-2-7b \\
         --target_tokenizer_path tokenizer-zh --target_model_path llama-2-7b-zh
 
-Only the input embedding and lm_head change. Every other tensor is copied as bytes, and of the two the old rows too, so
-this runs on a CPU at the speed of a file copy, in memory for a matrix or two. A source matrix may have more rows than
-its tokenizer has tokens (padding to a round number): no token ever used these rows, so they are left out.
+Only the input embedding and lm_head change. All other tensors, and the old rows of these two, are copied as bytes, so
+this runs on a CPU at the speed of a file copy, with memory for one or two matrices. A source matrix may have more rows
+than its tokenizer has tokens (padding to a round number): no token uses these rows, so they are left out.
 
-With --pad_vocab_to_multiple_of the target has such rows too, behind all tokens. Each is the mean of the rows of all the
-source's pieces: as input nothing looks it up, and as output it gives the mean of their logits, so that all such rows
-together take hardly any probability from the tokens. transformers' resize_token_embeddings(pad_to_multiple_of=N) draws
-them from a narrow distribution around the mean of all rows.
+With --pad_vocab_to_multiple_of, the target has such rows too, after all tokens. Each is the mean of the rows of all of
+the source's pieces: it is never used as input, and as output its logit is the mean of theirs, so that all such rows
+together get hardly any probability. transformers' resize_token_embeddings(pad_to_multiple_of=N) draws them from a
+narrow distribution around the mean of all rows.
 """
 
 import os
@@ -27,26 +27,22 @@ if not __package__:
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
+from colossal_llama2.encoding.added_tokens import read_added_tokens
 from colossal_llama2.encoding.bpe_model import SPACE, read_model
-from colossal_llama2.encoding.encoder import TOKENIZER_FILES, Encoder, fingerprint, read_added_tokens
-from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
+from colossal_llama2.encoding.file_names import REPORT_FILE, TOKENIZER_FILES
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
+from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
-from colossal_llama2.model.exported_configs import (
+from colossal_llama2.model.exported_configs import portable_config, portable_generation, with_moved_settings
+from colossal_llama2.model.loading import CONFIG_FILE, NEW_ROWS_KEY, PADDING_ROWS_KEY, check_weights
+from colossal_llama2.model.model_folder import (
     GENERATION_CONFIG_FILE,
-    portable_config,
-    portable_generation,
-    with_moved_settings,
-)
-from colossal_llama2.model.loading import (
-    CONFIG_FILE,
     INDEX_FILE,
-    NEW_ROWS_KEY,
-    PADDING_ROWS_KEY,
     WEIGHTS_FILE,
-    check_weights,
+    check_model_files,
+    shard_names,
 )
-from colossal_llama2.model.model_folder import check_model_files, shard_names
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -74,19 +70,19 @@ from colossal_llama2.storage.publishing import check_space, claimed, publish, pu
 from colossal_llama2.terminal_text import show_line
 
 MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERATION_CONFIG_FILE)
-# Weights keep the source's names, which an index lists beside them; a run that was killed may leave some without one.
+# Weights keep the source's file names, listed in an index; a killed run may leave some without an index.
 WEIGHTS_NAME = re.compile(r"model(-\d+(-of-\d+)?)?\.safetensors")
 MATRICES = (INPUT_EMBEDDING, OUTPUT_EMBEDDING)
-# What goes with the tokenizer: its files, and the report of init_tokenizer.py.
+# Copied with the tokenizer: its files, and the report of init_tokenizer.py.
 COPIED_FILES = (*TOKENIZER_FILES, REPORT_FILE)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How the target's rows come from the source's: the first `kept` as they are, each later one the mean of a bag.
+    """How the target's rows are made from the source's: the first `kept` are copied, each later one is a mean.
 
     `bags[i]` lists the source rows whose mean is target row `kept + i`. A token that transformers added beyond the
-    pieces has moved behind the new pieces: its bag is its old row, and `moved_ids` says where old ids went. The last
+    pieces moves after the new pieces: its bag is its old row, and `moved_ids` maps its old id to its new one. The last
     `padding` rows have no token.
     """
 
@@ -98,19 +94,17 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Rows that a token has."""
+        """The number of rows with a token."""
         return self.kept + len(self.bags)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the target's matrices."""
+        """The number of rows of the target's matrices."""
         return self.tokens + self.padding
 
     @property
     def new_ranges(self) -> list[list[int]]:
-        """Target rows that are new, as ascending [begin, end) ranges: all tokens from `kept` on but those that
-        moved.
-        """
+        """New target rows, as ascending [begin, end) ranges: all tokens from `kept` on, except those that moved."""
         borders = [self.kept - 1, *sorted(self.moved_ids.values()), self.tokens]
         between = zip(borders[:-1], borders[1:], strict=True)
         return [[before + 1, after] for before, after in between if before + 1 < after]
@@ -121,10 +115,9 @@ class InitModelSettings:
     """The flags of init_model.py.
 
     Attributes:
-        dtype: what floating-point weights are converted to: float16, bfloat16, float32, or "source", which changes
-            nothing.
+        dtype: the type to convert floating-point weights to: float16, bfloat16, float32, or "source" for no change.
         pad_vocab_to_multiple_of: rows without a token fill both matrices up to a multiple of this.
-        overwrite: replace an earlier target, which stays until the new one is complete and on the disk.
+        overwrite: replace an earlier target, which is kept until the new one is complete and on the disk.
     """
 
     source_model_and_tokenizer_path: str | Path
@@ -146,13 +139,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def init_model(settings: InitModelSettings) -> None:
     """Write the source model with rows for the target tokenizer's new tokens, and that tokenizer, to the target.
 
-    The target is a new folder, the tokenizer's own, or with `overwrite` an earlier target. Raises UserError for what is
-    wrong with the folders, and RunError if the disk is too small, before anything is written.
+    The target is a new folder, the tokenizer's folder, or with `overwrite` an earlier target.
+
+    Raises:
+        UserError: something is wrong with the folders. Nothing was written.
+        RunError: the disk is too small. Nothing was written.
     """
     overwrite = settings.overwrite
     source = Path(os.path.abspath(settings.source_model_and_tokenizer_path))
     tokenizer = Path(os.path.abspath(settings.target_tokenizer_path))
-    # A link to a folder stands for the folder: replacing must not turn it into one.
+    # Replacing a link to a folder replaces the folder, not the link.
     target = Path(os.path.realpath(settings.target_model_path))
     _check_folders(settings.source_model_and_tokenizer_path, settings.target_tokenizer_path)
     remove_leftovers(target)
@@ -166,7 +162,7 @@ def init_model(settings: InitModelSettings) -> None:
     dtype = _format_name(settings.dtype)
     change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=dtype, padding=rows.padding)
     total = sum(target_size(shard, change) for shard in shards)
-    # Whether they fit into another format is seen when they are converted.
+    # Whether the numbers fit into another format is checked when they are converted.
     check_numbers(str(source), None)
 
     inside = target.exists() and not overwrite
@@ -206,7 +202,7 @@ def _check_folders(source: str | Path, tokenizer: str | Path) -> None:
 
 
 def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that holds a model (without `overwrite`), foreign files or the source, or lies inside it."""
+    """Raise UserError if the target holds a model (without `overwrite`), other files or the source, or is inside it."""
     real_source = Path(os.path.realpath(source))
     if real_source in target.parents:
         raise UserError(f"--target_model_path {target} is inside the source {source}; give a folder outside of it")
@@ -228,12 +224,12 @@ def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: boo
         )
     check_can_create(target, "--target_model_path")
     if overwrite:
-        # The new one is made beside it.
+        # The new folder is written beside it first.
         check_can_create(target.parent, "--target_model_path")
 
 
 def _check_replaceable(target: Path, source: Path) -> None:
-    """Refuse to replace a folder with anything in it that this command does not write, or that the source needs."""
+    """Raise UserError if a folder to replace holds anything that this command does not write, or the source needs."""
     found = {path.name for path in target.iterdir() if not is_stray(path.name)}
     ours = {INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, HISTORY_FILE, *COPIED_FILES}
     ours.update(name for name in found if WEIGHTS_NAME.fullmatch(name))
@@ -251,7 +247,7 @@ def _check_replaceable(target: Path, source: Path) -> None:
 
 
 def _read_config(source: Path) -> dict:
-    """The source's config. Raises UserError if it cannot be of a LLaMA."""
+    """The source's config. Raises UserError if it is not that of a LLaMA."""
     path = source / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{source} holds no {CONFIG_FILE}; give the folder of a LLaMA model in Hugging Face format")
@@ -260,8 +256,8 @@ def _read_config(source: Path) -> dict:
         raise UserError(f"{path} has no vocab_size; give a LLaMA model in Hugging Face format")
     if "auto_map" in config and config.get("model_type") != "llama":
         raise UserError(
-            f"{path} names code of its own (auto_map), which is never run here; give a model that transformers "
-            "itself knows, such as LLaMA"
+            f"{path} names its own code (auto_map), which is never run here; give a model that transformers supports "
+            "itself, such as LLaMA"
         )
     check_not_quantized(config, path)
     if config.get("model_type") == "llama":
@@ -272,7 +268,7 @@ def _read_config(source: Path) -> dict:
 def _format_name(dtype: str) -> str | None:
     """The name of a dtype in safetensors; None for "source"."""
     if dtype not in ("source", *tokenizer_flags.MODEL_DTYPES):
-        raise ValueError(f"dtype is {dtype!r}, source or one of {tokenizer_flags.MODEL_DTYPES} allowed")
+        raise ValueError(f"dtype is {dtype!r}; allowed are source and {tokenizer_flags.MODEL_DTYPES}")
     return next((name for name, (torch_name, _) in FLOATS.items() if torch_name == dtype), None)
 
 
@@ -293,11 +289,11 @@ def _check_matrices(shards: list[Shard], config: dict) -> int:
         raise UserError(f"the embeddings of {folder} have the shapes {shapes}; two equal matrices are needed")
     for name, entry in found.items():
         if entry["dtype"] not in FLOATS:
-            raise UserError(f"{name} of {folder} is of dtype {entry['dtype']}, one of {', '.join(FLOATS)} is needed")
+            raise UserError(f"{name} of {folder} has the dtype {entry['dtype']}; one of {', '.join(FLOATS)} is needed")
     rows, columns = shapes[INPUT_EMBEDDING]
     if (rows, columns) != (config["vocab_size"], config.get("hidden_size", columns)):
         raise UserError(
-            f"the embedding of {folder} is {rows} x {columns}, but its {CONFIG_FILE} says vocab_size "
+            f"the embedding of {folder} is {rows} x {columns}, but its {CONFIG_FILE} has vocab_size "
             f"{config['vocab_size']} and hidden_size {config.get('hidden_size')}; give files that belong together"
         )
     if config.get("tie_word_embeddings"):
@@ -308,7 +304,7 @@ def _check_matrices(shards: list[Shard], config: dict) -> int:
 
 
 def _warn_of_unusable_weights(source: Path) -> None:
-    """Log what train.py and inference would refuse. Other matrices than the embeddings are only copied here."""
+    """Warn about weights that train.py and inference would refuse; here they are only copied."""
     try:
         check_weights(str(source))
     except UserError as error:
@@ -316,7 +312,7 @@ def _warn_of_unusable_weights(source: Path) -> None:
 
 
 def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
-    """Which source rows make up each target row. Raises UserError if tokenizers or matrix do not fit together."""
+    """The source rows of each target row. Raises UserError if tokenizers and matrix do not belong together."""
     old = [piece.piece for piece in read_model(source).pieces]
     new = [piece.piece for piece in read_model(tokenizer).pieces]
     _check_extends(source, tokenizer, old=old, new=new)
@@ -328,14 +324,14 @@ def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
     old_added = {token: index for token, index in read_added_tokens(source, len(old)).items() if index < source_rows}
     new_added = read_added_tokens(tokenizer, len(new))
     moved_ids = {old_added[token]: index for token, index in new_added.items() if token in old_added}
-    # Pieces write a space as "▁", and their first one is no dummy prefix: it is there only if the piece has it.
+    # Pieces contain spaces as "▁". They are encoded without a dummy prefix, which would add one more.
     texts = [piece.replace(SPACE, " ") for piece in new[len(old) :]] + list(new_added)
-    bags = Encoder(source).encode(texts, dummy_prefix=False)
+    bags = load_encoder(source).encode(texts, dummy_prefix=False)
     for old_id, new_id in moved_ids.items():
         bags[new_id - len(old)] = [old_id]
     for text, bag in zip(texts, bags, strict=True):
         if not bag:
-            raise UserError(f"{source} encodes {text!r} as nothing, so no row can be made; remove the piece")
+            raise UserError(f"{source} encodes {text!r} as nothing, so it gets no row; remove the piece")
     return Rows(kept=len(old), bags=bags, new=len(bags) - len(moved_ids), moved_ids=moved_ids)
 
 
@@ -353,7 +349,7 @@ def _check_extends(source: Path, tokenizer: Path, *, old: list[str], new: list[s
 
 
 def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Change, *, total: int) -> None:
-    # The disk takes one shard while the next one is being read.
+    # One shard is synced to the disk while the next one is being read.
     with ThreadPoolExecutor(max_workers=1) as pool:
         with logs.progress(total=total, description="weights", unit="B", unit_scale=True) as bar:
             synced = []
@@ -369,14 +365,16 @@ def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Chan
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
     changed[NEW_ROWS_KEY] = rows.new_ranges or _noted_ranges(config, rows)
-    # The source's own rows without a token are not in the target.
+    # The source's rows without a token are not in the target.
     changed.pop(PADDING_ROWS_KEY, None)
     if rows.padding:
         changed[PADDING_ROWS_KEY] = [[rows.tokens, rows.vocab_size]]
     if changed.pop("auto_map", None):
-        logs.get_logger().info("%s: auto_map is left out: it names code, and transformers has LLaMA's", CONFIG_FILE)
+        logs.get_logger().info(
+            "%s: auto_map is left out, because it names code, and transformers supports LLaMA itself", CONFIG_FILE
+        )
     if dtype != "source":
-        # transformers 5 says "dtype" for what 4 calls "torch_dtype".
+        # transformers 5 writes "dtype", 4 writes "torch_dtype".
         changed["dtype" if "dtype" in changed and "torch_dtype" not in changed else "torch_dtype"] = dtype
     changed, settings, changes = portable_config(changed)
     own = {}
@@ -393,13 +391,13 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
 
 
 def _noted_ranges(config: dict, rows: Rows) -> list[list[int]]:
-    """The new rows that the source's config notes, where they are in the target: nothing is new, so they still are."""
+    """The new rows that the source's config records, as target rows. Used if this run adds no new rows."""
     noted = config.get(NEW_ROWS_KEY)
     is_list = isinstance(noted, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in noted)
     if not is_list or not all(type(border) is int for pair in noted for border in pair):
         return []
     found: list[list[int]] = []
-    # A row that no token has is not in the target.
+    # Rows without a token are not in the target.
     sources = [*((row, row) for row in range(rows.kept)), *sorted(rows.moved_ids.items(), key=lambda ids: ids[1])]
     for old, new in sources:
         if not any(begin <= old < end for begin, end in noted):
@@ -412,7 +410,7 @@ def _noted_ranges(config: dict, rows: Rows) -> list[list[int]]:
 
 
 def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:
-    """The config with the ids of tokens that moved. An id that no token has would now be a new piece: it is unset."""
+    """The config with new ids for tokens that moved. An id without a token is removed: it would be a new piece now."""
     changed = dict(config)
     for key in TOKEN_ID_FIELDS:
         ids = config.get(key)
@@ -422,7 +420,9 @@ def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:
             continue
         kept = [index for index in moved if index is not None]
         changed[key] = kept if isinstance(ids, list) and kept else kept[0] if kept else None
-        logs.get_logger().info("%s: %s %s is now %s, as its token moved or had none", name, key, ids, changed[key])
+        logs.get_logger().info(
+            "%s: %s %s is now %s, because its token moved or did not exist", name, key, ids, changed[key]
+        )
     return changed
 
 

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.front_matter import read_front_matter
-from colossal_llama2.model.loading import CONFIG_FILE, shard_names
+from colossal_llama2.model.loading import CONFIG_FILE
+from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.json_input import is_finite, is_whole
 

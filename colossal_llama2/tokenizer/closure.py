@@ -1,17 +1,17 @@
-"""Which new pieces a SentencePiece BPE can reach, and what has to be added so that it reaches all of them.
+"""Find the new pieces that a SentencePiece BPE can reach, and what must be added so that it reaches all of them.
 
-BPE starts from single characters and merges the best-scored two neighbours whose concatenation is a piece, again and
-again. A piece is reached if its own characters end up as one symbol. With the pieces 人 工 智 能 and 人工智能,
+BPE starts from single characters, and repeatedly merges the two neighbours with the best score whose concatenation is a
+piece. A piece is reached if its own characters end up as one symbol. With the pieces 人 工 智 能 and 人工智能,
 
     人 工 智 能         no two neighbours are a piece: stuck, 人工智能 is never reached
     人工 智 能          with 人工 added, still stuck
     人工 智能 -> 人工智能  with 智能 added too
 
 Why adding is safe. Merges inside a stretch of text that becomes one symbol are those of the stretch alone, in the same
-order, so a piece that is reached on its own is made in one way in every text. A piece added with a score below all
-others acts only where the model was stuck before, so it breaks nothing that was reached, and the two symbols it joins
-have been reached, so it is reached itself. Hence one pass reaches every piece. Since each piece is made in one way, and
-all scores differ, it does not matter that SentencePiece breaks ties by position and other tokenizers by rank.
+order, so a piece that is reached on its own is made in the same way in every text. A piece added with a score below all
+others acts only where the model was stuck before, so it breaks nothing that was reached; and the two symbols that it
+joins are reached, so it is reached itself. Hence one pass reaches every piece. Because each piece is made in one way
+and all scores differ, it does not matter that SentencePiece breaks ties by position and other tokenizers by rank.
 """
 
 import heapq
@@ -24,12 +24,14 @@ from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, 
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is appended: `pieces` in order of id with their `scores`, and how that came about.
+class ExtensionPlan:
+    """The pieces to append, in order of id, with their `scores`.
 
-    The first of the pieces are those of the file; `characters` and `intermediates` follow, the closure's additions.
-    `dropped` and `given_up` are pieces of the file that are left out: not to be reached, beyond the budget. `altered`
-    are those that the model's normalizer never produces; they are dropped, unless all pieces are appended.
+    Attributes:
+        characters, intermediates: how many pieces the closure adds after those of the file, in this order.
+        dropped: pieces of the file that are left out because they cannot be reached.
+        given_up: pieces of the file that are left out because they exceed the budget.
+        altered: pieces that the model's normalizer never produces; they are dropped, unless all pieces are appended.
     """
 
     pieces: list[str]
@@ -41,17 +43,17 @@ class Plan:
     altered: Sequence[str] = ()
 
 
-def make_plan(
+def plan_extension(
     model: BpeModel, wanted: Sequence[str], *, closure: str, piece_scores: str, max_added: int | None = None
-) -> Plan:
+) -> ExtensionPlan:
     """Decide what to append to `model`, of the `wanted` pieces in the order of the file.
 
     Args:
-        closure: "complete" adds single characters and intermediate pieces until all are reached, "drop" leaves out what
-            is not reached, "off" appends all.
-        piece_scores: "below" for falling scores under the lowest merge in the order of the file; "zero" for the
-            original's: score 0, in order of length.
-        max_added: most pieces to append in all; the last ones of the file are given up first.
+        closure: "complete" adds single characters and intermediate pieces until all are reached, "drop" leaves out
+            pieces that are not reached, "off" appends all.
+        piece_scores: "below" for decreasing scores below the lowest merge, in the order of the file; "zero" for score 0
+            in order of length, as in the original project.
+        max_added: the maximum number of pieces to append; the last ones of the file are given up first.
     """
     # No merge makes a piece whose characters never come out of the normalizer.
     altered = altered_by_normalizer(model, wanted)
@@ -64,11 +66,11 @@ def make_plan(
     return replace(found, dropped=dropped, given_up=list(wanted[count:]), altered=altered)
 
 
-def _longest_prefix(plan: Callable[[int], Plan], total: int, limit: int | None) -> tuple[int, Plan]:
-    """How many pieces of the file, from its first, can be planned for within `limit` pieces in all, and the plan.
+def _longest_prefix(plan: Callable[[int], ExtensionPlan], total: int, limit: int | None) -> tuple[int, ExtensionPlan]:
+    """The longest prefix of the file that needs at most `limit` pieces in total, and its plan.
 
-    What a longer prefix needs grows almost evenly, so interpolation finds the place in a few trials. It can also shrink
-    by a piece or two, where a piece of the file saves intermediate ones; then a slightly longer prefix might fit too.
+    The total grows almost linearly with the prefix, so interpolation finds it in a few trials. It can also shrink by a
+    piece or two, where a piece of the file saves intermediate ones; then a slightly longer prefix might fit too.
     """
     whole = plan(total)
     if limit is None or len(whole.pieces) <= limit:
@@ -91,7 +93,7 @@ def _longest_prefix(plan: Callable[[int], Plan], total: int, limit: int | None) 
 # The three ways to close a list of pieces.
 
 
-def _complete(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Plan:
+def _complete(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> ExtensionPlan:
     characters = missing_characters(wanted, model.scores)
     known = [*_ordered(wanted, piece_scores), *characters]
     known_scores = _scores(model, known, piece_scores, num_asked=len(wanted))
@@ -99,16 +101,16 @@ def _complete(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Plan
     scores = {**model.scores, **dict(zip(known, known_scores, strict=True))}
     intermediates = intermediate_pieces(stuck, scores)
     pieces = known + intermediates
-    # Scored anew: the more pieces, the wider the steps that float32 may need. Their order stays.
+    # New scores: with more pieces, float32 may need wider steps. The order stays.
     scores_of_all = _scores(model, pieces, piece_scores, num_asked=len(wanted))
-    return Plan(pieces, scores_of_all, len(characters), len(intermediates), dropped=[], given_up=[])
+    return ExtensionPlan(pieces, scores_of_all, len(characters), len(intermediates), dropped=[], given_up=[])
 
 
-def _drop(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Plan:
-    """Leave out what is not reached, or only by SentencePiece, which alone can merge a character that is no piece.
+def _drop(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> ExtensionPlan:
+    """Leave out pieces that are not reached, or only by SentencePiece, which can merge characters that are not pieces.
 
-    Once is enough: a piece that is never reached has no part in the making of others, nor has one with an unknown
-    character in the making of pieces without it.
+    One pass is enough: a piece that is never reached does not help to make others, and a piece with an unknown
+    character does not help to make pieces without it.
     """
     spelled = set(missing_characters(wanted, {**model.scores, **dict.fromkeys(wanted, 0.0)}))
     candidates = [piece for piece in _ordered(wanted, piece_scores) if spelled.isdisjoint(piece)]
@@ -117,13 +119,15 @@ def _drop(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Plan:
     kept = [piece for piece in candidates if piece not in stuck]
     kept_scores = _scores(model, kept, piece_scores, num_asked=len(kept))
     reached = set(kept)
-    return Plan(kept, kept_scores, 0, 0, dropped=[piece for piece in wanted if piece not in reached], given_up=[])
+    return ExtensionPlan(
+        kept, kept_scores, 0, 0, dropped=[piece for piece in wanted if piece not in reached], given_up=[]
+    )
 
 
-def _append_all(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Plan:
+def _append_all(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> ExtensionPlan:
     pieces = _ordered(wanted, piece_scores)
     scores = _scores(model, pieces, piece_scores, num_asked=len(pieces))
-    return Plan(pieces, scores, 0, 0, dropped=[], given_up=[])
+    return ExtensionPlan(pieces, scores, 0, 0, dropped=[], given_up=[])
 
 
 def _ordered(wanted: Sequence[str], piece_scores: str) -> list[str]:
@@ -131,32 +135,32 @@ def _ordered(wanted: Sequence[str], piece_scores: str) -> list[str]:
 
 
 def _scores(model: BpeModel, pieces: Sequence[str], piece_scores: str, *, num_asked: int) -> list[float]:
-    """Falling scores below every merge of the source; with "zero", 0 for the first `num_asked` pieces."""
+    """Decreasing scores below every merge of the source; with "zero", 0 for the first `num_asked` pieces."""
     zeros = num_asked if piece_scores == "zero" else 0
     return [0.0] * zeros + scores_below(model.lowest_merge, len(pieces) - zeros)
 
 
-# What has to be added.
+# Pieces that must be added.
 
 
 def missing_characters(pieces: Iterable[str], known: Collection[str]) -> list[str]:
     """The single characters of `pieces` that are not among the `known` pieces nor the pieces, in order of appearance.
 
-    A piece is built from its characters. One that is no piece would come as bytes, which never merge:
+    A piece is merged from its characters. A character that is not a piece becomes bytes, which never merge:
 
         missing_characters(["你好", "好"], {"a"}) -> ["你"]
     """
-    # Joined, the characters of a million pieces are found at the speed of a dictionary.
+    # Joined into one text, because a dictionary of its characters is made at C speed.
     characters = dict.fromkeys("".join(pieces))
     own = set(pieces)
     return [character for character in characters if character not in known and character not in own]
 
 
 def evolve(symbols: Sequence[str], scores: dict[str, float]) -> list[str]:
-    """Merge neighbours as SentencePiece does, the best score first and of equals the leftmost, until none can.
+    """Merge neighbours as SentencePiece does, best score first and leftmost among equals, until no merge is possible.
 
-    `scores` are the pieces that merges can make. Cost: the square of the number of symbols, of which a piece has few.
-    A score of 0.0 is better than one of -0.0, which LLaMA's first merge has: SentencePiece compares their bits.
+    `scores` are the pieces that merges can make. Cost: the square of the number of symbols, which is small in a piece.
+    A score of 0.0 is better than -0.0, the score of LLaMA's first merge: SentencePiece compares their bits.
 
         evolve("abab", {"ab": -1.0}) -> ["ab", "ab"]
     """
@@ -176,17 +180,17 @@ def evolve(symbols: Sequence[str], scores: dict[str, float]) -> list[str]:
 def intermediate_pieces(stuck: Sequence[str], scores: dict[str, float]) -> list[str]:
     """Pieces to append, in this order, each with a score below all before it, so that every stuck piece is reached.
 
-    As in training a BPE: add the concatenation of two neighbours that the most stuck pieces hold, let the model merge
-    on, and repeat until each is one symbol. So pieces share what is added for them:
+    As in training a BPE: add the concatenation of two neighbours that occurs in the most stuck pieces, let the model
+    merge further, and repeat until each piece is one symbol. So pieces share the additions:
 
         intermediate_pieces(["abc", "abd"], {"abc": -1.0, "abd": -2.0}) -> ["ab"]
 
     Args:
         stuck: pieces that are not reached; every one of their characters must be a piece.
-        scores: all pieces that merges can make, the stuck ones included. The additions are put into it.
+        scores: all pieces that merges can make, including the stuck ones. The additions are inserted into it.
 
-    Cost: each addition touches the stuck pieces that hold it alone, and each touch takes a symbol away from one. A heap
-    gives the next pair. Memory is proportional to the characters of the stuck pieces.
+    Cost: each addition processes only the stuck pieces that contain it, and removes at least one symbol from each. A
+    heap gives the next pair. Memory is proportional to the characters of the stuck pieces.
     """
     states = [evolve(piece, scores) for piece in stuck]
     holders: dict[str, set[int]] = defaultdict(set)
@@ -224,5 +228,5 @@ def _pairs(symbols: Sequence[str]) -> list[str]:
 
 
 def _next_below(score: float) -> float:
-    """A float64 below `score`; float32 matters only in the file, which is scored in the end."""
+    """The next float64 below `score`. Only the final scores in the file need to be distinct in float32."""
     return math.nextafter(score, -math.inf)

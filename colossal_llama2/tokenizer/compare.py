@@ -1,9 +1,9 @@
-"""Compare tokenizers on text: the table by which a vocabulary is chosen.
+"""Compare tokenizers on text, to choose a vocabulary.
 
     python -m colossal_llama2.tokenizer.compare --tokenizer_dirs llama-2-7b,tokenizer-zh --data_input_dirs data/zh
 
 A tokenizer is a Hugging Face folder of any kind, a SentencePiece tokenizer.model or a tokenizer.json. Code that comes
-with a tokenizer is never run: one that needs it gets a line that says so, and the others are compared.
+with a tokenizer is never run: a tokenizer that needs it is reported and left out.
 """
 
 import json
@@ -23,7 +23,7 @@ if not __package__:
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, unreachable
-from colossal_llama2.encoding.encoder import CONFIG_FILE, FAST_FILE, MODEL_FILE
+from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_new_file, new_file, read_json, write_json
@@ -41,8 +41,12 @@ MODEL_CONFIG_FILE = "config.json"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer: what it is, its number of tokens, the id of what it does not know, texts to ids without
-    special tokens, and a search for tokens that no text yields (None: its kind is one for which that cannot be told).
+    """A loaded tokenizer.
+
+    Attributes:
+        unknown_id: the id of unknown text, if there is one.
+        encode: texts to ids without special tokens.
+        find_unreachable: returns the tokens that no text is encoded to; None if that cannot be found for its kind.
     """
 
     kind: str
@@ -56,8 +60,8 @@ class Tokenizer:
 class Row:
     """One line of the table.
 
-    `compression_rate` is in tokens per character; what a tokenizer does not know makes it look good, so
-    `unknown_tokens` stands beside it. `megabytes_per_second` is UTF-8 text per CPU-second, on one thread.
+    `compression_rate` is in tokens per character. Unknown text improves it, so `unknown_tokens` is shown beside it.
+    `megabytes_per_second` is UTF-8 text per CPU-second, on one thread.
     """
 
     tokenizer: str
@@ -106,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(path, _as_json(rows, left_out, documents))
             show_line(f"written to {output_file}")
         if not rows:
-            raise UserError("no tokenizer could be compared; the lines above say why")
+            raise UserError("no tokenizer could be compared; see the lines above")
 
 
 def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> tuple[list[Row], list[LeftOut]]:
@@ -126,7 +130,7 @@ def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> tuple[li
 
 
 def sample_documents(data_input_dirs: Sequence[str], count: int) -> list[str]:
-    """At most `count` different documents, drawn by hash. Raises UserError if there is none."""
+    """At most `count` different documents, drawn by a hash. Raises UserError if there is no text."""
     sample: Sample = Sample(count)
     for document in read_documents(data_input_dirs):
         sample.add(draw(document, SEED)[1], document, 1)
@@ -145,7 +149,7 @@ def _check_paths(paths: Sequence[str]) -> None:
 
 def _measure(path: str, tokenizer: Tokenizer, documents: Sequence[str], progress: logs.SilentProgress) -> Row:
     tokens, unknown, seconds = 0, 0, 0.0
-    tokenizer.encode(list(documents[:1]))  # what is built at first use is not speed
+    tokenizer.encode(list(documents[:1]))  # not measured: it builds what is built at first use
     for start in range(0, len(documents), BATCH_DOCUMENTS):
         batch = list(documents[start : start + BATCH_DOCUMENTS])
         began = time.process_time()
@@ -172,7 +176,7 @@ def _utf8_bytes(documents: Sequence[str]) -> int:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """One thread in the tokenizers library, so that its speed compares with the others'."""
+    """Use one thread in the tokenizers library, so that its speed is comparable."""
     import os
 
     name = "TOKENIZERS_PARALLELISM"
@@ -190,7 +194,7 @@ def _single_thread() -> Iterator[None]:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer of a folder or file. Raises UserError, or whatever its library raises, if it cannot be loaded."""
+    """The tokenizer of a folder or file. Raises UserError, or an error of its library, if it cannot be loaded."""
     if path.is_dir():
         return _load_folder(path)
     if path.suffix == ".json":
@@ -201,7 +205,7 @@ def load(path: Path) -> Tokenizer:
 def _load_folder(folder: Path) -> Tokenizer:
     _refuse_remote_code(folder)
     names_class = (folder / CONFIG_FILE).is_file() and read_json(folder / CONFIG_FILE).get("tokenizer_class")
-    # Without a class, transformers goes by the model's type; without either, by nothing.
+    # Without a class, transformers uses the model's type; without either, it loads nothing.
     if names_class or (folder / MODEL_CONFIG_FILE).is_file():
         return _load_with_transformers(folder)
     for name in (FAST_FILE, MODEL_FILE):
@@ -214,14 +218,14 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def _refuse_remote_code(folder: Path) -> None:
-    """What such a folder's files say is not what its code does, so no class of transformers stands in for it."""
+    """Raise UserError for a folder with its own tokenizer code: its files alone do not determine the ids."""
     for name in (CONFIG_FILE, MODEL_CONFIG_FILE):
         auto_map = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
         code = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
         if code:
             names = ", ".join(filter(None, code)) if isinstance(code, list) else code
             cure = f"; its {MODEL_FILE} can be given as a file" if (folder / MODEL_FILE).is_file() else ""
-            raise UserError(f"needs code of its own ({names}, auto_map in {name}), which is never run here{cure}")
+            raise UserError(f"needs its own code ({names}, auto_map in {name}), which is never run here{cure}")
 
 
 def _load_with_transformers(folder: Path) -> Tokenizer:
@@ -287,11 +291,11 @@ def _load_sentencepiece(content: bytes, path: Path) -> Tokenizer:
     return Tokenizer("SentencePiece", processor.get_piece_size(), processor.unk_id(), encode, search)
 
 
-# Tokens that no text yields.
+# Tokens that no text is encoded to.
 
 
 def _unreachable_in_model(content: bytes) -> list[str]:
-    """Ordinary pieces of a SentencePiece model that its own merges (or its likeliest split) do not yield."""
+    """Ordinary pieces of a SentencePiece model that its merges (or its likeliest split) never produce."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = ModelProto.FromString(content)
@@ -300,9 +304,9 @@ def _unreachable_in_model(content: bytes) -> list[str]:
 
 
 def _unreachable_in_fast(backend, settings: dict, encode: Callable) -> list[str]:
-    """Tokens of a tokenizer.json, special, added and byte tokens left out, that none of a few texts yields.
+    """Tokens of a tokenizer.json that none of a few texts is encoded to, without special, added and byte tokens.
 
-    A token of a byte-level vocabulary that is a part of a character has no text: its merges alone are tried.
+    A token of a byte-level vocabulary that is part of a character has no text: only its merges are tested.
     """
     added = set(backend.get_added_tokens_decoder())
     vocabulary = {token: index for token, index in backend.get_vocab().items() if index not in added}
@@ -321,7 +325,7 @@ def _unreachable_in_fast(backend, settings: dict, encode: Callable) -> list[str]
     return lost + left
 
 
-# In turn: alone, behind a line break (where many tokenizers add no space), and with the space that some add or expect.
+# In this order: alone, after a line break (where many tokenizers add no space), without a space, and after a letter.
 _TEXT_VARIANTS: tuple[Callable[[str], str], ...] = (
     lambda text: text,
     lambda text: f"\n{text}",
@@ -340,7 +344,7 @@ def _not_among_ids(tokens: list[str], texts: list[str], vocabulary: dict, encode
 
 
 def _byte_level_text(token: str) -> str | None:
-    """The text of a token of a byte-level vocabulary ("Ġthe" is " the"), None for a part of a character."""
+    """The text of a token of a byte-level vocabulary ("Ġthe" is " the"); None for part of a character."""
     try:
         return bytes(_BYTES[character] for character in token).decode()
     except (KeyError, UnicodeDecodeError):
@@ -348,7 +352,7 @@ def _byte_level_text(token: str) -> str | None:
 
 
 def _byte_alphabet() -> dict:
-    """GPT-2's alphabet: printable Latin-1 characters stand for their own byte, the others for U+0100 and on."""
+    """GPT-2's alphabet: printable Latin-1 characters stand for their byte, U+0100 and above for the other bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

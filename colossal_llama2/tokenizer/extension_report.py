@@ -1,11 +1,11 @@
-"""vocabulary_report.json, and the same as a table: what became of the asked pieces, and what was proven about them."""
+"""The report of init_tokenizer.py, vocabulary_report.json and a table: which pieces were added, and what was proven."""
 
 from collections.abc import Sequence
 
 from colossal_llama2.encoding.parity import Difference, Measurement
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer.closure import Plan
+from colossal_llama2.tokenizer.closure import ExtensionPlan
 from colossal_llama2.tokenizer.new_pieces import NewPieces
 
 COUNTS = (
@@ -22,20 +22,20 @@ COUNTS = (
     ("vocabulary_before", "vocabulary before"),
     ("vocabulary_after", "vocabulary after"),
 )
-# A list in the report is cut after so many, or a million given-up pieces would be written out; its count is exact.
+# Lists in the report are cut at this length, which a million given-up pieces would exceed; counts are exact.
 MAX_LISTED = 100_000
 
 
 def make_report(
     asked: NewPieces,
-    plan: Plan,
+    plan: ExtensionPlan,
     *,
     unreachable: Sequence[str],
     vocabulary_before: int,
     measurements: Sequence[Measurement],
     settings: dict,
 ) -> dict:
-    """Everything that vocabulary_report.json holds. `settings` are the flags that decided it."""
+    """The content of vocabulary_report.json. `settings` are the flags that led to it."""
     return {
         **settings,
         "asked": asked.asked,
@@ -59,7 +59,7 @@ def make_report(
 
 
 def failures(report: dict) -> list[str]:
-    """What a proven extension must not have, one phrase each; empty if all is well."""
+    """The problems that a proven extension must not have, one phrase each; empty if there are none."""
     parity = report["parity"]
     fast = sum(group["fast"]["added"] for group in parity)
     slow = sum(group["slow"]["added"] for group in parity if group["slow"])
@@ -69,10 +69,11 @@ def failures(report: dict) -> list[str]:
         found.append(f"{report['unreachable']:,} of {report['added']:,} new pieces are never reached")
     if fast or slow:
         found.append(
-            f"tokenizers differ anew on {fast:,} texts (fast) and {slow:,} (slow){_example(parity, ('fast', 'slow'))}"
+            f"tokenizers have new differences on {fast:,} texts (fast) and {slow:,} (slow)"
+            f"{_example(parity, ('fast', 'slow'))}"
         )
     if changed:
-        found.append(f"{changed:,} texts without a new piece have other ids than before{_example(parity)}")
+        found.append(f"{changed:,} texts without a new piece have changed ids{_example(parity)}")
     return found
 
 
@@ -102,5 +103,7 @@ def print_report(report: dict) -> None:
             show_line(f"{group['group']}: first that changed: {group['first_changed']['text']!r}")
         if group["slow"] and group["slow"]["documents"] < group["documents"]:
             show_line(f"{group['group']}: slow was measured on {group['slow']['documents']:,} texts")
-    show_line("fast, slow: texts on which the extension makes them differ; already: on which the source's own differ;")
-    show_line("old text: texts that hold no new piece; changed: those of them that got other ids")
+    show_line(
+        "fast, slow: texts on which the extension adds a difference; already: on which the source's tokenizers differ;"
+    )
+    show_line("old text: texts without a new piece; changed: those of them whose ids changed")

@@ -3,10 +3,10 @@
     python init_tokenizer.py --source_tokenizer_dir llama-2-7b \\
         --target_tokenizer_dir tokenizer-zh --expand_tokens_file new_tokens.jsonl
 
-New pieces come one a line, as {"piece": "你好"}; a space inside one is written "▁". They are appended behind the
-source's pieces, so every old id keeps its meaning, with scores below every old merge, so old merges win and text that
-holds no new piece is tokenized as before. What they need to be reached is added (closure.py), and nothing is written
-unless SentencePiece and both tokenizers of transformers agree on them (parity.py).
+New pieces are given one per line, as {"piece": "你好"}; a space inside one is written "▁". They are appended after the
+source's pieces, so every old id keeps its meaning. Their scores are below every old merge, so old merges win, and text
+without new pieces is tokenized as before. Pieces that are needed to reach them are added (closure.py), and nothing is
+written unless SentencePiece and both tokenizers of transformers agree on them (parity.py).
 """
 
 import os
@@ -21,19 +21,19 @@ if not __package__:
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
+from colossal_llama2.encoding.added_tokens import read_added_tokens
 from colossal_llama2.encoding.bpe_model import BpeModel, merges, unreachable, with_pieces
-from colossal_llama2.encoding.encoder import (
+from colossal_llama2.encoding.file_names import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     COPIED_FILES,
     FAST_FILE,
     MODEL_FILE,
+    REPORT_FILE,
     SPECIAL_TOKENS_FILE,
     TOKENIZER_FILES,
-    read_added_tokens,
-    sentencepiece_file,
 )
-from colossal_llama2.encoding.folder_files import REPORT_FILE, check_tokenizer_files
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.parity import (
     Measurement,
     PieceFinder,
@@ -44,6 +44,7 @@ from colossal_llama2.encoding.parity import (
     texts_in_context,
     texts_of_old_pieces,
 )
+from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage.files import (
     check_can_create,
@@ -57,7 +58,7 @@ from colossal_llama2.storage.files import (
 from colossal_llama2.storage.given_paths import check_is_folder
 from colossal_llama2.storage.publishing import claimed, publish, remove_leftovers
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.tokenizer.closure import Plan, make_plan
+from colossal_llama2.tokenizer.closure import ExtensionPlan, plan_extension
 from colossal_llama2.tokenizer.extension_report import failures, make_report, print_report
 from colossal_llama2.tokenizer.new_pieces import read_new_pieces
 from colossal_llama2.tokenizer.parity_text import read_parity_text
@@ -85,26 +86,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command: parse `argv` (default: the process's) and expand the tokenizer."""
     args = tokenizer_flags.init_tokenizer_parser().parse_args(argv)
     logs.configure_logging()
-    # The original's README exports "python", for the sake of an old protobuf, which makes large models slow to read.
+    # The original's README exports "python" for an old protobuf; it makes large models slow to read.
     os.environ.pop("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", None)
     with errors.one_line_errors("init_tokenizer.py"):
         expand_tokenizer(ExtensionSettings(**vars(args)))
 
 
 def expand_tokenizer(settings: ExtensionSettings) -> None:
-    """Write the source's tokenizer with the pieces of the file appended to the target, whole or not at all.
+    """Write the source's tokenizer, with the pieces of the file appended, to the target, completely or not at all.
 
     Prints the report, then "asked N, added M": the file asked for N pieces, M were added.
 
     Raises:
         UserError: a mistake in the folders or files.
-        RunError: new pieces are not reached, tokenizers disagree anew or old text changes; nothing is written. With
-            closure "off", which proves nothing, that is a warning.
+        RunError: new pieces are not reached, tokenizers have new differences, or the ids of old text change; nothing is
+            written. With closure "off", which proves nothing, this is only a warning.
     """
     given, closure = settings.source_tokenizer_dir, settings.closure
     check_is_folder(given, "--source_tokenizer_dir", "give the folder of a tokenizer, with its files")
     source = Path(os.path.abspath(given))
-    # A link to a folder stands for the folder: replacing must not turn it into one.
+    # Replacing a link to a folder replaces the folder, not the link.
     target = Path(os.path.realpath(settings.target_tokenizer_dir))
     _check_source(source)
     remove_leftovers(target)
@@ -115,7 +116,7 @@ def expand_tokenizer(settings: ExtensionSettings) -> None:
     asked = read_new_pieces(Path(settings.expand_tokens_file), known=model.scores, special_tokens=special_tokens)
     documents = read_parity_text(settings.parity_text) if settings.parity_text else []
     piece_scores, most = settings.piece_scores, settings.max_added_pieces
-    plan = make_plan(model, asked.wanted, closure=closure, piece_scores=piece_scores, max_added=most)
+    plan = plan_extension(model, asked.wanted, closure=closure, piece_scores=piece_scores, max_added=most)
     _warn_of_altered(source, plan.altered)
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def expand_tokenizer(settings: ExtensionSettings) -> None:
 
 def _check_source(source: Path) -> None:
     sentencepiece_file(source)
-    # Templates are copied, and a link could make that of a whole disk, or of a device that never ends.
+    # Templates are copied, and through a link that could copy a whole disk, or read a device forever.
     check_tokenizer_files(source)
     missing = [name for name in REQUIRED_FILES if not (source / name).is_file()]
     if missing:
@@ -174,32 +175,32 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     others = sorted(found - {*TOKENIZER_FILES, REPORT_FILE})
     if others:
         raise UserError(
-            f"--target_tokenizer_dir {target} holds {others[0]}, which is no file of a tokenizer; "
-            "--overwrite replaces only a folder that holds nothing else"
+            f"--target_tokenizer_dir {target} holds {others[0]}, which is not a file of a tokenizer; "
+            "--overwrite only replaces a folder that holds nothing else"
         )
-    # The new one is made beside it.
+    # The new folder is written beside it first.
     check_can_create(target.parent, "--target_tokenizer_dir")
 
 
 def _special_tokens(source: Path, model: BpeModel, added_tokens: dict[str, int]) -> set[str]:
-    """Every token that is not ordinary text: <s>, <0x0A> and the like, and what transformers knows as special."""
+    """Every token that is not ordinary text: <s>, <0x0A> and the like, and the special tokens of transformers."""
     special = set(model.pieces).difference(model.scores).union(model.user_defined)
     for value in read_json(source / SPECIAL_TOKENS_FILE).values():
         for token in value if isinstance(value, list) else [value]:
             content = token.get("content") if isinstance(token, dict) else token
             if not isinstance(content, str):
-                raise UserError(f"{source / SPECIAL_TOKENS_FILE}: {token!r} is no token; copy the file again")
+                raise UserError(f"{source / SPECIAL_TOKENS_FILE}: {token!r} is not a token; copy the file again")
             special.add(content)
     return special.union(added_tokens)
 
 
 def _warn_of_altered(source: Path, altered: Sequence[str]) -> None:
-    """Name the pieces that the source's normalizer never produces."""
+    """Warn about pieces that the source's normalizer never produces."""
     if not altered:
         return
     shown = ", ".join(map(repr, altered[:SHOWN_PIECES])) + (", ..." if len(altered) > SHOWN_PIECES else "")
     logs.get_logger().warning(
-        f"{len(altered):,} of the pieces never come out of the normalizer of {source}, so no text is encoded to them: "
+        f"the normalizer of {source} never produces {len(altered):,} of the pieces, so no text is encoded to them: "
         f"{shown}; remove them from the file, or extend a tokenizer without a normalizer, such as LLaMA-2's"
     )
 
@@ -207,7 +208,7 @@ def _warn_of_altered(source: Path, altered: Sequence[str]) -> None:
 # Writing the target.
 
 
-def _write_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Plan) -> None:
+def _write_tokenizer(source: Path, folder: Path, model: BpeModel, plan: ExtensionPlan) -> None:
     num_source, num_added = len(model.pieces), len(plan.pieces)
     (folder / MODEL_FILE).write_bytes(with_pieces(model.content, plan.pieces, plan.scores))
     _write_settings(source, folder, num_source, num_added)
@@ -215,14 +216,14 @@ def _write_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Plan) ->
 
 
 def _write_settings(source: Path, folder: Path, num_source_pieces: int, num_added: int) -> None:
-    """Everything but the two vocabularies, with the ids of added tokens moved behind the new pieces."""
+    """Write everything except the two vocabularies, with the ids of added tokens moved after the new pieces."""
     config = read_json(source / CONFIG_FILE)
     if config.get("added_tokens_decoder"):
         config["added_tokens_decoder"] = {
             str(_moved(int(index), num_source_pieces, num_added)): token
             for index, token in config["added_tokens_decoder"].items()
         }
-    # Without it, AutoTokenizer would need a config.json in the folder, which is the model's.
+    # Without a class, AutoTokenizer would need the model's config.json in the folder.
     config["tokenizer_class"] = config.get("tokenizer_class") or "LlamaTokenizer"
     write_json(folder / CONFIG_FILE, config)
     if (source / ADDED_TOKENS_FILE).is_file():
@@ -236,8 +237,8 @@ def _moved(index: int, num_source_pieces: int, num_added: int) -> int:
     return index if index < num_source_pieces else index + num_added
 
 
-def _write_fast_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Plan) -> None:
-    """Write tokenizer.json: vocabulary and merges of the new tokenizer.model, everything else as in the source's."""
+def _write_fast_tokenizer(source: Path, folder: Path, model: BpeModel, plan: ExtensionPlan) -> None:
+    """Write tokenizer.json, with vocabulary and merges of the new tokenizer.model and the rest from the source."""
     import orjson
 
     if (source / FAST_FILE).is_file():
@@ -252,7 +253,7 @@ def _write_fast_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Pla
     pairs = merges(pieces, scores, [*model.scores, *plan.pieces])
     old_merges = fast["model"]["merges"]
     _warn_if_merges_differ(old_merges, pairs, set(model.pieces))
-    # Files made before tokenizers 0.20, LLaMA-2's among them, spell a merge "a b"; older versions read nothing else.
+    # Files from before tokenizers 0.20, such as LLaMA-2's, write a merge as "a b"; older versions read only that.
     spells_as_text = bool(old_merges) and isinstance(old_merges[0], str)
     fast["model"]["merges"] = list(map(" ".join, pairs)) if spells_as_text else pairs
     fast["model"]["vocab"] = {piece: index for index, piece in enumerate(pieces)}
@@ -264,7 +265,7 @@ def _write_fast_tokenizer(source: Path, folder: Path, model: BpeModel, plan: Pla
 
 
 def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: set[str]) -> None:
-    """Old text can only be tokenized as before if the old merges are still there in the old order."""
+    """Warn if the old merges change or lose their order: then old text may be tokenized differently."""
     old = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in source_merges]
     kept = [
         (left, right)
@@ -273,7 +274,7 @@ def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: set[
     ]
     if old != kept:
         logs.get_logger().warning(
-            "the source's %s has other merges than its %s (%d against %d); the target's follow %s",
+            "the source's %s and %s have different merges (%d and %d); the target follows %s",
             FAST_FILE,
             MODEL_FILE,
             len(old),
@@ -283,7 +284,7 @@ def _warn_if_merges_differ(source_merges: list, pairs: list, source_pieces: set[
 
 
 def _move_post_processor_ids(processor: dict | None, num_source_pieces: int, num_added: int) -> None:
-    """A template or a sequence of post-processors names special tokens together with their ids."""
+    """Move the ids of special tokens in a template or a sequence of post-processors."""
     if processor is None:
         return
     for part in processor.get("processors", []):
@@ -296,21 +297,21 @@ def _move_post_processor_ids(processor: dict | None, num_source_pieces: int, num
 # Checking what was written, before it gets its final name.
 
 
-def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: Plan, added_tokens: dict[str, int]) -> None:
-    """Every new piece and every added token must have its id in the fast tokenizer, which has no others."""
+def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: ExtensionPlan, added_tokens: dict[str, int]) -> None:
+    """Raise RunError unless the fast tokenizer has exactly the old, new and added tokens with their ids."""
     expected = {piece: index for index, piece in enumerate(plan.pieces, start=len(model.pieces))}
     expected.update({token: index + len(plan.pieces) for token, index in added_tokens.items()})
     vocabulary = tokenizers.fast.get_vocab()
     wrong = [token for token, index in expected.items() if vocabulary.get(token) != index]
     if wrong or len(vocabulary) != len(model.pieces) + len(expected):
         raise RunError(
-            f"transformers gives {wrong[:3] or 'the vocabulary'} other ids than were written; nothing was kept. "
+            f"transformers reads other ids for {wrong[:3] or 'the vocabulary'} than were written; nothing was kept. "
             f"Check {FAST_FILE} and the added tokens of the source"
         )
 
 
 def _measure(
-    source: Tokenizers, target: Tokenizers, model: BpeModel, plan: Plan, documents: list[str]
+    source: Tokenizers, target: Tokenizers, model: BpeModel, plan: ExtensionPlan, documents: list[str]
 ) -> list[Measurement]:
     finder = PieceFinder(plan.pieces)
     groups = {
@@ -334,7 +335,7 @@ def _judge(report: dict, *, may_fail: bool) -> None:
     elif found:
         raise RunError(
             f"{'; '.join(found)}; nothing was written. Use --piece_scores below and --closure complete, "
-            "or --closure off to write it nevertheless"
+            "or --closure off to write it anyway"
         )
 
 

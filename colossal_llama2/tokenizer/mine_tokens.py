@@ -1,12 +1,12 @@
-"""Mine new pieces for a tokenizer from text: what init_tokenizer.py then adds to it.
+"""Mine new pieces for a tokenizer from text, which init_tokenizer.py can then add to it.
 
     python -m colossal_llama2.tokenizer.mine_tokens --data_input_dirs data/zh \\
         --source_tokenizer_dir llama-2-7b --output_file new_tokens.jsonl
 
-SentencePiece's own trainer learns merges on a sample of the text. What the source has already is left out, and every
-piece that stays can be reached: its characters and the pieces it is merged from are in the list or in the source.
-The order is the order of use: merges as they were trained, and a character where its own gain puts it, always before
-the pieces that it is in. So any first part of the list is a list of its own, as good as one of that size can be.
+SentencePiece's trainer learns merges on a sample of the text. Pieces of the source are left out, and every piece that
+remains can be reached: its characters and the pieces it is merged from are in the list or in the source. Pieces are in
+the order of usefulness: merges in the order of training, and each character at the place of its own gain, always before
+the pieces that contain it. So every prefix of the list is itself a good list of its size.
 """
 
 import heapq
@@ -34,8 +34,8 @@ from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
 
-# Trained on: runs of these characters. "any" leaves out whitespace, control characters and two that SentencePiece
-# keeps for itself. The trainer takes a run as one word, so a run of any length is cut.
+# Training uses runs of these characters. "any" excludes whitespace, control characters and two that SentencePiece
+# reserves. The trainer treats a run as one word, so long runs are cut.
 RUN_CHARACTERS = 1000
 SCRIPTS = {
     # Ideographs, CJK punctuation, full-width forms, and the dashes, dots and quotes that Chinese shares with Latin.
@@ -43,10 +43,10 @@ SCRIPTS = {
     "\u3001-\u303f\uff01-\uffee\u2014\u2018-\u201d\u2026\u00b7",
     "any": "^\\s\x00-\x1f\x7f-\x9f\u2581\u2585",
 }
-# A longer document is sampled in parts, so that one cannot take the whole sample.
+# A longer document is sampled in parts, so that it cannot fill the whole sample.
 PART_CHARACTERS = 1 << 15
 BATCH_LINES = 1 << 14
-# Trained beyond what is asked for: some pieces cannot be reached behind the source's own merges.
+# Share of extra pieces to train, because some cannot be reached after the source's own merges.
 SPARE = 0.03
 LAST_PIECES = 1000
 CURVE_POINTS = 20
@@ -54,11 +54,14 @@ CURVE_POINTS = 20
 
 @dataclass(frozen=True)
 class Mined:
-    """What mining yields.
+    """The result of mining.
 
-    `pieces` in order of use; `curve` as (number of pieces, tokens per character on the held-out text), from 0 to all;
-    `unreachable` trained pieces that were left out, the bytes and documents (or parts of long ones) trained on, and
-    those held out, which were never trained on.
+    Attributes:
+        pieces: in order of usefulness.
+        curve: (number of pieces, tokens per character on held-out text), from 0 to all pieces.
+        unreachable: the number of trained pieces that were left out because they cannot be reached.
+        train_bytes, train_documents: the training text; parts of long documents count as documents.
+        held_out_documents, held_out_characters: the text to measure on, which was not trained on.
     """
 
     pieces: list[str]
@@ -76,9 +79,9 @@ class MiningSettings:
 
     Attributes:
         script: a key of `SCRIPTS`; only runs of its characters are trained on.
-        min_count: fewest times that the sample must hold a character, or merge a piece.
-        sample_bytes: most text to train on; a larger corpus is sampled, uniformly.
-        held_out: share of documents that are measured and never trained on; a hash of text and seed decides which.
+        min_count: how often the sample must at least contain a character, or merge a piece.
+        sample_bytes: the maximum amount of training text; a larger corpus is sampled uniformly.
+        held_out: share of documents to measure on instead of training, chosen by a hash of text and seed.
     """
 
     data_input_dirs: Sequence[str]
@@ -121,14 +124,14 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
     """Mine at most `num_new_tokens` pieces of at most `max_piece_length` characters from {"source", "target"} jsonl.
 
     Args:
-        curve_points: number of sizes to measure between none and all; 0 measures the last thousand alone.
+        curve_points: number of sizes to measure between none and all; with 0, only the effect of the last thousand.
 
-    Raises UserError for a mistake in the folders, and if the text yields nothing to train or to measure.
+    Raises UserError for a mistake in the folders, and if the text has nothing to train or to measure on.
     """
     script, min_count, num_new_tokens = settings.script, settings.min_count, settings.num_new_tokens
     longest = settings.max_piece_length
     if longest > MAX_PIECE_CHARACTERS:
-        raise UserError(f"--max_piece_length {longest} given, at most {MAX_PIECE_CHARACTERS} allowed")
+        raise UserError(f"--max_piece_length {longest} given, at most {MAX_PIECE_CHARACTERS} is allowed")
     model = BpeModel.read(Path(settings.source_tokenizer_dir))
     train, measured = _sample(settings)
     lines, characters = _training_lines(train.items(), script, min_count)
@@ -139,11 +142,11 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
         )
     if not measured.size:
         raise UserError(
-            f"no document was held out by --held_out {settings.held_out:g}, so there is none to measure; give more "
+            f"--held_out {settings.held_out:g} held out no document, so there is none to measure on; give more "
             "documents"
         )
     known = set(model.pieces)
-    logs.get_logger().info("training a BPE on %s bytes, for which SentencePiece shows no progress", f"{train.size:,}")
+    logs.get_logger().info("training a BPE on %s bytes; SentencePiece shows no progress", f"{train.size:,}")
     merges, counts = _train(
         lines,
         num_merges=int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known),
@@ -170,9 +173,9 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
 
 
 def _sample(settings: MiningSettings) -> tuple[Sample, Sample]:
-    """Text to train on, reduced to lines of the script's runs, and whole texts to measure.
+    """Training text, reduced to lines of the script's runs, and whole texts to measure on.
 
-    A document of another script alone is in neither. The part to measure gets at most its share of `sample_bytes`.
+    A document without characters of the script is in neither. The second sample is at most its share of `sample_bytes`.
     """
     script, seed, held_out = settings.script, settings.seed, settings.held_out
     run = re.compile(f"[{SCRIPTS[script]}]{{1,{RUN_CHARACTERS}}}")
@@ -195,26 +198,26 @@ def _sample(settings: MiningSettings) -> tuple[Sample, Sample]:
 
 
 def is_held_out_document(document: str, held_out: float, seed: int) -> bool:
-    """True for a share `held_out` of all documents, source and target joined. Equal documents are on one side."""
+    """Whether a document is in the share `held_out` of all documents. Equal documents are on the same side."""
     return draw(document, seed)[0] < held_out
 
 
 def _runs(text: str, run: re.Pattern, script: str) -> str:
-    """The runs of a text, one a line; with "any" they are words, and a line is a line of the text."""
+    """The runs of a text, one per line; with "any", runs are words, and lines are those of the text."""
     if script == "any":
         return "\n".join(filter(None, (" ".join(run.findall(line)) for line in text.splitlines())))
     return "\n".join(run.findall(text))
 
 
 def _training_lines(texts: list[str], script: str, min_count: int) -> tuple[list[str], dict[str, int]]:
-    """Lines without characters rarer than `min_count`, and the others with their counts, most frequent first."""
+    """The lines without characters rarer than `min_count`, and the other characters with their counts, by frequency."""
     counts: Counter = Counter()
     for text in texts:
         counts.update(text)
     for space in " \n":
         counts.pop(space, None)
     characters = {character: count for character, count in counts.most_common() if count >= min_count}
-    # A rare character ends a run, as one of another script does: no piece may hold it.
+    # A rare character ends a run, like one of another script, because no piece may contain it.
     rare = str.maketrans(dict.fromkeys(counts.keys() - characters.keys(), "\n"))
     lines = (line.strip() for text in texts for line in text.translate(rare).split("\n"))
     return list(filter(None, lines)), characters
@@ -226,9 +229,9 @@ def _training_lines(texts: list[str], script: str, min_count: int) -> tuple[list
 def _train(
     lines: list[str], *, num_merges: int, num_characters: int, max_piece_length: int, spaced: bool
 ) -> tuple[list[str], list[int]]:
-    """Merged pieces as SentencePiece trains them, and how often each ends up in the text; fewer if there are no more.
+    """Train up to `num_merges` merged pieces with SentencePiece, and count how often each is in the encoded text.
 
-    Equal lines are one line with a count to the trainer, and digits stay single, as in LLaMA-2.
+    The trainer counts equal lines once with a weight. Digits stay single, as in LLaMA-2.
     """
     import io
 
@@ -270,10 +273,10 @@ def _count_ids(processor, lines: list[str]):
 
 
 def _in_order_of_use(merges: list[str], counts: list[int], characters: dict[str, int], min_count: int) -> Iterator[str]:
-    """Characters and merges by the tokens that each saves, merges in trained order.
+    """Yield characters and merges by the number of tokens that each saves, merges in the order of training.
 
-    A merge saves one token whenever it is made; a character saves its UTF-8 bytes but one, as bytes are what it comes
-    as otherwise. A character is in at least as many places as any piece made with it, so it comes first.
+    A merge saves one token whenever it is made. A character saves all of its UTF-8 bytes except one, because otherwise
+    each byte is a token. A character is at least as frequent as any piece that contains it, so it comes first.
     """
     made = _times_made(merges, counts)
     fewest = made[0] if made else 0
@@ -289,7 +292,7 @@ def _in_order_of_use(merges: list[str], counts: list[int], characters: dict[str,
 
 
 def _times_made(merges: list[str], counts: list[int]) -> list[int]:
-    """How often each merge is made, from how often its piece is left at the end: once for each larger piece, too."""
+    """How often each merge is made: as often as its piece remains at the end, plus once for each larger piece."""
     rank = {piece: index for index, piece in enumerate(merges)}
     made = list(counts)
     for index in range(len(merges) - 1, -1, -1):
@@ -313,7 +316,7 @@ def _last_two(piece: str, rank: dict[str, int]) -> list[str]:
 
 
 def _reachable(model: BpeModel, candidates: list[str], limit: int) -> tuple[list[str], int]:
-    """The first `limit` candidates that can be reached together, and the number of those left out on the way."""
+    """The first `limit` candidates that can all be reached, and the number of candidates left out before that."""
     altered = set(altered_by_normalizer(model, candidates))
     left = [piece for piece in candidates if piece not in altered]
     while True:
@@ -325,9 +328,9 @@ def _reachable(model: BpeModel, candidates: list[str], limit: int) -> tuple[list
 
 
 def unreached_pieces(model: BpeModel, pieces: Sequence[str]) -> list[str]:
-    """Those of the new `pieces` that `model`, extended by all of them, never produces.
+    """The `pieces` that `model`, extended by all of them, never produces.
 
-    A piece with a character that is no piece counts too: the fast tokenizer would see bytes in its place.
+    This includes pieces with a character that is not a piece: the fast tokenizer splits it into bytes.
     """
     spelled = {*model.scores, *pieces}
     stuck = set(unreachable(_extended(model, pieces), pieces))
@@ -349,7 +352,7 @@ def _extended(model: BpeModel, pieces: Sequence[str]) -> bytes:
 
 
 def _sizes(count: int, points: int) -> list[int]:
-    """Numbers of pieces to measure, in order: none, all but the last thousand, all, and `points` between them."""
+    """The numbers of pieces to measure, in order: none, all but the last thousand, all, and `points` in between."""
     between = {round(count * point / points) for point in range(1, points)} if points else set()
     return sorted({0, max(0, count - LAST_PIECES), count} | between)
 
@@ -375,16 +378,14 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
     )
     print_table(rows, has_header=False)
     if count < asked:
-        show_line(
-            f"the text yields no more pieces that it holds {min_count} times; give more text or lower --min_count"
-        )
+        show_line(f"the text has no more pieces that occur {min_count} times; give more text or a lower --min_count")
     show_line(f"written to {output_file}")
     show_line(f"asked {asked}, mined {count}")
 
 
 def _check_can_plot(plot: Path) -> None:
     if plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {plot} does not end in .png, the one format that is drawn")
+        raise UserError(f"--plot {plot} does not end in .png, the only supported format")
     style.check_can_draw("--plot")
 
 

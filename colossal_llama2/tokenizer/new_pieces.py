@@ -1,4 +1,4 @@
-"""Read the file of new pieces, {"piece": "你好"} a line, and refuse what can be no piece, with file:line."""
+"""Read the file of new pieces, {"piece": "你好"} on each line, and refuse invalid ones with file:line."""
 
 import json
 import re
@@ -11,15 +11,15 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_jsonl
 
 MAX_PIECE_CHARACTERS = 64
-# The control characters (Unicode category Cc), tabs and line breaks among them.
+# The control characters (Unicode category Cc), including tabs and line breaks.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# What separates the columns of a table.
+# Column separators of tables.
 SEPARATORS = "\t,;"
 
 
 @dataclass(frozen=True)
 class NewPieces:
-    """What a file asks for: `wanted` are the pieces that the source lacks, each once, in the order of the file."""
+    """The content of a file of new pieces. `wanted` are those that the source lacks, each once, in file order."""
 
     asked: int
     duplicates: int
@@ -28,9 +28,10 @@ class NewPieces:
 
 
 def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Collection[str]) -> NewPieces:
-    """Read and check a file of new pieces. `known` are the source's pieces of text, those the user defined included.
+    """Read and check a file of new pieces. `known` are the source's pieces of text, including user-defined ones.
 
-    Raises UserError with file:line for the first line that is wrong, and for a file that is missing or empty.
+    Raises:
+        UserError: a line is invalid (with file:line of the first), or the file is missing or empty.
     """
     if not path.is_file():
         raise UserError(f'--expand_tokens_file {path} is not a file; give a jsonl file of {{"piece": "..."}} lines')
@@ -59,7 +60,7 @@ def _pieces_of(path: Path, check: "_Check") -> Iterator[str]:
 
 
 def _explanation(line: bytes) -> str | None:
-    """What a line that is no JSON object is, if it looks like a list of words, and what to write instead."""
+    """What a line is if it looks like a list of words instead of a JSON object, and what to write; None otherwise."""
     try:
         text = line.decode().strip()
     except UnicodeDecodeError:
@@ -75,7 +76,7 @@ def _explanation(line: bytes) -> str | None:
         return f"this is a JSON list; {_form(*words[:1])}"
     if isinstance(value, str):
         return f"this is a JSON string; {_form(value)}"
-    separator = next((one for one in SEPARATORS if one in text), None)
+    separator = next((character for character in SEPARATORS if character in text), None)
     if separator:
         return f"this is a line of a table; {_form(text.split(separator)[0])}, without the other columns"
     return f"this is a plain list of words; {_form(text)}"
@@ -88,13 +89,13 @@ def _form(word: str = "...") -> str:
 
 
 def _words_of(record: dict) -> list[str]:
-    """What may be meant as the piece of a record without one: its first text, or in a vocabulary its first key."""
+    """What may be the piece of a record without "piece": its first text, or the first key of a vocabulary."""
     texts = [value for value in record.values() if isinstance(value, str)]
     return texts or [key for key, value in record.items() if isinstance(value, (int, float))]
 
 
 class _Check:
-    """What is allowed in a line, given the special tokens, which tokenizers cut out of a text before they merge."""
+    """Checks pieces. Special tokens are refused inside them, because tokenizers split a text at these first."""
 
     def __init__(self, known: Collection[str], special_tokens: Collection[str]):
         self._known = known
@@ -116,12 +117,12 @@ class _Check:
         if piece in self._known:
             return piece
         if " " in piece:
-            raise ValueError(f'"piece" is {piece!r}, which holds a space; write a space as {SPACE} (U+2581)')
-        unknown = next((one for one in CONTROL.findall(piece) if one not in self._known), None)
+            raise ValueError(f'"piece" is {piece!r}, which contains a space; write a space as {SPACE} (U+2581)')
+        unknown = next((found for found in CONTROL.findall(piece) if found not in self._known), None)
         if unknown:
             raise ValueError(
-                f'"piece" is {piece!r}, which holds the control character {unknown!r}, and the source tokenizer has no '
-                "piece for that; remove the line"
+                f'"piece" is {piece!r}, which contains the control character {unknown!r}, and the source tokenizer '
+                "has no piece for it; remove the line"
             )
         if not self._first_characters.isdisjoint(piece):
             self._refuse_special(piece)
@@ -133,6 +134,6 @@ class _Check:
             raise ValueError(f'"piece" is {piece!r}, a special token of the source tokenizer; remove the line')
         if found:
             raise ValueError(
-                f'"piece" is {piece!r}, which holds the special token {found[0]!r} of the source tokenizer, '
-                "and tokenizers cut that out first; remove the line"
+                f'"piece" is {piece!r}, which contains the special token {found[0]!r} of the source tokenizer, '
+                "at which tokenizers split a text first; remove the line"
             )

@@ -1,4 +1,4 @@
-"""Real documents to measure tokenizers on, from jsonl and text files of any size: read in part, sampled, bounded."""
+"""Sample documents for measuring tokenizers from jsonl and text files of any size, in bounded memory and time."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.tokenizer.text_sample import Sample, draw
 
 SAMPLE_BYTES = 8 * 2**20
-# What is read of files that are larger in all: stretches, evenly spaced.
+# From files that are larger in total, evenly spaced stretches of this total size are read.
 READ_BYTES = 256 * 2**20
 STRETCH_BYTES = 2**20
 MAX_DOCUMENT_CHARACTERS = 20_000
@@ -22,11 +22,11 @@ class _Line(NamedTuple):
 
 
 def read_parity_text(paths: Sequence[str], *, sample_bytes: int = SAMPLE_BYTES) -> list[str]:
-    """Documents of jsonl and text files and of folders with such, each once; the same ones in every run.
+    """Documents from jsonl and text files, and from folders with such files, each once; the same ones in every run.
 
-    A document is what a jsonl line holds in "source" and "target", "text", "content" or "messages", or a paragraph of
-    a text file. Of more than `sample_bytes` of text a hash draws a sample; of more than `READ_BYTES` of files only
-    evenly spaced stretches are read. Raises UserError for a path without documents, and for a line that is not JSON.
+    A document is the text of a jsonl line in "source" and "target", "text", "content" or "messages", or a paragraph of
+    a text file. More than `sample_bytes` of text is sampled by a hash; of more than `READ_BYTES` of files, only evenly
+    spaced stretches are read. Raises UserError for a path without documents, and for a line that is not JSON.
     """
     files = [file for path in paths for file in _files(Path(path))]
     total = sum(file.stat().st_size for file in files)
@@ -56,7 +56,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _lines(file: Path, share: float) -> Iterator[_Line]:
-    """The lines of a file; with a `share` below 1, those of stretches that make up this share of it."""
+    """Yield the lines of a file; with a `share` below 1, only those in stretches that make up this share of it."""
     with file.open("rb") as stream:
         if share >= 1:
             for number, line in enumerate(stream, start=1):
@@ -104,7 +104,7 @@ def _texts_of(record: dict, where: str) -> list[str]:
 
 
 def _paragraphs(lines: Iterator[_Line]) -> Iterator[str]:
-    """Lines up to an empty one, joined. What is not UTF-8 is replaced: such a file need not be perfect."""
+    """Yield paragraphs, lines joined up to an empty one. Invalid UTF-8 is replaced, which does no harm here."""
     paragraph: list[str] = []
     size = 0
     for line in lines:

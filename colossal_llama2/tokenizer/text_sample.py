@@ -1,4 +1,4 @@
-"""Text of a corpus of any size in bounded memory: its documents one by one, and a sample that a hash draws."""
+"""Read the documents of a corpus of any size in bounded memory, and draw samples by a hash."""
 
 import hashlib
 import heapq
@@ -8,17 +8,17 @@ from typing import Generic, TypeVar
 from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import Span, find_input_files
 from colossal_llama2.corpus.row_reader import SpanReader
-from colossal_llama2.dataset.write.tokenization import read_pretrain_row
+from colossal_llama2.dataset.write.records import read_pretrain_row
 from colossal_llama2.errors import UserError
 
 Item = TypeVar("Item")
 
 
 def read_documents(data_input_dirs: Sequence[str]) -> Iterator[str]:
-    """Source and target, joined, of every {"source", "target"} record, with a progress bar; empty texts are left out.
+    """Yield source and target, joined, of every {"source", "target"} record, with a progress bar; skip empty texts.
 
-    The files are those that the prepare commands read. Raises UserError for a folder without any, and with file:line
-    for a record that cannot be used, or a file that cannot be read on.
+    The files are those that the prepare commands read. Raises UserError for a folder without such files, and with
+    file:line for a bad row or a damaged file.
     """
     files = find_input_files(data_input_dirs)
     total = sum(file.size for file in files)
@@ -40,27 +40,27 @@ def read_documents(data_input_dirs: Sequence[str]) -> Iterator[str]:
 
 
 def draw(text: str, seed: int) -> tuple[float, int]:
-    """Two independent random draws that the text and the seed decide: a number in [0, 1), and a 64-bit key."""
+    """Two independent random values that depend on text and seed only: a number in [0, 1), and a 64-bit key."""
     digest = hashlib.blake2b(text.encode(), digest_size=16, key=seed.to_bytes(8, "big")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48, int.from_bytes(digest[8:], "big")
 
 
 class Sample(Generic[Item]):
-    """A uniform sample without repetition of a stream of any length, of at most `budget` in the sum of sizes.
+    """A uniform sample, without repetition, of a stream of any length, with at most `budget` as the sum of sizes.
 
-    It keeps the items with the smallest keys, as many as fit, and forgets the others. With hashes for keys the sample
-    depends on the set of items alone: not on their order, nor on how often one comes.
+    It keeps the items with the smallest keys, as many as fit. With hashes as keys, the sample depends only on the set
+    of items, not on their order or repetition.
     """
 
     def __init__(self, budget: int):
         self._budget = budget
         self._heap: list[tuple[int, Item, int]] = []  # largest key first, so keys are negated
         self._keys: set = set()
-        self._limit = 1 << 64  # keys from here on are out for good, or small items would fill the last gap
+        self._limit = 1 << 64  # keys from here on are refused for good; otherwise small items would fill the last gap
         self.size = 0
 
     def wants(self, key: int) -> bool:
-        """True if an item with this key would be kept: ask before making an item that is costly to make."""
+        """Whether an item with this key would be kept, to be called before making a costly item."""
         return key < self._limit and key not in self._keys
 
     def add(self, key: int, item: Item, size: int) -> None:

@@ -2,8 +2,8 @@
 
     python -m colossal_llama2.train.before_launch --nproc_per_node 8 --hostfile hostfile train.py --pretrained ...
 
-prints nothing and ends with 0, or prints one line and ends with 2, like the run itself, which checks again. It imports
-no torch and writes nothing. The folders are looked at on this host alone.
+prints nothing and exits with code 0, or prints one line and exits with 2. The run itself checks again. It imports no
+torch and writes nothing. Folders are checked on this host alone.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.errors import UserError
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
-# More than any job has: what is larger is a mistake.
+# More than any job has; a larger number is a mistake.
 MOST_RANKS = 1_000_000
 
 
 def main(argv=None) -> None:
-    """Parse the launcher's flags and those of the script, and check the script's."""
+    """Parse the flags of the launcher and of the script, and check those of the script."""
     own = own_parser().parse_args(argv)
     with errors.one_line_errors(own.script):
         launcher.stand_for(world_size(own.nproc_per_node, own.hostfile))
@@ -27,13 +27,13 @@ def main(argv=None) -> None:
     logs.configure_logging()
     logs.get_logger().disabled = True
     with errors.one_line_errors(own.script):
-        from colossal_llama2.train.checks import check_inputs
+        from colossal_llama2.train.settings.from_flags import resolve
 
-        check_inputs(args)
+        resolve(args)
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """The launcher's flags that decide how many processes there are, and the script; what follows is the script's."""
+    """The launcher's flags that decide the number of processes, and the script with its own flags."""
     parser = argparse.ArgumentParser(prog="before_launch", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--nproc_per_node", required=True, help="as for colossalai run")
     parser.add_argument("--hostfile", required=True, help="as for colossalai run")
@@ -43,9 +43,9 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def world_size(per_host: str, hostfile: str) -> int:
-    """Processes of the job. Raises UserError for a number that is not one."""
+    """Number of processes of the job. Raises UserError if the number per host is invalid."""
     if not per_host.isdecimal() or not 1 <= int(per_host) <= MOST_RANKS:
-        raise UserError(f"NPROC_PER_NODE is {per_host!r}, the number of GPUs of a host allowed, such as 8")
+        raise UserError(f"NPROC_PER_NODE is {per_host!r}; give the number of GPUs per host, such as 8")
     hosts = [line for line in Path(hostfile).read_text(encoding="utf-8").splitlines() if line.strip()]
     return int(per_host) * max(len(hosts), 1)
 

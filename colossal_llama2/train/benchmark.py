@@ -1,9 +1,8 @@
-"""How fast a training command is here: train.py and train_sft.py with --benchmark, on random tokens.
+"""How fast a training command is on this machine: train.py and train_sft.py with --benchmark, on random tokens.
 
-Nothing is written but the trace of --profile.
+Nothing is written except the trace of --profile.
 """
 
-import argparse
 import contextlib
 import os
 import time
@@ -14,16 +13,19 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.batch import Batch, Collator
-from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
+from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
+from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.storage.files import new_file
 from colossal_llama2.tables import print_table
-from colossal_llama2.train import checks
-from colossal_llama2.train.checks import PROFILED_STEPS, WARMUP_STEPS
-from colossal_llama2.train.settings import flags
+from colossal_llama2.train.checks import JobChecks
+from colossal_llama2.train.inputs import open_benchmark_inputs
+from colossal_llama2.train.load_weights import attention_of, embedding_noise_of, load_weights
+from colossal_llama2.train.settings.config import TrainConfig
+from colossal_llama2.train.settings.flag_problems import PROFILED_STEPS, WARMUP_STEPS
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
 from colossal_llama2.train.stepping.step import step_totals, train_step
 from colossal_llama2.train.stepping.step_timer import NoTimer, StepTimer
@@ -34,14 +36,14 @@ PADDING_ID = 0
 
 @dataclass(frozen=True)
 class Measured:
-    """What the timed steps gave, over all ranks.
+    """What the timed steps measured, over all ranks.
 
     Attributes:
-        tokens: of all steps, padding not counted; `places`: with padding.
-        seconds: of all steps, by the clock.
-        parts: seconds of each part of a step, on the rank that runs this; the rest is what no part claims.
-        communication: part of a step in which collectives run, from other steps; they may overlap with the rest.
-        memory: bytes at the peak, of the rank that needs most.
+        tokens: of all steps, without padding; `places`: with padding.
+        seconds: wall time of all steps.
+        parts: seconds of each part of a step on this rank; the rest belongs to no part.
+        communication: share of a step's time with collectives in flight, measured on other steps.
+        memory: peak bytes of the rank with the highest peak.
     """
 
     steps: int
@@ -54,7 +56,7 @@ class Measured:
 
 
 def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int):
-    """Samples of so many random tokens, as `load_tokenized_dataset` gives them."""
+    """Samples of `length` random tokens, in the format of `load_tokenized_dataset`."""
     import datasets
     import numpy as np
     import pyarrow
@@ -66,32 +68,32 @@ def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int)
     return datasets.Dataset(table).with_format("arrow")
 
 
-def measure(engine, loader: StepLoader, *, noise, profile_dir: str | None, stop: NoSignals) -> Measured:
-    """Take the steps of an epoch: the first to warm up, the last two under the profiler, those between on the clock.
+def measure(engine: Engine, loader: StepLoader, *, noise, profile_dir: str | None, stop: NoSignals) -> Measured:
+    """Run the steps of an epoch: the first warm up, the last two are profiled, and those between are timed.
 
-    There are enough of them, by checks.benchmark_problems.
+    There are enough of them, see flag_problems.
     """
     steps = loader.order.steps_after(0)
     timed = steps - WARMUP_STEPS - PROFILED_STEPS
     timer = StepTimer()
     source = timer.each("data", loader.steps(0, 0))
-    take = _Steps(engine, source, noise=noise, timer=timer, stop=stop)
+    steps_taken = _Steps(engine, source, noise=noise, timer=timer, stop=stop)
     with logs.progress(total=steps, description="benchmark", unit="step") as progress:
         for _ in range(WARMUP_STEPS):
-            take.one(progress)
+            steps_taken.run_one(progress)
         timer.seconds()
         engine.barrier()
-        before, start = (take.tokens, take.places), time.perf_counter()
+        before, start = (steps_taken.tokens, steps_taken.places), time.perf_counter()
         for _ in range(timed):
-            take.one(progress)
+            steps_taken.run_one(progress)
         parts = timer.seconds()
         seconds = time.perf_counter() - start
-        tokens, places = take.tokens - before[0], take.places - before[1]
+        tokens, places = steps_taken.tokens - before[0], steps_taken.places - before[1]
         memory = collectives.max_over_ranks(peak_memory())
         with _profiler(profile_dir, engine.rank) as profiler:
             start = time.perf_counter()
             for _ in range(PROFILED_STEPS):
-                take.one(progress)
+                steps_taken.run_one(progress)
             profiled_seconds = time.perf_counter() - start
         for _ in source:
             pass
@@ -100,13 +102,13 @@ def measure(engine, loader: StepLoader, *, noise, profile_dir: str | None, stop:
 
 
 class _Steps:
-    """Takes one optimizer step after the other and counts."""
+    """Runs one optimizer step after the other, and counts tokens."""
 
     def __init__(self, engine, source: Iterator[tuple[list[Batch], int]], *, noise, timer: NoTimer, stop: NoSignals):
         self._engine, self._source, self._noise, self._timer, self._stop = engine, source, noise, timer, stop
         self._step = self.tokens = self.places = 0
 
-    def one(self, progress: logs.SilentProgress) -> StepResult:
+    def run_one(self, progress: logs.SilentProgress) -> StepResult:
         batches, _ = next(self._source)
         totals: StepTotals = step_totals(self._engine, batches, self._stop)
         if totals.signal is not None:
@@ -114,7 +116,7 @@ class _Steps:
         result = train_step(self._engine, batches, totals, noise=self._noise, step=self._step, timer=self._timer)
         self._step += 1
         self.tokens += result.tokens
-        # Of this rank, which the others resemble.
+        # Those of this rank; the other ranks have about as many.
         self.places += sum(batch.input_ids.numel() for batch in batches) * self._engine.data_size
         progress.update(loss=f"{result.loss:.4f}")
         return result
@@ -122,11 +124,11 @@ class _Steps:
 
 @contextlib.contextmanager
 def _profiler(folder: str | None, rank: int) -> Iterator[Any]:
-    """PyTorch's profiler, which writes rank-00000.json if a folder is given: for ui.perfetto.dev or chrome://tracing."""
+    """PyTorch's profiler; writes rank-00000.json to the folder, if any, for ui.perfetto.dev or chrome://tracing."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    # On a machine without a GPU the profiler's own library complains of that on every rank.
+    # Without a GPU the profiler's library warns about that on every rank.
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     on_gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
     with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiler:
@@ -164,55 +166,41 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | No
     for name, seconds in {**found.parts, "rest": rest}.items():
         rows.append((f"  {name}", f"{seconds / found.seconds:.1%}", ""))
     rows += [
-        ("communication", f"{found.communication:.1%}", "of a step has messages under way, while it computes or waits"),
-        ("peak memory", f"{found.memory / 2**20:,.0f} MiB", "of the rank that needs most"),
+        ("communication", f"{found.communication:.1%}", "of step time with communication in flight, overlapped or not"),
+        ("peak memory", f"{found.memory / 2**20:,.0f} MiB", "of the rank with the highest peak"),
         ("padding", f"{1 - found.tokens / found.places:.1%}", ""),
         ("TFLOPS", f"{per_second * flops / ranks / 1e12:.3g}", "of each rank, recomputation not counted"),
     ]
     if peak_tflops is None:
-        rows.append(("MFU", "-", "the peak of this device is not known; give --peak_tflops"))
+        rows.append(("MFU", "-", "the peak of this device is unknown; give --peak_tflops"))
     else:
         share = per_second * flops / ranks / (peak_tflops * 1e12)
         rows.append(("MFU", f"{share:.1%}", f"of {peak_tflops:g} TFLOPS"))
     return rows
 
 
-def benchmark(args: argparse.Namespace, stop: NoSignals) -> None:
+def benchmark(config: TrainConfig, stop: NoSignals) -> None:
     """Load the model of --pretrained and measure. Called on all ranks, inside a process group.
 
     Raises:
         UserError: the model does not fit the flags.
         Stopped: a signal came to a rank.
     """
-    from colossal_llama2.engine.engine import Engine
-    from colossal_llama2.model.attention import choose_attention
-    from colossal_llama2.model.config_fields import llama_config
-    from colossal_llama2.model.loading import inspect_weights
-    from colossal_llama2.train import model_setup
-    from colossal_llama2.train.checkpointing.checkpointer import LoadPlan
-
-    plan = LoadPlan(model_path=args.pretrained, resume_path=None)
-    with collectives.all_or_none():
-        facts = inspect_weights(args.pretrained)
-        checks.check_model_fits(args, facts)
-        trained_rows = flags.rows_to_train(args, plan)
-    engine = Engine(flags.engine_settings(args, trained_rows=trained_rows), facts.parameters)
-    checks.check_numbers_of(args.pretrained, args.mixed_precision)
-    order: SampleOrder = flags.sample_order(args, args.num_samples, engine)
-    dataset = random_dataset(args.num_samples, length=args.max_length, vocab_size=facts.vocab_size, seed=args.seed)
-    loader = StepLoader(
-        dataset,
-        order,
-        Collator(pad_token_id=PADDING_ID, max_length=args.max_length),
-        engine.data_rank,
-        pins=engine.pins_batches,
+    inputs, reporting = open_benchmark_inputs(config, JobChecks(), needs_weights=True), config.reporting
+    engine, max_length = inputs.engine, config.data.max_length
+    dataset = random_dataset(
+        config.benchmark.num_samples,
+        length=max_length,
+        vocab_size=inputs.model.vocab_size,
+        seed=config.recipe.seed,
     )
-    attention = choose_attention(args.use_flash_attn, precision=args.mixed_precision, replaced=args.plugin == "3d")
-    model_setup.load_model(args, plan, engine, attention, {}, ties_embeddings=facts.ties_embeddings)
-    with model_setup.noise_of(args, engine) as noise:
-        found = measure(engine, loader, noise=noise, profile_dir=args.profile, stop=stop)
+    collator = Collator(pad_token_id=PADDING_ID, max_length=max_length)
+    loader = StepLoader(dataset, inputs.order, collator, engine.data_rank, pins=engine.pins_batches)
+    load_weights(config, engine, inputs.model, attention=attention_of(config))
+    with embedding_noise_of(config, engine) as noise:
+        found = measure(engine, loader, noise=noise, profile_dir=config.benchmark.profile_dir, stop=stop)
     if engine.rank == 0:
-        config = llama_config(Path(args.pretrained))
-        flops = flops_per_token(config, facts.parameters, args.max_length)
-        rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(args.peak_tflops))
+        flops = flops_per_token(llama_config(Path(config.source.weights)), inputs.model.parameters, max_length)
+        peak = known_peak(reporting.peak_tflops)
+        rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=peak)
         print_table(rows, align="lrl", has_header=False)

@@ -1,14 +1,14 @@
-"""Prove on this very machine that training does what it should, before a week of it.
+"""Prove on this very machine that training is correct, before a week of it.
 
     colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\
         --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest
 
-Takes the flags of train.py that decide how a step is computed, on whatever devices and ranks there are. It trains a
-small LLaMA on documents that CPython carries, through the real commands: prepare_pretrain_dataset.py, train.py, a
-checkpoint in the middle, and a resume from it. Then rank 0 does the same steps in a plain PyTorch loop, one document
-at a time. The losses, gradient norms and final weights must be equal but for rounding, and the resumed run must
-repeat the first bit for bit (on GPUs but for rounding, since the backward pass of fused attention adds up in another
-order each time there). Ends with 1 if they do not.
+It has the flags of train.py that decide how a step is computed, and runs on any devices and ranks. It trains a small
+LLaMA on documentation that CPython ships, through the real commands: prepare_pretrain_dataset.py, train.py with a
+checkpoint in the middle, and a resume from it. Then rank 0 repeats the steps in a plain PyTorch loop, one document at a
+time. The losses, gradient norms and final weights must be equal except for rounding, and the resumed run must repeat
+the first bit for bit (on GPUs except for rounding, since the backward pass of fused attention adds up in another order
+each time). The exit code is 1 if they differ.
 """
 
 import argparse
@@ -24,13 +24,14 @@ from colossal_llama2 import errors, launcher, logs
 from colossal_llama2.cli import dependent_flags, train_flags
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import meeting, orphans
+from colossal_llama2.engine.settings_problems import settings_problems
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
 
 VOCABULARY = 1024
-# Wide and deep enough to be split 8 times by every axis; so small that a CPU trains it in seconds.
+# Wide and deep enough to be split 8 times along every axis, and small enough to be trained on a CPU in seconds.
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -40,8 +41,8 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 MAX_LENGTH = 128
-# Relative differences that are rounding: in float32, and at least, in bf16. There it is twice the gap between two plain
-# loops that only pad differently, where that is more.
+# Relative differences of losses, gradient norms and weights that count as rounding. In bf16 these are the least: twice
+# the gap between two plain loops that only pad differently is allowed if that is more.
 ALLOWED = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2)}
 GAPS = 2.0
 TOGETHER = 8
@@ -50,7 +51,7 @@ WAIT_SECONDS = 3600.0
 
 
 def main(argv=None) -> None:
-    """Parse, run on this rank, and tell."""
+    """Parse the flags, and run the test on this rank."""
     launcher.settle()
     args = train_flags.selftest_parser().parse_args(argv)
     logs.configure_logging()
@@ -62,15 +63,14 @@ def selftest(args: argparse.Namespace) -> None:
     """Train, resume, compare. Called once per process of the job.
 
     Raises:
-        UserError: the flags do not fit each other or the ranks, or --work_dir is no new folder that all ranks see.
-        RunError: a difference that is not rounding.
+        UserError: the flags do not fit each other or the ranks, or --work_dir is not a new folder that all ranks see.
+        RunError: a difference that is more than rounding.
     """
-    from colossal_llama2.engine.engine import launch, leave, settings_problems
+    from colossal_llama2.engine.process_group import launch, leave
     from colossal_llama2.engine.ranks.liveness import watching
-    from colossal_llama2.train.settings import flags
 
     work, ranks = Path(args.work_dir), meeting.settled_place().world_size
-    problems = dependent_flags.unused_flags(args) + settings_problems(flags.engine_settings(args), world_size=ranks)
+    problems = dependent_flags.unused_flags(args) + settings_problems(_engine_settings(args), world_size=ranks)
     if logs.is_first_rank() and os.path.lexists(work):
         problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
@@ -89,25 +89,29 @@ def selftest(args: argparse.Namespace) -> None:
 def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None:
     """The test itself, inside a process group."""
     from colossal_llama2.engine.ranks import collectives
-    from colossal_llama2.train import checks, run
-    from colossal_llama2.train.settings import flags
+    from colossal_llama2.train import run
+    from colossal_llama2.train.settings import from_flags
 
-    settings = flags.engine_settings(args)
-    samples = args.micro_batch_size * args.accumulation_steps * (ranks // settings.model_ranks)
+    samples = args.micro_batch_size * args.accumulation_steps * (ranks // _engine_settings(args).model_ranks)
     with collectives.all_or_none():
         if logs.is_first_rank():
             make_inputs(work, num_samples=samples * args.steps)
     middle = Path("whole", "checkpoints", f"epoch-0_step-{args.steps // 2}")
     for name, more in (("whole", {}), ("resumed", {"load_checkpoint": str(work / middle)})):
         logs.get_logger().info("### %s: %d steps", name, args.steps)
-        train_args = training_arguments(args, work, name, **more)
-        run.run(train_args, checks.check_inputs(train_args))
+        run.run(from_flags.resolve(training_flags(args, work, name, **more)))
     with collectives.all_or_none():
         if logs.is_first_rank():
-            tell(args, work, compare(args, work, samples_a_step=samples))
+            report(args, work, compare(args, work, samples_a_step=samples))
 
 
-def training_arguments(args: argparse.Namespace, work: Path, name: str, **more) -> argparse.Namespace:
+def _engine_settings(args: argparse.Namespace):
+    from colossal_llama2.train.settings import from_flags
+
+    return from_flags.engine_settings(dependent_flags.with_defaults(training_flags(args, Path(args.work_dir), "whole")))
+
+
+def training_flags(args: argparse.Namespace, work: Path, name: str, **more) -> argparse.Namespace:
     """The flags of one training command in the work folder."""
     home = work / name
     required = ["--pretrained", str(work / "model"), "--dataset", str(work / "part-00000")]
@@ -121,7 +125,7 @@ def training_arguments(args: argparse.Namespace, work: Path, name: str, **more) 
 
 
 def make_inputs(work: Path, *, num_samples: int) -> None:
-    """Write the model with its tokenizer, and so many samples of documents, again from the first if there are more."""
+    """Write the model with its tokenizer, and `num_samples` samples of documents, repeated if there are fewer."""
     import datasets
     import numpy as np
 
@@ -160,7 +164,7 @@ def python_documents() -> list[str]:
 
 
 def make_model(folder: Path, documents: list[str]) -> None:
-    """Write a tokenizer that was trained on the documents, and a LLaMA of random weights."""
+    """Write a tokenizer trained on the documents, and a LLaMA with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -176,7 +180,7 @@ def make_model(folder: Path, documents: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: what was found, and what is allowed."""
+    """One comparison: the difference found, and the largest that is allowed."""
 
     name: str
     found: float
@@ -184,12 +188,12 @@ class Row:
 
     @property
     def is_equal(self) -> bool:
-        """False for more than is allowed, and for what is no number."""
+        """False if more was found than is allowed, or NaN."""
         return self.found <= self.allowed
 
 
 def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> list[Row]:
-    """Run the plain loop on this rank's device and hold both training runs against it."""
+    """Run the plain loop on this rank's device and compare both training runs with it."""
     whole, resumed = (trace_of(work / name) for name in ("whole", "resumed"))
     steps = list(step_documents(args, work, samples_a_step))
     plain = plain_trace(args, work, steps)
@@ -211,12 +215,12 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> lis
 
 
 def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[list[Document]]:
-    """The documents of each optimizer step, or its samples whole if documents are not to be kept apart."""
+    """The documents of each optimizer step; its whole samples if documents are not kept apart."""
     from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
     from colossal_llama2.dataset.read.order import SampleOrder
-    from colossal_llama2.dataset.read.prepared_data import load_tokenized_dataset
+    from colossal_llama2.dataset.read.prepared_data import load_parts
 
-    rows = load_tokenized_dataset([str(work / "part-00000")], args.document_mask)
+    rows = load_parts([str(work / "part-00000")], args.document_mask)
     order = SampleOrder(len(rows), samples_a_step, data_size=1, accumulation_steps=1, seed=args.seed)
     for (indices,), _ in order.steps(0, 0, 0):
         samples = rows[indices].to_pydict()
@@ -230,7 +234,7 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
 
 def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
-    from colossal_llama2.engine.engine import current_device
+    from colossal_llama2.engine.process_group import current_device
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
     from colossal_llama2.model.loading import load_llama
     from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
@@ -251,7 +255,7 @@ def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]
 
 
 def trace_of(home: Path) -> Trace:
-    """What a training command logged and saved."""
+    """The losses, gradient norms and weights that a training command logged and saved."""
     from safetensors.torch import load_file
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -265,7 +269,7 @@ def trace_of(home: Path) -> Trace:
 
 
 def largest(values: list[float], expected: list[float]) -> float:
-    """Largest relative difference; infinite if there are not equally many, or one is no number."""
+    """Largest relative difference; infinite if the numbers of values differ, or one is NaN."""
     if len(values) != len(expected):
         return float("inf")
     gaps = [abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True)]
@@ -278,8 +282,8 @@ def distance(weights: dict, expected: dict) -> float:
     return (difference / sum(float(tensor.double().square().sum()) for tensor in expected.values())) ** 0.5
 
 
-def tell(args: argparse.Namespace, work: Path, rows: list[Row]) -> None:
-    """Print the rows; remove the work folder if all are equal, and raise RunError if not."""
+def report(args: argparse.Namespace, work: Path, rows: list[Row]) -> None:
+    """Print the rows, and remove the work folder. Raises RunError, and keeps the folder, if not all are equal."""
     width = max(len(row.name) for row in rows)
     show_line(f"{'selftest':{width}}     found   allowed")
     for row in rows:
@@ -287,9 +291,11 @@ def tell(args: argparse.Namespace, work: Path, rows: list[Row]) -> None:
         show_line(f"{row.name:{width}}  {row.found:8.1e}  {row.allowed:8.1e}  {outcome}")
     failed = [row.name for row in rows if not row.is_equal]
     if failed:
-        raise RunError(f"not equal: {'; '.join(failed)}. Do not train so on this machine; what was run is in {work}")
+        raise RunError(
+            f"not equal: {'; '.join(failed)}. Do not train with these flags on this machine; the runs are in {work}"
+        )
     shutil.rmtree(work)
-    how = "bit for bit" if repeats_exactly() else "but for rounding by fused attention"
+    how = "bit for bit" if repeats_exactly() else "except for rounding in fused attention"
     verdict = f"trains here as a plain loop does, and resumes {how}"
     show_line(f"{args.plugin} in {args.mixed_precision} {verdict}")
 

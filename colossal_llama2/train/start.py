@@ -1,6 +1,6 @@
-"""The first moments of a training command: where it is and who else is there, before anything large is imported.
+"""The start of a training command on each rank: which job it belongs to and what to do, before any large import.
 
-A rank that dies while it imports, checks or reads is noticed from the moment at which it is connected.
+From the moment a rank is connected to the others, they notice if it dies while it imports, checks or reads.
 """
 
 import argparse
@@ -18,8 +18,8 @@ def train(args: argparse.Namespace) -> None:
     """Run train.py or train_sft.py. Called once per process of the job, with the same flags in each.
 
     Raises:
-        UserError: something that was given cannot be used; found before anything is written.
-        RunError: losses are no numbers, a checkpoint cannot be written.
+        UserError: a flag, or what it names, cannot be used; found before anything is written.
+        RunError: too many NaN/Inf losses, or a checkpoint cannot be written.
         Stopped: a signal came.
     """
     here = meeting.settled_place()
@@ -37,5 +37,6 @@ def train(args: argparse.Namespace) -> None:
         orphans.end_with_launcher(before=run_lock.say_ending)
         watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.let_go))
         from colossal_llama2.train.run import train_on_all
+        from colossal_llama2.train.settings import from_flags
 
-        train_on_all(args, stop, watch)
+        train_on_all(from_flags.resolve(args), stop, watch)

@@ -2,9 +2,9 @@
 
     python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400
 
-Of a run's folder, such as checkpoint_dir, the newest checkpoint is checked.
+Given a run's folder, such as checkpoint_dir, it checks the newest checkpoint.
 
-Prints a line per check, and ends with exit code 0, or with 2 and what is wrong. Every tensor is read, one at a time, so
+Prints a line per check, and exits with code 0, or with 2 and the first problem. Every tensor is read, one at a time, so
 a model of any size needs the memory of its largest matrix. Nothing is trained, nothing is written.
 """
 
@@ -15,21 +15,23 @@ from typing import Any
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import train_flags
-from colossal_llama2.encoding.encoder import MODEL_FILE, fingerprint
+from colossal_llama2.encoding.file_names import MODEL_FILE
+from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
 from colossal_llama2.engine.resume_state import MASTERS_NAME
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import check_model, inspect_weights, model_without_weights
 from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.terminal_text import show_line
-from colossal_llama2.train.checkpointing.checkpointer import OPTIMIZER_NAME, STATES_NAME, LoadPlan, plan_loading
+from colossal_llama2.train.checkpointing.saved_run import SavedRun
 from colossal_llama2.train.run_folder import checkpoint_files
-from colossal_llama2.train.run_folder.checkpoint_files import MODEL_NAME
+from colossal_llama2.train.run_folder.file_names import MANIFEST_NAME, MODEL_NAME, OPTIMIZER_NAME, STATES_NAME
+from colossal_llama2.train.settings.model_source import find_source
 
 COMMAND = "python -m colossal_llama2.train.verify"
-# What running_states.json must hold besides the place in the data, and of which type.
+# Entries of running_states.json besides the position in the data, and their types.
 STATE_TYPES = {"layout": dict, "tokenizer": str, "ranks": list, "world_size": int, "freeze_non_embeds_params": bool}
-# Kinds of text on which SentencePiece and transformers part where a tokenizer's files are not of one make.
+# Kinds of text on which SentencePiece and transformers differ if the files are those of two tokenizers.
 PARITY_TEXTS = ("Hello, world! 1234.5", "明月松间照，清泉石上流。", "two  spaces\n\tand a tab", "naïve café 😀")
 
 
@@ -43,9 +45,9 @@ def main(argv=None) -> None:
 
 
 def verify(checkpoint: str) -> Iterator[str]:
-    """Yield what was found, a line per check. Raises UserError at the first thing that is wrong."""
+    """Yield a line per check. Raises UserError at the first problem."""
     folder = Path(checkpoint)
-    if not (folder / STATES_NAME).is_file() and not (folder / checkpoint_files.MANIFEST_NAME).is_file():
+    if not (folder / STATES_NAME).is_file() and not (folder / MANIFEST_NAME).is_file():
         complete = checkpoint_files.complete_checkpoints(folder)
         if not complete:
             raise UserError(f"{checkpoint}: holds no checkpoint; give a folder such as checkpoint_dir/epoch-0_step-400")
@@ -57,38 +59,44 @@ def verify(checkpoint: str) -> Iterator[str]:
     yield f"checkpoint {folder}"
     yield f"files      {len(sizes)} of {sum(sizes.values()):,} bytes, all as they were written"
     try:
-        plan = plan_loading("", str(folder))
+        find_source("", str(folder))
     except UserError as error:
         raise UserError(str(error).removeprefix("--load_checkpoint "))
-    state, saved = plan.read_states()
-    _check_states(folder / STATES_NAME, saved)
+    saved = SavedRun.read(folder)
+    state = saved.state
+    _check_entries(folder / STATES_NAME, saved.entries)
     place = f"epoch {state.epoch}, step {state.step}, {state.samples_seen:,} samples, {state.tokens_seen:,} tokens"
     yield f"place      {place}"
     for name, check in CHECKS.items():
-        yield f"{name:<10} {check(plan, saved)}"
+        yield f"{name:<10} {check(saved)}"
 
 
-def _check_states(path: Path, saved: dict[str, Any]) -> None:
+def _check_entries(path: Path, entries: dict[str, Any]) -> None:
     for name, kind in STATE_TYPES.items():
-        if not isinstance(saved.get(name), kind):
-            raise UserError(f"{path}: {name} is {saved.get(name)!r}, no {kind.__name__}; take another checkpoint")
-    if len(saved["ranks"]) != saved["world_size"]:
-        raise UserError(f"{path}: has states of {len(saved['ranks'])} ranks, the run had {saved['world_size']}")
+        if not isinstance(entries.get(name), kind):
+            raise UserError(f"{path}: {name} is {entries.get(name)!r}, not {kind.__name__}; take another checkpoint")
+    if len(entries["ranks"]) != entries["world_size"]:
+        raise UserError(f"{path}: has states of {len(entries['ranks'])} ranks, the run had {entries['world_size']}")
 
 
-def _check_model(plan: LoadPlan, saved: dict[str, Any]) -> str:
-    check_model(plan.model_path, MODEL_NAME)
-    facts = inspect_weights(plan.model_path)
-    for name in shard_names(plan.model_path):
-        _read_all(Path(plan.model_path, name))
+def _model(saved: SavedRun) -> Path:
+    return saved.folder / MODEL_NAME
+
+
+def _check_model(saved: SavedRun) -> str:
+    folder = str(_model(saved))
+    check_model(folder, MODEL_NAME)
+    facts = inspect_weights(folder)
+    for name in shard_names(folder):
+        _read_all(Path(folder, name))
     return f"{facts.parameters / 1e6:.1f} M parameters, shapes as its config.json says, all numbers finite"
 
 
-def _check_optimizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
+def _check_optimizer(saved: SavedRun) -> str:
     """Adam's two moments of each trained parameter, in the parameter's shape, and the groups that name them."""
-    folder = Path(plan.resume_path, OPTIMIZER_NAME)
+    folder = saved.folder / OPTIMIZER_NAME
     weight_map, groups_name = read_optimizer_index(folder)
-    expected = _trained_shapes(plan, saved)
+    expected = _trained_shapes(saved)
     found: dict[str, tuple[int, ...]] = {}
     for name in sorted(set(weight_map.values())):
         read_object(str(folder / name))
@@ -108,45 +116,46 @@ def _check_optimizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
     return f"both moments of {len(expected)} parameters, shapes as the model's, all numbers finite"
 
 
-def _trained_shapes(plan: LoadPlan, saved: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+def _trained_shapes(saved: SavedRun) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the trained parameters in the optimizer's order: matrices, then norms."""
     from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 
-    model = model_without_weights(plan.model_path)
-    if saved["freeze_non_embeds_params"]:
+    model = model_without_weights(str(_model(saved)))
+    if saved.entries["freeze_non_embeds_params"]:
         freeze_non_embedding_parameters(model)
     trained = [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.requires_grad]
     return [item for item in trained if len(item[1]) > 1] + [item for item in trained if len(item[1]) <= 1]
 
 
-def _check_masters(plan: LoadPlan, saved: dict[str, Any]) -> str:
-    if saved["layout"].get("precision") == "fp32":
+def _check_masters(saved: SavedRun) -> str:
+    entries = saved.entries
+    if entries["layout"].get("precision") == "fp32":
         return "none needed, the run is in float32"
     total = 0
-    for rank in range(saved["world_size"]):
-        path = Path(plan.resume_path, MASTERS_NAME, f"rank-{rank:05d}.safetensors")
+    for rank in range(entries["world_size"]):
+        path = Path(saved.folder, MASTERS_NAME, f"rank-{rank:05d}.safetensors")
         if not path.is_file():
-            raise UserError(f"{path}: is missing, the run had {saved['world_size']} ranks; take another checkpoint")
+            raise UserError(f"{path}: is missing, the run had {entries['world_size']} ranks; take another checkpoint")
         total += sum(math.prod(shape) for shape in _read_all(path).values())
     # Padding, and what ranks hold in common, comes on top.
-    needed = sum(math.prod(shape) for _, shape in _trained_shapes(plan, saved))
+    needed = sum(math.prod(shape) for _, shape in _trained_shapes(saved))
     if total < needed:
         raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; take another checkpoint")
-    return f"of {saved['world_size']} ranks, all numbers finite"
+    return f"of {entries['world_size']} ranks, all numbers finite"
 
 
-def _check_tokenizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
+def _check_tokenizer(saved: SavedRun) -> str:
     from colossal_llama2.encoding.parity import Tokenizers
 
-    folder = Path(plan.model_path)
-    if fingerprint(folder) != saved["tokenizer"]:
+    folder = _model(saved)
+    if fingerprint(folder) != saved.entries["tokenizer"]:
         raise UserError(f"{folder / MODEL_FILE}: is not that of the run; take another checkpoint")
     tokenizers = Tokenizers(folder)
-    rows = inspect_weights(plan.model_path).vocab_size
+    rows = inspect_weights(str(folder)).vocab_size
     if len(tokenizers.fast) > rows:
         raise UserError(f"{folder}: its tokenizer has {len(tokenizers.fast)} tokens, the model {rows} rows")
     texts = list(PARITY_TEXTS)
-    # Whether transformers puts "▁" before a text is a setting of the tokenizer, and no fault.
+    # Whether transformers puts "▁" before a text is a setting of the tokenizer, not an error.
     allowed = [tokenizers.encoder.encode(texts, dummy_prefix=prefix) for prefix in (True, False)]
     found = {"fast": tokenizers.fast_ids(texts)} | ({"slow": tokenizers.slow_ids(texts)} if tokenizers.slow else {})
     for kind, encoded in found.items():
@@ -159,7 +168,7 @@ def _check_tokenizer(plan: LoadPlan, saved: dict[str, Any]) -> str:
     return f"{len(tokenizers.fast)} tokens for {rows} rows; transformers encodes as SentencePiece does"
 
 
-CHECKS: dict[str, Callable[[LoadPlan, dict[str, Any]], str]] = {
+CHECKS: dict[str, Callable[[SavedRun], str]] = {
     "model": _check_model,
     "optimizer": _check_optimizer,
     "masters": _check_masters,

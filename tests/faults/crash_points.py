@@ -15,9 +15,10 @@ from pathlib import Path
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import verify
-from colossal_llama2.train.checkpointing import resuming
-from colossal_llama2.train.checkpointing.checkpointer import Checkpointer, LoadPlan
-from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.checkpointing.checkpointer import Checkpointer
+from colossal_llama2.train.run_folder import checkpoint_files, file_names
+from colossal_llama2.train.run_folder.run_folder import RunFolder
+from colossal_llama2.train.settings.model_source import ModelSource, newest_source
 from tests.faults import place as places
 from tests.faults import trace, warm
 from tests.faults.place import Place
@@ -70,9 +71,9 @@ class Bench:
         pointed = (save_dir / "latest").read_text().strip()
         if pointed not in {folder.name for folder in complete}:
             return f"latest names {pointed!r}"
-        plan = resuming.newest_plan(str(save_dir), otherwise=LoadPlan("", None))
-        if plan.resume_path != str(complete[-1]):
-            return f"--resume auto would take {plan.resume_path}"
+        source = newest_source(RunFolder(save_dir), otherwise=ModelSource.of_pretrained(""))
+        if source.checkpoint != str(complete[-1]):
+            return f"--resume auto would take {source.checkpoint}"
         # Its files are as its manifest says, so of equal manifests one is enough.
         key = (complete[-1] / "manifest.json").read_bytes()
         if key not in self._verified:
@@ -97,7 +98,7 @@ class Bench:
         if job.wait() != 0:
             return f"--resume auto failed: {job.said}"
         names = {f"epoch-0_step-{step}" for step in range(STEPS - KEEP_LAST + 1, STEPS + 1)}
-        names |= {"latest", "modeling", "plan.json", checkpoint_files.LOG_NAME, *checkpoint_files.REPORT_NAMES}
+        names |= {"latest", "modeling", "plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES}
         present = set(os.listdir(save_dir))
         if present != names:
             return f"at the end there are {sorted(present)}"
@@ -113,7 +114,7 @@ class Bench:
 
 
 def _is_leftover(path: Path) -> bool:
-    return checkpoint_files.LEFTOVER_NAME.fullmatch(path.name) is not None
+    return file_names.LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
 def _leftover_problem(leftovers: list[Path], said: str) -> str | None:
@@ -209,10 +210,10 @@ def order_problem(operations: list[trace.Operation]) -> str | None:
             unsynced.add(_parent(path))
         elif kind == "rename":
             inside = {name for name in unsynced if name == path or name.startswith(path + "/")}
-            gets_final_name = "/" not in target and not target.endswith(checkpoint_files.PARTIAL_SUFFIX)
+            gets_final_name = "/" not in target and not target.endswith(file_names.PARTIAL_SUFFIX)
             if gets_final_name and inside:
                 return f"{operation}: {sorted(inside)[0]} is not on the disk yet"
-            if not gets_final_name and checkpoint_files.CHECKPOINT_NAME.fullmatch(path) and "." in unsynced:
+            if not gets_final_name and file_names.CHECKPOINT_NAME.fullmatch(path) and "." in unsynced:
                 return f"{operation}: the name of the newer one is not on the disk yet"
             moved = {target + name[len(path) :] for name in inside}
             unsynced = (unsynced - inside) | moved | {_parent(path), _parent(target)}

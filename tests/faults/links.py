@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.train.run_folder import checkpoint_files, run_lock
+from colossal_llama2.train.run_folder import file_names
 from tests.faults import place as places
 from tests.faults import warm
 from tests.faults.place import Place
@@ -21,7 +21,7 @@ from tests.faults.rows import Row
 
 FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, "--keep_last", 1, *places.PLUGINS["zero2"]]
 # What a run opens under its final name, and under the name that it is written as.
-FILES = (run_lock.LOCK_NAME, *checkpoint_files.FILE_NAMES)
+FILES = (file_names.LOCK_NAME, *file_names.FILE_NAMES)
 FOLDERS = ("modeling", "modeling.tmp", "epoch-0_step-4", "epoch-0_step-4.tmp", "epoch-0_step-2.tmp")
 MOVED = ("epoch-0_step-2", "epoch-0_step-2/running_states.json", "epoch-0_step-2/modeling", "modeling")
 STRAYS = (".DS_Store", "._x", ".nfs0001", "Thumbs.db", ".fuse_hidden1", ".snapshot", "lost+found", "desktop.ini")

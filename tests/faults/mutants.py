@@ -13,7 +13,7 @@ from typing import Any
 
 from colossal_llama2.engine.engine import Engine
 from colossal_llama2.storage import files, publishing
-from colossal_llama2.train.checkpointing import checkpointer
+from colossal_llama2.train.checkpointing import checkpoint_writer
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests.faults import corruption, crash_points, place, steps
 from tests.faults.crash_points import Bench
@@ -96,7 +96,7 @@ MUTANTS: list[Mutant] = [
     Mutant("no fsync", SYNCS, order),
     Mutant(
         "no rename: written under the final name",
-        ((checkpointer, "PARTIAL_SUFFIX", ""), (checkpoint_files, "publish_checkpoint", point_to)),
+        ((checkpoint_writer, "PARTIAL_SUFFIX", ""), (checkpoint_files, "publish_checkpoint", point_to)),
         crashes(lambda operation: operation.kind == "write" and operation.path.endswith("manifest.json"), torn=True),
     ),
     Mutant(

@@ -57,11 +57,11 @@ def make(folder: Path, *, samples: int) -> Place:
 def _write(place: Place, samples: int) -> None:
     import datasets
 
-    from colossal_llama2.encoding.encoder import Encoder
+    from colossal_llama2.encoding.registry import load_encoder
 
     tokenizer = tiny.make_tokenizer(place.folder / "tokenizer")
     tiny.make_model(place.model, tokenizer)
-    encoded = Encoder(tokenizer).encode(tiny.english_documents()[:samples])
+    encoded = load_encoder(tokenizer).encode(tiny.english_documents()[:samples])
     rows = [[1, *ids[: 16 + number % 9], 2] for number, ids in enumerate(encoded)]
     datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(place.samples)
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests import fork_server
 from tests.conftest import ROOT
 
 START_SECONDS = 150.0
@@ -19,6 +20,8 @@ class Run:
     `environment` is added to that of this process, `log` names the file in the folder that gets what the job says.
     """
 
+    process: subprocess.Popen | fork_server.Command
+
     def __init__(
         self,
         folder: Path,
@@ -28,11 +31,8 @@ class Run:
         environment: dict[str, str] | None = None,
         log: str = "log",
     ):
-        self.save_dir = folder / "save_dir"
-        folder.mkdir(parents=True, exist_ok=True)
-        places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
-        words = [*flags, *(str(word) for pair in places.items() for word in pair)]
-        command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words]
+        words = self._prepare(folder, flags)
+        command = [*(launcher or [sys.executable]), *words]
         # `colossalai run` starts torchrun by its name.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **(environment or {})}
@@ -41,6 +41,13 @@ class Run:
             self.process = subprocess.Popen(
                 command, env={**os.environ, **own}, stderr=said, stdout=said, start_new_session=True
             )
+
+    def _prepare(self, folder: Path, flags: list[str]) -> list[str]:
+        """Make the folder; returns train.py and its flags."""
+        self.save_dir = folder / "save_dir"
+        folder.mkdir(parents=True, exist_ok=True)
+        places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
+        return [str(ROOT / "train.py"), *flags, *(str(word) for pair in places.items() for word in pair)]
 
     @property
     def said(self) -> str:
@@ -84,3 +91,25 @@ class Run:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+
+
+class ForkedRun(Run):
+    """A job whose ranks are forked from a process that has imported the libraries; no launcher waits for them."""
+
+    def __init__(self, folder: Path, flags: list[str], ranks: int):
+        words = self._prepare(folder, flags)
+        self._log = folder / "stderr"
+        self.process = fork_server.start(words, folder, ranks=ranks)
+
+    def pid_of(self, rank: int) -> int:
+        """The process of a rank."""
+        return self.process.pids[rank]
+
+    def code_of(self, rank: int) -> int | None:
+        """The exit code of a rank, negative if a signal ended it; None while it is running."""
+        self.process.poll()
+        return self.process.codes[rank]
+
+    def kill(self) -> None:
+        """End all ranks."""
+        self.process.kill()

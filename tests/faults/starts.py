@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 
-from colossal_llama2.train.run_folder import checkpoint_files, run_lock
+from colossal_llama2.train.run_folder import checkpoint_files, file_names
 from tests.faults import place as places
 from tests.faults import warm
 from tests.faults.place import Place
@@ -68,15 +68,15 @@ def check_signals(place: Place, *, signals: int, seed: int) -> list[Row]:
 
 def _take_over() -> None:
     """Say when signals are noted: before that, the system's own rules hold."""
-    from colossal_llama2.train import checks
+    from colossal_llama2.train.settings import from_flags
 
-    check_inputs = checks.check_inputs
+    resolve = from_flags.resolve
 
-    def telling(args):
+    def announce_and_resolve(args):
         print("handlers are there", flush=True)
-        return check_inputs(args)
+        return resolve(args)
 
-    checks.check_inputs = telling
+    from_flags.resolve = announce_and_resolve
 
 
 def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> str | None:
@@ -93,5 +93,5 @@ def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> str | None:
     problem = checkpoint_files.sizes_problem(newest) or next(checkpoint_files.content_problems(newest), None)
     if checkpoint_files.step_of(newest) != int(told[1]) or problem:
         return f"{newest}: {problem}"
-    left = [path.name for path in save_dir.iterdir() if path.suffix == ".tmp" or path.name == run_lock.LOCK_NAME]
+    left = [path.name for path in save_dir.iterdir() if path.suffix == ".tmp" or path.name == file_names.LOCK_NAME]
     return f"left: {left}" if left else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.train import verify
-from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder import checkpoint_files, file_names
 from tests.faults import place as places
 from tests.faults import warm
 from tests.faults.place import Place
@@ -36,7 +36,7 @@ def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAG
     shutil.rmtree(place.folder / "resumed", ignore_errors=True)
     shutil.copytree(folder, place.save_dir("resumed") / folder.name)
     # The history of the model tells the last losses, which are in the log.
-    shutil.copy(folder.with_name(checkpoint_files.LOG_NAME), place.save_dir("resumed"))
+    shutil.copy(folder.with_name(file_names.LOG_NAME), place.save_dir("resumed"))
     # Every second run takes the end of the first epoch, after step 25, without a checkpoint.
     step = checkpoint_files.step_of(folder)
     skips = ["--skip_save_each_epoch"] if step % 20 == 0 else []
@@ -136,7 +136,6 @@ def check_overflow(place: Place, *, plugins: list[str]) -> list[Row]:
 
 
 def _raise_scale() -> None:
-    from colossal_llama2.engine import engine
+    from colossal_llama2.engine import loss_scale
 
-    common_arguments = engine._common_arguments
-    engine._common_arguments = lambda settings: {**common_arguments(settings), "initial_scale": 2.0**20}
+    loss_scale.INITIAL_SCALE = 2.0**20

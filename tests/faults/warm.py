@@ -42,23 +42,35 @@ def import_everything() -> None:
 class Job:
     """Forked processes of one command, one per rank, in a process group of their own. They die with their parent."""
 
-    def __init__(self, body: Callable[[], None], log: Path, *, ranks: int = 1):
+    def __init__(
+        self,
+        body: Callable[[], None],
+        log: Path,
+        *,
+        output: Path | None = None,
+        ranks: int = 1,
+        is_launched: bool = True,
+    ):
         """
         Args:
             body: what each process does; SystemExit gives its exit code, as in a command.
-            log: gets what they write to stdout and stderr.
+            log: gets what they write to stderr.
+            output: gets what they write to stdout, `log` if None.
+            is_launched: whether they find a launcher's variables in their environment.
         """
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
-        log.write_text("")
+        for path in {log, output or log}:
+            path.write_text("")
         port = _free_port()
         self.pids: list[int] = []
         for rank in range(ranks):
             pid = os.fork()
             if pid == 0:
-                _be_child(body, log, rank, ranks, port, group=self.pids[0] if self.pids else 0)
+                place = _launcher_variables(rank, ranks, port) if is_launched else {}
+                _be_child(body, log, output or log, place, group=self.pids[0] if self.pids else 0)
             # Set on both sides, whichever comes first.
             _set_group(pid, self.pids[0] if self.pids else pid)
             self.pids.append(pid)
@@ -77,15 +89,25 @@ class Job:
                 self._codes[index] = os.waitstatus_to_exitcode(status) if ended else None
         return None in self._codes
 
+    @property
+    def codes(self) -> list[int | None]:
+        """The exit code of each process, as `is_running` last saw them; None for one that was running."""
+        return list(self._codes)
+
+    @property
+    def exit_code(self) -> int:
+        """The largest exit code of all processes, which have ended; 137 stands for a killed one."""
+        return max(code if code >= 0 else 128 - code for code in self._codes)
+
     def wait(self, seconds: float = END_SECONDS) -> int:
-        """The largest exit code of all processes, killed ones counting as 137; those that take too long are killed."""
+        """Return `exit_code` when all have ended; those that take too long are killed."""
         deadline = time.monotonic() + seconds
         while self.is_running() and time.monotonic() < deadline:
             time.sleep(0.005)
         if self.is_running():
             self.kill()
             raise AssertionError(f"still running after {seconds:g} s: {self.said}")
-        return max(code if code >= 0 else 128 - code for code in self._codes)
+        return self.exit_code
 
     def kill(self) -> None:
         """Kill the whole process group, at once."""
@@ -115,18 +137,20 @@ def train(flags: Sequence[str], log: Path, *, ranks: int = 1, before: Callable[[
     return Job(body, log, ranks=ranks)
 
 
-def _be_child(body, log: Path, rank: int, ranks: int, port: int, *, group: int) -> None:
+def _launcher_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "localhost", **{name: str(value) for name, value in names.items()}}
+
+
+def _be_child(body, log: Path, output: Path, place: dict[str, str], *, group: int) -> None:
     """Never returns."""
     code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setpgid(0, group)
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        for path, descriptor in ((output, 1), (log, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+        os.environ.update(place)
         body()
         code = 0
     except SystemExit as end:

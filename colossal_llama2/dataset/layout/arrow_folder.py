@@ -1,6 +1,6 @@
-"""Write samples as a folder that datasets.load_from_disk reads, a batch at a time, and the same bytes each time.
+"""Write samples, a batch at a time, to a folder that datasets.load_from_disk reads. The bytes are reproducible.
 
-`datasets` itself would import for a second in each worker, put a clock into its fingerprint, and want all samples at
+`datasets` itself takes a second to import in each worker, puts the time into its fingerprint, and needs all samples at
 once. The folder holds data-00000-of-00001.arrow (a stream of record batches), dataset_info.json and state.json.
 """
 
@@ -71,7 +71,7 @@ class ArrowFolder:
         return fingerprint
 
     def close(self) -> None:
-        """Let go of the file, also after an error."""
+        """Close the file, also after an error."""
         self._sink.close()
 
 
@@ -88,7 +88,7 @@ def _arrow_type(kind):
 
 
 def number_column(values: np.ndarray):
-    """A column of numbers. `pyarrow.array` makes the same, but first imports pandas, in each worker."""
+    """A column of numbers. `pyarrow.array` gives the same, but imports pandas in each worker."""
     import pyarrow
 
     kind = pyarrow.type_for_alias(str(values.dtype))
@@ -96,7 +96,7 @@ def number_column(values: np.ndarray):
 
 
 def list_column(values, counts: Sequence[int]):
-    """A column of lists: the next `counts[i]` of `values`, a numpy or arrow array, make row i."""
+    """A column of lists: row i holds the next `counts[i]` of `values`, a numpy or arrow array."""
     import pyarrow
 
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
@@ -105,7 +105,7 @@ def list_column(values, counts: Sequence[int]):
 
 
 def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequence[int]):
-    """As `list_column`, of the strings that `numbers` stand for in `names`."""
+    """Like `list_column`, for the strings in `names` that `numbers` refer to."""
     import pyarrow
 
     texts = [name.encode() for name in names]
@@ -116,7 +116,7 @@ def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequenc
 
 
 def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batch as one dictionary a sample, lists of numbers as numpy arrays."""
+    """The batch as one dictionary per sample, with lists of numbers as numpy arrays."""
     listed = {}
     for name, column in columns.items():
         values = column.type.value_type if hasattr(column.type, "value_type") else None

@@ -1,7 +1,9 @@
-"""Locks on files (flock), by which runs keep out of each other's folders.
+"""Locks on files (flock) that keep two runs out of the same folders.
 
-A lock ends with its process, however that ends. NFS has such locks between machines from Linux 2.6.12 on, and wants a
-file that is open for writing.
+A lock ends with its process, whatever ends that. NFS supports such locks between machines since Linux 2.6.12, and needs
+a file that is open for writing.
+
+`filelock` is not used: it has no shared locks, and its lock files either remain or are removed unsafely.
 """
 
 import fcntl
@@ -13,15 +15,15 @@ from colossal_llama2.errors import UserError
 
 
 class RefusedError(UserError):
-    """A run that may not touch what is there: another one is at work, or what it left was made of something else."""
+    """A run must not touch what is there: another run is active, or an earlier one had other input or settings."""
 
 
 def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = False) -> None:
-    """Hold the lock on a file until the stack closes. The file is made, and removed by the last that held it.
+    """Hold the lock on a file until the stack closes. The file is created; the last holder removes it.
 
     Args:
-        shared: others may hold it in this way too.
-        wait: until no other holds it, in place of being refused.
+        shared: other runs may hold a shared lock at the same time.
+        wait: wait for other holders instead of raising.
 
     Raises:
         RefusedError: another run holds it.
@@ -40,17 +42,17 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
             fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise RefusedError(f"another run is at work in {path}; wait for it, or name other folders")
+            raise RefusedError(f"another run is using {path}; wait for it, or give other folders")
         except OSError as error:
             os.close(descriptor)
             raise UserError(
-                f"{path.parent} is on a file system without locks ({error.strerror}), which keep two runs apart; name "
-                "folders on another, or mount it with locks"
+                f"{path.parent} is on a file system without locks ({error.strerror}), which keep two runs apart; give "
+                "folders on another one, or mount it with locks"
             )
         if _is_still(path, descriptor):
             stack.callback(_release, path, descriptor)
             return
-        os.close(descriptor)  # of a run that ended in between, and removed the file
+        os.close(descriptor)  # another run ended in between and removed the file
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

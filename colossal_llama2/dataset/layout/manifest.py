@@ -1,7 +1,7 @@
-"""What a run was given and what came of it: plan.json in the cache, manifest.json beside the bins.
+"""Record what a run was given and what it wrote: plan.json in the cache, manifest.json beside the bins.
 
-plan.json is there from the start, so that a restart goes on with nothing but the same work. manifest.json is written
-last; it depends on the input, the settings and the tokenizer alone:
+plan.json is written first, so that a restart only continues the same work. manifest.json is written last; it depends
+only on the input, the settings and the tokenizer:
 
     {"version": 3, "settings": {"stage": "pretrain", "max_length": 4096, ...},
      "tokenizer": {"sha256": "5f3a...", "sample_texts": 200, "sample_differing": 0},
@@ -12,8 +12,8 @@ last; it depends on the input, the settings and the tokenizer alone:
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
                "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
 
-The counts are those of `account`. `lost_files` are those that could not be read to their end (`plan.LostFile`),
-`left_out` the entries of the input folders that are not read (`file_kinds.LeftOut`).
+The counts are those of `token_ledger`. `lost_files` could not be read to their end (`data_files.LostFile`); `left_out`
+are entries of the input folders that are not read (`file_kinds.LeftOut`).
 """
 
 import os
@@ -22,26 +22,25 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.corpus import data_files
 from colossal_llama2.corpus.data_files import InputFile, LostFile
 from colossal_llama2.corpus.file_kinds import LeftOut
 from colossal_llama2.corpus.row_reader import sha256_of
 from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE
 from colossal_llama2.dataset.layout.locks import RefusedError
-from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, MANIFEST_FILE, PLAN_FILE, OutputDirs
+from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.layout.store import read_json_or_none, write_json_whole
 from colossal_llama2.dataset.layout.token_ledger import Account
-from colossal_llama2.encoding.encoder import fingerprint
+from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage import json_input
 
-# 2: held out by the normalized text (`held_out`), bytes of the tokens that are predicted, which cut documents change.
-# 3: what rows are marked with, and what their lines may be, which more rows are read by.
+# 2: the normalized text decides what is held out (`held_out`); document_target_bytes counts predicted tokens only.
+# 3: loss marks are read, and more forms of rows.
 VERSION = 3
 MANIFEST_KEYS = {"settings", "tokenizer", "bins"}
 NOT_OURS = "not ours"
-# What prepares the data of a stage, and what trains on it.
+# The command that prepares the data of a stage, and the command that trains on it.
 COMMANDS = {
     "pretrain": ("prepare_pretrain_dataset.py", "train.py"),
     "sft": ("prepare_sft_dataset.py", "train_sft.py"),
@@ -49,12 +48,12 @@ COMMANDS = {
 
 
 def plan_content(
-    settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs
+    settings: Settings, files: Sequence[InputFile], *, tokenizer_sha256: str, folders: OutputDirs, unit_bytes: int
 ) -> dict[str, Any]:
-    """What must be equal for a restart to go on."""
+    """The content of plan.json, which must be equal for a restart to continue."""
     return {
         "version": VERSION,
-        "unit_bytes": data_files.UNIT_BYTES,
+        "unit_bytes": unit_bytes,
         "settings": settings.as_dict(),
         "tokenizer": tokenizer_sha256,
         "inputs": [file._asdict() for file in files],
@@ -63,11 +62,12 @@ def plan_content(
 
 
 def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
-    """Write plan.json, or check that the one in the cache is the same; returns whether there was one.
+    """Write plan.json, or check that the one in the cache is the same. Returns whether there was one.
 
-    Raises UserError with what has changed.
+    Raises:
+        RefusedError: it differs; the message lists what has changed.
     """
-    path = folders.cache / PLAN_FILE
+    path = folders.cache / WORK_PLAN_FILE
     with folders.deciding():
         earlier = _read_ours(path, content.keys())
         if earlier is None:
@@ -75,7 +75,7 @@ def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
             return False
     if earlier == NOT_OURS:
         raise RefusedError(
-            f"{CACHE_FLAG}: {path} is damaged, or of another program or version; delete that folder or name another"
+            f"{CACHE_FLAG}: {path} is damaged, or from another program or version; delete that folder or give another"
         )
     changes = _changed_settings(earlier["settings"], content["settings"])
     changes += [
@@ -84,63 +84,65 @@ def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
         if earlier["outputs"].get(flag, folder) != folder
     ]
     if earlier["tokenizer"] != content["tokenizer"]:
-        changes.append("the tokenizer is another one")
+        changes.append("the tokenizer is a different one")
     changes += _changed_inputs(earlier["inputs"], content["inputs"], ("size", "mtime_ns"))
     if not changes and earlier != content:
         changes.append("it was made by another version")
     if changes:
         raise RefusedError(
-            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; give "
-            "the command as it was to go on, or delete that folder to begin anew"
+            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; run "
+            "the command as it was to continue, or delete that folder to start over"
         )
     return True
 
 
 def check_finished(folders: OutputDirs, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of finished output. Raises UserError with what is different or missing, unless the output is
-    what this command would write.
+    """Check that finished output is what this command would write, and return its manifest.
 
     Inputs are compared by size, and by hash if they are newer than the output.
+
+    Raises:
+        UserError: something differs or is missing.
     """
-    path = folders.final_arrow / MANIFEST_FILE
+    path = folders.final_arrow / DATA_MANIFEST_FILE
     manifest = _read_ours(path, {*MANIFEST_KEYS, "inputs", "total", "eval"})
     if manifest in (None, NOT_OURS):
         raise UserError(
-            f"--data_arrow_output_dir: {path} is damaged or of another program; remove its folder or name another"
+            f"--data_arrow_output_dir: {path} is damaged or from another program; remove its folder or give another one"
         )
     changes = _changed_settings(manifest["settings"], content["settings"])
     if manifest["tokenizer"]["sha256"] != content["tokenizer"]:
-        changes.append("the tokenizer is another one")
+        changes.append("the tokenizer is a different one")
     changes += _changed_inputs(manifest["inputs"], content["inputs"], ("size",))
     if _is_outdated(manifest):
         changes.append("it was made by another version")
     if not changes:
-        # A copy may have kept the time of its source; when it came here, the system alone says.
+        # A copy may keep the modification time of its source, so the time of the last status change counts too.
         since = path.stat().st_mtime_ns
         newer = [file["path"] for file in content["inputs"] if _came_after(file, since)]
         known = {file["path"]: file["sha256"] for file in manifest["inputs"]}
-        changes = [f"{file} has other content" for file in newer if sha256_of(file) != known[file]]
+        changes = [f"{file} has different content" for file in newer if sha256_of(file) != known[file]]
     if changes:
         raise UserError(
-            f"--data_arrow_output_dir: {folders.final_arrow} exists already, made of something else: "
-            f"{'; '.join(changes)}; remove it or name another folder"
+            f"--data_arrow_output_dir: {folders.final_arrow} exists already and differs from this command: "
+            f"{'; '.join(changes)}; remove it or give another folder"
         )
     _check_complete(folders.outputs, manifest)
     return manifest
 
 
 def _is_outdated(manifest: dict[str, Any]) -> bool:
-    """Whether this version may make something else of the same input and settings."""
+    """Whether this version may write something different for the same input and settings."""
     version = manifest.get("version")
     version = version if isinstance(version, int) else 1
     has_cuts = manifest["eval"] or manifest["total"].get("cut_documents")
-    # What was a bad row may be none now.
-    is_read_otherwise = manifest["settings"]["stage"] == "sft" or manifest.get("bad_rows")
-    return version < 2 and bool(has_cuts) or version < 3 and bool(is_read_otherwise)
+    # A row that was bad then may be valid now.
+    reads_differently = manifest["settings"]["stage"] == "sft" or manifest.get("bad_rows")
+    return version < 2 and bool(has_cuts) or version < 3 and bool(reads_differently)
 
 
 def _check_complete(outputs: dict[str, str], manifest: dict[str, Any]) -> None:
-    """Raise UserError if a bin of finished output is not there any more, or is cut."""
+    """Raise UserError if a bin of finished output is missing or cut."""
     entries = [*manifest["bins"], *([manifest["eval"]] if manifest["eval"] else [])]
     names = {"--data_arrow_output_dir": "{}/state.json", "--data_jsonl_output_dir": "{}.jsonl"}
     files = [(flag, Path(folder, names[flag].format(e["name"]))) for flag, folder in outputs.items() for e in entries]
@@ -153,8 +155,8 @@ def _check_complete(outputs: dict[str, str], manifest: dict[str, Any]) -> None:
     if wrong:
         flag, path, problem = wrong[0]
         raise UserError(
-            f"{flag}: {path} {problem} ({len(wrong):,} such in all), though the output was finished; put it back, or "
-            "remove the output folders and give the command again"
+            f"{flag}: {path} {problem} ({len(wrong):,} such files), although the output was finished; put it back, or "
+            "remove the output folders and run the command again"
         )
 
 
@@ -163,21 +165,21 @@ def _came_after(file: dict[str, Any], since: int) -> bool:
 
 
 def check_unchanged(files: Sequence[InputFile]) -> None:
-    """Raise UserError if an input is not what it was when the run began."""
+    """Raise UserError if an input has changed since the run began."""
     for file in files:
         try:
             status = os.stat(file.path)
         except OSError as error:
-            raise UserError(f"{file.path} has gone while it was read ({error.strerror}); put it back and begin anew")
+            raise UserError(f"{file.path} disappeared while it was read ({error.strerror}); put it back and start over")
         if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
             raise UserError(
-                f"{file.path} has changed while it was read ({file.size:,} bytes, now {status.st_size:,}); give the "
-                "command again when nothing writes there"
+                f"{file.path} changed while it was read ({file.size:,} bytes, now {status.st_size:,}); run the "
+                "command again when nothing writes to it"
             )
 
 
 def _read_ours(path: Path, keys: Set[str]) -> Any:
-    """The object in a JSON file, None if there is none, `NOT_OURS` if it is damaged or has not these keys."""
+    """The object in a JSON file; None if the file is missing, `NOT_OURS` if it is damaged or lacks these keys."""
     try:
         content = read_json_or_none(path)
     except RunError:
@@ -189,7 +191,7 @@ def _read_ours(path: Path, keys: Set[str]) -> Any:
 
 
 def _is_as_written(content: dict[str, Any]) -> bool:
-    """Whether what is used of a plan or a manifest has the types that it is written with."""
+    """Whether the entries of a plan or a manifest that are used have the expected types."""
     try:
         for file in json_input.typed(content, "inputs", list):
             json_input.typed(file, "path", str)
@@ -210,33 +212,35 @@ def _is_as_written(content: dict[str, Any]) -> bool:
 
 
 def read_manifest_of(part: str) -> dict[str, Any]:
-    """The manifest of the prepared data that a part-* or eval folder belongs to; empty if none lies beside it.
+    """The manifest of the prepared data that a part-* or eval folder belongs to; empty if there is none beside it.
 
     Raises UserError for a manifest that is damaged.
     """
-    path = Path(part).resolve().parent / MANIFEST_FILE
+    path = Path(part).resolve().parent / DATA_MANIFEST_FILE
     try:
         content = read_json_or_none(path)
     except RunError as error:
         raise UserError(str(error))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend that, or copy it again")
-    # The name is a common one: others' files are none of ours.
+        raise UserError(f"{path} cannot be read ({error.strerror}); fix that, or copy it again")
+    # The name is common: the file may be from another program.
     if not isinstance(content, dict) or not MANIFEST_KEYS <= content.keys():
         return {}
     for name, kind in {"settings": dict, "tokenizer": dict, "bins": list}.items():
         try:
             json_input.typed(content, name, kind)
         except ValueError as error:
-            raise UserError(f"{path}: is damaged ({error}); copy it again, or prepare the data again")
+            raise UserError(f"{path} is damaged ({error}); copy it again, or prepare the data again")
     return content
 
 
 def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, flag: str = "--dataset") -> None:
-    """Compare prepared folders with the model's tokenizer and the command, as far as they say what they were made of.
+    """Compare prepared folders with the model's tokenizer and with the command, as far as manifests record them.
 
-    Raises UserError for a folder whose ids are of another tokenizer. Warns of one of another stage, "pretrain" or
-    "sft": whoever mixes them on purpose may.
+    Warns about a folder of another stage, "pretrain" or "sft", which may be intended.
+
+    Raises:
+        UserError: a folder was prepared with another tokenizer.
     """
     expected = fingerprint(tokenizer_dir)
     others, unknown = [], []
@@ -246,7 +250,7 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
             unknown.append(part)
         elif (found := manifest["tokenizer"].get("sha256")) != expected:
             raise UserError(
-                f"{flag} {part}: prepared with another tokenizer (tokenizer.model of SHA-256 {str(found)[:12]}) "
+                f"{flag} {part}: prepared with another tokenizer (SHA-256 {str(found)[:12]}) "
                 f"than that of {tokenizer_dir} ({expected[:12]}); prepare the data with --tokenizer_dir {tokenizer_dir}"
                 f", or give --pretrained the model that init_model.py made for the other tokenizer"
             )
@@ -255,20 +259,20 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
     if others:
         (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
-            f"{flag} {others[0]}: made by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
-            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless you mix them on purpose, stop and "
+            f"{flag} {others[0]}: prepared by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
+            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless this mix is intended, stop and "
             f"run {COMMANDS[other][1]}"
         )
     if unknown:
         logs.get_logger().warning(
-            f"{flag} {unknown[0]}: no {MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
+            f"{flag} {unknown[0]}: no {DATA_MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
             f"({len(unknown)} of {len(parts)} folders)"
         )
 
 
 def _changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     names = {name: Settings.FLAGS.get(name, f"--{name}") for name in now}
-    # Of a version that had no such flag, so that it was off.
+    # An earlier version without such a flag behaved as if it was off.
     before = {name: earlier.get(name, Settings.LATER_DEFAULTS.get(name)) for name in now}
     return [f"{names[name]} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
 

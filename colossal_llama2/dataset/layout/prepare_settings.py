@@ -1,27 +1,29 @@
-"""What decides the output of a prepare command, beside its input: written to the cache and to manifest.json."""
+"""The settings of a prepare command: those that decide its output, and those that do not."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from colossal_llama2.corpus.conversation import speakers_of
+from colossal_llama2.corpus.data_files import UNIT_BYTES
+from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of one command; equal settings, input and tokenizer give equal bytes.
+    """What decides the output beside input and tokenizer. The cache and manifest.json record it.
 
     Attributes:
         stage: "pretrain" or "sft".
-        overlong: "split" cuts a document over `max_length` into pieces, "truncate" leaves out its end.
+        overlong: "split" cuts a document over `max_length` into pieces, "truncate" drops the rest of it.
         splicing: "best_fit", "sequential" or "none".
         on_bad_row: "fail" or "skip".
-        eval_fraction: part of the documents of each category that goes to eval/.
+        eval_fraction: share of the documents of each category that goes to eval/.
         writes_jsonl: whether the samples are also written as jsonl.
-        prefix_after_marks: whether each text of a conversation has a "▁" of its own, as the tokenizer's folder decides.
-        eval_dedup: whether held-out text is compared with the text that is trained on (`overlap`).
+        prefix_after_marks: whether each text of a conversation is encoded with its own prefix; see `Encoder`.
+        eval_dedup: whether held-out text is compared with the training text (`overlap`).
         assistant_roles: other names of the assistant in conversations, sorted, with commas between them.
-        assistant_first: "mask" or "train", the answers of a conversation before the first human message.
+        assistant_first: "mask" or "train": what to do with answers before the first human message.
     """
 
     stage: str
@@ -38,7 +40,7 @@ class Settings:
     assistant_roles: str = ""
     assistant_first: str = "mask"
 
-    # The flag behind each field, for messages.
+    # How error messages name each field, if not by the flag of the same name.
     FLAGS = {
         "stage": "the command",
         "num_bins": "--num_spliced_dataset_bins",
@@ -46,7 +48,7 @@ class Settings:
         "prefix_after_marks": "a text's leading space in tokenizer.json",
     }
 
-    # Of flags that earlier versions did not have.
+    # The values of fields that earlier versions did not have.
     LATER_DEFAULTS = {"eval_dedup": False, "assistant_roles": "", "assistant_first": "mask"}
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class Settings:
 
     @property
     def speakers(self) -> Mapping[str, str]:
-        """The roles that are known, and who speaks in each."""
+        """The known roles, with the speaker of each."""
         return speakers_of(filter(None, self.assistant_roles.split(",")))
 
     @property
@@ -80,16 +82,39 @@ class Settings:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done. None of it changes the output.
+    """How the work is done. It does not change the output.
 
     Attributes:
-        num_workers: processes on this machine; tasks at a time of a Ray that is started here.
+        num_workers: processes on this machine, or cores of a Ray that the command starts.
         executor: "local", or "ray".
-        ray_address: of the Ray cluster whose cores do the work, HOST:PORT or "auto"; None: of this machine alone.
-        shard: (i, n), i from 1 to n: the i-th of n shares of the units.
+        ray_address: HOST:PORT of the Ray cluster that does the work, or "auto"; None for this machine alone.
+        shard: (i, n) with i from 1 to n, to do the i-th of n shares of the units.
     """
 
     num_workers: int
     executor: str = "local"
     ray_address: str | None = None
     shard: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class WorkSizes:
+    """How much is handled at a time, which bounds memory. No flag sets them; tests use small ones.
+
+    Attributes:
+        unit_bytes: input of a unit of work. It decides in which steps pieces are dealt, so plan.json records it.
+        part_characters: a longer text is encoded in parts.
+        batch_characters: texts of a batch that have more characters together are encoded to arrays.
+        held_pieces: pieces that are held in memory while they are dealt to bins.
+        max_grams: of more held-out n-grams, --eval_dedup compares a sample.
+        lookup_grams, lookup_characters, lookup_documents: what --eval_dedup looks up together.
+    """
+
+    unit_bytes: int = UNIT_BYTES
+    part_characters: int = PART_CHARACTERS
+    batch_characters: int = 4 << 20
+    held_pieces: int = 1 << 18
+    max_grams: int = 1 << 24
+    lookup_grams: int = 1 << 18
+    lookup_characters: int = 8 << 20
+    lookup_documents: int = 1 << 16

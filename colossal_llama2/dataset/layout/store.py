@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, even if the machine loses power, and a full disk told in one line.
+"""Files and folders that appear complete or not at all, even after a power failure; one-line errors for a full disk.
 
-What is being written has a name that begins with `TEMPORARY`; a run that begins removes what an earlier one left.
+While something is written, its name begins with `TEMPORARY`; the next run removes what an earlier one left.
 """
 
 import errno
@@ -17,8 +17,8 @@ from colossal_llama2.storage import json_input
 from colossal_llama2.storage.files import discard, errors_naming, open_to_umask, sync, sync_entries
 
 TEMPORARY = ".tmp-"
-GO_ON = "and give the same command again, it goes on where it stopped"
-# A manifest counts each category of each input: of these there can be hundreds of thousands.
+GO_ON = "and run the same command again, it continues where it stopped"
+# A manifest counts each category of each input, which can be hundreds of thousands.
 MAX_JSON_BYTES, MAX_JSON_VALUES = 256 << 20, 8_000_000
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -30,15 +30,15 @@ def temporary_beside(path: Path) -> Path:
 
 @contextmanager
 def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
-    """Yield a new folder, which gets the name `path` when all in it is written. Raises RunError if the disk is full."""
+    """Yield a new folder that gets the name `path` when it is complete. Raises RunError if the disk is full."""
     temporary = temporary_beside(path)
     try:
-        with full_disk_told(path, needed_bytes):
+        with full_disk_reported(path, needed_bytes):
             temporary.mkdir(parents=True)
             open_to_umask(temporary)
             yield temporary
             sync(temporary)
-            # Of a run that died before it could note that this is done.
+            # Left by a run that died before it could record that this is done.
             discard(path)
             os.replace(temporary, path)
             sync_entries(path.parent)
@@ -48,10 +48,10 @@ def appearing_folder(path: Path, *, needed_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def appearing_file(path: Path, *, needed_bytes: int = 4096) -> Iterator[Any]:
-    """Yield a binary file to write, which gets the name `path` at the end. Raises RunError if the disk is full."""
+    """Yield a binary file that gets the name `path` when it is complete. Raises RunError if the disk is full."""
     temporary = temporary_beside(path)
     try:
-        with full_disk_told(path, needed_bytes):
+        with full_disk_reported(path, needed_bytes):
             with errors_naming(path), open(temporary, "xb") as file:
                 yield file
                 file.flush()
@@ -66,14 +66,14 @@ def write_json_whole(path: Path, content: Any) -> None:
     """Write a value as JSON, indented, in UTF-8."""
     import orjson
 
-    # Indented, `json` is ten times slower: seconds for the account of some hundred thousand categories.
+    # `json` with indentation is ten times slower: seconds for some hundred thousand categories.
     text = orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     with appearing_file(path) as file:
         file.write(text)
 
 
 def read_json_or_none(path: Path) -> Any:
-    """The value in a JSON file, None if there is no such file. Raises RunError if it is damaged."""
+    """The value in a JSON file, or None if the file does not exist. Raises RunError if it is damaged."""
     try:
         return json_input.parse(json_input.read_regular(path, most_bytes=MAX_JSON_BYTES), most_values=MAX_JSON_VALUES)
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Turn what is raised for entries that a JSON file of the cache lacks, or has of another type, into a RunError."""
+    """Turn errors for missing entries, or entries of a wrong type, in a JSON file of the cache into a RunError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -102,8 +102,8 @@ def damage_reported(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn the system's error for a full disk into a RunError with needed and free bytes."""
+def full_disk_reported(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn the system's error for a full disk into a RunError with the needed and the free bytes."""
     try:
         yield
     except OSError as error:
@@ -118,7 +118,7 @@ def full_disk_told(path: Path, needed_bytes: int) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Remove what dead runs were writing in `folder`; returns how many files and folders that were."""
+    """Remove what dead runs were writing in `folder`. Returns the number of files and folders removed."""
     leftovers = [
         path for path in folder.iterdir() if path.name.startswith(TEMPORARY) and not path.name.endswith(".lock")
     ]

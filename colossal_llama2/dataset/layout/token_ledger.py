@@ -1,4 +1,4 @@
-"""What became of every record and token of a prepare command: counted per file and category, checked, and told.
+"""Count what becomes of every record and token in a prepare command, by file and category; check and print it.
 
 As JSON, one `Tally`:
 
@@ -24,17 +24,17 @@ MOST_ROLES, OTHER_ROLES = 100, "(other roles)"
 
 @dataclass
 class Tally:
-    """Counts of the records of one file and category, or of more.
+    """Counts of the records of one file and category, or of several.
 
     Attributes:
         bytes, characters: of the records' text, in UTF-8.
-        tokens_in: every token that the text became, with <s> and </s>; trained + masked + truncated + dropped.
+        tokens_in: all tokens of the text, with marks; equals trained + masked + truncated + dropped.
         trained: labels other than -100. masked: labels of -100.
-        predicted: trained tokens that have one before them in their piece; the others carry no loss.
-        truncated: tokens beyond max_length that --overlong truncate leaves out.
+        predicted: trained tokens that are not the first of their piece; only these carry a loss.
+        truncated: tokens beyond max_length that --overlong truncate drops.
         dropped: reason to [records or pieces, tokens].
-        pieces: what goes into samples: whole documents and the pieces of `cut_documents`, which are over max_length;
-            `held_out_pieces` of them are in eval/, of `held_out_documents`.
+        pieces: what goes into samples: whole documents, and pieces of `cut_documents`, which are over max_length;
+            `held_out_pieces`, from `held_out_documents`, are in eval/.
     """
 
     documents: int = 0
@@ -59,7 +59,7 @@ class Tally:
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens dropped, for whatever reason."""
+        """Tokens dropped for any reason."""
         return sum(tokens for _, tokens in self.dropped.values())
 
     @property
@@ -79,7 +79,7 @@ class Tally:
         """Raise RunError unless every token that came in is trained, masked, truncated or dropped."""
         if self.tokens_in != self.kept + self.truncated + self.dropped_tokens:
             raise RunError(
-                f"the account of {name} does not balance: {self.tokens_in} tokens in, but {self.trained} trained, "
+                f"the token counts of {name} do not balance: {self.tokens_in} tokens in, but {self.trained} trained, "
                 f"{self.masked} masked, {self.truncated} truncated and {self.dropped_tokens} dropped; "
                 "no output folder was made"
             )
@@ -101,13 +101,13 @@ COUNTS = tuple(count.name for count in fields(Tally) if count.name != "dropped")
 
 @dataclass
 class Account:
-    """The tallies of a whole run, by (file number, category); and its lines that are no documents.
+    """The tallies of a unit or a whole run, by (file number, category), and counts of other lines.
 
     Attributes:
-        bad: by (file number, reason) of rows that are left out: how many, and what is said of the first.
-        formats: the format of conversations to how many have it.
-        notes: what is worth knowing of rows that were used, such as "answers masked by a mark", to how often it was so.
-        unknown_roles: a role that made rows bad, to how many of their messages have it.
+        bad: (file number, reason) of bad rows to [count, problem of the first].
+        formats: the format of conversations to their number.
+        notes: remarks about rows that were used, such as "answers masked by a loss mark", to their number.
+        unknown_roles: roles that made rows bad, to the number of messages with each.
     """
 
     tallies: dict[tuple[int, str], Tally] = field(default_factory=dict)
@@ -140,34 +140,34 @@ class Account:
         self.count_roles(other.unknown_roles)
 
     def bad_row(self, file: int, reason: str, problem: str, count: int = 1) -> None:
-        """Count rows that are left out for one reason; `problem` says it of the first of them."""
+        """Count bad rows with one reason; the first `problem` is kept as an example."""
         self.bad.setdefault((file, reason), [0, problem])[0] += count
 
     @property
     def bad_rows(self) -> int:
-        """The rows that are left out."""
+        """The number of bad rows."""
         return sum(count for count, _ in self.bad.values())
 
     def bad_reasons(self) -> dict[str, int]:
-        """The rows that are left out by reason, the most frequent first."""
+        """The number of bad rows by reason, the most frequent first."""
         reasons: dict[str, int] = {}
         for (_, reason), (count, _) in self.bad.items():
             reasons[reason] = reasons.get(reason, 0) + count
         return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
     def note(self, name: str, count: int = 1) -> None:
-        """Count what is worth knowing of rows that were used."""
+        """Count a remark about rows that were used."""
         self.notes[name] = self.notes.get(name, 0) + count
 
     def count_roles(self, roles: Mapping[str, int]) -> None:
-        """Count messages of unknown roles; those of roles beyond the first `MOST_ROLES` are counted together."""
+        """Count messages by unknown role; roles beyond the first `MOST_ROLES` are counted together."""
         for role, count in roles.items():
             is_listed = role in self.unknown_roles or len(self.unknown_roles) < MOST_ROLES
             name = role if is_listed else OTHER_ROLES
             self.unknown_roles[name] = self.unknown_roles.get(name, 0) + count
 
     def total(self) -> Tally:
-        """All tallies together."""
+        """The sum of all tallies."""
         return _sum(self.tallies.values())
 
     def by_file(self) -> dict[int, Tally]:
@@ -185,20 +185,21 @@ class Account:
         return {category: _sum(parts[category]) for category in sorted(parts)}
 
     def check(self, names: dict[int, str], *, bins: Tally) -> None:
-        """Raise RunError unless each file and category balances, and `bins` hold what is to be kept of all of them."""
+        """Raise RunError unless each file and category balances, and `bins` hold what should be kept."""
         for (file, category), tally in self.tallies.items():
             tally.check(f"{names[file]}, category {category}")
         total = self.total()
         total.check("all files")
         if (total.trained, total.masked, total.predicted) != (bins.trained, bins.masked, bins.predicted):
             raise RunError(
-                f"the account does not balance: {total.trained} trained, {total.masked} masked and {total.predicted} "
-                f"predicted tokens were to be kept, but the bins hold {bins.trained}, {bins.masked} and "
-                f"{bins.predicted}; no output folder was made. Delete --data_cache_dir and give the command again"
+                f"the token counts do not balance: {total.trained} trained, {total.masked} masked and "
+                f"{total.predicted} predicted tokens should be kept, but the bins hold {bins.trained}, "
+                f"{bins.masked} and {bins.predicted}; no output folder was made. Delete --data_cache_dir and run the "
+                "command again"
             )
 
     def as_json(self) -> dict[str, Any]:
-        """The account of one unit, as its file in the cache holds it."""
+        """The counts of one unit, as its JSON file in the cache holds them."""
         tallies = [[*key, self.tallies[key].as_json()] for key in sorted(self.tallies)]
         bad = [[*key, *self.bad[key]] for key in sorted(self.bad)]
         return {
@@ -222,7 +223,7 @@ class Account:
 
 def _sum(tallies: Iterable[Tally]) -> Tally:
     tallies = list(tallies)
-    # There may be as many categories as documents, so this is not done tally by tally.
+    # Not tally by tally, for speed: there may be as many categories as documents.
     counts = map(sum, zip(*map(attrgetter(*COUNTS), tallies), strict=True))
     figures: dict[str, Any] = dict(zip(COUNTS, counts, strict=False))
     total = Tally(**figures)
@@ -233,7 +234,7 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
 
 
 def print_tables(manifest: Mapping[str, Any]) -> None:
-    """Print the account in a manifest (see `manifest`): by file, by category, and in all."""
+    """Print the counts in a manifest (see `manifest`): by file, by category, and in total."""
     inputs, categories = manifest["inputs"], manifest["categories"]
     by_file = {entry["path"]: Tally.from_json(entry) for entry in inputs if "documents" in entry}
     by_category = {category_name(name): Tally.from_json(entry) for name, entry in categories.items()}
@@ -244,7 +245,7 @@ def print_tables(manifest: Mapping[str, Any]) -> None:
 
 
 def _breakdown(heading: str, tallies: Mapping[str, Tally]) -> list[tuple[str, ...]]:
-    """One row for each name, the largest first; those beyond `TABLE_ROWS` are summed up."""
+    """One row per name, the largest first; names beyond `TABLE_ROWS` are summed."""
     ordered = sorted(tallies.items(), key=lambda item: -item[1].tokens_in)
     shown, rest = ordered[:TABLE_ROWS], ordered[TABLE_ROWS:]
     rows: list[tuple[str, ...]] = [(heading, "documents", "tokens in", "trained", "masked", "truncated", "dropped")]
@@ -265,7 +266,7 @@ def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     tokens_per_bin = [entry["tokens"] for entry in manifest["bins"]]
     rows = [
         ("documents", f"{total.documents:,}", skipped),
-        # Manifests of earlier versions have neither of these two.
+        # Manifests of earlier versions have neither of the next two.
         *(("", f"{count:,}", f"bad rows: {reason}") for reason, count in manifest.get("bad_reasons", {}).items()),
         *_lost_rows(manifest.get("lost_files", ())),
         *(("", f"{count:,}", f"in the format {name}") for name, count in manifest["formats"].items()),
@@ -283,7 +284,7 @@ def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("bins", f"{len(tokens_per_bin):,}", ""),
         ("tokens per bin", f"{min(tokens_per_bin):,}", f"to {max(tokens_per_bin):,}"),
     ]
-    # A conversation is not cut but loses its last turns, which is among what is dropped.
+    # A conversation is not cut: its last turns are dropped, and counted as such.
     if settings["stage"] == "pretrain":
         rows.insert(-4, ("cut documents", f"{total.cut_documents:,}", f"over {max_length:,} tokens"))
     if total.held_out_documents:
@@ -296,7 +297,7 @@ def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _role_rows(roles: Mapping[str, int]) -> list[tuple[str, str, str]]:
-    """Rows of the unknown roles, the most frequent first; those beyond `TABLE_ROWS` are summed up."""
+    """Rows of the unknown roles, the most frequent first; roles beyond `TABLE_ROWS` are summed."""
     ordered = sorted(roles.items(), key=lambda item: (-item[1], item[0]))
     rows = [
         ("", f"{count:,}", f"messages of the unknown role {visible_line(role)}, in bad rows")

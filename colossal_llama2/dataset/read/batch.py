@@ -25,12 +25,12 @@ class Batch:
         input_ids, labels: (batch, length) int64, padded on the right; labels are IGNORE_INDEX there.
         attention_mask: (batch, length) int64, 1 on tokens and 0 on padding; None if nothing is padded.
         lengths: (batch,) int64, tokens per sample.
-        predicted: number of labels that count in the loss: not IGNORE_INDEX, and not a sample's first.
-        documents: (batch, length) int64, the number of a token's document in its row from 1, and 0 on padding; None if
-            each row is one document, or documents are not kept apart.
+        predicted: number of labels that count in the loss: not IGNORE_INDEX, and not the first of a document.
+        documents: (batch, length) int64, the number of each token's document in its row, from 1, and 0 on padding; None
+            if each row is one document, or documents attend to each other.
         groups: (batch, length) int64, the group (see `Groups`) of the token that each token predicts, 0 where there is
-            none; None if groups are not told apart.
-        group_counts: (groups,) how many predicted tokens each group has.
+            none; None without groups.
+        group_counts: (groups,) the number of predicted tokens in each group.
     """
 
     input_ids: "torch.Tensor"
@@ -48,7 +48,7 @@ class Batch:
         return int(self.lengths.sum())
 
     def pinned(self) -> "Batch":
-        """The same in page-locked memory, from which copies to a GPU do not wait."""
+        """The same batch in page-locked memory, from which it is copied to a GPU asynchronously."""
         tensors = {name: value.pin_memory() for name, value in vars(self).items() if hasattr(value, "pin_memory")}
         return replace(self, **tensors)
 
@@ -56,9 +56,9 @@ class Batch:
 class Collator:
     """Turns rows of the dataset into a Batch.
 
-    Pads to the longest sample, rounded up to a multiple of 8. The mask comes from the lengths, not from the token ids,
-    so that a padding token that is also a real one (</s>) is never hidden. Where rows say how long their documents are,
-    documents are kept apart, and the first token of a document is not predicted from the one before.
+    Pads to the longest sample, rounded up to a multiple of 8. The mask is made from the lengths, not from the token
+    ids, so that a real token that is also the padding token (</s>) is not masked. If rows have document lengths,
+    documents are kept apart, and the first token of a document is not predicted from the document before it.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class Collator:
         """
         Args:
             length_divisor: divides `max_length` and the length of every batch.
-            groups: to be told apart.
+            groups: the groups to count, if any.
             keeps_apart: False lets the documents of a row attend to each other. Their first tokens are still not
-                predicted, so the same tokens are.
+                predicted, so the loss is over the same tokens.
         """
         self.groups, self._keeps_apart = groups, keeps_apart
         self._pad_token_id, self._max_length = pad_token_id, max_length
@@ -116,7 +116,7 @@ class Collator:
 
 
 def _document_numbers(lengths: Sequence[np.ndarray], width: int) -> np.ndarray | None:
-    """(rows, width) numbers of documents of these lengths, as `Batch` has them; None if each row is one."""
+    """(rows, width) document numbers, as in `Batch`; None if each row is one document."""
     if all(len(row) == 1 for row in lengths):
         return None
     numbers = np.zeros((len(lengths), width), dtype=np.int64)

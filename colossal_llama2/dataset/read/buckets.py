@@ -1,10 +1,10 @@
-"""Bucket after bucket: how many samples of each source a bucket takes, and in which order.
+"""Buckets: how many samples of each source a bucket has, and their order.
 
 Bucket k holds part k of every source. Inside it, each source is shuffled and spread evenly over the bucket. With shares
-in tokens (`Mixture`), a source gives fewer samples than it has, or gives some again.
+in tokens (`Mixture`), a source is subsampled or repeated.
 
-The order is a pure function of lengths, shares, seed and epoch. Every epoch takes the same number of samples of a
-source; of one that has too many it takes others each time, until all were taken.
+The order is a pure function of lengths, shares, seed and epoch. Every epoch has the same number of samples of a source.
+A source that is subsampled gives other samples in each epoch, until all were used.
 """
 
 from bisect import bisect_right
@@ -16,12 +16,12 @@ import numpy as np
 
 from colossal_llama2.dataset.read.sources import Mixture, Part
 
-# Sets the choice of samples apart from their order, under one seed.
+# Separates the random choice of samples from that of their order, under one seed.
 CHOICE = 1
 
 
 class MeasuredPart(NamedTuple):
-    """A part with the tokens of each of its samples, (samples,) int64."""
+    """A part, and the number of tokens of each of its samples, (samples,) int64."""
 
     part: Part
     lengths: np.ndarray
@@ -29,14 +29,14 @@ class MeasuredPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Portion:
-    """What a bucket holds of a source, and how much of that an epoch takes.
+    """The samples of one source in a bucket, and how many of them an epoch uses.
 
     Attributes:
-        source, number: the source's name, and its place among all sources.
-        rows: (samples,) int64, in the data of all parts one after the other.
+        source, number: the source's name, and its number among all sources.
+        rows: (samples,) int64, row numbers in the concatenated data.
         lengths: (samples,) int64, in tokens.
-        taken: samples that an epoch takes; more than there are if some are repeated.
-        asked: share of the bucket's tokens that was asked for; None if none was.
+        taken: samples per epoch; more than there are if some are repeated.
+        asked: the requested share of the bucket's tokens; None without a mixture.
     """
 
     source: str
@@ -47,7 +47,7 @@ class Portion:
     asked: float | None = None
 
     def order(self, *, seed: int, epoch: int, bucket: int) -> np.ndarray:
-        """The rows that an epoch takes, in its order. None is taken a second time before all were taken once."""
+        """The rows of an epoch in their order. No row is repeated before all were used once."""
         random = np.random.default_rng([seed, epoch, bucket, self.number])
         whole, more = divmod(self.taken, len(self.rows))
         passes = [random.permutation(self.rows) for _ in range(whole)]
@@ -57,10 +57,10 @@ class Portion:
         return np.concatenate(passes)
 
     def _choose(self, count: int, *, seed: int, epoch: int, bucket: int) -> np.ndarray:
-        """Places of `count` samples of which there are more, short and long ones alike.
+        """The indices of a subsample of `count` samples of all lengths.
 
-        They are equally far apart among all samples by length, so their tokens are the part of all tokens that `count`
-        is of all samples, up to about one sample. Each epoch moves on by one place.
+        They are evenly spaced in the order of length, so their share of the tokens equals their share of the samples,
+        to within about one sample. Each epoch moves on by one place.
         """
         samples = len(self.rows)
         random = np.random.default_rng([seed, bucket, self.number, 0, CHOICE])
@@ -73,18 +73,18 @@ class Buckets:
     """The portions of every bucket, and the order of an epoch."""
 
     def __init__(self, portions: Sequence[Sequence[Portion]]):
-        """`portions` of each bucket, by source."""
+        """`portions` are those of each bucket, by source."""
         self.portions = [list(bucket) for bucket in portions]
         sizes = [sum(portion.taken for portion in bucket) for bucket in self.portions]
         self.ends: list[int] = np.cumsum(sizes).tolist()
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Samples per epoch."""
         return self.ends[-1]
 
     def bucket_of(self, position: int) -> int:
-        """The bucket of the sample at that place of any epoch, counted from 0; the last one's at the end."""
+        """The bucket of the sample at a position of any epoch, counted from 0; the last bucket beyond the end."""
         return min(bisect_right(self.ends, position), len(self.ends) - 1)
 
     def rows(self, *, seed: int, epoch: int) -> np.ndarray:
@@ -92,10 +92,10 @@ class Buckets:
         return np.concatenate([self._bucket_rows(bucket, seed, epoch) for bucket in range(len(self.portions))])
 
     def _bucket_rows(self, bucket: int, seed: int, epoch: int) -> np.ndarray:
-        """Each source is cut into as many equal stretches as it has samples, and each sample lies somewhere in its own.
+        """The rows of a bucket in order. For each source, it is divided into one equal stretch per sample.
 
-        So up to any place of the bucket, a source has its share of the samples but for about one of each source; and
-        there is no pattern by which one rank could get one source.
+        Each sample lies at a random place in its own stretch. So up to any place of the bucket, a source has its share
+        of the samples, to within about one, and no pattern assigns one source to one rank.
         """
         rows, places = [np.zeros(0, np.int64)], [np.zeros(0)]
         for portion in self.portions[bucket]:
@@ -106,10 +106,10 @@ class Buckets:
 
 
 def make_buckets(measured: Sequence[MeasuredPart], *, bucketed: bool, mixture: Mixture | None) -> Buckets:
-    """Sort samples into buckets and decide how many each gives.
+    """Sort samples into buckets, and decide how many of each source an epoch uses.
 
     Args:
-        measured: the parts in the order in which the data has them one after the other.
+        measured: the parts in the order of the concatenated data.
         bucketed: bucket k is part k of every source; otherwise one bucket holds everything.
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(part.source for part, _ in measured))}
@@ -131,10 +131,10 @@ def make_buckets(measured: Sequence[MeasuredPart], *, bucketed: bool, mixture: M
 
 
 def _mixed(portions: Sequence[Portion], mixture: Mixture) -> list[Portion]:
-    """The portions with as many samples taken as the shares ask, which are divided among those that are there."""
+    """The portions with the numbers of samples that the shares require. Shares are rescaled to the sources present."""
     total = sum(mixture.shares[portion.source] for portion in portions)
     shares = {portion.source: mixture.shares[portion.source] / total for portion in portions}
-    # How many tokens the bucket would have if a source were read exactly once.
+    # The tokens of the whole bucket if a source is read exactly once.
     budgets = {portion.source: int(portion.lengths.sum()) / shares[portion.source] for portion in portions}
     first = next(source for source in mixture.shares if source in budgets)
     budget = min(budgets.values()) if mixture.end == "stop" else budgets[first]

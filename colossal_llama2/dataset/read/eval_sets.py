@@ -1,4 +1,4 @@
-"""Held-out text that a run is measured on: what --eval_dataset names, and how many bytes of text it predicts."""
+"""Held-out data for evaluation: resolve --eval_dataset, and count the bytes of text that it predicts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,17 @@ EVAL_NAME = "eval"
 
 
 class EvalSet(NamedTuple):
-    """A name, and the folder of samples behind it."""
+    """A named folder of held-out samples."""
 
     name: str
     path: str
 
 
 def resolve_eval_sets(given: Sequence[str] | None) -> list[EvalSet]:
-    """The folders that NAME=PATH of --eval_dataset name: of samples, or with such a folder called eval/ in them.
+    """The folders named by NAME=PATH of --eval_dataset: folders of samples, or folders with such an eval/ inside.
 
     Raises:
-        UserError: with everything that is wrong.
+        UserError: with all problems.
     """
     problems: list[str] = []
     found: list[EvalSet] = []
@@ -33,11 +33,11 @@ def resolve_eval_sets(given: Sequence[str] | None) -> list[EvalSet]:
         folder = next((folder for folder in (Path(path), Path(path, EVAL_NAME)) if is_part(folder)), None)
         if folder is None:
             problems.append(
-                f"--eval_dataset {name}={path}: holds no prepared samples, and no {EVAL_NAME}/ of such; give what "
-                f"prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote with --eval_fraction"
+                f"--eval_dataset {name}={path}: holds no prepared samples, and no {EVAL_NAME}/ with samples; give a "
+                f"folder that prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote with --eval_fraction"
             )
-        elif name in [one.name for one in found]:
-            problems.append(f"--eval_dataset: two are called {name}; give each its own name")
+        elif name in [eval_set.name for eval_set in found]:
+            problems.append(f"--eval_dataset: the name {name} is used twice; give each its own name")
         else:
             found.append(EvalSet(name, str(folder)))
     if problems:
@@ -46,20 +46,20 @@ def resolve_eval_sets(given: Sequence[str] | None) -> list[EvalSet]:
 
 
 def target_bytes(path: str) -> int | None:
-    """UTF-8 bytes of all text that a folder of samples predicts; None if it does not say exactly, with a warning.
+    """UTF-8 bytes of all text that a folder of samples predicts; None, with a warning, if it does not record them.
 
-    Parts from before version 2 of `manifest` share the bytes of a cut document out over its pieces by tokens, and under
-    `--overlong truncate` that is off by as much as 2.3 times. They are exact where nothing was cut.
+    Before version 2 of `manifest`, the bytes of a cut document were divided among its pieces by tokens, which is wrong
+    by up to a factor of 2.3 with `--overlong truncate`. Without cut documents they are exact.
     """
     import pyarrow.compute as compute
 
     part = load_part(path)
     if DOCUMENT_BYTES not in part.column_names:
-        logs.get_logger().warning("%s does not say how many bytes of text it has: no bits per byte", path)
+        logs.get_logger().warning("%s does not record its bytes of text: no bits per byte", path)
         return None
     if part.info.description != PREDICTED_BYTES and _may_have_cut_documents(path):
         logs.get_logger().warning(
-            "%s is of an older version, which knows the bytes of cut documents only roughly: no bits per byte; prepare "
+            "%s is from an older version, whose bytes of cut documents are approximate: no bits per byte; prepare "
             "it again",
             path,
         )

@@ -1,4 +1,4 @@
-"""Which source and category each document of prepared data is of: how much there is, and the group of each token.
+"""Group tokens by (source, category) of their document, for losses and counts by group.
 
 A group is a pair such as ("zh", "news"). Groups are numbered in the order of their names.
 """
@@ -13,12 +13,12 @@ from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS, DOCUMENT_NA
 if TYPE_CHECKING:
     import datasets
 
-# Curves by more groups than this are not to be looked at.
+# More curves than this are not readable.
 MAX_GROUPS = 256
 
 
 class Amount(NamedTuple):
-    """How much data a group has: pieces of documents, and tokens, in one pass over it."""
+    """The amount of data in a group: pieces of documents, and tokens, in one epoch."""
 
     source: str
     category: str
@@ -27,7 +27,7 @@ class Amount(NamedTuple):
 
 
 def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> list[Amount] | None:
-    """How much of each group there is in one of `shares` equal shares of the data; None where it does not say."""
+    """The amount of each group in one of `shares` equal shares of the data; None if the data has no group columns."""
     import pyarrow
     import pyarrow.compute as compute
 
@@ -46,7 +46,7 @@ def amounts(dataset: "datasets.Dataset", *, share: int = 0, shares: int = 1) -> 
 
 
 def merged(found: Iterable[Sequence[Any]]) -> list[Amount]:
-    """Amounts with each group once, by name."""
+    """The sums of amounts by group, in the order of names."""
     sums: dict[tuple[str, str], list[int]] = {}
     for source, category, pieces, tokens in found:
         total = sums.setdefault((source or "", category or ""), [0, 0])
@@ -63,10 +63,10 @@ class Groups:
         self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
 
     def of_predicted(self, rows, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The groups of the tokens that each token predicts, and how many there are of each.
+        """The group of the token that each token predicts, and the number of predicted tokens in each group.
 
         Args:
-            rows: arrow table with the columns named above.
+            rows: arrow table with the columns DOCUMENT_LENGTHS and DOCUMENT_NAMES.
             labels: (rows, width), padded with IGNORE_INDEX.
 
         Returns:
@@ -85,7 +85,7 @@ class Groups:
 
 
 def by_name(pairs: Sequence[tuple[str, str]], values: Sequence[float], *, column: int) -> dict[str, float]:
-    """Values of groups, added up by source (`column` 0) or by category (1)."""
+    """Values of groups, summed by source (`column` 0) or by category (1)."""
     sums: dict[str, float] = {}
     for pair, value in zip(pairs, values, strict=True):
         sums[pair[column]] = sums.get(pair[column], 0.0) + value

@@ -12,12 +12,13 @@ from colossal_llama2.dataset.read.buckets import Buckets
 class SampleOrder:
     """The order of samples over epochs, steps and ranks: a pure function of these numbers.
 
-    One seeded permutation an epoch, or bucket after bucket; each micro batch of the whole job takes the next samples of
-    it, and each rank its slice of them. So the order does not depend on the number of ranks, and a place in it is a
-    count of samples.
+    Each epoch is one seeded permutation, or bucket after bucket. Each micro batch of the whole job consumes the next
+    samples, and each data-parallel rank its slice of them. So the order does not depend on the number of ranks, and a
+    position in it is a count of samples.
 
     Attributes:
-        num_samples: of an epoch: those of the data, or of `buckets` if there are some.
+        num_samples: per epoch: the samples of the data, or those that `buckets` select.
+        data_size: the number of data-parallel ranks.
     """
 
     num_samples: int
@@ -29,37 +30,37 @@ class SampleOrder:
 
     @property
     def samples_per_micro_step(self) -> int:
-        """Samples that all ranks together take in one forward pass."""
+        """Samples that all ranks together consume in one forward pass."""
         return self.micro_batch_size * self.data_size
 
     def steps_after(self, consumed: int) -> int:
-        """Optimizer steps left in an epoch of which `consumed` samples are done.
+        """Optimizer steps left in an epoch after `consumed` samples.
 
-        The last one has fewer micro batches where they do not come out even.
+        The last step may have fewer micro batches.
         """
         micro_steps = (self.num_samples - consumed) // self.samples_per_micro_step
         return -(-micro_steps // self.accumulation_steps)
 
     def dropped_after(self, consumed: int) -> int:
-        """Samples at the end of that epoch which are too few for one more micro batch of all ranks."""
+        """Samples at the end of that epoch that are too few for another micro batch of all ranks."""
         return (self.num_samples - consumed) % self.samples_per_micro_step
 
     def rows(self, epoch: int, begin: int, end: int) -> list[int]:
-        """The rows of the data that are the samples `begin` to `end` - 1 of an epoch."""
+        """The rows of the data at the positions `begin` to `end` - 1 of an epoch."""
         return self.epoch_rows(epoch)[begin:end].tolist()
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """(num_samples,) rows of the data in the order of an epoch, those that are left over at its end included."""
+        """(num_samples,) rows of the data in the order of an epoch, including those dropped at its end."""
         if self.buckets is not None:
             return self.buckets.rows(seed=self.seed, epoch=epoch)
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
 
     def bucket_of(self, position: int) -> int:
-        """The bucket of the sample at that place of any epoch, both counted from 0; 0 without buckets."""
+        """The bucket of the sample at a position of any epoch, both counted from 0; 0 without buckets."""
         return self.buckets.bucket_of(position) if self.buckets is not None else 0
 
     def steps(self, epoch: int, consumed: int, data_rank: int) -> Iterator[tuple[list[np.ndarray], int]]:
-        """Yield, for each optimizer step, this rank's sample indices per micro batch and the samples all ranks took."""
+        """Yield, for each optimizer step, this rank's rows per micro batch, and the samples that all ranks consume."""
         order = self.epoch_rows(epoch)
         width = self.samples_per_micro_step
         while consumed + width <= self.num_samples:

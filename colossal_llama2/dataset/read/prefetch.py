@@ -1,19 +1,19 @@
-"""Read and collate the next batches while the model works on this one."""
+"""Read and collate the next batches while the model computes."""
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Optimizer steps ahead. One is enough where reading is faster than training, two even out a slow one.
+# Optimizer steps ahead. One is enough if reading is faster than training; two absorb an occasional slow read.
 DEPTH = 2
 LOOK_SECONDS = 0.2
 
 
 def prefetched(items: Iterable[Any], *, depth: int = DEPTH) -> Iterator[Any]:
-    """Yield the items in order, up to `depth` of them made ahead by a thread, which ends when this iterator does.
+    """Yield the items in order. A thread makes up to `depth` of them ahead, and ends when this iterator does.
 
-    What making an item raises is raised here, in its place.
+    An error in making an item is raised here, in its place.
     """
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     ended = threading.Event()
@@ -43,7 +43,7 @@ def _fill(items: Iterable[Any], ready: "queue.Queue[tuple[str, Any]]", ended: th
 
 
 def _put(ready: "queue.Queue[tuple[str, Any]]", entry: tuple[str, Any], ended: threading.Event) -> bool:
-    """Hand an entry over; False if nobody wants it any more."""
+    """Pass an entry to the consumer; False if that has ended."""
     while not ended.is_set():
         try:
             ready.put(entry, timeout=LOOK_SECONDS)

@@ -66,18 +66,18 @@ def _all_have_documents(paths: Sequence[str], parts: Sequence["datasets.Dataset"
     lacking = [path for path, part in zip(paths, parts, strict=True) if DOCUMENT_LENGTHS not in part.column_names]
     if lacking and required:
         raise UserError(
-            f"--document_mask on: {lacking[0]} has no column {DOCUMENT_LENGTHS}, which says where documents end; "
+            f"--document_mask on: {lacking[0]} has no column {DOCUMENT_LENGTHS}, which records where documents end; "
             f"prepare the data again, or leave the flag out"
         )
     if lacking and len(lacking) < len(parts):
         logs.get_logger().warning(
-            "%s has no column %s, so the documents of no sample are kept apart", lacking[0], DOCUMENT_LENGTHS
+            "%s has no column %s, so documents are not kept apart in any sample", lacking[0], DOCUMENT_LENGTHS
         )
     return not lacking
 
 
 def without_names(dataset: "datasets.Dataset") -> "datasets.Dataset":
-    """The dataset without the sources and categories of documents, which would be read with each sample."""
+    """The dataset without the names of sources and categories, which would otherwise be read with each sample."""
     return dataset.select_columns([name for name in dataset.column_names if name not in DOCUMENT_NAMES])
 
 
@@ -87,7 +87,7 @@ def load_part(path: str, *, flag: str = "--dataset") -> "datasets.Dataset":
 
     try:
         part = datasets.load_from_disk(path)
-    except Exception as error:  # whatever pyarrow and datasets raise for a file that is cut or empty
+    except Exception as error:  # pyarrow and datasets raise many classes for a damaged file
         raise UserError(f"{flag} {path}: cannot be loaded ({type(error).__name__}: {error}); prepare it again")
     missing = {INPUT_IDS, LABELS} - set(getattr(part, "column_names", ()))
     if missing:
@@ -96,20 +96,21 @@ def load_part(path: str, *, flag: str = "--dataset") -> "datasets.Dataset":
 
 
 def dataset_fingerprints(dataset_paths: Sequence[str]) -> list[str]:
-    """What `datasets` noted of each folder's content when it was written; a prepare command notes a hash of it."""
+    """The fingerprint that each folder records of its content; a prepare command records a hash of the samples."""
     fingerprints = []
     for path in (Path(folder, "state.json") for folder in dataset_paths):
         try:
             fingerprints.append(str(json_input.read_object(path, unique_names=False).get("_fingerprint")))
         except (ValueError, OSError) as error:
-            raise UserError(f"{path}: is not what `datasets` writes ({error}); prepare the data again")
+            raise UserError(f"{path} is not a file of a prepared folder ({error}); prepare the data again")
     return fingerprints
 
 
 def check_lengths(dataset: "datasets.Dataset", max_length: int, *, flag: str = "--dataset") -> None:
-    """Raise a UserError for a sample that is too long, empty, or whose columns do not fit each other.
+    """Raise a UserError for a sample that is too long or empty, or has inconsistent columns.
 
-    It has a label for each token, documents that fill it, and a source and a category for each of them.
+    A valid sample has a label for each token, document lengths that add up to its length, and a source and a category
+    for each document.
     """
     import pyarrow.compute as compute
 
@@ -122,16 +123,22 @@ def check_lengths(dataset: "datasets.Dataset", max_length: int, *, flag: str = "
                 f"raise it, or prepare the data with that --max_length"
             )
         if shortest == 0 or not compute.all(compute.equal(lengths, compute.list_value_length(rows[LABELS]))).as_py():
-            raise UserError(f"a sample of {flag} is empty, or has more labels than tokens or fewer; prepare it again")
+            raise UserError(
+                f"a sample of {flag} is empty, or has more or fewer labels than tokens; prepare the data again"
+            )
         if DOCUMENT_LENGTHS in rows.column_names and not _documents_fill(rows[DOCUMENT_LENGTHS], lengths):
-            raise UserError(f"a sample of {flag} has {DOCUMENT_LENGTHS} that are not its length; prepare it again")
+            raise UserError(
+                f"{flag}: the {DOCUMENT_LENGTHS} of a sample do not add up to its length; prepare the data again"
+            )
         for name in sorted(set(DOCUMENT_NAMES) & set(rows.column_names)):
             if not _same_counts(rows[name], rows[DOCUMENT_LENGTHS]):
-                raise UserError(f"a sample of {flag} has not one of {name} for each document; prepare it again")
+                raise UserError(
+                    f"{flag}: {name} and {DOCUMENT_LENGTHS} of a sample differ in length; prepare the data again"
+                )
 
 
 def _documents_fill(documents: Any, lengths: Any) -> bool:
-    """Whether the lists of positive whole numbers in an arrow column sum to these lengths."""
+    """Whether each list in an arrow column holds positive whole numbers that sum to the corresponding length."""
     import pyarrow.compute as compute
 
     counts = np.asarray(compute.list_value_length(documents))
@@ -143,7 +150,7 @@ def _documents_fill(documents: Any, lengths: Any) -> bool:
 
 
 def _same_counts(lists: Any, others: Any) -> bool:
-    """Whether the lists in an arrow column have as many entries as those in another, which has no null."""
+    """Whether the lists in an arrow column have as many entries as those in another column, which has no null."""
     import pyarrow.compute as compute
 
     is_same = compute.equal(compute.list_value_length(lists), compute.list_value_length(others))
@@ -151,7 +158,7 @@ def _same_counts(lists: Any, others: Any) -> bool:
 
 
 def highest_token_id(dataset: "datasets.Dataset", *, share: int, shares: int) -> int:
-    """The highest token id in one of `shares` equal shares of the data, so that ranks can divide the reading."""
+    """The highest token id in one of `shares` equal shares of the data, so that ranks can divide the work."""
     import pyarrow.compute as compute
 
     part = dataset.select(range(len(dataset) * share // shares, len(dataset) * (share + 1) // shares))

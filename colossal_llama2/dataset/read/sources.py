@@ -1,4 +1,4 @@
-"""What --dataset and --mixture name: the parts in their order, the source of each, and its bucket.
+"""Resolve --dataset and --mixture: the parts in order, the source of each part, and its bucket.
 
     --dataset arrow_zh en=old/arrow/part-00000 en=old/arrow/part-00001
 
@@ -7,8 +7,8 @@ gives, if arrow_zh holds two parts:
     Part("arrow_zh", "arrow_zh/part-00000", 0)    Part("en", "old/arrow/part-00000", 0)
     Part("arrow_zh", "arrow_zh/part-00001", 1)    Part("en", "old/arrow/part-00001", 1)
 
-A source is the folder that a part lies in, under the last component of its path, or what NAME= calls it. Nothing but
-names of files is read here, and at most one manifest.json a folder.
+A source is the folder that contains a part. Its name is NAME of NAME=PATH, or the last component of the folder's path.
+Only file names are read here, and at most one manifest.json per folder.
 """
 
 import os
@@ -26,7 +26,7 @@ PART_FILES = ("dataset_info.json", "state.json")
 
 
 class Part(NamedTuple):
-    """A folder of samples: its source's name, its path, and which part of its source it is, counted from 0."""
+    """A folder of samples: the name of its source, its path, and its number in the source, counted from 0."""
 
     source: str
     path: str
@@ -34,9 +34,10 @@ class Part(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Shares of sources in every bucket, in tokens; they sum to 1. `end` says what becomes of one that runs out.
+    """Shares of sources in every bucket, in tokens; they sum to 1.
 
-    The source that stands first is the one that is read once; with "stop", at most once.
+    With `end` "repeat", the first source is read exactly once, and others are subsampled or repeated; with "stop", no
+    source is read more than once.
     """
 
     shares: dict[str, float]
@@ -44,7 +45,7 @@ class Mixture(NamedTuple):
 
 
 class Data(NamedTuple):
-    """All that --dataset, --bucketed and --mixture say."""
+    """The resolved --dataset, --bucketed and --mixture."""
 
     parts: list[Part]
     bucketed: bool = False
@@ -57,11 +58,11 @@ class Data(NamedTuple):
 
     @property
     def is_ordered(self) -> bool:
-        """Whether the order of samples depends on their source, so that its name matters."""
+        """Whether the order of samples depends on their sources, so that names matter."""
         return self.bucketed or self.mixture is not None
 
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must have the same, as JSON; None for what is off, as older checkpoints have it."""
+        """What must be the same in a resumed run, as JSON; None for what is off, as in older checkpoints."""
         return {
             "bucketed": self.bucketed or None,
             "mixture": [list(pair) for pair in self.mixture.shares.items()] if self.mixture else None,
@@ -83,21 +84,21 @@ def resolve_data(
     mixture: Sequence[str] | None = None,
     mixture_end: str = "repeat",
 ) -> Data:
-    """What the words of --dataset and --mixture mean. Raises UserError with all that is wrong with one of the two."""
+    """Resolve the arguments of --dataset and --mixture. Raises UserError with all problems of one of them."""
     parts = resolve_parts(dataset, names_matter=bucketed or mixture is not None)
     return Data(parts, bucketed, parse_mixture(mixture, mixture_end, [part.source for part in parts]))
 
 
 def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str = "--dataset") -> list[Part]:
-    """The parts that the words of --dataset name, in the given order.
+    """The parts that the arguments of --dataset name, in the given order.
 
     Args:
-        given: part-* folders, or folders that hold such (whose eval/ is left out), each with or without NAME= before.
-        names_matter: refuse two folders under one name; otherwise more of their paths tells them apart.
-        flag: what named the folders, for messages.
+        given: part-* folders, or folders that hold such (without their eval/), each with or without NAME= before it.
+        names_matter: refuse two folders with the same name; otherwise longer parts of their paths distinguish them.
+        flag: the flag that named the folders, for messages.
 
     Raises:
-        UserError: with everything that is wrong.
+        UserError: with all problems.
     """
     found: list[_Found] = []
     problems = []
@@ -128,40 +129,40 @@ def _parts_of(word: str, flag: str) -> list[_Found]:
     inside = [] if is_part(folder) else _parts_inside(folder)
     if not inside and not is_part(folder):
         raise UserError(
-            f"{flag} {word}: not a prepared part-* folder, and holds none{what_it_holds(path)}; give what "
+            f"{flag} {word}: not a prepared part-* folder, and holds none{what_it_holds(path)}; give a folder that "
             "prepare_pretrain_dataset.py or prepare_sft_dataset.py wrote to --data_arrow_output_dir"
         )
     for part in inside:
         if not is_part(part):
-            raise UserError(f"{flag} {word}: {part.name} in it is no whole part-* folder; prepare the data again")
+            raise UserError(f"{flag} {word}: {part.name} in it is not a complete part-* folder; prepare the data again")
     _check_all_there(word, inside, flag)
     paths = [str(part) for part in inside] or [path]
     return [_Found(name, part, os.path.dirname(os.path.abspath(part))) for part in paths]
 
 
 def _split(word: str) -> tuple[str | None, str]:
-    """Name and path of NAME=PATH; a folder whose name has a "=" is a path."""
+    """Name and path of NAME=PATH. An existing folder with "=" in its name is a path."""
     name, sign, path = word.partition("=")
     if not sign or not name or not path or "/" in name or Path(word).is_dir():
         return None, word
-    # A shell expands ~ at the beginning of a word alone.
+    # A shell expands ~ only at the beginning of a word.
     return name, os.path.expanduser(path)
 
 
 def is_part(folder: Path) -> bool:
-    """Whether a folder is one of samples, as a prepare command or `datasets` writes it."""
+    """Whether a folder holds samples, as a prepare command or `datasets` writes them."""
     return all((folder / name).is_file() for name in PART_FILES)
 
 
 def _parts_inside(folder: Path) -> list[Path]:
-    """By number, since part-10 comes after part-9."""
+    """The part-* folders by number: part-10 comes after part-9."""
     inside = [child for child in folder.glob("part-*") if child.is_dir()]
     numbers = {child: re.search(r"\d+$", child.name) for child in inside}
     return sorted(inside, key=lambda child: (int(found[0]) if (found := numbers[child]) else -1, child.name))
 
 
 def _check_all_there(word: str, inside: Sequence[Path], flag: str) -> None:
-    """Refuse a prepared folder of which parts are missing, as after a copy that broke off."""
+    """Raise UserError for a prepared folder with missing parts, as after an interrupted copy."""
     if not inside:
         return
     entries = read_manifest_of(str(inside[0])).get("bins", ())
@@ -170,12 +171,12 @@ def _check_all_there(word: str, inside: Sequence[Path], flag: str) -> None:
     if missing:
         raise UserError(
             f"{flag} {word}: {missing[0]} is missing ({len(missing)} of the {len(listed)} parts that manifest.json "
-            f"lists); copy it again, or list the parts that are to be used"
+            f"lists); copy it again, or list the parts to use"
         )
 
 
 def _names(found: Sequence[_Found], *, names_matter: bool) -> list[str]:
-    """The source of each part: the given name, or the end of its folder's path."""
+    """The source name of each part: the given name, or the end of its folder's path."""
     folders: dict[str, str] = {}
     for part in found:
         if part.given_name is None:
@@ -188,21 +189,21 @@ def _names(found: Sequence[_Found], *, names_matter: bool) -> list[str]:
         clashes = [real for real in folders if real not in names and (counts[ends[real]] > 1 or ends[real] in taken)]
         if clashes and names_matter:
             raise UserError(
-                f"--dataset: two sources are called {ends[clashes[0]]}, one of them {folders[clashes[0]]}; "
-                f"give them names, as NAME={folders[clashes[0]]}"
+                f"--dataset: two sources have the name {ends[clashes[0]]}, one of them {folders[clashes[0]]}; "
+                f"give them names, as in NAME={folders[clashes[0]]}"
             )
         names.update({real: ends[real] for real in folders if real not in names and real not in clashes})
     return [part.given_name or names.get(os.path.realpath(part.folder), part.folder) for part in found]
 
 
 def parse_mixture(words: Sequence[str] | None, end: str, sources: Sequence[str]) -> Mixture | None:
-    """The mixture that the words SOURCE=WEIGHT of --mixture ask for; None if there are none.
+    """The mixture that the arguments SOURCE=WEIGHT of --mixture describe; None without the flag.
 
     Args:
-        sources: the names that the parts of --dataset have.
+        sources: the source names of the parts of --dataset.
 
     Raises:
-        UserError: a source is named twice or not at all, or there is none of that name.
+        UserError: a source is named twice or not at all, or does not exist.
     """
     if words is None:
         return None

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class StepLoader:
-    """Reads this rank's micro batches, one optimizer step at a time, some of them ahead.
+    """Reads this rank's micro batches, one optimizer step at a time, with a few steps prefetched.
 
-    With `pins` they lie in memory that a GPU copies from while it works.
+    With `pins` the batches are in page-locked memory, so that a GPU copies them while it computes.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class StepLoader:
         self._pins = pins
 
     def steps(self, epoch: int, consumed: int) -> Iterator[tuple[list[Batch], int]]:
-        """Yield (micro batches of this rank, samples that all ranks took) for each optimizer step left in the epoch."""
+        """Yield (micro batches of this rank, samples that all ranks consume) for each step left in the epoch."""
         return prefetched(self._steps(epoch, consumed))
 
     def _steps(self, epoch: int, consumed: int) -> Iterator[tuple[list[Batch], int]]:

@@ -1,4 +1,4 @@
-"""How many tokens prepared parts have, by sample and by category, and how many were read. Token ids are never read."""
+"""Count the tokens of prepared parts by sample and by category, and how many were read, without reading token ids."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ NOT_RECORDED = "not recorded"
 
 
 class SourceRead(NamedTuple):
-    """What was read of a source, each sample and its tokens as often as it was; `samples_there` are in its parts."""
+    """Samples and tokens read from a source, with repeats. `samples_there` are the distinct samples in its parts."""
 
     source: str
     samples_there: int
@@ -33,11 +33,11 @@ class SourceRead(NamedTuple):
 def read_by_source(
     measured: Sequence[MeasuredPart], order: SampleOrder, *, first_sample: int, samples_seen: int
 ) -> list[SourceRead]:
-    """What a run has read of each source, in their order.
+    """What a run has read from each source, in the order of the sources.
 
     Args:
-        first_sample: where it began, counted from the first sample of the first epoch.
-        samples_seen: how many it read from there on; those that an epoch leaves over at its end are not read.
+        first_sample: where the run began, counted from the first sample of the first epoch.
+        samples_seen: how many samples it read from there, without those dropped at the end of an epoch.
     """
     lengths = np.concatenate([lengths for _, lengths in measured])
     times = np.zeros(len(lengths), dtype=np.int64)
@@ -58,7 +58,7 @@ def read_by_source(
 
 
 def measure_parts(parts: Sequence[Part]) -> list[MeasuredPart]:
-    """The tokens of each sample of each part. Raises UserError for a part that is damaged."""
+    """The number of tokens of each sample of each part. Raises UserError for a damaged part."""
     return [MeasuredPart(part, _sample_lengths(part.path)) for part in parts]
 
 
@@ -71,10 +71,10 @@ def _sample_lengths(path: str) -> np.ndarray:
 
 
 def category_tokens(path: str, times: np.ndarray) -> Counter:
-    """Tokens of each category in a part, each sample counted so many times.
+    """Tokens of each category in a part.
 
     Args:
-        times: (samples,) whole numbers.
+        times: (samples,) how often each sample is counted.
     """
     names = load_part(path).column_names
     if {DOCUMENT_CATEGORIES, DOCUMENT_LENGTHS} <= set(names):
@@ -93,13 +93,13 @@ def category_tokens(path: str, times: np.ndarray) -> Counter:
 
 
 def _read(path: str, columns: list[str]) -> Iterator[Any]:
-    """Arrow tables of these columns, one after the other."""
+    """Yield arrow tables of these columns."""
     part = load_part(path).select_columns(columns).with_format("arrow")
     return part.iter(SCAN_ROWS) if len(part) else iter(())
 
 
 def _weighed(rows: Any, times: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray]:
-    """Category, tokens and weight of each document; or of each sample, where documents say nothing."""
+    """Category, tokens and weight of each document; of each sample if documents have no categories."""
     import pyarrow.compute as compute
 
     sample_lengths = np.asarray(compute.list_value_length(rows[INPUT_IDS])).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Samples of which no token is trained: they are read like others, and nothing is learned from them."""
+"""Find samples without a trained token, which are read like others but contribute no loss."""
 
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 def untrained_samples(dataset: "datasets.Dataset", *, share: int, shares: int) -> int:
-    """How many samples have no label that counts in the loss, in one of `shares` equal shares of the data.
+    """The number of samples without a label that counts in the loss, in one of `shares` equal shares of the data.
 
-    What does not count: IGNORE_INDEX, the first token of a sample, and, where documents are kept apart, of each.
+    Labels that do not count: IGNORE_INDEX, the first of a sample, and the first of each document if documents are kept
+    apart.
 
     Args:
-        dataset: as `load_tokenized_dataset` gives it, with samples that `check_lengths` has accepted.
+        dataset: from `load_parts`, with samples that `check_lengths` has accepted.
     """
     part = dataset.select(range(len(dataset) * share // shares, len(dataset) * (share + 1) // shares))
     return sum(_untrained(rows) for rows in part.iter(SCAN_ROWS)) if len(part) else 0
@@ -31,7 +32,7 @@ def _untrained(rows) -> int:
     lengths = np.asarray(compute.list_value_length(rows[LABELS]))
     has_documents = DOCUMENT_LENGTHS in rows.column_names
     if compute.min(labels).as_py() > IGNORE_INDEX:
-        # All tokens but the first ones count: the usual case, at four times the speed.
+        # All labels count except the first ones: the usual case, four times as fast.
         firsts_each = np.asarray(compute.list_value_length(rows[DOCUMENT_LENGTHS])) if has_documents else 1
         return int((lengths == firsts_each).sum())
     starts = _starts(lengths)
@@ -42,21 +43,21 @@ def _untrained(rows) -> int:
 
 
 def _starts(lengths) -> np.ndarray:
-    """Where each stretch of these lengths begins, if one follows the other."""
+    """The start of each of consecutive stretches with these lengths."""
     lengths = np.asarray(lengths).astype(np.int64)
     return np.cumsum(lengths) - lengths
 
 
 def log_untrained(untrained: int, samples: int, *, flag: str = "--dataset") -> None:
-    """Log how many of the samples have no trained token. Raises UserError if all have none."""
+    """Log the number of samples without a trained token. Raises UserError if no sample has one."""
     if untrained == samples:
         raise UserError(
-            f"{flag}: none of its {samples:,} samples has a trained token, all their labels are -100; give other data, "
-            f"or prepare it again"
+            f"{flag}: none of its {samples:,} samples has a trained token, all labels are -100; give other data, "
+            f"or prepare the data again"
         )
     if untrained:
         logs.get_logger().warning(
-            "%s: %s of %s samples have no trained token, all their labels are -100; they count in no loss",
+            "%s: %s of %s samples have no trained token, all their labels are -100; they do not contribute to the loss",
             flag,
             f"{untrained:,}",
             f"{samples:,}",

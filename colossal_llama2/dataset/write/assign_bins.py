@@ -1,4 +1,4 @@
-"""Deal pieces to bins so that each category and the tokens are spread evenly: one pass over their lengths."""
+"""Deal pieces to bins so that every category and the tokens are spread evenly, in one pass over their lengths."""
 
 import json
 from collections.abc import Sequence
@@ -10,25 +10,26 @@ from colossal_llama2.corpus.data_files import InputFile, Unit
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write.bins import MEMBER
-from colossal_llama2.dataset.write.tokenize_unit import PIECE, unit_pieces
+from colossal_llama2.dataset.write.unit_files import PIECE, unit_file, unit_pieces
 
-# Pieces held in memory before they are appended to the bins' files.
-HELD_PIECES = 1 << 18
 NAMES_FILE = "names.json"
 
 
 def deal_units(
-    units: Sequence[Unit], files: Sequence[InputFile], *, settings: Settings, cache_dir: Path
+    units: Sequence[Unit], files: Sequence[InputFile], *, settings: Settings, cache_dir: Path, held_pieces: int
 ) -> tuple[list[str], list[str]]:
-    """Write dealt/NAME.members in the cache for each bin, unless it is there; returns the categories and sources.
+    """Write dealt/NAME.members in the cache for each bin, unless it exists. Returns the categories and sources.
 
-    Held-out pieces all go to the bin eval. Memory: `HELD_PIECES`, and fewer pieces than bins for each category.
+    All held-out pieces go to the bin eval. Memory: `held_pieces`, and fewer pieces than bins for each category.
+
+    Args:
+        held_pieces: pieces that are held in memory before they are appended to the bins' files.
     """
     final = cache_dir / "dealt"
     if not _is_dealt(final, settings):
-        size = sum((cache_dir / f"{unit.name}.pieces").stat().st_size for unit in units)
+        size = sum(unit_file(cache_dir, unit, "pieces").stat().st_size for unit in units)
         with store.appearing_folder(final, needed_bytes=size) as folder:
-            with _MemberFiles(folder, settings) as members:
+            with _MemberFiles(folder, settings, held_pieces) as members:
                 categories, sources = _deal_units(units, files, members, settings=settings, cache_dir=cache_dir)
             sizes = [path.stat().st_size for path in _members_files(folder, settings)]
             names = {"categories": categories, "sources": sources, "sizes": sizes}
@@ -42,7 +43,7 @@ def _members_files(folder: Path, settings: Settings) -> list[Path]:
 
 
 def _is_dealt(folder: Path, settings: Settings) -> bool:
-    """Whether an earlier run has dealt, and its files are as long as it left them."""
+    """Whether an earlier run has dealt the pieces, and its files still have their sizes."""
     if not folder.exists():
         return False
     paths = _members_files(folder, settings)
@@ -59,7 +60,7 @@ def _deal_units(
     dealer = Dealer(settings.num_bins)
     for unit in units:
         pieces = unit_pieces(cache_dir, unit)
-        names = store.read_json(cache_dir / f"{unit.name}.json")["categories"]
+        names = store.read_json(unit_file(cache_dir, unit, "json"))["categories"]
         numbers = np.array([categories.setdefault(name, len(categories)) for name in names], np.int32)
         entries = np.zeros(len(pieces), MEMBER)
         for name in set(MEMBER.names) & set(PIECE.names):
@@ -76,9 +77,10 @@ def _deal_units(
 
 
 class _MemberFiles:
-    """The members files of all bins, appended to in few large steps."""
+    """The members files of all bins. Appends in few large steps."""
 
-    def __init__(self, folder: Path, settings: Settings):
+    def __init__(self, folder: Path, settings: Settings, held_pieces: int):
+        self._most_held = held_pieces
         self._paths = _members_files(folder, settings)
         self._held: list[tuple[np.ndarray, np.ndarray]] = []
         self._count = 0
@@ -96,7 +98,7 @@ class _MemberFiles:
         """Append each member to the file of its bin."""
         self._held.append((members, bins))
         self._count += len(members)
-        if self._count >= HELD_PIECES:
+        if self._count >= self._most_held:
             self._flush()
 
     def _flush(self) -> None:
@@ -113,15 +115,15 @@ class _MemberFiles:
 
 
 class Dealer:
-    """Deals pieces as they come, in rounds of `num_bins` of one category, one to a bin.
+    """Deals pieces as they come, in rounds of `num_bins` pieces of one category, one to each bin.
 
-    So a category's count differs by one at most between bins. In a round the longest piece goes to the bin with the
-    fewest tokens, so the tokens of two bins never differ by more than the longest piece: if they differ by D before a
-    round, two bins differ after it by at most the larger of D and of the difference of the pieces that they got. Once
-    there are as many pieces as bins, no bin is empty, since an empty one has the fewest tokens.
+    So the count of a category differs by at most one between bins. In a round, the longest piece goes to the bin with
+    the fewest tokens, so the tokens of two bins never differ by more than the longest piece: if they differ by D before
+    a round, they differ after it by at most the larger of D and the difference of the pieces that they got. Once there
+    are as many pieces as bins, no bin is empty, because an empty one has the fewest tokens.
 
-    Pieces that do not make a round wait: less than `num_bins` of each category. The result depends on the pieces and
-    their order alone.
+    Pieces that do not fill a round wait: fewer than `num_bins` of each category. The result depends only on the pieces
+    and the steps in which they come.
     """
 
     def __init__(self, num_bins: int):
@@ -129,9 +131,9 @@ class Dealer:
         self._waiting: np.ndarray | None = None
 
     def deal(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Deal an array with the fields `category` and `length`; returns the pieces that got a bin, and their bins.
+        """Deal an array with the fields `category` and `length`. Returns the pieces that got a bin, and their bins.
 
-        All categories at once: each piece may have its own.
+        All categories at once, because each piece may have its own.
         """
         num_bins = len(self._tokens)
         if self._waiting is None:
@@ -144,17 +146,17 @@ class Dealer:
         _, starts, counts = np.unique(pieces["category"], return_index=True, return_counts=True)
         in_round = np.arange(len(pieces)) - np.repeat(starts, counts) < np.repeat(counts // num_bins * num_bins, counts)
         self._waiting = np.concatenate([self._waiting[~meets_others], pieces[~in_round]])
-        # Each category has whole rounds, so that none is of two.
+        # Each category fills its rounds, so no round has two categories.
         return pieces[in_round], self._rounds(pieces[in_round])
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        """Deal what has been waiting, by category."""
+        """Deal the waiting pieces, by category."""
         rest = np.zeros(0, MEMBER) if self._waiting is None else self._waiting
         rest = rest[np.argsort(rest["category"], kind="stable")]
         self._waiting = None
         borders = np.flatnonzero(rest["category"][1:] != rest["category"][:-1]) + 1
         bounds = zip([0, *borders.tolist()], [*borders.tolist(), len(rest)], strict=True)
-        # One round each at most: fewer wait than there are bins.
+        # At most one round each: fewer pieces wait than there are bins.
         bins = [self._rounds(rest[start:stop]) for start, stop in bounds] if len(self._tokens) > 1 else []
         return rest, np.concatenate(bins) if bins else np.zeros(len(rest), np.int32)
 

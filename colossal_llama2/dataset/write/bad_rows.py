@@ -1,11 +1,11 @@
-"""What is said of rows and files that cannot be used: hints, warnings, and what lies beside the manifest.
+"""Report rows and files that cannot be used: warnings, and bad_rows.jsonl beside the manifest.
 
-bad_rows.jsonl, with --on_bad_row skip, one line a row that was left out; `reason` is what such rows are counted by:
+With --on_bad_row skip, bad_rows.jsonl has one line for each row that was skipped; such rows are counted by `reason`:
 
     {"file": "data/zh/a.jsonl", "line": 3, "reason": "not JSON", "problem": "not JSON (unexpected end of data: ...)"}
 
-A file that cannot be read to its end is not a bad row. What stands before the place is used, and the file is "lost"
-from there on: the command ends with exit code 1 though its output is there, unless --on_bad_file skip.
+A file that cannot be read to its end is not a bad row. The rows before the damage are used, and the rest of the file is
+"lost": the command writes its output, but ends with exit code 1 unless --on_bad_file skip is given.
 """
 
 import json
@@ -21,15 +21,15 @@ from colossal_llama2.errors import RunError
 from colossal_llama2.terminal_text import visible_line
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
-# A file with a larger share of bad rows is probably not what it was taken for.
+# A file with a larger share of bad rows probably has an unexpected format.
 WARNED_SHARE = 0.1
 MAX_WARNINGS = 10
-# Unknown roles in one sentence.
+# Unknown roles named in one message.
 MAX_ROLES = 10
 
 
 def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
-    """Warn of files of whose rows more than `WARNED_SHARE` are bad, with the most frequent reason and its cure."""
+    """Warn about files with a share of bad rows over `WARNED_SHARE`, with the most frequent reason and its cure."""
     by_file: dict[int, dict[str, list[Any]]] = {}
     for (file, reason), entry in account.bad.items():
         by_file.setdefault(file, {})[reason] = entry
@@ -41,19 +41,19 @@ def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
         if bad > WARNED_SHARE * rows:
             reason, (count, example) = max(reasons.items(), key=lambda item: item[1][0])
             warnings.append(
-                f"{files[file].path}: {bad:,} of {rows:,} rows ({bad / rows:.0%}) are left out as bad, most "
+                f"{files[file].path}: {bad:,} of {rows:,} rows ({bad / rows:.0%}) are skipped as bad, most "
                 f"often ({count:,}): {reason}. The first of these: {example}"
             )
     for warning in warnings[:MAX_WARNINGS]:
         logs.get_logger().warning(warning)
     if len(warnings) > MAX_WARNINGS:
         logs.get_logger().warning(
-            f"{len(warnings) - MAX_WARNINGS:,} more files with over {WARNED_SHARE:.0%} of bad rows; see {BAD_ROWS_FILE}"
+            f"{len(warnings) - MAX_WARNINGS:,} more files have over {WARNED_SHARE:.0%} bad rows; see {BAD_ROWS_FILE}"
         )
 
 
 def write_bad_rows(folder: Path, units: Iterable[tuple[Unit, int]], cache: Path) -> None:
-    """Write bad_rows.jsonl. `units` come with the lines of their file that are in units before them."""
+    """Write bad_rows.jsonl. Each of `units` comes with the number of lines of its file in earlier units."""
     with store.appearing_file(folder / BAD_ROWS_FILE) as file:
         for unit, lines_before in units:
             for row in store.read_json(cache / f"{unit.name}.json")["bad_rows"]:
@@ -62,24 +62,24 @@ def write_bad_rows(folder: Path, units: Iterable[tuple[Unit, int]], cache: Path)
 
 
 def report_lost(lost: Sequence[dict[str, Any]], *, on_bad_file: str, output: Path) -> None:
-    """Name each file of a finished run that could not be read to its end.
+    """Log each file of a finished run that could not be read to its end.
 
     Raises:
-        RunError: there is one, and `on_bad_file` is "fail".
+        RunError: there is such a file, and `on_bad_file` is "fail".
     """
     for entry in lost[:MAX_WARNINGS]:
         logs.get_logger().error(f"lost: {LostFile(**entry)}")
     if lost and on_bad_file == "fail":
         raise RunError(
             f"{len(lost):,} of the input files could not be read to the end, such as {lost[0]['file']}; {output} is "
-            "complete but for what they hold, and its manifest.json lists them as lost_files. Mend them, remove the "
-            "output and give the command again, or accept it by --on_bad_file skip"
+            "complete apart from them, and its manifest.json lists them as lost_files. Fix them, remove the output and "
+            "run the command again, or accept it with --on_bad_file skip"
         )
 
 
 def roles_in_words(roles: Mapping[str, int]) -> str:
-    """The unknown roles with how many messages have each, the most frequent first, and the cure."""
+    """The unknown roles with the number of messages of each, the most frequent first, and the cure."""
     ordered = sorted(roles, key=lambda role: (-roles[role], role))
-    told = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:MAX_ROLES])
+    listed = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:MAX_ROLES])
     rest = f" and {len(ordered) - MAX_ROLES:,} more" if len(ordered) > MAX_ROLES else ""
-    return f"unknown roles: {told}{rest}; if one is the assistant, name it by --assistant_roles"
+    return f"unknown roles: {listed}{rest}; if one is the assistant, name it with --assistant_roles"

@@ -6,12 +6,13 @@ A sample, of two documents of which the first has a source:
      "sequence_lengths": [61, 103], "document_categories": ["riddle", "sports"], "document_sources": ["zh", "en"],
      "document_target_bytes": [6, 412]}
 
-`document_target_bytes` is the UTF-8 bytes of the text that a piece predicts: all that is learnt of a whole document;
-and of a piece of a cut one what its tokens stand for, but for the first, which nothing in the piece predicts.
+`document_target_bytes` is the UTF-8 bytes of the text that a piece predicts: for a whole document, all text that
+carries the loss; for a piece of a cut document, the text of its tokens except the first, which nothing in the piece
+predicts.
 
 Fine-tuning adds `inputs_decode`, `labels_decode`, `seq_length` and `seq_category`, for reading a sample by eye.
 
-Peak memory: about 150 bytes a piece of this bin, of which `splicing` needs 64 (181 if it is "none"), and one batch.
+Peak memory: one batch, and about 150 bytes per piece of this bin, of which `splicing` needs 64 (181 with "none").
 """
 
 import os
@@ -42,14 +43,14 @@ from colossal_llama2.dataset.layout.columns import (
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.splicing import splice
-from colossal_llama2.dataset.write.tokenize_unit import encoder_of
+from colossal_llama2.encoding.registry import shared_encoder
 
 BATCH_TOKENS = 1 << 19
-# Ids and labels in arrow, and about so many characters for each in jsonl.
+# Estimates for ids and labels together.
 ARROW_BYTES_PER_TOKEN = 8
 JSONL_BYTES_PER_TOKEN = 12
 MAX_OPEN_FILES = 64
-# A piece that was dealt to a bin: what a PIECE says, and the unit that holds its tokens.
+# A piece that was dealt to a bin: the fields of its PIECE, and the unit that holds its tokens.
 MEMBER = np.dtype(
     [
         ("unit", "<i4"),
@@ -80,7 +81,7 @@ SFT_COLUMNS: dict[str, Any] = {
 
 
 class BinTask(NamedTuple):
-    """All that a worker needs to write a bin. `categories` and `sources` are what the members' numbers stand for."""
+    """All that a worker needs to write a bin. The members' numbers refer to `categories` and `sources`."""
 
     number: int
     settings: Settings
@@ -93,22 +94,22 @@ class BinTask(NamedTuple):
 
 
 def members_file(cache_dir: str, name: str) -> Path:
-    """Where the dealing puts the members of a bin."""
+    """The file with the members of a bin, which `assign_bins` writes."""
     return Path(cache_dir) / "dealt" / f"{name}.members"
 
 
 def bin_account_file(cache_dir: str, name: str) -> Path:
-    """The file that says, with what it holds, that a bin is written."""
+    """The file that marks a bin as written, with its counts."""
     return Path(cache_dir) / f"bin-{name}.json"
 
 
 def write_bin(task: BinTask) -> dict[str, Any]:
-    """Write one bin; returns its account, counted from what is written:
+    """Write one bin. Returns its counts, made from what was written:
 
     {"name": "part-00000", "samples": 217, "tokens": 443866, "trained": 443000, "predicted": 442700, "pieces": 390,
      "longest": 4096, "fingerprint": "0f5a...", "bytes": 3612040}
 
-    `longest` is the tokens of the longest sample, `bytes` those of the arrow file.
+    `longest` is the length of the longest sample in tokens, `bytes` the size of the arrow file.
     """
     settings, name = task.settings, task.settings.bin_name(task.number)
     members = np.fromfile(members_file(task.cache_dir, name), dtype=MEMBER)
@@ -138,7 +139,7 @@ def write_bin(task: BinTask) -> dict[str, Any]:
             account["predicted"] += predicted
             arrow.write(columns)
             if settings.writes_jsonl:
-                with store.full_disk_told(path, tokens * JSONL_BYTES_PER_TOKEN):
+                with store.full_disk_reported(path, tokens * JSONL_BYTES_PER_TOKEN):
                     _write_lines(jsonl, columns)
         account["pieces"] = len(members)
         account["longest"] = int(np.add.reduceat(members["length"][order], np.cumsum(counts) - counts).max())
@@ -149,7 +150,7 @@ def write_bin(task: BinTask) -> dict[str, Any]:
 
 
 def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The members of consecutive samples, about `BATCH_TOKENS` tokens at a time, and their numbers of pieces."""
+    """Yield the members of consecutive samples, about `BATCH_TOKENS` tokens at a time, and the pieces per sample."""
     ends = np.cumsum(counts)
     tokens = np.cumsum(members["length"], dtype=np.int64)[ends - 1]
     first = 0
@@ -162,7 +163,7 @@ def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarr
 
 
 def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[dict[str, Any], int, int]:
-    """The arrow columns of a batch; and its trained and predicted tokens, counted in them."""
+    """The arrow columns of a batch, and the numbers of trained and predicted tokens in them."""
     coded = _gather(members, Path(task.cache_dir))
     ids = np.where(coded < 0, ~coded, coded)
     labels = np.where(coded < 0, np.int32(IGNORE_INDEX), coded)
@@ -178,13 +179,13 @@ def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[di
         DOCUMENT_BYTES: list_column(members["target_bytes"].copy(), counts),
     }
     if task.settings.stage == "sft":
-        columns.update(_text_columns(columns, sample_lengths, encoder=encoder_of(task.tokenizer_dir)))
+        columns.update(_text_columns(columns, sample_lengths, encoder=shared_encoder(task.tokenizer_dir)))
     trained = int(np.count_nonzero(coded >= 0))
     return columns, trained, trained - int(np.count_nonzero(coded[ends - members["length"]] >= 0))
 
 
 def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
-    """The tokens of the members one after the other, read in the order of the cache's files."""
+    """(tokens,) int32: the tokens of the members one after the other, read in the order of the cache's files."""
     lengths = members["length"]
     starts = np.cumsum(lengths) - lengths
     tokens = np.empty(int(lengths.sum()), np.int32)
@@ -200,7 +201,7 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
             place = tokens[start : start + length]
             count = os.preadv(files[unit], [place.data], offset * tokens.itemsize)
             if count != place.nbytes:
-                raise OSError(f"unit-{unit:08d}.tokens in {cache_dir} is cut short; delete the folder and begin anew")
+                raise OSError(f"unit-{unit:08d}.tokens in {cache_dir} is cut short; delete the folder and start over")
     finally:
         for descriptor in files.values():
             os.close(descriptor)
@@ -208,7 +209,7 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
 
 
 def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder) -> dict[str, Any]:
-    """The original's columns for reading a conversation by eye; several categories in a sample are joined by ", "."""
+    """The original's columns for reading a conversation by eye. Several categories in a sample are joined by ", "."""
     import pyarrow
 
     categories = [", ".join(sorted(set(names))) for names in columns[DOCUMENT_CATEGORIES].to_pylist()]

@@ -1,8 +1,8 @@
-"""Which encoder is taken, proven on the user's own text: on a sample of it, all tokenizers of the folder must agree.
+"""Choose the encoder, and compare all tokenizers of the folder on a sample of the user's text.
 
-Training data is encoded by SentencePiece, or by `FastEncoder` where that gives the same ids; and whoever loads the
-folder in transformers gets tokenizer.json. That one can differ (equal scores, unreachable characters, leading spaces),
-and then model and text do not fit each other.
+Training data is encoded by the reference encoder of the tokenizer's kind, or by a faster one that gives the same ids.
+transformers loads tokenizer.json instead, which can differ (equal scores, unreachable characters, leading spaces); then
+the model is used with other ids than it was trained on.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -13,54 +13,55 @@ from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import InputFile, Span
 from colossal_llama2.corpus.row_reader import SpanReader
 from colossal_llama2.dataset.layout.prepare_settings import Settings
-from colossal_llama2.dataset.write.tokenization import row_reader
-from colossal_llama2.dataset.write.tokenize_unit import encoder_of, texts_of
-from colossal_llama2.encoding.encoder import FAST_FILE, Encoder, load_fast
-from colossal_llama2.encoding.fast_encoder import encoder_class
+from colossal_llama2.dataset.write.records import row_reader
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.file_names import FAST_FILE
+from colossal_llama2.encoding.registry import kind_of, shared_encoder
+from colossal_llama2.encoding.transformers_tokenizer import load_fast
 
 SAMPLE_TEXTS = 200
 SAMPLE_CHARACTERS = 500
 SAMPLE_PLACES = 20
-# A place is searched for texts up to here: it may be blank lines up to the end of a large file.
+# How far a place is searched for texts: a large file may be blank lines from there to its end.
 PLACE_BYTES = 4 << 20
 
 
 def choose_encoder(
     tokenizer_dir: str, files: Sequence[InputFile], settings: Settings
 ) -> tuple[type[Encoder], dict[str, int]]:
-    """The fastest encoder that gives SentencePiece's ids on a sample; and how far tokenizer.json gives them too.
+    """The fastest encoder that gives the reference ids on a sample, and how many texts differ in tokenizer.json.
 
-    The sample holds texts that will be encoded, from places all over the input. The second is {"sample_texts": 200,
-    "sample_differing": 0}; a folder without tokenizer.json has nothing to compare with, and both numbers are 0. Warns
-    of what differs.
+    The sample consists of texts that will be encoded, from places all over the input. The second value is
+    {"sample_texts": 200, "sample_differing": 0}; without tokenizer.json both numbers are 0. Warns about differences.
     """
-    encoder = encoder_class(tokenizer_dir)
+    reference, fastest = kind_of(tokenizer_dir)
+    encoder = fastest(tokenizer_dir)
     texts = sample_texts(files, settings)
-    ids = encoder_of(tokenizer_dir).encode(texts)
-    if encoder is not Encoder and (differing := _differing(encoder_of(tokenizer_dir, encoder).encode(texts), ids)):
+    ids = shared_encoder(tokenizer_dir, reference).encode(texts)
+    differing = 0 if encoder is reference else _differing(shared_encoder(tokenizer_dir, encoder).encode(texts), ids)
+    if differing:
         logs.get_logger().warning(
-            f"the fast encoder gives other ids than SentencePiece for {differing} of {len(texts)} texts of a sample; "
-            "SentencePiece encodes"
+            f"the fast encoder gives other ids than SentencePiece for {differing} of {len(texts)} sample texts; "
+            "SentencePiece is used instead"
         )
-        encoder = Encoder
+        encoder = reference
     path = Path(tokenizer_dir) / FAST_FILE
     if not path.is_file():
         return encoder, {"sample_texts": 0, "sample_differing": 0}
     differing = _differing(_fast_ids(path, texts), ids)
     if differing:
         logs.get_logger().warning(
-            f"of a sample of {len(texts)} texts, {differing} are tokenized otherwise by {path}, which transformers "
-            "loads, than by tokenizer.model, which is taken here; in folders of init_tokenizer.py these are texts that "
-            "begin with spaces, others may differ in more"
+            f"{differing} of {len(texts)} sample texts are tokenized differently by {path}, which transformers loads, "
+            "and by tokenizer.model, which is used here; in folders of init_tokenizer.py only texts that begin with "
+            "spaces differ, in other folders more may"
         )
     return encoder, {"sample_texts": len(texts), "sample_differing": differing}
 
 
 def sample_texts(files: Sequence[InputFile], settings: Settings) -> list[str]:
-    """The beginnings of up to `SAMPLE_TEXTS` different texts, as many from each of the places.
+    """The beginnings of up to `SAMPLE_TEXTS` different texts, equally many from each place.
 
-    They are what the reader of the rows returns, so ids, URLs and names of roles are not among them. Rows that it
-    refuses are passed over.
+    These are the texts of checked rows, so ids, URLs and names of roles are not among them. Bad rows are skipped.
     """
     places = list(_places(files))
     each = SAMPLE_TEXTS // len(places)
@@ -71,7 +72,7 @@ def sample_texts(files: Sequence[InputFile], settings: Settings) -> list[str]:
 
 
 def _places(files: Sequence[InputFile]) -> Iterator[tuple[InputFile, Span]]:
-    """Spans to begin reading at: in some of many files, or several in each of a few."""
+    """Yield spans to sample from: one in each of up to `SAMPLE_PLACES` files, or several in each of a few files."""
     step = max(len(files) / SAMPLE_PLACES, 1)
     for number in (int(index * step) for index in range(min(len(files), SAMPLE_PLACES))):
         file = files[number]
@@ -82,12 +83,12 @@ def _places(files: Sequence[InputFile]) -> Iterator[tuple[InputFile, Span]]:
 
 
 def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection[str]) -> Iterator[str]:
-    """The texts of a place that are not among the `seen` ones, each once."""
+    """Yield the texts of a place that are not in `seen`, each once."""
     own: set[str] = set()
     read = row_reader(settings)
     for line in islice(SpanReader(file, span), SAMPLE_TEXTS):
         try:
-            texts = texts_of(read(line.record)) if line.record else []
+            texts = read(line.record).texts if line.record else []
         except ValueError:
             continue
         for text in (text[:SAMPLE_CHARACTERS] for text in texts):
@@ -98,7 +99,7 @@ def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection
 
 def _fast_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     fast = load_fast(path)
-    # In data, a mark is text; SentencePiece always takes it for text.
+    # In data, a mark that is spelled out is text, as SentencePiece always reads it.
     fast.encode_special_tokens = True
     return [fast.encode(text, add_special_tokens=False).ids for text in texts]
 

@@ -1,4 +1,4 @@
-"""Run tasks on this machine's cores (`local_workers`) or on a Ray cluster (`ray_workers`)."""
+"""Run tasks in processes on this machine (`local_workers`) or on a Ray cluster (`ray_workers`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,8 +1,8 @@
-"""Which documents are held out as eval/: a seeded hash of their normalized text decides, so copies stay together.
+"""Choose the documents that are held out as eval/, by a seeded hash of their normalized text: copies stay together.
 
-The text is what the model learns from: the target of a pre-training record, without its source, and the messages of a
-conversation up to its last answer, without system texts. It is compared as Unicode's NFKC_Casefold has it, and without
-any white space. So these are one text, and all of them are on the same side:
+The text is the target of a pre-training record, without its source, or the messages of a conversation up to its last
+answer, without system texts. It is normalized by Unicode's NFKC_Casefold, and white space is removed. So these are the
+same text, and all of them are on the same side:
 
     "Ｈello,  world"    "hello, world\\n"    "Hello, wo\\u00adrld"    {"source": "Greet.", "target": "Hello, world"}
 """
@@ -16,10 +16,10 @@ from itertools import chain
 import numpy as np
 
 from colossal_llama2.dataset.layout.prepare_settings import Settings
-from colossal_llama2.dataset.write import tokenization
+from colossal_llama2.dataset.write.records import Row
 
-# Properties of Unicode that Python's database does not name: Default_Ignorable_Code_Point, but for the format
-# characters, which are in the category Cf.
+# Ranges of Default_Ignorable_Code_Point, which Python's Unicode database lacks, without the format characters, which
+# are the category Cf.
 OTHER_IGNORABLE = (
     (0x34F, 0x34F),
     (0x115F, 0x1160),
@@ -32,29 +32,22 @@ OTHER_IGNORABLE = (
 )
 
 
-def is_held_out(row, settings: Settings) -> bool:
-    """Whether the document of a checked record goes to eval/."""
+def is_held_out(row: Row, settings: Settings) -> bool:
+    """Whether a checked record goes to eval/."""
     if not settings.has_eval:
         return False
-    text = "\0".join(map(normalized, learnt_texts(row)))
+    text = "\0".join(map(normalized, row.identity_texts))
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=settings.seed.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") < settings.eval_fraction * 2**64
 
 
-def learnt_texts(row) -> list[str]:
-    """The target of a pre-training record; every message of a conversation up to its last answer."""
-    if isinstance(row, tokenization.PretrainRow):
-        return [row.target]
-    return [message.text for message in chain(*row.conversation.exchanges)]
-
-
 def normalized(text: str) -> str:
-    """The text without the differences that do not make it another one."""
+    """The normalized text: folded, and without white space."""
     return "".join(folded(text).split())
 
 
 def folded(text: str) -> str:
-    """Unicode's NFKC_Casefold: one form of each character, in lower case, and none that is invisible."""
+    """Unicode's NFKC_Casefold: one form of each character, in lower case, without invisible characters."""
     if text.isascii():
         return text.lower()
     codes = np.frombuffer(unicodedata.normalize("NFKC", text).encode("utf-32-le"), np.uint32)
@@ -64,9 +57,9 @@ def folded(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _is_invisible() -> np.ndarray:
-    """For each code point."""
+    """(code points,) bool."""
     table = np.zeros(sys.maxunicode + 1, bool)
-    # The tags are the only such characters above the second plane.
+    # Tags are the only such characters above the second plane.
     codes = chain(range(0x20000), range(0xE0000, 0xE0080))
     table[[code for code in codes if unicodedata.category(chr(code)) == "Cf"]] = True
     for first, last in OTHER_IGNORABLE:

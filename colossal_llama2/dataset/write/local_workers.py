@@ -1,6 +1,6 @@
-"""Run tasks on this machine's cores, or a Ray cluster's (`ray_workers`); yield their results as they come.
+"""Run tasks in processes on this machine, and yield their results as they finish.
 
-A task is a function's one argument; it writes what it makes to shared folders, so that a task may run twice.
+A task is the only argument of a function, which writes its output to shared folders, so a task may run twice.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from colossal_llama2.errors import RunError
 
 TASKS_AHEAD = 2
 JOIN_SECONDS = 10
-# What tasks import. Those that are not there are passed over.
+# Imported once for all workers, because tasks need them. Missing packages are ignored.
 PRELOADED = [
     "colossal_llama2.dataset.write.bins",
     "kitoken",
@@ -28,9 +28,9 @@ PRELOADED = [
 
 
 def run_tasks(function: Callable, tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
-    """`function(task)` of each task, as they are done. Raises the error of the first task in order that has one.
+    """Yield `function(task)` of each task as it finishes. Raises the error of the first task, in order, that failed.
 
-    Then no more tasks begin, and those after it are stopped.
+    After an error no more tasks begin, and running ones are stopped.
     """
     if num_workers == 1:
         return map(function, tasks)
@@ -43,7 +43,7 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
     if len(first) <= 1:
         yield from map(function, first)
         return
-    # The server is a process that runs nothing, so that forking it is safe, and has the imports that workers need.
+    # The fork server runs no threads, so forking it is safe, and it has imported what workers need.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
@@ -51,7 +51,7 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(len(first), mp_context=context, initializer=begin_worker)
     try:
-        # In the order of the tasks, as dictionaries keep it.
+        # A dictionary, which keeps the order of the tasks.
         running = {pool.submit(function, task): None for task in first}
         for task in itertools.islice(remaining, (TASKS_AHEAD - 1) * num_workers):
             running[pool.submit(function, task)] = None
@@ -65,8 +65,8 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
                 running[pool.submit(function, task)] = None
     except BrokenProcessPool:
         raise RunError(
-            "a worker process was killed, perhaps because memory ran out; give the same command again, with fewer "
-            "--num_workers, and it goes on where it stopped"
+            "a worker process was killed, perhaps because memory ran out; run the same command again, with fewer "
+            "--num_workers, and it continues where it stopped"
         )
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
@@ -78,7 +78,7 @@ def _run_in_processes(function: Callable, tasks: Iterable[Any], num_workers: int
 
 
 def _raise_first_error(running: Iterable[Future], done: Collection[Future]) -> None:
-    """Raise the error of the first task that has one, if any of `done` has: those before it are waited for."""
+    """If any of `done` failed, wait for all tasks before it, and raise the error of the first that failed."""
     if not any(future.exception() for future in done):
         return
     for future in running:
@@ -93,7 +93,7 @@ def begin_worker(before_end: Callable = lambda: None) -> None:
 
 
 def _end_with_parent(before_end: Callable) -> None:
-    # The server that forked this process lives as long as its workers, so only the command's own end counts.
+    # The fork server lives as long as its workers, so wait for the command itself.
     multiprocessing.parent_process().join()
     try:
         before_end()

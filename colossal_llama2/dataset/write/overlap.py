@@ -1,23 +1,22 @@
-"""--eval_dedup: how much of the held-out text is also in what is trained on, by n-grams of 13 as GPT-3's report has it.
+"""--eval_dedup: how much held-out text also occurs in training text, by 13-grams as in GPT-3's report.
 
-A held-out document overlaps if 13 words in a row of what it is measured on (its target; the answers of a conversation)
-stand in the text of a document that is trained on (source and target; all messages, without system texts). Case, forms
-of characters (`held_out.folded`), punctuation and white space do not count; in scripts that are written without spaces,
-such as Chinese, Japanese and Thai, a word is one character. Shorter documents cannot be compared. Nothing is removed.
+A held-out document overlaps if 13 consecutive words of the text that is measured (its target; the answers of a
+conversation) occur in the text of a training document (source and target; all messages, without system texts). Case,
+forms of characters (`held_out.folded`), punctuation and white space are ignored; in scripts without spaces, such as
+Chinese, Japanese and Thai, each character is a word. Shorter documents cannot be compared. Nothing is removed.
 
     {"ngram": 13, "documents": 461, "compared": 455, "too_short": 6, "overlapping": 12, "share": 0.026374,
      "examples": [{"held_out": "data/a.jsonl:17", "training": "data/b.jsonl:3", "text": "the ..."}]}
 
-The input is read twice more, so the time is linear in it. Memory: 24 bytes for each held-out n-gram, of at most
-`MAX_GRAMS`; of more held-out text, a sample of the documents is compared, and "compared" says of how many.
+The input is read twice more, so the time is linear in it. Memory: 24 bytes for each held-out n-gram, at most
+`WorkSizes.max_grams` of them; with more held-out text a sample of the documents is compared, "compared" in number.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +26,15 @@ from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import Unit
 from colossal_llama2.corpus.row_reader import SpanReader
 from colossal_llama2.dataset.layout import store
-from colossal_llama2.dataset.write import tokenization
-from colossal_llama2.dataset.write.held_out import folded, learnt_texts
-from colossal_llama2.dataset.write.tokenize_unit import HELD_OUT, TRAINED_ON, UnitTask, unit_sides
+from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
+from colossal_llama2.dataset.write.held_out import folded
+from colossal_llama2.dataset.write.records import Row, row_reader
+from colossal_llama2.dataset.write.tokenize_unit import UnitTask
+from colossal_llama2.dataset.write.unit_files import HELD_OUT, TRAINED_ON, unit_sides
 from colossal_llama2.terminal_text import visible_line
 
 NGRAM = 13
-MAX_GRAMS = 1 << 24
 MAX_EXAMPLES = 5
-# What is looked up together: n-grams, and the text that they are from.
-BATCH_GRAMS = 1 << 18
-BATCH_CHARACTERS = 8 << 20
-BATCH_DOCUMENTS = 1 << 16
 GRAMS_FILE = "overlap.grams"
 GRAM = np.dtype([("gram", "<u8"), ("document", "<i4")])
 # Han, kana, bopomofo, Thai, Lao, Tibetan, Burmese, Khmer: scripts without spaces between words.
@@ -46,29 +42,35 @@ UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u3100-\u312f"
     "\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-# Vowel signs and accents, which Python does not take for parts of a word.
+# Vowel signs and accents, which Python's \w does not match.
 MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0900-\u0963\u0966-\u0dff"
 WORD = re.compile(f"[{UNSPACED}]|(?:[^\\W_{UNSPACED}]|[{MARKS}])+")
-# Odd, so that no part of a hash is lost.
+# Odd, so that multiplication loses no bits of a hash.
 MULTIPLIER, MIXER = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
 class Place(NamedTuple):
-    """Where a document stands: its file, and its line in the unit's part of that."""
+    """The place of a document: its file, and its line in the unit's part of the file."""
 
     file: int
     line: int
 
 
 def count_overlaps(
-    tasks: Sequence[UnitTask], lines_before: dict[int, int], *, run_tasks: Callable, paths: Sequence[str]
+    tasks: Sequence[UnitTask],
+    lines_before: dict[int, int],
+    *,
+    run_tasks: Callable,
+    paths: Sequence[str],
+    max_grams: int,
 ) -> dict[str, Any]:
-    """The report above, of a run whose units are done. What is done of it is in the cache, as of all else.
+    """The report above, for a run whose units are done. Finished steps are in the cache, so that a restart continues.
 
     Args:
         tasks: of all units.
-        lines_before: by unit, the lines of its file that are in units before it.
-        paths: of the files by number.
+        lines_before: by unit, the number of lines of its file in earlier units.
+        paths: of the files, by number.
+        max_grams: with more held-out n-grams than this, a sample of the documents is compared.
     """
     cache = Path(tasks[0].cache_dir)
     tasks = [task for task in tasks if not task.unit.hashes_only]
@@ -78,11 +80,27 @@ def count_overlaps(
     for task in tasks:
         for _, _, grams in store.read_json(_json(task, "grams"))["documents"]:
             documents[bool(grams)] += 1
-    grams, is_in_sample = _sampled_grams(tasks)
+    grams, is_in_sample = _sampled_grams(tasks, max_grams=max_grams)
     with store.appearing_file(cache / GRAMS_FILE, needed_bytes=grams.nbytes) as file:
         file.write(grams.tobytes())
     waiting = [task for task in tasks if not _json(task, "found").exists()]
     _run(run_tasks, write_overlaps, waiting, "compare with it")
+
+    report = _report(tasks, grams, is_in_sample, documents=documents, lines_before=lines_before, paths=paths)
+    _log(report)
+    return report
+
+
+def _report(
+    tasks: Sequence[UnitTask],
+    grams: np.ndarray,
+    is_in_sample: Callable[[Unit, int], bool],
+    *,
+    documents: Counter,
+    lines_before: dict[int, int],
+    paths: Sequence[str],
+) -> dict[str, Any]:
+    """Put together what the workers found. `documents` counts the held-out ones that have n-grams (True) or not."""
 
     def where(unit: int, place: Sequence[int]) -> str:
         return f"{paths[place[0]]}:{lines_before[unit] + place[1]}"
@@ -104,7 +122,7 @@ def count_overlaps(
             if known is not None and len(examples) < MAX_EXAMPLES:
                 training, text = texts.pop(known)
                 examples.append({"held_out": where(task.unit.number, place), "training": training, "text": text})
-    report = {
+    return {
         "ngram": NGRAM,
         "documents": sum(documents.values()),
         "compared": compared,
@@ -113,8 +131,6 @@ def count_overlaps(
         "share": round(overlapping / compared, 6) if compared else 0.0,
         "examples": examples,
     }
-    _log(report)
-    return report
 
 
 def _log(report: dict[str, Any]) -> None:
@@ -124,8 +140,8 @@ def _log(report: dict[str, Any]) -> None:
     )
     logs.get_logger().info(
         f"--eval_dedup: {report['overlapping']:,} of {report['compared']:,} held-out documents ({report['share']:.2%}) "
-        f"share {NGRAM} words in a row with text that is trained on ({report['too_short']:,} are too short to be "
-        f"compared, of {report['documents']:,}){first}"
+        f"share {NGRAM} consecutive words with training text ({report['too_short']:,} of {report['documents']:,} are "
+        f"too short to compare){first}"
     )
 
 
@@ -144,15 +160,15 @@ def _data(task: UnitTask, kind: str) -> Path:
     return Path(task.cache_dir, f"overlap-{task.unit.number:08d}.{kind}")
 
 
-# In the workers.
+# In worker processes.
 
 
 def write_held_out_grams(task: UnitTask) -> int:
-    """Write the n-grams of a unit's held-out documents, and [file, line, n-grams] of each; returns the unit's size."""
+    """Write the n-grams of a unit's held-out documents, and [file, line, count] of each. Returns the unit's size."""
     documents: list[list[int]] = []
     with store.appearing_file(_data(task, "grams")) as file:
         for place, row in _rows(task, HELD_OUT):
-            own = np.unique(grams_of(_measured_texts(row)))
+            own = np.unique(grams_of(row.measured_texts))
             entries = np.empty(len(own), GRAM)
             entries["gram"], entries["document"] = own, len(documents)
             file.write(entries.tobytes())
@@ -162,11 +178,11 @@ def write_held_out_grams(task: UnitTask) -> int:
 
 
 def write_overlaps(task: UnitTask) -> int:
-    """Write which held-out n-grams a unit's other documents have, and [number, place, text] of a few of them."""
+    """Write which held-out n-grams occur in a unit's training documents, and [number, place, text] of a few."""
     path = Path(task.cache_dir, GRAMS_FILE)
     grams = np.memmap(path, "<u8", "r") if path.stat().st_size else np.zeros(0, np.uint64)
     found, examples = [np.zeros(0, np.int64)], []
-    for places, texts, ends, own in _batches(task):
+    for places, texts, ends, own in batches(_rows(task, TRAINED_ON), task.sizes):
         numbers = np.searchsorted(grams, own)
         numbers[numbers == len(grams)] = 0
         hits = np.flatnonzero(grams[numbers] == own) if len(grams) else np.zeros(0, np.int64)
@@ -181,17 +197,19 @@ def write_overlaps(task: UnitTask) -> int:
     return task.unit.size
 
 
-def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
-    """Documents that are trained on, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+def batches(
+    rows: Iterable[tuple[Place, Row]], sizes: WorkSizes
+) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
+    """Documents, some at a time: places, texts, where the n-grams of each end, and all n-grams.
 
-    Documents without n-grams are left out.
+    Documents without n-grams are left out. A batch ends with the document that reaches one of the `sizes`.
     """
     places: list[Place] = []
     texts: list[list[str]] = []
     grams: list[np.ndarray] = []
     count, characters = 0, 0
-    for place, row in _rows(task, TRAINED_ON):
-        text = _trained_texts(row)
+    for place, row in rows:
+        text = row.seen_texts
         own = grams_of(text)
         if not len(own):
             continue
@@ -200,7 +218,8 @@ def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.
         grams.append(own)
         count += len(own)
         characters += sum(map(len, text))
-        if count >= BATCH_GRAMS or characters >= BATCH_CHARACTERS or len(places) >= BATCH_DOCUMENTS:
+        is_full = count >= sizes.lookup_grams or characters >= sizes.lookup_characters
+        if is_full or len(places) >= sizes.lookup_documents:
             yield places, texts, np.cumsum([*map(len, grams)]), np.concatenate(grams)
             places, texts, grams, count, characters = [], [], [], 0, 0
     if grams:
@@ -208,7 +227,7 @@ def _batches(task: UnitTask) -> Iterator[tuple[list[Place], list[list[str]], np.
 
 
 def _example(texts: Sequence[str], gram: int) -> str:
-    """The words of the n-gram number `gram` of a document."""
+    """The text of a document's n-gram number `gram`."""
     for words in map(words_of, texts):
         count = max(len(words) - NGRAM + 1, 0)
         if gram < count:
@@ -218,7 +237,7 @@ def _example(texts: Sequence[str], gram: int) -> str:
 
 
 def _spaced(words: Sequence[str]) -> str:
-    """The words as text: with spaces, but not between two that are characters of a script without them."""
+    """The words as text, with spaces except between two characters of a script without spaces."""
     text = words[0]
     for before, word in zip(words, words[1:], strict=False):
         is_unspaced = re.match(f"[{UNSPACED}]", before) and re.match(f"[{UNSPACED}]", word)
@@ -226,9 +245,9 @@ def _spaced(words: Sequence[str]) -> str:
     return text
 
 
-def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Any]]:
-    """The checked records of a unit whose documents are on one side, as the unit noted it when it was done."""
-    read = tokenization.row_reader(task.settings)
+def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Row]]:
+    """Yield the checked records of a unit that are on one side, as recorded when the unit was done."""
+    read = row_reader(task.settings)
     sides = iter(unit_sides(Path(task.cache_dir), task.unit))
     for span in task.unit.spans:
         for line in SpanReader(task.files[span.file], span, task.base):
@@ -236,29 +255,19 @@ def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Any]]:
                 continue
             try:
                 row = read(line.record)
-            except ValueError:  # skipped by --on_bad_row then, too
+            except ValueError:  # a bad row, which was skipped before, too
                 continue
             if next(sides) == side:
                 yield Place(span.file, line.number), row
 
 
-def _measured_texts(row) -> list[str]:
-    if isinstance(row, tokenization.PretrainRow):
-        return [row.target]
-    return [message.text for message in chain(*row.conversation.exchanges) if message.is_trained]
-
-
-def _trained_texts(row) -> list[str]:
-    return [row.source, row.target] if isinstance(row, tokenization.PretrainRow) else learnt_texts(row)
-
-
 def words_of(text: str) -> list[str]:
-    """The words of a text, as n-grams have them."""
+    """The words of a text for n-grams."""
     return WORD.findall(folded(text))
 
 
 def grams_of(texts: Sequence[str]) -> np.ndarray:
-    """(n-grams,) uint64: a hash of each run of `NGRAM` words of each text, in their order."""
+    """(n-grams,) uint64: a hash of each `NGRAM` consecutive words of each text, in order."""
     return np.concatenate([np.zeros(0, np.uint64), *map(_grams_of, texts)])
 
 
@@ -277,17 +286,17 @@ def _hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
-# In the command.
+# In the command's own process.
 
 
-def _sampled_grams(tasks: Sequence[UnitTask]) -> tuple[np.ndarray, Callable[[Unit, int], bool]]:
-    """The sorted n-grams of the held-out documents, or of a sample of at most `MAX_GRAMS`; and what is in it."""
+def _sampled_grams(tasks: Sequence[UnitTask], *, max_grams: int) -> tuple[np.ndarray, Callable[[Unit, int], bool]]:
+    """The sorted n-grams of the held-out documents, or of a sample of at most `max_grams`, and its membership test."""
     counts = np.zeros(64, np.int64)
     for task in tasks:
         for number, (_, _, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):
             counts[_level(task.unit, number)] += grams
-    # Documents of a level and above are half as many as those of the level below and above.
-    lowest = next(level for level in range(64) if counts[level:].sum() <= MAX_GRAMS or level == 63)
+    # Each level halves the number of documents at that level or above.
+    lowest = next(level for level in range(64) if counts[level:].sum() <= max_grams or level == 63)
 
     def is_in_sample(unit: Unit, number: int) -> bool:
         return _level(unit, number) >= lowest
@@ -297,7 +306,7 @@ def _sampled_grams(tasks: Sequence[UnitTask]) -> tuple[np.ndarray, Callable[[Uni
 
 
 def _level(unit: Unit, number: int) -> int:
-    """Zeros at the end of a hash of a held-out document's place: a half has 0, a quarter 1, and so on."""
+    """Trailing zeros of a hash of a held-out document's place: half of the documents have 0, a quarter 1, and so on."""
     digest = hashlib.blake2b(f"{unit.number} {number}".encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little") | 1 << 63
     return (value & -value).bit_length() - 1
@@ -306,7 +315,7 @@ def _level(unit: Unit, number: int) -> int:
 def _held_out_documents(
     task: UnitTask, is_in_sample: Callable[[Unit, int], bool]
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """The place and the n-grams of each held-out document of a unit that can be compared and is in the sample."""
+    """Yield the place and the n-grams of each held-out document of a unit that is in the sample and has n-grams."""
     entries = np.fromfile(_data(task, "grams"), GRAM)
     end = 0
     for number, (file, line, grams) in enumerate(store.read_json(_json(task, "grams"))["documents"]):

@@ -1,13 +1,13 @@
-"""From folders of jsonl to bins of samples: the body of prepare_pretrain_dataset.py and prepare_sft_dataset.py.
+"""Prepare data, from folders of jsonl to bins of samples: prepare_pretrain_dataset.py and prepare_sft_dataset.py.
 
-    plan       input files -> units of work (`plan`)
-    units      each read, checked, tokenized, cut and written to the cache (`units`), by all workers
-    deal       the pieces of all units to bins (`dealing`), by their lengths alone
-    bins       each spliced and written as arrow and jsonl (`bins`), by all workers
-    manifest   the account of every token, checked (`account`, `manifest`); then the folders get their names (`output`)
+    plan       divide the input files into units of work (`data_files`)
+    units      read, check, tokenize and cut each unit, and write it to the cache (`tokenize_unit`), in all workers
+    deal       assign the pieces of all units to bins (`assign_bins`), by their lengths alone
+    bins       splice each bin, and write it as arrow and jsonl (`bins`), in all workers
+    manifest   check the counts of every token (`token_ledger`), write `manifest`, rename the folders (`output_folder`)
 
-Every step leaves whole files, so a run that is killed goes on where it stopped. The output depends on the input, the
-settings and the tokenizer alone: not on the number of workers, the machine, or how often the run was killed.
+Every step writes complete files, so a run that was killed continues where it stopped. The output depends only on the
+input, the settings and the tokenizer: not on the number of workers, the machine, or how often the run was killed.
 """
 
 import os
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.corpus.conversation import HUMAN, ROLES, SYSTEM_ROLE, TOOL_ROLES, canonical_role, chat_template
+from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.corpus.data_files import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
 from colossal_llama2.dataset.layout import manifest, store
 from colossal_llama2.dataset.layout import token_ledger as accounts
 from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE
-from colossal_llama2.dataset.layout.output_folder import MANIFEST_FILE, PLAN_FILE, OutputDirs
-from colossal_llama2.dataset.layout.prepare_settings import Execution, Settings
+from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
+from colossal_llama2.dataset.layout.prepare_settings import Execution, Settings, WorkSizes
 from colossal_llama2.dataset.layout.token_ledger import Account, Tally
 from colossal_llama2.dataset.write import bins as bins_module
 from colossal_llama2.dataset.write.assign_bins import deal_units
@@ -33,14 +33,17 @@ from colossal_llama2.dataset.write.bins import BinTask, write_bin
 from colossal_llama2.dataset.write.choose_encoder import choose_encoder
 from colossal_llama2.dataset.write.executors import task_runner
 from colossal_llama2.dataset.write.overlap import count_overlaps
+from colossal_llama2.dataset.write.prepare_config import PrepareConfig
 from colossal_llama2.dataset.write.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.write.tokenization import FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG, smallest_exchange
-from colossal_llama2.dataset.write.tokenize_unit import UnitTask, do_unit, is_done
+from colossal_llama2.dataset.write.tokenize_unit import UnitTask, do_unit
+from colossal_llama2.dataset.write.unit_files import is_done, unit_file
 from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
-from colossal_llama2.encoding.encoder import Encoder, fingerprint, puts_prefix_after_marks
+from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks
 from colossal_llama2.errors import UserError
 
-# The name by which transformers finds it in a tokenizer's folder.
+# The name under which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -48,118 +51,75 @@ def prepare_pretrain(**flags: Any) -> None:
     """Tokenize {"source", "target", "category"} records and splice them into samples of at most `max_length` tokens.
 
     Takes the flags of prepare_pretrain_dataset.py as keywords. Writes arrow folders part-00000, ... with the columns of
-    `bins`, part-00000.jsonl, ... and manifest.json, and prints where every token went. Raises UserError for anything
-    wrong with flags, folders or records, after which nothing is left behind, and RunError for a full disk, a killed
-    worker or an account that does not balance, after which the same command goes on; and for input files that could not
-    be read to their end, if `on_bad_row` is "skip" and `on_bad_file` is not, after which the output is there.
+    `columns`, part-00000.jsonl, ... and manifest.json, and prints what became of every token.
+
+    Raises:
+        UserError: something is wrong with flags, folders or records. Nothing is left behind.
+        RunError: the disk is full, a worker was killed or token counts do not balance; the same command continues. Or,
+            with `on_bad_row` "skip" and `on_bad_file` "fail", input files could not be read to their end; the output
+            is complete apart from them.
     """
-    _prepare("pretrain", **{"splicing": "best_fit", "overlong": "split", **flags})
+    prepare(PrepareConfig(stage="pretrain", **{"splicing": "best_fit", "overlong": "split", **flags}))
 
 
 def prepare_sft(**flags: Any) -> None:
-    """Tokenize conversations, one a sample of at most `max_length` tokens unless `splicing` joins them.
+    """Tokenize conversations, one per sample of at most `max_length` tokens unless `splicing` joins them.
 
-    As `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`; and
-    chat_template.jinja beside the manifest.
+    Like `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`; and
+    with chat_template.jinja beside the manifest.
     """
-    _prepare("sft", **{"splicing": "none", "overlong": "truncate", **flags})
+    prepare(PrepareConfig(stage="sft", **{"splicing": "none", "overlong": "truncate", **flags}))
 
 
-def _prepare(
-    stage: str,
-    *,
-    data_input_dirs: Sequence[str],
-    tokenizer_dir: str,
-    data_cache_dir: str,
-    data_jsonl_output_dir: str,
-    data_arrow_output_dir: str,
-    max_length: int,
-    num_spliced_dataset_bins: int,
-    splicing: str,
-    overlong: str,
-    seed: int = 1024,
-    on_bad_row: str = "fail",
-    on_bad_file: str = "fail",
-    eval_fraction: float = 0.0,
-    eval_dedup: bool = False,
-    no_jsonl: bool = False,
-    num_workers: int | None = None,
-    executor: str = "local",
-    ray_address: str | None = None,
-    shard: tuple[int, int] | None = None,
-    assistant_roles: Sequence[str] | None = None,
-    assistant_first: str = "mask",
-) -> None:
-    settings = Settings(
-        stage=stage,
-        max_length=max_length,
-        num_bins=num_spliced_dataset_bins,
-        seed=seed,
-        overlong=overlong,
-        splicing=splicing,
-        on_bad_row=on_bad_row,
-        eval_fraction=eval_fraction,
-        writes_jsonl=not no_jsonl,
-        prefix_after_marks=stage == "sft" and puts_prefix_after_marks(tokenizer_dir),
-        eval_dedup=eval_dedup,
-        assistant_roles=_assistant_roles(assistant_roles or ()),
-        assistant_first=assistant_first,
-    )
-    if eval_dedup and not settings.has_eval:
-        raise UserError("--eval_dedup compares what --eval_fraction holds out, which is 0; give one or leave it out")
-    _check_execution(executor, ray_address, num_workers)
-    execution = Execution(num_workers or len(os.sched_getaffinity(0)), executor, ray_address, shard)
-    jsonl_dir = None if no_jsonl else data_jsonl_output_dir
-    folders = OutputDirs(cache=data_cache_dir, jsonl=jsonl_dir, arrow=data_arrow_output_dir)
-    tokenizer_sha256 = fingerprint(tokenizer_dir)
-    Encoder(tokenizer_dir)
-    warn_if_too_long(max_length, tokenizer_dir)
+def prepare(config: PrepareConfig) -> None:
+    """Run one prepare command. Raises the errors of `prepare_pretrain`."""
+    encoder = load_encoder(config.tokenizer_dir)
+    has_prefix = config.stage == "sft" and puts_prefix_after_marks(config.tokenizer_dir)
+    settings = config.settings(prefix_after_marks=has_prefix)
+    folders = OutputDirs(cache=config.data_cache_dir, jsonl=config.jsonl_dir, arrow=config.data_arrow_output_dir)
+    warn_if_too_long(config.max_length, config.tokenizer_dir)
     if not folders.is_finished:
         folders.check()
-    inputs = find_inputs(data_input_dirs, skips_bad_files=on_bad_file == "skip")
-    content = manifest.plan_content(settings, inputs.files, tokenizer_sha256=tokenizer_sha256, folders=folders)
+    inputs = find_inputs(config.data_input_dirs, skips_bad_files=config.on_bad_file == "skip")
+    content = manifest.plan_content(
+        settings,
+        inputs.files,
+        tokenizer_sha256=encoder.fingerprint,
+        folders=folders,
+        unit_bytes=config.sizes.unit_bytes,
+    )
     if folders.is_finished:
-        _say_finished(folders, content, on_bad_file)
+        _report_finished(folders, content, config.on_bad_file)
         return
-    # Ray first: that it is missing must not take back what an earlier run has done.
-    with task_runner(execution) as run_tasks, folders.locked(shard):
-        tokenizer_dir = str(Path(tokenizer_dir).resolve())
-        run = _Run(settings, execution, run_tasks, folders, inputs, units_of(inputs.files), tokenizer_dir, on_bad_file)
+    execution = config.execution
+    # Ray first: if it is missing, the work of an earlier run must stay.
+    with task_runner(execution) as run_tasks, folders.locked(config.shard):
+        run = _Run(
+            settings=settings,
+            execution=execution,
+            run_tasks=run_tasks,
+            folders=folders,
+            inputs=inputs,
+            units=units_of(inputs.files, config.sizes.unit_bytes),
+            tokenizer_dir=str(Path(config.tokenizer_dir).resolve()),
+            on_bad_file=config.on_bad_file,
+            sizes=config.sizes,
+        )
         run.go(content)
 
 
-def _assistant_roles(names: Sequence[str]) -> str:
-    """The roles of --assistant_roles as `Settings` holds them. Raises UserError for one that is another's."""
-    roles = sorted(set(map(canonical_role, names)))
-    others = {role for role, speaker in ROLES.items() if speaker == HUMAN} | {SYSTEM_ROLE, *TOOL_ROLES}
-    for role in roles:
-        if role in others:
-            raise UserError(f"--assistant_roles: {role} is not the assistant's; name roles that speak for it, or none")
-    return ",".join(roles)
-
-
-def _check_execution(executor: str, ray_address: str | None, num_workers: int | None) -> None:
-    """Raise UserError for flags of which one would not count."""
-    if ray_address is not None and executor != "ray":
-        raise UserError(f"--ray_address {ray_address} needs --executor ray, {executor} given; add it or leave both out")
-    if ray_address is not None and num_workers is not None:
-        raise UserError(
-            f"--num_workers {num_workers} given, but the cores of the cluster at --ray_address count; leave one out"
-        )
-
-
-def _say_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
-    """Say that there is nothing to do, or refuse; a run that died while it emptied the cache is tidied up."""
+def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
+    """Log that there is nothing to do, or raise UserError; clean up after a run that died while emptying the cache."""
     written = manifest.check_finished(folders, content)
-    folders.tidy_up(lambda: store.read_json_or_none(folders.cache / PLAN_FILE) == content)
+    folders.tidy_up(lambda: store.read_json_or_none(folders.cache / WORK_PLAN_FILE) == content)
     accounts.print_tables(written)
-    logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, of the same input and settings")
+    logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, and has the same input and settings")
     report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
 
 @dataclass
 class _Run:
-    """One command at work in its folders."""
+    """One command with its folders locked."""
 
     settings: Settings
     execution: Execution
@@ -169,17 +129,18 @@ class _Run:
     units: list[Unit]
     tokenizer_dir: str
     on_bad_file: str
+    sizes: WorkSizes
     sample: dict[str, int] = field(default_factory=dict)
 
     @property
     def files(self) -> list[InputFile]:
-        """The files that are read."""
+        """The files to read."""
         return self.inputs.files
 
     def go(self, content: dict[str, Any]) -> None:
-        """Do all that is not done yet."""
+        """Do everything that is not done yet."""
         if manifest.begin_or_continue(self.folders, content) and not self.execution.shard:
-            logs.get_logger().info(f"going on with the unfinished run in {self.folders.cache}")
+            logs.get_logger().info(f"continuing the unfinished run in {self.folders.cache}")
         if not self.execution.shard:
             self._remove_leftovers()
         if not self.folders.is_being_published:
@@ -187,7 +148,7 @@ class _Run:
             self._do_units(encoder)
             missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
             if missing:
-                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not yet")
+                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not done yet")
                 return
         with self.folders.finishing() as is_ours:
             if not is_ours:
@@ -202,7 +163,7 @@ class _Run:
             logs.get_logger().info(f"removed {count:,} half-written files and folders of an earlier run")
 
     def _do_units(self, encoder: type[Encoder]) -> None:
-        """Do this share of the units."""
+        """Do the units of this share that are not done yet."""
         number, shares = self.execution.shard or (1, 1)
         own = [unit for unit in self.units if unit.number % shares == number - 1]
         waiting = [unit for unit in own if not is_done(self.folders.cache, unit)]
@@ -231,12 +192,13 @@ class _Run:
             str(self.folders.cache),
             os.getcwd(),
             fails_at_bad_file,
+            self.sizes,
         )
 
     def _finish(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Write the bins and the manifest, give the folders their names, print the account, and return the manifest."""
+        """Write the bins and the manifest, rename the folders, print the token counts, and return the manifest."""
         if self.folders.is_being_published:
-            written = store.read_json_or_none(self.folders.arrow / MANIFEST_FILE)
+            written = store.read_json_or_none(self.folders.arrow / DATA_MANIFEST_FILE)
         else:
             written = self._write(content)
         self.folders.publish()
@@ -249,7 +211,7 @@ class _Run:
         return written
 
     def _write(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Write the bins, what lies beside them, and last the manifest, which is returned."""
+        """Write the bins, the files beside them, and last the manifest. Returns the manifest."""
         if self.execution.shard:
             self._remove_leftovers()
         manifest.check_unchanged(self.files)
@@ -258,7 +220,7 @@ class _Run:
         self._check_enough(account, lost)
         bins = self._write_bins()
         if self.execution.executor == "ray":
-            # Of workers that were lost, whose tasks others have done.
+            # Left by workers that were lost; others have done their tasks.
             self.folders.remove_leftovers()
         kept = Tally(trained=sum(entry["trained"] for entry in bins))
         kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
@@ -279,14 +241,14 @@ class _Run:
             left_out=self.inputs.left_out,
         )
         whole.update(overlaps)
-        store.write_json_whole(self.folders.arrow / MANIFEST_FILE, whole)
+        store.write_json_whole(self.folders.arrow / DATA_MANIFEST_FILE, whole)
         return whole
 
     def _collect(self) -> tuple[Account, dict[int, str], list[LostFile]]:
-        """The accounts of all units together, the hash of each file, and files that were not read to their end."""
+        """The sum of the counts of all units, the hash of each file, and the files that were not read to their end."""
         account, hashes, lost = Account(), {}, list(self.inputs.lost)
         for unit in self.units:
-            path = self.folders.cache / f"{unit.name}.json"
+            path = unit_file(self.folders.cache, unit, "json")
             content = store.read_json(path)
             with store.damage_reported(path):
                 account.add(Account.from_json(content["account"]))
@@ -295,12 +257,12 @@ class _Run:
         return account, hashes, lost
 
     def _check_enough(self, account: Account, lost: Sequence[LostFile]) -> None:
-        """Raise UserError unless each bin, and eval, gets a piece."""
+        """Raise UserError unless every bin, and eval, gets at least one piece."""
         total, num_bins = account.total(), self.settings.num_bins
         if self.settings.has_eval and not total.held_out_pieces:
             raise UserError(
                 f"--eval_fraction {self.settings.eval_fraction} holds out none of {total.documents:,} documents; "
-                "give a larger one, or 0"
+                "give a larger fraction, or 0"
             )
         pieces = total.pieces - total.held_out_pieces
         if pieces >= num_bins:
@@ -323,18 +285,24 @@ class _Run:
         )
 
     def _cure(self, dropped: Mapping[str, Any]) -> str:
-        """What to give where no record gave a sample."""
+        """The cure if no record gave a sample."""
         if dropped.keys().isdisjoint((FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG)):
             return "give folders with usable records"
-        least = smallest_exchange(Encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
+        least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
         return (
             f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "
             f"{least} tokens before anything is said)"
         )
 
     def _write_bins(self) -> list[dict[str, Any]]:
-        """Write the bins that are not written yet; returns the accounts of all."""
-        categories, sources = deal_units(self.units, self.files, settings=self.settings, cache_dir=self.folders.cache)
+        """Write the bins that are not written yet. Returns the counts of all bins."""
+        categories, sources = deal_units(
+            self.units,
+            self.files,
+            settings=self.settings,
+            cache_dir=self.folders.cache,
+            held_pieces=self.sizes.held_pieces,
+        )
         paths = self.folders.paths()
         tasks = [
             BinTask(number, self.settings, self.tokenizer_dir, **paths, categories=categories, sources=sources)
@@ -361,24 +329,27 @@ class _Run:
         )
 
     def _lines_before_units(self) -> Iterator[tuple[Unit, int]]:
-        """Each unit, and how many lines of its file the units before it have: 0 for a unit of whole files."""
+        """Yield each unit, and how many lines of its file are in earlier units: 0 for a unit of whole files."""
         lines: dict[int, int] = {}
         for unit in self.units:
             (file, _, stop), *_ = unit.spans
             yield unit, lines.get(file, 0)
             if stop is not None:
-                content = store.read_json(self.folders.cache / f"{unit.name}.json")
+                content = store.read_json(unit_file(self.folders.cache, unit, "json"))
                 lines[file] = lines.get(file, 0) + content["account"]["lines"]
 
     def _count_overlaps(self) -> dict[str, Any]:
-        # The encoder does not count here.
-        tasks = [self._unit_task(unit, Encoder) for unit in self.units]
+        # The encoder does not matter here.
+        encoder = kind_of(self.tokenizer_dir).encoder
+        tasks = [self._unit_task(unit, encoder) for unit in self.units]
         lines_before = {unit.number: lines for unit, lines in self._lines_before_units()}
         paths = [file.path for file in self.files]
-        return count_overlaps(tasks, lines_before, run_tasks=self.run_tasks, paths=paths)
+        return count_overlaps(
+            tasks, lines_before, run_tasks=self.run_tasks, paths=paths, max_grams=self.sizes.max_grams
+        )
 
     def _write_chat_template(self) -> None:
-        """Put the template of conversations beside them, for copying into the folder of a trained model."""
+        """Write the chat template, to be copied into the folder of a trained model."""
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
                 settings = self.settings

@@ -1,10 +1,10 @@
-"""Run tasks on a Ray cluster: the same tasks as `workers` runs on this machine's cores.
+"""Run tasks on a Ray cluster: the same tasks that `local_workers` runs on this machine.
 
-Ray lives in a process of its own, which this one feeds with tasks. So its messages stay out of the log, it replaces
-nobody's signal handlers, and when it ends itself, as it does without its head node, the command can still tell.
+Ray runs in a separate driver process, to which the command sends tasks. So Ray's messages stay out of the log, it does
+not replace signal handlers, and if it exits, as it does without its head node, the command can report that.
 
-    command --(function, task)--> driver --> Ray workers        at most `slots` tasks are with the driver
-    command <--(slots, result)--- driver <-- Ray workers        an exception instead of a result ends it
+    command --(function, task)--> driver --> Ray workers        the driver has at most `slots` tasks
+    command <--(slots, result)--- driver <-- Ray workers        an exception instead of a result ends the run
 """
 
 import contextlib
@@ -26,25 +26,29 @@ from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEA
 from colossal_llama2.errors import RunError, UserError
 
 OLDEST_VERSION = (2, 54)
-# So often a task runs again after its worker or node was lost; more often, and the task is what kills workers.
+# Retries after a worker or node was lost. If more are needed, the task itself kills its workers.
 MAX_RETRIES = 10
-# Ray's least is 75 MiB. Tasks hand over nothing through it: what they make is in files.
+# Ray's minimum is 75 MiB. Tasks do not use the object store: their output is in files.
 OBJECT_STORE_BYTES = 100 << 20
 ANSWER_SECONDS = 10
 CONNECT_SECONDS = 120
-GO_ON = "give the same command again, and it goes on where it stopped"
+GO_ON = "run the same command again, and it continues where it stopped"
 
 
 @contextlib.contextmanager
 def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
-    """Yield `run(function, tasks)`, which yields what tasks give as they are done, as `workers.run_tasks` does.
+    """Yield `run(function, tasks)`, which yields the results of tasks as they finish, like `local_workers.run_tasks`.
 
-    `address` is that of a cluster that this machine is a node of, HOST:PORT or "auto"; None starts a Ray with
-    `num_workers` cores on this machine, which ends with the context. Raises UserError if Ray is missing or too old or
-    no cluster answers, and RunError if Ray ends early.
+    Args:
+        address: HOST:PORT or "auto" for the cluster that this machine is a node of; None starts a Ray with
+            `num_workers` cores on this machine, which ends with the context.
+
+    Raises:
+        UserError: Ray is missing or too old, or no cluster answers.
+        RunError: Ray ends early.
     """
     _check(address)
-    # Not a fork: Ray's driver begins with nothing of this process.
+    # Not a fork: Ray's driver must not inherit anything from this process.
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
     driver = context.Process(target=_drive, args=(theirs, address, num_workers), daemon=True)
@@ -61,7 +65,7 @@ def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
         seconds_to_end = JOIN_SECONDS
         raise
     finally:
-        # It ends when the connection does, unless tasks are running, which Ctrl+C does not wait for.
+        # The driver ends with the connection, unless tasks are running; Ctrl+C does not wait for those.
         connection.close()
         driver.join(seconds_to_end)
         driver.terminate()
@@ -72,9 +76,9 @@ def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
 
 
 def _kill_session(leader: int) -> None:
-    """End what a Ray that broke down has left running: it stays in its driver's session, whoever its parent is now.
+    """Kill the processes that a failed Ray left running. They stay in the driver's session, even without their parent.
 
-    Until there is none but this process: one may be starting another.
+    Repeats until only this process is left, because a process may be starting another one.
     """
     import psutil
 
@@ -88,7 +92,7 @@ def _kill_session(leader: int) -> None:
         time.sleep(0.05)
     else:
         return
-    logs.get_logger().warning("Ray has left processes that do not end: %s", [process.pid for process in left])
+    logs.get_logger().warning("Ray left processes that do not end: %s", [process.pid for process in left])
 
 
 def _is_alive_in(leader: int, process) -> bool:
@@ -102,7 +106,7 @@ def _is_alive_in(leader: int, process) -> bool:
 
 
 def _check(address: str | None) -> None:
-    """Raise UserError for what can be told without Ray, which takes its time to say so."""
+    """Raise UserError for problems that can be found without starting Ray, which is slow to report them."""
     install = "pip install 'ray>={}.{}'".format(*OLDEST_VERSION)
     try:
         version = importlib.metadata.version("ray")
@@ -143,14 +147,14 @@ def _send(connection, message: Any) -> None:
     try:
         connection.send(message)
     except OSError:
-        _received(connection)  # why the driver has ended
+        _received(connection)  # raises why the driver has ended
 
 
 def _received(connection) -> tuple[int, Any]:
     try:
         slots, result = connection.recv()
     except (EOFError, OSError):
-        raise RunError(f"Ray has ended, perhaps because the cluster's head node did; {GO_ON}")
+        raise RunError(f"Ray has ended, perhaps because the cluster's head node has; {GO_ON}")
     if isinstance(result, Exception):
         raise result
     return slots, result
@@ -161,14 +165,14 @@ def _received(connection) -> tuple[int, Any]:
 
 def _drive(connection, address: str | None, num_workers: int) -> None:
     """Connect to Ray, and do tasks until the command closes the connection."""
-    os.setsid()  # what Ray starts is known by it
+    os.setsid()  # identifies the processes that Ray starts
     begin_worker(before_end=partial(_kill_session, os.getpid()))
     silent = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(silent, descriptor)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address is None:
-        # Ray runs what anybody sends to its ports, if it is not told to ask for a token.
+        # Without a token, Ray runs any code that is sent to its ports.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
@@ -180,19 +184,19 @@ def _drive(connection, address: str | None, num_workers: int) -> None:
     except EOFError:  # the command is done
         pass
     except Exception as error:
-        # The folders may be taken back now: nobody may write to them any more.
+        # The folders may be removed now, so no worker may write to them any more.
         _cancel(ray, running)
-        is_told = isinstance(error, (UserError, RunError, OSError))
-        connection.send((0, error if is_told else RuntimeError(traceback.format_exc())))
+        is_expected = isinstance(error, (UserError, RunError, OSError))
+        connection.send((0, error if is_expected else RuntimeError(traceback.format_exc())))
     finally:
         ray.shutdown()
 
 
 def _connect(ray, address: str | None, num_workers: int) -> None:
-    # Nodes need the packages in requirements.txt, and get this one from here.
+    # Nodes need the packages in requirements.txt; this package is sent to them.
     where: dict[str, Any] = {"runtime_env": {"py_modules": [str(Path(__file__).resolve().parents[1])]}}
     if address is None:
-        # RAY_ADDRESS does not count here.
+        # "local" overrides RAY_ADDRESS.
         where.update(
             address="local", num_cpus=num_workers, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES
         )
@@ -202,18 +206,18 @@ def _connect(ray, address: str | None, num_workers: int) -> None:
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         if address is None:
-            raise RunError(f"--executor ray: Ray does not start here ({error}); {GO_ON}")
+            raise RunError(f"--executor ray: Ray does not start on this machine ({error}); {GO_ON}")
         raise UserError(_no_cluster(address, str(error)))
 
 
 def _slots(ray) -> int:
-    """How many tasks Ray may have: some for each core of the nodes that are there now."""
+    """How many tasks Ray may have: some for each core of the current nodes."""
     return TASKS_AHEAD * max(int(ray.cluster_resources().get("CPU", 0)), 1)
 
 
 def _serve(ray, connection, running: list[Any]) -> None:
     while True:
-        # Wait for a task if there is none, else take those that have come.
+        # Wait for a task if none is running, otherwise receive those that have arrived.
         while not running or connection.poll():
             function, task = connection.recv()
             remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
@@ -225,7 +229,7 @@ def _serve(ray, connection, running: list[Any]) -> None:
 
 
 def _result(ray, running: list[Any], done: Any) -> Any:
-    """What a task gave. Raises the error of the first task that has one, if it has any: those before are waited for."""
+    """The result of a task. If it failed, waits for all tasks before it and raises the first error."""
     try:
         return ray.get(done)
     except ray.exceptions.RayError:
@@ -238,12 +242,12 @@ def _result(ray, running: list[Any], done: Any) -> Any:
                 raise error.cause
             raise RuntimeError(str(error))
         except ray.exceptions.RayError as error:
-            raise RunError(f"Ray has lost a task for good ({error}); {GO_ON}")
-    raise RunError(f"Ray has lost a task and found it again; {GO_ON}")
+            raise RunError(f"Ray has lost a task ({error}); {GO_ON}")
+    raise RunError(f"Ray lost a task and found it again; {GO_ON}")
 
 
 def _cancel(ray, running: list[Any]) -> None:
-    """End the workers that are at a task, and wait until they have ended."""
+    """Stop the workers that run tasks, and wait until they have ended."""
     for reference in running:
         ray.cancel(reference, force=True)
     if running:

@@ -1,4 +1,4 @@
-"""Samples against the positions of the model, as far as files beside the data and the tokenizer say: without torch."""
+"""Compare the length of samples with the positions of the model, without torch, as far as files record both."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from colossal_llama2.storage.json_input import is_whole
 
 
 def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
-    """Warn if samples of `max_length` tokens are too long for the model that lies beside the tokenizer, if one does."""
+    """Warn if samples of `max_length` tokens are too long for the model in the tokenizer's folder, if there is one."""
     if not Path(tokenizer_dir, CONFIG_FILE).is_file():
         return
     try:
@@ -30,18 +30,18 @@ def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
 
 
 def check_max_length(max_length: int, model_path: str) -> None:
-    """Raise UserError for a --max_length of training that is over the model's positions."""
+    """Raise UserError for a training --max_length over the model's positions."""
     config = SimpleNamespace(**read_fields(Path(model_path)))
     positions = positions_of(config)
     if max_length > positions:
         has = described(positions, scaling_type(config))
-        raise UserError(f"--max_length {max_length} given, {has}; give at most that")
+        raise UserError(f"--max_length {max_length} given, {has}; give at most that many")
 
 
 def check_samples_fit(parts: Sequence[str], model_path: str, *, flag: str = "--dataset") -> None:
-    """Raise UserError for a prepared folder with a sample that is longer than the model has positions.
+    """Raise UserError for a prepared folder with a sample that is longer than the model's positions.
 
-    Folders that do not say how long their samples are, as of earlier versions, are passed over.
+    Folders that do not record the length of their samples, from earlier versions, are not checked.
     """
     config = SimpleNamespace(**read_fields(Path(model_path)))
     positions = positions_of(config)
@@ -55,7 +55,7 @@ def check_samples_fit(parts: Sequence[str], model_path: str, *, flag: str = "--d
 
 
 def longest_sample(part: str) -> int | None:
-    """Tokens of the longest sample of a part-* or eval folder by its manifest; None if it does not say."""
+    """Tokens of the longest sample of a part-* or eval folder, from its manifest; None if that does not record it."""
     manifest = read_manifest_of(part)
     name = Path(part).resolve().name
     for entry in [*manifest.get("bins", ()), manifest.get("eval")]:

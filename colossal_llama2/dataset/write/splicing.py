@@ -1,13 +1,13 @@
-"""Which pieces share a sample, and in which order the samples of a bin stand. Works on lengths alone.
+"""Decide which pieces share a sample, and the order of the samples in a bin, from lengths alone.
 
-Every piece that goes in comes out, once.
+Every piece is used exactly once.
 """
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# Best fit needs some hundred bytes for each piece in Python: so many pieces are looked at together.
+# Pieces handled together: best fit needs some hundred bytes for each of them in Python.
 WINDOW_PIECES = 1 << 17
 FULL_ENOUGH = 0.995
 
@@ -15,8 +15,8 @@ FULL_ENOUGH = 0.995
 def piece_lengths(length: int, *, max_length: int) -> list[int]:
     """Lengths of the pieces that a document of `length` tokens is cut into, in order; `max_length` is at least 3.
 
-    All are full but the last. A last piece of one token has no loss (nothing in it is predicted from anything), so
-    it takes a second token from its neighbour.
+    All pieces are full except the last. A last piece of one token would carry no loss, because nothing predicts its
+    only token, so it gets a second token from the piece before it.
 
     >>> piece_lengths(8, max_length=8), piece_lengths(20, max_length=8), piece_lengths(17, max_length=8)
     ([8], [8, 8, 4], [8, 7, 2])
@@ -29,19 +29,19 @@ def piece_lengths(length: int, *, max_length: int) -> list[int]:
 
 
 def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Group items so that the lengths in a group add up to `capacity` at most, with as few groups as this finds.
+    """Group items into few groups whose lengths add up to at most `capacity`, by best-fit-decreasing bin packing.
 
-    Items are taken longest first (equal ones in their order), each into the fullest group that has room for it.
-    Returns each group's item indices. Of lengths 6, 5, 4, 3, 2 at capacity 10: 6 opens a group, 5 another, 4 fits
-    best with the 6 (room 4), 3 and 2 fit with the 5:
+    Items go in order of decreasing length (equal ones in their order), each into the fullest group that has room for
+    it. Returns the item indices of each group. For lengths 6, 5, 4, 3, 2 and capacity 10: 6 opens a group, 5 another
+    one, 4 fits best with the 6 (room 4), 3 and 2 fit with the 5:
 
     >>> best_fit_decreasing([3, 5, 6, 2, 4], capacity=10)
     [[2, 4], [1, 0, 3]]
     """
     groups: list[list[int]] = []
     groups_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    # Bit r is set while some group has room r, so the tightest fit is the lowest set bit from the item's length on:
-    # one shift of a capacity-long integer, whatever the number of groups.
+    # Bit r is set while some group has room r. The tightest fit is the lowest set bit at or above the item's length:
+    # one shift of an integer of `capacity` bits, for any number of groups.
     rooms = 0
     for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[item]
@@ -62,7 +62,7 @@ def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[list[i
 
 
 def next_fit(lengths: Iterable[int], *, capacity: int) -> list[list[int]]:
-    """Group neighbours: a new group begins where the next item does not fit.
+    """Group consecutive items: a new group begins where the next item does not fit.
 
     >>> next_fit([3, 5, 6, 2, 4], capacity=10)
     [[0, 1], [2, 3], [4]]
@@ -79,9 +79,9 @@ def next_fit(lengths: Iterable[int], *, capacity: int) -> list[list[int]]:
 
 
 def best_fit_in_windows(lengths: np.ndarray, *, capacity: int, window: int = WINDOW_PIECES) -> list[np.ndarray]:
-    """`best_fit_decreasing` in memory that is bounded by `window` items, besides eight bytes an item for the result.
+    """`best_fit_decreasing` in memory bounded by `window` items, plus eight bytes per item for the result.
 
-    The groups of a window that are not full are opened again in the next one, at most half a window of items.
+    Groups of a window that are not full are opened again in the next window, up to half a window of items.
     """
     finished: list[np.ndarray] = []
     carried = np.zeros(0, np.int32)
@@ -124,12 +124,12 @@ def splice(
 
     Args:
         lengths: (pieces,) tokens of each piece, at most `max_length`.
-        documents: (pieces,) a number for each document; the pieces of a long one follow each other.
-        seed: of the order of the samples and of the pieces in a sample. "sequential" keeps the order of the input.
+        documents: (pieces,) the number of each piece's document; the pieces of a document follow each other.
+        seed: for the order of the samples, and of the pieces in a sample. "sequential" keeps the input order.
 
     Returns:
         (pieces,) the pieces in the order of the samples, and (samples,) how many pieces each sample has. The pieces
-        of a document that was cut stand in their order.
+        of a cut document keep their order.
     """
     groups = group_pieces(lengths, max_length=max_length, splicing=splicing)
     if splicing != "sequential":
@@ -139,17 +139,17 @@ def splice(
     counts = np.array([len(group) for group in groups], dtype=np.int32)
     pieces = np.concatenate(groups) if groups else np.zeros(0, np.int32)
     if splicing == "best_fit":
-        # Shuffle inside the samples, or long pieces would always stand before short ones.
+        # Shuffle inside the samples; otherwise long pieces would always come before short ones.
         keys = generator.random(len(pieces))
         pieces = pieces[np.lexsort((keys, np.repeat(np.arange(len(groups)), counts)))]
     return pieces, counts
 
 
 def _keep_order_of_cut_documents(groups: list[np.ndarray], documents: np.ndarray) -> None:
-    """Reorder groups so that the pieces of each cut document stand in the order of their indices.
+    """Reorder groups so that the pieces of each cut document are in the order of their indices.
 
-    All pieces of such a document but its last fill a sample each. So a sample with a last piece that stands too early
-    changes places with the latest of those, and then these are sorted over their places.
+    All pieces of such a document except the last fill a sample each. So a sample with a last piece that comes too early
+    is swapped with the latest of those samples, and then these are sorted over their places.
     """
     follows = documents[1:] == documents[:-1]
     is_first_or_middle = np.append(follows, False)

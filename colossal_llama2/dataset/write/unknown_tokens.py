@@ -1,7 +1,7 @@
-"""Text that the tokenizer has no tokens for: how many <unk> the samples hold, and a warning that says what to do.
+"""Count text that the tokenizer has no tokens for (<unk>), and warn about it.
 
-A tokenizer without a piece for each byte puts <unk> in place of every character that it lacks. As a label, it teaches
-the model to write <unk>.
+A tokenizer without a piece for each byte replaces every character that it lacks by <unk>. As a label, <unk> teaches the
+model to write <unk>.
 """
 
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ import numpy as np
 from colossal_llama2 import logs
 from colossal_llama2.dataset.layout.token_ledger import Account, Tally
 
-# Names of notes in the account.
+# Names of notes in the token ledger.
 TOKENS = "tokens of samples that are <unk>"
 LABELS = "labels that are <unk>"
 
 
 def note_unknown(account: Account, coded: np.ndarray, unknown_id: int) -> None:
-    """Count <unk> in tokens of which those without loss are ~id."""
+    """Count <unk> in (tokens,) ids; tokens without loss are ~id."""
     labels = int(np.count_nonzero(coded == unknown_id))
     tokens = labels + int(np.count_nonzero(coded == ~unknown_id))
     if tokens:
@@ -28,7 +28,7 @@ def note_unknown(account: Account, coded: np.ndarray, unknown_id: int) -> None:
 
 
 def warn_of_unknown(manifest: Mapping[str, Any], *, tokenizer: str) -> None:
-    """Log which part of the labels in the samples is <unk>, if any is."""
+    """Warn about the share of <unk> among the labels in the samples, if there is any."""
     unknown, unknown_labels = (manifest["notes"].get(name, 0) for name in (TOKENS, LABELS))
     if not unknown:
         return
@@ -36,6 +36,6 @@ def warn_of_unknown(manifest: Mapping[str, Any], *, tokenizer: str) -> None:
     logs.get_logger().warning(
         f"{unknown_labels:,} of {total.trained:,} labels ({unknown_labels / total.trained:.2%}) and {unknown:,} of "
         f"{total.kept:,} tokens are <unk>: the tokenizer of {tokenizer} lacks characters of this text, and the model "
-        "learns to write <unk> in their place. Give a tokenizer with pieces for bytes (byte_fallback), such as "
-        "LLaMA-2's, or add the characters as pieces by init_tokenizer.py"
+        "learns to write <unk> instead. Give a tokenizer with pieces for bytes (byte_fallback), such as "
+        "LLaMA-2's, or add the characters as pieces with init_tokenizer.py"
     )

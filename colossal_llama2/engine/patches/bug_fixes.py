@@ -22,22 +22,18 @@ import functools
 import logging
 from collections.abc import Iterator
 
-REPAIRED_VERSION = "0.5.0"
+from colossal_llama2.engine.patches import patching
+
+PADDED_TENSOR = "colossalai.tensor.padded_tensor.api"
+HYBRID_IO = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
 
 def install() -> None:
-    """Apply the repairs that work by replacing a function, if this is the version that needs them."""
-    import colossalai
+    """Apply the repairs that replace an attribute. May be called again.
 
-    from colossal_llama2 import logs
-
-    if not has_faults():
-        logs.get_logger().warning(
-            "ColossalAI %s: its faults in %s are mended here, later ones are not known; compare with a short run first",
-            colossalai.__version__,
-            REPAIRED_VERSION,
-        )
-        return
+    Raises:
+        UserError: ColossalAI is of a version whose faults are not known here.
+    """
     save_padded_vocabulary()
     loss_in_float32()
     ring_weight_gradients()
@@ -48,13 +44,6 @@ def install() -> None:
     norm_in_blocks()
 
 
-def has_faults() -> bool:
-    """True if ColossalAI is of the version that these repairs are for."""
-    import colossalai
-
-    return colossalai.__version__ == REPAIRED_VERSION
-
-
 def clip_in_bf16(optimizer) -> None:
     """Make HybridAdam apply Gemini's clipping to bf16 gradients of parameters in CPU memory.
 
@@ -63,8 +52,7 @@ def clip_in_bf16(optimizer) -> None:
     """
     import torch
 
-    if not has_faults():
-        return
+    patching.require("colossalai.nn.optimizer:HybridAdam.torch_adam_update")
 
     def promote_gradients(optimizer, args, kwargs):
         for group in optimizer.param_groups:
@@ -82,8 +70,7 @@ def refresh_offloaded(optimizer) -> None:
     zero/gemini/chunk/chunk.py:509: where weights and optimizer lie on the host, an update leaves the half-precision
     chunk as it is until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
     """
-    if not has_faults():
-        return
+    patching.require("colossalai.zero.gemini.chunk.chunk:Chunk.optim_update")
     for chunk in optimizer.chunk16_set:
         if not chunk.optim_sync_flag:
             chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
@@ -95,8 +82,8 @@ def forget_skipped(gemini) -> None:
     zero/gemini/gemini_optimizer.py:275: where fp16 has overflowed, a step returns before line 293, which ends the
     accumulation. The next step's gradients are added to infinite ones, and so are all that follow.
     """
-    if has_faults():
-        gemini.chunk_manager.accumulating_grads = False
+    patching.require("colossalai.zero:GeminiOptimizer.step")
+    gemini.chunk_manager.accumulating_grads = False
 
 
 def agree_on_memory(gemini) -> None:
@@ -107,7 +94,7 @@ def agree_on_memory(gemini) -> None:
     which has it still, is on its way to the next exchange.
     """
     collector = gemini.gemini_manager._mem_stats_collector
-    if not has_faults() or collector is None:
+    if collector is None:
         return
     from colossalai.legacy.utils import memory
 
@@ -115,7 +102,7 @@ def agree_on_memory(gemini) -> None:
 
     own = float(memory.colo_device_memory_capacity(gemini.chunk_manager.device))
     least = min(collectives.gather_values(own))
-    memory.colo_device_memory_capacity = lambda device: least
+    patching.install("colossalai.legacy.utils.memory:colo_device_memory_capacity", lambda _: lambda device: least)
     finish = collector.finish_collection
 
     def finish_and_agree() -> None:
@@ -135,13 +122,9 @@ def save_padded_vocabulary() -> None:
     tensor/padded_tensor/api.py:47: a detached padded tensor is padded, but has no `_unpad_detach` to take back.
     checkpoint_io/utils.py:127: the padded dimension is not recognized, since original != tp_size * shard there.
     """
-    from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io
-    from colossalai.tensor.padded_tensor import api
 
-    take_back = api._hijack_back_detach_and_clone
-
-    def take_back_if_taken(padded):
-        return take_back(padded) if hasattr(padded, "_unpad_detach") else padded
+    def only_if_hijacked(hijack_back):
+        return lambda padded: hijack_back(padded) if hasattr(padded, "_unpad_detach") else padded
 
     def search_tp_partition_dim(current_shape, original_shape, tp_size):
         for dimension, length in enumerate(original_shape):
@@ -150,9 +133,8 @@ def save_padded_vocabulary() -> None:
                 return dimension
         return None
 
-    if take_back.__name__ != take_back_if_taken.__name__:
-        api._hijack_back_detach_and_clone = take_back_if_taken
-        hybrid_parallel_checkpoint_io.search_tp_partition_dim = search_tp_partition_dim
+    patching.install(f"{PADDED_TENSOR}:_hijack_back_detach_and_clone", only_if_hijacked)
+    patching.install(f"{HYBRID_IO}:search_tp_partition_dim", lambda _: search_tp_partition_dim)
 
 
 def loss_in_float32() -> None:
@@ -162,16 +144,14 @@ def loss_in_float32() -> None:
     in bf16, and in fp16 the sum overflows; line 240 rounds the number of tokens with it.
     """
     import torch
-    from colossalai.shardformer.modeling import llama
 
-    cross_entropy = llama.dist_cross_entropy
-    if cross_entropy.__module__ == __name__:
-        return
+    def in_float32(cross_entropy):
+        def float32_cross_entropy(labels, logits, shard_config, vocab_size, dtype, seq_dim=1):
+            return cross_entropy(labels, logits.float(), shard_config, vocab_size, torch.float32, seq_dim)
 
-    def float32_cross_entropy(labels, logits, shard_config, vocab_size, dtype, seq_dim=1):
-        return cross_entropy(labels, logits.float(), shard_config, vocab_size, torch.float32, seq_dim)
+        return float32_cross_entropy
 
-    llama.dist_cross_entropy = float32_cross_entropy
+    patching.install("colossalai.shardformer.modeling.llama:dist_cross_entropy", in_float32)
 
 
 def ring_weight_gradients() -> None:
@@ -192,7 +172,7 @@ def ring_weight_gradients() -> None:
         }
         return func(**gathered, **input_local), gathered
 
-    _operation._ring_as_gather = gather_then_compute
+    patching.install("colossalai.shardformer.layer._operation:_ring_as_gather", lambda _: gather_then_compute)
 
 
 def wrap_to_reduce_alone() -> None:
@@ -202,18 +182,16 @@ def wrap_to_reduce_alone() -> None:
     stage 2 takes each gradient away when it has come; at the end of backward the wrapper puts it back from its bucket,
     and the next micro batch is added to what ZeRO has counted. The buckets are a second copy of all gradients besides.
     """
-    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
 
-    original = HybridParallelModule.__init__
-    if hasattr(original, "__wrapped__"):
-        return
+    def wrapping_to_reduce(begin):
+        @functools.wraps(begin)
+        def begin_without_useless_wrapper(self, *args, dp_group, use_ddp: bool, **keywords) -> None:
+            begin(self, *args, dp_group=dp_group, use_ddp=use_ddp and dp_group.size() > 1, **keywords)
 
-    @functools.wraps(original)
-    def begin(self, *args, dp_group, use_ddp: bool, **keywords) -> None:
-        use_ddp = use_ddp and dp_group.size() > 1
-        original(self, *args, dp_group=dp_group, use_ddp=use_ddp, **keywords)
+        return begin_without_useless_wrapper
 
-    HybridParallelModule.__init__ = begin
+    target = "colossalai.booster.plugin.hybrid_parallel_plugin:HybridParallelModule.__init__"
+    patching.install(target, wrapping_to_reduce)
 
 
 def skip_hidden_messages() -> None:
@@ -222,7 +200,6 @@ def skip_hidden_messages() -> None:
     logging/logger.py:71 first finds out where a message comes from: inspect.stack(), which for each function on the
     stack goes through all modules that are loaded. Gemini has such a message after each backward (gemini_ddp.py:343).
     """
-    from colossalai.logging import DistributedLogger
 
     def only_if_shown(log, level: int):
         @functools.wraps(log)
@@ -233,9 +210,8 @@ def skip_hidden_messages() -> None:
         return log_if_shown
 
     for name in ("debug", "info", "warning", "error"):
-        log = getattr(DistributedLogger, name)
-        if not hasattr(log, "__wrapped__"):
-            setattr(DistributedLogger, name, only_if_shown(log, getattr(logging, name.upper())))
+        level = getattr(logging, name.upper())
+        patching.install(f"colossalai.logging:DistributedLogger.{name}", functools.partial(only_if_shown, level=level))
 
 
 def read_tied_by_two_names() -> None:
@@ -243,22 +219,18 @@ def read_tied_by_two_names() -> None:
 
     zero/gemini/gemini_ddp.py:683 knows the first name of a parameter only, and line 817 refuses the second.
     """
-    from colossalai.zero import GeminiDDP
-
     from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 
-    original = GeminiDDP._load_from_state_dict
-    if hasattr(original, "__wrapped__"):
-        return
+    def by_first_name(load):
+        def load_by_first_name(self, state_dict, prefix, *args) -> None:
+            # Both callers pass a copy that nothing else uses: gemini_ddp.py:616 and checkpoint_io/utils.py:710.
+            if self.module.config.tie_word_embeddings:
+                state_dict.pop(prefix + OUTPUT_EMBEDDING, None)
+            load(self, state_dict, prefix, *args)
 
-    @functools.wraps(original)
-    def load_by_first_name(self, state_dict, prefix, *args) -> None:
-        # Both callers pass a copy that nothing else uses: gemini_ddp.py:616 and checkpoint_io/utils.py:710.
-        if self.module.config.tie_word_embeddings:
-            state_dict.pop(prefix + OUTPUT_EMBEDDING, None)
-        original(self, state_dict, prefix, *args)
+        return load_by_first_name
 
-    GeminiDDP._load_from_state_dict = load_by_first_name
+    patching.install("colossalai.zero:GeminiDDP._load_from_state_dict", by_first_name)
 
 
 def sum_split_biases() -> None:
@@ -269,20 +241,18 @@ def sum_split_biases() -> None:
     sequences too, are marked so that their gradients are summed (shardformer/layer/normalization.py:187). Biases are
     not.
     """
-    from colossalai.shardformer.layer import linear
     from colossalai.shardformer.layer.utils import SeqParallelUtils, is_share_sp_tp
 
-    original = linear.Linear1D_Row.__init__
-    if hasattr(original, "__wrapped__"):
-        return
+    def marking_bias(begin):
+        @functools.wraps(begin)
+        def begin_and_mark(self, *args, **keywords) -> None:
+            begin(self, *args, **keywords)
+            if self.bias is not None and is_share_sp_tp(self.seq_parallel_mode):
+                SeqParallelUtils.marked_as_sp_partial_derived_param(self.bias)
 
-    @functools.wraps(original)
-    def mark_bias(self, *args, **keywords) -> None:
-        original(self, *args, **keywords)
-        if self.bias is not None and is_share_sp_tp(self.seq_parallel_mode):
-            SeqParallelUtils.marked_as_sp_partial_derived_param(self.bias)
+        return begin_and_mark
 
-    linear.Linear1D_Row.__init__ = mark_bias
+    patching.install("colossalai.shardformer.layer.linear:Linear1D_Row.__init__", marking_bias)
 
 
 @contextlib.contextmanager
@@ -297,6 +267,7 @@ def unrounded_buffers(model) -> Iterator[None]:
     import torch
     from colossalai.lazy.lazy_init import LazyTensor
 
+    patching.require("colossalai.zero:GeminiDDP._cast_buffers")
     kept = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -323,17 +294,13 @@ def norm_in_blocks() -> None:
     adds up one number after the other, small squares are lost beside their sum: 0.01 % of the norm of 4 M random
     numbers and 0.2 % of that of 32 M. Clipping divides by this norm. ZeRO and 3d use float64 (low_level_optim.py:672).
     """
-    from colossalai.zero.gemini.chunk import Chunk
 
-    original = Chunk.set_l2_norm
-
-    @functools.wraps(getattr(original, "__wrapped__", original))
     def set_l2_norm(self) -> None:
         assert self.l2_norm is None, "the norm of a chunk is computed twice"
         values = self.cuda_global_chunk[: self.utilized_size] if self.is_gathered else self.cuda_shard[: self.valid_end]
         self.l2_norm = sum_of_squares(values)
 
-    Chunk.set_l2_norm = set_l2_norm
+    patching.install("colossalai.zero.gemini.chunk.chunk:Chunk.set_l2_norm", lambda _: set_l2_norm)
 
 
 def sum_of_squares(values) -> float:
@@ -354,8 +321,7 @@ def fill_buckets(optimizer) -> None:
     """
     from colossalai.zero.low_level.bookkeeping import BucketStore
 
-    if not has_faults():
-        return
+    patching.require("colossalai.zero.low_level.bookkeeping:BucketStore.reset_all")
 
     def bucket_of(group_id: int, like: BucketStore) -> BucketStore:
         class GroupBucket(BucketStore):
@@ -382,9 +348,7 @@ def gathered_weights(gemini) -> Iterator[None]:
     zero/gemini/gemini_ddp.py:278 refuses to go forward without gradients before a step has told what memory is needed.
     Nothing is recorded here, so that the first step still can. Weights are let go as line 260 does it.
     """
-    if not has_faults():
-        yield
-        return
+    patching.require("colossalai.zero:GeminiDDP._post_forward")
     for chunk in gemini.chunk_manager.get_chunks(gemini.fp16_params):
         gemini.chunk_manager.access_chunk(chunk)
     gemini.forward = gemini.module.forward

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from colossal_llama2.engine.patches import patching
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import INDEX_FILE
+from colossal_llama2.model.model_folder import INDEX_FILE
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 from colossal_llama2.storage.files import open_to_umask, read_json, sync, write_json
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
+UTILS = "colossalai.checkpoint_io.utils"
+HYBRID = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
 
 def write_object(value: Any, path: str) -> None:
@@ -87,37 +90,23 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     An error in writing is raised at the end.
     """
     import torch
-    from colossalai.checkpoint_io import hybrid_parallel_checkpoint_io, utils
+
+    save_by_pickle, load_by_pickle = torch.save, torch.load
 
     def save(value, path, *args, **kwargs):
         # Ranks exchange objects through buffers in memory by the same functions; these are not files.
         if not isinstance(path, (str, os.PathLike)):
-            return originals[0](value, path, *args, **kwargs)
+            return save_by_pickle(value, path, *args, **kwargs)
         return _write_or_note(errors, path, lambda: write_object(value, path))
 
     def load(path, *args, **kwargs):
         if not isinstance(path, (str, os.PathLike)):
-            return originals[1](path, *args, **kwargs)
+            return load_by_pickle(path, *args, **kwargs)
         return read_object(path, step_as_tensor=step_as_tensor)
 
-    places = [(torch, "save", save), (torch, "load", load)]
-    places += [(module, "load_flat", load) for module in (utils, hybrid_parallel_checkpoint_io)]
-    originals = [getattr(module, name) for module, name, _ in places]
-    with _errors_at_the_end() as errors, _replaced(places):
+    replacements = {"torch:save": save, "torch:load": load, f"{UTILS}:load_flat": load, f"{HYBRID}:load_flat": load}
+    with _errors_at_the_end() as errors, patching.replaced(replacements):
         yield
-
-
-@contextlib.contextmanager
-def _replaced(places: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within it, the named attributes of modules and classes are others."""
-    originals = [getattr(owner, name) for owner, name, _ in places]
-    try:
-        for owner, name, replacement in places:
-            setattr(owner, name, replacement)
-        yield
-    finally:
-        for (owner, name, _), original in zip(places, originals, strict=True):
-            setattr(owner, name, original)
 
 
 @contextlib.contextmanager
@@ -127,7 +116,7 @@ def _errors_at_the_end() -> Iterator[list[Exception]]:
     With --plugin 3d each stage of a pipeline also makes a folder and writes its part of the index
     (hybrid_parallel_checkpoint_io.py:242,301,334,499,575,611), before a barrier; there errors are noted too.
     """
-    from colossalai.checkpoint_io import CheckpointIndexFile, hybrid_parallel_checkpoint_io
+    from colossalai.checkpoint_io import CheckpointIndexFile
     from safetensors import SafetensorError
 
     errors: list[Exception] = []
@@ -140,10 +129,9 @@ def _errors_at_the_end() -> Iterator[list[Exception]]:
     def write_index_or_note(index, name):
         _note(errors, lambda: write_index(index, name))
 
-    places = [(CheckpointIndexFile, "write_index_file", write_index_or_note)]
-    places += [(hybrid_parallel_checkpoint_io, "Path", NotingPath)]
+    index_writer = "colossalai.checkpoint_io:CheckpointIndexFile.write_index_file"
     try:
-        with _replaced(places):
+        with patching.replaced({index_writer: write_index_or_note, f"{HYBRID}:Path": NotingPath}):
             yield errors
     except (OSError, SafetensorError):
         # What fails later may fail for want of what could not be written.
@@ -188,8 +176,6 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
     (general_checkpoint_io.py:231), Gemini (gemini_ddp.py:934) and the last stage of a pipeline.
     """
     import safetensors.torch
-    from colossalai.booster.plugin import gemini_plugin
-    from colossalai.checkpoint_io import general_checkpoint_io, hybrid_parallel_checkpoint_io
     from colossalai.checkpoint_io.utils import StateDictSharder
 
     save_file, append_param = safetensors.torch.save_file, StateDictSharder.append_param
@@ -202,10 +188,10 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
             return None, 0
         return append_param(sharder, name, tensor)
 
-    places = [(safetensors.torch, "save_file", save_and_sync), (StateDictSharder, "append_param", append_once)]
-    modules = (gemini_plugin, general_checkpoint_io, hybrid_parallel_checkpoint_io)
-    places += [(module, "save_config_file", lambda *args, **kwargs: None) for module in modules]
-    with _errors_at_the_end() as errors, _replaced(places):
+    replacements = {"safetensors.torch:save_file": save_and_sync, f"{UTILS}:StateDictSharder.append_param": append_once}
+    for module in ("colossalai.booster.plugin.gemini_plugin", "colossalai.checkpoint_io.general_checkpoint_io", HYBRID):
+        replacements[f"{module}:save_config_file"] = lambda *args, **kwargs: None
+    with _errors_at_the_end() as errors, patching.replaced(replacements):
         yield
 
 

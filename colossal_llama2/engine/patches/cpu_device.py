@@ -18,16 +18,20 @@ faster:
 import contextlib
 import functools
 
-from colossal_llama2.engine.patches import gloo_collectives
+from colossal_llama2.engine.patches import gloo_collectives, patching
+
+GEMINI_CHUNK = "colossalai.zero.gemini.chunk.chunk:Chunk"
+GEMINI_MANAGER = "colossalai.zero.gemini.chunk.manager:ChunkManager"
+MEMORY_MONITOR = "colossalai.zero.gemini.memory_tracer.memory_monitor:SyncCudaMemoryMonitor"
 
 
-@functools.lru_cache(maxsize=1)
 def install() -> None:
-    """Make ColossalAI run on this machine's CPU. May be called again at no cost."""
-    from colossalai.accelerator import set_accelerator
+    """Make ColossalAI run on this machine's CPU. May be called again.
 
-    set_accelerator(_host_accelerator())
-    _register_kernels()
+    Raises:
+        UserError: ColossalAI is of a version that is not known here.
+    """
+    _register_device()
     _patch_gemini_chunks()
     _patch_memory_tracer()
     _patch_backend_check()
@@ -137,6 +141,15 @@ class _HostMethods:
 
     def stream(self, stream):
         return contextlib.nullcontext()
+
+
+@functools.lru_cache(maxsize=1)
+def _register_device() -> None:
+    """Make use of the documented ways, once: each would add to what is registered."""
+    from colossalai.accelerator import set_accelerator
+
+    set_accelerator(_host_accelerator())
+    _register_kernels()
 
 
 def _host_accelerator():
@@ -284,38 +297,43 @@ def _patch_gemini_chunks() -> None:
     chunk.py:304-319, chunk.py:323-360 and manager.py:142 read `device.type == "cpu"` as "offloaded to the host". Here
     both sides have that type, and the index tells them apart (see `_device`).
     """
-    from colossalai.zero.gemini.chunk.chunk import Chunk
-    from colossalai.zero.gemini.chunk.manager import ChunkManager
 
-    close_chunk, shard_move, move_chunk = Chunk.close_chunk, Chunk.shard_move, ChunkManager.move_chunk
+    def closing_on_device(close_chunk):
+        def close_chunk_on_device(self):
+            close_chunk(self)
+            if not self.keep_gathered and self.shard_device == _device() and self.cuda_shard is None:
+                self.cuda_shard, self.cpu_shard, self.cpu_vis_flag = self.cpu_shard, None, False
 
-    def close_chunk_on_device(self):
-        close_chunk(self)
-        if not self.keep_gathered and self.shard_device == _device() and self.cuda_shard is None:
-            self.cuda_shard, self.cpu_shard, self.cpu_vis_flag = self.cpu_shard, None, False
+        return close_chunk_on_device
 
-    def shard_move_to_device(self, device, force_copy=False, non_blocking=False):
-        if device != _device():
-            shard_move(self, device, force_copy, non_blocking)
-        elif not self.optim_sync_flag:
-            self._Chunk__paired_shard_move(non_blocking=non_blocking)
-            self.optim_sync_flag = True
-        elif self.cuda_shard is None:
-            self.cuda_shard = self.cpu_shard.clone()
-            if not self.pin_memory:
-                self.cpu_shard = None
+    def moving_shards(shard_move):
+        def shard_move_to_device(self, device, force_copy=False, non_blocking=False):
+            if device != _device():
+                shard_move(self, device, force_copy, non_blocking)
+            elif not self.optim_sync_flag:
+                self._Chunk__paired_shard_move(non_blocking=non_blocking)
+                self.optim_sync_flag = True
+            elif self.cuda_shard is None:
+                self.cuda_shard = self.cpu_shard.clone()
+                if not self.pin_memory:
+                    self.cpu_shard = None
 
-    def move_chunk_to_device(self, chunk, device, force_copy=False, async_move=False):
-        if device != _device():
-            move_chunk(self, chunk, device, force_copy, async_move)
-        elif chunk.can_move and chunk.device_type == "cpu":
-            self._ChunkManager__sub_memory_usage(chunk.memory_usage)
-            chunk.shard_move(device, force_copy, non_blocking=async_move)
-            self._ChunkManager__add_memory_usage(chunk.memory_usage)
+        return shard_move_to_device
 
-    Chunk.close_chunk = close_chunk_on_device
-    Chunk.shard_move = shard_move_to_device
-    ChunkManager.move_chunk = move_chunk_to_device
+    def moving_chunks(move_chunk):
+        def move_chunk_to_device(self, chunk, device, force_copy=False, async_move=False):
+            if device != _device():
+                move_chunk(self, chunk, device, force_copy, async_move)
+            elif chunk.can_move and chunk.device_type == "cpu":
+                self._ChunkManager__sub_memory_usage(chunk.memory_usage)
+                chunk.shard_move(device, force_copy, non_blocking=async_move)
+                self._ChunkManager__add_memory_usage(chunk.memory_usage)
+
+        return move_chunk_to_device
+
+    patching.install(f"{GEMINI_CHUNK}.close_chunk", closing_on_device)
+    patching.install(f"{GEMINI_CHUNK}.shard_move", moving_shards)
+    patching.install(f"{GEMINI_MANAGER}.move_chunk", moving_chunks)
 
 
 def _patch_memory_tracer() -> None:
@@ -328,8 +346,6 @@ def _patch_memory_tracer() -> None:
     import time
 
     import psutil
-    from colossalai.legacy.core import global_context
-    from colossalai.zero.gemini.memory_tracer.memory_monitor import SyncCudaMemoryMonitor
 
     def start(self):
         pass
@@ -340,9 +356,10 @@ def _patch_memory_tracer() -> None:
         self.mem_stats.append(used)
         return used
 
-    global_context.num_processes_on_current_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    SyncCudaMemoryMonitor.start = start
-    SyncCudaMemoryMonitor.finish = finish
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    patching.install("colossalai.legacy.core:global_context.num_processes_on_current_node", lambda _: processes)
+    patching.install(f"{MEMORY_MONITOR}.start", lambda _: start)
+    patching.install(f"{MEMORY_MONITOR}.finish", lambda _: finish)
 
 
 def _patch_backend_check() -> None:
@@ -353,4 +370,7 @@ def _patch_backend_check() -> None:
     """
     from colossalai.pipeline import p2p
 
-    p2p._check_for_nccl_hccl_backend = p2p.check_for_nccl_backend
+    patching.install(
+        "colossalai.pipeline.p2p:_check_for_nccl_hccl_backend",
+        lambda _: lambda group: p2p.check_for_nccl_backend(group),
+    )

@@ -5,32 +5,45 @@ Its kernels can do it: the one of flash-attn takes cumulative lengths, those of 
 for it, since they make both of the padding alone (shardformer/modeling/llama.py:134).
 """
 
+from collections.abc import Callable
+from typing import Any
+
+from colossal_llama2.engine.patches import patching
+
 
 def install(*, use_flash_attn: bool) -> None:
-    """Let ColoAttention take numbers of documents for a padding mask. May be called again at no cost.
+    """Let ColoAttention accept numbers of documents as a padding mask. May be called again, with another choice.
 
     Args:
-        use_flash_attn: take flash-attn's kernel where it can run, and not only PyTorch's.
-    """
-    import functools
+        use_flash_attn: use flash-attn's kernel where it can run, and not only PyTorch's.
 
-    import torch
+    Raises:
+        UserError: ColossalAI is of a version that is not known here.
+    """
     from colossalai.kernel.extensions import FlashAttentionDaoCudaExtension
-    from colossalai.kernel.kernel_loader import FlashAttentionLoader
-    from colossalai.shardformer.layer.attn import AttnMaskType, ColoAttention
 
     from colossal_llama2.model.attention import has_flash_attn
-    from colossal_llama2.model.documents import block_mask, borders
 
     takes_flash_attn = use_flash_attn and has_flash_attn()
-    if not takes_flash_attn:
-        # ColossalAI asks only whether it imports, and would run it unasked, and on a GPU that is too old for it.
-        loader = FlashAttentionLoader
-        loader.REGISTRY = [kernel for kernel in loader.REGISTRY if kernel is not FlashAttentionDaoCudaExtension]
-    current = ColoAttention.prepare_attn_kwargs
-    prepare_padding = getattr(current, "__wrapped__", current)
 
-    @functools.wraps(prepare_padding)
+    def allowed(kernels: list) -> list:
+        # ColossalAI asks only whether flash-attn imports.
+        return [kernel for kernel in kernels if takes_flash_attn or kernel is not FlashAttentionDaoCudaExtension]
+
+    patching.install("colossalai.kernel.kernel_loader:FlashAttentionLoader.REGISTRY", allowed)
+    patching.install(
+        "colossalai.shardformer.layer.attn:ColoAttention.prepare_attn_kwargs",
+        lambda prepare_padding: _preparing_documents(prepare_padding, takes_flash_attn=takes_flash_attn),
+    )
+
+
+def _preparing_documents(prepare_padding: Callable[..., dict[str, Any]], *, takes_flash_attn: bool):
+    """ColoAttention.prepare_attn_kwargs for numbers of documents; `prepare_padding` is the one for padding."""
+    import torch
+    from colossalai.shardformer.layer.attn import AttnMaskType
+
+    from colossal_llama2.model.documents import block_mask, borders
+
     def prepare_documents(shape_4d, dtype, device, q_padding_mask=None, **others):
         """The arguments of ColoAttention.attention, by (batch, length) numbers that model/documents.py explains."""
         # flash-attn reads no mask, and a dense one of a long sample fills a GPU. The kernel in cpu_device.py reads none
@@ -55,4 +68,4 @@ def install(*, use_flash_attn: bool) -> None:
             "kv_indices": every_token,
         }
 
-    ColoAttention.prepare_attn_kwargs = staticmethod(prepare_documents)
+    return prepare_documents

@@ -3,15 +3,18 @@
 Other backends' calls go where they went.
 """
 
-import functools
+from colossal_llama2.engine.patches import patching
 
 # Of messages: ranks at different exchanges must not take each other's.
 SUM_TAG, GATHER_TAG = 1, 2
 
 
-@functools.lru_cache(maxsize=1)
 def install() -> None:
-    """Put the collectives below in the place of PyTorch's. May be called again at no cost."""
+    """Put the collectives below in the place of PyTorch's. May be called again.
+
+    Raises:
+        UserError: PyTorch is of a version that is not known here.
+    """
     _supply_list_forms()
     _shorten_tensor_forms()
 
@@ -25,28 +28,33 @@ def _supply_list_forms() -> None:
     import torch
     import torch.distributed as dist
 
-    reduce_scatter, all_to_all = dist.reduce_scatter, dist.all_to_all
+    def flat_reduce_scatter(reduce_scatter):
+        def scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+            if dist.get_backend(group) != "gloo":
+                return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+            flat = torch.empty(output.numel(), dtype=output.dtype)
+            dist.reduce_scatter_tensor(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
+            output.copy_(flat.view_as(output))
+            return _ended(_Works(), async_op)
 
-    def flat_reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if dist.get_backend(group) != "gloo":
-            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
-        flat = torch.empty(output.numel(), dtype=output.dtype)
-        dist.reduce_scatter_tensor(flat, torch.cat([part.reshape(-1) for part in input_list]), op=op, group=group)
-        output.copy_(flat.view_as(output))
-        return _ended(_Works(), async_op)
+        return scatter
 
-    def flat_all_to_all(output_list, input_list, group=None, async_op=False):
-        if dist.get_backend(group) != "gloo":
-            return all_to_all(output_list, input_list, group=group, async_op=async_op)
-        sent, received = ([part.numel() for part in parts] for parts in (input_list, output_list))
-        flat = torch.empty(sum(received), dtype=output_list[0].dtype)
-        inputs = torch.cat([part.reshape(-1) for part in input_list])
-        dist.all_to_all_single(flat, inputs, received, sent, group=group)
-        for part, values in zip(output_list, flat.split(received), strict=True):
-            part.copy_(values.view_as(part))
-        return _ended(_Works(), async_op)
+    def flat_all_to_all(all_to_all):
+        def exchange(output_list, input_list, group=None, async_op=False):
+            if dist.get_backend(group) != "gloo":
+                return all_to_all(output_list, input_list, group=group, async_op=async_op)
+            sent, received = ([part.numel() for part in parts] for parts in (input_list, output_list))
+            flat = torch.empty(sum(received), dtype=output_list[0].dtype)
+            inputs = torch.cat([part.reshape(-1) for part in input_list])
+            dist.all_to_all_single(flat, inputs, received, sent, group=group)
+            for part, values in zip(output_list, flat.split(received), strict=True):
+                part.copy_(values.view_as(part))
+            return _ended(_Works(), async_op)
 
-    dist.reduce_scatter, dist.all_to_all = flat_reduce_scatter, flat_all_to_all
+        return exchange
+
+    patching.install("torch.distributed:reduce_scatter", flat_reduce_scatter)
+    patching.install("torch.distributed:all_to_all", flat_all_to_all)
 
 
 def _shorten_tensor_forms() -> None:
@@ -58,35 +66,40 @@ def _shorten_tensor_forms() -> None:
     import torch
     import torch.distributed as dist
 
-    reduce_scatter, all_gather = dist.reduce_scatter_tensor, dist.all_gather_into_tensor
+    def summing_scatter(reduce_scatter):
+        def summed_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+            if dist.get_backend(group) != "gloo" or op != dist.ReduceOp.SUM:
+                return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
+            size, own = dist.get_world_size(group), dist.get_rank(group)
+            sent = input.contiguous().view(size, -1)
+            # In the order of the ranks: sums do not depend on where they are made.
+            parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
+            # Wait for the messages even where the caller would not: what is sent may be freed when this returns.
+            _Works(_messages(group, sent, parts, tag=SUM_TAG)).wait()
+            total = parts[0] + parts[1] if size > 1 else parts[0]
+            for part in parts[2:]:
+                total += part
+            output.copy_(total.view_as(output))
+            return _ended(_Works(), async_op)
 
-    def summed_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if dist.get_backend(group) != "gloo" or op != dist.ReduceOp.SUM:
-            return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
-        size, own = dist.get_world_size(group), dist.get_rank(group)
-        sent = input.contiguous().view(size, -1)
-        # In the order of the ranks: sums do not depend on where they are made.
-        parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
-        # To its end, even if it need not: what is sent may be freed when this returns.
-        _Works(_messages(group, sent, parts, tag=SUM_TAG)).wait()
-        total = parts[0] + parts[1] if size > 1 else parts[0]
-        for part in parts[2:]:
-            total += part
-        output.copy_(total.view_as(output))
-        return _ended(_Works(), async_op)
+        return summed_scatter
 
-    def exchanged_gather(output_tensor, input_tensor, group=None, async_op=False):
-        size, own = dist.get_world_size(group), dist.get_rank(group)
-        fits = output_tensor.is_contiguous() and output_tensor.numel() == size * input_tensor.numel()
-        if dist.get_backend(group) != "gloo" or not fits:
-            return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
-        sent, parts = input_tensor.contiguous().view(-1), output_tensor.view(size, -1)
-        works = _messages(group, [sent] * size, parts, tag=GATHER_TAG)
-        if sent.data_ptr() != parts[own].data_ptr():
-            parts[own].copy_(sent)
-        return _ended(_Works(works), async_op)
+    def exchanging_gather(all_gather):
+        def exchanged_gather(output_tensor, input_tensor, group=None, async_op=False):
+            size, own = dist.get_world_size(group), dist.get_rank(group)
+            fits = output_tensor.is_contiguous() and output_tensor.numel() == size * input_tensor.numel()
+            if dist.get_backend(group) != "gloo" or not fits:
+                return all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+            sent, parts = input_tensor.contiguous().view(-1), output_tensor.view(size, -1)
+            works = _messages(group, [sent] * size, parts, tag=GATHER_TAG)
+            if sent.data_ptr() != parts[own].data_ptr():
+                parts[own].copy_(sent)
+            return _ended(_Works(works), async_op)
 
-    dist.reduce_scatter_tensor, dist.all_gather_into_tensor = summed_scatter, exchanged_gather
+        return exchanged_gather
+
+    patching.install("torch.distributed:reduce_scatter_tensor", summing_scatter)
+    patching.install("torch.distributed:all_gather_into_tensor", exchanging_gather)
 
 
 class _Works:

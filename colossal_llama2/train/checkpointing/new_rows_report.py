@@ -20,7 +20,7 @@ MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 BLOCK_ROWS = 4096
 
 
-class RowHealth:
+class NewRowsReport:
     """Compares saved embeddings with those that a run began with, or was resumed with. Used on one rank.
 
     Keeps 8 bytes for each row, and reads a block of rows at a time.
@@ -36,7 +36,7 @@ class RowHealth:
         self._origin, self._trained, self._precision = model_path, trained, precision
         self._before = {name: _digests(rows) for name, rows in self._matrices(model_path)}
 
-    def tell(self, folder: Path) -> dict[str, float]:
+    def examine(self, folder: Path) -> dict[str, float]:
         """Log and return the figures of a saved model: norms of the new rows, and the share that has moved.
 
         Raises:

@@ -1,11 +1,10 @@
-"""Going on from a checkpoint: which one, whether it is whole, what must be the same, and what will be exact."""
+"""How a run continues from a checkpoint: whether that is intact, what must be unchanged, and how exact it will be."""
 
-import argparse
 import json
 import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,19 @@ from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import CONFIG_FILE
-from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.json_input import shown
-from colossal_llama2.train.checkpointing.checkpointer import LoadPlan, plan_loading, publish_model
+from colossal_llama2.train.checkpointing.checkpointer import publish_model
+from colossal_llama2.train.checkpointing.evaluation_history import was_interrupted
+from colossal_llama2.train.checkpointing.run_facts import RunFacts
+from colossal_llama2.train.checkpointing.saved_run import SavedRun
 from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder.file_names import STATES_NAME
+from colossal_llama2.train.settings.config import SaveConfig, TrainConfig
+from colossal_llama2.train.settings.model_source import OTHER_CHECKPOINT, ModelSource, log_skipped, newest_source
 from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
 from colossal_llama2.train.stepping.state import TrainState
 
-# Raised by one when a version computes other numbers from the same flags; checkpoints without it are of the first. The
-# second has SDPA as default attention, float32 rotary frequencies, NEFTune by document and repeated fp16 steps.
-NUMERICS = 2
-SHAPE_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-# Of a value of a checkpoint that a message tells.
+# Longest value of a checkpoint that a message quotes, in characters.
 SHOWN_CHARACTERS = 200
 
 # What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
@@ -58,91 +49,61 @@ RESUMED_FACTS = {
 }
 
 
-def newest_plan(save_dir: str, *, otherwise: LoadPlan, before: str | None = None) -> LoadPlan:
-    """Resume the newest checkpoint of `save_dir` whose files have the right sizes; `otherwise` if there is none at all.
+def settle(config: TrainConfig) -> TrainConfig:
+    """The settings with the model source of rank 0, whose checkpoint is compared with its manifest.
 
-    Args:
-        before: a checkpoint; only those written before it are looked at.
-
-    Raises:
-        UserError: there are checkpoints, and none is whole.
-    """
-    complete = checkpoint_files.complete_checkpoints(Path(save_dir))
-    if before is not None:
-        complete = complete[: complete.index(Path(before))] if Path(before) in complete else []
-    problem = first_problem = None
-    for folder in reversed(complete):
-        try:
-            return replace(plan_loading("", str(folder)), is_newest=True)
-        except UserError as error:
-            problem = str(error).removeprefix("--load_checkpoint ").removesuffix("; resume from another checkpoint")
-            first_problem = first_problem or problem
-            logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
-    if problem or before is not None:
-        why = f" ({first_problem})" if first_problem else ""
-        cure = "give a new --save_dir to begin anew"
-        raise UserError(f"--resume auto: no checkpoint in {save_dir} is whole{why}; {cure}")
-    return otherwise
-
-
-def settle(plan: LoadPlan, save_dir: str) -> LoadPlan:
-    """The plan of rank 0, when the content of its checkpoint was compared with the manifest. Called on all ranks.
+    Called on all ranks.
 
     Raises:
-        UserError: the checkpoint that --load_checkpoint names is damaged, or all that --resume auto could take are.
+        UserError: the checkpoint that --load_checkpoint names is damaged, or all that --resume auto could resume are.
     """
-    plan = LoadPlan(**collectives.first_rank_value(asdict(plan)))
-    while plan.resume_path is not None:
-        problem = _damage(Path(plan.resume_path))
+    source = ModelSource(**collectives.first_rank_value(asdict(config.source)))
+    while source.checkpoint is not None:
+        problem = _damage(Path(source.checkpoint))
         if problem is None:
             break
-        if not plan.is_newest:
-            raise UserError(f"--load_checkpoint {problem}; resume from another checkpoint")
-        logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
+        if not source.is_newest:
+            raise UserError(f"--load_checkpoint {problem}{OTHER_CHECKPOINT}")
+        log_skipped(problem)
         with collectives.all_or_none():
-            plan = newest_plan(save_dir, otherwise=plan, before=plan.resume_path)
-        plan = LoadPlan(**collectives.first_rank_value(asdict(plan)))
-    return plan
+            source = newest_source(config.saving.folder, otherwise=source, before=source.checkpoint)
+        source = ModelSource(**collectives.first_rank_value(asdict(source)))
+    with collectives.all_or_none():
+        return config.with_source(source)
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """The first thing wrong with a checkpoint's content; each rank reads its share."""
+    """The first problem in a checkpoint's content; each rank reads its share."""
     rank, ranks = collectives.place()
     with collectives.all_or_none():
         problems = list(checkpoint_files.content_problems(checkpoint, share=rank, shares=ranks))
     return next((problem for found in collectives.gather_values(problems) for problem in found), None)
 
 
-def model_shape(path: str) -> dict[str, Any]:
-    """The sizes in a model's config.json that decide the shapes of its weights."""
-    config = read_json(Path(path, CONFIG_FILE))
-    return {key: config.get(key) for key in SHAPE_KEYS}
-
-
-def machine() -> dict[str, Any]:
-    """What the last bits of a sum depend on besides software: the device, and on a CPU its threads."""
-    import torch
-
-    if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(), "threads": None}
-    return {"device": "cpu", "threads": torch.get_num_threads()}
+def read_saved(config: TrainConfig) -> SavedRun | None:
+    """The run that this one resumes, or whose data it continues; None for a run that does neither."""
+    source = config.source
+    if source.checkpoint is not None:
+        return SavedRun.read(source.checkpoint)
+    return SavedRun.read(Path(source.weights).parent) if config.data.continues else None
 
 
 def difference(name: str, before: Any, now: Any) -> str:
-    """In words: what changed since a checkpoint was written. Of two dicts only the entries that differ are told."""
+    """What changed since a checkpoint was written, as a clause. Of two dicts only the entries that differ are named."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in now if before.get(key) != now[key]]
         before, now = ({key: values.get(key) for key in keys} for values in (before, now))
     return f"{name} was {_short(before)}, this run has {now}"
 
 
-def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs from the run that was saved and can change the last bits of its numbers."""
-    pairs = [(name, saved.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
-    pairs.append(("version of the numerics", saved.get("numerics", 1), now["numerics"]))
+def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
+    """What differs from the saved run and can change the last bits of its numbers."""
+    now, entries = facts.entries(), saved.entries
+    pairs = [(name, entries.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
+    pairs.append(("version of the numerics", entries.get("numerics", 1), now["numerics"]))
     for group in ("settings", "versions", "machine"):
-        before = saved.get(group) or {}
-        # A flag that was not there yet was as its default is.
+        before = entries.get(group) or {}
+        # A flag that did not exist yet had the effect of its default.
         names = [name for name in now[group] if group != "settings" or (name in before and _is_compared(name))]
         pairs += [(name, before.get(name), now[group][name]) for name in names]
     return [f"{name} {_short(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
@@ -161,20 +122,20 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def log_verdict(plan: LoadPlan, state: TrainState, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Log where a resumed run goes on and how exactly."""
-    logger = logs.get_logger()
+def log_verdict(saved: SavedRun, facts: RunFacts) -> None:
+    """Log where a resumed run continues, and how exactly it repeats the uninterrupted one."""
+    logger, state = logs.get_logger(), saved.state
     logger.info(
         "Resuming %s: epoch %d, step %d, %s samples and %s tokens consumed",
-        plan.resume_path,
+        saved.folder,
         state.epoch,
         state.step,
         f"{state.samples_seen:,}",
         f"{state.tokens_seen:,}",
     )
-    changed = changes(saved, now)
-    if not changed and not _same_layout(saved, now):
-        changed = [difference("layout", saved.get("layout"), now["layout"])]
+    changed = changes(saved, facts)
+    if not changed and not _same_layout(saved, facts):
+        changed = [difference("layout", saved.entries.get("layout"), facts.layout)]
     if not changed and repeats_exactly():
         logger.info("What follows repeats the uninterrupted run bit for bit")
         return
@@ -187,162 +148,169 @@ def log_verdict(plan: LoadPlan, state: TrainState, saved: dict[str, Any], now: d
     logger.warning(
         "The same samples follow in the same order, but not bit for bit, since this changed: %s", ", ".join(changed)
     )
-    if not _same_layout(saved, now):
-        logger.warning("The float32 master weights are left aside, they were split otherwise; rounded ones are taken")
+    if not _same_layout(saved, facts):
+        logger.warning("The parallel layout changed, so the float32 master weights are replaced by the rounded weights")
 
 
-def _same_layout(saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    return saved.get("layout") == _as_json(now["layout"])
+def _same_layout(saved: SavedRun, facts: RunFacts) -> bool:
+    return saved.entries.get("layout") == _as_json(facts.layout)
 
 
-def restore_exactly(plan: LoadPlan, engine, now: dict[str, Any]) -> None:
-    """Give back what ColossalAI's own checkpoint lacks, as far as this job is laid out as the saved one was.
-
-    Called on all ranks.
-    """
-    with collectives.all_or_none():
-        _, saved = plan.read_states()
-    if not _same_layout(saved, now):
+def restore_exactly(saved: SavedRun, engine, facts: RunFacts) -> None:
+    """Restore what ColossalAI's own checkpoint lacks, if the parallel layout is unchanged. Called on all ranks."""
+    if not _same_layout(saved, facts):
         return
     if resume_state.has_masters(engine):
-        engine.load_masters(str(Path(plan.resume_path, resume_state.MASTERS_NAME)))
+        engine.load_masters(str(saved.folder / resume_state.MASTERS_NAME))
     with collectives.all_or_none():
         try:
-            resume_state.restore_rank_states(engine, saved["ranks"][engine.rank])
+            resume_state.restore_rank_states(engine, saved.entries["ranks"][engine.rank])
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"{plan.resume_path}: its random states cannot be read ({error!r}); resume another one")
+            raise UserError(f"{saved.folder}: its random states cannot be read ({error!r}); resume another one")
 
 
-def is_done(
-    plan: LoadPlan,
-    state: TrainState,
-    order: SampleOrder,
-    *,
-    num_epochs: int,
-    max_steps: int | None,
-    owes_evaluation: bool,
-) -> bool:
-    """True if --resume auto found the last checkpoint of its run, which only may not have published its model."""
-    at_end = state.epoch == num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
-    return plan.is_newest and (at_end or state.step == max_steps) and not owes_evaluation
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        state: at the first step.
+        first_sample: the sample at which the run began to read, counted over all epochs.
+        saved: the run that it resumes or whose data it continues; None for neither.
+        resumes: it resumes `saved`, with optimizer, random states and history.
+        eval_pending: a signal interrupted the evaluation after the last step of `saved`, so it is run again.
+    """
+
+    state: TrainState
+    first_sample: int = 0
+    saved: SavedRun | None = None
+    resumes: bool = False
+    eval_pending: bool = False
+
+    @property
+    def resumed(self) -> SavedRun | None:
+        """The run that is resumed, if one is."""
+        return self.saved if self.resumes else None
 
 
-def initial_state(
-    args: argparse.Namespace, plan: LoadPlan, run_facts: dict[str, Any], order: SampleOrder
-) -> TrainState:
-    """The state to begin from: that of the resumed checkpoint, if this run goes on with the same things."""
-    if plan.resume_path is None:
-        if not args.continue_data:
-            return TrainState()
-        state = _continued_state(plan, run_facts, order, num_epochs=args.num_epochs)
-        run_facts["first_sample"] = state.epoch * order.num_samples + state.sample_start_index
-        return state
-    state, saved = plan.read_states()
-    run_facts["first_sample"] = saved.get("first_sample") or 0
-    weights_alone = f"or take its weights alone: --load_checkpoint {plan.model_path}"
+def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, order: SampleOrder) -> Start:
+    """Where the run begins: at `saved`, if what decides its data and its weights is unchanged.
+
+    Raises:
+        UserError: something changed, or the data is read to its end.
+    """
+    if saved is None:
+        return Start(TrainState())
+    if config.source.checkpoint is None:
+        state = _continued_state(saved, facts, order, num_epochs=config.recipe.num_epochs)
+        return Start(state, state.epoch * order.num_samples + state.sample_start_index, saved)
+    entries = facts.entries()
     for name, flag in RESUMED_FACTS.items():
-        if saved.get(name) != run_facts[name]:
+        if saved.entries.get(name) != entries[name]:
             raise UserError(
-                f"--load_checkpoint {plan.resume_path}: {difference(name, saved.get(name), run_facts[name])}; "
-                f"resume with the same {flag}, {weights_alone}"
+                f"--load_checkpoint {saved.folder}: {difference(name, saved.entries.get(name), entries[name])}; "
+                f"resume with the same {flag}, or take its weights alone: --load_checkpoint {config.source.weights}"
             )
-    _check_place(plan, state, order, first_sample=run_facts["first_sample"])
-    if state.epoch >= args.num_epochs:
-        raise UserError(f"--load_checkpoint {plan.resume_path}: is of epoch {state.epoch}, give a higher --num_epochs")
-    log_verdict(plan, state, saved, run_facts)
-    return state
+    _check_place(saved, order)
+    state = saved.state
+    if state.epoch >= config.recipe.num_epochs:
+        raise UserError(f"--load_checkpoint {saved.folder}: is of epoch {state.epoch}, give a higher --num_epochs")
+    log_verdict(saved, facts)
+    pending = bool(config.evaluation.sets) and was_interrupted(saved)
+    return Start(state, saved.first_sample, saved, resumes=True, eval_pending=pending)
 
 
-def _check_place(plan: LoadPlan, state: TrainState, order: SampleOrder, *, first_sample: int) -> None:
-    """Raise a UserError for a place that a run on this data cannot have come to."""
+def is_done(config: TrainConfig, start: Start, order: SampleOrder) -> bool:
+    """Whether --resume auto found the last checkpoint of its run, of which only the model may be unpublished."""
+    state, recipe = start.state, config.recipe
+    at_end = state.epoch == recipe.num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
+    return config.source.is_newest and (at_end or state.step == recipe.max_steps) and not start.eval_pending
+
+
+def _check_place(saved: SavedRun, order: SampleOrder) -> None:
+    """Raise a UserError for a position that a run on this data cannot have reached."""
+    state = saved.state
     place = state.epoch * order.num_samples + state.sample_start_index
-    if state.sample_start_index > order.num_samples or first_sample + state.samples_seen > place:
+    if state.sample_start_index > order.num_samples or saved.first_sample + state.samples_seen > place:
         raise UserError(
-            f"{plan.resume_path}/running_states.json: epoch {state.epoch:,}, sample {state.sample_start_index:,}, "
-            f"{state.samples_seen:,} samples read is no place in data of {order.num_samples:,} samples; resume from "
-            f"another checkpoint"
+            f"{saved.folder / STATES_NAME}: epoch {state.epoch:,}, sample {state.sample_start_index:,}, "
+            f"{state.samples_seen:,} samples read is no place in data of {order.num_samples:,} samples"
+            f"{OTHER_CHECKPOINT}"
         )
 
 
-def _continued_state(plan: LoadPlan, now: dict[str, Any], order: SampleOrder, *, num_epochs: int) -> TrainState:
-    """The state of a new run that goes on in the data where another one, whose weights it takes, had come to.
-
-    Args:
-        now: the facts of this run, of which DATA_FACTS must be as they were.
+def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, num_epochs: int) -> TrainState:
+    """The state of a new run that continues in the data where `saved` stopped, whose weights it loads.
 
     Raises:
-        UserError: they are not, or the data is read to its end.
+        UserError: one of DATA_FACTS changed, or the data is read to its end.
     """
-    earlier = replace(plan, resume_path=str(Path(plan.model_path).parent))
-    state, saved = earlier.read_states()
+    entries = facts.entries()
     for name in DATA_FACTS:
-        if saved.get(name) != now[name]:
+        if saved.entries.get(name) != entries[name]:
             raise UserError(
-                f"--continue_data: {difference(name, saved.get(name), now[name])}, so there is no place in the data to "
-                f"go on from; give the data as it was, or leave the flag out"
+                f"--continue_data: {difference(name, saved.entries.get(name), entries[name])}, so there is no place in "
+                f"the data to go on from; give the data as it was, or leave the flag out"
             )
-    _check_place(earlier, state, order, first_sample=saved.get("first_sample") or 0)
-    place = TrainState(epoch=state.epoch, sample_start_index=state.sample_start_index)
+    _check_place(saved, order)
+    place = TrainState(epoch=saved.state.epoch, sample_start_index=saved.state.sample_start_index)
     if order.steps_after(place.sample_start_index) == 0:
-        place = TrainState(epoch=state.epoch + 1)
+        place = TrainState(epoch=saved.state.epoch + 1)
     if place.epoch >= num_epochs:
         raise UserError(
-            f"--continue_data: {earlier.resume_path} has read {state.epoch + 1} epochs of the data, all of it; give a "
+            f"--continue_data: {saved.folder} has read {saved.state.epoch + 1} epochs of the data, all of it; give a "
             f"higher --num_epochs, or leave the flag out to read it again"
         )
     logs.get_logger().info(
-        "Data: going on from %s, epoch %d, sample %s", earlier.resume_path, place.epoch, f"{place.sample_start_index:,}"
+        "Data: continuing after %s, epoch %d, sample %s", saved.folder, place.epoch, f"{place.sample_start_index:,}"
     )
     return place
 
 
-def make_schedule(
-    args: argparse.Namespace, plan: LoadPlan, state: TrainState, order: SampleOrder, *, owes_evaluation: bool
-) -> CosineSchedule:
+def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> CosineSchedule:
     """The learning rate over all steps of the run, those before a resume included.
 
     Raises:
-        UserError: no step is left, nor an evaluation to make up for.
+        UserError: no step is left, and no evaluation is pending.
     """
+    state, recipe, source = start.state, config.recipe, config.source
     steps_left = order.steps_after(state.sample_start_index)
-    steps_left += (args.num_epochs - state.epoch - 1) * order.steps_after(0)
-    if steps_left == 0 and not owes_evaluation:
+    steps_left += (recipe.num_epochs - state.epoch - 1) * order.steps_after(0)
+    if steps_left == 0 and not start.eval_pending:
         raise UserError(
-            f"--load_checkpoint {plan.resume_path}: its {args.num_epochs} epochs are trained, the model is in "
-            f"{plan.model_path}; give a higher --num_epochs to go on"
+            f"--load_checkpoint {source.checkpoint}: its {recipe.num_epochs} epochs are trained, the model is in "
+            f"{source.weights}; give a higher --num_epochs to go on"
         )
-    if state.step >= (args.max_steps or math.inf) + owes_evaluation:
+    most = recipe.max_steps or math.inf
+    if state.step >= most + start.eval_pending:
         raise UserError(
-            f"--load_checkpoint {plan.resume_path}: its step {state.step} is not before --max_steps {args.max_steps}, "
-            f"the model is in {plan.model_path}; give a higher --max_steps to go on"
+            f"--load_checkpoint {source.checkpoint}: its step {state.step} is not before --max_steps "
+            f"{recipe.max_steps}, the model is in {source.weights}; give a higher --max_steps to go on"
         )
-    total_steps = min(state.step + steps_left, args.max_steps or math.inf)
-    schedule = CosineSchedule(args.lr, total_steps, warmup_steps(args.warmup_steps, total_steps))
+    total_steps = min(state.step + steps_left, most)
+    schedule = CosineSchedule(config.engine.learning_rate, total_steps, warmup_steps(recipe.warmup_steps, total_steps))
     if schedule.warmup_steps >= total_steps:
         logs.get_logger().warning(
             "--warmup_steps %d: the run has %d steps, so the learning rate only rises",
             schedule.warmup_steps,
             total_steps,
         )
-    if plan.resume_path is not None:
-        _tell_changed_schedule(plan.read_schedule(), schedule)
+    if start.resumed is not None:
+        _log_changed_schedule(start.resumed.read_schedule(), schedule)
     return schedule
 
 
-def _tell_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> None:
+def _log_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> None:
     now = asdict(schedule)
     changed = [f"{name} {shown(saved.get(name))} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
-        logs.get_logger().warning("The learning rate goes on along another curve: %s", ", ".join(changed))
+        logs.get_logger().warning("The learning rate follows another curve from here on: %s", ", ".join(changed))
 
 
-def finish_again(
-    plan: LoadPlan, engine, *, keep_last: int | None, keep_every: int | None, card: Callable[[], str | None]
-) -> None:
-    """Do what a run that died after its last save left undone: remove old checkpoints, and publish the model."""
-    last = Path(plan.resume_path)
+def finish_again(saved: SavedRun, engine, saving: SaveConfig, *, card: Callable[[], str | None]) -> None:
+    """Do what a run that died after its last save left undone: publish the model, and remove old checkpoints."""
     with engine.first_rank_only() as first:
         if first:
-            publish_model(last, card())
-            checkpoint_files.remove_old(last, keep_last=keep_last, keep_every=keep_every)
-    logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", plan.resume_path)
+            publish_model(saved.folder, card())
+            checkpoint_files.remove_old(saved.folder, keep_last=saving.keep_last, keep_every=saving.keep_every)
+    logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", saved.folder)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.encoding.encoder import TOKENIZER_FILES
+from colossal_llama2.encoding.file_names import TOKENIZER_FILES
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.exported_configs import ModelConfigs, accepted_generation
 from colossal_llama2.model.loading import dtype_of

@@ -1,87 +1,62 @@
-"""What --eval_dataset names, opened and checked, and what measures the model on it."""
+"""The data of --eval_dataset, opened and checked, and the evaluator of a run."""
 
-import argparse
-from typing import Any
-
-from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets, target_bytes
-from colossal_llama2.dataset.read.prepared_data import (
-    check_lengths,
-    dataset_fingerprints,
-    load_tokenized_dataset,
-    without_names,
-)
+from colossal_llama2.dataset.read.eval_sets import target_bytes
+from colossal_llama2.dataset.read.prepared_data import check_lengths, dataset_fingerprints, load_parts, without_names
 from colossal_llama2.engine.engine import Engine
-from colossal_llama2.train.checkpointing.checkpointer import LoadPlan
-from colossal_llama2.train.evaluation.evaluator import (
-    Alarm,
-    Evaluator,
-    LoadedSet,
-    SilentEvaluator,
-    history_of,
-    is_cut_short,
-)
-from colossal_llama2.train.settings import flags
+from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory
+from colossal_llama2.train.checkpointing.resuming import Start
+from colossal_llama2.train.evaluation.evaluator import Alarm, Evaluator, LoadedSet, SilentEvaluator
+from colossal_llama2.train.settings.collating import make_collator
+from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.stepping.silent_reporter import SilentReporter
 from colossal_llama2.train.stepping.stopping import NoSignals
 
 
-def load_eval_sets(args: argparse.Namespace) -> list[LoadedSet]:
-    """The data of --eval_dataset, checked as that of --dataset is."""
-    sets = []
-    for name, path in resolve_eval_sets(args.eval_dataset):
-        flag = f"--eval_dataset {name}"
-        # Nothing is told by source and category there. Where documents end matters without --document_mask too.
-        mask = "auto" if args.document_mask == "off" else args.document_mask
-        samples = without_names(load_tokenized_dataset([path], mask, flag=flag))
-        check_lengths(samples, args.max_length, flag=flag)
-        sets.append(LoadedSet(name, samples, target_bytes(path)))
-    return sets
+def load_eval_sets(config: TrainConfig) -> list[LoadedSet]:
+    """The samples of each --eval_dataset. Raises UserError as for --dataset."""
+    loaded = []
+    # Document lengths matter without --document_mask too: a document's first token is not predicted.
+    mask = "auto" if config.data.document_mask == "off" else config.data.document_mask
+    for eval_set in config.evaluation.sets:
+        flag = f"--eval_dataset {eval_set.name}"
+        samples = without_names(load_parts([eval_set.path], mask, flag=flag))
+        check_lengths(samples, config.data.max_length, flag=flag)
+        loaded.append(LoadedSet(eval_set.name, samples, target_bytes(eval_set.path)))
+    return loaded
+
+
+def read_history(config: TrainConfig, start: Start) -> EvaluationHistory:
+    """The evaluations so far; a run without --eval_dataset keeps those of the checkpoint that it resumes."""
+    fingerprints = {eval_set.name: dataset_fingerprints([eval_set.path])[0] for eval_set in config.evaluation.sets}
+    return EvaluationHistory.after(start.resumed, fingerprints)
 
 
 def make_evaluator(
-    args: argparse.Namespace,
-    plan: LoadPlan,
+    config: TrainConfig,
     engine: Engine,
     sets: list[LoadedSet],
-    run_facts: dict[str, Any],
+    history: EvaluationHistory,
     *,
-    tokenizer_path: str,
-    owes: bool,
-    metrics: SilentReporter,
+    eval_pending: bool,
+    reporter: SilentReporter,
     stop: NoSignals,
 ) -> SilentEvaluator:
-    """What measures the model on --eval_dataset; checkpoints get what it finds.
+    """What evaluates the model on --eval_dataset while it trains.
 
     Args:
-        owes: whether it makes up for an evaluation, see `owes_evaluation`.
+        eval_pending: run the evaluation that a signal interrupted after the step at which the run begins.
     """
-    saved = plan.read_states()[1] if plan.resume_path is not None else {}
-    fingerprints = {one.name: dataset_fingerprints([one.path])[0] for one in resolve_eval_sets(args.eval_dataset)}
-    # Kept through a run that is not measured, too.
-    run_facts["evaluations"] = history_of(saved, fingerprints)
-    run_facts["eval_fingerprints"] = {**(saved.get("eval_fingerprints") or {}), **fingerprints}
     if not sets:
         return SilentEvaluator()
-    collator = flags.make_collator(args, tokenizer_path, keeps_apart=args.document_mask != "off")
+    settings = config.evaluation
     return Evaluator(
         engine,
         sets,
-        collator,
-        interval=args.eval_interval,
-        metrics=metrics,
-        history=run_facts["evaluations"],
+        make_collator(config, keeps_apart=config.data.document_mask != "off"),
+        interval=settings.interval,
+        reporter=reporter,
+        history=history,
         stop=stop,
-        makes_up=owes,
-        alarm=Alarm(alarm_limits(args), stops=args.on_forgetting == "stop"),
+        eval_pending=eval_pending,
+        alarm=Alarm(settings.limits, stops=settings.stops),
     )
-
-
-def owes_evaluation(args: argparse.Namespace, plan: LoadPlan) -> bool:
-    """Whether the run makes up for an evaluation that a signal has cut short in the one that it resumes."""
-    return bool(args.eval_dataset) and plan.resume_path is not None and is_cut_short(plan.read_states()[1])
-
-
-def alarm_limits(args: argparse.Namespace) -> dict[str, float]:
-    """--forgetting_alarm: by which share each set's bits per byte may rise."""
-    pairs = (word.rpartition("=") for word in args.forgetting_alarm or ())
-    return {name: float(limit) for name, _, limit in pairs}

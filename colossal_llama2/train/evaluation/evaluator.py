@@ -1,18 +1,18 @@
 """How well a model predicts held-out text while it trains: loss per token, perplexity and bits per byte.
 
-Bits per byte do not depend on how a tokenizer cuts the text, so they can be compared across vocabularies:
+Bits per byte do not depend on the tokenizer, so they can be compared across vocabularies:
 
-    sum of -log2 p over the predicted tokens / UTF-8 bytes of the text that these tokens stand for
+    sum of -log2 p over the predicted tokens / UTF-8 bytes of the text behind these tokens
 
-Predicted are all tokens that carry a loss (labels other than -100) but the first of a piece of a document, with or
-without a document mask: that is `<s>`, which is no text, or the first token of a later piece of a cut document. `</s>`
-is predicted and has no bytes: what it costs to say where a text ends is a part of the text's cost. The bytes are those
-of the text as it was given (see `tokenizer.text_bytes`), and are counted when the data is prepared.
+All tokens with a loss (labels other than -100) are predicted, except the first token of each piece of a document, with
+or without a document mask: that is `<s>`, which is no text, or the first token of a later piece of a cut document.
+`</s>` is predicted and has no bytes, since marking the end of a text is a part of its cost. The bytes are those of the
+original text (see `encoding.text_bytes`), and are counted when the data is prepared.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.read.batch import Batch, Collator
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.neftune import NoNoise
+from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory, Figures
 from colossal_llama2.train.stepping.pipeline import pipeline_loss
 from colossal_llama2.train.stepping.silent_reporter import SilentWriter
 from colossal_llama2.train.stepping.state import TrainState
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
     from colossal_llama2.engine.engine import Engine
 
-# What is measured of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}.
-Figures = dict[str, dict[str, float]]
-
 
 @dataclass(frozen=True)
 class LoadedSet:
@@ -44,7 +42,7 @@ class LoadedSet:
 
     Attributes:
         samples: as `load_tokenized_dataset` gives them.
-        target_bytes: of the text that they predict; None if unknown.
+        target_bytes: UTF-8 bytes of the text that they predict; None if unknown.
     """
 
     name: str
@@ -54,70 +52,38 @@ class LoadedSet:
 
 @dataclass(frozen=True)
 class Alarm:
-    """By which share of its first value a set's figure may rise, and whether the run ends if it rises by more."""
+    """By which share of its first value each set's figure may rise, and whether the run ends if it rises further."""
 
-    limits: dict[str, float]
+    limits: Mapping[str, float]
     stops: bool = False
 
 
-def history_of(saved: dict[str, Any], fingerprints: dict[str, str]) -> list[dict[str, Any]]:
-    """The evaluations that a resumed checkpoint tells, but for those of a name that stands for other samples now.
-
-    Args:
-        saved: its running_states.json.
-        fingerprints: of the samples of each name now.
-    """
-    before = saved.get("eval_fingerprints") or {}
-    others = {name for name, value in fingerprints.items() if before.get(name, value) != value}
-    for name in sorted(others):
-        logs.get_logger().warning("--eval_dataset %s: other samples than before, so it is compared from here on", name)
-    history = []
-    for entry in saved.get("evaluations") or ():
-        # One that was cut short has no figures, and goes.
-        figures = {name: values for name, values in entry["figures"].items() if name not in others}
-        if figures:
-            history.append({"step": entry["step"], "figures": figures})
-    return history
-
-
-def is_cut_short(saved: dict[str, Any]) -> bool:
-    """Whether a signal cut short the evaluation of the step that a checkpoint was written after."""
-    history = saved.get("evaluations")
-    return bool(history) and not history[-1]["figures"]
-
-
 class SilentEvaluator:
-    """Of a run that is not measured."""
-
-    history: Sequence[dict[str, Any]] = ()
+    """No-op evaluator, used without --eval_dataset."""
 
     def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
-        """Measure the model that the run begins with, unless the run that it resumes has done so.
+        """Evaluate the model that the run begins with, unless the run that it resumes has done so.
 
         Args:
-            run_ends: no step is left, the run makes up for an evaluation and ends.
+            run_ends: no step is left; the run only completes a pending evaluation.
+            save_now: saves a checkpoint and returns its folder.
 
         Raises:
-            RunError: as `after_step`, if it makes up for an evaluation.
+            RunError: as `after_step`, after a pending evaluation.
         """
 
     def after_step(
         self, state: TrainState, *, epoch_ends: bool, run_ends: bool, save_now: Callable[[TrainState], Any]
     ) -> None:
-        """Measure it if that is due.
+        """Evaluate the model if that is due.
 
         Raises:
-            RunError: on all ranks, if the old language is forgotten and the run shall end then; it is saved.
+            RunError: on all ranks, if a figure has risen beyond its limit and the alarm ends the run, which is saved.
         """
 
 
 class Evaluator(SilentEvaluator):
-    """Measures all sets when it is due. All ranks call its methods together.
-
-    Attributes:
-        history: what was measured, [{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}, ...]; a resumed run begins
-            with that of its checkpoint. An evaluation that a signal cut short has no figures, and is the last.
-    """
+    """Evaluates all sets when that is due. All ranks call its methods together."""
 
     def __init__(
         self,
@@ -127,26 +93,27 @@ class Evaluator(SilentEvaluator):
         *,
         interval: int | None,
         alarm: Alarm,
-        metrics: SilentWriter,
-        history: list[dict[str, Any]],
+        reporter: SilentWriter,
+        history: EvaluationHistory,
         stop: NoSignals,
-        makes_up: bool = False,
+        eval_pending: bool = False,
     ):
         """
         Args:
-            interval: in optimizer steps; None for the ends of epochs alone, which are measured in any case.
-            makes_up: for an evaluation of the step at which the run begins, which was cut short.
+            interval: in optimizer steps; None evaluates at the ends of epochs alone, which is done in any case.
+            history: the evaluations so far; each one is added to it.
+            eval_pending: evaluate again at the step at which the run begins, since a signal interrupted that.
         """
         self._engine, self._sets, self._collator, self._interval = engine, sets, collator, interval
-        self._alarm, self._metrics, self.history = alarm, metrics, history
-        self._stop, self._makes_up = stop, makes_up
+        self._alarm, self._reporter, self._history = alarm, reporter, history
+        self._stop, self._eval_pending = stop, eval_pending
         self._alarmed: list[str] = []
 
     def before_training(self, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]) -> None:
-        names = {name for entry in self.history for name in entry["figures"]}
-        if self._makes_up:
+        names = self._history.names()
+        if self._eval_pending:
             self._judge(self._measure(state.step), state, run_ends=run_ends, save_now=save_now)
-        elif any(one.name not in names for one in self._sets):
+        elif any(eval_set.name not in names for eval_set in self._sets):
             self._measure(state.step)
 
     def after_step(
@@ -176,32 +143,32 @@ class Evaluator(SilentEvaluator):
             )
 
     def _measure(self, step: int) -> Figures | None:
-        """The figures of all sets; None if a signal came, which ends the run as soon as what is trained is saved."""
+        """The figures of all sets; None if a signal came, after which the run saves and ends."""
         figures: Figures = {}
-        for one in self._sets:
-            start = time.monotonic()
-            sums = summed_loss(self._engine, one.samples, self._collator, stop=self._stop)
+        for eval_set in self._sets:
+            start, name = time.monotonic(), eval_set.name
+            sums = summed_loss(self._engine, eval_set.samples, self._collator, stop=self._stop)
             if sums is None:
-                self._leave_unfinished(step)
+                self._interrupt(step)
                 return None
             nats, predicted = sums
             if predicted == 0:
-                raise UserError(f"--eval_dataset {one.name}: none of its tokens is to be predicted; give other data")
-            figures[one.name] = figures_of(nats, predicted, one.target_bytes)
-            self._tell(step, one.name, figures[one.name], time.monotonic() - start)
-        self.history.append({"step": step, "figures": figures})
-        names = {f"Evaluation/{name}/{key}": v for name, values in figures.items() for key, v in values.items()}
-        self._metrics.write(step, names)
+                raise UserError(f"--eval_dataset {name}: none of its tokens is to be predicted; give other data")
+            figures[name] = figures_of(nats, predicted, eval_set.target_bytes)
+            self._log(step, name, figures[name], time.monotonic() - start)
+        self._history.add(step, figures)
+        named = {f"Evaluation/{name}/{key}": v for name, values in figures.items() for key, v in values.items()}
+        self._reporter.write(step, named)
         return figures
 
-    def _leave_unfinished(self, step: int) -> None:
-        """Note it for the checkpoint; there is none of step 0."""
-        self.history.append({"step": step, "figures": {}})
-        later = ", and made up for when the run is resumed" if step else ""
-        logs.get_logger().info("step %d: a signal came, so the evaluation is left unfinished%s", step, later)
+    def _interrupt(self, step: int) -> None:
+        """Record for the checkpoint that the evaluation is pending; step 0 has no checkpoint."""
+        self._history.add(step, {})
+        later = "; a resumed run will repeat it" if step else ""
+        logs.get_logger().info("step %d: a signal interrupted the evaluation%s", step, later)
 
-    def _tell(self, step: int, name: str, figures: dict[str, float], seconds: float) -> None:
-        key, first = self._first(name, figures)
+    def _log(self, step: int, name: str, figures: dict[str, float], seconds: float) -> None:
+        key, first = self._history.first(name, figures)
         since = f", {figures[key] / first - 1:+.2%} since the first" if first else ""
         bits = f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else ""
         logs.get_logger().info(
@@ -215,22 +182,13 @@ class Evaluator(SilentEvaluator):
             seconds,
         )
 
-    def _first(self, name: str, now: dict[str, float]) -> tuple:
-        """Which figure of a set is compared with that of `now`, and its first value, None if there is none yet."""
-        for entry in self.history:
-            if name in entry["figures"]:
-                figures = entry["figures"][name]
-                key = "bits_per_byte" if "bits_per_byte" in figures.keys() & now.keys() else "loss"
-                return key, figures[key]
-        return "loss", None
-
     def _risen(self, figures: Figures) -> dict[str, str]:
-        """The sets whose figure has risen too far, each with a sentence that says so."""
+        """The sets whose figure has risen beyond its limit, each with a sentence for the user."""
         risen = {}
         for name, limit in self._alarm.limits.items():
-            key, first = self._first(name, figures[name])
+            key, first = self._history.first(name, figures[name])
             now = figures[name][key]
-            # Not "now > ...", which a NaN is not.
+            # Not "now > ...", which is False for NaN.
             if not now <= first * (1 + limit):
                 risen[name] = (
                     f"--forgetting_alarm {name}={limit:g}: {key.replace('_', ' ')} of {name} went from {first:.4f} "
@@ -253,23 +211,23 @@ def summed_loss(
 ) -> tuple[float, int] | None:
     """The model's loss on all samples.
 
-    The samples are dealt to the data-parallel ranks, all of which make the same number of forward passes, some of
-    them on a sample that does not count. Training goes on afterwards as if nothing had been.
+    The samples are divided among the data-parallel ranks. All of these run the same number of forward passes, some of
+    them on a sample that does not count. Training is unaffected.
 
     Returns:
-        Sum over the predicted tokens, in nats, and their number; over all ranks. None if a signal came to one of them.
+        The sum over the predicted tokens of all ranks, in nats, and their number. None if a signal came to a rank.
     """
     nats, predicted = 0.0, 0
     with engine.evaluating():
         for batch in _share(engine, samples, collator):
-            # Hosts ask each other, without their GPUs. One that stopped by itself would be waited for.
+            # Agreed on by the hosts, without their GPUs: the others would wait for a rank that stopped by itself.
             if agreed_signal(engine.sum_over_data(stop.received(), known_to_host=True)) is not None:
                 return None
             predicted += batch.predicted
             if engine.is_pipelined:
                 nats += pipeline_loss(engine, [batch], noise=NoNoise(), step=0, predicted=engine.data_size)
             else:
-                # Added up on the device, so that the host need not wait for each batch; in float64, which adds nothing.
+                # Summed on the device, so that the host does not wait for each batch; float64 makes this exact enough.
                 nats = nats + weighted_loss(engine, batch, batch.predicted).double()
     total, count = engine.sum_over_data([float(nats), predicted])
     return total, round(count)
@@ -288,7 +246,7 @@ def _share(engine: "Engine", samples: "datasets.Dataset", collator: Collator) ->
 
 
 def _masked(batch: Batch, counts: np.ndarray) -> Batch:
-    """The same batch, of which only some rows predict anything."""
+    """The same batch, with labels only in the rows that count."""
     from dataclasses import replace
 
     import torch

@@ -21,7 +21,6 @@ are of the epoch in which the run begins, from there on, and null if it reads no
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,8 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.tables import table_lines
 from colossal_llama2.terminal_text import visible_line
-from colossal_llama2.train.run_folder.checkpoint_files import PLAN_NAME
+from colossal_llama2.train.run_folder.file_names import PLAN_NAME
+from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 
 if TYPE_CHECKING:
@@ -324,11 +324,11 @@ def _bucket_list(numbers: Sequence[int]) -> str:
     return f"bucket{'s' if len(numbers) > 1 else ''} {', '.join(texts)}"
 
 
-def tell_and_save(content: dict[str, Any], save_dir: str) -> None:
-    """Log the plan and write it to `save_dir`, in place of an earlier one."""
+def log_and_save(content: dict[str, Any], folder: RunFolder) -> None:
+    """Log the plan and write it to the run's folder, in place of an earlier one."""
     for line in plan_lines(content):
         logs.get_logger().info("%s", line)
-    replace_file(Path(save_dir, PLAN_NAME), to_json(content).encode())
+    replace_file(folder.data_plan, to_json(content).encode())
 
 
 def plan_lines(content: dict[str, Any]) -> Iterator[str]:

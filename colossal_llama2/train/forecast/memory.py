@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from colossal_llama2.engine.engine import PLUGINS, gemini_arguments
+from colossal_llama2.engine.plugins import Gemini, Plugin, plugin_of
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.train.forecast import activations
 from colossal_llama2.train.forecast.activations import FLOAT32, MicroBatch, ModelShape, StageShape
@@ -54,6 +54,11 @@ class Plan:
     on_cpu: bool
 
     @property
+    def plugin(self) -> Plugin:
+        """The plugin that splits the model."""
+        return plugin_of(self.settings)
+
+    @property
     def element(self) -> int:
         """Bytes of a number in the working precision."""
         return FLOAT32 if self.settings.precision == "fp32" else 2
@@ -73,7 +78,7 @@ class Plan:
         settings = self.settings
         is_split = settings.sp_mode in ("split_gather", "ring")
         # ColossalAI's attention gives PyTorch's kernels a mask even where it is causal and no more (attn.py:186).
-        makes_mask = settings.uses_colossal_attention and not self.on_cpu
+        makes_mask = self.plugin.replaces_attention and not self.on_cpu
         return MicroBatch(
             samples=settings.microbatch_size if settings.pp_size > 1 else settings.micro_batch_size,
             length=self.max_length,
@@ -170,9 +175,8 @@ def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: i
 def _placed(device: dict[str, dict[str, int]], constant: dict[str, int], plan: Plan) -> RankMemory:
     """Put together what changes and what stays, and move to the host what lies there."""
     host = {}
-    offloaded = {"zero2_cpu": ("master weights", "optimizer"), "gemini_auto": ("master weights", "optimizer")}
     if not plan.on_cpu:
-        host = {part: constant[part] for part in offloaded.get(plan.settings.plugin, ())}
+        host = {part: constant[part] for part in plan.plugin.offloaded}
     here = {part: size for part, size in constant.items() if part not in host}
     moments = {}
     for name, parts in device.items():
@@ -256,7 +260,7 @@ class _ZeroKeeper(_Keeper):
 
     def __init__(self, stage: StageShape, plan: Plan):
         super().__init__(stage, plan)
-        self.splits = plan.settings.zero_stage == 2 or not PLUGINS[plan.settings.plugin].is_hybrid
+        self.splits = plan.plugin.zero_stage == 2
         self.shards, self.buckets = plan.shards, 0
         self.shard = sum(-(-size // self.shards) for _, size in self.weights)
         # Stage 1 lets gradients be until the last micro batch; stage 2 reduces and adds each.
@@ -362,9 +366,9 @@ class _GeminiKeeper(_Keeper):
         super().__init__(stage, plan)
         self.shards, self.reuses = plan.shards, plan.settings.accumulation_steps == 1
         sizes = [size for _, size in self.weights]
-        self.is_auto = plan.settings.plugin == "gemini_auto"
-        policy = "auto" if self.is_auto else "static"
-        arguments = gemini_arguments(plan.settings, parameters=self.all, on_cpu=plan.on_cpu, policy=policy)
+        assert isinstance(plan.plugin, Gemini)
+        self.is_auto = plan.plugin.policy == "auto"
+        arguments = plan.plugin.arguments(parameters=self.all, on_cpu=plan.on_cpu)
         self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
         # Backward takes the weights of a name from the last one on.
@@ -499,9 +503,9 @@ def _places(sizes: Sequence[int], chunks: Sequence[int]) -> list[int]:
     return places
 
 
+# By `Plugin.zero_stage`. Gemini is the one plugin that splits the weights too.
+KEEPERS: dict[int, type[_Keeper]] = {0: _Keeper, 1: _ZeroKeeper, 2: _ZeroKeeper, 3: _GeminiKeeper}
+
+
 def _keeper(stage: StageShape, plan: Plan) -> _Keeper:
-    if PLUGINS[plan.settings.plugin].is_gemini:
-        return _GeminiKeeper(stage, plan)
-    if PLUGINS[plan.settings.plugin].is_hybrid and plan.settings.zero_stage == 0:
-        return _Keeper(stage, plan)
-    return _ZeroKeeper(stage, plan)
+    return KEEPERS[plan.plugin.zero_stage](stage, plan)

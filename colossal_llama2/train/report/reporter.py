@@ -1,7 +1,7 @@
-"""What a run shows of itself: TensorBoard, train_log.jsonl, and a bar or lines, all by one object, on rank 0.
+"""Reports each step of a run, on rank 0: to TensorBoard, train_log.jsonl, and a progress bar or lines.
 
-Nothing here waits for a GPU. Loss and gradient norm are there when a step ends, since the loop itself needs them; a
-GPU's times are read when the next step is through, by which it has reached their marks.
+Nothing here waits for a GPU. Loss and gradient norm are known when a step ends, since the loop itself needs them. The
+times of a GPU are read one step later, when it has reached the events that mark them.
 """
 
 import contextlib
@@ -17,20 +17,21 @@ from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memo
 from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.train.report import train_log
 from colossal_llama2.train.report.metric_writers import TensorBoardWriter
+from colossal_llama2.train.report.run_report import RunReport
 from colossal_llama2.train.report.train_log import TrainLog, evaluation_record
 from colossal_llama2.train.run_folder import run_outputs
+from colossal_llama2.train.settings.config import ReportConfig
+from colossal_llama2.train.settings.model_source import ModelSource
 from colossal_llama2.train.stepping.silent_reporter import SilentReporter, SilentWriter
+from colossal_llama2.train.stepping.state import TrainState
 from colossal_llama2.train.stepping.step_timer import Mark, StepTimer, seconds_of
 
 if TYPE_CHECKING:
     from colossal_llama2.dataset.read.order import SampleOrder
     from colossal_llama2.engine.engine import Engine
     from colossal_llama2.engine.loss_tally import LossTally
-    from colossal_llama2.train.checkpointing.checkpointer import LoadPlan
-    from colossal_llama2.train.report.run_report import RunReport
-    from colossal_llama2.train.stepping.state import TrainState
 
-# Of train_log.jsonl to TensorBoard.
+# Key in train_log.jsonl -> tag in TensorBoard.
 SCALARS = {
     "loss": "Loss",
     "lr": "Learning Rate",
@@ -49,7 +50,7 @@ FAMILIES = {"seconds": "Seconds", "loss_by_source": "Loss by Source", "loss_by_c
 
 
 class Reporter(SilentReporter):
-    """Shows all that is known."""
+    """Reports everything. For rank 0."""
 
     def __init__(
         self,
@@ -64,10 +65,10 @@ class Reporter(SilentReporter):
     ):
         """
         Args:
-            groups: (source, category) of each group whose loss a StepResult tells, in its order.
-            bucket_of: the bucket in which the sample at a place of any epoch is, both counted from 0.
-            flops_per_token: of samples of so many tokens.
-            peak_flops: what all ranks together can do in a second; None if that is not known.
+            groups: (source, category) of each group in StepResult.by_group, in its order.
+            bucket_of: position of a sample in any epoch -> its bucket, both counted from 0.
+            flops_per_token: tokens of a sample -> model FLOPs of each of them.
+            peak_flops: peak of all ranks together in FLOPs per second; None if unknown.
         """
         self._writer, self._log, self._progress, self._groups = writer, log, progress, groups
         self._bucket_of, self._flops_per_token, self._peak_flops = bucket_of, flops_per_token, peak_flops
@@ -98,7 +99,7 @@ class Reporter(SilentReporter):
         self._progress.update(**shown(record))
 
     def _by_name(self, by_group: Sequence[float]) -> dict[str, dict[str, float]]:
-        """The mean loss over the tokens of each source and of each category that the step has some of."""
+        """The mean loss over the tokens of each source and of each category in the step."""
         sums, counts = by_group[: len(self._groups)], by_group[len(self._groups) :]
         means = {}
         for column, name in enumerate(("loss_by_source", "loss_by_category")):
@@ -107,7 +108,7 @@ class Reporter(SilentReporter):
         return means
 
     def _settle(self) -> None:
-        """Write down the steps whose times can be read."""
+        """Write the records of the steps whose times can be read."""
         for record, marks in self._late:
             record["seconds"] = {part: round(value, 6) for part, value in seconds_of(marks).items()}
             self._log.write(record)
@@ -135,7 +136,7 @@ class Reporter(SilentReporter):
         self._writer.write(step, {"Seconds/save": seconds})
 
     def close(self) -> None:
-        # Where a GPU has failed, that is told already.
+        # The failure of a GPU is reported already.
         with contextlib.suppress(RuntimeError):
             self._settle_all()
         self._log.close()
@@ -143,7 +144,7 @@ class Reporter(SilentReporter):
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The figures of a step's line as TensorBoard names them."""
+    """The figures of a step's record under their tags in TensorBoard."""
     figures = {SCALARS[key]: record[key] for key in SCALARS if record.get(key) is not None}
     for key, family in FAMILIES.items():
         shown_as = category_name if key == "loss_by_category" else str
@@ -152,7 +153,7 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
 
 
 def shown(record: dict[str, Any]) -> dict[str, str]:
-    """What bar and lines tell of a step, the most important first: a narrow terminal cuts the end."""
+    """The figures of a step for the bar and lines, the most important first: a narrow terminal cuts the end."""
     figures = {
         "loss": "no trained token" if record["loss"] is None else f"{record['loss']:.4f}",
         "lr": f"{record['lr']:.2e}",
@@ -177,11 +178,11 @@ def short_count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def told_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups | None:
-    """The groups whose losses are told apart, if they can be; begins the tally. Why they cannot be is said, once."""
+def loss_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups | None:
+    """The (source, category) pairs whose losses are reported apart; begins the tally. None, with the reason logged."""
     reason = None
     if amounts is None:
-        reason = "the data does not say where documents come from, or they are not kept apart"
+        reason = "the data does not record where documents come from, or they are not kept apart"
     elif len(amounts) > MAX_GROUPS:
         reason = f"the data has {len(amounts)} pairs of them, more than {MAX_GROUPS}"
     reason = reason or tally.unfed
@@ -196,29 +197,28 @@ def told_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups 
 def reporting(
     *,
     engine: "Engine",
-    state: "TrainState",
-    report: "RunReport",
-    plan: "LoadPlan",
+    state: TrainState,
+    report: RunReport,
+    source: ModelSource,
     order: "SampleOrder",
     parameters: int,
-    tensorboard_dir: str,
-    peak_tflops: float | None,
+    settings: ReportConfig,
 ) -> Iterator[SilentReporter]:
-    """What shows a run that goes on from `state`; at its end, however that comes, the report's files are written.
+    """A reporter of the run from `state` on. The report's files are written at the end, also after an error.
 
-    Called on all ranks, and raised on all if the first cannot begin its files.
+    Called on all ranks; an error on the first while it opens its files is raised on all.
     """
     with engine.first_rank_only() as first:
         if first:
-            config = llama_config(Path(plan.model_path))
-            is_new = plan.resume_path is None
-            log = TrainLog(train_log.begin(report.save_dir, last_step=state.step, resumed_from=plan.resume_path))
-            events_dir = run_outputs.claim_events_folder(tensorboard_dir, save_dir=report.save_dir)
+            config = llama_config(Path(source.weights))
+            is_new = source.checkpoint is None
+            log = TrainLog(train_log.begin(report.folder, last_step=state.step, resumed_from=source.checkpoint))
+            events_dir = run_outputs.claim_events_folder(settings.tensorboard_dir, run_folder=report.folder)
             writer = TensorBoardWriter(str(events_dir), last_step=-1 if is_new else state.step)
     if not first:
         yield SilentReporter()
         return
-    peak = known_peak(peak_tflops)
+    peak = known_peak(settings.peak_tflops)
     with contextlib.ExitStack() as parts:
         parts.callback(report.write_files)
         progress = logs.progress(

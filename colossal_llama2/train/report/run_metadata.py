@@ -1,50 +1,77 @@
-"""What a run says of itself: in its checkpoints, in its settings, and in its first lines."""
+"""Facts about a run for its checkpoints and settings, and the first lines that it logs."""
 
-import argparse
 import contextlib
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import __version__, logs
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.prepared_data import dataset_fingerprints
-from colossal_llama2.dataset.read.sources import Data
-from colossal_llama2.encoding.encoder import fingerprint
+from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.settings import Ranks
-from colossal_llama2.model.loading import ModelFacts
-from colossal_llama2.train.checkpointing import resuming
-from colossal_llama2.train.settings import flags
+from colossal_llama2.model.loading import CONFIG_FILE, ModelFacts
+from colossal_llama2.storage.files import read_json
+from colossal_llama2.train.checkpointing.run_facts import NUMERICS, RunFacts
+from colossal_llama2.train.settings.config import TrainConfig
+from colossal_llama2.train.settings.model_source import has_tokenizer
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 
-def describe_run(
-    args: argparse.Namespace, engine: Ranks, order: SampleOrder, tokenizer_path: str, data: Data
-) -> dict[str, Any]:
-    """What running_states.json says of the whole run."""
-    return {
-        "num_samples": order.num_samples,
-        "dataset_fingerprints": dataset_fingerprints(data.paths),
+
+def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, *, base_model: str) -> RunFacts:
+    """The facts of a run that begins at the first sample, see RunFacts.with_first_sample."""
+    source, data = config.source, config.data.parts
+    rows = ranks.settings.trained_rows
+    return RunFacts(
+        num_samples=order.num_samples,
+        dataset_fingerprints=dataset_fingerprints(data.paths),
         **data.facts(),
-        "tokenizer": fingerprint(tokenizer_path),
-        "pretrained_tokenizer": fingerprint(args.pretrained) if flags.has_tokenizer(args.pretrained) else None,
-        "model_shape": resuming.model_shape(args.pretrained),
-        "seed": order.seed,
-        "freeze_non_embeds_params": flags.trains_embeddings_alone(args),
-        "trained_rows": engine.settings.trained_rows and [list(borders) for borders in engine.settings.trained_rows],
-        "world_size": engine.world_size,
-        "data_parallel_size": engine.data_size,
-        "numerics": resuming.NUMERICS,
-        "layout": resume_state.layout(engine),
-        "settings": vars(args),
-        "versions": versions(),
-        "machine": resuming.machine(),
-    }
+        tokenizer=fingerprint(source.tokenizer),
+        pretrained_tokenizer=fingerprint(source.pretrained) if has_tokenizer(source.pretrained) else None,
+        model_shape=model_shape(source.pretrained),
+        seed=order.seed,
+        freeze_non_embeds_params=ranks.settings.embeddings_only,
+        trained_rows=rows and [list(borders) for borders in rows],
+        world_size=ranks.world_size,
+        data_parallel_size=ranks.data_size,
+        numerics=NUMERICS,
+        layout=resume_state.layout(ranks),
+        settings=dict(config.flags),
+        versions=versions(),
+        machine=machine(),
+        base_model=base_model,
+    )
+
+
+def model_shape(path: str) -> dict[str, Any]:
+    """The sizes in a model's config.json that decide the shapes of its weights."""
+    config = read_json(Path(path, CONFIG_FILE))
+    return {key: config.get(key) for key in SHAPE_KEYS}
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of a sum depend on besides software: the device, and on a CPU its threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "threads": None}
+    return {"device": "cpu", "threads": torch.get_num_threads()}
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, by name; None for a kernel that is not installed."""
+    """Versions of the software that a result depends on, by name; None for a kernel that is not installed."""
     found = {name: metadata.version(name) for name in ("colossalai", "torch", "transformers", "datasets")}
     kernels: dict[str, str | None] = dict.fromkeys(("flash-attn", "liger-kernel"))
     for name in kernels:
@@ -53,28 +80,30 @@ def versions() -> dict[str, str | None]:
     return {**found, **kernels, "python": platform.python_version(), "colossal_llama2": __version__}
 
 
-def tell_plan(
-    args: argparse.Namespace, engine: Ranks, order: SampleOrder, schedule: CosineSchedule, facts: ModelFacts
-) -> None:
-    """Log what the run is going to do."""
-    batch = order.samples_per_micro_step * args.accumulation_steps
+def log_sizes(config: TrainConfig, ranks: Ranks, model: ModelFacts) -> None:
+    """Log the sizes of the model and of the job."""
     logs.get_logger().info(
         "%.1f M parameters, vocabulary %d; plugin %s, %s; %d processes, data parallel over %d",
-        facts.parameters / 1e6,
-        facts.vocab_size,
-        args.plugin,
-        args.mixed_precision,
-        engine.world_size,
-        engine.data_size,
+        model.parameters / 1e6,
+        model.vocab_size,
+        config.engine.plugin,
+        config.engine.precision,
+        ranks.world_size,
+        ranks.data_size,
     )
+
+
+def log_steps(config: TrainConfig, ranks: Ranks, order: SampleOrder, schedule: CosineSchedule) -> None:
+    """Log the numbers of samples and steps."""
+    accumulated = config.engine.accumulation_steps
     logs.get_logger().info(
         "%d samples; epochs: %d; samples a step: %d (%d per rank x %d ranks x %d accumulated); steps: %d, warm-up: %d",
         order.num_samples,
-        args.num_epochs,
-        batch,
-        args.micro_batch_size,
-        engine.data_size,
-        args.accumulation_steps,
+        config.recipe.num_epochs,
+        order.samples_per_micro_step * accumulated,
+        config.engine.micro_batch_size,
+        ranks.data_size,
+        accumulated,
         schedule.total_steps,
         schedule.warmup_steps,
     )

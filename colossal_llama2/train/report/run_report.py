@@ -1,10 +1,9 @@
-"""What a run leaves beside its checkpoints, and in its model: settings, environment, the loss curve, the model card."""
+"""The reports of a run beside its checkpoints (settings, environment, loss curve), and the card of its model."""
 
 import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
@@ -14,49 +13,44 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.train.report import loss_plot, model_card, train_log
 from colossal_llama2.train.run_folder import run_outputs
-from colossal_llama2.train.run_folder.checkpoint_files import LOG_NAME, REPORT_NAMES
-
-SETTINGS_NAME, ENVIRONMENT_NAME, PLOT_NAME = REPORT_NAMES
+from colossal_llama2.train.run_folder.file_names import REPORT_NAMES
+from colossal_llama2.train.run_folder.run_folder import RunFolder
 
 
 @dataclass
 class RunReport:
-    """Knows what is the same all through a run.
+    """What stays the same during a run, and is reported at its end.
 
     Attributes:
-        settings: what --config_file holds.
-        environment: what `environment` gave.
-        amounts: how much data of each source and category there is; None if the data does not say.
+        settings: the content of --config_file.
+        environment: see `environment`.
+        amounts: documents and tokens of each source and category; None if the data does not record them.
         base_model: the name of the model that the weights come from.
-        sources: names of the folders of --dataset.
+        sources: names of the sources of --dataset.
     """
 
-    save_dir: str
+    folder: RunFolder
     settings: dict[str, Any]
     environment: dict[str, Any]
     amounts: list[Amount] | None
     base_model: str
     sources: Sequence[str] = ()
 
-    def know_steps(self, total_steps: int, warmup_steps: int) -> None:
-        """Add to the settings what the amount of data has decided."""
-        self.settings.update(total_steps=total_steps, warmup_steps=warmup_steps)
-
     def write_files(self) -> None:
-        """Write the three files, each whole or not at all. What fails is told, and ends nothing."""
-        folder = Path(self.save_dir)
-        if not (folder / LOG_NAME).is_file():
+        """Write the three files, each atomically. A failure is logged and does not end the run."""
+        folder = self.folder
+        if not folder.log.is_file():
             return
         try:
-            self.settings.setdefault("run_id", run_outputs.identify(self.save_dir))
-            replace_file(folder / SETTINGS_NAME, to_json(self.settings).encode())
-            replace_file(folder / ENVIRONMENT_NAME, to_json(self.environment).encode())
-            curves = loss_plot.curves_of(train_log.read(folder / LOG_NAME))
+            settings = {**self.settings, "run_id": run_outputs.identify(folder)}
+            replace_file(folder.settings, to_json(settings).encode())
+            replace_file(folder.environment, to_json(self.environment).encode())
+            curves = loss_plot.curves_of(train_log.read(folder.log))
             if curves.losses:
-                replace_file(folder / PLOT_NAME, loss_plot.draw(curves, title=f"{folder.name}: training loss"))
+                replace_file(folder.loss_plot, loss_plot.draw(curves, title=f"{folder.path.name}: training loss"))
         except UserError as error:
             logs.get_logger().warning("No loss curve is drawn: %s", error)
-        except Exception as error:  # a bug of ours must not take the model along, which is worth more than a picture
+        except Exception as error:  # a bug of ours must not cost the model for want of a picture
             names = ", ".join(REPORT_NAMES)
             logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, in_words(error))
 
@@ -68,10 +62,13 @@ class RunReport:
         stages: Callable[[], Sequence[dict[str, Any]]] = list,
         skipped_steps: int = 0,
     ) -> str | None:
-        """The README.md of the model at the end of the run; None, which is told, if it cannot be made.
+        """The README.md of the model at the end of the run; None, with a warning, if it cannot be made.
 
-        `read` gives what the run has read of each source, `stages` all of the model's, the last of which is the run;
-        `skipped_steps` of its steps made no update.
+        Args:
+            tokens_seen: by the run, padding not counted.
+            read: returns the samples and tokens that the run read from each source.
+            stages: returns all stages of the model, the last of which is the run.
+            skipped_steps: steps of the run without an update.
         """
         try:
             text = model_card.render(
@@ -81,24 +78,24 @@ class RunReport:
                 read=read(),
                 stages=stages(),
                 sources=self.sources,
-                records=train_log.read(Path(self.save_dir, LOG_NAME)),
+                records=train_log.read(self.folder.log),
                 tokens_seen=tokens_seen,
                 skipped_steps=skipped_steps,
             )
             text.encode()
             return text
-        except Exception as error:  # nor a card
-            logs.get_logger().warning("%s: the model gets no card (%s)", self.save_dir, in_words(error))
+        except Exception as error:  # nor for want of a card
+            logs.get_logger().warning("%s: the model gets no card (%s)", self.folder, in_words(error))
             return None
 
 
 def in_words(error: Exception) -> str:
-    """What an error says, with its type if the type is needed to understand it."""
+    """An error's message, with its type where the message alone may not be clear."""
     return str(error) if isinstance(error, OSError) else repr(error)
 
 
 def amounts_of_all(dataset) -> list[Amount] | None:
-    """How much data of each source and category there is, None if it does not say. Called on all ranks."""
+    """Documents and tokens of each source and category; None if the data does not record them. Called on all ranks."""
     from colossal_llama2.engine.ranks import collectives
 
     rank, ranks = collectives.place()
@@ -109,7 +106,7 @@ def amounts_of_all(dataset) -> list[Amount] | None:
 
 
 def environment(versions: dict[str, Any]) -> dict[str, Any]:
-    """Software, and the hosts with their devices and ranks. Called on all ranks."""
+    """Software versions, and the hosts with their devices and ranks. Called on all ranks."""
     import socket
 
     import torch

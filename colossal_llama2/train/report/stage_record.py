@@ -1,14 +1,13 @@
-"""What a run adds to the training history of its model, and the card that tells all of it.
+"""The stage that a run adds to the training history of its model, and the card made from that history.
 
-A run is one stage, however often it is resumed: its parent, its first loss and the stages before it are taken from the
-checkpoint that it goes on from.
+A run is one stage, however often it is resumed: its parent, its first loss and the stages before it come from the
+checkpoint that it resumes.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.buckets import MeasuredPart
@@ -19,13 +18,14 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
 from colossal_llama2.model.training_history import History, Weights, describe_parent, encodable, read_history
 from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.resuming import Start
+from colossal_llama2.train.checkpointing.run_facts import RunFacts
 from colossal_llama2.train.report import model_card, train_log
 from colossal_llama2.train.report.run_report import RunReport, in_words
-from colossal_llama2.train.run_folder.checkpoint_files import LOG_NAME, MANIFEST_NAME, MODEL_NAME, recorded_weights
-
-if TYPE_CHECKING:
-    from colossal_llama2.train.checkpointing.checkpointer import LoadPlan
-    from colossal_llama2.train.stepping.state import TrainState
+from colossal_llama2.train.run_folder.checkpoint_files import recorded_weights
+from colossal_llama2.train.run_folder.file_names import MANIFEST_NAME, MODEL_NAME
+from colossal_llama2.train.settings.model_source import ModelSource
+from colossal_llama2.train.stepping.state import TrainState
 
 
 @dataclass
@@ -34,8 +34,8 @@ class Beginning:
 
     Attributes:
         history: the stages before it.
-        parent: the model whose weights it took.
-        kept: of a resumed run, its stage as the checkpoint has it.
+        parent: the model whose weights it started from.
+        kept: for a resumed run, its stage as the checkpoint has it.
         resumed: the steps at which it was resumed with other settings, and what changed.
     """
 
@@ -47,34 +47,31 @@ class Beginning:
 
 @dataclass
 class StageRecord:
-    """Builds the stage record of a run. For rank 0.
-
-    `state` is that of the run, which goes on; what is asked for is as of then.
-    """
+    """Makes the stage record of a run, for rank 0, from `state` as it is when a method is called."""
 
     report: RunReport
     beginning: Beginning
     data: Data
     measured: Sequence[MeasuredPart]
     order: SampleOrder
-    state: "TrainState"
-    facts: dict[str, Any]
+    state: TrainState
+    facts: RunFacts
 
     def read(self) -> list[SourceRead]:
-        """What the run has read of each source."""
+        """Samples and tokens that the run has read from each source."""
         return read_by_source(
             self.measured,
             self.order,
-            first_sample=self.facts.get("first_sample", 0),
+            first_sample=self.facts.first_sample,
             samples_seen=self.state.samples_seen,
         )
 
     def stage(self) -> dict[str, Any]:
         """The run as a stage of training_history.json."""
-        losses, _ = model_card.curves(train_log.read(Path(self.report.save_dir, LOG_NAME)))
+        losses, _ = model_card.curves(train_log.read(self.report.folder.log))
         first = self.beginning.kept.get("first_loss")
         final, count = model_card.final_loss(losses) if losses else (None, 0)
-        epoch, sample = divmod(self.facts.get("first_sample", 0), self.order.num_samples)
+        epoch, sample = divmod(self.facts.first_sample, self.order.num_samples)
         settings, state = self.report.settings, self.state
         stage = {
             "stage": settings["stage"],
@@ -92,35 +89,35 @@ class StageRecord:
             "settings": model_card.told_settings(settings),
             "world_size": settings["world_size"],
             "versions": settings["versions"],
-            "tokenizer_sha256": self.facts["tokenizer"],
+            "tokenizer_sha256": self.facts.tokenizer,
         }
         return {**stage, "resumed": self.beginning.resumed} if self.beginning.resumed else stage
 
     def _sources(self) -> list[dict[str, Any]]:
         fingerprints: dict[str, list[str]] = {}
-        for part, fingerprint in zip(self.data.parts, self.facts["dataset_fingerprints"], strict=True):
+        for part, fingerprint in zip(self.data.parts, self.facts.dataset_fingerprints, strict=True):
             fingerprints.setdefault(part.source, []).append(fingerprint)
         shown = max(training_history.MAX_FINGERPRINTS // len(fingerprints), 1)
         return [
             {
-                "source": encodable(one.source),
-                "parts": len(fingerprints[one.source]),
-                "fingerprints": fingerprints[one.source][:shown],
-                "samples_there": one.samples_there,
-                "samples": one.samples,
-                "tokens": one.tokens,
+                "source": encodable(read.source),
+                "parts": len(fingerprints[read.source]),
+                "fingerprints": fingerprints[read.source][:shown],
+                "samples_there": read.samples_there,
+                "samples": read.samples,
+                "tokens": read.tokens,
             }
-            for one in self.read()
+            for read in self.read()
         ]
 
     def history(self) -> dict[str, Any] | None:
-        """What training_history.json says of a model that is saved now; None, which is logged, if it cannot be made."""
+        """The training_history.json of a model that is saved now; None, with a warning, if it cannot be made."""
         try:
             content = self.beginning.history.followed_by(self.stage(), base_model=encodable(self.report.base_model))
             return training_history.as_written(content)
         except Exception as error:  # a bug of ours must not cost a checkpoint
             logs.get_logger().warning(
-                "%s: the model gets no %s (%s)", self.report.save_dir, training_history.HISTORY_FILE, in_words(error)
+                "%s: the model gets no %s (%s)", self.report.folder, training_history.HISTORY_FILE, in_words(error)
             )
             return None
 
@@ -129,47 +126,47 @@ class StageRecord:
         return [*self.beginning.history.stages, self.stage()]
 
     def card(self) -> str | None:
-        """The README.md of the model as it is now; None, which is logged, if it cannot be made."""
+        """The README.md of the model as it is now; None, with a warning, if it cannot be made."""
         skipped = self.state.step - self.state.updates
         return self.report.card(
             tokens_seen=self.state.tokens_seen, skipped_steps=skipped, read=self.read, stages=self.stages
         )
 
 
-def begin_stage(args: argparse.Namespace, plan: "LoadPlan", state: "TrainState", facts: dict[str, Any]) -> Beginning:
-    """Read the history of the folder that the weights come from. For rank 0; never raises, what is wrong is logged."""
-    recorded = read_history(Path(plan.model_path))
+def begin_stage(source: ModelSource, start: Start, facts: RunFacts) -> Beginning:
+    """Read the history of the folder that the weights come from. For rank 0; problems are logged, never raised."""
+    recorded = read_history(Path(source.weights))
     training_history.log_problem(recorded)
-    if plan.resume_path is None:
-        return Beginning(recorded, describe_parent(plan.model_path, recorded, _in_manifest(plan.model_path)))
-    _, saved = plan.read_states()
-    changed = [encodable(change)[: training_history.MAX_TEXT] for change in resuming.changes(saved, facts)]
-    resumed = [{"step": state.step, "changed": changed}] if changed else []
+    if start.resumed is None:
+        return Beginning(recorded, describe_parent(source.weights, recorded, _in_manifest(source.weights)))
+    changed = [encodable(change)[: training_history.MAX_TEXT] for change in resuming.changes(start.resumed, facts)]
+    resumed = [{"step": start.state.step, "changed": changed}] if changed else []
     if recorded.stages:
         *before, kept = recorded.stages
         resumed = [*kept.get("resumed", ()), *resumed]
         return Beginning(recorded._replace(stages=before), kept["parent"], kept, resumed)
-    return _begin_unrecorded(args, plan, saved, resumed)
+    return _begin_unrecorded(source, start.resumed.entries.get("settings"), resumed)
 
 
-def _begin_unrecorded(
-    args: argparse.Namespace, plan: "LoadPlan", saved: dict[str, Any], resumed: list[dict[str, Any]]
-) -> Beginning:
-    """Where a run began whose checkpoint has no history, as those of earlier versions; --pretrained, if it can be."""
-    settings = saved.get("settings")
+def _begin_unrecorded(source: ModelSource, settings: Any, resumed: list[dict[str, Any]]) -> Beginning:
+    """Where a run began whose checkpoint has no history, as those of earlier versions: --pretrained, if that is known.
+
+    Args:
+        settings: the flags that the checkpoint records.
+    """
     if isinstance(settings, dict) and settings.get("load_checkpoint", "") is None:
-        history = read_history(Path(args.pretrained))
-        return Beginning(history, describe_parent(args.pretrained, history), resumed=resumed)
+        history = read_history(Path(source.pretrained))
+        return Beginning(history, describe_parent(source.pretrained, history), resumed=resumed)
     logs.get_logger().warning(
-        "%s has no %s, so the card cannot tell which stages came before this run",
-        plan.model_path,
+        "%s has no %s, so the card does not list the stages before this run",
+        source.weights,
         training_history.HISTORY_FILE,
     )
     return Beginning(parent={"name": "not recorded"}, resumed=resumed)
 
 
 def _in_manifest(model_path: str) -> Weights:
-    """The hashes of a checkpoint's weights, which its manifest has."""
+    """The hashes of a checkpoint's weights, from its manifest; empty for any other folder."""
     folder = Path(model_path).absolute()
     if folder.name != MODEL_NAME or not (folder.parent / MANIFEST_NAME).is_file():
         return {}

@@ -24,7 +24,8 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.storage.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
-from colossal_llama2.train.run_folder.checkpoint_files import LOG_NAME, PARTIAL_SUFFIX
+from colossal_llama2.train.run_folder.file_names import LOG_NAME, PARTIAL_SUFFIX
+from colossal_llama2.train.run_folder.run_folder import RunFolder
 
 EVALUATION = "Evaluation/"
 
@@ -49,14 +50,14 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
                 yield None, line
 
 
-def begin(save_dir: str, *, last_step: int, resumed_from: str | None = None) -> Path:
+def begin(folder: RunFolder, *, last_step: int, resumed_from: str | None = None) -> Path:
     """The log of a run that goes on after `last_step`: later lines are cut away, in one step, and it is said.
 
     Args:
         resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's is copied. None
             for a run that begins anew: all lines are cut away, those before the first step too.
     """
-    path = Path(save_dir, LOG_NAME)
+    path = folder.log
     if resumed_from is None:
         last_step = -1
     if resumed_from is not None and not os.path.lexists(path):

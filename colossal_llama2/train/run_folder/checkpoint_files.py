@@ -17,23 +17,18 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.files import discard, is_stray, replace_file, write_json
 from colossal_llama2.storage.publishing import publish
+from colossal_llama2.train.run_folder.file_names import (
+    CHECKPOINT_NAME,
+    LATEST_NAME,
+    LEFTOVER_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    OLD_SUFFIX,
+    PARTIAL_SUFFIX,
+)
 
-MANIFEST_NAME = "manifest.json"
 LEAST_SECONDS_APART = 1e-3
 SHA256 = re.compile(r"[0-9a-f]{64}")
-LATEST_NAME = "latest"
-MODEL_NAME = "modeling"
-PARTIAL_SUFFIX = ".tmp"
-OLD_SUFFIX = ".old"
-CHECKPOINT_NAME = re.compile(r"epoch-(\d+)_step-(\d+)")
-LOG_NAME, PLAN_NAME = "train_log.jsonl", "plan.json"
-# What a run leaves beside its checkpoints when it ends.
-REPORT_NAMES = ("settings.json", "environment.json", "loss.png")
-FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, *REPORT_NAMES)
-_FILES = "|".join(map(re.escape, FILE_NAMES))
-LEFTOVER_NAME = re.compile(
-    rf"(epoch-\d+_step-\d+|{MODEL_NAME}|{_FILES})\.(tmp|old)|\.({_FILES})\.[0-9a-f]{{8}}\.tmp|\.token-[0-9a-f]{{8}}"
-)
 
 
 def step_of(checkpoint: Path) -> int:

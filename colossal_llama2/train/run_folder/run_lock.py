@@ -23,8 +23,8 @@ from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import errors_naming, open_no_link
 from colossal_llama2.train.run_folder import checkpoint_files
+from colossal_llama2.train.run_folder.file_names import LOCK_NAME
 
-LOCK_NAME = ".lock"
 # Shared file systems may show a new file to other hosts only after some seconds.
 SHARED_AFTER_SECONDS = 10.0
 
@@ -37,7 +37,7 @@ _held_here: dict[Path, int] = {}
 
 
 @contextmanager
-def locked(save_dir: str) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder against other runs. Folders that this call makes go at its end, if nothing was put into them.
 
     Of many calls at once one may have made what another holds; then an empty folder may stay.
@@ -48,7 +48,6 @@ def locked(save_dir: str) -> Iterator[None]:
     Raises:
         UserError: another run holds the folder.
     """
-    folder = Path(save_dir)
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
@@ -195,13 +194,12 @@ def _held(path: Path, owner: dict | None, cure: str) -> UserError:
     return UserError(f"--save_dir {path.parent}: {who} is writing to it; {cure}, or give another folder")
 
 
-def prepare(save_dir: str) -> None:
+def prepare(folder: Path) -> None:
     """Remove what a dead run left, and make sure that all ranks see the same folder. Called on all ranks.
 
     Raises:
         UserError: a rank does not see what rank 0 wrote, with its host.
     """
-    folder = Path(save_dir)
     is_first = logs.is_first_rank()
     token_path = folder / f".token-{collectives.first_rank_value(secrets.token_hex(4))}"
     with collectives.all_or_none():
@@ -217,7 +215,7 @@ def prepare(save_dir: str) -> None:
     blind = sorted({host for host, sees in seen if not sees})
     if blind:
         raise UserError(
-            f"--save_dir {save_dir}: what {seen[0][0]} writes there is not seen on {', '.join(blind)}; "
+            f"--save_dir {folder}: what {seen[0][0]} writes there is not seen on {', '.join(blind)}; "
             f"give a folder that all hosts share"
         )
 

@@ -23,33 +23,34 @@ from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.storage.output_paths import check_apart, check_output_file, check_output_folder
-from colossal_llama2.train.run_folder.checkpoint_files import (
+from colossal_llama2.train.run_folder.file_names import (
     CHECKPOINT_NAME,
     FILE_NAMES,
     LATEST_NAME,
     LEFTOVER_NAME,
+    LOCK_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
-    REPORT_NAMES,
+    SETTINGS_NAME,
 )
+from colossal_llama2.train.run_folder.run_folder import RunFolder
 
 # In a folder with events: whose they are.
 RUN_NAME = "run.json"
-SETTINGS_NAME = REPORT_NAMES[0]
 # What every settings file has, of whatever version.
 SETTINGS_KEYS = {"save_dir", "pretrained", "versions"}
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
 MAX_NAMES = 1000
 
 
-def check_places(save_dir: str, tensorboard_dir: str, config_file: str) -> None:
+def check_places(run_folder: RunFolder, tensorboard_dir: str, config_file: str) -> None:
     """Look at all places that a run writes to, before it does anything.
 
     Raises:
         UserError: one is of the wrong kind or cannot be made, two are in each other's way, one lies where a checkpoint,
             an exported model or data would be spoiled by it, or --config_file is none that may be overwritten.
     """
-    folder, events, settings = Path(save_dir), Path(tensorboard_dir), Path(config_file)
+    folder, events, settings = run_folder.path, Path(tensorboard_dir), Path(config_file)
     check_output_folder(folder, "--save_dir")
     check_output_folder(events, "--tensorboard_dir")
     check_output_file(settings, "--config_file")
@@ -61,10 +62,12 @@ def check_places(save_dir: str, tensorboard_dir: str, config_file: str) -> None:
         _check_not_ours(path, flag, folder)
     for name in FILE_NAMES:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise UserError(f"--save_dir {save_dir}: {name} in it is a folder, the run writes a file there; remove it")
+            raise UserError(
+                f"--save_dir {run_folder}: {name} in it is a folder, but the run writes a file there; remove it"
+            )
     if os.path.lexists(folder / MODEL_NAME) and not (folder / MODEL_NAME).is_dir():
         raise UserError(
-            f"--save_dir {save_dir}: {MODEL_NAME} in it is not a folder, the run puts its model there; remove it"
+            f"--save_dir {run_folder}: {MODEL_NAME} in it is not a folder, the run puts its model there; remove it"
         )
     _check_settings_file(settings)
 
@@ -90,7 +93,7 @@ def _check_not_ours(path: Path, flag: str, save_dir: Path) -> None:
         return
     name = real.relative_to(folder).parts[0]
     is_settings = flag == "--config_file" and real == folder / SETTINGS_NAME
-    names = (*FILE_NAMES, MODEL_NAME, ".lock")
+    names = (*FILE_NAMES, MODEL_NAME, LOCK_NAME)
     if (name in names and not is_settings) or CHECKPOINT_NAME.fullmatch(name) or LEFTOVER_NAME.fullmatch(name):
         raise UserError(f"{flag} {path}: the run itself writes or removes {name} in --save_dir; name another")
 
@@ -104,20 +107,20 @@ def _check_settings_file(path: Path) -> None:
         )
 
 
-def write_settings(config_file: str, settings: dict[str, Any], *, save_dir: str) -> Path:
+def write_settings(config_file: str, settings: dict[str, Any], *, run_folder: RunFolder) -> Path:
     """Write the resolved flags and versions of a run, with its id, to --save_dir and to --config_file.
 
     Returns:
         Where they are: --config_file, or a name below it if that is another run's.
     """
-    given, run_id = Path(config_file), identify(save_dir)
-    settings["run_id"] = run_id
-    replace_file(Path(save_dir, SETTINGS_NAME), to_json(settings).encode())
+    given, run_id = Path(config_file), identify(run_folder)
+    settings = {**settings, "run_id": run_id}
+    replace_file(run_folder.settings, to_json(settings).encode())
     given.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(MAX_NAMES):
         path = _chosen(
-            [given, *(given.with_name(f"{given.stem}-{name}{given.suffix}") for name in _names(save_dir, run_id))],
-            is_own=lambda path: _is_own(_settings_in(path), save_dir, run_id),
+            [given, *(given.with_name(f"{given.stem}-{name}{given.suffix}") for name in _names(run_folder, run_id))],
+            is_own=lambda path: _is_own(_settings_in(path), run_folder, run_id),
             is_free=lambda path: not os.path.lexists(path) or _is_empty(path),
         )
         try:
@@ -130,19 +133,19 @@ def write_settings(config_file: str, settings: dict[str, Any], *, save_dir: str)
     raise RunError(f"--config_file {given}: other runs take every name below it; name another")
 
 
-def claim_events_folder(tensorboard_dir: str, *, save_dir: str) -> Path:
+def claim_events_folder(tensorboard_dir: str, *, run_folder: RunFolder) -> Path:
     """Make the folder for a run's events, --tensorboard_dir or one below another run's, and note whose it is."""
-    given, run_id = Path(tensorboard_dir), identify(save_dir)
+    given, run_id = Path(tensorboard_dir), identify(run_folder)
     for _ in range(MAX_NAMES):
         folder = _chosen(
-            [given, *(given / name for name in _names(save_dir, run_id))],
-            is_own=lambda folder: _is_own(_read(folder / RUN_NAME), save_dir, run_id),
+            [given, *(given / name for name in _names(run_folder, run_id))],
+            is_own=lambda folder: _is_own(_read(folder / RUN_NAME), run_folder, run_id),
             is_free=_has_no_events,
         )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             if not os.path.lexists(folder / RUN_NAME):
-                note = {"run_id": run_id, "save_dir": os.path.realpath(save_dir)}
+                note = {"run_id": run_id, "save_dir": os.path.realpath(run_folder.path)}
                 replace_file(folder / RUN_NAME, to_json(note).encode(), replaces=False)
         except FileExistsError:
             continue
@@ -158,10 +161,10 @@ def claim_events_folder(tensorboard_dir: str, *, save_dir: str) -> Path:
     raise RunError(f"--tensorboard_dir {given}: other runs take every name below it; name another")
 
 
-def identify(save_dir: str) -> str:
+def identify(run_folder: RunFolder) -> str:
     """The id of the run in a --save_dir, which its settings.json has; a new one for a run that begins."""
-    known = _read(Path(save_dir, SETTINGS_NAME))
-    if known is not None and _is_id(known.get("run_id")) and not _is_copied(known, save_dir):
+    known = _read(run_folder.settings)
+    if known is not None and _is_id(known.get("run_id")) and not _is_copied(known, run_folder):
         return known["run_id"]
     return secrets.token_hex(8)
 
@@ -170,18 +173,18 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value) is not None
 
 
-def _is_copied(known: dict[str, Any], save_dir: str) -> bool:
+def _is_copied(known: dict[str, Any], run_folder: RunFolder) -> bool:
     """Whether a --save_dir was copied from one that is still there, so that its id is that one's."""
     original = known.get("save_dir")
-    if not isinstance(original, str) or os.path.realpath(original) == os.path.realpath(save_dir):
+    if not isinstance(original, str) or os.path.realpath(original) == os.path.realpath(run_folder.path):
         return False
     other = _read(Path(original, SETTINGS_NAME))
     return other is not None and other.get("run_id") == known["run_id"]
 
 
-def _names(save_dir: str, run_id: str) -> list[str]:
+def _names(run_folder: RunFolder, run_id: str) -> list[str]:
     """Names for what is this run's, the first of which another run may have had."""
-    name = Path(os.path.realpath(save_dir)).name
+    name = Path(os.path.realpath(run_folder.path)).name
     name = name if PLAIN_NAME.fullmatch(name) else run_id
     return [name, *(f"{name}-{number}" for number in range(2, MAX_NAMES))]
 
@@ -201,13 +204,13 @@ def _chosen(places: list[Path], *, is_own: Callable[[Path], bool], is_free: Call
     return free
 
 
-def _is_own(content: dict[str, Any] | None, save_dir: str, run_id: str) -> bool:
+def _is_own(content: dict[str, Any] | None, run_folder: RunFolder, run_id: str) -> bool:
     if content is None:
         return False
     if "run_id" in content:
         return content["run_id"] == run_id
     # Settings of an earlier version.
-    return os.path.realpath(content["save_dir"]) == os.path.realpath(save_dir)
+    return os.path.realpath(content["save_dir"]) == os.path.realpath(run_folder.path)
 
 
 def _has_no_events(folder: Path) -> bool:

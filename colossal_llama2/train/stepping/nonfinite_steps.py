@@ -1,4 +1,4 @@
-"""Steps that make no update, for want of a trained token or of finite figures, and passes that were repeated."""
+"""Steps without an update (no trained token, or a NaN/Inf loss or gradient norm), and repeated fp16 passes."""
 
 from typing import TYPE_CHECKING
 
@@ -12,21 +12,25 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 8
 
 
-class BadSteps:
-    """Reports such steps; `allowed` of a run's steps may have figures that are not finite."""
+class NonfiniteSteps:
+    """Logs steps without an update, and ends a run with too many NaN/Inf losses or gradient norms."""
 
     def __init__(self, allowed: int):
+        """
+        Args:
+            allowed: steps of the run that may have a NaN/Inf loss or gradient norm.
+        """
         self._allowed = allowed
 
     def check(self, result: "StepResult", state: "TrainState", order: "SampleOrder", taken: int) -> None:
-        """Report the step if it made no update.
+        """Log the step if it made no update.
 
         Args:
-            state: before the step; it counts the earlier ones, those before a resume included.
+            state: before the step; its counts include the steps before a resume.
             taken: samples of the step, over all ranks.
 
         Raises:
-            RunError: there were more steps with figures that are not finite than allowed.
+            RunError: more steps with a NaN/Inf loss or gradient norm than allowed.
         """
         if result.is_untrained:
             where = _where(state, order, taken)
@@ -52,17 +56,17 @@ def _where(state: "TrainState", order: "SampleOrder", taken: int) -> str:
 
 
 def without_update(state: "TrainState") -> str:
-    """How many of a run's steps made no update, and why, as the end of a clause; empty if all made one."""
+    """The number of a run's steps without an update, and why, as the end of a clause; empty if there are none."""
     reasons = [
         f"{state.untrained_steps:,} had no trained token" if state.untrained_steps else "",
         f"{state.bad_steps:,} had a loss or gradient norm that is not finite" if state.bad_steps else "",
     ]
-    told = ", ".join(filter(None, reasons))
-    return f", {state.step - state.updates:,} of them without an update ({told})" if told else ""
+    text = ", ".join(filter(None, reasons))
+    return f", {state.step - state.updates:,} of them without an update ({text})" if text else ""
 
 
 def log_overflows(state: "TrainState") -> None:
-    """Log how often fp16 gradients overflowed in the run, if they did."""
+    """Log how many passes of the run overflowed fp16, if any."""
     if state.overflows:
         logs.get_logger().info(
             "fp16: passes that overflowed and were repeated at half the loss scale: %s; no sample was lost by it",

@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward over the micro batches, then one update."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from colossal_llama2 import logs
@@ -89,10 +90,14 @@ def summed_pass(
             loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=predicted)
     else:
         loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=predicted, timer=timer)
-    # What is tallied comes with the loss, for which the host waits in any case.
-    own = float(loss_sum) / engine.data_size
-    loss, *by_group = engine.sum_over_data([own, *engine.loss_tally.take(batches)])
-    return loss, by_group
+    # The tallies travel with the loss, for which the host waits in any case.
+    return global_mean(engine, float(loss_sum), sums=engine.loss_tally.take(batches))
+
+
+def global_mean(engine: "Engine", value: float, *, sums: Sequence[float] = ()) -> tuple[float, list[float]]:
+    """The mean of a value over the data-parallel ranks, and the sums of others, by one reduction."""
+    mean, *totals = engine.sum_over_data([value / engine.data_size, *sums])
+    return mean, totals
 
 
 def accumulated_loss(

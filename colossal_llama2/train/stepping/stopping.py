@@ -131,7 +131,7 @@ def agreed_signal(sums: Sequence[float]) -> signal.Signals | None:
     return next((number for number, count in zip(SIGNALS, sums, strict=True) if count), None)
 
 
-def tell_stop(number: signal.Signals, *, save_seconds: float | None) -> None:
+def log_stop(number: signal.Signals, *, save_seconds: float | None) -> None:
     """Log that a signal is about to end the run, and what may go wrong. `save_seconds`: what the last save took."""
     run_lock.say_ending()
     logs.get_logger().info("%s: saving, then ending", number.name)

@@ -1,15 +1,20 @@
-"""Read running_states.json, which a checkpoint of somebody else's may hold: every entry that is used has its type."""
+"""What a checkpoint records of its run (running_states.json), read once and checked.
+
+A checkpoint may come from anybody, so every entry that is used is compared with its type.
+"""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.json_input import shown
+from colossal_llama2.train.run_folder.file_names import SCHEDULE_NAME, STATES_NAME
 from colossal_llama2.train.stepping.state import TrainState
 
-# Entries besides the place in the data, which older checkpoints may lack: the type of each that is not None.
+# Entries besides the position in the data, which older checkpoints may lack: the type of each that is not None.
 TYPES = {
     "layout": dict,
     "settings": dict,
@@ -28,23 +33,52 @@ TYPES = {
     "freeze_non_embeds_params": bool,
 }
 COUNTS = ("num_samples", "world_size", "data_parallel_size", "first_sample", "seed", "numerics")
-# Words of the state of NumPy's Mersenne Twister, in which the position is not checked by NumPy.
+# Words of the state of NumPy's Mersenne Twister; NumPy itself does not check the position in them.
 TWISTER_WORDS = 624
 
 
-def read(path: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Where a run was, and all that the file holds. Raises UserError if an entry is not what it must be."""
-    try:
-        states = json_input.read_object(path)
-        state = TrainState.from_dict(states)
-        _check_entries(states)
-    except KeyError as error:
-        problem = f"no {error}"
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    else:
-        return state, states
-    raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another one")
+@dataclass(frozen=True)
+class SavedRun:
+    """The run that a checkpoint was saved by.
+
+    Attributes:
+        folder: the checkpoint.
+        state: where the run was.
+        entries: all of running_states.json: what RunFacts and EvaluationHistory write, and the state of each rank.
+    """
+
+    folder: Path
+    state: TrainState
+    entries: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "SavedRun":
+        """Read a checkpoint's running_states.json. Raises UserError if an entry is missing or impossible."""
+        path = Path(folder, STATES_NAME)
+        try:
+            entries = json_input.read_object(path)
+            state = TrainState.from_dict(entries)
+            _check_entries(entries)
+        except KeyError as error:
+            problem = f"no {error}"
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        else:
+            return cls(Path(folder), state, entries)
+        raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another one")
+
+    @property
+    def first_sample(self) -> int:
+        """Where in the data the run began, in samples of all epochs; older checkpoints began at the first."""
+        return self.entries.get("first_sample") or 0
+
+    def read_schedule(self) -> dict[str, Any]:
+        """The learning-rate schedule of the run. Raises UserError if its file is damaged."""
+        path = self.folder / SCHEDULE_NAME
+        try:
+            return json_input.read_object(path)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: not the schedule of a checkpoint ({error}); resume from another checkpoint")
 
 
 def _check_entries(states: dict[str, Any]) -> None:

@@ -1,0 +1,124 @@
+"""Cut tokenized documents into pieces of at most max_length tokens. Works on one batch of documents at a time."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
+from colossal_llama2.dataset.write.splicing import piece_lengths
+from colossal_llama2.dataset.write.tokenization import Tokenized
+from colossal_llama2.dataset.write.unit_files import PIECE
+
+
+class Document(NamedTuple):
+    """A tokenized record on its way into pieces.
+
+    Attributes:
+        slot: the number of its file and category in the unit.
+        file: the number of its file.
+        target_bytes: UTF-8 bytes of the text that carries its loss.
+        held_out: whether it goes to eval/.
+        token_bytes: how many of the `target_bytes` each token stands for; None if the document is one whole piece.
+    """
+
+    slot: int
+    file: int
+    target_bytes: int
+    held_out: bool
+    tokens: Tokenized
+    token_bytes: np.ndarray | None
+
+
+def document_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """The documents in their order, in groups: each long one is alone, so that its tokens need not be copied."""
+    group: list[Document] = []
+    for document in documents:
+        if isinstance(document.tokens.input_ids, np.ndarray):
+            yield from filter(None, (group, [document]))
+            group = []
+        else:
+            group.append(document)
+    if group:
+        yield group
+
+
+def coded_tokens(documents: Sequence[Document]) -> np.ndarray:
+    """(tokens,) int32: the tokens of a group of documents one after the other, with ~id for those without loss.
+
+    For a long document, which is alone in its group, this is its own array.
+    """
+    if isinstance(documents[0].tokens.input_ids, np.ndarray):
+        (document,) = documents
+        coded, mask = document.tokens.input_ids, document.tokens.labels == IGNORE_INDEX
+        if document.tokens.labels is not coded:
+            np.invert(coded, out=coded, where=mask)
+        return coded
+    ids = array("i")
+    masked = []
+    for document in documents:
+        tokens = document.tokens
+        # Without a mask, labels and ids are the same list.
+        if tokens.labels is not tokens.input_ids:
+            masked.append((len(ids), np.array(tokens.labels, np.int32) == IGNORE_INDEX))
+        ids.fromlist(tokens.input_ids)
+    coded = np.frombuffer(ids, np.int32)
+    for start, mask in masked:
+        stretch = coded[start : start + len(mask)]
+        stretch[mask] = ~stretch[mask]
+    return coded
+
+
+def cut_documents(
+    documents: Sequence[Document], coded: np.ndarray, *, first_number: int, max_length: int, overlong: str
+) -> np.ndarray:
+    """The pieces of a group of documents, as an array of PIECE whose `offset` counts from the group's first token.
+
+    Args:
+        coded: what `coded_tokens` returns for them.
+        first_number: the number of the first document in the unit.
+        overlong: "split" cuts a document over `max_length` into several pieces, "truncate" keeps its first one.
+    """
+    rows, offset = [], 0
+    for number, document in enumerate(documents, start=first_number):
+        length = len(document.tokens.input_ids)
+        lengths: list[int] = [length]
+        if length > max_length:
+            lengths = piece_lengths(length, max_length=max_length) if overlong == "split" else [max_length]
+        start = 0
+        for piece in lengths:
+            size = _predicted_bytes(document, start, start + piece)
+            rows.append((offset + start, size, piece, number, document.slot, document.file, document.held_out, 0, 0))
+            start += piece
+        offset += length
+    pieces = np.array(rows, dtype=PIECE)
+    _count_losses(pieces, coded)
+    return pieces
+
+
+def _count_losses(pieces: np.ndarray, coded: np.ndarray) -> None:
+    """Set how many tokens of each piece carry a loss (`trained`), and how many of these are predicted in it.
+
+    reduceat sums the stretches between the bounds, which are each piece's start and stop. Every other stretch is a
+    piece; the ones between are what a truncated document leaves out, or nothing:
+
+        tokens   0 1 2 3 4 | 5 6 7 8 9 | 10 11 12          a truncated document of 10, and a whole one of 3
+        bounds   0         5           10        13
+        sums     [piece 0) [ left out )[ piece 1 )
+    """
+    starts = pieces["offset"]
+    bounds = np.stack([starts, starts + pieces["length"]], axis=1).ravel()
+    # One more entry, because the last bound is the number of tokens.
+    is_trained = np.append(coded >= 0, False)
+    trained = np.add.reduceat(is_trained, bounds, dtype=np.int32)[::2]
+    pieces["trained"] = trained
+    # Nothing in a piece predicts its first token.
+    pieces["predicted"] = trained - is_trained[starts]
+
+
+def _predicted_bytes(document: Document, start: int, stop: int) -> int:
+    """UTF-8 bytes of the text that is predicted in the piece [start, stop); its first token is not predicted."""
+    if document.token_bytes is None:
+        return document.target_bytes
+    return int(document.token_bytes[start + 1 : stop].sum())

@@ -1,0 +1,62 @@
+"""The optimizer: HybridAdam over a model's trainable parameters, and an Adam that makes no update from a NaN or Inf."""
+
+import math
+import weakref
+from typing import Any
+
+from colossal_llama2.errors import UserError
+
+BETAS = (0.9, 0.95)
+
+
+def make_adam(model, *, learning_rate: float, weight_decay: float):
+    """HybridAdam over the trainable parameters of a model.
+
+    Raises:
+        UserError: no parameter is trainable.
+    """
+    from colossalai.nn.optimizer import HybridAdam
+
+    return HybridAdam(parameter_groups(model, weight_decay), lr=learning_rate, betas=BETAS, adamw_mode=True)
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices, which decay, and norms, which do not."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    if not trainable:
+        raise UserError("no parameter of the model is trainable")
+    groups = [
+        {"params": [param for param in trainable if param.dim() > 1], "weight_decay": weight_decay},
+        {"params": [param for param in trainable if param.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def begin_moments(adam, *, without_gradient: bool = False) -> None:
+    """Set Adam's moments to their values before the first update; without them no optimizer can be saved."""
+    import torch
+
+    for param in (param for group in adam.param_groups for param in group["params"]):
+        if (param.grad is not None or without_gradient) and not adam.state[param]:
+            moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[param].update(step=0, **moments)
+
+
+def guard_updates(optimizer) -> None:
+    """Make Adam skip its update where `optimizer.optim.may_update` is False or the gradient norm is NaN or Inf.
+
+    The plugin around it runs its whole step as always, since it has to release the gradients: Gemini's lie where its
+    weights were. All ranks have the same norm, so either all of them update or none.
+    """
+    # Weak, since a cycle of references would keep the plugin's process groups until Python looks for cycles, which
+    # each rank does at another moment. The groups close at their end, and for that the ranks have to meet.
+    adam_reference, wrapper_reference = weakref.ref(optimizer.optim), weakref.ref(optimizer)
+
+    def update_if_finite(*args, **kwargs):
+        adam, norm = adam_reference(), wrapper_reference()._current_grad_norm
+        if adam.may_update and (norm is None or math.isfinite(norm)):
+            type(adam).step(adam, *args, **kwargs)
+        else:
+            begin_moments(adam)
+
+    optimizer.optim.step = update_if_finite

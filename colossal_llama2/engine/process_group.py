@@ -1,0 +1,110 @@
+"""Join the process group of the launcher, and leave it."""
+
+import atexit
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn
+
+from colossal_llama2 import launcher, logs
+from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.errors import UserError
+
+
+def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[], None] = lambda: None) -> None:
+    """Join the process group of the launcher; without one, form one of this process alone.
+
+    Args:
+        timeout_seconds: how long ranks wait for each other at most; None is PyTorch's default.
+        meet: called when the libraries are there, before the ranks are joined.
+
+    Raises:
+        UserError: there are more processes on this host than GPUs.
+    """
+    here = launcher.settle()
+    # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
+    # used, and PyTorch warns of TorchScript on a module that ColossalAI imports.
+    with warnings.catch_warnings(record=True):
+        import colossalai.booster.plugin
+        import torch.distributed.optim
+    from colossalai.logging import get_dist_logger
+
+    # Its hints are about calls that this file makes on purpose.
+    get_dist_logger().set_level("ERROR")
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+    if not torch.cuda.is_available():
+        from colossal_llama2.engine.patches import cpu_device
+
+        cpu_device.install()
+    bug_fixes.install()
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+        os.environ.setdefault(name, str(value))
+    if here.world_size == 1 and not here.uses_agent_store:
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()))
+    if timeout_seconds is not None:
+        _set_timeout(timeout_seconds)
+    if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK={here.local_rank}, but {socket.gethostname()} has {torch.cuda.device_count()} GPUs; start one "
+            f"process for each GPU, such as with --nproc_per_node {torch.cuda.device_count()}"
+        )
+    meet()
+    colossalai.launch(
+        rank=here.rank,
+        world_size=here.world_size,
+        local_rank=here.local_rank,
+        host=os.environ["MASTER_ADDR"],
+        port=int(os.environ["MASTER_PORT"]),
+        seed=seed,
+        verbose=False,
+    )
+    if not torch.cuda.is_available():
+        logs.get_logger().info("No GPU: this is a rehearsal on the CPU (gloo, PyTorch's Adam and attention kernels)")
+
+
+def _set_timeout(seconds: float) -> None:
+    """colossalai.launch and its meshes of groups take PyTorch's default, of which there is one per kind of network."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
+
+
+def current_device():
+    """The torch.device of this rank."""
+    from colossalai.accelerator import get_accelerator
+
+    return get_accelerator().get_current_device()
+
+
+def leave() -> None:
+    """Leave the process group, once all ranks are done.
+
+    gloo sometimes waits for ever, with all threads, for connections whose other end has closed already (measured in one
+    of about 40 short runs). All is done by then, so a process with partners ends without closing them itself.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    if dist.get_world_size() > 1 and dist.get_backend() == "gloo":
+        atexit.register(_end_without_closing)
+    else:
+        dist.destroy_process_group()
+
+
+def _end_without_closing() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]

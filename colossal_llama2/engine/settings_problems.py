@@ -1,0 +1,56 @@
+"""What is wrong with the settings of a step, before anything is built. Imports neither torch nor ColossalAI.
+
+Here and in `Plugin.problems`, settings are called by their flags: the sentences are for a user, and each names its
+flags once or twice, so a table from settings to flags would be longer and no safer.
+"""
+
+from colossal_llama2.engine.plugins import plugin_of
+from colossal_llama2.engine.settings import EngineSettings
+
+
+def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
+    """What is wrong with the settings for that many ranks: one sentence each, none if they can run."""
+    problems = plugin_of(settings).problems()
+    if world_size % settings.model_ranks:
+        sizes = {"--tp": settings.tp_size, "--pp": settings.pp_size, "--sp": settings.sp_size}
+        given = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
+        problems.append(f"{given} does not divide the {world_size} processes of this job")
+    return problems + _pipeline_problems(settings) + _sequence_problems(settings)
+
+
+def _pipeline_problems(settings: EngineSettings) -> list[str]:
+    if settings.pp_size == 1:
+        return []
+    problems = []
+    batch, part = settings.micro_batch_size, settings.microbatch_size
+    if batch % part or batch // part < settings.pp_size:
+        problems.append(
+            f"--micro_batch_size {batch} with --microbatch_size {part} keeps no {settings.pp_size} pipeline stages "
+            f"busy; give a multiple of --microbatch_size, at least {settings.pp_size * part}"
+        )
+    if settings.zero_stage == 2:
+        problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
+    if settings.embeddings_only and settings.pp_size > 2:
+        problems.append(
+            f"--pp {settings.pp_size} leaves stages that train nothing, with --freeze_non_embeds_params or "
+            f"--train_new_rows_only; give --pp 2"
+        )
+    return problems
+
+
+def _sequence_problems(settings: EngineSettings) -> list[str]:
+    if settings.sp_mode is None:
+        return [f"--sp {settings.sp_size} needs --enable_sequence_parallelism"] if settings.sp_size > 1 else []
+    problems = []
+    if settings.sp_mode == "all_to_all" and settings.sp_size == 1:
+        problems.append("--sp_mode all_to_all needs --sp, the number of ranks that share a sample")
+    if settings.sp_mode != "all_to_all" and settings.tp_size == 1:
+        problems.append(f"--sp_mode {settings.sp_mode} needs --tp, whose ranks share a sample")
+    if settings.sp_mode != "all_to_all" and settings.sp_size > 1:
+        problems.append(f"--sp is for --sp_mode all_to_all, {settings.sp_mode} takes the ranks of --tp; leave it out")
+    if settings.sp_mode != "all_to_all" and settings.zero_stage == 2 and settings.accumulation_steps > 1:
+        problems.append(
+            f"--sp_mode {settings.sp_mode} with --accumulation_steps {settings.accumulation_steps} needs --zero 0 or "
+            f"1, since stage 2 cannot wait for the last micro batch"
+        )
+    return problems

@@ -1,0 +1,73 @@
+"""All evaluations of a run so far, which its checkpoints record: the first figures are what later ones compare with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.train.checkpointing.saved_run import SavedRun
+
+# Of each set: name -> {"loss": nats per token, "perplexity": ..., "bits_per_byte": ...}.
+Figures = dict[str, dict[str, float]]
+
+
+@dataclass
+class EvaluationHistory:
+    """Grows while the run goes on.
+
+    Attributes:
+        evaluations: [{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}, ...]. An evaluation that a signal
+            interrupted has no figures, and is the last.
+        fingerprints: the samples behind each name, those of earlier runs included.
+    """
+
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def after(cls, saved: SavedRun | None, fingerprints: Mapping[str, str]) -> "EvaluationHistory":
+        """The history of a run that evaluates on these samples, and resumes `saved` unless that is None.
+
+        A name that stands for other samples than before starts anew, with a warning.
+        """
+        entries = {} if saved is None else saved.entries
+        before = entries.get("eval_fingerprints") or {}
+        changed = {name for name, value in fingerprints.items() if before.get(name, value) != value}
+        for name in sorted(changed):
+            logs.get_logger().warning(
+                "--eval_dataset %s: other samples than before, so it is compared from here on", name
+            )
+        evaluations = []
+        for entry in entries.get("evaluations") or ():
+            # An interrupted one has no figures, and is left out.
+            figures = {name: values for name, values in entry["figures"].items() if name not in changed}
+            if figures:
+                evaluations.append({"step": entry["step"], "figures": figures})
+        return cls(evaluations, {**before, **fingerprints})
+
+    def add(self, step: int, figures: Figures) -> None:
+        """Append what an evaluation measured; no figures for one that was interrupted."""
+        self.evaluations.append({"step": step, "figures": figures})
+
+    def names(self) -> set[str]:
+        """The sets that were evaluated at least once."""
+        return {name for entry in self.evaluations for name in entry["figures"]}
+
+    def first(self, name: str, now: Mapping[str, float]) -> tuple[str, float | None]:
+        """Which figure of a set is compared with that of `now`, and its first value; None if there is none yet."""
+        for entry in self.evaluations:
+            if name in entry["figures"]:
+                figures = entry["figures"][name]
+                key = "bits_per_byte" if "bits_per_byte" in figures.keys() & now.keys() else "loss"
+                return key, figures[key]
+        return "loss", None
+
+    def entries(self) -> dict[str, Any]:
+        """By name, as running_states.json holds them."""
+        return {"evaluations": self.evaluations, "eval_fingerprints": self.fingerprints}
+
+
+def was_interrupted(saved: SavedRun | None) -> bool:
+    """Whether a signal interrupted the evaluation after the step of a checkpoint."""
+    evaluations = None if saved is None else saved.entries.get("evaluations")
+    return bool(evaluations) and not evaluations[-1]["figures"]

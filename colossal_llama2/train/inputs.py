@@ -1,0 +1,209 @@
+"""What a run reads before its weights: the model's shape, the data, the order of samples and where it begins.
+
+`open_inputs` is the first half of every run. A dry run ends with it; build_run.py goes on from it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colossal_llama2 import logs
+from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
+from colossal_llama2.dataset.read.buckets import Buckets, MeasuredPart
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.dataset.read.prepared_data import check_lengths, load_parts
+from colossal_llama2.dataset.read.token_counts import measure_parts
+from colossal_llama2.engine.engine import Engine
+from colossal_llama2.engine.settings import Ranks
+from colossal_llama2.errors import UserError
+from colossal_llama2.model import training_history
+from colossal_llama2.model.loading import ModelFacts, check_model, facts_of_config, inspect_weights
+from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.train.checkpointing import resuming
+from colossal_llama2.train.checkpointing.resuming import Start
+from colossal_llama2.train.checkpointing.run_facts import RunFacts
+from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
+from colossal_llama2.train.checks import JobChecks, check_model_fits, check_tokenizer_fits
+from colossal_llama2.train.evaluation.evaluation_setup import load_eval_sets
+from colossal_llama2.train.evaluation.evaluator import LoadedSet
+from colossal_llama2.train.forecast import data_plan
+from colossal_llama2.train.report import run_metadata
+from colossal_llama2.train.report.model_card import base_model
+from colossal_llama2.train.run_folder.file_names import STATES_NAME
+from colossal_llama2.train.settings.config import TrainConfig
+from colossal_llama2.train.stepping.schedule import CosineSchedule
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The samples of --dataset.
+
+    Attributes:
+        samples: as `load_parts` returns them.
+        measured: the parts with the lengths of their samples; empty on ranks that do not need them, which are all but
+            the first unless the order depends on lengths.
+        buckets: the order of samples, if it is not one shuffle of everything.
+        eval_sets: the samples of each --eval_dataset.
+    """
+
+    samples: "datasets.Dataset"
+    measured: Sequence[MeasuredPart]
+    buckets: Buckets | None
+    eval_sets: list[LoadedSet]
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """What is known of any job before its weights are read, of a benchmark nothing else.
+
+    Attributes:
+        ranks: the engine of a job; of a dry run, the ranks that it plans for.
+    """
+
+    model: ModelFacts
+    ranks: Ranks
+    order: SampleOrder
+
+    @property
+    def engine(self) -> Engine:
+        """The ranks of a job that runs; a dry run has none. Raises TypeError there."""
+        if not isinstance(self.ranks, Engine):
+            raise TypeError("a dry run has no engine")
+        return self.ranks
+
+
+@dataclass(frozen=True)
+class RunInputs(JobInputs):
+    """All that is known of a run before its weights are read.
+
+    Attributes:
+        facts: what all checkpoints of the run record.
+        schedule: None if the run is done already, and only its model may have to be published.
+    """
+
+    data: LoadedData
+    facts: RunFacts
+    start: Start
+    schedule: CosineSchedule | None
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the samples have the lengths of their documents."""
+        return DOCUMENT_LENGTHS in self.data.samples.column_names
+
+
+def open_inputs(config: TrainConfig, checks: JobChecks) -> RunInputs | None:
+    """Open model and data, check them against each other and the flags, and find where the run begins.
+
+    Returns:
+        None in a dry run that found problems.
+
+    Raises:
+        UserError: on all ranks, in a job that found one.
+    """
+    model = _open_model(config, checks)
+    data = _open_data(config, checks)
+    if not checks.may_continue():
+        return None
+    ranks = checks.ranks(config, model)
+    if data is not None:
+        checks.samples(data.samples, model, flag="--dataset")
+        for eval_set in data.eval_sets:
+            checks.samples(eval_set.samples, model, flag=f"--eval_dataset {eval_set.name}")
+    checks.weights(config.source.weights, config.engine.precision)
+    order = checks(lambda: _sample_order(config, ranks, len(data.samples), data.buckets), data)
+    name = checks.on_first_rank(lambda: base_model(config.source.weights))
+    facts = checks(lambda: run_metadata.describe_run(config, ranks, order, base_model=name), order, name)
+    checks.dry_run_only(lambda: _check_records(config, facts), facts)
+    start = checks(lambda: resuming.find_start(config, resuming.read_saved(config), facts, order), facts)
+    is_done = start is not None and resuming.is_done(config, start, order)
+    schedule = None if is_done else checks(lambda: resuming.make_schedule(config, start, order), start)
+    if model is None or start is None or (schedule is None and not is_done):
+        return None
+    return RunInputs(model, ranks, order, data, facts.with_first_sample(start.first_sample), start, schedule)
+
+
+def open_benchmark_inputs(config: TrainConfig, checks: JobChecks, *, needs_weights: bool) -> JobInputs | None:
+    """The same for --benchmark, which reads no data.
+
+    Args:
+        needs_weights: False lets config.json alone be enough.
+    """
+    weights = config.source.weights
+    model = checks(lambda: inspect_weights(weights) if needs_weights or _has_weights(weights) else _facts_of(weights))
+    checks(lambda: check_model_fits(config, model), model)
+    if model is None:
+        return None
+    ranks = checks.ranks(config, model)
+    checks.weights(weights, config.engine.precision)
+    return JobInputs(model, ranks, _sample_order(config, ranks, config.benchmark.num_samples))
+
+
+def _open_model(config: TrainConfig, checks: JobChecks) -> ModelFacts | None:
+    """Its shapes, compared with its config.json, the flags and the tokenizer."""
+    source = config.source
+    if not checks.may_continue() and not _is_model(source.weights):
+        return None  # reported with the flags
+    model = checks(lambda: inspect_weights(source.weights))
+    checks(lambda: check_model_fits(config, model), model)
+    checks(lambda: check_tokenizer_fits(config, model), model)
+    checks.dry_run_only(lambda: model_files(source.weights, source.tokenizer, config.engine.precision), model)
+    return model
+
+
+def _open_data(config: TrainConfig, checks: JobChecks) -> LoadedData | None:
+    parts = config.data.parts
+    if not parts.parts:
+        return None  # reported with the flags
+    samples = checks(lambda: load_parts(parts.paths, config.data.document_mask))
+    checks(lambda: check_lengths(samples, config.data.max_length), samples)
+    if samples is None or not checks.may_continue():
+        return None
+    needs_lengths = parts.is_ordered or logs.is_first_rank()
+    measured = checks(lambda: measure_parts(parts.parts) if needs_lengths else [])
+    buckets = checks(lambda: data_plan.buckets_of(parts, measured))
+    eval_sets = checks(lambda: load_eval_sets(config))
+    return LoadedData(samples, measured, buckets, eval_sets or [])
+
+
+def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: Buckets | None = None) -> SampleOrder:
+    return data_plan.make_order(
+        num_samples,
+        micro_batch_size=config.engine.micro_batch_size,
+        data_size=ranks.data_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        seed=config.recipe.seed,
+        buckets=buckets,
+    )
+
+
+def _check_records(config: TrainConfig, facts: RunFacts) -> None:
+    """Refuse what no checkpoint could record, and log damage in the model's history."""
+    json_bytes(facts.entries(), STATES_NAME)
+    training_history.log_problem(training_history.read_history(Path(config.source.weights)))
+
+
+def _is_model(folder: str) -> bool:
+    try:
+        check_model(folder, "--pretrained")
+    except UserError:
+        return False
+    return True
+
+
+def _facts_of(folder: str) -> ModelFacts:
+    logs.get_logger().info("%s has no weights, or not all: planned from its config.json alone", folder)
+    return facts_of_config(folder)
+
+
+def _has_weights(folder: str) -> bool:
+    if not any(Path(folder, name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
+        return False
+    try:
+        return all(Path(folder, name).is_file() for name in shard_names(folder))
+    except UserError:
+        return False

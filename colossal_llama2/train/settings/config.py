@@ -1,0 +1,147 @@
+"""All settings of a training run, resolved: what flags name is found, and everything has its type.
+
+`from_flags.resolve` makes a TrainConfig once, from the parsed flags. Nothing below it sees the flags.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from colossal_llama2.dataset.read.eval_sets import EvalSet
+from colossal_llama2.dataset.read.sources import Data
+from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.model.freezing import read_new_rows
+from colossal_llama2.train.run_folder.run_folder import RunFolder
+from colossal_llama2.train.settings.model_source import ModelSource
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it becomes batches.
+
+    Attributes:
+        parts: the prepared folders with their sources, buckets and mixture; without any for --benchmark.
+        max_length: tokens of the longest sample.
+        document_mask: auto, on or off.
+        pad_token: unk or eos, the token that pads a batch.
+        continues: start where the checkpoint whose weights are loaded stopped reading (--continue_data).
+    """
+
+    parts: Data
+    max_length: int
+    document_mask: str
+    pad_token: str
+    continues: bool
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """How the model is trained, besides what the engine's settings hold.
+
+    Attributes:
+        num_epochs: passes over the data; `max_steps` ends the run earlier, None at no step.
+        warmup_steps: optimizer steps of linear warm-up; None for a share of all steps.
+        seed: of the data order and of NEFTune.
+        new_rows_only: train only the embedding rows that init_model.py added.
+        gradient_checkpointing: recompute activations in the backward pass.
+        neft_alpha: scale of NEFTune's noise; None for no noise.
+        max_nonfinite_steps: steps with a NaN/Inf loss or gradient norm that may be skipped.
+    """
+
+    num_epochs: int
+    max_steps: int | None
+    warmup_steps: int | None
+    seed: int
+    new_rows_only: bool
+    gradient_checkpointing: bool
+    neft_alpha: float | None
+    max_nonfinite_steps: int
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Where and when checkpoints are saved.
+
+    Attributes:
+        interval: optimizer steps between two checkpoints.
+        skip_epoch_ends: do not save at the end of an epoch, unless the run ends with it.
+        keep_last: number of the newest checkpoints to keep; None for all.
+        keep_every: also keep checkpoints whose step is a multiple of this.
+        resumes_newest: resume the newest checkpoint in `folder`, if there is one (--resume auto).
+    """
+
+    folder: RunFolder
+    interval: int
+    skip_epoch_ends: bool
+    keep_last: int | None
+    keep_every: int | None
+    resumes_newest: bool
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What the model is evaluated on.
+
+    Attributes:
+        sets: name and folder of each --eval_dataset.
+        interval: optimizer steps between two evaluations; None for the ends of epochs alone.
+        limits: name of a set -> share of the first value by which its figure may rise (--forgetting_alarm).
+        stops: end the run when a figure has risen further, instead of a warning.
+    """
+
+    sets: Sequence[EvalSet]
+    interval: int | None
+    limits: Mapping[str, float]
+    stops: bool
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Where the run is reported, and the peak of one device in TFLOPS, if it was given."""
+
+    tensorboard_dir: str
+    config_file: str
+    peak_tflops: float | None
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """Number of random samples, and the folder for the profiler's trace, if any."""
+
+    num_samples: int
+    profile_dir: str | None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training command.
+
+    Attributes:
+        flags: every flag by name, with its value or default, as checkpoints record them.
+        used_flags: those that have an effect beside the others, as settings.json records them.
+        stage: pretrain or sft.
+        benchmark: None unless steps are measured instead of trained.
+        world_size: number of processes of the job, or of the one that a dry run plans for.
+        planned_ranks: the number that --num_ranks gives; None without the flag.
+        timeout_seconds: how long ranks wait for each other.
+    """
+
+    flags: Mapping[str, Any]
+    used_flags: Mapping[str, Any]
+    stage: str
+    source: ModelSource
+    data: DataConfig
+    engine: EngineSettings
+    recipe: RecipeConfig
+    saving: SaveConfig
+    evaluation: EvaluationConfig
+    reporting: ReportConfig
+    benchmark: BenchmarkConfig | None
+    world_size: int
+    planned_ranks: int | None
+    timeout_seconds: float
+
+    def with_source(self, source: ModelSource) -> "TrainConfig":
+        """The same settings for other weights. Raises UserError if these do not say which of their rows are new."""
+        rows = read_new_rows(source.weights) if self.recipe.new_rows_only else None
+        return replace(self, source=source, engine=replace(self.engine, trained_rows=rows))

@@ -1,0 +1,95 @@
+"""What is wrong with flags by themselves or beside each other, before any file is looked at: one sentence each."""
+
+import argparse
+from collections import Counter
+
+from colossal_llama2.cli.dependent_flags import unused_flags
+from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.engine.settings_problems import settings_problems
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage.files import check_is_utf8
+
+# Steps of --benchmark that are not timed: the first allocate, tune kernels and fill caches, and the profiler slows down
+# the last.
+WARMUP_STEPS, PROFILED_STEPS = 3, 2
+
+
+def flag_problems(
+    given: argparse.Namespace, args: argparse.Namespace, settings: EngineSettings, world_size: int
+) -> list[str]:
+    """All problems.
+
+    Args:
+        given: the flags as they were parsed, in which dependent flags that were not given are None.
+        args: the same with the defaults of dependent flags.
+        world_size: number of processes.
+    """
+    problems = unused_flags(given)
+    problems += settings_problems(settings, world_size=world_size)
+    problems += _dry_run_problems(args) + _benchmark_problems(args, settings, world_size) + _utf8_problems(args)
+    if args.max_length % settings.sequence_shards:
+        problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
+    if args.train_new_rows_only and args.chunked_loss == "off":
+        problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
+    if args.train_new_rows_only and args.freeze_non_embeds_params:
+        problems.append(
+            "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "
+            "give one of them"
+        )
+    return problems + _evaluation_problems(args)
+
+
+def _dry_run_problems(args: argparse.Namespace) -> list[str]:
+    if args.num_ranks is None or args.dry_run:
+        return []
+    return [f"--num_ranks {args.num_ranks} needs --dry_run; a run has the processes of its launcher"]
+
+
+def _benchmark_problems(args: argparse.Namespace, settings: EngineSettings, world_size: int) -> list[str]:
+    if not args.benchmark:
+        return ["--profile needs --benchmark"] if args.profile is not None else []
+    problems = []
+    if args.profile is not None and args.dry_run:
+        problems.append(f"--profile {args.profile} has no effect with --dry_run, which runs no step; leave it out")
+    if args.continue_data:
+        problems.append("--continue_data has no effect with --benchmark, which reads no data; leave it out")
+    data_size = max(world_size // settings.model_ranks, 1)
+    order = SampleOrder(args.num_samples, settings.micro_batch_size, data_size, settings.accumulation_steps, args.seed)
+    least, steps = WARMUP_STEPS + 1 + PROFILED_STEPS, order.steps_after(0)
+    if steps < least:
+        needed = least * order.samples_per_micro_step * order.accumulation_steps
+        problems.append(f"--num_samples {args.num_samples} make {steps} steps; give at least {needed}")
+    return problems
+
+
+def _utf8_problems(args: argparse.Namespace) -> list[str]:
+    """Flags that no checkpoint could record, since they are not UTF-8; a path may be anything."""
+    problems = []
+    for name, value in vars(args).items():
+        for word in value if isinstance(value, (list, tuple)) else [value]:
+            try:
+                check_is_utf8(str(word), f"--{name}")
+            except UserError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _evaluation_problems(args: argparse.Namespace) -> list[str]:
+    names = [word.partition("=")[0] for word in args.eval_dataset or ()]
+    alarms = Counter(word.rpartition("=")[0] for word in args.forgetting_alarm or ())
+    problems = [
+        f"--forgetting_alarm: {name} is named {count} times; name it once"
+        for name, count in alarms.items()
+        if count > 1
+    ]
+    problems += [
+        f"--forgetting_alarm {name}: there is no --eval_dataset of that name; give one of {', '.join(names) or 'none'}"
+        for name in alarms
+        if name not in names
+    ]
+    if args.eval_interval is not None and not names:
+        problems.append("--eval_interval needs --eval_dataset")
+    if names and args.benchmark:
+        problems.append("--eval_dataset has no effect with --benchmark; leave one of them out")
+    return problems

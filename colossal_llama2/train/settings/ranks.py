@@ -1,0 +1,19 @@
+"""What checks and plans ask of the ranks of a job, which need not run."""
+
+from dataclasses import dataclass
+
+from colossal_llama2.engine.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class PlannedRanks:
+    """The ranks of a job that is planned and not started."""
+
+    settings: EngineSettings
+    world_size: int
+    rank: int = 0
+
+    @property
+    def data_size(self) -> int:
+        """Number of data-parallel ranks, which see different samples."""
+        return self.world_size // self.settings.model_ranks

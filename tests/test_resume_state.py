@@ -1,0 +1,111 @@
+"""When a checkpoint's exact state can be used: layouts that were stored before, and fields that are added later."""
+
+import json
+from dataclasses import dataclass, fields
+
+import pytest
+
+from colossal_llama2.engine import resume_state
+from colossal_llama2.engine.settings import EngineSettings
+
+# As `layout` stood in running_states.json, written by commits 6778aa0 and 7761401 alike.
+STORED = {
+    "zero2": {
+        "plugin": "zero2",
+        "precision": "bf16",
+        "tp_size": 1,
+        "zero_stage": 1,
+        "pp_size": 1,
+        "sp_size": 1,
+        "sp_mode": None,
+        "embeddings_only": False,
+        "world_size": 2,
+    },
+    "gemini": {
+        "plugin": "gemini",
+        "precision": "fp16",
+        "tp_size": 1,
+        "zero_stage": 1,
+        "pp_size": 1,
+        "sp_size": 1,
+        "sp_mode": None,
+        "embeddings_only": True,
+        "world_size": 8,
+        "chunks": "layers by use",
+    },
+    "3d": {
+        "plugin": "3d",
+        "precision": "bf16",
+        "tp_size": 2,
+        "zero_stage": 2,
+        "pp_size": 1,
+        "sp_size": 4,
+        "sp_mode": "all_to_all",
+        "embeddings_only": False,
+        "world_size": 16,
+    },
+}
+# Values of another run on the same ranks.
+UNRELATED = {
+    "max_norm": 0.5,
+    "accumulation_steps": 3,
+    "use_flash_attn": True,
+    "chunked_loss": "off",
+    "learning_rate": 1.0,
+    "weight_decay": 0.7,
+    "micro_batch_size": 5,
+    "microbatch_size": 5,
+    "trained_rows": ((3, 4),),
+}
+
+
+@dataclass(frozen=True)
+class LaterSettings(EngineSettings):
+    """Settings with a field that does not exist yet."""
+
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """Ranks of a job, which need no process group."""
+
+    settings: EngineSettings
+    world_size: int
+    rank: int = 0
+    data_size: int = 1
+
+
+def job(stored: dict, kind: type[EngineSettings] = EngineSettings, **changes) -> Job:
+    """The job of a stored layout, with other values for what should not count."""
+    names = {field.name for field in fields(EngineSettings)}
+    values = {name: value for name, value in stored.items() if name in names}
+    return Job(kind(**{**UNRELATED, **values, **changes}), stored["world_size"])
+
+
+@pytest.mark.parametrize("kind", [EngineSettings, LaterSettings])
+@pytest.mark.parametrize("name", STORED)
+def test_stored_layouts_are_still_those_of_the_same_job(name, kind):
+    assert json.loads(json.dumps(resume_state.layout(job(STORED[name], kind)))) == STORED[name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plugin": "zero2_cpu"},
+        {"plugin": "gemini"},
+        {"precision": "fp16"},
+        {"tp_size": 2},
+        {"pp_size": 2},
+        {"zero_stage": 0},
+        {"sp_size": 2},
+        {"sp_mode": "ring"},
+        {"embeddings_only": True},
+    ],
+)
+def test_another_split_is_another_layout(changes):
+    assert resume_state.layout(job(STORED["zero2"], **changes)) != STORED["zero2"]
+
+
+def test_another_number_of_ranks_is_another_layout():
+    assert resume_state.layout(Job(job(STORED["zero2"]).settings, 4)) != STORED["zero2"]
