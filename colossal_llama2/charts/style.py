@@ -18,6 +18,7 @@ from colossal_llama2.terminal_text import PICTURES, terminal_width, visible_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Pixels.
@@ -148,7 +149,7 @@ def add_legend(axes: "Axes", entries: list[tuple[Any, str]]) -> None:
         text.set_text(name)
 
 
-def count_axis(axis) -> None:
+def count_axis(axis: "Axis") -> None:
     """Let the ticks of a matplotlib Axis be whole numbers with commas."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 

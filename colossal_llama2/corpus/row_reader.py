@@ -5,7 +5,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from colossal_llama2.corpus.data_files import InputFile, Span
 from colossal_llama2.corpus.decompression import DAMAGE, Decompressing, MissingPackageError
@@ -100,7 +100,7 @@ class SpanReader:
                 left -= len(block)
         return counter.count
 
-    def _range(self, raw: BinaryIO, stop: int) -> Iterator[Line]:
+    def _range(self, raw: io.BufferedReader, stop: int) -> Iterator[Line]:
         position = _first_line_start(raw, self._span.start, stop)
         raw.seek(position)
         reader, number = LineReader(raw), 1

@@ -4,7 +4,8 @@ A line ends with "\\n", "\\r\\n" or "\\r", as Python's own text files have it.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 # A document of this size is a mistake in the data, and a worker must not hold it in memory.
 MAX_LINE_BYTES = 32 << 20
@@ -25,10 +26,18 @@ class RawLine(NamedTuple):
     count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed
 
 
+class BlockStream(Protocol):
+    """A stream that is read in blocks."""
+
+    def read1(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end."""
+        ...
+
+
 class LineReader:
     """Reads lines from a stream with `read1`, which may raise an error after the lines before it were read."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: BlockStream):
         self._stream = stream
         self._block, self._start = b"", 0
         self._has_returns = False
@@ -101,7 +110,7 @@ def count_line_ends(block: bytes, start: int, stop: int) -> int:
 class LineCounter:
     """Counts the line ends of a stream that comes in blocks, of which one may end inside a "\\r\\n"."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         self._returned = False
 
@@ -113,5 +122,5 @@ class LineCounter:
             self._returned = block[stop - 1] == RETURN
 
 
-def _limited(parts, size: int) -> RawLine:
+def _limited(parts: Iterable[bytes], size: int) -> RawLine:
     return RawLine(b"".join(parts) if size <= MAX_LINE_BYTES else None, size, 1)

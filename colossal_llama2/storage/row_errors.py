@@ -18,7 +18,7 @@ class RowError(ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are made anew of their `args` alone, and one that cannot be breaks the pool of its worker.
         return partial(type(self), reason=self.reason), self.args
 

@@ -158,7 +158,8 @@ def read_pretrain_row(row: dict[str, Any]) -> PretrainRow:
     "text" is read where "target" is absent.
     """
     name = "target"
-    target, notes = row.get(name), ()
+    target = row.get(name)
+    notes: tuple[str, ...] = ()
     if "text" in row:
         if is_absent(target):
             name = "text"

@@ -116,7 +116,7 @@ class StepResult:
     @property
     def problem(self) -> str | None:
         """Which of the figures is not finite, None if all that there are are finite."""
-        if self.is_untrained:
+        if self.loss is None:
             return None
         if not math.isfinite(self.loss):
             return f"loss is {self.loss}"
