@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from colossal_llama2.terminal_text import one_line, terminal_width
+from colossal_llama2.terminal_text import one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +72,9 @@ def _padded(rows: Rows) -> list[list[str]]:
 
 def _least_width(rows: Rows, align: str) -> int:
     """Columns of a terminal that a table needs."""
-    widths = [max(map(terminal_width, column)) for column in zip(*rows, strict=True)]
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     least = (
         min(width, MIN_NAME_WIDTH) if _letter(align, column) == "l" else width for column, width in enumerate(widths)
     )

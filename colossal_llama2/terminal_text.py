@@ -59,11 +59,6 @@ def visible_line(text: str) -> str:
     return visible(text).replace("\n", "")
 
 
-def terminal_width(text: str) -> int:
-    """How many columns of a terminal `text` takes: Chinese characters take two each."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
 def _shown(character: str) -> str:
     code = ord(character)
     if character == "\n":

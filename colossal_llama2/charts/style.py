@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import replace_file
-from colossal_llama2.terminal_text import PICTURES, terminal_width, visible_line
+from colossal_llama2.terminal_text import PICTURES, visible_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,16 +111,18 @@ def label(text: str, width: int = MAX_NAME_WIDTH) -> str:
 
     A character that no font here has is written by its number, such as U+8C1C. Called inside `draw`.
     """
+    from rich.cells import cell_len
+
     fonts = _fonts()
     shown = "".join(
         character if _has_glyph(fonts, character) else f"U+{CONTROLS.get(character, ord(character)):04X} "
         for character in visible_line(text)
     )
-    if terminal_width(shown) <= width:
+    if cell_len(shown) <= width:
         return shown
     # The end often tells names apart, such as those of folders.
     begin = _fitting(shown, (width - 1) // 2)
-    return f"{begin}…{_fitting(shown[::-1], width - 1 - terminal_width(begin))[::-1]}"
+    return f"{begin}…{_fitting(shown[::-1], width - 1 - cell_len(begin))[::-1]}"
 
 
 def missing_characters(text: str) -> str:
@@ -133,8 +135,10 @@ def missing_characters(text: str) -> str:
 
 def _fitting(text: str, width: int) -> str:
     """The longest beginning of `text` that takes at most `width` columns."""
+    from rich.cells import cell_len
+
     end = len(text)
-    while terminal_width(text[:end]) > width:
+    while cell_len(text[:end]) > width:
         end -= 1
     return text[:end]
 
