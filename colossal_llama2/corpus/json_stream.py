@@ -178,7 +178,8 @@ class _Scan:
                 if self._is_escaped:
                     self._is_escaped = False
                     position += 1
-                position = _STRING_BODY.match(block, position).end()
+                # It matches everywhere, if only an empty text.
+                position = _STRING_BODY.match(block, position).end()  # type: ignore[union-attr]
                 if position == len(block):
                     return None
                 if block[position] != _QUOTE:

@@ -46,7 +46,8 @@ class Engine:
         self._host_group = dist.new_group(backend="gloo") if self.pins_batches else None
         data_group = self._groups.data
         self.data_rank, self.data_size = dist.get_rank(data_group), dist.get_world_size(data_group)
-        self.model = self.optimizer = None
+        self.model: Any = None
+        self.optimizer: Any = None
         # That of the last `step`.
         self.used_loss_scale = 1.0
         self.loss_tally = LossTally(self.device, unfed=self._why_no_rank_has_token_losses())

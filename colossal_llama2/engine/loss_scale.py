@@ -38,5 +38,5 @@ def remember(optimizer) -> ScalerState | None:
 def put_back(optimizer, state: ScalerState | None) -> None:
     """Restore the state that `remember` returned."""
     if state is not None:
-        scaler = scaler_of(optimizer)
+        scaler: Any = scaler_of(optimizer)
         scaler._scale, scaler._growth_step, scaler._hysteresis_step = state

@@ -21,7 +21,7 @@ def positions_of(config: Any) -> int:
     Never below its max_position_embeddings.
     """
     positions = config.max_position_embeddings
-    scaling = getattr(config, "rope_scaling", None)
+    scaling: Any = getattr(config, "rope_scaling", None)
     if scaling_type(config) not in EXTENDED_BY_FACTOR:
         return positions
     factor = scaling.get("factor")

@@ -110,7 +110,7 @@ def base_model_of(path: str, history: History) -> str:
 
 def named_by_card(card: Path) -> str | None:
     """The `base_model` in a card's front matter; None if there is none that can be read. Never raises."""
-    named = read_front_matter(card).get("base_model")
+    named: Any = read_front_matter(card).get("base_model")
     named = named[0] if isinstance(named, list) and len(named) == 1 else named
     return named.strip() if is_name(named) else None
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage import json_input
@@ -223,7 +223,7 @@ def is_stray(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in STRAY_NAMES)
 
 
-def open_no_link(path: Path, mode: str, **options: Any) -> BinaryIO:
+def open_no_link(path: Path, mode: str, **options: Any) -> IO[Any]:
     """Open a file as `open` does, but raise OSError for a link, and for a FIFO instead of waiting for a reader."""
 
     def opener(name: str, flags: int) -> int:

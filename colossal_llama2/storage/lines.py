@@ -4,7 +4,8 @@ A line ends with "\\n", "\\r\\n" or "\\r", as Python's own text files have it.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 # A larger document is a mistake in the data, and must not be held in memory.
 MAX_LINE_BYTES = 32 << 20
@@ -22,13 +23,21 @@ class RawLine(NamedTuple):
 
     content: bytes | None
     size: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed
+
+
+class BlockStream(Protocol):
+    """A stream that is read in blocks."""
+
+    def read1(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end."""
+        ...
 
 
 class LineReader:
     """Reads lines from a stream with `read1`; an error of the stream is raised after the lines before it are read."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: BlockStream):
         self._stream = stream
         self._block, self._start = b"", 0
         self._has_returns = False
@@ -101,7 +110,7 @@ def count_line_ends(block: bytes, start: int, stop: int) -> int:
 class LineCounter:
     """Counts the line ends of a stream that comes in blocks, of which one may end inside a "\\r\\n"."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         self._returned = False
 
@@ -113,5 +122,5 @@ class LineCounter:
             self._returned = block[stop - 1] == RETURN
 
 
-def _limited(parts, size: int) -> RawLine:
+def _limited(parts: Iterable[bytes], size: int) -> RawLine:
     return RawLine(b"".join(parts) if size <= MAX_LINE_BYTES else None, size, 1)

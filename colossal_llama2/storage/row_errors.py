@@ -18,7 +18,7 @@ class RowError(ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # Unpickling an exception passes only its `args`; if that fails, the pool of the worker breaks.
         return partial(type(self), reason=self.reason), self.args
 
@@ -29,5 +29,5 @@ def json_type(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
-    names = {str: "string", list: "list", dict: "object"}
+    names: dict[type, str] = {str: "string", list: "list", dict: "object"}
     return f"a JSON {names.get(type(value), 'number')}"

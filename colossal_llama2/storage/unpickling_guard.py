@@ -9,7 +9,9 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, NoReturn
 
 from colossal_llama2.errors import RunError
@@ -71,7 +73,7 @@ def _no_generation_config() -> Iterator[None]:
         yield
         return
 
-    def not_read(*args, **kwargs) -> NoReturn:
+    def not_read(*args: Any, **kwargs: Any) -> NoReturn:
         raise OSError("generation_config.json is not read by transformers here")
 
     kind = settings.GenerationConfig
@@ -88,7 +90,7 @@ def _end_load() -> None:
     _loads -= 1
 
 
-def _no_peft(*args, **kwargs) -> bool:
+def _no_peft(*args: Any, **kwargs: Any) -> bool:
     return False
 
 
@@ -102,13 +104,13 @@ def _refusing(original: Any, name: str) -> Any:
     if isinstance(original, type):
 
         class Refused(original):
-            def __init__(self, *args, **kwargs):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
                 refuse()
                 super().__init__(*args, **kwargs)
 
         return Refused
 
-    def refused(*args, **kwargs):
+    def refused(*args: Any, **kwargs: Any) -> Any:
         refuse()
         return original(*args, **kwargs)
 
@@ -137,7 +139,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, do: Callable[[str], None]):
         self._do = do
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The usual spec of a module of REFUSED, whose loader calls `do` at its end; None for all others."""
         if all(name != module for module, _ in REFUSED):
             return None
@@ -145,11 +147,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module) -> None:
+            def exec_module(module: ModuleType) -> None:
                 run(module)
                 self._do(name)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -159,7 +159,8 @@ def read_pretrain_row(row: dict[str, Any]) -> PretrainRow:
         RowError: with the reason and the cure.
     """
     name = "target"
-    target, notes = row.get(name), ()
+    target = row.get(name)
+    notes: tuple[str, ...] = ()
     if "text" in row:
         if is_absent(target):
             name = "text"

@@ -155,7 +155,8 @@ class _Tape:
     """Follows the bytes that are alive through one operation after the other."""
 
     def __init__(self, live: int):
-        self.live, self.moments = live, []
+        self.live = live
+        self.moments: list[Moment] = []
 
     def do(self, *, new: int = 0, free: int = 0, passing: int = 0, logits: int = 0, weights=()) -> None:
         """An operation that makes `new` bytes, lets go of `free`, and holds `passing` and `logits` while it runs."""
