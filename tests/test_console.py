@@ -64,7 +64,7 @@ def test_a_vocabulary_command_shows_its_report_and_log_lines_alone(tokenizer_dir
     words = ("--source_tokenizer_dir", tokenizer_dir, "--target_tokenizer_dir", tmp_path / "zh")
     words += ("--expand_tokens_file", tmp_path / "new.jsonl")
     process = run_script("init_tokenizer.py", *words, env=environment(tmp_path / "cuda"))
-    assert process.returncode == 0 and process.stdout.splitlines()[-1] == "asked 1, added 3"
+    assert process.returncode == 0 and process.stdout.splitlines()[-1] == "requested 1, added 3"
     assert [line for line in process.stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 

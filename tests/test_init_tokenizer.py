@@ -190,7 +190,7 @@ def test_both_spellings_from_another_folder(run_script, tokenizer_dir, tmp_path,
     )
     done = run_script(spelling, *arguments, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "asked 4, added 6"
+    assert done.stdout.splitlines()[-1] == "requested 4, added 6"
     assert pieces_of(tmp_path / "out")[600:] == ["你好", "世界", "你", "好", "世", "界"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pieces.jsonl"]
 
@@ -372,7 +372,7 @@ def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
     expand_tokenizer(
         ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["and", "and"]))
     )
-    assert capsys.readouterr().out.splitlines()[-1] == "asked 2, added 0"
+    assert capsys.readouterr().out.splitlines()[-1] == "requested 2, added 0"
     assert pieces_of(tmp_path / "out") == pieces_of(source)
 
 
@@ -446,7 +446,7 @@ def test_drop_leaves_out_what_is_not_reached(source, tmp_path, capsys):
     # The source has no piece for either character.
     assert "你好" in report["dropped_pieces"]
     assert pieces_of(tmp_path / "out")[600:] == [word for word in words if word not in report["dropped_pieces"]]
-    assert capsys.readouterr().out.splitlines()[-1] == f"asked 4, added {report['added']}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"requested 4, added {report['added']}"
 
 
 def test_a_budget_counts_what_closure_adds(source, tmp_path):

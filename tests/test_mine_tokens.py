@@ -103,7 +103,7 @@ def test_init_tokenizer_takes_the_list_as_it_is(mined, chinese, tokenizer_dir, t
     file = tmp_path / "pieces.jsonl"
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in mined.pieces))
     expand_tokenizer(ExtensionSettings(tokenizer_dir, tmp_path / "target", file))
-    assert capsys.readouterr().out.splitlines()[-1] == "asked 600, added 600"
+    assert capsys.readouterr().out.splitlines()[-1] == "requested 600, added 600"
     # The printed figure is that of the tokenizer that gets written.
     held_out = [text for text in dict.fromkeys(chinese_texts()) if mine_tokens.is_held_out_document(text, 0.125, 1024)]
     held_out = [text for text in held_out if re.search(f"[{mine_tokens.SCRIPTS['han']}]", text)]
@@ -281,7 +281,7 @@ def test_the_command_writes_the_file_and_says_what_it_is_worth(chinese, mined, t
     assert figures["tokens per character before"] == f"{curve[0]:.4f}"
     assert figures["tokens per character after"] == f"{curve[600]:.4f}"
     assert figures["what the last 600 pieces save"] == f"{1 - curve[600] / curve[0]:.2%}"
-    assert process.stdout.splitlines()[-1] == "asked 600, mined 600"
+    assert process.stdout.splitlines()[-1] == "requested 600, mined 600"
 
 
 @pytest.mark.slow
@@ -289,7 +289,7 @@ def test_the_command_says_how_many_came_if_fewer(chinese, tokenizer_dir, tmp_pat
     process = run_command(*words_for(chinese, tokenizer_dir, tmp_path / "p.jsonl", min_count=40))
     assert process.returncode == 0, process.stderr
     count = len((tmp_path / "p.jsonl").read_text("utf-8").splitlines())
-    assert process.stdout.splitlines()[-1] == f"asked 37104, mined {count}"
+    assert process.stdout.splitlines()[-1] == f"requested 37104, mined {count}"
     assert "the text has no more pieces that occur 40 times" in process.stdout
 
 
@@ -344,7 +344,7 @@ def test_the_curve_is_a_png(mined, tmp_path, chinese, tokenizer_dir, capsys):
     words = words_for(chinese, tokenizer_dir, tmp_path / "p.jsonl", num_new_tokens=600, min_count=2, plot=plot)
     mine_tokens.main(list(map(str, words)))
     assert plot.read_bytes().startswith(PNG) and plot.stat().st_size > 5000
-    assert "asked 600, mined 600" in capsys.readouterr().out
+    assert "requested 600, mined 600" in capsys.readouterr().out
 
 
 def test_flags_and_function_agree():

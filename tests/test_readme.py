@@ -216,7 +216,7 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
             missing = [line for line in shown.pop(command, ()) if shape(line) not in printed]
             assert not missing, f"{command}\n{output}"
     assert not shown
-    assert "asked 4, added " in outputs["init_tokenizer.py"]
+    assert "requested 4, added " in outputs["init_tokenizer.py"]
     assert (workplace / "mined_tokens.jsonl").is_file()
     assert "tokenizer-zh" in outputs["colossal_llama2.tokenizer.compare"]
     assert "tokens per bin" in outputs["prepare_pretrain_dataset.py"]

@@ -268,7 +268,7 @@ def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sou
     states = json.loads((home / last / "running_states.json").read_text())
     assert states["tokens_seen"] == epoch["tokens"] - epoch["left_over_tokens"]
     assert states["samples_seen"] == epoch["samples"] - epoch["left_over_samples"]
-    assert f"samples that were not read: {epoch['left_over_samples']}." in log[-1]
+    assert f"unread samples: {epoch['left_over_samples']}." in log[-1]
     again = jobs["mixed_again"]
     card, card_again = ((job[0] / "ckpt" / "modeling" / "README.md").read_text() for job in (jobs["mixed"], again))
     assert f"| {states['samples_seen']} |  | {states['tokens_seen']:,} | 100.0% |" in card
@@ -324,7 +324,7 @@ def test_a_stage_goes_on_in_the_data_of_another(jobs):
     assert error is None
     # 8 samples a step, 46 an epoch, of which 2 are too few for a micro batch: 20 and 44 are left.
     assert any(line.startswith("Data: continuing after") and line.endswith("epoch 0, sample 24") for line in log)
-    assert any(line.startswith("Done: 9 steps") and "were not read: 4." in line for line in log)
+    assert any(line.startswith("Done: 9 steps") and "unread samples: 4." in line for line in log)
     assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]
 
 

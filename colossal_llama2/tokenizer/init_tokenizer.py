@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def expand_tokenizer(settings: ExtensionSettings) -> None:
     """Write the source's tokenizer, with the pieces of the file appended, to the target, completely or not at all.
 
-    Prints the report, then "asked N, added M": the file asked for N pieces, M were added.
+    Prints the report, then "requested N, added M": the file has N pieces, M were added.
 
     Raises:
         UserError: a mistake in the folders or files.
@@ -137,7 +137,7 @@ def expand_tokenizer(settings: ExtensionSettings) -> None:
         write_json(folder / REPORT_FILE, report)
         publish(folder, target, replace=settings.overwrite)
     show_line(f"written to {target}")
-    show_line(f"asked {asked.asked}, added {len(plan.pieces)}")
+    show_line(f"requested {asked.asked}, added {len(plan.pieces)}")
 
 
 # Reading the source.

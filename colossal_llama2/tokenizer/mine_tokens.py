@@ -380,7 +380,7 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
     if count < asked:
         show_line(f"the text has no more pieces that occur {min_count} times; give more text or a lower --min_count")
     show_line(f"written to {output_file}")
-    show_line(f"asked {asked}, mined {count}")
+    show_line(f"requested {asked}, mined {count}")
 
 
 def _check_can_plot(plot: Path) -> None:

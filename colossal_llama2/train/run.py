@@ -75,7 +75,7 @@ def _log_end(config: TrainConfig, inputs: RunInputs, parts: RunParts, final: Pat
     unread = config.recipe.num_epochs * inputs.order.num_samples - inputs.facts.first_sample - state.samples_seen
     log_overflows(state)
     logs.get_logger().info(
-        "Done: %d steps%s, %s tokens; samples that were not read: %s. The model is in %s",
+        "Done: %d steps%s, %s tokens; unread samples: %s. The model is in %s",
         state.step,
         without_update(state),
         f"{state.tokens_seen:,}",
