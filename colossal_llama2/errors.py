@@ -1,15 +1,15 @@
 """How a command ends when something is wrong: one line on stderr and a documented exit code.
 
-    2    a mistake in what the user gave (`UserError`, and argparse's own errors)
+    2    invalid input (`UserError`, and argparse's own errors)
     1    a fault at run time, such as a full disk (`RunError`, `OSError`)
     130  interrupted with Ctrl+C
     143  terminated (SIGTERM)
-    0    ended early on request, with all saved (SIGUSR1)
+    0    ended early on request, with everything saved (SIGUSR1)
 
-Anything else is a bug of ours and keeps its traceback.
+Any other exception is a bug and keeps its traceback.
 
-With COLOSSAL_LLAMA2_DEBUG=1 in the environment, the traceback of an error stands before its line: on every rank of a
-launched job, the silent ones included, since each may have failed at another place.
+With COLOSSAL_LLAMA2_DEBUG=1 in the environment, the traceback of an error is printed before its line, on every rank of
+a launched job, including ranks that print no line: each may have failed in a different place.
 """
 
 import enum
@@ -30,70 +30,70 @@ DEBUG = "COLOSSAL_LLAMA2_DEBUG"
 
 
 class UserError(Exception):
-    """A mistake in a flag, a file or a folder. The message says what was given, what is allowed and what cures it."""
+    """Invalid input: a flag, a file or a folder. The message has the value, what is accepted, and the fix."""
 
 
 class LaunchError(UserError):
-    """The ranks cannot meet. Each process has an environment of its own, so each of them says what is wrong there."""
+    """The ranks cannot connect. Every process reports it, since each has its own environment."""
 
 
 class RunError(Exception):
-    """A fault at run time that no flag caused. The message says what failed and what is left intact."""
+    """A fault at run time that no flag caused. The message has what failed and what is left intact."""
 
 
 class RankError(RunError):
-    """A fault that this rank tells, whatever its number, since the others may not know of it."""
+    """A fault that this rank reports, whatever its number: the others may not have seen it."""
 
 
 class Stopped(BaseException):
-    """A signal ended the run in an orderly way. No `except Exception` swallows it."""
+    """A signal ended the run in an orderly way. Not an Exception, so that `except Exception` does not catch it."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.exit_code = 0 if number == signal.SIGUSR1 else 128 + number
 
 
-class Tellers(enum.Enum):
-    """Which processes of a launched job say how it ends: one a host, each of them, or each once the ranks have met."""
+class Reporters(enum.Enum):
+    """Which processes of a launched job report its error: one per host, each, or each once the ranks are connected."""
 
     ONE_A_HOST = enum.auto()
     EACH = enum.auto()
-    EACH_OF_MET = enum.auto()
+    EACH_IF_CONNECTED = enum.auto()
 
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn the errors above into one line, prefixed with the command's name, and an exit code.
 
-    All processes of a launched job find the same mistakes in the same flags and data, so the first of each host tells
-    them. What the system refuses to one process, such as room on its disk, that one tells with its rank.
+    All processes of a launched job find the same mistakes in the same flags and data, so only the first of each host
+    reports them. A fault of one process, such as a full disk, is reported by that process, with its rank.
     """
     if not _is_launched() and threading.current_thread() is threading.main_thread():
-        # An exception lets `finally` and `with` remove half-written output. Under a launcher, its rules hold.
+        # An exception lets `finally` and `with` remove half-written output. A launcher has rules of its own.
         signal.signal(signal.SIGTERM, _raise_terminated)
     sys.excepthook = _print_traceback
     watches_ends = interrupts.raise_from_now()
     try:
         yield
     except UserError as error:
-        told_by = Tellers.EACH if isinstance(error, LaunchError) else Tellers.ONE_A_HOST
-        _end(command, str(error), code=2, told_by=told_by)
+        reported_by = Reporters.EACH if isinstance(error, LaunchError) else Reporters.ONE_A_HOST
+        _end(command, str(error), code=2, reported_by=reported_by)
     except RunError as error:
-        told_by = Tellers.EACH_OF_MET if isinstance(error, RankError) else Tellers.ONE_A_HOST
-        _end(command, str(error), code=1, told_by=told_by)
+        reported_by = Reporters.EACH_IF_CONNECTED if isinstance(error, RankError) else Reporters.ONE_A_HOST
+        _end(command, str(error), code=1, reported_by=reported_by)
     except Stopped as stopped:
         _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _end(command, f"{where}{error.strerror or error}", code=1, told_by=Tellers.EACH_OF_MET)
+        _end(command, f"{where}{error.strerror or error}", code=1, reported_by=Reporters.EACH_IF_CONNECTED)
     except KeyboardInterrupt:
         _end(command, "interrupted", code=130)
     except _Terminated:
         _end(command, "terminated", code=143)
     except Exception:
-        if not _ranks_have_met():
+        if not _ranks_are_connected():
             raise
-        # A normal exit would wait for peers that wait for this rank in a collective.
+        # A normal exit would wait for peers, which wait for this rank in a collective.
         _print_traceback(*sys.exc_info())
         _leave(1)
     finally:
@@ -102,14 +102,14 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def _print_traceback(kind, error, trace) -> None:
-    """Python's own traceback, whose last lines may quote what others wrote."""
+    """Print Python's traceback, escaped: its last lines may quote files that others wrote."""
     text = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
     report_to_torchrun(f"{kind.__name__}: {printable(str(error))}", printable(text))
     show(text, file=sys.stderr)
 
 
 def _show_traceback_if_asked() -> None:
-    """With COLOSSAL_LLAMA2_DEBUG=1, print the traceback of the error that is being handled."""
+    """With COLOSSAL_LLAMA2_DEBUG=1, print the traceback of the error being handled."""
     if os.environ.get(DEBUG) == "1":
         with suppress(OSError):
             heading = f"rank {place().rank}: " if _is_launched() else ""
@@ -117,7 +117,7 @@ def _show_traceback_if_asked() -> None:
 
 
 class _Terminated(BaseException):
-    """SIGTERM, as an exception that no `except Exception` swallows."""
+    """SIGTERM, as an exception that `except Exception` does not catch."""
 
 
 def _raise_terminated(number, frame) -> NoReturn:
@@ -128,25 +128,25 @@ def _is_launched() -> bool:
     return place().world_size > 1
 
 
-def _ranks_have_met() -> bool:
+def _ranks_are_connected() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return _is_launched() and distributed is not None and distributed.is_initialized()
 
 
 def _end(
-    command: str, message: str, *, code: int, told_by: Tellers = Tellers.ONE_A_HOST, kind: str = "error"
+    command: str, message: str, *, code: int, reported_by: Reporters = Reporters.ONE_A_HOST, kind: str = "error"
 ) -> NoReturn:
     text = one_line(message).strip()
     if kind == "error":
         _show_traceback_if_asked()
     if code:
         report_to_torchrun(f"{command}: {kind}: {text}")
-    each_tells = {Tellers.EACH: _is_launched(), Tellers.EACH_OF_MET: _ranks_have_met()}
-    # Whoever read what is printed may be gone.
+    each_reports = {Reporters.EACH: _is_launched(), Reporters.EACH_IF_CONNECTED: _ranks_are_connected()}
+    # The reader of stderr may be gone.
     with suppress(OSError):
-        if code == 2 and not each_tells.get(told_by, False):
+        if code == 2 and not each_reports.get(reported_by, False):
             wait_for_first_of_host()
-        if each_tells.get(told_by, False):
+        if each_reports.get(reported_by, False):
             show_line(f"{command}: error: rank {place().rank}: {text}", file=sys.stderr)
         elif place().local_rank == 0:
             show_line(f"{command}: {kind}: {text}", file=sys.stderr)

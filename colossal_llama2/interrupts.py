@@ -1,17 +1,17 @@
 """Ctrl-C while a command starts: no traceback, exit code 130.
 
-A KeyboardInterrupt inside an import leaves libraries half loaded, and some of them swallow it. Nothing is written yet
-at that time, so the process ends at once. Once a command is at work, `errors.one_line_errors` takes over, so that
-`finally` and `with` can remove what is half written.
+A KeyboardInterrupt inside an import leaves libraries half loaded, and some of them swallow it. Nothing is written at
+that time, so the process exits at once. Once a command is running, `errors.one_line_errors` takes over, so that
+`finally` and `with` can remove half-written output.
 """
 
-# The module `signal` itself imports enum, in which a Ctrl-C would still come too early. This one is built in.
+# The module `signal` imports enum, during which Ctrl-C would still raise. This one is built in.
 import _signal as signal
 import os
 import sys
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
-# The commands beside the package. A program of somebody else's may lie there, too.
+# The commands beside the package, where other programs may be too.
 SCRIPTS = (
     "inference_example.py",
     "init_model.py",
@@ -25,22 +25,22 @@ EXIT_CODE = 130
 
 
 def watch_start() -> None:
-    """Let Ctrl-C end this process at once, if it is one of our commands; a program that imports us is left alone."""
+    """Make Ctrl-C exit at once if this process is one of our commands; other programs that import us are unaffected."""
     if _is_free() and _is_our_command():
         _set(_leave)
 
 
 def raise_from_now() -> bool:
-    """Let Ctrl-C raise KeyboardInterrupt again; whether `watch_start` had changed that."""
+    """Make Ctrl-C raise KeyboardInterrupt again; returns whether `watch_start` had changed that."""
     return signal.getsignal(signal.SIGINT) is _leave and _set(signal.default_int_handler)
 
 
 def watch_end() -> None:
-    """The same as `watch_start` for the moments in which Python ends, of a process that has watched its start."""
+    """The same as `watch_start`, while Python shuts down; for a process that called `watch_start`."""
     from contextlib import suppress
 
     if _is_free():
-        # `_leave` would lose what is printed and not yet written.
+        # `_leave` would lose buffered output.
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):
                 stream.flush()
@@ -48,12 +48,12 @@ def watch_end() -> None:
 
 
 def _is_free() -> bool:
-    """Whether nobody else decides what Ctrl-C does, as `nohup` and a shell's "&" do."""
+    """Whether Ctrl-C has Python's default effect, which `nohup` and a shell's "&" change."""
     return signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _set(handler) -> bool:
-    """Whether it could be set: only a program's first thread may."""
+    """Set the handler; returns False outside of the main thread, where Python does not allow it."""
     try:
         signal.signal(signal.SIGINT, handler)
     except ValueError:
@@ -63,7 +63,7 @@ def _set(handler) -> bool:
 
 def _is_our_command() -> bool:
     words = sys.orig_argv
-    # What multiprocessing starts: its parent ends it.
+    # Started by multiprocessing: its parent ends it.
     if "-c" in words:
         return False
     if "-m" in words[:-1]:
@@ -79,7 +79,7 @@ def _command() -> str:
 
 def _leave(number, frame) -> None:
     try:
-        # Of a launched job one process of each host says so.
+        # In a launched job, one process per host reports it.
         if "RANK" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
             os.write(2, f"{_command()}: error: interrupted\n".encode(errors="replace"))
     finally:

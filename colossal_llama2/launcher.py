@@ -1,12 +1,12 @@
-"""Which process of a job this is: what a launcher set in the environment, read once and checked.
+"""Which process of a job this is: the launcher's environment variables, read once and checked.
 
     torchrun, colossalai run    TORCHELASTIC_RUN_ID and the variables below
     by hand                     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, all four
     srun, mpirun                rank and size in variables of their own, with MASTER_ADDR and MASTER_PORT set as well
 
-Anything less was left over by another job: it is ignored, and removed from the environment, which libraries read too.
-Several processes of srun or mpirun without an address are refused: all would write to the same folders.
-Only commands that can be launched call `settle`. In all others, `place` is that of a process on its own.
+An incomplete set was left over by another job. It is ignored, and removed from the environment, since libraries read it
+too. Several processes of srun or mpirun without an address are refused: all would write to the same folders.
+Only commands that can be launched call `settle`. In all others, `place` describes a single process.
 """
 
 import json
@@ -33,20 +33,20 @@ OTHERS = {
 BY_HAND = "by hand"
 LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
 MAX_PORT = 65535
-# More than what the processes of a host differ by when they check the same flags.
+# Longer than the processes of a host differ in the time they take to check the same flags.
 FIRST_OF_HOST_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process among those of its job.
+    """The place of a process in its job.
 
     Attributes:
-        launcher: torchrun, srun, mpirun, "by hand", or None for a process on its own.
+        launcher: torchrun, srun, mpirun, "by hand", or None for a single process.
         parent: the process that started this one.
         uses_agent_store: whether torchrun's own process serves MASTER_PORT; otherwise rank 0 must.
         note: what to log about the environment, once.
-        problem: what is wrong with the environment; the other attributes are then those of a process on its own.
+        problem: what is wrong with the environment; the other attributes are then those of a single process.
     """
 
     rank: int = 0
@@ -64,12 +64,12 @@ _settled: Place | None = None
 
 
 def place() -> Place:
-    """What `settle` found; before that, a process on its own."""
+    """The result of `settle`; before it is called, a single process."""
     return _settled or ALONE
 
 
 def settle() -> Place:
-    """Read the environment, remove what is left over in it, and complete what a launcher leaves out. Once a process."""
+    """Read the environment once, remove leftovers from it, and complete what the launcher omits."""
     global _settled
     if _settled is None:
         _settled = _read()
@@ -77,30 +77,30 @@ def settle() -> Place:
 
 
 def stand_for(world_size: int) -> None:
-    """Let this process be rank 0 of a job of so many processes that is not launched yet, for its checks."""
+    """Act as rank 0 of a job of `world_size` processes that is not launched yet, to check it."""
     global _settled
     _settled = Place(world_size=world_size)
 
 
 def report_to_torchrun(message: str, trace: str = "") -> None:
-    """Leave the reason why this process ends where torchrun looks for it, so that its report shows it.
+    """Write the reason why this process ends to torchrun's error file, so that its report shows it.
 
-    The record is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler. Does nothing under other
-    launchers, and where the file cannot be written: what matters is on stderr.
+    The format is that of torch.distributed.elastic.multiprocessing.errors.ErrorHandler. Does nothing under other
+    launchers, or if the file cannot be written: the message is on stderr as well.
     """
     path = os.environ.get(ERROR_FILE)
     if not path or place().launcher != "torchrun":
         return
-    # torchrun shows the call stack where there is one, and takes the record with the least time for the cause.
+    # torchrun shows the call stack if there is one, and reports the record with the earliest time as the root cause.
     extra = {"py_callstack": trace or message, "timestamp": str(int(time.time()))}
     with suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def wait_for_first_of_host() -> None:
-    """Under torchrun, give the first process of this host time to say why all of them end.
+    """Under torchrun, give the first process of this host time to report why all of them end.
 
-    torchrun ends the others as soon as one has ended: without this, a silent one could end the one that speaks.
+    torchrun ends all processes as soon as one has ended: without this, a silent one could end the one that reports.
     """
     here = place()
     if here.launcher == "torchrun" and here.local_rank > 0:
@@ -111,7 +111,7 @@ def wait_for_first_of_host() -> None:
 
 def _read() -> Place:
     for name in NAMES:
-        # An empty variable says nothing.
+        # An empty variable counts as unset.
         if not os.environ.get(name, "unset").strip():
             del os.environ[name]
     try:
@@ -122,7 +122,7 @@ def _read() -> Place:
     missing = [name for name in REQUIRED if name not in os.environ]
     if missing:
         said = ", ".join(f"{name}={os.environ.pop(name)}" for name in given)
-        told = f"No launcher started this process ({', '.join(missing)} not set), so it ignores {said}"
+        told = f"No launcher started this process ({', '.join(missing)} not set); ignoring {said}"
         return Place(note=told if said else None)
     try:
         here = _launched()
@@ -132,14 +132,14 @@ def _read() -> Place:
 
 
 def _take_over_others() -> str | None:
-    """Where RANK or WORLD_SIZE is missing, set the usual variables from those of srun or mpirun.
+    """If RANK or WORLD_SIZE is missing, set the usual variables from those of srun or mpirun.
 
     Returns:
         What to log, if variables of another job were replaced.
 
     Raises:
-        ValueError: several processes were started, and there is no address to meet at. Each would train on its own,
-            and all would write to the same folders.
+        ValueError: several processes were started without an address to connect to. Each would train alone, and all
+            would write to the same folders.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return None
@@ -150,7 +150,7 @@ def _take_over_others() -> str | None:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ValueError(
-                f"{launcher} started {size} processes without {' and '.join(missing)}, so they cannot meet; export "
+                f"{launcher} started {size} processes without {' and '.join(missing)}, so they cannot connect; export "
                 f"MASTER_ADDR, the host of the first, and MASTER_PORT, a free port there, or start torchrun; for a "
                 f"single process, unset {size_name}"
             )
@@ -158,12 +158,12 @@ def _take_over_others() -> str | None:
         left = [name for name in NAMES if name in os.environ and name not in ("MASTER_ADDR", "MASTER_PORT")]
         other = ", ".join(f"{name}={os.environ.pop(name)}" for name in left if os.environ[name] != values.get(name))
         os.environ.update(values)
-        return f"{launcher} started this process as rank {rank} of {size}, so it ignores {other}" if other else None
+        return f"{launcher} started this process as rank {rank} of {size}; ignoring {other}" if other else None
     return None
 
 
 def _launched() -> Place:
-    """Raises ValueError with what is wrong."""
+    """The place that the variables describe. Raises ValueError with what is wrong."""
     world_size = _number("WORLD_SIZE", least=1)
     rank = _number("RANK", most=world_size - 1, why=f"since WORLD_SIZE is {world_size}")
     _number("MASTER_PORT", least=1, most=MAX_PORT)
@@ -189,10 +189,10 @@ def _launched() -> Place:
 def _launcher(rank: int, world_size: int) -> str:
     if TORCHRUN_ID in os.environ:
         return "torchrun"
-    # What is left of torchrun would make PyTorch look for a server that nobody runs.
+    # A leftover of torchrun would make PyTorch connect to a server that does not run.
     os.environ.pop(AGENT_STORE, None)
     for launcher, (rank_name, size_name, _) in OTHERS.items():
-        # In the shell of a batch job, Slurm's rank is 0 as well, but there is no step and so no size.
+        # In the shell of a batch job, Slurm's rank is 0 too, but there is no job step, so no size.
         if (os.environ.get(rank_name), os.environ.get(size_name)) == (str(rank), str(world_size)):
             return launcher
     return BY_HAND
@@ -200,12 +200,15 @@ def _launcher(rank: int, world_size: int) -> str:
 
 def _guess_local_rank(rank: int, world_size: int) -> tuple[str, str | None]:
     for rank_name, _, name in OTHERS.values():
-        # In the shell of a batch job, all ranks that are started there see Slurm's rank 0.
+        # In the shell of a batch job, all ranks started there see Slurm's rank 0.
         if os.environ.get(name, "").isdecimal() and os.environ.get(rank_name, str(rank)) == str(rank):
             return os.environ[name], None
     if world_size == 1 or LOOPBACK.fullmatch(os.environ["MASTER_ADDR"]):
         return str(rank), None
-    return "0", "LOCAL_RANK is not set: this process takes GPU 0; with several on a host, number them with LOCAL_RANK"
+    return (
+        "0",
+        "LOCAL_RANK is not set, so this process uses GPU 0; for several processes on a host, set LOCAL_RANK in each",
+    )
 
 
 def _number(name: str, *, least: int = 0, most: int | None = None, why: str = "") -> int:

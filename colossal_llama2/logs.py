@@ -1,6 +1,6 @@
-"""What a command says while it runs: log lines and progress bars, from rank 0 only.
+"""Output of a running command: log lines and progress bars, from rank 0 only.
 
-A terminal gets a tqdm bar; anything else (a file, a pipe, CI) gets one plain line now and then, never carriage returns.
+A terminal gets a tqdm bar; anything else (a file, a pipe, CI) gets a plain line now and then, never carriage returns.
 """
 
 import contextlib
@@ -14,24 +14,27 @@ from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
 
 PLAIN_LINE_SECONDS = 15.0
-# Times in a bar are at first unknown, and become longer.
+# Loggers of libraries whose warnings are irrelevant here. bitsandbytes, which peft imports, warns on some CPUs that it
+# cannot download a kernel for 4-bit weights.
+QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)
+# Times in a bar are unknown at first and become longer.
 SPARE_CELLS = 5
 
 
 def is_first_rank() -> bool:
-    """True in a plain process and in rank 0 of a launched job."""
+    """True in a single process and on rank 0 of a launched job."""
     return place().rank == 0
 
 
 def get_logger() -> logging.Logger:
-    """The one logger of the suite. `configure_logging` decides what becomes of its lines."""
+    """The logger of this package, which `configure_logging` sets up."""
     return logging.getLogger("colossal_llama2")
 
 
 def configure_logging() -> None:
-    """Send the suite's log lines to stderr: all of them from rank 0, errors alone from the others.
+    """Send this package's log lines to stderr: all of them from rank 0, only errors from the others.
 
-    What libraries log and warn of from now on is made printable too: it may quote files that others wrote.
+    From now on, messages of libraries are escaped too: they may quote files that others wrote.
     """
     logging.setLogRecordFactory(_PrintableRecord)
     if not isinstance(warnings.formatwarning, _PrintableWarnings):
@@ -43,6 +46,8 @@ def configure_logging() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.propagate = False
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _PrintableRecord(logging.LogRecord):
@@ -60,7 +65,7 @@ class _PrintableWarnings:
 
 class _OneLineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
-        # A warning must stand out among lines that are only worth knowing.
+        # A warning must stand out among informational lines.
         if record.levelno >= logging.WARNING:
             record.message = f"{record.levelname}: {record.message}"
         return super().formatMessage(record)
@@ -70,7 +75,7 @@ class _OneLineFormatter(logging.Formatter):
 
 
 class _LinesAboveBars(logging.StreamHandler):
-    """Takes bars away while a line is written, so that it gets a line of the terminal for itself."""
+    """Hides progress bars while a line is written, so that the line does not end up beside one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
@@ -79,7 +84,7 @@ class _LinesAboveBars(logging.StreamHandler):
 
 
 class SilentProgress:
-    """A progress display that shows nothing: for every rank but the first."""
+    """A progress display that shows nothing, for every rank except the first."""
 
     def update(self, count: int = 1, **figures: str) -> None:
         """Advance by `count` units and show `figures` beside the bar."""
@@ -97,11 +102,11 @@ class SilentProgress:
             self.abandon()
 
     def abandon(self) -> None:
-        """End the display of a job that failed: the error alone is said."""
+        """End the display of a job that failed, without a last line: only the error is reported."""
 
 
 class BarProgress(SilentProgress):
-    """A tqdm bar on a terminal. Where the terminal is narrow, figures beside the bar are left out from the end."""
+    """A tqdm bar on a terminal. On a narrow one, the last figures beside the bar are left out."""
 
     def __init__(
         self,
@@ -115,7 +120,7 @@ class BarProgress(SilentProgress):
     ):
         from tqdm import tqdm
 
-        # A terminal that says it has no columns (some containers' do) would get an empty bar.
+        # A terminal that reports no columns (as in some containers) would get an empty bar.
         width_is_known = shutil.get_terminal_size((0, 0)).columns > 0
         self._bar = tqdm(
             total=total,
@@ -134,7 +139,7 @@ class BarProgress(SilentProgress):
         self._bar.update(count)
 
     def _show_what_fits(self, figures: list[str], count: int) -> None:
-        """Show the first of `figures`, which are the most important, beside a bar of at least ten cells."""
+        """Show as many of the figures, in order of importance, as fit beside a bar of ten cells."""
         for kept in range(len(figures), -1, -1):
             self._bar.set_postfix_str(", ".join(figures[:kept]), refresh=False)
             layout = self._bar.format_dict
@@ -157,22 +162,22 @@ class LineProgress(SilentProgress):
         self._start_count = self._count = initial
         self._start = time.monotonic()
         self._last_line = self._start
-        self._said_count: int | None = None
+        self._logged_count: int | None = None
         self._figures: dict = {}
 
     def update(self, count: int = 1, **figures: str) -> None:
         self._count += count
         self._figures = figures or self._figures
         if time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
-            self._say()
+            self._log()
 
     def close(self) -> None:
-        if self._count != self._said_count:
-            self._say()
+        if self._count != self._logged_count:
+            self._log()
 
-    def _say(self) -> None:
+    def _log(self) -> None:
         now = time.monotonic()
-        self._last_line, self._said_count = now, self._count
+        self._last_line, self._logged_count = now, self._count
         rate = (self._count - self._start_count) / max(now - self._start, 1e-9)
         of_total = f"/{self._total:,}" if self._total is not None else ""
         parts = [f"{self._description}: {self._count:,}{of_total} {self._unit}", f"{self._scale(rate)}{self._unit}/s"]
@@ -182,7 +187,7 @@ class LineProgress(SilentProgress):
         get_logger().info(" | ".join(parts))
 
     def _scale(self, rate: float) -> str:
-        """A rate with the prefix of its unit where that is scaled: 852.5 M of B/s, else 3.8 of step/s."""
+        """A rate up to its unit: "852.5 M" before "B/s" if the unit is scaled, else "3.8 " before "step/s"."""
         if not self._scaled:
             return f"{rate:,.1f} "
         for prefix in ("", "k", "M"):
@@ -201,9 +206,9 @@ def progress(
     unit_scale: bool = False,
     bar_format: str | None = None,
 ) -> SilentProgress:
-    """A progress display for `total` units (None: unknown), of the kind that fits stderr and this process's rank.
+    """A progress display for `total` units (None: unknown) that suits stderr and this process's rank.
 
-    `bar_format` is tqdm's, for a bar with much to tell.
+    `bar_format` is tqdm's, for a bar with many figures.
     """
     if not is_first_rank():
         return SilentProgress()

@@ -1,12 +1,12 @@
-"""Text of unknown origin for a terminal, in two degrees.
+"""Text of unknown origin for a terminal, escaped to two degrees.
 
-    printable, one_line      what a terminal would obey is shown, everything else stays: names, messages, answers
-    visible, visible_line    every character that has no glyph of its own is shown: for looking at data
+    printable, one_line      only what a terminal would act on is escaped: for names, messages, answers
+    visible, visible_line    every character without a glyph is escaped: for inspecting data
 
     ESC   ␛      right-to-left override   <U+202E>      a line break in `visible`   ␊ and then the break
 
-In `visible`, what stands for something else cannot be spelt by the text itself: its own ␛, and the "<" of its own <s>,
-</s> and <U+..., are written by number as well.
+Escapes in `visible` are unambiguous: a literal ␛ in the text, and the "<" of a literal <s>, </s> or <U+..., are written
+by number.
 """
 
 import re
@@ -20,8 +20,8 @@ HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 PICTURES = range(0x2400, 0x2422)
 DELETE = 0x7F
 LOOKS_LIKE_OURS = re.compile(r"<(?=/?s>|U\+)")
-# What moves the cursor, changes the terminal's state, reverses the order of what follows, breaks lines in secret, or
-# cannot be encoded: controls but tab and line feed, line and paragraph separators, directional embeddings, overrides
+# Characters that move the cursor, change the terminal's state, reverse the order of the text, break lines, or cannot
+# be encoded: controls but tab and line feed, line and paragraph separators, directional embeddings, overrides
 # and isolates, deprecated and annotation controls, the byte order mark, halves of surrogate pairs. Joiners (emoji,
 # Persian, Indic scripts), direction marks, soft hyphens and combining characters belong to ordinary text.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
@@ -29,12 +29,12 @@ LINE_BREAK = re.compile(r"[ \t]*\r?\n[ \t\r\n]*")
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal would obey shown; line feeds and tabs stay."""
+    """`text` with what a terminal would act on escaped; line feeds and tabs stay."""
     return OBEYED.sub(lambda found: _shown(found[0]), text)
 
 
 def one_line(text: str) -> str:
-    """`text` as `printable` gives it, on one line: a line break and the blanks around it become a space."""
+    """`printable(text)` on one line: a line break and the blanks around it become a space."""
     return printable(LINE_BREAK.sub(" ", text.strip("\r\n"))).replace("\t", _shown("\t"))
 
 
@@ -49,13 +49,13 @@ def show_line(text: str, *, file: TextIO | None = None) -> None:
 
 
 def visible(text: str) -> str:
-    """`text` with its control characters shown; a line break is shown and kept."""
+    """`text` with every character without a glyph escaped; a line break is escaped and kept."""
     quoted = LOOKS_LIKE_OURS.split(text)
     return _by_number("<").join("".join(map(_shown, part)) for part in quoted)
 
 
 def visible_line(text: str) -> str:
-    """The same on one line: a line break is shown alone."""
+    """The same on one line: a line break is only escaped."""
     return visible(text).replace("\n", "")
 
 

@@ -94,6 +94,7 @@ def test_every_conversation_of_chatterbot_corpus(language, count, kind, prefixes
 LOSS_MARKS = st.sampled_from([{}, {}, {"weight": 0}, {"weight": 1.0}, {"train": False}, {"loss": None}, {"masked": 1}])
 
 
+@pytest.mark.slow
 @given(
     system=st.none() | TEXTS,
     turns=st.lists(st.tuples(st.sampled_from([*ROLES, "system", "Human ", "GPT"]), TEXTS, LOSS_MARKS), max_size=5),

@@ -130,7 +130,7 @@ def test_a_resumed_run_goes_on_in_its_folder(checkpoint):
 
 def test_a_checkpoint_without_its_manifest_is_refused(checkpoint):
     (checkpoint / "manifest.json").unlink()
-    with pytest.raises(UserError, match="not written to its end"):
+    with pytest.raises(UserError, match="so it is incomplete"):
         find_source("llama", str(checkpoint))
     assert checkpoint_files.complete_checkpoints(checkpoint.parent) == []
 
@@ -291,7 +291,7 @@ def test_a_place_that_the_data_has_not_is_told(checkpoint):
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     for change in ({"sample_start_index": 81}, {"samples_seen": 161}, {"samples_seen": 10**15}):
         state = dataclasses.replace(TrainState(epoch=1, sample_start_index=80, samples_seen=160), **change)
-        with pytest.raises(UserError, match="no place in data of 80 samples"):
+        with pytest.raises(UserError, match="not a position in data of 80 samples"):
             resuming._check_place(SavedRun(checkpoint, state, {}), order)
     at_end = TrainState(epoch=1, sample_start_index=80, samples_seen=160)
     resuming._check_place(SavedRun(checkpoint, at_end, {}), order)
@@ -325,7 +325,7 @@ def test_inodes_are_room_too(tmp_path, monkeypatch):
     used_up = os.statvfs_result((*free[:5], 1000, 5, 5, *free[8:]))
     monkeypatch.setattr(checkpoint_files.os, "statvfs", lambda path: used_up)
     checkpoint_files.check_room(tmp_path, 1, files=5)
-    with pytest.raises(RunError, match="has about 17 files, 5 more can be made .inodes"):
+    with pytest.raises(RunError, match="has about 17 files, 5 more can be created .inodes"):
         checkpoint_files.check_room(tmp_path, 1, files=17)
     without = os.statvfs_result((*free[:5], 0, 0, 0, *free[8:]))
     monkeypatch.setattr(checkpoint_files.os, "statvfs", lambda path: without)

@@ -7,17 +7,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from colossal_llama2.engine import chunked_loss
-from colossal_llama2.engine.chunked_loss import HeadPart, chunked_cross_entropy, use_chunked_loss
+from colossal_llama2.engine.chunked_loss import Blocks, HeadPart, chunked_cross_entropy, use_chunked_loss
 
 TOKENS, WIDTH, VOCABULARY = 50, 16, 1003
 
 
-@pytest.fixture(autouse=True)
-def many_blocks(monkeypatch):
-    """Blocks of 128 rows, the last of which is shorter; three of the eight are kept for the backward pass."""
-    monkeypatch.setattr(chunked_loss, "BLOCK_LOGITS", {"cpu": 1})
-    monkeypatch.setattr(chunked_loss, "MIN_BLOCK_ROWS", 128)
-    monkeypatch.setattr(chunked_loss, "KEPT_LOGITS", 3 * TOKENS * 128)
+# Blocks of 128 rows, the last of which is shorter; three of the eight are kept for the backward pass.
+MANY_BLOCKS = Blocks(logits=1, min_rows=128, kept=3 * TOKENS * 128)
 
 
 def inputs(dtype=torch.float32, padding_rows=0):
@@ -43,7 +39,7 @@ def test_loss_and_gradients_are_those_of_all_logits(padding_rows):
     hidden, weight, targets = inputs(padding_rows=padding_rows)
     expected = plain(hidden, weight, targets)
     gradients = torch.autograd.grad(expected * 3, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, VOCABULARY))
+    loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, VOCABULARY, blocks=MANY_BLOCKS))
     assert loss.dtype == torch.float32 and float(loss) == pytest.approx(float(expected), rel=1e-6)
     for ours, theirs in zip(torch.autograd.grad(loss * 3, (hidden, weight)), gradients, strict=True):
         assert error(ours, theirs) < 1e-6
@@ -55,7 +51,7 @@ def test_half_precision_is_as_exact_as_with_all_logits():
     hidden, weight, targets = inputs(torch.bfloat16)
     expected = torch.autograd.grad(plain(*exact, targets), exact)
     with_logits = torch.autograd.grad(plain(hidden, weight, targets), (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, VOCABULARY))
+    loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, VOCABULARY, blocks=MANY_BLOCKS))
     for ours, theirs, truth in zip(torch.autograd.grad(loss, (hidden, weight)), with_logits, expected, strict=True):
         assert ours.dtype == torch.bfloat16 and error(ours, truth) < 1.2 * error(theirs, truth)
 
@@ -67,7 +63,7 @@ def test_a_frozen_head_and_frozen_layers():
         (expected,) = torch.autograd.grad(loss, value, retain_graph=True)
         other.requires_grad_(False)
         (gradient,) = torch.autograd.grad(
-            chunked_cross_entropy(hidden, weight, targets, HeadPart(0, VOCABULARY)), value
+            chunked_cross_entropy(hidden, weight, targets, HeadPart(0, VOCABULARY, blocks=MANY_BLOCKS)), value
         )
         other.requires_grad_(True)
         assert error(gradient, expected) < 1e-6
@@ -78,7 +74,7 @@ def test_a_model_gives_its_own_loss(model_dir, masked):
     ids = torch.arange(3, 35).view(2, 16)
     labels = torch.full_like(ids, -100) if masked else torch.where(ids % 4 == 0, -100, ids)
     models = [LlamaForCausalLM.from_pretrained(model_dir) for _ in range(2)]
-    use_chunked_loss(models[1], HeadPart(0, models[1].config.vocab_size))
+    use_chunked_loss(models[1], HeadPart(0, models[1].config.vocab_size, blocks=MANY_BLOCKS))
     losses = [model(input_ids=ids, labels=labels, use_cache=False).loss for model in models]
     losses[1].backward()
     if masked:

@@ -49,6 +49,7 @@ def test_missing_characters_are_those_that_no_piece_is():
     assert missing_characters([], {}) == []
 
 
+@pytest.mark.slow
 @FEW
 @given(pieces=PIECES, text=TEXT)
 def test_evolve_merges_as_sentencepiece(model, pieces, text):
@@ -59,6 +60,7 @@ def test_evolve_merges_as_sentencepiece(model, pieces, text):
     assert evolve(known, scores) == expected
 
 
+@pytest.mark.slow
 @FEW
 @given(pieces=PIECES, piece_scores=st.sampled_from(["below", "zero"]))
 def test_complete_reaches_every_piece(model, pieces, piece_scores):
@@ -103,6 +105,7 @@ def test_a_budget_gives_up_the_last_pieces_first(model, pieces, budget):
             assert len(one_more.pieces) > budget
 
 
+@pytest.mark.slow
 @FEW
 @given(pieces=PIECES)
 def test_drop_leaves_out_exactly_what_is_not_reached(model, pieces):

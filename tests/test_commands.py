@@ -66,6 +66,7 @@ def test_help_needs_no_package(script, elsewhere, run_script, bare_environment, 
     assert "example:" in process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, misspelt", SCRIPTS.items())
 def test_an_unknown_flag_is_one_line_with_a_suggestion(
     script, misspelt, run_script, bare_environment, assert_user_error
@@ -79,7 +80,7 @@ def test_a_missing_required_flag_is_one_line(script, run_script, bare_environmen
     assert_user_error(run_script(script, env=bare_environment, timeout=30), "required")
 
 
-@pytest.mark.parametrize("module", ["arguments", "errors", "logs", "inference.generation"])
+@pytest.mark.parametrize("module", ["cli.train_flags", "errors", "logs", "inference.generation"])
 def test_light_modules_import_no_package(module, bare_environment):
     process = subprocess.run(
         [sys.executable, "-c", f"import colossal_llama2.{module}"],

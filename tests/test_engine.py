@@ -21,6 +21,7 @@ from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.engine.settings_problems import settings_problems
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.trainable import Embeddings
 from colossal_llama2.plugin_names import PLUGIN_NAMES
 from tests import launching
 from tests.conftest import ROOT
@@ -197,7 +198,7 @@ def test_gemini_accumulates_only_if_told_so():
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 4, "microbatch_size": 4}, 2, ["at least 8"]),
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 5, "microbatch_size": 2}, 2, ["--micro_batch_size 5"]),
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 2, "zero_stage": 2}, 2, ["--zero 0 or 1"]),
-        ({"plugin": "3d", "pp_size": 3, "micro_batch_size": 3, "embeddings_only": True}, 3, ["--pp 2"]),
+        ({"plugin": "3d", "pp_size": 3, "micro_batch_size": 3, "trainable": Embeddings()}, 3, ["--pp 2"]),
         ({"plugin": "3d", "sp_size": 2}, 2, ["--enable_sequence_parallelism"]),
         ({"plugin": "3d", "sp_mode": "all_to_all"}, 2, ["needs --sp"]),
         ({"plugin": "3d", "sp_mode": "ring"}, 2, ["needs --tp"]),

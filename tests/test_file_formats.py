@@ -210,6 +210,7 @@ def test_bad_lines_at_the_start_are_bad_rows_and_no_lost_file(start, tmp_path):
     assert sum(line.record is not None for line in lines) == LINES.count(b"\n")
 
 
+@pytest.mark.slow
 def test_a_cut_array_is_a_lost_file_and_not_bad_rows(tokenizer_dir, tmp_path, run_script, caplog, capsys):
     whole = json.dumps(RECORDS, indent=1).encode()
     cut = put(tmp_path / "in", "cut.json", b'"target"'.join(whole.split(b'"target"')[:21]) + b'"tar')

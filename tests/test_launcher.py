@@ -91,7 +91,7 @@ def test_launchers_are_known_by_what_they_set(settle, variables, expected):
 def test_srun_without_an_address_is_refused(settle, name):
     here = settle(**SRUN, **({name: ADDRESS[name]} if name else {}))
     missing = " and ".join(other for other in ADDRESS if other != name)
-    assert f"srun started 4 processes without {missing}, so they cannot meet" in here.problem
+    assert f"srun started 4 processes without {missing}, so they cannot connect" in here.problem
     assert "export MASTER_ADDR" in here.problem and "unset SLURM_STEP_NUM_TASKS" in here.problem
     # The script of sbatch itself, and an interactive shell.
     assert settle(SLURM_PROCID="0", SLURM_LOCALID="0") == settle(**{**SRUN, "SLURM_STEP_NUM_TASKS": "1"})
@@ -100,7 +100,7 @@ def test_srun_without_an_address_is_refused(settle, name):
 def test_srun_takes_the_place_of_leftovers(settle):
     here = settle(**SRUN, **ADDRESS, RANK="0", LOCAL_WORLD_SIZE="9", TORCHELASTIC_RUN_ID="old")
     assert (here.rank, here.local_rank, here.world_size, here.launcher) == (3, 1, 4, "srun")
-    assert here.note.endswith("rank 3 of 4, so it ignores RANK=0, LOCAL_WORLD_SIZE=9, TORCHELASTIC_RUN_ID=old")
+    assert here.note.endswith("rank 3 of 4; ignoring RANK=0, LOCAL_WORLD_SIZE=9, TORCHELASTIC_RUN_ID=old")
     assert not {"LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
 
 

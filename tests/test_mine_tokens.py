@@ -162,6 +162,7 @@ def test_any_script_mines_words_with_their_space(tmp_path, tokenizer_dir):
     assert mine(tmp_path / "de", tokenizer_dir, script="any", max_piece_length=5).pieces != found.pieces
 
 
+@pytest.mark.slow
 def test_the_budget_and_the_rarest_are_respected(chinese, mined, tokenizer_dir):
     assert mine(chinese, tokenizer_dir, num_new_tokens=100).pieces == mined.pieces[:100]
     everything = mine(chinese, tokenizer_dir, num_new_tokens=100_000, min_count=30).pieces
@@ -171,6 +172,7 @@ def test_the_budget_and_the_rarest_are_respected(chinese, mined, tokenizer_dir):
     assert len(mine(chinese, tokenizer_dir, num_new_tokens=100_000, min_count=60).pieces) < len(everything)
 
 
+@pytest.mark.slow
 def test_the_result_depends_on_the_seed_and_not_on_files_order_or_repetition(tmp_path, chinese, mined, tokenizer_dir):
     texts = chinese_texts()
     random.Random(3).shuffle(texts)
@@ -220,6 +222,7 @@ def test_a_sample_holds_what_fits_and_each_item_equally_often():
     assert all(60 < count < 140 for count in hits.values())
 
 
+@pytest.mark.slow
 def test_a_sample_is_as_large_for_a_large_stream_as_for_a_small_one():
     def peak(count: int) -> int:
         tracemalloc.start()
@@ -281,6 +284,7 @@ def test_the_command_writes_the_file_and_says_what_it_is_worth(chinese, mined, t
     assert process.stdout.splitlines()[-1] == "asked 600, mined 600"
 
 
+@pytest.mark.slow
 def test_the_command_says_how_many_came_if_fewer(chinese, tokenizer_dir, tmp_path):
     process = run_command(*words_for(chinese, tokenizer_dir, tmp_path / "p.jsonl", min_count=40))
     assert process.returncode == 0, process.stderr

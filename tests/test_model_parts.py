@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model import attention
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.freezing import freeze_non_embedding_parameters, read_new_rows
 from colossal_llama2.model.loading import check_model_folder, inspect_weights, load_llama
 from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.model.neftune import embedding_noise
+from colossal_llama2.model.trainable import Embeddings, NewRows, Trainable, read_new_rows
 from colossal_llama2.train.checkpointing.new_rows_report import NewRowsReport
 
 
@@ -28,7 +28,7 @@ def model(model_dir):
 
 
 def test_freezing_leaves_both_embeddings(model):
-    trainable, frozen = freeze_non_embedding_parameters(model)
+    trainable, frozen = Embeddings().prepare(model)
     names = {name for name, param in model.named_parameters() if param.requires_grad}
     assert names == {"model.embed_tokens.weight", "lm_head.weight"}
     assert trainable == 2 * 600 * 64 and trainable + frozen == sum(p.numel() for p in model.parameters())
@@ -255,6 +255,23 @@ def test_impossible_new_rows_are_refused(folder, ranges):
     assert read_new_rows(str(folder)) == ((8, 9), (20, 24))
 
 
+def test_what_is_trained_is_one_choice(folder, model):
+    facts = inspect_weights(str(folder))
+    flags = ((False, False), (True, False), (False, True))
+    choices = [Trainable.from_flags(embeddings=embeddings, new_rows=new_rows) for embeddings, new_rows in flags]
+    everything, _, rows = choices
+    assert [type(choice) for choice in choices] == [Trainable, Embeddings, NewRows]
+    assert everything.prepare(model) == (facts.parameters, 0)
+    sizes = [facts.parameters, facts.embedding_parameters, facts.embedding_parameters]
+    assert [choice.parameters(facts) for choice in choices] == sizes
+    assert [choice.decays for choice in choices] == [True, True, False]
+    assert [len(choice.problems(pp_size=3, chunked_loss="off")) for choice in choices] == [0, 1, 2]
+    assert everything.of_model(str(folder)) == everything and everything.rows is None
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": [[8, 9], [20, 24]]}))
+    assert rows.of_model(str(folder)).description == "5 new rows of the embeddings"
+
+
 def test_row_health_tells_what_moved(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     health = NewRowsReport(str(folder), ((8, 12),), "bf16")
@@ -266,7 +283,7 @@ def test_row_health_tells_what_moved(folder, tmp_path, caplog):
     figures = health.examine(tmp_path / "later")
     assert figures["Rows/embed_tokens moved"] == 0.75 and figures["Rows/lm_head moved"] == 1.0
     assert figures["Rows/lm_head norm"] == pytest.approx(head[8:12].float().norm(dim=1).mean().item(), rel=1e-6)
-    assert "embed_tokens: 75.0 % of 4 new rows have moved" in caplog.text
+    assert "embed_tokens: 75.0 % of 4 new rows have changed" in caplog.text
     head[12] *= -1
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(RunError, match="row 12 of lm_head.weight has changed"):

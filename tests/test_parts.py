@@ -142,6 +142,7 @@ def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path):
     assert (max(numbers) > 3) is (name not in ("normalizer", "spaces removed", "suffix"))
 
 
+@pytest.mark.slow
 def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:300_000]
     rows = [

@@ -149,7 +149,7 @@ def test_a_part_without_samples_is_in_no_bucket(two_sources, tmp_path):
     first, second, _ = plan["buckets"]
     assert first["sources"]["old"]["again"] and second["sources"]["new"]["asked"] == 1
     notes = "\n".join(plan["notes"])
-    assert "old has no part left in bucket 1" in notes and "to reach the asked shares" not in notes
+    assert "old has no part left in bucket 1" in notes and "to reach the requested shares" not in notes
     bare = plan_of(resolve_data([f"new={new[0]}", f"bare={empty}"], bucketed=True))
     assert "bare holds no samples" in bare["notes"] and "bare" not in bare["buckets"][0]["sources"]
 

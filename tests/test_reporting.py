@@ -376,12 +376,12 @@ def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
     assert [record["loss"] for record in train_log.read(tmp_path / "train_log.jsonl")] == [1.0, None, 1.0, 1.0, 1.0]
     path = train_log.begin(RunFolder(tmp_path), last_step=3, resumed_from=str(tmp_path / "epoch-0_step-3"))
     assert [record["step"] for record in train_log.read(path)] == [1, 2, 3] and path.read_bytes().endswith(b"}\n")
-    assert "3 lines after step 3 are cut away" in caplog.text
+    assert "removed 3 lines after step 3" in caplog.text
     assert [child.name for child in tmp_path.iterdir()] == ["train_log.jsonl"]
     # A run that died before its first checkpoint leaves evaluations of step 0.
     train_log.TrainLog(path).write({"step": 0, "evaluation": {}})
     assert train_log.begin(RunFolder(tmp_path), last_step=0).read_bytes() == b""
-    assert "4 lines of an earlier run" in caplog.text
+    assert "removed 4 lines of an earlier run" in caplog.text
 
 
 def test_a_full_disk_ends_no_run(tmp_path, caplog):

@@ -66,8 +66,8 @@ def test_the_command_line_wins_whatever_the_order(file_of):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"save_intervall": 3}, ["save_intervall is no flag, did you mean save_interval?"]),
-        ({"qqqq": 3}, ["qqqq is no flag"]),
+        ({"save_intervall": 3}, ["save_intervall is not a flag, did you mean save_interval?"]),
+        ({"qqqq": 3}, ["qqqq is not a flag"]),
         ({"lr": "fast"}, ["lr", "'fast' given", "a number above 0"]),
         ({"lr": -1}, ["lr", "-1", "a number above 0"]),
         ({"lr": True}, ["lr is true", "a number allowed"]),

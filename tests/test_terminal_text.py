@@ -82,7 +82,7 @@ def raise_os_error(text: str) -> None:
 def raise_as_one_rank(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", "1")
-        patch.setattr(errors, "_ranks_have_met", lambda: True)
+        patch.setattr(errors, "_ranks_are_connected", lambda: True)
         raise_os_error(text)
 
 

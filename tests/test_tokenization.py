@@ -171,6 +171,7 @@ def test_sft_drops_what_has_no_answer(encoder):
 MARKS = st.sampled_from([{}, {}, {"weight": 0}, {"train": False}, {"loss": 1.0}, {"masked": True}, {"trainable": None}])
 
 
+@pytest.mark.slow
 @given(
     messages=st.lists(st.tuples(ROLES, TEXTS, MARKS), min_size=1, max_size=8),
     max_length=st.integers(8, 400),

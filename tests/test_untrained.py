@@ -7,6 +7,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import dry_run
+from colossal_llama2.train.settings.from_flags import resolve_with_problems
 from colossal_llama2.train.stepping.nonfinite_steps import without_update
 from colossal_llama2.train.stepping.state import StepResult, TrainState
 
@@ -40,7 +41,7 @@ def test_data_without_a_trained_token_is_refused(tmp_path, model_dir, caplog):
     def plan(dataset, *more):
         words = ["--pretrained", str(model_dir), "--dataset", folders[dataset], "--save_dir", str(tmp_path / "ckpt")]
         words += ["--tensorboard_dir", str(tmp_path / "tb"), "--config_file", str(tmp_path / "c"), "--dry_run"]
-        dry_run.dry_run(train_flags.train_parser().parse_args([*words, *more]))
+        dry_run.dry_run(*resolve_with_problems(train_flags.train_parser().parse_args([*words, *more])))
 
     with pytest.raises(UserError, match="^--dataset: none of its 4 samples has a trained token, all their labels are"):
         plan("none")
@@ -58,7 +59,7 @@ def test_steps_without_an_update_are_counted_and_leave_the_schedule():
         state.count(result, 4)
     assert (state.step, state.updates, state.sample_start_index, state.samples_seen) == (5, 2, 20, 20)
     assert (state.untrained_steps, state.bad_steps, state.overflows, state.tokens_seen) == (1, 2, 3, 50)
-    told = ", 3 of them without an update (1 had no trained token, 2 had a loss or gradient norm that is not finite)"
+    told = ", 3 of them without an update (1 had no trained token, 2 had a NaN/Inf loss or gradient norm)"
     assert without_update(state) == told and without_update(TrainState(step=9)) == ""
     assert TrainState.from_dict(state.to_dict()) == state
     # As an earlier version wrote it.

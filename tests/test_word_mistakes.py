@@ -32,7 +32,7 @@ MISTAKES = [
     ("train", "--lr =1e-4", "type --lr=1e-4"),
     ("train", "--lr= 1e-4", "type --lr 1e-4"),
     ("train", "--save_dir = out", "type --save_dir out"),
-    ("train", "–lr 1e-4", "–lr begins with U+2013, a dash that web pages put for two hyphens; type --lr"),
+    ("train", "–lr 1e-4", "–lr begins with U+2013, a dash that web pages substitute for two hyphens; type --lr"),
     ("train", "—save_intervall 5", "type --save_intervall"),
     ("train", "−−lr 1e-4", "U+2212"),
     ("train", "-lr 1e-4", "-lr has one hyphen; type --lr"),
@@ -48,22 +48,26 @@ MISTAKES = [
     ("train", "--lr 0,001", "type 0.001"),
     ("train", "--weight_decay 10%", "type 0.1"),
     ("train", "--warmup_steps None", "leave --warmup_steps out"),
-    ("train", "--load_checkpoint None", "--load_checkpoint is 'None', which stands for no value in Python alone"),
+    ("train", "--load_checkpoint None", "--load_checkpoint is 'None', which means \"no value\" only in Python"),
     ("train", "--load_checkpoint null", "leave --load_checkpoint out"),
     ("train", "--save_dir ''", "--save_dir has an empty value"),
     ("train", "--save_dir ' '", "--save_dir has an empty value"),
     ("train", "--save_dir 'out '", "type --save_dir out"),
-    ("train", "--save_dir=~/out", "the shell does not replace ~ behind = or in quotes"),
-    ("prepare_sft", "--data_input_dirs a,~/b", "the shell does not replace ~ behind a comma"),
-    ("train", "--save_dir '$HOME/out'", "a variable that the shell did not replace"),
-    ("train", r"--save_dir 'C:\Users\me\out'", "is a path of Windows"),
-    ("train", r"--save_dir '.\out'", "is a path of Windows"),
-    ("train", "--save_dir ^", "^ continues a line in Windows' cmd alone"),
+    ("train", "--save_dir=~/out", "the shell does not expand ~ after = or in quotes"),
+    ("prepare_sft", "--data_input_dirs a,~/b", "the shell does not expand ~ after a comma"),
+    ("train", "--save_dir '$HOME/out'", "a variable that the shell did not expand"),
+    ("train", r"--save_dir 'C:\Users\me\out'", "is a Windows path"),
+    ("train", r"--save_dir '.\out'", "is a Windows path"),
+    ("train", "--save_dir ^", "^ continues a line only in Windows' cmd"),
     ("train", "--save_dir 'out\r'", "sed -i"),
     ("train", "--save_dir out ' '", "a \\ that continues a line must be its last character"),
-    ("train", "--save_dir “my out”", "has typographic quotes, which a shell does not know; type --save_dir 'my out'"),
+    (
+        "train",
+        "--save_dir “my out”",
+        "has typographic quotes, which the shell does not treat as quotes; type --save_dir 'my out'",
+    ),
     ("train", "--save_dir “out”", "type --save_dir out"),
-    ("train", "--save_dir '\"out\"'", "holds quotes that no shell took away"),
+    ("train", "--save_dir '\"out\"'", "contains literal quotes"),
     ("train", "--save_dir my out", "quote a value that has spaces"),
     ("train", "--learning_rate 1e-4", "unknown argument --learning_rate; it is called --lr here"),
     ("train", "--model_name_or_path x", "it is called --pretrained here"),
@@ -72,7 +76,7 @@ MISTAKES = [
     ("train", "--per_device_train_batch_size 4", "--micro_batch_size"),
     ("train", "--epochs 3", "--num_epochs"),
     ("train", "--bf16", "give --mixed_precision bf16"),
-    ("train", "--lora_rank 8", "LoRA is not offered"),
+    ("train", "--lora_rank 8", "LoRA is not available"),
     ("train", "--nproc_per_node 8", "put it before the name of the script"),
     ("train", "--local-rank=0", "torch.distributed.launch adds it"),
     ("train", "--Save-Dir x", "did you mean --save_dir?"),
@@ -82,8 +86,8 @@ MISTAKES = [
     ("train", "--lr 0,12345678", "type 0.12345678"),
     ("prepare_sft", "--data_input_dirs a，b", "type --data_input_dirs a,b"),
     ("prepare_sft", "--data_input_dirs 'my data,,b'", "type 'my data,b'"),
-    ("inference", "--input_txt -hello", "a text that begins with a hyphen is given as --input_txt=-hello"),
-    ("inference", "--input_txt '--what?'", "is given as '--input_txt=--what?'"),
+    ("inference", "--input_txt -hello", "write a text that begins with a hyphen as --input_txt=-hello"),
+    ("inference", "--input_txt '--what?'", "a text that begins with a hyphen as '--input_txt=--what?'"),
     ("inference", "--input_txt --temperature 1", "--input_txt needs a value"),
     ("inference", "--temperature 0", "give --do_sample False"),
     ("inference", "--temperature 0.0", "give --do_sample False"),
@@ -172,7 +176,7 @@ def test_what_exists_is_never_called_a_mistake(tmp_path, monkeypatch):
 def test_a_list_that_is_given_again_is_reported(capsys):
     words = ["--pretrained", "m", "--dataset", "a", "--lr", "1", "--dataset", "b", "c", "--lr", "2"]
     assert train_flags.train_parser().parse_args(words).dataset == ["b", "c"]
-    assert capsys.readouterr().err == "train.py: warning: --dataset is given 2 times, the last one counts: b c\n"
+    assert capsys.readouterr().err == "train.py: warning: --dataset is given 2 times; only the last one is used: b c\n"
 
 
 def test_other_tools_names_lead_to_flags_that_exist():

@@ -1,14 +1,14 @@
-"""Names of flags that do not exist here: misspelt ones, and those that other training tools use.
+"""Suggestions for unknown flags: misspelt ones, and those of other training tools.
 
-A suggestion is made only where it is almost certainly right: the same name in another spelling, a few letters away, or
-an entry of the tables below.
+A suggestion is made only where it is almost certainly right: the same name in another spelling, a name that differs by
+a few letters, or an entry of the tables below.
 """
 
 from collections.abc import Iterable
 
 from colossal_llama2.cli.flag_definitions import FlagParser
 
-# Other tools' names, and the flag that does the same here: the first of them that the command has.
+# Flags of other tools, and the equivalents here; the first one that the command has is suggested.
 EQUIVALENTS: dict[str, tuple[str, ...]] = {
     "model": ("pretrained", "model_path", "source_model_and_tokenizer_path"),
     "model_name": ("pretrained", "model_path", "source_model_and_tokenizer_path"),
@@ -100,13 +100,13 @@ EQUIVALENTS: dict[str, tuple[str, ...]] = {
     "max_gen_len": ("max_new_tokens",),
 }
 
-_LORA = "LoRA is not offered; all weights are trained, or with --freeze_non_embeds_params the embeddings alone"
+_LORA = "LoRA is not available; all weights are trained, or only the embeddings with --freeze_non_embeds_params"
 _LAUNCHER = "it is a flag of the launcher; put it before the name of the script"
 _PROCESSES = "the launcher sets the number of processes: colossalai run --nproc_per_node N --hostfile FILE SCRIPT ..."
-_QUANTIZED = "quantized weights are not offered; give a model in float16, bfloat16 or float32"
-_PLUGIN = "ColossalAI does this here; choose with --plugin"
+_QUANTIZED = "quantized weights are not supported; give a model in float16, bfloat16 or float32"
+_PLUGIN = "ColossalAI does this; choose with --plugin"
 _SCHEDULE = "AdamW with linear warm-up and a cosine schedule is used; set --lr, --warmup_steps and --weight_decay"
-# Names without an equivalent, and what to do instead.
+# Flags without an equivalent, and what to do instead.
 EXPLANATIONS: dict[str, str] = {
     **dict.fromkeys(("lora", "lora_rank", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "use_lora"), _LORA),
     **dict.fromkeys(("lora_target_modules", "use_peft", "peft", "qlora", "use_qlora", "finetuning_type"), _LORA),
@@ -123,22 +123,22 @@ EXPLANATIONS: dict[str, str] = {
     "warmup_ratio": "give a number of steps with --warmup_steps; without it, 2.5 % of all steps are warm-up",
     "trust_remote_code": "code in a model's folder is never run; leave it out",
     "zero_cpu_offload": "give --plugin zero2_cpu",
-    "llama_version": "config.json and the tokenizer say what the model is; leave it out",
+    "llama_version": "config.json and the tokenizer describe the model; leave it out",
     "report_to": "TensorBoard logs go to --tensorboard_dir, figures of each step to train_log.jsonl; leave it out",
     "use_wandb": "TensorBoard logs go to --tensorboard_dir, figures of each step to train_log.jsonl; leave it out",
     "padding_mode": "each micro batch is padded to its longest sample; leave it out",
-    "overwrite_output_dir": "an existing folder is not overwritten by this command; name a new one",
+    "overwrite_output_dir": "this command does not overwrite an existing folder; give a new one",
     "do_train": "leave it out",
     "do_eval": "give held-out data with --eval_dataset NAME=DIR",
 }
-# What only a command that trains can be asked for.
+# Explanations that apply only to training commands.
 _TRAINING = (_LAUNCHER, _PROCESSES, _PLUGIN, _SCHEDULE)
-# At most so many letters may differ, and at least so many letters must be right for each of them.
+# The most edits of a misspelling, and the fewest letters of the flag for each edit.
 MAX_EDITS, LETTERS_PER_EDIT = 2, 3
 
 
 def unknown_flag(flag: str, parser: FlagParser) -> str:
-    """The message about a flag, such as "--learning_rate", that the parser does not have."""
+    """The error message for a flag, such as "--learning_rate", that the parser does not define."""
     spellings = [spelling for spelling in parser.by_spelling if spelling.startswith("--")]
     name = _plain(flag)
     for spelling in spellings:
@@ -154,7 +154,7 @@ def unknown_flag(flag: str, parser: FlagParser) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that differs from `name` by a few letters, or the only one that begins with it; None if none."""
+    """The known name closest to `name`, or the only one that begins with it; None if there is none."""
     known = list(known)
     distances = {other: edits(name, _plain(other)) for other in known}
     best = min(distances, key=distances.__getitem__, default=None)
@@ -165,7 +165,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def edits(one: str, other: str) -> int:
-    """Letters to insert, remove or replace, and neighbours to swap, that make `one` of `other`."""
+    """Damerau-Levenshtein distance: letters to insert, remove or replace, and neighbours to swap."""
     before: list = []
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, start=1):
@@ -182,7 +182,7 @@ def _plain(flag: str) -> str:
 
 
 def _is_for(explanation: str, spellings: Iterable[str]) -> bool:
-    """Whether the command has all flags that an explanation names, but for those of the launcher."""
+    """Whether the command has every flag that an explanation names, except those of the launcher."""
     if explanation in _TRAINING and "--plugin" not in spellings:
         return False
     named = {word.strip(";,:.") for word in explanation.split() if word.startswith("--")}

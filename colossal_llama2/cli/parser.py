@@ -1,4 +1,4 @@
-"""The parser of every command: it accepts no abbreviations, shows defaults, and answers a mistake with one line."""
+"""The parser of every command: it accepts no abbreviations, shows defaults, and reports a mistake in one line."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from colossal_llama2.terminal_text import one_line, show_line
 
 
 class CommandParser(FlagParser):
-    """An ArgumentParser that takes no abbreviations, shows defaults, and answers a mistake with one line."""
+    """An ArgumentParser that accepts no abbreviations, shows defaults, and reports a mistake in one line."""
 
     def __init__(self, prog: str, description: str, example: str):
         super().__init__(
@@ -25,19 +25,19 @@ class CommandParser(FlagParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Print one line that names the mistake and where help is, once a host, and exit with code 2."""
+        """Print one line with the mistake and where to find help, once per host, and exit with code 2."""
         line = f"{self.prog}: error: {one_line(message).strip()} (see {self.prog} --help)"
         report_to_torchrun(line)
         wait_for_first_of_host()
         self.exit(2, f"{line}\n" if place().local_rank == 0 else None)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
-        # Prompts, pieces and paths may hold what the terminal's encoding lacks; that must not end a command.
+        # Prompts, pieces and paths may contain characters that the terminal cannot encode; that must not be fatal.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
         words = list(sys.argv[1:] if args is None else args)
-        # Before all else: a misspelt required flag should be called misspelt, not missing.
+        # First of all: a misspelt required flag should be reported as misspelt, not as missing.
         try:
             check_words(words, self)
         except ValueError as error:

@@ -1,7 +1,7 @@
-"""Read the settings of a run back from what --config_file wrote, as words for the same parser.
+"""Read settings from a file that --config_file wrote, as words for the same parser.
 
-Every value goes through the type and the choices of its flag, as if it stood on the command line, before which the
-words are put: so the command line wins. A switch that the file turns on stays on.
+Every value is checked by the type and the choices of its flag, as on the command line. The words are put before those
+of the command line, so the command line wins. A switch that the file turns on stays on.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from colossal_llama2.cli.flag_names import nearest
 from colossal_llama2.storage import json_input
 
 FLAG = "--load_config"
-# In the file, and no flags: what the run found out, and what tells the two commands apart.
+# Entries of the file that are not flags: facts about the run, and which of the two commands wrote it.
 NOT_FLAGS = {"versions", "total_steps", "world_size", "stage", "pad_token", "load_config", "run_id"}
 COMMANDS = {"pretrain": "train.py", "sft": "train_sft.py"}
 
 
 def named_file(words: Sequence[str]) -> str | None:
-    """The file that --load_config names in a command line, the last one if there are several."""
+    """The file given with --load_config, the last one if there are several."""
     found = None
     for word, following in itertools.zip_longest(words, words[1:]):
         if word == "--":
@@ -38,7 +38,7 @@ def words_of(path: str, parser: FlagParser) -> list[str]:
     """The settings in a file as words of a command line.
 
     Raises:
-        ValueError: the file, or an entry of it, is not what it should be; the message says all of it.
+        ValueError: the file, or an entry of it, is invalid; the message is complete.
     """
     where = f"{FLAG} {path}"
     content = _read(path, where)
@@ -52,7 +52,7 @@ def words_of(path: str, parser: FlagParser) -> list[str]:
             continue
         if name not in actions:
             near = nearest(name, actions)
-            raise ValueError(f"{where}: {name} is no flag" + (f", did you mean {near}?" if near else ""))
+            raise ValueError(f"{where}: {name} is not a flag" + (f", did you mean {near}?" if near else ""))
         words += _words(actions[name], value, f"{where}: {name}")
     return words
 
@@ -81,12 +81,12 @@ def _words(action: argparse.Action, value: Any, where: str) -> list[str]:
             raise ValueError(f"{where}: {error}")
         if action.choices is not None and value not in action.choices:
             raise ValueError(f"{where}: {text} given, {', '.join(map(str, action.choices))} allowed")
-    # In one word, a value may begin with a dash.
+    # Joined by =, a value may begin with a hyphen.
     return [flag, *texts] if takes_many else [f"{flag}={texts[0]}"]
 
 
 def _entries(value: Any, takes_many: bool, where: str) -> list[Any]:
-    """The entries of a list; those of an object, and of a list of pairs, are written NAME=VALUE as on the command."""
+    """The entries of a list; those of an object or a list of pairs become NAME=VALUE, as on the command line."""
     if not takes_many:
         if isinstance(value, (list, dict)):
             raise ValueError(f"{where} is {json.dumps(value)}, one value allowed")
@@ -102,7 +102,7 @@ def _is_pair(entry: Any) -> bool:
 
 
 def _text(value: Any, action: argparse.Action, where: str) -> str:
-    """A plain value as it is typed; what is text to the parser must be text in the file."""
+    """A plain value as one would type it; a flag without a type needs text in the file."""
     is_text = isinstance(value, str)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_text and (not is_number or (action.type is None and action.choices is None)):

@@ -1,4 +1,4 @@
-"""What the value of a flag may be: functions for `type=` of argparse."""
+"""Types of flag values: functions for argparse's `type=`."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ import shlex
 SWITCH = ("auto", "on", "off")
 MAX_BINS = 100_000
 MAX_LENGTH = 2**20
-# More would make a model of rows that no token has.
+# A larger multiple would mostly add rows without a token.
 MAX_ROW_MULTIPLE = 2**16
 
 
@@ -49,12 +49,12 @@ def probability(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A part of a whole that is neither all nor nothing."""
+    """A number above 0 and below 1."""
     return _number(text, float, "a number above 0 and below 1", lambda value: 0 < value < 1)
 
 
 def seed_number(text: str) -> int:
-    """A seed, as NumPy and PyTorch both take it."""
+    """A seed that both NumPy and PyTorch accept."""
     return _number(text, int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
@@ -97,7 +97,7 @@ def true_or_false(text: str) -> bool:
 
 
 def source_weight(text: str) -> str:
-    """SOURCE=WEIGHT, as it was given: a name and a number above 0."""
+    """SOURCE=WEIGHT, unchanged: a name and a number above 0."""
     name, _, weight = text.rpartition("=")
     if not name:
         raise argparse.ArgumentTypeError(f"'{text}' given, SOURCE=WEIGHT such as zh=0.8 allowed")
@@ -106,7 +106,7 @@ def source_weight(text: str) -> str:
 
 
 def named_path(text: str) -> str:
-    """NAME=PATH, as it is."""
+    """NAME=PATH, unchanged."""
     name, sign, path = text.partition("=")
     if not sign or not name or not path or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r} given, NAME=PATH allowed, such as en=arrow_en/eval")
@@ -114,7 +114,7 @@ def named_path(text: str) -> str:
 
 
 def named_share(text: str) -> str:
-    """NAME=SHARE, a share over 0, as it is."""
+    """NAME=SHARE, unchanged: a name and a number above 0."""
     name, sign, value = text.rpartition("=")
     if not sign or not name:
         raise argparse.ArgumentTypeError(f"{text!r} given, NAME=SHARE allowed, such as en=0.05")
@@ -128,12 +128,12 @@ def path_list(text: str) -> list[str]:
 
 
 def role_list(text: str) -> list[str]:
-    """A comma-separated list of names of roles."""
+    """A comma-separated list of role names."""
     return _comma_list(text, "give names as chatgpt,bing,bard")
 
 
 def _comma_list(text: str, cure: str) -> list[str]:
-    """The entries of a list with commas; `cure` is for one in which nothing else is left."""
+    """The entries of a comma-separated list; `cure` is the advice for a list of empty entries."""
     entries = [part.strip() for part in text.split(",")]
     if not all(entries):
         kept = ",".join(filter(None, entries))
@@ -155,13 +155,13 @@ def _number(text: str, kind: type, allowed: str, accepts):
 
 
 def _number_hint(text: str, kind: type, accepts) -> str:
-    """What a number in another notation should be typed as, if that is certain; else ""."""
+    """How to type a number that was given in another notation, if that is unambiguous; else ""."""
     plain = text.strip().lstrip("+").replace("_", "")
     if re.fullmatch(r"[\d.]+ ?%", plain, re.ASCII):
         plain, divisor = plain.rstrip("% "), 100
     elif re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", plain, re.ASCII):
         if kind is float:
-            # In some countries a thousand, in others one.
+            # 1,000 is a thousand in some countries and one in others.
             return ""
         plain, divisor = plain.replace(",", ""), 1
     elif re.fullmatch(r"\d+,\d+([eE][-+]?\d+)?", plain, re.ASCII):
@@ -178,19 +178,19 @@ def _number_hint(text: str, kind: type, accepts) -> str:
 
 
 def sampling_temperature(text: str) -> float:
-    """A finite number above 0; 0 is what other tools call greedy decoding."""
+    """A finite number above 0; for 0, greedy decoding in other tools, the message names the flag here."""
     try:
         return positive_float(text)
     except argparse.ArgumentTypeError as error:
         is_zero = re.fullmatch(r"\+?0*\.?0*", text) is not None
-        greedy = "; for the likeliest token at each place give --do_sample False" if is_zero else ""
+        greedy = "; for greedy decoding give --do_sample False" if is_zero else ""
         raise argparse.ArgumentTypeError(f"{error}{greedy}")
 
 
 def candidate_count(text: str) -> int:
-    """A whole number of at least 1; what other tools write for "no limit" is explained."""
+    """A whole number of at least 1; for 0 and -1, "no limit" in other tools, the message names a way to get that."""
     try:
         return positive_int(text)
     except argparse.ArgumentTypeError as error:
-        cure = "; to sample among all tokens give a number as large as the vocabulary" if text in ("0", "-1") else ""
+        cure = "; to sample from all tokens give a number as large as the vocabulary" if text in ("0", "-1") else ""
         raise argparse.ArgumentTypeError(f"{error}{cure}")

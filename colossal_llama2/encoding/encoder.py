@@ -15,6 +15,7 @@ class Encoder(Protocol):
     """Text to token ids and back, loaded from a tokenizer's folder. It pickles as the path of that.
 
     Attributes:
+        name: of the kind of tokenizer, for messages.
         bos_id, eos_id: the marks at the beginning and the end of a document.
         unk_id: what stands for text that the tokenizer cannot encode; negative if there is no such token.
         vocab_size: the number of tokens.
@@ -22,6 +23,7 @@ class Encoder(Protocol):
         files: the names of the tokenizer's files and folders, which go along with a model.
     """
 
+    name: str
     bos_id: int
     eos_id: int
     unk_id: int

@@ -24,6 +24,7 @@ class SentencePieceEncoder:
     `vocab_size` is the number of SentencePiece pieces; tokens that transformers adds beyond them are not counted.
     """
 
+    name = "SentencePiece"
     bos_text = "<s>"
     eos_text = "</s>"
     files = TOKENIZER_FILES

@@ -19,32 +19,56 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
-# Logits that exist at a time, if MIN_BLOCK_ROWS are not more: 4 MiB in float32 are in a CPU's caches from one operation
-# to the next. A GPU's kernels like them large: 32 MiB.
-BLOCK_LOGITS = {"cpu": 2**20, "cuda": 2**23}
-# Logits of which backward needs no second product, since their exponentials are kept: all, where they are few.
-KEPT_LOGITS = 2**23
-# With fewer rows of the weight at a time, more would go into adding up the hidden states' gradient than into products.
-MIN_BLOCK_ROWS = 512
-# Whose arguments are those that `_liger_sum` gives.
+# The versions of liger-kernel whose arguments are those that `_liger_sum` passes.
 LIGER_VERSION = "0.8."
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """How many logits are computed and kept at a time.
+
+    Attributes:
+        logits: logits of a block, unless `min_rows` are more.
+        min_rows: rows of the weight in a block. With fewer, more time would go into adding up the hidden states'
+            gradient than into products.
+        kept: logits whose exponentials are kept for backward, which then needs no second product; all, if they are few.
+    """
+
+    logits: int
+    min_rows: int = 512
+    kept: int = 2**23
+
+    def rows(self, tokens: int) -> int:
+        """Rows of the vocabulary whose logits exist at a time, for that many tokens."""
+        return max(self.logits // max(tokens, 1), self.min_rows)
+
+
+# By type of device. 4 MiB in float32 stay in a CPU's caches from one operation to the next. A GPU's kernels are fast on
+# large matrices: 32 MiB.
+BLOCKS = {"cpu": Blocks(2**20), "cuda": Blocks(2**23)}
+
+
+@dataclass(frozen=True)
 class HeadPart:
-    """What this rank holds of an output head.
+    """What this rank holds of an output head, and how it is computed.
 
     Attributes:
         first_token: the token id of the weight's first row.
-        rows: how many rows are tokens; the rest pads the vocabulary.
+        rows: number of rows that are tokens; the rest pads the vocabulary.
         group: process group whose ranks hold the other parts; None if this is the whole head.
         trained: [begin, end) ranges of token ids; the gradient of all other rows is zero. None: all are trained.
+        blocks: sizes of blocks; None for those of the device.
     """
 
     first_token: int
     rows: int
     group: Any = None
     trained: tuple[tuple[int, int], ...] | None = None
+    blocks: Blocks | None = None
+
+    def blocks_on(self, device: "torch.device") -> Blocks:
+        """The sizes of blocks on that device."""
+        return self.blocks or BLOCKS[device.type]
 
     def trained_in(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The [begin, end) ranges of trained rows among the weight's rows `start` to `stop` - 1."""
@@ -118,7 +142,7 @@ def _chunked_function():
         @staticmethod
         def forward(ctx, hidden, weight, targets, part, tell):
             ctx.part, ctx.kept = part, []
-            room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
+            room = part.blocks_on(hidden.device).kept if any(ctx.needs_input_grad) else 0
             highest, total, target_logits = _softmax_sums(hidden, weight, targets, part, kept=ctx.kept, room=room)
             ctx.save_for_backward(hidden, weight, targets, highest, total)
             losses = torch.where(targets == IGNORE_INDEX, 0.0, total.log().float() + (highest - target_logits))
@@ -210,14 +234,9 @@ def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_los
     return grad_hidden, grad_weight
 
 
-def block_rows(tokens: int, device_type: str) -> int:
-    """Rows of the vocabulary whose logits exist at a time, for so many tokens on "cpu" or "cuda"."""
-    return max(BLOCK_LOGITS[device_type] // max(tokens, 1), MIN_BLOCK_ROWS)
-
-
 def _blocks(targets, part: HeadPart):
     """Yield for each block: its slice of rows, (tokens,) the target's place in it, and whether the target is in it."""
-    size = block_rows(len(targets), targets.device.type)
+    size = part.blocks_on(targets.device).rows(len(targets))
     for start in range(0, part.rows, size):
         stop = min(start + size, part.rows)
         places = targets - (part.first_token + start)

@@ -16,7 +16,6 @@ from colossal_llama2.engine.process_group import current_device
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.model.documents import MaskForm, attention_inputs
-from colossal_llama2.model.freezing import train_rows_only
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
@@ -64,8 +63,8 @@ class Engine:
 
     def boost(self, model) -> None:
         """Take over a loaded transformers model: split it and give it an optimizer over its trainable parameters."""
-        # Decay would move rows that are not trained, and Adam cannot exclude rows.
-        weight_decay = 0.0 if self.settings.trained_rows else self.settings.weight_decay
+        trainable = self.settings.trainable
+        weight_decay = self.settings.weight_decay if trainable.decays else 0.0
         optimizer = adam.make_adam(model, learning_rate=self.settings.learning_rate, weight_decay=weight_decay)
         self.plugin.before_boost(model, optimizer)
         # A model that was initialized lazily is read from its files now.
@@ -73,7 +72,9 @@ class Engine:
             self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)
         self.plugin.after_boost(self.model, self.optimizer)
         adam.guard_updates(self.optimizer)
-        self._train_rows_only(model.config.vocab_size)
+        if self._groups.is_first_stage:
+            embedding = self.unwrapped_model.get_input_embeddings()
+            trainable.prepare_embedding(embedding, vocab_size=model.config.vocab_size)
         if self.settings.chunked_loss != "off" and self._groups.is_last_stage:
             use_chunked_loss(
                 self.unwrapped_model,
@@ -84,11 +85,6 @@ class Engine:
         # Lazy loading leaves cycles of references, in which whole weights wait for Python to look (64 MB of 85 M
         # parameters, measured).
         gc.collect()
-
-    def _train_rows_only(self, vocab_size: int) -> None:
-        if self.settings.trained_rows and self._groups.is_first_stage:
-            embedding = self.unwrapped_model.get_input_embeddings()
-            train_rows_only(embedding, self.settings.trained_rows, vocab_size=vocab_size)
 
     def _why_no_rank_has_token_losses(self) -> str | None:
         """The reason of this rank, or that others have one: all ranks add up their sums, or none. Called on all."""
@@ -103,7 +99,7 @@ class Engine:
         if self.settings.chunked_loss == "off":
             return "--chunked_loss off gives the mean of all tokens alone"
         # As in the chunked loss: a head of which a part is held, or trained, is none for it.
-        is_whole = self._groups.tensor is None and self.settings.trained_rows is None
+        is_whole = self._groups.tensor is None and self.settings.trainable.rows is None
         if is_whole and takes_liger(self.device, dtype_of(self.settings.precision)):
             return "Liger's kernel gives the sum of all tokens alone"
         return None
@@ -115,7 +111,7 @@ class Engine:
 
     def _head_part(self, vocab_size: int) -> HeadPart:
         if self._groups.tensor is None:
-            return HeadPart(first_token=0, rows=vocab_size, trained=self.settings.trained_rows)
+            return HeadPart(first_token=0, rows=vocab_size, trained=self.settings.trainable.rows)
         import torch.distributed as dist
 
         # The ranks hold equally many rows, of which the last ones pad the vocabulary.
@@ -125,7 +121,7 @@ class Engine:
             first_token=first,
             rows=min(max(vocab_size - first, 0), rows),
             group=self._groups.tensor,
-            trained=self.settings.trained_rows,
+            trained=self.settings.trainable.rows,
         )
 
     def attention_inputs(self, batch: "Batch") -> dict[str, Any]:

@@ -1,18 +1,50 @@
 """Join the process group of the launcher, and leave it."""
 
 import atexit
+import contextlib
 import logging
 import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn
 
 from colossal_llama2 import launcher, logs
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.errors import UserError
+
+# ColossalAI logs it to the root logger for every model whose weights are in a single file. A filter of a logger sees
+# only what is logged to that logger itself.
+UNSHARDED_ADVICE = "Please avoid using unsharded checkpointing methods when dealing with large models!"
+
+
+def _is_not_advice(record: logging.LogRecord) -> bool:
+    return record.msg != UNSHARDED_ADVICE
+
+
+@contextlib.contextmanager
+def _no_toolkit_named() -> Iterator[None]:
+    """Without a GPU, name no CUDA toolkit while torch.utils.cpp_extension is imported.
+
+    If one is installed, it would print "No CUDA runtime is found". Nothing here is compiled for CUDA without a GPU.
+    """
+    import torch
+
+    names = () if torch.cuda.is_available() else ("CUDA_HOME", "CUDA_PATH")
+    before = {name: os.environ.get(name) for name in names}
+    # Empty, not unset: it would look for nvcc.
+    os.environ.update(dict.fromkeys(names, ""))
+    try:
+        import torch.utils.cpp_extension
+
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[], None] = lambda: None) -> None:
@@ -30,14 +62,14 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
     # used, and PyTorch warns of TorchScript on a module that ColossalAI imports.
-    with warnings.catch_warnings(record=True):
+    with warnings.catch_warnings(record=True), _no_toolkit_named():
         import colossalai.booster.plugin
         import torch.distributed.optim
     from colossalai.logging import get_dist_logger
 
     # Its hints are about calls that this file makes on purpose.
     get_dist_logger().set_level("ERROR")
-    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_is_not_advice)
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     if not torch.cuda.is_available():
         from colossal_llama2.engine.patches import cpu_device

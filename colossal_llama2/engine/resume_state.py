@@ -26,7 +26,6 @@ LAYOUT_SETTINGS = (
     "pp_size",
     "sp_size",
     "sp_mode",
-    "embeddings_only",
 )
 
 
@@ -40,7 +39,8 @@ class Resumable(Ranks, Protocol):
 def layout(ranks: Ranks) -> dict[str, Any]:
     """What decides which part of the master weights a rank holds, as JSON values."""
     settings = {name: getattr(ranks.settings, name) for name in LAYOUT_SETTINGS}
-    return {**settings, "world_size": ranks.world_size, **plugin_of(ranks.settings).layout()}
+    parts = {**plugin_of(ranks.settings).layout(), **ranks.settings.trainable.layout()}
+    return {**settings, "world_size": ranks.world_size, **parts}
 
 
 def has_masters(ranks: Ranks) -> bool:

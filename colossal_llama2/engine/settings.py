@@ -6,6 +6,8 @@ Imports neither torch nor ColossalAI.
 from dataclasses import dataclass
 from typing import Protocol
 
+from colossal_llama2.model.trainable import Trainable
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -23,8 +25,7 @@ class EngineSettings:
         micro_batch_size: samples that a data-parallel rank passes through the model at once.
         microbatch_size: samples that a pipeline stage passes on at once.
         sp_mode: all_to_all, split_gather or ring; None without sequence parallelism.
-        embeddings_only: train nothing but the input and output embeddings.
-        trained_rows: [begin, end) ranges of token ids, the only trained rows of the embeddings; None: all rows.
+        trainable: which parameters are trained.
     """
 
     plugin: str
@@ -42,8 +43,7 @@ class EngineSettings:
     microbatch_size: int = 1
     sp_size: int = 1
     sp_mode: str | None = None
-    embeddings_only: bool = False
-    trained_rows: tuple[tuple[int, int], ...] | None = None
+    trainable: Trainable = Trainable()
 
     @property
     def model_ranks(self) -> int:

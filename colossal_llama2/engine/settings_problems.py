@@ -1,7 +1,7 @@
 """What is wrong with the settings of a step, before anything is built. Imports neither torch nor ColossalAI.
 
-Here and in `Plugin.problems`, settings are called by their flags: the sentences are for a user, and each names its
-flags once or twice, so a table from settings to flags would be longer and no safer.
+Here, in `Plugin.problems` and in `Trainable.problems`, settings are called by their flags: the sentences are for users,
+and each names its flags once or twice, so a table from settings to flags would be longer and no safer.
 """
 
 from colossal_llama2.engine.plugins import plugin_of
@@ -15,6 +15,7 @@ def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
         sizes = {"--tp": settings.tp_size, "--pp": settings.pp_size, "--sp": settings.sp_size}
         given = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
         problems.append(f"{given} does not divide the {world_size} processes of this job")
+    problems += settings.trainable.problems(pp_size=settings.pp_size, chunked_loss=settings.chunked_loss)
     return problems + _pipeline_problems(settings) + _sequence_problems(settings)
 
 
@@ -30,11 +31,6 @@ def _pipeline_problems(settings: EngineSettings) -> list[str]:
         )
     if settings.zero_stage == 2:
         problems.append(f"--pp {settings.pp_size} needs --zero 0 or 1, stage 2 would reduce gradients too often")
-    if settings.embeddings_only and settings.pp_size > 2:
-        problems.append(
-            f"--pp {settings.pp_size} leaves stages that train nothing, with --freeze_non_embeds_params or "
-            f"--train_new_rows_only; give --pp 2"
-        )
     return problems
 
 

@@ -1,4 +1,7 @@
-"""Files and folders: JSON and jsonl with errors that name the place, and folders that appear whole or not at all."""
+"""Files and folders: JSON and jsonl with errors that name the place, and folders that appear whole or not at all.
+
+The atomicwrites package is no longer maintained, writes single files only, and does not name the file in its errors.
+"""
 
 import errno
 import fnmatch

@@ -3,6 +3,9 @@
 A file of a received folder may be a FIFO, lead to a device, hold gigabytes, or nest so deeply that whatever walks
 through it runs out of stack. Everything that is wrong with one is a ValueError with the reason, for the caller to put
 the file's name and the cure around.
+
+jsonschema and pydantic check values that are parsed already; they set no limit on the size or depth of the text and do
+not see repeated names.
 """
 
 import json

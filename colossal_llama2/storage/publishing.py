@@ -6,6 +6,9 @@ A command writes into `temporary_folder(target.parent, target.name)`, claims it,
     with temporary_folder(target.parent, target.name) as folder, claimed(folder):
         ...
         publish(folder, target, replace=overwrite)
+
+No package does this. filelock locks files that it makes, and here the folder itself is locked, so that nothing is left
+in what is published; os.rename cannot exchange two folders, so renameat2 is called.
 """
 
 import ctypes

@@ -1,7 +1,5 @@
 """--benchmark --dry_run: what a benchmark with these flags would take, without data, and without weights if need be."""
 
-import argparse
-
 from colossal_llama2 import logs
 from colossal_llama2.engine.device import flops_per_token, known_peak
 from colossal_llama2.model.loading import model_without_weights
@@ -12,16 +10,18 @@ from colossal_llama2.train.inputs import JobInputs, open_benchmark_inputs
 from colossal_llama2.train.report import run_metadata
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.flag_problems import PROFILED_STEPS, WARMUP_STEPS
-from colossal_llama2.train.settings.from_flags import resolve_with_problems
+from colossal_llama2.train.settings.from_flags import Problems
 
 
-def plan_benchmark(args: argparse.Namespace) -> None:
-    """Check the flags, and print the memory and the model FLOPs of a benchmark.
+def plan_benchmark(config: TrainConfig, problems: Problems) -> None:
+    """Check the model, and print the memory and the model FLOPs of a benchmark.
+
+    Args:
+        problems: those of the flags, see `resolve_with_problems`.
 
     Raises:
         UserError: with what is wrong.
     """
-    config, problems = resolve_with_problems(args)
     problems.raise_any()
     inputs = open_benchmark_inputs(config, DryRunChecks(problems), needs_weights=False)
     problems.raise_any()

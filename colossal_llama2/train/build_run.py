@@ -113,8 +113,8 @@ def _make_writer(
     engine, settings = inputs.engine, inputs.engine.settings
     new_rows = None
     with engine.first_rank_only() as first:
-        if first and settings.trained_rows is not None:
-            new_rows = NewRowsReport(config.source.weights, settings.trained_rows, settings.precision)
+        if first and settings.trainable.rows is not None:
+            new_rows = NewRowsReport(config.source.weights, settings.trainable.rows, settings.precision)
     content = CheckpointContent(
         source=config.source,
         schedule=inputs.schedule,

@@ -3,8 +3,6 @@
 It needs neither a process group nor a GPU, reads no weights and writes nothing, so a laptop can check a cluster's run.
 """
 
-import argparse
-
 from colossal_llama2 import logs
 from colossal_llama2.model.loading import model_without_weights
 from colossal_llama2.terminal_text import show, show_line
@@ -16,16 +14,18 @@ from colossal_llama2.train.forecast.memory_report import memory_lines
 from colossal_llama2.train.inputs import RunInputs, open_inputs
 from colossal_llama2.train.report import run_metadata
 from colossal_llama2.train.settings.config import TrainConfig
-from colossal_llama2.train.settings.from_flags import resolve_with_problems
+from colossal_llama2.train.settings.from_flags import Problems
 
 
-def dry_run(args: argparse.Namespace) -> None:
-    """Check the flags of a command and all that they name, and print what the run would do.
+def dry_run(config: TrainConfig, problems: Problems) -> None:
+    """Check everything that the settings name, and print what the run would do.
+
+    Args:
+        problems: those of the flags, see `resolve_with_problems`.
 
     Raises:
         UserError: with everything that is wrong.
     """
-    config, problems = resolve_with_problems(args)
     inputs = open_inputs(config, DryRunChecks(problems))
     content = None
     if inputs is not None and _has_steps(inputs):

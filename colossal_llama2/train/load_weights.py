@@ -8,7 +8,6 @@ from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.freezing import freeze_non_embedding_parameters
 from colossal_llama2.model.loading import ModelFacts, load_llama
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.train.checkpointing import resuming
@@ -33,13 +32,12 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
         model = load_llama(source.weights, precision=settings.precision, attention=attention)
     if config.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if settings.embeddings_only:
-        trainable, frozen = freeze_non_embedding_parameters(model)
-        rows = sum(end - begin for begin, end in settings.trained_rows or ())
+    trained, frozen = settings.trainable.prepare(model)
+    if frozen:
         logs.get_logger().info(
-            "%s alone are trained: %.1f M parameters, %.1f M frozen",
-            f"{rows:,} new rows of the embeddings" if rows else "Embeddings",
-            trainable / 1e6,
+            "Training only %s: %.1f M parameters, %.1f M frozen",
+            settings.trainable.description,
+            trained / 1e6,
             frozen / 1e6,
         )
     model.train()

@@ -104,7 +104,7 @@ def _stop(number: signal.Signals, checkpointer: "Checkpointer", state: TrainStat
     log_stop(number, save_seconds=checkpointer.pause_seconds)
     folder = checkpointer.save_now(state)
     raise Stopped(
-        number, f"{number.name} after step {state.step}, which is saved; go on with --load_checkpoint {folder}"
+        number, f"{number.name} after step {state.step}, which is saved; continue with --load_checkpoint {folder}"
     )
 
 

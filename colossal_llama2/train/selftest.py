@@ -235,14 +235,13 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
 def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
     from colossal_llama2.engine.process_group import current_device
-    from colossal_llama2.model.freezing import freeze_non_embedding_parameters
     from colossal_llama2.model.loading import load_llama
+    from colossal_llama2.model.trainable import Trainable
     from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
 
     model = load_llama(str(work / "model"), precision=args.mixed_precision, attention="eager")
     model = model.to(current_device())
-    if args.freeze_non_embeds_params:
-        freeze_non_embedding_parameters(model)
+    Trainable.from_flags(embeddings=args.freeze_non_embeds_params, new_rows=False).prepare(model)
     schedule = CosineSchedule(args.lr, len(steps), warmup_steps(args.warmup_steps, len(steps)))
     return plain_loop.train(
         model,

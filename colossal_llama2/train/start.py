@@ -23,20 +23,24 @@ def train(args: argparse.Namespace) -> None:
         Stopped: a signal came.
     """
     here = meeting.settled_place()
-    if args.dry_run and args.benchmark:
-        from colossal_llama2.train.benchmark_plan import plan_benchmark
-
-        return plan_benchmark(args)
     if args.dry_run:
-        from colossal_llama2.train.dry_run import dry_run
-
-        return dry_run(args)
+        return _dry_run(args)
     command = Path(sys.argv[0]).name
     with contextlib.ExitStack() as around:
         stop = around.enter_context(StopSignals(has_partners=here.world_size > 1))
-        orphans.end_with_launcher(before=run_lock.say_ending)
-        watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.let_go))
+        orphans.end_with_launcher(before=run_lock.mark_ending)
+        watch = around.enter_context(watching(command, timeout_seconds=args.dist_timeout, before_end=run_lock.release))
+        # Imported when signals are handled and the other ranks notice a death.
         from colossal_llama2.train.run import train_on_all
         from colossal_llama2.train.settings import from_flags
 
         train_on_all(from_flags.resolve(args), stop, watch)
+
+
+def _dry_run(args: argparse.Namespace) -> None:
+    from colossal_llama2.train.benchmark_plan import plan_benchmark
+    from colossal_llama2.train.dry_run import dry_run
+    from colossal_llama2.train.settings import from_flags
+
+    plan = plan_benchmark if args.benchmark else dry_run
+    plan(*from_flags.resolve_with_problems(args))

@@ -118,11 +118,10 @@ def _check_optimizer(saved: SavedRun) -> str:
 
 def _trained_shapes(saved: SavedRun) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the trained parameters in the optimizer's order: matrices, then norms."""
-    from colossal_llama2.model.freezing import freeze_non_embedding_parameters
+    from colossal_llama2.model.trainable import Trainable
 
     model = model_without_weights(str(_model(saved)))
-    if saved.entries["freeze_non_embeds_params"]:
-        freeze_non_embedding_parameters(model)
+    Trainable.from_flags(embeddings=saved.entries["freeze_non_embeds_params"], new_rows=False).prepare(model)
     trained = [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.requires_grad]
     return [item for item in trained if len(item[1]) > 1] + [item for item in trained if len(item[1]) <= 1]
 

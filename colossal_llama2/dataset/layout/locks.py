@@ -3,7 +3,8 @@
 A lock ends with its process, whatever ends that. NFS supports such locks between machines since Linux 2.6.12, and needs
 a file that is open for writing.
 
-`filelock` is not used: it has no shared locks, and its lock files either remain or are removed unsafely.
+The filelock package does not fit: its file locks are exclusive only, leave the lock file behind, and fall back to a
+file without a lock where the file system has none.
 """
 
 import fcntl

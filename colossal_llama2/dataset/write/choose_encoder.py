@@ -41,8 +41,8 @@ def choose_encoder(
     differing = 0 if encoder is reference else _differing(shared_encoder(tokenizer_dir, encoder).encode(texts), ids)
     if differing:
         logs.get_logger().warning(
-            f"the fast encoder gives other ids than SentencePiece for {differing} of {len(texts)} sample texts; "
-            "SentencePiece is used instead"
+            f"the fast encoder gives other ids than {reference.name} for {differing} of {len(texts)} sample texts; "
+            f"{reference.name} is used instead"
         )
         encoder = reference
     path = Path(tokenizer_dir) / FAST_FILE
@@ -52,7 +52,7 @@ def choose_encoder(
     if differing:
         logs.get_logger().warning(
             f"{differing} of {len(texts)} sample texts are tokenized differently by {path}, which transformers loads, "
-            "and by tokenizer.model, which is used here; in folders of init_tokenizer.py only texts that begin with "
+            f"and by {reference.name}, which is used here; in folders of init_tokenizer.py only texts that begin with "
             "spaces differ, in other folders more may"
         )
     return encoder, {"sample_texts": len(texts), "sample_differing": differing}
@@ -99,7 +99,7 @@ def _new_texts(file: InputFile, span: Span, settings: Settings, seen: Collection
 
 def _fast_ids(path: Path, texts: Sequence[str]) -> list[list[int]]:
     fast = load_fast(path)
-    # In data, a mark that is spelled out is text, as SentencePiece always reads it.
+    # In data, a mark that is spelled out is text.
     fast.encode_special_tokens = True
     return [fast.encode(text, add_special_tokens=False).ids for text in texts]
 

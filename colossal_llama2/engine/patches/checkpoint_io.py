@@ -89,9 +89,7 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     torch.save and torch.load; for a name that ends in .safetensors they call `load_flat`, which unpickles its metadata.
     An error in writing is raised at the end.
     """
-    import torch
-
-    save_by_pickle, load_by_pickle = torch.save, torch.load
+    save_by_pickle, load_by_pickle = patching.current("torch:save"), patching.current("torch:load")
 
     def save(value, path, *args, **kwargs):
         # Ranks exchange objects through buffers in memory by the same functions; these are not files.

@@ -338,6 +338,12 @@ def install(target: str, make: Callable[[Any], Any]) -> None:
     _installed[target] = original, replacement
 
 
+def current(target: str) -> Any:
+    """The attribute as it is now. Raises UserError as `require`."""
+    patch = require(target)
+    return getattr(patch.owner(), patch.name)
+
+
 def original_of(target: str) -> Any:
     """The attribute as the library has it. Raises KeyError if `install` has not replaced it."""
     return _installed[target][0]

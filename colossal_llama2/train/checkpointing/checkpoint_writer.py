@@ -226,9 +226,7 @@ class CheckpointWriter:
 
 def checkpoint_bytes(model: ModelFacts, settings: EngineSettings) -> int:
     """About how large a checkpoint of a run will be."""
-    # New rows have Adam's moments together with all rows of their embeddings.
-    trained = model.embedding_parameters if settings.embeddings_only else model.parameters
-    return expected_bytes(model.parameters, settings.precision, trained=trained)
+    return expected_bytes(model.parameters, settings.precision, trained=settings.trainable.parameters(model))
 
 
 def expected_bytes(parameters: int, precision: str, *, trained: int) -> int:

@@ -1,4 +1,4 @@
-"""What became of the embeddings' rows when the new ones alone are trained, as a saved model shows it."""
+"""With --train_new_rows_only: how the new rows of a saved model have changed, and that no other row has."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError
-from colossal_llama2.model.freezing import Ranges
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.model.model_folder import shard_names
+from colossal_llama2.model.trainable import Ranges
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ BLOCK_ROWS = 4096
 class NewRowsReport:
     """Compares saved embeddings with those that a run began with, or was resumed with. Used on one rank.
 
-    Keeps 8 bytes for each row, and reads a block of rows at a time.
+    Keeps 8 bytes per row, and reads a block of rows at a time.
     """
 
     def __init__(self, model_path: str, trained: Ranges, precision: str):
@@ -31,16 +31,16 @@ class NewRowsReport:
         Args:
             model_path: the folder whose weights the run began with.
             trained: [begin, end) ranges of token ids that are trained.
-            precision: fp16, bf16 or fp32, to which the weights were rounded when they were loaded.
+            precision: fp16, bf16 or fp32; the weights were rounded to it when they were loaded.
         """
         self._origin, self._trained, self._precision = model_path, trained, precision
         self._before = {name: _digests(rows) for name, rows in self._matrices(model_path)}
 
     def examine(self, folder: Path) -> dict[str, float]:
-        """Log and return the figures of a saved model: norms of the new rows, and the share that has moved.
+        """Log and return the figures of a saved model: norms of the new rows, and the share of them that changed.
 
         Raises:
-            RunError: a row has moved that is not trained.
+            RunError: a row changed that is not trained.
         """
         figures: dict[str, float] = {}
         for name, rows in self._matrices(str(folder)):
@@ -52,12 +52,12 @@ class NewRowsReport:
                 is_trained[begin:end] = True
             if moved[~is_trained].any():
                 row = int(np.flatnonzero(moved & ~is_trained)[0])
-                raise RunError(f"{folder}: row {row} of {name} has changed, which was not to be trained")
+                raise RunError(f"{folder}: row {row} of {name} changed, but it is not trained")
             new, old = norms[is_trained], norms[~is_trained]
             matrix = name.split(".")[-2]
             share = float(moved[is_trained].mean())
             logs.get_logger().info(
-                "%s: %.1f %% of %s new rows have moved since %s; norms %.3f to %.3f, mean %.3f; old rows, mean %.3f",
+                "%s: %.1f %% of %s new rows have changed since %s; norms %.3f to %.3f, mean %.3f; old rows, mean %.3f",
                 matrix,
                 100 * share,
                 f"{len(new):,}",
@@ -71,7 +71,7 @@ class NewRowsReport:
         return figures
 
     def _matrices(self, folder: str) -> Iterator[tuple[str, Iterator["torch.Tensor"]]]:
-        """The embeddings of a model folder (one, if they are tied), each as blocks of rows in float32."""
+        """The embedding matrices of a model folder (one if they are tied), each as blocks of rows in float32."""
         from safetensors import safe_open
 
         for shard in shard_names(folder):
@@ -91,7 +91,7 @@ def _digests(blocks: Iterator["torch.Tensor"]) -> np.ndarray:
 
 
 def _compare(blocks: Iterator["torch.Tensor"], before: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows,) whether each row has another hash than before, and its Euclidean norm."""
+    """(rows,) whether each row's hash changed, and (rows,) the Euclidean norms."""
     norms, moved, start = [], [], 0
     for block in blocks:
         norms.append(block.norm(dim=1).numpy())

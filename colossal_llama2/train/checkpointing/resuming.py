@@ -30,7 +30,8 @@ from colossal_llama2.train.stepping.state import TrainState
 # Longest value of a checkpoint that a message quotes, in characters.
 SHOWN_CHARACTERS = 200
 
-# What must be as in the checkpoint: it decides the place in the data, what the data means, or which states Adam has.
+# Facts that must be as in the checkpoint, and the flags behind them: they decide the position in the data, the meaning
+# of the data, or which states Adam has.
 DATA_FACTS = {
     "num_samples": "--dataset",
     "dataset_fingerprints": "--dataset",
@@ -110,7 +111,7 @@ def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
 
 
 def _is_compared(setting: str) -> bool:
-    """Whether the value of a setting is compared: not where what it means is, as a path of data by the data's hash."""
+    """Whether a setting is compared by its value; others are compared by what they name, such as data by its hash."""
     return changes_numbers(setting) and f"--{setting}" not in RESUMED_FACTS.values()
 
 
@@ -142,7 +143,7 @@ def log_verdict(saved: SavedRun, facts: RunFacts) -> None:
     if not changed:
         logger.info(
             "What follows repeats the uninterrupted run but for rounding: on GPUs the backward pass of fused attention "
-            "adds up in another order each time"
+            "sums in another order each time"
         )
         return
     logger.warning(
@@ -166,7 +167,9 @@ def restore_exactly(saved: SavedRun, engine, facts: RunFacts) -> None:
         try:
             resume_state.restore_rank_states(engine, saved.entries["ranks"][engine.rank])
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"{saved.folder}: its random states cannot be read ({error!r}); resume another one")
+            raise UserError(
+                f"{saved.folder}: its random states cannot be read ({error!r}); resume from another checkpoint"
+            )
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
     _check_place(saved, order)
     state = saved.state
     if state.epoch >= config.recipe.num_epochs:
-        raise UserError(f"--load_checkpoint {saved.folder}: is of epoch {state.epoch}, give a higher --num_epochs")
+        raise UserError(f"--load_checkpoint {saved.folder}: is in epoch {state.epoch}; give a higher --num_epochs")
     log_verdict(saved, facts)
     pending = bool(config.evaluation.sets) and was_interrupted(saved)
     return Start(state, saved.first_sample, saved, resumes=True, eval_pending=pending)
@@ -234,7 +237,7 @@ def _check_place(saved: SavedRun, order: SampleOrder) -> None:
     if state.sample_start_index > order.num_samples or saved.first_sample + state.samples_seen > place:
         raise UserError(
             f"{saved.folder / STATES_NAME}: epoch {state.epoch:,}, sample {state.sample_start_index:,}, "
-            f"{state.samples_seen:,} samples read is no place in data of {order.num_samples:,} samples"
+            f"{state.samples_seen:,} samples read is not a position in data of {order.num_samples:,} samples"
             f"{OTHER_CHECKPOINT}"
         )
 
@@ -249,8 +252,8 @@ def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, nu
     for name in DATA_FACTS:
         if saved.entries.get(name) != entries[name]:
             raise UserError(
-                f"--continue_data: {difference(name, saved.entries.get(name), entries[name])}, so there is no place in "
-                f"the data to go on from; give the data as it was, or leave the flag out"
+                f"--continue_data: {difference(name, saved.entries.get(name), entries[name])}, so there is no "
+                f"position in the data to continue from; give the same data, or leave the flag out"
             )
     _check_place(saved, order)
     place = TrainState(epoch=saved.state.epoch, sample_start_index=saved.state.sample_start_index)
@@ -279,13 +282,13 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     if steps_left == 0 and not start.eval_pending:
         raise UserError(
             f"--load_checkpoint {source.checkpoint}: its {recipe.num_epochs} epochs are trained, the model is in "
-            f"{source.weights}; give a higher --num_epochs to go on"
+            f"{source.weights}; give a higher --num_epochs to continue"
         )
     most = recipe.max_steps or math.inf
     if state.step >= most + start.eval_pending:
         raise UserError(
             f"--load_checkpoint {source.checkpoint}: its step {state.step} is not before --max_steps "
-            f"{recipe.max_steps}, the model is in {source.weights}; give a higher --max_steps to go on"
+            f"{recipe.max_steps}, the model is in {source.weights}; give a higher --max_steps to continue"
         )
     total_steps = min(state.step + steps_left, most)
     schedule = CosineSchedule(config.engine.learning_rate, total_steps, warmup_steps(recipe.warmup_steps, total_steps))

@@ -65,7 +65,7 @@ class SavedRun:
             problem = str(error)
         else:
             return cls(Path(folder), state, entries)
-        raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another one")
+        raise UserError(f"{path}: not the running states of a checkpoint ({problem}); resume from another checkpoint")
 
     @property
     def first_sample(self) -> int:
@@ -93,32 +93,32 @@ def _check_entries(states: dict[str, Any]) -> None:
     ranks = states.get("ranks") or ()
     for rank in ranks:
         _check_rank(rank)
-    # With different ones, the ranks would scale and repeat a step differently, and wait for each other.
+    # Ranks with different scales would repeat a step differently, and wait for each other for ever.
     for rank in ranks:
         if rank.get("loss_scale") != ranks[0].get("loss_scale"):
             first, other = shown(ranks[0].get("loss_scale")), shown(rank.get("loss_scale"))
-            raise ValueError(f"loss_scale is {first} on one rank and {other} on another, the same on all allowed")
+            raise ValueError(f"loss_scale is {first} on one rank and {other} on another, but must be the same on all")
 
 
 def _check_evaluation(entry: Any) -> None:
-    """{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}; a figure may be NaN, where a model diverged."""
+    """{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}; a figure may be NaN if the model diverged."""
     if not isinstance(entry, dict):
-        raise ValueError(f"evaluations has {shown(entry)}, objects allowed")
+        raise ValueError(f"evaluations has {shown(entry)}, which is not an object")
     json_input.whole_number(entry, "step")
     for name, figures in json_input.typed(entry, "figures", dict).items():
         values = figures.values() if isinstance(figures, dict) and "loss" in figures else [None]
         if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
-            raise ValueError(f"evaluations has {shown(figures)} for {shown(name)}, numbers by name allowed")
+            raise ValueError(f"evaluations has {shown(figures)} for {shown(name)}, which is not an object of numbers")
 
 
 def _check_rank(rank: Any) -> None:
-    """What PyTorch, NumPy and Python take over without a look at it, or answer with a crash."""
+    """Check the values that PyTorch, NumPy and Python use unchecked, or crash on."""
     if not isinstance(rank, dict):
-        raise ValueError(f"ranks has {shown(rank)}, objects allowed")
+        raise ValueError(f"ranks has {shown(rank)}, which is not an object")
     numpy = rank.get("numpy")
     if numpy is not None:
         if not isinstance(numpy, list) or len(numpy) != 5:
-            raise ValueError(f"numpy is {shown(numpy)}, its five entries allowed")
+            raise ValueError(f"numpy is {shown(numpy)}, not a list of five entries")
         json_input.whole_number(
             {"the position of NumPy's random state": numpy[2]},
             "the position of NumPy's random state",
@@ -127,8 +127,8 @@ def _check_rank(rank: Any) -> None:
     scale = rank.get("loss_scale")
     if scale is not None:
         if not isinstance(scale, dict) or json_input.number(scale, "scale") <= 0:
-            raise ValueError(f"loss_scale is {shown(scale)}, a scale above 0 allowed")
+            raise ValueError(f"loss_scale is {shown(scale)}, but the scale must be above 0")
         if not math.log2(scale["scale"]) <= 127:
-            raise ValueError(f"loss_scale is {shown(scale)}, what float32 holds allowed")
+            raise ValueError(f"loss_scale is {shown(scale)}, which float32 cannot hold")
         for name in ("growth_step", "hysteresis_step"):
             json_input.whole_number(scale, name)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds besides tensors, known before step 1: a save must not fail by it hours later."""
+"""The files of a checkpoint without tensors. They are made before step 1, so that no save fails on them hours later."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from colossal_llama2.storage.files import contents_of, to_json
 def model_files(model_path: str, tokenizer_path: str, precision: str) -> dict[str, bytes]:
     """The small files of a saved model, by path inside its folder: both configurations and the tokenizer.
 
-    Logs in what the configurations differ from those that the run began with.
+    Logs the differences of the configurations from those that the run began with.
 
     Raises:
-        UserError: a configuration is damaged, or a file cannot be read, or not be written as UTF-8.
+        UserError: a configuration is damaged, a file cannot be read, or a name or text is not UTF-8.
     """
     configs = ModelConfigs(Path(model_path))
     configs.generation, changes = accepted_generation(configs.generation)
@@ -33,7 +33,7 @@ def model_files(model_path: str, tokenizer_path: str, precision: str) -> dict[st
 
 
 def json_bytes(content: Any, what: str) -> bytes:
-    """What `write_json` writes. Raises UserError for what JSON in UTF-8 cannot hold."""
+    """The bytes that `write_json` writes. Raises UserError if the content has no form as JSON in UTF-8."""
     try:
         return encoded(to_json(content), what)
     except (TypeError, ValueError, RecursionError) as error:
@@ -41,7 +41,7 @@ def json_bytes(content: Any, what: str) -> bytes:
 
 
 def encoded(text: str, what: str) -> bytes:
-    """The text in UTF-8. Raises UserError, which names what holds it, if it has no such form."""
+    """The text in UTF-8. Raises UserError, with `what` it is part of, if it is not valid Unicode."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -138,8 +138,8 @@ class Evaluator(SilentEvaluator):
         if risen and stops:
             folder = save_now(state)
             raise RunError(
-                f"{'; '.join(risen.values())}; the run ends, step {state.step} is saved: go on with --load_checkpoint "
-                f"{folder} and another --forgetting_alarm, or mix in more of {', '.join(risen)}"
+                f"{'; '.join(risen.values())}; the run ends, step {state.step} is saved: continue with "
+                f"--load_checkpoint {folder} and another --forgetting_alarm, or mix in more of {', '.join(risen)}"
             )
 
     def _measure(self, step: int) -> Figures | None:
@@ -153,7 +153,7 @@ class Evaluator(SilentEvaluator):
                 return None
             nats, predicted = sums
             if predicted == 0:
-                raise UserError(f"--eval_dataset {name}: none of its tokens is to be predicted; give other data")
+                raise UserError(f"--eval_dataset {name}: none of its tokens is predicted; give other data")
             figures[name] = figures_of(nats, predicted, eval_set.target_bytes)
             self._log(step, name, figures[name], time.monotonic() - start)
         self._history.add(step, figures)

@@ -8,7 +8,7 @@ keeps four matrices instead of two and a half, its norms compute in float32, and
 
 from dataclasses import dataclass
 
-from colossal_llama2.engine.chunked_loss import KEPT_LOGITS, block_rows
+from colossal_llama2.engine.chunked_loss import BLOCKS
 
 FLOAT32 = 4
 INT64 = 8
@@ -218,9 +218,10 @@ def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
         # Forward: logits, the same in float32, log-probabilities. Backward: log-probabilities, two gradients of them,
         # of which the second is rounded to half precision.
         return logits * (2 * FLOAT32 + half), logits * (3 * FLOAT32 + half)
-    rows = min(block_rows(tokens, "cpu" if batch.on_cpu else "cuda"), stage.vocab_rows)
+    blocks = BLOCKS["cpu" if batch.on_cpu else "cuda"]
+    rows = min(blocks.rows(tokens), stage.vocab_rows)
     block = tokens * rows
-    kept = FLOAT32 * block * min(KEPT_LOGITS // block, stage.vocab_rows // rows)
+    kept = FLOAT32 * block * min(blocks.kept // block, stage.vocab_rows // rows)
     hidden = tokens * stage.model.hidden_size
     # Forward: a block of logits, the same in float32, then exponentials, of which the first blocks' are kept. Backward:
     # the same; the gradient of the hidden states is summed in float32 and has a block's share beside it.

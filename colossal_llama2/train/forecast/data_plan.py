@@ -1,4 +1,4 @@
-"""What a run is going to read and do, before its first step: as plain data (plan.json) and as a table.
+"""The plan of a run before its first step: what it will read and do, as JSON (plan.json) and as a table.
 
     {"version": 1, "epochs": 1, "steps": 600, "samples_a_step": 4, "bucketed": true,
      "epoch": {"samples": 2402, "tokens": 301000, "steps": 600, "left_over_samples": 2, "left_over_tokens": 250},
@@ -12,11 +12,11 @@
      "begins": {"epoch": 0, "sample": 0, "step": 0}, "ends": {"epoch": 0, "sample": 2400, "step": 600},
      "learning_rate": [[1, 2e-05], ..., [600, 3e-05]], "notes": ["en has no part left in buckets 3 to 9"]}
 
-Samples and tokens are those of the first epoch, the left-over ones included; any other has as many samples of each
-source. "again": of "samples", those that a source gives after each of its samples was read. "left_out": samples of a
-source that the epoch never reads. A part without samples is in no bucket. Steps are counted from 1; those of a bucket
-are of the epoch in which the run begins, from there on, and null if it reads nothing of the bucket there. "begins" and
-"ends" are places: epochs that are complete, samples of the next one, and steps of the run. Nothing here needs torch.
+Samples and tokens are those of the first epoch, with the left-over ones; every epoch has equally many samples of each
+source. "again" counts the repeats in "samples", "left_out" the samples of a source that the epoch does not read. A part
+without samples is in no bucket. Steps are counted from 1; those of a bucket belong to the epoch in which the run
+begins, from there on, and are null if the run reads nothing of the bucket there. "begins" and "ends" are positions:
+complete epochs, samples of the next epoch, and steps of the run. Nothing here needs torch.
 """
 
 from collections import Counter
@@ -80,7 +80,7 @@ def buckets_of(data: Data, measured: Sequence[MeasuredPart]) -> Buckets | None:
 
 
 class _Place(NamedTuple):
-    """Where a run is: epochs that are complete, samples of the next one that are read, and steps that are taken."""
+    """A position: complete epochs, samples read of the next one, and steps."""
 
     epoch: int
     sample: int
@@ -96,10 +96,10 @@ def build_plan(
     schedule: CosineSchedule,
     state: "TrainState",
 ) -> dict[str, Any]:
-    """The plan as in this module's docstring, counted in the very order that the run follows.
+    """The plan as in this module's docstring, counted in the order that the run follows.
 
     Args:
-        state: where the run begins, at which there is a step left.
+        state: where the run begins; at least one step is left.
     """
     rows = order.epoch_rows(0)
     lengths = np.concatenate([part_lengths for _, part_lengths in measured])
@@ -169,12 +169,16 @@ def _buckets(
     *,
     total_steps: int,
 ) -> list[dict[str, Any]]:
-    """The account of each bucket; `times` says how often an epoch reads each row."""
+    """What is read of each bucket.
+
+    Args:
+        times: (rows,) how often an epoch reads each row.
+    """
     starts = np.cumsum([0, *(len(lengths) for _, lengths in measured)])
     names = list(dict.fromkeys(part.source for part in data.parts))
     groups: dict[int, dict[str, list[int]]] = {}
     for index, (part, lengths) in enumerate(measured):
-        # As make_buckets does.
+        # As in make_buckets.
         if len(lengths):
             groups.setdefault(part.bucket if data.bucketed else 0, {}).setdefault(part.source, []).append(index)
     buckets, done = [], 0
@@ -205,7 +209,7 @@ def _buckets(
 
 
 def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The account of a source in a bucket."""
+    """What is read of a source in a bucket."""
     lengths, read = np.concatenate([lengths for _, lengths in parts]), np.concatenate(times)
     categories: Counter = Counter()
     for (part, _), part_times in zip(parts, times, strict=True):
@@ -245,9 +249,9 @@ def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> list[tuple[
     """Points (step, learning rate), with the first and last step and the end of the warm-up.
 
     Args:
-        begin: steps that are taken.
-        skipped: of these, how many made no update; the schedule counts updates, and so is that far behind from there
-            on. Points before are those of a run without such steps.
+        begin: steps taken so far.
+        skipped: how many of these made no update. The schedule counts updates, so it lags behind by as many steps from
+            here on. Earlier points are those of a run without such steps.
     """
     steps = set(np.linspace(0, schedule.total_steps - 1, CURVE_POINTS).round().astype(int).tolist())
     warmed_up = max(schedule.warmup_steps - 1, 0)
@@ -258,10 +262,10 @@ def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> list[tuple[
 
 
 def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
-    """What a user should know beforehand: what is missing, read again, or not read at all."""
+    """Notes for the user: what is missing, repeated, or not read at all."""
     for path, count in Counter(data.paths).items():
         if count > 1:
-            yield f"{path} is given {count} times, and read as often"
+            yield f"{path} is given {count} times, so it is read {count} times"
     buckets = content["buckets"]
     for name in dict.fromkeys(part.source for part in data.parts):
         if name not in content["sources"]:
@@ -276,7 +280,7 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
             most = max(source["samples"] / source["samples_there"] for source in held.values())
             samples = sum(source["again"] for source in held.values())
             where = f" in {_bucket_list(again)}" if data.bucketed else ""
-            yield f"{name} runs out{where}: {samples:,} samples are read again, at most {most:.2f} times"
+            yield f"{name} runs out{where}: {samples:,} samples are repeated, each is read up to {most:.2f} times"
         left_out = [number for number, source in held.items() if source["left_out"]]
         if left_out:
             samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
@@ -284,7 +288,7 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
             yield f"{samples:,} samples ({tokens:,} tokens) of {name} are left out{where}"
     missed = [bucket["bucket"] for bucket in buckets if _misses_shares(bucket)]
     if missed:
-        yield f"{_bucket_list(missed)}: too few samples to reach the asked shares within {TOLERANCE:.0%}"
+        yield f"{_bucket_list(missed)}: too few samples to reach the requested shares within {TOLERANCE:.0%}"
     epoch = content["epoch"]
     if epoch["left_over_samples"]:
         yield (
@@ -294,7 +298,7 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
 
 
 def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: dict[str, Any]) -> Iterator[str]:
-    """Where a run begins, if not at the first sample; where it ends, if before the last."""
+    """Where a run begins, unless at the first sample, and where it ends, unless at the last."""
 
     def where(place: _Place, sample: int) -> str:
         return f"epoch {place.epoch}" + (f", bucket {order.bucket_of(sample)}" if content["bucketed"] else "")
@@ -313,7 +317,7 @@ def _misses_shares(bucket: dict[str, Any]) -> bool:
 
 
 def _bucket_list(numbers: Sequence[int]) -> str:
-    """In words: bucket 0; buckets 0, 2 to 9."""
+    """Such as "bucket 0" or "buckets 0, 2 to 9"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -332,7 +336,7 @@ def log_and_save(content: dict[str, Any], folder: RunFolder) -> None:
 
 
 def plan_lines(content: dict[str, Any]) -> Iterator[str]:
-    """The plan as text: totals, a row for each bucket and source, the categories, the learning rate, the notes."""
+    """The plan as text: totals, a row per bucket and source, the categories, the learning rate, the notes."""
     epoch = content["epoch"]
     kind = "buckets in order, each shuffled by itself" if content["bucketed"] else "one shuffle of everything"
     yield (

@@ -17,6 +17,7 @@ from itertools import accumulate
 
 from colossal_llama2.engine.plugins import Gemini, Plugin, plugin_of
 from colossal_llama2.engine.settings import EngineSettings
+from colossal_llama2.model.trainable import Trainable
 from colossal_llama2.train.forecast import activations
 from colossal_llama2.train.forecast.activations import FLOAT32, MicroBatch, ModelShape, StageShape
 
@@ -87,7 +88,7 @@ class Plan:
             chunked_loss=self.chunked_loss,
             checkpointing=self.checkpointing,
             has_documents=self.has_documents or makes_mask,
-            trains_layers=not settings.embeddings_only,
+            trains_layers=settings.trainable.trains_layers,
             hidden_splits=settings.tp_size if is_split else 1,
             sample_splits=settings.sp_size if settings.sp_mode == "all_to_all" else 1,
             on_cpu=self.on_cpu,
@@ -188,15 +189,16 @@ def _placed(device: dict[str, dict[str, int]], constant: dict[str, int], plan: P
 def trained_weights(stage: StageShape, settings: EngineSettings) -> list[tuple[str, int]]:
     """Names and elements of the weights here that have gradients, in the order in which they compute."""
     embeddings = [("embeddings", stage.embedding_weights())]
-    layers = [] if settings.embeddings_only else stage.layers * stage.layer_weights()
-    norm = [] if settings.embeddings_only else [("norm", stage.model.hidden_size)]
+    trains_layers = settings.trainable.trains_layers
+    layers = stage.layers * stage.layer_weights() if trains_layers else []
+    norm = [("norm", stage.model.hidden_size)] if trains_layers else []
     head = [] if stage.model.ties_embeddings and stage.has_embeddings else [("head", stage.embedding_weights())]
     return stage.has_embeddings * embeddings + layers + stage.has_head * (norm + head)
 
 
 def all_weights(stage: StageShape, settings: EngineSettings) -> int:
     """Elements of all weights here."""
-    return sum(size for _, size in trained_weights(stage, replace(settings, embeddings_only=False)))
+    return sum(size for _, size in trained_weights(stage, replace(settings, trainable=Trainable())))
 
 
 class _Keeper:

@@ -1,4 +1,4 @@
-"""Where a run's figures go: TensorBoard, from rank 0."""
+"""Writes a run's figures to TensorBoard."""
 
 import itertools
 import os
@@ -10,18 +10,18 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.train.stepping.silent_reporter import SilentWriter
 
-# Beside time and process it tells the files of one process apart.
+# Distinguishes the files of one process.
 _NUMBERS = itertools.count()
 
 
 class TensorBoardWriter(SilentWriter):
-    """Writes each figure as a TensorBoard scalar, in a file of its own. If the disk takes no more, that is said once.
+    """Writes each figure as a TensorBoard scalar, to a file of its own. If the disk is full, that is logged once.
 
-    TensorBoard's own writer has a thread, which prints a traceback where it fails, and ends the run by its next call.
+    TensorBoard's own writer has a thread that prints a traceback on a full disk, and its next call ends the run.
     """
 
     def __init__(self, folder: str, last_step: int):
-        """TensorBoard replaces what earlier files of `folder` have after `last_step`; -1 for all."""
+        """TensorBoard discards figures after `last_step` in earlier files of `folder`; -1 for all figures."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -36,12 +36,12 @@ class TensorBoardWriter(SilentWriter):
         self._add(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        # One event with all figures: events are packed one by one, in Python.
+        # One event for all figures, since each event is packed in Python.
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
         self._add(step=step, summary=self._summary(value=values))
 
     def _add(self, **content: Any) -> None:
-        # After half an event, TensorBoard would read no later one.
+        # TensorBoard reads nothing after an incomplete event.
         if self._has_failed:
             return
         try:
@@ -54,7 +54,7 @@ class TensorBoardWriter(SilentWriter):
         if not self._has_failed:
             self._has_failed = True
             logs.get_logger().warning(
-                "%s cannot be written (%s); TensorBoard lacks what follows", self._path, error.strerror
+                "%s cannot be written (%s); TensorBoard will lack all later figures", self._path, error.strerror
             )
 
     def close(self) -> None:

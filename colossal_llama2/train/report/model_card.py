@@ -1,10 +1,10 @@
 """The model card of a trained model: README.md with the front matter that model hubs read, and tables for people.
 
-It says only what the same run says again, if it is killed and resumed: no times, no paths of checkpoints.
+It has no times and no paths of checkpoints, so that a run that is killed and resumed gets the same card.
 
-`base_model` of the front matter is for the Hub the model that this one was fine-tuned from, by its Hub identifier
-(https://huggingface.co/docs/hub/model-cards, "Specifying a base model"). The folders that stages left in between have
-none, so it is the model that the first stage began with; the table of stages names the folders.
+On the Hub, `base_model` of the front matter is the Hub identifier of the model that this one was fine-tuned from
+(https://huggingface.co/docs/hub/model-cards, "Specifying a base model"). The folders between two stages have no such
+identifier, so it is the model that the first stage began with; the table of stages names the folders.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,16 +29,16 @@ LANGUAGES = frozenset(
     "ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st "
     "su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
 )
-# The final loss is the mean over a tenth of the run, and over at most so many steps.
+# The final loss is the mean over the last tenth of the run, but over at most this many steps.
 FINAL_STEPS = 100
 HOW = {
     "vocabulary": "Extension of the vocabulary",
     "pretrain": "Continued pre-training",
     "sft": "Supervised fine-tuning",
 }
-# Of a stage in the table; training_history.json has all.
+# Sources of a stage that the table lists; training_history.json has all of them.
 MAX_SOURCES = 8
-# Checkpoints of earlier versions that are followed, each to the --pretrained of its run.
+# Steps from a checkpoint of an earlier version to the --pretrained of its run.
 MAX_FOLLOWED = 16
 NOT_RECORDED = "not recorded"
 LOSSES = ("first_loss", "final_loss")
@@ -59,19 +59,19 @@ def render(
     """The text of the card.
 
     Args:
-        settings: what --config_file holds.
+        settings: the content of --config_file.
         base_model: the name of the model that the weights come from.
-        amounts: how much data of each source and category there is.
+        amounts: documents and tokens of each source and category.
         records: those of train_log.jsonl.
         tokens_seen: over all epochs, padding not counted.
         skipped_steps: steps that made no update.
         sources: names of the folders of --dataset.
-        read: what the run has read of each of them.
-        stages: of training_history.json, the last of which is this run; all but their table is of this run alone.
+        read: samples and tokens that the run read from each of them.
+        stages: those of training_history.json, this run last; the rest of the card is about this run alone.
     """
     losses, evaluations = curves(records)
     of_last = " of the last stage" if len(stages) > 1 else ""
-    told = [[code(f"--{name}"), _cell(value)] for name, value in told_settings(settings).items()]
+    settings_rows = [[code(f"--{name}"), _cell(value)] for name, value in card_settings(settings).items()]
     versions = [[name, version] for name, version in settings["versions"].items() if version]
     earlier = [source["source"] for stage in stages for source in stage.get("data", ())]
     parts = [
@@ -81,7 +81,7 @@ def render(
         _how(settings, tokens_seen, losses, skipped_steps, of_last),
         _data(amounts, read, settings, of_last),
         _evaluation(evaluations, of_last),
-        f"## Settings{of_last}\n\n" + table(["flag", "value"], told),
+        f"## Settings{of_last}\n\n" + table(["flag", "value"], settings_rows),
         f"## Software{of_last}\n\n" + table(["package", "version"], versions),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -90,8 +90,8 @@ def render(
 def base_model(model_path: str) -> str:
     """The name of the model that these weights come from.
 
-    It is the name in the folder's history or card, or for a checkpoint's model the one that its run began with, or else
-    the folder's own name. The folder may come from anyone, so what cannot be read is passed over. For one rank.
+    It is the name in the folder's history or card; for a checkpoint's model, the name of the model that its run began
+    with; else the folder's own name. The folder is untrusted, so unreadable files are ignored. For one rank.
     """
     for _ in range(MAX_FOLLOWED):
         folder = Path(model_path).absolute()
@@ -103,7 +103,7 @@ def base_model(model_path: str) -> str:
         known, pretrained = _named_by_states(folder.with_name(STATES_NAME))
         if known is not None:
             return known
-        # Checkpoints of earlier versions name the folder alone.
+        # Checkpoints of earlier versions record only the folder.
         if pretrained is None or Path(pretrained).absolute() == folder:
             break
         model_path = pretrained
@@ -111,7 +111,7 @@ def base_model(model_path: str) -> str:
 
 
 def _named_by_states(path: Path) -> tuple[str | None, str | None]:
-    """The base model and the --pretrained that a checkpoint's running_states.json names, None for what it does not."""
+    """The base model and the --pretrained in a checkpoint's running_states.json; None for an entry that is missing."""
     try:
         states = json_input.read_object(path)
         settings = json_input.typed(states, "settings", dict) if "settings" in states else {}
@@ -132,7 +132,7 @@ def _front_matter(base_model: str, names: Sequence[str]) -> str:
 
 
 def _title(stages: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """What was done, each kind of stage once: "Continued pre-training and supervised fine-tuning"."""
+    """All kinds of stages, each once: "Continued pre-training and supervised fine-tuning"."""
     kinds = dict.fromkeys(stage["stage"] for stage in stages) or [settings["stage"]]
     *names, last = (HOW[kind] for kind in kinds)
     text = " and ".join([", ".join(names), last] if names else [last])
@@ -140,7 +140,7 @@ def _title(stages: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def _stages(base_model: str, stages: Sequence[dict[str, Any]]) -> str:
-    """All stages, by what each recorded, and their sums."""
+    """The table of all stages, from their records, with sums."""
     if not stages:
         return ""
     rows = [[f"{number}. {HOW[stage['stage']]}", *_stage_cells(stage)] for number, stage in enumerate(stages, start=1)]
@@ -158,7 +158,7 @@ def _stages(base_model: str, stages: Sequence[dict[str, Any]]) -> str:
     ]
     text = f"Base model: {plain(base_model)}."
     if len(stages) > 1:
-        text += " What follows the table is of the last stage alone."
+        text += " Everything below the table is about the last stage alone."
     return f"## Stages\n\n{text}\n\n" + table(columns, rows)
 
 
@@ -191,7 +191,7 @@ def _sum(values: Sequence[int | None]) -> str:
 
 
 def curves(records: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, dict[int, dict[str, float]]]]:
-    """The losses of all steps that have one, and the figures of evaluations by data and step."""
+    """The losses of all steps that have one, and the figures of evaluations by set and step."""
     losses: list[float] = []
     evaluations: dict[str, dict[int, dict[str, float]]] = {}
     for record in records:
@@ -203,7 +203,7 @@ def curves(records: Iterable[dict[str, Any]]) -> tuple[list[float], dict[str, di
 
 
 def final_loss(losses: Sequence[float]) -> tuple[float, int]:
-    """The mean loss at the end of a run, and of how many steps it is."""
+    """The mean loss at the end of a run, and the number of steps that it is the mean of."""
     last = losses[-min(FINAL_STEPS, max(len(losses) // 10, 1)) :]
     return sum(last) / len(last), len(last)
 
@@ -234,22 +234,22 @@ def _data(amounts: Sequence[Amount], read: Sequence[SourceRead], settings: dict[
 
 
 def _read(read: Sequence[SourceRead], settings: dict[str, Any]) -> str:
-    """What was trained, by source; a sample that was read again counts again."""
-    total = sum(one.tokens for one in read)
+    """Samples and tokens that were read, by source, repeats counted."""
+    total = sum(source_read.tokens for source_read in read)
     if not total:
         return ""
     rows = [
         [
-            one.source,
-            f"{one.samples_there:,}",
-            f"{one.samples:,}",
-            f"{one.samples / max(one.samples_there, 1):.2f}",
-            f"{one.tokens:,}",
-            f"{one.tokens / total:.1%}",
+            source_read.source,
+            f"{source_read.samples_there:,}",
+            f"{source_read.samples:,}",
+            f"{source_read.samples / max(source_read.samples_there, 1):.2f}",
+            f"{source_read.tokens:,}",
+            f"{source_read.tokens / total:.1%}",
         ]
-        for one in read
+        for source_read in read
     ]
-    sums = (f"{sum(values):,}" for values in zip(*(one[1:] for one in read), strict=True))
+    sums = (f"{sum(values):,}" for values in zip(*(source_read[1:] for source_read in read), strict=True))
     there, samples, tokens = sums
     rows.append(["all", there, samples, "", tokens, "100.0%"])
     columns = ["source of the training", "samples there", "samples read", "times read", "tokens read", "share"]
@@ -258,7 +258,7 @@ def _read(read: Sequence[SourceRead], settings: dict[str, Any]) -> str:
 
 
 def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
-    """What there is, by source and category of documents."""
+    """Documents and tokens of the data, by source and category."""
     if not amounts:
         return ""
     total = sum(amount.tokens for amount in amounts)
@@ -275,12 +275,12 @@ def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
     rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])
     columns = ["source", "category", "documents", "tokens", "share"]
     what = "What was there to take from" if settings.get("mixture") else "One epoch"
-    what += ", by source of the documents; a document that was cut counts once for each piece."
+    what += ", by source of the documents; a document that was cut counts once per piece."
     return f"{what}\n\n" + table(columns, rows)
 
 
 def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: str) -> str:
-    """The first and the last figures of each evaluated data."""
+    """The first and the last figures of each evaluated set."""
     if not evaluations:
         return ""
     names = list(dict.fromkeys(n for found in evaluations.values() for figures in found.values() for n in figures))
@@ -292,7 +292,7 @@ def _evaluation(evaluations: dict[str, dict[int, dict[str, float]]], of_last: st
     return f"## Evaluation{of_last}\n\n" + table(columns, rows)
 
 
-def told_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def card_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those that the card lists: they have a part in the model and name no place on a disk."""
     return {name: value for name, value in settings.items() if is_on_card(name) and value is not None}
 

@@ -33,7 +33,7 @@ SHAPE_KEYS = (
 def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, *, base_model: str) -> RunFacts:
     """The facts of a run that begins at the first sample, see RunFacts.with_first_sample."""
     source, data = config.source, config.data.parts
-    rows = ranks.settings.trained_rows
+    trainable = ranks.settings.trainable
     return RunFacts(
         num_samples=order.num_samples,
         dataset_fingerprints=dataset_fingerprints(data.paths),
@@ -42,8 +42,8 @@ def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, *, base_
         pretrained_tokenizer=fingerprint(source.pretrained) if has_tokenizer(source.pretrained) else None,
         model_shape=model_shape(source.pretrained),
         seed=order.seed,
-        freeze_non_embeds_params=ranks.settings.embeddings_only,
-        trained_rows=rows and [list(borders) for borders in rows],
+        freeze_non_embeds_params=not trainable.trains_layers,
+        trained_rows=trainable.rows and [list(borders) for borders in trainable.rows],
         world_size=ranks.world_size,
         data_parallel_size=ranks.data_size,
         numerics=NUMERICS,

@@ -86,7 +86,7 @@ class StageRecord:
             "first_loss": losses[0] if first is None and losses else first,
             "final_loss": final,
             "final_loss_steps": count,
-            "settings": model_card.told_settings(settings),
+            "settings": model_card.card_settings(settings),
             "world_size": settings["world_size"],
             "versions": settings["versions"],
             "tokenizer_sha256": self.facts.tokenizer,

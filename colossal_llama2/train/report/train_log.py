@@ -1,4 +1,4 @@
-"""train_log.jsonl in --save_dir: what a run has shown, one line for each step, evaluation and checkpoint.
+"""train_log.jsonl in --save_dir: the figures of a run, one line for each step, evaluation and checkpoint.
 
     {"step": 400, "epoch": 0, "bucket": 1, "loss": 2.8391, "lr": 9.7e-05, "grad_norm": 0.41, "tokens": 16200,
      "tokens_per_second": 2806.1, "padding_share": 0.011, "mfu": 0.43, "memory_bytes": 2147483648,
@@ -7,12 +7,12 @@
     {"step": 400, "evaluation": {"en": {"loss": 2.61, "bits_per_byte": 0.93}}}
     {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
 
-A step without a trained token has the loss null, and one whose gradient overflows fp16 at every loss scale has the
-grad_norm null; neither made an update. In fp16 there is "loss_scale", and where micro batches of a step have no trained
-token, "untrained_micro_batches" is their number. What a run does not know is left out; what is no number is null.
+The loss of a step without a trained token is null, and so is the grad_norm of a step that overflows fp16 at every loss
+scale; neither made an update. "loss_scale" is there in fp16 alone, and "untrained_micro_batches" only if some micro
+batches of a step have no trained token. Unknown figures are left out; NaN and infinity become null.
 
-A step's line is in the file before its checkpoint is whole, so a run that goes on from a checkpoint finds all lines up
-to it, and cuts away later ones. One that begins anew cuts away all.
+A step's line is on the disk before its checkpoint is complete, so a resumed run finds all lines up to its checkpoint,
+and removes later ones. A new run removes all lines.
 """
 
 import os
@@ -31,14 +31,14 @@ EVALUATION = "Evaluation/"
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records in a log, in order; none if there is no file. What a killed run wrote half of is left out."""
+    """The records in a log, in order; none if there is no file. An incomplete line of a killed run is left out."""
     for record, _ in _lines(path):
         if record is not None:
             yield record
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
-    """(record, line); the record is None if the line is none of ours."""
+    """(record, line); the record is None if the line is incomplete or not a record."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -51,11 +51,11 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, bytes]]:
 
 
 def begin(folder: RunFolder, *, last_step: int, resumed_from: str | None = None) -> Path:
-    """The log of a run that goes on after `last_step`: later lines are cut away, in one step, and it is said.
+    """The log of a run that continues after `last_step`: later lines are removed atomically, which is logged.
 
     Args:
-        resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's is copied. None
-            for a run that begins anew: all lines are cut away, those before the first step too.
+        resumed_from: a checkpoint; if it is in another folder, and this one has no log, that folder's log is copied.
+            None for a new run: all lines are removed, those before the first step too.
     """
     path = folder.log
     if resumed_from is None:
@@ -69,20 +69,22 @@ def begin(folder: RunFolder, *, last_step: int, resumed_from: str | None = None)
     lost = sum(1 for record, _ in _lines(path) if record is None or record["step"] > last_step)
     if not lost and _leads_elsewhere(path):
         _write_whole(path, path, last_step)
-        logs.get_logger().info("%s was another file's second name; it is a copy of it from here on", path)
+        logs.get_logger().info("%s was a link to another file; it is a copy of that file from here on", path)
     if lost:
         _write_whole(path, path, last_step)
         if resumed_from is None:
-            logs.get_logger().info("%s: %d lines of an earlier run are cut away, this one begins anew", path, lost)
+            logs.get_logger().info(
+                "%s: removed %d lines of an earlier run, since this one starts from the beginning", path, lost
+            )
         else:
             logs.get_logger().info(
-                "%s: %d lines after step %d are cut away, the run goes on from there", path, lost, last_step
+                "%s: removed %d lines after step %d, from which the run continues", path, lost, last_step
             )
     return path
 
 
 def _leads_elsewhere(path: Path) -> bool:
-    """Whether what is appended here would be appended to a file of another name, or to none."""
+    """Whether the path is not a regular file, or a file with a second name, which must not grow with this log."""
     if not os.path.lexists(path):
         return False
     status = path.lstat()
@@ -104,7 +106,7 @@ def _write_whole(path: Path, source: Path, last_step: int) -> None:
 
 
 class TrainLog:
-    """Appends records. If the disk takes none, that is said once, and the run goes on."""
+    """Appends records. If the disk is full, that is logged once, and the run continues."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -112,7 +114,7 @@ class TrainLog:
         self._is_torn = self._has_failed = False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, at once."""
+        """Append one record, unbuffered."""
         import orjson
 
         # orjson writes null for NaN and infinity.
@@ -124,33 +126,33 @@ class TrainLog:
             self._is_torn = self._file.write(line) != len(line)
         except OSError as error:
             self._is_torn = True
-            self._tell_once(error)
+            self._warn_once(error)
 
-    def _tell_once(self, error: OSError) -> None:
+    def _warn_once(self, error: OSError) -> None:
         if not self._has_failed:
             self._has_failed = True
             logs.get_logger().warning("%s cannot be written (%s); it lacks some steps", self._path, error.strerror)
 
     def sync(self) -> None:
-        """Return when what was written is on the disk, or cannot get there."""
+        """Return when all records are on the disk, or writing them has failed."""
         if self._file is not None:
             try:
                 os.fsync(self._file.fileno())
             except OSError as error:
-                self._tell_once(error)
+                self._warn_once(error)
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         if self._file is not None:
             try:
                 self._file.close()
             except OSError as error:
-                self._tell_once(error)
+                self._warn_once(error)
             self._file = None
 
 
 def evaluation_record(step: int, figures: dict[str, float]) -> dict[str, Any]:
-    """The line for figures that are named as in TensorBoard: "Evaluation/en/loss", or otherwise."""
+    """The record of figures named as in TensorBoard: those of an evaluation ("Evaluation/en/loss"), and others."""
     record: dict[str, Any] = {"step": step}
     for name, value in figures.items():
         if name.startswith(EVALUATION) and name.count("/") > 1:

@@ -1,4 +1,4 @@
-"""The files of checkpoints: which ones a folder holds, whether they are whole, how one gets its name, which may go.
+"""The files of checkpoints: which are complete, whether they are intact, how they are published and removed.
 
 A checkpoint is complete if it has its final name and a manifest.json, which is written last and lists every file:
 
@@ -49,7 +49,7 @@ def _saved_at(checkpoint: Path) -> float:
     try:
         return float(read_manifest(checkpoint)["saved_at"])
     except UserError:
-        # Not to be read: it can be no more than the last choice, where the reason is told.
+        # Unreadable, so it is the last choice; whoever reads it then reports why.
         return 0.0
 
 
@@ -62,8 +62,8 @@ def later_than_all(save_dir: Path, now: float) -> float:
 def list_files(folder: Path) -> dict[str, int]:
     """Bytes of all files below a folder but its manifest, by name; links to files count as files.
 
-    What a system puts anywhere by itself is passed over. What is neither a file nor a folder, such as a link to a
-    folder, has -1 bytes.
+    Files that operating systems create by themselves are ignored. Anything that is neither a file nor a folder, such as
+    a link to a folder, has -1 bytes.
     """
     sizes: dict[str, int] = {}
     for place, folders, names in os.walk(folder):
@@ -76,7 +76,7 @@ def list_files(folder: Path) -> dict[str, int]:
 
 
 def file_entries(folder: Path, sizes: dict[str, int], *, share: int = 0, shares: int = 1) -> list[dict[str, Any]]:
-    """The manifest's entries for one of `shares` shares of the files, about equal in bytes."""
+    """The manifest's entries for one of `shares` parts of the files, which have about equally many bytes."""
     return [
         {"path": name, "bytes": sizes[name], "sha256": sha256_of(folder / name)}
         for name in _dealt(sizes, share, shares)
@@ -84,7 +84,7 @@ def file_entries(folder: Path, sizes: dict[str, int], *, share: int = 0, shares:
 
 
 def _dealt(sizes: dict[str, int], share: int, shares: int) -> list[str]:
-    """Every `shares`-th of the names, the largest files first, so that the shares are about equal."""
+    """Every `shares`-th name, the largest files first, so that all shares have about equally many bytes."""
     return sorted(sizes, key=lambda name: (-sizes[name], name))[share::shares]
 
 
@@ -95,7 +95,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(folder: Path, entries: list[dict[str, Any]], *, saved_at: float) -> None:
-    """List a folder's files in its manifest. `saved_at` is in seconds since 1970."""
+    """Write a folder's manifest. `saved_at` is in seconds since 1970."""
     files = sorted(entries, key=lambda entry: entry["path"])
     write_json(folder / MANIFEST_NAME, {"files": files, "saved_at": saved_at})
 
@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises UserError if it is missing, damaged, or names a file outside the folder."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise UserError(f"{folder}: has no {MANIFEST_NAME}, so it was not written to its end; take another checkpoint")
+        raise UserError(f"{folder}: has no {MANIFEST_NAME}, so it is incomplete; use another checkpoint")
     try:
         manifest = json_input.read_object(path)
         json_input.number(manifest, "saved_at")
@@ -112,9 +112,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if len(set(names)) < len(names):
             raise ValueError("it lists a file twice")
     except KeyError as error:
-        raise UserError(f"{path}: not the manifest of a checkpoint (no {error}); take another checkpoint")
+        raise UserError(f"{path}: not the manifest of a checkpoint (no {error}); use another checkpoint")
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not the manifest of a checkpoint ({error}); take another checkpoint")
+        raise UserError(f"{path}: not the manifest of a checkpoint ({error}); use another checkpoint")
     return manifest
 
 
@@ -129,13 +129,13 @@ def recorded_weights(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked_entry(entry: Any) -> str:
-    """The path in an entry of a manifest. Raises ValueError or KeyError if the entry is not as it should be."""
+    """The path in an entry of a manifest. Raises ValueError or KeyError if the entry is invalid."""
     if not isinstance(entry, dict):
-        raise ValueError(f"it lists {json_input.shown(entry)}, objects allowed")
+        raise ValueError(f"it lists {json_input.shown(entry)}, which is not an object")
     name = json_input.typed(entry, "path", str)
     parts = name.split("/")
     if not parts[0] or {".", ".."} & set(parts) or "\\" in name or "\0" in name:
-        raise ValueError(f"it names {json_input.shown(name)}, which is outside")
+        raise ValueError(f"it names {json_input.shown(name)}, which is outside the checkpoint")
     name.encode()  # half of a surrogate pair is in no file's name
     json_input.whole_number(entry, "bytes")
     if not SHA256.fullmatch(json_input.typed(entry, "sha256", str)):
@@ -144,7 +144,7 @@ def _checked_entry(entry: Any) -> str:
 
 
 def sizes_problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by its files' names and sizes alone, None if they are as its manifest says."""
+    """The first difference between a checkpoint's files and its manifest, by name and size; None if there is none."""
     try:
         listed = {entry["path"]: entry["bytes"] for entry in read_manifest(folder)["files"]}
     except UserError as error:
@@ -164,24 +164,24 @@ def sizes_problem(folder: Path) -> str | None:
 
 
 def content_problems(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:
-    """What is wrong with the content of one share of a checkpoint's files, whose sizes are right."""
+    """The problems in the content of one share of a checkpoint's files, whose sizes are right."""
     entries = {entry["path"]: entry for entry in read_manifest(folder)["files"]}
     for name in _dealt({name: entry["bytes"] for name, entry in entries.items()}, share, shares):
         try:
             if sha256_of(folder / name) != entries[name]["sha256"]:
-                yield f"{folder / name}: its content is not what was written (sha256 differs)"
+                yield f"{folder / name}: its content has changed (sha256 differs)"
         except OSError as error:
             yield f"{folder / name}: cannot be read ({error.strerror})"
 
 
 def publish_checkpoint(partial: Path, final: Path) -> None:
-    """Give a checkpoint its final name when all of it is on the disk, and then let `latest` name it."""
+    """Rename a checkpoint to its final name when all of it is on the disk, then update `latest`."""
     publish(partial, final, replace=True)
     replace_file(final.parent / LATEST_NAME, f"{final.name}\n".encode())
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether this is a leftover that goes with `remove_leftovers`, not a whole checkpoint that was being replaced."""
+    """Whether `remove_leftovers` removes this path; it restores a complete checkpoint that was being replaced."""
     return LEFTOVER_NAME.fullmatch(path.name) is not None and not _is_replaced(path)
 
 
@@ -190,34 +190,34 @@ def _is_replaced(path: Path) -> bool:
 
 
 def remove_leftovers(save_dir: Path) -> None:
-    """Remove what a run that died was writing or removing, and say so; a folder that it was replacing comes back."""
+    """Remove what a run that died was writing or removing, and restore what it was replacing; both are logged."""
     for path in sorted(save_dir.iterdir()) if save_dir.is_dir() else ():
         if not LEFTOVER_NAME.fullmatch(path.name):
             continue
         original = path.with_suffix("")
         if _is_replaced(path) and not os.path.lexists(original):
             path.rename(original)
-            logs.get_logger().info("An earlier run died while it replaced %s; its old content is back", original)
+            logs.get_logger().info("An earlier run died while it replaced %s; the old content is restored", original)
             continue
-        logs.get_logger().info("Removing %s, which an earlier run left unfinished", path)
+        logs.get_logger().info("Removing %s, which an earlier run left incomplete", path)
         discard(path)
 
 
 def remove_old(checkpoint: Path, *, keep_last: int | None, keep_every: int | None) -> None:
-    """Remove complete checkpoints beside `checkpoint` but the `keep_last` newest and multiples of `keep_every` steps.
+    """Remove checkpoints beside `checkpoint`, but keep the `keep_last` newest and multiples of `keep_every` steps.
 
-    Called when the newest is complete, so there are never fewer than `keep_last`, once there were so many. `checkpoint`
-    itself stays, whatever its age. Of a link to a checkpoint elsewhere, the link alone is removed.
+    Called when the newest is complete, so that `keep_last` of them always exist. `checkpoint` itself is kept, whatever
+    its age. If a checkpoint is a link to another folder, only the link is removed.
     """
     if keep_last is None:
         return
     for folder in complete_checkpoints(checkpoint.parent)[:-keep_last]:
         if folder != checkpoint and (keep_every is None or step_of(folder) % keep_every):
-            # Out of sight at once, since a removal can be cut short too. It has no complete name, so it never returns.
+            # Renamed first, since a removal can be interrupted: under this name it is a leftover, and not a checkpoint.
             if folder.is_symlink():
                 folder.unlink()
                 logs.get_logger().info(
-                    "Removed the link %s (--keep_last %d); the checkpoint that it led to stays", folder, keep_last
+                    "Removed the link %s (--keep_last %d); the checkpoint that it points to is kept", folder, keep_last
                 )
                 continue
             doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
@@ -228,16 +228,16 @@ def remove_old(checkpoint: Path, *, keep_last: int | None, keep_every: int | Non
 
 
 def check_room(save_dir: Path, needed: int, *, files: int = 1) -> None:
-    """Raise RunError unless so many bytes, and inodes for so many files, are free for a checkpoint."""
+    """Raise RunError unless `needed` bytes, and inodes for `files` files, are free for a checkpoint."""
     free = os.statvfs(save_dir)
     wanted = []
     if free.f_bavail * free.f_frsize < needed:
         wanted.append(f"needs about {needed:,} bytes, {free.f_bavail * free.f_frsize:,} are free")
-    # A file system that makes inodes as it needs them says that it has none at all.
+    # A file system that creates inodes on demand reports a total of 0.
     if free.f_files and free.f_favail < files:
-        wanted.append(f"has about {files:,} files, {free.f_favail:,} more can be made (inodes, see df -i)")
+        wanted.append(f"has about {files:,} files, {free.f_favail:,} more can be created (inodes, see df -i)")
     if wanted:
         raise RunError(
             f"--save_dir {save_dir}: a checkpoint {' and '.join(wanted)}; nothing was written, earlier checkpoints are "
-            f"whole; make room, or keep fewer with --keep_last"
+            f"whole; free some space, or keep fewer with --keep_last"
         )

@@ -1,4 +1,4 @@
-"""The folder that a run saves to (--save_dir): the names of all that a run puts there, and what may be done with it.
+"""The folder that a run saves to (--save_dir): the names of everything in it, and its use by one run at a time.
 
 <save_dir>/epoch-0_step-400/    a checkpoint, see train/checkpointing/checkpoint_writer.py
 <save_dir>/latest               the name of the newest checkpoint

@@ -1,9 +1,13 @@
-"""The folder that a run saves to: one run at a time, and seen by every host of the job.
+"""The lock on a run's folder: one run at a time writes to it, and every host of the job sees it.
 
-locked      before torch is imported: a second run in the same folder is refused
-say_ending  when a run begins to end early: the next one on this host waits for it
-let_go      before a process ends itself at once: a lock that it holds would keep a restart on another host out
-prepare     before step 1: leftovers go, and every rank reads what rank 0 wrote
+The filelock package does not fit. This lock file names the host and process that hold it, so that a refused run can
+report them, it serves as the lock where the file system has none, and a run that is ending marks it so that the next
+one waits.
+
+locked        before torch is imported: a second run in the same folder is refused
+mark_ending   when a run begins to end early: the next one on this host waits for it
+release       before a process exits at once: a lock file that stays would keep out a restart on another host
+prepare       before step 1: leftovers are removed, and every rank reads a file of rank 0
 """
 
 import fcntl
@@ -25,10 +29,10 @@ from colossal_llama2.storage.files import errors_naming, open_no_link
 from colossal_llama2.train.run_folder import checkpoint_files
 from colossal_llama2.train.run_folder.file_names import LOCK_NAME
 
-# Shared file systems may show a new file to other hosts only after some seconds.
+# A shared file system may show a new file to other hosts only after some seconds.
 SHARED_AFTER_SECONDS = 10.0
 
-# How long a run waits for the one before it, which has said that it saves and ends.
+# How long a run waits for the one before it, which is saving before it ends.
 ENDING_SECONDS = 300.0
 LOOK_SECONDS = 0.1
 
@@ -38,15 +42,15 @@ _held_here: dict[Path, int] = {}
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other runs. Folders that this call makes go at its end, if nothing was put into them.
+    """A context in which no other run can lock the folder. It is created if needed, and removed again if still empty.
 
-    Of many calls at once one may have made what another holds; then an empty folder may stay.
+    An empty folder may remain if several calls create it at the same time.
 
-    The lock file says host and process. A dead process of this host has let go of its lock; whether one of another
-    host is dead cannot be known here, so that is never guessed.
+    The lock file names host and process. The system releases the lock of a dead process on this host. Whether a process
+    on another host is dead cannot be found out here, so it is assumed to run.
 
     Raises:
-        UserError: another run holds the folder.
+        UserError: another run has locked the folder.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove the lock file. That it cannot be removed, as on a disk that turned read-only, must hide no other error."""
+    """Remove the lock file. A failure, such as on a disk that became read-only, must not hide another error."""
     is_failing = sys.exc_info()[0] is not None
     try:
         path.unlink(missing_ok=True)
@@ -81,24 +85,24 @@ def _remove(path: Path) -> None:
             logs.get_logger().warning("%s cannot be removed (%s); remove it before the next run", path, error.strerror)
 
 
-def let_go() -> None:
-    """Remove the lock file that this process holds, if it holds one: it is about to end without leaving `locked`."""
+def release() -> None:
+    """Remove the lock file of this process, if it has one, since it is about to exit without leaving `locked`."""
     for path in tuple(_held_here):
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
 
-def say_ending() -> None:
-    """Write to the lock file that this process saves and ends, so that the next run waits for it."""
+def mark_ending() -> None:
+    """Write to the lock file that this process is ending, so that the next run waits for it."""
     for descriptor in tuple(_held_here.values()):
-        # Of a process that has just let go of its lock, the descriptor is closed.
+        # The descriptor may have been closed just now.
         with suppress(OSError, TypeError):
             content = {**json.loads(os.pread(descriptor, 1000, 0)), "ending": True}
             os.pwrite(descriptor, json.dumps(content).encode(), 0)
 
 
 def _open_locked(path: Path) -> int:
-    """Open the lock file and hold it; again, if the run that held it removed it in between."""
+    """Open the lock file and lock it; again, if the run that had locked it removed it in between."""
     deadline, is_first = time.monotonic() + ENDING_SECONDS, True
     while True:
         descriptor = _open_regular(path)
@@ -110,13 +114,13 @@ def _open_locked(path: Path) -> int:
             is_ending = owner is not None and owner["ending"]
             if is_ending and time.monotonic() < deadline:
                 if is_first:
-                    logs.get_logger().info("Process %d saves and ends; waiting for its lock", owner["pid"])
+                    logs.get_logger().info("Process %d is saving before it ends; waiting for its lock", owner["pid"])
                 is_first = False
                 time.sleep(LOOK_SECONDS)
                 continue
-            raise _held(path, owner, "wait until that run has ended, or end it")
+            raise _held(path, owner, "wait until that run has ended, or stop it")
         except OSError:
-            pass  # a file system without locks: what the file says must do
+            pass  # a file system without locks: the content of the file decides
         try:
             if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 return descriptor
@@ -126,9 +130,9 @@ def _open_locked(path: Path) -> int:
 
 
 def _open_regular(path: Path) -> int:
-    """Open the lock file, which is made if there is none. Raises UserError for anything but a file of this name alone.
+    """Open the lock file, or create it. Raises UserError unless it is a regular file with no other name.
 
-    It is written to, and a received folder may hold a link of its name.
+    It is written to, and a folder from elsewhere may hold a link of that name.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -136,7 +140,7 @@ def _open_regular(path: Path) -> int:
         if not os.path.lexists(path) or stat.S_ISREG(path.lstat().st_mode):
             raise
         kind = "a link" if path.is_symlink() else f"not a regular file ({error.strerror})"
-        raise UserError(f"--save_dir {path.parent}: {path.name} in it is {kind}, which is not written to; remove it")
+        raise UserError(f"--save_dir {path.parent}: {path.name} in it is {kind}, so it is not written to; remove it")
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
@@ -159,15 +163,15 @@ def _owner(descriptor: int) -> dict | None:
 
 
 def _check_owner(path: Path, descriptor: int) -> None:
-    """Take over the lock of a dead process of this host, and of no other."""
+    """Accept the lock file of a dead process on this host. Raises UserError for any other owner."""
     owner = _owner(descriptor)
     if owner is None:
         return
     if owner["host"] != socket.gethostname():
         raise _held(path, owner, f"if that run is dead, remove {path}")
     if _is_alive(owner["pid"]) and not _holds_lock_itself(descriptor):
-        raise _held(path, owner, "wait until that run has ended, or end it")
-    logs.get_logger().info("Taking over %s from process %d, which is dead", path, owner["pid"])
+        raise _held(path, owner, "wait until that run has ended, or stop it")
+    logs.get_logger().info("Taking over %s from process %d, which has died", path, owner["pid"])
 
 
 def _is_alive(pid: int) -> bool:
@@ -181,7 +185,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _holds_lock_itself(descriptor: int) -> bool:
-    """True if the file system has locks: then this process has the lock, and the one in the file has not."""
+    """Whether the file system has locks: then this process has the lock, and the one named in the file has not."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -195,10 +199,10 @@ def _held(path: Path, owner: dict | None, cure: str) -> UserError:
 
 
 def prepare(folder: Path) -> None:
-    """Remove what a dead run left, and make sure that all ranks see the same folder. Called on all ranks.
+    """Remove what a dead run left, and check that all ranks see the same folder. Called on all ranks.
 
     Raises:
-        UserError: a rank does not see what rank 0 wrote, with its host.
+        UserError: the hosts that do not see what rank 0 wrote.
     """
     is_first = logs.is_first_rank()
     token_path = folder / f".token-{collectives.first_rank_value(secrets.token_hex(4))}"
@@ -215,7 +219,7 @@ def prepare(folder: Path) -> None:
     blind = sorted({host for host, sees in seen if not sees})
     if blind:
         raise UserError(
-            f"--save_dir {folder}: what {seen[0][0]} writes there is not seen on {', '.join(blind)}; "
+            f"--save_dir {folder}: files that {seen[0][0]} writes there are not visible on {', '.join(blind)}; "
             f"give a folder that all hosts share"
         )
 

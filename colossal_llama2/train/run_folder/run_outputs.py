@@ -1,8 +1,8 @@
 """Which settings file and which folder of TensorBoard events a run writes to: never those of another run.
 
-A run is known by the random run_id in settings.json of its --save_dir, which is there from the start, so that a resumed
-run finds it again. The same id stands in --config_file, and in run.json of the folder with its events. Where
---config_file or --tensorboard_dir is another run's, the newer one gets a name below it, after its --save_dir:
+A run is identified by the random run_id in settings.json of its --save_dir, which is written at the start, so that a
+resumed run finds it again. The same id is in --config_file, and in run.json of the folder with its events. If
+--config_file or --tensorboard_dir belongs to another run, the newer run uses a name derived from its --save_dir:
 
     config_file    config_file-checkpoint_dir_sft        configs/a.json    configs/a-checkpoint_dir_sft.json
     logs_dir       logs_dir/checkpoint_dir_sft
@@ -35,20 +35,20 @@ from colossal_llama2.train.run_folder.file_names import (
 )
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 
-# In a folder with events: whose they are.
+# In a folder with events: the run that they belong to.
 RUN_NAME = "run.json"
-# What every settings file has, of whatever version.
+# Keys that the settings files of all versions have.
 SETTINGS_KEYS = {"save_dir", "pretrained", "versions"}
 PLAIN_NAME = re.compile(r"\w[\w.+-]{0,99}", re.ASCII)
 MAX_NAMES = 1000
 
 
 def check_places(run_folder: RunFolder, tensorboard_dir: str, config_file: str) -> None:
-    """Look at all places that a run writes to, before it does anything.
+    """Check all places that a run writes to, before it does anything.
 
     Raises:
-        UserError: one is of the wrong kind or cannot be made, two are in each other's way, one lies where a checkpoint,
-            an exported model or data would be spoiled by it, or --config_file is none that may be overwritten.
+        UserError: a place is of the wrong kind or cannot be created, two of them conflict, one is in a checkpoint, a
+            model or prepared data, or --config_file may not be overwritten.
     """
     folder, events, settings = run_folder.path, Path(tensorboard_dir), Path(config_file)
     check_output_folder(folder, "--save_dir")
@@ -67,17 +67,17 @@ def check_places(run_folder: RunFolder, tensorboard_dir: str, config_file: str) 
             )
     if os.path.lexists(folder / MODEL_NAME) and not (folder / MODEL_NAME).is_dir():
         raise UserError(
-            f"--save_dir {run_folder}: {MODEL_NAME} in it is not a folder, the run puts its model there; remove it"
+            f"--save_dir {run_folder}: {MODEL_NAME} in it is not a folder, but the run puts its model there; remove it"
         )
     _check_settings_file(settings)
 
 
 def _check_spoils_nothing(path: Path, flag: str) -> None:
-    """Refuse a place in a checkpoint, which lists every file in it, in a model, or in a folder of samples."""
+    """Refuse a place inside a checkpoint, whose manifest lists every file, a model, or a folder of samples."""
     real = Path(os.path.realpath(path))
     for above in (real, *real.parents):
         if (above / MANIFEST_NAME).is_file() and CHECKPOINT_NAME.fullmatch(above.name):
-            raise UserError(f"{flag} {path}: is in the checkpoint {above}, which it would spoil; name another")
+            raise UserError(f"{flag} {path}: is in the checkpoint {above}, which it would damage; name another")
         if above.name == MODEL_NAME and (above.parent / LATEST_NAME).is_file():
             raise UserError(f"{flag} {path}: is in {above}, which its run replaces at its end; name another")
         if any((above / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE)):
@@ -87,7 +87,7 @@ def _check_spoils_nothing(path: Path, flag: str) -> None:
 
 
 def _check_not_ours(path: Path, flag: str, save_dir: Path) -> None:
-    """Refuse what the run itself writes in --save_dir under that name, and what it removes there."""
+    """Refuse a name in --save_dir that the run itself writes or removes."""
     real, folder = (Path(os.path.realpath(place)) for place in (path, save_dir))
     if not real.is_relative_to(folder) or real == folder:
         return
@@ -99,10 +99,10 @@ def _check_not_ours(path: Path, flag: str, save_dir: Path) -> None:
 
 
 def _check_settings_file(path: Path) -> None:
-    """Raise a UserError if --config_file names anything but a new or empty file, or one that --config_file wrote."""
+    """Raise a UserError unless --config_file is a new or empty file, or one that an earlier run wrote."""
     if os.path.lexists(path) and not _is_empty(path) and _settings_in(path) is None:
         raise UserError(
-            f"--config_file {path}: exists, and is not a settings file, so it is not overwritten; name "
+            f"--config_file {path}: exists and is not a settings file, so it is not overwritten; name "
             f"another, or remove it"
         )
 
@@ -111,7 +111,7 @@ def write_settings(config_file: str, settings: dict[str, Any], *, run_folder: Ru
     """Write the resolved flags and versions of a run, with its id, to --save_dir and to --config_file.
 
     Returns:
-        Where they are: --config_file, or a name below it if that is another run's.
+        The file: --config_file, or another name if that belongs to another run.
     """
     given, run_id = Path(config_file), identify(run_folder)
     settings = {**settings, "run_id": run_id}
@@ -126,15 +126,17 @@ def write_settings(config_file: str, settings: dict[str, Any], *, run_folder: Ru
         try:
             replace_file(path, to_json(settings).encode(), replaces=os.path.lexists(path))
         except FileExistsError:
-            continue  # a run that began at the same time was faster
+            continue  # a run that started at the same time was faster
         if path != given:
-            logs.get_logger().warning("--config_file %s is another run's; this run's settings are in %s", given, path)
+            logs.get_logger().warning(
+                "--config_file %s belongs to another run; this run's settings are in %s", given, path
+            )
         return path
-    raise RunError(f"--config_file {given}: other runs take every name below it; name another")
+    raise RunError(f"--config_file {given}: other runs use every name derived from it; name another")
 
 
 def claim_events_folder(tensorboard_dir: str, *, run_folder: RunFolder) -> Path:
-    """Make the folder for a run's events, --tensorboard_dir or one below another run's, and note whose it is."""
+    """Create the folder for a run's events, with the run's id: --tensorboard_dir, or one below it if that is in use."""
     given, run_id = Path(tensorboard_dir), identify(run_folder)
     for _ in range(MAX_NAMES):
         folder = _chosen(
@@ -150,7 +152,7 @@ def claim_events_folder(tensorboard_dir: str, *, run_folder: RunFolder) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            # A run goes on without events where the disk takes none, which their writer tells.
+            # On a full disk a run continues without events; their writer logs a warning.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
         if folder != given:
@@ -158,11 +160,11 @@ def claim_events_folder(tensorboard_dir: str, *, run_folder: RunFolder) -> Path:
                 "--tensorboard_dir %s has events of another run; this run's are in %s", given, folder
             )
         return folder
-    raise RunError(f"--tensorboard_dir {given}: other runs take every name below it; name another")
+    raise RunError(f"--tensorboard_dir {given}: other runs use every name below it; name another")
 
 
 def identify(run_folder: RunFolder) -> str:
-    """The id of the run in a --save_dir, which its settings.json has; a new one for a run that begins."""
+    """The id of the run in a --save_dir, from its settings.json; a new id for a new run."""
     known = _read(run_folder.settings)
     if known is not None and _is_id(known.get("run_id")) and not _is_copied(known, run_folder):
         return known["run_id"]
@@ -174,7 +176,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_copied(known: dict[str, Any], run_folder: RunFolder) -> bool:
-    """Whether a --save_dir was copied from one that is still there, so that its id is that one's."""
+    """Whether a --save_dir is a copy of one that still exists, to which its id belongs."""
     original = known.get("save_dir")
     if not isinstance(original, str) or os.path.realpath(original) == os.path.realpath(run_folder.path):
         return False
@@ -183,14 +185,14 @@ def _is_copied(known: dict[str, Any], run_folder: RunFolder) -> bool:
 
 
 def _names(run_folder: RunFolder, run_id: str) -> list[str]:
-    """Names for what is this run's, the first of which another run may have had."""
+    """Names for the files of this run; another run may have the first of them."""
     name = Path(os.path.realpath(run_folder.path)).name
     name = name if PLAIN_NAME.fullmatch(name) else run_id
     return [name, *(f"{name}-{number}" for number in range(2, MAX_NAMES))]
 
 
 def _chosen(places: list[Path], *, is_own: Callable[[Path], bool], is_free: Callable[[Path], bool]) -> Path:
-    """The place that is this run's already, or else the first that is free."""
+    """The place that belongs to this run already, or else the first that is free."""
     free: Path | None = None
     for place in places:
         if is_own(place):
@@ -200,7 +202,7 @@ def _chosen(places: list[Path], *, is_own: Callable[[Path], bool], is_free: Call
         elif free is not None and not os.path.lexists(place):
             break
     if free is None:
-        raise RunError(f"{places[0]}: is another run's, and no name below it is free; name another")
+        raise RunError(f"{places[0]}: belongs to another run, and no name derived from it is free; name another")
     return free
 
 
@@ -236,7 +238,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file that has the text `save_dir`; None for anything else."""
+    """The object in a JSON file if its `save_dir` is a string; None for anything else."""
     try:
         content = json_input.read_object(path)
     except (OSError, ValueError):

@@ -10,7 +10,6 @@ from typing import Any
 from colossal_llama2.dataset.read.eval_sets import EvalSet
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.engine.settings import EngineSettings
-from colossal_llama2.model.freezing import read_new_rows
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.settings.model_source import ModelSource
 
@@ -42,7 +41,6 @@ class RecipeConfig:
         num_epochs: passes over the data; `max_steps` ends the run earlier, None at no step.
         warmup_steps: optimizer steps of linear warm-up; None for a share of all steps.
         seed: of the data order and of NEFTune.
-        new_rows_only: train only the embedding rows that init_model.py added.
         gradient_checkpointing: recompute activations in the backward pass.
         neft_alpha: scale of NEFTune's noise; None for no noise.
         max_nonfinite_steps: steps with a NaN/Inf loss or gradient norm that may be skipped.
@@ -52,7 +50,6 @@ class RecipeConfig:
     max_steps: int | None
     warmup_steps: int | None
     seed: int
-    new_rows_only: bool
     gradient_checkpointing: bool
     neft_alpha: float | None
     max_nonfinite_steps: int
@@ -143,5 +140,5 @@ class TrainConfig:
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
         """The same settings for other weights. Raises UserError if these do not say which of their rows are new."""
-        rows = read_new_rows(source.weights) if self.recipe.new_rows_only else None
-        return replace(self, source=source, engine=replace(self.engine, trained_rows=rows))
+        trainable = self.engine.trainable.of_model(source.weights)
+        return replace(self, source=source, engine=replace(self.engine, trainable=trainable))

@@ -30,8 +30,6 @@ def flag_problems(
     problems += _dry_run_problems(args) + _benchmark_problems(args, settings, world_size) + _utf8_problems(args)
     if args.max_length % settings.sequence_shards:
         problems.append(f"--max_length {args.max_length} cannot be split in {settings.sequence_shards} equal parts")
-    if args.train_new_rows_only and args.chunked_loss == "off":
-        problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
     if args.train_new_rows_only and args.freeze_non_embeds_params:
         problems.append(
             "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "

@@ -15,6 +15,7 @@ from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.launcher import place
 from colossal_llama2.model.loading import check_model
+from colossal_llama2.model.trainable import Trainable
 from colossal_llama2.storage.output_paths import check_output_folder
 from colossal_llama2.train.run_folder import run_outputs
 from colossal_llama2.train.run_folder.file_names import MODEL_NAME, STATES_NAME
@@ -107,7 +108,7 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         microbatch_size=args.microbatch_size,
         sp_size=args.sp,
         sp_mode=args.sp_mode if args.enable_sequence_parallelism else None,
-        embeddings_only=args.freeze_non_embeds_params or args.train_new_rows_only,
+        trainable=Trainable.from_flags(embeddings=args.freeze_non_embeds_params, new_rows=args.train_new_rows_only),
     )
 
 
@@ -128,7 +129,6 @@ def _recipe(args: argparse.Namespace) -> RecipeConfig:
         max_steps=args.max_steps,
         warmup_steps=args.warmup_steps,
         seed=args.seed,
-        new_rows_only=args.train_new_rows_only,
         gradient_checkpointing=args.use_grad_checkpoint,
         # A flag of train_sft.py alone.
         neft_alpha=args.neft_alpha if getattr(args, "use_neft", False) else None,

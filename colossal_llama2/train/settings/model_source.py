@@ -103,11 +103,11 @@ def newest_source(folder: RunFolder, *, otherwise: ModelSource, before: str | No
             log_skipped(problem)
     if problem or before is not None:
         why = f" ({first_problem})" if first_problem else ""
-        cure = "give a new --save_dir to begin anew"
-        raise UserError(f"--resume auto: no checkpoint in {folder} is whole{why}; {cure}")
+        cure = "give a new --save_dir to start from the beginning"
+        raise UserError(f"--resume auto: no checkpoint in {folder} is complete and intact{why}; {cure}")
     return otherwise
 
 
 def log_skipped(problem: str) -> None:
     """Log why --resume auto does not resume a checkpoint."""
-    logs.get_logger().warning("--resume auto: %s; taking the checkpoint before it", problem)
+    logs.get_logger().warning("--resume auto: %s; trying the checkpoint before it", problem)

@@ -1,4 +1,4 @@
-"""What checks and plans ask of the ranks of a job, which need not run."""
+"""The ranks of a job that is planned and not started."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from colossal_llama2.engine.settings import EngineSettings
 
 @dataclass(frozen=True)
 class PlannedRanks:
-    """The ranks of a job that is planned and not started."""
+    """The ranks that a dry run plans for; see `engine.settings.Ranks`."""
 
     settings: EngineSettings
     world_size: int

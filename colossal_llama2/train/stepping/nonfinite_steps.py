@@ -34,15 +34,17 @@ class NonfiniteSteps:
         """
         if result.is_untrained:
             where = _where(state, order, taken)
-            logs.get_logger().warning("no trained token at %s: all labels are -100; no update was made", where)
+            logs.get_logger().warning(
+                "no trained token at %s: all labels are -100; the weights were not updated", where
+            )
         if result.problem is None:
             return
         count = state.bad_steps + 1
-        text = f"the {result.problem} at {_where(state, order, taken)}; no update was made"
+        text = f"the {result.problem} at {_where(state, order, taken)}; the weights were not updated"
         if count > self._allowed:
             raise RunError(
                 f"{text}; {count} such steps, --max_bad_steps {self._allowed} allowed; earlier checkpoints are "
-                f"whole: look at these rows, or lower --lr"
+                f"whole: inspect these rows, or lower --lr"
             )
         logs.get_logger().warning("%s (%d of %d allowed)", text, count, self._allowed)
 
@@ -59,7 +61,7 @@ def without_update(state: "TrainState") -> str:
     """The number of a run's steps without an update, and why, as the end of a clause; empty if there are none."""
     reasons = [
         f"{state.untrained_steps:,} had no trained token" if state.untrained_steps else "",
-        f"{state.bad_steps:,} had a loss or gradient norm that is not finite" if state.bad_steps else "",
+        f"{state.bad_steps:,} had a NaN/Inf loss or gradient norm" if state.bad_steps else "",
     ]
     text = ", ".join(filter(None, reasons))
     return f", {state.step - state.updates:,} of them without an update ({text})" if text else ""
@@ -69,6 +71,6 @@ def log_overflows(state: "TrainState") -> None:
     """Log how many passes of the run overflowed fp16, if any."""
     if state.overflows:
         logs.get_logger().info(
-            "fp16: passes that overflowed and were repeated at half the loss scale: %s; no sample was lost by it",
+            "fp16: passes that overflowed and were repeated at half the loss scale: %s; no sample was lost",
             f"{state.overflows:,}",
         )

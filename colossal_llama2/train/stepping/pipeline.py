@@ -1,4 +1,4 @@
-"""One optimizer step through the stages of a pipeline, each of which holds some layers of the model."""
+"""One optimizer step through pipeline stages, each with some of the model's layers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ def regroup(batches: Sequence[Batch], size: int) -> list[Batch]:
         whole = [pad(part, (0, width - part.shape[1]), value=value) for part, value in zip(rows, values, strict=True)]
         return torch.cat(whole).split(size)
 
-    # Padding is not looked at, and so it may be any token.
+    # Padding is masked, so it may be any token.
     ids = joined([batch.input_ids for batch in batches], [int(batch.input_ids[0, -1]) for batch in batches])
     labels = joined([batch.labels for batch in batches], [IGNORE_INDEX] * len(batches))
     documents: Sequence[torch.Tensor | None] = [None] * len(ids)
@@ -54,15 +54,15 @@ def _batch(input_ids, labels, lengths, documents) -> Batch:
 
 
 def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int) -> float:
-    """Forward and backward of all micro batches of a step, cut into the smaller ones that the stages pass on.
+    """Forward and backward of all micro batches of a step, regrouped into the smaller ones that stages pass on.
 
-    Accumulated micro batches go through together: the more there are on the way, the less a stage waits.
+    Accumulated micro batches are in flight together: the more there are, the less each stage waits.
 
     Args:
         predicted: labels that count, over all ranks and micro batches of the step.
 
     Returns:
-        The loss of this rank's samples, weighed as in `train_step`; known on every stage.
+        The loss of this rank's samples, weighted as in `train_step`, on every stage.
     """
     import torch
 
@@ -76,7 +76,7 @@ def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", s
     def criterion(outputs, index: int):
         if parts[index].predicted or outputs.logits is None:
             return outputs.loss * (parts[index].predicted * engine.data_size / predicted)
-        # The mean over no token is NaN.
+        # The mean over no tokens is NaN.
         return outputs.logits[:, :1, :1].float().sum() * 0.0
 
     inputs = {

@@ -1,4 +1,4 @@
-"""The learning rate, as a plain function of the step. Nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, so that it has no state to save."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class CosineSchedule:
     warmup_steps: int
 
     def learning_rate(self, step: int) -> float:
-        """The rate of the optimizer step with that number, counted from 0."""
+        """The learning rate of an optimizer step, counted from 0."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         progress = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
@@ -29,5 +29,5 @@ class CosineSchedule:
 
 
 def warmup_steps(requested: int | None, total_steps: int) -> int:
-    """The requested number of warm-up steps, or 2.5 % of all steps if none was."""
+    """The requested number of warm-up steps; 2.5 % of all steps if it is None."""
     return int(WARMUP_RATIO * total_steps) if requested is None else requested

@@ -1,4 +1,4 @@
-"""What a rank that shows and records nothing uses instead of a reporter; also the interface of those that do."""
+"""No-op reporter and writer, for ranks that report nothing; the interface of the real ones."""
 
 from typing import TYPE_CHECKING
 
@@ -9,17 +9,17 @@ if TYPE_CHECKING:
 
 
 class SilentWriter:
-    """A metrics writer that keeps nothing: for every rank but the first."""
+    """A metrics writer that discards everything: for all ranks but the first."""
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Record figures by name at an optimizer step."""
 
     def close(self) -> None:
-        """Flush what was recorded."""
+        """Flush the recorded figures, and close."""
 
 
 class SilentReporter(SilentWriter):
-    """Shows nothing and measures nothing: for every rank but the first."""
+    """A reporter that reports and measures nothing: for all ranks but the first."""
 
     timer = NoTimer()
 
@@ -33,16 +33,16 @@ class SilentReporter(SilentWriter):
         taken: int,
         seconds: float,
     ) -> None:
-        """Show a step.
+        """Report a step.
 
         Args:
             state: after the step, before its epoch ends.
             taken: samples of the step, over all ranks.
-            seconds: from the end of the one before, saves and evaluations not counted.
+            seconds: since the end of the previous step, without saves and evaluations.
         """
 
     def before_save(self) -> None:
-        """Called before a checkpoint is written: what was shown till now must not be lost any more."""
+        """Called before a checkpoint is written: all records so far must be on the disk first."""
 
     def saved(self, step: int, name: str, seconds: float) -> None:
-        """Show that a checkpoint was written, and how long that held up the training."""
+        """Report that a checkpoint was written, and for how long it paused the training."""

@@ -1,32 +1,29 @@
-"""Where a run is, and what one optimizer step was made of and gave."""
+"""The position of a run, and the inputs and results of one optimizer step."""
 
 import math
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from colossal_llama2.storage import json_input
-
-if TYPE_CHECKING:
-    pass
 
 COUNTED_LATER = ("untrained_steps", "bad_steps", "overflows")
 
 
 @dataclass
 class TrainState:
-    """Where a run is. Saved and restored whole; all counts are over all ranks.
+    """The position of a run. Saved and restored as a whole; all counts are over all ranks.
 
     Attributes:
-        epoch: passes over the data that are complete.
-        step: steps since the first epoch began, those without an update included.
+        epoch: complete passes over the data.
+        step: steps since the first epoch began, including those without an update.
         sample_start_index: samples of the current epoch that are consumed.
         samples_seen: samples consumed since the first epoch began.
         tokens_seen: tokens consumed since the first epoch began, padding not counted.
-        untrained_steps: steps without an update, since they had no trained token.
-        bad_steps: steps without an update, since loss or gradient norm was not finite.
-        overflows: passes over a step's samples that were repeated, since fp16 gradients overflowed.
+        untrained_steps: steps without an update because they had no trained token.
+        bad_steps: steps without an update because the loss or the gradient norm was NaN/Inf.
+        overflows: passes over a step's samples that were repeated because fp16 gradients overflowed.
     """
 
     epoch: int = 0
@@ -44,7 +41,7 @@ class TrainState:
         return self.step - self.untrained_steps - self.bad_steps
 
     def count(self, result: "StepResult", taken: int) -> None:
-        """Add a step that took so many samples, over all ranks."""
+        """Add a step that consumed `taken` samples, over all ranks."""
         self.step += 1
         self.sample_start_index += taken
         self.samples_seen += taken
@@ -60,7 +57,7 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or impossible."""
-        # Checkpoints of earlier versions lack what was not counted then.
+        # Checkpoints of earlier versions lack the counts that are newer.
         values = {**dict.fromkeys(COUNTED_LATER, 0), **values}
         state = cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
         if state.updates < 0:
@@ -71,14 +68,13 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all ranks know when a step begins, by one reduction.
+    """Sums over all ranks at the start of a step, from one reduction.
 
     Attributes:
         predicted: tokens that count in the step's loss.
-        tokens: consumed by the step, padding not counted.
-        places: of the step, padding counted.
-        untrained_micro_batches: of the step, those without a token that counts in the loss.
-        signal: that came to a rank before now, None if none did.
+        tokens: consumed tokens, without padding; `places`: with padding.
+        untrained_micro_batches: micro batches without a token that counts in the loss.
+        signal: the signal that a rank received; None if there is none.
     """
 
     predicted: int
@@ -90,13 +86,13 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave. No update was made if it is untrained or has a problem.
+    """The result of one step. No update was made if it is untrained or has a problem.
 
     Attributes:
         loss: mean over the predicted tokens of all ranks and micro batches, in nats; None if there are none.
         grad_norm: before clipping; None if there are no predicted tokens, or if fp16 overflowed at every loss scale.
-        tokens: consumed by all ranks, padding not counted.
-        by_group: what `LossTally.take` gave, summed over all ranks; empty if there is none.
+        tokens: consumed by all ranks, without padding.
+        by_group: the tallies of `LossTally.take`, summed over all ranks; empty without loss groups.
         overflows: passes before the last one, in which fp16 gradients overflowed.
         loss_scale: of fp16, in the last pass; None in other precisions.
     """
@@ -115,11 +111,11 @@ class StepResult:
 
     @property
     def problem(self) -> str | None:
-        """Which of the figures is not finite, None if all that there are are finite."""
+        """Which of loss and gradient norm is NaN/Inf; None if neither is."""
         if self.loss is None:
             return None
         if not math.isfinite(self.loss):
             return f"loss is {self.loss}"
         if self.grad_norm is None:
-            return f"gradient norm is not finite, even at a loss scale of {self.loss_scale:,.0f},"
+            return f"gradient norm is NaN/Inf, even at a loss scale of {self.loss_scale:,.0f},"
         return None if math.isfinite(self.grad_norm) else f"gradient norm is {self.grad_norm}"

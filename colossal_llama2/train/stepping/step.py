@@ -19,7 +19,7 @@ NO_TIMER = NoTimer()
 
 
 def step_totals(engine: "Engine", batches: list[Batch], stop: NoSignals) -> StepTotals:
-    """Add up this rank's micro batches and signals with those of all ranks."""
+    """Sum the micro batches and signals of all ranks."""
     counts = [sum(batch.predicted for batch in batches), sum(batch.tokens for batch in batches)]
     counts.append(sum(batch.input_ids.numel() for batch in batches))
     counts.append(sum(batch.predicted == 0 for batch in batches))
@@ -39,12 +39,12 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over this rank's micro batches, then one update.
 
-    Each micro batch weighs by its number of predicted tokens, so that the gradient is that of the mean over all tokens
-    of the step, however they are split over micro batches and ranks.
+    Each micro batch is weighted by its number of predicted tokens, so that the gradient is that of the mean over all
+    tokens of the step, however they are split over micro batches and ranks.
 
-    Where fp16 gradients overflow, the same micro batches are passed again at half the loss scale. That of the pass that
-    succeeds stays. If none does, down to a scale of 1, or the loss is not finite, the scale was not the cause, and is
-    what it was before the step. All ranks know the same loss and overflow, and so pass equally often.
+    If fp16 gradients overflow, the pass over the same micro batches is repeated at half the loss scale. The scale of
+    the successful pass is kept. If no scale down to 1 helps, or the loss is NaN/Inf, the scale was not the cause, and
+    it is reset to its value before the step. Loss and overflow are equal on all ranks, so all ranks repeat alike.
     """
     scaler_before = engine.remember_loss_scale()
     overflows = 0
@@ -82,7 +82,7 @@ def summed_pass(
     """Forward and backward once over this rank's micro batches.
 
     Returns:
-        The step's mean loss, and what `LossTally.take` gave; summed over all ranks.
+        The step's mean loss over all ranks, and the sums of `LossTally.take` over all ranks.
     """
     predicted = max(totals.predicted, 1)
     if engine.is_pipelined:
@@ -103,11 +103,11 @@ def global_mean(engine: "Engine", value: float, *, sums: Sequence[float] = ()) -
 def accumulated_loss(
     engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int, timer: NoTimer
 ):
-    """Forward and backward of one micro batch after the other; returns the sum of their losses on this rank."""
+    """Forward and backward of each micro batch in turn; returns the sum of their weighted losses on this rank."""
     loss_sum = 0.0
     for micro_step, batch in enumerate(batches):
         noise.prepare(step=step, micro_step=micro_step, lengths=batch.lengths, documents=batch.documents)
-        # The engine averages gradients over ranks; data_size undoes that, for the sum over ranks is wanted.
+        # The engine averages gradients over ranks; the factor data_size turns that into their sum.
         weight = batch.predicted * engine.data_size / predicted
         with engine.micro_batch(last=micro_step == len(batches) - 1):
             with timer.part("forward"):
@@ -129,5 +129,5 @@ def weighted_loss(engine: "Engine", batch: Batch, weight: float):
     )
     if batch.predicted or outputs.logits is None:
         return outputs.loss * weight
-    # The mean over no token is NaN; a loss of zero that depends on the weights keeps the ranks' collectives in step.
+    # The mean over no tokens is NaN. A zero loss that depends on the weights makes this rank join all collectives.
     return outputs.logits[:, :1, :1].float().sum() * 0.0

@@ -1,30 +1,30 @@
-"""How long the parts of an optimizer step take, measured without making it longer."""
+"""Time the parts of an optimizer step, without slowing it down."""
 
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-# Name of a part, its begin and its end: seconds of the host's clock, or events of a GPU.
+# Name of a part, its begin and its end: seconds of the host's clock, or CUDA events.
 Mark = tuple[str, Any, Any]
 
 
 class NoTimer:
-    """Measures nothing: for ranks whose times are not told."""
+    """Measures nothing: for ranks whose times are not reported."""
 
     def part(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A context whose time belongs to a part of the step."""
+        """A context whose time is counted as that part of the step."""
         return contextlib.nullcontext()
 
     def each(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
-        """The items; the time that they take to come belongs to a part of the step."""
+        """The items; the time that passes until each of them is counted as that part of the step."""
         return iter(items)
 
 
 class StepTimer(NoTimer):
-    """Adds up the seconds of each part, on a GPU those of the work that is queued there.
+    """Sums the seconds of each part; on a GPU those of the work queued there.
 
-    There a part is two events in the queue, which nobody waits for before `seconds` is asked.
+    On a GPU a part is delimited by two events in the queue, and nothing waits for them until `seconds` is called.
     """
 
     def __init__(self):
@@ -42,7 +42,7 @@ class StepTimer(NoTimer):
     def each(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
         iterator = iter(items)
         while True:
-            # On the clock of the host: what is waited for is no work of the GPU.
+            # By the clock of the host, since reading data is not work of the GPU.
             begin = time.perf_counter()
             item = next(iterator, self)
             self._marks.append((name, begin, time.perf_counter()))
@@ -60,7 +60,7 @@ class StepTimer(NoTimer):
         return event
 
     def seconds(self) -> dict[str, float]:
-        """The sum of each part, by name, since the last call. Waits for the GPU."""
+        """The seconds of each part, by name, since the last call. Waits for the GPU."""
         if self._on_gpu:
             import torch
 
@@ -69,17 +69,17 @@ class StepTimer(NoTimer):
 
     @property
     def is_late(self) -> bool:
-        """True if `take` may give marks that the GPU has not reached yet; one optimizer step later it has."""
+        """Whether `take` may return marks that the GPU has not reached yet; one optimizer step later it has."""
         return self._on_gpu
 
     def take(self) -> list[Mark]:
-        """The marks since the last call, for `seconds_of`. Waits for nothing."""
+        """The marks since the last call, for `seconds_of`. Does not wait."""
         marks, self._marks = self._marks, []
         return marks
 
 
 def seconds_of(marks: Iterable[Mark]) -> dict[str, float]:
-    """The sum of each part, by name; a GPU must have reached all of the marks."""
+    """The seconds of each part, by name; a GPU must have reached all marks."""
     sums: dict[str, float] = {}
     for name, begin, end in marks:
         passed = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000

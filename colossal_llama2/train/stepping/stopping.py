@@ -1,11 +1,11 @@
-"""Why a run may stop before its end: a signal, after which it saves.
+"""Stop a run early on a signal, after saving.
 
-    SIGTERM, SIGINT    save at the end of the current step, on all ranks, and end with code 143 or 130; an evaluation is
-                       left unfinished, and a resumed run makes up for it
-    SIGUSR1            the same, and end with code 0
-    a second SIGINT    end at once, with code 130
+    SIGTERM, SIGINT    save after the current step, on all ranks, and exit with code 143 or 130; an evaluation is
+                       interrupted, and repeated when the run is resumed
+    SIGUSR1            the same, and exit with code 0
+    a second SIGINT    exit at once, with code 130
 
-A rank that is still on its way to the others, and so may wait for one that is dead, saves nothing and ends at once.
+A rank that has not joined the others yet, and so may be waiting for a dead one, saves nothing and exits at once.
 """
 
 import os
@@ -23,16 +23,16 @@ from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.run_folder import run_lock
 
-# If several came, the first of these decides the exit code.
+# If several signals came, the first of these decides the exit code.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# torchrun kills what is left of a job so long after it was told to end.
+# torchrun kills the processes of a job this long after it was asked to end.
 TORCHRUN_SECONDS = 30.0
-# How long a rank that waits for others inside a library may take to hear of a signal.
+# How long a rank that is inside a library may take to react to a signal.
 GRACE_SECONDS = 2.0
 
 
 class NoSignals:
-    """For programs that keep signals to themselves: none is ever received."""
+    """Receives no signals: for programs that handle them otherwise."""
 
     def meet(self) -> None:
         """Called when the ranks have met."""
@@ -46,13 +46,13 @@ class NoSignals:
 
 
 class StopSignals(NoSignals):
-    """Notes the signals above inside a `with`, and before the process has met its partners raises Stopped at once.
+    """Records the signals above inside a `with`. Until the process has joined the others it raises Stopped at once.
 
-    Ranks agree on what they noted when a step begins, or a batch of an evaluation: if one left by itself, the others
-    would wait for it. A process without partners raises Stopped until its first step.
+    Ranks compare what they received at the start of each step, and of each batch of an evaluation: if one rank left by
+    itself, the others would wait for it. A process without partners raises Stopped until its first step.
 
-    A signal is noted by a thread, to which the system's handler writes its number: Python's own handlers wait while
-    the main thread waits for other ranks, and a second SIGINT must not.
+    A thread records the signals, whose numbers the system's handler writes to a socket. Python's own handlers do not
+    run while the main thread waits for other ranks, and a second SIGINT must not be delayed.
     """
 
     def __init__(self, *, has_partners: bool):
@@ -72,7 +72,7 @@ class StopSignals(NoSignals):
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._outlet_before)
-        # The thread reads the end of it, and ends.
+        # The thread reads the end of the stream, and ends.
         self._inlet.close()
 
     def meet(self) -> None:
@@ -89,15 +89,15 @@ class StopSignals(NoSignals):
             raise Stopped(number, _early(number))
 
     def _is_obeyed_at_once(self, number: int) -> bool:
-        # After SIGUSR1 the launcher would take this process for done, and leave the others waiting for it.
+        # After SIGUSR1 the exit code is 0: the launcher would consider this process done, while the others wait for it.
         return self._raises and number in SIGNALS and not (self._has_partners and number == signal.SIGUSR1)
 
     def _end_unheard(self, number: int) -> None:
-        """End a process whose main thread is inside a library, which an exception does not reach, or which ate it."""
+        """Exit, if the exception did not end the process: its main thread is in a library, which may have caught it."""
         if self._raises:
             if logs.is_first_rank():
                 show_line(f"{Path(sys.argv[0]).name}: stopped: {_early(number)}", file=sys.stderr)
-            run_lock.let_go()
+            run_lock.release()
             os._exit(Stopped(number, "").exit_code)
 
     def _note(self) -> None:
@@ -119,27 +119,27 @@ def _early(number: int) -> str:
 
 
 def end_at_once() -> NoReturn:
-    """Leave without saving and without waiting for anybody."""
+    """Exit without saving and without waiting for other ranks."""
     if logs.is_first_rank():
-        show_line("interrupted again: ended without saving; earlier checkpoints are whole", file=sys.stderr)
-    run_lock.let_go()
+        show_line("interrupted again: exiting without saving; earlier checkpoints are whole", file=sys.stderr)
+    run_lock.release()
     os._exit(128 + signal.SIGINT)
 
 
 def agreed_signal(sums: Sequence[float]) -> signal.Signals | None:
-    """The signal to obey, from the sums of what all ranks received; None if none came."""
+    """The signal to react to, from the sums of what all ranks received; None if there is none."""
     return next((number for number, count in zip(SIGNALS, sums, strict=True) if count), None)
 
 
 def log_stop(number: signal.Signals, *, save_seconds: float | None) -> None:
-    """Log that a signal is about to end the run, and what may go wrong. `save_seconds`: what the last save took."""
-    run_lock.say_ending()
+    """Log that the run saves and ends, and whether there may be too little time. `save_seconds`: of the last save."""
+    run_lock.mark_ending()
     logs.get_logger().info("%s: saving, then ending", number.name)
     is_hurried = number == signal.SIGTERM and place().launcher == "torchrun"
     if is_hurried and save_seconds is not None and save_seconds > TORCHRUN_SECONDS / 2:
         logs.get_logger().warning(
-            "torchrun kills its processes %.0f s after SIGTERM, the last save took %.0f s; if this one is cut short, "
-            "the checkpoint before it stays. SIGUSR1 to the ranks gives all the time that a save takes",
+            "torchrun kills its processes %.0f s after SIGTERM, and the last save took %.0f s; if this save is "
+            "interrupted, the checkpoint before it is kept. After SIGUSR1 to the ranks there is no time limit",
             TORCHRUN_SECONDS,
             save_seconds,
         )
