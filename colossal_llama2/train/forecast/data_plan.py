@@ -280,7 +280,7 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
             most = max(source["samples"] / source["samples_there"] for source in held.values())
             samples = sum(source["again"] for source in held.values())
             where = f" in {_bucket_list(again)}" if data.bucketed else ""
-            yield f"{name} runs out{where}: {samples:,} samples are repeated, each is read up to {most:.2f} times"
+            yield f"{name} runs out{where}: {samples:,} samples are repeated; it is read up to {most:.2f} times"
         left_out = [number for number, source in held.items() if source["left_out"]]
         if left_out:
             samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
