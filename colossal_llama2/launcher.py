@@ -172,8 +172,8 @@ def _launched() -> Place:
         _number("LOCAL_WORLD_SIZE", least=1, most=world_size, why=f"since WORLD_SIZE is {world_size}")
     note = None
     if "LOCAL_RANK" not in os.environ:
-        local_rank, note = _guess_local_rank(rank, world_size)
-        os.environ["LOCAL_RANK"] = local_rank
+        guessed, note = _guess_local_rank(rank, world_size)
+        os.environ["LOCAL_RANK"] = guessed
     local_rank = _number("LOCAL_RANK", most=world_size - 1, why=f"since WORLD_SIZE is {world_size}")
     return Place(
         rank,

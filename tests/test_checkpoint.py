@@ -415,7 +415,7 @@ def test_the_log_says_how_exactly_a_run_goes_on(checkpoint, caplog, monkeypatch,
     monkeypatch.setattr(resuming, "repeats_exactly", lambda: is_exact)
     with caplog.at_level("INFO"):
         resuming.log_verdict(saved_run(checkpoint, facts), facts)
-    assert ("bit for bit" in caplog.text, "but for rounding" in caplog.text) == (is_exact, not is_exact)
+    assert ("bit for bit" in caplog.text, "except for rounding" in caplog.text) == (is_exact, not is_exact)
     caplog.clear()
     earlier = saved_run(checkpoint, facts)
     del earlier.entries["numerics"]

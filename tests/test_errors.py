@@ -67,9 +67,16 @@ def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
     """Also the one that leaves the line to the first of its host."""
     program = tmp_path / "tool.py"
     program.write_text(
+        "import pathlib, sys, time\n"
         "from colossal_llama2 import launcher\n"
         "from colossal_llama2.errors import UserError, one_line_errors\n"
-        "launcher.settle()\n"
+        "failing = pathlib.Path(sys.argv[0] + '.failing')\n"
+        "if launcher.settle().rank == 1:\n"
+        "    failing.touch()\n"
+        # torchrun ends rank 1 as soon as rank 0 has ended.
+        "while not failing.exists():\n"
+        "    time.sleep(0.05)\n"
+        "time.sleep(2 * (launcher.place().rank == 0))\n"
         "with one_line_errors('tool.py'):\n"
         "    raise UserError('no folder x')\n"
     )

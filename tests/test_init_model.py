@@ -544,7 +544,7 @@ def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, 
         (tmp_path / "out", tmp_path, {"overwrite": True}),
         (tmp_path / "out", tmp_path / "out", {"overwrite": True}),
     ):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"cannot be written in {closed};"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"no write permission in {closed};"):
             # Root may write everywhere, so the system's answer is replaced.
             patch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
             patch.setattr("colossal_llama2.model.init_model._read_config", None)
@@ -599,6 +599,6 @@ def test_killed_between_the_two_renames_the_old_folder_comes_back(model_dir, exp
     (tmp_path / ".out.mine.tmp").mkdir()
     with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="holds a model already"):
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
-    assert "its old content is back" in caplog.text
+    assert "its old content is restored" in caplog.text
     check(model_dir, expanded, tmp_path / "out")
     assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we make

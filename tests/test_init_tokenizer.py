@@ -172,7 +172,7 @@ def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
     (odd / "tokenizer.json").write_text(json.dumps(fast))
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
     expand_tokenizer(ExtensionSettings(odd, tmp_path / "new", pieces))
-    assert "other merges" in caplog.text and (tmp_path / "new").exists()
+    assert "different merges" in caplog.text and (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

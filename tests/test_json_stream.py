@@ -8,7 +8,6 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from colossal_llama2.corpus import json_stream
 from colossal_llama2.corpus.data_files import InputFile, Span
 from colossal_llama2.corpus.json_stream import BrokenDocumentError, RecordReader, layout_of
 from colossal_llama2.corpus.row_reader import SpanReader
@@ -122,10 +121,9 @@ def test_a_record_that_is_wrong_in_itself_ends_nothing():
     assert all("each record must be one JSON object" in problem for problem in found[:-1])
 
 
-def test_a_record_is_held_up_to_the_limit_alone(monkeypatch):
-    monkeypatch.setattr(json_stream, "MAX_LINE_BYTES", 50)
+def test_a_record_is_held_up_to_the_limit_alone():
     text = json.dumps([{"a": "x" * 41}, {"a": "x" * 5000}, {"a": "x" * 41}, {"b": 1}]).encode()
-    reader = RecordReader(Blocks(text, 7), is_array=True)
+    reader = RecordReader(Blocks(text, 7), is_array=True, max_bytes=50)
     assert [reader.read().content is not None for _ in range(4)] == [True, False, True, True]
 
 

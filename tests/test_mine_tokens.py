@@ -334,14 +334,12 @@ def test_a_bad_line_is_named(line, words, tmp_path, tokenizer_dir):
 
 def test_a_missing_matplotlib_is_said_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match="pip install matplotlib==") as error:
+    with pytest.raises(UserError, match="--plot needs matplotlib.*pip install -r requirements.txt"):
         mine_tokens._check_can_plot(tmp_path / "curve.png")
-    assert str(error.value).split()[-1] in (ROOT / "requirements-dev.txt").read_text().split()
 
 
 @pytest.mark.slow
 def test_the_curve_is_a_png(mined, tmp_path, chinese, tokenizer_dir, capsys):
-    pytest.importorskip("matplotlib")
     plot = tmp_path / "curve.png"
     words = words_for(chinese, tokenizer_dir, tmp_path / "p.jsonl", num_new_tokens=600, min_count=2, plot=plot)
     mine_tokens.main(list(map(str, words)))

@@ -12,7 +12,6 @@ from colossal_llama2.encoding import parity
 from colossal_llama2.encoding.bpe_model import BpeModel, merges, plain_processor, with_pieces
 from colossal_llama2.encoding.parity import PieceFinder, Tokenizers, evenly, measure
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import parity_text
 from colossal_llama2.tokenizer.closure import plan_extension
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from colossal_llama2.tokenizer.parity_text import read_parity_text
@@ -176,17 +175,16 @@ def test_paths_without_documents_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "txt"])
-def test_large_files_are_read_in_stretches_and_sampled(tmp_path, monkeypatch, suffix):
+def test_large_files_are_read_in_stretches_and_sampled(tmp_path, suffix):
     texts = [f"document {index} " + "x" * (index % 50) for index in range(5000)]
     lines = [json.dumps({"text": text}) + "\n" if suffix == "jsonl" else text + "\n\n" for text in texts]
     path = tmp_path / f"large.{suffix}"
     path.write_text("".join(lines))
     assert len(read_parity_text([str(path)])) == 5000
-    monkeypatch.setattr(parity_text, "READ_BYTES", path.stat().st_size // 4)
-    monkeypatch.setattr(parity_text, "STRETCH_BYTES", 2000)
-    found = read_parity_text([str(path)])
+    limits = {"read_bytes": path.stat().st_size // 4, "stretch_bytes": 2000}
+    found = read_parity_text([str(path)], **limits)
     assert set(found) <= set(texts) and 1000 < len(found) < 1600
     numbers = [int(text.split()[1]) for text in found]
     assert min(numbers) < 500 and max(numbers) > 4500
-    some = read_parity_text([str(path)], sample_bytes=5000)
+    some = read_parity_text([str(path)], sample_bytes=5000, **limits)
     assert set(some) < set(found) and 3000 < sum(map(len, some)) <= 5000

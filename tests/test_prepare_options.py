@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import data_files
@@ -32,7 +33,6 @@ from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage.lines import MAX_LINE_BYTES
-from colossal_llama2.terminal_text import terminal_width
 from tests import tiny
 from tests.preparing import contents, expected_pieces, manifest, pieces_of, read_jsonl, settings, write_lines
 
@@ -379,7 +379,7 @@ def test_names_of_categories_reach_the_terminal_as_text(tokenizer_dir, tmp_path,
     told = capsys.readouterr().out
     assert "\x1b" not in told and "␛[31mred␊line" in told
     lines = [line for line in told.splitlines() if line.startswith(("新闻", "news "))]
-    assert len(lines) == 2 and terminal_width(lines[0]) == terminal_width(lines[1])
+    assert len(lines) == 2 and cell_len(lines[0]) == cell_len(lines[1])
 
 
 @pytest.mark.slow

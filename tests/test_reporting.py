@@ -1,6 +1,5 @@
 """What a run shows of itself: losses by source, train_log.jsonl, TensorBoard, the plot, the model card, settings."""
 
-import io
 import json
 import math
 import random
@@ -357,36 +356,13 @@ def test_run_folder_and_settings(jobs):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_plot_draws_what_is_in_the_log():
-    records = [{"step": 0, "evaluation": {"zh": {"loss": 9.0}}}]
-    records += [{"step": step, "epoch": 0, "bucket": step // 100, "loss": 8 / step**0.2} for step in range(1, 301)]
-    records.append({"step": 300, "evaluation": {"zh": {"loss": 4.0}}})
-    records.append({"step": 301, "epoch": 0, "bucket": 3, "loss": None})
-    curves = loss_plot.curves_of(records)
-    assert curves.borders == [(100, "bucket 1"), (200, "bucket 2"), (300, "bucket 3")]
-    assert curves.evaluations == {"zh": [(0, 9.0), (300, 4.0)]} and len(curves.losses) == 300
-    line = [(step, 2.0 * step) for step in range(50)]
-    assert loss_plot.smoothed(line)[25][1] == pytest.approx(50.0, rel=0.01)
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(loss_plot.draw(curves, title="x"))).convert("RGB")
-    colours = {colour for _, colour in image.getcolors(2**20)}
-    assert image.size == loss_plot.SIZE
-    for colour in (loss_plot.SMOOTHED, loss_plot.EVALUATION_COLOURS[0]):
-        assert tuple(bytes.fromhex(colour[1:])) in colours
-    loss_plot.draw(loss_plot.curves_of([{"step": s, "epoch": 0, "loss": 1e17} for s in (1, 2)]), title="as large")
-    single = loss_plot.draw(loss_plot.curves_of([{"step": 7, "epoch": 0, "loss": 0.0}]), title="a single step")
-    plot = Image.open(io.BytesIO(single)).convert("RGB").crop((0, 0, loss_plot.SIZE[0] - loss_plot.RIGHT, 9999))
-    assert tuple(bytes.fromhex(loss_plot.SMOOTHED[1:])) in {colour for _, colour in plot.getcolors(2**24)}
-
-
-def test_without_pillow_one_line_says_so(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["environment.json", "settings.json", "train_log.jsonl"]
-    assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs Pillow" in message]
+    assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs matplotlib" in message]
 
 
 def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
@@ -443,7 +419,7 @@ def test_a_new_run_replaces_what_one_before_it_has_shown(tmp_path):
 
 def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
-    monkeypatch.setattr(loss_plot, "SIZE", None)
+    monkeypatch.setattr(loss_plot, "RAW", "no colour")
     report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
     report.write_files()
     assert report.card(tokens_seen=1, read=list) is None

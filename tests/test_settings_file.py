@@ -94,7 +94,7 @@ def test_a_wrong_entry_is_one_line(file_of, capsys, changes, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "No such file"), ("{", "is not JSON"), ("[]", "no JSON object"), (b"\xff", "not JSON")],
+    [(None, "No such file"), ("{", "is not JSON"), ("[]", "not a JSON object"), (b"\xff", "not JSON")],
 )
 def test_a_wrong_file_is_one_line(tmp_path, capsys, content, words):
     path = tmp_path / "a"

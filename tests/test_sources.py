@@ -61,7 +61,7 @@ def test_one_name_for_two_folders(tmp_path):
     with pytest.raises(UserError, match=r"two sources have the name arrow.*NAME="):
         resolve_data(given, bucketed=True)
     # What has a name already cannot get another's.
-    with pytest.raises(UserError, match="called arrow"):
+    with pytest.raises(UserError, match="have the name arrow"):
         resolve_data([f"arrow={given[0]}", given[1]], bucketed=True)
     assert [part.source for part in resolve_data([f"zh={given[0]}", given[1]], bucketed=True).parts] == [
         "zh",

@@ -157,7 +157,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or the only one that begins with it; None if there is none."""
     known = list(known)
     distances = {other: edits(name, _plain(other)) for other in known}
-    best = min(distances, key=distances.get, default=None)
+    best = min(distances, key=distances.__getitem__, default=None)
     if best is not None and distances[best] <= min(MAX_EDITS, len(name) // LETTERS_PER_EDIT):
         return best
     longer = [other for other in known if len(name) > LETTERS_PER_EDIT and other.startswith(name)]

@@ -31,7 +31,7 @@ class CommandParser(FlagParser):
         wait_for_first_of_host()
         self.exit(2, f"{line}\n" if place().local_rank == 0 else None)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
         # Prompts, pieces and paths may contain characters that the terminal cannot encode; that must not be fatal.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
@@ -64,7 +64,7 @@ class CommandParser(FlagParser):
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the example's line breaks and appends defaults, except where the help says what an unset flag means."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required or action.default is None or isinstance(action.default, bool) and action.nargs == 0:
             return action.help or ""
         return super()._get_help_string(action)

@@ -302,7 +302,7 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
 class _BenchmarkSwitch(argparse.Action):
     """A switch after which --dataset need not be given."""
 
-    def __call__(self, parser: FlagParser, namespace, values, option_string=None) -> None:
+    def __call__(self, parser: FlagParser, namespace, values, option_string=None) -> None:  # type: ignore[override]
         setattr(namespace, self.dest, True)
         for action in parser.actions:
             if action.dest == "dataset":

@@ -1,6 +1,6 @@
 """Read the records of a JSON document that may be larger than memory: an array, or consecutive objects.
 
-    [{"target": "a"}, {"target": "b"}]          compact, one record a line, or pretty-printed
+    [{"target": "a"}, {"target": "b"}]          compact, one record per line, or pretty-printed
     {                                           objects one after the other, over several lines
       "target": "a"
     }
@@ -32,8 +32,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class RawRecord(NamedTuple):
     """The text of one record. It begins on `line` of the document, counted from 1.
 
-    `content` is None for a record over `MAX_LINE_BYTES`. `size` counts its bytes and those since the last record; it is
-    0 at the end of the document.
+    `content` is None for a record over the reader's `max_bytes`. `size` counts its bytes and those since the last
+    record; it is 0 at the end of the document.
     """
 
     content: bytes | None
@@ -58,7 +58,8 @@ class RecordReader:
     Errors of the stream itself are raised after the records before them.
     """
 
-    def __init__(self, stream, *, is_array: bool):
+    def __init__(self, stream, *, is_array: bool, max_bytes: int = MAX_LINE_BYTES):
+        self._max_bytes = max_bytes
         self._stream, self._is_array = stream, is_array
         self._block, self._position = b"", 0
         self._lines = LineCounter()
@@ -89,7 +90,7 @@ class RecordReader:
                 self._fail(str(error))
             stop = len(self._block) if end is None else end
             length += stop - self._position
-            if length <= MAX_LINE_BYTES:
+            if length <= self._max_bytes:
                 parts.append(self._block[self._position : stop])
             else:
                 parts.clear()
@@ -98,7 +99,7 @@ class RecordReader:
                 if self._is_array or not scan.is_scalar:
                     self._fail("the file is cut off inside the record that begins here")
                 break
-        return RawRecord(b"".join(parts) if length <= MAX_LINE_BYTES else None, self._line, self._size)
+        return RawRecord(b"".join(parts) if length <= self._max_bytes else None, self._line, self._size)
 
     def _inside_array(self, byte: int | None) -> int | None:
         """Skip the "[", "," or "]" at the current position. Returns the record's first byte, None after the array."""
@@ -177,7 +178,8 @@ class _Scan:
                 if self._is_escaped:
                     self._is_escaped = False
                     position += 1
-                position = _STRING_BODY.match(block, position).end()
+                # It matches everywhere, if only an empty text.
+                position = _STRING_BODY.match(block, position).end()  # type: ignore[union-attr]
                 if position == len(block):
                     return None
                 if block[position] != _QUOTE:

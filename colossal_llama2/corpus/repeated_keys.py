@@ -5,6 +5,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -42,8 +43,8 @@ def refuse_repeated_keys(line: bytes, record: dict[str, Any]) -> None:
         if len(unique) == len(pairs):
             return unique
         repeating = _Repeating(unique)
-        seen: set = set()
-        repeating.repeated = frozenset(key for key, _ in pairs if key in seen or seen.add(key))
+        times = Counter(key for key, _ in pairs)
+        repeating.repeated = frozenset(key for key, count in times.items() if count > 1)
         found.append(repeating)
         return repeating
 

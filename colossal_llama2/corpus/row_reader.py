@@ -47,7 +47,7 @@ class Line(NamedTuple):
     size: int
     record: dict[str, Any] | None
     problem: str | None = None
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # a tuple's own `count` is not needed
     reason: str | None = None
     is_lost: bool = False
 
@@ -69,13 +69,12 @@ class SpanReader:
         with ExitStack() as stack:
             raw = stack.enter_context(open(self._path, "rb"))
             if self._span.stop is not None:
-                yield from self._range(raw)
+                yield from self._range(raw, self._span.stop)
                 return
             hashed = io.BufferedReader(_HashingReader(raw, self._hash), READ_BYTES)
-            stream = hashed
+            stream: io.BufferedIOBase = hashed
             if self._file.kind in COMPRESSIONS:
-                stream = Decompressing(self._path, self._file.kind, hashed, stack)
-                stream = io.BufferedReader(stream, READ_BYTES)
+                stream = io.BufferedReader(Decompressing(self._path, self._file.kind, hashed, stack), READ_BYTES)
             yield from self._whole(_WithHead(stream))
             while hashed.read(READ_BYTES):  # the bytes that a decompressor did not read
                 pass
@@ -101,12 +100,12 @@ class SpanReader:
                 left -= len(block)
         return counter.count
 
-    def _range(self, raw) -> Iterator[Line]:
-        position = _first_line_start(raw, self._span.start, self._span.stop)
+    def _range(self, raw: io.BufferedReader, stop: int) -> Iterator[Line]:
+        position = _first_line_start(raw, self._span.start, stop)
         raw.seek(position)
         reader, number = LineReader(raw), 1
-        while position < self._span.stop:
-            line = reader.read(room=self._span.stop - position)
+        while position < stop:
+            line = reader.read(room=stop - position)
             if not line.size:
                 return
             yield _checked(line.content, number, line.size, line.count)
@@ -119,11 +118,9 @@ class SpanReader:
             return
         layout = layout_of(stream.head)
         if layout == "lines":
-            lines = LineReader(stream)
-            read = self._lines(lines)
+            read = self._lines(LineReader(stream))
         else:
-            lines = RecordReader(stream, is_array=layout == "array")
-            read = self._records(lines)
+            read = self._records(RecordReader(stream, is_array=layout == "array"))
         number = 1
         try:
             for line in read:
@@ -135,8 +132,8 @@ class SpanReader:
             if isinstance(error, MissingPackageError):
                 yield _lost(number, str(error), "zstd window over 128 MiB")
                 return
-            problem = f"the compressed data is cut short or damaged here ({error}), and everything after it is lost"
-            yield _lost(number, f"{problem}; fetch the file again", "compressed data cut short or damaged")
+            damage = f"the compressed data is cut short or damaged here ({error}), and everything after it is lost"
+            yield _lost(number, f"{damage}; fetch the file again", "compressed data cut short or damaged")
 
     def _lines(self, reader: LineReader) -> Iterator[Line]:
         number = 1

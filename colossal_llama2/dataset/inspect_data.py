@@ -38,6 +38,8 @@ COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # The columns with the categories of a sample's documents; older fine-tuning data has one category per sample.
 CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
+# Of the characters that no font can draw, so many are listed.
+MAX_MISSING = 20
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
 # Brightness differs as well, for those who tell colours apart less well.
 COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}
@@ -75,7 +77,7 @@ def main(argv=None) -> None:
     logs.configure_logging()
     with errors.one_line_errors(COMMAND):
         # A terminal that cannot show a character shows its code, instead of ending the report.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
         try:
@@ -283,6 +285,7 @@ def check_plots_folder(folder: Path) -> None:
 
 
 def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
+    from colossal_llama2.charts import style
     from colossal_llama2.charts.plots import draw_categories, total_categories
 
     yield ""
@@ -300,6 +303,12 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
     totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
     where = f"each of {len(bins):,} bins" if len(bins) > 1 else "the only bin"
     yield f"{folder / CATEGORIES_FILE}: documents per category in {where}; from the bottom: {totals}"
+    missing = style.missing_characters("".join(total_categories(bins)))
+    if missing:
+        yield (
+            f"no font here has {missing[:MAX_MISSING]}{'…' if len(missing) > MAX_MISSING else ''}, so the picture has "
+            "their numbers instead; install a font such as Noto Sans CJK and draw it again"
+        )
 
 
 def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:

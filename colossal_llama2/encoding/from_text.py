@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE, SPECIAL_TOKENS_FILE
 from colossal_llama2.encoding.transformers_tokenizer import PADDING_SIDE
@@ -42,7 +43,7 @@ def write_tokenizer(model: bytes, folder: Path, *, model_max_length: int = 4096)
     """Write a SentencePiece model as the four files that LLaMA-2 ships, with its settings, into an existing folder."""
     (folder / MODEL_FILE).write_bytes(model)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = {
+    config: dict[str, Any] = {
         **special,
         "add_bos_token": True,
         "add_eos_token": False,

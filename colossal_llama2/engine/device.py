@@ -1,11 +1,11 @@
-"""What a rank's device can do, what it was asked to do, and how much memory that took."""
+"""A rank's device: its peak speed, its peak memory, and the FLOPs of a model."""
 
 # Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
 
 
 def peak_memory() -> int:
-    """Bytes that this rank has had at most: of the GPU that PyTorch gave out, without one of the process."""
+    """Peak bytes of this rank: allocated by PyTorch on the GPU; without a GPU, resident in the process."""
     import resource
 
     import torch
@@ -16,18 +16,18 @@ def peak_memory() -> int:
 
 
 def repeats_exactly() -> bool:
-    """Whether the same step gives the same bits twice on this machine."""
+    """Whether repeating a step on this machine gives bit-identical results."""
     import torch
 
-    # On GPUs the backward pass of fused attention, flash-attn's and PyTorch's, adds up in another order each time.
+    # On GPUs the backward pass of fused attention (flash-attn's and PyTorch's) sums in a different order each time.
     return not torch.cuda.is_available()
 
 
 def flops_per_token(config, parameters: int, length: int) -> float:
-    """Of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
+    """FLOPs of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
 
-    Six for each weight that is multiplied, all but those of the input embeddings, and twelve for each layer, channel
-    and token that attention looks at. Recomputation is not counted.
+    Six for each weight in a product, which are all but the input embeddings, and twelve for each layer, channel and
+    token that attention reads. Recomputation is not counted.
     """
     multiplied = parameters
     if not config.tie_word_embeddings:
@@ -36,7 +36,7 @@ def flops_per_token(config, parameters: int, length: int) -> float:
 
 
 def known_peak(given: float | None) -> float | None:
-    """TFLOPS of this rank's device: what was given, or what its name says."""
+    """Peak TFLOPS of this rank's device: `given`, or by the device's name; None if the name is unknown."""
     import torch
 
     if given is not None or not torch.cuda.is_available():

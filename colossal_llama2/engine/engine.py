@@ -46,14 +46,15 @@ class Engine:
         self._host_group = dist.new_group(backend="gloo") if self.pins_batches else None
         data_group = self._groups.data
         self.data_rank, self.data_size = dist.get_rank(data_group), dist.get_world_size(data_group)
-        self.model = self.optimizer = None
+        self.model: Any = None
+        self.optimizer: Any = None
         # That of the last `step`.
         self.used_loss_scale = 1.0
         self.loss_tally = LossTally(self.device, unfed=self._why_no_rank_has_token_losses())
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
-        """A context to load the model in: lazily where the plugin shards it before it exists whole on a rank."""
-        # The last stage of a pipeline would drop the embeddings before it has read the head that is tied to them.
+        """A context for loading the model: lazy if the plugin can shard it before a rank has all of it."""
+        # The last stage of a pipeline would drop the embeddings before it has read the head tied to them.
         if not self.plugin.is_lazy or (ties_embeddings and self.is_pipelined):
             return contextlib.nullcontext()
         from colossalai.lazy import LazyInitContext
@@ -61,7 +62,7 @@ class Engine:
         return LazyInitContext(default_device=self.device)
 
     def boost(self, model) -> None:
-        """Take over a loaded transformers model: split it and give it an optimizer over its trainable parameters."""
+        """Split a loaded transformers model over the ranks and make its optimizer. Called once, on all ranks."""
         trainable = self.settings.trainable
         weight_decay = self.settings.weight_decay if trainable.decays else 0.0
         optimizer = adam.make_adam(model, learning_rate=self.settings.learning_rate, weight_decay=weight_decay)
@@ -81,26 +82,26 @@ class Engine:
                 sample_group=self._groups.sequence,
                 tell=self.loss_tally.add,
             )
-        # Lazy loading leaves cycles of references, in which whole weights wait for Python to look (64 MB of 85 M
+        # Lazy loading leaves reference cycles that hold whole weights until a garbage collection (64 MB of 85 M
         # parameters, measured).
         gc.collect()
 
     def _why_no_rank_has_token_losses(self) -> str | None:
-        """The reason of this rank, or that others have one: all ranks add up their sums, or none. Called on all."""
+        """This rank's reason, or that other ranks have one: all ranks sum by group, or none. Called on all ranks."""
         reason = self._why_no_token_losses()
         if collectives.any_rank(reason is not None) and reason is None:
-            return "Liger's kernel, which is installed on other hosts, gives the sum of all tokens alone"
+            return "Liger's kernel, installed on other hosts, returns only the sum over all tokens"
         return reason
 
     def _why_no_token_losses(self) -> str | None:
         if self.is_pipelined:
-            return "the stages of a pipeline share the loss of their samples alone"
+            return "pipeline stages exchange only the loss of whole samples"
         if self.settings.chunked_loss == "off":
-            return "--chunked_loss off gives the mean of all tokens alone"
-        # As in the chunked loss: a head of which a part is held, or trained, is none for it.
+            return "--chunked_loss off returns only the mean over all tokens"
+        # As in the chunked loss: Liger's kernel needs the whole head, all of it trained.
         is_whole = self._groups.tensor is None and self.settings.trainable.rows is None
         if is_whole and takes_liger(self.device, dtype_of(self.settings.precision)):
-            return "Liger's kernel gives the sum of all tokens alone"
+            return "Liger's kernel returns only the sum over all tokens"
         return None
 
     @property
@@ -124,7 +125,7 @@ class Engine:
         )
 
     def attention_inputs(self, batch: "Batch") -> dict[str, Any]:
-        """Keyword arguments of the model that say which tokens of a batch see which."""
+        """The model's keyword arguments for attention: which tokens of a batch see which."""
         form = MaskForm.BLOCKS
         if self.plugin.replaces_attention:
             form = MaskForm.NUMBERS
@@ -137,13 +138,13 @@ class Engine:
         )
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the rate of the next optimizer step."""
+        """Set the learning rate of the next optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Forward passes without gradients, after which training goes on as if there had been none."""
+        """A context for forward passes without gradients, which have no effect on training."""
         import torch
 
         self.model.eval()
@@ -171,9 +172,9 @@ class Engine:
 
         Args:
             inputs: the model's keyword arguments, tensors of (samples, ...).
-            more_inputs: called on every stage, before it computes, with the number of the microbatch, from 0; gives
+            more_inputs: called on every stage, before it computes, with the number of the microbatch, from 0; returns
                 more keyword arguments.
-            criterion: called on the last stage with the model's outputs and that number; gives the loss to add.
+            criterion: called on the last stage with the model's outputs and that number; returns the loss to add.
 
         Returns:
             The sum of the losses, on every stage.
@@ -182,7 +183,7 @@ class Engine:
         import torch.distributed as dist
 
         scheduler = self._built.scheduler
-        # It holds to the size of the first step, and the last one of an epoch may be smaller.
+        # The scheduler keeps the size of the first step, and the last step of an epoch may be smaller.
         scheduler.num_microbatches = scheduler.last_batch_size = None
         forwards, losses = itertools.count(), itertools.count()
 
@@ -190,10 +191,10 @@ class Engine:
             return args, {**inputs, **more_inputs(next(forwards))}
 
         def loss_to_add(outputs, _):
-            # ColossalAI takes the mean of the microbatches' losses.
+            # ColossalAI averages the microbatches' losses.
             return criterion(outputs, next(losses)) * scheduler.num_microbatches
 
-        # Without gradients there are none to exchange, which ColossalAI would do all the same.
+        # ColossalAI would exchange gradients even where there are none.
         trains = torch.is_grad_enabled()
         optimizer, exchanging = (self.optimizer, contextlib.nullcontext()) if trains else (None, self.model.no_sync())
         handle = self.unwrapped_model.register_forward_pre_hook(add_inputs, with_kwargs=True)
@@ -208,7 +209,7 @@ class Engine:
         return float(loss)
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager:
-        """A context for forward and `backward`, in which ranks exchange no gradients before the `last` of a step."""
+        """A context for forward and `backward`, in which gradients are not exchanged before the `last` of a step."""
         # From ZeRO stage 2 on, gradients are split as they come.
         waits = not last and self.plugin.zero_stage < 2
         return self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext()
@@ -220,11 +221,11 @@ class Engine:
     def step(self, *, update: bool = True) -> float | None:
         """Clip, update the parameters, clear the gradients.
 
-        Without `update`, and where the norm is no number, parameters and moments stay as they are.
+        Without `update`, and where the norm is NaN or Inf, parameters and moments stay as they are.
 
         Returns:
-            The gradient norm before clipping, or None if fp16 overflowed: no update was made, and the loss scale is
-            half of what it was, but for 1, which is the lowest.
+            The gradient norm before clipping. None if fp16 overflowed: no update was made, and the loss scale was
+            halved, to no less than 1.
         """
         self.optimizer.optim.may_update = update
         self.used_loss_scale = loss_scale.scale_of(self.optimizer)
@@ -234,7 +235,7 @@ class Engine:
         self.optimizer.zero_grad()
         norm = self.optimizer.get_grad_norm()
         self.plugin.after_step(self.model, self.optimizer, norm=norm)
-        # ColossalAI measures the norm before it divides the loss scale out.
+        # ColossalAI's norm still includes the loss scale.
         return None if norm is None else float(norm) / self.used_loss_scale
 
     @property
@@ -247,19 +248,19 @@ class Engine:
         return loss_scale.remember(self.optimizer)
 
     def put_back_loss_scale(self, state: loss_scale.ScalerState | None) -> None:
-        """Undo what steps have done to the loss scale since it was in this state."""
+        """Restore a state that `remember_loss_scale` returned."""
         loss_scale.put_back(self.optimizer, state)
 
     @property
     def pins_batches(self) -> bool:
-        """Whether batches should lie in page-locked memory, from which a GPU copies while it works."""
+        """Whether batches should be in page-locked memory, from which a GPU copies while it computes."""
         return self.device.type == "cuda"
 
     def sum_over_data(self, values: Sequence[float], *, known_to_host: bool = False) -> list[float]:
-        """Sum numbers over the ranks that see different data (float64); of ranks that see the same, their mean.
+        """Sum numbers over the data-parallel ranks, in float64; ranks that see the same data are averaged.
 
-        All ranks take part, so that a number that is NaN, or not zero, on one of them is so in the sum that each gets.
-        Numbers that are `known_to_host` are summed by the hosts alone, which wait for no work of a GPU.
+        All ranks take part, so a NaN or a nonzero number of one rank is in every rank's sum. Numbers that are
+        `known_to_host` are summed by the hosts, which do not wait for the GPUs.
         """
         import torch
         import torch.distributed as dist
@@ -277,7 +278,7 @@ class Engine:
 
     @contextlib.contextmanager
     def first_rank_only(self) -> Iterator[bool]:
-        """Yield True on rank 0, let no rank go on before rank 0 is done, and let all fail if it fails."""
+        """Yield True on rank 0. No rank continues before rank 0 is done, and all fail if it fails."""
         with collectives.all_or_none():
             yield self.rank == 0
 
@@ -304,24 +305,24 @@ class Engine:
                 checkpoint_io.rename_optimizer_shards(folder)
 
     def save_masters(self, folder: str) -> None:
-        """Write the float32 weights behind half-precision ones, a file per rank. Called on all ranks."""
+        """Write the float32 copies of half-precision weights, a file per rank. Called on all ranks."""
         with collectives.all_or_none():
             resume_state.save_masters(self, folder)
 
     def load_masters(self, folder: str) -> None:
-        """Read what `save_masters` wrote on the same layout, after the rounded weights. Called on all ranks."""
+        """Restore what `save_masters` wrote on the same layout, over the rounded weights. Called on all ranks."""
         with collectives.all_or_none():
             resume_state.load_masters(self, folder)
 
     def load_optimizer(self, folder: str) -> None:
         """Read what `save_optimizer` wrote, by any plugin on any number of ranks. Called on all ranks.
 
-        The settings of this run hold on, such as its weight decay; ColossalAI would take those of the file.
+        This run's settings, such as its weight decay, stay; ColossalAI would use those of the file.
         """
         from colossal_llama2.engine.patches import checkpoint_io
 
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        # No plugin lets ranks talk to each other while it reads.
+        # No plugin communicates while it reads.
         with collectives.all_or_none():
             checkpoint_io.read_optimizer_index(Path(folder))
             with checkpoint_io.safetensors_instead_of_pickle(step_as_tensor=self.plugin.saves_step_as_tensor):

@@ -1,7 +1,7 @@
 """The dynamic loss scale of fp16. Each of ColossalAI's optimizers keeps it under another name.
 
-Its rules are those of ColossalAI's DynamicGradScaler, but for the hysteresis of 2, which would leave the scale as it is
-after the first overflow: the same samples, which are passed again here (`train_step`), would overflow again.
+The rules are those of ColossalAI's DynamicGradScaler with one exception, its hysteresis of 2. That would keep the scale
+after the first overflow, and the same samples, which are repeated here (`train_step`), would overflow again.
 """
 
 from typing import Any
@@ -24,19 +24,19 @@ def scaler_of(optimizer) -> Any | None:
 
 
 def scale_of(optimizer) -> float:
-    """What the loss is multiplied by before the backward pass; 1 in other precisions than fp16."""
+    """The factor of the loss before the backward pass; 1 in other precisions than fp16."""
     scaler = scaler_of(optimizer)
     return 1.0 if scaler is None else float(scaler.scale)
 
 
 def remember(optimizer) -> ScalerState | None:
-    """The scaler's state, for `put_back`. The host does not wait for a GPU: a changed scale is another tensor."""
+    """The scaler's state, for `put_back`. The host does not wait for a GPU: a changed scale is a new tensor."""
     scaler = scaler_of(optimizer)
     return None if scaler is None else (scaler._scale, scaler._growth_step, scaler._hysteresis_step)
 
 
 def put_back(optimizer, state: ScalerState | None) -> None:
-    """Undo what steps have done to the scaler since `remember` gave this state."""
+    """Restore the state that `remember` returned."""
     if state is not None:
-        scaler = scaler_of(optimizer)
+        scaler: Any = scaler_of(optimizer)
         scaler._scale, scaler._growth_step, scaler._hysteresis_step = state

@@ -1,4 +1,4 @@
-"""The loss of each group of tokens, such as those of one source, added up where the loss of all of them is computed."""
+"""Per-group losses: sums over the tokens of a group, such as one source, collected where the loss is computed."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class LossTally:
-    """Adds up losses of tokens by group, on the device, while the micro batches of a step go through the model.
+    """Sums token losses by group, on the device, while the micro batches of a step pass through the model.
 
-    The host asks for the sums with the loss of the step, so it waits for nothing that it would not wait for anyway.
-    Forward passes that nobody expects, such as those of an evaluation, are not counted.
+    The host reads the sums together with the loss of the step, so it does not wait any longer. Forward passes that were
+    not announced by `expect`, such as those of an evaluation, are not counted.
     """
 
     def __init__(self, device: "torch.device", *, unfed: str | None = None):
-        """`unfed` says why the loss of a token is not known here; None if `add` will be called."""
+        """`unfed` is the reason why single tokens' losses are not available; None if `add` will be called."""
         self.unfed = unfed
         self._device = device
         self._size = 0
@@ -25,14 +25,14 @@ class LossTally:
         self._expected: torch.Tensor | None = None
 
     def begin(self, size: int) -> None:
-        """Tell `size` groups apart from now on, if losses of tokens are known here."""
+        """Count `size` groups separately from now on, if token losses are available."""
         import torch
 
         if self.unfed is None:
             self._size, self._sums = size, torch.zeros(size, dtype=torch.float64, device=self._device)
 
     def expect(self, groups: Optional["torch.Tensor"]) -> None:
-        """The next forward pass is of tokens with these (batch, length) groups."""
+        """Announce the next forward pass, whose tokens are of these (batch, length) groups."""
         if self._size and groups is not None:
             self._expected = groups.to(self._device, non_blocking=True)
 
@@ -47,11 +47,14 @@ class LossTally:
         self._expected = None
         # Gemini's tensors replace in-place operations by others, which would be lost.
         with torch._C.DisableTorchFunctionSubclass():
-            # Ranks that share samples are taken for ranks that repeat them, and their mean is taken.
+            # Ranks that share samples are treated as ranks that repeat them: their mean is used.
             self._sums.index_add_(0, groups, losses.detach().double() * ranks)
 
     def take(self, batches: Sequence["Batch"]) -> list[float]:
-        """Sums of losses by group of these micro batches, then numbers of tokens; begins anew. Empty if not begun."""
+        """Return the sums of losses by group of these micro batches, then the numbers of tokens, and reset.
+
+        Empty without `begin`.
+        """
         self._expected = None
         if not self._size:
             return []

@@ -48,20 +48,20 @@ def _no_toolkit_named() -> Iterator[None]:
 
 
 def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[], None] = lambda: None) -> None:
-    """Join the process group of the launcher; without one, form one of this process alone.
+    """Join the process group of the launcher; without a launcher, make one of this process alone.
 
     Args:
         timeout_seconds: how long ranks wait for each other at most; None is PyTorch's default.
-        meet: called when the libraries are there, before the ranks are joined.
+        meet: called when the libraries are imported, before the ranks are joined.
 
     Raises:
-        UserError: there are more processes on this host than GPUs.
+        UserError: there are more processes on this host than GPUs, or ColossalAI is of an unknown version.
     """
     here = launcher.settle()
-    # Nothing here is compiled by PyTorch, whose pool of compilers would be started at import all the same.
+    # PyTorch would start a pool of compiler processes at import, and nothing is compiled here.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    # At import ColossalAI tells of packages that are missing (apex, tensornvme), of which at most apex's norms would be
-    # used, and PyTorch warns of TorchScript on a module that ColossalAI imports.
+    # ColossalAI warns of missing packages (apex, tensornvme), of which at most apex's norms would be used. PyTorch
+    # warns of TorchScript in a module that ColossalAI imports.
     with warnings.catch_warnings(record=True), _no_toolkit_named():
         import colossalai.booster.plugin
         import torch.distributed.optim
@@ -102,7 +102,7 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
 
 
 def _set_timeout(seconds: float) -> None:
-    """colossalai.launch and its meshes of groups take PyTorch's default, of which there is one per kind of network."""
+    """Set PyTorch's defaults, one per kind of network, which colossalai.launch and its process groups use."""
     from torch.distributed import distributed_c10d
 
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=seconds)
@@ -118,8 +118,8 @@ def current_device():
 def leave() -> None:
     """Leave the process group, once all ranks are done.
 
-    gloo sometimes waits for ever, with all threads, for connections whose other end has closed already (measured in one
-    of about 40 short runs). All is done by then, so a process with partners ends without closing them itself.
+    gloo sometimes waits forever, with all threads, for connections that the other end has closed (measured in one of
+    about 40 short runs). Everything is done by then, so a process with partners exits without closing them.
     """
     import torch.distributed as dist
 

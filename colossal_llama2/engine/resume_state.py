@@ -1,6 +1,6 @@
-"""What ColossalAI leaves out of its checkpoints, without which a run does not repeat the uninterrupted one bit by bit.
+"""State that ColossalAI does not checkpoint but bit-exact resume needs.
 
-master weights   the float32 weights behind fp16 or bf16 ones: a safetensors file per rank, for the same layout only
+master weights   the float32 copies of fp16 or bf16 weights: a safetensors file per rank, for the same layout only
 loss scale       of fp16
 random states    of Python, NumPy and PyTorch, as data
 """
@@ -49,7 +49,7 @@ def has_masters(ranks: Ranks) -> bool:
 
 
 def save_masters(engine: Resumable, folder: str) -> None:
-    """Write this rank's float32 weights, if it holds half-precision ones. Called on all ranks."""
+    """Write this rank's float32 weights, if the working weights are in half precision. Called on all ranks."""
     from safetensors.torch import save_file
 
     if has_masters(engine):
@@ -63,7 +63,7 @@ def save_masters(engine: Resumable, folder: str) -> None:
 
 
 def load_masters(engine: Resumable, folder: str) -> None:
-    """Take over what `save_masters` wrote on the same layout, when the rounded weights are loaded already.
+    """Restore what `save_masters` wrote on the same layout, after the rounded weights are loaded.
 
     Raises:
         UserError: the file is missing or of another layout.
@@ -82,7 +82,7 @@ def load_masters(engine: Resumable, folder: str) -> None:
                     raise ValueError(f"tensor {i} is {tuple(tensor.shape)}, this rank's is {tuple(target.shape)}")
                 target.copy_(tensor)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be taken over ({error}); resume from another checkpoint")
+        raise UserError(f"{path}: cannot be restored ({error}); resume from another checkpoint")
 
 
 def _masters_path(folder: str, rank: int) -> str:
@@ -111,7 +111,7 @@ def rank_states(engine: Resumable) -> dict[str, Any]:
 
 
 def restore_rank_states(engine: Resumable, states: dict[str, Any]) -> None:
-    """Take over what `rank_states` gave. Raises KeyError, TypeError or ValueError for anything else."""
+    """Restore what `rank_states` returned. Raises KeyError, TypeError or ValueError for anything else."""
     import numpy as np
     import torch
 

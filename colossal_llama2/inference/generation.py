@@ -24,9 +24,9 @@ from colossal_llama2.storage.given_paths import is_hub_name, no_folder
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.terminal_text import show
 
-# The published models were taught to write the continuation behind this mark (README of Colossal-LLaMA-2-7B-base).
+# The published models were trained to continue after this mark (README of Colossal-LLaMA-2-7B-base).
 PROMPT_SUFFIX = "\n\n->\n\n"
-# All that a model needs, and nothing that would have to be unpickled or run.
+# Everything that a model needs, and nothing that would have to be unpickled or executed.
 DOWNLOADED_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 
@@ -110,7 +110,7 @@ def load_model(model_path: str, device: str | None):
         The model on `device` in eval mode, and its tokenizer.
 
     Raises:
-        UserError: no such folder or name, weights that are missing or pickled, or a device that is not there.
+        UserError: there is no such folder, name or device, or weights are missing or pickled.
     """
     target = _resolve_device(device)
     folder = _local_folder(model_path)
@@ -122,8 +122,8 @@ def load_model(model_path: str, device: str | None):
 
     get_logger().info(f"loading {model_path} onto {target}")
     tokenizer = load_tokenizer(str(folder))
-    # A GPU takes the checkpoint's own number format. PyTorch's half-precision kernels for CPUs are many times slower
-    # than its float32 ones on CPUs without such instructions, and are missing for some operations: hence float32 there.
+    # On a GPU, the checkpoint's own number format. On CPUs without half-precision instructions, its kernels in PyTorch
+    # are many times slower than the float32 ones, and some are missing: hence float32.
     model = _read_weights(folder, given=model_path, dtype=torch.float32 if target.type == "cpu" else "auto")
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -147,7 +147,7 @@ def generate(model, tokenizer, prompt: str, settings: GenerationSettings) -> str
 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
-    # Rows that no token has, as padding to a round number leaves.
+    # Rows without a token, such as padding to a round number.
     tokenless = list(range(len(tokenizer), model.get_output_embeddings().weight.shape[0]))
     sampling = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
     config = GenerationConfig(
@@ -186,7 +186,7 @@ def _refuse_broken_text(text: str) -> None:
 
 
 def _refuse_missing_folder(model_path: str) -> None:
-    """Raise a UserError for what is neither a folder nor OWNER/NAME of a model on the hub."""
+    """Raise a UserError for a path that is neither a folder nor OWNER/NAME of a model on the hub."""
     if not Path(model_path).is_dir() and not is_hub_name(model_path):
         raise UserError(
             f"--model_path {model_path}: {no_folder(model_path)}; give the folder that holds config.json, or "
@@ -195,7 +195,7 @@ def _refuse_missing_folder(model_path: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Leave stderr to our own lines: no hints from transformers, and bars on a terminal alone."""
+    """Keep stderr to our own lines: no hints from transformers, and progress bars only on a terminal."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -206,7 +206,7 @@ def _quiet_libraries() -> None:
 
 
 def _resolve_device(device: str | None):
-    """The torch.device that `--device` means; UserError if there is no such device here."""
+    """The torch.device of `--device`. Raises UserError if this machine does not have it."""
     import torch
 
     if device is None:
@@ -227,7 +227,7 @@ def _count_gpus(count: int) -> str:
 
 
 def _local_folder(model_path: str) -> Path:
-    """`model_path` itself if it is a folder, else the folder that Hugging Face's files of that name are kept in."""
+    """`model_path` if it is a folder, else the folder of Hugging Face's cache with the files of that model."""
     folder = Path(model_path)
     if folder.is_dir():
         return folder
@@ -235,27 +235,27 @@ def _local_folder(model_path: str) -> Path:
 
     from huggingface_hub import snapshot_download
 
-    get_logger().info(f"{model_path} is no local folder; asking Hugging Face for a model of this name")
+    get_logger().info(f"{model_path} is not a local folder; downloading the model of this name from Hugging Face")
     try:
         return Path(snapshot_download(model_path, allow_patterns=list(DOWNLOADED_FILES)))
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # such as a full disk: not about the name
         raise UserError(
-            f"--model_path {model_path} is neither a local folder nor a model that can be fetched from Hugging Face "
+            f"--model_path {model_path} is neither a local folder nor a model that can be downloaded from Hugging Face "
             f"({_first_line(error)}); give the folder that holds config.json"
         )
 
 
 def _check_files(folder: Path, *, given: str) -> None:
-    """UserError unless the folder holds a LLaMA whose weights can be read without unpickling, and nothing to avoid."""
+    """Raise a UserError unless the folder has a LLaMA model whose weights can be read without unpickling."""
     if not (folder / "config.json").exists() and (folder / "modeling" / "config.json").is_file():
         raise UserError(f"--model_path {given} has no config.json; its model is {given.rstrip('/')}/modeling")
     check_model(str(folder), "--model_path")
 
 
 def _read_weights(folder: Path, *, given: str, dtype):
-    """The LLaMA in `folder`; UserError if a file is broken, a weight missing or not finite, or two tied ones differ."""
+    """The LLaMA in `folder`. Raises UserError for a broken file, missing or NaN/Inf weights, or unequal tied ones."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -263,7 +263,7 @@ def _read_weights(folder: Path, *, given: str, dtype):
     held = None if dtype == "auto" else {torch.float32: "F32"}[dtype]
     check_numbers(str(folder), held, cure="give the model in bfloat16 or float32")
     config = llama_config(folder)
-    # transformers would take the input embedding for both.
+    # transformers would use the input embedding for both.
     problem = check_is_one_matrix(folder, shard_names(str(folder))) if config.tie_word_embeddings else None
     if problem:
         raise UserError(problem)
@@ -280,7 +280,7 @@ def _read_weights(folder: Path, *, given: str, dtype):
             )
     except (torch.cuda.OutOfMemoryError, RunError):
         raise
-    except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere
+    except Exception as error:  # transformers does not document what it raises for invalid entries
         raise UserError(f"--model_path {given} cannot be loaded: {_first_line(error)}; save or copy the model again")
     if report["missing_keys"]:
         # transformers would fill them with random numbers.
@@ -288,31 +288,31 @@ def _read_weights(folder: Path, *, given: str, dtype):
         raise UserError(
             f"--model_path {given} lacks {len(names)} of its weights, such as {names[0]}; save or copy the model again"
         )
-    # Nothing else of generation_config.json is used.
+    # Only these ids of generation_config.json are used.
     model.generation_config.update(**generation_ids(folder, read_fields(folder)))
     return model
 
 
 def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
-    """`max_new_tokens`, reduced to what the model's context leaves beside the prompt. Lengths are in tokens."""
+    """`max_new_tokens`, reduced to the room that the prompt leaves in the model's context. Lengths are in tokens."""
     context = positions_of(model.config)
     if prompt_length + max_new_tokens <= context:
         return max_new_tokens
     room = context - prompt_length
     if room < 1:
         raise UserError(
-            f"the prompt has {prompt_length:,} tokens, the model's context {context:,}: no room for an answer; "
+            f"the prompt has {prompt_length:,} tokens, the model's context has {context:,}: no room for an answer; "
             f"shorten --input_txt"
         )
     get_logger().info(
-        f"the prompt has {prompt_length:,} tokens and the model's context {context:,}: "
-        f"at most {room:,} new tokens, not {max_new_tokens:,}"
+        f"the prompt has {prompt_length:,} tokens and the model's context has {context:,}: "
+        f"at most {room:,} new tokens are generated, not {max_new_tokens:,}"
     )
     return room
 
 
 def _end_tokens(model, tokenizer) -> list[int] | None:
-    """Ids that end a text (None: none do): the tokenizer's, and the model's own, which may be one number or several."""
+    """Ids that end a text, or None: the tokenizer's, and the model's own, which may be one number or several."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({token for token in [tokenizer.eos_token_id, *ends] if token is not None}) or None
@@ -320,5 +320,5 @@ def _end_tokens(model, tokenizer) -> list[int] | None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A heading alone says nothing.
+    # A heading alone is not informative.
     return " ".join(lines[: 2 if lines[0].endswith((":", ";")) else 1]).rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Which attention code a model runs with."""
+"""Choose the attention implementation of a model."""
 
 import functools
 import importlib
@@ -29,16 +29,16 @@ def _why_no_flash_attn() -> str | None:
             return "flash-attn is not installed (pip install --no-build-isolation -r requirements-gpu.txt)"
         return f"flash-attn does not import: {error}"
     except Exception as error:
-        # What was compiled for another PyTorch fails in many ways.
+        # A package compiled for another PyTorch fails in many ways.
         return f"flash-attn does not import: {error}"
     return None
 
 
 def choose_attention(use_flash_attn: bool, *, precision: str, replaced: bool = False) -> str:
-    """The transformers name of the attention to load a model with, said in the log.
+    """The transformers name of the attention to load a model with, which is also logged.
 
     Args:
-        replaced: the engine puts ColossalAI's own attention in its place, which takes the same kernels as here.
+        replaced: the engine replaces it by ColossalAI's own attention, which uses the same kernels.
     """
     if not use_flash_attn:
         # transformers' plain attention would keep a matrix of length x length for each head and layer.

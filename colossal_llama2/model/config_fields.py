@@ -19,14 +19,14 @@ from colossal_llama2.storage.json_input import is_finite, is_whole, shown
 
 # Keys under which a quantized model describes how its weights are packed.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-# What transformers' ACT2FN has without parameters of its own.
+# The entries of transformers' ACT2FN without parameters of their own.
 ACTIVATIONS = frozenset(
     "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh gelu_accurate laplace leaky_relu linear mish "
     "quick_gelu relu relu2 relu6 sigmoid silu swish tanh".split()
 )
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# Says what is wrong with a value, as "... allowed"; None if nothing is.
+# Returns what is wrong with a value, as "... allowed"; None if nothing is.
 Rule = Callable[[Any], str | None]
 
 
@@ -70,26 +70,26 @@ def or_null(rule: Rule) -> Rule:
 
 
 def token_ids(value: Any) -> str | None:
-    """A whole number, or a list of some. Which of them are ids of tokens, `known_ids` says."""
+    """An integer or a list of integers. `known_ids` finds which of them are token ids."""
     listed = value if isinstance(value, list) else [value]
     return None if all(map(is_whole, listed)) else "a token id or a list of token ids is allowed"
 
 
 def token_id(value: Any) -> str | None:
-    """A whole number."""
+    """An integer."""
     return None if is_whole(value) else "a token id is allowed"
 
 
 def dtype_name(value: Any) -> str | None:
-    """A format that a model can be held in, as in `torch.float16` or without the module."""
+    """A dtype of weights, as `torch.float16` or without the module."""
     return one_of(DTYPES)(value.removeprefix("torch.") if isinstance(value, str) else value)
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field: the rule for its value, and what a LLaMA has where the file does not say.
+    """One field: the rule for its value, and the default of a LLaMA.
 
-    `null_is_default`: null in the file means that it does not say.
+    `null_is_default`: null in the file means the default.
     """
 
     rule: Rule
@@ -164,10 +164,10 @@ ROPE_TYPES: dict[str, tuple[dict[str, Rule], dict[str, Rule]]] = {
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """What `fields_of` returns for a folder's config.json. Token ids that its vocabulary has not are logged.
+    """What `fields_of` returns for a folder's config.json. Token ids outside its vocabulary are logged.
 
     Raises:
-        UserError: the file cannot be read, is of another kind of model or of a quantized one, or a field is wrong.
+        UserError: the file cannot be read, is of another type of model or a quantized one, or a field is wrong.
     """
     path = folder / CONFIG_FILE
     config = read_settings(path, allows_mark=True)
@@ -289,9 +289,9 @@ def check_ids(settings: dict, path: Path) -> None:
 
 
 def known_ids(value: Any, vocab_size: float) -> Any:
-    """Those of one token id, or of a list of some, that the vocabulary has, in the same form; None if it has none.
+    """The ids that are in the vocabulary, of one token id or a list, in the same form; None if there are none.
 
-    Any other id means that there is no such token, as -1 in many files. PyTorch would take a padding id of -1 for the
+    Any other id means that there is no such token, as -1 in many files. PyTorch would treat a padding id of -1 as the
     last row and not train it; LLaMA-2's <pad> of some mirrors is one beyond the last row.
     """
     if isinstance(value, list):
@@ -304,7 +304,7 @@ def _is_known_id(value: Any, vocab_size: float) -> bool:
 
 
 def log_unknown_ids(settings: dict, vocab_size: int, path: Path) -> None:
-    """Log the token ids of a file that `known_ids` leaves out, once a process. -1 stands for none and is not logged."""
+    """Log a file's token ids that `known_ids` drops, once per process. -1 means none and is not logged."""
     for name in TOKEN_ID_FIELDS:
         value = settings.get(name)
         listed = value if isinstance(value, list) else [value]
@@ -343,7 +343,7 @@ def _rope_scaling(scaling: Any, fields: dict[str, Any], path: Path) -> dict | No
 
 
 def _rope_mismatch(kind: str, scaling: dict, fields: dict[str, Any]) -> str | None:
-    """What parameters of a scaling do not fit together, or to the heads."""
+    """Why parameters of a scaling do not fit each other or the heads; None if they do."""
     pairs = fields["head_dim"] // 2
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         return "high_freq_factor must be above low_freq_factor"
@@ -371,6 +371,6 @@ def llama_config(folder: Path, **settings: Any):
     try:
         config = LlamaConfig(**fields, **settings)
     except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere
-        raise UserError(f"{path}: no LLaMA can be made of it ({shown(f'{type(error).__name__}: {error}')})")
+        raise UserError(f"{path}: no LLaMA can be made from it ({shown(f'{type(error).__name__}: {error}')})")
     config.name_or_path = str(folder)
     return config

@@ -1,13 +1,13 @@
 """Keep the documents of a spliced sample apart: attention inside a document only, positions that restart at each.
 
-Every function here starts from `documents`, a (batch, length) tensor of whole numbers that says which document of its
-row a token is of: 1, 2, 3 ..., and 0 on the padding at the right. A row, of 3 + 2 tokens and 3 of padding:
+Every function here starts from `documents`, a (batch, length) tensor of integers: the number of a token's document in
+its row, 1, 2, 3 ..., and 0 on the padding at the right. A row of 3 + 2 tokens and 3 of padding:
 
     documents    1 1 1 2 2 0 0 0
     positions    0 1 2 0 1 0 1 2
 
-Padding is one more document: it sees itself, so that no row of any mask is hidden as a whole. SDPA's gradient of such a
-row is wrong on a CPU by the row's length.
+Padding is one more document: it sees itself, so no row of a mask is hidden entirely. SDPA's gradient of such a row is
+wrong on a CPU by a factor of the row's length.
 """
 
 from enum import Enum
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MaskForm(Enum):
-    """How an attention is told where documents end.
+    """The form in which an attention implementation gets the ends of documents.
 
     BLOCKS: a dense mask, for PyTorch's attention, eager or SDPA.
     BORDERS: cumulative lengths, for flash-attn by transformers.
@@ -39,19 +39,19 @@ def attention_inputs(
     device: "torch.device",
     shape: tuple[int, int],
 ) -> dict[str, Any]:
-    """Keyword arguments of a LLaMA's forward pass that say which tokens see which.
+    """Keyword arguments of a LLaMA's forward pass for attention: which tokens see which.
 
     Args:
         attention_mask: (batch, length) on the CPU, 1 on tokens and 0 on padding at the right; None if nothing is
-            padded. It holds where `documents` is None: each row is one document, and a causal mask is all it needs.
+            padded. Used where `documents` is None: each row is one document, for which a causal mask is enough.
         documents: (batch, length) on the CPU, see above.
-        dtype: number format of the model, which a dense mask is added in.
+        dtype: dtype of the model, and of a dense mask.
         device: where the model is.
         shape: of the batch, (rows, length).
     """
     if form is MaskForm.BORDERS:
-        # Told also of rows that are one document each, whose mask is its numbers: transformers would look for borders
-        # by itself, in each layer, and the host wait for them.
+        # Also for rows of one document each, whose mask serves as `documents`: otherwise transformers would look for
+        # borders in each layer, and the host would wait for them.
         return _border_inputs(attention_mask if documents is None else documents, shape, device)
     if documents is None:
         return {"attention_mask": None if attention_mask is None else attention_mask.to(device, non_blocking=True)}
@@ -75,7 +75,7 @@ def _border_inputs(documents: Optional["torch.Tensor"], shape: tuple[int, int], 
         # Found on the CPU: on a GPU the longest length would make the host wait for it.
         cumulative, longest = borders(documents)
         inputs["position_ids"] = position_ids(documents.to(device, non_blocking=True))
-    # A few numbers, which the driver takes over at once: the host need not wait for the queue before them.
+    # A few numbers, which the driver copies at once: the host does not wait for the queue before them.
     cumulative = cumulative.to(device, non_blocking=True)
     inputs.update(cu_seq_lens_q=cumulative, cu_seq_lens_k=cumulative, max_length_q=longest, max_length_k=longest)
     return inputs
@@ -89,7 +89,7 @@ def one_document_each(lengths: "torch.Tensor", width: int) -> "torch.Tensor":
 
 
 def document_lengths(documents: "torch.Tensor") -> "torch.Tensor":
-    """(batch, length) int64: how many tokens the document of each token has; 0 on padding."""
+    """(batch, length) int64: the number of tokens in each token's document; 0 on padding."""
     import torch
 
     counts = torch.zeros(len(documents), int(documents.max()) + 1, dtype=torch.int64, device=documents.device)
@@ -99,7 +99,7 @@ def document_lengths(documents: "torch.Tensor") -> "torch.Tensor":
 
 
 def position_ids(documents: "torch.Tensor") -> "torch.Tensor":
-    """(batch, length) int64: the place of each token in its document."""
+    """(batch, length) int64: the position of each token in its document."""
     import torch
 
     places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
@@ -116,7 +116,7 @@ def block_mask(documents: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor
 
 
 def borders(documents: "torch.Tensor") -> tuple["torch.Tensor", int]:
-    """What flash-attn's kernels for unequal lengths need, over all rows one after the other, padding included.
+    """The arguments of flash-attn's variable-length kernels, over all rows concatenated, padding included.
 
     Returns:
         (documents + 1,) int32 cumulative lengths from 0 to batch * length, and the longest length.

@@ -216,7 +216,8 @@ def with_moved_settings(content: dict[str, Any], moved: dict[str, Any]) -> tuple
 def portable_generation(content: dict[str, Any], *, vocab_size: int | None = None) -> tuple[dict[str, Any], list[str]]:
     """What generation_config.json should hold, and what was changed."""
     ids, changes = _portable_ids(content, GENERATION_CONFIG_FILE, vocab_size=vocab_size)
-    kept, unusable = {}, {}
+    kept: dict[str, Any] = {}
+    unusable: dict[str, Any] = {}
     for key, value in {**content, **ids}.items():
         allowed = RANGES.get(key)
         # JSON has no NaN and no infinity.

@@ -1,4 +1,4 @@
-"""The front matter of a model card, whoever wrote the card."""
+"""The front matter of a model card, which anyone may have written."""
 
 import os
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from colossal_llama2.storage.json_input import shown
 
 BORDER = "---"
 CARD_BYTES = 64 * MIB
-# PyYAML takes a second for twice as much, and minutes for many brackets. Of a longer front matter, such as one with a
-# table of results, the entry of the base model alone is parsed.
+# PyYAML needs a second for twice as much, and minutes for many brackets. In a longer front matter, such as one with a
+# table of results, only the entry of the base model is parsed.
 PARSED_CHARACTERS, PARSED_BRACKETS = 2**14, 500
 BASE_MODEL = "base_model"
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
-    """What a README.md says between its first two lines of dashes; empty if it says nothing.
+    """The YAML between the first two lines of dashes of a README.md; empty if there is none.
 
-    A card is of no use to training, so one that cannot be read is logged and passed over.
+    Training does not need the card, so one that cannot be read is logged and ignored.
     """
     if not os.path.lexists(card):
         return {}

@@ -1,4 +1,4 @@
-"""Load a LLaMA model for training, from safetensors, with every weight accounted for."""
+"""Load a LLaMA model for training from safetensors, after checking that every weight is there."""
 
 import re
 import textwrap
@@ -33,20 +33,20 @@ from colossal_llama2.storage.input_files import ANY_SIZE, check_regular, is_regu
 from colossal_llama2.storage.json_input import shown
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
-# Old checkpoints store this constant, which the model computes by itself.
+# Old checkpoints store this constant, which the model computes itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
 # In config.json: the rows that init_model.py added to the embeddings, as [begin, end) ranges of token ids.
 NEW_ROWS_KEY = "initialized_rows"
-# The same of rows that no token has, which --pad_vocab_to_multiple_of puts behind the last token.
+# The same for rows without a token, which --pad_vocab_to_multiple_of adds after the last token.
 PADDING_ROWS_KEY = "padding_rows"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a checkpoint before its weights are read: sizes in elements and rows.
+    """Sizes of a model, in elements and rows, which are known before its weights are read.
 
-    `embedding_parameters` are those of `parameters` that --freeze_non_embeds_params trains. `positions` are what
-    rope_scaling, of the type `scaling`, makes of `max_position_embeddings`.
+    `embedding_parameters` are the part of `parameters` that --freeze_non_embeds_params trains. `positions` is
+    `max_position_embeddings` scaled by rope_scaling, which is of the type `scaling`.
     """
 
     parameters: int
@@ -64,7 +64,7 @@ class ModelFacts:
 def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> None:
     """Raise a UserError unless the folder holds a LLaMA config and safetensors, and nothing that makes it unusable.
 
-    Reads JSON alone, and imports neither torch nor transformers.
+    Reads only JSON, and imports neither torch nor transformers.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -88,9 +88,9 @@ def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> N
 
 
 def generation_ids(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """The ids of <s>, </s> and padding in generation_config.json, those of config.json where it has none.
+    """The ids of <s>, </s> and padding in generation_config.json, or of config.json where it has none.
 
-    Ids that the vocabulary has not count as none and are logged.
+    Ids outside the vocabulary are logged and ignored.
 
     Args:
         fields: what `read_fields` returned for the folder.
@@ -107,7 +107,7 @@ def generation_ids(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_model(path: str, flag: str, *, needs_weights: bool = True) -> None:
-    """`check_model_folder`, and `check_weights`: all that is known of a model before torch is imported."""
+    """`check_model_folder` and `check_weights`: all checks of a model that need no torch."""
     check_model_folder(path, flag, needs_weights=needs_weights)
     if needs_weights or has_weights(Path(path)):
         check_weights(path)
@@ -120,7 +120,7 @@ class StoredWeight(NamedTuple):
     shape: tuple[int, ...]
 
 
-# What can be trained; integers and floats of 8 bits are those of quantized models.
+# Dtypes that can be trained; integers and 8-bit floats are of quantized models.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,9})\..*", re.ASCII)
 # A LLaMA has at most 13 a layer.
@@ -128,12 +128,12 @@ MOST_WEIGHTS = 20_000
 
 
 def check_weights(path: str) -> None:
-    """Compare names, shapes and number formats of the stored weights with what the config asks for.
+    """Compare names, shapes and dtypes of the stored weights with the config.
 
-    Reads the headers of the files alone, and imports no torch. Its time depends on what is stored, not on the config.
+    Reads only the headers of the files, and imports no torch. Its time depends on what is stored, not on the config.
 
     Raises:
-        UserError: a weight is missing, unknown, of another shape, or in a format that is none of floats.
+        UserError: a weight is missing, unknown, of another shape, or not of a dtype that can be trained.
     """
     fields = read_fields(Path(path))
     stored = stored_weights(path)
@@ -192,12 +192,12 @@ def expected_shapes(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ..
 
 
 def inspect_weights(path: str) -> ModelFacts:
-    """What is known of a checkpoint whose weights are as its config asks for.
+    """Check a checkpoint's weights against its config, and return its sizes.
 
-    Of the weights only embeddings that are tied and stored twice are read.
+    The only weights read are embeddings that are tied and stored twice.
 
     Raises:
-        UserError: as `check_weights`, or transformers can make no model of the config.
+        UserError: as `check_weights`, or transformers cannot make a model from the config.
     """
     check_model_files(Path(path))
     check_weights(path)
@@ -209,10 +209,10 @@ def inspect_weights(path: str) -> ModelFacts:
 
 
 def facts_of_config(path: str) -> ModelFacts:
-    """What a folder's config.json alone says of its model. Raises UserError if no LLaMA can be made of it."""
+    """The sizes of a folder's model, from config.json only. Raises UserError if no LLaMA can be made from it."""
     model = model_without_weights(path)
     config = model.config
-    # One weight, if they are tied.
+    # A single weight, if they are tied.
     embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
     return ModelFacts(
         parameters=sum(param.numel() for param in model.parameters()),
@@ -229,7 +229,7 @@ def facts_of_config(path: str) -> ModelFacts:
 
 
 def model_without_weights(path: str):
-    """The LlamaForCausalLM of a folder's config.json, on the meta device. Raises UserError if there can be none."""
+    """The LlamaForCausalLM of a folder's config.json, on the meta device. Raises UserError if it cannot be made."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -237,16 +237,16 @@ def model_without_weights(path: str):
     try:
         with torch.device("meta"):
             return LlamaForCausalLM(config)
-    except Exception as error:  # what transformers raises for an entry that it cannot use is not told anywhere
+    except Exception as error:  # transformers does not document what it raises for an entry that it cannot use
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
-        raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made of it ({reason}); correct the file")
+        raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made from it ({reason}); correct the file")
 
 
 def stored_weights(path: str) -> dict[str, StoredWeight]:
-    """What the headers of a checkpoint's safetensors say, without the constants that old checkpoints store.
+    """The tensors of a checkpoint, by the headers of its safetensors, without constants that old checkpoints store.
 
     Raises:
-        UserError: a file is missing, damaged, or holds what the index does not say, or not what it says.
+        UserError: a file is missing or damaged, or does not hold exactly what the index says.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -254,7 +254,7 @@ def stored_weights(path: str) -> dict[str, StoredWeight]:
     places: dict[str, str] = {}
     for file_name in shard_names(path):
         shard = Path(path, file_name)
-        # It may be of any size: its header, which is read first, says what is in it.
+        # Any size is allowed: the header, which is read first, lists the content.
         check_regular(shard, max_bytes=ANY_SIZE)
         try:
             with safe_open(str(shard), framework="np") as file:
@@ -271,7 +271,7 @@ def stored_weights(path: str) -> dict[str, StoredWeight]:
         places.update(dict.fromkeys(held, shard.name))
     if not is_regular(Path(path, WEIGHTS_FILE)):
         listed = {name: file for name, file in weight_map(Path(path)).items() if not name.endswith(COMPUTED_SUFFIX)}
-        # transformers fills what the index does not list with random numbers.
+        # transformers fills weights that the index does not list with random numbers.
         for name in sorted(listed.keys() | places.keys()):
             if listed.get(name) != places.get(name):
                 raise UserError(
@@ -282,11 +282,11 @@ def stored_weights(path: str) -> dict[str, StoredWeight]:
 
 
 def load_llama(path: str, *, precision: str, attention: str):
-    """Load a LlamaForCausalLM, ready to be trained.
+    """Load a LlamaForCausalLM for training.
 
     Args:
         path: folder that `inspect_weights` accepted.
-        precision: fp16, bf16 or fp32; what the weights are held in.
+        precision: fp16, bf16 or fp32, the dtype of the loaded weights.
         attention: eager, sdpa or flash_attention_2, as transformers names them.
     """
     from transformers import LlamaForCausalLM
@@ -302,7 +302,7 @@ def load_llama(path: str, *, precision: str, attention: str):
 
 
 def dtype_of(precision: str):
-    """The torch.dtype that a model is held in under --mixed_precision fp16, bf16 or fp32."""
+    """The torch.dtype of a model's weights under --mixed_precision fp16, bf16 or fp32."""
     import torch
 
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]

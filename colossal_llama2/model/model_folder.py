@@ -1,10 +1,10 @@
-"""Which files of a model folder are opened, whoever made the folder, and which make it unusable.
+"""Which files of a model folder are opened, and which make the folder unusable. The folder may come from anyone.
 
-Opened are config.json, generation_config.json, the safetensors file or the index of such files and the files that it
-names, and the tokenizer's files; all of them must be regular files. Pickles and code beside them (*.bin, *.pt, *.py)
-are never opened, and no reason to refuse: Meta's own LLaMA-2 folders have both kinds of weights.
+These are opened: config.json, generation_config.json, the safetensors file or the index with the files it names, and
+the tokenizer's files. All of them must be regular files. Pickles and code beside them (*.bin, *.pt, *.py) are never
+opened and never a reason to refuse: Meta's own LLaMA-2 folders have both kinds of weights.
 
-An adapter is another matter. transformers would look for peft, load the base model that adapter_config.json names
+An adapter is refused. With one, transformers would look for peft, load the base model that adapter_config.json names
 instead of the weights beside it, and let peft unpickle the adapter, which runs code (CVE-2025-32434).
 """
 
@@ -25,7 +25,7 @@ ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model*")
 def check_no_adapter(folder: Path) -> None:
     """Raise a UserError if there is an adapter in a model folder."""
     found = sorted(path.name for pattern in ADAPTER_PATTERNS for path in folder.glob(pattern))
-    # A link that leads nowhere is found by no pattern without wildcards.
+    # glob does not find a dangling link by a pattern without wildcards.
     if not found and os.path.lexists(folder / ADAPTER_PATTERNS[0]):
         found = [ADAPTER_PATTERNS[0]]
     if found:
@@ -37,7 +37,7 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def check_model_files(folder: Path) -> None:
-    """Check what a folder's model is read from by names and kinds of files, without opening more than JSON.
+    """Check the names and types of the files that a model is read from. Opens only JSON.
 
     Raises:
         UserError: there is an adapter, or a file that would be opened is not a regular file.
@@ -50,7 +50,7 @@ def check_model_files(folder: Path) -> None:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is a safetensors file, or an index of some, under the names that are looked for."""
+    """Whether the folder has a safetensors file or an index of several, under their usual names."""
     return any(is_regular(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
@@ -61,14 +61,14 @@ def shard_names(path: str) -> tuple[str, ...]:
         UserError: the index is damaged, or names a file outside the folder.
     """
     folder = Path(path)
-    # Where both are there, transformers and ColossalAI load the single file.
+    # If both exist, transformers and ColossalAI load the single file.
     if is_regular(folder / WEIGHTS_FILE):
         return (WEIGHTS_FILE,)
     return tuple(sorted(set(weight_map(folder).values())))
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Which file has which tensor, as the index says. Raises UserError if it names anything but files of the folder."""
+    """The file of each tensor, by the index. Raises UserError if it names anything but files of the folder."""
     path = folder / INDEX_FILE
     try:
         names = read_settings(path).get("weight_map")

@@ -1,9 +1,9 @@
 """NEFTune: uniform noise on the input embeddings while fine-tuning (Jain et al., arXiv 2310.05914, algorithm 1).
 
 Its magnitude is alpha / sqrt(L * d) for a sequence of L tokens and width d, so that the noise of a whole sequence has
-the same expected norm however long the sequence is. The paper has one conversation in a sequence; where several are
-spliced into a sample and kept apart, each is a sequence of its own. Padding is not counted. The paper's sample code
-takes the padded length, by which the noise of a conversation would depend on what else is in its batch.
+the same expected norm for every length. In the paper a sequence is one conversation; where several are spliced into a
+sample and kept apart, each is a sequence of its own. Padding is not counted. The paper's sample code uses the padded
+length, with which the noise of a conversation would depend on the rest of its batch.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NoNoise:
-    """Stands for NEFTune where it is off."""
+    """No-op, used where NEFTune is off."""
 
     def prepare(
         self, *, step: int, micro_step: int, lengths: "torch.Tensor", documents: Optional["torch.Tensor"] = None
@@ -39,7 +39,7 @@ class EmbeddingNoise(NoNoise):
     def prepare(
         self, *, step: int, micro_step: int, lengths: "torch.Tensor", documents: Optional["torch.Tensor"] = None
     ) -> None:
-        """Set the place of the next forward pass, and what its tokens belong to.
+        """Set the step of the next forward pass, and the documents of its tokens.
 
         Args:
             lengths: (batch,) tokens of each sample.
@@ -69,7 +69,7 @@ class EmbeddingNoise(NoNoise):
 
 @contextlib.contextmanager
 def embedding_noise(model, *, alpha: float, seed: int, data_rank: int) -> Iterator[EmbeddingNoise]:
-    """Add NEFTune's noise to a model's input embeddings inside the `with` block; checkpoints are not touched by it."""
+    """Add NEFTune's noise to a model's input embeddings inside the `with` block; checkpoints do not change."""
     noise = EmbeddingNoise(alpha=alpha, seed=seed, data_rank=data_rank)
     handle = model.get_input_embeddings().register_forward_hook(noise.add)
     try:

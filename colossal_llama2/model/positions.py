@@ -1,4 +1,4 @@
-"""How many positions a model has: its config.json's max_position_embeddings, and what rope_scaling makes of it.
+"""The number of positions of a model: its config.json's max_position_embeddings, scaled by rope_scaling.
 
 By transformers 4.51 (configuration_llama.py: "a `factor` of x will enable the model to handle sequences of length x *
 original maximum pre-trained length"; modeling_rope_utils.py) and as vLLM derives a model's length from the same file:
@@ -21,7 +21,7 @@ def positions_of(config: Any) -> int:
     Never below its max_position_embeddings.
     """
     positions = config.max_position_embeddings
-    scaling = getattr(config, "rope_scaling", None)
+    scaling: Any = getattr(config, "rope_scaling", None)
     if scaling_type(config) not in EXTENDED_BY_FACTOR:
         return positions
     factor = scaling.get("factor")
@@ -33,7 +33,7 @@ def positions_of(config: Any) -> int:
 
 
 def scaling_type(config: Any) -> str | None:
-    """What rope_scaling says in either spelling, `rope_type` or the older `type`; None if there is none."""
+    """The type of rope_scaling, spelled `rope_type` or, in older files, `type`; None if there is none."""
     scaling = getattr(config, "rope_scaling", None)
     if not isinstance(scaling, dict):
         return None
@@ -42,13 +42,13 @@ def scaling_type(config: Any) -> str | None:
 
 
 def described(positions: int, scaling: str | None) -> str:
-    """For messages: how many positions a model has, and what says so. `scaling` is its `scaling_type`."""
+    """For messages: the number of positions of a model, and where it is from. `scaling` is its `scaling_type`."""
     scaled = f", and rope_scaling of type {scaling}" if scaling else ""
     return f"the model has {positions} positions (max_position_embeddings of its config.json{scaled})"
 
 
 def cure_of_long_samples(positions: int) -> str:
-    """What to do about samples that are longer than the model has positions."""
+    """For messages: the fix for samples that are longer than the model has positions."""
     return (
         f"prepare the data with --max_length {positions} or less, or give a model with more positions, as rope_scaling "
         "in its config.json makes"

@@ -5,8 +5,8 @@ A file is the length of its header (8 bytes), the header, and the data, to which
     {"__metadata__": {"format": "pt"},
      "lm_head.weight": {"dtype": "BF16", "shape": [32000, 4096], "data_offsets": [0, 262144000]}}
 
-Tensors are copied from file to file inside the kernel where it can, converted in chunks of 16 MiB, and one matrix at a
-time is held in memory, to take means of its rows.
+Tensors are copied from file to file, inside the kernel where it can, and converted in chunks of 16 MiB. At most one
+matrix is in memory at a time, to average its rows.
 """
 
 import errno
@@ -28,12 +28,12 @@ from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, has_wei
 from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
 
 METADATA = "__metadata__"
-# The format's names of the number formats that can be averaged and converted: PyTorch's names, bytes.
+# The dtypes that can be averaged and converted, by the format's names: PyTorch's name and bytes.
 FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 CHUNK_BYTES = 16 * 2**20
 # As much as stays in a processor's cache while it is summed, converted and written.
 ROWS_AT_A_TIME = 256
-# copy_file_range says one of these where two files cannot be copied inside the kernel.
+# Errors of copy_file_range where two files cannot be copied inside the kernel.
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 Advance = Callable[[int], None]
@@ -56,11 +56,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of the tensors.
+    """How the tensors change.
 
-    Of each matrix in `matrices` the first `kept` rows stay, row `kept + i` is the mean of the rows `bags[i]`, and each
-    of the last `padding` rows is the mean of the kept ones. `dtype` is a key of FLOATS that all floating-point tensors
-    are converted to; None converts nothing.
+    In each matrix of `matrices` the first `kept` rows stay, row `kept + i` is the mean of the rows `bags[i]`, and each
+    of the last `padding` rows is the mean of the kept ones. All floating-point tensors are converted to `dtype`, a key
+    of FLOATS; None converts nothing.
     """
 
     matrices: tuple[str, ...]
@@ -109,7 +109,7 @@ def read_shard(path: Path) -> Shard:
     check_regular(path, max_bytes=ANY_SIZE)
     try:
         with safe_open(path, framework="np"):
-            pass  # it checks the whole header: that it parses, and that the tensors fill the file
+            pass  # checks the whole header: it must parse, and the tensors must fill the file
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); download it again")
     with open(path, "rb") as file:
@@ -148,7 +148,7 @@ def _target_entry(name: str, entry: dict, change: Change) -> dict:
 
 
 def _number_bytes(entry: dict) -> float:
-    """Bytes of one number. An empty tensor counts as the largest: in front, at 0, it is aligned whatever it is of."""
+    """Bytes of one number. An empty tensor counts as the largest: at offset 0 it is aligned for every dtype."""
     count = math.prod(entry["shape"])
     return _data_bytes(entry) / count if count else math.inf
 
@@ -178,7 +178,7 @@ def target_index(index: dict, shards: list[Shard], change: Change) -> dict:
     new = [entry for shard in shards for entry in target_tensors(shard, change).values()]
     metadata = {**(index.get("metadata") or {}), "total_size": sum(map(_data_bytes, new))}
     if "total_parameters" in metadata:
-        # What was counted is the model's affair (tied weights, constants); what is added is ours.
+        # Keep how the model counts (tied weights, constants), and add only the difference.
         metadata["total_parameters"] += sum(math.prod(entry["shape"]) for entry in new)
         metadata["total_parameters"] -= sum(math.prod(entry["shape"]) for entry in old)
     return {**index, "metadata": metadata}
@@ -188,7 +188,7 @@ def target_index(index: dict, shards: list[Shard], change: Change) -> dict:
 
 
 def write_shard(shard: Shard, path: Path, change: Change, advance: Advance) -> None:
-    """Write the changed shard to `path`, a new file; `advance` is told of bytes written as they are.
+    """Write the changed shard to `path`, a new file; `advance` is called with numbers of bytes as they are written.
 
     Raises UserError if a value does not fit into the dtype, RunError if the source became shorter meanwhile.
     """
@@ -230,7 +230,7 @@ def _write_tensor(
 
 
 def _copy(source: FileIO, target: FileIO, *, begin: int, length: int, advance: Advance) -> None:
-    """Append a range of the source's bytes to the target, inside the kernel where it can."""
+    """Append a range of the source's bytes to the target, inside the kernel where possible."""
     end, in_kernel = begin + length, hasattr(os, "copy_file_range")
     while begin < end:
         count = 0
@@ -240,7 +240,7 @@ def _copy(source: FileIO, target: FileIO, *, begin: int, length: int, advance: A
             except OSError as error:
                 if error.errno not in NO_KERNEL_COPY:
                     raise
-            # 0 bytes: the end of the file, or of a file system that does not tell why it cannot.
+            # 0 bytes: the end of the file, or a file system that does not report why it cannot.
             in_kernel = count > 0
             advance(count)
         else:
@@ -262,7 +262,7 @@ def _chunks(source: FileIO, *, begin: int, length: int, dtype: str) -> Iterator:
 
 
 def _mean_rows(source: FileIO, *, begin: int, entry: dict, bags: list[list[int]]) -> Iterator:
-    """The mean of each bag's rows, summed in float32, as float32 tensors of some rows each."""
+    """The mean of each bag's rows, summed in float32, as float32 tensors of several rows each."""
     import torch
 
     # Many new tokens share few old ones: only those rows are read, and become float32.
@@ -277,7 +277,7 @@ def _mean_rows(source: FileIO, *, begin: int, entry: dict, bags: list[list[int]]
 
 
 def _padding_rows(source: FileIO, *, begin: int, entry: dict, change: Change) -> Iterator:
-    """The rows behind all others, each the mean of the kept rows, as float32 tensors of some rows each."""
+    """The last rows, each the mean of the kept rows, as float32 tensors of several rows each."""
     import torch
 
     if not change.padding:
@@ -292,7 +292,7 @@ def _padding_rows(source: FileIO, *, begin: int, entry: dict, change: Change) ->
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Many threads only wait for each other over a few rows; on a busy machine that took five times as long."""
+    """Use one thread: over a few rows many only wait for each other, five times as long on a busy machine."""
     import torch
 
     threads = torch.get_num_threads()
@@ -324,18 +324,18 @@ def _write_values(target: FileIO, values, dtype: str, advance: Advance) -> None:
 
 
 def _too_large(values, dtype: str) -> int:
-    """How many finite numbers become infinite in `dtype`."""
+    """The number of finite values that become infinite in `dtype`."""
     import torch
 
     largest = torch.finfo(getattr(torch, FLOATS[dtype][0])).max
-    # One quick pass; what it does not clear (large, infinite or not a number) is looked at closely.
+    # One quick pass; only large, infinite or NaN values need a second.
     if all(abs(bound) <= largest for bound in map(float, values.aminmax())):
         return 0
     return int((values.to(getattr(torch, FLOATS[dtype][0])).isinf() & ~values.isinf()).sum())
 
 
 def _read(source: FileIO, begin: int, buffer) -> None:
-    """Fill a buffer from one place of the file. Raises RunError if the file ends before."""
+    """Fill a buffer from an offset of the file. Raises RunError if the file ends before."""
     view = memoryview(buffer)
     source.seek(begin)
     while view:

@@ -153,7 +153,7 @@ def read_new_rows(model_path: str) -> Ranges:
     path = Path(model_path, CONFIG_FILE)
     config = read_json(path)
     ranges = config.get(NEW_ROWS_KEY)
-    size = config.get("vocab_size")
+    size: int = config.get("vocab_size", 0)
     if not ranges:
         raise UserError(
             f"--train_new_rows_only: {path} does not say which rows are new; initialize the model with init_model.py, "

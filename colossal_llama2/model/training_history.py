@@ -11,12 +11,11 @@
          "settings": {"lr": 3e-05, ...}, "world_size": 8, "versions": {"torch": "2.5.1", ...},
          "tokenizer_sha256": "...", "weights": {"model.safetensors": {"bytes": 13476835328, "sha256": "..."}}}]}
 
-`base_model` is the model that the first stage began with, by the name that a card should give it. A parent is named by
-the end of its path. The weights of a parent have null for a hash that would take long to compute; those of a stage are
-there once the model is exported, and for those of the first stage's parent nobody vouches but this file. `resumed`
-lists, where a setting changed, the steps from which a stage went on and what changed there.
+`base_model` is the name, for a model card, of the model that the first stage started from. A parent is named by the end
+of its path. In a parent's weights, null stands for a hash that would take long to compute. A stage has weights once its
+model is exported. `resumed` lists the steps at which a stage was resumed with changed settings, and what changed.
 
-The folder may come from anyone, so what is read is checked entry by entry, and a file that does not pass is left out.
+The folder may come from anyone, so every entry is checked, and a file with a wrong entry is ignored.
 """
 
 import hashlib
@@ -49,7 +48,7 @@ Weights = dict[str, dict[str, Any]]
 
 
 class History(NamedTuple):
-    """What a folder says of its model's past; `problem` says why a file that is there was left out."""
+    """The history of a model; `problem` is the reason why an existing file was ignored."""
 
     base_model: str | None = None
     stages: list[dict[str, Any]] = []
@@ -72,11 +71,11 @@ def read_history(folder: Path) -> History:
         problem = error.strerror or str(error)
     except ValueError as error:
         problem = str(error)
-    return History(problem=f"{path} is left out, so the stages before are not known: {problem}")
+    return History(problem=f"{path} is ignored, so earlier stages are unknown: {problem}")
 
 
 def log_problem(history: History) -> None:
-    """Warn of a file that was left out."""
+    """Log a warning about a file that was ignored."""
     if history.problem:
         logs.get_logger().warning("%s", history.problem)
 
@@ -94,7 +93,7 @@ def name_of(path: str) -> str:
 
 
 def encodable(text: str) -> str:
-    """`text` with what UTF-8 cannot hold escaped, as a folder's name may have it."""
+    """`text` with characters escaped that UTF-8 cannot encode, which a folder's name may have."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -111,7 +110,7 @@ def base_model_of(path: str, history: History) -> str:
 
 def named_by_card(card: Path) -> str | None:
     """The `base_model` in a card's front matter; None if there is none that can be read. Never raises."""
-    named = read_front_matter(card).get("base_model")
+    named: Any = read_front_matter(card).get("base_model")
     named = named[0] if isinstance(named, list) and len(named) == 1 else named
     return named.strip() if is_name(named) else None
 
@@ -134,12 +133,12 @@ def describe_parent(path: str, history: History, known: Weights | None = None) -
         parent["config_sha256"] = hashlib.sha256(config.read_bytes()).hexdigest()
     left = history.stages[-1].get("weights") if history.stages else None
     if left and weights and _are_same(left, weights):
-        # Too large to be hashed: sizes agree, so what was recorded is taken.
+        # Too large to be hashed: the sizes agree, so the recorded hashes are used.
         weights.update({name: left[name] for name, entry in weights.items() if entry["sha256"] is None})
     elif left and weights:
         parent["as_recorded"] = False
         logs.get_logger().warning(
-            "%s: its weights are not those that the last stage in its %s left; they are told as another model's",
+            "%s: its weights are not those of the last stage in its %s; they are recorded as another model's",
             path,
             HISTORY_FILE,
         )
@@ -147,7 +146,7 @@ def describe_parent(path: str, history: History, known: Weights | None = None) -
 
 
 def weights_of(path: str, known: Weights) -> Weights:
-    """Bytes and SHA-256 of a model's safetensors; null for hashes that are not known and would take long."""
+    """Bytes and SHA-256 of a model's safetensors; null for hashes that are unknown and would take long."""
     try:
         sizes = {name: Path(path, name).stat().st_size for name in shard_names(path)}
     except (OSError, UserError):
@@ -172,7 +171,7 @@ def _are_same(recorded: Weights, found: Weights) -> bool:
     return same_bytes and all(None in (a["sha256"], b["sha256"]) or a["sha256"] == b["sha256"] for a, b in pairs)
 
 
-# Checks. Each returns whether a value read from JSON is what it should be.
+# Checks. Each returns whether a value read from JSON is valid.
 
 Check = Callable[[Any], bool]
 
@@ -265,7 +264,7 @@ def _checked(content: Any) -> History:
     for number, entry in enumerate(content["stages"], start=1):
         wrong = _first_wrong(entry)
         if wrong is not None:
-            raise ValueError(f"{wrong} of its stage {number} is not what it should be")
+            raise ValueError(f"{wrong} of its stage {number} is not valid")
         stages.append(entry)
     return History(content["base_model"], stages)
 
@@ -279,7 +278,7 @@ def _first_wrong(entry: Any) -> str | None:
 
 
 def as_written(content: dict[str, Any]) -> dict[str, Any]:
-    """What `read_history` will find of this content. Raises ValueError if it would leave it out."""
+    """What `read_history` will return for this content. Raises ValueError if it would ignore the file."""
     text = json.dumps(content)
     if len(text) > MAX_BYTES // 2:
         raise ValueError(f"it would have {len(text):,} characters")
@@ -293,7 +292,7 @@ def vocabulary_stage(
 ) -> dict[str, Any]:
     """The content of the file for a model whose vocabulary was extended from `sizes[0]` to `sizes[1]` rows.
 
-    Of these, `padding_rows` have no token. A model that has as many rows as before, none of them new, had no new stage.
+    `padding_rows` of them have no token. A model with as many rows as before, none of them new, has no new stage.
     """
     history = read_history(Path(source))
     log_problem(history)

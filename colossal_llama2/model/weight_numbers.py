@@ -1,8 +1,8 @@
-"""Whether all numbers of stored weights are finite, in the number format in which they will be held.
+"""Check that all numbers of stored weights are finite, in the dtype in which the model will hold them.
 
-A NaN in one weight shows much later, as a loss that is no number or an empty answer, and is then blamed on the data.
-The numbers are looked at in the files, from which every plugin reads them, the lazy ones too. The ranks of a job share
-them, and nothing is copied: 64 MiB of a file at a time are mapped, and are then in the host's memory for the load.
+A NaN in one weight shows much later, as a NaN loss or an empty answer, and is then blamed on the data. The files are
+checked, since every plugin reads the weights from them, lazy ones too. The ranks of a job share the work. Nothing is
+copied: 64 MiB of a file at a time are mapped, and stay in the host's page cache for the load.
 """
 
 import math
@@ -26,11 +26,11 @@ def check_numbers(path: str, dtype: str | None, *, cure: str = "", share: int = 
 
     Args:
         dtype: a key of safetensors_stream.FLOATS, or of PRECISIONS; None: as they are stored.
-        cure: what to do about numbers that are too large for `dtype`.
-        share, shares: which part of the numbers to look at, and of how many.
+        cure: the fix for numbers that are too large for `dtype`.
+        share, shares: the part of the numbers to check, of that many parts.
 
     Raises:
-        UserError: the weight's name and file, and how many numbers of it are NaN, infinite or too large.
+        UserError: with the weight's name and file, and how many of its numbers are NaN, infinite or too large.
     """
     target = PRECISIONS.get(dtype, dtype)
     for name in shard_names(path):
@@ -52,7 +52,7 @@ def _ranges(shard: Shard, share: int, shares: int) -> Iterator[tuple[str, int, i
 
 
 def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target: str | None) -> dict[str, int]:
-    """How many numbers of a range of bytes are NaN, infinite, or too large for `target`; empty if none is."""
+    """The numbers of NaN, infinite and too large (for `target`) values in a range of bytes; empty if there are none."""
     import torch
 
     dtype = getattr(torch, FLOATS[shard.tensors[name]["dtype"]][0])
@@ -73,12 +73,12 @@ def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target:
 
 
 def _count(values, held) -> dict[str, int]:
-    """How many of a tensor's numbers are not finite, or will not be in the dtype `held`, by what is wrong with them."""
+    """The numbers of a tensor's values that are NaN or infinite, or become infinite in the dtype `held`."""
     import torch
 
-    # What is above it may be rounded to infinity.
+    # Values above it may be rounded to infinity.
     largest = min(torch.finfo(values.dtype).max, torch.finfo(held).max)
-    # One pass, which NaN goes through; most weights need no other.
+    # One pass, in which NaN propagates; most weights need no other.
     if all(abs(bound) <= largest for bound in map(float, values.aminmax())):
         return {}
     is_nan, is_infinite = values.isnan(), values.isinf()

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage import json_input
@@ -21,7 +21,7 @@ from colossal_llama2.storage.input_files import check_regular, is_regular
 from colossal_llama2.storage.lines import MAX_LINE_BYTES, LineReader
 from colossal_llama2.storage.row_errors import RowError, json_type
 
-# Names that operating systems, file servers and desktops put into any folder by themselves.
+# Files that operating systems, file servers and desktops create in any folder.
 STRAY_NAMES = (
     ".DS_Store",
     "._*",
@@ -52,13 +52,13 @@ def read_json(path: Path) -> dict:
     try:
         return json_input.read_object(path, unique_names=False)
     except ValueError as error:
-        raise UserError(f"{path} is not JSON as it should be ({error}); copy the file again from its source")
+        raise UserError(f"{path} is not valid JSON ({error}); copy the file again from its source")
 
 
 class JsonLine(NamedTuple):
-    """One line of a jsonl file: `where` is file:line, `size` its bytes, `record` its object, None if it is blank.
+    """One line of a jsonl file: `where` is file:line, `size` its bytes, `record` its object, None for a blank line.
 
-    Blank lines may come as one, at the place of the first.
+    Consecutive blank lines may be one item, at the position of the first.
     """
 
     where: str
@@ -67,10 +67,13 @@ class JsonLine(NamedTuple):
 
 
 def read_jsonl(path: Path, *, explain: Callable[[bytes], str | None] = lambda line: None) -> Iterator[JsonLine]:
-    """Every line of a jsonl file, lazily, blank ones together. Raises UserError with file:line for one that is not a
-    JSON object, or too long.
+    """Read a jsonl file line by line, consecutive blank lines as one item.
 
-    `explain` may say what such a line is instead, in place of the general message.
+    Args:
+        explain: returns a better message for a line that is not a JSON object, or None.
+
+    Raises:
+        UserError: with file:line, for a line that is not a JSON object, or too long.
     """
     number = 1
     with path.open("rb") as file:
@@ -118,13 +121,13 @@ def parse_object(line: bytes, unit: str = "line", *, allows_nan: bool = False) -
 
 
 def _parsed_with_nan(line: bytes) -> dict | None:
-    """The object in a line that is JSON but for the words that `parse_object` allows; None if it is not."""
+    """The object in a line that is JSON except for NaN and Infinity; None if it is not."""
     if b"NaN" not in line and b"Infinity" not in line:
         return None
     try:
         record = json.loads(line.decode())
         if b"\\u" in line:
-            # Python's parser takes halves of surrogate pairs, which no encoder does.
+            # Python's parser accepts halves of surrogate pairs, which cannot be encoded.
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
@@ -132,23 +135,23 @@ def _parsed_with_nan(line: bytes) -> dict | None:
 
 
 def _why_not_json(line: bytes, error: ValueError, unit: str) -> tuple[str, str]:
-    """The reason to count by, and what to say."""
+    """The reason to count rows by, and the message."""
     try:
         line.decode()
     except UnicodeDecodeError as undecodable:
         return "not UTF-8", f"not UTF-8 at byte {undecodable.start + 1} of the {unit}"
     if "surrogate" in str(error):
-        return "half of a surrogate pair", "half of a surrogate pair, which is no character"
+        return "half of a surrogate pair", "half of a surrogate pair, which is not a character"
     return "not JSON", f"not JSON ({error})"
 
 
 def jsonl_files(folder: Path) -> list[Path]:
-    """The *.jsonl files directly inside a folder, by name; hidden ones, such as macOS makes, are left out."""
+    """The *.jsonl files directly inside a folder, by name, without hidden ones such as macOS creates."""
     return sorted(path for path in folder.glob("*.jsonl") if path.is_file() and not path.name.startswith("."))
 
 
 def check_is_utf8(path: str, flag: str) -> None:
-    """Raise a UserError for a name in another encoding, as unzipping makes of Chinese ones: JSON cannot hold it."""
+    """Raise a UserError for a name that is not UTF-8, as unzip may produce: it cannot be written to JSON."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -156,43 +159,44 @@ def check_is_utf8(path: str, flag: str) -> None:
 
 
 def check_can_create(path: Path, flag: str) -> None:
-    """Raise a UserError unless the file or folder can be made, with the folders above it, or is there to write to."""
+    """Raise a UserError unless the file or folder can be created, with its parents, or exists and is writable."""
     parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
     if parent == path.absolute() and parent.is_file():
         parent = parent.parent
     if not parent.is_dir():
-        kind = "a file" if parent.exists() else "a link that leads nowhere"
-        raise UserError(f"{flag} {path} cannot be written: {parent} is {kind}, no folder; name another place")
+        kind = "a file" if parent.exists() else "a broken link"
+        raise UserError(f"{flag} {path} cannot be written: {parent} is {kind}, not a folder; give another path")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} cannot be written in {parent}; name a folder where you may write")
+        raise UserError(f"{flag} {path} cannot be written: no write permission in {parent}; give another folder")
 
 
 def open_to_umask(path: Path) -> None:
-    """Give a file or folder that a library made for its owner alone the rights that any other new one has."""
+    """Set the default permissions on a file or folder that a library created for its owner only."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a value as transformers writes its own, to a folder of this process: indented, UTF-8, a newline at the end.
+    """Write a value as transformers writes JSON: indented, UTF-8, a newline at the end.
 
-    OSError, which names the file, if it cannot be written or is a link.
+    Raises:
+        OSError: the file, which it names, cannot be written or is a link.
     """
     with errors_naming(path), open_no_link(path, "wb") as file:
         file.write(to_json(content).encode())
 
 
 def to_json(content: Any) -> str:
-    """What `write_json` writes."""
+    """The text that `write_json` writes."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def contents_of(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The contents of those of the named files and folders that exist, by path inside `folder`, following links.
+    """The contents of the named files and folders, if they exist, by path inside `folder`; links are followed.
 
     Raises:
-        UserError: one is no regular file, or too large for a file of a tokenizer.
+        UserError: one is not a regular file, or too large for a tokenizer's file.
     """
     found: dict[str, bytes] = {}
     for name in names:
@@ -207,7 +211,7 @@ def contents_of(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def write_contents(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write what `contents_of` gave into another folder."""
+    """Write what `contents_of` returned to another folder."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with errors_naming(folder / name), open_no_link(folder / name, "wb") as file:
@@ -215,12 +219,12 @@ def write_contents(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 def is_stray(name: str) -> bool:
-    """Whether a system put a file or folder of this name there by itself: it is passed over, and never ours."""
+    """Whether a file or folder of this name was created by the system: it is ignored, and never ours."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in STRAY_NAMES)
 
 
-def open_no_link(path: Path, mode: str, **options: Any) -> BinaryIO:
-    """Open a file as `open` does, but raise OSError for a link, and for a FIFO in place of waiting for a reader."""
+def open_no_link(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """Open a file as `open` does, but raise OSError for a link, and for a FIFO instead of waiting for a reader."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -230,7 +234,7 @@ def open_no_link(path: Path, mode: str, **options: Any) -> BinaryIO:
 
 @contextmanager
 def errors_naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
-    """Let an OSError that names no file, or `instead_of`, name `path`: a failed write does not say where."""
+    """Add `path` to an OSError that names no file, or `instead_of`: a failed write does not name its file."""
     try:
         yield
     except OSError as error:
@@ -241,12 +245,12 @@ def errors_naming(path: Path, *, instead_of: Path | None = None) -> Iterator[Non
 
 
 def replace_file(path: Path, content: bytes, *, replaces: bool = True) -> None:
-    """Write a file whole or not at all, in place of whatever has its name, and wait until it is on the disk.
+    """Write a file atomically, replacing an existing one, and wait until it is on the disk.
 
-    A link of that name is replaced; the file that it leads to stays as it is.
+    A link is replaced itself; its target is not changed.
 
     Args:
-        replaces: if off, FileExistsError is raised where the name is taken.
+        replaces: if false, an existing file is a FileExistsError.
 
     Raises:
         OSError: with `path` as its file name.
@@ -267,7 +271,7 @@ def replace_file(path: Path, content: bytes, *, replaces: bool = True) -> None:
 
 
 def _linked(path: Path, name: Path) -> bool:
-    """Give a file a second name, if that is free (FileExistsError); False where the file system has no links."""
+    """Make a hard link; FileExistsError if the name is taken, False if the file system has no hard links."""
     try:
         os.link(path, name)
     except FileExistsError:
@@ -280,7 +284,7 @@ def _linked(path: Path, name: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a folder with all in it, or a link, which is not followed, as far as that is possible."""
+    """Remove a file, a folder with its content, or a link itself; errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -290,13 +294,13 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new hidden folder in `parent`, to be renamed when it is complete; what is left of it at the end is removed."""
+    """Create a hidden folder in `parent`, to be renamed when complete; otherwise it is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=parent))
     try:
         open_to_umask(folder)
         yield folder
     except OSError as error:
-        # A failed write, unlike a failed open, does not say where.
+        # A failed write, unlike a failed open, does not name the file.
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, f"{error.strerror}; nothing is left of it", str(parent / name))
         raise
@@ -305,7 +309,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or a folder with everything in it, is on the disk."""
+    """Wait until a file, or a folder with all its content, is on the disk."""
     if path.is_dir():
         for inner in path.iterdir():
             if not is_stray(inner.name):
@@ -314,7 +318,7 @@ def sync(path: Path) -> None:
 
 
 def sync_entries(path: Path) -> None:
-    """Return when a file, or of a folder the names in it, is on the disk."""
+    """Wait until a file, or the list of names of a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -323,15 +327,15 @@ def sync_entries(path: Path) -> None:
 
 
 def check_new_file(path: Path, flag: str) -> None:
-    """Raise a UserError if `path` exists or cannot be made: no result is overwritten."""
+    """Raise a UserError if `path` exists or cannot be created: no result is overwritten."""
     if os.path.lexists(path):
-        raise UserError(f"{flag} {path} exists already; give a new file, nothing is overwritten")
+        raise UserError(f"{flag} {path} already exists; give a new file, nothing is overwritten")
     check_can_create(path, flag)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, which becomes `path` when all went well; nothing is left of it otherwise."""
+    """Yield a temporary path to write to, which is renamed to `path` on success and removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path.parent, path.name) as folder:
         yield folder / path.name

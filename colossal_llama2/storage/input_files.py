@@ -1,8 +1,8 @@
-"""Files that somebody else wrote: opened only if they are regular files of a plausible size, and parsed strictly.
+"""Untrusted files: opened only if they are regular files of a plausible size, and parsed strictly.
 
-A folder from a stranger may have a FIFO, a device or a directory under any name, or a file of any size. Opening one of
-them can wait for ever or fill the memory, so each is looked at before it is opened. A link to a regular file is a
-regular file: the caches of Hugging Face are made of links.
+A received folder may have a FIFO, a device or a directory under any name, or a file of any size. Opening one can hang
+or fill the memory, so each is checked before it is opened. A link to a regular file counts as a regular file: Hugging
+Face's caches are made of links.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage import json_input
 
 MIB = 2**20
-# Settings, indexes of shards and added tokens are far smaller; the largest tokenizer.json in use has 33 MB.
+# Settings, indexes of shards and added tokens are far smaller; the largest tokenizer.json in use is 33 MB.
 JSON_BYTES = 128 * MIB
 ANY_SIZE = 2**63 - 1
 KINDS = {
@@ -39,18 +39,18 @@ def check_regular(path: Path, *, max_bytes: int = JSON_BYTES, allows_empty: bool
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for is_kind, name in KINDS.items() if is_kind(found.st_mode)), "something else")
         raise UserError(f"{path}: is {kind}, not a regular file; remove it, or copy the file again from its source")
-    # Files of /proc say that they are empty, and some never end.
+    # Files of /proc report a size of 0, and some never end.
     if found.st_size == 0 and not (allows_empty and found.st_dev == os.stat(path.parent).st_dev):
         raise UserError(f"{path}: is empty; copy it again from its source")
     if found.st_size > max_bytes:
         raise UserError(
-            f"{path}: has {found.st_size:,} bytes, at most {max_bytes:,} are read of such a file; "
+            f"{path}: has {found.st_size:,} bytes, at most {max_bytes:,} are allowed for such a file; "
             f"copy it again from its source"
         )
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a regular file, perhaps by a link. Raises UserError for anything else of that name."""
+    """Whether the file exists. Raises UserError if something of that name is not a regular file or a link to one."""
     if not os.path.lexists(path):
         return False
     check_regular(path, max_bytes=ANY_SIZE)
@@ -58,15 +58,15 @@ def is_regular(path: Path) -> bool:
 
 
 def read_settings(path: Path, *, allows_mark: bool = False) -> dict:
-    """The object in a JSON file of settings.
+    """The object in a JSON settings file.
 
     Args:
-        allows_mark: take a file that begins with a byte order mark. Off for files that libraries open too, which then
-            fail; on for config.json and generation_config.json, which we alone read here, and write anew.
+        allows_mark: accept a byte order mark. Off for files that libraries open too, since they would fail; on for
+            config.json and generation_config.json, which only this package reads here, and rewrites.
 
     Raises:
-        UserError: the file cannot be read, or is not an object in JSON of RFC 8259. Python's own parser also takes NaN,
-            Infinity, and a key twice with two values, which others refuse or read in another way.
+        UserError: the file cannot be read, or is not a JSON object as in RFC 8259. Python's own parser also accepts
+            NaN, Infinity, and repeated keys with different values, which others refuse or read differently.
     """
     check_regular(path)
     try:

@@ -1,8 +1,7 @@
-"""JSON that somebody else may have written: regular files alone, of bounded size, and numbers that are what they say.
+"""JSON from untrusted sources: only regular files, of bounded size and depth, with numbers checked.
 
-A file of a received folder may be a FIFO, lead to a device, hold gigabytes, or nest so deeply that whatever walks
-through it runs out of stack. Everything that is wrong with one is a ValueError with the reason, for the caller to put
-the file's name and the cure around.
+A file of a received folder may be a FIFO, link to a device, have gigabytes, or nest so deeply that code that walks it
+runs out of stack. Every problem is a ValueError with the reason; the caller adds the file's name and the fix.
 
 jsonschema and pydantic check values that are parsed already; they set no limit on the size or depth of the text and do
 not see repeated names.
@@ -18,8 +17,8 @@ from typing import Any
 MAX_BYTES = 64 << 20
 MAX_VALUES = 4_000_000
 MAX_DEPTH = 64
-# Of a whole number in text: all of these fit into a float. LLaMA-2's own tokenizer_config.json has one of 31
-# (model_max_length). Whoever uses a number checks its range.
+# Digits of a whole number: any such number fits into a float. LLaMA-2's own tokenizer_config.json has one of 31 digits
+# (model_max_length). The code that uses a number checks its range.
 MAX_DIGITS = 300
 MAX_WHOLE = 2**53
 SHOWN_CHARACTERS = 80
@@ -34,13 +33,13 @@ def read_object(path: Path, *, unique_names: bool = True) -> dict[str, Any]:
     """
     content = parse(read_regular(path), unique_names=unique_names)
     if not isinstance(content, dict):
-        raise ValueError(f"no JSON object, but a {type(content).__name__}")
+        raise ValueError(f"not a JSON object but a {type(content).__name__}")
     return content
 
 
 def read_regular(path: Path, *, most_bytes: int = MAX_BYTES) -> bytes:
-    """The content of a regular file, or of one that a link leads to. ValueError for any other and for a larger one."""
-    # Opening a FIFO would wait for whoever writes to it.
+    """The content of a regular file, possibly behind a link. ValueError for any other file, and for a larger one."""
+    # Opening a FIFO would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
@@ -59,12 +58,12 @@ def parse(
 
     Args:
         unique_names: refuse an object that has a name twice, with two values.
-        takes_constants: take NaN, Infinity and -Infinity, as Python writes them; RFC 8259 has none of them.
+        takes_constants: accept NaN, Infinity and -Infinity, which Python writes and RFC 8259 does not allow.
 
     Raises:
         ValueError: it is not JSON, or too large, or nested too deeply.
     """
-    # In memory a value may take a hundred times the room of its text.
+    # In memory, a value may be a hundred times larger than its text.
     if content.count(b",") > most_values or content.count(b"[") + content.count(b"{") > most_values:
         raise ValueError(f"more than {most_values:,} values")
     try:
@@ -93,13 +92,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found and found[name] != value:
-            raise ValueError(f"the name {shown(name)} stands twice in one object, with two values")
+            raise ValueError(f"the name {shown(name)} occurs twice in one object, with two values")
         found[name] = value
     return found
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check_depth(value: Any) -> None:
@@ -151,6 +150,6 @@ JSON_NAMES = {dict: "an object", list: "a list", str: "text", int: "a whole numb
 
 
 def shown(value: Any) -> str:
-    """A value as JSON for a message, the end of a long one left out."""
+    """A value as JSON for a message, truncated if it is long."""
     text = json.dumps(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

@@ -1,12 +1,13 @@
-"""The lines of a binary stream, in time that is linear in its bytes whatever they are, and in bounded memory.
+"""Read the lines of a binary stream in time linear in its bytes, whatever they are, and in bounded memory.
 
 A line ends with "\\n", "\\r\\n" or "\\r", as Python's own text files have it.
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
-# A document of this size is a mistake in the data, and a worker must not hold it in memory.
+# A larger document is a mistake in the data, and must not be held in memory.
 MAX_LINE_BYTES = 32 << 20
 READ_BYTES = 1 << 20
 SPACES = frozenset(b" \t\n\r\v\f")
@@ -22,19 +23,27 @@ class RawLine(NamedTuple):
 
     content: bytes | None
     size: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own `count` is not needed
+
+
+class BlockStream(Protocol):
+    """A stream that is read in blocks."""
+
+    def read1(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end."""
+        ...
 
 
 class LineReader:
-    """Reads lines from a stream with `read1`, which may raise an error after the lines before it were read."""
+    """Reads lines from a stream with `read1`; an error of the stream is raised after the lines before it are read."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: BlockStream):
         self._stream = stream
         self._block, self._start = b"", 0
         self._has_returns = False
 
     def read(self, *, room: int | None = None) -> RawLine:
-        """The next line. Blank lines come together, as far as they lie in the next `room` bytes."""
+        """The next line. Consecutive blank lines in the next `room` bytes are returned together."""
         if self._start == len(self._block):
             self._block, self._start = self._stream.read1(READ_BYTES), 0
             if not self._block:
@@ -54,7 +63,7 @@ class LineReader:
         return _limited([line], len(line)) if end else self._rest_of(line)
 
     def _rest_of(self, line: bytes) -> RawLine:
-        """A line that goes on in the next block, or ends with the stream."""
+        """A line that continues in the next block, or ends with the stream."""
         parts, size = [line], len(line)
         # The "\n" of a "\r\n" may be in the next block.
         returned = line[-1] == RETURN
@@ -77,7 +86,7 @@ class LineReader:
 def first_line_end(block: bytes, start: int) -> int:
     """Where the line that begins at `start` ends; 0 if it may go on behind the block."""
     end = block.find(b"\n", start) + 1
-    # The "\r" of a "\r\n" is no end of its own.
+    # The "\r" of a "\r\n" does not end a line by itself.
     alone = block.find(b"\r", start, max(end - 2, start) if end else len(block) - 1) + 1
     return alone or end
 
@@ -101,7 +110,7 @@ def count_line_ends(block: bytes, start: int, stop: int) -> int:
 class LineCounter:
     """Counts the line ends of a stream that comes in blocks, of which one may end inside a "\\r\\n"."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         self._returned = False
 
@@ -113,5 +122,5 @@ class LineCounter:
             self._returned = block[stop - 1] == RETURN
 
 
-def _limited(parts, size: int) -> RawLine:
+def _limited(parts: Iterable[bytes], size: int) -> RawLine:
     return RawLine(b"".join(parts) if size <= MAX_LINE_BYTES else None, size, 1)

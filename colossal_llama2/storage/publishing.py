@@ -1,6 +1,6 @@
-"""How a folder gets its final name: complete and on the disk, in place of an old one, or not at all.
+"""Publish a folder under its final name only when it is complete and on the disk, possibly replacing an old one.
 
-A command writes into `temporary_folder(target.parent, target.name)`, claims it, and publishes it when it is complete:
+A command writes to `temporary_folder(target.parent, target.name)`, claims it, and publishes it when it is complete:
 
     remove_leftovers(target)
     with temporary_folder(target.parent, target.name) as folder, claimed(folder):
@@ -26,14 +26,14 @@ from colossal_llama2.storage.files import discard, sync, sync_entries
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-# Files of a model with its tokenizer.
+# Number of files of a model with its tokenizer, at most.
 LEAST_FILES = 16
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what a killed run left beside or inside `target`; the old folder comes back if the new one is not there.
+    """Remove what a killed run left beside or inside `target`; if the new folder is missing, restore the old one.
 
-    Raises UserError if a run that is still going on writes to the same target.
+    Raises UserError if another run is still writing to the same target.
     """
     leftover = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
     found = [
@@ -46,52 +46,52 @@ def remove_leftovers(target: Path) -> None:
     for folder in found:
         if folder.suffix == ".old" and not os.path.lexists(target):
             os.rename(folder, target)
-            logs.get_logger().info("an earlier run was killed while it replaced %s; its old content is back", target)
+            logs.get_logger().info("an earlier run was killed while replacing %s; its old content is restored", target)
             continue
         with claimed(folder):
-            logs.get_logger().info("removing %s, which an earlier run that was killed left behind", folder)
+            logs.get_logger().info("removing %s, left behind by an earlier run that was killed", folder)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes; a killed process lets go of it. Raises UserError if another holds it."""
+    """Lock a folder; the lock ends with the process. Raises UserError if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing {folder}; wait until it has ended, or end it")
+            raise UserError(f"another run is writing {folder}; wait until it ends, or stop it")
         except OSError:
-            pass  # a file system without locks: whoever runs two commands with one target is on their own
+            pass  # a file system without locks: two runs with the same target cannot be detected
         yield
     finally:
         os.close(descriptor)
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise RunError unless `needed` bytes are free on the disk that `folder`, which need not exist yet, lies on."""
+    """Raise RunError unless `needed` bytes are free on the disk of `folder`, which need not exist yet."""
     place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
     inodes = os.statvfs(place)
-    # A file system that makes inodes as it needs them says that it has none at all.
+    # A file system that creates inodes on demand reports none at all.
     if inodes.f_files and inodes.f_favail < LEAST_FILES:
         raise RunError(
-            f"{inodes.f_favail:,} more files can be made in {place} (inodes, see df -i), {LEAST_FILES} are needed; "
-            "nothing was written. Remove some, or name a folder on another disk"
+            f"{place} has room for only {inodes.f_favail:,} more files (inodes, see df -i), {LEAST_FILES} are needed; "
+            "nothing was written. Remove files, or give a folder on another disk"
         )
     free = shutil.disk_usage(place).free
     if free < needed:
         raise RunError(
             f"{needed:,} bytes are needed in {place}, {free:,} bytes are free; nothing was written. "
-            "Free some, or name a folder on another disk"
+            "Free space, or give a folder on another disk"
         )
 
 
 def publish(folder: Path, target: Path, *, replace: bool) -> None:
     """Give a complete folder its final name in the same parent folder, atomically.
 
-    With `replace`, an existing target is exchanged for the new folder and then removed. OSError if there is one and
-    `replace` is off.
+    With `replace`, an existing target is exchanged for the new folder and then removed. Without, an existing target is
+    an OSError.
     """
     sync(folder)
     if not (replace and os.path.lexists(target)):
@@ -104,7 +104,7 @@ def publish(folder: Path, target: Path, *, replace: bool) -> None:
 
 
 def publish_into(folder: Path, target: Path, *, last: str) -> None:
-    """Move the entries of a complete folder into an existing one, the entry named `last` at the end."""
+    """Move the entries of a complete folder into an existing one, the entry named `last` last."""
     sync(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
         if path.name == last:
@@ -114,13 +114,13 @@ def publish_into(folder: Path, target: Path, *, last: str) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders trade names in one step; False where C library or file system cannot."""
+    """Exchange the names of two folders atomically; False if the C library or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and 0 == rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
 
 
 def _rename_in_two_steps(folder: Path, target: Path) -> None:
-    """Replace `target`. Killed in between, it is missing until `remove_leftovers` brings the old one back."""
+    """Replace `target`. If killed in between, it is missing until `remove_leftovers` restores the old one."""
     old = folder.with_suffix(".old")
     os.rename(target, old)
     try:

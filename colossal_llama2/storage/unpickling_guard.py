@@ -1,20 +1,22 @@
-"""While a model is loaded: nothing is unpickled, no adapter is looked for, nothing is fetched.
+"""While a model is loaded: nothing is unpickled, no adapter is searched for, nothing is downloaded.
 
-The folders were looked at before (folder.py). This is the second lock on the same door: should a library open a file
-that it was not meant to, it fails instead of running what is in it. It does not hold for the whole process, since
-ColossalAI's ranks exchange their own objects by pickles while they train and save.
+The folders were checked before (model/model_folder.py). This is a second safeguard: if a library opens a file that it
+should not, it fails instead of running the file's content. It does not apply to the whole process, because ColossalAI's
+ranks exchange pickled objects of their own while they train and save.
 """
 
 import contextlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, NoReturn
 
 from colossal_llama2.errors import RunError
 
-# The functions that run what a file holds, by module; those of torch.jit stand on the two of torch._C.
+# Functions that can run code from a file, by module; those of torch.jit call the two of torch._C.
 REFUSED: list[tuple[str, str]] = [
     ("torch", "load"),
     ("torch.serialization", "load"),
@@ -37,13 +39,13 @@ PEFT_ASKED_BY = (
 )
 
 
-# How many loads are under way.
+# Number of loads in progress.
 _loads = 0
 
 
 @contextlib.contextmanager
 def unpickling_refused(*, offline: bool = True) -> Iterator[None]:
-    """Within it, what would unpickle raises RunError, peft counts as absent, and if `offline` nothing is fetched."""
+    """Inside, unpickling raises RunError, peft counts as not installed, and with `offline` nothing is downloaded."""
     global _loads
     changes = [(module, name, _refusing) for module, name in REFUSED]
     changes += [(module, "is_peft_available", lambda *_: _no_peft) for module in PEFT_ASKED_BY]
@@ -71,7 +73,7 @@ def _no_generation_config() -> Iterator[None]:
         yield
         return
 
-    def not_read(*args, **kwargs) -> NoReturn:
+    def not_read(*args: Any, **kwargs: Any) -> NoReturn:
         raise OSError("generation_config.json is not read by transformers here")
 
     kind = settings.GenerationConfig
@@ -88,7 +90,7 @@ def _end_load() -> None:
     _loads -= 1
 
 
-def _no_peft(*args, **kwargs) -> bool:
+def _no_peft(*args: Any, **kwargs: Any) -> bool:
     return False
 
 
@@ -102,13 +104,13 @@ def _refusing(original: Any, name: str) -> Any:
     if isinstance(original, type):
 
         class Refused(original):
-            def __init__(self, *args, **kwargs):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
                 refuse()
                 super().__init__(*args, **kwargs)
 
         return Refused
 
-    def refused(*args, **kwargs):
+    def refused(*args: Any, **kwargs: Any) -> Any:
         refuse()
         return original(*args, **kwargs)
 
@@ -137,7 +139,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, do: Callable[[str], None]):
         self._do = do
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The usual spec of a module of REFUSED, whose loader calls `do` at its end; None for all others."""
         if all(name != module for module, _ in REFUSED):
             return None
@@ -145,11 +147,11 @@ class _Finder(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module) -> None:
+            def exec_module(module: ModuleType) -> None:
                 run(module)
                 self._do(name)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

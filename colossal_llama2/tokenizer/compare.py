@@ -28,6 +28,7 @@ from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_fil
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_new_file, new_file, read_json, write_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
+from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
 
@@ -378,11 +379,8 @@ def _print_table(rows: Sequence[Row], left_out: Sequence[LeftOut], documents: Se
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines if rows else ():
-        texts = (word.ljust(width) for word, width in zip(line[:2], widths, strict=False))
-        figures = (word.rjust(width) for word, width in zip(line[2:], widths[2:], strict=True))
-        show_line("  ".join((*texts, *figures)))
+    if rows:
+        print_table(lines, align="llr")
     for entry in left_out:
         show_line(f"{entry.tokenizer}: left out: {' '.join(entry.error.split())}")
     characters = sum(map(len, documents))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from colossal_llama2.encoding.parity import Difference, Measurement
+from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.closure import ExtensionPlan
 from colossal_llama2.tokenizer.new_pieces import NewPieces
@@ -83,26 +84,25 @@ def _example(parity: Sequence[dict], names: Sequence[str] = ()) -> str:
 
 
 def print_report(report: dict) -> None:
-    """Print the counts, and one line for each group of texts."""
-    for name, label in COUNTS:
-        show_line(f"{label:<40}{report[name]:>10,}")
+    """Print the counts, and a table with one row for each group of texts."""
+    print_table([[label, f"{report[name]:,}"] for name, label in COUNTS], has_header=False)
     show_line("")
-    heads = ("texts", "fast", "slow", "already", "old text", "changed")
-    show_line(f"{'ids that differ from SentencePiece':<36}" + "".join(f"{head:>10}" for head in heads))
+    rows = [["ids that differ from SentencePiece", "texts", "fast", "slow", "already", "old text", "changed"]]
     for group in report["parity"]:
         slow = group["slow"] or vars(Difference())
         already = max(group["fast"]["source_differs"], slow["source_differs"])
-        figures = [group["documents"], group["fast"]["added"], slow["added"] if group["slow"] else "none", already]
-        figures += [group["without_new_piece"], group["changed"]]
-        cells = (f"{figure:,}" if isinstance(figure, int) else figure for figure in figures)
-        show_line(f"{group['group']:<36}" + "".join(f"{cell:>10}" for cell in cells))
+        slow_added = f"{slow['added']:,}" if group["slow"] else "none"
+        rows.append([group["group"], f"{group['documents']:,}", f"{group['fast']['added']:,}", slow_added])
+        rows[-1] += [f"{already:,}", f"{group['without_new_piece']:,}", f"{group['changed']:,}"]
+    print_table(rows)
+    for group in report["parity"]:
         for name in ("fast", "slow"):
             if group[name] and group[name]["first"]:
-                show_line(f"  first that differs ({name}): {group[name]['first']}")
+                show_line(f"{group['group']}: first that differs ({name}): {group[name]['first']}")
         if group["first_changed"]:
-            show_line(f"  first that changed: {group['first_changed']['text']!r}")
+            show_line(f"{group['group']}: first that changed: {group['first_changed']['text']!r}")
         if group["slow"] and group["slow"]["documents"] < group["documents"]:
-            show_line(f"  (slow: measured on {group['slow']['documents']:,} of them)")
+            show_line(f"{group['group']}: slow was measured on {group['slow']['documents']:,} texts")
     show_line(
         "fast, slow: texts on which the extension adds a difference; already: on which the source's tokenizers differ;"
     )

@@ -23,11 +23,13 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from colossal_llama2 import errors, logs
+from colossal_llama2.charts import style, vocabulary_curve
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_new_file, new_file
 from colossal_llama2.storage.output_paths import check_apart
+from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
@@ -112,8 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with new_file(output_file) as path, path.open("w", encoding="utf-8") as out:
             out.writelines(json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in mined.pieces)
         if plot:
+            title = f"{plot.stem}: tokens per character by number of new pieces"
             with new_file(plot) as path:
-                _draw_curve(mined.curve, path)
+                vocabulary_curve.draw_curve(mined.curve, path, title=title)
         _print_report(mined, asked=settings.num_new_tokens, min_count=settings.min_count, output_file=output_file)
 
 
@@ -176,7 +179,8 @@ def _sample(settings: MiningSettings) -> tuple[Sample, Sample]:
     """
     script, seed, held_out = settings.script, settings.seed, settings.held_out
     run = re.compile(f"[{SCRIPTS[script]}]{{1,{RUN_CHARACTERS}}}")
-    train, measured = Sample(settings.sample_bytes), Sample(int(settings.sample_bytes * held_out))
+    train: Sample = Sample(settings.sample_bytes)
+    measured: Sample = Sample(int(settings.sample_bytes * held_out))
     longest = max(1, min(PART_CHARACTERS, int(settings.sample_bytes * min(held_out, 1)) // 64))
     for document in read_documents(settings.data_input_dirs):
         is_held_out = is_held_out_document(document, held_out, seed)
@@ -372,8 +376,7 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
         (f"without the last {last:,} pieces", f"{curve[count - last]:.4f}"),
         (f"what the last {last:,} pieces save", f"{1 - after / curve[count - last]:.2%}"),
     )
-    for name, figure in rows:
-        show_line(f"{name:<36}{figure:>12}")
+    print_table(rows, has_header=False)
     if count < asked:
         show_line(f"the text has no more pieces that occur {min_count} times; give more text or a lower --min_count")
     show_line(f"written to {output_file}")
@@ -383,28 +386,7 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
 def _check_can_plot(plot: Path) -> None:
     if plot.suffix.lower() != ".png":
         raise UserError(f"--plot {plot} does not end in .png, the only supported format")
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ImportError:
-        raise UserError("--plot needs matplotlib; run: pip install matplotlib==3.11.2")
-
-
-def _draw_curve(curve: list[tuple[int, float]], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from colossal_llama2.charts import plots
-
-    # As the pictures that Pillow draws.
-    figure = Figure(figsize=(plots.SIZE[0] / 100, plots.SIZE[1] / 100), dpi=100, layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
-    axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, color=plots.COLOURS[0])
-    axes.set(xlabel="new pieces", ylabel="tokens per character, held-out text", ylim=(0, None))
-    axes.set_title(f"{path.stem}: tokens per character by number of new pieces", fontsize=11)
-    axes.grid(color=plots.GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, format="png")
+    style.check_can_draw("--plot")
 
 
 if __name__ == "__main__":

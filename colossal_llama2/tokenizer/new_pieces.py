@@ -37,7 +37,8 @@ def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Colle
         raise UserError(f'--expand_tokens_file {path} is not a file; give a jsonl file of {{"piece": "..."}} lines')
     known = frozenset(known)
     check = _Check(known, special_tokens)
-    unique, asked = {}, 0
+    unique: dict[str, None] = {}
+    asked = 0
     for piece in _pieces_of(path, check):
         unique[piece] = None
         asked += 1

@@ -21,19 +21,25 @@ class _Line(NamedTuple):
     content: bytes
 
 
-def read_parity_text(paths: Sequence[str], *, sample_bytes: int = SAMPLE_BYTES) -> list[str]:
+def read_parity_text(
+    paths: Sequence[str],
+    *,
+    sample_bytes: int = SAMPLE_BYTES,
+    read_bytes: int = READ_BYTES,
+    stretch_bytes: int = STRETCH_BYTES,
+) -> list[str]:
     """Documents from jsonl and text files, and from folders with such files, each once; the same ones in every run.
 
     A document is the text of a jsonl line in "source" and "target", "text", "content" or "messages", or a paragraph of
-    a text file. More than `sample_bytes` of text is sampled by a hash; of more than `READ_BYTES` of files, only evenly
+    a text file. More than `sample_bytes` of text is sampled by a hash; of more than `read_bytes` of files, only evenly
     spaced stretches are read. Raises UserError for a path without documents, and for a line that is not JSON.
     """
     files = [file for path in paths for file in _files(Path(path))]
     total = sum(file.stat().st_size for file in files)
-    share = min(1.0, READ_BYTES / total) if total else 1.0
+    share = min(1.0, read_bytes / total) if total else 1.0
     sample: Sample[str] = Sample(sample_bytes)
     for file in files:
-        lines = _lines(file, share)
+        lines = _lines(file, share, stretch_bytes)
         for text in _records(lines) if file.suffix == ".jsonl" else _paragraphs(lines):
             text = text[:MAX_DOCUMENT_CHARACTERS]
             sample.add(draw(text, SEED)[1], text, len(text.encode()))
@@ -55,7 +61,7 @@ def _files(path: Path) -> list[Path]:
     return inside
 
 
-def _lines(file: Path, share: float) -> Iterator[_Line]:
+def _lines(file: Path, share: float, stretch_bytes: int) -> Iterator[_Line]:
     """Yield the lines of a file; with a `share` below 1, only those in stretches that make up this share of it."""
     with file.open("rb") as stream:
         if share >= 1:
@@ -68,10 +74,10 @@ def _lines(file: Path, share: float) -> Iterator[_Line]:
             stream.seek(max(start - 1, 0))
             if start:
                 stream.readline()
-            while start <= (position := stream.tell()) < min(start + STRETCH_BYTES, size):
+            while start <= (position := stream.tell()) < min(start + stretch_bytes, size):
                 yield _Line(f"{file} at byte {position}", stream.readline())
             yield _Line("", b"")
-            start += max(int(STRETCH_BYTES / share), 1)
+            start += max(int(stretch_bytes / share), 1)
 
 
 def _records(lines: Iterator[_Line]) -> Iterator[str]:

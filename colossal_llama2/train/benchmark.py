@@ -20,7 +20,7 @@ from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
 from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.storage.files import new_file
-from colossal_llama2.terminal_text import show
+from colossal_llama2.tables import print_table
 from colossal_llama2.train.checks import JobChecks
 from colossal_llama2.train.inputs import open_benchmark_inputs
 from colossal_llama2.train.load_weights import attention_of, embedding_noise_of, load_weights
@@ -155,8 +155,8 @@ def communication_seconds(profiler) -> float:
     return total / 1e6
 
 
-def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | None) -> str:
-    """The figures as aligned lines: name, figure, remark."""
+def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | None) -> list[tuple[str, str, str]]:
+    """Rows of name, figure and remark."""
     per_second = found.tokens / found.seconds
     rows = [
         ("tokens/s", f"{per_second:,.0f}", f"of all {ranks} ranks, {per_second / ranks:,.0f} of each"),
@@ -176,8 +176,7 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | No
     else:
         share = per_second * flops / ranks / (peak_tflops * 1e12)
         rows.append(("MFU", f"{share:.1%}", f"of {peak_tflops:g} TFLOPS"))
-    names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}".rstrip() for name, figure, remark in rows)
+    return rows
 
 
 def benchmark(config: TrainConfig, stop: NoSignals) -> None:
@@ -202,4 +201,6 @@ def benchmark(config: TrainConfig, stop: NoSignals) -> None:
         found = measure(engine, loader, noise=noise, profile_dir=config.benchmark.profile_dir, stop=stop)
     if engine.rank == 0:
         flops = flops_per_token(llama_config(Path(config.source.weights)), inputs.model.parameters, max_length)
-        show(report(found, ranks=engine.world_size, flops=flops, peak_tflops=known_peak(reporting.peak_tflops)))
+        peak = known_peak(reporting.peak_tflops)
+        rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=peak)
+        print_table(rows, align="lrl", has_header=False)

@@ -1,6 +1,6 @@
 """What a run reads before its weights: the model's shape, the data, the order of samples and where it begins.
 
-`open_inputs` is the first half of every run. A dry run ends with it; build_run.py goes on from it.
+`open_inputs` is the first half of every run. A dry run ends here; build_run.py builds the rest.
 """
 
 from collections.abc import Sequence

@@ -89,7 +89,7 @@ def _check_model(saved: SavedRun) -> str:
     facts = inspect_weights(folder)
     for name in shard_names(folder):
         _read_all(Path(folder, name))
-    return f"{facts.parameters / 1e6:.1f} M parameters, shapes as its config.json says, all numbers finite"
+    return f"{facts.parameters / 1e6:.1f} M parameters, shapes as in its config.json, all numbers finite"
 
 
 def _check_optimizer(saved: SavedRun) -> str:

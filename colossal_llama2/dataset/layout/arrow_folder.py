@@ -50,7 +50,7 @@ class ArrowFolder:
         self._writer.close()
         self._sink.close()
         fingerprint = self._digest.hexdigest()[:16]
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": DATA_FILE}],
             "_fingerprint": fingerprint,
             "_format_columns": None,

@@ -36,8 +36,8 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError:
             if path.is_symlink() or path.is_dir():
-                kind = "a link" if path.is_symlink() else "a folder"
-                raise RefusedError(f"{path} is {kind}, not a lock file; remove it")
+                found = "a link" if path.is_symlink() else "a folder"
+                raise RefusedError(f"{path} is {found}, not a lock file; remove it")
             raise
         try:
             fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)

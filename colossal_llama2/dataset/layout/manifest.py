@@ -17,7 +17,7 @@ are entries of the input folders that are not read (`file_kinds.LeftOut`).
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def check_unchanged(files: Sequence[InputFile]) -> None:
             )
 
 
-def _read_ours(path: Path, keys: Collection[str]) -> Any:
+def _read_ours(path: Path, keys: Set[str]) -> Any:
     """The object in a JSON file; None if the file is missing, `NOT_OURS` if it is damaged or lacks these keys."""
     try:
         content = read_json_or_none(path)

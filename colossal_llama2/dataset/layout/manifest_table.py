@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from colossal_llama2.terminal_text import terminal_width, visible_line
+from colossal_llama2.tables import table_lines
+from colossal_llama2.terminal_text import visible_line
 
 MAX_ROWS = 20
 MAX_LISTED = 10
@@ -19,10 +20,7 @@ def manifest_lines(content: Mapping[str, Any], *, indent: str = "") -> Iterator[
     Long lists and tables are shortened with a count of what is left out.
     """
     plain = {name: _cell(value) for name, value in content.items() if _is_plain(value)}
-    width = max((terminal_width(visible_line(name)) for name in plain), default=0)
-    for name, text in plain.items():
-        shown = visible_line(name)
-        yield f"{indent}{shown}{' ' * (width - terminal_width(shown))}  {text}".rstrip()
+    yield from table_lines([[visible_line(name), text] for name, text in plain.items()], align="l", indent=indent)
     for name, value in content.items():
         if not _is_plain(value):
             yield f"{indent}{visible_line(name)}:"
@@ -46,10 +44,7 @@ def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str) -> Iterator[
     rows: list[list[str]] = [["", *map(visible_line, fields)]]
     for name, record in records.items():
         rows.append([_short(name), *(_cell(record[field]) if field in record else "" for field in fields)])
-    widths = [max(map(terminal_width, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        aligned = [" " * (width - terminal_width(cell)) + cell for cell, width in zip(cells, widths[1:], strict=True)]
-        yield "  ".join([indent + name + " " * (widths[0] - terminal_width(name)), *aligned]).rstrip()
+    yield from table_lines(rows, indent=indent)
 
 
 def _is_plain(value: Any) -> bool:

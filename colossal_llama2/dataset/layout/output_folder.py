@@ -27,8 +27,8 @@ class OutputDirs:
     """The folders of one command. `jsonl` is None with --no_jsonl."""
 
     def __init__(self, *, cache: str, jsonl: str | None, arrow: str):
-        self._given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
-        self._given = {flag: folder for flag, folder in self._given.items() if folder is not None}
+        given = {CACHE_FLAG: cache, "--data_jsonl_output_dir": jsonl, "--data_arrow_output_dir": arrow}
+        self._given = {flag: folder for flag, folder in given.items() if folder is not None}
         for flag, folder in self._given.items():
             if not Path(folder).resolve().name:
                 raise UserError(f"{flag}: {folder} cannot be an output folder; give a folder below it")

@@ -15,7 +15,8 @@ from typing import Any
 
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.errors import RunError
-from colossal_llama2.terminal_text import terminal_width, visible_line
+from colossal_llama2.tables import print_table
+from colossal_llama2.terminal_text import visible_line
 
 TABLE_ROWS = 20
 MOST_ROLES, OTHER_ROLES = 100, "(other roles)"
@@ -224,32 +225,35 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
     tallies = list(tallies)
     # Not tally by tally, for speed: there may be as many categories as documents.
     counts = map(sum, zip(*map(attrgetter(*COUNTS), tallies), strict=True))
-    total = Tally(**dict(zip(COUNTS, counts, strict=False)))
+    figures: dict[str, Any] = dict(zip(COUNTS, counts, strict=False))
+    total = Tally(**figures)
     for tally in tallies:
         for reason, (documents, tokens) in tally.dropped.items():
             total.drop(reason, documents=documents, tokens=tokens)
     return total
 
 
-def tables(manifest: Mapping[str, Any]) -> str:
-    """The counts in a manifest (see `manifest`) as aligned lines: by file, by category, and in total."""
+def print_tables(manifest: Mapping[str, Any]) -> None:
+    """Print the counts in a manifest (see `manifest`): by file, by category, and in total."""
     inputs, categories = manifest["inputs"], manifest["categories"]
     by_file = {entry["path"]: Tally.from_json(entry) for entry in inputs if "documents" in entry}
     by_category = {category_name(name): Tally.from_json(entry) for name, entry in categories.items()}
-    parts = [_breakdown("file", by_file), _breakdown("category", by_category), _aligned(_summary(manifest))]
-    return "\n\n".join(parts)
+    for heading, tallies in (("file", by_file), ("category", by_category)):
+        print_table(_breakdown(heading, tallies))
+        print(flush=True)
+    print_table(_summary(manifest), align="lrl", has_header=False)
 
 
-def _breakdown(heading: str, tallies: Mapping[str, Tally]) -> str:
-    """One line per name, the largest first; names beyond `TABLE_ROWS` are summed."""
+def _breakdown(heading: str, tallies: Mapping[str, Tally]) -> list[tuple[str, ...]]:
+    """One row per name, the largest first; names beyond `TABLE_ROWS` are summed."""
     ordered = sorted(tallies.items(), key=lambda item: -item[1].tokens_in)
     shown, rest = ordered[:TABLE_ROWS], ordered[TABLE_ROWS:]
-    lines = [(heading, "documents", "tokens in", "trained", "masked", "truncated", "dropped")]
+    rows: list[tuple[str, ...]] = [(heading, "documents", "tokens in", "trained", "masked", "truncated", "dropped")]
     remainder = [(f"{len(rest):,} more, in manifest.json", _sum(tally for _, tally in rest))] if rest else []
     for name, tally in [*((visible_line(name), tally) for name, tally in shown), *remainder]:
         counts = (tally.documents, tally.tokens_in, tally.trained, tally.masked, tally.truncated, tally.dropped_tokens)
-        lines.append((name, *(f"{count:,}" for count in counts)))
-    return _aligned(lines)
+        rows.append((name, *(f"{count:,}" for count in counts)))
+    return rows
 
 
 def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -312,16 +316,3 @@ def _lost_rows(lost: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     reasons = Counter(entry["reason"] for entry in lost)
     rows = [("", f"{count:,}", f"files: {reason}") for reason, count in sorted(reasons.items())]
     return [("LOST FILES", f"{len(lost):,}", "not read to the end, see lost_files in manifest.json"), *rows]
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart. The first is left-aligned, and so are remarks in a third and last; others right."""
-    widths = [max(map(terminal_width, column)) for column in zip(*lines, strict=True)]
-    aligned = []
-    for name, *cells in lines:
-        padded = [name + " " * (widths[0] - terminal_width(name))]
-        for column, cell in enumerate(cells, start=1):
-            is_remark = len(cells) == 2 and column == 2
-            padded.append(cell if is_remark else " " * (widths[column] - terminal_width(cell)) + cell)
-        aligned.append("  ".join(padded).rstrip())
-    return "\n".join(aligned)

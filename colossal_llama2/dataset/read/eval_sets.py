@@ -27,7 +27,8 @@ def resolve_eval_sets(given: Sequence[str] | None) -> list[EvalSet]:
     Raises:
         UserError: with all problems.
     """
-    problems, found = [], []
+    problems: list[str] = []
+    found: list[EvalSet] = []
     for name, _, path in (word.partition("=") for word in given or ()):
         folder = next((folder for folder in (Path(path), Path(path, EVAL_NAME)) if is_part(folder)), None)
         if folder is None:

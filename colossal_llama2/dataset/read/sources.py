@@ -158,7 +158,7 @@ def _parts_inside(folder: Path) -> list[Path]:
     """The part-* folders by number: part-10 comes after part-9."""
     inside = [child for child in folder.glob("part-*") if child.is_dir()]
     numbers = {child: re.search(r"\d+$", child.name) for child in inside}
-    return sorted(inside, key=lambda child: (int(numbers[child][0]) if numbers[child] else -1, child.name))
+    return sorted(inside, key=lambda child: (int(found[0]) if (found := numbers[child]) else -1, child.name))
 
 
 def _check_all_there(word: str, inside: Sequence[Path], flag: str) -> None:

@@ -52,7 +52,7 @@ def log_untrained(untrained: int, samples: int, *, flag: str = "--dataset") -> N
     """Log the number of samples without a trained token. Raises UserError if no sample has one."""
     if untrained == samples:
         raise UserError(
-            f"{flag}: none of its {samples:,} samples has a trained token, all labels are -100; give other data, "
+            f"{flag}: none of its {samples:,} samples has a trained token, all their labels are -100; give other data, "
             f"or prepare the data again"
         )
     if untrained:

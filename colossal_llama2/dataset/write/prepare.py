@@ -42,7 +42,6 @@ from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks
 from colossal_llama2.errors import UserError
-from colossal_llama2.terminal_text import show
 
 # The name under which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -113,7 +112,7 @@ def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: 
     """Log that there is nothing to do, or raise UserError; clean up after a run that died while emptying the cache."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / WORK_PLAN_FILE) == content)
-    show(accounts.tables(written))
+    accounts.print_tables(written)
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, and has the same input and settings")
     report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
@@ -204,7 +203,7 @@ class _Run:
             written = self._write(content)
         self.folders.publish()
         self.folders.empty_cache()
-        show(accounts.tables(written))
+        accounts.print_tables(written)
         warn_of_unknown(written, tokenizer=self.tokenizer_dir)
         # Manifests of earlier versions have none.
         if roles := written.get("unknown_roles"):

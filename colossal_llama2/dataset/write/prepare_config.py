@@ -59,7 +59,7 @@ class PrepareConfig:
         _check_assistant_roles(self.assistant_roles or ())
 
     def settings(self, *, prefix_after_marks: bool) -> Settings:
-        """The part that decides the output; `prefix_after_marks` is what the tokenizer's folder says."""
+        """The part that decides the output. `prefix_after_marks` depends on the tokenizer's folder."""
         return Settings(
             stage=self.stage,
             max_length=self.max_length,

@@ -153,12 +153,14 @@ def row_reader(settings: "Settings") -> Callable[[dict[str, Any]], Row]:
 
 
 def read_pretrain_row(row: dict[str, Any]) -> PretrainRow:
-    """Check a record of {"source", "target", "category"}; raises RowError with the reason.
+    """Check a record of {"source", "target", "category"}. "text" is read if "target" is absent.
 
-    "text" is read where "target" is absent.
+    Raises:
+        RowError: with the reason and the cure.
     """
     name = "target"
-    target, notes = row.get(name), ()
+    target = row.get(name)
+    notes: tuple[str, ...] = ()
     if "text" in row:
         if is_absent(target):
             name = "text"
@@ -178,7 +180,7 @@ def read_pretrain_row(row: dict[str, Any]) -> PretrainRow:
 
 
 def _no_target(row: dict[str, Any], name: str) -> RowError:
-    """What to say of a record without text: its fields, and the cure."""
+    """The error for a record without text, with a cure that depends on its fields."""
     if not is_absent(row.get(name)):
         return RowError(f'"{name}" must be a string', reason=NOT_TEXT)
     if any(not is_absent(row.get(field)) for field in (*LISTS, "instruction")):
@@ -191,7 +193,7 @@ def _no_target(row: dict[str, Any], name: str) -> RowError:
 
 
 def _is_masked(row: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a loss mark masks the document, and notes. A document may have such a field that is no mark."""
+    """Whether a loss mark masks the document, and notes. A field with such a name need not be a loss mark here."""
     try:
         return read_mark(row, "the record") is False, ()
     except RowError:
@@ -199,7 +201,7 @@ def _is_masked(row: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
 
 
 def read_pretrain_document(row: dict[str, Any]) -> PretrainRow:
-    """The same for a record that is trained on: an empty target is a mistake too."""
+    """Like `read_pretrain_row`, for a record to train on: an empty target is refused too."""
     document = read_pretrain_row(row)
     if not document.target:
         name = "text" if is_absent(row.get("target")) else "target"
@@ -208,9 +210,12 @@ def read_pretrain_document(row: dict[str, Any]) -> PretrainRow:
 
 
 def read_sft_row(row: dict[str, Any], *, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> SftRow:
-    """Check a record of a conversation in any of `message_formats.FORMATS`; raises RowError with the reason.
+    """Check a record of a conversation in any of `message_formats.FORMATS`.
 
     `speakers` and `masks_opening` are those of `read_conversation`.
+
+    Raises:
+        RowError: with the reason and the cure.
     """
     turns, system_text, name, notes = recognize(row)
     conversation = read_conversation(turns, system_text=system_text, speakers=speakers, masks_opening=masks_opening)
@@ -219,7 +224,7 @@ def read_sft_row(row: dict[str, Any], *, speakers: Mapping[str, str] = ROLES, ma
 
 
 def _category(row: dict[str, Any], *, default: str) -> str:
-    """The category of a record: a text, or the text of a number or truth value."""
+    """The category of a record: a text, or the JSON text of a number or boolean."""
     value = row.get("category")
     if isinstance(value, str):
         return value

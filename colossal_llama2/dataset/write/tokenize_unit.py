@@ -152,7 +152,7 @@ class _UnitWorker:
         self._finish_batch()
 
     def content(self) -> dict[str, Any]:
-        """What the unit's JSON file says."""
+        """The content of the unit's JSON file."""
         account = self.counts.account
         return {
             **({"sides": len(self.sides)} if self._settings.eval_dedup else {}),
@@ -166,7 +166,7 @@ class _UnitWorker:
         }
 
     def _take_line(self, file: int, reader: SpanReader, line: Line) -> None:
-        """Put the record of a line into the batch, unless there is none that can be used."""
+        """Add the record of a line to the batch, or record why there is none."""
         account = self.counts.account
         account.lines += line.count
         self._batch_bytes += line.size

@@ -16,7 +16,7 @@ SKIP_FILE_HINT = ", or skip the rest of such files with --on_bad_file skip"
 
 
 class UnitProblems:
-    """What could not be used. `bad_rows` and `lost` are what the unit's JSON file says about it."""
+    """Collects what could not be used. `bad_rows` and `lost` go into the unit's JSON file."""
 
     def __init__(
         self, files: Mapping[int, InputFile], account: Account, *, skips_bad_rows: bool, fails_at_bad_file: bool

@@ -1,16 +1,16 @@
-"""Faults of ColossalAI 0.5.0 that exist on every device, each mended by one small function.
+"""Bugs of ColossalAI 0.5.0 on every device, each fixed by one small function.
 
 clip_in_bf16           Gemini in bf16: gradient clipping is computed but not applied where Adam runs on the CPU
-refresh_offloaded      Gemini that accumulates: weights that lie on the host are saved as they were a step before
+refresh_offloaded      Gemini that accumulates: weights on the host are saved as they were one step before
 forget_skipped         Gemini that accumulates in fp16: after one overflow all later steps overflow
-agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and wait for each other
+agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and then deadlock
 save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
 loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
 ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
 wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
 gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
 fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
-skip_hidden_messages   Gemini: after each backward the host looks for the place of a message that is not shown
+skip_hidden_messages   Gemini: after each backward the host looks up the source line of a message that is not shown
 read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored by both of their names
 sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
 unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
@@ -87,11 +87,11 @@ def forget_skipped(gemini) -> None:
 
 
 def agree_on_memory(gemini) -> None:
-    """Let all ranks place Gemini's chunks by the same figures: the least room that one of them has.
+    """Make all ranks place Gemini's chunks by the same figures: those of the rank with the least free memory.
 
-    zero/gemini/placement_policy.py:184: each rank lets go of chunks by the memory of its device and what it has taken
-    of it besides chunks, which is measured in the first step. One that has let go of a chunk gathers it while another,
-    which has it still, is on its way to the next exchange.
+    zero/gemini/placement_policy.py:184: each rank releases chunks by the memory of its own device and its own use of
+    memory besides chunks, which is measured in the first step. A rank that has released a chunk gathers it, while
+    another, which still has it, continues to the next collective.
     """
     collector = gemini.gemini_manager._mem_stats_collector
     if collector is None:
@@ -117,9 +117,9 @@ def agree_on_memory(gemini) -> None:
 
 
 def save_padded_vocabulary() -> None:
-    """Make checkpoints of models work whose vocabulary is not a multiple of the tensor-parallel size.
+    """Make checkpoints work for models whose vocabulary is not a multiple of the tensor-parallel size.
 
-    tensor/padded_tensor/api.py:47: a detached padded tensor is padded, but has no `_unpad_detach` to take back.
+    tensor/padded_tensor/api.py:47: a detached padded tensor is padded, but has no `_unpad_detach` to restore.
     checkpoint_io/utils.py:127: the padded dimension is not recognized, since original != tp_size * shard there.
     """
 
@@ -140,8 +140,8 @@ def save_padded_vocabulary() -> None:
 def loss_in_float32() -> None:
     """Compute the cross entropy of 3d in float32, as transformers does.
 
-    shardformer/layer/loss.py:235 sums the losses of a batch in the number format of the logits: 6.9223 becomes 6.9062
-    in bf16, and in fp16 the sum overflows; line 240 rounds the number of tokens with it.
+    shardformer/layer/loss.py:235 sums the losses of a batch in the dtype of the logits: 6.9223 becomes 6.9062 in bf16,
+    and in fp16 the sum overflows. Line 240 rounds the number of tokens as well.
     """
     import torch
 
@@ -155,11 +155,11 @@ def loss_in_float32() -> None:
 
 
 def ring_weight_gradients() -> None:
-    """Give the backward pass of --sp_mode ring the whole gathered input.
+    """Use the whole gathered input in the backward pass of --sp_mode ring.
 
-    shardformer/layer/_operation.py:470 keeps the tensor that a rank sent last instead of the one it received, and the
-    weight gradients of all column-parallel layers are computed from it. The products of the ring are not overlapped
-    with its messages any more, in exchange.
+    shardformer/layer/_operation.py:470 keeps the tensor that a rank sent last instead of the one it received, and
+    computes the weight gradients of all column-parallel layers from it. With this fix, the products of the ring no
+    longer overlap with its messages.
     """
     from colossalai.shardformer.layer import _operation
 
@@ -176,11 +176,11 @@ def ring_weight_gradients() -> None:
 
 
 def wrap_to_reduce_alone() -> None:
-    """Put DistributedDataParallel around a model only where there are ranks to reduce its gradients over.
+    """Wrap a model in DistributedDataParallel only where there are ranks to reduce its gradients over.
 
-    booster/plugin/hybrid_parallel_plugin.py:1311 does it for a data-parallel size of 1 as well, under ZeRO too. ZeRO
-    stage 2 takes each gradient away when it has come; at the end of backward the wrapper puts it back from its bucket,
-    and the next micro batch is added to what ZeRO has counted. The buckets are a second copy of all gradients besides.
+    booster/plugin/hybrid_parallel_plugin.py:1311 also does it for a data-parallel size of 1, under ZeRO too. ZeRO stage
+    2 removes each gradient as it arrives. At the end of backward the wrapper restores it from its bucket, and the next
+    micro batch is added to what ZeRO has counted already. The buckets are also a second copy of all gradients.
     """
 
     def wrapping_to_reduce(begin):
@@ -195,10 +195,10 @@ def wrap_to_reduce_alone() -> None:
 
 
 def skip_hidden_messages() -> None:
-    """Let ColossalAI's log do nothing for messages that its level hides.
+    """Make ColossalAI's log skip messages that its level hides.
 
-    logging/logger.py:71 first finds out where a message comes from: inspect.stack(), which for each function on the
-    stack goes through all modules that are loaded. Gemini has such a message after each backward (gemini_ddp.py:343).
+    logging/logger.py:71 first looks up the source of a message by inspect.stack(), which goes through all loaded
+    modules for each function on the stack. Gemini logs such a message after each backward (gemini_ddp.py:343).
     """
 
     def only_if_shown(log, level: int):
@@ -215,7 +215,7 @@ def skip_hidden_messages() -> None:
 
 
 def read_tied_by_two_names() -> None:
-    """Let Gemini load a model whose tied embeddings are stored under both of their names.
+    """Make Gemini load a model whose tied embeddings are stored under both of their names.
 
     zero/gemini/gemini_ddp.py:683 knows the first name of a parameter only, and line 817 refuses the second.
     """
@@ -257,12 +257,12 @@ def sum_split_biases() -> None:
 
 @contextlib.contextmanager
 def unrounded_buffers(model) -> Iterator[None]:
-    """Within it a plugin may take over the model; behind it the model's buffers have their number format again.
+    """A context in which a plugin may convert the model; afterwards the model's buffers have their dtype again.
 
     Every plugin casts buffers with the weights (booster/plugin/low_level_zero_plugin.py:83 and
     hybrid_parallel_plugin.py:104, zero/gemini/gemini_ddp.py:883). A LLaMA has one, the rotary frequencies, which
-    transformers keeps in float32: `from_pretrained(torch_dtype=...)` casts parameters alone. In bf16 they are off by up
-    to 3.7e-3 of their value: in some channels a distance of 2,048 tokens counts as 2,055, in others as 2,041.
+    transformers keeps in float32: `from_pretrained(torch_dtype=...)` casts only parameters. Rounded to bf16 they are
+    off by up to 3.7e-3 of their value: in some channels a distance of 2,048 tokens counts as 2,055, in others as 2,041.
     """
     import torch
     from colossalai.lazy.lazy_init import LazyTensor
@@ -277,7 +277,7 @@ def unrounded_buffers(model) -> Iterator[None]:
                 kept.append((module, name, buffer.clone()))
     yield
     for module, name, buffer in kept:
-        # In place: transformers, and wrappers around the model, know the same tensor by other names.
+        # In place: transformers, and wrappers around the model, hold the same tensor under other names.
         cast = getattr(module, name)
         if cast.dtype is not buffer.dtype:
             cast.data = buffer.to(cast.device)
@@ -288,11 +288,11 @@ NORM_BLOCK = 1024
 
 
 def norm_in_blocks() -> None:
-    """Let Gemini measure a chunk's gradients by blocks.
+    """Make Gemini sum the squares of a chunk's gradients in blocks.
 
-    zero/gemini/chunk/chunk.py:261 takes a float32 copy of the whole chunk and one float32 norm of it. On a CPU, which
-    adds up one number after the other, small squares are lost beside their sum: 0.01 % of the norm of 4 M random
-    numbers and 0.2 % of that of 32 M. Clipping divides by this norm. ZeRO and 3d use float64 (low_level_optim.py:672).
+    zero/gemini/chunk/chunk.py:261 computes one float32 norm of the whole chunk. A CPU sums one number after the other,
+    so small squares are lost beside their sum: 0.01 % of the norm of 4 M random numbers, 0.2 % of that of 32 M.
+    Clipping divides by this norm. ZeRO and 3d use float64 (low_level_optim.py:672).
     """
 
     def set_l2_norm(self) -> None:
@@ -314,10 +314,10 @@ def sum_of_squares(values) -> float:
 
 
 def fill_buckets(optimizer) -> None:
-    """Let ZeRO collect gradients in a bucket for each parameter group, to exchange them when one is full.
+    """Make ZeRO collect gradients in one bucket per parameter group, which is exchanged when it is full.
 
     zero/low_level/low_level_optim.py:440 has one bucket for all groups, and empties it whenever a gradient of another
-    group comes: with matrices that decay and norms that do not, four times in each layer of a LLaMA.
+    group arrives: with matrices that decay and norms that do not, four times in each layer of a LLaMA.
     """
     from colossalai.zero.low_level.bookkeeping import BucketStore
 
@@ -333,7 +333,7 @@ def fill_buckets(optimizer) -> None:
 
     buckets = optimizer.pg_to_bucket_store
     for group_id, params in optimizer._working_param_groups.items():
-        # The first group keeps the bucket that there is, whose key others look up.
+        # The first group keeps the existing bucket, whose key other code looks up.
         for param in params if group_id else ():
             ranks = optimizer.param_to_pg[param]
             if (ranks, group_id) not in buckets:
@@ -343,10 +343,10 @@ def fill_buckets(optimizer) -> None:
 
 @contextlib.contextmanager
 def gathered_weights(gemini) -> Iterator[None]:
-    """Run Gemini's model as it is, with all half-precision weights gathered on each device.
+    """A context in which Gemini's bare model runs, with all half-precision weights gathered on each device.
 
-    zero/gemini/gemini_ddp.py:278 refuses to go forward without gradients before a step has told what memory is needed.
-    Nothing is recorded here, so that the first step still can. Weights are let go as line 260 does it.
+    zero/gemini/gemini_ddp.py:278 refuses a forward pass without gradients before a step has recorded how much memory is
+    needed. Nothing is recorded here, so the first step still can. Weights are released as line 260 does it.
     """
     patching.require("colossalai.zero:GeminiDDP._post_forward")
     for chunk in gemini.chunk_manager.get_chunks(gemini.fp16_params):

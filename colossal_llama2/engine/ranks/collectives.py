@@ -1,4 +1,4 @@
-"""What ranks tell each other besides tensors: values as JSON, and that one of them failed.
+"""Exchange values other than tensors between ranks, as JSON, and make all ranks fail if one does.
 
 torch.distributed's own functions for objects pickle them; these do not.
 """
@@ -13,20 +13,20 @@ from colossal_llama2.errors import RunError, UserError
 
 
 def place() -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """This rank and the number of ranks."""
     import torch.distributed as dist
 
     return dist.get_rank(), dist.get_world_size()
 
 
 def place_on_host() -> tuple[int, int]:
-    """Which of the ranks on this host this one is, and how many those are. Called on all ranks."""
+    """This rank's number among the ranks on its host, and their number. Called on all ranks."""
     hosts, rank = gather_values(socket.gethostname()), place()[0]
     return hosts[:rank].count(hosts[rank]), hosts.count(hosts[rank])
 
 
 def gather_values(value: Any) -> list[Any]:
-    """The JSON values that all ranks give, by rank. Called on all ranks."""
+    """The JSON values of all ranks, in the order of the ranks. Called on all ranks."""
     import torch
     import torch.distributed as dist
     from colossalai.accelerator import get_accelerator
@@ -44,7 +44,7 @@ def gather_values(value: Any) -> list[Any]:
 
 
 def max_over_ranks(value: int) -> int:
-    """The largest of the numbers that all ranks give. Called on all ranks."""
+    """The largest of all ranks' numbers. Called on all ranks."""
     import torch
     import torch.distributed as dist
     from colossalai.accelerator import get_accelerator
@@ -55,24 +55,24 @@ def max_over_ranks(value: int) -> int:
 
 
 def any_rank(is_so: bool) -> bool:
-    """Whether it is so on one of the ranks. Called on all ranks."""
+    """Whether the condition holds on at least one rank. Called on all ranks."""
     return bool(max_over_ranks(int(is_so)))
 
 
 def first_rank_value(value: Any) -> Any:
-    """The JSON value that rank 0 gives. Called on all ranks."""
+    """Rank 0's JSON value. Called on all ranks."""
     return gather_values(value)[0]
 
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """A part of the work that fails on every rank if it fails on one. Called on all ranks.
+    """A context that fails on every rank if it fails on one. Called on all ranks.
 
-    What is inside may not wait for other ranks after it can have failed on this one.
+    Code inside must not wait for other ranks after a point where it can fail.
 
     Raises:
-        UserError, RunError: the rank that failed, its host and its reason; what is no fault of disk or user is
-            raised as it is by that rank.
+        UserError, RunError: with the rank that failed, its host and its reason. Any other exception is re-raised
+            unchanged on the rank where it happened.
     """
     from safetensors import SafetensorError
 

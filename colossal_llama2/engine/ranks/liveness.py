@@ -1,11 +1,11 @@
-"""Whether the other ranks live: a connection of each rank to rank 0, which the system closes when a process dies.
+"""Detect dead ranks: each rank keeps a connection to rank 0, which the system closes when a process dies.
 
-What the launcher or the network library tells of a dead rank comes late, or without its number. This needs no pulse,
-so a rank that is busy for long is never taken for dead; one that hangs is found by the time limit of the network.
+The launcher and the network library report a dead rank late, or without its number. No heartbeat is used, so a busy
+rank is never mistaken for a dead one. A rank that hangs is found by the time limit of the network.
 
-Ranks connect before PyTorch's own rendezvous, in which a rank would wait for a dead one until the time limit
-(meeting.py says how). Started by hand, they do so before anything else; under torchrun, which ends all ranks of a host
-by itself when one of them dies, as soon as PyTorch is imported.
+Ranks connect before PyTorch's own rendezvous (meeting.py), in which a rank would wait for a dead one until the time
+limit. Ranks started by hand connect first of all. Under torchrun, which ends all ranks of a host itself when one of
+them dies, they connect as soon as PyTorch is imported.
 """
 
 import os
@@ -26,17 +26,18 @@ from colossal_llama2.launcher import Place, place
 from colossal_llama2.terminal_text import show_line
 
 CONNECT_SECONDS = 30.0
-# How long a rank whose network failed waits to hear which rank is dead, and one that hears of an error to meet it too.
+# How long a rank whose network failed waits for the number of the dead rank, and how long a rank that learns of another
+# rank's error waits to run into it as well.
 VERDICT_SECONDS = 5.0
-# How long a rank that fails at once keeps looking for rank 0, to say so.
+# How long a rank that fails at the start keeps looking for rank 0, to report its error.
 FAREWELL_SECONDS = 1.0
-# When a rank says that it waits for others, first and then again.
+# When a rank first logs that it is waiting for others, and how often after that.
 SILENT_SECONDS, REMIND_SECONDS = 5.0, 30.0
 LOOK_SECONDS = 0.2
 GOODBYE, FAILED, STOPPED = "bye", "failed", "stopped"
 MET, LOST = "met", "lost"
 MAX_REASON = 400
-# gloo's words for a rank that did not answer in time, and for each exchange after that; NCCL ends the process itself.
+# gloo's messages for a rank that did not answer in time, and for every collective after that. NCCL aborts the process.
 TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
 
 
@@ -69,10 +70,10 @@ def watching(
         if is_timeout(error):
             # Rank 0 may be the one that hangs.
             raise (RankError if place().rank == 1 else RunError)(
-                f"another rank did not answer {socket.gethostname()} for --dist_timeout {timeout_seconds:g} s, so it "
-                f"hangs, or needs more time; earlier checkpoints are whole, go on with --resume auto"
+                f"another rank did not answer {socket.gethostname()} for --dist_timeout {timeout_seconds:g} s: it "
+                f"hangs or needs more time; earlier checkpoints are whole, continue with --resume auto"
             )
-        # Most likely the network's complaint about a rank that died, whose number comes by the other way.
+        # Most likely the network's error about a dead rank, whose number arrives over our own connection.
         time.sleep(VERDICT_SECONDS)
         raise
     except Exception as error:
@@ -83,7 +84,7 @@ def watching(
 
 
 def is_timeout(error: BaseException | None) -> bool:
-    """Whether gloo gave up waiting for a rank: in this error, or in one that this error followed."""
+    """Whether this error, or one that caused it, is gloo's timeout while waiting for a rank."""
     while error is not None:
         if any(words in str(error) for words in TIMED_OUT):
             return True
@@ -92,7 +93,7 @@ def is_timeout(error: BaseException | None) -> bool:
 
 
 class Watch:
-    """One end or, on rank 0, all ends of the connections. Nothing happens where there is one rank."""
+    """This rank's end of the connection to rank 0; on rank 0, of all connections. Does nothing with a single rank."""
 
     def __init__(self, command: str, here: Place, timeout_seconds: float, before_end: Callable[[], None]):
         self._command, self._here, self._timeout, self._before_end = command, here, timeout_seconds, before_end
@@ -105,7 +106,7 @@ class Watch:
         self._next_reminder = time.monotonic() + SILENT_SECONDS
 
     def begin(self) -> None:
-        """Started by hand, look for the others from now on. Raises LaunchError if rank 0 can never be found."""
+        """Ranks started by hand: start looking for the others. Raises LaunchError if rank 0 can never be found."""
         if self._here.world_size == 1 or self._here.uses_agent_store:
             return
         if self._here.rank > 0:
@@ -117,7 +118,7 @@ class Watch:
         self._find_oneself()
 
     def reach_out(self) -> None:
-        """Under torchrun, look for the others from now on; PyTorch is imported for that."""
+        """Under torchrun: start looking for the others. Imports PyTorch."""
         if self._here.world_size == 1 or not self._here.uses_agent_store:
             return
         import torch.distributed  # noqa: F401
@@ -125,14 +126,14 @@ class Watch:
         self._start(self._meet_through_torchrun)
 
     def wait(self) -> None:
-        """Started by hand, wait until all ranks have come. Rank 0 then listens on MASTER_PORT no more.
+        """Ranks started by hand: wait until all ranks have connected. Rank 0 then stops listening on MASTER_PORT.
 
         Raises:
-            LaunchError: they have not come in time, or do not belong together.
+            LaunchError: they did not connect in time, or do not belong together.
         """
         if self._here.world_size == 1 or self._here.uses_agent_store:
             return
-        # Rank 0 gives up first, and says for whom it waited.
+        # Rank 0 gives up first, and reports the ranks that are missing.
         deadline = time.monotonic() + self._timeout + (VERDICT_SECONDS if self._here.rank else 0)
         while not self._all_are_here.wait(LOOK_SECONDS):
             if self._problem is None and time.monotonic() > deadline:
@@ -148,7 +149,7 @@ class Watch:
                 self._remind(f"waiting for {self._missing()}")
 
     def settle(self) -> None:
-        """Called on all ranks when they have met: from now on there may be checkpoints of this run."""
+        """Called on all ranks once they are connected: from now on there may be checkpoints of this run."""
         if self._here.world_size == 1:
             return
         if self._here.uses_agent_store:
@@ -157,15 +158,15 @@ class Watch:
         everywhere = all(collectives.gather_values(self._all_are_here.is_set()))
         self.is_settled = True
         if not everywhere:
-            # If there is no way between two hosts, it is said and left at that.
+            # Without a route between two hosts, training goes on; the log has a warning.
             logs.get_logger().warning(
-                "Ranks cannot watch each other: %s did not connect with rank 0; a dead one is noticed by "
+                "Ranks cannot watch each other: %s did not connect to rank 0; a dead rank is detected only after "
                 "--dist_timeout",
                 self._missing(),
             )
 
     def leave(self, farewell: str) -> None:
-        """Tell the others that this rank ends, and how."""
+        """Announce to the other ranks that this rank ends, and how."""
         self._is_leaving = True
         if farewell != GOODBYE and self._is_calling:
             self._is_linked.wait(FAREWELL_SECONDS)
@@ -186,10 +187,10 @@ class Watch:
             self._next_reminder = time.monotonic() + REMIND_SECONDS
             show_line(f"{self._command}: rank {self._here.rank}: {text}", file=sys.stderr)
 
-    # Of ranks that connect.
+    # On ranks that connect.
 
     def _call(self) -> None:
-        """Connect with rank 0 at MASTER_PORT."""
+        """Connect to rank 0 at MASTER_PORT."""
         address = meeting.given_address()
 
         def tell(reason: str) -> None:
@@ -204,7 +205,7 @@ class Watch:
     def _meet_through_torchrun(self) -> None:
         listener = meeting.listen(0, backlog=self._here.world_size) if self._here.rank == 0 else None
         own_port = listener.getsockname()[1] if listener else None
-        # What goes wrong here is said when the ranks have met.
+        # Errors here are reported once the ranks are connected.
         with suppress(RuntimeError, ValueError, LaunchError, OSError):
             address = meeting.address_through_torchrun(self._here, own_port, timeout_seconds=self._timeout)
             if listener:
@@ -214,7 +215,7 @@ class Watch:
                 self._follow(address, seconds=CONNECT_SECONDS, tell=lambda reason: None)
 
     def _follow(self, address: meeting.Address, *, seconds: float, tell: Callable[[str], None]) -> None:
-        """Connect with rank 0, and stay on the line. Raises LaunchError if that is not to be had in time."""
+        """Connect to rank 0 and keep the connection. Raises LaunchError if that fails in time."""
         until = time.monotonic() + seconds
         line, answer = meeting.introduce(address, self._here, socket.gethostname(), until=until, tell=tell)
         word, _, rest = answer.partition(" ")
@@ -225,12 +226,12 @@ class Watch:
         self._is_linked.set()
         self._run(None, address.secret)
 
-    # Of rank 0.
+    # On rank 0.
 
     def _find_oneself(self) -> None:
-        """Check that MASTER_ADDR leads the others to this process. Raises LaunchError."""
+        """Check that MASTER_ADDR resolves to this process. Raises LaunchError."""
         address = meeting.given_address()
-        # The name of a service, as Kubernetes has it, may resolve seconds after its process has started.
+        # A service's name, as in Kubernetes, may resolve only seconds after its process has started.
         until = time.monotonic() + meeting.UNREACHABLE_SECONDS
         line, answer = meeting.introduce(address, self._here, self._own_word, until=until, tell=lambda reason: None)
         line.connection.close()
@@ -238,7 +239,7 @@ class Watch:
             raise LaunchError(answer.partition(" ")[2])
 
     def _greet(self, line: Line, text: str, secret: str) -> bool:
-        """Hear who calls. False for a stranger, who is hung up on."""
+        """Identify a caller. Returns False for a stranger, whose connection is closed."""
         words = text.split()
         is_rank = len(words) == 5 and words[:2] == [HELLO, secret] and words[2].isdecimal() and words[3].isdecimal()
         if not is_rank:
@@ -257,13 +258,13 @@ class Watch:
         return True
 
     def _refuse(self, line: Line, reason: str) -> None:
-        self._problem = LaunchError(f"{reason}; set these variables anew in all processes, or start with torchrun")
+        self._problem = LaunchError(f"{reason}; set these variables again in all processes, or start with torchrun")
         line.say(f"{REFUSED} {self._problem}")
 
-    # Of all ranks.
+    # On all ranks.
 
     def _run(self, listener: socket.socket | None, secret: str) -> None:
-        """Hear all that is said, and notice the end of a connection that nobody announced."""
+        """Handle all messages, and detect a connection that ends without a farewell."""
         with selectors.DefaultSelector() as selector:
             if listener:
                 selector.register(listener, selectors.EVENT_READ)
@@ -315,7 +316,7 @@ class Watch:
             lost, _, what = rest.partition(" ")
             self._end(int(lost), what)
         else:
-            # It ends by itself, and has said why, unless it thought that all know.
+            # That rank ends by itself, and has reported why, unless it assumed that all ranks know.
             line.has_left = True
             if word == STOPPED or word == FAILED:
                 what = f"{word}: {rest}" if rest else word
@@ -325,10 +326,10 @@ class Watch:
         if self._is_leaving:
             return
         self._tell(f"{LOST} {lost} {what}")
-        # Rank 0 tells it, or if that is lost, rank 1.
+        # Rank 0 reports it, or rank 1 if rank 0 is lost.
         if self._here.rank == (0 if lost else 1):
             what = what.partition(":")[0] if self.is_settled else what
-            then = "earlier checkpoints are whole, go on with --resume auto"
+            then = "earlier checkpoints are whole, continue with --resume auto"
             then = then if self.is_settled else "no step was taken, start again"
             show_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}", file=sys.stderr)
         self._before_end()

@@ -1,10 +1,10 @@
-"""How the ranks of a job find each other before PyTorch is there: a connection of each rank to rank 0.
+"""How the ranks of a job find each other before PyTorch is imported: each rank connects to rank 0.
 
-    by hand, srun, mpirun    rank 0 listens on MASTER_PORT until all have come, then leaves the port to PyTorch
-    torchrun                 torchrun listens on MASTER_PORT; rank 0 leaves the address of its own port there
+    by hand, srun, mpirun    rank 0 listens on MASTER_PORT until all have connected, then PyTorch uses the port
+    torchrun                 torchrun listens on MASTER_PORT; rank 0 stores the address of its own port there
 
-Ranks say lines of text to each other: first `hello SECRET RANK WORLD_SIZE HOST`, which rank 0 answers with
-`welcome HOST`, or with `no` and a reason.
+Ranks exchange lines of text: first `hello SECRET RANK WORLD_SIZE HOST`, which rank 0 answers with `welcome HOST`, or
+with `no` and a reason.
 """
 
 import json
@@ -23,17 +23,17 @@ from colossal_llama2.launcher import REQUIRED, Place
 
 HELLO, WELCOME, REFUSED = "hello", "welcome", "no"
 MAX_LINE = 4096
-# Where anybody can connect, the word only keeps programs apart.
+# Anyone can connect by hand, so this secret only tells programs apart.
 KNOWN_SECRET = "colossal_llama2"
 KEY = "colossal_llama2/rank-0"
-# How long a rank looks for a host that cannot be reached, or hears nothing from the port that should be rank 0's.
+# How long a rank retries an unreachable host, or waits for an answer of the port that should be rank 0's.
 UNREACHABLE_SECONDS = 10.0
 ATTEMPT_SECONDS = 5.0
 RETRY_SECONDS = 0.2
 
 
 def settled_place() -> Place:
-    """Which process of its job this is; what there is to say about the environment is logged.
+    """This process's place in its job; logs a note about the environment, if there is one.
 
     Raises:
         LaunchError: the environment is impossible.
@@ -47,12 +47,12 @@ def settled_place() -> Place:
 
 
 class Line:
-    """One end of a connection, over which lines of text come.
+    """One end of a connection that carries lines of text.
 
     Attributes:
-        rank: at the other end, None if that is not known.
-        waiting: lines that have come and were not obeyed yet.
-        has_left: whether the other end has said that it ends.
+        rank: the rank at the other end, None if it is unknown.
+        waiting: lines that have arrived and were not handled yet.
+        has_left: whether the other end has announced that it ends.
     """
 
     def __init__(self, connection: socket.socket, rank: int | None = None):

@@ -142,8 +142,8 @@ def log_verdict(saved: SavedRun, facts: RunFacts) -> None:
         return
     if not changed:
         logger.info(
-            "What follows repeats the uninterrupted run but for rounding: on GPUs the backward pass of fused attention "
-            "sums in another order each time"
+            "What follows repeats the uninterrupted run except for rounding: on GPUs the backward pass of fused "
+            "attention sums in another order each time"
         )
         return
     logger.warning(

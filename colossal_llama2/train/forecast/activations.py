@@ -1,4 +1,4 @@
-"""What one micro batch keeps in memory between forward and backward, and what backward needs besides.
+"""Memory that one micro batch keeps between forward and backward, and that backward needs in addition.
 
 Counted tensor by tensor from what autograd saves for the LLaMA of transformers 4.51 (modeling_llama.py) and for the
 loss of model/chunked_loss.py, as Korthikanti et al. count them for GPT ("Reducing activation recomputation in large
@@ -16,7 +16,7 @@ INT64 = 8
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaMA, as its config.json has them."""
+    """Sizes of a LLaMA, from its config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -29,7 +29,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, config) -> "ModelShape":
-        """The shape in a transformers LlamaConfig."""
+        """The shape of a transformers LlamaConfig."""
         heads = config.num_attention_heads
         return cls(
             hidden_size=config.hidden_size,
@@ -45,7 +45,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StageShape:
-    """What one rank holds of a model: its part of each matrix, its layers, and whether embeddings or head are there.
+    """One rank's part of a model: its part of each matrix, its layers, and whether it has embeddings or the head.
 
     Attributes:
         model: the whole model.
@@ -61,26 +61,26 @@ class StageShape:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the embeddings here; the vocabulary is padded to a multiple of `splits`."""
+        """Rows of the embeddings on this rank; the vocabulary is padded to a multiple of `splits`."""
         return -(-self.model.vocab_size // self.splits)
 
     @property
     def query_width(self) -> int:
-        """Channels of the queries here."""
+        """Channels of the queries on this rank."""
         return self.model.heads * self.model.head_size // self.splits
 
     @property
     def key_width(self) -> int:
-        """Channels of the keys here, and of the values."""
+        """Channels of the keys on this rank, and of the values."""
         return self.model.key_value_heads * self.model.head_size // self.splits
 
     @property
     def inner_width(self) -> int:
-        """Channels inside the MLP here."""
+        """Channels inside the MLP on this rank."""
         return self.model.intermediate_size // self.splits
 
     def layer_weights(self) -> list[tuple[str, int]]:
-        """Names and elements of one layer's weights here, in the order in which they compute."""
+        """Names and elements of one layer's weights on this rank, in the order in which they compute."""
         hidden, query, key, inner = self.model.hidden_size, self.query_width, self.key_width, self.inner_width
         return [
             ("norm", hidden),
@@ -95,7 +95,7 @@ class StageShape:
         ]
 
     def embedding_weights(self) -> int:
-        """Elements of the input embeddings here, and as many of the head."""
+        """Elements of the input embeddings on this rank; the head has as many."""
         return self.vocab_rows * self.model.hidden_size
 
 
@@ -104,7 +104,7 @@ ATTENTIONS = ("sdpa", "flash")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """How one micro batch goes through a rank.
+    """How one micro batch passes through a rank.
 
     Attributes:
         samples, length: of the batch, in samples and tokens.
@@ -138,13 +138,13 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Places of this rank's part of the batch."""
+        """Positions in this rank's part of the batch."""
         return self.samples * self.length // self.sample_splits
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One operation of backward: what exists while it runs, in bytes, and whose gradients it makes."""
+    """One operation of backward: bytes that exist while it runs, and the weights whose gradients it computes."""
 
     activations: int
     logits: int
@@ -152,13 +152,14 @@ class Moment:
 
 
 class _Tape:
-    """Follows the bytes that are alive through one operation after the other."""
+    """Tracks the live bytes from one operation to the next."""
 
     def __init__(self, live: int):
-        self.live, self.moments = live, []
+        self.live = live
+        self.moments: list[Moment] = []
 
     def do(self, *, new: int = 0, free: int = 0, passing: int = 0, logits: int = 0, weights=()) -> None:
-        """An operation that makes `new` bytes, lets go of `free`, and holds `passing` and `logits` while it runs."""
+        """An operation that makes `new` bytes, releases `free`, and holds `passing` and `logits` while it runs."""
         self.moments.append(Moment(self.live + new + passing, logits, tuple(weights)))
         self.live += new - free
 
@@ -192,13 +193,13 @@ class _Sizes:
 
 
 def mask_bytes(batch: MicroBatch) -> int:
-    """The dense mask that all layers share, (samples, 1, length, length), where there is one."""
+    """Bytes of the dense mask that all layers share, (samples, 1, length, length); 0 without one."""
     is_there = batch.has_documents and batch.attention == "sdpa"
     return batch.element * batch.length**2 * batch.samples * is_there
 
 
 def kept_bytes(stage: StageShape, batch: MicroBatch) -> int:
-    """What one micro batch keeps from forward to backward, without what the loss adds."""
+    """Bytes that one micro batch keeps from forward to backward, without those of the loss."""
     sizes = _Sizes(stage, batch)
     layer = sizes.hidden if batch.checkpointing else sizes.layer
     # Cosines and sines of the rotary embedding, which all layers share.
@@ -207,7 +208,7 @@ def kept_bytes(stage: StageShape, batch: MicroBatch) -> int:
 
 
 def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
-    """What the head and the loss hold besides hidden states, in forward and in backward at their most."""
+    """Peak bytes of the head and the loss besides hidden states, in forward and in backward."""
     if not stage.has_head:
         return 0, 0
     tokens, element = batch.tokens, batch.element
@@ -229,7 +230,7 @@ def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
 
 
 def backward_moments(stage: StageShape, batch: MicroBatch) -> list[Moment]:
-    """The operations of backward in their order, on one rank: loss, final norm, layers from the last, embeddings."""
+    """The operations of backward on one rank, in order: loss, final norm, layers from the last, embeddings."""
     sizes = _Sizes(stage, batch)
     tape = _Tape(kept_bytes(stage, batch))
     # The head's gradient waits for that of the embeddings if they are one weight.

@@ -33,7 +33,8 @@ from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.token_counts import category_tokens
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import replace_file, to_json
-from colossal_llama2.terminal_text import terminal_width, visible_line
+from colossal_llama2.tables import table_lines
+from colossal_llama2.terminal_text import visible_line
 from colossal_llama2.train.run_folder.file_names import PLAN_NAME
 from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.stepping.schedule import CosineSchedule
@@ -279,7 +280,7 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
             most = max(source["samples"] / source["samples_there"] for source in held.values())
             samples = sum(source["again"] for source in held.values())
             where = f" in {_bucket_list(again)}" if data.bucketed else ""
-            yield f"{name} runs out{where}: {samples:,} samples are repeated, each is read up to {most:.2f} times"
+            yield f"{name} runs out{where}: {samples:,} samples are repeated; it is read up to {most:.2f} times"
         left_out = [number for number, source in held.items() if source["left_out"]]
         if left_out:
             samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
@@ -342,8 +343,8 @@ def plan_lines(content: dict[str, Any]) -> Iterator[str]:
         f"Plan: {kind}; {epoch['samples']:,} samples and {epoch['tokens']:,} tokens an epoch, epochs: "
         f"{content['epochs']}; steps: {content['steps']:,} of {content['samples_a_step']:,} samples"
     )
-    yield from _table(_bucket_rows(content), left=2)
-    yield from _table(_category_rows(content), left=1)
+    yield from table_lines(_bucket_rows(content), align="llr")
+    yield from table_lines(_category_rows(content))
     points = content["learning_rate"]
     peak = max(points, key=lambda point: point[1])
     shown = dict.fromkeys([tuple(points[0]), tuple(peak), tuple(points[len(points) // 2]), tuple(points[-1])])
@@ -387,17 +388,3 @@ def _category_rows(content: dict[str, Any]) -> list[list[str]]:
         more = len(rows) - MAX_ROWS - 1
         rows = [*rows[: MAX_ROWS + 1], [f"... {more:,} more"]]
     return rows
-
-
-def _table(rows: Sequence[Sequence[str]], *, left: int) -> Iterator[str]:
-    """Aligned lines; the first `left` columns, which have names, are left-aligned."""
-    columns = max(map(len, rows))
-    full = [[*row, *[""] * (columns - len(row))] for row in rows]
-    widths = [max(terminal_width(cell) for cell in column) for column in zip(*full, strict=True)]
-    for row in full:
-        gaps = [" " * (width - terminal_width(cell)) for cell, width in zip(row, widths, strict=True)]
-        cells = [
-            cell + gap if position < left else gap + cell
-            for position, (cell, gap) in enumerate(zip(row, gaps, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()

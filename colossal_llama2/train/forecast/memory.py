@@ -1,6 +1,6 @@
-"""How many bytes of memory a rank will need, by what they are for: computed from sizes and settings, never measured.
+"""Forecast of a rank's memory in bytes, by purpose: computed from sizes and settings, never measured.
 
-Three moments decide: `loss`, when all activations are there; `backward`, at its most; and `update`. Each is the sum of
+Three moments decide: `loss`, when all activations exist; `backward`, at its peak; and `update`. Each is the sum of
 parts, and the largest is the peak. What stays is counted as in "ZeRO: memory optimizations toward training trillion
 parameter models" (Rajbhandari et al., arXiv 1910.02054, section 3), activations in activations.py, and buffers by
 following what ColossalAI 0.5.0 does, whose files are named below (paths inside the package).
@@ -66,16 +66,16 @@ class Plan:
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that see different samples."""
+        """Number of data-parallel ranks."""
         return self.ranks // self.settings.model_ranks
 
     @property
     def shards(self) -> int:
-        """Ranks among which ZeRO and Gemini share: those that hold the same weights."""
+        """Number of ranks over which ZeRO and Gemini shard: those that hold the same weights."""
         return self.data_ranks * (self.settings.sp_size if self.settings.sp_mode == "all_to_all" else 1)
 
     def micro_batch(self) -> MicroBatch:
-        """What goes through a rank at once."""
+        """The micro batch of a rank."""
         settings = self.settings
         is_split = settings.sp_mode in ("split_gather", "ring")
         # ColossalAI's attention gives PyTorch's kernels a mask even where it is causal and no more (attn.py:186).
@@ -109,23 +109,23 @@ class RankMemory:
 
     @property
     def peak_moment(self) -> str:
-        """The moment that needs most."""
+        """The moment that needs the most memory."""
         return max(MOMENTS, key=lambda moment: sum(self.device[moment].values()))
 
     @property
     def peak(self) -> int:
-        """Bytes of the device at that moment."""
+        """Bytes of device memory at that moment."""
         return sum(self.device[self.peak_moment].values())
 
 
 def rank_memory(shape: ModelShape, plan: Plan) -> RankMemory:
-    """The memory of the rank that needs most."""
+    """The memory of the rank that needs the most."""
     stages = [_stage_memory(stage, plan, number) for number, stage in enumerate(stage_shapes(shape, plan.settings))]
     return max(stages, key=lambda memory: memory.peak)
 
 
 def stage_shapes(shape: ModelShape, settings: EngineSettings) -> list[StageShape]:
-    """What the stages of a pipeline hold; one without a pipeline.
+    """The parts of a model that the stages of a pipeline hold; a single one without a pipeline.
 
     Layers that do not come out even go to the middle (pipeline/stage_manager.py, distribute_layers).
     """
@@ -164,7 +164,7 @@ def _stage_memory(stage: StageShape, plan: Plan, number: int) -> RankMemory:
 
 
 def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: int):
-    """The parts that change, at each operation of backward."""
+    """The parts that change during backward, at each of its operations."""
     for moment in activations.backward_moments(stage, batch):
         yield from (
             {"activations": moment.activations + others, "logits": moment.logits, **found}
@@ -174,7 +174,7 @@ def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: i
 
 
 def _placed(device: dict[str, dict[str, int]], constant: dict[str, int], plan: Plan) -> RankMemory:
-    """Put together what changes and what stays, and move to the host what lies there."""
+    """Combine the changing and the constant parts, and count offloaded parts for the host."""
     host = {}
     if not plan.on_cpu:
         host = {part: constant[part] for part in plan.plugin.offloaded}
@@ -187,7 +187,7 @@ def _placed(device: dict[str, dict[str, int]], constant: dict[str, int], plan: P
 
 
 def trained_weights(stage: StageShape, settings: EngineSettings) -> list[tuple[str, int]]:
-    """Names and elements of the weights here that have gradients, in the order in which they compute."""
+    """Names and elements of this stage's weights that have gradients, in the order in which they compute."""
     embeddings = [("embeddings", stage.embedding_weights())]
     trains_layers = settings.trainable.trains_layers
     layers = stage.layers * stage.layer_weights() if trains_layers else []
@@ -197,7 +197,7 @@ def trained_weights(stage: StageShape, settings: EngineSettings) -> list[tuple[s
 
 
 def all_weights(stage: StageShape, settings: EngineSettings) -> int:
-    """Elements of all weights here."""
+    """Elements of all weights of this stage."""
     return sum(size for _, size in trained_weights(stage, replace(settings, trainable=Trainable())))
 
 
@@ -222,7 +222,7 @@ class _Keeper:
         self.buckets = self.trained * self.element if wraps else 0
 
     def constant(self) -> dict[str, int]:
-        """What is there from the first update on: Adam's two moments in float32, and what they belong to."""
+        """Bytes that exist from the first update on: weights, and Adam's two moments in float32."""
         # amp/naive_amp/mixed_precision_optimizer.py: a float32 copy of what is not float32 itself.
         masters = FLOAT32 * self.trained if self.element < FLOAT32 else 0
         return {
@@ -233,7 +233,7 @@ class _Keeper:
         }
 
     def host(self) -> dict[str, int]:
-        """What lies in the host's memory besides what is only moved there."""
+        """Bytes in the host's memory besides the offloaded parts."""
         return {}
 
     def forward(self) -> dict[str, int]:
@@ -302,7 +302,7 @@ class _ZeroKeeper(_Keeper):
         return found + self._reduce()
 
     def _add(self, name: str, size: int) -> list[dict[str, int]]:
-        """A gradient comes to the bucket of its group; all are reduced before if that one is full (:439)."""
+        """Add a gradient to the bucket of its group; all buckets are reduced before if that one is full (:439)."""
         found, bucket = [], self.bucket[name == "norm"]
         if sum(bucket) + size > ZERO_BUCKET:
             found = self._reduce(coming=0 if self.waits else size)
@@ -343,7 +343,7 @@ class _ZeroKeeper(_Keeper):
         return max(norm, gather, key=lambda parts: sum(parts.values()))
 
     def _gather_bytes(self, shares: Sequence[int], is_half: bool) -> int:
-        """What it takes to give all ranks the updated weights (:594, bookkeeping/tensor_bucket.py:70)."""
+        """Bytes of buffers for gathering the updated weights (:594, bookkeeping/tensor_bucket.py:70)."""
         most = fill = 0
         for share in shares:
             if share > ZERO_BUCKET:
@@ -403,7 +403,7 @@ class _GeminiKeeper(_Keeper):
         return {"page-locked copies": copies * self.shard}
 
     def _extra(self, chunks) -> int:
-        """Bytes of gathered chunks over those of their shards, which they take the place of (chunk.py:550)."""
+        """Bytes of gathered chunks beyond those of their shards, which they replace (chunk.py:550)."""
         return sum(self.chunks[chunk] - self.chunks[chunk] // self.shards for chunk in chunks) * self.element
 
     def forward(self) -> dict[str, int]:
@@ -420,17 +420,17 @@ class _GeminiKeeper(_Keeper):
         return found or [{"buffers": self._buffers()}]
 
     def _buffers(self) -> int:
-        """Bytes of the gathered chunks and those gathered ahead, however far off: backward goes from the last down."""
+        """Bytes of the gathered and the prefetched chunks, at any distance: backward goes from the last one down."""
         next_ones = [chunk for chunk, left in enumerate(self.left) if left and chunk not in self.gathered]
         ahead = next_ones[-self.ahead :] if self.ahead else []
         return self._extra(self.gathered.union(ahead)) + self._sent(ahead)
 
     def _sent(self, chunks: Sequence[int]) -> int:
-        """Bytes of the shards that messages on their way keep, which gloo sends from where they are."""
+        """Bytes of the shards that messages in flight keep alive: gloo sends them in place."""
         return sum(self.chunks[chunk] // self.shards for chunk in chunks) * self.element * self.plan.on_cpu
 
     def _gradient(self, chunk: int, size: int) -> list[dict[str, int]]:
-        """A gradient comes into its chunk, which is reduced when it is the last (gemini_ddp.py:357)."""
+        """Add a gradient to its chunk, which is reduced after its last gradient (gemini_ddp.py:357)."""
         self.gathered.add(chunk)
         own = 0 if self.reuses else self.chunks[chunk] * self.element
         parts = {"gradients": size * self.element, "buffers": self._buffers() + own}
@@ -453,7 +453,7 @@ class _GeminiKeeper(_Keeper):
 
 
 def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> list[int]:
-    """Elements of each chunk that Gemini puts weights of these sizes into, padding included.
+    """Elements of each of Gemini's chunks for weights of these sizes, padding included.
 
     The size that wastes least between `minimum_m` x 2**20 and twice that, or from the largest weight that is no
     outlier (zero/gemini/chunk/search_utils.py:84); a weight that is larger has a chunk of its own (manager.py:83).
@@ -473,7 +473,7 @@ def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> list[
 
 
 def _chunks_needed(ends: Sequence[int], size: int) -> int:
-    """Chunks of that size for weights one after the other; `ends` are their running totals."""
+    """Number of chunks of that size for consecutive weights; `ends` are the running totals of their sizes."""
     count = done = 0
     while done < len(ends):
         begun = ends[done - 1] if done else 0

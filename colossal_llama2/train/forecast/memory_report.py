@@ -2,6 +2,7 @@
 
 import os
 
+from colossal_llama2.tables import table_lines
 from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
 from colossal_llama2.train.settings.config import TrainConfig
@@ -77,8 +78,7 @@ def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
         if any(sizes):
             rows.append([f"  {part}", *(f"{size / GIB:.2f}" for size in sizes)])
     rows.append(["  total", *(f"{sum(memory.device[moment].values()) / GIB:.2f}" for moment in MOMENTS)])
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{width}}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    lines = table_lines(rows)
     for part, size in memory.host.items():
         lines.append(f"  in the host's memory: {part} {size / GIB:.2f}")
     peak = f"peak: {memory.peak / GIB:.2f} GiB, at {memory.peak_moment}; computed, not measured;"

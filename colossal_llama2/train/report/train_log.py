@@ -20,7 +20,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.storage.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
@@ -110,7 +110,7 @@ class TrainLog:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file = None
+        self._file: IO[bytes] | None = None
         self._is_torn = self._has_failed = False
 
     def write(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The names of the files and folders that a run writes, and what a name says about its owner."""
+"""The names of the files and folders that a run writes."""
 
 import re
 

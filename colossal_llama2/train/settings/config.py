@@ -139,6 +139,6 @@ class TrainConfig:
     timeout_seconds: float
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
-        """The same settings for other weights. Raises UserError if these do not say which of their rows are new."""
+        """The same settings for other weights. Raises UserError if --train_new_rows_only finds no new rows."""
         trainable = self.engine.trainable.of_model(source.weights)
         return replace(self, source=source, engine=replace(self.engine, trainable=trainable))

@@ -112,7 +112,7 @@ class StepResult:
     @property
     def problem(self) -> str | None:
         """Which of loss and gradient norm is NaN/Inf; None if neither is."""
-        if self.is_untrained:
+        if self.loss is None:
             return None
         if not math.isfinite(self.loss):
             return f"loss is {self.loss}"
