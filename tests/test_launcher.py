@@ -306,6 +306,7 @@ time.sleep(60)
 def test_a_rank_hears_of_its_launchers_death_and_others_do_not():
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
+    assert set(ranks) == {"torchrun", "by hand"}
     process.kill()
     start = time.monotonic()
     assert process.stdout.readline() == "SIGTERM\n" and time.monotonic() - start < 5.0

@@ -528,7 +528,7 @@ def test_biases_under_sequence_parallelism(jobs, parts, biased_model_dir):
 def test_weights_alone_start_a_new_run(jobs):
     losses = jobs["weights_only"].scalars("Loss")
     assert len(losses) == STEPS
-    assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.5
+    assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.4
 
 
 def test_exported_model_has_the_trainer_s_loss(jobs, parts):
