@@ -297,7 +297,7 @@ def test_a_7b_on_64_gpus_is_planned_here(run_forked, model_dir, data, tmp_path):
     assert totals == pytest.approx([sum(part[column] for part in parts) for column in (1, 2, 3)], abs=0.05)
     assert f"peak: {max(totals):.2f} GiB" in done.stdout
     assert "computed, not measured; expect +-20 %" in done.stdout
-    assert re.search(r"disk: 1 checkpoints of \S+ GB, at most 1 at once", done.stdout)
+    assert re.search(r"disk: 1 checkpoint of \S+ GB, at most 1 at once", done.stdout)
     assert done.stdout.endswith("dry run: nothing was trained, nothing was written\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

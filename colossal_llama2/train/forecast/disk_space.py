@@ -49,8 +49,9 @@ def disk_lines(saving: SaveConfig, checkpoint_bytes: int, steps: Sequence[int]) 
     count = most_kept(steps, keep_last=saving.keep_last, keep_every=saving.keep_every)
     folder = saving.folder.path.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+    plural = "" if len(steps) == 1 else "s"
     lines = [
-        f"disk: {len(steps)} checkpoints of {checkpoint_bytes / 1e9:,.1f} GB, at most {count} at once: "
+        f"disk: {len(steps)} checkpoint{plural} of {checkpoint_bytes / 1e9:,.1f} GB, at most {count} at once: "
         f"{count * checkpoint_bytes / 1e9:,.1f} GB of {free / 1e9:,.1f} GB free here"
     ]
     if free < count * checkpoint_bytes:
