@@ -86,7 +86,7 @@ class _LinesAboveBars(logging.StreamHandler):
 class SilentProgress:
     """A progress display that shows nothing, for every rank except the first."""
 
-    def update(self, count: int = 1, **figures: str) -> None:
+    def update(self, count: int = 1, /, **figures: str) -> None:
         """Advance by `count` units and show `figures` beside the bar."""
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class BarProgress(SilentProgress):
             ncols=None if width_is_known else 80,
         )
 
-    def update(self, count: int = 1, **figures: str) -> None:
+    def update(self, count: int = 1, /, **figures: str) -> None:
         if figures:
             self._show_what_fits([f"{name}={one_line(value)}" for name, value in figures.items()], count)
         self._bar.update(count)
@@ -165,7 +165,7 @@ class LineProgress(SilentProgress):
         self._logged_count: int | None = None
         self._figures: dict = {}
 
-    def update(self, count: int = 1, **figures: str) -> None:
+    def update(self, count: int = 1, /, **figures: str) -> None:
         self._count += count
         self._figures = figures or self._figures
         if time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:

@@ -7,6 +7,7 @@ import shutil
 import struct
 from dataclasses import asdict, replace
 
+import datasets
 import pytest
 
 from colossal_llama2.cli import train_flags
@@ -302,6 +303,16 @@ def test_a_7b_on_64_gpus_is_planned_here(run_forked, model_dir, data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_dry_run_of_several_ranks_is_printed_by_the_first_alone(run_forked, model_dir, data, tmp_path):
+    words = ["--pretrained", model_dir, "--dataset", *data, "--dry_run", "--plugin", "zero2"]
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
+    other = {**os.environ, **place, "RANK": "1", "LOCAL_RANK": "1"}
+    done = run_forked("train.py", *words, cwd=tmp_path, env=other)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_forked("train.py", *words, "--max_length", "16", cwd=tmp_path, env=other)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
 def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--pretrained", str(model_dir), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
@@ -339,6 +350,12 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
     told = message(*tp, "--max_length", "16", "--save_dir", data[0] + "/state.json")
     for words in ("--tp 4 does not divide the 6 processes", "is a file", "--max_length 16 given"):
         assert words in told
+    untrained = shutil.copytree(data[0], tmp_path / "untrained")
+    samples = datasets.load_from_disk(data[0])
+    samples.map(lambda row: {"labels": [-100] * len(row["labels"])}).save_to_disk(untrained)
+    told = message("--dry_run", "--tp", "2", "--dataset", str(untrained))
+    assert "--tp 2 needs --plugin 3d" in told and "none of its" in told
+    shutil.rmtree(untrained)
     assert "has 323 samples, one micro batch needs 4096" in message("--dry_run", "--num_ranks", "4096")
     assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
     both = message("--train_new_rows_only", "--freeze_non_embeds_params")

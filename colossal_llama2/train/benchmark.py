@@ -24,7 +24,7 @@ from colossal_llama2.tables import print_table
 from colossal_llama2.train.checks import JobChecks
 from colossal_llama2.train.inputs import open_benchmark_inputs
 from colossal_llama2.train.load_weights import attention_of, embedding_noise_of, load_weights
-from colossal_llama2.train.settings.config import TrainConfig
+from colossal_llama2.train.settings.config import BenchmarkConfig, TrainConfig
 from colossal_llama2.train.settings.flag_problems import PROFILED_STEPS, WARMUP_STEPS
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
 from colossal_llama2.train.stepping.step import step_totals, train_step
@@ -56,7 +56,7 @@ class Measured:
 
 
 def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int):
-    """Samples of `length` random tokens, in the format of `load_tokenized_dataset`."""
+    """Samples of `length` random tokens, in the format of `load_parts`."""
     import datasets
     import numpy as np
     import pyarrow
@@ -179,17 +179,17 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | No
     return rows
 
 
-def benchmark(config: TrainConfig, stop: NoSignals) -> None:
+def benchmark(config: TrainConfig, settings: BenchmarkConfig, stop: NoSignals) -> None:
     """Load the model of --pretrained and measure. Called on all ranks, inside a process group.
 
     Raises:
         UserError: the model does not fit the flags.
         Stopped: a signal came to a rank.
     """
-    inputs, reporting = open_benchmark_inputs(config, JobChecks(), needs_weights=True), config.reporting
+    inputs = open_benchmark_inputs(config, JobChecks(), num_samples=settings.num_samples, needs_weights=True)
     engine, max_length = inputs.engine, config.data.max_length
     dataset = random_dataset(
-        config.benchmark.num_samples,
+        settings.num_samples,
         length=max_length,
         vocab_size=inputs.model.vocab_size,
         seed=config.recipe.seed,
@@ -198,9 +198,9 @@ def benchmark(config: TrainConfig, stop: NoSignals) -> None:
     loader = StepLoader(dataset, inputs.order, collator, engine.data_rank, pins=engine.pins_batches)
     load_weights(config, engine, inputs.model, attention=attention_of(config))
     with embedding_noise_of(config, engine) as noise:
-        found = measure(engine, loader, noise=noise, profile_dir=config.benchmark.profile_dir, stop=stop)
+        found = measure(engine, loader, noise=noise, profile_dir=settings.profile_dir, stop=stop)
     if engine.rank == 0:
         flops = flops_per_token(llama_config(Path(config.source.weights)), inputs.model.parameters, max_length)
-        peak = known_peak(reporting.peak_tflops)
+        peak = known_peak(config.reporting.peak_tflops)
         rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=peak)
         print_table(rows, align="lrl", has_header=False)

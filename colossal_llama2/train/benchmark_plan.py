@@ -8,12 +8,12 @@ from colossal_llama2.train.checks import DryRunChecks
 from colossal_llama2.train.forecast.memory_report import memory_lines
 from colossal_llama2.train.inputs import JobInputs, open_benchmark_inputs
 from colossal_llama2.train.report import run_metadata
-from colossal_llama2.train.settings.config import TrainConfig
+from colossal_llama2.train.settings.config import BenchmarkConfig, TrainConfig
 from colossal_llama2.train.settings.flag_problems import PROFILED_STEPS, WARMUP_STEPS
 from colossal_llama2.train.settings.from_flags import Problems
 
 
-def plan_benchmark(config: TrainConfig, problems: Problems) -> None:
+def plan_benchmark(config: TrainConfig, settings: BenchmarkConfig, problems: Problems) -> None:
     """Check the model, and print the memory and the model FLOPs of a benchmark.
 
     Args:
@@ -23,19 +23,19 @@ def plan_benchmark(config: TrainConfig, problems: Problems) -> None:
         UserError: with what is wrong.
     """
     problems.raise_any()
-    inputs = open_benchmark_inputs(config, DryRunChecks(problems), needs_weights=False)
-    problems.raise_any()
+    checks = DryRunChecks(problems)
+    inputs = open_benchmark_inputs(config, checks, num_samples=settings.num_samples, needs_weights=False)
     if not logs.is_first_rank():
         return
     run_metadata.log_sizes(config, inputs.ranks, inputs.model)
     llama_config = model_without_weights(config.source.weights).config
     show(memory_lines(config, llama_config, has_documents=False))
     flops = flops_per_token(llama_config, inputs.model.parameters, config.data.max_length)
-    show(flops_lines(config, inputs, flops))
+    show(flops_lines(config, inputs, flops, num_samples=settings.num_samples))
     show("dry run: nothing was measured, nothing was written")
 
 
-def flops_lines(config: TrainConfig, inputs: JobInputs, flops: float) -> str:
+def flops_lines(config: TrainConfig, inputs: JobInputs, flops: float, *, num_samples: int) -> str:
     """What is measured, and what it computes.
 
     Args:
@@ -45,7 +45,7 @@ def flops_lines(config: TrainConfig, inputs: JobInputs, flops: float) -> str:
     samples = order.samples_per_micro_step * order.accumulation_steps
     of_step = flops * max_length * samples
     lines = [
-        f"benchmark: {config.benchmark.num_samples:,} samples of {max_length:,} tokens make "
+        f"benchmark: {num_samples:,} samples of {max_length:,} tokens make "
         f"{order.steps_after(0):,} steps of {samples:,}, of which {WARMUP_STEPS} warm up and {PROFILED_STEPS} are "
         f"profiled",
         f"model FLOPs, forward and backward, recomputation not counted: {scaled(flops)} a token, {scaled(of_step)} a "

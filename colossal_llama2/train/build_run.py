@@ -22,7 +22,6 @@ from colossal_llama2.train.run_folder import run_outputs
 from colossal_llama2.train.settings.collating import make_collator
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.stepping.nonfinite_steps import NonfiniteSteps
-from colossal_llama2.train.stepping.schedule import warmup_steps
 from colossal_llama2.train.stepping.stopping import NoSignals
 
 
@@ -85,16 +84,14 @@ def build_run(config: TrainConfig, inputs: RunInputs, record: StageRecord, stop:
 def make_record(config: TrainConfig, inputs: RunInputs) -> StageRecord:
     """What the run reports at its end, and records in its models. Called on all ranks."""
     state, versions = inputs.start.state, inputs.facts.versions
-    # A run that is done already has as many steps as it has taken.
-    total_steps = state.step if inputs.schedule is None else inputs.schedule.total_steps
     report = RunReport(
         folder=config.saving.folder,
         settings={
             **config.used_flags,
             "world_size": inputs.ranks.world_size,
             "versions": versions,
-            "total_steps": total_steps,
-            "warmup_steps": warmup_steps(config.recipe.warmup_steps, total_steps),
+            "total_steps": inputs.schedule.total_steps,
+            "warmup_steps": inputs.schedule.warmup_steps,
         },
         environment=environment(versions),
         amounts=amounts_of_all(inputs.data.samples),

@@ -1,11 +1,11 @@
 """Compare what is read for a run: the model with the flags and the tokenizer, token ids with the vocabulary, numbers.
 
-A job makes each check on all of its ranks together (JobChecks). A dry run has no ranks, checks in one process, and
-collects all problems (DryRunChecks).
+A job makes each check on all of its ranks together (JobChecks). A dry run makes it in one process, and collects all
+problems (DryRunChecks).
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from colossal_llama2.dataset.read.prepared_data import highest_token_id
 from colossal_llama2.dataset.read.untrained import log_untrained, untrained_samples
@@ -21,40 +21,73 @@ from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.from_flags import Problems
 from colossal_llama2.train.settings.ranks import PlannedRanks
 
+if TYPE_CHECKING:
+    import datasets
+
 Value = TypeVar("Value")
 
 
-class JobChecks:
-    """The checks of a job that runs. All ranks call its methods together; each check fails on all or on none."""
+class Checks(Protocol):
+    """How checks are made. A result is None only in a dry run, where a check found a problem or was skipped."""
 
-    def __call__(self, action: Callable[[], Value], *needed: Any) -> Value:
-        """What `action` returns. It must not wait for other ranks.
+    def __call__(self, action: Callable[..., Value], *arguments: Any) -> Value | None:
+        """The result of `action` for these arguments. It must not wait for other ranks.
 
-        Args:
-            needed: values that it uses; a dry run skips it where one is None.
+        A dry run skips it if an argument is None, since an earlier check found out why.
         """
-        with collectives.all_or_none():
-            return action()
 
-    def on_first_rank(self, action: Callable[[], Value]) -> Value:
-        """What `action` returns on rank 0, a JSON value."""
-        with collectives.all_or_none():
-            value = action() if collectives.place()[0] == 0 else None
-        return collectives.first_rank_value(value)
+    def on_first_rank(self, action: Callable[..., Value], *arguments: Any) -> Value | None:
+        """The result of `action` on rank 0, a JSON value."""
 
-    def dry_run_only(self, action: Callable[[], Any], *needed: Any) -> None:
-        """A check that is made later in a job, when files are written."""
+    def dry_run_only(self, action: Callable[..., Any], *arguments: Any) -> None:
+        """Make a check that a job makes later, when it writes files."""
 
     def may_continue(self) -> bool:
-        """Whether checks that need valid flags make sense: in a job they are valid."""
+        """Whether checks that need valid flags make sense."""
+
+    def raise_problems(self) -> None:
+        """Raise a UserError that names all problems found so far, if there are any."""
+
+    def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
+        """The ranks of the job."""
+
+    def samples(self, samples: "datasets.Dataset", model: ModelFacts | None, *, flag: str) -> None:
+        """Refuse data of another tokenizer, or without a trained token."""
+
+    def weights(self, folder: str, precision: str) -> None:
+        """Refuse weights with numbers that are not finite in `precision`."""
+
+
+class JobChecks(Checks):
+    """The checks of a job that runs. All ranks call its methods together; each check fails on all or on none."""
+
+    def __call__(self, action: Callable[..., Value], *arguments: Any) -> Value:
+        with collectives.all_or_none():
+            return action(*arguments)
+
+    def on_first_rank(self, action: Callable[..., Value], *arguments: Any) -> Value:
+        with collectives.all_or_none():
+            value = action(*arguments) if collectives.place()[0] == 0 else None
+        return collectives.first_rank_value(value)
+
+    def dry_run_only(self, action: Callable[..., Any], *arguments: Any) -> None:
+        pass
+
+    def may_continue(self) -> bool:
+        # The flags of a job are valid.
         return True
 
-    def ranks(self, config: TrainConfig, model: ModelFacts) -> Ranks:
-        """The ranks of the job: the engine that will hold the model."""
+    def raise_problems(self) -> None:
+        pass  # each check has raised its own
+
+    def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
+        """The engine that will hold the model."""
+        assert model is not None, "a job has inspected its model"
         return Engine(config.engine, model.parameters)
 
-    def samples(self, samples, model: ModelFacts, *, flag: str) -> None:
-        """Refuse data of another tokenizer, or without a trained token; each rank reads its share."""
+    def samples(self, samples: "datasets.Dataset", model: ModelFacts | None, *, flag: str) -> None:
+        """Each rank reads its share."""
+        assert model is not None, "a job has inspected its model"
         rank, ranks = collectives.place()
         with collectives.all_or_none():
             highest = highest_token_id(samples, share=rank, shares=ranks)
@@ -63,17 +96,14 @@ class JobChecks:
         log_untrained(sum(collectives.gather_values(untrained)), len(samples), flag=flag)
 
     def weights(self, folder: str, precision: str) -> None:
-        """Refuse weights with numbers that are not finite in `precision`.
-
-        The ranks of a host share the work. Each host reads all weights, since the folder may be on its own disk.
-        """
+        """The ranks of a host share the work. Each host reads all weights: the folder may be on its own disk."""
         cure = "use --mixed_precision bf16 or fp32" if precision == "fp16" else "use --mixed_precision fp32"
         share, shares = collectives.place_on_host()
         with collectives.all_or_none():
             check_numbers(folder, precision, cure=cure, share=share, shares=shares)
 
 
-class DryRunChecks(JobChecks):
+class DryRunChecks(Checks):
     """The checks of a dry run: in this process alone, without the weights' numbers, and with all problems collected."""
 
     def __init__(self, problems: Problems):
@@ -81,26 +111,31 @@ class DryRunChecks(JobChecks):
         Args:
             problems: of the flags, to which others are added.
         """
-        self.problems, self._has_valid_flags = problems, not problems
+        self._problems, self._has_valid_flags = problems, not problems
 
-    def __call__(self, action: Callable[[], Value], *needed: Any) -> Value | None:
-        return None if any(value is None for value in needed) else self.problems.check(action)
+    def __call__(self, action: Callable[..., Value], *arguments: Any) -> Value | None:
+        if any(argument is None for argument in arguments):
+            return None
+        return self._problems.check(lambda: action(*arguments))
 
-    def on_first_rank(self, action: Callable[[], Value]) -> Value | None:
-        return self(action)
+    def on_first_rank(self, action: Callable[..., Value], *arguments: Any) -> Value | None:
+        return self(action, *arguments)
 
-    def dry_run_only(self, action: Callable[[], Any], *needed: Any) -> None:
-        self(action, *needed)
+    def dry_run_only(self, action: Callable[..., Any], *arguments: Any) -> None:
+        self(action, *arguments)
 
     def may_continue(self) -> bool:
         return self._has_valid_flags
 
-    def ranks(self, config: TrainConfig, model: ModelFacts) -> Ranks:
+    def raise_problems(self) -> None:
+        self._problems.raise_any()
+
+    def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
         return PlannedRanks(config.engine, config.world_size)
 
-    def samples(self, samples, model: ModelFacts | None, *, flag: str) -> None:
+    def samples(self, samples: "datasets.Dataset", model: ModelFacts | None, *, flag: str) -> None:
         self(lambda: log_untrained(untrained_samples(samples, share=0, shares=1), len(samples), flag=flag))
-        self(lambda: check_highest_id(highest_token_id(samples, share=0, shares=1), model, flag=flag), model)
+        self(lambda facts: check_highest_id(highest_token_id(samples, share=0, shares=1), facts, flag=flag), model)
 
     def weights(self, folder: str, precision: str) -> None:
         """A dry run reads no weights."""
@@ -110,7 +145,7 @@ def check_model_fits(config: TrainConfig, model: ModelFacts) -> None:
     """Refuse samples longer than the model has positions, and ranks that cannot split it."""
     max_length, settings = config.data.max_length, config.engine
     if max_length > model.positions:
-        # As `check_max_length` says, for a checkpoint with other positions than --pretrained.
+        # As in `check_max_length`, for a checkpoint with other positions than --pretrained.
         has = described(model.positions, model.scaling)
         raise UserError(f"--max_length {max_length} given, {has}; give at most that")
     # Sequence-parallel ranks exchange whole heads, as tensor-parallel ranks hold them.

@@ -27,23 +27,20 @@ def dry_run(config: TrainConfig, problems: Problems) -> None:
         UserError: with everything that is wrong.
     """
     inputs = open_inputs(config, DryRunChecks(problems))
-    content = None
-    if inputs is not None and _has_steps(inputs):
-        content = data_plan.build_plan(
-            config.data.parts,
-            inputs.data.measured,
-            inputs.order,
-            num_epochs=config.recipe.num_epochs,
-            schedule=inputs.schedule,
-            state=inputs.start.state,
-        )
-    problems.raise_any()
     if not logs.is_first_rank():
         return
-    if content is None:
+    if inputs.schedule.total_steps == inputs.start.state.step:
         end = config.source.checkpoint
         show_line(f"dry run: {end} is the end of its run, which would run no step; nothing was written")
         return
+    content = data_plan.build_plan(
+        config.data.parts,
+        inputs.data.measured,
+        inputs.order,
+        num_epochs=config.recipe.num_epochs,
+        schedule=inputs.schedule,
+        state=inputs.start.state,
+    )
     run_metadata.log_sizes(config, inputs.ranks, inputs.model)
     run_metadata.log_steps(config, inputs.ranks, inputs.order, inputs.schedule)
     for line in data_plan.plan_lines(content):
@@ -52,10 +49,6 @@ def dry_run(config: TrainConfig, problems: Problems) -> None:
     show(memory_lines(config, llama_config, has_documents=inputs.has_documents))
     show(_disk_lines(config, inputs))
     show_line("dry run: nothing was trained, nothing was written")
-
-
-def _has_steps(inputs: RunInputs) -> bool:
-    return inputs.schedule is not None and inputs.schedule.total_steps > inputs.start.state.step
 
 
 def _disk_lines(config: TrainConfig, inputs: RunInputs) -> str:

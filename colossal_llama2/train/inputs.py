@@ -13,6 +13,7 @@ from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
 from colossal_llama2.dataset.read.buckets import Buckets, MeasuredPart
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.prepared_data import check_lengths, load_parts
+from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.token_counts import measure_parts
 from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.settings import Ranks
@@ -24,7 +25,7 @@ from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.checkpointing.resuming import Start
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
 from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
-from colossal_llama2.train.checks import JobChecks, check_model_fits, check_tokenizer_fits
+from colossal_llama2.train.checks import Checks, check_model_fits, check_tokenizer_fits
 from colossal_llama2.train.evaluation.evaluation_setup import load_eval_sets
 from colossal_llama2.train.evaluation.evaluator import LoadedSet
 from colossal_llama2.train.forecast import data_plan
@@ -82,13 +83,13 @@ class RunInputs(JobInputs):
 
     Attributes:
         facts: what all checkpoints of the run record.
-        schedule: None if the run is done already, and only its model may have to be published.
+        schedule: the learning rate of each update, and the number of steps.
     """
 
     data: LoadedData
     facts: RunFacts
     start: Start
-    schedule: CosineSchedule | None
+    schedule: CosineSchedule
 
     @property
     def has_documents(self) -> bool:
@@ -96,78 +97,87 @@ class RunInputs(JobInputs):
         return DOCUMENT_LENGTHS in self.data.samples.column_names
 
 
-def open_inputs(config: TrainConfig, checks: JobChecks) -> RunInputs | None:
+def open_inputs(config: TrainConfig, checks: Checks) -> RunInputs:
     """Open model and data, check them against each other and the flags, and find where the run begins.
 
-    Returns:
-        None in a dry run that found problems.
-
     Raises:
-        UserError: on all ranks, in a job that found one.
+        UserError: a check found a problem; on all ranks of a job, and with all problems in a dry run.
     """
     model = _open_model(config, checks)
     data = _open_data(config, checks)
     if not checks.may_continue():
-        return None
+        checks.raise_problems()
     ranks = checks.ranks(config, model)
     if data is not None:
         checks.samples(data.samples, model, flag="--dataset")
         for eval_set in data.eval_sets:
             checks.samples(eval_set.samples, model, flag=f"--eval_dataset {eval_set.name}")
     checks.weights(config.source.weights, config.engine.precision)
-    order = checks(lambda: _sample_order(config, ranks, len(data.samples), data.buckets), data)
-    name = checks.on_first_rank(lambda: base_model(config.source.weights))
-    facts = checks(lambda: run_metadata.describe_run(config, ranks, order, base_model=name), order, name)
-    checks.dry_run_only(lambda: _check_records(config, facts), facts)
-    start = checks(lambda: resuming.find_start(config, resuming.read_saved(config), facts, order), facts)
-    is_done = start is not None and resuming.is_done(config, start, order)
-    schedule = None if is_done else checks(lambda: resuming.make_schedule(config, start, order), start)
-    if model is None or start is None or (schedule is None and not is_done):
-        return None
+    order = checks(_order_of_data, config, ranks, data)
+    name = checks.on_first_rank(base_model, config.source.weights)
+    facts = checks(run_metadata.describe_run, config, ranks, order, name)
+    checks.dry_run_only(_check_records, config, facts)
+    start = checks(_find_start, config, facts, order)
+    schedule = checks(resuming.make_schedule, config, start, order)
+    checks.raise_problems()
+    assert model and data and order and facts and start and schedule, "what is missing was raised as a problem"
     return RunInputs(model, ranks, order, data, facts.with_first_sample(start.first_sample), start, schedule)
 
 
-def open_benchmark_inputs(config: TrainConfig, checks: JobChecks, *, needs_weights: bool) -> JobInputs | None:
+def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: int, needs_weights: bool) -> JobInputs:
     """The same for --benchmark, which reads no data.
 
     Args:
+        num_samples: random samples of an epoch.
         needs_weights: False lets config.json alone be enough.
     """
     weights = config.source.weights
-    model = checks(lambda: inspect_weights(weights) if needs_weights or _has_weights(weights) else _facts_of(weights))
-    checks(lambda: check_model_fits(config, model), model)
-    if model is None:
-        return None
+    model = checks(inspect_weights if needs_weights or _has_weights(weights) else _facts_of, weights)
+    checks(check_model_fits, config, model)
+    checks.raise_problems()
+    assert model is not None, "what is missing was raised as a problem"
     ranks = checks.ranks(config, model)
     checks.weights(weights, config.engine.precision)
-    return JobInputs(model, ranks, _sample_order(config, ranks, config.benchmark.num_samples))
+    return JobInputs(model, ranks, _sample_order(config, ranks, num_samples))
 
 
-def _open_model(config: TrainConfig, checks: JobChecks) -> ModelFacts | None:
+def _open_model(config: TrainConfig, checks: Checks) -> ModelFacts | None:
     """Its shapes, compared with its config.json, the flags and the tokenizer."""
     source = config.source
     if not checks.may_continue() and not _is_model(source.weights):
         return None  # reported with the flags
-    model = checks(lambda: inspect_weights(source.weights))
-    checks(lambda: check_model_fits(config, model), model)
-    checks(lambda: check_tokenizer_fits(config, model), model)
-    checks.dry_run_only(lambda: model_files(source.weights, source.tokenizer, config.engine.precision), model)
+    model = checks(inspect_weights, source.weights)
+    checks(check_model_fits, config, model)
+    checks(check_tokenizer_fits, config, model)
+    if model is not None:
+        checks.dry_run_only(model_files, source.weights, source.tokenizer, config.engine.precision)
     return model
 
 
-def _open_data(config: TrainConfig, checks: JobChecks) -> LoadedData | None:
+def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
     parts = config.data.parts
     if not parts.parts:
         return None  # reported with the flags
-    samples = checks(lambda: load_parts(parts.paths, config.data.document_mask))
-    checks(lambda: check_lengths(samples, config.data.max_length), samples)
-    if samples is None or not checks.may_continue():
+    samples = checks(load_parts, parts.paths, config.data.document_mask)
+    checks(check_lengths, samples, config.data.max_length)
+    if samples is None:
         return None
-    needs_lengths = parts.is_ordered or logs.is_first_rank()
-    measured = checks(lambda: measure_parts(parts.parts) if needs_lengths else [])
-    buckets = checks(lambda: data_plan.buckets_of(parts, measured))
-    eval_sets = checks(lambda: load_eval_sets(config))
-    return LoadedData(samples, measured, buckets, eval_sets or [])
+    if not checks.may_continue():
+        # Nor is the model known to which token ids are compared.
+        checks.samples(samples, None, flag="--dataset")
+        return None
+    measured = checks(_measure, parts)
+    buckets = checks(data_plan.buckets_of, parts, measured)
+    eval_sets = checks(load_eval_sets, config)
+    return LoadedData(samples, measured or [], buckets, eval_sets or [])
+
+
+def _measure(data: Data) -> Sequence[MeasuredPart]:
+    return measure_parts(data.parts) if data.is_ordered or logs.is_first_rank() else []
+
+
+def _order_of_data(config: TrainConfig, ranks: Ranks, data: LoadedData) -> SampleOrder:
+    return _sample_order(config, ranks, len(data.samples), data.buckets)
 
 
 def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: Buckets | None = None) -> SampleOrder:
@@ -179,6 +189,10 @@ def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: 
         seed=config.recipe.seed,
         buckets=buckets,
     )
+
+
+def _find_start(config: TrainConfig, facts: RunFacts, order: SampleOrder) -> Start:
+    return resuming.find_start(config, resuming.read_saved(config), facts, order)
 
 
 def _check_records(config: TrainConfig, facts: RunFacts) -> None:

@@ -31,7 +31,7 @@ def train_on_all(config: TrainConfig, stop: NoSignals, watch: Watch) -> None:
         stop.meet()
         watch.settle()
         if config.benchmark is not None:
-            benchmark(config, stop)
+            benchmark(config, config.benchmark, stop)
         else:
             run(config, stop)
         leave()
@@ -49,7 +49,7 @@ def run(config: TrainConfig, stop: NoSignals | None = None) -> None:
     config = resuming.settle(config)
     inputs = open_inputs(config, JobChecks())
     record = make_record(config, inputs)
-    if inputs.schedule is None:
+    if resuming.is_done(config, inputs.start, inputs.order):
         _finish_again(config, inputs, record)
         return
     with build_run(config, inputs, record, stop) as parts:
@@ -60,10 +60,12 @@ def run(config: TrainConfig, stop: NoSignals | None = None) -> None:
 
 def _finish_again(config: TrainConfig, inputs: RunInputs, record: StageRecord) -> None:
     """The end of a run that died after its last save."""
+    saved = inputs.start.resumed
+    assert saved is not None, "only a run that resumes can be done"
     config.saving.folder.prepare()
     if inputs.engine.rank == 0:
         record.report.write_files()
-    resuming.finish_again(inputs.start.saved, inputs.engine, config.saving, card=record.card)
+    resuming.finish_again(saved, inputs.engine, config.saving, card=record.card)
 
 
 def _log_end(config: TrainConfig, inputs: RunInputs, parts: RunParts, final: Path) -> None:

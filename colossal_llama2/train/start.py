@@ -42,5 +42,8 @@ def _dry_run(args: argparse.Namespace) -> None:
     from colossal_llama2.train.dry_run import dry_run
     from colossal_llama2.train.settings import from_flags
 
-    plan = plan_benchmark if args.benchmark else dry_run
-    plan(*from_flags.resolve_with_problems(args))
+    config, problems = from_flags.resolve_with_problems(args)
+    if config.benchmark is not None:
+        plan_benchmark(config, config.benchmark, problems)
+    else:
+        dry_run(config, problems)

@@ -47,8 +47,7 @@ class Checkpointer:
         """
         self._engine, self._writer, self._saving = engine, writer, saving
         self._total_steps, self._reporter = total_steps, reporter
-        self._last_saved: Path | None = None
-        self._last_step: int | None = None
+        self._last_saved: tuple[int, Path] | None = None
         self.pause_seconds: float | None = None
 
     def save(self, state: TrainState, *, epoch_ends: bool) -> None:
@@ -63,12 +62,12 @@ class Checkpointer:
         Raises:
             RunError: on all ranks, if one of them cannot write.
         """
-        if self._last_step == state.step:
-            return self._last_saved
+        if self._last_saved is not None and self._last_saved[0] == state.step:
+            return self._last_saved[1]
         start = time.monotonic()
         self._reporter.before_save()
         written = self._writer.write(state)
-        self._last_saved, self._last_step = written.folder, state.step
+        self._last_saved = state.step, written.folder
         self.pause_seconds = time.monotonic() - start
         self._reporter.saved(state.step, written.folder.name, self.pause_seconds)
         if written.figures:
@@ -97,7 +96,8 @@ class Checkpointer:
         """
         with self._engine.first_rank_only() as first:
             if first:
-                publish_model(self._last_saved, card() if card else None)
+                assert self._last_saved is not None, "the last step is saved"
+                publish_model(self._last_saved[1], card() if card else None)
         return self._saving.folder.model
 
 

@@ -69,5 +69,5 @@ class EvaluationHistory:
 
 def was_interrupted(saved: SavedRun | None) -> bool:
     """Whether a signal interrupted the evaluation after the step of a checkpoint."""
-    evaluations = None if saved is None else saved.entries.get("evaluations")
+    evaluations = [] if saved is None else saved.entries.get("evaluations") or []
     return bool(evaluations) and not evaluations[-1]["figures"]

@@ -1,10 +1,9 @@
 """How a run continues from a checkpoint: whether that is intact, what must be unchanged, and how exact it will be."""
 
 import json
-import math
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +214,8 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
                 f"resume with the same {flag}, or take its weights alone: --load_checkpoint {config.source.weights}"
             )
     _check_place(saved, order)
-    state = saved.state
+    # A copy, since the run counts on in it.
+    state = replace(saved.state)
     if state.epoch >= config.recipe.num_epochs:
         raise UserError(f"--load_checkpoint {saved.folder}: is in epoch {state.epoch}; give a higher --num_epochs")
     log_verdict(saved, facts)
@@ -271,12 +271,14 @@ def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, nu
 
 
 def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> CosineSchedule:
-    """The learning rate over all steps of the run, those before a resume included.
+    """The learning rate over all steps of the run, those before a resume included; of a run that is done, over these.
 
     Raises:
         UserError: no step is left, and no evaluation is pending.
     """
     state, recipe, source = start.state, config.recipe, config.source
+    if is_done(config, start, order):
+        return _schedule_of(config, state.step)
     steps_left = order.steps_after(state.sample_start_index)
     steps_left += (recipe.num_epochs - state.epoch - 1) * order.steps_after(0)
     if steps_left == 0 and not start.eval_pending:
@@ -284,14 +286,15 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
             f"--load_checkpoint {source.checkpoint}: its {recipe.num_epochs} epochs are trained, the model is in "
             f"{source.weights}; give a higher --num_epochs to continue"
         )
-    most = recipe.max_steps or math.inf
-    if state.step >= most + start.eval_pending:
+    total_steps = state.step + steps_left
+    if recipe.max_steps is not None:
+        total_steps = min(total_steps, recipe.max_steps)
+    if recipe.max_steps is not None and state.step >= recipe.max_steps + start.eval_pending:
         raise UserError(
             f"--load_checkpoint {source.checkpoint}: its step {state.step} is not before --max_steps "
             f"{recipe.max_steps}, the model is in {source.weights}; give a higher --max_steps to continue"
         )
-    total_steps = min(state.step + steps_left, most)
-    schedule = CosineSchedule(config.engine.learning_rate, total_steps, warmup_steps(recipe.warmup_steps, total_steps))
+    schedule = _schedule_of(config, total_steps)
     if schedule.warmup_steps >= total_steps:
         logs.get_logger().warning(
             "--warmup_steps %d: the run has %d steps, so the learning rate only rises",
@@ -301,6 +304,11 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     if start.resumed is not None:
         _log_changed_schedule(start.resumed.read_schedule(), schedule)
     return schedule
+
+
+def _schedule_of(config: TrainConfig, total_steps: int) -> CosineSchedule:
+    warmup = warmup_steps(config.recipe.warmup_steps, total_steps)
+    return CosineSchedule(config.engine.learning_rate, total_steps, warmup)
 
 
 def _log_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> None:

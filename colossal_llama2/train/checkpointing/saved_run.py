@@ -90,7 +90,7 @@ def _check_entries(states: dict[str, Any]) -> None:
             json_input.whole_number(states, name)
     for entry in states.get("evaluations") or ():
         _check_evaluation(entry)
-    ranks = states.get("ranks") or ()
+    ranks = states.get("ranks") or []
     for rank in ranks:
         _check_rank(rank)
     # Ranks with different scales would repeat a step differently, and wait for each other for ever.

@@ -41,7 +41,7 @@ class LoadedSet:
     """A set of held-out samples.
 
     Attributes:
-        samples: as `load_tokenized_dataset` gives them.
+        samples: as `load_parts` returns them.
         target_bytes: UTF-8 bytes of the text that they predict; None if unknown.
     """
 
@@ -189,7 +189,7 @@ class Evaluator(SilentEvaluator):
             key, first = self._history.first(name, figures[name])
             now = figures[name][key]
             # Not "now > ...", which is False for NaN.
-            if not now <= first * (1 + limit):
+            if first is not None and not now <= first * (1 + limit):
                 risen[name] = (
                     f"--forgetting_alarm {name}={limit:g}: {key.replace('_', ' ')} of {name} went from {first:.4f} "
                     f"to {now:.4f}, by {now / first - 1 if first else math.inf:+.1%}"

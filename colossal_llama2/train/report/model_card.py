@@ -118,7 +118,7 @@ def _named_by_states(path: Path) -> tuple[str | None, str | None]:
     except (OSError, ValueError):
         return None, None
     known, pretrained = states.get("base_model"), settings.get("pretrained")
-    is_path = is_name(pretrained) and "\0" not in pretrained
+    is_path = isinstance(pretrained, str) and is_name(pretrained) and "\0" not in pretrained
     return known if is_name(known) else None, pretrained if is_path else None
 
 

@@ -52,6 +52,8 @@ FAMILIES = {"seconds": "Seconds", "loss_by_source": "Loss by Source", "loss_by_c
 class Reporter(SilentReporter):
     """Reports everything. For rank 0."""
 
+    timer: StepTimer
+
     def __init__(
         self,
         *,
@@ -180,13 +182,12 @@ def short_count(value: float) -> str:
 
 def loss_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups | None:
     """The (source, category) pairs whose losses are reported apart; begins the tally. None, with the reason logged."""
-    reason = None
+    reason = tally.unfed
     if amounts is None:
         reason = "the data does not record where documents come from, or they are not kept apart"
     elif len(amounts) > MAX_GROUPS:
         reason = f"the data has {len(amounts)} pairs of them, more than {MAX_GROUPS}"
-    reason = reason or tally.unfed
-    if reason:
+    if amounts is None or reason:
         logs.get_logger().info("No loss by source and category: %s", reason)
         return None
     tally.begin(len(amounts))

@@ -30,7 +30,7 @@ SHAPE_KEYS = (
 )
 
 
-def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, *, base_model: str) -> RunFacts:
+def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, base_model: str) -> RunFacts:
     """The facts of a run that begins at the first sample, see RunFacts.with_first_sample."""
     source, data = config.source, config.data.parts
     trainable = ranks.settings.trainable
@@ -43,7 +43,7 @@ def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, *, base_
         model_shape=model_shape(source.pretrained),
         seed=order.seed,
         freeze_non_embeds_params=not trainable.trains_layers,
-        trained_rows=trainable.rows and [list(borders) for borders in trainable.rows],
+        trained_rows=None if trainable.rows is None else [list(borders) for borders in trainable.rows],
         world_size=ranks.world_size,
         data_parallel_size=ranks.data_size,
         numerics=NUMERICS,

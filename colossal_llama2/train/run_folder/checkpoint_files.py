@@ -32,8 +32,11 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
-    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name).group(2))
+    """The optimizer step in a checkpoint's name. Raises ValueError for another name."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint.name} is not the name of a checkpoint")
+    return int(match[2])
 
 
 def complete_checkpoints(save_dir: Path) -> list[Path]:
@@ -49,7 +52,7 @@ def _saved_at(checkpoint: Path) -> float:
     try:
         return float(read_manifest(checkpoint)["saved_at"])
     except UserError:
-        # Unreadable, so it is the last choice; whoever reads it then reports why.
+        # Unreadable, so it is the last choice; the code that reads it then reports why.
         return 0.0
 
 

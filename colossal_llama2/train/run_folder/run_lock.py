@@ -111,8 +111,7 @@ def _open_locked(path: Path) -> int:
         except BlockingIOError:
             owner = _owner(descriptor)
             os.close(descriptor)
-            is_ending = owner is not None and owner["ending"]
-            if is_ending and time.monotonic() < deadline:
+            if owner is not None and owner["ending"] and time.monotonic() < deadline:
                 if is_first:
                     logs.get_logger().info("Process %d is saving before it ends; waiting for its lock", owner["pid"])
                 is_first = False

@@ -21,7 +21,7 @@ class SilentWriter:
 class SilentReporter(SilentWriter):
     """A reporter that reports and measures nothing: for all ranks but the first."""
 
-    timer = NoTimer()
+    timer: NoTimer = NoTimer()
 
     def step(
         self,

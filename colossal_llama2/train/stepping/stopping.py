@@ -57,7 +57,7 @@ class StopSignals(NoSignals):
 
     def __init__(self, *, has_partners: bool):
         self._has_partners, self._raises = has_partners, True
-        self._counts = dict.fromkeys(SIGNALS, 0)
+        self._counts: dict[int, int] = dict.fromkeys(SIGNALS, 0)
 
     def __enter__(self) -> "StopSignals":
         self._inlet, self._outlet = socket.socketpair()
