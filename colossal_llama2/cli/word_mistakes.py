@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from colossal_llama2.cli import flag_names
@@ -31,11 +31,11 @@ WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/].*|\\\\.+|\.{1,2}\\.*")
 class Given(NamedTuple):
     """A flag of the command line and the words after it, up to the next flag.
 
-    `attached` is the value of --flag=value. `action` is None for words before the first flag.
+    `attached` is the value of --flag=value.
     """
 
     flag: str
-    action: argparse.Action | None
+    action: argparse.Action
     attached: str | None
     words: list[str]
 
@@ -52,35 +52,37 @@ def check_words(words: Sequence[str], parser: FlagParser) -> None:
             _check_word(word, parser)
     # Positional arguments may also follow the value of a flag.
     free = sum(not action.option_strings for action in parser.actions)
-    for given in split(words, parser):
-        if given.action is None:
-            _check_no_words(given, free, parser)
-            free -= len(given.words)
-        elif given.action.nargs == 0:
+    leading, flags = split(words, parser)
+    _check_leading(leading, free, parser)
+    free -= len(leading)
+    for given in flags:
+        if given.action.nargs == 0:
             _check_switch(given)
         else:
             free -= _check_values(given, free)
 
 
-def split(words: Sequence[str], parser: FlagParser) -> Iterator[Given]:
-    """Group the words by flag, as argparse reads them."""
-    given = Given("", None, None, [])
+def split(words: Sequence[str], parser: FlagParser) -> tuple[list[str], list[Given]]:
+    """The words before the first flag, and the flags with their words, as argparse reads them."""
+    leading: list[str] = []
+    flags: list[Given] = []
     for word in words:
         flag, sign, value = word.partition("=")
         action = parser.by_spelling.get(flag) if word.startswith("-") else None
-        if action is None:
-            given.words.append(word)
-            continue
-        yield given
-        given = Given(flag, action, value if sign else None, [])
-    yield given
+        if action is not None:
+            flags.append(Given(flag, action, value if sign else None, []))
+        elif flags:
+            flags[-1].words.append(word)
+        else:
+            leading.append(word)
+    return leading, flags
 
 
 def repeated_lists(words: Sequence[str], parser: FlagParser) -> list[str]:
     """One sentence for each list flag that is given more than once: argparse drops all but the last list."""
-    counts: dict = {}
-    for given in split(words, parser):
-        if given.action is not None and (given.action.nargs == "+" or takes_commas(given.action)):
+    counts: dict[str, list[Given]] = {}
+    for given in split(words, parser)[1]:
+        if given.action.nargs == "+" or takes_commas(given.action):
             counts.setdefault(given.action.dest, []).append(given)
     return [
         f"{uses[-1].flag} is given {len(uses)} times; only the last one is used: {_typed(uses[-1])}"
@@ -144,9 +146,9 @@ def _check_word(word: str, parser: FlagParser) -> None:
 # Words that belong to no flag.
 
 
-def _check_no_words(given: Given, free: int, parser: FlagParser) -> None:
+def _check_leading(words: Sequence[str], free: int, parser: FlagParser) -> None:
     """Check the words before the first flag; the command has `free` positional arguments."""
-    for word in given.words[free:]:
+    for word in words[free:]:
         name, sign, value = word.partition("=")
         flag = f"--{name}"
         if flag in parser.by_spelling:
@@ -196,7 +198,7 @@ def _check_dash(given: Given, word: str) -> None:
     """Refuse a value with a leading hyphen, which argparse would read as a flag, unless it is a plain number."""
     if PLAIN_NUMBER.fullmatch(word):
         return
-    if NUMBER.fullmatch(word) and given.action.type is not None:
+    if NUMBER.fullmatch(word) and callable(given.action.type):
         try:
             given.action.type(word)
         except (argparse.ArgumentTypeError, ValueError) as error:

@@ -48,7 +48,7 @@ class Line(NamedTuple):
     record: dict[str, Any] | None
     problem: str | None = None
     count: int = 1  # type: ignore[assignment]  # a tuple's own `count` is not needed
-    reason: str | None = None
+    reason: str = OTHER_REASON
     is_lost: bool = False
 
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    TokenIds = Sequence[int] | np.ndarray
+
 
 class Encoder(Protocol):
-    """Text to token ids and back, loaded from a tokenizer's folder. It pickles as the path of that.
+    """Text to token ids and back, loaded from a tokenizer's folder. It pickles as that path.
 
     Attributes:
-        name: of the kind of tokenizer, for messages.
+        name: the kind of tokenizer, for messages.
         bos_id, eos_id: the marks at the beginning and the end of a document.
         unk_id: what stands for text that the tokenizer cannot encode; negative if there is no such token.
         vocab_size: the number of tokens.
@@ -65,7 +67,7 @@ class Encoder(Protocol):
     def is_long(self, text: str) -> bool:
         """Whether a text is so long that `encode_long` should encode it."""
 
-    def encode(self, texts: list[str], *, dummy_prefix: bool = True) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, dummy_prefix: bool = True) -> list[list[int]]:
         """Token ids of each text, without marks, on one thread. A mark that is spelled out in a text stays text.
 
         Args:
@@ -79,7 +81,7 @@ class Encoder(Protocol):
     def decode(self, ids: Iterable[int], *, dummy_prefix: bool = True) -> str:
         """The text of token ids, without marks and, with `dummy_prefix`, without the space that `encode` adds."""
 
-    def bytes_of_tokens(self, text: str, ids: Sequence[int], *, dummy_prefix: bool = True) -> "np.ndarray":
+    def bytes_of_tokens(self, text: str, ids: "TokenIds", *, dummy_prefix: bool = True) -> "np.ndarray":
         """(tokens,) int32: how many UTF-8 bytes of `text` each of its tokens stands for; they sum to all of them.
 
         Args:

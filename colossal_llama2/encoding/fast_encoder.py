@@ -8,8 +8,7 @@ Both give the same ids if
 - SentencePiece encodes the text of every piece to that piece; then it does so in every text (`closure` shows why);
 - every character of a piece is a piece, so that merges lead to each piece and kitoken ranks it by its score;
 - no two pieces have the same score: SentencePiece would decide by position and kitoken by id. In LLaMA-2, runs of
-spaces
-  do, but every shorter run leads to them, so that the results are equal. This is tested on runs of spaces;
+  spaces do, but every shorter run leads to them, so the results are equal. This is tested on runs of spaces;
 - only merges decide: no normalizer, bytes for unknown characters, no user-defined pieces.
 
 This holds for LLaMA-2's tokenizer, and for its extensions by init_tokenizer.py without `--piece_scores zero` and
@@ -18,11 +17,12 @@ This holds for LLaMA-2's tokenizer, and for its extensions by init_tokenizer.py 
 
 import importlib.util
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder, no_dummy_prefix
-from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.encoding.sentencepiece_file import no_dummy_prefix, sentencepiece_file
 
 SPACE = "▁"
 # The longest run of spaces on which both are compared, many times the longest piece.
@@ -44,7 +44,7 @@ class FastEncoder(SentencePieceEncoder):
 
         return Kitoken.from_sentencepiece(self._content + no_dummy_prefix())
 
-    def _encode(self, texts: list[str], *, dummy_prefix: bool) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], *, dummy_prefix: bool) -> list[list[int]]:
         fast = self._fast if dummy_prefix else self._fast_continuation
         return fast.encode_all(list(texts), False)
 

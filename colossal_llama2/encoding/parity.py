@@ -92,7 +92,10 @@ class Tokenizers:
     def slow_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the slow tokenizer, without <s> and </s>."""
         # The two steps of `encode`, without building masks, which takes longer.
-        return [self.slow.convert_tokens_to_ids(self.slow.tokenize(text)) for text in texts]
+        slow = self.slow
+        if slow is None:
+            raise ValueError("this tokenizer has no slow version")
+        return [slow.convert_tokens_to_ids(slow.tokenize(text)) for text in texts]
 
     def normalized(self, text: str) -> str:
         """The text whose characters SentencePiece merges: with "▁" for spaces, and with a leading "▁"."""

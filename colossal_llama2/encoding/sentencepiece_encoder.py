@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE, TOKENIZER_FILES
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS, SafeCuts
-from colossal_llama2.encoding.sentencepiece_file import load_processor, sentencepiece_file
+from colossal_llama2.encoding.sentencepiece_file import load_processor, no_dummy_prefix, sentencepiece_file
 from colossal_llama2.encoding.transformers_tokenizer import load_fast
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from colossal_llama2.encoding.encoder import TokenIds
 
 
 class SentencePieceEncoder:
@@ -27,7 +29,7 @@ class SentencePieceEncoder:
     name = "SentencePiece"
     bos_text = "<s>"
     eos_text = "</s>"
-    files = TOKENIZER_FILES
+    files: tuple[str, ...] = TOKENIZER_FILES
 
     def __init__(self, tokenizer_dir: str | Path, part_characters: int = PART_CHARACTERS):
         """
@@ -91,7 +93,7 @@ class SentencePieceEncoder:
         """A second processor, because the leading "▁" before a text is a property of the loaded model."""
         return load_processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
-    def encode(self, texts: list[str], *, dummy_prefix: bool = True) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, dummy_prefix: bool = True) -> list[list[int]]:
         """Token ids of each text, without <s> and </s>, on one thread.
 
         Special tokens in a text stay text: "<s>" on a web page is three characters, never id 1. With
@@ -123,7 +125,7 @@ class SentencePieceEncoder:
     def _parts(self, text: str) -> Iterator[str]:
         return self._safe_cuts.parts_of(text, self._part_characters) if self.is_long(text) else iter([text])
 
-    def _encode(self, texts: list[str], *, dummy_prefix: bool) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], *, dummy_prefix: bool) -> list[list[int]]:
         processor = self._processor if dummy_prefix else self._continuation_processor
         # One thread: much text is encoded by several processes with an encoder each.
         return processor.encode(list(texts), num_threads=1)
@@ -137,7 +139,7 @@ class SentencePieceEncoder:
         processor = self._processor if dummy_prefix else self._continuation_processor
         return processor.decode([int(token) for token in ids])
 
-    def bytes_of_tokens(self, text: str, ids: Sequence[int], *, dummy_prefix: bool = True) -> "np.ndarray":
+    def bytes_of_tokens(self, text: str, ids: "TokenIds", *, dummy_prefix: bool = True) -> "np.ndarray":
         """(tokens,) int32: how many UTF-8 bytes of `text` each of its tokens stands for; they sum to all of them.
 
         `ids` is what `encode` returns for the text and the same `dummy_prefix`. See `text_bytes`.
@@ -162,10 +164,3 @@ class SentencePieceEncoder:
 
     def __reduce__(self):
         return type(self), (self._tokenizer_dir, self._part_characters)
-
-
-def no_dummy_prefix() -> bytes:
-    """Bytes to append to a serialized model that turn off the leading "▁": protobuf merges the two messages."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
-
-    return ModelProto(normalizer_spec=NormalizerSpec(add_dummy_prefix=False)).SerializeToString()

@@ -37,7 +37,7 @@ def load_processor(content: bytes, path: Path):
 
 
 def no_dummy_prefix() -> bytes:
-    """A message to append to a serialized model: protobuf merges the two, so only this one setting changes."""
+    """Bytes to append to a serialized model that turn off the leading "▁": protobuf merges the two messages."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
     return ModelProto(normalizer_spec=NormalizerSpec(add_dummy_prefix=False)).SerializeToString()

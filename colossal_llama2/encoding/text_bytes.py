@@ -8,12 +8,15 @@ in front counts 0 bytes, a byte token 1, and <unk> everything that it replaces. 
 changes are counted for the token after them, or at the end of the text for the last token.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from colossal_llama2.errors import RunError
+
+if TYPE_CHECKING:
+    from colossal_llama2.encoding.encoder import TokenIds
 
 # Bounds memory: numpy makes an 8-byte index of each token.
 TOKENS_AT_A_TIME = 1 << 20
@@ -41,7 +44,7 @@ class TextBytes:
         )
 
     def of_tokens(
-        self, text: str, ids: Sequence[int], *, has_prefix: bool, parts: Iterable[tuple[str, Any]]
+        self, text: str, ids: "TokenIds", *, has_prefix: bool, parts: Iterable[tuple[str, Any]]
     ) -> np.ndarray:
         """(tokens,) int32: the bytes of `text` that each of its tokens stands for, which sum to those of the text.
 

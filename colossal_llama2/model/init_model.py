@@ -393,8 +393,9 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
 def _noted_ranges(config: dict, rows: Rows) -> list[list[int]]:
     """The new rows that the source's config records, as target rows. Used if this run adds no new rows."""
     noted = config.get(NEW_ROWS_KEY)
-    is_list = isinstance(noted, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in noted)
-    if not is_list or not all(type(border) is int for pair in noted for border in pair):
+    if not isinstance(noted, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in noted):
+        return []
+    if not all(type(border) is int for pair in noted for border in pair):
         return []
     found: list[list[int]] = []
     # Rows without a token are not in the target.

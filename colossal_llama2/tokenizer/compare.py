@@ -156,7 +156,8 @@ def _measure(path: str, tokenizer: Tokenizer, documents: Sequence[str], progress
         encoded = tokenizer.encode(batch)
         seconds += time.process_time() - began
         tokens += sum(map(len, encoded))
-        unknown += sum(ids.count(tokenizer.unknown_id) for ids in encoded)
+        if tokenizer.unknown_id is not None:
+            unknown += sum(ids.count(tokenizer.unknown_id) for ids in encoded)
         progress.update(len(batch), tokenizer=Path(path).name)
     return Row(
         tokenizer=path,

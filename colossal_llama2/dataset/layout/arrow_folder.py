@@ -95,7 +95,7 @@ def number_column(values: np.ndarray):
     return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])
 
 
-def list_column(values, counts: Sequence[int]):
+def list_column(values, counts: Sequence[int] | np.ndarray):
     """A column of lists: row i holds the next `counts[i]` of `values`, a numpy or arrow array."""
     import pyarrow
 
@@ -104,7 +104,7 @@ def list_column(values, counts: Sequence[int]):
     return pyarrow.ListArray.from_arrays(number_column(offsets), items)
 
 
-def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequence[int]):
+def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequence[int] | np.ndarray):
     """Like `list_column`, for the strings in `names` that `numbers` refer to."""
     import pyarrow
 

@@ -34,8 +34,8 @@ def deal_units(
             sizes = [path.stat().st_size for path in _members_files(folder, settings)]
             names = {"categories": categories, "sources": sources, "sizes": sizes}
             (folder / NAMES_FILE).write_text(json.dumps(names), encoding="utf-8")
-    names = store.read_json(final / NAMES_FILE)
-    return names["categories"], names["sources"]
+    dealt = store.read_json(final / NAMES_FILE)
+    return dealt["categories"], dealt["sources"]
 
 
 def _members_files(folder: Path, settings: Settings) -> list[Path]:
@@ -63,7 +63,7 @@ def _deal_units(
         names = store.read_json(unit_file(cache_dir, unit, "json"))["categories"]
         numbers = np.array([categories.setdefault(name, len(categories)) for name in names], np.int32)
         entries = np.zeros(len(pieces), MEMBER)
-        for name in set(MEMBER.names) & set(PIECE.names):
+        for name in set(MEMBER.names or ()) & set(PIECE.names or ()):
             entries[name] = pieces[name]
         entries["unit"] = unit.number
         if len(pieces):

@@ -123,7 +123,7 @@ def write_bin(task: BinTask) -> dict[str, Any]:
         seed=[settings.seed, task.number],
     )
     tokens = int(members["length"].sum())
-    account = {"name": name, "samples": len(counts), "tokens": tokens, "trained": 0, "predicted": 0}
+    account: dict[str, Any] = {"name": name, "samples": len(counts), "tokens": tokens, "trained": 0, "predicted": 0}
     with ExitStack() as stack:
         if settings.writes_jsonl:
             path = Path(task.jsonl_dir) / f"{name}.jsonl"

@@ -49,12 +49,12 @@ def coded_tokens(documents: Sequence[Document]) -> np.ndarray:
 
     For a long document, which is alone in its group, this is its own array.
     """
-    if isinstance(documents[0].tokens.input_ids, np.ndarray):
+    long_ids = documents[0].tokens.input_ids
+    if isinstance(long_ids, np.ndarray):
         (document,) = documents
-        coded, mask = document.tokens.input_ids, document.tokens.labels == IGNORE_INDEX
-        if document.tokens.labels is not coded:
-            np.invert(coded, out=coded, where=mask)
-        return coded
+        if document.tokens.labels is not long_ids:
+            np.invert(long_ids, out=long_ids, where=document.tokens.labels == IGNORE_INDEX)
+        return long_ids
     ids = array("i")
     masked = []
     for document in documents:
@@ -62,7 +62,7 @@ def coded_tokens(documents: Sequence[Document]) -> np.ndarray:
         # Without a mask, labels and ids are the same list.
         if tokens.labels is not tokens.input_ids:
             masked.append((len(ids), np.array(tokens.labels, np.int32) == IGNORE_INDEX))
-        ids.fromlist(tokens.input_ids)
+        ids.fromlist(list(tokens.input_ids))
     coded = np.frombuffer(ids, np.int32)
     for start, mask in masked:
         stretch = coded[start : start + len(mask)]

@@ -94,7 +94,9 @@ def begin_worker(before_end: Callable = lambda: None) -> None:
 
 def _end_with_parent(before_end: Callable) -> None:
     # The fork server lives as long as its workers, so wait for the command itself.
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     try:
         before_end()
     finally:

@@ -76,7 +76,7 @@ def count_overlaps(
     tasks = [task for task in tasks if not task.unit.hashes_only]
     waiting = [task for task in tasks if not _json(task, "grams").exists()]
     _run(run_tasks, write_held_out_grams, waiting, "held-out text")
-    documents = Counter()
+    documents: Counter[bool] = Counter()
     for task in tasks:
         for _, _, grams in store.read_json(_json(task, "grams"))["documents"]:
             documents[bool(grams)] += 1
@@ -96,7 +96,7 @@ def _report(
     grams: np.ndarray,
     is_in_sample: Callable[[Unit, int], bool],
     *,
-    documents: Counter,
+    documents: Counter[bool],
     lines_before: dict[int, int],
     paths: Sequence[str],
 ) -> dict[str, Any]:
@@ -112,7 +112,8 @@ def _report(
         is_found[np.fromfile(_data(task, "found"), np.int64)] = True
         for gram, place, text in found:
             texts.setdefault(gram, (where(task.unit.number, place), text))
-    compared, overlapping, examples = 0, 0, []
+    compared, overlapping = 0, 0
+    examples: list[dict[str, str]] = []
     for task in tasks:
         for place, own in _held_out_documents(task, is_in_sample):
             numbers = np.searchsorted(grams, own)
@@ -181,7 +182,8 @@ def write_overlaps(task: UnitTask) -> int:
     """Write which held-out n-grams occur in a unit's training documents, and [number, place, text] of a few."""
     path = Path(task.cache_dir, GRAMS_FILE)
     grams = np.memmap(path, "<u8", "r") if path.stat().st_size else np.zeros(0, np.uint64)
-    found, examples = [np.zeros(0, np.int64)], []
+    found = [np.zeros(0, np.int64)]
+    examples: list[list[Any]] = []
     for places, texts, ends, own in batches(_rows(task, TRAINED_ON), task.sizes):
         numbers = np.searchsorted(grams, own)
         numbers[numbers == len(grams)] = 0

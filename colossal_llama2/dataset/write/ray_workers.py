@@ -72,7 +72,8 @@ def ray_runner(address: str | None, *, num_workers: int) -> Iterator[Callable]:
         driver.join(JOIN_SECONDS)
         driver.kill()
         driver.join()
-        _kill_session(driver.pid)
+        if driver.pid is not None:
+            _kill_session(driver.pid)
 
 
 def _kill_session(leader: int) -> None:

@@ -154,7 +154,7 @@ def _keep_order_of_cut_documents(groups: list[np.ndarray], documents: np.ndarray
     follows = documents[1:] == documents[:-1]
     is_first_or_middle = np.append(follows, False)
     is_cut = is_first_or_middle | np.append(False, follows)
-    places = {}
+    places: dict[int, list[int]] = {}
     for place, group in enumerate(groups):
         if len(group) == 1 and is_first_or_middle[group[0]]:
             places.setdefault(int(documents[group[0]]), []).append(place)

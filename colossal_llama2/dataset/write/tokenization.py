@@ -9,6 +9,8 @@ from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from colossal_llama2.corpus.category_names import NO_CATEGORY_SFT
 from colossal_llama2.corpus.conversation import (
     Conversation,
@@ -23,7 +25,7 @@ from colossal_llama2.dataset.write.records import PretrainRow, SftRow
 from colossal_llama2.encoding.encoder import Encoder
 
 if TYPE_CHECKING:
-    import numpy as np
+    from colossal_llama2.encoding.encoder import TokenIds
 
 # Distinct texts of a batch that have more characters together are encoded to arrays. A usual batch has a quarter.
 BATCH_CHARACTERS = 4 << 20
@@ -52,8 +54,8 @@ class Tokenized(NamedTuple):
     arrays, which take a tenth of the memory of lists.
     """
 
-    input_ids: Sequence[int]
-    labels: Sequence[int]
+    input_ids: "TokenIds"
+    labels: "TokenIds"
     tokens_in: int
     drops: tuple[Drop, ...] = ()
     exchanges: int = 0
@@ -72,13 +74,15 @@ def tokenize_pretrain(
     openings = encode((row.source or row.target for row in others), dummy_prefix=True)
     continuations = encode((row.target for row in others if row.source), dummy_prefix=False)
     tokenized = []
+    input_ids: TokenIds
+    labels: TokenIds
     for row, is_long_row in zip(rows, are_long, strict=True):
         if is_long_row:
             input_ids, labels = _long_ids_and_labels(row, encoder=encoder)
         elif row.source:
             source = [encoder.bos_id, *openings[row.source]]
-            input_ids = [*source, *continuations[row.target], encoder.eos_id]
-            labels = [IGNORE_INDEX] * len(source) + input_ids[len(source) :]
+            target = [*continuations[row.target], encoder.eos_id]
+            input_ids, labels = [*source, *target], [IGNORE_INDEX] * len(source) + target
         else:
             # Not a copy, because neither is changed.
             labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
@@ -90,10 +94,8 @@ def _dropped(tokens: Tokenized) -> Tokenized:
     return Tokenized([], [], tokens.tokens_in, (Drop(MASKED_DOCUMENTS, tokens.tokens_in),))
 
 
-def _long_ids_and_labels(row: PretrainRow, *, encoder: Encoder) -> tuple["np.ndarray", "np.ndarray"]:
+def _long_ids_and_labels(row: PretrainRow, *, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """The ids and labels of a row, as (tokens,) int32 arrays; the same array if everything is trained."""
-    import numpy as np
-
     marks = [np.array([mark], np.int32) for mark in (encoder.bos_id, encoder.eos_id)]
     source = [encoder.encode_long(row.source)] if row.source else []
     target = encoder.encode_long(row.target, dummy_prefix=not row.source)
@@ -104,7 +106,7 @@ def _long_ids_and_labels(row: PretrainRow, *, encoder: Encoder) -> tuple["np.nda
     return input_ids, labels
 
 
-def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder: Encoder) -> "np.ndarray":
+def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder: Encoder) -> np.ndarray:
     """(tokens,) int32: the UTF-8 bytes of the target that each token of a row from `tokenize_pretrain` stands for.
 
     They sum to the size of the target; marks and the source count 0.
@@ -169,7 +171,7 @@ def _exchange_segments(conversation: Conversation) -> list[list[Segment]]:
 class _Encoded(NamedTuple):
     """The ids of a segment's text, a list or an int32 array."""
 
-    ids: Sequence[int]
+    ids: "TokenIds"
     segment: Segment
 
     @property
@@ -210,7 +212,7 @@ def _joined(segments: Iterable[_Encoded], *, encoder: Encoder) -> tuple[list[int
     """Ids and labels of a conversation's segments. The mask is from `is_trained`."""
     input_ids, labels = [encoder.bos_id], [IGNORE_INDEX]
     for ids, segment in segments:
-        spoken = ids if isinstance(ids, list) else ids.tolist()
+        spoken: list[int] = ids if isinstance(ids, list) else np.asarray(ids).tolist()
         if segment.is_marked:
             input_ids.append(encoder.bos_id)
             labels.append(IGNORE_INDEX)
@@ -250,7 +252,7 @@ def decode_trained(labels: Sequence[int], *, encoder: Encoder) -> list[str]:
 
 def _encode_each(
     texts: Iterable[str], *, encoder: Encoder, dummy_prefix: bool, batch_characters: int
-) -> dict[str, Sequence[int]]:
+) -> dict[str, "TokenIds"]:
     """A mapping of texts to ids. Each distinct text is encoded once: names and system texts recur in conversations.
 
     The ids of a long text are an array, and so are those of all texts if they exceed `batch_characters` together, as
@@ -259,6 +261,8 @@ def _encode_each(
     distinct = [text for text in dict.fromkeys(texts) if text]
     is_much = sum(map(len, distinct)) > batch_characters
     others = [text for text in distinct if not (is_much or encoder.is_long(text))]
-    ids = dict(zip(others, encoder.encode(others, dummy_prefix=dummy_prefix), strict=True))
-    long = (text for text in distinct if text not in ids)
-    return {"": [], **ids, **{text: encoder.encode_long(text, dummy_prefix=dummy_prefix) for text in long}}
+    ids: dict[str, TokenIds] = dict(zip(others, encoder.encode(others, dummy_prefix=dummy_prefix), strict=True))
+    for text in distinct:
+        if text not in ids:
+            ids[text] = encoder.encode_long(text, dummy_prefix=dummy_prefix)
+    return {"": [], **ids}

@@ -24,7 +24,7 @@ from colossal_llama2.dataset.layout.token_ledger import Account
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.document_pieces import Document, coded_tokens, cut_documents, document_groups
 from colossal_llama2.dataset.write.held_out import is_held_out
-from colossal_llama2.dataset.write.records import Row, row_reader
+from colossal_llama2.dataset.write.records import PretrainRow, Row, row_reader
 from colossal_llama2.dataset.write.unit_counts import UnitCounts
 from colossal_llama2.dataset.write.unit_files import (
     DROPPED,
@@ -170,8 +170,8 @@ class _UnitWorker:
         account = self.counts.account
         account.lines += line.count
         self._batch_bytes += line.size
-        if line.is_lost:
-            self._problems.lost_file(self._task.files[file].path, line)
+        if line.problem is not None and line.is_lost:
+            self._problems.lost_file(self._task.files[file].path, line.number, line.problem, line.reason)
         elif line.problem is not None:
             self._problems.bad_row(file, reader, line.number, line.problem, line.reason)
         elif line.record is None:
@@ -205,18 +205,19 @@ class _UnitWorker:
         self, slot: int, file: int, row: Row, tokens: tokenization.Tokenized, sizes: Sequence[int]
     ) -> Document:
         token_bytes = None
-        if len(tokens.input_ids) > self._settings.max_length:
+        # A conversation is never longer.
+        if isinstance(row, PretrainRow) and len(tokens.input_ids) > self._settings.max_length:
             token_bytes = tokenization.pretrain_token_bytes(row, tokens, encoder=self._encoder)
         target_bytes = row.target_bytes(sizes, exchanges=tokens.exchanges)
         return Document(slot, file, target_bytes, is_held_out(row, self._settings), tokens, token_bytes)
 
     def _write(self, documents: Sequence[Document]) -> np.ndarray:
         """Cut a group of documents and write the pieces that carry a loss. Returns the side of each document."""
-        cut = {"max_length": self._settings.max_length, "overlong": self._settings.overlong}
+        max_length, overlong = self._settings.max_length, self._settings.overlong
         coded = coded_tokens(documents)
-        pieces = cut_documents(documents, coded, first_number=self._documents, **cut)
+        pieces = cut_documents(documents, coded, first_number=self._documents, max_length=max_length, overlong=overlong)
         has_loss = pieces["predicted"] > 0
-        self.counts.add_cuts(documents, **cut)
+        self.counts.add_cuts(documents, max_length=max_length, overlong=overlong)
         self.counts.add_pieces(pieces, has_loss)
         kept = pieces[has_loss]
         for tokens in self._writer.write(coded, kept):
@@ -229,12 +230,13 @@ class _UnitWorker:
 
 def _tokenizer_of(task: UnitTask, encoder: Encoder) -> Callable[[Sequence[Any]], list[tokenization.Tokenized]]:
     """The function that tokenizes checked rows of the stage."""
-    sizes = {"encoder": encoder, "batch_characters": task.sizes.batch_characters}
+    batch_characters = task.sizes.batch_characters
     if task.settings.stage == "pretrain":
-        return partial(tokenization.tokenize_pretrain, **sizes)
+        return partial(tokenization.tokenize_pretrain, encoder=encoder, batch_characters=batch_characters)
     return partial(
         tokenization.tokenize_sft,
-        **sizes,
+        encoder=encoder,
+        batch_characters=batch_characters,
         max_length=task.settings.max_length,
         prefix_after_marks=task.settings.prefix_after_marks,
     )

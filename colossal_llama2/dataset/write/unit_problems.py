@@ -5,7 +5,7 @@ from typing import Any
 
 from colossal_llama2.corpus.data_files import EMPTY_FILE, InputFile, LostFile
 from colossal_llama2.corpus.message_formats import PRETRAINING_DATA
-from colossal_llama2.corpus.row_reader import OTHER_REASON, Line, SpanReader
+from colossal_llama2.corpus.row_reader import OTHER_REASON, SpanReader
 from colossal_llama2.dataset.layout.token_ledger import Account
 from colossal_llama2.dataset.write.records import CONVERSATIONS
 from colossal_llama2.errors import UserError
@@ -43,13 +43,13 @@ class UnitProblems:
         # The line in the span: how many lines are before it is known when all spans are read.
         self.bad_rows.append({"file": path, "line": number, "reason": reason, "problem": problem})
 
-    def lost_file(self, path: str, line: Line) -> None:
-        """Record a file that cannot be read on. Only this unit reads it, so its lines are the span's."""
-        lost = LostFile(path, line.number, line.reason, line.problem)
+    def lost_file(self, path: str, line: int, problem: str, reason: str) -> None:
+        """Record a file that cannot be read from `line` on. Only this unit reads it, so its lines are the span's."""
+        lost = LostFile(path, line, reason, problem)
         if self._fails_at_bad_file:
             raise UserError(f"{lost}{SKIP_FILE_HINT}")
         self.lost.append(lost)
 
     def empty_file(self, path: str) -> None:
         """Record a file without any line."""
-        self.lost_file(path, Line(0, 0, None, f"{path} {EMPTY_FILE}", reason="holds nothing", is_lost=True))
+        self.lost_file(path, 0, f"{path} {EMPTY_FILE}", "holds nothing")
