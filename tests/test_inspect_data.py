@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 
-from colossal_llama2.charts import style
+from colossal_llama2.charts import plots, style
 from colossal_llama2.cli import data_flags
 from colossal_llama2.dataset import inspect_data
 from colossal_llama2.dataset.inspect_data import InspectSettings, documents_of, inspect_part
@@ -239,6 +239,13 @@ def test_both_charts_are_drawn(arrow_dir, tokenizer_dir, tmp_path, monkeypatch):
     assert "no font here has 猜谜" in text and "install a font such as Noto Sans CJK" in text
     for name in ("lengths.png", "categories.png"):
         assert (tmp_path / "a" / "b" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_escapes_a_category_once(arrow_dir, tokenizer_dir, tmp_path):
+    report(arrow_dir / "part-00000", tokenizer_dir, num_samples=0, plots=str(tmp_path))
+    bins = {f"part-{number:05d}": {f"web\x1b{number}": 2, "猜谜": 2} for number in range(3)}
+    plots.draw_categories(bins, tmp_path / "expected.png", title=f"{arrow_dir.name}: categories of 3 bins")
+    assert (tmp_path / "categories.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
 
 
 # The command.

@@ -296,11 +296,12 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
         if counts is None:
             yield f"no {CATEGORIES_FILE}: {path} does not record the categories of its documents"
             return
-        bins[path.name] = Counter({visible_line(name): count for name, count in counts.items()})
+        bins[path.name] = counts
     plural = "s" if len(bins) > 1 else ""
-    title = f"{visible_line(part.absolute().parent.name)}: categories of {len(bins):,} bin{plural}"
+    # Names as they are: the picture escapes them.
+    title = f"{part.absolute().parent.name}: categories of {len(bins):,} bin{plural}"
     draw_categories(bins, folder / CATEGORIES_FILE, title=title)
-    totals = ", ".join(f"{name} {count:,}" for name, count in total_categories(bins).items())
+    totals = ", ".join(f"{visible_line(name)} {count:,}" for name, count in total_categories(bins).items())
     where = f"each of {len(bins):,} bins" if len(bins) > 1 else "the only bin"
     yield f"{folder / CATEGORIES_FILE}: documents per category in {where}; from the bottom: {totals}"
     missing = style.missing_characters("".join(total_categories(bins)))
@@ -322,7 +323,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
     longest = (read_json(manifest).get("settings") or {}).get("max_length") if manifest.is_file() else None
     longest = max(longest if isinstance(longest, int) else 0, max(lengths))
     fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"
-    title = f"{visible_line(part.absolute().name)}: {len(lengths):,} samples, {fill}"
+    title = f"{part.absolute().name}: {len(lengths):,} samples, {fill}"
     dataset = open_bin(part)
     borders = dataset[DOCUMENT_LENGTHS] if DOCUMENT_LENGTHS in dataset.column_names else []
     if all(len(documents) == 1 for documents in borders):
