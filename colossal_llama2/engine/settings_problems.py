@@ -26,7 +26,7 @@ def _pipeline_problems(settings: EngineSettings) -> list[str]:
     batch, part = settings.micro_batch_size, settings.microbatch_size
     if batch % part or batch // part < settings.pp_size:
         problems.append(
-            f"--micro_batch_size {batch} with --microbatch_size {part} keeps no {settings.pp_size} pipeline stages "
+            f"--micro_batch_size {batch} with --microbatch_size {part} cannot keep {settings.pp_size} pipeline stages "
             f"busy; give a multiple of --microbatch_size, at least {settings.pp_size * part}"
         )
     if settings.zero_stage == 2:
@@ -43,7 +43,7 @@ def _sequence_problems(settings: EngineSettings) -> list[str]:
     if settings.sp_mode != "all_to_all" and settings.tp_size == 1:
         problems.append(f"--sp_mode {settings.sp_mode} needs --tp, whose ranks share a sample")
     if settings.sp_mode != "all_to_all" and settings.sp_size > 1:
-        problems.append(f"--sp is for --sp_mode all_to_all, {settings.sp_mode} takes the ranks of --tp; leave it out")
+        problems.append(f"--sp is for --sp_mode all_to_all, {settings.sp_mode} uses the ranks of --tp; leave it out")
     if settings.sp_mode != "all_to_all" and settings.zero_stage == 2 and settings.accumulation_steps > 1:
         problems.append(
             f"--sp_mode {settings.sp_mode} with --accumulation_steps {settings.accumulation_steps} needs --zero 0 or "

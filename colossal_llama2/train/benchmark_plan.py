@@ -1,4 +1,4 @@
-"""--benchmark --dry_run: what a benchmark with these flags would take, without data, and without weights if need be."""
+"""--benchmark --dry_run: what a benchmark with these flags needs; reads no data, and weights only if there are any."""
 
 from colossal_llama2 import logs
 from colossal_llama2.engine.device import flops_per_token, known_peak

@@ -163,7 +163,7 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
     if samples is None:
         return None
     if not checks.may_continue():
-        # Nor is the model known to which token ids are compared.
+        # Token ids are not checked, since the model is not known for sure.
         checks.samples(samples, None, flag="--dataset")
         return None
     measured = checks(_measure, parts)

@@ -54,7 +54,7 @@ def verify(checkpoint: str) -> Iterator[str]:
         folder = complete[-1]
     problem = checkpoint_files.sizes_problem(folder) or next(checkpoint_files.content_problems(folder), None)
     if problem:
-        raise UserError(f"{problem}; take another checkpoint")
+        raise UserError(f"{problem}; use another checkpoint")
     sizes = checkpoint_files.list_files(folder)
     yield f"checkpoint {folder}"
     yield f"files      {len(sizes)} of {sum(sizes.values()):,} bytes, all as they were written"
@@ -74,7 +74,7 @@ def verify(checkpoint: str) -> Iterator[str]:
 def _check_entries(path: Path, entries: dict[str, Any]) -> None:
     for name, kind in STATE_TYPES.items():
         if not isinstance(entries.get(name), kind):
-            raise UserError(f"{path}: {name} is {entries.get(name)!r}, not {kind.__name__}; take another checkpoint")
+            raise UserError(f"{path}: {name} is {entries.get(name)!r}, not {kind.__name__}; use another checkpoint")
     if len(entries["ranks"]) != entries["world_size"]:
         raise UserError(f"{path}: has states of {len(entries['ranks'])} ranks, the run had {entries['world_size']}")
 
@@ -111,7 +111,7 @@ def _check_optimizer(saved: SavedRun) -> str:
             if found.get(f"{number}.{moment}") != shape:
                 raise UserError(
                     f"{folder / weight_map.get(str(number), OPTIMIZER_INDEX)}: {moment} of {parameter} has shape "
-                    f"{found.get(f'{number}.{moment}')}, its weight {shape}; take another checkpoint"
+                    f"{found.get(f'{number}.{moment}')}, its weight {shape}; use another checkpoint"
                 )
     return f"both moments of {len(expected)} parameters, shapes as the model's, all numbers finite"
 
@@ -134,12 +134,12 @@ def _check_masters(saved: SavedRun) -> str:
     for rank in range(entries["world_size"]):
         path = Path(saved.folder, MASTERS_NAME, f"rank-{rank:05d}.safetensors")
         if not path.is_file():
-            raise UserError(f"{path}: is missing, the run had {entries['world_size']} ranks; take another checkpoint")
+            raise UserError(f"{path}: is missing, the run had {entries['world_size']} ranks; use another checkpoint")
         total += sum(math.prod(shape) for shape in _read_all(path).values())
     # Padding, and what ranks hold in common, comes on top.
     needed = sum(math.prod(shape) for _, shape in _trained_shapes(saved))
     if total < needed:
-        raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; take another checkpoint")
+        raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; use another checkpoint")
     return f"of {entries['world_size']} ranks, all numbers finite"
 
 
@@ -148,7 +148,7 @@ def _check_tokenizer(saved: SavedRun) -> str:
 
     folder = _model(saved)
     if fingerprint(folder) != saved.entries["tokenizer"]:
-        raise UserError(f"{folder / MODEL_FILE}: is not that of the run; take another checkpoint")
+        raise UserError(f"{folder / MODEL_FILE}: differs from the tokenizer of the run; use another checkpoint")
     tokenizers = Tokenizers(folder)
     rows = inspect_weights(str(folder)).vocab_size
     if len(tokenizers.fast) > rows:
@@ -162,7 +162,7 @@ def _check_tokenizer(saved: SavedRun) -> str:
             if ids not in right:
                 raise UserError(
                     f"{folder}: transformers' {kind} tokenizer gives {ids} for {text!r}, {MODEL_FILE} {right[0]}; "
-                    f"its tokenizer files are not of one tokenizer"
+                    f"its tokenizer files belong to different tokenizers"
                 )
     return f"{len(tokenizers.fast)} tokens for {rows} rows; transformers encodes as SentencePiece does"
 
@@ -186,10 +186,10 @@ def _read_all(path: Path) -> dict[str, tuple[int, ...]]:
             for key in file.keys():
                 tensor = file.get_tensor(key)
                 if not torch.isfinite(tensor).all():
-                    raise UserError(f"{path}: {key} has numbers that are NaN or infinite; take an earlier checkpoint")
+                    raise UserError(f"{path}: {key} has numbers that are NaN or infinite; use an earlier checkpoint")
                 shapes[key] = tuple(tensor.shape)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); take another checkpoint")
+        raise UserError(f"{path}: cannot be read ({error}); use another checkpoint")
     return shapes
 
 

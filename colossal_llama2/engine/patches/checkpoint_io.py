@@ -205,7 +205,7 @@ def read_optimizer_index(folder: Path) -> tuple[dict[str, str], str]:
         weight_map, groups_name = dict(index["weight_map"]), index["metadata"]["param_groups"]
         names = sorted({*weight_map.values(), groups_name}, key=str)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not an index of optimizer states ({error!r}); take another checkpoint")
+        raise UserError(f"{path}: not an index of optimizer states ({error!r}); use another checkpoint")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise UserError(f"{path} names {name!r}; only plain *.safetensors file names are allowed")

@@ -77,7 +77,7 @@ class CheckpointContent:
         source: whose configuration and tokenizer go into every saved model.
         schedule: the learning rate.
         facts: what is true of the whole run.
-        evaluations: grows while the run goes on; each checkpoint has those so far.
+        evaluations: grows during the run; each checkpoint has those so far.
         new_rows: on rank 0, what examines each saved model with --train_new_rows_only.
         history: called on rank 0; what goes into training_history.json of a saved model, None for no file.
     """
@@ -100,7 +100,7 @@ class CheckpointWriter:
         """
         self._engine, self._folder, self._content = engine, folder, content
         self._expected_bytes, self._expected_files = expected_bytes, LEAST_FILES + engine.world_size
-        # Read at once: the checkpoint that the run resumed may be removed or moved away while it goes on.
+        # Read at once: the checkpoint that the run resumed may be removed or moved away during the run.
         self._model_files: dict[str, bytes] = {}
         with engine.first_rank_only() as first:
             if first:

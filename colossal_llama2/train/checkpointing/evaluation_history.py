@@ -13,7 +13,7 @@ Figures = dict[str, dict[str, float]]
 
 @dataclass
 class EvaluationHistory:
-    """Grows while the run goes on.
+    """Grows during the run.
 
     Attributes:
         evaluations: [{"step": 400, "figures": {"en": {"loss": 2.41, ...}}}, ...]. An evaluation that a signal
@@ -28,7 +28,7 @@ class EvaluationHistory:
     def after(cls, saved: SavedRun | None, fingerprints: Mapping[str, str]) -> "EvaluationHistory":
         """The history of a run that evaluates on these samples, and resumes `saved` unless that is None.
 
-        A name that stands for other samples than before starts anew, with a warning.
+        A name that stands for other samples than before starts again, with a warning.
         """
         entries = {} if saved is None else saved.entries
         before = entries.get("eval_fingerprints") or {}
