@@ -490,7 +490,7 @@ BROKEN = [
     (MOMENTS, lambda path: rewrite(path, lambda name, t: t[:-1].clone()), True, "has shape (599, 64)"),
     ("optimizer/pytorch_optim.bin.index.json", damage.cut, True, "is not JSON"),
     ("running_states.json", lambda path: path.write_text("{}"), True, "not the running states"),
-    ("modeling/tokenizer.model", damage.flip, True, "not that of the run"),
+    ("modeling/tokenizer.model", damage.flip, True, "differs from the tokenizer of the run"),
 ]
 
 
