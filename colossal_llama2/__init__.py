@@ -15,7 +15,7 @@ Folders, each of which imports only folders above it in this list:
     train/        the loop, checkpoints, evaluation, reports, forecasts
     inference/    generate text with a trained model
 
-Importing this package imports nothing else of it but interrupts.py, which acts in our own commands alone.
+Importing this package imports only interrupts.py, which acts only in our own commands.
 """
 
 from colossal_llama2 import interrupts

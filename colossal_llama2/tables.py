@@ -24,20 +24,25 @@ MIN_NAME_WIDTH = 16
 PLAIN_WIDTH = 1 << 20
 
 
-def table_lines(rows: Rows, *, align: str = "lr", indent: str = "") -> list[str]:
+def table_lines(rows: Rows, *, align: str = "lr", indent: str = "", width: int | None = None) -> list[str]:
     """`rows` as aligned lines without blanks at their ends; shorter rows are filled with empty cells.
 
     Args:
         align: "l" or "r" for each column, left or right. The last letter is that of all further columns.
         indent: stands before each line.
+        width: of the terminal that the lines are for, in columns. If the table needs more, each row after the first,
+            which is the head, becomes a list of its cells under the row's name. None: no limit.
     """
     from rich.console import Console
 
     if not rows:
         return []
+    padded = _padded(rows)
+    if width is not None and _total(_widths(padded)) + len(indent) > width:
+        return [line for record in _records(padded) for line in table_lines(record, align="l", indent=indent)]
     written = io.StringIO()
     console = Console(file=written, width=PLAIN_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(_table(_padded(rows), align=align, has_header=False))
+    console.print(_table(padded, align=align, has_header=False))
     return [(indent + line).rstrip() for line in written.getvalue().split("\n")[:-1]]
 
 
@@ -70,15 +75,25 @@ def _padded(rows: Rows) -> list[list[str]]:
     return [[*map(one_line, row), *[""] * (columns - len(row))] for row in rows]
 
 
-def _least_width(rows: Rows, align: str) -> int:
-    """Columns of a terminal that a table needs."""
+def _widths(rows: Rows) -> list[int]:
+    """The widest cell of each column."""
     from rich.cells import cell_len
 
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    least = (
-        min(width, MIN_NAME_WIDTH) if _letter(align, column) == "l" else width for column, width in enumerate(widths)
+    return [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _least_width(rows: Rows, align: str) -> int:
+    """Columns of a terminal that a table needs if long names are folded."""
+    return _total(
+        [
+            min(width, MIN_NAME_WIDTH) if _letter(align, column) == "l" else width
+            for column, width in enumerate(_widths(rows))
+        ]
     )
-    return sum(least) + GAP * (len(widths) - 1)
 
 
 def _records(rows: Rows) -> Iterator[Rows]:

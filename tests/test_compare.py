@@ -266,7 +266,7 @@ def test_a_sample_of_documents_is_drawn_by_hash(corpus, documents):
         ({"--tokenizer_dirs": "missing"}, ["missing does not exist"]),
         ({"--tokenizer_dirs": ","}, ["empty entry"]),
         ({"--data_input_dirs": "missing"}, ["missing is not a folder"]),
-        ({"--output_file": "text.jsonl"}, ["text.jsonl exists already"]),
+        ({"--output_file": "text.jsonl"}, ["text.jsonl already exists"]),
         ({"--data_input_dirs": "empty"}, ["no text in any record"]),
         ({"--tokenizer_dirs": "empty"}, ["no tokenizer could be compared"]),
     ],

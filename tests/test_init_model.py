@@ -446,7 +446,7 @@ def test_config_code_is_never_run_and_sizes_must_match(model_dir, expanded, tmp_
     shutil.copyfile(model_dir / "config.json", source / "config.json")
     for change in ({"vocab_size": 601}, {"hidden_size": 65}):
         edited_json(source / "config.json", **change)
-        with pytest.raises(UserError, match="is 600 x 64, but its config.json says"):
+        with pytest.raises(UserError, match="is 600 x 64, but its config.json has"):
             init_model(InitModelSettings(source, expanded, tmp_path / "other"))
 
 

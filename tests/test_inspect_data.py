@@ -211,6 +211,22 @@ def test_a_manifest_of_any_shape_becomes_aligned_lines():
         "    list:",
         "      0  1",
     ]
+    records = {"inputs": [{"path": "数据/a.jsonl", "documents": 1234}, {"path": "b.jsonl", "documents": 5}]}
+    assert list(manifest_lines(records, width=29)) == [
+        "inputs:",
+        "             path  documents",
+        "  0  数据/a.jsonl      1,234",
+        "  1       b.jsonl          5",
+    ]
+    assert list(manifest_lines(records, width=24)) == [
+        "inputs:",
+        "  0",
+        "    path       数据/a.jsonl",
+        "    documents  1,234",
+        "  1",
+        "    path       b.jsonl",
+        "    documents  5",
+    ]
     many = list(manifest_lines({"files": [{"path": str(number)} for number in range(25)]}))
     assert len(many) == 23 and many[-1] == "  and 5 more"
 
@@ -226,7 +242,7 @@ def test_the_manifest_beside_the_bin_is_shown_and_its_tokenizer_compared(
         assert text.startswith(
             f"account of {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
         )
-        assert sum("names another tokenizer" in record.getMessage() for record in caplog.records) == warnings
+        assert sum("records another tokenizer" in record.getMessage() for record in caplog.records) == warnings
 
 
 # The charts.

@@ -298,10 +298,10 @@ def test_the_command_says_how_many_came_if_fewer(chinese, tokenizer_dir, tmp_pat
     [
         ({"data_input_dirs": "missing"}, ["missing is not a folder"]),
         ({"source_tokenizer_dir": "missing"}, ["missing is not a folder"]),
-        ({"output_file": "text.jsonl"}, ["text.jsonl exists already"]),
+        ({"output_file": "text.jsonl"}, ["text.jsonl already exists"]),
         ({"output_file": "text.jsonl/p"}, ["--output_file", "cannot be written"]),
         ({"plot": "curve.svg"}, ["curve.svg does not end in .png"]),
-        ({"plot": "text.jsonl"}, ["exists already"]),
+        ({"plot": "text.jsonl"}, ["already exists"]),
         ({"max_piece_length": "65"}, ["--max_piece_length 65", "at most 64"]),
         ({"min_count": "100"}, ["no text to train on", "100 times"]),
         ({"held_out": "0.0001"}, ["held out no document"]),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NEEDED_FOR = "--plots"
 MAX_BUCKETS = 40
 MAX_BARS = 300
-# Among at most so many bars, each stands apart from the next.
+# Up to this number of bars, there are gaps between them.
 MAX_SEPARATE_BARS = 100
 MAX_BAR_LABELS = 10
 MAX_LABEL_WIDTH = 16

@@ -56,7 +56,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 11,
-    # One path of so many points at most, which Agg can always hold.
+    # The most points of one path, which Agg can always hold.
     "agg.path.chunksize": 10_000,
     "font.size": 10,
     "grid.color": GRID,

@@ -7,6 +7,7 @@ On a terminal, trained, masked and borders differ by colour; elsewhere, and with
 
 import os
 import random
+import shutil
 import statistics
 import sys
 from collections import Counter
@@ -38,10 +39,10 @@ COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 # The columns with the categories of a sample's documents; older fine-tuning data has one category per sample.
 CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
-# Of the characters that no font can draw, so many are listed.
+# At most this many of the characters that no font can draw are listed.
 MAX_MISSING = 20
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
-# Brightness differs as well, for those who tell colours apart less well.
+# Brightness differs as well, for readers who do not distinguish the colours.
 COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}
 
 
@@ -79,7 +80,8 @@ def main(argv=None) -> None:
         # A terminal that cannot show a character shows its code, instead of ending the report.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        report = inspect_part(InspectSettings(**vars(args)), is_coloured=is_coloured, width=width)
         try:
             for line in report:
                 print(line)
@@ -89,10 +91,14 @@ def main(argv=None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def inspect_part(settings: InspectSettings, *, is_coloured: bool) -> Iterator[str]:
+def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | None = None) -> Iterator[str]:
     """The lines of the report on a bin; with `plots`, also write the charts to that folder.
 
-    Raises UserError for a folder that is no bin, a bin of another tokenizer, or a place where no chart can be written.
+    Args:
+        width: columns of the terminal; None if the report goes elsewhere.
+
+    Raises:
+        UserError: the folder is not a bin, the tokenizer lacks an id of it, or the charts cannot be written.
     """
     part, plots = Path(settings.part), settings.plots
     encoder = load_encoder(settings.tokenizer_dir)
@@ -100,7 +106,7 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool) -> Iterator[st
     lengths = sample_lengths(dataset)
     if plots is not None:
         check_plots_folder(Path(plots))
-    yield from _account(part, tokenizer_dir=settings.tokenizer_dir)
+    yield from _account(part, tokenizer_dir=settings.tokenizer_dir, width=width)
     yield (
         f"{part}: {len(lengths):,} samples of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
@@ -228,7 +234,7 @@ def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
 # Showing.
 
 
-def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
+def _account(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[str]:
     """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
     path = part.absolute().parent / DATA_MANIFEST_FILE
     if not path.is_file():
@@ -237,13 +243,13 @@ def _account(part: Path, *, tokenizer_dir: str) -> Iterator[str]:
     known = manifest.get("tokenizer", {}).get("sha256")
     if known and fingerprint(tokenizer_dir) != known:
         logs.get_logger().warning(
-            "%s names another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
+            "%s records another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
         )
     yield f"account of {path}:"
     categories = manifest.get("categories")
     if isinstance(categories, dict):
         manifest = {**manifest, "categories": {category_name(name): entry for name, entry in categories.items()}}
-    yield from manifest_lines(manifest)
+    yield from manifest_lines(manifest, width=width)
     yield ""
 
 
@@ -313,9 +319,9 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
 
 
 def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
-    """Write lengths.png, and return the line about it. Spliced samples are nearly all full: their documents tell more.
+    """Write lengths.png, and return the line about it. For spliced samples, nearly all full, it shows the documents.
 
-    The fill is that of --max_length, where a manifest says it, else of the longest sample.
+    The fill is a share of --max_length if a manifest records it, otherwise of the longest sample.
     """
     from colossal_llama2.charts.plots import draw_lengths, draw_spliced
 

@@ -340,7 +340,7 @@ def _check_extends(source: Path, tokenizer: Path, *, old: list[str], new: list[s
         if index >= len(new) or new[index] != piece:
             found = repr(new[index]) if index < len(new) else "missing"
             raise UserError(
-                f"{tokenizer} does not extend the tokenizer of {source}: piece {index} is {found}, not {piece!r}; "
+                f"{tokenizer} does not extend the tokenizer of {source}: piece {index} is {found}, {piece!r} expected; "
                 "give the folder that init_tokenizer.py wrote from this source"
             )
 

@@ -52,7 +52,8 @@ def read_json(path: Path) -> dict:
     try:
         return json_input.read_object(path, unique_names=False)
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy the file again from its source")
+        problem = f" is {error}" if str(error).startswith("not ") else f" cannot be read: {error}"
+        raise UserError(f"{path}{problem}; copy the file again from its source")
 
 
 class JsonLine(NamedTuple):
@@ -142,7 +143,11 @@ def _why_not_json(line: bytes, error: ValueError, unit: str) -> tuple[str, str]:
         return "not UTF-8", f"not UTF-8 at byte {undecodable.start + 1} of the {unit}"
     if "surrogate" in str(error):
         return "half of a surrogate pair", "half of a surrogate pair, which is not a character"
-    return "not JSON", f"not JSON ({error})"
+    # Without the line number of the parser, which counts from the beginning of this text.
+    place = (
+        f"{error.msg}, character {error.pos + 1} of the {unit}" if isinstance(error, json.JSONDecodeError) else error
+    )
+    return "not JSON", f"not JSON ({place})"
 
 
 def jsonl_files(folder: Path) -> list[Path]:

@@ -134,7 +134,7 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
         raise UserError(f"--max_piece_length {longest} given, at most {MAX_PIECE_CHARACTERS} is allowed")
     model = BpeModel.read(Path(settings.source_tokenizer_dir))
     train, measured = _sample(settings)
-    lines, characters = _training_lines(train.items(), script, min_count)
+    lines, characters = _training_lines(train.items(), min_count)
     if not lines:
         raise UserError(
             f"--data_input_dirs: no text to train on ({script} characters seen {min_count} times or more); give more "
@@ -209,7 +209,7 @@ def _runs(text: str, run: re.Pattern, script: str) -> str:
     return "\n".join(run.findall(text))
 
 
-def _training_lines(texts: list[str], script: str, min_count: int) -> tuple[list[str], dict[str, int]]:
+def _training_lines(texts: list[str], min_count: int) -> tuple[list[str], dict[str, int]]:
     """The lines without characters rarer than `min_count`, and the other characters with their counts, by frequency."""
     counts: Counter = Counter()
     for text in texts:

@@ -14,37 +14,38 @@ INDENT = "  "
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def manifest_lines(content: Mapping[str, Any], *, indent: str = "") -> Iterator[str]:
+def manifest_lines(content: Mapping[str, Any], *, indent: str = "", width: int | None = None) -> Iterator[str]:
     """Lines for a JSON object: first its plain values, then each nested object or list under its name.
 
-    Long lists and tables are shortened with a count of what is left out.
+    Long lists and tables are shortened with a count of what is left out. Where records would be wider than `width`
+    columns, each is a list of its fields.
     """
     plain = {name: _cell(value) for name, value in content.items() if _is_plain(value)}
     yield from table_lines([[visible_line(name), text] for name, text in plain.items()], align="l", indent=indent)
     for name, value in content.items():
         if not _is_plain(value):
             yield f"{indent}{visible_line(name)}:"
-            yield from _nested(value, indent=indent + INDENT)
+            yield from _nested(value, indent=indent + INDENT, width=width)
 
 
-def _nested(value: Any, *, indent: str) -> Iterator[str]:
+def _nested(value: Any, *, indent: str, width: int | None) -> Iterator[str]:
     named = value if isinstance(value, dict) else {str(index): entry for index, entry in enumerate(value)}
     shown = dict(list(named.items())[:MAX_ROWS])
     if all(isinstance(entry, dict) and any(map(_is_plain, entry.values())) for entry in shown.values()):
-        yield from _rows(shown, indent=indent)
+        yield from _rows(shown, indent=indent, width=width)
     else:
-        yield from manifest_lines(shown, indent=indent)
+        yield from manifest_lines(shown, indent=indent, width=width)
     if len(named) > MAX_ROWS:
         yield f"{indent}and {len(named) - MAX_ROWS:,} more"
 
 
-def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str) -> Iterator[str]:
+def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str, width: int | None) -> Iterator[str]:
     """Records as rows under the names of their fields; what is nested in them goes into one cell."""
     fields = list(dict.fromkeys(field for record in records.values() for field in record))
     rows: list[list[str]] = [["", *map(visible_line, fields)]]
     for name, record in records.items():
         rows.append([_short(name), *(_cell(record[field]) if field in record else "" for field in fields)])
-    yield from table_lines(rows, indent=indent)
+    yield from table_lines(rows, indent=indent, width=width)
 
 
 def _is_plain(value: Any) -> bool:
@@ -75,7 +76,7 @@ def _list_text(values: Sequence[Any]) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of at most `MAX_CELL_CHARACTERS`: the end of a longer text, which tells paths apart; a hash's start."""
+    """One line of at most `MAX_CELL_CHARACTERS`: the end of a longer text, where paths differ; a hash's start."""
     if SHA256.fullmatch(text):
         return text[:12]
     line = visible_line(text)

@@ -20,7 +20,7 @@ class Document(NamedTuple):
         file: the number of its file.
         target_bytes: UTF-8 bytes of the text that carries its loss.
         held_out: whether it goes to eval/.
-        token_bytes: how many of the `target_bytes` each token stands for; None if the document is one whole piece.
+        token_bytes: how many of the `target_bytes` each token stands for; None if the document is a single piece.
     """
 
     slot: int
@@ -103,7 +103,7 @@ def _count_losses(pieces: np.ndarray, coded: np.ndarray) -> None:
     reduceat sums the stretches between the bounds, which are each piece's start and stop. Every other stretch is a
     piece; the ones between are what a truncated document leaves out, or nothing:
 
-        tokens   0 1 2 3 4 | 5 6 7 8 9 | 10 11 12          a truncated document of 10, and a whole one of 3
+        tokens   0 1 2 3 4 | 5 6 7 8 9 | 10 11 12          a truncated document of 10, and a complete one of 3
         bounds   0         5           10        13
         sums     [piece 0) [ left out )[ piece 1 )
     """

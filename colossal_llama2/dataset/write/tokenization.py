@@ -134,8 +134,8 @@ def tokenize_sft(
     With `prefix_after_marks`, each text is encoded with its own prefix, as the tokenizer does in transformers (see
     `Encoder.puts_prefix_after_marks`); otherwise only the first one is.
 
-    Whole leading exchanges are kept while they fit. `drops` lists the rest: exchanges that do not fit, closing messages
-    without an answer, and whole conversations without a trained answer that fits.
+    Complete leading exchanges are kept while they fit. `drops` lists the rest: exchanges that do not fit, closing
+    messages without an answer, and entire conversations without a trained answer that fits.
     """
     plans = [_exchange_segments(row.conversation) for row in rows]
     texts = [[segment.text for exchange in plan for segment in exchange] for plan in plans]

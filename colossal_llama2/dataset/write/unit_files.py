@@ -1,4 +1,4 @@
-"""The files that a finished unit of work leaves in the cache. The JSON file is written last: it marks the others whole.
+"""The files that a finished unit of work leaves in the cache. The JSON file, written last, marks them as complete.
 
 unit-00000012.tokens   int32, the tokens of all pieces one after the other; a token without loss is ~id (below 0)
 unit-00000012.pieces   an array of PIECE, one entry per piece
