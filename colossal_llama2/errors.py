@@ -61,6 +61,13 @@ class Reporters(enum.Enum):
     EACH_IF_CONNECTED = enum.auto()
 
 
+def reason(error: Exception) -> str:
+    """The message of an error; for one of the operating system "FILE: REASON", without Python's "[Errno 13]"."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Turn the errors above into one line, prefixed with the command's name, and an exit code.
@@ -84,8 +91,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except Stopped as stopped:
         _end(command, str(stopped), code=stopped.exit_code, kind="stopped")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _end(command, f"{where}{error.strerror or error}", code=1, reported_by=Reporters.EACH_IF_CONNECTED)
+        _end(command, reason(error), code=1, reported_by=Reporters.EACH_IF_CONNECTED)
     except KeyboardInterrupt:
         _end(command, "interrupted", code=130)
     except _Terminated:

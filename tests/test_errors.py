@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import interrupts, launcher
+from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError, one_line_errors
 from colossal_llama2.launcher import Place
 from tests import fork_server
@@ -42,6 +43,12 @@ def test_an_error_becomes_one_line_and_its_exit_code(error, code, line, capsys):
     assert end.value.code == code
     assert captured.out == ""
     assert captured.err == line + "\n"
+
+
+def test_an_error_of_the_operating_system_reads_the_same_from_any_rank(monkeypatch):
+    monkeypatch.setattr(collectives, "gather_values", lambda value: [value])
+    with pytest.raises(RunError, match="^out/f: No space left$"), collectives.all_or_none():
+        raise OSError(errno.ENOSPC, "No space left", "out/f")
 
 
 @pytest.mark.parametrize("error", [UserError("given \x1b[2J"), RunError("lost"), OSError(errno.EIO, "I/O error", "f")])

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.errors import RunError, UserError, reason
 
 
 def place() -> tuple[int, int]:
@@ -82,7 +82,7 @@ def all_or_none() -> Iterator[None]:
     except Exception as caught:  # a bug of ours must not leave the other ranks waiting either
         error = caught
     kind = "user" if isinstance(error, UserError) else "run"
-    reports = gather_values(None if error is None else [kind, socket.gethostname(), str(error)])
+    reports = gather_values(None if error is None else [kind, socket.gethostname(), reason(error)])
     failed = [(rank, *report) for rank, report in enumerate(reports) if report]
     if error is not None and not isinstance(error, (UserError, RunError, OSError, SafetensorError)):
         raise error
