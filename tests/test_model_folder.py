@@ -392,7 +392,7 @@ def test_templates_lead_nowhere_else(folder):
         (folder / name).touch()
     check_tokenizer_files(folder)
     (folder / "additional_chat_templates" / "tool.txt").write_text("x")
-    assert "tool.txt: is not a chat template" in refusal(lambda: check_tokenizer_files(folder))
+    assert "tool.txt is not a chat template" in refusal(lambda: check_tokenizer_files(folder))
     (folder / "additional_chat_templates" / "tool.txt").unlink()
     for number in range(99):
         (folder / "additional_chat_templates" / f"{number}.jinja").touch()
