@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from colossal_llama2.terminal_text import one_line
+from colossal_llama2.terminal_text import one_line, show_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,8 +65,7 @@ def print_table(rows: Rows, *, align: str = "lr", has_header: bool = True, file:
                 console.print(_table(record, align="l", has_header=False))
             return
     for line in table_lines(rows, align=align):
-        print(line, file=file)
-    file.flush()
+        show_line(line, file=file)
 
 
 def _padded(rows: Rows) -> list[list[str]]:

@@ -286,5 +286,5 @@ def test_row_health_tells_what_moved(folder, tmp_path, caplog):
     assert "embed_tokens: 75.0 % of 4 new rows have changed" in caplog.text
     head[12] *= -1
     model.save_pretrained(tmp_path / "broken")
-    with pytest.raises(RunError, match="row 12 of lm_head.weight has changed"):
+    with pytest.raises(RunError, match="row 12 of lm_head.weight changed, but it is not trained"):
         health.examine(tmp_path / "broken")

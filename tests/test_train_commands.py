@@ -143,7 +143,7 @@ def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_pat
         other = next(name for name in rows if name != stage)
         check_parts_fit(list(parts.values()), stage=other, tokenizer_dir=str(model_dir))
         (message,) = caplog.messages
-        assert message.startswith(f"--dataset {parts[stage]}: made by prepare_{stage}_dataset.py")
+        assert message.startswith(f"--dataset {parts[stage]}: prepared by prepare_{stage}_dataset.py")
         assert f"but this is {script} (1 of 2 folders); unless this mix is intended, stop and run train" in message
 
 

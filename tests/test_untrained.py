@@ -43,7 +43,7 @@ def test_data_without_a_trained_token_is_refused(tmp_path, model_dir, caplog):
         words += ["--tensorboard_dir", str(tmp_path / "tb"), "--config_file", str(tmp_path / "c"), "--dry_run"]
         dry_run.dry_run(*resolve_with_problems(train_flags.train_parser().parse_args([*words, *more])))
 
-    with pytest.raises(UserError, match="^--dataset: none of its 4 samples has a trained token, all labels are -100"):
+    with pytest.raises(UserError, match="^--dataset: none of its 4 samples has a trained token, all their labels"):
         plan("none")
     with pytest.raises(UserError, match="^--eval_dataset en: none of its 4 samples has a trained token"):
         plan("some", "--eval_dataset", f"en={folders['none']}")

@@ -16,7 +16,7 @@ from typing import Any
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.errors import RunError
 from colossal_llama2.tables import print_table
-from colossal_llama2.terminal_text import visible_line
+from colossal_llama2.terminal_text import show_line, visible_line
 
 TABLE_ROWS = 20
 MOST_ROLES, OTHER_ROLES = 100, "(other roles)"
@@ -240,7 +240,7 @@ def print_tables(manifest: Mapping[str, Any]) -> None:
     by_category = {category_name(name): Tally.from_json(entry) for name, entry in categories.items()}
     for heading, tallies in (("file", by_file), ("category", by_category)):
         print_table(_breakdown(heading, tallies))
-        print(flush=True)
+        show_line("")
     print_table(_summary(manifest), align="lrl", has_header=False)
 
 
