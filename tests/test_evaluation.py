@@ -168,7 +168,7 @@ def test_a_signal_leaves_an_evaluation_unfinished_and_a_resume_makes_up_for_it(j
     cut, resumed, whole = jobs[name], jobs[f"{name}_resumed"], jobs[of]
     entries = history(whole)
     step = entries[place]["step"]
-    ends = f"SIGTERM after step {step}, which is " + ("the last; the model is in" if place == 2 else "saved; go on")
+    ends = f"SIGTERM after step {step}, which is " + ("the last; the model is in" if place == 2 else "saved; continue")
     assert cut.error.startswith(ends) and cut.after == 0
     assert resumed.error is None and jobs[f"{name}_done"].error is None
     checkpoint = json.loads((cut.folder / f"ckpt/epoch-0_step-{step}/running_states.json").read_text())

@@ -34,8 +34,8 @@ def misspell_states(path):
 # Files of a checkpoint that one rank reads otherwise: how it differs, and what is said.
 DAMAGES = {
     "moments": ("optimizer/pytorch_optim-00001.safetensors", spoil_start, "not a state file"),
-    "index": ("optimizer/pytorch_optim.bin.index.json", spoil_start, "is not JSON"),
-    "schedule": ("lr_scheduler", spoil_start, "is not JSON"),
+    "index": ("optimizer/pytorch_optim.bin.index.json", spoil_start, "is not UTF-8"),
+    "schedule": ("lr_scheduler", spoil_start, "not UTF-8"),
     "states": ("running_states.json", spoil_start, "not the running states"),
     "random_states": ("running_states.json", misspell_states, "random states cannot be read"),
 }

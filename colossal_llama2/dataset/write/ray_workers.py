@@ -21,11 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import colossal_llama2
 from colossal_llama2 import logs
 from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
 from colossal_llama2.errors import RunError, UserError
 
 OLDEST_VERSION = (2, 54)
+# Wherever this file lies in it.
+PACKAGE = Path(colossal_llama2.__file__).resolve().parent
 # Retries after a worker or node was lost. If more are needed, the task itself kills its workers.
 MAX_RETRIES = 10
 # Ray's minimum is 75 MiB. Tasks do not use the object store: their output is in files.
@@ -195,7 +198,7 @@ def _drive(connection, address: str | None, num_workers: int) -> None:
 
 def _connect(ray, address: str | None, num_workers: int) -> None:
     # Nodes need the packages in requirements.txt; this package is sent to them.
-    where: dict[str, Any] = {"runtime_env": {"py_modules": [str(Path(__file__).resolve().parents[1])]}}
+    where: dict[str, Any] = {"runtime_env": {"py_modules": [str(PACKAGE)]}}
     if address is None:
         # "local" overrides RAY_ADDRESS.
         where.update(
