@@ -14,6 +14,8 @@ from tests import fork_server, preparing, tiny
 ROOT = Path(__file__).resolve().parents[1]
 # Fixtures that launch training or start processes which import PyTorch: whatever uses one is slow.
 SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start", "start_forked"}
+# Files that run whole commands, or kill them again and again.
+SLOW_FILES = {"test_console", "test_earlier_checkpoints", "test_prepare_restart"}
 # Two files run at a time, so the longest begin first.
 LONGEST_FIRST = (
     "test_training",
@@ -41,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow by its fixtures, and put the files of LONGEST_FIRST at the front."""
     for item in items:
-        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        if item.path.stem in SLOW_FILES or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
