@@ -159,12 +159,6 @@ class ModelConfigs:
         self.generation, changes = portable_generation(content, vocab_size=config.get("vocab_size"))
         self.changes += moves + changes
 
-    @property
-    def end_token_ids(self) -> list[int]:
-        """The ids that end a text when the model generates."""
-        ends = self.generation.get("eos_token_id")
-        return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
     def exported(self, torch_dtype: str) -> dict[str, dict[str, Any]]:
         """Both files' contents by name, of a LlamaForCausalLM whose weights are stored in `torch_dtype`."""
         # transformers 5 writes "dtype" and believes it where both are given; 4 reads "torch_dtype" alone.

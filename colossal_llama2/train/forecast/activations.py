@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from colossal_llama2.engine.chunked_loss import BLOCKS
 
 FLOAT32 = 4
-INT64 = 8
 
 
 @dataclass(frozen=True)
