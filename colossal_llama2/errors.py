@@ -12,6 +12,7 @@ With COLOSSAL_LLAMA2_DEBUG=1 in the environment, the traceback of an error is pr
 a launched job, including ranks that print no line: each may have failed in a different place.
 """
 
+import _thread
 import enum
 import os
 import signal
@@ -27,6 +28,7 @@ from colossal_llama2.launcher import place, report_to_torchrun, wait_for_first_o
 from colossal_llama2.terminal_text import one_line, printable, show, show_line
 
 DEBUG = "COLOSSAL_LLAMA2_DEBUG"
+REDELIVERY_SECONDS = 0.01
 
 
 class UserError(Exception):
@@ -78,7 +80,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     if not _is_launched() and threading.current_thread() is threading.main_thread():
         # An exception lets `finally` and `with` remove half-written output. A launcher has rules of its own.
         signal.signal(signal.SIGTERM, _raise_terminated)
-    sys.excepthook = _print_traceback
+    sys.excepthook, sys.unraisablehook = _print_traceback, _deliver_again
     watches_ends = interrupts.raise_from_now()
     try:
         yield
@@ -112,6 +114,19 @@ def _print_traceback(kind, error, trace) -> None:
     text = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
     report_to_torchrun(f"{kind.__name__}: {printable(str(error))}", printable(text))
     show(text, file=sys.stderr)
+
+
+def _deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Raise the exception of a signal again, if its handler ran inside a `__del__`: Python prints and drops it there."""
+    number = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(unraisable.exc_type)
+    if number is not None:
+        # Later and not from here: the handler would run inside this function, whose exceptions are dropped too.
+        timer = threading.Timer(REDELIVERY_SECONDS, _thread.interrupt_main, (number,))
+        timer.daemon = True
+        timer.start()
+    # A thread of StopSignals ends a process that has not raised Stopped.
+    elif not issubclass(unraisable.exc_type, Stopped):
+        sys.__unraisablehook__(unraisable)
 
 
 def _show_traceback_if_asked() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,25 @@ from tests.launching import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+# A signal that comes while Python runs a `__del__`, whose exceptions it prints and drops.
+SIGNAL_IN_FINALIZER = """
+import contextlib, signal, time
+from colossal_llama2.errors import one_line_errors
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal({number})
+
+with one_line_errors("tool.py"), contextlib.ExitStack() as stack:
+    watch = stack.enter_context
+    {before}
+    stack.callback(print, "cleaned up")
+    Finalized()
+    time.sleep(30)
+    print("ran on")
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +185,34 @@ def test_sigterm_lets_output_be_removed(tmp_path):
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (process.returncode, process.stderr) == (143, "tool.py: error: terminated\n")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "number, code, line",
+    [(signal.SIGTERM, 143, "tool.py: error: terminated"), (signal.SIGINT, 130, "tool.py: error: interrupted")],
+)
+def test_a_signal_during_a_finalizer_is_not_lost(number, code, line):
+    process = subprocess.run(
+        [sys.executable, "-c", SIGNAL_IN_FINALIZER.format(before="", number=int(number))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (code, "cleaned up\n", line + "\n")
+
+
+def test_a_signal_to_a_starting_run_during_a_finalizer_is_not_lost():
+    before = "from colossal_llama2.train.stepping.stopping import StopSignals; watch(StopSignals(has_partners=False))"
+    process = subprocess.run(
+        [sys.executable, "-c", SIGNAL_IN_FINALIZER.format(before=before, number=int(signal.SIGTERM))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    line = "-c: stopped: SIGTERM came before the first step; nothing was trained\n"
+    assert (process.returncode, process.stderr) == (143, line)
 
 
 @pytest.mark.parametrize("local_rank, said", [("0", "tool.py: error: wrong\n"), ("1", "")])
