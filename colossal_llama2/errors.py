@@ -117,7 +117,7 @@ def _print_traceback(kind, error, trace) -> None:
 
 
 def _deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Raise the exception of a signal again, if its handler ran inside a `__del__`: Python prints and drops it there."""
+    """Raise a signal's exception again if its handler ran inside a `__del__`, where Python prints and drops it."""
     number = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(unraisable.exc_type)
     if number is not None:
         # Later and not from here: the handler would run inside this function, whose exceptions are dropped too.
