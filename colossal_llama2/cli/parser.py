@@ -31,7 +31,9 @@ class CommandParser(FlagParser):
         wait_for_first_of_host()
         self.exit(2, f"{line}\n" if place().local_rank == 0 else None)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         # Prompts, pieces and paths may contain characters that the terminal cannot encode; that must not be fatal.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):

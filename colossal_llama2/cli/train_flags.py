@@ -1,6 +1,7 @@
 """The flags of train.py, train_sft.py, selftest.py and verify.py."""
 
 import argparse
+from typing import Any
 
 from colossal_llama2.cli import settings_file
 from colossal_llama2.cli.flag_definitions import FlagGroup, FlagParser, Need
@@ -302,7 +303,9 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
 class _BenchmarkSwitch(argparse.Action):
     """A switch after which --dataset need not be given."""
 
-    def __call__(self, parser: FlagParser, namespace, values, option_string=None) -> None:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, parser: FlagParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
         setattr(namespace, self.dest, True)
         for action in parser.actions:
             if action.dest == "dataset":

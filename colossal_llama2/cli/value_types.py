@@ -4,7 +4,10 @@ import argparse
 import math
 import re
 import shlex
+from collections.abc import Callable
+from typing import TypeVar
 
+Number = TypeVar("Number", int, float)
 SWITCH = ("auto", "on", "off")
 MAX_BINS = 100_000
 MAX_LENGTH = 2**20
@@ -142,7 +145,7 @@ def _comma_list(text: str, cure: str) -> list[str]:
     return entries
 
 
-def _number(text: str, kind: type, allowed: str, accepts):
+def _number(text: str, kind: type[Number], allowed: str, accepts: Callable[[Number], bool]) -> Number:
     try:
         value = kind(text)
         is_allowed = math.isfinite(value) and accepts(value)
@@ -154,7 +157,7 @@ def _number(text: str, kind: type, allowed: str, accepts):
     return value
 
 
-def _number_hint(text: str, kind: type, accepts) -> str:
+def _number_hint(text: str, kind: type[Number], accepts: Callable[[Number], bool]) -> str:
     """How to type a number that was given in another notation, if that is unambiguous; else ""."""
     plain = text.strip().lstrip("+").replace("_", "")
     if re.fullmatch(r"[\d.]+ ?%", plain, re.ASCII):

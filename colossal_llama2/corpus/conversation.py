@@ -20,7 +20,7 @@ their message (`loss_marks`) or --assistant_first masks. It has limits:
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from colossal_llama2.corpus.loss_marks import INVERTED_MARKS, MARKS
 from colossal_llama2.storage.row_errors import RowError
@@ -84,7 +84,7 @@ class UnknownRole(RowError):
         super().__init__(message, reason=UNKNOWN_ROLE)
         self.roles = roles
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (*self.args, self.roles)
 
 

@@ -12,7 +12,9 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any, BinaryIO, Protocol
 
 from colossal_llama2.storage.lines import READ_BYTES
 
@@ -46,6 +48,14 @@ def compression_of(head: bytes) -> str | None:
     return "xz" if head.startswith(b"\xfd7zXZ\0") else None
 
 
+class ByteStream(Protocol):
+    """A binary stream that is read from its beginning to its end."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end."""
+        ...
+
+
 class Decompressing(io.RawIOBase):
     """The decompressed bytes of a file that is read from `stream`. Every valid byte is returned before an error.
 
@@ -53,7 +63,7 @@ class Decompressing(io.RawIOBase):
     decompressed again from `path`, and then the block one byte at a time.
     """
 
-    def __init__(self, path: str, compression: str, stream, stack: ExitStack):
+    def __init__(self, path: str, compression: str, stream: BinaryIO, stack: ExitStack):
         """`compression` is what `compression_of` returns; files that are opened are closed with `stack`."""
         self._path, self._compression, self._stack = path, compression, stack
         self._has_long_window = False
@@ -63,7 +73,7 @@ class Decompressing(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         try:
             block = self._stream.read(min(len(buffer), self._step))
         except DAMAGE as error:
@@ -86,7 +96,7 @@ class Decompressing(io.RawIOBase):
         while left:
             left -= len(self._stream.read(min(left, READ_BYTES)))
 
-    def _decompressor(self, stream):
+    def _decompressor(self, stream: BinaryIO) -> ByteStream:
         """An object whose `read` returns decompressed bytes, or raises one of `DAMAGE`."""
         if self._compression == "gzip":
             return self._stack.enter_context(gzip.GzipFile(fileobj=stream))
@@ -102,7 +112,7 @@ class Decompressing(io.RawIOBase):
         return self._stack.enter_context(pyarrow.CompressedInputStream(source, "zstd"))
 
 
-def _long_window_decompressor():
+def _long_window_decompressor() -> Any:
     """A decompressor of one zstd frame with a window of any length."""
     try:
         from backports import zstd
@@ -117,9 +127,9 @@ class _Streams:
     The readers in Python's bz2 and lzma modules silently ignore a damaged stream that follows the first one.
     """
 
-    def __init__(self, stream, make):
+    def __init__(self, stream: BinaryIO, make: Callable[[], Any]):
         self._stream, self._make = stream, make
-        self._decompressor = None
+        self._decompressor: Any = None
         self._rest = b""
 
     def read(self, size: int) -> bytes:

@@ -12,9 +12,9 @@ record is one bad row, while unbalanced brackets end the document.
 
 import re
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from colossal_llama2.storage.lines import MAX_LINE_BYTES, READ_BYTES, LineCounter
+from colossal_llama2.storage.lines import MAX_LINE_BYTES, READ_BYTES, BlockStream, LineCounter
 
 # The body of a string, in which an escape takes two bytes; and the bytes that matter outside strings.
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
@@ -48,7 +48,7 @@ class BrokenDocumentError(Exception):
         super().__init__(problem)
         self.line = line
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), line=self.line), self.args
 
 
@@ -58,7 +58,7 @@ class RecordReader:
     Errors of the stream itself are raised after the records before them.
     """
 
-    def __init__(self, stream, *, is_array: bool, max_bytes: int = MAX_LINE_BYTES):
+    def __init__(self, stream: BlockStream, *, is_array: bool, max_bytes: int = MAX_LINE_BYTES):
         self._max_bytes = max_bytes
         self._stream, self._is_array = stream, is_array
         self._block, self._position = b"", 0

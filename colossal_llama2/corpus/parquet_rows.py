@@ -7,9 +7,12 @@ list of pairs. The metadata of pandas and of Arrow's extension types is ignored,
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.storage.lines import MAX_LINE_BYTES
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MAGIC = b"PAR1"
 BATCH_BYTES = 8 << 20
@@ -53,7 +56,7 @@ def read_parquet(path: str) -> Iterator[ParquetRow]:
         raise BrokenParquetError(f"the Parquet file is cut short or damaged ({str(error).splitlines()[0]:.200})")
 
 
-def _rows_of(batch) -> Iterator[ParquetRow]:
+def _rows_of(batch: "pyarrow.RecordBatch") -> Iterator[ParquetRow]:
     import orjson
 
     for row in _values(batch):
@@ -65,7 +68,7 @@ def _rows_of(batch) -> Iterator[ParquetRow]:
         yield ParquetRow(content if is_short else None, len(content))
 
 
-def _values(batch) -> list[dict | None]:
+def _values(batch: "pyarrow.RecordBatch") -> list[dict | None]:
     """The rows as Python objects; None for a row with text that is not UTF-8."""
     try:
         return batch.to_pylist()
@@ -73,7 +76,7 @@ def _values(batch) -> list[dict | None]:
         return [_row(batch.slice(number, 1)) for number in range(batch.num_rows)]
 
 
-def _row(batch) -> dict | None:
+def _row(batch: "pyarrow.RecordBatch") -> dict | None:
     """The only row of a batch in which some value cannot be converted."""
     row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):

@@ -19,6 +19,7 @@ from colossal_llama2.storage.lines import (
     NEWLINE,
     READ_BYTES,
     RETURN,
+    BlockStream,
     LineCounter,
     LineReader,
     first_line_end,
@@ -167,7 +168,7 @@ class SpanReader:
 class _WithHead:
     """A stream with `read1` whose `head` is known in advance. An error in the head is raised after its valid bytes."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: BlockStream):
         self._stream = stream
         self._error: BaseException | None = None
         head = b""
@@ -191,13 +192,13 @@ class _WithHead:
 class _HashingReader(io.RawIOBase):
     """A raw file that hashes the bytes that are read from it."""
 
-    def __init__(self, raw, digest):
+    def __init__(self, raw: io.BufferedReader, digest: "hashlib._Hash"):
         self._raw, self._digest = raw, digest
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         count = self._raw.readinto(buffer)
         self._digest.update(memoryview(buffer)[:count])
         return count
@@ -209,7 +210,7 @@ def sha256_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line_start(raw, start: int, stop: int) -> int:
+def _first_line_start(raw: io.BufferedReader, start: int, stop: int) -> int:
     """The offset of the first line that begins in [start, stop); `stop` or more if there is none."""
     if start == 0:
         return 0

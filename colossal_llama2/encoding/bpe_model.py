@@ -9,11 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.file_names import MODEL_FILE
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 SPACE = "▁"
 # Tags (field number and wire type) of a ModelProto's pieces, and of a piece's text and score.
@@ -56,7 +61,7 @@ class BpeModel:
         )
 
 
-def read_model(folder: Path):
+def read_model(folder: Path) -> "ModelProto":
     """The SentencePiece ModelProto of a tokenizer folder. Raises UserError if it is missing or not a BPE model."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
@@ -135,7 +140,7 @@ def _read_varint(content: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def plain_processor(content: bytes):
+def plain_processor(content: bytes) -> "SentencePieceProcessor":
     """SentencePiece with a model's merges but without its normalizer, so that the text of a piece stays unchanged."""
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec

@@ -20,9 +20,13 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.encoding.sentencepiece_file import no_dummy_prefix, sentencepiece_file
+
+if TYPE_CHECKING:
+    from kitoken import Kitoken
 
 SPACE = "▁"
 # The longest run of spaces on which both are compared, many times the longest piece.
@@ -33,13 +37,13 @@ class FastEncoder(SentencePieceEncoder):
     """The same with kitoken, for tokenizers for which `fastest_class` returns it."""
 
     @cached_property
-    def _fast(self):
+    def _fast(self) -> "Kitoken":
         from kitoken import Kitoken
 
         return Kitoken.from_sentencepiece(self._content)
 
     @cached_property
-    def _fast_continuation(self):
+    def _fast_continuation(self) -> "Kitoken":
         from kitoken import Kitoken
 
         return Kitoken.from_sentencepiece(self._content + no_dummy_prefix())

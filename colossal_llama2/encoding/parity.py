@@ -8,9 +8,10 @@ measured alike, and only new differences count against the extension. Text witho
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.bpe_model import SPACE, BpeModel
 from colossal_llama2.encoding.file_names import CONFIG_FILE
@@ -20,6 +21,9 @@ from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # At most this much of one group of texts is measured, evenly chosen, which takes either tokenizer some seconds. Whether
 # pieces are reached is checked on all of them.
@@ -102,7 +106,7 @@ class Tokenizers:
         return self._processor.normalize(text)
 
 
-def load_with_transformers(folder: Path, *, use_fast: bool = True):
+def load_with_transformers(folder: Path, *, use_fast: bool = True) -> "PreTrainedTokenizerBase":
     """AutoTokenizer on a folder. Raises UserError if its settings name a class that does not fit tokenizer.model."""
     from transformers import AutoTokenizer
 
@@ -232,7 +236,9 @@ def _compare(result: Difference, texts: Sequence[str], old: list[int], new: list
     result.first = {"text": added[0]} if added else None
 
 
-def _show(result: Difference, target: Tokenizers, name: str, ids_of) -> None:
+def _show(
+    result: Difference, target: Tokenizers, name: str, ids_of: Callable[[Sequence[str]], list[list[int]]]
+) -> None:
     """Add the ids of both tokenizers to the first text that differs, and shorten it."""
     if result.first:
         text = result.first["text"]

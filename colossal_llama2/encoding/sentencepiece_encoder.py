@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE, TOKENIZER_FILES
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS, SafeCuts
@@ -16,8 +16,10 @@ from colossal_llama2.storage.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
+    from sentencepiece import SentencePieceProcessor
 
     from colossal_llama2.encoding.encoder import TokenIds
+    from colossal_llama2.encoding.text_bytes import TextBytes
 
 
 class SentencePieceEncoder:
@@ -89,7 +91,7 @@ class SentencePieceEncoder:
         return len(text) > self._part_characters
 
     @cached_property
-    def _continuation_processor(self):
+    def _continuation_processor(self) -> "SentencePieceProcessor":
         """A second processor, because the leading "▁" before a text is a property of the loaded model."""
         return load_processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
@@ -152,7 +154,7 @@ class SentencePieceEncoder:
         return self._text_bytes.of_tokens(text, ids, has_prefix=has_prefix, parts=parts)
 
     @cached_property
-    def _text_bytes(self):
+    def _text_bytes(self) -> "TextBytes":
         from colossal_llama2.encoding.text_bytes import TextBytes
 
         return TextBytes(self._content)
@@ -162,5 +164,5 @@ class SentencePieceEncoder:
         """Whether the model puts "▁" before a text, seen on a text that does not begin with a space."""
         return self._processor.id_to_piece(self._processor.encode("a")[0]).startswith("▁")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._tokenizer_dir, self._part_characters)

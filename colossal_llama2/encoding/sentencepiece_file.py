@@ -1,11 +1,15 @@
 """tokenizer.model: find it in a folder, and load it with SentencePiece."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.file_names import MODEL_FILE
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.given_paths import hub_cure
 from colossal_llama2.storage.input_files import is_regular
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 
 def sentencepiece_file(tokenizer_dir: str | Path) -> Path:
@@ -22,7 +26,7 @@ def sentencepiece_file(tokenizer_dir: str | Path) -> Path:
     return path
 
 
-def load_processor(content: bytes, path: Path):
+def load_processor(content: bytes, path: Path) -> "SentencePieceProcessor":
     """The SentencePieceProcessor of a serialized model. Raises UserError, naming `path`, if it is damaged or empty."""
     import sentencepiece
 

@@ -86,7 +86,7 @@ class TextBytes:
             lengths[start : start + TOKENS_AT_A_TIME] = self._lengths[some]
         return lengths
 
-    def _by_offsets(self, text: str, tokens: np.ndarray, processor) -> np.ndarray:
+    def _by_offsets(self, text: str, tokens: np.ndarray, processor: Any) -> np.ndarray:
         """The same from the offsets that SentencePiece reports, for which it encodes the text again.
 
         `tokens` may continue beyond the text.

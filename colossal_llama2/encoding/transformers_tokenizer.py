@@ -2,16 +2,21 @@
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
 PADDING_SIDE = "right"
 PAD_TOKENS = ("unk", "eos")
 
 
-def load_tokenizer(path: str | Path, *, pad_token: str = "unk"):
+def load_tokenizer(path: str | Path, *, pad_token: str = "unk") -> "PreTrainedTokenizerBase":
     """The transformers tokenizer of a local folder or a Hugging Face name. It pads on the right.
 
     A folder is read from disk only, and code that comes with a tokenizer is never run.
@@ -55,7 +60,7 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk"):
     return tokenizer
 
 
-def load_fast(path: str | Path):
+def load_fast(path: str | Path) -> "Tokenizer":
     """The `tokenizers.Tokenizer` of a tokenizer.json. Raises UserError if it is damaged."""
     from tokenizers import Tokenizer
 

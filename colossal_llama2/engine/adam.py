@@ -2,14 +2,17 @@
 
 import math
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 BETAS = (0.9, 0.95)
 
 
-def make_adam(model, *, learning_rate: float, weight_decay: float):
+def make_adam(model: "torch.nn.Module", *, learning_rate: float, weight_decay: float) -> "torch.optim.Optimizer":
     """HybridAdam over the trainable parameters of a model.
 
     Raises:
@@ -20,7 +23,7 @@ def make_adam(model, *, learning_rate: float, weight_decay: float):
     return HybridAdam(parameter_groups(model, weight_decay), lr=learning_rate, betas=BETAS, adamw_mode=True)
 
 
-def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices, which decay, and norms, which do not."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     if not trainable:
@@ -32,7 +35,7 @@ def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def begin_moments(adam, *, without_gradient: bool = False) -> None:
+def begin_moments(adam: "torch.optim.Optimizer", *, without_gradient: bool = False) -> None:
     """Set Adam's moments to their values before the first update; without them no optimizer can be saved."""
     import torch
 
@@ -42,7 +45,7 @@ def begin_moments(adam, *, without_gradient: bool = False) -> None:
             adam.state[param].update(step=0, **moments)
 
 
-def guard_updates(optimizer) -> None:
+def guard_updates(optimizer: Any) -> None:
     """Make Adam skip its update where `optimizer.optim.may_update` is False or the gradient norm is NaN or Inf.
 
     The plugin around it runs its whole step as always, since it has to release the gradients: Gemini's lie where its
@@ -52,8 +55,10 @@ def guard_updates(optimizer) -> None:
     # each rank does at another moment. The groups close at their end, and for that the ranks have to meet.
     adam_reference, wrapper_reference = weakref.ref(optimizer.optim), weakref.ref(optimizer)
 
-    def update_if_finite(*args, **kwargs):
-        adam, norm = adam_reference(), wrapper_reference()._current_grad_norm
+    def update_if_finite(*args: Any, **kwargs: Any) -> None:
+        adam, wrapper = adam_reference(), wrapper_reference()
+        assert adam is not None and wrapper is not None, "the wrapper calls this, and it holds both"
+        norm = wrapper._current_grad_norm
         if adam.may_update and (norm is None or math.isfinite(norm)):
             type(adam).step(adam, *args, **kwargs)
         else:

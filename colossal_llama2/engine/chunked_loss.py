@@ -10,7 +10,7 @@ The idea is that of Wijmans et al., "Cut your losses in large-vocabulary languag
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ def takes_liger(device: "torch.device", dtype: "torch.dtype") -> bool:
     return device.type == "cuda" and dtype is torch.bfloat16 and has_liger()
 
 
-def _liger_sum(hidden, weight, targets):
+def _liger_sum(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
     import torch
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -134,13 +134,20 @@ def _liger_sum(hidden, weight, targets):
 
 
 @functools.lru_cache(maxsize=1)
-def _chunked_function():
+def _chunked_function() -> type["torch.autograd.Function"]:
     """The autograd.Function, made when torch is there."""
     import torch
 
     class ChunkedCrossEntropy(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, targets, part, tell):
+        def forward(
+            ctx: Any,
+            hidden: torch.Tensor,
+            weight: torch.Tensor,
+            targets: torch.Tensor,
+            part: HeadPart,
+            tell: Callable[[torch.Tensor], None] | None,
+        ) -> torch.Tensor:
             ctx.part, ctx.kept = part, []
             room = part.blocks_on(hidden.device).kept if any(ctx.needs_input_grad) else 0
             highest, total, target_logits = _softmax_sums(hidden, weight, targets, part, kept=ctx.kept, room=room)
@@ -151,16 +158,26 @@ def _chunked_function():
             return losses.sum()
 
         @staticmethod
-        def backward(ctx, grad_loss):
+        def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             # Gemini's tensors replace in-place operations by others, which would be lost.
             with torch._C.DisableTorchFunctionSubclass():
-                gradients = _gradients(*ctx.saved_tensors, ctx.part, grad_loss, ctx.needs_input_grad, kept=ctx.kept)
-                return (*gradients, None, None, None)
+                grad_hidden, grad_weight = _gradients(
+                    ctx.saved_tensors, ctx.part, grad_loss, needed=ctx.needs_input_grad[:2], kept=ctx.kept
+                )
+                return grad_hidden, grad_weight, None, None, None
 
     return ChunkedCrossEntropy
 
 
-def _softmax_sums(hidden, weight, targets, part: HeadPart, *, kept: list[Any], room: int):
+def _softmax_sums(
+    hidden: "torch.Tensor",
+    weight: "torch.Tensor",
+    targets: "torch.Tensor",
+    part: HeadPart,
+    *,
+    kept: list[tuple["torch.Tensor", "torch.Tensor"]],
+    room: int,
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Of each token: the highest logit, the sum of exponentials over it (float64), and the target's logit or 0.
 
     Of the first blocks, up to `room` logits, the exponentials over the block's highest are added to `kept`. The sum is
@@ -192,16 +209,24 @@ def _softmax_sums(hidden, weight, targets, part: HeadPart, *, kept: list[Any], r
     return highest, total, target_logits
 
 
-def _exp_of(logits, highest):
+def _exp_of(logits: "torch.Tensor", highest: "torch.Tensor") -> "torch.Tensor":
     """The exponential of their difference, in float64: -inf for no logits at all gives 0."""
     return (logits.double() - highest).exp_()
 
 
-def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_loss, needed, *, kept: list[Any]):
-    """Gradients of hidden states and weight, where needed. Uses up `kept`."""
+def _gradients(
+    saved: Sequence["torch.Tensor"],
+    part: HeadPart,
+    grad_loss: "torch.Tensor",
+    *,
+    needed: Sequence[bool],
+    kept: list[tuple["torch.Tensor", "torch.Tensor"]],
+) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
+    """Gradients of hidden states and weight, where needed, by what forward saved. Uses up `kept`."""
     import torch
     import torch.distributed as dist
 
+    hidden, weight, targets, highest, total = saved
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     grad_weight = None
     if needed[1]:
@@ -234,7 +259,7 @@ def _gradients(hidden, weight, targets, highest, total, part: HeadPart, grad_los
     return grad_hidden, grad_weight
 
 
-def _blocks(targets, part: HeadPart):
+def _blocks(targets: "torch.Tensor", part: HeadPart) -> Iterator[tuple[slice, "torch.Tensor", "torch.Tensor"]]:
     """Yield for each block: its slice of rows, (tokens,) the target's place in it, and whether the target is in it."""
     size = part.blocks_on(targets.device).rows(len(targets))
     for start in range(0, part.rows, size):
@@ -245,7 +270,7 @@ def _blocks(targets, part: HeadPart):
 
 
 def use_chunked_loss(
-    model, part: HeadPart, *, sample_group: Any = None, tell: Callable[..., None] | None = None
+    model: Any, part: HeadPart, *, sample_group: Any = None, tell: Callable[..., None] | None = None
 ) -> None:
     """Let a LLaMA compute its loss without logits, which it does not return any more.
 
@@ -261,7 +286,7 @@ def use_chunked_loss(
 
     forward_to_logits = model.forward
 
-    def forward_to_loss(labels, **inputs):
+    def forward_to_loss(labels: "torch.Tensor", **inputs: Any) -> CausalLMOutputWithPast:
         """The mean loss over the predicted tokens, 0 if there are none."""
         hidden = forward_to_logits(**inputs).logits
         loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group, tell)
@@ -272,7 +297,14 @@ def use_chunked_loss(
     model.lm_head.forward = lambda hidden: hidden
 
 
-def _mean_loss(hidden, weight, labels, part: HeadPart, sample_group, tell):
+def _mean_loss(
+    hidden: "torch.Tensor",
+    weight: "torch.Tensor",
+    labels: "torch.Tensor",
+    part: HeadPart,
+    sample_group: Any,
+    tell: Callable[..., None] | None,
+) -> "torch.Tensor":
     """The loss of (batch, length) labels by hidden states of that length, or of this rank's part of it."""
     import torch
     import torch.distributed as dist

@@ -18,10 +18,12 @@ class LossTally:
 
     def __init__(self, device: "torch.device", *, unfed: str | None = None):
         """`unfed` is the reason why single tokens' losses are not available; None if `add` will be called."""
+        import torch
+
         self.unfed = unfed
         self._device = device
         self._size = 0
-        self._sums: torch.Tensor | None = None
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)
         self._expected: torch.Tensor | None = None
 
     def begin(self, size: int) -> None:
@@ -62,5 +64,6 @@ class LossTally:
         self._sums.zero_()
         counts = [0] * self._size
         for batch in batches:
+            assert batch.group_counts is not None, "a batch without groups, after `begin`"
             counts = [count + int(more) for count, more in zip(counts, batch.group_counts, strict=True)]
         return [*sums, *map(float, counts)]

@@ -8,13 +8,16 @@ random states    of Python, NumPy and PyTorch, as data
 import base64
 import random
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from colossal_llama2.engine import loss_scale
 from colossal_llama2.engine.plugins import Plugin, plugin_of
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import open_to_umask, sync
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MASTERS_NAME = "master_weights"
 # The settings that decide how the weights are split over the ranks. All others may change without cost.
@@ -96,9 +99,9 @@ def rank_states(engine: Resumable) -> dict[str, Any]:
 
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    states = {
+    states: dict[str, Any] = {
         "python": [version, _text(np.array(words, dtype=np.uint32)), gauss],
-        "numpy": [name, _text(keys), int(position), int(has_gauss), float(cached)],
+        "numpy": [name, _text(np.asarray(keys)), int(position), int(has_gauss), float(cached)],
         "torch": _text(torch.get_rng_state().numpy()),
     }
     if torch.cuda.is_available():
@@ -129,11 +132,11 @@ def restore_rank_states(engine: Resumable, states: dict[str, Any]) -> None:
         scaler._growth_step, scaler._hysteresis_step = int(saved["growth_step"]), int(saved["hysteresis_step"])
 
 
-def _text(array) -> str:
+def _text(array: "np.ndarray") -> str:
     return base64.b64encode(array.tobytes()).decode()
 
 
-def _array(text: str, dtype):
+def _array(text: str, dtype: "type[np.generic]") -> "np.ndarray":
     import numpy as np
 
     return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()

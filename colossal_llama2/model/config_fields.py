@@ -5,17 +5,22 @@ entry, whatever its name. So a model is made of the fields in FIELDS alone, whic
 Nothing here imports torch.
 """
 
+import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.model_folder import CONFIG_FILE
+from colossal_llama2.model.model_folder import CONFIG_FILE, StrPath
 from colossal_llama2.storage.input_files import read_settings
 from colossal_llama2.storage.json_input import is_finite, is_whole, shown
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 # Keys under which a quantized model describes how its weights are packed.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -163,20 +168,55 @@ ROPE_TYPES: dict[str, tuple[dict[str, Rule], dict[str, Rule]]] = {
 }
 
 
-def read_fields(folder: Path) -> dict[str, Any]:
-    """What `fields_of` returns for a folder's config.json. Token ids outside its vocabulary are logged.
+class ModelFolder(os.PathLike[str]):
+    """A model folder that keeps what it has read of its config.json. It stands for its path wherever one is expected.
 
-    Raises:
-        UserError: the file cannot be read, is of another type of model or a quantized one, or a field is wrong.
+    The file is read at the first use of `content` or `fields`, and not again.
     """
-    path = folder / CONFIG_FILE
-    config = read_settings(path, allows_mark=True)
-    if config.get("model_type") != "llama":
-        raise UserError(f"{path}: model_type is {shown(config.get('model_type'))}, only 'llama' can be used here")
-    check_not_quantized(config, path)
-    fields = fields_of(config, path)
-    log_unknown_ids(config, fields["vocab_size"], path)
-    return fields
+
+    def __init__(self, path: StrPath):
+        self._path = os.fspath(path)
+
+    def __fspath__(self) -> str:
+        return self._path
+
+    def __str__(self) -> str:
+        return self._path
+
+    @property
+    def config_file(self) -> Path:
+        """The path of config.json."""
+        return Path(self._path, CONFIG_FILE)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """All entries of config.json, unchecked. Raises UserError if it cannot be read or is not a JSON object."""
+        return read_settings(self.config_file, allows_mark=True)
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """What `fields_of` returns for config.json. Token ids outside its vocabulary are logged.
+
+        Raises:
+            UserError: the file cannot be read, is of another type of model or a quantized one, or a field is wrong.
+        """
+        path, config = self.config_file, self.content
+        if config.get("model_type") != "llama":
+            raise UserError(f"{path}: model_type is {shown(config.get('model_type'))}, only 'llama' can be used here")
+        check_not_quantized(config, path)
+        fields = fields_of(config, path)
+        log_unknown_ids(config, fields["vocab_size"], path)
+        return fields
+
+
+def opened(folder: StrPath) -> ModelFolder:
+    """The folder itself if it is a ModelFolder, which has perhaps been read; a new one for any other path."""
+    return folder if isinstance(folder, ModelFolder) else ModelFolder(folder)
+
+
+def read_fields(folder: StrPath) -> dict[str, Any]:
+    """The checked fields of a folder's config.json. Raises UserError, as `ModelFolder.fields`."""
+    return opened(folder).fields
 
 
 def check_not_quantized(config: dict, path: Path) -> None:
@@ -358,7 +398,7 @@ def _rope_mismatch(kind: str, scaling: dict, fields: dict[str, Any]) -> str | No
     return None
 
 
-def llama_config(folder: Path, **settings: Any):
+def llama_config(folder: StrPath, **settings: Any) -> "LlamaConfig":
     """The transformers LlamaConfig of a folder, made of the checked fields alone; `settings` go with them.
 
     Raises:
@@ -366,8 +406,9 @@ def llama_config(folder: Path, **settings: Any):
     """
     from transformers import LlamaConfig
 
-    path = folder / CONFIG_FILE
-    fields = read_fields(folder)
+    path = Path(folder, CONFIG_FILE)
+    # transformers adds entries to rope_scaling.
+    fields = deepcopy(read_fields(folder))
     try:
         config = LlamaConfig(**fields, **settings)
     except Exception as error:  # what transformers raises for an entry that it cannot use is documented nowhere

@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from colossal_llama2.model.config_fields import FIELDS, TOKEN_ID_FIELDS, known_ids, with_older_rope
-from colossal_llama2.model.model_folder import CONFIG_FILE, GENERATION_CONFIG_FILE
+from colossal_llama2.model.config_fields import FIELDS, TOKEN_ID_FIELDS, known_ids, opened, with_older_rope
+from colossal_llama2.model.model_folder import CONFIG_FILE, GENERATION_CONFIG_FILE, StrPath
 from colossal_llama2.storage.input_files import read_settings
 from colossal_llama2.storage.json_input import is_finite, is_whole
 
@@ -147,10 +147,10 @@ class ModelConfigs:
         changes: what is different from the folder's own files, in words.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: StrPath):
         """Raises UserError if one of the files is damaged, or there is no config.json."""
-        config = read_settings(folder / CONFIG_FILE, allows_mark=True)
-        path = folder / GENERATION_CONFIG_FILE
+        config = opened(folder).content
+        path = Path(folder, GENERATION_CONFIG_FILE)
         own = read_settings(path, allows_mark=True) if path.is_file() else None
         self.config, moved, self.changes = portable_config(config)
         # Without the file, transformers takes the ids of config.json.

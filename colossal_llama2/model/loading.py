@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import (
@@ -15,12 +15,14 @@ from colossal_llama2.model.config_fields import (
     known_ids,
     llama_config,
     log_unknown_ids,
+    opened,
     read_fields,
 )
 from colossal_llama2.model.model_folder import (
     GENERATION_CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
+    StrPath,
     check_model_files,
     has_weights,
     shard_names,
@@ -32,6 +34,10 @@ from colossal_llama2.storage.given_paths import no_folder, what_it_holds
 from colossal_llama2.storage.input_files import ANY_SIZE, check_regular, is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM
 
 # Old checkpoints store this constant, which the model computes itself.
 COMPUTED_SUFFIX = ".rotary_emb.inv_freq"
@@ -61,21 +67,21 @@ class ModelFacts:
     ties_embeddings: bool
 
 
-def check_model_folder(path: str, flag: str, *, needs_weights: bool = True) -> None:
+def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) -> None:
     """Raise a UserError unless the folder holds a LLaMA config and safetensors, and nothing that makes it unusable.
 
     Reads only JSON, and imports neither torch nor transformers.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{flag} {path}: {no_folder(path)}; give a local Hugging Face LLaMA folder")
+        raise UserError(f"{flag} {path}: {no_folder(str(path))}; give a local Hugging Face LLaMA folder")
     check_model_files(folder)
     if not is_regular(folder / CONFIG_FILE):
         raise UserError(
-            f"{flag} {path}: has no config.json{what_it_holds(path)}; give a Hugging Face LLaMA folder, as "
+            f"{flag} {path}: has no config.json{what_it_holds(str(path))}; give a Hugging Face LLaMA folder, as "
             f"init_model.py writes"
         )
-    generation_ids(folder, read_fields(folder))
+    generation_ids(folder, read_fields(path))
     if needs_weights and not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
@@ -106,8 +112,9 @@ def generation_ids(folder: Path, fields: dict[str, Any]) -> dict[str, Any]:
     return {name: fields[name] if value is None else value for name, value in found.items()}
 
 
-def check_model(path: str, flag: str, *, needs_weights: bool = True) -> None:
+def check_model(path: StrPath, flag: str, *, needs_weights: bool = True) -> None:
     """`check_model_folder` and `check_weights`: all checks of a model that need no torch."""
+    path = opened(path)
     check_model_folder(path, flag, needs_weights=needs_weights)
     if needs_weights or has_weights(Path(path)):
         check_weights(path)
@@ -127,7 +134,7 @@ LAYER_NAME = re.compile(r"model\.layers\.(\d{1,9})\..*", re.ASCII)
 MOST_WEIGHTS = 20_000
 
 
-def check_weights(path: str) -> None:
+def check_weights(path: StrPath) -> None:
     """Compare names, shapes and dtypes of the stored weights with the config.
 
     Reads only the headers of the files, and imports no torch. Its time depends on what is stored, not on the config.
@@ -135,7 +142,7 @@ def check_weights(path: str) -> None:
     Raises:
         UserError: a weight is missing, unknown, of another shape, or not of a dtype that can be trained.
     """
-    fields = read_fields(Path(path))
+    fields = read_fields(path)
     stored = stored_weights(path)
     found = [int(match[1]) for match in map(LAYER_NAME.fullmatch, stored) if match]
     if found and max(found) + 1 != fields["num_hidden_layers"]:
@@ -191,7 +198,7 @@ def expected_shapes(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ..
         yield "lm_head.weight", (rows, width)
 
 
-def inspect_weights(path: str) -> ModelFacts:
+def inspect_weights(path: StrPath) -> ModelFacts:
     """Check a checkpoint's weights against its config, and return its sizes.
 
     The only weights read are embeddings that are tied and stored twice.
@@ -199,6 +206,7 @@ def inspect_weights(path: str) -> ModelFacts:
     Raises:
         UserError: as `check_weights`, or transformers cannot make a model from the config.
     """
+    path = opened(path)
     check_model_files(Path(path))
     check_weights(path)
     facts = facts_of_config(path)
@@ -208,7 +216,7 @@ def inspect_weights(path: str) -> ModelFacts:
     return facts
 
 
-def facts_of_config(path: str) -> ModelFacts:
+def facts_of_config(path: StrPath) -> ModelFacts:
     """The sizes of a folder's model, from config.json only. Raises UserError if no LLaMA can be made from it."""
     model = model_without_weights(path)
     config = model.config
@@ -228,12 +236,12 @@ def facts_of_config(path: str) -> ModelFacts:
     )
 
 
-def model_without_weights(path: str):
+def model_without_weights(path: StrPath) -> "LlamaForCausalLM":
     """The LlamaForCausalLM of a folder's config.json, on the meta device. Raises UserError if it cannot be made."""
     import torch
     from transformers import LlamaForCausalLM
 
-    config = llama_config(Path(path))
+    config = llama_config(path)
     try:
         with torch.device("meta"):
             return LlamaForCausalLM(config)
@@ -242,7 +250,7 @@ def model_without_weights(path: str):
         raise UserError(f"{Path(path, CONFIG_FILE)}: no LLaMA can be made from it ({reason}); correct the file")
 
 
-def stored_weights(path: str) -> dict[str, StoredWeight]:
+def stored_weights(path: StrPath) -> dict[str, StoredWeight]:
     """The tensors of a checkpoint, by the headers of its safetensors, without constants that old checkpoints store.
 
     Raises:
@@ -281,7 +289,7 @@ def stored_weights(path: str) -> dict[str, StoredWeight]:
     return found
 
 
-def load_llama(path: str, *, precision: str, attention: str):
+def load_llama(path: StrPath, *, precision: str, attention: str) -> "LlamaForCausalLM":
     """Load a LlamaForCausalLM for training.
 
     Args:
@@ -291,17 +299,16 @@ def load_llama(path: str, *, precision: str, attention: str):
     """
     from transformers import LlamaForCausalLM
 
-    folder = Path(path)
-    check_model_files(folder)
+    check_model_files(Path(path))
     # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
-    config = llama_config(folder, attn_implementation=attention)
+    config = llama_config(path, attn_implementation=attention)
     with unpickling_refused():
         return LlamaForCausalLM.from_pretrained(
-            path, config=config, torch_dtype=dtype_of(precision), use_safetensors=True, local_files_only=True
+            str(path), config=config, torch_dtype=dtype_of(precision), use_safetensors=True, local_files_only=True
         )
 
 
-def dtype_of(precision: str):
+def dtype_of(precision: str) -> "torch.dtype":
     """The torch.dtype of a model's weights under --mixed_precision fp16, bf16 or fp32."""
     import torch
 

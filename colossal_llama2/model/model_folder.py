@@ -15,6 +15,9 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage.input_files import is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
 
+# A path, or what stands for one, such as `config_fields.ModelFolder`.
+StrPath = str | os.PathLike[str]
+
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -54,7 +57,7 @@ def has_weights(folder: Path) -> bool:
     return any(is_regular(folder / name) for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
-def shard_names(path: str) -> tuple[str, ...]:
+def shard_names(path: StrPath) -> tuple[str, ...]:
     """File names of a checkpoint's safetensors, in order.
 
     Raises:

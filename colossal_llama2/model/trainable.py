@@ -4,12 +4,12 @@ Training only the embeddings is the first stage after a vocabulary was extended.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import CONFIG_FILE, NEW_ROWS_KEY, ModelFacts
-from colossal_llama2.storage.files import read_json
+from colossal_llama2.model.config_fields import opened
+from colossal_llama2.model.loading import NEW_ROWS_KEY, ModelFacts
+from colossal_llama2.model.model_folder import StrPath
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Trainable:
         """Whether the optimizer may decay weights: Adam cannot exclude rows, and decay would change them all."""
         return self.rows is None
 
-    def of_model(self, model_path: str) -> "Trainable":
+    def of_model(self, model_path: StrPath) -> "Trainable":
         """The same choice with what the model's folder says of it. Raises UserError if the folder does not say it."""
         return self
 
@@ -122,7 +122,7 @@ class NewRows(Embeddings):
     The optimizer has the embeddings whole.
     """
 
-    def of_model(self, model_path: str) -> "NewRows":
+    def of_model(self, model_path: StrPath) -> "NewRows":
         return NewRows(read_new_rows(model_path))
 
     @property
@@ -144,14 +144,14 @@ class NewRows(Embeddings):
         return f"{sum(end - begin for begin, end in self.rows or ()):,} new rows of the embeddings"
 
 
-def read_new_rows(model_path: str) -> Ranges:
+def read_new_rows(model_path: StrPath) -> Ranges:
     """The rows of the embeddings that init_model.py added to a model, from its config.json.
 
     Raises:
         UserError: it has no such entry, or an impossible one.
     """
-    path = Path(model_path, CONFIG_FILE)
-    config = read_json(path)
+    folder = opened(model_path)
+    path, config = folder.config_file, folder.content
     ranges = config.get(NEW_ROWS_KEY)
     size: int = config.get("vocab_size", 0)
     if not ranges:

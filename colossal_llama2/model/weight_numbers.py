@@ -9,12 +9,17 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import COMPUTED_SUFFIX
 from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.model.safetensors_stream import FLOATS, Shard, read_shard
+
+if TYPE_CHECKING:
+    import torch
 
 WINDOW_BYTES = 64 * 2**20
 # What training holds weights in, under the format's names.
@@ -32,7 +37,7 @@ def check_numbers(path: str, dtype: str | None, *, cure: str = "", share: int = 
     Raises:
         UserError: with the weight's name and file, and how many of its numbers are NaN, infinite or too large.
     """
-    target = PRECISIONS.get(dtype, dtype)
+    target = None if dtype is None else PRECISIONS.get(dtype, dtype)
     for name in shard_names(path):
         shard = read_shard(Path(path, name))
         with open(shard.path, "rb", buffering=0) as file:
@@ -51,13 +56,13 @@ def _ranges(shard: Shard, share: int, shares: int) -> Iterator[tuple[str, int, i
             yield name, shard.data_start + entry["data_offsets"][0] + first * width, (end - first) * width
 
 
-def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target: str | None) -> dict[str, int]:
+def _bad_numbers(file: FileIO, shard: Shard, name: str, begin: int, length: int, target: str | None) -> dict[str, int]:
     """The numbers of NaN, infinite and too large (for `target`) values in a range of bytes; empty if there are none."""
     import torch
 
     dtype = getattr(torch, FLOATS[shard.tensors[name]["dtype"]][0])
     held = dtype if target is None else getattr(torch, FLOATS[target][0])
-    found: Counter = Counter()
+    found: Counter[str] = Counter()
     for offset in range(0, length, WINDOW_BYTES):
         size = min(WINDOW_BYTES, length - offset)
         # A map begins at a page.
@@ -72,7 +77,7 @@ def _bad_numbers(file, shard: Shard, name: str, begin: int, length: int, target:
     return +found
 
 
-def _count(values, held) -> dict[str, int]:
+def _count(values: "torch.Tensor", held: "torch.dtype") -> dict[str, int]:
     """The numbers of a tensor's values that are NaN or infinite, or become infinite in the dtype `held`."""
     import torch
 

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 MAX_BYTES = 64 << 20
 MAX_VALUES = 4_000_000
@@ -112,7 +112,7 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value of JSON is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -200,7 +200,7 @@ def benchmark(config: TrainConfig, settings: BenchmarkConfig, stop: NoSignals) -
     with embedding_noise_of(config, engine) as noise:
         found = measure(engine, loader, noise=noise, profile_dir=settings.profile_dir, stop=stop)
     if engine.rank == 0:
-        flops = flops_per_token(llama_config(Path(config.source.weights)), inputs.model.parameters, max_length)
+        flops = flops_per_token(llama_config(config.source.weights_folder), inputs.model.parameters, max_length)
         peak = known_peak(config.reporting.peak_tflops)
         rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=peak)
         print_table(rows, align="lrl", has_header=False)

@@ -28,7 +28,7 @@ def plan_benchmark(config: TrainConfig, settings: BenchmarkConfig, problems: Pro
     if not logs.is_first_rank():
         return
     run_metadata.log_sizes(config, inputs.ranks, inputs.model)
-    llama_config = model_without_weights(config.source.weights).config
+    llama_config = model_without_weights(config.source.weights_folder).config
     show(memory_lines(config, llama_config, has_documents=False))
     flops = flops_per_token(llama_config, inputs.model.parameters, config.data.max_length)
     show(flops_lines(config, inputs, flops, num_samples=settings.num_samples))

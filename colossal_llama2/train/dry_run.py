@@ -45,7 +45,7 @@ def dry_run(config: TrainConfig, problems: Problems) -> None:
     run_metadata.log_steps(config, inputs.ranks, inputs.order, inputs.schedule)
     for line in data_plan.plan_lines(content):
         logs.get_logger().info("%s", line)
-    llama_config = model_without_weights(config.source.weights).config
+    llama_config = model_without_weights(config.source.weights_folder).config
     show(memory_lines(config, llama_config, has_documents=inputs.has_documents))
     show(_disk_lines(config, inputs))
     show_line("dry run: nothing was trained, nothing was written")

@@ -20,7 +20,7 @@ from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
 from colossal_llama2.model.loading import ModelFacts, check_model, facts_of_config, inspect_weights
-from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, shard_names
+from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, StrPath, shard_names
 from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.checkpointing.resuming import Start
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
@@ -132,7 +132,8 @@ def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: i
         needs_weights: False lets config.json alone be enough.
     """
     weights = config.source.weights
-    model = checks(inspect_weights if needs_weights or _has_weights(weights) else _facts_of, weights)
+    inspect = inspect_weights if needs_weights or _has_weights(weights) else _facts_of
+    model = checks(inspect, config.source.weights_folder)
     checks(check_model_fits, config, model)
     checks.raise_problems()
     assert model is not None, "what is missing was raised as a problem"
@@ -144,13 +145,13 @@ def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: i
 def _open_model(config: TrainConfig, checks: Checks) -> ModelFacts | None:
     """Its shapes, compared with its config.json, the flags and the tokenizer."""
     source = config.source
-    if not checks.may_continue() and not _is_model(source.weights):
+    if not checks.may_continue() and not _is_model(source.weights_folder):
         return None  # reported with the flags
-    model = checks(inspect_weights, source.weights)
+    model = checks(inspect_weights, source.weights_folder)
     checks(check_model_fits, config, model)
     checks(check_tokenizer_fits, config, model)
     if model is not None:
-        checks.dry_run_only(model_files, source.weights, source.tokenizer, config.engine.precision)
+        checks.dry_run_only(model_files, source.weights_folder, source.tokenizer, config.engine.precision)
     return model
 
 
@@ -201,7 +202,7 @@ def _check_records(config: TrainConfig, facts: RunFacts) -> None:
     training_history.log_problem(training_history.read_history(Path(config.source.weights)))
 
 
-def _is_model(folder: str) -> bool:
+def _is_model(folder: StrPath) -> bool:
     try:
         check_model(folder, "--pretrained")
     except UserError:
@@ -209,7 +210,7 @@ def _is_model(folder: str) -> bool:
     return True
 
 
-def _facts_of(folder: str) -> ModelFacts:
+def _facts_of(folder: StrPath) -> ModelFacts:
     logs.get_logger().info("%s has no weights, or not all: planned from its config.json alone", folder)
     return facts_of_config(folder)
 

@@ -29,7 +29,7 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
     """Load the model into the engine. Called on all ranks."""
     source, settings = config.source, config.engine
     with collectives.all_or_none(), engine.initializing(ties_embeddings=model_facts.ties_embeddings):
-        model = load_llama(source.weights, precision=settings.precision, attention=attention)
+        model = load_llama(source.weights_folder, precision=settings.precision, attention=attention)
     if config.recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained, frozen = settings.trainable.prepare(model)

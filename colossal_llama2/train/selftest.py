@@ -11,24 +11,23 @@ the first bit for bit (on GPUs except for rounding, since the backward pass of f
 each time). The exit code is 1 if they differ.
 """
 
-import argparse
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from colossal_llama2 import errors, launcher, logs
-from colossal_llama2.cli import dependent_flags, train_flags
+from colossal_llama2.cli import train_flags
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import meeting, orphans
-from colossal_llama2.engine.settings_problems import settings_problems
-from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.errors import RunError
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
+from colossal_llama2.train.settings import selftest_config
+from colossal_llama2.train.settings.selftest_config import MAX_LENGTH, SelftestConfig
 
 VOCABULARY = 1024
 # Wide and deep enough to be split 8 times along every axis, and small enough to be trained on a CPU in seconds.
@@ -40,7 +39,6 @@ SHAPE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 512,
 }
-MAX_LENGTH = 128
 # Relative differences of losses, gradient norms and weights that count as rounding. In bf16 these are the least: twice
 # the gap between two plain loops that only pad differently is allowed if that is more.
 ALLOWED = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2)}
@@ -50,98 +48,69 @@ TOGETHER = 8
 WAIT_SECONDS = 3600.0
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, and run the test on this rank."""
     launcher.settle()
     args = train_flags.selftest_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("selftest"):
-        selftest(args)
+        selftest(selftest_config.resolve(args, ranks=meeting.settled_place().world_size))
 
 
-def selftest(args: argparse.Namespace) -> None:
+def selftest(config: SelftestConfig) -> None:
     """Train, resume, compare. Called once per process of the job.
 
     Raises:
-        UserError: the flags do not fit each other or the ranks, or --work_dir is not a new folder that all ranks see.
+        UserError: --work_dir is not a folder that all ranks see.
         RunError: a difference that is more than rounding.
     """
     from colossal_llama2.engine.process_group import launch, leave
     from colossal_llama2.engine.ranks.liveness import watching
 
-    work, ranks = Path(args.work_dir), meeting.settled_place().world_size
-    problems = dependent_flags.unused_flags(args) + settings_problems(_engine_settings(args), world_size=ranks)
-    if logs.is_first_rank() and os.path.lexists(work):
-        problems.append(f"--work_dir {work} exists already; give a new folder, which all hosts share")
-    if args.mixed_precision == "fp16":
-        problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")
-    if problems:
-        raise UserError("; and ".join(problems))
     orphans.end_with_launcher()
     with watching("selftest", timeout_seconds=WAIT_SECONDS) as watch:
         watch.reach_out()
-        launch(args.seed, timeout_seconds=WAIT_SECONDS, meet=watch.wait)
+        launch(config.seed, timeout_seconds=WAIT_SECONDS, meet=watch.wait)
         watch.settle()
-        run_and_compare(args, work, ranks=ranks)
+        run_and_compare(config)
         leave()
 
 
-def run_and_compare(args: argparse.Namespace, work: Path, *, ranks: int) -> None:
+def run_and_compare(config: SelftestConfig) -> None:
     """The test itself, inside a process group."""
     from colossal_llama2.engine.ranks import collectives
     from colossal_llama2.train import run
-    from colossal_llama2.train.settings import from_flags
 
-    samples = args.micro_batch_size * args.accumulation_steps * (ranks // _engine_settings(args).model_ranks)
     with collectives.all_or_none():
         if logs.is_first_rank():
-            make_inputs(work, num_samples=samples * args.steps)
-    middle = Path("whole", "checkpoints", f"epoch-0_step-{args.steps // 2}")
-    for name, more in (("whole", {}), ("resumed", {"load_checkpoint": str(work / middle)})):
-        logs.get_logger().info("### %s: %d steps", name, args.steps)
-        run.run(from_flags.resolve(training_flags(args, work, name, **more)))
+            make_inputs(config)
+    checkpoint = config.home("whole") / "checkpoints" / f"epoch-0_step-{config.middle}"
+    for name, begins_at in (("whole", None), ("resumed", checkpoint)):
+        logs.get_logger().info("### %s: %d steps", name, config.steps)
+        run.run(config.run_config(name, load_checkpoint=begins_at))
     with collectives.all_or_none():
         if logs.is_first_rank():
-            report(args, work, compare(args, work, samples_a_step=samples))
+            report(config, compare(config))
 
 
-def _engine_settings(args: argparse.Namespace):
-    from colossal_llama2.train.settings import from_flags
-
-    return from_flags.engine_settings(dependent_flags.with_defaults(training_flags(args, Path(args.work_dir), "whole")))
-
-
-def training_flags(args: argparse.Namespace, work: Path, name: str, **more) -> argparse.Namespace:
-    """The flags of one training command in the work folder."""
-    home = work / name
-    required = ["--pretrained", str(work / "model"), "--dataset", str(work / "part-00000")]
-    train_args = train_flags.train_parser().parse_args(required)
-    paths = {"save_dir": "checkpoints", "tensorboard_dir": "logs", "config_file": "config.json"}
-    given = {key: value for key, value in vars(args).items() if hasattr(train_args, key)}
-    given.update({key: str(home / path) for key, path in paths.items()}, max_length=MAX_LENGTH, **more)
-    given.update(num_epochs=1, save_interval=max(args.steps // 2, 1))
-    vars(train_args).update(given)
-    return train_args
-
-
-def make_inputs(work: Path, *, num_samples: int) -> None:
-    """Write the model with its tokenizer, and `num_samples` samples of documents, repeated if there are fewer."""
+def make_inputs(config: SelftestConfig) -> None:
+    """Write the model with its tokenizer, and the samples of all steps, repeated if the documents make fewer."""
     import datasets
     import numpy as np
 
     from colossal_llama2.dataset.write.prepare import prepare_pretrain
 
-    documents = python_documents()
-    data_dir, model_dir = work / "documents", work / "model"
-    for folder in (data_dir, model_dir):
+    documents, work = python_documents(), config.work_dir
+    data_dir = work / "documents"
+    for folder in (data_dir, config.model_dir):
         folder.mkdir(parents=True)
-    make_model(model_dir, documents)
+    make_model(config.model_dir, documents)
     rows = (json.dumps({"target": document}) + "\n" for document in documents)
     (data_dir / "documents.jsonl").write_text("".join(rows), encoding="utf-8")
     with open(work / "prepared.txt", "w", encoding="utf-8") as account, contextlib.redirect_stdout(account):
         prepare_pretrain(
             data_input_dirs=[str(data_dir)],
-            tokenizer_dir=str(model_dir),
+            tokenizer_dir=str(config.model_dir),
             data_cache_dir=str(work / "cache"),
             data_jsonl_output_dir=str(work / "jsonl"),
             data_arrow_output_dir=str(work / "arrow"),
@@ -152,7 +121,8 @@ def make_inputs(work: Path, *, num_samples: int) -> None:
         )
     datasets.disable_progress_bars()
     prepared = datasets.load_from_disk(str(work / "arrow" / "part-00000"))
-    prepared.select(np.arange(num_samples) % len(prepared)).save_to_disk(str(work / "part-00000"))
+    indices = np.arange(config.samples_per_step * config.steps) % len(prepared)
+    prepared.select(indices).save_to_disk(str(config.data_dir))
 
 
 def python_documents() -> list[str]:
@@ -192,14 +162,14 @@ class Row:
         return self.found <= self.allowed
 
 
-def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> list[Row]:
+def compare(config: SelftestConfig) -> list[Row]:
     """Run the plain loop on this rank's device and compare both training runs with it."""
-    whole, resumed = (trace_of(work / name) for name in ("whole", "resumed"))
-    steps = list(step_documents(args, work, samples_a_step))
-    plain = plain_trace(args, work, steps)
-    losses, norms, weights = ALLOWED[args.mixed_precision]
-    if args.mixed_precision == "bf16":
-        padded = plain_trace(args, work, steps, together=TOGETHER)
+    whole, resumed = (trace_of(config.home(name)) for name in ("whole", "resumed"))
+    steps = list(step_documents(config))
+    plain = plain_trace(config, steps)
+    losses, norms, weights = ALLOWED[config.precision]
+    if config.precision == "bf16":
+        padded = plain_trace(config, steps, together=TOGETHER)
         losses = max(losses, GAPS * largest(padded.losses, plain.losses))
         norms = max(norms, GAPS * largest(padded.grad_norms, plain.grad_norms))
     later = len(resumed.losses)
@@ -214,14 +184,14 @@ def compare(args: argparse.Namespace, work: Path, *, samples_a_step: int) -> lis
     ]
 
 
-def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) -> Iterator[list[Document]]:
+def step_documents(config: SelftestConfig) -> Iterator[list[Document]]:
     """The documents of each optimizer step; its whole samples if documents are not kept apart."""
     from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
     from colossal_llama2.dataset.read.order import SampleOrder
     from colossal_llama2.dataset.read.prepared_data import load_parts
 
-    rows = load_parts([str(work / "part-00000")], args.document_mask)
-    order = SampleOrder(len(rows), samples_a_step, data_size=1, accumulation_steps=1, seed=args.seed)
+    rows = load_parts([str(config.data_dir)], config.document_mask)
+    order = SampleOrder(len(rows), config.samples_per_step, data_size=1, accumulation_steps=1, seed=config.seed)
     for (indices,), _ in order.steps(0, 0, 0):
         samples = rows[indices].to_pydict()
         lengths = samples.get(DOCUMENT_LENGTHS, [[len(ids)] for ids in samples["input_ids"]])
@@ -232,23 +202,23 @@ def step_documents(args: argparse.Namespace, work: Path, samples_a_step: int) ->
         yield documents
 
 
-def plain_trace(args: argparse.Namespace, work: Path, steps: list[list[Document]], *, together: int = 1) -> Trace:
+def plain_trace(config: SelftestConfig, steps: list[list[Document]], *, together: int = 1) -> Trace:
     """The plain loop, in the precision of the test, with its schedule."""
     from colossal_llama2.engine.process_group import current_device
     from colossal_llama2.model.loading import load_llama
     from colossal_llama2.model.trainable import Trainable
     from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
 
-    model = load_llama(str(work / "model"), precision=args.mixed_precision, attention="eager")
+    model = load_llama(str(config.model_dir), precision=config.precision, attention="eager")
     model = model.to(current_device())
-    Trainable.from_flags(embeddings=args.freeze_non_embeds_params, new_rows=False).prepare(model)
-    schedule = CosineSchedule(args.lr, len(steps), warmup_steps(args.warmup_steps, len(steps)))
+    Trainable.from_flags(embeddings=config.embeddings_only, new_rows=False).prepare(model)
+    schedule = CosineSchedule(config.learning_rate, len(steps), warmup_steps(config.warmup_steps, len(steps)))
     return plain_loop.train(
         model,
         steps,
         learning_rate=schedule.learning_rate,
-        max_norm=args.gradient_clipping,
-        weight_decay=args.weight_decay,
+        max_norm=config.max_norm,
+        weight_decay=config.weight_decay,
         together=together,
     )
 
@@ -281,7 +251,7 @@ def distance(weights: dict, expected: dict) -> float:
     return (difference / sum(float(tensor.double().square().sum()) for tensor in expected.values())) ** 0.5
 
 
-def report(args: argparse.Namespace, work: Path, rows: list[Row]) -> None:
+def report(config: SelftestConfig, rows: list[Row]) -> None:
     """Print the rows, and remove the work folder. Raises RunError, and keeps the folder, if not all are equal."""
     width = max(len(row.name) for row in rows)
     show_line(f"{'selftest':{width}}     found   allowed")
@@ -291,12 +261,13 @@ def report(args: argparse.Namespace, work: Path, rows: list[Row]) -> None:
     failed = [row.name for row in rows if not row.is_equal]
     if failed:
         raise RunError(
-            f"not equal: {'; '.join(failed)}. Do not train with these flags on this machine; the runs are in {work}"
+            f"not equal: {'; '.join(failed)}. Do not train with these flags on this machine; the runs are in "
+            f"{config.work_dir}"
         )
-    shutil.rmtree(work)
+    shutil.rmtree(config.work_dir)
     how = "bit for bit" if repeats_exactly() else "except for rounding in fused attention"
     verdict = f"trains here as a plain loop does, and resumes {how}"
-    show_line(f"{args.plugin} in {args.mixed_precision} {verdict}")
+    show_line(f"{config.plugin} in {config.precision} {verdict}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from colossal_llama2 import logs
 from colossal_llama2.dataset.layout.manifest import read_manifest_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import CONFIG_FILE, read_fields
+from colossal_llama2.model.model_folder import StrPath
 from colossal_llama2.model.positions import cure_of_long_samples, described, positions_of, scaling_type
 from colossal_llama2.storage.json_input import is_whole
 
@@ -17,7 +18,7 @@ def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
     if not Path(tokenizer_dir, CONFIG_FILE).is_file():
         return
     try:
-        config = SimpleNamespace(**read_fields(Path(tokenizer_dir)))
+        config = SimpleNamespace(**read_fields(tokenizer_dir))
     except UserError as error:
         logs.get_logger().warning(f"--max_length is not compared with the positions of the model: {error}")
         return
@@ -29,21 +30,21 @@ def warn_if_too_long(max_length: int, tokenizer_dir: str) -> None:
         )
 
 
-def check_max_length(max_length: int, model_path: str) -> None:
+def check_max_length(max_length: int, model_path: StrPath) -> None:
     """Raise UserError for a training --max_length over the model's positions."""
-    config = SimpleNamespace(**read_fields(Path(model_path)))
+    config = SimpleNamespace(**read_fields(model_path))
     positions = positions_of(config)
     if max_length > positions:
         has = described(positions, scaling_type(config))
         raise UserError(f"--max_length {max_length} given, {has}; give at most that many")
 
 
-def check_samples_fit(parts: Sequence[str], model_path: str, *, flag: str = "--dataset") -> None:
+def check_samples_fit(parts: Sequence[str], model_path: StrPath, *, flag: str = "--dataset") -> None:
     """Raise UserError for a prepared folder with a sample that is longer than the model's positions.
 
     Folders that do not record the length of their samples, from earlier versions, are not checked.
     """
-    config = SimpleNamespace(**read_fields(Path(model_path)))
+    config = SimpleNamespace(**read_fields(model_path))
     positions = positions_of(config)
     for part in parts:
         longest = longest_sample(part)

@@ -10,8 +10,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PosixPath
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.engine.patches import patching
 from colossal_llama2.errors import UserError
@@ -19,12 +19,16 @@ from colossal_llama2.model.model_folder import INDEX_FILE
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 from colossal_llama2.storage.files import open_to_umask, read_json, sync, write_json
 
+if TYPE_CHECKING:
+    import torch
+    from safetensors import safe_open
+
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
 UTILS = "colossalai.checkpoint_io.utils"
 HYBRID = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
 
-def write_object(value: Any, path: str) -> None:
+def write_object(value: Any, path: str | os.PathLike[str]) -> None:
     """Write nested dicts and lists of tensors, numbers, strings, booleans and None to a safetensors file."""
     from safetensors.torch import save_file
 
@@ -33,7 +37,7 @@ def write_object(value: Any, path: str) -> None:
     save_file(tensors, str(path), metadata={"structure": json.dumps(structure)})
 
 
-def read_object(path: str, *, step_as_tensor: bool = False) -> Any:
+def read_object(path: str | os.PathLike[str], *, step_as_tensor: bool = False) -> Any:
     """Read what `write_object` wrote.
 
     Args:
@@ -68,7 +72,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
     raise TypeError(f"cannot store a {type(value).__name__} ({name})")
 
 
-def _decode(structure: Any, file, step_as_tensor: bool, key: Any = None) -> Any:
+def _decode(structure: Any, file: "safe_open", step_as_tensor: bool, key: Any = None) -> Any:
     import torch
 
     if not isinstance(structure, dict):
@@ -91,13 +95,14 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
     """
     save_by_pickle, load_by_pickle = patching.current("torch:save"), patching.current("torch:load")
 
-    def save(value, path, *args, **kwargs):
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         # Ranks exchange objects through buffers in memory by the same functions; these are not files.
         if not isinstance(path, (str, os.PathLike)):
-            return save_by_pickle(value, path, *args, **kwargs)
-        return _write_or_note(errors, path, lambda: write_object(value, path))
+            save_by_pickle(value, path, *args, **kwargs)
+        else:
+            _write_or_note(errors, path, lambda: write_object(value, path))
 
-    def load(path, *args, **kwargs):
+    def load(path: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(path, (str, os.PathLike)):
             return load_by_pickle(path, *args, **kwargs)
         return read_object(path, step_as_tensor=step_as_tensor)
@@ -120,11 +125,11 @@ def _errors_at_the_end() -> Iterator[list[Exception]]:
     errors: list[Exception] = []
     write_index = CheckpointIndexFile.write_index_file
 
-    class NotingPath(type(Path())):
-        def mkdir(self, *args, **kwargs):
+    class NotingPath(PosixPath):
+        def mkdir(self, *args: Any, **kwargs: Any) -> None:
             _note(errors, lambda: Path(self).mkdir(*args, **kwargs))
 
-    def write_index_or_note(index, name):
+    def write_index_or_note(index: CheckpointIndexFile, name: str) -> None:
         _note(errors, lambda: write_index(index, name))
 
     index_writer = "colossalai.checkpoint_io:CheckpointIndexFile.write_index_file"
@@ -139,7 +144,7 @@ def _errors_at_the_end() -> Iterator[list[Exception]]:
         raise errors[0]
 
 
-def _write_or_note(errors: list[Exception], path: Any, write: Callable[[], None]) -> None:
+def _write_or_note(errors: list[Exception], path: str | os.PathLike[str], write: Callable[[], None]) -> None:
     """Write a file and wait until it is on the disk; note an error."""
 
     def write_and_sync() -> None:
@@ -178,10 +183,10 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
 
     save_file, append_param = safetensors.torch.save_file, StateDictSharder.append_param
 
-    def save_and_sync(tensors, path, *args, **kwargs):
+    def save_and_sync(tensors: dict[str, "torch.Tensor"], path: str, *args: Any, **kwargs: Any) -> None:
         _write_or_note(errors, path, lambda: save_file(tensors, path, *args, **kwargs))
 
-    def append_once(sharder, name, tensor):
+    def append_once(sharder: StateDictSharder, name: str, tensor: "torch.Tensor") -> tuple[Any, int]:
         if ties_embeddings and name == OUTPUT_EMBEDDING:
             return None, 0
         return append_param(sharder, name, tensor)

@@ -17,8 +17,13 @@ faster:
 
 import contextlib
 import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.engine.patches import gloo_collectives, patching
+
+if TYPE_CHECKING:
+    import torch
 
 GEMINI_CHUNK = "colossalai.zero.gemini.chunk.chunk:Chunk"
 GEMINI_MANAGER = "colossalai.zero.gemini.chunk.manager:ChunkManager"
@@ -60,7 +65,7 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, -1)  # never
 
 
-def _device():
+def _device() -> "torch.device":
     """The stand-in for a GPU's memory: an indexed CPU device, which does not compare equal to torch.device("cpu").
 
     Tensors made on it are plain CPU tensors, and so all arithmetic is unchanged.
@@ -73,15 +78,15 @@ def _device():
 class _NoStream:
     """A stream or event of a device that has no queue: everything has happened when it is asked."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def _nothing(self, *args, **kwargs) -> None:
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     synchronize = wait = wait_stream = wait_event = record = _nothing
 
-    def record_event(self, event=None) -> "_NoStream":
+    def record_event(self, event: Any = None) -> "_NoStream":
         return self
 
     def query(self) -> bool:
@@ -93,7 +98,7 @@ class _HostMethods:
 
     support_set_device = False
 
-    def get_current_device(self):
+    def get_current_device(self) -> "torch.device":
         return _device()
 
     def current_device(self) -> int:
@@ -102,44 +107,44 @@ class _HostMethods:
     def device_count(self) -> int:
         return 1
 
-    def _nothing(self, *args, **kwargs) -> None:
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     set_device = synchronize = empty_cache = reset_peak_memory_stats = set_stream = _nothing
 
-    def manual_seed(self, seed) -> None:
+    def manual_seed(self, seed: int) -> None:
         import torch
 
         torch.manual_seed(seed)
 
     manual_seed_all = manual_seed
 
-    def get_rng_state(self, device=None):
+    def get_rng_state(self, device: Any = None) -> "torch.Tensor":
         import torch
 
         return torch.get_rng_state()
 
-    def set_rng_state(self, new_state, device=None) -> None:
+    def set_rng_state(self, new_state: "torch.Tensor", device: Any = None) -> None:
         import torch
 
         torch.set_rng_state(new_state)
 
-    def memory_allocated(self, device=None) -> int:
+    def memory_allocated(self, device: Any = None) -> int:
         import psutil
 
         return psutil.Process().memory_info().rss
 
-    def max_memory_allocated(self, device=None) -> int:
+    def max_memory_allocated(self, device: Any = None) -> int:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def Stream(self, *args, **kwargs) -> _NoStream:
+    def Stream(self, *args: Any, **kwargs: Any) -> _NoStream:
         return _NoStream()
 
     Event = current_stream = default_stream = Stream
 
-    def stream(self, stream):
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
 
@@ -152,12 +157,12 @@ def _register_device() -> None:
     _register_kernels()
 
 
-def _host_accelerator():
+def _host_accelerator() -> Any:
     """An accelerator for `set_accelerator`."""
     from colossalai.accelerator import CpuAccelerator
 
     class HostAccelerator(_HostMethods, CpuAccelerator):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             # zero/low_level/low_level_optim.py:254 and zero/gemini/chunk/chunk.py:198 know only "cuda" and "npu".
             self._name = "cuda"
@@ -171,23 +176,23 @@ def _register_kernels() -> None:
     from colossalai.kernel.extensions.base_extension import _Extension
 
     class HostExtension(_Extension):
-        kernel = None
+        kernel: Any = None
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__(type(self).__name__, support_aot=False, support_jit=False)
 
-        def is_available(self):
+        def is_available(self) -> bool:
             return True
 
-        def assert_compatible(self):
+        def assert_compatible(self) -> None:
             pass
 
-        def build_aot(self):
+        def build_aot(self) -> None:
             raise NotImplementedError
 
         build_jit = build_aot
 
-        def load(self):
+        def load(self) -> Any:
             return type(self).kernel
 
     class HostAdam(HostExtension):
@@ -210,11 +215,25 @@ def _register_kernels() -> None:
 class FusedCpuAdam:
     """The contract of ColossalAI's csrc/kernel/x86/cpu_adam.cpp, met by PyTorch's fused CPU Adam."""
 
-    def __init__(self, lr, beta1, beta2, eps, weight_decay, adamw_mode):
+    def __init__(
+        self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool
+    ) -> None:
         self._adamw_mode = adamw_mode
 
     def step(
-        self, step, lr, beta1, beta2, eps, weight_decay, bias_correction, param, grad, exp_avg, exp_avg_sq, div_scale
+        self,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        bias_correction: bool,
+        param: "torch.Tensor",
+        grad: "torch.Tensor",
+        exp_avg: "torch.Tensor",
+        exp_avg_sq: "torch.Tensor",
+        div_scale: float,
     ) -> None:
         """Update `param` and both moments in place; `grad` is divided by `div_scale` if that is positive."""
         import torch
@@ -243,20 +262,20 @@ class FusedCpuAdam:
 
 
 def host_attention(
-    q,
-    k,
-    v,
-    dropout_p=0.0,
-    scale=None,
-    attention_mask=None,
-    is_causal=False,
-    cu_seqlens_q=None,
-    cu_seqlens_kv=None,
-    max_seqlen_q=None,
-    max_seqlen_kv=None,
-    q_indices=None,
-    kv_indices=None,
-):
+    q: "torch.Tensor",
+    k: "torch.Tensor",
+    v: "torch.Tensor",
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    attention_mask: "torch.Tensor | None" = None,
+    is_causal: bool = False,
+    cu_seqlens_q: "torch.Tensor | None" = None,
+    cu_seqlens_kv: "torch.Tensor | None" = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_kv: int | None = None,
+    q_indices: "torch.Tensor | None" = None,
+    kv_indices: "torch.Tensor | None" = None,
+) -> "torch.Tensor":
     """The contract of ColossalAI's flash attention kernels, met by scaled_dot_product_attention.
 
     Args:
@@ -273,20 +292,24 @@ def host_attention(
 
     if attention_mask is not None and (attention_mask.numel() == 0 or (is_causal and q_indices is None)):
         attention_mask = None
+    causal = is_causal and attention_mask is None
     blind = None
     if attention_mask is not None:
         blind = attention_mask.amax(-1, keepdim=True) <= torch.finfo(attention_mask.dtype).min
-        # Padding on the right and documents leave none. A mask that is filled is another one, kept for backward in each
-        # layer, while the one that is given is the same in all.
-        blind = blind if blind.any() else None
+        if blind.any():
+            attention_mask = attention_mask.masked_fill(blind, 0.0)
+        else:
+            # Padding on the right and documents leave none. A mask that is filled is another one, kept for backward in
+            # each layer, while the one that is given is the same in all.
+            blind = None
     out = scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=attention_mask if blind is None else attention_mask.masked_fill(blind, 0.0),
+        attn_mask=attention_mask,
         dropout_p=dropout_p,
         scale=scale,
-        is_causal=is_causal and attention_mask is None,
+        is_causal=causal,
     )
     return out if blind is None else out.masked_fill(blind, 0.0)
 
@@ -298,16 +321,18 @@ def _patch_gemini_chunks() -> None:
     both sides have that type, and the index tells them apart (see `_device`).
     """
 
-    def closing_on_device(close_chunk):
-        def close_chunk_on_device(self):
+    def closing_on_device(close_chunk: Callable[..., None]) -> Callable[..., None]:
+        def close_chunk_on_device(self: Any) -> None:
             close_chunk(self)
             if not self.keep_gathered and self.shard_device == _device() and self.cuda_shard is None:
                 self.cuda_shard, self.cpu_shard, self.cpu_vis_flag = self.cpu_shard, None, False
 
         return close_chunk_on_device
 
-    def moving_shards(shard_move):
-        def shard_move_to_device(self, device, force_copy=False, non_blocking=False):
+    def moving_shards(shard_move: Callable[..., None]) -> Callable[..., None]:
+        def shard_move_to_device(
+            self: Any, device: "torch.device", force_copy: bool = False, non_blocking: bool = False
+        ) -> None:
             if device != _device():
                 shard_move(self, device, force_copy, non_blocking)
             elif not self.optim_sync_flag:
@@ -320,8 +345,10 @@ def _patch_gemini_chunks() -> None:
 
         return shard_move_to_device
 
-    def moving_chunks(move_chunk):
-        def move_chunk_to_device(self, chunk, device, force_copy=False, async_move=False):
+    def moving_chunks(move_chunk: Callable[..., None]) -> Callable[..., None]:
+        def move_chunk_to_device(
+            self: Any, chunk: Any, device: "torch.device", force_copy: bool = False, async_move: bool = False
+        ) -> None:
             if device != _device():
                 move_chunk(self, chunk, device, force_copy, async_move)
             elif chunk.can_move and chunk.device_type == "cpu":
@@ -347,10 +374,10 @@ def _patch_memory_tracer() -> None:
 
     import psutil
 
-    def start(self):
+    def start(self: Any) -> None:
         pass
 
-    def finish(self):
+    def finish(self: Any) -> int:
         used = psutil.Process().memory_info().rss
         self.time_stamps.append(time.time())
         self.mem_stats.append(used)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.engine.ranks import collectives, meeting
@@ -172,7 +173,7 @@ class Watch:
             self._is_linked.wait(FAREWELL_SECONDS)
         self._tell(farewell)
 
-    def _start(self, work: Callable, *args) -> None:
+    def _start(self, work: Callable[..., None], *args: Any) -> None:
         threading.Thread(target=work, args=args, daemon=True).start()
 
     def _missing(self) -> str:
@@ -285,7 +286,8 @@ class Watch:
                     listener = None
 
     def _stop_listening(self, selector: selectors.BaseSelector, listener: socket.socket) -> None:
-        strangers = [key.fileobj for key in selector.get_map().values() if key.data and key.data.rank is None]
+        lines: list[Line] = [key.data for key in selector.get_map().values() if key.data]
+        strangers = [line.connection for line in lines if line.rank is None]
         for connection in (listener, *strangers):
             selector.unregister(connection)
             connection.close()

@@ -105,7 +105,7 @@ class CheckpointWriter:
         with engine.first_rank_only() as first:
             if first:
                 source = content.source
-                self._model_files = model_files(source.weights, source.tokenizer, engine.settings.precision)
+                self._model_files = model_files(source.weights_folder, source.tokenizer, engine.settings.precision)
 
     def check_room(self) -> None:
         """Raise RunError, on all ranks, unless there is room for a checkpoint. Makes --save_dir if there is none."""

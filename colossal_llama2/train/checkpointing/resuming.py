@@ -57,7 +57,7 @@ def settle(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: the checkpoint that --load_checkpoint names is damaged, or all that --resume auto could resume are.
     """
-    source = ModelSource(**collectives.first_rank_value(asdict(config.source)))
+    source = ModelSource(**collectives.first_rank_value(config.source.as_values()))
     while source.checkpoint is not None:
         problem = _damage(Path(source.checkpoint))
         if problem is None:
@@ -67,7 +67,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         log_skipped(problem)
         with collectives.all_or_none():
             source = newest_source(config.saving.folder, otherwise=source, before=source.checkpoint)
-        source = ModelSource(**collectives.first_rank_value(asdict(source)))
+        source = ModelSource(**collectives.first_rank_value(source.as_values()))
     with collectives.all_or_none():
         return config.with_source(source)
 

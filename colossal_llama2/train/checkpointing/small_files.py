@@ -8,10 +8,11 @@ from colossal_llama2.encoding.file_names import TOKENIZER_FILES
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.exported_configs import ModelConfigs, accepted_generation
 from colossal_llama2.model.loading import dtype_of
+from colossal_llama2.model.model_folder import StrPath
 from colossal_llama2.storage.files import contents_of, to_json
 
 
-def model_files(model_path: str, tokenizer_path: str, precision: str) -> dict[str, bytes]:
+def model_files(model_path: StrPath, tokenizer_path: str, precision: str) -> dict[str, bytes]:
     """The small files of a saved model, by path inside its folder: both configurations and the tokenizer.
 
     Logs the differences of the configurations from those that the run began with.
@@ -19,7 +20,7 @@ def model_files(model_path: str, tokenizer_path: str, precision: str) -> dict[st
     Raises:
         UserError: a configuration is damaged, a file cannot be read, or a name or text is not UTF-8.
     """
-    configs = ModelConfigs(Path(model_path))
+    configs = ModelConfigs(model_path)
     configs.generation, changes = accepted_generation(configs.generation)
     for change in [*configs.changes, *changes]:
         logs.get_logger().info("In the saved model: %s", change)

@@ -7,7 +7,6 @@ times of a GPU are read one step later, when it has reached the events that mark
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
@@ -211,7 +210,7 @@ def reporting(
     """
     with engine.first_rank_only() as first:
         if first:
-            config = llama_config(Path(source.weights))
+            config = llama_config(source.weights_folder)
             is_new = source.checkpoint is None
             log = TrainLog(train_log.begin(report.folder, last_step=state.step, resumed_from=source.checkpoint))
             events_dir = run_outputs.claim_events_folder(settings.tensorboard_dir, run_folder=report.folder)

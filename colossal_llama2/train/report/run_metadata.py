@@ -3,7 +3,6 @@
 import contextlib
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import __version__, logs
@@ -12,8 +11,8 @@ from colossal_llama2.dataset.read.prepared_data import dataset_fingerprints
 from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.settings import Ranks
-from colossal_llama2.model.loading import CONFIG_FILE, ModelFacts
-from colossal_llama2.storage.files import read_json
+from colossal_llama2.model.config_fields import ModelFolder
+from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.train.checkpointing.run_facts import NUMERICS, RunFacts
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.model_source import has_tokenizer
@@ -40,7 +39,7 @@ def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, base_mod
         **data.facts(),
         tokenizer=fingerprint(source.tokenizer),
         pretrained_tokenizer=fingerprint(source.pretrained) if has_tokenizer(source.pretrained) else None,
-        model_shape=model_shape(source.pretrained),
+        model_shape=model_shape(source.pretrained_folder),
         seed=order.seed,
         freeze_non_embeds_params=not trainable.trains_layers,
         trained_rows=None if trainable.rows is None else [list(borders) for borders in trainable.rows],
@@ -55,10 +54,9 @@ def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, base_mod
     )
 
 
-def model_shape(path: str) -> dict[str, Any]:
+def model_shape(folder: ModelFolder) -> dict[str, Any]:
     """The sizes in a model's config.json that decide the shapes of its weights."""
-    config = read_json(Path(path, CONFIG_FILE))
-    return {key: config.get(key) for key in SHAPE_KEYS}
+    return {key: folder.content.get(key) for key in SHAPE_KEYS}
 
 
 def machine() -> dict[str, Any]:

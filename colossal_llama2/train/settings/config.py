@@ -140,5 +140,6 @@ class TrainConfig:
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
         """The same settings for other weights. Raises UserError if --train_new_rows_only finds no new rows."""
-        trainable = self.engine.trainable.of_model(source.weights)
+        source = source.sharing(self.source)
+        trainable = self.engine.trainable.of_model(source.weights_folder)
         return replace(self, source=source, engine=replace(self.engine, trainable=trainable))

@@ -67,14 +67,15 @@ def resolve_with_problems(args: argparse.Namespace) -> tuple[TrainConfig, Proble
     settings, world_size = engine_settings(args), args.num_ranks or place().world_size
     problems = Problems(flag_problems(given, args, settings, world_size))
     needs_weights = not (args.benchmark and args.dry_run)
-    problems.check(lambda: _check_pretrained(args, needs_weights=needs_weights))
+    source = ModelSource.of_pretrained(args.pretrained)
+    problems.check(lambda: _check_pretrained(source, max_length=args.max_length, needs_weights=needs_weights))
     if args.profile is not None and args.benchmark:
         problems.check(lambda: check_output_folder(Path(args.profile), "--profile"))
     config = TrainConfig(
         flags=vars(args),
         used_flags=used_flags(args),
         stage=args.stage,
-        source=ModelSource.of_pretrained(args.pretrained),
+        source=source,
         data=_data_config(args, problems),
         engine=settings,
         recipe=_recipe(args),
@@ -157,9 +158,9 @@ def _evaluation(args: argparse.Namespace, problems: Problems) -> EvaluationConfi
     )
 
 
-def _check_pretrained(args: argparse.Namespace, *, needs_weights: bool) -> None:
-    check_model(args.pretrained, "--pretrained", needs_weights=needs_weights)
-    check_max_length(args.max_length, args.pretrained)
+def _check_pretrained(source: ModelSource, *, max_length: int, needs_weights: bool) -> None:
+    check_model(source.pretrained_folder, "--pretrained", needs_weights=needs_weights)
+    check_max_length(max_length, source.pretrained_folder)
 
 
 def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Problems) -> TrainConfig:
@@ -169,8 +170,9 @@ def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Pro
     folder = config.saving.folder
     source = find_source(config.source.pretrained, load_checkpoint)
     source = newest_source(folder, otherwise=source) if config.saving.resumes_newest else source
+    source = source.sharing(config.source)
     if source.weights != source.pretrained:
-        check_model(source.weights, "--load_checkpoint")
+        check_model(source.weights_folder, "--load_checkpoint")
     folder.check_unclaimed(source.checkpoint)
     if config.data.continues and source.checkpoint is None and not Path(source.weights, "..", STATES_NAME).is_file():
         problems.append(
@@ -191,8 +193,8 @@ def _check_prepared_data(config: TrainConfig) -> None:
     paths, eval_paths = config.data.parts.paths, [eval_set.path for eval_set in config.evaluation.sets]
     check_parts_fit(paths, stage=config.stage, tokenizer_dir=tokenizer_dir)
     check_parts_fit(eval_paths, stage=config.stage, tokenizer_dir=tokenizer_dir, flag="--eval_dataset")
-    check_samples_fit(paths, config.source.weights)
-    check_samples_fit(eval_paths, config.source.weights, flag="--eval_dataset")
+    check_samples_fit(paths, config.source.weights_folder)
+    check_samples_fit(eval_paths, config.source.weights_folder, flag="--eval_dataset")
 
 
 def resolved_again(config: TrainConfig) -> TrainConfig:

@@ -1,12 +1,14 @@
 """Where a run gets its weights from: the folder that --pretrained names, and what is loaded in its place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.encoding.file_names import CONFIG_FILE as TOKENIZER_CONFIG
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.config_fields import ModelFolder
 from colossal_llama2.train.run_folder import checkpoint_files
 from colossal_llama2.train.run_folder.file_names import MODEL_NAME, OPTIMIZER_NAME, SCHEDULE_NAME, STATES_NAME
 from colossal_llama2.train.run_folder.run_folder import RunFolder
@@ -23,17 +25,38 @@ class ModelSource:
         weights: the folder that the weights come from: `pretrained`, or the modeling/ folder of a checkpoint.
         checkpoint: the checkpoint that the run resumes; None if it starts at step 0.
         is_newest: --resume auto chose the checkpoint, and may choose the one before it.
+        folders: the model folders by path, which keep what was read of them.
     """
 
     pretrained: str
     weights: str
     checkpoint: str | None = None
     is_newest: bool = False
+    folders: dict[str, ModelFolder] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of_pretrained(cls, pretrained: str) -> "ModelSource":
         """The weights of --pretrained itself."""
         return cls(pretrained, pretrained)
+
+    @property
+    def pretrained_folder(self) -> ModelFolder:
+        """The folder of --pretrained, whose config.json is read once."""
+        return self.folders.setdefault(self.pretrained, ModelFolder(self.pretrained))
+
+    @property
+    def weights_folder(self) -> ModelFolder:
+        """The folder of the weights, whose config.json is read once."""
+        return self.folders.setdefault(self.weights, ModelFolder(self.weights))
+
+    def sharing(self, other: "ModelSource") -> "ModelSource":
+        """The same source, with the folders that another one has read."""
+        return replace(self, folders=other.folders)
+
+    def as_values(self) -> dict[str, Any]:
+        """The arguments that make this source on another rank, as JSON values."""
+        names = ("pretrained", "weights", "checkpoint", "is_newest")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tokenizer(self) -> str:
