@@ -386,35 +386,38 @@ one process.
 |---|---|
 | loss, norm | largest relative difference of any step; the norm is that of the gradient before clipping |
 | weights | norm of the difference of the final weights, divided by the norm of the weights |
-| allowed | the value behind the slash |
-| first moment | Adam's after step 1, divided by what clipping lets through; 1 is right; "-" if ranks hold parts twice |
+| allowed | the limit, after the slash |
+| first moment | norm of Adam's first moment after step 1, divided by its value after correct clipping, so 1 is right; \
+"-" if several ranks hold the same parts of the model |
 
-The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared with their documents
-one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens: a model that looks back
-{far_distance:,} tokens repeats the token from there. Gemini's models are divided into at least eight chunks, each
-spread over the ranks. The learning rate is {lr:g}. For vocabulary {odd} it is {odd_lr:.1g}, because with that model
-rounding alone grows to a difference of 1e-5 between two plain loops at the higher rate.
+In the names of the rows, "accumulating" and its number are the micro batches of a step, "recomputing" is
+`--use_grad_checkpoint`, "frozen" is `--freeze_non_embeds_params`, "tied" is a model with tied embeddings, and "biases"
+one with biases. The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared with
+their documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that repeats
+the token {far_distance:,} positions before. Gemini's models are divided into at least eight chunks, each spread over
+the ranks. The learning rate is {lr:g}. For vocabulary {odd} it is {odd_lr:.1g}: with that model and the higher rate,
+rounding alone makes two plain loops differ by 1e-5.
 
-In float32, 1e-5 is allowed for loss and norm and 1e-4 for weights. In bf16, twice the largest difference between plain
-loops that differ only in rounding is allowed, and for weights at least 1e-2. These loops process halves, quarters and
-single samples of the batches, sum rounded halves in each layer, do both, or use fused attention, which does not round
-the scores. {equal} of {count} configurations are equal.
+In float32, differences of 1e-5 in loss and norm and of 1e-4 in the weights are allowed. In bf16, the limit is twice the
+largest difference between plain loops that differ only in rounding, and for weights at least 1e-2. These loops process
+halves, quarters and single samples of the batches, sum rounded halves in each layer, do both, or use fused attention,
+which does not round the scores. {equal} of {count} configurations are equal.
 {narrow}
 {table}
 ## Positions in bf16 and fp16
 
-ColossalAI's plugins convert a model's rotary frequencies together with its weights. In bf16 their error is up to 3.7e-3
-of their value, so the model trains at other positions than transformers uses, which loads the exported model with
-float32 frequencies. All runs of ColossalAI's own scripts in bf16 or fp16 have this problem. It hardly shows in short
-samples, but it matters over distances of thousands of tokens. Here the frequencies stay in float32 (the patch
-`unrounded_buffers`). Without it, all 18 bf16 rows "far" differ by 0.98 in the loss and 0.47 in the norm, because the
-attention finds other tokens. With it, they differ by at most 6.6e-4 and 5.0e-4
-(`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers`). A run resumed from a checkpoint that an
-older version of this code trained at rounded positions continues at exact ones.
+ColossalAI's plugins convert a model's rotary frequencies together with its weights. In bf16 the relative error of the
+frequencies is up to 3.7e-3. So the model is trained at other positions than those of transformers, which loads the
+exported model with float32 frequencies. This affects all runs of ColossalAI's own scripts in bf16 or fp16. The effect
+is small in short samples, but large over distances of thousands of tokens. Here the frequencies stay in float32 (the
+patch `unrounded_buffers`). Without it, all 18 bf16 rows "far" differ by 0.98 in the loss and 0.47 in the norm, because
+the attention finds other tokens. With it, they differ by at most 6.6e-4 and 5.0e-4
+(`python -m tests.equality --only bf16 far --unrepaired unrounded_buffers` runs them without it). If a checkpoint was
+trained at rounded positions, by an older version of this code, a run that resumes it continues at exact ones.
 
 ## Refused before training starts
 
-These combinations are refused. Without the refusal, this happens:
+These combinations are refused. The list shows what happens if they are run anyway:
 
 {refused}"""
 
@@ -425,7 +428,7 @@ def told_by_halves(rows: list[Row]) -> str:
     if not narrow:
         return ""
     passing, outside = ([row for row in narrow if row.gap.within(row.narrow) == good] for good in (True, False))
-    text = f"Twice the difference of halves alone would let {len(passing)} of the {len(narrow)} bf16 rows pass"
+    text = f"A limit of twice the difference of halves would let {len(passing)} of the {len(narrow)} bf16 rows pass"
     if outside:
         worst = {
             name: max(getattr(row.gap, name) / getattr(row.narrow, name) for row in outside)

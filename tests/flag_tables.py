@@ -17,7 +17,7 @@ from colossal_llama2.cli.parser import CommandParser
 INTRODUCTION = """\
 # Flags
 
-Written by `python -m tests.flag_tables --output docs/flags.md` from the parsers behind `--help`, so both always agree.
+Written by `python -m tests.flag_tables --output docs/flags.md` from the parsers behind `--help`, so the two agree.
 "-" in the column "default" means that the flag is off or not set. Flags cannot be abbreviated. For a misspelt flag, or
 another tool's name such as `--learning_rate`, the error message names the right one.
 """
@@ -58,7 +58,7 @@ def section(command: str) -> str:
         shared = dict(flag_rows(COMMANDS[base][0]().actions))
         same = [name for name in rows if shared.get(name) == rows[name]]
         names = "all flags" if shared.keys() <= rows.keys() else f"the flags {', '.join(f'`{name}`' for name in same)}"
-        lines += [f"Takes {names} of [{base}](#{anchor(base)}), and these, which are new or differ:", ""]
+        lines += [f"Accepts {names} of [{base}](#{anchor(base)}), and these, which are new or differ:", ""]
         groups = {"": {name: row for name, row in rows.items() if name not in same}}
     if sum(map(len, groups.values())) > LONG:
         for title, rows in groups.items():

@@ -54,7 +54,8 @@ def prepare_sft_parser() -> CommandParser:
         "--assistant_first",
         choices=("mask", "train"),
         default="mask",
-        help="answers before the first human message, as in conversations that were cut: mask them, or train on them",
+        help="what to do with answers before the first human message, as in conversations that were cut: mask them, or "
+        "train on them",
     )
     return parser
 
@@ -74,8 +75,8 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
         "--on_bad_file",
         choices=("fail", "skip"),
         default="fail",
-        help="a file that cannot be read to its end: fail (with --on_bad_row skip: at the end, exit code 1), or skip "
-        "the rest of it and list it",
+        help="what to do with a file that cannot be read to its end; fail: stop, or with --on_bad_row skip continue "
+        "and exit with code 1; skip: leave out the rest of the file and list it",
     )
     output = parser.flag_group("output (the jsonl and the arrow folder may not exist yet)")
     output.add(
@@ -98,7 +99,7 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
     )
     output.add("--no_jsonl", action="store_true", help="do not write the jsonl copy of the samples")
     shape = parser.flag_group("shape")
-    shape.add("--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="longest sample, in tokens")
+    shape.add("--max_length", metavar="TOKENS", type=sequence_length, default=4096, help="maximum length of a sample")
     shape.add(
         "--num_spliced_dataset_bins",
         metavar="N",
@@ -117,24 +118,30 @@ def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str
         "--overlong",
         choices=overlong,
         default=overlong[0],
-        help="a document over --max_length is split into several pieces or truncated"
+        help="what to do with a document over --max_length: split it into several pieces, or truncate it"
         if "split" in overlong
-        else "a conversation over --max_length keeps the leading turns that fit whole",
+        else "a conversation over --max_length keeps the leading turns that fit completely",
     )
     shape.add(
         "--eval_fraction",
         metavar="F",
         type=fraction,
         default=0.0,
-        help="share of the documents of each category to hold out, chosen by a hash of the text and written as eval/ "
-        "beside the bins",
+        help="fraction of the documents of each category to hold out, chosen by a hash of the text and written as "
+        "eval/ beside the bins",
     )
     shape.add(
         "--eval_dedup",
         action="store_true",
         help="report how many held-out documents share 13 consecutive words with training text",
     )
-    shape.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of the order and of the held-out part")
+    shape.add(
+        "--seed",
+        metavar="N",
+        type=seed_number,
+        default=1024,
+        help="seed of the order and of the choice of held-out documents",
+    )
     _add_work_arguments(parser)
 
 
@@ -146,21 +153,22 @@ def _add_work_arguments(parser: CommandParser) -> None:
         metavar="N",
         type=positive_int,
         default=None,
-        help="processes that tokenize and write; the output does not depend on it (default: the number of CPU cores)",
+        help="number of processes that tokenize and write; the output does not depend on it (default: the number of "
+        "CPU cores)",
     )
     work.add(
         "--shard",
         metavar="i/n",
         type=shard,
         default=None,
-        help="do the i-th of n shares of the work, in folders that all n runs share; the last to finish writes the "
+        help="do the i-th of n shards of the work, in folders that all n runs share; the last to finish writes the "
         "bins",
     )
     work.add(
         "--executor",
         choices=("local", "ray"),
         default="local",
-        help="run on the cores of this machine, or on a Ray cluster whose nodes share the folders",
+        help="where to run: on the cores of this machine, or on a Ray cluster whose nodes share the folders",
     )
     work.add(
         "--ray_address",
@@ -185,7 +193,7 @@ def inspect_data_parser() -> CommandParser:
     group.add("--tokenizer_dir", metavar="DIR", required=True, help="the tokenizer that the bin was prepared with")
     group = parser.flag_group("output")
     group.add("--sample", metavar="N", type=non_negative_int, default=5, help="number of samples to show")
-    group.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of which samples are shown")
+    group.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of the choice of samples")
     group.add(
         "--plots",
         metavar="DIR",

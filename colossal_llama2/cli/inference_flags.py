@@ -31,26 +31,34 @@ def inference_parser() -> CommandParser:
         "--input_txt",
         metavar="TEXT",
         default="明月松间照，",
-        help="prompt or question; the mark \\n\\n->\\n\\n of the published models is appended",
+        help="prompt or question; the separator \\n\\n->\\n\\n of the published models is appended",
     )
     generation.add(
         "--max_new_tokens",
         metavar="N",
         type=positive_int,
         default=512,
-        help="most tokens to generate, prompt not counted",
+        help="maximum number of tokens to generate, not counting the prompt",
     )
     generation.add(
         "--do_sample",
         metavar="True|False",
         type=true_or_false,
         default=True,
-        help="sample; False always takes the likeliest token",
+        help="sample; with False, the most likely token is always chosen",
     )
     generation.add("--temperature", metavar="T", type=sampling_temperature, default=0.3, help="sampling temperature")
-    generation.add("--top_k", metavar="K", type=candidate_count, default=50, help="sample among the K likeliest tokens")
     generation.add(
-        "--top_p", metavar="P", type=probability, default=0.95, help="sample among tokens of this total probability"
+        "--top_k", metavar="K", type=candidate_count, default=50, help="sample among the K most likely tokens"
     )
-    generation.add("--seed", metavar="N", type=seed_number, default=None, help="seed (default: not set)")
+    generation.add(
+        "--top_p",
+        metavar="P",
+        type=probability,
+        default=0.95,
+        help="sample among the most likely tokens of this total probability",
+    )
+    generation.add(
+        "--seed", metavar="N", type=seed_number, default=None, help="seed of the sampling (default: not set)"
+    )
     return parser

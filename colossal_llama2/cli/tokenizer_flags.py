@@ -36,7 +36,7 @@ def init_tokenizer_parser() -> CommandParser:
         help="folder to write; must not exist yet unless --overwrite is given",
     )
     group.add(
-        "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} a line (jsonl)'
+        "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} per line (jsonl)'
     )
     group.add("--overwrite", action="store_true", help="replace the target once the new tokenizer is complete")
     pieces = parser.flag_group("pieces")
@@ -44,22 +44,22 @@ def init_tokenizer_parser() -> CommandParser:
         "--piece_scores",
         choices=("below", "zero"),
         default="below",
-        help="below: falling in file order, below every existing merge; zero: all 0 and sorted by length, as in the "
-        "original",
+        help="below: decreasing in the order of the file, below every existing merge; zero: all 0, sorted by length, "
+        "as in the original",
     )
     pieces.add(
         "--closure",
         choices=("complete", "drop", "off"),
         default="complete",
-        help="complete: also add the characters and intermediate pieces that the new ones need; drop: leave out pieces "
-        "that no merge reaches; off: check nothing, as in the original",
+        help="complete: also add the characters and intermediate pieces that the new ones need; drop: leave out the "
+        "pieces that would need them; off: add the given pieces alone, as in the original, even if a check fails",
     )
     pieces.add(
         "--max_added_pieces",
         metavar="N",
         type=positive_int,
         default=None,
-        help="most pieces to add, including those added by the closure; the last in the file are dropped first "
+        help="maximum number of pieces to add, including those of the closure; the last of the file are left out first "
         "(default: no limit)",
     )
     pieces.add(
@@ -67,7 +67,7 @@ def init_tokenizer_parser() -> CommandParser:
         metavar="PATH",
         nargs="+",
         default=None,
-        help="jsonl or text files, or folders of them, to check the new tokenizer on as well; large text is sampled "
+        help="jsonl or text files, or folders of them, on which the new tokenizer is checked too; much text is sampled "
         "(default: the new pieces only)",
     )
     return parser
@@ -99,7 +99,7 @@ def init_model_parser() -> CommandParser:
         "--dtype",
         choices=("source", *MODEL_DTYPES),
         default="source",
-        help="number format of the written weights; source: as the source model's; values too large for it are an "
+        help="dtype of the written weights; source: that of the source model; a value too large for the dtype is an "
         "error",
     )
     group.add(
@@ -112,7 +112,7 @@ def init_model_parser() -> CommandParser:
     group.add(
         "--overwrite",
         action="store_true",
-        help="replace the target once the new model is complete; refused if it contains anything else",
+        help="replace the target once the new model is complete; refused if the target contains other files",
     )
     return parser
 
@@ -132,7 +132,7 @@ def mine_tokens_parser() -> CommandParser:
         "--output_file",
         metavar="FILE",
         required=True,
-        help='file for the pieces, one {"piece": "..."} a line (jsonl); must not exist yet',
+        help='file for the pieces, one {"piece": "..."} per line (jsonl); must not exist yet',
     )
     files.add(
         "--plot", metavar="FILE.png", default=None, help="file for a curve of tokens per character by number of pieces"
@@ -143,18 +143,18 @@ def mine_tokens_parser() -> CommandParser:
         metavar="N",
         type=positive_int,
         default=37104,
-        help="most new pieces; 37,104 make LLaMA-2's vocabulary that of Colossal-LLaMA-2",
+        help="maximum number of new pieces; 37,104 give LLaMA-2 the vocabulary size of Colossal-LLaMA-2",
     )
     pieces.add("--script", choices=MINED_SCRIPTS, default="han", help="characters to mine: han (Chinese) or any")
     pieces.add(
-        "--max_piece_length", metavar="CHARACTERS", type=positive_int, default=8, help="longest piece, in characters"
+        "--max_piece_length", metavar="CHARACTERS", type=positive_int, default=8, help="maximum length of a piece"
     )
     pieces.add(
         "--min_count",
         metavar="N",
         type=positive_int,
         default=5,
-        help="fewest occurrences in the sample of a character, or of a merge",
+        help="minimum number of occurrences of a character, or of a merge, in the sample",
     )
     sample = parser.flag_group("sample")
     sample.add(
@@ -162,16 +162,23 @@ def mine_tokens_parser() -> CommandParser:
         metavar="BYTES",
         type=positive_int,
         default=100_000_000,
-        help="most text of the script to train on, sampled from the input; needs about 25 times as much memory",
+        help="maximum amount of text of the script to train on, sampled from the input; training needs about 25 times "
+        "as much memory",
     )
     sample.add(
         "--held_out",
         metavar="SHARE",
         type=share,
         default=0.125,
-        help="share of the documents to measure on and never train on",
+        help="fraction of the documents to measure on, which are never trained on",
     )
-    sample.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of the sample and of what is held out")
+    sample.add(
+        "--seed",
+        metavar="N",
+        type=seed_number,
+        default=1024,
+        help="seed of the sample and of the choice of held-out documents",
+    )
     return parser
 
 
@@ -198,6 +205,6 @@ def compare_parser() -> CommandParser:
         metavar="N",
         type=positive_int,
         default=10_000,
-        help="most documents to compare on; a larger input is sampled",
+        help="maximum number of documents to compare on; a larger input is sampled",
     )
     return parser

@@ -68,7 +68,7 @@ def selftest_parser() -> CommandParser:
     """Flags of colossal_llama2.train.selftest: those of train.py that decide how a step is computed, and its own."""
     parser = CommandParser(
         "selftest",
-        "Prove that training on this machine is the mathematics of a plain loop, and that a resumed run repeats it.",
+        "Compare training on this machine with a plain PyTorch loop, and a resumed run with the uninterrupted one.",
         "  colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\\n"
         "      --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest",
     )
@@ -124,8 +124,7 @@ def _add_model_arguments(parser: CommandParser) -> None:
         metavar="TOKENS",
         type=sequence_length,
         default=4096,
-        help="pad samples to at most this length; a longer sample is an error; at most the number of positions of the "
-        "model",
+        help="maximum length of a sample; a longer one is an error; at most the number of positions of the model",
     )
     data.add(
         "--train_new_rows_only",
@@ -148,15 +147,15 @@ def _add_order_arguments(data: FlagGroup) -> None:
         nargs="+",
         type=source_weight,
         default=None,
-        help="share of each source in the tokens of a bucket; the source named first is read once (default: the sizes "
-        "of the sources)",
+        help="share of each source in the tokens of a bucket; the source named first is read exactly once (default: "
+        "the sizes of the sources)",
     )
     data.add(
         "--mixture_end",
         choices=MIXTURE_ENDS,
         default="repeat",
         needs=Need("needs --mixture", lambda args: args.mixture is not None),
-        help="when a source of --mixture runs out: repeat it, or stop the bucket",
+        help="what to do when a source of --mixture runs out: repeat it, or end the bucket",
     )
 
 
@@ -165,8 +164,8 @@ def _add_compute_arguments(data: FlagGroup) -> None:
         "--document_mask",
         choices=SWITCH,
         default="auto",
-        help="keep the documents of a sample apart in attention, positions and loss; auto: if the data has document "
-        "lengths; off: as in the original",
+        help="keep the documents of a sample apart in attention, positions and loss; auto: on if the data has "
+        "document lengths; off: as in the original",
     )
     data.add("--freeze_non_embeds_params", action="store_true", help="train only the input and output embeddings")
     data.add(
@@ -178,13 +177,13 @@ def _add_compute_arguments(data: FlagGroup) -> None:
         "--use_grad_checkpoint",
         action="store_true",
         changes_numbers=False,
-        help="recompute activations: less memory, slower steps",
+        help="recompute activations in the backward pass: less memory, slower steps",
     )
     data.add(
         "--chunked_loss",
         choices=SWITCH,
         default="auto",
-        help="compute the loss without ever holding the logits of the whole vocabulary; auto: wherever that works",
+        help="compute the loss without holding the logits of the whole vocabulary at once; auto: wherever that works",
     )
 
 
@@ -237,7 +236,7 @@ def _add_recipe_arguments(recipe: FlagGroup, *, accumulation_steps: int) -> None
         metavar="W",
         type=non_negative_float,
         default=0.1,
-        help="AdamW's weight decay; norms do not decay",
+        help="AdamW's weight decay; norm layers have none",
     )
     recipe.add(
         "--gradient_clipping",
@@ -245,14 +244,14 @@ def _add_recipe_arguments(recipe: FlagGroup, *, accumulation_steps: int) -> None
         metavar="NORM",
         type=non_negative_float,
         default=1.0,
-        help="largest gradient norm; 0 turns clipping off",
+        help="maximum gradient norm; 0 turns clipping off",
     )
     recipe.add(
         "--mixed_precision",
         choices=PRECISIONS,
         default="fp16",
-        help="number format of the forward and backward passes; fp32 is for tests and rehearsals and does not work "
-        "with gemini",
+        help="dtype of the forward and backward passes; fp32 is for tests and rehearsals, and does not work with "
+        "gemini",
     )
     recipe.add(
         "--seed", metavar="N", type=seed_number, default=1024, help="seed of the data order and of NEFTune noise"
@@ -261,7 +260,7 @@ def _add_recipe_arguments(recipe: FlagGroup, *, accumulation_steps: int) -> None
 
 def _add_parallel_arguments(parser: CommandParser) -> None:
     parallel = parser.flag_group("parallelism", changes_numbers=True)
-    parallel.add("--plugin", choices=PLUGIN_NAMES, default="gemini", help="ColossalAI plugin")
+    parallel.add("--plugin", choices=PLUGIN_NAMES, default="gemini", help="how ColossalAI distributes the training")
     parallel.add("--tp", metavar="N", type=positive_int, default=1, help="tensor-parallel size, for --plugin 3d")
     parallel.add(
         "--zero",
@@ -293,7 +292,8 @@ def _add_parallel_arguments(parser: CommandParser) -> None:
         choices=SP_MODES,
         default="split_gather",
         needs=Need("needs --enable_sequence_parallelism", lambda args: args.enable_sequence_parallelism),
-        help="split_gather and ring: over the tensor-parallel ranks; all_to_all: over separate ranks, see --sp",
+        help="how samples are split: split_gather and ring over the tensor-parallel ranks, all_to_all over separate "
+        "ranks, see --sp",
     )
     parallel.add(
         "--sp", metavar="N", type=positive_int, default=1, help="sequence-parallel size, for --sp_mode all_to_all"
@@ -319,7 +319,7 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
         action=_BenchmarkSwitch,
         nargs=0,
         default=False,
-        help="measure steps on random tokens, in place of --dataset, and write nothing",
+        help="measure steps on random tokens, instead of --dataset, and write nothing",
     )
     benchmark.add(
         "--num_samples",
@@ -327,7 +327,7 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
         type=positive_int,
         default=500,
         needs=Need("needs --benchmark", lambda args: args.benchmark),
-        help="random samples, of --max_length tokens",
+        help="number of random samples, each of --max_length tokens",
     )
     benchmark.add(
         "--profile", metavar="DIR", default=None, help="with --benchmark: folder for PyTorch's trace of two steps"
@@ -337,8 +337,8 @@ def _add_benchmark_arguments(parser: CommandParser) -> None:
         metavar="TFLOPS",
         type=positive_float,
         default=None,
-        help="peak of one device, for MFU, while training too (default: known for A100, A800, H100, H800 and some "
-        "others)",
+        help="peak of one device, for MFU; also used while training (default: known for A100, A800, H100, H800 and "
+        "some others)",
     )
 
 
@@ -350,7 +350,7 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         nargs="+",
         type=named_path,
         default=None,
-        help="held-out data for loss and bits per byte, as NAME=DIR: folders that a prepare command wrote with "
+        help="held-out data for loss and bits per byte, as NAME=DIR: a folder that a prepare command wrote with "
         "--eval_fraction",
     )
     evaluation.add(
@@ -358,8 +358,8 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         metavar="STEPS",
         type=positive_int,
         default=None,
-        help="optimizer steps between evaluations; one also runs before the first step and at the end of each epoch "
-        "and of the run",
+        help="optimizer steps between evaluations; evaluations also run before the first step and at the end of each "
+        "epoch and of the run",
     )
     evaluation.add(
         "--forgetting_alarm",
@@ -367,14 +367,14 @@ def _add_evaluation_arguments(parser: CommandParser) -> None:
         nargs="+",
         type=named_share,
         default=None,
-        help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this share",
+        help="warn when the bits per byte of that --eval_dataset exceed their first value by more than this fraction",
     )
     evaluation.add(
         "--on_forgetting",
         choices=("warn", "stop"),
         default="warn",
         needs=Need("needs --forgetting_alarm", lambda args: bool(args.forgetting_alarm)),
-        help="what --forgetting_alarm does: warn, or stop: save and exit with code 1",
+        help="what --forgetting_alarm does; warn: log a warning; stop: save, and exit with code 1",
     )
 
 
@@ -413,7 +413,7 @@ def _add_output_arguments(parser: CommandParser) -> None:
         metavar="DIR",
         default=None,
         needs=Need("is not for --benchmark, which loads none", lambda args: not args.benchmark),
-        help="checkpoint folder to resume from, or its modeling/ folder to load the weights only",
+        help="checkpoint folder to resume from, or its modeling/ folder to load only the weights",
     )
     output.add(
         "--continue_data",
@@ -448,7 +448,7 @@ def _add_output_arguments(parser: CommandParser) -> None:
         metavar="N",
         type=non_negative_int,
         default=0,
-        help="number of steps with a NaN/Inf loss or gradient norm to skip before the run ends",
+        help="number of steps with a NaN/Inf loss or gradient norm that are skipped; the next one ends the run",
     )
     output.add(
         "--dist_timeout",
@@ -479,7 +479,7 @@ def _add_settings_arguments(parser: CommandParser) -> None:
         metavar="FILE",
         default=None,
         help="read settings from a file that --config_file wrote, such as SAVE_DIR/settings.json; flags on the command "
-        "line win, but a switch that the file turns on stays on",
+        "line take precedence, but a switch that the file turns on stays on",
     )
 
 
@@ -493,6 +493,7 @@ def verify_parser() -> CommandParser:
     parser.flag_group().add(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="such as checkpoint_dir/epoch-0_step-400; of a run's folder, the newest in it",
+        help="folder of a checkpoint, such as checkpoint_dir/epoch-0_step-400, or of a run, whose newest one is "
+        "checked",
     )
     return parser
