@@ -90,6 +90,7 @@ def test_on_request_the_traceback_stands_before_the_line(error, value, is_shown,
         assert not any("\x1b" in text for text in trace)
 
 
+@pytest.mark.slow
 def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
     """Also the one that leaves the line to the first of its host."""
     program = tmp_path / "tool.py"

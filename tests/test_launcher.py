@@ -154,7 +154,7 @@ class Ends(list):
         return watch
 
     def wait_for(self, end):
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 30.0
         while end not in self:
             assert time.monotonic() < deadline, list(self)
             time.sleep(0.01)
@@ -175,7 +175,7 @@ def meet(*watches):
     for thread in waits:
         thread.start()
     for thread in waits:
-        thread.join(20.0)
+        thread.join(60.0)
         assert not thread.is_alive()
 
 
@@ -214,6 +214,7 @@ def test_a_rank_that_fails_says_why(port, monkeypatch):
     meet(first, second)
     second.leave("failed --dataset x: no such folder")
     ends.wait_for((0, 1, "failed: --dataset x: no such folder"))
+    assert ends[0] == (0, 1, "failed: --dataset x: no such folder")
 
 
 def problem_of(watch):
@@ -240,7 +241,8 @@ def test_ranks_that_do_not_belong_together_are_told(port):
 def test_a_name_that_no_host_can_have_is_told_at_once(monkeypatch, port, host, rank):
     monkeypatch.setenv("MASTER_ADDR", host)
     start = time.monotonic()
-    assert f"MASTER_ADDR={host}" in problem_of(Ends().watch(rank, 2)) and time.monotonic() - start < 2.0
+    assert f"MASTER_ADDR={host}" in problem_of(Ends().watch(rank, 2))
+    assert time.monotonic() - start < meeting.UNREACHABLE_SECONDS
 
 
 def test_any_fault_of_the_search_for_rank_0_is_raised(monkeypatch, port):
@@ -289,17 +291,18 @@ import os, subprocess, sys, time
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="1")
 subprocess.Popen([sys.executable, "-c", sys.argv[1], "torchrun"], env={**os.environ, "TORCHELASTIC_RUN_ID": "none"})
 subprocess.Popen([sys.executable, "-c", sys.argv[1], "by hand"])
-time.sleep(60)
+time.sleep(300)
 """
 RANK = """
 import os, signal, sys, time
 from colossal_llama2 import launcher
 from colossal_llama2.engine.ranks import orphans
 assert launcher.settle().launcher == sys.argv[1], launcher.place()
-signal.signal(signal.SIGTERM, lambda *args: (print("SIGTERM", flush=True), sys.exit()))
+signal.signal(signal.SIGTERM, lambda *args: (os.write(1, b"SIGTERM\\n"), sys.exit()))
 orphans.end_with_launcher()
-print(sys.argv[1], os.getpid(), flush=True)
-time.sleep(60)
+# At once, since both ranks write to one pipe.
+os.write(1, f"{sys.argv[1]} {os.getpid()}\\n".encode())
+time.sleep(300)
 """
 
 
@@ -309,7 +312,7 @@ def test_a_rank_hears_of_its_launchers_death_and_others_do_not():
     assert set(ranks) == {"torchrun", "by hand"}
     process.kill()
     start = time.monotonic()
-    assert process.stdout.readline() == "SIGTERM\n" and time.monotonic() - start < 5.0
+    assert process.stdout.readline() == "SIGTERM\n" and time.monotonic() - start < 30.0
     # Longer than a rank of torchrun takes to notice.
     time.sleep(1.0)
     os.kill(int(ranks["by hand"]), signal.SIGKILL)
