@@ -30,7 +30,7 @@ def test_it_prints_figures_and_writes_a_trace_alone(script, run_forked, model_di
 
 def test_what_cannot_be_measured_is_refused(run_forked, assert_user_error, model_dir, tmp_path):
     few = run_forked("train.py", *flags(model_dir, "--num_samples", 3, "--micro_batch_size", 2), cwd=tmp_path)
-    assert_user_error(few, "--num_samples 3 make 1 steps; give at least 12")
+    assert_user_error(few, "--num_samples 3: only 1 step; give at least 12")
     alone = ["--pretrained", str(model_dir), "--profile", "x", "--plugin", "zero2", "--mixed_precision", "fp32"]
     assert_user_error(run_forked("train.py", *alone, "--dataset", "y", cwd=tmp_path), "--profile needs --benchmark")
     assert_user_error(run_forked("train.py", *alone, cwd=tmp_path), "required: --dataset")

@@ -241,7 +241,7 @@ def test_bad_random_states_and_loss_scales_are_told(checkpoint):
 
 def test_counts_that_contradict_each_other_are_told(checkpoint):
     for counts in ({"untrained_steps": 31}, {"bad_steps": 31}, {"untrained_steps": 16, "bad_steps": 15}):
-        with pytest.raises(UserError, match="31 steps made no update .*, but step is 30"):
+        with pytest.raises(UserError, match="31 steps without an update .*, but step is 30"):
             seal_around(checkpoint, json.dumps({**STATES, **counts}))
     saved = seal_around(checkpoint, json.dumps({**STATES, "untrained_steps": 30}))
     assert saved.state.updates == 0

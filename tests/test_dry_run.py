@@ -382,7 +382,7 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_p
     assert "ignoring RANK=1, WORLD_SIZE=3" in done.stderr
     peak = memory.rank_memory(LLAMA_7B, replace(plan(8, attention="sdpa", precision="fp16"), has_documents=False)).peak
     assert f"peak: {peak / 2**30:.2f} GiB" in done.stdout and "(8 x GPU)" in done.stdout
-    assert "there is no GPU here" in done.stdout and "a rehearsal of 8 processes on this CPU takes" in done.stdout
+    assert "there is no GPU here" in done.stdout and "rehearsal with 8 processes on this CPU needs" in done.stdout
     assert "500 samples of 4,096 tokens make 62 steps of 8" in done.stdout
     assert "46.1 GFLOP a token, 1.51 PFLOP a step, 189 TFLOP of them on each rank" in done.stdout
     assert "at 312 TFLOPS of each rank, a step takes at least 0.605 s" in done.stdout

@@ -197,7 +197,7 @@ def test_an_answer_that_does_not_fit_is_shortened_and_told(loaded, logger_state,
     with caplog.at_level(logging.INFO, logger="colossal_llama2"):
         answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=5, **GREEDY))
         assert len(caplog.records) == 1
-        assert "at most 4 new tokens are generated, not 5" in caplog.text
+        assert "generating at most 4 new tokens, not 5" in caplog.text
         assert answer == generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=4, **GREEDY))
         assert len(caplog.records) == 1
 

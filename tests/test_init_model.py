@@ -226,7 +226,7 @@ def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
     init_model(InitModelSettings(source, target, target))
     check(source, expanded, target)
     assert not any(path.is_symlink() or path.is_dir() for path in target.iterdir())
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="already holds a model"):
         init_model(InitModelSettings(source, expanded, target))
 
 
@@ -273,7 +273,7 @@ def test_as_a_module_and_one_line_for_a_mistake(assert_user_error, model_dir, ex
         str(model_dir),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_user_error(done, "init_model.py: error:", "holds a model already")
+    assert_user_error(done, "init_model.py: error:", "already holds a model")
 
 
 def test_folders_that_are_refused(model_dir, expanded, tokenizer_dir, tmp_path):
@@ -284,7 +284,7 @@ def test_folders_that_are_refused(model_dir, expanded, tokenizer_dir, tmp_path):
     refused("--source_model_and_tokenizer_path .* is not a folder", source=tmp_path / "missing")
     refused("--target_tokenizer_path .* is not a folder", tokenizer=tmp_path / "missing")
     refused("inside the source", target=model_dir / "out")
-    refused("exists already", target=tmp_path)
+    refused("already exists", target=tmp_path)
     (tmp_path / "file").touch()
     refused("is not a folder", target=tmp_path / "file")
     refused("holds no config.json", source=tokenizer_dir)
@@ -597,7 +597,7 @@ def test_killed_between_the_two_renames_the_old_folder_comes_back(model_dir, exp
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / ".out.12345678.old")
     (tmp_path / ".out.mine.tmp").mkdir()
-    with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="holds a model already"):
+    with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="already holds a model"):
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     assert "its old content is restored" in caplog.text
     check(model_dir, expanded, tmp_path / "out")

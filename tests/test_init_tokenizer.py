@@ -317,8 +317,8 @@ def test_folders_and_files_that_are_refused(source, tmp_path):
     refused("is not a file", pieces=tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     refused("holds no pieces", pieces=tmp_path / "empty.jsonl")
-    refused("exists already.*--overwrite", target=tmp_path)
-    refused("exists already", target=source)
+    refused("already exists.*--overwrite", target=tmp_path)
+    refused("already exists", target=source)
     refused("inside the source", target=source / "zh")
     refused("is not a folder", source=tmp_path / "missing")
 
@@ -411,7 +411,7 @@ def test_zero_and_off_write_what_the_original_writes(source, tmp_path, caplog):
     report = report_of(tmp_path / "out")
     assert (report["asked"], report["duplicates"], report["already_pieces"], report["added"]) == (10, 1, 1, 8)
     assert report["added_by_closure"] == 0 and report["unreachable_pieces"] == ["Hello▁world"]
-    assert "not proven: 1 of 8 new pieces are never reached; tokenizers have new differences" in caplog.text
+    assert "not proven: 1 of 8 new pieces never reached; tokenizers have new differences" in caplog.text
 
 
 def test_a_failed_proof_ends_with_code_1(source, tmp_path, capsys, monkeypatch):
@@ -505,7 +505,7 @@ def test_overwrite_replaces_a_tokenizer_and_nothing_else(source, tmp_path):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
     expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     write_pieces(tmp_path / "pieces.jsonl", ["世界"])
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     assert pieces_of(tmp_path / "out")[600:] == ["你好", "你", "好"]
     expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))

@@ -163,7 +163,7 @@ def test_every_piece_of_any_documents_is_there_once(
         try:
             prepare.prepare_pretrain(**keywords)
         except UserError as error:
-            assert "nothing to prepare" in str(error) or "holds out none" in str(error) or "at most 0" in str(error)
+            assert "nothing to prepare" in str(error) or "holds out nothing" in str(error) or "at most 0" in str(error)
             assert eval_fraction or not expected
             return
         samples = read_jsonl(output / "jsonl")
@@ -254,7 +254,7 @@ def test_copies_of_a_text_are_on_one_side(tokenizer_dir, tmp_path):
 def test_a_fraction_that_holds_out_nothing_is_refused(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", eval_fraction=1e-9)
-    with pytest.raises(UserError, match="--eval_fraction 1e-09 holds out none of 2 documents"):
+    with pytest.raises(UserError, match="--eval_fraction 1e-09 holds out nothing of 2 documents"):
         prepare.prepare_pretrain(**keywords)
     assert not (tmp_path / "out").exists()
 

@@ -249,7 +249,7 @@ def test_finished_output_is_said_and_other_settings_are_refused(
     again = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
     other = run_forked("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
-    assert_user_error(other, "exists already and differs from this command: --max_length was 128, now 64")
+    assert_user_error(other, "already exists and differs from this command: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
 
 

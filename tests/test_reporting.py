@@ -318,7 +318,7 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     assert told == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
     assert "| b\\|d | x | 2 | 20 | 66.7% |\n| b\\|d | no category | 1 | 10 | 33.3% |" in text
-    assert "mean of the last 1 steps | 10.0000 |" in text
+    assert "final loss | 10.0000 |" in text
 
 
 def test_a_checkpoint_s_model_is_called_after_what_its_run_began_with(jobs, tmp_path):

@@ -47,7 +47,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, assert_user_error):
     def alone(*flags):
         return fork_server.run(["-m", "colossal_llama2.train.selftest", *flags])
 
-    assert_user_error(alone("--work_dir", str(tmp_path)), f"--work_dir {tmp_path} exists already")
+    assert_user_error(alone("--work_dir", str(tmp_path)), f"--work_dir {tmp_path} already exists")
     assert_user_error(alone("--mixed_precision", "fp16", "--work_dir", str(tmp_path / "a")), "fp16 is not compared")
     assert_user_error(alone("--steps", "1"), "a whole number of at least 2")
 

@@ -581,7 +581,7 @@ def test_a_finished_run_goes_on_with_more_epochs(jobs):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing_left", ["epochs are trained", "--num_epochs"]),
+        ("nothing_left", ["its training is complete", "--num_epochs"]),
         ("other_seed", ["seed was 1024, this run has 1", "--seed", "weights alone"]),
         ("other_data", ["dataset_fingerprints", "--dataset"]),
         ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),

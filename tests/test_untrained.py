@@ -43,11 +43,11 @@ def test_data_without_a_trained_token_is_refused(tmp_path, model_dir, caplog):
         words += ["--tensorboard_dir", str(tmp_path / "tb"), "--config_file", str(tmp_path / "c"), "--dry_run"]
         dry_run.dry_run(*resolve_with_problems(train_flags.train_parser().parse_args([*words, *more])))
 
-    with pytest.raises(UserError, match="^--dataset: none of its 4 samples has a trained token, all their labels"):
+    with pytest.raises(UserError, match="^--dataset: no trained token in 4 samples, all labels"):
         plan("none")
-    with pytest.raises(UserError, match="^--eval_dataset en: none of its 4 samples has a trained token"):
+    with pytest.raises(UserError, match="^--eval_dataset en: no trained token in 4 samples"):
         plan("some", "--eval_dataset", f"en={folders['none']}")
-    assert "--dataset: 3 of 4 samples have no trained token" in caplog.text
+    assert "--dataset: no trained token in 3 of 4 samples" in caplog.text
     log_untrained(0, 4)
 
 

@@ -14,6 +14,7 @@ from typing import NoReturn
 from colossal_llama2 import launcher, logs
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 
 # ColossalAI logs it to the root logger for every model whose weights are in a single file. A filter of a logger sees
 # only what is logged to that logger itself.
@@ -84,8 +85,9 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
         _set_timeout(timeout_seconds)
     if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK={here.local_rank}, but {socket.gethostname()} has {torch.cuda.device_count()} GPUs; start one "
-            f"process for each GPU, such as with --nproc_per_node {torch.cuda.device_count()}"
+            f"LOCAL_RANK={here.local_rank}, but {socket.gethostname()} has "
+            f"{counted(torch.cuda.device_count(), 'GPU')}; start one process for each GPU, such as with "
+            f"--nproc_per_node {torch.cuda.device_count()}"
         )
     meet()
     colossalai.launch(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.model_folder import CONFIG_FILE, StrPath
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.input_files import read_settings
 from colossal_llama2.storage.json_input import is_finite, is_whole, shown
 
@@ -392,7 +393,7 @@ def _rope_mismatch(kind: str, scaling: dict, fields: dict[str, Any]) -> str | No
     if kind != "longrope":
         return None
     if any(len(scaling[name]) != pairs for name in ("short_factor", "long_factor")):
-        return f"short_factor and long_factor need {pairs} numbers each, half of head_dim"
+        return f"short_factor and long_factor need {counted(pairs, 'number')} each, half of head_dim"
     if TRAINED_POSITIONS not in fields and not {"factor", "attention_factor"} & scaling.keys():
         return f"it needs factor, or {TRAINED_POSITIONS} beside it"
     return None

@@ -55,6 +55,7 @@ from colossal_llama2.model.safetensors_stream import (
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING, check_is_one_matrix
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import (
     check_can_create,
     contents_of,
@@ -187,7 +188,7 @@ def init_model(settings: InitModelSettings) -> None:
     padding = f" ({rows.padding:,} of them without a token)" if rows.padding else ""
     show_line(
         f"vocabulary {source_rows:,} -> {rows.vocab_size:,}{padding}, "
-        f"{rows.new:,} rows initialized in each of {matrices} matrices, {total:,} bytes written"
+        f"{counted(rows.new, 'row')} initialized in each of {matrices} matrices, {total:,} bytes written"
     )
 
 
@@ -216,11 +217,11 @@ def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: boo
         _check_replaceable(target, source)
     elif held:
         raise UserError(
-            f"--target_model_path {target} holds a model already ({held[0]}); give a new folder, or --overwrite"
+            f"--target_model_path {target} already holds a model ({held[0]}); give a new folder, or --overwrite"
         )
     elif not os.path.samefile(target, tokenizer):
         raise UserError(
-            f"--target_model_path {target} exists already; give a new folder, or --target_tokenizer_path's own"
+            f"--target_model_path {target} already exists; give a new folder, or --target_tokenizer_path's own"
         )
     check_can_create(target, "--target_model_path")
     if overwrite:
@@ -318,8 +319,8 @@ def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
     _check_extends(source, tokenizer, old=old, new=new)
     if source_rows < len(old):
         raise UserError(
-            f"the embedding of {source} has {source_rows} rows, fewer than the {len(old)} pieces of its tokenizer; "
-            "give the tokenizer that belongs to the model"
+            f"the embedding of {source} has {counted(source_rows, 'row')}, fewer than the {len(old)} pieces of its "
+            "tokenizer; give the tokenizer that belongs to the model"
         )
     old_added = {token: index for token, index in read_added_tokens(source, len(old)).items() if index < source_rows}
     new_added = read_added_tokens(tokenizer, len(new))

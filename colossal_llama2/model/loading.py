@@ -30,6 +30,7 @@ from colossal_llama2.model.model_folder import (
 )
 from colossal_llama2.model.positions import positions_of, scaling_type
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.given_paths import no_folder, what_it_holds
 from colossal_llama2.storage.input_files import ANY_SIZE, check_regular, is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
@@ -147,7 +148,7 @@ def check_weights(path: StrPath) -> None:
     found = [int(match[1]) for match in map(LAYER_NAME.fullmatch, stored) if match]
     if found and max(found) + 1 != fields["num_hidden_layers"]:
         raise UserError(
-            f"{path}: has weights of {max(found) + 1:,} layers, num_hidden_layers of its config.json is "
+            f"{path}: has weights of {counted(max(found) + 1, 'layer')}, num_hidden_layers of its config.json is "
             f"{fields['num_hidden_layers']:,}; weights and config.json must be of the same model"
         )
     expected = dict(expected_shapes(fields))

@@ -10,6 +10,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import opened
 from colossal_llama2.model.loading import NEW_ROWS_KEY, ModelFacts
 from colossal_llama2.model.model_folder import StrPath
+from colossal_llama2.plurals import counted
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +142,7 @@ class NewRows(Embeddings):
 
     @property
     def description(self) -> str:
-        return f"{sum(end - begin for begin, end in self.rows or ()):,} new rows of the embeddings"
+        return f"{counted(sum(end - begin for begin, end in self.rows or ()), 'new row')} of the embeddings"
 
 
 def read_new_rows(model_path: StrPath) -> Ranges:

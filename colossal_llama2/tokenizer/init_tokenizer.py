@@ -164,7 +164,7 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(
-            f"--target_tokenizer_dir {target} exists already; give a new folder, or --overwrite to replace a tokenizer"
+            f"--target_tokenizer_dir {target} already exists; give a new folder, or --overwrite to replace a tokenizer"
         )
     real_files = [Path(os.path.realpath(path)) for path in source.iterdir()]
     if target == real_source or any(target in path.parents for path in (real_source, *real_files)):

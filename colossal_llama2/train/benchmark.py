@@ -19,6 +19,7 @@ from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
 from colossal_llama2.model.config_fields import llama_config
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import new_file
 from colossal_llama2.tables import print_table
 from colossal_llama2.train.checks import JobChecks
@@ -159,7 +160,7 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | No
     """Rows of name, figure and remark."""
     per_second = found.tokens / found.seconds
     rows = [
-        ("tokens/s", f"{per_second:,.0f}", f"of all {ranks} ranks, {per_second / ranks:,.0f} of each"),
+        ("tokens/s", f"{per_second:,.0f}", f"{counted(ranks, 'rank')}, {per_second / ranks:,.0f} on each"),
         ("step", f"{found.seconds / found.steps:.3f} s", f"mean of {found.steps}, after {WARMUP_STEPS} to warm up"),
     ]
     rest = found.seconds - sum(found.parts.values())

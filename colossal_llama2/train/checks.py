@@ -17,6 +17,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.model.positions import described
 from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.from_flags import Problems
 from colossal_llama2.train.settings.ranks import PlannedRanks
@@ -159,7 +160,8 @@ def check_model_fits(config: TrainConfig, model: ModelFacts) -> None:
         )
     if model.layers < settings.pp_size:
         raise UserError(
-            f"--pp {settings.pp_size} given, the model has {model.layers} layers; give at most that many stages"
+            f"--pp {settings.pp_size} given, the model has {counted(model.layers, 'layer')}; "
+            f"give at most that many stages"
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.errors import Stopped
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.stepping.nonfinite_steps import NonfiniteSteps
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 from colossal_llama2.train.stepping.state import TrainState
@@ -112,8 +113,8 @@ def _log_dropped(loader: StepLoader, state: TrainState) -> None:
     dropped = loader.order.dropped_after(state.sample_start_index)
     if dropped:
         logs.get_logger().info(
-            "epoch %d: %d of %d samples are left over, too few for a micro batch on every rank",
+            "epoch %d: %d of %s left over, too few for a micro batch on every rank",
             state.epoch,
             dropped,
-            loader.order.num_samples,
+            counted(loader.order.num_samples, "sample"),
         )

@@ -33,6 +33,7 @@ from colossal_llama2.dataset.layout.store import read_json_or_none, write_json_w
 from colossal_llama2.dataset.layout.token_ledger import Account
 from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 
 # 2: the normalized text decides what is held out (`held_out`); document_target_bytes counts predicted tokens only.
@@ -124,7 +125,7 @@ def check_finished(folders: OutputDirs, content: dict[str, Any]) -> dict[str, An
         changes = [f"{file} has different content" for file in newer if sha256_of(file) != known[file]]
     if changes:
         raise UserError(
-            f"--data_arrow_output_dir: {folders.final_arrow} exists already and differs from this command: "
+            f"--data_arrow_output_dir: {folders.final_arrow} already exists and differs from this command: "
             f"{'; '.join(changes)}; remove it or give another folder"
         )
     _check_complete(folders.outputs, manifest)
@@ -155,8 +156,8 @@ def _check_complete(outputs: dict[str, str], manifest: dict[str, Any]) -> None:
     if wrong:
         flag, path, problem = wrong[0]
         raise UserError(
-            f"{flag}: {path} {problem} ({len(wrong):,} such files), although the output was finished; put it back, or "
-            "remove the output folders and run the command again"
+            f"{flag}: {path} {problem} ({counted(len(wrong), 'such file')}), although the output was finished; put it "
+            "back, or remove the output folders and run the command again"
         )
 
 
@@ -260,13 +261,13 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
             f"{flag} {others[0]}: prepared by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
-            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless this mix is intended, stop and "
-            f"run {COMMANDS[other][1]}"
+            f"{COMMANDS[stage][1]} ({len(others)} of {counted(len(parts), 'folder')}); unless this mix is intended, "
+            f"stop and run {COMMANDS[other][1]}"
         )
     if unknown:
         logs.get_logger().warning(
             f"{flag} {unknown[0]}: no {DATA_MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
-            f"({len(unknown)} of {len(parts)} folders)"
+            f"({len(unknown)} of {counted(len(parts), 'folder')})"
         )
 
 

@@ -66,7 +66,7 @@ class OutputDirs:
             if folder == self.cache:
                 self._check_cache(given)
             elif folder.exists() and not self.is_being_published:
-                raise UserError(f"{flag}: {given} exists already; remove it or give another folder")
+                raise UserError(f"{flag}: {given} already exists; remove it or give another folder")
             if folder == self.cache or not folder.exists():
                 check_can_create(folder, flag)
 

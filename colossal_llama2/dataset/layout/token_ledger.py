@@ -15,6 +15,7 @@ from typing import Any
 
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.errors import RunError
+from colossal_llama2.plurals import counted
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line, visible_line
 
@@ -260,9 +261,9 @@ def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of name, number and remark."""
     total, settings = Tally.from_json(manifest["total"]), manifest["settings"]
     max_length, num_samples = settings["max_length"], manifest["samples"]
-    skipped = f"{manifest['empty_lines']:,} empty lines skipped"
+    skipped = f"{counted(manifest['empty_lines'], 'empty line')} skipped"
     if manifest["bad_rows"]:
-        skipped += f", {manifest['bad_rows']:,} bad rows skipped, listed in bad_rows.jsonl"
+        skipped += f", {counted(manifest['bad_rows'], 'bad row')} skipped, listed in bad_rows.jsonl"
     tokens_per_bin = [entry["tokens"] for entry in manifest["bins"]]
     rows = [
         ("documents", f"{total.documents:,}", skipped),
@@ -306,7 +307,7 @@ def _role_rows(roles: Mapping[str, int]) -> list[tuple[str, str, str]]:
     rest = ordered[TABLE_ROWS:]
     if rest:
         count = sum(count for _, count in rest)
-        rows.append(("", f"{count:,}", f"messages of {len(rest):,} more unknown roles, in manifest.json"))
+        rows.append(("", f"{count:,}", f"messages of {counted(len(rest), 'more unknown role')}, in manifest.json"))
     return rows
 
 

@@ -42,6 +42,7 @@ from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 
 # The name under which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -148,7 +149,7 @@ class _Run:
             self._do_units(encoder)
             missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
             if missing:
-                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not done yet")
+                logs.get_logger().info(f"this share is done; other shares lack {counted(len(missing), 'unit')}")
                 return
         with self.folders.finishing() as is_ours:
             if not is_ours:
@@ -261,27 +262,31 @@ class _Run:
         total, num_bins = account.total(), self.settings.num_bins
         if self.settings.has_eval and not total.held_out_pieces:
             raise UserError(
-                f"--eval_fraction {self.settings.eval_fraction} holds out none of {total.documents:,} documents; "
-                "give a larger fraction, or 0"
+                f"--eval_fraction {self.settings.eval_fraction} holds out nothing of "
+                f"{counted(total.documents, 'document')}; give a larger fraction, or 0"
             )
         pieces = total.pieces - total.held_out_pieces
         if pieces >= num_bins:
             return
         reasons = "".join(f", {count} dropped: {reason}" for reason, (count, _) in sorted(total.dropped.items()))
-        left = f"{total.documents} records give {pieces} pieces of at most {self.settings.max_length} tokens{reasons}"
+        left = (
+            f"{counted(total.documents, 'record')} gave {counted(pieces, 'piece')} of at most "
+            f"{self.settings.max_length:,} tokens{reasons}"
+        )
         if total.held_out_documents:
-            left += f", {total.held_out_documents} records held out by --eval_fraction"
+            left += f", {counted(total.held_out_documents, 'record')} held out by --eval_fraction"
         if account.unknown_roles:
             left += f", {roles_in_words(account.unknown_roles)}"
         if account.bad_rows:
             reason, count = next(iter(account.bad_reasons().items()))
-            left += f", {account.bad_rows} bad rows skipped, most often ({count}): {reason}"
+            left += f", {counted(account.bad_rows, 'bad row')} skipped, most often ({count}): {reason}"
         if lost:
-            left += f", {len(lost)} files not read to the end, such as {lost[0]}"
+            left += f", {counted(len(lost), 'file')} not read to the end, such as {lost[0]}"
         if not pieces:
             raise UserError(f"nothing to prepare: {left}; {self._cure(total.dropped)}")
         raise UserError(
-            f"--num_spliced_dataset_bins {num_bins} given, but {left}; give at most {pieces} bins or more data"
+            f"--num_spliced_dataset_bins {num_bins} given, but {left}; "
+            f"give at most {counted(pieces, 'bin')} or more data"
         )
 
     def _cure(self, dropped: Mapping[str, Any]) -> str:
@@ -291,7 +296,7 @@ class _Run:
         least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
         return (
             f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "
-            f"{least} tokens before anything is said)"
+            f"{least} tokens before the first message)"
         )
 
     def _write_bins(self) -> list[dict[str, Any]]:

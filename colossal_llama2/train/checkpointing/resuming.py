@@ -14,6 +14,7 @@ from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.json_input import shown
 from colossal_llama2.train.checkpointing.checkpointer import publish_model
 from colossal_llama2.train.checkpointing.evaluation_history import was_interrupted
@@ -126,12 +127,12 @@ def log_verdict(saved: SavedRun, facts: RunFacts) -> None:
     """Log where a resumed run continues, and how exactly it repeats the uninterrupted one."""
     logger, state = logs.get_logger(), saved.state
     logger.info(
-        "Resuming %s: epoch %d, step %d, %s samples and %s tokens consumed",
+        "Resuming %s: epoch %d, step %d, %s and %s consumed",
         saved.folder,
         state.epoch,
         state.step,
-        f"{state.samples_seen:,}",
-        f"{state.tokens_seen:,}",
+        counted(state.samples_seen, "sample"),
+        counted(state.tokens_seen, "token"),
     )
     changed = changes(saved, facts)
     if not changed and not _same_layout(saved, facts):
@@ -237,7 +238,7 @@ def _check_place(saved: SavedRun, order: SampleOrder) -> None:
     if state.sample_start_index > order.num_samples or saved.first_sample + state.samples_seen > place:
         raise UserError(
             f"{saved.folder / STATES_NAME}: epoch {state.epoch:,}, sample {state.sample_start_index:,}, "
-            f"{state.samples_seen:,} samples read is not a position in data of {order.num_samples:,} samples"
+            f"{state.samples_seen:,} samples read is not a position in data of {counted(order.num_samples, 'sample')}"
             f"{OTHER_CHECKPOINT}"
         )
 
@@ -261,8 +262,8 @@ def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, nu
         place = TrainState(epoch=saved.state.epoch + 1)
     if place.epoch >= num_epochs:
         raise UserError(
-            f"--continue_data: {saved.folder} has read {saved.state.epoch + 1} epochs of the data, all of it; give a "
-            f"higher --num_epochs, or leave the flag out to read it again"
+            f"--continue_data: {saved.folder} has read all of the data, {counted(saved.state.epoch + 1, 'epoch')}; "
+            f"give a higher --num_epochs, or leave the flag out to read it again"
         )
     logs.get_logger().info(
         "Data: continuing after %s, epoch %d, sample %s", saved.folder, place.epoch, f"{place.sample_start_index:,}"
@@ -283,8 +284,8 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     steps_left += (recipe.num_epochs - state.epoch - 1) * order.steps_after(0)
     if steps_left == 0 and not start.eval_pending:
         raise UserError(
-            f"--load_checkpoint {source.checkpoint}: its {recipe.num_epochs} epochs are trained, the model is in "
-            f"{source.weights}; give a higher --num_epochs to continue"
+            f"--load_checkpoint {source.checkpoint}: its training is complete ({counted(recipe.num_epochs, 'epoch')}), "
+            f"the model is in {source.weights}; give a higher --num_epochs to continue"
         )
     total_steps = state.step + steps_left
     if recipe.max_steps is not None:
@@ -297,9 +298,9 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     schedule = _schedule_of(config, total_steps)
     if schedule.warmup_steps >= total_steps:
         logs.get_logger().warning(
-            "--warmup_steps %d: the run has %d steps, so the learning rate only rises",
+            "--warmup_steps %d: the run has %s, so the learning rate only rises",
             schedule.warmup_steps,
-            total_steps,
+            counted(total_steps, "step"),
         )
     if start.resumed is not None:
         _log_changed_schedule(start.resumed.read_schedule(), schedule)

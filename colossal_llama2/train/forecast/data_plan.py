@@ -32,6 +32,7 @@ from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.token_counts import category_tokens
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.tables import table_lines
 from colossal_llama2.terminal_text import visible_line
@@ -67,7 +68,7 @@ def make_order(
     order = SampleOrder(num_samples, micro_batch_size, data_size, accumulation_steps, seed, buckets)
     if order.steps_after(0) == 0:
         raise UserError(
-            f"--dataset has {num_samples} samples, one micro batch needs {order.samples_per_micro_step} "
+            f"--dataset has {counted(num_samples, 'sample')}, one micro batch needs {order.samples_per_micro_step} "
             f"(--micro_batch_size {micro_batch_size} on {data_size} data-parallel ranks); "
             f"give more data, or smaller micro batches"
         )
@@ -280,20 +281,20 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
             most = max(source["samples"] / source["samples_there"] for source in held.values())
             samples = sum(source["again"] for source in held.values())
             where = f" in {_bucket_list(again)}" if data.bucketed else ""
-            yield f"{name} runs out{where}: {samples:,} samples are repeated; it is read up to {most:.2f} times"
+            yield f"{name} runs out{where}: it repeats {counted(samples, 'sample')} and is read up to {most:.2f} times"
         left_out = [number for number, source in held.items() if source["left_out"]]
         if left_out:
             samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
             where = f" in {_bucket_list(left_out)}" if data.bucketed else ""
-            yield f"{samples:,} samples ({tokens:,} tokens) of {name} are left out{where}"
+            yield f"{name}: {counted(samples, 'sample')} ({counted(tokens, 'token')}) left out{where}"
     missed = [bucket["bucket"] for bucket in buckets if _misses_shares(bucket)]
     if missed:
         yield f"{_bucket_list(missed)}: too few samples to reach the requested shares within {TOLERANCE:.0%}"
     epoch = content["epoch"]
     if epoch["left_over_samples"]:
         yield (
-            f"{epoch['left_over_samples']:,} samples ({epoch['left_over_tokens']:,} tokens in the first) are left over "
-            f"at the end of each epoch, too few for a micro batch on every rank"
+            f"left over at the end of each epoch: {counted(epoch['left_over_samples'], 'sample')} "
+            f"({counted(epoch['left_over_tokens'], 'token')} in the first), too few for a micro batch on every rank"
         )
 
 
@@ -308,7 +309,7 @@ def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: dict
         yield f"it begins with sample {begins.sample:,} of {here}; steps are those of that epoch"
     unread = (content["epochs"] - ends.epoch) * order.num_samples - ends.sample
     if ends.epoch < content["epochs"] - 1 or order.steps_after(ends.sample):
-        yield f"it ends after step {ends.step:,} in {where(ends, ends.sample - 1)}; {unread:,} samples are not read"
+        yield f"it ends after step {ends.step:,} in {where(ends, ends.sample - 1)}; unread samples: {unread:,}"
 
 
 def _misses_shares(bucket: dict[str, Any]) -> bool:
@@ -340,8 +341,8 @@ def plan_lines(content: dict[str, Any]) -> Iterator[str]:
     epoch = content["epoch"]
     kind = "buckets in order, each shuffled by itself" if content["bucketed"] else "one shuffle of everything"
     yield (
-        f"Plan: {kind}; {epoch['samples']:,} samples and {epoch['tokens']:,} tokens an epoch, epochs: "
-        f"{content['epochs']}; steps: {content['steps']:,} of {content['samples_a_step']:,} samples"
+        f"Plan: {kind}; {counted(epoch['samples'], 'sample')} and {counted(epoch['tokens'], 'token')} an epoch, "
+        f"epochs: {content['epochs']}; steps: {content['steps']:,} of {counted(content['samples_a_step'], 'sample')}"
     )
     yield from table_lines(_bucket_rows(content), align="llr")
     yield from table_lines(_category_rows(content))

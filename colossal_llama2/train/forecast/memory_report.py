@@ -2,6 +2,7 @@
 
 import os
 
+from colossal_llama2.plurals import counted
 from colossal_llama2.tables import table_lines
 from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
@@ -63,9 +64,9 @@ def _rehearsal_lines(config: TrainConfig, llama_config, *, has_documents: bool) 
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     together = ranks * (each + LIBRARIES)
     return [
-        f"there is no GPU here, so this is the plan of another machine; a rehearsal of {ranks} processes on "
-        f"this CPU takes {each / GIB:.2f} GiB in each,",
-        f"{together / GIB:,.1f} GiB in all with Python and libraries, of {here / GIB:,.1f} GiB here",
+        f"there is no GPU here, so this forecast is for another machine; a rehearsal with {counted(ranks, 'process')} "
+        f"on this CPU needs {each / GIB:.2f} GiB in each,",
+        f"{together / GIB:,.1f} GiB in total with Python and libraries, of {here / GIB:,.1f} GiB here",
     ]
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from colossal_llama2 import logs
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
 from colossal_llama2.train.run_folder.file_names import LOG_NAME, PARTIAL_SUFFIX
 from colossal_llama2.train.run_folder.run_folder import RunFolder
@@ -74,11 +75,13 @@ def begin(folder: RunFolder, *, last_step: int, resumed_from: str | None = None)
         _write_whole(path, path, last_step)
         if resumed_from is None:
             logs.get_logger().info(
-                "%s: removed %d lines of an earlier run, since this one starts from the beginning", path, lost
+                "%s: removed %s of an earlier run, since this one starts from the beginning",
+                path,
+                counted(lost, "line"),
             )
         else:
             logs.get_logger().info(
-                "%s: removed %d lines after step %d, from which the run continues", path, lost, last_step
+                "%s: removed %s after step %d, from which the run continues", path, counted(lost, "line"), last_step
             )
     return path
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.files import discard, is_stray, replace_file, write_json
 from colossal_llama2.storage.publishing import publish
@@ -238,7 +239,7 @@ def check_room(save_dir: Path, needed: int, *, files: int = 1) -> None:
         wanted.append(f"needs about {needed:,} bytes, {free.f_bavail * free.f_frsize:,} are free")
     # A file system that creates inodes on demand reports a total of 0.
     if free.f_files and free.f_favail < files:
-        wanted.append(f"has about {files:,} files, {free.f_favail:,} more can be created (inodes, see df -i)")
+        wanted.append(f"has about {counted(files, 'file')}, {free.f_favail:,} more can be created (inodes, see df -i)")
     if wanted:
         raise RunError(
             f"--save_dir {save_dir}: a checkpoint {' and '.join(wanted)}; nothing was written, earlier checkpoints are "

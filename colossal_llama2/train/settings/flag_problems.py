@@ -8,6 +8,7 @@ from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.engine.settings_problems import settings_problems
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_is_utf8
 
 # Steps of --benchmark that are not timed: the first allocate, tune kernels and fill caches, and the profiler slows down
@@ -57,7 +58,7 @@ def _benchmark_problems(args: argparse.Namespace, settings: EngineSettings, worl
     least, steps = WARMUP_STEPS + 1 + PROFILED_STEPS, order.steps_after(0)
     if steps < least:
         needed = least * order.samples_per_micro_step * order.accumulation_steps
-        problems.append(f"--num_samples {args.num_samples} make {steps} steps; give at least {needed}")
+        problems.append(f"--num_samples {args.num_samples}: only {counted(steps, 'step')}; give at least {needed}")
     return problems
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 
 COUNTED_LATER = ("untrained_steps", "bad_steps", "overflows")
@@ -62,7 +63,8 @@ class TrainState:
         state = cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
         if state.updates < 0:
             without = state.untrained_steps + state.bad_steps
-            raise ValueError(f"{without} steps made no update (untrained_steps, bad_steps), but step is {state.step}")
+            skipped = f"{counted(without, 'step')} without an update (untrained_steps, bad_steps)"
+            raise ValueError(f"{skipped}, but step is {state.step}")
         return state
 
 
