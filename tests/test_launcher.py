@@ -203,7 +203,7 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
         third._lines[0].connection.shutdown(socket.SHUT_RDWR)
         ends.wait_for((0, 2, "died"))
     ends.wait_for((2, 0, "died"))
-    first._tell("lost 2 died")
+    first._send_to_all("lost 2 died")
     ends.wait_for((1, 2, "died"))
 
 
@@ -271,7 +271,7 @@ def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
 def test_an_address_that_leads_nowhere_is_told(monkeypatch, port):
     monkeypatch.setattr(meeting, "UNREACHABLE_SECONDS", 0.3)
     ends = Ends()
-    assert "rank 1 of 2 did not come" in problem_of(ends.watch(0, 2, timeout=0.3))
+    assert "rank 1 of 2 did not connect" in problem_of(ends.watch(0, 2, timeout=0.3))
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     for rank in (0, 1):
         monkeypatch.setenv("MASTER_PORT", str(free_port()))

@@ -121,7 +121,7 @@ def test_a_stage_that_cannot_write_its_index_ends_the_save_on_both(ends, kind):
     assert other == [error, left] and left == []
     words = "Permission denied" if kind == "folder" else "No space left on device"
     assert "epoch-0_step-4 cannot be written (" in error and words in error and one_rank.PARTS in error
-    assert "(rank 1 on " in error and "earlier checkpoints are whole" in error
+    assert "(rank 1 on " in error and "earlier checkpoints are complete" in error
 
 
 @pytest.mark.slow

@@ -161,7 +161,9 @@ def test_a_dead_rank_ends_the_job_and_is_named(start_forked):
         os.kill(run.pid_of(rank), signal.SIGKILL)
         run.end(seconds=15.0)
         assert (run.code_of(rank), run.code_of(1 - rank)) == (-signal.SIGKILL, 1), run.said
-        assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
+        assert (
+            f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are complete" in run.said
+        )
     assert_unlocked(runs[1])
 
 
@@ -177,7 +179,7 @@ def test_killing_torchrun_saves_and_a_restart_waits_for_it(start):
         assert time.monotonic() < deadline, run.said
         time.sleep(0.05)
     told = re.search(r"stopped: SIGTERM after step (\d+), which is saved", run.said)
-    assert told and "torchrun is gone, which started this process" in run.said, run.said
+    assert told and "torchrun, which started this process, was killed" in run.said, run.said
     deadline = time.monotonic() + START_SECONDS
     while not re.search(rf"Resumed .*_step-{told[1]}$", again.said, re.M):
         assert again.process.poll() is None and time.monotonic() < deadline, again.said
@@ -195,7 +197,7 @@ def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start):
         time.sleep(0.02)
     second.process.kill()
     assert first.end(seconds=10.0) == 1
-    assert f"train.py: error: rank 1 on {socket.gethostname()} died; no step was taken" in first.said, first.said
+    assert f"train.py: error: rank 1 on {socket.gethostname()} died; nothing was trained" in first.said, first.said
     assert_unlocked(first)
 
 

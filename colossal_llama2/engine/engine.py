@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.engine import adam, loss_scale, resume_state
-from colossal_llama2.engine.chunked_loss import HeadPart, takes_liger, use_chunked_loss
+from colossal_llama2.engine.chunked_loss import HeadPart, use_chunked_loss, uses_liger
 from colossal_llama2.engine.loss_tally import LossTally
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.engine.plugins import plugin_of
@@ -50,7 +50,7 @@ class Engine:
         self.optimizer: Any = None
         # That of the last `step`.
         self.used_loss_scale = 1.0
-        self.loss_tally = LossTally(self.device, unfed=self._why_no_rank_has_token_losses())
+        self.loss_tally = LossTally(self.device, unfed=self._reason_without_token_losses_on_any_rank())
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context for loading the model: lazy if the plugin can shard it before a rank has all of it."""
@@ -80,27 +80,27 @@ class Engine:
                 self.unwrapped_model,
                 self._head_part(model.config.vocab_size),
                 sample_group=self._groups.sequence,
-                tell=self.loss_tally.add,
+                record=self.loss_tally.add,
             )
         # Lazy loading leaves reference cycles that hold whole weights until a garbage collection (64 MB of 85 M
         # parameters, measured).
         gc.collect()
 
-    def _why_no_rank_has_token_losses(self) -> str | None:
+    def _reason_without_token_losses_on_any_rank(self) -> str | None:
         """This rank's reason, or that other ranks have one: all ranks sum by group, or none. Called on all ranks."""
-        reason = self._why_no_token_losses()
+        reason = self._reason_without_token_losses()
         if collectives.any_rank(reason is not None) and reason is None:
             return "Liger's kernel, installed on other hosts, returns only the sum over all tokens"
         return reason
 
-    def _why_no_token_losses(self) -> str | None:
+    def _reason_without_token_losses(self) -> str | None:
         if self.is_pipelined:
             return "pipeline stages exchange only the loss of whole samples"
         if self.settings.chunked_loss == "off":
             return "--chunked_loss off returns only the mean over all tokens"
         # As in the chunked loss: Liger's kernel needs the whole head, all of it trained.
         is_whole = self._groups.tensor is None and self.settings.trainable.rows is None
-        if is_whole and takes_liger(self.device, dtype_of(self.settings.precision)):
+        if is_whole and uses_liger(self.device, dtype_of(self.settings.precision)):
             return "Liger's kernel returns only the sum over all tokens"
         return None
 

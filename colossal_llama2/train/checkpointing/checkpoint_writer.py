@@ -130,7 +130,7 @@ class CheckpointWriter:
         except (UserError, RunError) as error:
             # Free the space that the incomplete checkpoint takes.
             self._remove(partial)
-            raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
+            raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are complete")
         return Written(final, self._expected_bytes, time.monotonic() - written, figures)
 
     def rehearse(self, state: TrainState) -> None:

@@ -45,7 +45,7 @@ class NonfiniteSteps:
         if count > self._allowed:
             raise RunError(
                 f"{text}; {counted(count, 'such step')}, --max_bad_steps {self._allowed} allowed; earlier checkpoints "
-                f"are intact: inspect these rows, or lower --lr"
+                f"are complete: inspect these rows, or lower --lr"
             )
         logs.get_logger().warning("%s (%d of %d allowed)", text, count, self._allowed)
 

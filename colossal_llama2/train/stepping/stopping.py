@@ -121,7 +121,7 @@ def _early(number: int) -> str:
 def end_at_once() -> NoReturn:
     """Exit without saving and without waiting for other ranks."""
     if logs.is_first_rank():
-        show_line("interrupted again: exiting without saving; earlier checkpoints are whole", file=sys.stderr)
+        show_line("interrupted again: exiting without saving; earlier checkpoints are complete", file=sys.stderr)
     run_lock.release()
     os._exit(128 + signal.SIGINT)
 
