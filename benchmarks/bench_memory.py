@@ -159,7 +159,7 @@ def measure(words: list[str]) -> None:
         highest_from_here()
         return take_steps(*args, **keywords)
 
-    def tell_peak() -> None:
+    def report_peak() -> None:
         # Asked for when the timed steps are done; those under the profiler would follow.
         # One write: ranks share their output, and print writes the end of a line by itself.
         os.write(1, (json.dumps({"steps": status("VmHWM") - before, "loading": loading}) + "\n").encode())
@@ -167,7 +167,7 @@ def measure(words: list[str]) -> None:
         time.sleep(1)
         os._exit(0)
 
-    benchmark.measure, benchmark.peak_memory = measure_steps, tell_peak
+    benchmark.measure, benchmark.peak_memory = measure_steps, report_peak
     train.main(words)
 
 

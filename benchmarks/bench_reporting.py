@@ -115,7 +115,7 @@ def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
     def silent(**parts):
         yield reporter.SilentReporter()
 
-    def noting(show):
+    def recording(show):
         def step(*args, **keywords):
             ends.append((time.perf_counter(), time.process_time()))
             return show(*args, **keywords)
@@ -128,7 +128,7 @@ def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
             changed = reporter.SilentReporter
             changes.enter_context(mock.patch.object(build_run, "reporting", silent))
             changes.enter_context(mock.patch.object(build_run, "loss_groups", lambda *args: None))
-        changes.enter_context(mock.patch.object(changed, "step", noting(changed.step)))
+        changes.enter_context(mock.patch.object(changed, "step", recording(changed.step)))
         yield
 
 

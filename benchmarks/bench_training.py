@@ -73,7 +73,7 @@ def main() -> None:
     if args.measure:
         if args.measure != "trainer":
             keep_freed_memory()
-        tell(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision))
+        print_measurement(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision))
         return
     # ColossalAI has Gemini in half precision alone.
     fitting = [name for name in PLUGINS if args.precision == "bf16" or not name.startswith("gemini")]
@@ -173,12 +173,12 @@ def ours(model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -
     samples = batch * data_ranks * (WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS)
     script = ["train.py", "--benchmark", "--pretrained", model_dir, "--max_length", length, "--num_samples", samples]
     script += ["--micro_batch_size", batch, "--mixed_precision", precision, "--use_flash_attn", *flags]
-    told = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", launch([str(word) for word in script]), re.MULTILINE))
-    figures = {name: float(told[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
+    printed = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", launch([str(word) for word in script]), re.MULTILINE))
+    figures = {name: float(printed[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
     return {**figures, "speed": figures["tokens/s"], "memory": figures["peak memory"] * 2**20}
 
 
-def tell(tokens: int, seconds: float) -> None:
+def print_measurement(tokens: int, seconds: float) -> None:
     """One line for the parent process."""
     from colossal_llama2.engine.device import peak_memory
 

@@ -121,9 +121,9 @@ def _read() -> Place:
     given = [name for name in NAMES if name in os.environ]
     missing = [name for name in REQUIRED if name not in os.environ]
     if missing:
-        said = ", ".join(f"{name}={os.environ.pop(name)}" for name in given)
-        told = f"No launcher started this process ({', '.join(missing)} not set); ignoring {said}"
-        return Place(note=told if said else None)
+        ignored = ", ".join(f"{name}={os.environ.pop(name)}" for name in given)
+        note = f"No launcher started this process ({', '.join(missing)} not set); ignoring {ignored}"
+        return Place(note=note if ignored else None)
     try:
         here = _launched()
         return replace(here, note="; ".join(filter(None, (taken_over, here.note))) or None)

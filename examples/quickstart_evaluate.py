@@ -129,8 +129,8 @@ def main(argv=None) -> None:
             raise errors.UserError(f"--model_path {args.model_path} holds no config.json; name a Hugging Face folder")
         texts = read_held_out(Path(args.held_out_dir))
         languages = evaluate(args.model_path, texts, max_length=args.max_length, batch_size=args.batch_size)
-        noted = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
-        add_entry(Path(args.output_file), {**noted, "languages": languages})
+        settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
+        add_entry(Path(args.output_file), {**settings, "languages": languages})
         for language, figures in languages.items():
             print(
                 f"{args.stage} | {language}: {figures['bits_per_byte']:.3f} bits per byte"

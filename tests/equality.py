@@ -419,7 +419,7 @@ These combinations are refused. Without the refusal, this happens:
 {refused}"""
 
 
-def told_by_halves(rows: list[Row]) -> str:
+def summary_of_halves(rows: list[Row]) -> str:
     """How the bf16 rows do by the narrower bound."""
     narrow = [row for row in rows if row.narrow is not None]
     if not narrow:
@@ -448,7 +448,7 @@ def as_page(rows: list[Row], refused: dict[str, str], steps: int) -> str:
         batch=GLOBAL_BATCH,
         equal=sum(row.passed for row in rows),
         count=len(rows),
-        narrow=told_by_halves(rows),
+        narrow=summary_of_halves(rows),
         lr=LR,
         odd=ODD_VOCABULARY,
         odd_lr=ODD_LR,

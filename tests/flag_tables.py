@@ -91,9 +91,9 @@ def value_of(action: argparse.Action) -> str:
 def default_and_meaning(action: argparse.Action) -> tuple[str, str]:
     """The default, "required" or "-", and the help text without its own mention of the default."""
     meaning = (action.help or "").replace("%%", "%").replace("|", r"\|")
-    told = DEFAULT_IN_HELP.search(meaning)
-    if told:
-        return told[1] if " " in told[1] else f"`{told[1]}`", DEFAULT_IN_HELP.sub("", meaning)
+    found = DEFAULT_IN_HELP.search(meaning)
+    if found:
+        return found[1] if " " in found[1] else f"`{found[1]}`", DEFAULT_IN_HELP.sub("", meaning)
     if action.required:
         return "required", meaning
     is_switch = action.nargs == 0

@@ -317,8 +317,8 @@ def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     words = ["--pretrained", str(model_dir), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
     dry_run.dry_run(*resolve_with_problems(train_flags.train_sft_parser().parse_args(words)))
-    told = capsys.readouterr().out
-    assert "(1 x CPU)" in told and "expect +-15 %" in told
+    output = capsys.readouterr().out
+    assert "(1 x CPU)" in output and "expect +-15 %" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -347,22 +347,22 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
         return str(error.value)
 
     tp = ["--dry_run", "--num_ranks", "6", "--plugin", "3d", "--tp", "4", "--zero", "2"]
-    told = message(*tp, "--max_length", "16", "--save_dir", data[0] + "/state.json")
+    output = message(*tp, "--max_length", "16", "--save_dir", data[0] + "/state.json")
     for words in ("--tp 4 does not divide the 6 processes", "is a file", "--max_length 16 given"):
-        assert words in told
+        assert words in output
     untrained = shutil.copytree(data[0], tmp_path / "untrained")
     samples = datasets.load_from_disk(data[0])
     samples.map(lambda row: {"labels": [-100] * len(row["labels"])}).save_to_disk(untrained)
-    told = message("--dry_run", "--tp", "2", "--dataset", str(untrained))
-    assert "--tp 2 needs --plugin 3d" in told and "none of its" in told
+    output = message("--dry_run", "--tp", "2", "--dataset", str(untrained))
+    assert "--tp 2 needs --plugin 3d" in output and "none of its" in output
     shutil.rmtree(untrained)
     assert "has 323 samples, one micro batch needs 4096" in message("--dry_run", "--num_ranks", "4096")
     assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
     both = message("--train_new_rows_only", "--freeze_non_embeds_params")
     assert "--train_new_rows_only trains new rows of the embeddings" in both and "give one of them" in both
-    told = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
+    output = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
     for words in ("4 make 4 steps; give at least 6", "--profile trace has no effect", "--continue_data has no effect"):
-        assert words in told
+        assert words in output
     assert not list(tmp_path.iterdir())
 
 
@@ -416,22 +416,22 @@ def test_a_resume_of_new_rows_is_planned_until_nothing_is_left(model_dir, data, 
     saved = tmp_path / "checkpoint_dir" / "epoch-0_step-12"
     write_checkpoint(saved, words, model, 323, step=12, sample_start_index=96)
 
-    def told(*more):
+    def output(*more):
         dry_run.dry_run(*resolve_with_problems(train_flags.train_parser().parse_args([*words, *more])))
         return capsys.readouterr().out
 
     with caplog.at_level("INFO"):
-        out = told("--load_checkpoint", str(saved))
+        out = output("--load_checkpoint", str(saved))
     # After steps 15, 20, 25, 30, 35 and 40.
     assert "disk: 6 checkpoints" in out and "it begins with sample 96 of epoch 0" in caplog.text
     embeddings = 2 * config["vocab_size"] * config["hidden_size"]
     facts = inspect_weights(str(model))
     assert facts.embedding_parameters == embeddings < facts.parameters
-    assert "disk: 6 checkpoints" in told("--resume", "auto")
-    assert f"{saved.relative_to(tmp_path)} is the end of its run" in told("--resume", "auto", "--max_steps", "12")
+    assert "disk: 6 checkpoints" in output("--resume", "auto")
+    assert f"{saved.relative_to(tmp_path)} is the end of its run" in output("--resume", "auto", "--max_steps", "12")
     with pytest.raises(UserError, match="trained_rows was"):
         words.remove("--train_new_rows_only")
-        told("--resume", "auto")
+        output("--resume", "auto")
 
 
 def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, monkeypatch):
@@ -443,10 +443,10 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
             resolve(train_flags.train_parser().parse_args(words))
         return str(error.value)
 
-    told = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
-    assert "--mixture_end stop needs --mixture" in told and "--on_forgetting warn needs --forgetting_alarm" in told
-    told = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
-    assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
+    output = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
+    assert "--mixture_end stop needs --mixture" in output and "--on_forgetting warn needs --forgetting_alarm" in output
+    output = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
+    assert "en is named 2 times" in output and "--forgetting_alarm zh: there is no" in output
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
     assert resolve_with_problems(args)[0].data.parts.mixture.end == "repeat"
 

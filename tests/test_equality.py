@@ -35,8 +35,8 @@ def test_what_is_not_equal_is_called_so(values):
     assert not equality.Row(case, Gap(*values), allowed, 1.0).passed
     # What halves alone would allow is told, and decides nothing.
     narrow = equality.Row(case, Gap(2e-6, 0.0, 0.0), allowed, 1.0, Gap(1e-6, 1.0, 1.0))
-    told = " ".join(equality.told_by_halves([narrow]).split())
-    assert narrow.passed and "let 0 of the 1 bf16 rows pass" in told and "loss 2.0" in told
-    assert not equality.told_by_halves([])
+    table = " ".join(equality.summary_of_halves([narrow]).split())
+    assert narrow.passed and "let 0 of the 1 bf16 rows pass" in table and "loss 2.0" in table
+    assert not equality.summary_of_halves([])
     # Twice what clipping lets through.
     assert not equality.Row(case, Gap(0.0, 0.0, 0.0), allowed, 2.0).passed

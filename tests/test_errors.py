@@ -145,7 +145,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "error, code, said",
+    "error, code, expected",
     [
         ("UserError('shared')", 2, ""),
         ("LaunchError('its own environment')", 2, "tool.py: error: rank 1: its own environment"),
@@ -153,7 +153,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
-def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said, tmp_path):
+def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, expected, tmp_path):
     """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
     program = (
         "import os, torch.distributed as dist\n"
@@ -168,7 +168,7 @@ def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said, tm
     (tmp_path / "program.py").write_text(program)
     process = fork_server.run([tmp_path / "program.py"])
     assert process.returncode == code
-    assert process.stderr.strip().split("\n")[-1] == said
+    assert process.stderr.strip().split("\n")[-1] == expected
     assert ("Traceback" in process.stderr) == ("ValueError" in error)
 
 
@@ -215,8 +215,8 @@ def test_a_signal_to_a_starting_run_during_a_finalizer_is_not_lost():
     assert (process.returncode, process.stderr) == (143, line)
 
 
-@pytest.mark.parametrize("local_rank, said", [("0", "tool.py: error: wrong\n"), ("1", "")])
-def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
+@pytest.mark.parametrize("local_rank, expected", [("0", "tool.py: error: wrong\n"), ("1", "")])
+def test_a_launched_process_does_not_wait_for_its_peers(local_rank, expected):
     """With peers the process ends at once: a normal exit would run handlers that can wait for them."""
     program = (
         "import atexit\n"
@@ -236,7 +236,7 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
         text=True,
         timeout=30,
     )
-    assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", said)
+    assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", expected)
 
 
 def test_torchrun_is_given_our_line_for_its_report(monkeypatch, tmp_path, capsys):

@@ -85,8 +85,8 @@ def test_generation_settings_are_valid_and_mean_the_same(name):
     content, changes = portable_generation({**IDS, **given_content}, vocab_size=600)
     assert content == {**IDS, **expected} and is_accepted(content)
     # Null, where there has to be a value, means the default; nothing else changes in silence.
-    said = {key: value for key, value in given_content.items() if value is not None or key in content}
-    assert bool(changes) == (content != {**IDS, **said})
+    meaningful = {key: value for key, value in given_content.items() if value is not None or key in content}
+    assert bool(changes) == (content != {**IDS, **meaningful})
     assert portable_generation(content, vocab_size=600) == (content, [])
 
 

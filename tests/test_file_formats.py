@@ -95,7 +95,7 @@ def test_every_form_gives_the_same_records(packing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("a.jsonl", gzip.compress(LINES), "gzip"),
         ("a.jsonl.gz", LINES, "plain text"),
@@ -106,7 +106,7 @@ def test_every_form_gives_the_same_records(packing, tmp_path):
         ("a.json.xz", "parquet", "parquet"),
     ],
 )
-def test_a_wrong_name_is_logged_and_the_content_counts(name, content, told, tmp_path, caplog):
+def test_a_wrong_name_is_logged_and_the_content_counts(name, content, message, tmp_path, caplog):
     path = put(tmp_path / "in", name, b"")
     if content == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
@@ -114,7 +114,7 @@ def test_a_wrong_name_is_logged_and_the_content_counts(name, content, told, tmp_
         path.write_bytes(content)
     caplog.set_level("INFO")
     assert [line.record for line in read(path.parent)] == RECORDS
-    assert f"contradicts the file name: {path} ({told})" in caplog.text
+    assert f"contradicts the file name: {path} ({message})" in caplog.text
 
 
 def long_zstd(content: bytes) -> bytes:
@@ -151,10 +151,10 @@ def test_what_is_left_out_is_named_with_its_cure(tokenizer_dir, tmp_path, caplog
     put(folder / "below", "a.jsonl", LINES)
     written = prepared(folder, tokenizer_dir, tmp_path / "out")
     assert {entry["path"] for entry in written["left_out"]} == {str(folder / name) for name in [*names, "below"]}
-    told = [record.message for record in caplog.records if record.message.startswith("not read: ")]
-    assert len(told) == 1 and all(str(folder / name) in told[0] for name in [*names, "below"])
+    message = [record.message for record in caplog.records if record.message.startswith("not read: ")]
+    assert len(message) == 1 and all(str(folder / name) in message[0] for name in [*names, "below"])
     for cure in ("in --data_input_dirs as well", "without the dot", "unpack it", "rename it to *.jsonl", "to Parquet"):
-        assert cure in told[0]
+        assert cure in message[0]
     for number in range(50):
         put(folder, f"more{number}.txt", b"x")
     caplog.clear()
@@ -229,8 +229,8 @@ def test_a_cut_array_is_a_lost_file_and_not_bad_rows(tokenizer_dir, tmp_path, ru
     assert [(lost["file"], lost["line"]) for lost in written["lost_files"]] == [(str(cut), broken_line)]
     assert written["total"]["documents"] == 50 and written["lines"] == 52 and written["bad_rows"] == 2
     assert written["bad_reasons"]["not JSON"] == 1
-    told = capsys.readouterr().out
-    assert "LOST FILES" in told and "bad rows: not JSON" in told and f"lost: {words}" in caplog.text
+    message = capsys.readouterr().out
+    assert "LOST FILES" in message and "bad rows: not JSON" in message and f"lost: {words}" in caplog.text
     skipped = [json.loads(line) for line in (tmp_path / "out" / "arrow" / "bad_rows.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in skipped] == [(str(rest), 31), (str(rest), 32)]
     # The command itself, on finished output.
@@ -278,8 +278,8 @@ def test_many_bad_rows_are_explained(stage, lines, words, tokenizer_dir, tmp_pat
         command(**{**keywords, "on_bad_row": "fail"})
     caplog.clear()
     command(**keywords)
-    (told,) = [record.message for record in caplog.records if "skipped as bad" in record.message]
-    assert "bad.jsonl" in told and words in told
+    (message,) = [record.message for record in caplog.records if "skipped as bad" in record.message]
+    assert "bad.jsonl" in message and words in message
 
 
 def test_parquet_gives_the_records_of_jsonl(tmp_path):

@@ -62,5 +62,5 @@ def test_a_resumed_run_compares_the_flags_that_change_numbers():
 
 
 def test_the_card_lists_flags_alone():
-    told = model_card.card_settings({**SETTINGS, "world_size": 2, "versions": {}, "run_id": "x", "warmup_steps": None})
-    assert told == {"lr": 1e-4, "mixture": ["zh=1"]}
+    shown = model_card.card_settings({**SETTINGS, "world_size": 2, "versions": {}, "run_id": "x", "warmup_steps": None})
+    assert shown == {"lr": 1e-4, "mixture": ["zh=1"]}

@@ -19,7 +19,7 @@ from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model.init_model import InitModelSettings, Rows, _noted_ranges, init_model
+from colossal_llama2.model.init_model import InitModelSettings, Rows, _recorded_ranges, init_model
 from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
 from colossal_llama2.model.training_history import read_history
@@ -101,14 +101,14 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
 def test_nothing_new_keeps_the_note_of_new_rows(model_dir, expanded, tmp_path):
     """Such as a change of the number format alone; a second extension notes its own rows."""
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "first"))
-    noted = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
+    recorded = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
     init_model(InitModelSettings(tmp_path / "first", tmp_path / "first", tmp_path / "second", dtype="bfloat16"))
     config = json.loads((tmp_path / "second" / "config.json").read_text())
-    assert config["initialized_rows"] == noted == [[600, config["vocab_size"]]]
+    assert config["initialized_rows"] == recorded == [[600, config["vocab_size"]]]
     # Rows that no token has are left out, and a note that makes no sense is none.
     rows = Rows(kept=10, bags=[[12]], new=0, moved_ids={12: 10})
-    assert _noted_ranges({"initialized_rows": [[3, 5], [7, 20]]}, rows) == [[3, 5], [7, 11]]
-    assert _noted_ranges({"initialized_rows": [["a", 5]]}, rows) == _noted_ranges({}, rows) == []
+    assert _recorded_ranges({"initialized_rows": [[3, 5], [7, 20]]}, rows) == [[3, 5], [7, 11]]
+    assert _recorded_ranges({"initialized_rows": [["a", 5]]}, rows) == _recorded_ranges({}, rows) == []
 
 
 @pytest.mark.parametrize("dtype, tie", [("bfloat16", False), ("float16", True)])
@@ -193,8 +193,8 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     assert config["padding_rows"] == [[tokens, rows]]
     history = read_history(tmp_path / "out")
     assert history.problem is None and history.stages[0]["padding_rows"] == rows - tokens
-    told = f"vocabulary of 600, now 640, {rows - tokens} of them rows without a token"
-    assert _stage_cells(history.stages[0])[1] == told
+    expected = f"vocabulary of 600, now 640, {rows - tokens} of them rows without a token"
+    assert _stage_cells(history.stages[0])[1] == expected
 
     for again, more in (("same", 64), ("none", 1), ("larger", 128)):
         init_model(InitModelSettings(tmp_path / "out", expanded, tmp_path / again, pad_vocab_to_multiple_of=more))
@@ -462,10 +462,10 @@ def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
 def test_a_full_disk_is_told_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as expected:
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "deep" / "out"))
     needed = int(
-        re.match(r"([\d,]+) bytes are needed in .*, 12,345 bytes are free", str(told.value))[1].replace(",", "")
+        re.match(r"([\d,]+) bytes are needed in .*, 12,345 bytes are free", str(expected.value))[1].replace(",", "")
     )
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()

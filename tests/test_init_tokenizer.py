@@ -277,9 +277,9 @@ def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
     words = ["\u3000\u3000", "\u00a0", "\u2003", "\u2028", "\u3000你好", "the\u00a0of", "▁\u3000", "\t\t", "你\u202f"]
     pieces = write_pieces(tmp_path / "pieces.jsonl", [*words, "\u3000", "\t", "[INST]", "▁t"])
     expand_tokenizer(ExtensionSettings(source, tmp_path / "new", pieces))
-    told = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
-    assert (told["asked"], told["already_pieces"], told["added_from_file"]) == (len(words) + 4, 4, len(words))
-    assert told["unreachable"] == told["dropped"] == 0
+    report = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
+    assert (report["asked"], report["already_pieces"], report["added_from_file"]) == (len(words) + 4, 4, len(words))
+    assert report["unreachable"] == report["dropped"] == 0
     encoder = load_encoder(tmp_path / "new")
     kinds = [AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast) for use_fast in (True, False)]
     known = {word: index for index, word in enumerate(pieces_of(tmp_path / "new"))}

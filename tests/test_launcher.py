@@ -116,7 +116,7 @@ def test_spaces_around_an_address_are_removed_for_pytorch_too(settle):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"RANK": "x"}, "RANK=x in the environment, a whole number from 0 to 1 allowed"),
         ({"RANK": "2"}, "RANK=2 in the environment, a whole number from 0 to 1 allowed since WORLD_SIZE is 2"),
@@ -128,9 +128,9 @@ def test_spaces_around_an_address_are_removed_for_pytorch_too(settle):
         ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x"),
     ],
 )
-def test_impossible_values_are_told(settle, changed, said):
+def test_impossible_values_are_told(settle, changed, message):
     here = settle(**{**BY_HAND, **changed})
-    assert said in here.problem and "unset RANK, WORLD_SIZE" in here.problem
+    assert message in here.problem and "unset RANK, WORLD_SIZE" in here.problem
     assert (here.rank, here.world_size) == (0, 1)
 
 

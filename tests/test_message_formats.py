@@ -194,7 +194,8 @@ def test_roles_in_any_case_and_those_that_are_named():
     row = value(("SYSTEM", "be kind"), ("human", "a"), ("Bing", "b"), ("chatgpt", "c"))
     conversation = read_sft_row(row, speakers=speakers_of([" bing", "ChatGPT"])).conversation
     assert conversation.system_text == "be kind"
-    assert [[said.is_trained for said in exchange] for exchange in conversation.exchanges] == [[False, True], [True]]
+    is_trained = [[message.is_trained for message in exchange] for exchange in conversation.exchanges]
+    assert is_trained == [[False, True], [True]]
 
 
 NULLS = {"from": None, "value": None, "role": None, "content": [], "tool_calls": None, "weight": None, "thinking": []}

@@ -130,8 +130,8 @@ def test_it_is_one_line_and_a_mistake_of_the_user(views, tmp_path):
     command = [*TORCHRUN, "--no-python", "bash", "-c", 'cd "$0/rank-$RANK" && exec "$@"', str(views / "data"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    told = [line for line in process.stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(told) == 1 and INPUTS["data"] in told[0], process.stderr
+    errors = [line for line in process.stderr.splitlines() if line.startswith("train.py: error:")]
+    assert len(errors) == 1 and INPUTS["data"] in errors[0], process.stderr
     # What torchrun says of the rank that ended first.
     assert "exitcode  : 2" in process.stderr and "exitcode  : 1" not in process.stderr
     assert not Path(tmp_path, "ckpt").exists()

@@ -172,7 +172,7 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
         [("user", "Hi"), ("assistant", text)],
         [("user", "Hi"), ("assistant", "Hello!")],
     ]
-    rows = [{"messages": [{"role": role, "content": told} for role, told in talk]} for talk in talks]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
     for size, much in ((1 << 30, 1 << 30), (1000, 1 << 30), (1 << 30, 100)):
@@ -188,9 +188,9 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
 @pytest.mark.parametrize("message_characters", [1 << 20, 100])
 def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir):
     text = "\n\n".join(tiny.english_documents())[: 1 << 20]
-    told = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
+    content = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
     roles = ("user", "assistant")
-    messages = [{"role": roles[number % 2], "content": part} for number, part in enumerate(["Hi", "Hello!", *told])]
+    messages = [{"role": roles[number % 2], "content": part} for number, part in enumerate(["Hi", "Hello!", *content])]
     row = read_sft_row({"messages": messages})
     encoder = load_encoder(tokenizer_dir)
     encoder.encode_long(text)

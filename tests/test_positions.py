@@ -77,7 +77,7 @@ def test_training_and_inference_use_them():
 
 
 @pytest.mark.parametrize(
-    ("scaling", "positions", "told"),
+    ("scaling", "positions", "problem"),
     [
         (None, 100, "100 positions (max_position_embeddings of its config.json), "),
         (LINEAR, 60, "120 positions (max_position_embeddings of its config.json, and rope_scaling of type linear), "),
@@ -86,7 +86,7 @@ def test_training_and_inference_use_them():
     ],
 )
 def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
-    scaling, positions, told, tokenizer_dir, tmp_path, caplog
+    scaling, positions, problem, tokenizer_dir, tmp_path, caplog
 ):
     folder = shutil.copytree(tokenizer_dir, tmp_path / "model")
     LlamaConfig(
@@ -99,17 +99,17 @@ def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
     assert entry["longest"] == longest > 120
     warned = [message for message in caplog.messages if "positions" in message]
     part = str(tmp_path / "arrow" / "part-00000")
-    if told is None:
+    if problem is None:
         assert not warned
         sample_lengths.check_samples_fit([part], str(folder))
         return
     cure = warned[0].partition("; ")[2]
-    assert warned == [f"--max_length 128 given, the model has {told}and training refuses longer samples; {cure}"]
+    assert warned == [f"--max_length 128 given, the model has {problem}and training refuses longer samples; {cure}"]
     assert cure.startswith("prepare the data with --max_length 1")
     with pytest.raises(UserError) as raised:
         sample_lengths.check_samples_fit([part], str(folder))
     given = f"--dataset {part}: its longest sample has {longest} tokens, the model has "
-    assert str(raised.value) == f"{given}{told.removesuffix(', ')}; {cure}"
+    assert str(raised.value) == f"{given}{problem.removesuffix(', ')}; {cure}"
     with pytest.raises(UserError, match="--max_length 128 given, the model has .* give at most that"):
         sample_lengths.check_max_length(128, str(folder))
     # Data of earlier versions do not say it, and a folder of others has no manifest.

@@ -102,16 +102,17 @@ def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp
 def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path, bins=3)
     prepare.prepare_pretrain(**keywords)
-    told = manifest(tmp_path)
-    total = told["total"]
+    written = manifest(tmp_path)
+    total = written["total"]
     dropped = sum(drop["tokens"] for drop in total["dropped"].values())
     assert total["tokens_in"] == total["trained"] + total["masked"] + total["truncated"] + dropped
     for name in ("documents", "bytes", "characters", "tokens_in", "trained", "masked", "pieces"):
-        assert sum(file[name] for file in told["inputs"]) == total[name]
-        assert sum(tally[name] for tally in told["categories"].values()) == total[name]
-    assert told["tokenizer"]["sha256"] == fingerprint(tokenizer_dir) and told["tokenizer"]["sample_differing"] == 0
-    assert set(told["categories"]) == {"topic-0", "topic-1", "topic-2"}
-    assert [Path(file["path"]).name for file in told["inputs"]] == [
+        assert sum(file[name] for file in written["inputs"]) == total[name]
+        assert sum(tally[name] for tally in written["categories"].values()) == total[name]
+    assert written["tokenizer"]["sha256"] == fingerprint(tokenizer_dir)
+    assert written["tokenizer"]["sample_differing"] == 0
+    assert set(written["categories"]) == {"topic-0", "topic-1", "topic-2"}
+    assert [Path(file["path"]).name for file in written["inputs"]] == [
         "again.jsonl.gz",
         "array.json",
         "large.jsonl",
@@ -120,14 +121,14 @@ def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
         "small.jsonl",
         "table.parquet",
     ]
-    for file in told["inputs"]:
+    for file in written["inputs"]:
         content = Path(file["path"]).read_bytes()
         assert (file["size"], file["sha256"]) == (len(content), prepare.manifest.sha256_of(file["path"]))
     samples = read_jsonl(tmp_path / "jsonl")
-    assert told["samples"] == len(samples)
-    assert sum(each["tokens"] for each in told["bins"]) == total["trained"] + total["masked"]
-    assert told["settings"]["splicing"] == "best_fit" and told["settings"]["seed"] == 1024
-    tokens = [entry["tokens"] for entry in told["bins"]]
+    assert written["samples"] == len(samples)
+    assert sum(each["tokens"] for each in written["bins"]) == total["trained"] + total["masked"]
+    assert written["settings"]["splicing"] == "best_fit" and written["settings"]["seed"] == 1024
+    tokens = [entry["tokens"] for entry in written["bins"]]
     assert max(tokens) - min(tokens) <= 128
 
 
@@ -205,8 +206,8 @@ def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
     categories = Counter(name for sample in held_out for name in sample["document_categories"])
     whole = Counter(row["category"] for row in [*rows, *rows[:50]])
     assert all(0.15 < categories[name] / count < 0.45 for name, count in whole.items())
-    told = manifest(tmp_path)
-    assert told["eval"]["name"] == "eval" and told["total"]["held_out_documents"] == sum(categories.values())
+    written = manifest(tmp_path)
+    assert written["eval"]["name"] == "eval" and written["total"]["held_out_documents"] == sum(categories.values())
 
 
 def test_held_out_documents_that_are_dropped_are_not_counted(tokenizer_dir, tmp_path):
@@ -217,9 +218,9 @@ def test_held_out_documents_that_are_dropped_are_not_counted(tokenizer_dir, tmp_
     options = {"max_length": 64, "overlong": "truncate", "splicing": "none", "eval_fraction": 0.5}
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, **options))
     held_out = datasets.load_from_disk(str(tmp_path / "arrow" / "eval"))
-    told = manifest(tmp_path)
-    assert 5 < told["total"]["held_out_documents"] == told["eval"]["samples"] == len(held_out)
-    assert told["total"]["held_out_documents"] == sum(file["held_out_documents"] for file in told["inputs"])
+    written = manifest(tmp_path)
+    assert 5 < written["total"]["held_out_documents"] == written["eval"]["samples"] == len(held_out)
+    assert written["total"]["held_out_documents"] == sum(file["held_out_documents"] for file in written["inputs"])
 
 
 VARIANTS = [
@@ -359,10 +360,10 @@ def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tm
     prepare.prepare_pretrain(**keywords, on_bad_file="skip")
     assert "lost: " in caplog.text
     assert len(read_jsonl(tmp_path / "out" / "jsonl")) == whole
-    told = manifest(tmp_path / "out")
-    assert told["bad_rows"] == 0 and told["lines"] == whole
-    assert [(lost["file"], lost["line"]) for lost in told["lost_files"]] == [(str(path), whole + 1)]
-    assert told["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    written = manifest(tmp_path / "out")
+    assert written["bad_rows"] == 0 and written["lines"] == whole
+    assert [(lost["file"], lost["line"]) for lost in written["lost_files"]] == [(str(path), whole + 1)]
+    assert written["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_compressed_file_with_nothing_in_it_is_refused(tokenizer_dir, tmp_path):
@@ -376,9 +377,9 @@ def test_names_of_categories_reach_the_terminal_as_text(tokenizer_dir, tmp_path,
     names = ["\x1b[31mred\nline", "新闻", "news"]
     write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "a text", "category": name} for name in names])
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
-    told = capsys.readouterr().out
-    assert "\x1b" not in told and "␛[31mred␊line" in told
-    lines = [line for line in told.splitlines() if line.startswith(("新闻", "news "))]
+    written = capsys.readouterr().out
+    assert "\x1b" not in written and "␛[31mred␊line" in written
+    lines = [line for line in written.splitlines() if line.startswith(("新闻", "news "))]
     assert len(lines) == 2 and cell_len(lines[0]) == cell_len(lines[1])
 
 
@@ -387,8 +388,8 @@ def test_many_categories_are_dealt_in_a_moment(tokenizer_dir, tmp_path):
     rows = [{"target": "a short text", "category": f"page {number}"} for number in range(4000)]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", bins=3))
-    told = manifest(tmp_path / "out")
-    assert len(told["categories"]) == 4000 and all(tally["pieces"] == 1 for tally in told["categories"].values())
+    written = manifest(tmp_path / "out")
+    assert len(written["categories"]) == 4000 and all(tally["pieces"] == 1 for tally in written["categories"].values())
 
 
 @pytest.mark.parametrize("difference", ["none", "tokenizer.json", "the fast encoder"])

@@ -310,12 +310,12 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
         read=[SourceRead("zh", 9, 18, 2400), SourceRead("b", 4, 3, 600)],
     )
     assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
-    told = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
     assert "Asked for: `zh=0.8 b=0.2`." in text and "What was there" in text and "One epoch" not in text
     assert "| zh | 9 | 18 | 2.00 | 2,400 | 80.0% |\n| b | 4 | 3 | 0.75 | 600 | 20.0% |\n" in text
     assert "| all | 13 | 21 |  | 3,000 | 100.0% |" in text
     names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end")
-    assert told == [f"--{name}" for name in names]
+    assert listed == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
     assert "| b\\|d | x | 2 | 20 | 66.7% |\n| b\\|d | no category | 1 | 10 | 33.3% |" in text
     assert "final loss | 10.0000 |" in text

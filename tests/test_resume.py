@@ -364,7 +364,7 @@ def test_old_checkpoints_go_but_never_the_newest(jobs):
         # When one goes, the two after it are there.
         step = int(line.split("step-")[1].split(" ")[0])
         earlier = log[: log.index(line)]
-        assert all(any(f"step-{later}:" in said for said in earlier) for later in (step + 1, step + 2))
+        assert all(any(f"step-{later}:" in text for text in earlier) for later in (step + 1, step + 2))
 
 
 def test_resume_auto(jobs):
@@ -372,9 +372,9 @@ def test_resume_auto(jobs):
     assert "Done already" in jobs["auto_done"][2][-1]
     _, error, log = jobs["auto_past_damage"]
     assert error is None
-    told = [line for line in log if line.startswith(("--resume auto", "Resuming"))]
-    assert "pytorch_optim-00001.safetensors: its content has changed (sha256 differs)" in told[0]
-    assert "epoch-1_step-8: has no lr_scheduler" in told[1] and "epoch-0_step-6: epoch 0, step 6" in told[2]
+    found = [line for line in log if line.startswith(("--resume auto", "Resuming"))]
+    assert "pytorch_optim-00001.safetensors: its content has changed (sha256 differs)" in found[0]
+    assert "epoch-1_step-8: has no lr_scheduler" in found[1] and "epoch-0_step-6: epoch 0, step 6" in found[2]
     assert losses(jobs["auto_past_damage"])[12] == losses(jobs["zero2_fp32"])[12]
 
 
@@ -395,10 +395,10 @@ def test_a_bad_step_updates_nothing(jobs, name):
     _, step, kind = POISONED[name]
     first = (step - 1) * 8
     words = f"the {'gradient norm' if kind == 'gradient' else 'loss'} is "
-    told = next(line for line in (log if error is None else [error]) if line.startswith(words))
-    assert f"step {step}, samples {first} to {first + 7} of epoch 0 (rows " in told
+    found = next(line for line in (log if error is None else [error]) if line.startswith(words))
+    assert f"step {step}, samples {first} to {first + 7} of epoch 0 (rows " in found
     order = SampleOrder(num_samples=SAMPLES, micro_batch_size=2, data_size=2, accumulation_steps=2, seed=1024)
-    assert f"(rows {', '.join(map(str, order.rows(0, first, first + 8)))} of the data)" in told
+    assert f"(rows {', '.join(map(str, order.rows(0, first, first + 8)))} of the data)" in found
     saved = {checkpoint_files.step_of(path): path for path in checkpoint_files.complete_checkpoints(home / "ckpt")}
     if name == "zero2_fp32":
         assert "--max_bad_steps 0 allowed" in error and sorted(saved) == [1, 2]
@@ -502,10 +502,10 @@ def test_verify_names_what_is_wrong(jobs, tmp_path, capsys, case):
         checkpoint_files.write_manifest(copy, checkpoint_files.file_entries(copy, sizes), saved_at=1.0)
     with pytest.raises(SystemExit) as end:
         verify.main([str(copy)])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(said.splitlines()) == 1
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and len(text.splitlines()) == 1
     # A shape is told of the model, not of the file.
-    assert words in said and (file in said or "modeling: has" in said)
+    assert words in text and (file in text or "modeling: has" in text)
 
 
 def test_verify_compares_transformers_with_sentencepiece(jobs, tmp_path):

@@ -36,10 +36,10 @@ def start(folder):
 
 def test_of_many_starts_at_once_one_wins_and_the_others_name_it(tmp_path):
     processes = [start(tmp_path / "runs" / "one") for _ in range(12)]
-    said = [process.stdout.readline() for process in processes]
-    winner = next(process for process, line in zip(processes, said, strict=True) if line == "won\n")
-    assert said.count("won\n") == 1
-    assert all(f"process {winner.pid} on " in line or "another run" in line for line in said if line != "won\n")
+    lines = [process.stdout.readline() for process in processes]
+    winner = next(process for process, line in zip(processes, lines, strict=True) if line == "won\n")
+    assert lines.count("won\n") == 1
+    assert all(f"process {winner.pid} on " in line or "another run" in line for line in lines if line != "won\n")
     for process in processes:
         process.communicate()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

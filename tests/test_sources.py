@@ -78,11 +78,11 @@ def test_every_mistake_is_told_at_once(tmp_path):
     (tmp_path / "cut" / "part-00000").mkdir(parents=True)
     with pytest.raises(UserError) as error:
         resolve_parts([*(str(tmp_path / name) for name in ("short", "empty", "cut")), "zh=nowhere"])
-    told = str(error.value).split("; and ")
-    assert "part-00001 is missing (1 of the 2" in told[0]
-    assert "not a prepared part-* folder" in told[1] and "prepare_pretrain_dataset.py" in told[1]
-    assert "part-00000 in it is not a complete part-* folder" in told[2]
-    assert "--dataset zh=nowhere: no such folder" in told[3] and "NAME=PATH" in told[3]
+    problems = str(error.value).split("; and ")
+    assert "part-00001 is missing (1 of the 2" in problems[0]
+    assert "not a prepared part-* folder" in problems[1] and "prepare_pretrain_dataset.py" in problems[1]
+    assert "part-00000 in it is not a complete part-* folder" in problems[2]
+    assert "--dataset zh=nowhere: no such folder" in problems[3] and "NAME=PATH" in problems[3]
     with pytest.raises(UserError, match="^--dataset arrow/part-00000: no such folder; give part-"):
         # One "/" alone makes it no name on a hub, which has no prepared data.
         resolve_parts(["arrow/part-00000"])

@@ -62,13 +62,14 @@ def start_forked(tmp_path, flags):
 
 def assert_saved(run, number):
     """All that was trained is in the last checkpoint, which the message names, and nothing lies about."""
-    told = re.search(rf"train.py: stopped: {number.name} after step (\d+), which is saved; .*_step-\1$", run.said, re.M)
-    assert told, run.said
+    line = rf"train.py: stopped: {number.name} after step (\d+), which is saved; .*_step-\1$"
+    found = re.search(line, run.output, re.M)
+    assert found, run.output
     newest = checkpoint_files.complete_checkpoints(run.save_dir)[-1]
-    assert checkpoint_files.step_of(newest) == int(told[1]) and checkpoint_files.sizes_problem(newest) is None
-    assert json.loads((newest / "running_states.json").read_text())["step"] == int(told[1])
+    assert checkpoint_files.step_of(newest) == int(found[1]) and checkpoint_files.sizes_problem(newest) is None
+    assert json.loads((newest / "running_states.json").read_text())["step"] == int(found[1])
     assert not [path.name for path in run.save_dir.iterdir() if path.suffix == ".tmp" or path.name == ".lock"]
-    assert "Traceback" not in run.said and run.said.count("stopped:") == 1
+    assert "Traceback" not in run.output and run.output.count("stopped:") == 1
     assert {path.name for path in run.save_dir.iterdir()} >= {"train_log.jsonl", *file_names.REPORT_NAMES}
 
 
@@ -80,7 +81,7 @@ def test_a_signal_to_a_single_process(start):
     (run.save_dir / "epoch-0_step-24").rename(run.save_dir.with_name("moved"))
     run.wait_for("epoch-2_step-72")
     run.process.send_signal(signal.SIGINT)
-    assert run.end() == 130, run.said
+    assert run.end() == 130, run.output
     assert_saved(run, signal.SIGINT)
 
 
@@ -88,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all(start_forked):
     run = start_forked("one")
     run.wait_for("epoch-0_step-12")
     os.kill(run.pid_of(rank=1), signal.SIGUSR1)
-    assert run.end() == 0, run.said
+    assert run.end() == 0, run.output
     assert_saved(run, signal.SIGUSR1)
 
 
@@ -101,11 +102,11 @@ def test_a_second_interrupt_ends_a_rank_that_waits_for_another(start_forked):
     time.sleep(1.0)
     os.kill(first, signal.SIGINT)
     time.sleep(0.5)
-    assert run.code_of(rank=0) is None and "interrupted again" not in run.said
+    assert run.code_of(rank=0) is None and "interrupted again" not in run.output
     os.kill(first, signal.SIGINT)
     deadline = time.monotonic() + 2.0
-    while "interrupted again" not in run.said:
-        assert time.monotonic() < deadline, run.said
+    while "interrupted again" not in run.output:
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.02)
     assert checkpoint_files.sizes_problem(checkpoint_files.complete_checkpoints(run.save_dir)[-1]) is None
     assert_unlocked(run)
@@ -115,7 +116,7 @@ def assert_unlocked(run):
     """A run on another host would not know that the one that left the lock is dead."""
     deadline = time.monotonic() + 5.0
     while (run.save_dir / ".lock").exists():
-        assert time.monotonic() < deadline, run.said
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.02)
 
 
@@ -124,8 +125,8 @@ def test_a_signal_to_torchrun_reaches_the_ranks(start):
     run.wait_for("epoch-0_step-12")
     run.process.send_signal(signal.SIGTERM)
     # torchrun has exit codes of its own.
-    assert run.end() == 1, run.said
-    assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.said), run.said
+    assert run.end() == 1, run.output
+    assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.output), run.output
 
 
 def test_two_interrupts_to_torchrun_leave_no_rank_and_whole_checkpoints(start):
@@ -138,7 +139,7 @@ def test_two_interrupts_to_torchrun_leave_no_rank_and_whole_checkpoints(start):
     assert run.process.wait(15.0) == 1
     deadline = time.monotonic() + 5.0
     while any(os.path.exists(f"/proc/{pid}") for pid in ranks):
-        assert time.monotonic() < deadline, run.said
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.02)
     for checkpoint in checkpoint_files.complete_checkpoints(run.save_dir):
         assert checkpoint_files.sizes_problem(checkpoint) is None
@@ -149,8 +150,8 @@ def test_under_colossalai_run_a_signal_to_a_rank_stops_all(start):
     run = start("colossalai", launcher=[*launcher, "--master_port", "29634"])
     run.wait_for("epoch-0_step-12")
     os.kill(run.pid_of(rank=0), signal.SIGUSR1)
-    assert run.end() == 0, run.said
-    assert re.search(r"stopped: SIGUSR1 after step \d+, which is saved", run.said), run.said
+    assert run.end() == 0, run.output
+    assert re.search(r"stopped: SIGUSR1 after step \d+, which is saved", run.output), run.output
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(start_forked):
@@ -160,10 +161,9 @@ def test_a_dead_rank_ends_the_job_and_is_named(start_forked):
     for rank, run in enumerate(runs):
         os.kill(run.pid_of(rank), signal.SIGKILL)
         run.end(seconds=15.0)
-        assert (run.code_of(rank), run.code_of(1 - rank)) == (-signal.SIGKILL, 1), run.said
-        assert (
-            f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are complete" in run.said
-        )
+        assert (run.code_of(rank), run.code_of(1 - rank)) == (-signal.SIGKILL, 1), run.output
+        died = f"rank {rank} on {socket.gethostname()} died; earlier checkpoints are complete"
+        assert f"train.py: error: {died}" in run.output
     assert_unlocked(runs[1])
 
 
@@ -176,13 +176,13 @@ def test_killing_torchrun_saves_and_a_restart_waits_for_it(start):
     again = start("orphans", "--resume", "auto", launcher=TORCHRUN, log="again")
     deadline = time.monotonic() + 15.0
     while any(os.path.exists(f"/proc/{pid}") for pid in ranks):
-        assert time.monotonic() < deadline, run.said
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.05)
-    told = re.search(r"stopped: SIGTERM after step (\d+), which is saved", run.said)
-    assert told and "torchrun, which started this process, was killed" in run.said, run.said
+    found = re.search(r"stopped: SIGTERM after step (\d+), which is saved", run.output)
+    assert found and "torchrun, which started this process, was killed" in run.output, run.output
     deadline = time.monotonic() + START_SECONDS
-    while not re.search(rf"Resumed .*_step-{told[1]}$", again.said, re.M):
-        assert again.process.poll() is None and time.monotonic() < deadline, again.said
+    while not re.search(rf"Resumed .*_step-{found[1]}$", again.output, re.M):
+        assert again.process.poll() is None and time.monotonic() < deadline, again.output
         time.sleep(0.05)
 
 
@@ -193,11 +193,11 @@ def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start):
     first, second = (start("early", environment={**place, "RANK": str(rank)}, log=f"log-{rank}") for rank in range(2))
     deadline = time.monotonic() + 60.0
     while not is_connected(port):
-        assert time.monotonic() < deadline, first.said + second.said
+        assert time.monotonic() < deadline, first.output + second.output
         time.sleep(0.02)
     second.process.kill()
     assert first.end(seconds=10.0) == 1
-    assert f"train.py: error: rank 1 on {socket.gethostname()} died; nothing was trained" in first.said, first.said
+    assert f"train.py: error: rank 1 on {socket.gethostname()} died; nothing was trained" in first.output, first.output
     assert_unlocked(first)
 
 
@@ -215,10 +215,10 @@ def test_a_rank_that_hangs_is_noticed(start_forked):
         os.kill(run.pid_of(rank), signal.SIGSTOP)
     deadline = time.monotonic() + 40.0
     for run in runs:
-        while "did not answer" not in run.said:
-            assert time.monotonic() < deadline, run.said
+        while "did not answer" not in run.output:
+            assert time.monotonic() < deadline, run.output
             time.sleep(0.1)
-        assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said
+        assert "--dist_timeout 6 s" in run.output and "Traceback" not in run.output
 
 
 def test_a_timeout_is_recognised_behind_later_errors():

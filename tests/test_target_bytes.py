@@ -95,10 +95,11 @@ def test_labels_that_are_unknown_tokens_are_counted_and_warned_of(byte_fallback,
     assert manifest(tmp_path)["notes"] == ({} if byte_fallback else counts)
     assert byte_fallback or list(counts.values()) == [60, 80]
     trained = manifest(tmp_path)["total"]["trained"]
-    told = [record.message for record in caplog.records if "<unk>" in record.message]
-    assert len(told) == (not byte_fallback)
-    if told:
-        assert f"60 of {trained:,} labels ({60 / trained:.2%}) and 80 of " in told[0] and "byte_fallback" in told[0]
+    warnings = [record.message for record in caplog.records if "<unk>" in record.message]
+    assert len(warnings) == (not byte_fallback)
+    if warnings:
+        assert f"60 of {trained:,} labels ({60 / trained:.2%}) and 80 of " in warnings[0]
+        assert "byte_fallback" in warnings[0]
         assert "60  labels that are <unk>" in capsys.readouterr().out
 
 

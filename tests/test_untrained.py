@@ -59,8 +59,8 @@ def test_steps_without_an_update_are_counted_and_leave_the_schedule():
         state.count(result, 4)
     assert (state.step, state.updates, state.sample_start_index, state.samples_seen) == (5, 2, 20, 20)
     assert (state.untrained_steps, state.bad_steps, state.overflows, state.tokens_seen) == (1, 2, 3, 50)
-    told = ", 3 of them without an update (1 had no trained token, 2 had a NaN/Inf loss or gradient norm)"
-    assert without_update(state) == told and without_update(TrainState(step=9)) == ""
+    ending = ", 3 of them without an update (1 had no trained token, 2 had a NaN/Inf loss or gradient norm)"
+    assert without_update(state) == ending and without_update(TrainState(step=9)) == ""
     assert TrainState.from_dict(state.to_dict()) == state
     # As an earlier version wrote it.
     old = {name: value for name, value in state.to_dict().items() if not name.endswith(("_steps", "overflows"))}

@@ -3,9 +3,9 @@
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py NAME.job
 
 NAME.job is JSON. The command is parsed and run as its script would; rank 0 writes <name>.json with "error" (null, or
-the message of a UserError, RunError or Stopped), and what `noting_first_step` and the others below note.
+the message of a UserError, RunError or Stopped), and what `recording_first_step` and the others below note.
 A job has "name", "script", "flags", and may have
-    moments             true: note the first step, with `noting_first_step`
+    moments             true: note the first step, with `recording_first_step`
     noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
     initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
@@ -108,11 +108,11 @@ def buffers_error(engine: Engine) -> float:
 
 
 @contextlib.contextmanager
-def noting_first_step(into: dict) -> Iterator[None]:
+def recording_first_step(into: dict) -> Iterator[None]:
     """Within it, the first step notes "first_moment_norm", "chunks" and "buffers_error": see the functions above."""
     step = Engine.step
 
-    def noting_step(engine, **kwargs):
+    def recording_step(engine, **kwargs):
         norm = step(engine, **kwargs)
         if "first_moment_norm" not in into:
             into.update(
@@ -122,16 +122,16 @@ def noting_first_step(into: dict) -> Iterator[None]:
             )
         return norm
 
-    with mock.patch.object(Engine, "step", noting_step):
+    with mock.patch.object(Engine, "step", recording_step):
         yield
 
 
 @contextlib.contextmanager
-def noting_noise(into: dict) -> Iterator[None]:
+def recording_noise(into: dict) -> Iterator[None]:
     """Within it, what NEFTune adds in its first pass on this rank is noted: [tokens, greatest number] by document."""
     add = EmbeddingNoise.add
 
-    def noting_add(noise, module, inputs, embeddings):
+    def recording_add(noise, module, inputs, embeddings):
         noisy = add(noise, module, inputs, embeddings)
         added = (noisy - embeddings).detach().abs().amax(-1)
         for row, documents in enumerate(noise._documents if "noise" not in into else ()):
@@ -140,7 +140,7 @@ def noting_noise(into: dict) -> Iterator[None]:
             assert not added[row][documents == 0].any()
         return noisy
 
-    with mock.patch.object(EmbeddingNoise, "add", noting_add):
+    with mock.patch.object(EmbeddingNoise, "add", recording_add):
         yield
 
 
@@ -177,9 +177,9 @@ def run_job(job: dict) -> dict:
     with contextlib.ExitStack() as changes:
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
-            changes.enter_context(noting_first_step(result))
+            changes.enter_context(recording_first_step(result))
         if job.get("noise"):
-            changes.enter_context(noting_noise(result))
+            changes.enter_context(recording_noise(result))
         if "initial_scale" in job:
             changes.enter_context(mock.patch.object(loss_scale, "INITIAL_SCALE", job["initial_scale"]))
         changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))

@@ -218,11 +218,11 @@ def portable_generation(content: dict[str, Any], *, vocab_size: int | None = Non
         is_json = not isinstance(value, float) or math.isfinite(value)
         is_usable = key not in NEVER_NULL if value is None else is_json and (allowed is None or allowed(value))
         (kept if is_usable else unusable)[key] = value
-    for rule in (_leave_out_unportable, _settle_sampling, _settle_beams, _settle_outputs):
+    for rule in (_leave_out_unportable, _normalize_sampling, _normalize_beams, _normalize_outputs):
         unusable.update(rule(kept, changes))
-    told = {key: value for key, value in unusable.items() if value is not None and value != DEFAULTS.get(key)}
-    if told:
-        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(told)} left out, since generate() refuses or ignores it")
+    lost = {key: value for key, value in unusable.items() if value is not None and value != DEFAULTS.get(key)}
+    if lost:
+        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(lost)} left out, since generate() refuses or ignores it")
     return kept, changes
 
 
@@ -244,22 +244,22 @@ def _portable_ids(content: dict[str, Any], name: str, *, vocab_size: int | None)
     return changed, changes
 
 
-def _taken_out(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _removed(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: content.pop(key) for key in keys if key in content}
 
 
 def _leave_out_unportable(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    out = _taken_out(content, NOT_PORTABLE)
+    out = _removed(content, NOT_PORTABLE)
     suppressed = set(content.get("suppress_tokens") or ())
     for key in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = content.get(key)
         forced = set(forced) if isinstance(forced, list) else {forced}
         if forced <= suppressed:
-            out.update(_taken_out(content, [key]))
+            out.update(_removed(content, [key]))
     return out
 
 
-def _settle_sampling(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+def _normalize_sampling(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     values = [key for key in SAMPLING if content.get(key, DEFAULTS[key]) not in (None, DEFAULTS[key])]
     if content.get("temperature") == 0:
         content["do_sample"] = False
@@ -268,25 +268,25 @@ def _settle_sampling(content: dict[str, Any], changes: list[str]) -> dict[str, A
         return {}
     if "do_sample" in content or content.get("num_beams", 1) > 1:
         # Beam search does not sample unless it is told to.
-        return _taken_out(content, values)
+        return _removed(content, values)
     content["do_sample"] = True
-    told = _listed({key: content[key] for key in values})
-    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, since {told} are for sampling")
+    listed = _listed({key: content[key] for key in values})
+    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, as {listed} set up sampling")
     return {}
 
 
-def _settle_beams(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+def _normalize_beams(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     beams, samples = content.get("num_beams", 1), content.get("do_sample") is True
-    out = _taken_out(content, BEAMS) if beams == 1 else {}
+    out = _removed(content, BEAMS) if beams == 1 else {}
     most = beams if beams > 1 else math.inf if samples else 1
     if content.get("num_return_sequences", 1) > most:
-        out.update(_taken_out(content, ["num_return_sequences"]))
+        out.update(_removed(content, ["num_return_sequences"]))
     return out
 
 
-def _settle_outputs(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+def _normalize_outputs(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     ignored = [key for key in EXTRA_OUTPUTS if content.get(key) is True]
-    return {} if content.get("return_dict_in_generate") is True else _taken_out(content, ignored)
+    return {} if content.get("return_dict_in_generate") is True else _removed(content, ignored)
 
 
 def _listed(values: dict[str, Any]) -> str:

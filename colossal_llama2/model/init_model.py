@@ -365,7 +365,7 @@ def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Chan
 
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
-    changed[NEW_ROWS_KEY] = rows.new_ranges or _noted_ranges(config, rows)
+    changed[NEW_ROWS_KEY] = rows.new_ranges or _recorded_ranges(config, rows)
     # The source's rows without a token are not in the target.
     changed.pop(PADDING_ROWS_KEY, None)
     if rows.padding:
@@ -391,18 +391,18 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
         write_json(folder / GENERATION_CONFIG_FILE, portable)
 
 
-def _noted_ranges(config: dict, rows: Rows) -> list[list[int]]:
+def _recorded_ranges(config: dict, rows: Rows) -> list[list[int]]:
     """The new rows that the source's config records, as target rows. Used if this run adds no new rows."""
-    noted = config.get(NEW_ROWS_KEY)
-    if not isinstance(noted, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in noted):
+    recorded = config.get(NEW_ROWS_KEY)
+    if not isinstance(recorded, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in recorded):
         return []
-    if not all(type(border) is int for pair in noted for border in pair):
+    if not all(type(border) is int for pair in recorded for border in pair):
         return []
     found: list[list[int]] = []
     # Rows without a token are not in the target.
     sources = [*((row, row) for row in range(rows.kept)), *sorted(rows.moved_ids.items(), key=lambda ids: ids[1])]
     for old, new in sources:
-        if not any(begin <= old < end for begin, end in noted):
+        if not any(begin <= old < end for begin, end in recorded):
             continue
         if found and found[-1][1] == new:
             found[-1][1] += 1

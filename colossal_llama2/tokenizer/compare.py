@@ -268,8 +268,8 @@ def _fast(backend, kind: str) -> Tokenizer:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     settings = json.loads(backend.to_str())
-    can_tell = settings["model"]["type"] in ("BPE", "Unigram")
-    search = (lambda: _unreachable_in_fast(backend, settings, encode)) if can_tell else None
+    can_search = settings["model"]["type"] in ("BPE", "Unigram")
+    search = (lambda: _unreachable_in_fast(backend, settings, encode)) if can_search else None
     unknown = settings["model"].get("unk_token")
     unknown_id = None if unknown is None else backend.token_to_id(unknown)
     return Tokenizer(kind, backend.get_vocab_size(with_added_tokens=True), unknown_id, encode, search)

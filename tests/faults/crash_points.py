@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, place: Place):
         self.place = place
         job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.output
         self.expected = places.trained(place.save_dir("whole"))
         _train_to(place, STEPS - 1)
         self._verified, self._resumed = set(), set()
@@ -79,7 +79,7 @@ class Bench:
         if key not in self._verified:
             job = warm.Job(lambda: verify.main([str(complete[-1])]), self.place.log("verified"))
             if job.wait() != 0:
-                return job.said
+                return job.output
             self._verified.add(key)
         model = save_dir / "modeling"
         if model.exists() and places.model_hashes(model) != self.expected["model"]:
@@ -91,12 +91,12 @@ class Bench:
         leftovers = [path for path in save_dir.iterdir() if _is_leftover(path)]
         if state in self._resumed:
             # Equal but for the content of what is removed, so removing it is enough.
-            with told() as lines:
+            with captured_log() as lines:
                 checkpoint_files.remove_leftovers(save_dir)
             return _leftover_problem(leftovers, "\n".join(lines))
         job = warm.train(self.place.flags("killed", *RESUMING), self.place.log("killed_resumed"))
         if job.wait() != 0:
-            return f"--resume auto failed: {job.said}"
+            return f"--resume auto failed: {job.output}"
         names = {f"epoch-0_step-{step}" for step in range(STEPS - KEEP_LAST + 1, STEPS + 1)}
         names |= {"latest", "modeling", "plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES}
         present = set(os.listdir(save_dir))
@@ -105,7 +105,7 @@ class Bench:
         if places.trained(save_dir) != self.expected:
             return "the result is another one"
         self._resumed.add(state)
-        return _leftover_problem(leftovers, job.said)
+        return _leftover_problem(leftovers, job.output)
 
     def _state_of(self, save_dir: Path) -> frozenset:
         """All that a resumed run can see: the names, and what is in complete checkpoints."""
@@ -117,14 +117,14 @@ def _is_leftover(path: Path) -> bool:
     return file_names.LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
-def _leftover_problem(leftovers: list[Path], said: str) -> str | None:
-    untold = [path.name for path in leftovers if f"Removing {path}, which" not in said]
+def _leftover_problem(leftovers: list[Path], output: str) -> str | None:
+    unreported = [path.name for path in leftovers if f"Removing {path}, which" not in output]
     left = [path.name for path in leftovers if path.exists()]
-    return f"removal of {untold} is not told, {left} are still there" if untold or left else None
+    return f"removal of {unreported} is not logged, {left} are still there" if unreported or left else None
 
 
 @contextlib.contextmanager
-def told() -> Iterator[list[str]]:
+def captured_log() -> Iterator[list[str]]:
     """What is logged in this process inside the `with`."""
     lines: list[str] = []
     handler = logging.Handler()
@@ -152,7 +152,7 @@ def _train_to(place: Place, step: int) -> None:
         Checkpointer.save = save_and_end
 
     job = warm.train(place.flags("begun", *FLAGS), place.log("begun"), before=stop_there)
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
 
 
 def _trace_from_save() -> None:
@@ -180,10 +180,10 @@ def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
         for number in _sampled(points, sample, seed):
             found = bench.run(crash_at=number, torn=torn)
             assert found.code == 137 and len(found.operations) >= number, (found.code, number)
-            row.tell(f"{number} of {len(operations)} ({found.operations[-1]})", bench.problem())
+            row.record(f"{number} of {len(operations)} ({found.operations[-1]})", bench.problem())
         rows.append(row)
     row = Row("order on the disk (sync before rename)")
-    row.tell("save", order_problem(operations))
+    row.record("save", order_problem(operations))
     return [*rows, row]
 
 

@@ -404,10 +404,10 @@ def _make_scene(place: Place) -> Scene:
         shutil.rmtree(out)
 
     job = warm.Job(write, place.log("good"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     flags = train_flags(good, "--save_interval", 1, save_dir="run")
     job = warm.train(flags[1:], place.log("run"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     return Scene(good, place.folder / "scene")
 
 
@@ -451,7 +451,7 @@ def _check_target(scene: Scene, target: Target, *, cases: int, first_seed: int) 
         scene.damage(name, content)
         words = command(scene.folder)
         problem = _problem(scene, words)
-        row.tell(f"{' '.join(words[:1])} {content[:2000]!r}", problem)
+        row.record(f"{' '.join(words[:1])} {content[:2000]!r}", problem)
 
     run()
     return row
@@ -462,13 +462,13 @@ def _problem(scene: Scene, words: list[str]) -> str | None:
     before = _entries(scene.folder)
     job = warm.Job(lambda: _main(words), scene.folder.with_name("case.log"))
     seconds, code, peak = _wait(job)
-    said = job.said
-    errors = re.findall(r"^\S.*: error: .*", said, re.M)
+    output = job.output
+    errors = re.findall(r"^\S.*: error: .*", output, re.M)
     if seconds is None or seconds > LIMIT_SECONDS:
-        return f"hangs: {said[-500:]}" if seconds is None else f"took {seconds:.1f} s of CPU time"
-    if "Traceback" in said or code not in (0, 1, 2) or len(errors) != (code != 0):
-        return f"exit code {code}: {said[-1500:]}"
-    if peak > LIMIT_BYTES or "MemoryError" in said:
+        return f"hangs: {output[-500:]}" if seconds is None else f"took {seconds:.1f} s of CPU time"
+    if "Traceback" in output or code not in (0, 1, 2) or len(errors) != (code != 0):
+        return f"exit code {code}: {output[-1500:]}"
+    if peak > LIMIT_BYTES or "MemoryError" in output:
         return f"took {peak / 2**20:,.0f} MiB"
     if any(CONTROL.search(line) for line in errors):
         return f"control characters: {errors!r}"
@@ -489,12 +489,12 @@ def _wait(job: warm.Job) -> tuple:
         pid, status, usage = os.wait4(job.pids[0], os.WNOHANG)
         if pid:
             code = os.waitstatus_to_exitcode(status)
-            job.note_end(code)
+            job.record_end(code)
             return usage.ru_utime + usage.ru_stime, code, (usage.ru_maxrss - own) * 1024
         time.sleep(0.005)
     os.killpg(job.pids[0], signal.SIGKILL)
     os.wait4(job.pids[0], 0)
-    job.note_end(-signal.SIGKILL)
+    job.record_end(-signal.SIGKILL)
     return None, -signal.SIGKILL, 0
 
 

@@ -26,7 +26,7 @@ def check(place: Place, plugin: str, *, kills: int, ranks: int, seed: int) -> li
     flags = [*FLAGS, "--accumulation_steps", 2 // ranks, *places.PLUGINS[plugin]]
     begin = time.monotonic()
     job = warm.train(place.flags("whole", *flags), place.log("whole"), ranks=ranks)
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     seconds = time.monotonic() - begin
     expected = places.trained(place.save_dir("whole"))
     chance = random.Random(f"{seed} {plugin}")
@@ -42,7 +42,7 @@ def check(place: Place, plugin: str, *, kills: int, ranks: int, seed: int) -> li
         if done:
             problem = _end_problem(place, flags, ranks, expected)
         for number in range(done):
-            row.tell(f"run with {done} kills, kill {number + 1}", problem)
+            row.record(f"run with {done} kills, kill {number + 1}", problem)
     return [row]
 
 
@@ -54,14 +54,14 @@ def _is_killed(job: warm.Job, seconds: float) -> bool:
     if job.is_running():
         job.kill()
         return True
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     return False
 
 
 def _end_problem(place: Place, flags: list, ranks: int, expected: dict) -> str | None:
     job = warm.train(place.flags("killed", *flags, "--resume", "auto"), place.log("killed"), ranks=ranks)
     if job.wait() != 0:
-        return f"--resume auto failed: {job.said}"
+        return f"--resume auto failed: {job.output}"
     leftovers = [path.name for path in place.save_dir("killed").iterdir() if path.suffix in (".tmp", ".old")]
     if leftovers:
         return f"at the end there are {leftovers}"

@@ -63,15 +63,15 @@ def _mover(name: str) -> Callable[[Path, Path], None]:
 def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Plant each link, or `sample` of them, and resume; then resume among stray files."""
     job = warm.train(place.flags("begun", *FLAGS, "--max_steps", 2), place.log("begun"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     planted = cases()
     chosen = list(planted) if sample is None else random.Random(seed).sample(list(planted), sample)
     links = Row("link in a received run folder: nothing outside is touched")
     for name in chosen:
-        links.tell(name, _problem(place, planted[name]))
+        links.record(name, _problem(place, planted[name]))
     strays = Row("stray files of systems in checkpoints: resumed as without them")
     for name in STRAYS if sample is None else STRAYS[:1]:
-        strays.tell(name, _stray_problem(place, name))
+        strays.record(name, _stray_problem(place, name))
     return [links, strays]
 
 
@@ -89,9 +89,9 @@ def _problem(place: Place, plant: Callable[[Path, Path], None]) -> str | None:
     after = _all_of(out)
     if after != before:
         return f"changed: {sorted(name for name in {**before, **after} if before.get(name) != after.get(name))}"
-    errors = re.findall(r"^\S.*: error: .*", job.said, re.M)
-    if "Traceback" in job.said or code not in (0, 2) or len(errors) != (code != 0):
-        return f"exit code {code}: {job.said[-2000:]}"
+    errors = re.findall(r"^\S.*: error: .*", job.output, re.M)
+    if "Traceback" in job.output or code not in (0, 2) or len(errors) != (code != 0):
+        return f"exit code {code}: {job.output[-2000:]}"
     left = [path.name for path in place.save_dir("linked").iterdir() if path.suffix in (".tmp", ".old")]
     return f"left: {left}" if left and code == 0 else None
 
@@ -102,8 +102,8 @@ def _stray_problem(place: Place, name: str) -> str | None:
     for folder in [save_dir, *(path for path in save_dir.rglob("*") if path.is_dir())]:
         (folder / name).write_text("x")
     job = _resume(place)
-    if job.wait() != 0 or "Resuming" not in job.said:
-        return job.said
+    if job.wait() != 0 or "Resuming" not in job.output:
+        return job.output
     copied = [path for path in (save_dir / "modeling", save_dir / "epoch-0_step-4") if [*path.rglob(name)]]
     return f"{name} was copied into {copied[0]}" if copied else None
 

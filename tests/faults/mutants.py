@@ -132,7 +132,7 @@ def check(work: Path) -> list[Row]:
             for owner, name, value in mutant.changes:
                 stack.enter_context(unittest.mock.patch.object(owner, name, value))
             found = mutant.finds(work / str(number))
-        row.tell(mutant.name, None if found else "no check has found it")
+        row.record(mutant.name, None if found else "no check has found it")
         rows.append(row)
         print(f"  {mutant.name}: {' '.join(str(found).split())[:300]}", flush=True)
     return rows

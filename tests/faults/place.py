@@ -50,7 +50,7 @@ def make(folder: Path, *, samples: int) -> Place:
     """Write tokenizer, model and so many samples. A child does it, since it takes threads."""
     place = Place(folder)
     job = warm.Job(lambda: _write(place, samples), folder / "made.log")
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     return place
 
 

@@ -37,9 +37,9 @@ class Run:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **(environment or {})}
         self._log = folder / log
-        with self._log.open("w") as said:
+        with self._log.open("w") as output:
             self.process = subprocess.Popen(
-                command, env={**os.environ, **own}, stderr=said, stdout=said, start_new_session=True
+                command, env={**os.environ, **own}, stderr=output, stdout=output, start_new_session=True
             )
 
     def _prepare(self, folder: Path, flags: list[str]) -> list[str]:
@@ -50,7 +50,7 @@ class Run:
         return [str(ROOT / "train.py"), *flags, *(str(word) for pair in places.items() for word in pair)]
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """What the job has written to stdout and stderr."""
         return self._log.read_text()
 
@@ -58,7 +58,7 @@ class Run:
         """Return when a checkpoint is complete."""
         deadline = time.monotonic() + START_SECONDS
         while not (self.save_dir / checkpoint).is_dir():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output
             time.sleep(0.02)
 
     def pid_of(self, rank: int) -> int:
@@ -66,7 +66,7 @@ class Run:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and self._is_rank(entry, rank):
                 return int(entry.name)
-        raise AssertionError(f"no rank {rank}: {self.said}")
+        raise AssertionError(f"no rank {rank}: {self.output}")
 
     def _is_rank(self, entry: Path, rank: int) -> bool:
         try:

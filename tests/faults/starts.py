@@ -43,8 +43,8 @@ def check_starts(place: Place, *, starts: int) -> list[Row]:
     ready.touch()
     codes = [job.wait() for job in jobs]
     for number, (job, code) in enumerate(zip(jobs, codes, strict=True)):
-        refused = code == 2 and "is writing to it" in job.said and job.said.count(": error:") == 1
-        row.tell(f"start {number}", None if code == 0 or refused else f"exit code {code}: {job.said}")
+        refused = code == 2 and "is writing to it" in job.output and job.output.count(": error:") == 1
+        row.record(f"start {number}", None if code == 0 or refused else f"exit code {code}: {job.output}")
     if codes.count(0) != 1:
         row.problems.append(f"{codes.count(0)} have won")
     return [row]
@@ -58,11 +58,11 @@ def check_signals(place: Place, *, signals: int, seed: int) -> list[Row]:
         kind, moment = chance.choice(list(CODES)), chance.uniform(0.02, 1.5)
         shutil.rmtree(place.folder / "stopped", ignore_errors=True)
         job = warm.train(place.flags("stopped", *FLAGS), place.log("stopped"), before=_take_over)
-        while "handlers are there" not in job.said:
+        while "handlers are there" not in job.output:
             time.sleep(0.002)
         time.sleep(moment)
         os.kill(job.pids[0], kind)
-        row.tell(f"{number}: {kind.name} after {moment:.2f} s", _problem(place, job, kind))
+        row.record(f"{number}: {kind.name} after {moment:.2f} s", _problem(place, job, kind))
     return [row]
 
 
@@ -82,16 +82,16 @@ def _take_over() -> None:
 def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> str | None:
     code = job.wait()
     save_dir = place.save_dir("stopped")
-    if code != CODES[kind] or "Traceback" in job.said:
-        return f"exit code {code}: {job.said}"
-    told = re.search(rf"stopped: {kind.name} after step (\d+), which is saved", job.said)
-    if told is None:
-        early = "came before the first step; nothing was trained" in job.said
+    if code != CODES[kind] or "Traceback" in job.output:
+        return f"exit code {code}: {job.output}"
+    found = re.search(rf"stopped: {kind.name} after step (\d+), which is saved", job.output)
+    if found is None:
+        early = "came before the first step; nothing was trained" in job.output
         complete = checkpoint_files.complete_checkpoints(save_dir)
-        return None if early and not complete else f"not told: {job.said}"
+        return None if early and not complete else f"not told: {job.output}"
     newest = checkpoint_files.complete_checkpoints(save_dir)[-1]
     problem = checkpoint_files.sizes_problem(newest) or next(checkpoint_files.content_problems(newest), None)
-    if checkpoint_files.step_of(newest) != int(told[1]) or problem:
+    if checkpoint_files.step_of(newest) != int(found[1]) or problem:
         return f"{newest}: {problem}"
     left = [path.name for path in save_dir.iterdir() if path.suffix == ".tmp" or path.name == file_names.LOCK_NAME]
     return f"left: {left}" if left else None

@@ -122,7 +122,7 @@ def watch(job: Job, folder: Path, *, crash_at: int | None = None, torn: bool = F
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
             code = os.waitstatus_to_exitcode(status)
             trace.code = code if code >= 0 else 128 - code
-            job.note_end(trace.code)
+            job.record_end(trace.code)
             return trace
         stopped_by = os.WSTOPSIG(status)
         passed_on = 0

@@ -77,7 +77,7 @@ class Job:
         self._codes: list[int | None] = [None] * ranks
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """What the processes have written."""
         return self._log.read_text(errors="replace")
 
@@ -106,7 +106,7 @@ class Job:
             time.sleep(0.005)
         if self.is_running():
             self.kill()
-            raise AssertionError(f"still running after {seconds:g} s: {self.said}")
+            raise AssertionError(f"still running after {seconds:g} s: {self.output}")
         return self.exit_code
 
     def kill(self) -> None:
@@ -118,7 +118,7 @@ class Job:
         while self.is_running():
             time.sleep(0.001)
 
-    def note_end(self, code: int) -> None:
+    def record_end(self, code: int) -> None:
         """For whoever has waited for the only process itself."""
         self._codes[0] = code
 

@@ -137,7 +137,7 @@ class Account:
         for name, count in other.formats.items():
             self.formats[name] = self.formats.get(name, 0) + count
         for name, count in other.notes.items():
-            self.note(name, count)
+            self.count_note(name, count)
         self.count_roles(other.unknown_roles)
 
     def bad_row(self, file: int, reason: str, problem: str, count: int = 1) -> None:
@@ -156,7 +156,7 @@ class Account:
             reasons[reason] = reasons.get(reason, 0) + count
         return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
-    def note(self, name: str, count: int = 1) -> None:
+    def count_note(self, name: str, count: int = 1) -> None:
         """Count a remark about rows that were used."""
         self.notes[name] = self.notes.get(name, 0) + count
 

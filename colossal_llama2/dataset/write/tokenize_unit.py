@@ -38,7 +38,7 @@ from colossal_llama2.dataset.write.unit_files import (
     write_unit_json,
 )
 from colossal_llama2.dataset.write.unit_problems import UnitProblems
-from colossal_llama2.dataset.write.unknown_tokens import note_unknown
+from colossal_llama2.dataset.write.unknown_tokens import count_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import shared_encoder
 
@@ -221,7 +221,7 @@ class _UnitWorker:
         self.counts.add_pieces(pieces, has_loss)
         kept = pieces[has_loss]
         for tokens in self._writer.write(coded, kept):
-            note_unknown(self.counts.account, tokens, self._encoder.unk_id)
+            count_unknown(self.counts.account, tokens, self._encoder.unk_id)
         sides = np.full(len(documents), DROPPED, np.uint8)
         sides[kept["document"] - self._documents] = np.where(kept["held_out"], HELD_OUT, TRAINED_ON)
         self._documents += len(documents)

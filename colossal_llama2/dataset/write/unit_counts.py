@@ -35,7 +35,7 @@ class UnitCounts:
         for drop in tokens.drops:
             tally.drop(drop.reason, documents=1, tokens=drop.tokens)
         for note in row.notes:
-            self.account.note(note)
+            self.account.count_note(note)
         if row.format is not None:
             self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
         return slot

@@ -17,14 +17,14 @@ TOKENS = "tokens of samples that are <unk>"
 LABELS = "labels that are <unk>"
 
 
-def note_unknown(account: Account, coded: np.ndarray, unknown_id: int) -> None:
+def count_unknown(account: Account, coded: np.ndarray, unknown_id: int) -> None:
     """Count <unk> in (tokens,) ids; tokens without loss are ~id."""
     labels = int(np.count_nonzero(coded == unknown_id))
     tokens = labels + int(np.count_nonzero(coded == ~unknown_id))
     if tokens:
-        account.note(TOKENS, tokens)
+        account.count_note(TOKENS, tokens)
     if labels:
-        account.note(LABELS, labels)
+        account.count_note(LABELS, labels)
 
 
 def warn_of_unknown(manifest: Mapping[str, Any], *, tokenizer: str) -> None:

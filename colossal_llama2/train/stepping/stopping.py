@@ -64,7 +64,7 @@ class StopSignals(NoSignals):
         self._inlet.setblocking(False)
         self._outlet_before = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        threading.Thread(target=self._note, daemon=True).start()
+        threading.Thread(target=self._count_signals, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -85,14 +85,14 @@ class StopSignals(NoSignals):
         return [float(self._counts[number] > 0) for number in SIGNALS]
 
     def _handle(self, number, frame) -> None:
-        if self._is_obeyed_at_once(number):
+        if self._ends_at_once(number):
             raise Stopped(number, _early(number))
 
-    def _is_obeyed_at_once(self, number: int) -> bool:
+    def _ends_at_once(self, number: int) -> bool:
         # After SIGUSR1 the exit code is 0: the launcher would consider this process done, while the others wait for it.
         return self._raises and number in SIGNALS and not (self._has_partners and number == signal.SIGUSR1)
 
-    def _end_unheard(self, number: int) -> None:
+    def _end_process(self, number: int) -> None:
         """Exit, if the exception did not end the process: its main thread is in a library, which may have caught it."""
         if self._raises:
             if logs.is_first_rank():
@@ -100,7 +100,7 @@ class StopSignals(NoSignals):
             run_lock.release()
             os._exit(Stopped(number, "").exit_code)
 
-    def _note(self) -> None:
+    def _count_signals(self) -> None:
         with self._outlet:
             while numbers := self._outlet.recv(64):
                 for number in numbers:
@@ -108,8 +108,8 @@ class StopSignals(NoSignals):
                         self._counts[number] += 1
                     if self._counts[signal.SIGINT] > 1:
                         end_at_once()
-                    if self._is_obeyed_at_once(number):
-                        timer = threading.Timer(GRACE_SECONDS, self._end_unheard, (number,))
+                    if self._ends_at_once(number):
+                        timer = threading.Timer(GRACE_SECONDS, self._end_process, (number,))
                         timer.daemon = True
                         timer.start()
 
