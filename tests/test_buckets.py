@@ -114,7 +114,7 @@ def test_shares_by_tokens_within_1_percent_in_every_epoch(weights, end, bucketed
                 assert all(count.max() - count.min() <= 1 for count in times.values())
 
 
-def test_what_one_epoch_leaves_out_another_takes():
+def test_samples_left_out_in_one_epoch_are_read_in_another():
     shapes = [("zh", 0, 100, 64), ("en", 0, 1000, 64)]
     order = order_of(measured(shapes), mixture=Mixture({"zh": 0.5, "en": 0.5}, "repeat"))
     epochs = -(-1000 // order.buckets.portions[0][1].taken)

@@ -118,7 +118,7 @@ def test_any_conversation_that_ends_with_an_answer(chinese, system, turns, answe
     assert rendered == expected if expected[0] else not any(rendered[1])
 
 
-def test_the_template_knows_the_roles_that_are_given_to_the_assistant(chinese):
+def test_the_template_has_the_roles_of_the_assistant(chinese):
     encoder, tokenizer = chinese
     messages = [{"role": "user", "content": "q"}, {"role": "Bing", "content": "a"}]
     template = chat_template(prefix_after_marks=False, speakers=speakers_of(["bing"]))

@@ -88,7 +88,7 @@ def test_a_score_of_zero_is_better_than_minus_zero(model):
 @pytest.mark.slow
 @FEW
 @given(pieces=PIECES, budget=st.integers(1, 40))
-def test_a_budget_gives_up_the_last_pieces_first(model, pieces, budget):
+def test_a_budget_drops_the_last_pieces_first(model, pieces, budget):
     wanted = wanted_of(model, pieces)
     for way in ("complete", "drop", "off"):
         plan = plan_extension(model, wanted, closure=way, piece_scores="below", max_added=budget)

@@ -163,7 +163,7 @@ def test_the_alphabet_of_bytes_is_that_of_tokenizers():
     assert compare._byte_level_text("ä½") is None and compare._byte_level_text("你") is None
 
 
-def test_a_lossy_tokenizer_shows_what_it_does_not_know(documents, tmp_path):
+def test_a_lossy_tokenizer_shows_what_it_cannot_encode(documents, tmp_path):
     row = row_of(word_piece_file(tmp_path / "words.json", english_documents()[:300]), documents)
     assert row.unknown_tokens > 100 and row.unreachable_pieces is None
 

@@ -49,7 +49,7 @@ def test_system_message_replaces_the_system_text():
     assert render(messages) == "Human: <s>Hi</s>Assistant: <s>Arr</s>"
 
 
-def test_a_later_system_message_stands_before_the_name_that_follows():
+def test_a_later_system_message_precedes_the_next_name():
     turns = [turn("user", "Hi"), turn("gpt", "Yo"), turn("system", "Be brief."), turn("user", "Bye"), turn("gpt", "B")]
     assert render(turns).endswith("Assistant: <s>Yo</s>Be brief.\n\nHuman: <s>Bye</s>Assistant: <s>B</s>")
     turns[2] = turn("system", "")

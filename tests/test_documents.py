@@ -22,7 +22,7 @@ def test_positions_restart_at_each_document():
     assert position_ids(DOCUMENTS).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
 
 
-def test_rows_of_one_document_are_told_to_flash_attn_by_borders_too():
+def test_flash_attn_gets_borders_for_rows_of_one_document_too():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     inputs = attention_inputs(mask, None, form=MaskForm.BORDERS, dtype=torch.float32, device=CPU, shape=(2, 4))
     assert inputs["attention_mask"] is None and inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 8]
@@ -66,7 +66,7 @@ def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
 
 
 @pytest.mark.slow
-def test_colossalai_attention_takes_documents():
+def test_colossalai_attention_supports_documents():
     from colossalai.shardformer.layer.attn import ColoAttention
 
     cpu_device.install()

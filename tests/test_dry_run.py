@@ -224,7 +224,7 @@ def activations_weights(stage, trains_layers):
     return 2 * stage.embedding_weights() + trains_layers * layers
 
 
-def test_chunked_loss_and_checkpointing_save_what_they_say():
+def test_chunked_loss_and_checkpointing_save_the_forecast_memory():
     whole = found(8, chunked_loss=False).device["loss"]["logits"]
     assert whole == 4096 * 32000 * 10 and found(8).device["loss"]["logits"] < whole / 15
     assert found(8, checkpointing=True).peak < 0.7 * found(8).peak
@@ -322,7 +322,7 @@ def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tmp_path, monkeypatch, caplog):
+def test_changes_and_failures_of_a_save_are_reported_before_it(model_dir, data, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     model = shutil.copytree(model_dir, tmp_path / "model")
     write_json(model / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1})
@@ -337,7 +337,7 @@ def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tm
         resolve(train_flags.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
 
 
-def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch):
+def test_all_problems_are_reported_at_once(model_dir, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def message(*words):

@@ -44,7 +44,7 @@ def settings(**changes) -> EngineSettings:
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
+def test_colossalai_accepts_the_plugin_arguments(on_cpu):
     from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
 
     built = [
@@ -176,7 +176,7 @@ def test_buffers_of_a_model_are_not_sent():
     assert Hybrid3D(settings()).arguments(parameters=10**9, on_cpu=True)["broadcast_buffers"] is False
 
 
-def test_gemini_accumulates_only_if_told_so():
+def test_gemini_accumulates_only_on_request():
     def accumulation(steps):
         arguments = Gemini(settings(accumulation_steps=steps)).arguments(parameters=10**6, on_cpu=True)
         return arguments["enable_gradient_accumulation"]
@@ -216,7 +216,7 @@ def test_settings_that_cannot_run_are_named(changes, world_size, words):
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_every_plugin_takes_the_readme_s_flags(plugin):
+def test_every_plugin_accepts_the_flags_of_the_readme(plugin):
     assert settings_problems(settings(plugin=plugin, precision="fp16"), world_size=8) == []
 
 
@@ -509,7 +509,7 @@ def test_three_ranks_scatter_sums_and_gather(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):
+def test_a_pipeline_may_query_the_backend_of_its_group(gloo_group):
     from colossalai.pipeline import p2p
 
     cpu_device.install()

@@ -28,7 +28,7 @@ def test_every_axis_and_option_of_the_matrix():
 
 
 @pytest.mark.parametrize("values", [(2e-5, 0.0, 0.0), (0.0, math.nan, 0.0), (0.0, 0.0, 1.0)])
-def test_what_is_not_equal_is_called_so(values):
+def test_what_is_not_equal_is_reported(values):
     case = equality.all_cases()[0]
     allowed = Gap(1e-5, 1e-5, 1e-4)
     assert equality.Row(case, Gap(0.0, 0.0, 0.0), allowed, 1.0).passed

@@ -73,7 +73,7 @@ def test_an_error_of_the_operating_system_reads_the_same_from_any_rank(monkeypat
 
 @pytest.mark.parametrize("error", [UserError("given \x1b[2J"), RunError("lost"), OSError(errno.EIO, "I/O error", "f")])
 @pytest.mark.parametrize("value, is_shown", [("1", True), ("0", False), ("", False)])
-def test_on_request_the_traceback_stands_before_the_line(error, value, is_shown, capsys, monkeypatch):
+def test_on_request_the_traceback_precedes_the_line(error, value, is_shown, capsys, monkeypatch):
     monkeypatch.setenv("COLOSSAL_LLAMA2_DEBUG", value)
     with pytest.raises(SystemExit), one_line_errors("tool.py"):
         try:
@@ -116,7 +116,7 @@ def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
         assert f"rank {rank}: Traceback (most recent call last):" in lines
 
 
-def test_success_says_nothing(capsys):
+def test_success_prints_nothing(capsys):
     with one_line_errors("tool.py"):
         pass
     assert capsys.readouterr() == ("", "")
@@ -135,7 +135,7 @@ def test_an_exit_keeps_its_own_code():
     assert end.value.code == 7
 
 
-def test_one_process_of_a_host_speaks(monkeypatch, capsys):
+def test_one_process_of_a_host_prints(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_settled", Place(rank=1, local_rank=1))
     with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
         raise UserError("said by rank 0 already")
@@ -153,7 +153,7 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
-def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, expected, tmp_path):
+def test_once_ranks_are_connected_each_reports_its_own_error(error, code, expected, tmp_path):
     """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
     program = (
         "import os, torch.distributed as dist\n"

@@ -202,7 +202,7 @@ def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
     assert known == pytest.approx(bits_per_byte.figure(prepared / "eval", model, processor), rel=1e-6)
 
 
-def test_flags_that_cannot_be_used_are_told(run_forked, assert_user_error, prepared, model_dir, tmp_path):
+def test_flags_that_cannot_be_used_are_reported(run_forked, assert_user_error, prepared, model_dir, tmp_path):
     flags = ["--pretrained", model_dir, "--dataset", prepared, "--save_dir", tmp_path / "ckpt"]
     process = run_forked(
         "train.py",

@@ -97,7 +97,7 @@ def test_as_it_is(name, workplace):
     assert len(args.dataset) > 1 and all(re.search(r"/part-\d{5}$", folder) for folder in args.dataset)
 
 
-def test_the_two_differ_where_the_readme_says(workplace):
+def test_the_two_differ_only_where_the_readme_lists_it(workplace):
     pretraining, fine_tuning = (launched(workplace / f"{name}.sh")[1] for name in PARSERS)
     assert (pretraining.lr, pretraining.accumulation_steps) == (1e-4, 1)
     assert (fine_tuning.lr, fine_tuning.accumulation_steps, fine_tuning.use_neft) == (5e-5, 8, True)
@@ -161,7 +161,7 @@ def test_the_dataset_array_may_be_edited(name, workplace):
 
 
 @NAMES
-def test_a_missing_hostfile_is_told(name, workplace):
+def test_a_missing_hostfile_is_reported(name, workplace):
     (workplace / "hostfile").unlink()
     process = run(workplace / f"{name}.sh")
     assert process.returncode == 2 and process.stdout == ""

@@ -97,7 +97,7 @@ def test_no_generation_settings_fail_at_a_save(content):
     assert is_accepted(portable) and json.loads(json_bytes(portable, "it")) == portable
 
 
-def test_what_the_rules_do_not_know_leaves_the_token_ids():
+def test_unknown_settings_leave_only_the_token_ids():
     content, changes = exported_configs.accepted_generation({**IDS, "validate": 1, "temperature": 0.5})
     assert content == IDS and "transformers refuses it" in changes[0]
     assert exported_configs.accepted_generation({**IDS, "top_k": 50}) == ({**IDS, "top_k": 50}, [])

@@ -63,7 +63,7 @@ def test_ids_are_those_of_sentencepiece(fixture, request):
     assert fast.encode(documents) == slow.encode(documents)
 
 
-def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
+def test_a_model_with_an_unreached_piece_needs_sentencepiece(model, tmp_path):
     pieces = [*dict.fromkeys(WORDS[0]), WORDS[0]]
     content = with_pieces(model.content, pieces, scores_below(model.lowest_merge, len(pieces)))
     folder = folder_of(content, tmp_path / "unreached")

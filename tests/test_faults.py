@@ -39,10 +39,10 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_is_survived(table, kind):
+def test_every_fault_of_the_sample_passes(table, kind):
     (row,) = [line for line in table.stdout.splitlines() if kind in line]
     assert row.split("|")[2].strip() == f"{KINDS[kind]}/{KINDS[kind]}", table.stderr[-4000:]
 
 
-def test_the_command_says_so(table):
+def test_the_command_reports_it(table):
     assert table.returncode == 0, table.stderr[-4000:]

@@ -109,7 +109,7 @@ def is_flag_table(path: Path, function: ast.FunctionDef) -> bool:
     return path in FLAG_TABLES and all(isinstance(statement, plain) for statement in function.body)
 
 
-def test_every_module_says_what_it_is_for():
+def test_every_module_has_a_docstring():
     def is_empty_package(path: Path) -> bool:
         return path.name == "__init__.py" and not tree_of(path).body
 

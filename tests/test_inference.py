@@ -95,7 +95,7 @@ def test_a_seed_makes_sampling_repeatable(loaded):
     assert sample(1) == first
 
 
-def test_sampling_obeys_top_k(loaded, model_dir):
+def test_sampling_respects_top_k(loaded, model_dir):
     model, tokenizer = loaded
     likeliest = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=12, **GREEDY))
     narrow = SAMPLED | {"top_k": 1, "seed": 3}
@@ -113,7 +113,7 @@ def test_the_answer_ends_before_an_end_of_text_token(loaded, model_dir, monkeypa
     assert answer == tokenizer.decode(new[: end + 1])
 
 
-def test_leftover_generation_settings_change_and_say_nothing(model_dir, copied_model, loaded):
+def test_leftover_generation_settings_have_no_effect_and_no_warning(model_dir, copied_model, loaded):
     leftovers = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 5.0, "max_length": 3}
     settings = json.loads((copied_model / "generation_config.json").read_text())
     (copied_model / "generation_config.json").write_text(json.dumps(settings | leftovers))
@@ -189,7 +189,7 @@ def test_the_command_of_the_readme(model_dir, run_forked):
     assert "\r" not in process.stderr
 
 
-def test_an_answer_that_does_not_fit_is_shortened_and_told(loaded, logger_state, caplog, monkeypatch):
+def test_an_answer_that_does_not_fit_is_shortened_with_a_warning(loaded, logger_state, caplog, monkeypatch):
     model, tokenizer = loaded
     prompt_length = len(tokenizer("the")["input_ids"])
     monkeypatch.setattr(model.config, "max_position_embeddings", prompt_length + 4)
@@ -229,7 +229,7 @@ def test_no_device_means_gpu_if_there_is_one(monkeypatch):
         ("cuda:4", 4, "only cuda:0 to cuda:3 are here; use"),
     ],
 )
-def test_a_device_that_is_not_there(device, gpus, words, monkeypatch):
+def test_a_device_that_does_not_exist(device, gpus, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=words):
         generation._resolve_device(device)

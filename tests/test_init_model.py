@@ -98,7 +98,7 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_new_keeps_the_note_of_new_rows(model_dir, expanded, tmp_path):
+def test_without_new_rows_the_record_of_new_rows_stays(model_dir, expanded, tmp_path):
     """Such as a change of the number format alone; a second extension notes its own rows."""
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "first"))
     recorded = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
@@ -151,7 +151,7 @@ def test_rows_beyond_the_tokenizer_are_left_out(model_dir, expanded, tmp_path, c
     assert "pad_token_id 639 is now None" in caplog.text
 
 
-def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
+def test_added_tokens_keep_their_rows_and_ids(model_dir, tmp_path):
     source = padded(model_dir, tmp_path / "source", 1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<late>"]})
@@ -419,7 +419,7 @@ def test_a_number_too_large_for_the_dtype_is_refused(model_dir, expanded, tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_row_that_moves_may_be_too_large_too(model_dir, tmp_path):
+def test_a_moved_row_may_also_be_too_large(model_dir, tmp_path):
     source = padded(model_dir, tmp_path / "source", 1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -459,7 +459,7 @@ def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
         init_model(InitModelSettings(source, expanded, tmp_path / "out"))
 
 
-def test_a_full_disk_is_told_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(RunError) as expected:
@@ -593,7 +593,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, t
     check(model_dir, expanded, tmp_path / "out")
 
 
-def test_killed_between_the_two_renames_the_old_folder_comes_back(model_dir, expanded, tmp_path, caplog):
+def test_after_a_kill_between_the_two_renames_the_old_folder_is_restored(model_dir, expanded, tmp_path, caplog):
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / ".out.12345678.old")
     (tmp_path / ".out.mine.tmp").mkdir()

@@ -165,7 +165,7 @@ def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
         )
 
 
-def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
+def test_merges_that_differ_from_the_model_are_logged(source, tmp_path, caplog):
     odd = shutil.copytree(source, tmp_path / "odd")
     fast = json.loads((odd / "tokenizer.json").read_text())
     fast["model"]["merges"].pop()
@@ -457,7 +457,7 @@ def test_a_budget_counts_what_closure_adds(source, tmp_path):
     assert report["given_up_pieces"] == ["人工智能"] and report["added"] == 6
 
 
-def test_the_report_tells_parity_and_old_text(source, tmp_path, capsys):
+def test_the_report_covers_parity_and_old_text(source, tmp_path, capsys):
     text = tmp_path / "text"
     text.mkdir()
     (text / "en.txt").write_text("\n\n".join(english_documents()[:200]))
@@ -547,7 +547,7 @@ def test_a_fault_leaves_the_old_target(source, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_many_pieces_are_no_matter(source):
+def test_many_pieces_are_not_quadratic(source):
     """Twenty thousand that all lack what leads to them: no step is quadratic."""
     import time
 

@@ -137,13 +137,13 @@ def test_the_seed_chooses_the_samples(arrow_dir, tokenizer_dir):
         ({"labels": [1]}, "is damaged"),
     ],
 )
-def test_a_sample_that_does_not_fit_is_told(change, reason, encoder):
+def test_a_sample_that_does_not_fit_is_reported(change, reason, encoder):
     row = {"input_ids": [1, 300, 2], "labels": [1, 300, 2], "sequence_lengths": [1, 2], **change}
     with pytest.raises(UserError, match=reason):
         documents_of(row, encoder=encoder, where="sample 0 of x")
 
 
-def test_what_is_no_bin_is_told(arrow_dir, tokenizer_dir, tmp_path):
+def test_a_folder_that_is_not_a_bin_is_reported(arrow_dir, tokenizer_dir, tmp_path):
     import datasets
 
     (tmp_path / "part-00009").mkdir()
@@ -308,7 +308,7 @@ def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_d
 
 
 @pytest.mark.slow
-def test_a_reader_that_stops_early_is_no_error(arrow_dir, tokenizer_dir):
+def test_a_reader_that_stops_early_is_not_an_error(arrow_dir, tokenizer_dir):
     command = f"{sys.executable} -m {MODULE} {arrow_dir / 'part-00000'} --tokenizer_dir {tokenizer_dir} | head -c 1"
     process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, timeout=60)
     assert (process.returncode, process.stderr, len(process.stdout)) == (0, b"", 1)

@@ -103,13 +103,13 @@ def test_objects_one_after_the_other(records, size, line_break):
         ('[{"a": 1}, , {"a": 2}]', "a record should begin here, not", 1, 1),
     ],
 )
-def test_what_breaks_an_array_is_named_with_its_line(text, words, records, line):
+def test_a_broken_array_is_reported_with_its_line(text, words, records, line):
     for size in (1, 5, 100):
         found, error = read_all(text.encode(), size, is_array=True)
         assert words in str(error) and (len(found), error.line) == (records, line)
 
 
-def test_a_record_that_is_wrong_in_itself_ends_nothing():
+def test_a_bad_record_does_not_end_the_file():
     text = b'[{"a": tru}, {"a": "\n"}, 3, nul, "x", [1, 2], {"a": 2}]'
     reader, found = RecordReader(Blocks(text, 3), is_array=True), []
     while (record := reader.read()).size:

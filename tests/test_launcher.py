@@ -53,7 +53,7 @@ def settle(monkeypatch):
         {"RANK": "1", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"},
     ],
 )
-def test_leftovers_are_ignored_and_told(settle, variables):
+def test_leftover_variables_are_ignored_and_logged(settle, variables):
     here = settle(**variables)
     assert (here.rank, here.local_rank, here.world_size, here.launcher, here.problem) == (0, 0, 1, None, None)
     assert all(f"{name}={value}" in here.note for name, value in variables.items() if value.strip())
@@ -61,7 +61,7 @@ def test_leftovers_are_ignored_and_told(settle, variables):
     assert not [name for name in launcher.NAMES if name in os.environ]
 
 
-def test_a_clean_environment_is_not_worth_a_word(settle):
+def test_a_clean_environment_logs_nothing(settle):
     assert settle() == launcher.ALONE
 
 
@@ -97,7 +97,7 @@ def test_srun_without_an_address_is_refused(settle, name):
     assert settle(SLURM_PROCID="0", SLURM_LOCALID="0") == settle(**{**SRUN, "SLURM_STEP_NUM_TASKS": "1"})
 
 
-def test_srun_takes_the_place_of_leftovers(settle):
+def test_srun_overrides_leftover_variables(settle):
     here = settle(**SRUN, **ADDRESS, RANK="0", LOCAL_WORLD_SIZE="9", TORCHELASTIC_RUN_ID="old")
     assert (here.rank, here.local_rank, here.world_size, here.launcher) == (3, 1, 4, "srun")
     assert here.note.endswith("rank 3 of 4; ignoring RANK=0, LOCAL_WORLD_SIZE=9, TORCHELASTIC_RUN_ID=old")
@@ -128,7 +128,7 @@ def test_spaces_around_an_address_are_removed_for_pytorch_too(settle):
         ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x"),
     ],
 )
-def test_impossible_values_are_told(settle, changed, message):
+def test_impossible_values_are_reported(settle, changed, message):
     here = settle(**{**BY_HAND, **changed})
     assert message in here.problem and "unset RANK, WORLD_SIZE" in here.problem
     assert (here.rank, here.world_size) == (0, 1)
@@ -207,7 +207,7 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
     ends.wait_for((1, 2, "died"))
 
 
-def test_a_rank_that_fails_says_why(port, monkeypatch):
+def test_a_rank_that_fails_sends_its_reason(port, monkeypatch):
     monkeypatch.setattr("colossal_llama2.engine.ranks.liveness.VERDICT_SECONDS", 0.1)
     ends = Ends()
     first, second = ends.watch(0, 2), ends.watch(1, 2)
@@ -223,7 +223,7 @@ def problem_of(watch):
     return str(error.value)
 
 
-def test_ranks_that_do_not_belong_together_are_told(port):
+def test_ranks_of_different_jobs_are_reported(port):
     ends = Ends()
     first = ends.watch(0, 2)
     first.begin()
@@ -237,7 +237,7 @@ def test_ranks_that_do_not_belong_together_are_told(port):
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example.org"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_name_that_no_host_can_have_is_told_at_once(monkeypatch, port, host, rank):
+def test_an_impossible_host_name_is_reported_at_once(monkeypatch, port, host, rank):
     monkeypatch.setenv("MASTER_ADDR", host)
     start = time.monotonic()
     assert f"MASTER_ADDR={host}" in problem_of(Ends().watch(rank, 2)) and time.monotonic() - start < 2.0
@@ -268,7 +268,7 @@ def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
     first._gives_up = True
 
 
-def test_an_address_that_leads_nowhere_is_told(monkeypatch, port):
+def test_an_address_without_rank_0_is_reported(monkeypatch, port):
     monkeypatch.setattr(meeting, "UNREACHABLE_SECONDS", 0.3)
     ends = Ends()
     assert "rank 1 of 2 did not connect" in problem_of(ends.watch(0, 2, timeout=0.3))
@@ -303,7 +303,7 @@ time.sleep(60)
 """
 
 
-def test_a_rank_hears_of_its_launchers_death_and_others_do_not():
+def test_only_a_launched_rank_ends_when_its_launcher_dies():
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
     assert set(ranks) == {"torchrun", "by hand"}

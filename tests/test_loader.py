@@ -140,7 +140,7 @@ def test_ranks_divide_the_search_for_the_highest_id(tmp_path):
     assert max(highest_token_id(dataset, share=rank, shares=7) for rank in range(7)) == 90
 
 
-def test_fingerprints_tell_folders_apart(tmp_path):
+def test_different_folders_have_different_fingerprints(tmp_path):
     parts = [save(tmp_path / f"part-0000{k}", [[k]]) for k in range(2)]
     first, second = dataset_fingerprints(parts)
     assert first != second and dataset_fingerprints(parts[:1]) == [first]

@@ -113,7 +113,7 @@ def test_other_ranks_are_silent(monkeypatch, logger, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_command_that_nobody_launches_speaks_in_the_shell_of_a_training_job():
+def test_a_command_without_a_launcher_logs_even_with_the_variables_of_a_job():
     names = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"}
     process = count_to_five(**names)
     assert process.returncode == 0 and "counting: 5/5 rows" in process.stderr
@@ -151,7 +151,7 @@ def test_a_bar_has_ten_cells_and_the_most_important_figures(columns, fewest, mon
     bar.close()
 
 
-def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
+def test_other_ranks_still_log_errors(logger, monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_settled", Place(rank=3, local_rank=3, world_size=4))
     logs.configure_logging()
     logger.info("nobody needs this twice")
@@ -159,7 +159,7 @@ def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[0].endswith("| ERROR: this one is broken")
 
 
-def test_configuring_twice_says_things_once(logger, capsys):
+def test_configuring_twice_logs_each_message_once(logger, capsys):
     logs.configure_logging()
     logs.configure_logging()
     logger.info("once")

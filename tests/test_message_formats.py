@@ -259,7 +259,7 @@ def test_errors_come_back_from_a_worker_as_they_are(error):
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
-def test_what_is_worth_knowing_is_noted():
+def test_remarks_about_rows_are_counted():
     row = talk(answer(content="", weight=0), {"role": "user", "content": " \n", "weight": 1}, answer(), tools=CALL)
     assert read_sft_row(row).notes == (
         TOOLS_LEFT_OUT,

@@ -99,7 +99,7 @@ def test_any_first_part_of_the_list_is_a_list_of_its_own(mined, tokenizer_dir):
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.65 * rates[0]
 
 
-def test_init_tokenizer_takes_the_list_as_it_is(mined, chinese, tokenizer_dir, tmp_path, capsys):
+def test_init_tokenizer_reads_the_list_as_it_is(mined, chinese, tokenizer_dir, tmp_path, capsys):
     file = tmp_path / "pieces.jsonl"
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in mined.pieces))
     expand_tokenizer(ExtensionSettings(tokenizer_dir, tmp_path / "target", file))
@@ -238,7 +238,7 @@ def test_a_sample_is_as_large_for_a_large_stream_as_for_a_small_one():
     assert peak(40_000) < 1.2 * peak(4_000)
 
 
-def test_a_sample_takes_equal_keys_once_and_forgets_what_was_pushed_out():
+def test_a_sample_counts_equal_keys_once_and_drops_the_highest():
     sample = Sample(2)
     for key in (5, 5, 3, 9, 4, 4, 5):
         sample.add(key, key, 1)
@@ -246,7 +246,7 @@ def test_a_sample_takes_equal_keys_once_and_forgets_what_was_pushed_out():
     assert not sample.wants(5) and not sample.wants(3) and sample.wants(1)
 
 
-def test_one_long_document_cannot_take_the_whole_sample(tmp_path, tokenizer_dir):
+def test_one_long_document_cannot_fill_the_sample(tmp_path, tokenizer_dir):
     long = "".join(random.Random(0).choices("天地玄黄宇宙洪荒", k=200_000))
     assert not mine_tokens.is_held_out_document(long, DEFAULTS["held_out"], DEFAULTS["seed"])
     texts = [long, *(f"短句子{number}" for number in range(2000))]
@@ -268,7 +268,7 @@ def words_for(corpus, tokenizer_dir, output, **flags):
     return [word for name, value in words.items() for word in (f"--{name}", value)]
 
 
-def test_the_command_writes_the_file_and_says_what_it_is_worth(chinese, mined, tokenizer_dir, tmp_path):
+def test_the_command_writes_the_file_and_prints_what_it_saves(chinese, mined, tokenizer_dir, tmp_path):
     output = tmp_path / "new" / "pieces.jsonl"
     process = run_command(*words_for(chinese, tokenizer_dir, output, num_new_tokens=600, min_count=2))
     assert process.returncode == 0, process.stderr
@@ -285,7 +285,7 @@ def test_the_command_writes_the_file_and_says_what_it_is_worth(chinese, mined, t
 
 
 @pytest.mark.slow
-def test_the_command_says_how_many_came_if_fewer(chinese, tokenizer_dir, tmp_path):
+def test_the_command_reports_fewer_pieces_than_requested(chinese, tokenizer_dir, tmp_path):
     process = run_command(*words_for(chinese, tokenizer_dir, tmp_path / "p.jsonl", min_count=40))
     assert process.returncode == 0, process.stderr
     count = len((tmp_path / "p.jsonl").read_text("utf-8").splitlines())
@@ -332,7 +332,7 @@ def test_a_bad_line_is_named(line, words, tmp_path, tokenizer_dir):
         mine(tmp_path, tokenizer_dir)
 
 
-def test_a_missing_matplotlib_is_said_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_reported_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="--plot needs matplotlib.*pip install -r requirements.txt"):
         mine_tokens._check_can_plot(tmp_path / "curve.png")

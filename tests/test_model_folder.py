@@ -169,7 +169,7 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
         {"pad_token_id": -2, "bos_token_id": 10**30, "eos_token_id": [2, 600]},
     ],
 )
-def test_fields_that_a_llama_may_have_are_taken(folder, entries):
+def test_fields_that_a_llama_may_have_are_accepted(folder, entries):
     edit(folder / "config.json", **entries)
     check_model(str(folder), "--pretrained")
     model = load_llama(str(folder), precision="fp32", attention="sdpa")
@@ -190,7 +190,7 @@ def test_names_of_transformers_5_mean_the_same(folder):
     assert made.rope_theta == 5e5 and made.rope_scaling == LLAMA3 and made.torch_dtype == torch.bfloat16
 
 
-def test_ids_that_the_vocabulary_has_not_are_null_and_logged_once(folder, caplog):
+def test_ids_outside_the_vocabulary_are_null_and_logged_once(folder, caplog):
     edit(folder / "config.json", pad_token_id=600, eos_token_id=[2, 633], bos_token_id=-1)
     edit(folder / "generation_config.json", pad_token_id=600, eos_token_id=633)
     with caplog.at_level("INFO", "colossal_llama2"):
@@ -207,7 +207,7 @@ def test_ids_that_the_vocabulary_has_not_are_null_and_logged_once(folder, caplog
     generation.load_model(str(folder), "cpu")
 
 
-def test_a_byte_order_mark_is_taken_where_we_alone_read(folder):
+def test_a_byte_order_mark_is_accepted_where_only_we_read(folder):
     mark = b"\xef\xbb\xbf"
     for name in ("config.json", "generation_config.json"):
         (folder / name).write_bytes(mark + (folder / name).read_bytes())
@@ -228,7 +228,7 @@ def test_a_byte_order_mark_is_taken_where_we_alone_read(folder):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_type"),
     ],
 )
-def test_rope_parameters_that_say_something_else_are_refused(folder, entries, words):
+def test_contradicting_rope_parameters_are_refused(folder, entries, words):
     edit(folder / "config.json", **{"rope_theta": None, "rope_scaling": None, **entries})
     line = refusal(lambda: check_model(str(folder), "--pretrained"))
     assert words in line and ("rope_parameters" in line or entries.keys() == {"rope_parameters"})
@@ -293,7 +293,7 @@ def test_expected_weights_are_those_of_transformers(folder, entries, tied):
         (None, "at most"),
     ],
 )
-def test_config_files_that_are_no_settings(folder, content, word):
+def test_config_files_without_settings(folder, content, word):
     (folder / "config.json").write_bytes(content or b"{")
     if content is None:
         os.truncate(folder / "config.json", 2**30)
@@ -573,7 +573,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (1e5, torch.bfloat16, "bf16", None),
     ],
 )
-def test_numbers_are_finite_in_the_format_asked_for(folder, value, stored, held, words):
+def test_numbers_are_finite_in_the_requested_format(folder, value, stored, held, words):
     spoil(folder, NAME, value, stored)
     if words is None:
         check_numbers(str(folder), held, cure="use bf16")
@@ -638,7 +638,7 @@ def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path)
         "---\nbase_model: [\nx:\n" + "- y\n" * 9000 + "---\n",
     ],
 )
-def test_a_card_that_is_no_yaml_is_passed_over(tmp_path, caplog, text):
+def test_a_card_that_is_not_yaml_is_ignored(tmp_path, caplog, text):
     (tmp_path / "README.md").write_text(text)
     assert read_front_matter(tmp_path / "README.md") == {}
     assert "is passed over" in caplog.text

@@ -109,7 +109,7 @@ def ends(tmp_path_factory, views):
 
 
 @pytest.mark.parametrize("name", [*INPUTS, *DAMAGES])
-def test_what_one_rank_reads_otherwise_is_told_by_both(ends, name):
+def test_different_inputs_of_one_rank_are_reported_on_both(ends, name):
     (error, _), other = ends[name]
     assert other[0] == error and error is not None
     assert (INPUTS.get(name) or DAMAGES[name][2]) in error

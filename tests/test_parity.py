@@ -95,7 +95,7 @@ def test_what_the_original_breaks_is_counted_and_shown(source, original):
     assert 0 < found.without_new_piece < 303 and found.changed == 0
 
 
-def test_what_the_source_differs_on_is_told_apart(source):
+def test_differences_of_the_source_are_counted_separately(source):
     texts = ["  two spaces", "a <s> b", "plain"]
     found = measure(source, source, "text", texts, PieceFinder([]))
     assert (found.fast.source_differs, found.fast.target_differs, found.fast.added) == (2, 2, 0)

@@ -186,7 +186,7 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("message_characters", [1 << 20, 100])
-def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir):
+def test_the_dropped_part_of_a_long_conversation_needs_little_memory(message_characters, tokenizer_dir):
     text = "\n\n".join(tiny.english_documents())[: 1 << 20]
     content = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
     roles = ("user", "assistant")
@@ -230,7 +230,7 @@ print(json.dumps(peaks[1] - peaks[0]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_long_document_takes_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
+def test_a_long_document_needs_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:4_000_000]
     for name, target in (("short", text[:2000]), ("long", text * (6_000_000 // len(text) + 1))):
         write_lines(tmp_path / name / "rows.jsonl", [{"target": target}])

@@ -47,7 +47,7 @@ def test_positions(spelling, kind, more, positions, expected):
     assert positions_of(config) == expected
 
 
-def test_without_scaling_it_is_what_the_config_says():
+def test_without_scaling_it_is_the_value_of_the_config():
     assert positions_of(LlamaConfig(max_position_embeddings=4096)) == 4096
 
 

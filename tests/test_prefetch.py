@@ -18,7 +18,7 @@ def test_items_come_in_order_and_the_thread_ends():
     assert threads() == before
 
 
-def test_no_more_is_made_than_asked_for():
+def test_no_more_is_made_than_requested():
     made = []
 
     def items():

@@ -245,7 +245,7 @@ def test_refused_before_anything_is_written(tokenizer_dir, tmp_path, name, words
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_where_no_row_gives_a_sample_the_reason_and_its_cure_are_told(tokenizer_dir, tmp_path):
+def test_without_a_usable_row_the_reason_and_its_cure_are_reported(tokenizer_dir, tmp_path):
     opening, question = {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "q"}
     too_long = {"role": "assistant", "content": "word " * 500}
     bad, cut = {"messages": [{"role": "oracle", "content": "a"}]}, {"messages": [opening, question, too_long]}

@@ -190,7 +190,7 @@ def test_truncate_is_counted(tokenizer_dir, tmp_path):
     assert total["truncated"] == total["tokens_in"] - total["trained"] > 0 and total["cut_documents"] == 1
 
 
-def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
+def test_held_out_documents_are_only_in_eval(tokenizer_dir, tmp_path):
     rows = [{**row, "target": f"{number} {row['target']}"} for number, row in enumerate(documents(300))]
     # Equal texts stay together, wherever they stand.
     write_lines(tmp_path / "in" / "rows.jsonl", [*rows, *rows[:50]])
@@ -335,7 +335,7 @@ def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
+def test_truncated_compressed_data_is_reported_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
     lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(9000))
     packed = gzip.compress(lines) if kind == "gz" else pyarrow.compress(lines, codec="zstd", asbytes=True)
     path = tmp_path / "in" / f"rows.jsonl.{kind}"
@@ -503,7 +503,7 @@ def test_a_file_beside_its_compressed_self_is_refused(tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_a_damaged_fast_tokenizer_is_told(stage, inputs, tokenizer_dir, tmp_path):
+def test_a_damaged_fast_tokenizer_is_reported(stage, inputs, tokenizer_dir, tmp_path):
     folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
@@ -519,7 +519,7 @@ def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path)
     assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
 
 
-def test_results_come_as_they_are_done_and_the_first_error_is_told():
+def test_results_arrive_as_they_are_done_and_the_first_error_is_raised():
     """A slow task does not hold up those behind it; of two mistakes the one earlier in the input is told."""
     tasks = [(0, 1.0), *((number, 0.01) for number in range(1, 20))]
     done = list(run_tasks(wait_and_return, tasks, num_workers=2))

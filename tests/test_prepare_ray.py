@@ -130,7 +130,7 @@ def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
             worker.kill()
 
 
-def test_a_killed_node_s_units_and_bins_are_done_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
+def test_a_killed_node_s_units_and_bins_are_computed_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
     # Both from the start: the bins may be written before a node that joins meanwhile is known.
     second, third = (cluster.add_node(**node_options()) for _ in range(2))
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray", ray_address=cluster.address), tmp_path)
@@ -142,7 +142,7 @@ def test_a_killed_node_s_units_and_bins_are_done_again(cluster, inputs, tokenize
     assert all("|" in line for line in err.splitlines()) and "ray" not in out + err, out + err
 
 
-def test_a_bad_row_is_told_as_on_one_machine(cluster, inputs, tokenizer_dir, tmp_path, assert_user_error):
+def test_a_bad_row_is_reported_as_on_one_machine(cluster, inputs, tokenizer_dir, tmp_path, assert_user_error):
     write_lines(tmp_path / "bad" / "rows.jsonl", [{"target": "fine"}] * 9000 + [{"target": 3}])
     keywords = options(inputs, tokenizer_dir, tmp_path / "out", ray_address=cluster.address)
     # Relative paths count from where the command is given.
@@ -198,7 +198,7 @@ def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_p
 
 
 @pytest.mark.slow
-def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local):
+def test_when_ray_dies_the_same_command_continues(inputs, tokenizer_dir, tmp_path, of_local):
     """A Ray that the command starts itself, without an address."""
     keywords = options(inputs, tokenizer_dir, tmp_path / "ray")
     process = start(keywords, tmp_path)

@@ -184,7 +184,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     assert contents(tmp_path / "out") == undisturbed
 
 
-def test_units_that_are_done_are_not_done_again(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
+def test_finished_units_are_not_computed_again(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     monkeypatch.setattr(prepare, "do_unit", None)
@@ -195,7 +195,7 @@ def test_units_that_are_done_are_not_done_again(monkeypatch, inputs, tokenizer_d
 @pytest.mark.parametrize(
     "name", ["unit-00000001.pieces", "unit-00000001.tokens", "dealt/part-00001.members", "dealt/eval.members gone"]
 )
-def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, tokenizer_dir, tmp_path, undisturbed):
+def test_a_truncated_cache_file_is_written_again(monkeypatch, name, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     path = tmp_path / "out" / "cache" / name.removesuffix(" gone")
@@ -208,7 +208,7 @@ def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, token
 
 
 @pytest.mark.parametrize("name", ["unit-00000001.json", "dealt/names.json"])
-def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path):
+def test_a_damaged_cache_is_reported(monkeypatch, name, inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     (tmp_path / "out" / "cache" / name).write_bytes(b'{"a')
@@ -239,7 +239,7 @@ def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp
         prepare.prepare_pretrain(**keywords, shard=(1, 2))
 
 
-def test_finished_output_is_said_and_other_settings_are_refused(
+def test_finished_output_is_reported_and_other_settings_are_refused(
     run_forked, assert_user_error, inputs, tokenizer_dir, tmp_path
 ):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
@@ -277,7 +277,7 @@ def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tm
 
 
 @pytest.mark.parametrize("change", ["longer", "gone"])
-def test_an_input_that_changes_while_it_is_read_is_told(change, monkeypatch, tokenizer_dir, tmp_path):
+def test_an_input_that_changes_while_it_is_read_is_reported(change, monkeypatch, tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", [{"target": f"text {number}"} for number in range(9)])
     do_unit = prepare.do_unit
 
@@ -330,14 +330,14 @@ def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, t
         prepare.prepare_pretrain(**keywords)
 
 
-def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
+def test_a_full_disk_is_reported_with_needed_and_free_bytes(tmp_path):
     with pytest.raises(RunError, match=rf"a: No space left.*about 7,000 bytes needed, [0-9,]+ free in {tmp_path};"):
         with store.full_disk_reported(tmp_path / "a", 7000):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.slow
-def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
+def test_no_room_is_one_line_and_the_run_continues(inputs, tokenizer_dir, tmp_path):
     """The limit on the size of a file stands for a full disk."""
     for name in ("limited", "free"):
         keywords = settings([inputs], tokenizer_dir, tmp_path / name, bins=2)

@@ -105,7 +105,7 @@ def test_every_script_has_a_command_that_is_run():
     assert {script_of(command) for command in commands()} - {None} == set(SCRIPTS)
 
 
-def test_the_page_of_flags_is_what_the_parsers_say():
+def test_the_page_of_flags_is_up_to_date():
     assert TEXTS["docs/flags.md"] == flag_tables.page(), "run python -m tests.flag_tables --output docs/flags.md"
 
 

@@ -178,12 +178,12 @@ def test_losses_by_source_and_category_are_those_of_the_plain_model(jobs, first_
 
 
 @pytest.mark.parametrize("name", UNTOLD)
-def test_where_there_is_no_loss_by_source_the_rest_is_told(jobs, name):
+def test_without_loss_by_source_the_rest_is_reported(jobs, name):
     assert len(steps_of(jobs / name)) == STEPS
     assert not [key for record in steps_of(jobs / name) for key in record if key.startswith("loss_by")]
 
 
-def test_log_and_tensorboard_say_the_same(jobs):
+def test_log_and_tensorboard_have_the_same_figures(jobs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = steps_of(jobs / "zero2")
@@ -238,7 +238,7 @@ def history_of(model: Path) -> list[dict]:
     return json.loads((model / HISTORY_FILE).read_text())["stages"]
 
 
-def test_a_card_tells_all_stages(jobs, part):
+def test_a_card_lists_all_stages(jobs, part):
     """Every figure of every stage is that of the stage's own log, plan and checkpoint."""
     stages = history_of(jobs / "chain_3" / "ckpt" / "modeling")
     assert [stage["stage"] for stage in stages] == ["vocabulary", "pretrain", "pretrain", "sft"]
@@ -321,7 +321,7 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     assert "final loss | 10.0000 |" in text
 
 
-def test_a_checkpoint_s_model_is_called_after_what_its_run_began_with(jobs, tmp_path):
+def test_a_checkpoint_s_model_is_named_after_the_start_of_its_run(jobs, tmp_path):
     states = json.loads((jobs / "elsewhere" / "ckpt" / "epoch-0_step-4" / "running_states.json").read_text())
     assert states["base_model"] == "model"
     folder = tmp_path / "epoch-0_step-2" / "modeling"
@@ -356,7 +356,7 @@ def test_run_folder_and_settings(jobs):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_there_is_one_warning(tmp_path, monkeypatch, caplog):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
@@ -365,7 +365,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
     assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs matplotlib" in message]
 
 
-def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
+def test_torn_and_late_lines_are_removed_with_a_message(tmp_path, caplog):
     caplog.set_level("INFO")
     log = train_log.TrainLog(tmp_path / "train_log.jsonl")
     for step in range(1, 6):
@@ -417,7 +417,7 @@ def test_a_new_run_replaces_what_one_before_it_has_shown(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("x")] == [(0, -10.0)]
 
 
-def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
+def test_an_error_in_plot_or_card_does_not_lose_the_model(tmp_path, caplog, monkeypatch):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setattr(loss_plot, "RAW", "no colour")
     report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")

@@ -247,7 +247,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(jobs, name):
     assert any("optimizer" in path for path in contents(again[0] / last)[0])
 
 
-def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sources):
+def test_a_run_with_buckets_and_a_mixture_follows_its_plan(jobs, two_sources):
     data = resolve_data(sources_in(two_sources), bucketed=True, mixture=MIXTURE)
     plan = plan_settings(
         data,
@@ -280,7 +280,7 @@ def _read_part(card: str) -> str:
     return card.split("What training has read.")[1].split("What was there")[0]
 
 
-def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):
+def test_another_micro_batch_or_layout_reads_the_same_samples(jobs):
     straight = losses(jobs["zero2_bf16"])
     for name, words in {
         "other_micro_batch": ["micro_batch_size 2 -> 1", "accumulation_steps 2 -> 4"],
@@ -296,7 +296,7 @@ def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):
 
 
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
-def test_another_number_of_ranks_takes_the_same_order(ranks_before, ranks_after):
+def test_another_number_of_ranks_reads_the_same_order(ranks_before, ranks_after):
     def taken(ranks, consumed, steps):
         order = SampleOrder(num_samples=64, micro_batch_size=2, data_size=ranks, accumulation_steps=8 // ranks, seed=7)
         ranked = [list(order.steps(0, consumed, rank)) for rank in range(ranks)]
@@ -316,7 +316,7 @@ def test_another_tokenizer_or_order_is_refused(jobs):
     assert "bucketed was None, this run has True; resume with the same --bucketed" in error
 
 
-def test_a_stage_goes_on_in_the_data_of_another(jobs):
+def test_a_stage_continues_in_the_data_of_another(jobs):
     home, error, log = jobs["stage_one"]
     assert error is None and (home / "ckpt" / "epoch-0_step-3" / "modeling").is_dir()
     assert any(line.startswith("Done: 3 steps") for line in log)
@@ -328,7 +328,7 @@ def test_a_stage_goes_on_in_the_data_of_another(jobs):
     assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]
 
 
-def test_a_folder_that_takes_no_checkpoint_is_refused_before_step_1(jobs):
+def test_a_folder_without_write_permission_is_refused_before_step_1(jobs):
     home, error, log = jobs["unsavable"]
     assert "no checkpoint can be written there" in error and "Operation not permitted" in error
     assert not any(line.startswith("Saved") for line in log)
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(jobs):
     assert stage["resumed"] == [{"step": 4, "changed": ["version of the numerics 1 -> 2"]}]
 
 
-def test_old_checkpoints_go_but_never_the_newest(jobs):
+def test_old_checkpoints_are_removed_but_never_the_newest(jobs):
     home, error, log = jobs["keeping"]
     names = {path.name for path in (home / "ckpt").iterdir()}
     names -= {file_names.LOG_NAME, *file_names.REPORT_NAMES}
@@ -444,7 +444,7 @@ def test_a_gradient_that_overflows_at_every_loss_scale_is_a_bad_step(jobs):
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
-def test_a_step_without_a_trained_token_updates_nothing_and_is_told(jobs, model_dir, name):
+def test_a_step_without_a_trained_token_updates_nothing_and_is_logged(jobs, model_dir, name):
     home, error, log = jobs[f"untrained_{name}"]
     assert error is None
     assert any(line.startswith("--dataset: no trained token in 12 of 24 samples, all their labels are") for line in log)

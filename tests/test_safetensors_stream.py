@@ -152,7 +152,7 @@ def test_other_errors_of_the_copy_name_the_file(tmp_path, monkeypatch):
         write_shard(read_shard(tmp_path / "source"), tmp_path / "target", Change((), kept=0, bags=[]), nothing)
 
 
-def test_a_source_that_shrinks_is_told(tmp_path):
+def test_a_source_that_shrinks_is_reported(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "source")
     shard = read_shard(tmp_path / "source")
     os.truncate(tmp_path / "source", 600)

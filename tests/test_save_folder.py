@@ -56,7 +56,7 @@ def test_a_folder_to_which_nothing_was_written_does_not_stay(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+def test_a_run_replaces_the_lock_of_a_killed_process(tmp_path):
     process = start(tmp_path)
     assert process.stdout.readline() == "won\n"
     with pytest.raises(UserError, match=f"process {process.pid} on .* is writing to it"), run_lock.locked(tmp_path):
@@ -69,7 +69,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
+def test_a_run_waits_for_one_that_is_ending(tmp_path):
     ending = HOLDER.replace("sys.stdin.read()", "run_lock.mark_ending(); print('ends', flush=True); sys.stdin.read()")
     process = subprocess.Popen(
         [sys.executable, "-c", ending, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

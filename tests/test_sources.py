@@ -72,7 +72,7 @@ def test_one_name_for_two_folders(tmp_path):
     assert [(part.source, part.bucket) for part in joined.parts] == [("all", 0), ("all", 1), ("all", 2)]
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     make(tmp_path, "short/part-00000", manifest=["part-00000", "part-00001"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut" / "part-00000").mkdir(parents=True)

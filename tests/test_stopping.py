@@ -186,7 +186,7 @@ def test_killing_torchrun_saves_and_a_restart_waits_for_it(start):
         time.sleep(0.05)
 
 
-def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start):
+def test_a_rank_that_dies_before_the_ranks_connect_ends_the_others(start):
     """Started by hand, without a launcher that would notice it: while it imports and the other waits for it."""
     port = free_port()
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -103,7 +103,7 @@ def test_labels_that_are_unknown_tokens_are_counted_and_warned_of(byte_fallback,
         assert "60  labels that are <unk>" in capsys.readouterr().out
 
 
-def test_older_data_with_cut_documents_says_no_bytes(tokenizer_dir, tmp_path, caplog):
+def test_older_data_with_cut_documents_has_no_byte_counts(tokenizer_dir, tmp_path, caplog):
     """Before version 2 they were shared out by tokens; where nothing was cut they are right."""
     for name, length in (("cut", 32), ("whole", 2000)):
         write_lines(tmp_path / name / "rows.jsonl", rows())

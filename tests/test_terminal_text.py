@@ -54,7 +54,7 @@ EVERY_HOSTILE = pytest.mark.parametrize("text", HOSTILE)
 
 
 @EVERY_HOSTILE
-def test_what_a_terminal_would_obey_is_shown(text):
+def test_control_characters_are_escaped(text):
     assert printable(text) == one_line(text) == HOSTILE[text] == printable(HOSTILE[text])
     printable(text).encode()
 

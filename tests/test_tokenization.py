@@ -109,7 +109,7 @@ def test_text_is_read_where_target_is_absent():
 
 
 @pytest.mark.parametrize("value, text", [(7, "7"), (-7, "-7"), (1.5, "1.5"), (True, "true"), (0, "0"), ("", "")])
-def test_a_category_that_is_no_text_is_read_as_its_text(value, text):
+def test_a_category_that_is_not_a_string_is_converted(value, text):
     assert read_pretrain_row({"target": "a", "category": value}).category == text
     assert read_sft_row({"instruction": "a", "output": "b", "category": value}).category == text
 
@@ -217,7 +217,7 @@ def test_a_masked_answer_stays_in_the_context(encoder):
     assert short.input_ids == [] and short.drops == ((tokenization.TRAINED_TOO_LONG, len(plain.input_ids)),)
 
 
-def test_an_opening_of_the_assistant_is_masked_unless_told(encoder):
+def test_an_opening_of_the_assistant_is_masked_by_default(encoder):
     turns = [("gpt", "I"), ("human", "q"), ("gpt", "a")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
     masked, trained = (read_sft_row(row, masks_opening=masks) for masks in (True, False))

@@ -126,7 +126,7 @@ def test_data_of_another_tokenizer_is_refused_before_anything(run_forked, assert
     assert_user_error(process, "part-00000: prepared with another tokenizer", "abababababab", "--tokenizer_dir")
 
 
-def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_path):
+def test_data_of_another_stage_is_reported(caplog, model_dir, tokenizer_dir, tmp_path):
     """The bins that each command makes, against each stage."""
     rows = {
         "pretrain": [{"target": "One."}],
@@ -147,7 +147,7 @@ def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_pat
         assert f"but this is {script} (1 of 2 folders); unless this mix is intended, stop and run train" in message
 
 
-def test_several_mistakes_are_told_at_once(run_forked, assert_user_error, flags, part):
+def test_several_mistakes_are_reported_at_once(run_forked, assert_user_error, flags, part):
     flags = instead(flags, str(part), "elsewhere")
     process = run_forked("train.py", *flags, "--pretrained", "nowhere", "--tp", "3")
     assert_user_error(process, "nowhere", "elsewhere", "--tp 3")

@@ -467,7 +467,7 @@ def test_rounded_rotary_frequencies_lead_to_other_tokens(jobs, far_dir):
     assert jobs["far_unrepaired"].buffers_error > 1e-3 and jobs["far"].buffers_error == 0
 
 
-def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
+def test_bugs_show_without_their_fixes(jobs, float32, bfloat16):
     assert jobs["ring_unrepaired"].scalars("Gradient Norm")[0] != pytest.approx(float32.grad_norms[0], rel=1e-2)
     # In bf16, losses between 4 and 8 are multiples of 1/32.
     assert jobs["loss_unrepaired"].scalars("Loss") != pytest.approx(bfloat16.losses, rel=5e-4)
@@ -475,7 +475,7 @@ def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
 
 
 @pytest.mark.parametrize("name", FLOAT16_RUNS)
-def test_fp16_takes_all_steps_however_high_its_loss_scale_begins(jobs, float32, name):
+def test_fp16_makes_all_steps_however_high_its_first_loss_scale(jobs, float32, name):
     assert jobs[name].error is None
     assert jobs[name].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)
     # Scaled gradients must be shown unscaled.
@@ -487,7 +487,7 @@ def test_fp16_takes_all_steps_however_high_its_loss_scale_begins(jobs, float32, 
     assert {rank["loss_scale"]["scale"] for rank in states["ranks"]} == {scales[-1]}
 
 
-def test_gemini_that_accumulates_goes_on_after_an_overflow(jobs):
+def test_gemini_that_accumulates_continues_after_an_overflow(jobs):
     # Unrepaired, it overflows at every loss scale.
     assert "gradient norm is NaN/Inf, even at a loss scale of 1, at step 1" in jobs["overflow_unrepaired"].error
 
@@ -570,7 +570,7 @@ def test_another_plugin_and_layout_resumes_too(jobs):
     assert job.scalars("Loss", run="tb_tp2") == pytest.approx(job.scalars("Loss")[MIDDLE:], rel=1e-5)
 
 
-def test_a_finished_run_goes_on_with_more_epochs(jobs):
+def test_a_finished_run_continues_with_more_epochs(jobs):
     job = jobs["second_epoch"]
     assert job.error is None
     assert len(job.scalars("Loss", run="tb_second")) == STEPS

@@ -150,7 +150,7 @@ def card(**changed) -> str:
     return model_card.render(**{**parts, "tokens_seen": 30, **changed})
 
 
-def test_stages_without_figures_are_told_as_such():
+def test_stages_without_figures_are_listed_as_such():
     old = {"stage": "pretrain", "parent": {"name": "old", "as_recorded": False}}
     text = card(stages=[old, {**STAGE, "final_loss": 2.5, "final_loss_steps": 48}])
     assert "| 1. Continued pre-training | old, changed since the stage before | not recorded | not recorded |" in text
@@ -161,7 +161,7 @@ def test_stages_without_figures_are_told_as_such():
     assert "s7 1, and 4 more sources |" in card(stages=[many])
 
 
-def test_weights_that_a_history_does_not_know_are_told(tmp_path, model_dir, caplog, monkeypatch):
+def test_weights_that_differ_from_the_history_are_reported(tmp_path, model_dir, caplog, monkeypatch):
     folder = shutil.copytree(model_dir, tmp_path / "merged")
     weights = describe_parent(str(folder), training_history.History())["weights"]
     for left, expected in ((weights, None), ({name: {**e, "sha256": "00"} for name, e in weights.items()}, False)):

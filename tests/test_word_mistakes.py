@@ -106,7 +106,7 @@ def test_a_mistake_is_answered_with_what_to_type(command, words, answer, capsys,
 
 
 @pytest.mark.parametrize("command", MAKERS)
-def test_no_switch_takes_a_value_and_each_flag_asks_for_its_own(command, capsys):
+def test_switches_take_no_value_and_each_flag_names_its_own(command, capsys):
     for action in MAKERS[command]().actions:
         for flag in action.option_strings:
             if action.dest == "help":
@@ -151,7 +151,7 @@ def test_every_text_is_a_prompt(words, name, value):
         ("--mixture a,b=0.5 c=1", "mixture", ["a,b=0.5", "c=1"]),
     ],
 )
-def test_unusual_names_are_taken(words, name, value, tmp_path, monkeypatch):
+def test_unusual_names_are_accepted(words, name, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = shlex.split(f"{NEEDED['train']} {words}")
     assert getattr(train_flags.train_parser().parse_args(given), name) == value
