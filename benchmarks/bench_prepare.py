@@ -335,7 +335,7 @@ def print_tables(work: Path, *, map_at_8x: bool) -> None:
         floor = next(row for name, row in rows.values() if name == floor_name)
         baseline = next((row for name, row in rows.values() if name == "map"), None)
         print_table(f"text {copies}x", rows, floor=floor, baseline=baseline)
-        print_account(work / f"out-{data}-{CORES}-False" / "arrow" / "manifest.json")
+        print_token_counts(work / f"out-{data}-{CORES}-False" / "arrow" / "manifest.json")
     print(f"\nours: memory at {COPIES}x over 1x: {memory['data8'] / memory['data']:.3f}")
 
 
@@ -349,7 +349,7 @@ def print_table(title: str, rows: dict[str, tuple[str, dict[str, float]]], *, fl
         print(f"| {name} | {' | '.join(shares)} | {row['cpu'] / row['wall']:.2f} | {row['memory'] / 1024:.0f} |")
 
 
-def print_account(path: Path) -> None:
+def print_token_counts(path: Path) -> None:
     """What a manifest says of text and tokens."""
     manifest = json.loads(path.read_text())
     total = manifest["total"]

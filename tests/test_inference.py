@@ -296,7 +296,7 @@ def shrink_vocabulary(folder: Path) -> None:
         (cut_weights, ["cannot be read"]),
         (lose_a_weight, ["lacks model.layers.1.mlp.up_proj.weight"]),
         (break_config, ["config.json: is not a JSON object"]),
-        (change_width, ["of shape", "its config.json asks for (64, 96)"]),
+        (change_width, ["of shape", "its config.json requires (64, 96)"]),
         (remove_tokenizer, ["tokenizer"]),
         (shrink_vocabulary, ["600 tokens", "500 embeddings"]),
     ],

@@ -1,4 +1,4 @@
-"""inspect_data: what is shown of a bin, that nothing in it reaches the terminal raw, the account, and the charts."""
+"""inspect_data: what is shown of a bin, that nothing in it reaches the terminal raw, the manifest, and the charts."""
 
 import json
 import os
@@ -157,14 +157,14 @@ def test_a_folder_that_is_not_a_bin_is_reported(arrow_dir, tokenizer_dir, tmp_pa
         with pytest.raises(UserError, match=reason):
             report(part, tokenizer_dir)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--plots .* cannot be made"):
+    with pytest.raises(UserError, match="--plots .* cannot be created"):
         report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "file"))
     (tmp_path / "charts" / "lengths.png").mkdir(parents=True)
     with pytest.raises(UserError, match="--plots .*lengths.png: is a folder, not a file"):
         report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "charts"))
 
 
-# The account.
+# The manifest.
 
 MANIFEST = {
     "max_length": 2048,
@@ -240,7 +240,7 @@ def test_the_manifest_beside_the_bin_is_shown_and_its_tokenizer_compared(
         (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}, "max_length": 77}))
         text = report(tmp_path / "part-00000", tokenizer_dir)
         assert text.startswith(
-            f"account of {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
+            f"manifest {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
         )
         assert sum("records another tokenizer" in record.getMessage() for record in caplog.records) == warnings
 

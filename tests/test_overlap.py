@@ -7,7 +7,7 @@ import re
 import datasets
 import pytest
 
-from colossal_llama2.dataset.layout import token_ledger as accounts
+from colossal_llama2.dataset.layout import token_ledger
 from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write import overlap, prepare
 from colossal_llama2.dataset.write.records import PretrainRow
@@ -75,7 +75,7 @@ def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, caplog, ca
             assert place.endswith("rows.jsonl") and (target in held_out) is (side == "held_out")
             assert "".join(example["text"].split()) in "".join(target.replace(",", "").lower().split())
     capsys.readouterr()
-    accounts.print_tables(manifest(tmp_path / "one"))
+    token_ledger.print_tables(manifest(tmp_path / "one"))
     table = capsys.readouterr().out
     assert re.search(rf"^  overlapping +{len(overlapping)}  ", table, re.M)
     assert f"of {report['compared']} compared share 13 words" in table

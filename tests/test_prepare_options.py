@@ -541,7 +541,7 @@ def wait_and_fail(task):
 
 
 def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
-    """Masked answers in the account and in the bytes that are predicted; unknown roles by count, with their cure."""
+    """Masked answers in the token counts and in the bytes that are predicted; unknown roles with counts and a cure."""
 
     def talk(*messages, **fields) -> dict:
         return {"conversations": [{"from": role, "value": text, **mark} for role, text, mark in messages], **fields}

@@ -143,7 +143,7 @@ def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undistu
     ]
     ends = [share.communicate(timeout=100) for share in shares]
     assert [share.returncode for share in shares] == [0] * count, ends
-    # One, whichever is last, writes the bins and prints the account.
+    # One, whichever is last, writes the bins and prints the token counts.
     assert sorted("tokens per bin" in out for out, _ in ends) == [False] * (count - 1) + [True]
     assert all(("tokens per bin" in out) != ("this share is done" in err) for out, err in ends)
     assert contents(tmp_path / "shared") == undisturbed

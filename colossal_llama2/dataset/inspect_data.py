@@ -1,4 +1,4 @@
-"""Look at prepared data: decoded samples with what is trained and what is masked, the account, and two charts.
+"""Look at prepared data: decoded samples with what is trained and what is masked, the manifest, and two charts.
 
     python -m colossal_llama2.dataset.inspect_data arrow_output/part-00000 --tokenizer_dir tokenizer-zh
 
@@ -107,7 +107,7 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
     lengths = sample_lengths(dataset)
     if plots is not None:
         check_plots_folder(Path(plots))
-    yield from _account(part, tokenizer_dir=settings.tokenizer_dir, width=width)
+    yield from _manifest_table(part, tokenizer_dir=settings.tokenizer_dir, width=width)
     yield (
         f"{part}: {counted(len(lengths), 'sample')} of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
@@ -128,7 +128,7 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
 
 
 def open_bin(folder: Path):
-    """The `datasets.Dataset` of a bin. Raises UserError if the folder is none, or holds no samples."""
+    """The `datasets.Dataset` of a bin. Raises UserError if the folder is not a bin, or holds no samples."""
     import datasets
 
     if not folder.is_dir():
@@ -235,7 +235,7 @@ def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
 # Showing.
 
 
-def _account(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[str]:
+def _manifest_table(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[str]:
     """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
     path = part.absolute().parent / DATA_MANIFEST_FILE
     if not path.is_file():
@@ -246,7 +246,7 @@ def _account(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[s
         logs.get_logger().warning(
             "%s records another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
         )
-    yield f"account of {path}:"
+    yield f"manifest {path}:"
     categories = manifest.get("categories")
     if isinstance(categories, dict):
         manifest = {**manifest, "categories": {category_name(name): entry for name, entry in categories.items()}}
@@ -282,11 +282,11 @@ def _painted(kind: str, line: str) -> str:
 
 
 def check_plots_folder(folder: Path) -> None:
-    """Make the folder for the charts. Raises UserError if that cannot be."""
+    """Create the folder for the charts. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--plots {folder} cannot be made ({error.strerror}); name a folder where you may write")
+        raise UserError(f"--plots {folder} cannot be created ({error.strerror}); name a folder where you may write")
     for name in (LENGTHS_FILE, CATEGORIES_FILE):
         check_output_file(folder / name, "--plots")
 

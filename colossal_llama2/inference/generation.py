@@ -136,7 +136,7 @@ def load_model(model_path: str, device: str | None):
 
 
 def generate(model, tokenizer, prompt: str, settings: GenerationSettings) -> str:
-    """Continue `prompt`, fed as it is, and return the new text alone.
+    """Continue `prompt`, which is not changed, and return only the new text.
 
     The answer is what follows the prompt's last token; it ends before an end-of-text token.
 

@@ -144,7 +144,7 @@ def init_model(settings: InitModelSettings) -> None:
 
     Raises:
         UserError: something is wrong with the folders. Nothing was written.
-        RunError: the disk is too small. Nothing was written.
+        RunError: there is too little space on the disk. Nothing was written.
     """
     overwrite = settings.overwrite
     source = Path(os.path.abspath(settings.source_model_and_tokenizer_path))

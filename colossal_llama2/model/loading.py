@@ -50,7 +50,7 @@ PADDING_ROWS_KEY = "padding_rows"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of a model, in elements and rows, which are known before its weights are read.
+    """Sizes of a model, in elements and rows, which config.json gives before the weights are read.
 
     `embedding_parameters` are the part of `parameters` that --freeze_non_embeds_params trains. `positions` is
     `max_position_embeddings` scaled by rope_scaling, which is of the type `scaling`.
@@ -86,7 +86,7 @@ def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) 
     if needs_weights and not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
-            "its pickled weights can run code and are not read here, load it once with transformers where you trust it "
+            "pickled weights can run code and are not read here; load it once with transformers where you trust it "
             "and save_pretrained() it"
             if pickled
             else f"a LLaMA folder holds {WEIGHTS_FILE}, or {INDEX_FILE} and its shards"
@@ -128,7 +128,7 @@ class StoredWeight(NamedTuple):
     shape: tuple[int, ...]
 
 
-# Dtypes that can be trained; integers and 8-bit floats are of quantized models.
+# Dtypes that can be trained. Quantized models have integers and 8-bit floats.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,9})\..*", re.ASCII)
 # A LLaMA has at most 13 a layer.
@@ -158,7 +158,7 @@ def check_weights(path: StrPath) -> None:
     problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
     both = expected.keys() & stored.keys()
     problems += [
-        f"has {name} of shape {stored[name].shape}, its config.json asks for {expected[name]}"
+        f"has {name} of shape {stored[name].shape}, its config.json requires {expected[name]}"
         for name in both
         if stored[name].shape != expected[name]
     ]
@@ -301,7 +301,7 @@ def load_llama(path: StrPath, *, precision: str, attention: str) -> "LlamaForCau
     from transformers import LlamaForCausalLM
 
     check_model_files(Path(path))
-    # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
+    # In the config and not as an argument, since ColossalAI's lazy from_pretrained has no attn_implementation.
     config = llama_config(path, attn_implementation=attention)
     with unpickling_refused():
         return LlamaForCausalLM.from_pretrained(

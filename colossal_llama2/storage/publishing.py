@@ -7,8 +7,8 @@ A command writes to `temporary_folder(target.parent, target.name)`, claims it, a
         ...
         publish(folder, target, replace=overwrite)
 
-No package does this. filelock locks files that it makes, and here the folder itself is locked, so that nothing is left
-in what is published; os.rename cannot exchange two folders, so renameat2 is called.
+No package does this. filelock locks files that it creates, while here the folder itself is locked, so that no lock file
+is published; os.rename cannot exchange two folders, so renameat2 is called.
 """
 
 import ctypes

@@ -107,7 +107,7 @@ def make_inputs(config: SelftestConfig) -> None:
     make_model(config.model_dir, documents)
     rows = (json.dumps({"target": document}) + "\n" for document in documents)
     (data_dir / "documents.jsonl").write_text("".join(rows), encoding="utf-8")
-    with open(work / "prepared.txt", "w", encoding="utf-8") as account, contextlib.redirect_stdout(account):
+    with open(work / "prepared.txt", "w", encoding="utf-8") as output, contextlib.redirect_stdout(output):
         prepare_pretrain(
             data_input_dirs=[str(data_dir)],
             tokenizer_dir=str(config.model_dir),

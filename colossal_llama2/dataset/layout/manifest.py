@@ -30,7 +30,7 @@ from colossal_llama2.dataset.layout.locks import RefusedError
 from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.layout.store import read_json_or_none, write_json_whole
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.plurals import counted
@@ -298,13 +298,13 @@ def manifest_content(
     *,
     tokenizer: dict[str, Any],
     hashes: dict[int, str],
-    account: Account,
+    ledger: TokenLedger,
     bins: list[dict[str, Any]],
     lost: Sequence[LostFile] = (),
     left_out: Sequence[LeftOut] = (),
 ) -> dict[str, Any]:
-    """The manifest, as in this module's docstring; `bins` are the accounts that `bins.write_bin` returns."""
-    by_file = account.by_file()
+    """The manifest, as in this module's docstring; `bins` are the counts that `bins.write_bin` returns."""
+    by_file = ledger.by_file()
     inputs = []
     for number, file in enumerate(files):
         counts = by_file[number].as_json() if number in by_file else {}
@@ -315,19 +315,19 @@ def manifest_content(
         "settings": settings.as_dict(),
         "tokenizer": tokenizer,
         "inputs": inputs,
-        "categories": {name: tally.as_json() for name, tally in account.by_category().items()},
-        "total": account.total().as_json(),
-        "lines": account.lines,
-        "empty_lines": account.empty_lines,
-        "bad_rows": account.bad_rows,
-        "bad_reasons": account.bad_reasons(),
+        "categories": {name: tally.as_json() for name, tally in ledger.by_category().items()},
+        "total": ledger.total().as_json(),
+        "lines": ledger.lines,
+        "empty_lines": ledger.empty_lines,
+        "bad_rows": ledger.bad_rows,
+        "bad_reasons": ledger.bad_reasons(),
         "lost_files": [entry._asdict() for entry in lost],
         "left_out": [entry._asdict() for entry in left_out],
-        "formats": dict(sorted(account.formats.items())),
-        "notes": dict(sorted(account.notes.items())),
-        "unknown_roles": dict(sorted(account.unknown_roles.items())),
+        "formats": dict(sorted(ledger.formats.items())),
+        "notes": dict(sorted(ledger.notes.items())),
+        "unknown_roles": dict(sorted(ledger.unknown_roles.items())),
         "samples": samples,
-        "fill": round(account.total().kept / (samples * settings.max_length), 6),
+        "fill": round(ledger.total().kept / (samples * settings.max_length), 6),
         "bins": bins[: settings.num_bins],
         "eval": bins[settings.num_bins] if settings.has_eval else None,
     }

@@ -101,7 +101,7 @@ COUNTS = tuple(count.name for count in fields(Tally) if count.name != "dropped")
 
 
 @dataclass
-class Account:
+class TokenLedger:
     """The tallies of a unit or a whole run, by (file number, category), and counts of other lines.
 
     Attributes:
@@ -126,7 +126,7 @@ class Account:
             self.tallies[key] = Tally()
         return self.tallies[key]
 
-    def add(self, other: "Account") -> None:
+    def add(self, other: "TokenLedger") -> None:
         """Add the counts of `other`."""
         for key, tally in other.tallies.items():
             self.tally(*key).add(tally)
@@ -214,7 +214,7 @@ class Account:
         }
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Account":
+    def from_json(cls, content: dict[str, Any]) -> "TokenLedger":
         """The inverse of `as_json`."""
         tallies = {(file, category): Tally.from_json(tally) for file, category, tally in content["tallies"]}
         bad = {(file, reason): [count, example] for file, reason, count, example in content["bad"]}

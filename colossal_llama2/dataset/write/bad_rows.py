@@ -16,7 +16,7 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import InputFile, LostFile, Unit
 from colossal_llama2.dataset.layout import store
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.errors import RunError
 from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import visible_line
@@ -29,12 +29,12 @@ MAX_WARNINGS = 10
 MAX_ROLES = 10
 
 
-def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
+def warn_of_many(ledger: TokenLedger, files: Sequence[InputFile]) -> None:
     """Warn about files with a share of bad rows over `WARNED_SHARE`, with the most frequent reason and its cure."""
     by_file: dict[int, dict[str, list[Any]]] = {}
-    for (file, reason), entry in account.bad.items():
+    for (file, reason), entry in ledger.bad.items():
         by_file.setdefault(file, {})[reason] = entry
-    documents = {file: tally.documents for file, tally in account.by_file().items()}
+    documents = {file: tally.documents for file, tally in ledger.by_file().items()}
     warnings = []
     for file, reasons in sorted(by_file.items()):
         bad = sum(count for count, _ in reasons.values())

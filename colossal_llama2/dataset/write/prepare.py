@@ -20,12 +20,11 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.corpus.data_files import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
-from colossal_llama2.dataset.layout import manifest, store
-from colossal_llama2.dataset.layout import token_ledger as accounts
+from colossal_llama2.dataset.layout import manifest, store, token_ledger
 from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE
 from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.layout.prepare_settings import Execution, Settings, WorkSizes
-from colossal_llama2.dataset.layout.token_ledger import Account, Tally
+from colossal_llama2.dataset.layout.token_ledger import Tally, TokenLedger
 from colossal_llama2.dataset.write import bins as bins_module
 from colossal_llama2.dataset.write.assign_bins import deal_units
 from colossal_llama2.dataset.write.bad_rows import report_lost, roles_in_words, warn_of_many, write_bad_rows
@@ -113,7 +112,7 @@ def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: 
     """Log that there is nothing to do, or raise UserError; clean up after a run that died while emptying the cache."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / WORK_PLAN_FILE) == content)
-    accounts.print_tables(written)
+    token_ledger.print_tables(written)
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, and has the same input and settings")
     report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
@@ -204,7 +203,7 @@ class _Run:
             written = self._write(content)
         self.folders.publish()
         self.folders.empty_cache()
-        accounts.print_tables(written)
+        token_ledger.print_tables(written)
         warn_of_unknown(written, tokenizer=self.tokenizer_dir)
         # Manifests of earlier versions have none.
         if roles := written.get("unknown_roles"):
@@ -216,9 +215,9 @@ class _Run:
         if self.execution.shard:
             self._remove_leftovers()
         manifest.check_unchanged(self.files)
-        account, hashes, lost = self._collect()
-        warn_of_many(account, self.files)
-        self._check_enough(account, lost)
+        ledger, hashes, lost = self._collect()
+        warn_of_many(ledger, self.files)
+        self._check_enough(ledger, lost)
         bins = self._write_bins()
         if self.execution.executor == "ray":
             # Left by workers that were lost; others have done their tasks.
@@ -226,7 +225,7 @@ class _Run:
         kept = Tally(trained=sum(entry["trained"] for entry in bins))
         kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
         kept.predicted = sum(entry["predicted"] for entry in bins)
-        account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
+        ledger.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
         if self.settings.on_bad_row == "skip":
             write_bad_rows(self.folders.arrow, self._lines_before_units(), self.folders.cache)
         self._write_chat_template()
@@ -236,7 +235,7 @@ class _Run:
             self.files,
             tokenizer={"sha256": content["tokenizer"], **self.sample},
             hashes=hashes,
-            account=account,
+            ledger=ledger,
             bins=bins,
             lost=lost,
             left_out=self.inputs.left_out,
@@ -245,21 +244,21 @@ class _Run:
         store.write_json_whole(self.folders.arrow / DATA_MANIFEST_FILE, whole)
         return whole
 
-    def _collect(self) -> tuple[Account, dict[int, str], list[LostFile]]:
+    def _collect(self) -> tuple[TokenLedger, dict[int, str], list[LostFile]]:
         """The sum of the counts of all units, the hash of each file, and the files that were not read to their end."""
-        account, hashes, lost = Account(), {}, list(self.inputs.lost)
+        ledger, hashes, lost = TokenLedger(), {}, list(self.inputs.lost)
         for unit in self.units:
             path = unit_file(self.folders.cache, unit, "json")
             content = store.read_json(path)
             with store.damage_reported(path):
-                account.add(Account.from_json(content["account"]))
+                ledger.add(TokenLedger.from_json(content["account"]))
                 hashes.update({int(file): digest for file, digest in content["hashes"].items()})
                 lost += [LostFile(**entry) for entry in content["lost"]]
-        return account, hashes, lost
+        return ledger, hashes, lost
 
-    def _check_enough(self, account: Account, lost: Sequence[LostFile]) -> None:
+    def _check_enough(self, ledger: TokenLedger, lost: Sequence[LostFile]) -> None:
         """Raise UserError unless every bin, and eval, gets at least one piece."""
-        total, num_bins = account.total(), self.settings.num_bins
+        total, num_bins = ledger.total(), self.settings.num_bins
         if self.settings.has_eval and not total.held_out_pieces:
             raise UserError(
                 f"--eval_fraction {self.settings.eval_fraction} holds out nothing of "
@@ -275,11 +274,11 @@ class _Run:
         )
         if total.held_out_documents:
             left += f", {counted(total.held_out_documents, 'record')} held out by --eval_fraction"
-        if account.unknown_roles:
-            left += f", {roles_in_words(account.unknown_roles)}"
-        if account.bad_rows:
-            reason, count = next(iter(account.bad_reasons().items()))
-            left += f", {counted(account.bad_rows, 'bad row')} skipped, most often ({count}): {reason}"
+        if ledger.unknown_roles:
+            left += f", {roles_in_words(ledger.unknown_roles)}"
+        if ledger.bad_rows:
+            reason, count = next(iter(ledger.bad_reasons().items()))
+            left += f", {counted(ledger.bad_rows, 'bad row')} skipped, most often ({count}): {reason}"
         if lost:
             left += f", {counted(len(lost), 'file')} not read to the end, such as {lost[0]}"
         if not pieces:
@@ -320,16 +319,16 @@ class _Run:
             for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
-        return [store.read_json(bins_module.bin_account_file(paths["cache_dir"], name)) for name in names]
+        return [store.read_json(bins_module.bin_counts_file(paths["cache_dir"], name)) for name in names]
 
     def _is_written(self, task: BinTask) -> bool:
         name = self.settings.bin_name(task.number)
-        account = store.read_json_or_none(bins_module.bin_account_file(task.cache_dir, name))
+        ledger = store.read_json_or_none(bins_module.bin_counts_file(task.cache_dir, name))
         data = Path(task.arrow_dir, name, DATA_FILE)
         return (
-            account is not None
+            ledger is not None
             and data.is_file()
-            and data.stat().st_size == account["bytes"]
+            and data.stat().st_size == ledger["bytes"]
             and (not self.settings.writes_jsonl or Path(task.jsonl_dir, f"{name}.jsonl").is_file())
         )
 
