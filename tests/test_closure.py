@@ -70,7 +70,7 @@ def test_complete_reaches_every_piece(model, pieces, piece_scores):
     assert sorted(plan.pieces[: len(wanted)]) == sorted(wanted)
     assert len(plan.pieces) == len(set(plan.pieces)) == len(wanted) + plan.characters + plan.intermediates
     assert not set(plan.pieces) & set(model.pieces)
-    assert plan.dropped == plan.given_up == []
+    assert plan.dropped == plan.over_budget == []
     if piece_scores == "below":
         assert plan.pieces[: len(wanted)] == wanted
         in_file = [struct.unpack("<f", struct.pack("<f", score))[0] for score in plan.scores]
@@ -95,12 +95,12 @@ def test_a_budget_drops_the_last_pieces_first(model, pieces, budget):
         assert len(plan.pieces) <= budget
         if way != "off":
             assert unreachable(content_of(model, plan), plan.pieces) == []
-        num_kept = len(wanted) - len(plan.given_up)
-        assert wanted[num_kept:] == plan.given_up
+        num_kept = len(wanted) - len(plan.over_budget)
+        assert wanted[num_kept:] == plan.over_budget
         assert set(plan.dropped) | set(plan.pieces) >= set(wanted[:num_kept])
         if way == "off":
             assert plan.pieces == wanted[:budget]
-        elif plan.given_up:
+        elif plan.over_budget:
             one_more = plan_extension(model, wanted[: num_kept + 1], closure=way, piece_scores="below")
             assert len(one_more.pieces) > budget
 

@@ -77,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tokenizer that cannot be compared, and why."""
+    """A tokenizer that cannot be compared, and the reason."""
 
     tokenizer: str
     error: str

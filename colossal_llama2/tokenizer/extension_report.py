@@ -14,7 +14,7 @@ COUNTS = (
     ("duplicates", "repeated in the file"),
     ("already_pieces", "pieces of the source already"),
     ("dropped", "dropped: no merges lead to them"),
-    ("given_up", "given up for --max_added_pieces"),
+    ("given_up", "left out for --max_added_pieces"),
     ("added_from_file", "added from the file"),
     ("added_characters", "added by closure: characters"),
     ("added_intermediates", "added by closure: intermediate pieces"),
@@ -43,7 +43,7 @@ def make_report(
         "duplicates": asked.duplicates,
         "already_pieces": asked.already_pieces,
         "dropped": len(plan.dropped),
-        "given_up": len(plan.given_up),
+        "given_up": len(plan.over_budget),
         "added_from_file": len(plan.pieces) - plan.characters - plan.intermediates,
         "added_characters": plan.characters,
         "added_intermediates": plan.intermediates,
@@ -54,7 +54,7 @@ def make_report(
         "vocabulary_after": vocabulary_before + len(plan.pieces),
         "unreachable_pieces": list(unreachable[:MAX_LISTED]),
         "dropped_pieces": plan.dropped[:MAX_LISTED],
-        "given_up_pieces": plan.given_up[:MAX_LISTED],
+        "given_up_pieces": plan.over_budget[:MAX_LISTED],
         "parity": [measurement.as_dict() for measurement in measurements],
     }
 

@@ -305,7 +305,7 @@ def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: ExtensionPlan, add
     wrong = [token for token, index in expected.items() if vocabulary.get(token) != index]
     if wrong or len(vocabulary) != len(model.pieces) + len(expected):
         raise RunError(
-            f"transformers reads other ids for {wrong[:3] or 'the vocabulary'} than were written; nothing was kept. "
+            f"transformers does not read back the ids of {wrong[:3] or 'the vocabulary'}; nothing was kept. "
             f"Check {FAST_FILE} and the added tokens of the source"
         )
 

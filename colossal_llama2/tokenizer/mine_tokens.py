@@ -143,7 +143,7 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
         )
     if not measured.size:
         raise UserError(
-            f"--held_out {settings.held_out:g} held out no document, so there is none to measure on; give more "
+            f"--held_out {settings.held_out:g} held out no document, so there is nothing to measure on; give more "
             "documents"
         )
     known = set(model.pieces)

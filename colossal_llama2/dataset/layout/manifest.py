@@ -1,4 +1,4 @@
-"""Record what a run was given and what it wrote: plan.json in the cache, manifest.json beside the bins.
+"""Record the input and output of a run: plan.json in the cache, manifest.json beside the bins.
 
 plan.json is written first, so that a restart only continues the same work. manifest.json is written last; it depends
 only on the input, the settings and the tokenizer:
@@ -91,8 +91,8 @@ def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
         changes.append("it was made by another version")
     if changes:
         raise RefusedError(
-            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; run "
-            "the command as it was to continue, or delete that folder to start over"
+            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, but since then: {'; '.join(changes)}; run "
+            "the earlier command to continue, or delete that folder to start over"
         )
     return True
 
@@ -137,7 +137,7 @@ def _is_outdated(manifest: dict[str, Any]) -> bool:
     version = manifest.get("version")
     version = version if isinstance(version, int) else 1
     has_cuts = manifest["eval"] or manifest["total"].get("cut_documents")
-    # A row that was bad then may be valid now.
+    # A row that was bad in that version may be valid in this one.
     reads_differently = manifest["settings"]["stage"] == "sft" or manifest.get("bad_rows")
     return version < 2 and bool(has_cuts) or version < 3 and bool(reads_differently)
 

@@ -1,4 +1,4 @@
-"""Count what becomes of every record and token in a prepare command, by file and category; check and print it.
+"""Count every record and token of a prepare command, by what happened to it, file and category; check and print that.
 
 As JSON, one `Tally`:
 
@@ -25,7 +25,7 @@ MOST_ROLES, OTHER_ROLES = 100, "(other roles)"
 
 @dataclass
 class Tally:
-    """Counts of the records of one file and category, or of several.
+    """Counts for the records of one file and category, or of several.
 
     Attributes:
         bytes, characters: of the records' text, in UTF-8.
@@ -186,7 +186,7 @@ class TokenLedger:
         return {category: _sum(parts[category]) for category in sorted(parts)}
 
     def check(self, names: dict[int, str], *, bins: Tally) -> None:
-        """Raise RunError unless each file and category balances, and `bins` hold what should be kept."""
+        """Raise RunError unless each file and category balances, and `bins` hold all tokens that should be kept."""
         for (file, category), tally in self.tallies.items():
             tally.check(f"{names[file]}, category {category}")
         total = self.total()

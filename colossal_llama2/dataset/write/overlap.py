@@ -101,7 +101,7 @@ def _report(
     lines_before: dict[int, int],
     paths: Sequence[str],
 ) -> dict[str, Any]:
-    """Put together what the workers found. `documents` counts the held-out ones that have n-grams (True) or not."""
+    """Combine the workers' results. `documents` counts the held-out documents with (True) and without n-grams."""
 
     def where(unit: int, place: Sequence[int]) -> str:
         return f"{paths[place[0]]}:{lines_before[unit] + place[1]}"
@@ -203,7 +203,7 @@ def write_overlaps(task: UnitTask) -> int:
 def batches(
     rows: Iterable[tuple[Place, Row]], sizes: WorkSizes
 ) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
-    """Documents, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+    """Batches of documents: places, texts, where the n-grams of each end, and all n-grams.
 
     Documents without n-grams are left out. A batch ends with the document that reaches one of the `sizes`.
     """

@@ -51,7 +51,7 @@ def prepare_pretrain(**flags: Any) -> None:
     """Tokenize {"source", "target", "category"} records and splice them into samples of at most `max_length` tokens.
 
     Takes the flags of prepare_pretrain_dataset.py as keywords. Writes arrow folders part-00000, ... with the columns of
-    `columns`, part-00000.jsonl, ... and manifest.json, and prints what became of every token.
+    `columns`, part-00000.jsonl, ... and manifest.json, and prints the counts of all tokens.
 
     Raises:
         UserError: something is wrong with flags, folders or records. Nothing is left behind.

@@ -3,7 +3,7 @@
 read       lines of the unit's spans (`row_reader`), checked (`records`); what cannot be used (`unit_problems`)
 tokenize   about a megabyte of rows at a time (`tokenization`)
 cut        documents into pieces (`document_pieces`)
-count      what became of every token (`unit_counts`)
+count      every token, by what happened to it (`unit_counts`)
 write      the pieces, and last a JSON file that marks the unit as done (`unit_files`)
 """
 
@@ -52,8 +52,8 @@ class UnitTask(NamedTuple):
     Attributes:
         files: those of the unit's spans, by number.
         tokenizer_dir: an absolute path.
-        encoder_class: what encodes; `choose_encoder` has chosen it.
-        base: the folder from which the paths of `files`, as the user gave them, count.
+        encoder_class: the class of the encoder that `choose_encoder` has chosen.
+        base: the folder that the paths of `files`, as the user gave them, are relative to.
         fails_at_bad_file: whether a file that cannot be read to its end is an error; otherwise it is recorded.
     """
 
@@ -104,7 +104,7 @@ def _hash_file(task: UnitTask) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Skip the search for cycles, a tenth of the work: a batch is some hundred thousand objects without any."""
+    """Switch off the garbage collector, a tenth of the work: a batch has some hundred thousand objects, no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Count what becomes of the records of one unit of work: documents, bytes, tokens and pieces, by file and category."""
+"""Count the records of one unit of work: documents, bytes, tokens and pieces, by file and category."""
 
 from collections.abc import Sequence
 

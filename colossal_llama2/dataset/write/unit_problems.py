@@ -1,4 +1,4 @@
-"""Bad rows and unreadable files of one unit of work: raise an error, or record them and go on."""
+"""Bad rows and unreadable files of one unit of work: raise an error, or record them and continue."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,7 +40,7 @@ class UnitProblems:
         if not self._skips_bad_rows:
             raise UserError(f"{path}:{reader.line_number(number)}: {problem}{SKIP_HINT}")
         self._ledger.bad_row(file, reason, problem)
-        # The line in the span: how many lines are before it is known when all spans are read.
+        # The line in the span: the number of lines before it is known only when all spans are read.
         self.bad_rows.append({"file": path, "line": number, "reason": reason, "problem": problem})
 
     def lost_file(self, path: str, line: int, problem: str, reason: str) -> None:
