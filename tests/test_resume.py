@@ -369,7 +369,7 @@ def test_old_checkpoints_are_removed_but_never_the_newest(jobs):
 
 def test_resume_auto(jobs):
     assert jobs["auto_on_nothing"][1] is None
-    assert "Done already" in jobs["auto_done"][2][-1]
+    assert "Already done" in jobs["auto_done"][2][-1]
     _, error, log = jobs["auto_past_damage"]
     assert error is None
     found = [line for line in log if line.startswith(("--resume auto", "Resuming"))]

@@ -42,13 +42,13 @@ class Engine:
         self._booster = Booster(plugin=self._built)
         self._groups = self.plugin.groups(self._built)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # Where the ranks talk through GPUs, another way between their hosts.
+        # If the ranks communicate through GPUs, another group for their hosts.
         self._host_group = dist.new_group(backend="gloo") if self.pins_batches else None
         data_group = self._groups.data
         self.data_rank, self.data_size = dist.get_rank(data_group), dist.get_world_size(data_group)
         self.model: Any = None
         self.optimizer: Any = None
-        # That of the last `step`.
+        # The loss scale of the last `step`.
         self.used_loss_scale = 1.0
         self.loss_tally = LossTally(self.device, unfed=self._reason_without_token_losses_on_any_rank())
 
@@ -87,7 +87,7 @@ class Engine:
         gc.collect()
 
     def _reason_without_token_losses_on_any_rank(self) -> str | None:
-        """This rank's reason, or that other ranks have one: all ranks sum by group, or none. Called on all ranks."""
+        """The reason of this rank or of another one: either all ranks sum by group or none. Called on all ranks."""
         reason = self._reason_without_token_losses()
         if collectives.any_rank(reason is not None) and reason is None:
             return "Liger's kernel, installed on other hosts, returns only the sum over all tokens"
@@ -168,7 +168,7 @@ class Engine:
     ) -> float:
         """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
 
-        Where gradients are switched off, forward alone.
+        Only forward if gradients are switched off.
 
         Args:
             inputs: the model's keyword arguments, tensors of (samples, ...).
@@ -194,7 +194,7 @@ class Engine:
             # ColossalAI averages the microbatches' losses.
             return criterion(outputs, next(losses)) * scheduler.num_microbatches
 
-        # ColossalAI would exchange gradients even where there are none.
+        # ColossalAI would exchange gradients even if there are none.
         trains = torch.is_grad_enabled()
         optimizer, exchanging = (self.optimizer, contextlib.nullcontext()) if trains else (None, self.model.no_sync())
         handle = self.unwrapped_model.register_forward_pre_hook(add_inputs, with_kwargs=True)
@@ -210,7 +210,7 @@ class Engine:
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager:
         """A context for forward and `backward`, in which gradients are not exchanged before the `last` of a step."""
-        # From ZeRO stage 2 on, gradients are split as they come.
+        # From ZeRO stage 2 on, gradients are split as they arrive.
         waits = not last and self.plugin.zero_stage < 2
         return self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext()
 

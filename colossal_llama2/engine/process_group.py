@@ -16,8 +16,8 @@ from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 
-# ColossalAI logs it to the root logger for every model whose weights are in a single file. A filter of a logger sees
-# only what is logged to that logger itself.
+# ColossalAI logs this to the root logger for every model whose weights are in a single file. A logger's filter only
+# applies to messages that are logged to that logger itself.
 UNSHARDED_ADVICE = "Please avoid using unsharded checkpointing methods when dealing with large models!"
 
 
@@ -27,7 +27,7 @@ def _is_not_advice(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _no_toolkit_named() -> Iterator[None]:
-    """Without a GPU, name no CUDA toolkit while torch.utils.cpp_extension is imported.
+    """Without a GPU, hide the CUDA toolkit while torch.utils.cpp_extension is imported.
 
     If one is installed, it would print "No CUDA runtime is found". Nothing here is compiled for CUDA without a GPU.
     """
@@ -56,7 +56,7 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
         meet: called when the libraries are imported, before the ranks are joined.
 
     Raises:
-        UserError: there are more processes on this host than GPUs, or ColossalAI is of an unknown version.
+        UserError: there are more processes on this host than GPUs, or this version of ColossalAI is not supported.
     """
     here = launcher.settle()
     # PyTorch would start a pool of compiler processes at import, and nothing is compiled here.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MASTERS_NAME = "master_weights"
-# The settings that decide how the weights are split over the ranks. All others may change without cost.
+# The settings that decide how the weights are split over the ranks. If others change, the exact state stays usable.
 LAYOUT_SETTINGS = (
     "plugin",
     "precision",
@@ -34,7 +34,7 @@ LAYOUT_SETTINGS = (
 
 
 class Resumable(Ranks, Protocol):
-    """What is saved of an Engine."""
+    """The parts of an Engine that are saved here."""
 
     plugin: Plugin
     optimizer: Any

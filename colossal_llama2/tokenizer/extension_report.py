@@ -12,7 +12,7 @@ from colossal_llama2.tokenizer.new_pieces import NewPieces
 COUNTS = (
     ("asked", "pieces in the file"),
     ("duplicates", "repeated in the file"),
-    ("already_pieces", "pieces of the source already"),
+    ("already_pieces", "already pieces of the source"),
     ("dropped", "dropped: no merges lead to them"),
     ("given_up", "left out for --max_added_pieces"),
     ("added_from_file", "added from the file"),

@@ -1,4 +1,4 @@
-"""How fast a training command is on this machine: train.py and train_sft.py with --benchmark, on random tokens.
+"""The speed of a training command on this machine: train.py and train_sft.py with --benchmark, on random tokens.
 
 Nothing is written except the trace of --profile.
 """
@@ -117,7 +117,7 @@ class _Steps:
         result = train_step(self._engine, batches, totals, noise=self._noise, step=self._step, timer=self._timer)
         self._step += 1
         self.tokens += result.tokens
-        # Those of this rank; the other ranks have about as many.
+        # Those of this rank; the other ranks have about the same number.
         self.places += sum(batch.input_ids.numel() for batch in batches) * self._engine.data_size
         progress.update(loss=f"{result.loss:.4f}")
         return result

@@ -1,4 +1,4 @@
-"""--benchmark --dry_run: what a benchmark with these flags needs; reads no data, and weights only if there are any."""
+"""--benchmark --dry_run: what a benchmark with these flags needs. Reads no data, and only existing weights."""
 
 from colossal_llama2 import logs
 from colossal_llama2.engine.device import flops_per_token, known_peak

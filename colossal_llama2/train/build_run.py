@@ -29,8 +29,8 @@ from colossal_llama2.train.stepping.stopping import NoSignals
 def build_run(config: TrainConfig, inputs: RunInputs, record: StageRecord, stop: NoSignals) -> Iterator[RunParts]:
     """The parts of a run, ready for its first step. Called on all ranks.
 
-    What can fail is tried before the weights are read, which takes longest. At the end of the context the reports of
-    the run are written, also after an error.
+    Whatever can fail is tried before the weights are read, which takes longest. At the end of the context the reports
+    of the run are written, also after an error.
 
     Raises:
         UserError, RunError: on all ranks; nothing was trained.

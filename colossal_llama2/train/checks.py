@@ -1,4 +1,4 @@
-"""Compare what is read for a run: the model with the flags and the tokenizer, token ids with the vocabulary, numbers.
+"""Compare the inputs of a run: the model with the flags and the tokenizer, token ids with the vocabulary, numbers.
 
 A job makes each check on all of its ranks together (JobChecks). A dry run makes it in one process, and collects all
 problems (DryRunChecks).
@@ -105,7 +105,7 @@ class JobChecks(Checks):
 
 
 class DryRunChecks(Checks):
-    """The checks of a dry run: in this process alone, without the weights' numbers, and with all problems collected."""
+    """The checks of a dry run: in this process only, without the weights' numbers, and with all problems collected."""
 
     def __init__(self, problems: Problems):
         """
@@ -172,7 +172,7 @@ def check_tokenizer_fits(config: TrainConfig, model: ModelFacts) -> None:
     if tokens > model.vocab_size:
         raise UserError(
             f"the tokenizer of {folder} has {tokens:,} tokens, the model's vocabulary {model.vocab_size:,}; "
-            f"the tokenizer was extended and the model was not: run init_model.py, and give --pretrained the folder "
+            f"the tokenizer was extended but the model was not: run init_model.py, and give --pretrained the folder "
             f"that it writes"
         )
 

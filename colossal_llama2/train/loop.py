@@ -1,4 +1,4 @@
-"""The training loop: what one optimizer step is, and what happens between steps.
+"""The training loop: optimizer steps, and what happens between them.
 
 It depends neither on the command line nor on ColossalAI: `engine` splits the model, `loader` reads the data,
 `checkpointer` decides when to save, `evaluator` when to evaluate, and `reporter` shows the figures.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a run is made of, besides its state.
+    """The parts of a run, besides its state.
 
     Attributes:
         schedule: the learning rate of each update, and the number of steps.

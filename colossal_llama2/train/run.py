@@ -70,7 +70,7 @@ def _finish_again(config: TrainConfig, inputs: RunInputs, record: StageRecord) -
 
 
 def _log_end(config: TrainConfig, inputs: RunInputs, parts: RunParts, final: Path) -> None:
-    """Log that all is done. Raises Stopped if a signal came during the last step."""
+    """Log the end of the run. Raises Stopped if a signal came during the last step."""
     state = inputs.start.state
     number = agreed_signal(parts.engine.sum_over_data(parts.stop.received()))
     if number is not None:

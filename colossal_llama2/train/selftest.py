@@ -1,4 +1,4 @@
-"""Prove on this very machine that training is correct, before a week of it.
+"""Prove that training is correct on this machine, before a long run.
 
     colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\
         --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest
@@ -44,7 +44,7 @@ SHAPE = {
 ALLOWED = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2)}
 GAPS = 2.0
 TOGETHER = 8
-# The plain loop runs on one rank alone, while the others wait.
+# The plain loop runs only on one rank, while the others wait.
 WAIT_SECONDS = 3600.0
 
 

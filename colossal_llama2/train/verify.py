@@ -141,7 +141,7 @@ def _check_masters(saved: SavedRun) -> str:
                 f"{path}: is missing, the run had {counted(entries['world_size'], 'rank')}; use another checkpoint"
             )
         total += sum(math.prod(shape) for shape in _read_all(path).values())
-    # Padding, and what ranks hold in common, comes on top.
+    # Padding, and what several ranks hold, are additional.
     needed = sum(math.prod(shape) for _, shape in _trained_shapes(saved))
     if total < needed:
         raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; use another checkpoint")

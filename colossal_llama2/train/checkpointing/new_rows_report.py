@@ -21,7 +21,7 @@ BLOCK_ROWS = 4096
 
 
 class NewRowsReport:
-    """Compares saved embeddings with those that a run began with, or was resumed with. Used on one rank.
+    """Compares saved embeddings with those that a run began with or resumed from. Used on one rank.
 
     Keeps 8 bytes per row, and reads a block of rows at a time.
     """

@@ -1,4 +1,4 @@
-"""How a run continues from a checkpoint: whether that is intact, what must be unchanged, and how exact it will be."""
+"""How a run continues from a checkpoint: whether it is intact, what must be unchanged, and how exact the resume is."""
 
 import json
 import textwrap
@@ -98,20 +98,20 @@ def difference(name: str, before: Any, now: Any) -> str:
 
 
 def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
-    """What differs from the saved run and can change the last bits of its numbers."""
+    """The differences from the saved run that can change the last bits of its numbers."""
     now, entries = facts.entries(), saved.entries
     pairs = [(name, entries.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
     pairs.append(("version of the numerics", entries.get("numerics", 1), now["numerics"]))
     for group in ("settings", "versions", "machine"):
         before = entries.get(group) or {}
-        # A flag that did not exist yet had the effect of its default.
+        # A version without a flag behaved as with its default.
         names = [name for name in now[group] if group != "settings" or (name in before and _is_compared(name))]
         pairs += [(name, before.get(name), now[group][name]) for name in names]
     return [f"{name} {_short(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
 
 
 def _is_compared(setting: str) -> bool:
-    """Whether a setting is compared by its value; others are compared by what they name, such as data by its hash."""
+    """Whether a setting is compared by its value; paths are compared by their content, such as data by its hash."""
     return changes_numbers(setting) and f"--{setting}" not in RESUMED_FACTS.values()
 
 
@@ -212,7 +212,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
         if saved.entries.get(name) != entries[name]:
             raise UserError(
                 f"--load_checkpoint {saved.folder}: {difference(name, saved.entries.get(name), entries[name])}; "
-                f"resume with the same {flag}, or take its weights alone: --load_checkpoint {config.source.weights}"
+                f"resume with the same {flag}, or load only its weights: --load_checkpoint {config.source.weights}"
             )
     _check_place(saved, order)
     # A copy, since the run counts on in it.
@@ -272,7 +272,7 @@ def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, nu
 
 
 def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> CosineSchedule:
-    """The learning rate over all steps of the run, those before a resume included; of a run that is done, over these.
+    """The learning rate over all steps of the run, including those before a resume.
 
     Raises:
         UserError: no step is left, and no evaluation is pending.
@@ -316,13 +316,13 @@ def _log_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> No
     now = asdict(schedule)
     changed = [f"{name} {shown(saved.get(name))} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
-        logs.get_logger().warning("The learning rate follows another curve from here on: %s", ", ".join(changed))
+        logs.get_logger().warning("The learning rate follows a different curve from now on: %s", ", ".join(changed))
 
 
 def finish_again(saved: SavedRun, engine, saving: SaveConfig, *, card: Callable[[], str | None]) -> None:
-    """Do what a run that died after its last save left undone: publish the model, and remove old checkpoints."""
+    """Finish a run that died after its last save: publish the model, and remove old checkpoints."""
     with engine.first_rank_only() as first:
         if first:
             publish_model(saved.folder, card())
             checkpoint_files.remove_old(saved.folder, keep_last=saving.keep_last, keep_every=saving.keep_every)
-    logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", saved.folder)
+    logs.get_logger().info("Already done: all epochs are trained. The model is beside %s", saved.folder)

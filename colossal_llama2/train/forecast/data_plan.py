@@ -12,8 +12,8 @@
      "begins": {"epoch": 0, "sample": 0, "step": 0}, "ends": {"epoch": 0, "sample": 2400, "step": 600},
      "learning_rate": [[1, 2e-05], ..., [600, 3e-05]], "notes": ["en has no part left in buckets 3 to 9"]}
 
-Samples and tokens are those of the first epoch, with the left-over ones; every epoch has equally many samples of each
-source. "again" counts the repeats in "samples", "left_out" the samples of a source that the epoch does not read. A part
+Samples and tokens are those of the first epoch, including left-over ones; every epoch has the same number of samples of
+each source. "again" counts the repeats in "samples", "left_out" the samples that the epoch does not read. A part
 without samples is in no bucket. Steps are counted from 1; those of a bucket belong to the epoch in which the run
 begins, from there on, and are null if the run reads nothing of the bucket there. "begins" and "ends" are positions:
 complete epochs, samples of the next epoch, and steps of the run. Nothing here needs torch.
@@ -61,7 +61,7 @@ def make_order(
     """The order of samples. Raises UserError if there are not enough for one micro batch on every rank.
 
     Args:
-        num_samples: of the data; with buckets, they say how many an epoch has.
+        num_samples: of the data; with buckets, these determine the samples of an epoch.
         data_size: number of data-parallel ranks.
     """
     num_samples = buckets.num_samples if buckets else num_samples
@@ -170,7 +170,7 @@ def _buckets(
     *,
     total_steps: int,
 ) -> list[dict[str, Any]]:
-    """What is read of each bucket.
+    """The samples that are read from each bucket.
 
     Args:
         times: (rows,) how often an epoch reads each row.
@@ -210,7 +210,7 @@ def _buckets(
 
 
 def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What is read of a source in a bucket."""
+    """The samples of a source that are read from a bucket."""
     lengths, read = np.concatenate([lengths for _, lengths in parts]), np.concatenate(times)
     categories: Counter = Counter()
     for (part, _), part_times in zip(parts, times, strict=True):
@@ -250,9 +250,9 @@ def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> list[tuple[
     """Points (step, learning rate), with the first and last step and the end of the warm-up.
 
     Args:
-        begin: steps taken so far.
-        skipped: how many of these made no update. The schedule counts updates, so it lags behind by as many steps from
-            here on. Earlier points are those of a run without such steps.
+        begin: number of steps so far.
+        skipped: how many of these made no update. The schedule counts updates, so from here on it is that many steps
+            behind. Earlier points are those of a run without such steps.
     """
     steps = set(np.linspace(0, schedule.total_steps - 1, CURVE_POINTS).round().astype(int).tolist())
     warmed_up = max(schedule.warmup_steps - 1, 0)
@@ -299,7 +299,7 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
 
 
 def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: dict[str, Any]) -> Iterator[str]:
-    """Where a run begins, unless at the first sample, and where it ends, unless at the last."""
+    """Where a run begins, if not at the first sample, and where it ends, if not at the last."""
 
     def where(place: _Place, sample: int) -> str:
         return f"epoch {place.epoch}" + (f", bucket {order.bucket_of(sample)}" if content["bucketed"] else "")
@@ -330,7 +330,7 @@ def _bucket_list(numbers: Sequence[int]) -> str:
 
 
 def log_and_save(content: dict[str, Any], folder: RunFolder) -> None:
-    """Log the plan and write it to the run's folder, in place of an earlier one."""
+    """Log the plan and write it to the run's folder, replacing an earlier one."""
     for line in plan_lines(content):
         logs.get_logger().info("%s", line)
     replace_file(folder.data_plan, to_json(content).encode())

@@ -56,6 +56,6 @@ def disk_lines(saving: SaveConfig, checkpoint_bytes: int, steps: Sequence[int]) 
     ]
     if free < count * checkpoint_bytes:
         lines.append(
-            f"  there is room for {free // checkpoint_bytes} of them; make room, or keep fewer with --keep_last"
+            f"  there is room for {free // checkpoint_bytes} of them; free some space, or keep fewer with --keep_last"
         )
     return "\n".join(lines)

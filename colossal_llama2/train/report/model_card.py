@@ -39,7 +39,7 @@ HOW = {
 }
 # Sources of a stage that the table lists; training_history.json has all of them.
 MAX_SOURCES = 8
-# Steps from a checkpoint of an earlier version to the --pretrained of its run.
+# Most steps from a checkpoint of an earlier version back to the --pretrained of its run.
 MAX_FOLLOWED = 16
 NOT_RECORDED = "not recorded"
 LOSSES = ("first_loss", "final_loss")
@@ -276,7 +276,7 @@ def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
     ]
     rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])
     columns = ["source", "category", "documents", "tokens", "share"]
-    what = "What was there to take from" if settings.get("mixture") else "One epoch"
+    what = "The available data" if settings.get("mixture") else "One epoch"
     what += ", by source of the documents; a document that was cut counts once per piece."
     return f"{what}\n\n" + table(columns, rows)
 

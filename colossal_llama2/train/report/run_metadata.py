@@ -61,7 +61,7 @@ def model_shape(folder: ModelFolder) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the last bits of a sum depend on besides software: the device, and on a CPU its threads."""
+    """The hardware that the last bits of a sum depend on: the device, and on a CPU the number of threads."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What is wrong with flags by themselves or beside each other, before any file is looked at: one sentence each."""
+"""Problems of flags, alone or in combination, that can be found without reading a file: one sentence each."""
 
 import argparse
 from collections import Counter
@@ -63,7 +63,7 @@ def _benchmark_problems(args: argparse.Namespace, settings: EngineSettings, worl
 
 
 def _utf8_problems(args: argparse.Namespace) -> list[str]:
-    """Flags that no checkpoint could record, since they are not UTF-8; a path may be anything."""
+    """Flags that cannot be recorded in a checkpoint, since they are not UTF-8; a path may have any bytes."""
     problems = []
     for name, value in vars(args).items():
         for word in value if isinstance(value, (list, tuple)) else [value]:

@@ -58,7 +58,7 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or impossible."""
-        # Checkpoints of earlier versions lack the counts that are newer.
+        # Checkpoints of earlier versions lack newer counts.
         values = {**dict.fromkeys(COUNTED_LATER, 0), **values}
         state = cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
         if state.updates < 0:

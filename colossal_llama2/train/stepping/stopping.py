@@ -5,7 +5,7 @@
     SIGUSR1            the same, and exit with code 0
     a second SIGINT    exit at once, with code 130
 
-A rank that has not joined the others yet, and so may be waiting for a dead one, saves nothing and exits at once.
+A rank that has not joined the others yet, and may be waiting for a dead one, saves nothing and exits at once.
 """
 
 import os
@@ -32,24 +32,24 @@ GRACE_SECONDS = 2.0
 
 
 class NoSignals:
-    """Receives no signals: for programs that handle them otherwise."""
+    """Receives no signals: for programs that handle signals themselves."""
 
     def meet(self) -> None:
-        """Called when the ranks have met."""
+        """Called when the ranks are connected."""
 
     def begin(self) -> None:
         """Called before the first step."""
 
     def received(self) -> list[float]:
-        """1 for each of SIGNALS that came to this process, 0 for the others."""
+        """1 for each of SIGNALS that this process received, 0 for the others."""
         return [0.0] * len(SIGNALS)
 
 
 class StopSignals(NoSignals):
     """Records the signals above inside a `with`. Until the process has joined the others it raises Stopped at once.
 
-    Ranks compare what they received at the start of each step, and of each batch of an evaluation: if one rank left by
-    itself, the others would wait for it. A process without partners raises Stopped until its first step.
+    Ranks compare what they received at the start of each step, and of each batch of an evaluation: if one rank stopped
+    on its own, the others would wait for it. A process without partners raises Stopped until its first step.
 
     A thread records the signals, whose numbers the system's handler writes to a socket. Python's own handlers do not
     run while the main thread waits for other ranks, and a second SIGINT must not be delayed.
