@@ -21,7 +21,7 @@ Written by `python -m tests.flag_tables --output docs/flags.md` from the parsers
 "-" in the column "default" means that the flag is off or not set. Flags cannot be abbreviated. For a misspelt flag, or
 another tool's name such as `--learning_rate`, the error message names the right one.
 """
-# What a user types: its parser, and the command whose flags it shares, if there is one.
+# The command as typed, its parser, and the command whose flags it shares, if there is one.
 COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
     "init_tokenizer.py": (tokenizer_flags.init_tokenizer_parser, None),
     "init_model.py": (tokenizer_flags.init_model_parser, None),
@@ -78,7 +78,7 @@ def flag_rows(actions: Iterable[argparse.Action]) -> Iterator[tuple[str, str]]:
 
 
 def value_of(action: argparse.Action) -> str:
-    """What follows the flag on the command line, such as ` DIR ...`; "" for a switch or a positional argument."""
+    """The words after the flag on the command line, such as ` DIR ...`; "" for a switch or a positional argument."""
     if action.nargs == 0 or not action.option_strings:
         return ""
     words = (

@@ -33,7 +33,7 @@ PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.tra
 
 
 class LineKeeper(logging.Handler):
-    """Keeps what was logged."""
+    """Collects log messages."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
-    # So high that fp16 overflows, also in a resumed run that would begin with it.
+    # High enough that fp16 overflows, also in a resumed run that starts with it.
     loss_scale.INITIAL_SCALE = 2**21
     launch(seed=1024)
     is_first = logs.is_first_rank()

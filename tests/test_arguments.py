@@ -1,4 +1,4 @@
-"""Every flag of the original parses under every spelling it ever had, with the README's defaults."""
+"""Every flag of the original parses under every spelling that it ever had, with the README's defaults."""
 
 import math
 from collections import Counter
@@ -179,7 +179,7 @@ def test_abbreviations_are_refused(make_parser, capsys):
 
 
 def error_of(make_parser, words, capsys) -> str:
-    """What the parser says to wrong words: one line on stderr, exit code 2."""
+    """The parser's answer to wrong words: one line on stderr, exit code 2."""
     with pytest.raises(SystemExit) as end:
         make_parser().parse_args(words)
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""--benchmark of the training commands: what it prints, what it leaves alone, what it refuses."""
+"""--benchmark of the training commands: what it prints, what it does not change, what it refuses."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The pictures: what they show, names that no font has, and that drawing disturbs neither the console nor the home."""
+"""The charts: what they show, names without a glyph, and that drawing leaves the console and the home folder alone."""
 
 import os
 import subprocess
@@ -95,7 +95,7 @@ def test_smoothing_starts_where_the_loss_starts_and_follows_a_line(count):
     line = [(100 + step, 10.0 - step / count) for step in range(count)]
     smoothed = loss_plot.smoothed(line)
     assert smoothed[0] == line[0] and [step for step, _ in smoothed] == [step for step, _ in line]
-    # Near the end the mean lies some steps back.
+    # Near the end the mean is that of some steps back.
     assert [loss for _, loss in smoothed] == pytest.approx([loss for _, loss in line], abs=0.07)
 
 
@@ -137,7 +137,7 @@ def test_a_name_loses_its_middle():
 
 @pytest.mark.parametrize("name", ["_hidden", "$x$", "100%", "\\frac", "a\nb", "\x1b[31m", ""])
 def test_a_name_is_drawn_unchanged(name, tmp_path):
-    """matplotlib gives some characters a meaning; drawn that way, these would raise or leave the entry out."""
+    """These characters have a meaning in matplotlib; unescaped, they would raise or drop the entry."""
     seen = []
 
     def draw(figure):

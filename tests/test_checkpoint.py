@@ -1,4 +1,4 @@
-"""What a run begins from, which folders it may write to, and whether a checkpoint is whole.
+"""Where a run begins, which folders it may write to, and whether a checkpoint is intact.
 
 Writing itself is in test_training.py, resuming in test_resume.py.
 """
@@ -46,7 +46,7 @@ def bare_checkpoint(save_dir, step, saved_at):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    # "modeling" in the path must decide nothing.
+    # "modeling" in the path must have no effect.
     folder = tmp_path / "remodeling" / "epoch-1_step-30"
     (folder / "modeling").mkdir(parents=True)
     (folder / "modeling" / "config.json").write_text("{}")
@@ -99,7 +99,7 @@ def test_damaged_states_are_refused(checkpoint, text):
 def test_a_new_or_empty_folder_may_be_written(tmp_path):
     RunFolder(tmp_path / "new").check_unclaimed(None)
     RunFolder(tmp_path).check_unclaimed(None)
-    (tmp_path / "epoch-0_step-5.tmp").mkdir()  # what a crash in the first save leaves
+    (tmp_path / "epoch-0_step-5.tmp").mkdir()  # left by a crash in the first save
     RunFolder(tmp_path).check_unclaimed(None)
 
 
@@ -107,7 +107,7 @@ def test_what_a_killed_rehearsal_leaves_is_no_checkpoint(tmp_path):
     aside = tmp_path / "epoch-0_step-0.old"
     (aside / "modeling").mkdir(parents=True)
     RunFolder(tmp_path).check_unclaimed(None)
-    # With a manifest, it is a whole checkpoint that was being replaced.
+    # With a manifest, it is a complete checkpoint that was being replaced.
     seal(aside)
     with pytest.raises(UserError, match="epoch-0_step-0.old of another run"):
         RunFolder(tmp_path).check_unclaimed(None)
@@ -179,7 +179,7 @@ def test_files_that_systems_create_anywhere_are_ignored(checkpoint):
         (checkpoint / name).write_text("x")
     assert checkpoint_files.sizes_problem(checkpoint) is None
     assert find_source("llama", str(checkpoint)).checkpoint == str(checkpoint)
-    # Nor does it get into the manifest of a new one, or into the exported model.
+    # It is neither listed in the manifest of a new one, nor copied into the exported model.
     assert checkpoint_files.list_files(checkpoint) == before
     publish_model(checkpoint)
     assert [path.name for path in (checkpoint.parent / "modeling").iterdir()] == ["config.json"]
@@ -187,7 +187,7 @@ def test_files_that_systems_create_anywhere_are_ignored(checkpoint):
 
 @pytest.mark.parametrize("kind", ["file", "link", "link to a folder", "pipe"])
 def test_other_strangers_are_named_with_the_cure(checkpoint, kind):
-    """Such as a model.safetensors beside shards, which transformers would load in their place."""
+    """For example a model.safetensors beside shards, which transformers would load instead of them."""
     stranger = checkpoint / "modeling" / "stranger"
     if kind == "file":
         stranger.write_text("x")
@@ -226,7 +226,7 @@ def test_bad_numbers_are_reported(checkpoint, number):
 
 
 def test_bad_random_states_and_loss_scales_are_reported(checkpoint):
-    """NumPy reads outside its memory at such a position, and PyTorch takes any scale."""
+    """NumPy reads outside its memory at such a position, and PyTorch accepts any scale."""
     good = {"numpy": ["MT19937", "", 624, 0, 0.0], "loss_scale": {"scale": 1.0, "growth_step": 0, "hysteresis_step": 2}}
     seal_around(checkpoint, json.dumps({**STATES, "ranks": [good]}))
     for position in (-5, 625, 10**6, 0.5):
@@ -368,14 +368,14 @@ def test_a_clock_that_is_set_back_removes_nothing_new(tmp_path):
 
 
 def test_the_checkpoint_in_hand_is_never_removed(tmp_path):
-    """Where it is not the newest by its time, such as one that an earlier version wrote by a clock that was behind."""
+    """If it is not the newest by its time, as when an earlier version wrote it by a clock that was behind."""
     in_hand, other = bare_checkpoint(tmp_path, 2, saved_at=1.0), bare_checkpoint(tmp_path, 1, saved_at=2.0)
     checkpoint_files.remove_old(in_hand, keep_last=1, keep_every=None)
     assert checkpoint_files.complete_checkpoints(tmp_path) == [in_hand, other]
 
 
 def test_only_a_finished_run_found_by_auto_is_done(checkpoint):
-    """--load_checkpoint may name a finished run of another folder, in which nothing is this run's to remove."""
+    """--load_checkpoint may name a finished run in another folder, from which this run must not remove anything."""
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     words = ["--pretrained", "llama", "--dataset", "data", "--num_epochs", "2"]
     config, _ = resolve_with_problems(train_flags.train_parser().parse_args(words))
@@ -396,7 +396,7 @@ def facts_of(**changes) -> RunFacts:
 
 
 def saved_run(checkpoint, facts: RunFacts, **changes) -> SavedRun:
-    """What a checkpoint of a run with these facts records, but for `changes`."""
+    """The record in a checkpoint of a run with these facts, except for `changes`."""
     saved = SavedRun.read(checkpoint)
     return dataclasses.replace(saved, entries={**saved.entries, **facts.entries(), **changes})
 
@@ -409,7 +409,7 @@ def test_flags_of_the_benchmark_do_not_change_a_run(checkpoint, name):
 
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_the_log_reports_how_exactly_a_run_continues(checkpoint, caplog, monkeypatch, is_exact):
-    """On GPUs a step does not repeat to the bit; a checkpoint of an earlier version was computed otherwise."""
+    """On GPUs a step is not bit-identical when repeated; an earlier version computed its checkpoint differently."""
     facts = facts_of()
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
     monkeypatch.setattr(resuming, "repeats_exactly", lambda: is_exact)
@@ -425,7 +425,7 @@ def test_the_log_reports_how_exactly_a_run_continues(checkpoint, caplog, monkeyp
 
 
 def test_another_split_with_the_same_settings_is_reported(checkpoint, caplog, monkeypatch):
-    """As a checkpoint of Gemini has it whose chunks were filled in another order."""
+    """As in a checkpoint of Gemini whose chunks were filled in a different order."""
     facts = facts_of(layout={"plugin": "gemini", "chunks": "layers by use"})
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
     resuming.log_verdict(saved_run(checkpoint, facts, layout={"plugin": "gemini"}), facts)

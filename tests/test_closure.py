@@ -1,4 +1,4 @@
-"""What is added so that every new piece is reached: by SentencePiece's own judgement, on random lists of pieces."""
+"""What is added so that every new piece is reached, checked with SentencePiece on random lists of pieces."""
 
 import struct
 
@@ -13,7 +13,7 @@ from colossal_llama2.tokenizer.closure import evolve, intermediate_pieces, missi
 CHARACTERS = "et▁甲乙丙"
 PIECES = st.lists(st.text(CHARACTERS, min_size=1, max_size=9), min_size=1, max_size=25)
 TEXT = st.text(CHARACTERS, max_size=60)
-# The same examples each time: a rare one must not stop another change. Take the last word away to look for one.
+# The same examples each time, so that a rare failure does not block another change. Remove derandomize to search.
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 
 
@@ -128,7 +128,7 @@ def test_a_budget_is_used_up(model):
 
 
 def test_pieces_that_the_normalizer_alters_are_dropped(tmp_path):
-    """NFKC makes "Ａ" an "A": no text ever holds the first."""
+    """NFKC turns "Ａ" into "A", so no text ever contains the first."""
     import io
 
     import sentencepiece

@@ -18,7 +18,7 @@ def turn(role: str, text: str) -> Turn:
 
 
 def render(turns) -> str:
-    """The whole conversation as the original's prompt, with its marks as text."""
+    """The complete conversation as the original's prompt, with its marks as text."""
     talk = read_conversation(turns)
     groups = [*talk.exchanges, talk.unanswered]
     segments = [

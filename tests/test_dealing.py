@@ -17,7 +17,7 @@ def members(categories, lengths) -> np.ndarray:
 
 
 def deal(entries: np.ndarray, *, num_bins: int, parts: int = 1):
-    """All entries as dealt, and the bin of each."""
+    """All dealt entries, and the bin of each."""
     dealer = Dealer(num_bins)
     dealt = [dealer.deal(part) for part in np.array_split(entries, parts)]
     dealt.append(dealer.finish())

@@ -1,4 +1,4 @@
-"""Documents of a spliced sample, kept apart: by hand here, in whole runs in test_loss.py."""
+"""Documents of a spliced sample, kept apart: computed by hand here, in complete runs in test_loss.py."""
 
 import datasets
 import pyarrow
@@ -103,9 +103,9 @@ def test_collator_numbers_documents_and_predicts_none_from_another():
     assert batch.documents.tolist() == [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
     assert batch.labels[0].tolist() == [-100, 5, 2, IGNORE_INDEX, 7, 8, 2, -100]
     assert batch.predicted == 2 + 3 + 2
-    # One document a row needs no more than the causal mask.
+    # With one document per row, the causal mask is enough.
     assert collate(table([(ids, ids, [7])])).documents is None
-    # Without the column, as the original: the first token of a document is predicted too.
+    # Without the column, as in the original, the first token of a document is predicted too.
     batch = collate(table([(ids, ids, [3, 4])]).drop_columns("sequence_lengths"))
     assert batch.documents is None and batch.predicted == 6
 

@@ -1,4 +1,4 @@
-"""--dry_run of the training commands, and the formulas behind its memory, against sums made by hand."""
+"""--dry_run of the training commands, and the formulas behind its memory forecast, against sums computed by hand."""
 
 import json
 import os
@@ -42,7 +42,7 @@ LLAMA_7B = ModelShape(
     vocab_size=32000,
     ties_embeddings=False,
 )
-# LLaMA-2-7B has so many, as its authors' checkpoint does.
+# LLaMA-2-7B has this many, as in its authors' checkpoint.
 PARAMETERS_7B = 6_738_415_616
 SETTINGS = EngineSettings(
     plugin="zero2",
@@ -103,7 +103,7 @@ def test_what_plugins_keep_of_a_7b():
 @pytest.mark.slow
 def test_gemini_shards_everything_and_gathers_a_chunk():
     parts = found(64, plugin="gemini").device["backward"]
-    # Chunks hold two or three matrices, and what is left of them is padding.
+    # Chunks hold two or three matrices; the rest of a chunk is padding.
     assert 2 * PARAMETERS_7B / 64 <= parts["weights"] < 1.15 * 2 * PARAMETERS_7B / 64
     assert parts["optimizer"] == 2 * parts["master weights"] == 4 * parts["weights"]
     assert parts["buffers"] < 3 * 2 * 64 * 2**20 * 2
@@ -121,7 +121,7 @@ def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies)
 
 @pytest.mark.slow
 def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
-    """Three chunks of a weight each, of which two ranks hold halves: by hand."""
+    """Three chunks of one weight each, halved over two ranks: computed by hand."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
     keeper = memory._keeper(stage, plan(2, plugin="gemini", on_cpu=True))
     keeper.chunks, keeper.left, keeper.waiting = [100, 200, 400], [1, 1, 1], {"down": [0, 1, 2]}
@@ -148,7 +148,7 @@ def test_chunks_hold_every_weight_and_divide_among_ranks():
 
 
 def test_activations_of_a_layer_by_hand():
-    """One token more costs what autograd saves for it, counted here once more from the code of the layer."""
+    """One more token costs what autograd saves for it, counted here again from the code of the layer."""
     batch = MicroBatch(
         samples=1,
         length=1024,
@@ -161,13 +161,13 @@ def test_activations_of_a_layer_by_hand():
     stage = memory.stage_shapes(LLAMA_7B, SETTINGS)[0]
     one, two = (activations.kept_bytes(replace(stage, layers=layers), batch) for layers in (1, 2))
     hidden, inner = 4096, 11008
-    # Two norms (float32 input, result before and after the weight), q, k, v and what o_proj takes, four of the MLP,
+    # Two norms (float32 input, result before and after the weight), q, k, v and the input of o_proj, four of the MLP,
     # and the attention's log-sum-exp.
     assert (two - one) // 1024 == 2 * (4 + 2 + 2) * hidden + 4 * 2 * hidden + 4 * 2 * inner + 4 * 32
     kept = activations.kept_bytes(stage, replace(batch, checkpointing=True))
     # The inputs of 32 layers, the last norm, and the cosines and sines of one head.
     assert kept // 1024 == 32 * 2 * hidden + (4 + 2 + 2) * hidden + 2 * 2 * 128
-    # By another kernel the same, and one mask for all layers.
+    # The same with another kernel, and one mask for all layers.
     whole = activations.kept_bytes(stage, batch)
     fused = replace(batch, attention="sdpa")
     assert activations.kept_bytes(stage, fused) == whole
@@ -187,7 +187,7 @@ def test_activations_of_a_layer_by_hand():
     ],
 )
 def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, has_mask):
-    """ColossalAI's own makes a dense mask for PyTorch's kernel on GPUs."""
+    """ColossalAI's own attention makes a dense mask for PyTorch's kernel on GPUs."""
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", *words.split()])
     planned = memory_plan(resolve_with_problems(args)[0], 2, has_documents=False, on_cpu=on_cpu)
     assert planned.attention == attention
@@ -213,7 +213,7 @@ def test_backward_lets_go_of_all_it_was_left(attention, element, key_value_heads
     (stage,) = memory.stage_shapes(replace(LLAMA_7B, key_value_heads=key_value_heads), SETTINGS)
     moments = activations.backward_moments(stage, batch)
     shared = activations.kept_bytes(replace(stage, layers=0, has_head=False), batch)
-    # What is left is the mask, the rotary embedding, and the gradient of the embeddings' result.
+    # The rest is the mask, the rotary embedding, and the gradient of the embeddings' output.
     assert moments[-1].activations == shared + element * batch.tokens * 4096
     weights = [size for moment in moments for _, size in moment.weights]
     assert sum(weights) == activations_weights(stage, trains_layers)
@@ -235,7 +235,7 @@ def test_checkpoints_on_the_disk():
     begin = TrainState()
     assert saved_steps(order, begin, 2, 4, total_steps=20) == [4, 8, 10, 12, 16, 20]
     assert saved_steps(order, begin, 2, 4, total_steps=11) == [4, 8, 10, 11]
-    # Begun in the middle of the first epoch's data, resumed there, and resumed at its end.
+    # Started in the middle of the first epoch's data, resumed there, and resumed at its end.
     middle = TrainState(sample_start_index=70)
     assert saved_steps(order, middle, 2, 4, total_steps=13) == [3, 4, 8, 12, 13]
     assert saved_steps(order, replace(middle, step=7), 2, 4, total_steps=20) == [8, 10, 12, 16, 20]
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_embeddings_alone_has_their_states():
 
 
 def hollow_model(folder, model_dir, **sizes):
-    """A model folder whose safetensors have a header and holes in place of weights."""
+    """A model folder whose safetensors have a header and holes instead of weights."""
     from colossal_llama2.model.loading import model_without_weights
 
     folder.mkdir()
@@ -354,20 +354,20 @@ def test_all_problems_are_reported_at_once(model_dir, data, tmp_path, monkeypatc
     samples = datasets.load_from_disk(data[0])
     samples.map(lambda row: {"labels": [-100] * len(row["labels"])}).save_to_disk(untrained)
     output = message("--dry_run", "--tp", "2", "--dataset", str(untrained))
-    assert "--tp 2 needs --plugin 3d" in output and "none of its" in output
+    assert "--tp 2 needs --plugin 3d" in output and "no trained token in 161 samples" in output
     shutil.rmtree(untrained)
     assert "has 323 samples, one micro batch needs 4096" in message("--dry_run", "--num_ranks", "4096")
     assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
     both = message("--train_new_rows_only", "--freeze_non_embeds_params")
     assert "--train_new_rows_only trains new rows of the embeddings" in both and "give one of them" in both
     output = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
-    for words in ("4 make 4 steps; give at least 6", "--profile trace has no effect", "--continue_data has no effect"):
+    for words in ("--num_samples 4: only 4 steps; give at least 6", "--profile trace has no effect", "--continue_data has no effect"):
         assert words in output
     assert not list(tmp_path.iterdir())
 
 
 def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_path):
-    """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py works out."""
+    """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py computes."""
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = json.loads((model_dir / "config.json").read_text()) | sizes
     config.update(num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
@@ -390,7 +390,7 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_p
 
 
 def write_checkpoint(folder, words, model, dataset_samples, **state):
-    """A checkpoint of a run of these flags: what a resume looks at before it loads, the weights included."""
+    """A checkpoint of a run with these flags: everything that a resume checks before it loads, weights included."""
     config = resolve(train_flags.train_parser().parse_args(words))
     settings, ranks = config.engine, PlannedRanks(config.engine, 1)
     sizes = {"micro_batch_size": settings.micro_batch_size, "accumulation_steps": settings.accumulation_steps}
@@ -452,7 +452,7 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
 
 
 def test_matrices_and_norms_wait_in_buckets_of_their_own():
-    """As repairs.fill_buckets lets them: small ones until backward is through."""
+    """As bug_fixes.fill_buckets leaves them: small ones until the end of backward."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
     keeper = memory._keeper(stage, plan(2))
     moments = keeper.after([("down", 1000), ("norm", 10)] * 5)

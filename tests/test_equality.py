@@ -1,4 +1,4 @@
-"""The command that compares training with a plain loop, on one configuration; test_training.py has a sample of them."""
+"""The command that compares training with a plain loop, on one configuration; test_training.py runs a sample."""
 
 import math
 
@@ -33,10 +33,10 @@ def test_what_is_not_equal_is_reported(values):
     allowed = Gap(1e-5, 1e-5, 1e-4)
     assert equality.Row(case, Gap(0.0, 0.0, 0.0), allowed, 1.0).passed
     assert not equality.Row(case, Gap(*values), allowed, 1.0).passed
-    # What halves alone would allow is told, and decides nothing.
+    # The bound from halves alone is reported, but decides nothing.
     narrow = equality.Row(case, Gap(2e-6, 0.0, 0.0), allowed, 1.0, Gap(1e-6, 1.0, 1.0))
     table = " ".join(equality.summary_of_halves([narrow]).split())
     assert narrow.passed and "let 0 of the 1 bf16 rows pass" in table and "loss 2.0" in table
     assert not equality.summary_of_halves([])
-    # Twice what clipping lets through.
+    # Twice the largest value that clipping allows.
     assert not equality.Row(case, Gap(0.0, 0.0, 0.0), allowed, 2.0).passed

@@ -1,4 +1,4 @@
-"""How commands end: the documented exit codes, one line, said once per host."""
+"""How commands end: the documented exit codes, and one line, printed once per host."""
 
 import errno
 import os
@@ -91,7 +91,7 @@ def test_on_request_the_traceback_precedes_the_line(error, value, is_shown, caps
 
 
 def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
-    """Also the one that leaves the line to the first of its host."""
+    """Also in a process that leaves the line to the first of its host."""
     program = tmp_path / "tool.py"
     program.write_text(
         "import pathlib, sys, time\n"
@@ -154,7 +154,7 @@ def test_one_process_of_a_host_prints(monkeypatch, capsys):
     ],
 )
 def test_once_ranks_are_connected_each_reports_its_own_error(error, code, expected, tmp_path):
-    """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
+    """A mistake in flags or data occurs on all ranks, a full disk on one; a bug must not leave the ranks waiting."""
     program = (
         "import os, torch.distributed as dist\n"
         "from colossal_llama2 import launcher\n"
@@ -217,7 +217,7 @@ def test_a_signal_to_a_starting_run_during_a_finalizer_is_not_lost():
 
 @pytest.mark.parametrize("local_rank, expected", [("0", "tool.py: error: wrong\n"), ("1", "")])
 def test_a_launched_process_does_not_wait_for_its_peers(local_rank, expected):
-    """With peers the process ends at once: a normal exit would run handlers that can wait for them."""
+    """With peers the process ends at once: a normal exit would run handlers that may wait for them."""
     program = (
         "import atexit\n"
         "from colossal_llama2 import launcher\n"
@@ -240,7 +240,7 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, expected):
 
 
 def test_torchrun_is_given_our_line_for_its_report(monkeypatch, tmp_path, capsys):
-    """The record that its own reader takes: see torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
+    """The record as its own reader parses it: see torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
     monkeypatch.setattr(launcher, "_settled", Place(world_size=2, launcher="torchrun"))
     monkeypatch.setenv(launcher.ERROR_FILE, str(tmp_path / "error.json"))
     monkeypatch.setattr("colossal_llama2.errors._leave", lambda code: sys.exit(code))
@@ -279,7 +279,7 @@ def test_ctrl_c_while_a_command_starts_is_one_line(program, tmp_path):
 
 
 def test_ctrl_c_is_left_alone_in_programs_of_others(tmp_path):
-    """Even in one that lies beside the package: its `finally` must run."""
+    """Even in a program beside the package: its `finally` must run."""
     assert set(interrupts.SCRIPTS) == {path.name for path in ROOT.glob("*.py")}
     (tmp_path / "colossal_llama2").symlink_to(ROOT / "colossal_llama2")
     program = tmp_path / "own.py"
@@ -287,7 +287,7 @@ def test_ctrl_c_is_left_alone_in_programs_of_others(tmp_path):
     names = {}
     for name in ("own.py", "train.py"):
         program = program.rename(tmp_path / name)
-        # The package's folder is where its own file says, not where the link points.
+        # The package's folder is where its own file is, not where the link points.
         process = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=30)
         names[name] = process.stdout.strip()
     assert names == {"own.py": "default_int_handler", "train.py": "_leave"}

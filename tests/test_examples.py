@@ -1,4 +1,4 @@
-"""train.example.sh and train_sft.example.sh: what they hand to `colossalai run`, seen by a stand-in for it."""
+"""train.example.sh and train_sft.example.sh: what they pass to `colossalai run`, recorded by a stand-in for it."""
 
 import json
 import os
@@ -37,7 +37,7 @@ VARIABLES = (
 
 @pytest.fixture
 def workplace(tmp_path) -> Path:
-    """A folder with copies of the scripts, named as the README says, a hostfile, and a `colossalai` that records."""
+    """A folder with copies of the scripts, named as in the README, a hostfile, and a `colossalai` that records."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     for name in PARSERS:
@@ -49,7 +49,7 @@ def workplace(tmp_path) -> Path:
         f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps({{'cwd': os.getcwd(), 'words': sys.argv[1:]}}))\n"
     )
     stand_in.chmod(0o755)
-    # The folders that most tests name do not exist: they are not looked at.
+    # The folders in most tests do not exist: they are not checked.
     python = stand_in.with_name("python")
     python.write_text("#!/bin/sh\nexit 0\n")
     python.chmod(0o755)
@@ -57,7 +57,7 @@ def workplace(tmp_path) -> Path:
 
 
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a script from another folder, with the stand-in first on PATH and no variable but those given."""
+    """Run a script from another folder, with the stand-in first on PATH and no variables except those given."""
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | variables
     environment["PATH"] = f"{script.parent.parent / 'bin'}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
@@ -82,7 +82,7 @@ def launched(script: Path, *words: str, **variables: str):
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_is_answered_once(name, word, workplace):
     process = run(workplace / f"{name}.sh", word)
-    # The check, for which the stand-in says nothing, has answered it.
+    # The check, for which the stand-in prints nothing, has answered it.
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 

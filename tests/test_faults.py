@@ -1,4 +1,4 @@
-"""A sample of the faults of tests/faults; `python -m tests.faults` has all of them, and --mutants checks the checks."""
+"""A sample of the faults of tests/faults; `python -m tests.faults` runs all of them, and --mutants tests the checks."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """The command that has survived, or not, a sample of all faults."""
+    """The command, run on a sample of all faults."""
     reason = trace.can_trace()
     if reason:
         pytest.skip(reason)

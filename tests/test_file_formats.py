@@ -1,4 +1,4 @@
-"""Input files as people have them: every form and compression, wrong names, damage, and what is left out."""
+"""Input files as users have them: every form and compression, wrong names, damage, and what is left out."""
 
 import bz2
 import datetime
@@ -80,12 +80,12 @@ def test_every_form_gives_the_same_records(packing, tmp_path):
         folder = tmp_path / name
         put(folder, f"data.{name}" + (f".{packing.upper()}" if packing else ""), PACKERS[packing](content))
         assert [line.record for line in read(folder)] == RECORDS
-    # As `cat` and parallel compressors make them, and with padding at the end.
+    # As written by `cat` and parallel compressors, and with padding at the end.
     if packing:
         parts = b"".join(map(PACKERS[packing], (LINES[:1000], b"", LINES[1000:])))
         path = put(tmp_path / "parts", f"data.jsonl.{packing}", parts)
         assert [line.record for line in read(path.parent)] == RECORDS
-        # What follows is no stream of the kind: not passed over.
+        # What follows is not a stream of this kind, and must not be ignored.
         path.write_bytes(parts + b"junk")
         *kept, lost = read(path.parent)
         assert [line.record for line in kept] == RECORDS and lost.is_lost and lost.number == len(RECORDS) + 1
@@ -118,7 +118,7 @@ def test_a_wrong_name_is_logged_and_the_content_counts(name, content, message, t
 
 
 def long_zstd(content: bytes) -> bytes:
-    """A frame of stored blocks, whose header asks for a window of 2 GiB."""
+    """A frame of stored blocks, whose header declares a window of 2 GiB."""
     frame = b"\x28\xb5\x2f\xfd" + bytes([0, 21 << 3])
     for start in range(0, len(content), 1 << 16):
         block = content[start : start + (1 << 16)]
@@ -299,7 +299,7 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path):
         {**records[0], "category": "x", **others, "bytes": "text"},
         {**records[1], "n": None, "category": "y", **others, "bytes": {"binary_bytes": 2}},
     ]
-    # Values that Python has no type for spoil no row that does not need them.
+    # Values without a Python type do not spoil rows that do not need them.
     columns = {
         "target": ["a", "b"],
         "day": pyarrow.array([1, 1 << 30], pyarrow.date32()),
@@ -352,7 +352,7 @@ def test_times_that_python_cannot_hold_spoil_no_row_of_parquet(tmp_path):
     assert [list(value) for value in record.values()] == [["unreadable"]] * 5
 
 
-# In a process of its own: it must not even import what it names.
+# In a separate process: it must not even import what the file names.
 OPEN_PARQUET = """
 import sys
 from colossal_llama2.corpus.parquet_rows import read_parquet

@@ -45,7 +45,7 @@ def logger_state():
 
 
 def likeliest_tokens(model_dir, prompt: str, count: int) -> list:
-    """Greedy decoding by hand, with plain transformers and a full forward pass a token."""
+    """Greedy decoding by hand, with plain transformers and a full forward pass per token."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -109,7 +109,7 @@ def test_the_answer_ends_before_an_end_of_text_token(loaded, model_dir, monkeypa
     end = next(index for index in range(1, 8) if new[index] not in new[:index])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [new[end], 2] if as_list else new[end])
     answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=8, **GREEDY))
-    # The last token is one of text here, so it is shown; a real </s> is a special token and is not.
+    # The last token is ordinary text here, so it is shown; a real </s> is a special token and is not.
     assert answer == tokenizer.decode(new[: end + 1])
 
 
@@ -184,7 +184,7 @@ def test_the_command_of_the_readme(model_dir, run_forked):
     )
     assert process.returncode == 0, process.stderr
     assert answer_of(process.stdout, prompt)
-    # Log lines alone: no warning of a library, no bar.
+    # Only log lines: no warning of a library, no bar.
     assert all(" | " in line for line in process.stderr.splitlines()), process.stderr
     assert "\r" not in process.stderr
 
@@ -319,14 +319,14 @@ def test_a_damaged_model_is_one_line(damage, words, copied_model, logger_state, 
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words, logger_state, capsys, monkeypatch):
-    # What a machine without a network sees, at once and wherever the tests run.
+    # What a machine without a network gets, immediately and wherever the tests run.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = error_line(["--device", "cpu", *flags], capsys)
     assert all(word in line for word in words), line
 
 
 def error_line(flags: list, capsys) -> str:
-    """The one line, beside log lines, with which the command ends; its exit code must be 2."""
+    """The one line, besides log lines, with which the command ends; its exit code must be 2."""
     with pytest.raises(SystemExit) as end:
         inference_example.main(flags)
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Initializing a model: which rows it writes, what it leaves as it is, what it refuses."""
+"""Initializing a model: which rows it writes, what it does not change, what it refuses."""
 
 import hashlib
 import json
@@ -99,13 +99,13 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
 
 
 def test_without_new_rows_the_record_of_new_rows_stays(model_dir, expanded, tmp_path):
-    """Such as a change of the number format alone; a second extension notes its own rows."""
+    """For example a change of the number format only; a second extension records its own rows."""
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "first"))
     recorded = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
     init_model(InitModelSettings(tmp_path / "first", tmp_path / "first", tmp_path / "second", dtype="bfloat16"))
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     assert config["initialized_rows"] == recorded == [[600, config["vocab_size"]]]
-    # Rows that no token has are left out, and a note that makes no sense is none.
+    # Rows without a token are left out, and an invalid record counts as none.
     rows = Rows(kept=10, bags=[[12]], new=0, moved_ids={12: 10})
     assert _recorded_ranges({"initialized_rows": [[3, 5], [7, 20]]}, rows) == [[3, 5], [7, 11]]
     assert _recorded_ranges({"initialized_rows": [["a", 5]]}, rows) == _recorded_ranges({}, rows) == []
@@ -165,7 +165,7 @@ def test_added_tokens_keep_their_rows_and_ids(model_dir, tmp_path):
     pad, late = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids(["<pad>", "<late>"])
     assert (pad, late) == (len(matrix) - 2, len(matrix) - 1)
     assert (matrix[pad] == 7.0).all()
-    # <late> had no row in the source: it gets the mean of what its text is made of.
+    # <late> had no row in the source, so it gets the mean of the rows of its text.
     (ids,) = load_encoder(source).encode(["<late>"], dummy_prefix=False)
     torch.testing.assert_close(matrix[late], weights_of(source)[INPUT_EMBEDDING][ids].mean(0))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -176,7 +176,7 @@ def test_added_tokens_keep_their_rows_and_ids(model_dir, tmp_path):
 
 @pytest.mark.parametrize("tie, dtype", [(False, "bfloat16"), (True, "float32")])
 def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tmp_path, capsys, tie, dtype):
-    """They are the mean of the old rows, noted, never generated, and not taken over by the next init_model."""
+    """They are the mean of the old rows, recorded, never generated, and not copied by the next init_model."""
     source = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie, dtype=dtype)
     init_model(InitModelSettings(source, expanded, tmp_path / "plain"))
     init_model(InitModelSettings(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64))
@@ -208,7 +208,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     settings = generation.GenerationSettings(8, do_sample=False, temperature=1.0, top_k=0, top_p=1.0, seed=0)
     expected = [generation.generate(model, tokenizer, "the state", settings)]
     with torch.no_grad():
-        # One of two opposite rows has by far the largest logit. Tied rows are not looked up, so that nothing changes.
+        # One of two opposite rows has by far the largest logit. Tied rows are not changed.
         head = model.get_output_embeddings().weight
         head[tokens : tokens + 2] = 100 * torch.stack([torch.ones(head.shape[1]), -torch.ones(head.shape[1])])
     raw = model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=1, do_sample=False)
@@ -217,7 +217,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
 
 
 def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
-    """A hub cache is made of links: what is written are files."""
+    """A hub cache consists of links; the output consists of files."""
     source = tmp_path / "source"
     source.mkdir()
     for path in model_dir.iterdir():
@@ -252,7 +252,7 @@ def test_both_spellings_from_another_folder(run_forked, model_dir, expanded, tmp
     assert stage["tokenizer_sha256"] == fingerprint(expanded)
     sha256 = hashlib.sha256((model_dir / WEIGHTS_FILE).read_bytes()).hexdigest()
     assert stage["parent"]["weights"][WEIGHTS_FILE]["sha256"] == sha256
-    # Where no row is new, only the name of the base goes along.
+    # If no row is new, only the name of the base is copied.
     init_model(
         InitModelSettings(tmp_path / "out", tmp_path / "out", tmp_path / "again", dtype="bfloat16", overwrite=True)
     )
@@ -545,7 +545,7 @@ def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, 
         (tmp_path / "out", tmp_path / "out", {"overwrite": True}),
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=f"no write permission in {closed};"):
-            # Root may write everywhere, so the system's answer is replaced.
+            # Root may write everywhere, so the system's answer is patched.
             patch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
             patch.setattr("colossal_llama2.model.init_model._read_config", None)
             init_model(InitModelSettings(model_dir, expanded, target, **named))
@@ -601,4 +601,4 @@ def test_after_a_kill_between_the_two_renames_the_old_folder_is_restored(model_d
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     assert "its old content is restored" in caplog.text
     check(model_dir, expanded, tmp_path / "out")
-    assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we make
+    assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we create

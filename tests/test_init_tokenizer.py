@@ -36,7 +36,7 @@ def write_pieces(path, pieces):
 
 @pytest.fixture(scope="module")
 def source(tokenizer_dir, tmp_path_factory):
-    """A source as LLaMA-2 ships it: every tokenizer gives a text its leading "▁". With two added tokens, a template."""
+    """A source like LLaMA-2's: every tokenizer adds a leading "▁" to a text. With two added tokens and a template."""
     from transformers import AddedToken, AutoTokenizer
 
     folder = shutil.copytree(tokenizer_dir, tmp_path_factory.mktemp("source") / "llama")
@@ -95,7 +95,7 @@ def test_new_scores_differ_and_lie_below_every_old_merge(source, target):
 def test_old_text_is_tokenized_as_before(source, target):
     from transformers import AutoTokenizer
 
-    # "Hello▁world" brings English pieces along; text that holds one of them may change.
+    # "Hello▁world" needs English pieces too; text that contains one of them may change.
     finder = PieceFinder(pieces_of(target)[len(pieces_of(source)) :])
     texts = [text for text in english_documents() if not finder.found_in("▁" + text.replace(" ", "▁"))]
     assert len(texts) > 1000
@@ -146,7 +146,7 @@ def test_everything_of_the_source_survives(source, target):
 
 
 def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
-    """As older LLaMA derivatives ship it: added_tokens.json instead of added_tokens_decoder, no tokenizer_class."""
+    """As in older LLaMA derivatives: added_tokens.json instead of added_tokens_decoder, no tokenizer_class."""
     from transformers import AutoTokenizer
 
     old = shutil.copytree(source, tmp_path / "old")
@@ -270,7 +270,7 @@ def tokenizer_of(folder: Path, pieces=(), **changes) -> Path:
 
 
 def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
-    """But for U+0020. Of the control characters those that the source has a piece for."""
+    """Except U+0020, and those control characters that the source has a piece for."""
     from transformers import AutoTokenizer
 
     source = tokenizer_of(tmp_path / "source", ["\u3000", "\t"], user_defined_symbols=["[INST]"])
@@ -380,7 +380,7 @@ def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
 
 
 def original_recipe(content, pieces):
-    """What the original's init_tokenizer.py makes of a tokenizer.model (its lines 40 to 60 and 85 to 88)."""
+    """What the original's init_tokenizer.py writes for a tokenizer.model (its lines 40 to 60 and 85 to 88)."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     tokens = []
@@ -477,7 +477,7 @@ def test_the_report_covers_parity_and_old_text(source, tmp_path, capsys):
 
 
 def test_a_source_that_spells_merges_as_text_keeps_the_spelling(source, tmp_path):
-    """LLaMA-2's own tokenizer.json does, and tokenizers before 0.20 read nothing else."""
+    """As in LLaMA-2's own tokenizer.json; tokenizers before 0.20 read nothing else."""
     old = shutil.copytree(source, tmp_path / "old")
     fast = json.loads((old / "tokenizer.json").read_text())
     fast["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in fast["model"]["merges"]]
@@ -548,7 +548,7 @@ def test_a_fault_leaves_the_old_target(source, tmp_path, monkeypatch):
 
 
 def test_many_pieces_are_not_quadratic(source):
-    """Twenty thousand that all lack what leads to them: no step is quadratic."""
+    """Twenty thousand pieces that all need intermediate ones: no step is quadratic."""
     import time
 
     characters = [chr(0x4E00 + index) for index in range(141)]

@@ -54,7 +54,7 @@ def arrow_dir(encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def old_bin(encoder, tmp_path_factory):
-    """A bin with input_ids and labels alone: one conversation."""
+    """A bin with only input_ids and labels: one conversation."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -74,7 +74,7 @@ def report(part, tokenizer_dir, *, num_samples=5, seed=1024, plots=None, is_colo
 
 
 def test_no_character_reaches_the_terminal_raw():
-    # Everywhere but among Han and Hangul characters, which are many.
+    # Everywhere except among Han and Hangul characters, which are many.
     for code in [*range(0x3400), *range(0xD7F0, 0x20000), *range(0xE0000, 0xE1000), 0xF0000, 0x10FFFF]:
         for character in visible_line(chr(code)):
             assert unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"), hex(code)
@@ -299,7 +299,7 @@ def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_d
         try:
             while chunk := os.read(master, 1 << 16):
                 output += chunk
-        except OSError:  # what Linux says when the other end is closed
+        except OSError:  # Linux raises this when the other end is closed
             pass
         assert process.wait(timeout=60) == 0, process.stderr.read()
     os.close(master)

@@ -1,4 +1,4 @@
-"""Where records and lines begin and end, against Python's own json and text files, for any block that is read."""
+"""Where records and lines begin and end, against Python's own json and text files, for blocks of any size."""
 
 import io
 import json
@@ -26,7 +26,7 @@ RECORDS = st.dictionaries(TEXTS, VALUES, max_size=3)
 
 
 class Blocks:
-    """A stream that gives a few bytes at a time."""
+    """A stream that returns a few bytes at a time."""
 
     def __init__(self, content: bytes, size: int):
         self._stream, self._size = io.BytesIO(content), size
@@ -36,7 +36,7 @@ class Blocks:
 
 
 def read_all(content: bytes, size: int, *, is_array: bool):
-    """Records with their lines, and what ended the reading before the end."""
+    """Records with their lines, and the error that ended the reading early."""
     reader, found = RecordReader(Blocks(content, size), is_array=is_array), []
     try:
         while (record := reader.read()).size:
@@ -68,7 +68,7 @@ def test_an_array_gives_what_json_gives(values, size, before, space, data):
     assert json.loads(content.decode().removeprefix("\ufeff")) == values
     found, error = read_all(content + data.draw(st.sampled_from([b"", b"\n", b" \r "])), size, is_array=True)
     assert error is None and found == list(zip(values, lines, strict=True))
-    # Cut anywhere, what is whole is there and the rest is named.
+    # Cut anywhere, complete records are read and the rest is reported.
     stop = data.draw(st.integers(len(before.encode()) + 1, len(content) - 1))
     kept, error = read_all(content[:stop], size, is_array=True)
     assert error is not None and kept == found[: sum(end <= stop for end in ends)]

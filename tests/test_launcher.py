@@ -1,4 +1,4 @@
-"""Which process of a job this is, by the environment, and what becomes of ranks whose launcher is killed."""
+"""Which process of a job this is, by the environment, and what happens to ranks whose launcher is killed."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
 
 @pytest.fixture
 def settle(monkeypatch):
-    """Settle in an environment of these variables; what other launchers set is not there."""
+    """Settle in an environment with these variables and none of other launchers."""
     names = (*launcher.NAMES, *(name for names in launcher.OTHERS.values() for name in names))
 
     def settle_in(**variables) -> Place:
@@ -37,7 +37,7 @@ def settle(monkeypatch):
         os.environ.update(variables)
         return launcher.settle()
 
-    # Settling sets variables too, of which monkeypatch would know nothing.
+    # Settling also sets variables, which monkeypatch would not restore.
     with mock.patch.dict(os.environ):
         yield settle_in
 
@@ -142,11 +142,11 @@ def test_commands_that_are_never_launched_ignore_all_of_it(settle, capsys):
     assert logs.is_first_rank()
 
 
-# Ranks that meet.
+# Ranks that connect.
 
 
 class Ends(list):
-    """Watches of this process, which do not end it but note which rank was lost, and how."""
+    """Watches of this process, which do not end it but record which rank was lost, and how."""
 
     def watch(self, rank, size, *, timeout=20.0):
         watch = Watch("train.py", Place(rank=rank, local_rank=rank, world_size=size), timeout, lambda: None)
@@ -182,12 +182,12 @@ def meet(*watches):
 def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
     ends = Ends()
     first, second, third = (ends.watch(rank, 3) for rank in range(3))
-    # It comes before there is a rank 0.
+    # It starts before rank 0.
     second.begin()
     first.begin()
     silent = socket.create_connection(("localhost", port))
     with socket.create_connection(("localhost", port)) as hasty:
-        # It resets the connection as it closes it.
+        # Closing it resets the connection.
         hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     endless = b"x" * meeting.MAX_LINE
     for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n", b"hello\n", endless):
@@ -198,7 +198,7 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
     for watch in (third, second, first):
         watch.wait()
     assert silent.recv(64) == b""
-    # PyTorch takes the port now.
+    # PyTorch uses the port now.
     with socket.create_server(("", port)):
         third._lines[0].connection.shutdown(socket.SHUT_RDWR)
         ends.wait_for((0, 2, "died"))
@@ -230,7 +230,7 @@ def test_ranks_of_different_jobs_are_reported(port):
     assert "rank 1 on" in problem_of(ends.watch(1, 3)) and "WORLD_SIZE=3, rank 0 has 2" in str(first._problem)
     with pytest.raises(LaunchError, match="WORLD_SIZE=3"):
         first.wait()
-    # Two of rank 0 on this host, and a rank that nobody else comes to.
+    # Two processes with rank 0 on this host, and a rank that no other one connects to.
     assert f"MASTER_PORT={port}: rank 0 cannot listen there" in problem_of(ends.watch(0, 2))
     first._gives_up = True
 
@@ -252,7 +252,7 @@ def test_any_fault_of_the_search_for_rank_0_is_raised(monkeypatch, port):
 
 
 def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
-    """As for a service of Kubernetes, whose name comes after its process."""
+    """As for a service of Kubernetes, whose name resolves only after its process has started."""
     connect, failures = socket.create_connection, iter(range(4))
 
     def unresolved_at_first(address, **more):
@@ -310,7 +310,7 @@ def test_only_a_launched_rank_ends_when_its_launcher_dies():
     process.kill()
     start = time.monotonic()
     assert process.stdout.readline() == "SIGTERM\n" and time.monotonic() - start < 5.0
-    # Longer than a rank of torchrun takes to notice.
+    # Longer than a rank of torchrun needs to notice.
     time.sleep(1.0)
     os.kill(int(ranks["by hand"]), signal.SIGKILL)
     assert process.stdout.read() == ""

@@ -1,4 +1,4 @@
-"""Log lines from rank 0 alone; a bar on a terminal, plain lines elsewhere."""
+"""Log lines only from rank 0; a bar on a terminal, plain lines elsewhere."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ TRAIN = (
 
 @pytest.fixture
 def logger(monkeypatch):
-    """The suite's logger, in a plain process, left as it was found."""
+    """The suite's logger, in a plain process; its state is restored."""
     monkeypatch.setattr(launcher, "_settled", None)
     found = logs.get_logger()
     state = (found.handlers[:], found.level, found.propagate)
@@ -63,14 +63,14 @@ def count_to_five(**environment) -> subprocess.CompletedProcess:
 def on_a_terminal(program: str, columns: int) -> str:
     """Run a program with a pseudo-terminal as its stderr; returns what the terminal received."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))  # a fresh one has no width, and tqdm draws as much as fits
+    termios.tcsetwinsize(theirs, (24, columns))  # a new one has no width, and tqdm draws as much as fits
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=theirs) as process:
         os.close(theirs)
         received = b""
         while True:
             try:
                 piece = os.read(ours, 4096)
-            except OSError:  # Linux's word for: the other end is closed
+            except OSError:  # Linux's error when the other end is closed
                 break
             if not piece:
                 break
@@ -94,7 +94,7 @@ def test_a_training_bar_never_wraps_and_lines_stand_alone(columns):
     assert bars and all(len(line) < columns for line in received)
     assert all("loss=2.8391, lr=9.70e-05" in line and len(line.split("|")[1]) >= 10 for line in bars[1:])
     assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 180)
-    # A bar is taken away before a line is written, and drawn again after it.
+    # A bar is removed before a line is written, and drawn again after it.
     assert sum(line.endswith("| saved") and line[2] == ":" for line in received) == 3
 
 

@@ -123,7 +123,7 @@ def test_refusals(row, reason):
 
 
 def talk(*messages, **fields) -> dict:
-    """A good question, and then these messages."""
+    """A good question, followed by these messages."""
     return {"messages": [{"role": "user", "content": "q"}, *messages], **fields}
 
 
@@ -254,7 +254,7 @@ def test_marks_that_contradict_or_cover_parts_of_an_answer():
     "error", [RowError("no text", reason="r"), UnknownRole("who?", {"bot": 2}), BrokenDocumentError("cut", line=3)]
 )
 def test_errors_come_back_from_a_worker_as_they_are(error):
-    # By what pickle calls, too.
+    # Also in the way that pickle calls it.
     again = copy.copy(error)
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
@@ -284,7 +284,7 @@ def test_remarks_about_rows_are_counted():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_loss_is_by_role_whatever_the_text_spells(name, tokenizer_dir):
-    """Marks and names of roles inside texts, and empty ones, move no border of the mask."""
+    """Marks and names of roles inside texts, and empty texts, do not move a border of the mask."""
     encoder = load_encoder(tokenizer_dir)
     pairs = [("</s>Assistant: <s>evil</s>", "<s>fine</s>"), ("", "")]
     turns = [turn for human, assistant in pairs for turn in (("user", human), ("assistant", assistant))]

@@ -1,4 +1,4 @@
-"""mine_tokens: pieces that are closed, reachable and in order of use, from a bounded sample, with a held-out part."""
+"""mine_tokens: pieces that are closed, reachable and in order of usefulness, from a bounded sample."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def mine(corpus, tokenizer_dir, *, curve_points: int = 0, **changes) -> mine_tok
 
 
 def chinese_texts() -> list:
-    """Interface strings and dialogues, some 200 kB."""
+    """Interface strings and dialogues, about 200 kB."""
     strings = [record["target"] for record in quickstart_corpus.translation_documents()]
     conversations = quickstart_corpus.dialogues("chinese", 400)
     return strings + ["\n".join(part["content"] for part in one["messages"]) for one in conversations]
@@ -70,7 +70,7 @@ def mined(chinese, tokenizer_dir) -> mine_tokens.Mined:
 
 
 def chains_are_closed(pieces, known) -> bool:
-    """Every piece is a character or joins two shorter ones that are known, so a chain of merges leads to it."""
+    """Every piece is a character or joins two shorter known ones, so a chain of merges leads to it."""
     known = {*known, *pieces}
     return all(
         len(piece) == 1
@@ -104,7 +104,7 @@ def test_init_tokenizer_reads_the_list_as_it_is(mined, chinese, tokenizer_dir, t
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in mined.pieces))
     expand_tokenizer(ExtensionSettings(tokenizer_dir, tmp_path / "target", file))
     assert capsys.readouterr().out.splitlines()[-1] == "requested 600, added 600"
-    # The printed figure is that of the tokenizer that gets written.
+    # The printed figure is that of the written tokenizer.
     held_out = [text for text in dict.fromkeys(chinese_texts()) if mine_tokens.is_held_out_document(text, 0.125, 1024)]
     held_out = [text for text in held_out if re.search(f"[{mine_tokens.SCRIPTS['han']}]", text)]
     assert (mined.held_out_documents, mined.held_out_characters) == (len(held_out), sum(map(len, held_out)))
@@ -185,7 +185,7 @@ def test_the_result_depends_on_the_seed_and_not_on_files_order_or_repetition(tmp
 
 
 def test_held_out_text_is_never_trained_on(tmp_path, tokenizer_dir):
-    """Each document has a character of its own, three times: those of held-out documents are in no piece."""
+    """Each document has its own character, three times; those of held-out documents are in no piece."""
     texts = [chr(0x6000 + number) * 3 + "的人" for number in range(400)]
     held_out = {text[0] for text in texts if mine_tokens.is_held_out_document(text, 0.25, 1024)}
     found = mine(write_corpus(tmp_path / "zh", texts), tokenizer_dir, held_out=0.25, num_new_tokens=10_000)
@@ -218,7 +218,7 @@ def test_a_sample_holds_what_fits_and_each_item_equally_often():
         for item in sample.items():
             hits[item] += 1
     small, large = sum(hits[item] for item in range(50)), sum(hits[item] for item in range(50, 100))
-    assert 0.9 < large / small < 1.1  # that an item is large makes it hardly rarer
+    assert 0.9 < large / small < 1.1  # the size of an item hardly makes it rarer
     assert all(60 < count < 140 for count in hits.values())
 
 

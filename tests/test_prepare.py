@@ -250,7 +250,7 @@ def test_without_a_usable_row_the_reason_and_its_cure_are_reported(tokenizer_dir
     too_long = {"role": "assistant", "content": "word " * 500}
     bad, cut = {"messages": [{"role": "oracle", "content": "a"}]}, {"messages": [opening, question, too_long]}
     for name, row, words in (
-        ("bad", bad, r"1 bad rows skipped, most often \(1\): a message of an unknown role; give folders"),
+        ("bad", bad, r"1 bad row skipped, most often \(1\): a message of an unknown role; give folders"),
         ("cut", cut, "1 dropped: conversations whose first trained answer ends over max_length; give a larger --max_l"),
     ):
         write_lines(tmp_path / name / "rows.jsonl", [row])

@@ -563,7 +563,7 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
     skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
     assert (
-        "bing (2 messages), bard (1 messages); if one is the assistant, name it with --assistant_roles" in caplog.text
+        "bing (2 messages), bard (1 message); if one is the assistant, name it with --assistant_roles" in caplog.text
     )
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
     assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
@@ -573,7 +573,7 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
     assert learnt == {("good</s>",): [4], ("four</s>",): [4]} and len(samples) == 3
     answers = [sample["labels_decode"] for sample in read_jsonl(tmp_path / "named" / "jsonl")]
     assert ["an answer</s>"] in answers and ["b</s>", "c</s>"] in answers
-    with pytest.raises(UserError, match="--assistant_roles: user is not the assistant's"):
+    with pytest.raises(UserError, match="--assistant_roles: user is not a role of the assistant"):
         keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "other")
         prepare.prepare_sft(**keywords, assistant_roles=["bing", "USER"])
 

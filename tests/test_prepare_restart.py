@@ -167,7 +167,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; run the command"):
+    with pytest.raises(UserError, match=r"unfinished run, but since then: --seed was 1024, now 7; run the earlier command"):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
     with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
