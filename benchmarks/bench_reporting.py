@@ -1,4 +1,4 @@
-"""What it costs to show a run: a step with TensorBoard, train_log.jsonl, lines and losses by source, or without.
+"""The cost of reporting: a step with TensorBoard, train_log.jsonl, log lines and losses by source, and one without.
 
     python benchmarks/bench_reporting.py --work_dir /tmp/bench_reporting
 
@@ -107,7 +107,7 @@ def make_data(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
-    """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
+    """Within it, runs report nothing if `kind` is "without"; the ends of their steps are recorded."""
     from colossal_llama2.train import build_run
     from colossal_llama2.train.report import reporter
 
@@ -133,7 +133,7 @@ def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
 
 
 def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tuple[float, float]]:
-    """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
+    """Run once; returns the time of each step except the first ones, by the clock and of the CPU."""
     from colossal_llama2.train import run
     from colossal_llama2.train.settings.from_flags import resolve
 

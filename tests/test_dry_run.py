@@ -361,7 +361,11 @@ def test_all_problems_are_reported_at_once(model_dir, data, tmp_path, monkeypatc
     both = message("--train_new_rows_only", "--freeze_non_embeds_params")
     assert "--train_new_rows_only trains new rows of the embeddings" in both and "give one of them" in both
     output = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
-    for words in ("--num_samples 4: only 4 steps; give at least 6", "--profile trace has no effect", "--continue_data has no effect"):
+    for words in (
+        "--num_samples 4: only 4 steps; give at least 6",
+        "--profile trace has no effect",
+        "--continue_data has no effect",
+    ):
         assert words in output
     assert not list(tmp_path.iterdir())
 

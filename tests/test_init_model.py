@@ -208,7 +208,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     settings = generation.GenerationSettings(8, do_sample=False, temperature=1.0, top_k=0, top_p=1.0, seed=0)
     expected = [generation.generate(model, tokenizer, "the state", settings)]
     with torch.no_grad():
-        # One of two opposite rows has by far the largest logit. Tied rows are not changed.
+        # One of two opposite rows has by far the largest logit. If tied, they are never input, so nothing else changes.
         head = model.get_output_embeddings().weight
         head[tokens : tokens + 2] = 100 * torch.stack([torch.ones(head.shape[1]), -torch.ones(head.shape[1])])
     raw = model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=1, do_sample=False)

@@ -63,7 +63,7 @@ def edit(path: Path, **entries) -> None:
 
 
 def refusal(call) -> str:
-    """The message of the UserError that a call ends in, within a second."""
+    """The message of the UserError that a call raises, within a second."""
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         call()
@@ -145,10 +145,10 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
         {"torch_dtype": None},
         {"rope_theta": 10000},
         {"auto_map": {"AutoModel": "code.Evil"}},
-        # What transformers would make attributes of, over its own.
+        # Entries that transformers would set as attributes, over its own.
         {"to_dict": 1, "return_dict": False, "pruned_heads": "x", "id2label": [], "torchscript": "x"},
         {"configuration_files": ["../config.4.0.0.json"]},
-        # Null and nothing: what is not said.
+        # Null and missing fields.
         dict.fromkeys(
             (
                 "rope_theta",
@@ -164,7 +164,7 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
         {"rope_scaling": {}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0, "mscale_all_dim": 0}},
         {"torch_dtype": "torch.float16"},
-        # As mirrors of LLaMA-2 have it: the padding token is one beyond the last row.
+        # As in mirrors of LLaMA-2: the padding token is one beyond the last row.
         {"pad_token_id": 600},
         {"pad_token_id": -2, "bos_token_id": 10**30, "eos_token_id": [2, 600]},
     ],
@@ -200,7 +200,7 @@ def test_ids_outside_the_vocabulary_are_null_and_logged_once(folder, caplog):
             ids = generation_ids(folder, fields)
     expected = {"pad_token_id": None, "eos_token_id": [2], "bos_token_id": None}
     assert {name: fields[name] for name in expected} == expected
-    # generation_config.json has no end that is known, so that of config.json is.
+    # generation_config.json has no valid end id, so that of config.json is used.
     assert ids["eos_token_id"] == [2] and ids["pad_token_id"] is None
     lines = [line.split(": ", 1)[1] for line in caplog.messages if "vocabulary of 600" in line]
     assert sorted(line.split()[0] for line in lines) == ["eos_token_id"] * 2 + ["pad_token_id"] * 2
@@ -224,7 +224,7 @@ def test_a_byte_order_mark_is_accepted_where_only_we_read(folder):
         ({"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
         ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        # As Gemma 3 has it.
+        # As in Gemma 3.
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_type"),
     ],
 )
@@ -400,7 +400,7 @@ def test_templates_lead_nowhere_else(folder):
     for path in (folder / "additional_chat_templates").glob("*.jinja"):
         path.unlink()
     (folder / "chat_template.jinja").unlink()
-    # Files of /proc say that they are empty, and some never end.
+    # Files of /proc report a size of 0, and some never end.
     (folder / "chat_template.jinja").symlink_to("/proc/kmsg")
     assert "is empty" in refusal(lambda: check_tokenizer_files(folder))
 
@@ -420,7 +420,7 @@ def test_settings_of_real_tokenizers_are_taken(folder, tmp_path, monkeypatch):
     assert "vocab_file" in refusal(lambda: load_tokenizer(folder))
 
 
-# Adapters, and what runs code.
+# Adapters, and files that run code.
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"])
@@ -467,7 +467,7 @@ def test_nothing_is_unpickled_while_a_model_is_loaded(tmp_path):
         with unpickling_refused(), pytest.raises(RunError, match=name):
             call()
     assert not payload.canary.exists()
-    # Afterwards all is as it was, and the payload is one.
+    # Afterwards everything is restored, and the payload works.
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"a": 1} and pickle.loads(pickle.dumps(1)) == 1  # noqa: S301
     torch.jit.load(tmp_path / "evil.pt")
     assert payload.canary.exists()
@@ -481,7 +481,7 @@ def test_what_is_imported_while_a_model_is_loaded_works_later():
     assert kept(pickle.dumps([1])) == [1]
 
     class Mine(kind):
-        """As multiprocessing and torch.distributed derive theirs."""
+        """As in multiprocessing and torch.distributed."""
 
     import io
 
@@ -489,7 +489,7 @@ def test_what_is_imported_while_a_model_is_loaded_works_later():
 
 
 def test_what_is_imported_while_a_model_is_loaded_is_guarded(monkeypatch):
-    # In place of torch, whose second import in a process fails.
+    # Instead of torch, whose second import in a process fails.
     monkeypatch.setattr(unpickling_guard, "REFUSED", [("this", "d"), ("no.such.module", "x")])
     monkeypatch.delitem(sys.modules, "this", raising=False)
     original = sys.meta_path[:]
@@ -517,7 +517,7 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
     generation.load_model(str(folder), "cpu")
     edit(folder / "adapter_config.json", base_model_name_or_path="no-such-owner/no-such", peft_type="LORA")
     refusal(lambda: generation.load_model(str(folder), "cpu"))
-    # The second lock: were the first one open, transformers would still not look for the adapter's base.
+    # The second safeguard: without the first one, transformers would still not search for the adapter's base.
     with pytest.MonkeyPatch.context() as without_check:
         for module in ("colossal_llama2.model.model_folder", "colossal_llama2.model.loading"):
             without_check.setattr(f"{module}.check_model_files", lambda folder: None)
@@ -594,7 +594,7 @@ def test_ranks_look_at_all_numbers_between_them(folder):
 
 
 def test_each_host_looks_at_all_numbers(folder, monkeypatch):
-    """The folder may be on a disk of the host's own, so that another host's copy is whole."""
+    """The folder may be on a disk of each host, where another host's copy is intact."""
     spoil(folder, NAME, float("nan"), count=1)
     hosts = ["a", "b", "a", "b"]
     monkeypatch.setattr(collectives, "gather_values", lambda value: hosts)

@@ -94,7 +94,7 @@ def test_attention_without_a_gpu():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """An A800, as far as asking goes; call it with what importing flash-attn raises, or None."""
+    """A simulated A800; call it with the error that importing flash-attn raises, or None."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 

@@ -1,4 +1,4 @@
-"""--eval_dedup against a plain count of common runs of 13 words, whatever the workers, units and shares."""
+"""--eval_dedup against a plain count of shared runs of 13 words, for any workers, units and shares."""
 
 import json
 import random
@@ -20,7 +20,7 @@ CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 300)]
 
 
 def rows() -> list:
-    """Texts of which a third repeat a part of another, of different lengths, one with another case and spacing."""
+    """Texts of different lengths; a third repeat a part of another one, one with other case and spacing."""
     draw = random.Random(0)
     found = []
     for number in range(240):
@@ -112,7 +112,7 @@ def test_conversations_are_compared_by_their_answers(tokenizer_dir, tmp_path):
     options = {"max_length": 4096, "eval_fraction": 0.3, "eval_dedup": True}
     prepare.prepare_sft(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, **options))
     report = manifest(tmp_path)["eval_dedup"]
-    # The answers overlap with their neighbours' by 14 words; the question that all have is not measured.
+    # The answers overlap with their neighbours' by 14 words; the question that all share is not measured.
     assert 5 < report["overlapping"] <= report["compared"] == report["documents"] < 35
 
 

@@ -1,4 +1,4 @@
-"""A long text encoded in parts: the ids and bytes of the whole, for every kind of model and text; and its memory."""
+"""A long text encoded in parts: the same ids and bytes as at once, for every kind of model and text; and its memory."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def folder_of(name: str, folder: Path) -> Path:
         plan = plan_extension(model, pieces, closure="complete", piece_scores="below")
         pieces, scores = plan.pieces, plan.scores
     else:
-        # Some of their characters stay unknown and some of them are not reached, which must not matter.
+        # Some of their characters are unknown and some are not reached, which must not matter.
         characters = dict.fromkeys("".join(pieces))
         pieces = [*(one for one in characters if one not in (*model.pieces, *pieces, "间")), *pieces]
         scores = scores_below(model.lowest_merge, len(pieces))
@@ -201,11 +201,11 @@ def test_the_dropped_part_of_a_long_conversation_needs_little_memory(message_cha
     finally:
         tracemalloc.stop()
     assert tokens.tokens_in > len(text) // 5 and 0 < len(tokens.input_ids) <= 1000
-    # Four bytes a token, and what a segment takes; as lists, the tokens alone took over 60 bytes each.
+    # Four bytes a token, and the memory of a segment; as lists, the tokens alone needed over 60 bytes each.
     assert peak < 8 * len(text) + 700 * len(messages)
 
 
-# Prints by how much the peak of the process's memory rises while a file is prepared, in bytes.
+# Prints the increase of the process's peak memory while a file is prepared, in bytes.
 MEASURED = """
 import json
 import sys
@@ -237,5 +237,5 @@ def test_a_long_document_needs_memory_in_proportion_to_its_bytes(tokenizer_dir, 
     size = (tmp_path / "long" / "rows.jsonl").stat().st_size
     command = [sys.executable, "-c", MEASURED, str(tmp_path), str(tokenizer_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    # The line, its text, and of each token an id, its bytes and a label. Encoded whole, it took three times as much.
+    # The line, its text, and for each token an id, its bytes and a label. Encoded at once, it took three times as much.
     assert 0 < json.loads(done.stdout.splitlines()[-1]) < 20 * size

@@ -1,4 +1,4 @@
-"""How long a sample may be where rope_scaling is there."""
+"""The longest possible sample with rope_scaling."""
 
 import json
 import shutil
@@ -28,16 +28,16 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         ("linear", {"factor": 2.5}, 4096, 10240),
         ("dynamic", {"factor": 2.0}, 2048, 4096),
         ("yarn", {"factor": 16.0}, 4096, 65536),
-        # As Qwen2.5 and DeepSeek write it: the first length in both, or the extended one in the first.
+        # As in Qwen2.5 and DeepSeek: the first length in both, or the extended one in the first.
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072),
         ("yarn", {"factor": 40.0, "original_max_position_embeddings": 4096}, 163840, 163840),
-        # The other two compute with max_position_embeddings alone.
+        # The other two use only max_position_embeddings.
         ("linear", {"factor": 4.0, "original_max_position_embeddings": 1024}, 4096, 16384),
         ("dynamic", {"factor": 2.0, "original_max_position_embeddings": 8192}, 2048, 4096),
         # Llama-3.1 itself.
         ("llama3", {"factor": 8.0, **LLAMA3}, 131072, 131072),
         ("default", {}, 4096, 4096),
-        # What cannot be used lengthens nothing.
+        # Unusable values extend nothing.
         ("linear", {"factor": "4"}, 4096, 4096),
         ("linear", {"factor": 0.5}, 4096, 4096),
     ],
@@ -112,7 +112,7 @@ def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
     assert str(raised.value) == f"{given}{problem.removesuffix(', ')}; {cure}"
     with pytest.raises(UserError, match="--max_length 128 given, the model has .* give at most that"):
         sample_lengths.check_max_length(128, str(folder))
-    # Data of earlier versions do not say it, and a folder of others has no manifest.
+    # Data of earlier versions does not record it, and a folder from elsewhere has no manifest.
     del entry["longest"]
     path = tmp_path / "arrow" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bins": [entry]}))

@@ -1,4 +1,4 @@
-"""Items made ahead by a thread: in order, no more than asked for, and with their errors in place."""
+"""Items made ahead by a thread: in order, no more than requested, and with their errors in place."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def test_no_more_is_made_than_requested():
     ahead = prefetched(items(), depth=2)
     assert next(ahead) == 0
     time.sleep(0.3)
-    # Two wait, one more is in the thread's hand.
+    # Two wait, and the thread holds one more.
     assert len(made) <= 1 + 2 + 1
     before = threads()
     ahead.close()

@@ -1,4 +1,4 @@
-"""The two prepare commands: bins as asked, equal bytes twice, every token accounted for, every refusal."""
+"""The two prepare commands: the requested bins, equal bytes twice, every token accounted for, every refusal."""
 
 import os
 import re

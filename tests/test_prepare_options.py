@@ -192,7 +192,7 @@ def test_truncate_is_counted(tokenizer_dir, tmp_path):
 
 def test_held_out_documents_are_only_in_eval(tokenizer_dir, tmp_path):
     rows = [{**row, "target": f"{number} {row['target']}"} for number, row in enumerate(documents(300))]
-    # Equal texts stay together, wherever they stand.
+    # Equal texts stay together, wherever they are.
     write_lines(tmp_path / "in" / "rows.jsonl", [*rows, *rows[:50]])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096, bins=2, eval_fraction=0.3)
     prepare.prepare_pretrain(**keywords)
@@ -341,7 +341,7 @@ def test_truncated_compressed_data_is_reported_with_its_line(kind, tokenizer_dir
     path = tmp_path / "in" / f"rows.jsonl.{kind}"
     path.parent.mkdir()
     path.write_bytes(packed[: len(packed) // 2])
-    # What can be decompressed, by the byte.
+    # The number of bytes that can be decompressed.
     whole = 0
     stream = gzip.open(path) if kind == "gz" else pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     with contextlib.suppress(EOFError, OSError):
@@ -394,7 +394,7 @@ def test_many_categories_are_dealt_in_a_moment(tokenizer_dir, tmp_path):
 
 @pytest.mark.parametrize("difference", ["none", "tokenizer.json", "the fast encoder"])
 def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokenizer_dir, tmp_path, monkeypatch, caplog):
-    """A difference that only texts late in the last file show."""
+    """A difference that only occurs in texts late in the last file."""
     for name in "abc":
         write_lines(tmp_path / "in" / f"{name}.jsonl", [{"target": f"the {name} {number}"} for number in range(900)])
     last = [f"{'the c' if number < 700 else 'late'} {number}" for number in range(900)]
@@ -434,7 +434,7 @@ def settings_of(stage: str) -> Settings:
 
 
 def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_path):
-    """Neither ids, URLs and names of roles, nor what a refused row holds, nor a system text once a row."""
+    """Neither ids, URLs and names of roles, nor the content of a refused row, nor a system text once a row."""
     others = {"id": "d0", "url": "https://e.org", "lang": "en", "tags": ["a"], "category": "news"}
     deep: list = []
     for _ in range(250):
@@ -520,7 +520,7 @@ def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path)
 
 
 def test_results_arrive_as_they_are_done_and_the_first_error_is_raised():
-    """A slow task does not hold up those behind it; of two mistakes the one earlier in the input is told."""
+    """A slow task does not delay those behind it; of two mistakes the one earlier in the input is raised."""
     tasks = [(0, 1.0), *((number, 0.01) for number in range(1, 20))]
     done = list(run_tasks(wait_and_return, tasks, num_workers=2))
     assert sorted(done) == list(range(20)) and done[0] == 1 and done.index(0) > 5
@@ -562,9 +562,7 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
         prepare.prepare_sft(**keywords)
     skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
-    assert (
-        "bing (2 messages), bard (1 message); if one is the assistant, name it with --assistant_roles" in caplog.text
-    )
+    assert "bing (2 messages), bard (1 message); if one is the assistant, name it with --assistant_roles" in caplog.text
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
     assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
     assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1

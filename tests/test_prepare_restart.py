@@ -1,4 +1,4 @@
-"""Killed, refused, finished, out of room: whatever ends a command, the same one ends with the same bytes."""
+"""Killed, refused, finished, out of space: however a command ends, running it again gives the same bytes."""
 
 import errno
 import gzip
@@ -94,7 +94,7 @@ def command_options(inputs, tokenizer_dir, output, **others) -> dict:
 
 @pytest.fixture
 def undisturbed(inputs, tokenizer_dir, tmp_path) -> dict:
-    """The files of a run that nothing happened to."""
+    """The files of an undisturbed run."""
     prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "undisturbed"))
     return contents(tmp_path / "undisturbed")
 
@@ -167,7 +167,9 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"unfinished run, but since then: --seed was 1024, now 7; run the earlier command"):
+    with pytest.raises(
+        UserError, match=r"unfinished run, but since then: --seed was 1024, now 7; run the earlier command"
+    ):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
     with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
@@ -338,7 +340,7 @@ def test_a_full_disk_is_reported_with_needed_and_free_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_no_room_is_one_line_and_the_run_continues(inputs, tokenizer_dir, tmp_path):
-    """The limit on the size of a file stands for a full disk."""
+    """The limit on the size of a file simulates a full disk."""
     for name in ("limited", "free"):
         keywords = settings([inputs], tokenizer_dir, tmp_path / name, bins=2)
         command = [sys.executable, str(ROOT / "prepare_pretrain_dataset.py"), *map(str, flags(keywords))]
@@ -360,7 +362,7 @@ def test_no_room_is_one_line_and_the_run_continues(inputs, tokenizer_dir, tmp_pa
 
 
 def test_finished_output_of_the_version_before_is_ours_unless_rows_are_read_otherwise_now(tokenizer_dir, tmp_path):
-    """Version 3 reads rows that were bad, and loss marks of conversations."""
+    """Version 3 accepts rows that were bad before, and reads loss marks of conversations."""
     talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     for name, command, lines in (
         ("good", prepare.prepare_pretrain, [{"target": "a text"}]),

@@ -1,4 +1,4 @@
-"""What a run shows of itself: losses by source, train_log.jsonl, TensorBoard, the plot, the model card, settings."""
+"""The reports of a run: losses by source, train_log.jsonl, TensorBoard, the plot, the model card, settings."""
 
 import json
 import math
@@ -40,7 +40,7 @@ RUNS: dict[str, list] = {
     "3d_tp2": layouts.flags("fp32 3d tp2", batch=BATCH),
     "3d_all_to_all": layouts.flags("fp32 3d sp2 all_to_all", batch=BATCH),
 }
-# A model that init_model.py extended, and what is trained of it, one run after the other; a step has BATCH samples.
+# A model that init_model.py extended, and the models trained from it in turn; a step has BATCH samples.
 CHAIN = {
     "chain_1": ["train.py", "--lr", "1e-3", "--save_interval", 2],
     "chain_2": [
@@ -213,7 +213,7 @@ def test_documents_without_a_category_have_no_category_called_none():
 
 
 def test_a_resumed_run_shows_one_whole_curve(jobs):
-    """The first run took all steps; lines after the resumed one were cut away. A new folder begins with a copy."""
+    """The first run made all steps; lines after the resumed one were removed. A new folder begins with a copy."""
     for home in ("zero2", "elsewhere"):
         records = log_of(jobs / home)
         assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
@@ -229,7 +229,7 @@ def test_the_card_is_one_for_hubs(jobs, part):
     assert f"| {Path(part).parent.name} | {len(rows)} | {BATCH * STEPS} | 0.94 |" in card.text
     assert f"| all |  | {sum(map(len, rows['sequence_lengths']))} | {tokens:,} | 100.0% |" in card.text
     assert "| `--plugin` | zero2 |" in card.text and "| optimizer steps | 4 |" in card.text
-    # Not in the checkpoint, whose files are listed, and the same where the same was trained.
+    # Not in the checkpoint, whose files are listed, and equal for equal training.
     assert not (jobs / "zero2" / "ckpt" / "epoch-0_step-4" / "modeling" / "README.md").exists()
     assert (jobs / "elsewhere" / "ckpt" / "modeling" / "README.md").read_text() == card.content
 
@@ -247,7 +247,7 @@ def test_a_card_lists_all_stages(jobs, part):
     text = (jobs / "chain_3" / "ckpt" / "modeling" / "README.md").read_text()
     fingerprint = json.loads((Path(part) / "state.json").read_text())["_fingerprint"]
     rows = ["| 1. Extension of the vocabulary | model | vocabulary of 500, now 600 |  |  |  |  |"]
-    # The second run took the weights after step 2, which its parent's folder went on from.
+    # The second run loaded the weights after step 2; its parent's folder continued from there.
     steps = 2
     for number, (home, kind) in enumerate((("chain_1", "pretrain"), ("chain_2", "pretrain"), ("chain_3", "sft"))):
         stage, shown = stages[number + 1], steps_of(jobs / home)[:steps]
@@ -388,7 +388,7 @@ def test_a_full_disk_ends_no_run(tmp_path, caplog):
     log = train_log.TrainLog(Path("/dev/full"))
     for step in range(3):
         log.write({"step": step})
-    log.sync()  # The device takes no sync either.
+    log.sync()  # The device does not support sync either.
     assert caplog.text.count("cannot be written (No space left on device)") == 1
 
 
@@ -430,7 +430,7 @@ def test_an_error_in_plot_or_card_does_not_lose_the_model(tmp_path, caplog, monk
 
 
 class LateTimer:
-    """A timer like that of a GPU, whose marks cannot be read before the next step."""
+    """A timer like that of a GPU, whose marks can be read only in the next step."""
 
     is_late = True
 

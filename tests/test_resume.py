@@ -1,4 +1,4 @@
-"""Going on from a checkpoint on two ranks: bit for bit with every plugin, in another layout, and past damaged files."""
+"""Resuming on two ranks: bit for bit with every plugin, in another layout, and past damaged files."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.preparing import plan_settings
 SAMPLES = 46
 # What a --save_dir holds besides checkpoints.
 TOP_FILES = {"latest", "modeling", "plan.json"}
-# Of a checkpoint, besides weights and moments.
+# In a checkpoint, besides weights and moments.
 # The history counts steps without an update too.
 UNCHANGED = ("optimizer/pytorch_optim_group", "modeling/training_history.json")
 # 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
@@ -52,7 +52,7 @@ LAYOUTS = {
     "3d_sp2_bf16": flags_of("bf16 3d sp2 all_to_all zero1"),
     "3d_tp2_bf16": flags_of("bf16 3d tp2 zero1"),
 }
-# The others go on in a second epoch, which depends on the data and not on the layout.
+# The others continue in a second epoch, which depends on the data and not on the layout.
 ONE_EPOCH = ("zero2_cpu_bf16", "gemini_auto_bf16", "3d_zero0_bf16", "3d_zero1_bf16", "3d_pp2_bf16", "3d_sp2_bf16")
 
 
@@ -81,7 +81,7 @@ MIXED = [
     str(MIXED_STEP),
 ]
 
-# Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
+# Which rank's numbers are corrupted, at which step, and how (see tests/faults/poison.py).
 POISONED = {
     "zero2_fp32": (0, 3, "loss"),
     "zero2_bf16": (1, 1, "gradient"),
@@ -94,7 +94,7 @@ POISONED = {
     "3d_zero0_bf16": (0, 3, "loss"),
     "3d_tp2_bf16": (1, 3, "report"),
 }
-# Of 24 samples those of the first of three steps have no trained token, and those of one more pass of all ranks.
+# Of 24 samples, those of the first of three steps have no trained token, and those of one more pass of all ranks.
 UNTRAINED = ("zero2_fp16", "gemini_bf16", "gemini_auto_bf16", "3d_pp2_bf16")
 
 
@@ -141,7 +141,7 @@ def jobs(tmp_path_factory, parts, model_dir, tokenizer_dir, two_sources):
 
 
 def sources_in(two_sources):
-    """What --dataset gets for both."""
+    """The --dataset of both."""
     return [f"{name}={two_sources / name / 'arrow'}" for name in ("old", "new")]
 
 
@@ -157,7 +157,7 @@ def write_untrained(folder: Path, tokenizer_dir) -> Path:
 
 
 def add_others(add, folder: Path, tokenizer: Path) -> None:
-    """Commands on the checkpoints of zero2_fp32 and zero2_bf16, which damage copies of nothing else."""
+    """Commands on the checkpoints of zero2_fp32 and zero2_bf16; damage is done only to copies."""
     fp32, bf16 = LAYOUTS["zero2_fp32"], LAYOUTS["zero2_bf16"]
     middle = ("--load_checkpoint", folder / "zero2_bf16" / "ckpt" / "epoch-0_step-4")
     add("other_micro_batch", *bf16, "--micro_batch_size", 1, "--accumulation_steps", 4, *middle)
@@ -337,11 +337,11 @@ def test_a_folder_without_write_permission_is_refused_before_step_1(jobs):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(jobs):
-    """It has neither the later counters nor training_history.json, and its numbers were computed otherwise."""
+    """It has neither the later counters nor training_history.json, and its numbers were computed differently."""
     home, error, log = jobs["of_an_earlier_version"]
     assert error is None
     assert "not bit for bit, since this changed: version of the numerics 1 -> 2" in " ".join(log)
-    # Here nothing else has changed, and all of the run's state is taken.
+    # Here nothing else has changed, and the complete state of the run is used.
     last = "ckpt/epoch-1_step-12"
     kept, expected = (contents(folder / last) for folder in (home, jobs["zero2_fp32"][0]))
     assert [name for name in kept[0] if kept[0][name] != expected[0].get(name)] == ["modeling/training_history.json"]
@@ -361,7 +361,7 @@ def test_old_checkpoints_are_removed_but_never_the_newest(jobs):
     removed = [line for line in log if line.startswith("Removed")]
     assert len(removed) == 8
     for line in removed:
-        # When one goes, the two after it are there.
+        # When one is removed, the two after it exist.
         step = int(line.split("step-")[1].split(" ")[0])
         earlier = log[: log.index(line)]
         assert all(any(f"step-{later}:" in text for text in earlier) for later in (step + 1, step + 2))
@@ -408,7 +408,7 @@ def test_a_bad_step_updates_nothing(jobs, name):
         assert weights_and_moments(saved[step]) == weights_and_moments(saved[step - 1])
     assert weights_and_moments(saved[step + 1]) != weights_and_moments(saved[step])
     list(verify.verify(str(saved[STEPS_AN_EPOCH])))
-    # The schedule is one of six updates, of which one was not made.
+    # The schedule is one of six updates; one of them was not made.
     rates = [CosineSchedule(2e-3, STEPS_AN_EPOCH, 0).learning_rate(update) for update in range(STEPS_AN_EPOCH - 1)]
     assert [record["lr"] for record in steps_of(home)] == pytest.approx([*rates[:step], *rates[step - 1 :]])
     assert ", 1 of them without an update (1 had a NaN/Inf loss or gradient norm), " in log[-1]
@@ -437,7 +437,7 @@ def test_a_gradient_that_overflows_at_every_loss_scale_is_a_bad_step(jobs):
     assert tries[-1].endswith("at a loss scale of 2; the step is repeated at 1")
     words = "the gradient norm is NaN/Inf, even at a loss scale of 1, at step 1, samples 0 to 7 of epoch 0 "
     assert any(line.startswith(words) for line in log)
-    # The scale was not the cause, and stays.
+    # The scale was not the cause, and is unchanged.
     first, second = states_of(home, 1), states_of(home, 2)
     assert first["ranks"][0]["loss_scale"]["scale"] == 2**21 > second["ranks"][0]["loss_scale"]["scale"] > 2**12
     assert (first["bad_steps"], first["overflows"]) == (1, 21) and second["overflows"] > 21
@@ -453,7 +453,7 @@ def test_a_step_without_a_trained_token_updates_nothing_and_is_logged(jobs, mode
     first, *others = steps_of(home)
     assert first["loss"] is None and first["grad_norm"] is None and all(record["loss"] > 1 for record in others)
     assert sorted(losses((home,))) == [2, 3]
-    # Warm-up goes on with updates alone, of two steps.
+    # Warm-up advances only with updates, two steps of it.
     assert [record["lr"] for record in (first, *others)] == pytest.approx([1e-3, 1e-3, 2e-3])
     masked = 1 if "pp2" in name else 2
     assert [r.get("untrained_micro_batches", 0) for r in (first, *others)] == [2 * masked, 0, masked]
@@ -475,7 +475,7 @@ def test_verify_accepts_whole_checkpoints(jobs):
 
 WEIGHTS = "modeling/model-00001-of-00001.safetensors"
 MOMENTS = "optimizer/pytorch_optim-00001.safetensors"
-# (file, what is done to it, whether it was done before the manifest was written, what is said)
+# (file, the damage, whether it was done before the manifest was written, the message)
 BROKEN = [
     (WEIGHTS, damage.flip, False, "sha256"),
     (MOMENTS, damage.swap, False, "sha256"),
@@ -504,7 +504,7 @@ def test_verify_names_what_is_wrong(jobs, tmp_path, capsys, case):
         verify.main([str(copy)])
     text = capsys.readouterr().err
     assert end.value.code == 2 and len(text.splitlines()) == 1
-    # A shape is told of the model, not of the file.
+    # A wrong shape is reported for the model, not for the file.
     assert words in text and (file in text or "modeling: has" in text)
 
 

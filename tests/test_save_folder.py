@@ -104,7 +104,7 @@ def test_without_locks_a_living_process_keeps_the_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "folder", "pipe"])
 def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path, kind):
-    """As a folder from somebody else may have it."""
+    """As in a folder from someone else."""
     folder, other = tmp_path / "run", tmp_path / "other"
     folder.mkdir()
     other.write_text("precious")
@@ -123,7 +123,7 @@ def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path, kind):
 
 
 def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path, monkeypatch, caplog):
-    """As on a disk that turned read-only while the run saved."""
+    """As on a disk that became read-only while the run saved."""
 
     def read_only(path, missing_ok=False):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

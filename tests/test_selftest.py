@@ -1,4 +1,4 @@
-"""The self-test of training: it passes where training is right, and says so where it is not."""
+"""The self-test of training passes if training is right, and fails if it is not."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_training_is_proven_and_nothing_is_left(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-# Clipping that is lost, as ColossalAI's is under Gemini in bf16 on a CPU.
+# Clipping that has no effect, as ColossalAI's under Gemini in bf16 on a CPU.
 BROKEN = """
 from colossal_llama2.train import selftest
 from colossal_llama2.train.settings import from_flags

@@ -1,4 +1,4 @@
-"""--load_config: settings of one run taken up by another, and every way in which a file can be wrong."""
+"""--load_config: settings of one run used by another, and every way in which a file can be wrong."""
 
 import json
 
@@ -36,7 +36,7 @@ FULL = [
 
 @pytest.fixture
 def file_of(tmp_path):
-    """Write settings as --config_file has them, and changes."""
+    """Write settings as --config_file does, with changes."""
 
     def write(words=FULL, make_parser=train_flags.train_parser, **changes) -> str:
         found = {"versions": {"torch": "2.5.1"}, "world_size": 2, "total_steps": 9, **changes}

@@ -24,7 +24,7 @@ FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400"
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer_dir, model_dir):
-    """Hours of training, saved after each 24 steps, or each 12 of two ranks."""
+    """A long run, saved every 24 steps, or every 12 on two ranks."""
     encoder = load_encoder(tokenizer_dir)
     rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
     part = tmp_path_factory.mktemp("prepared") / "part-00000"
@@ -34,7 +34,7 @@ def flags(tmp_path_factory, tokenizer_dir, model_dir):
 
 @pytest.fixture
 def start(tmp_path, flags):
-    """Start a run in a named folder; all are ended with the test."""
+    """Start a run in a named folder; all runs are ended with the test."""
     runs = []
 
     def start_one(name, *more, launcher=None, **options):
@@ -48,7 +48,7 @@ def start(tmp_path, flags):
 
 @pytest.fixture
 def start_forked(tmp_path, flags):
-    """Start a run of two ranks without a launcher, whose part in what follows is not tested."""
+    """Start a run of two ranks without a launcher, whose behaviour is not tested here."""
     runs = []
 
     def start_two(name, *more):
@@ -61,7 +61,7 @@ def start_forked(tmp_path, flags):
 
 
 def assert_saved(run, number):
-    """All that was trained is in the last checkpoint, which the message names, and nothing lies about."""
+    """Everything that was trained is in the last checkpoint, which the message names, and nothing else remains."""
     line = rf"train.py: stopped: {number.name} after step (\d+), which is saved; .*_step-\1$"
     found = re.search(line, run.output, re.M)
     assert found, run.output
@@ -77,7 +77,7 @@ def test_a_signal_to_a_single_process(start):
     """At random moments, and with each signal: tests/faults/starts.py."""
     run = start("single")
     run.wait_for("epoch-0_step-24")
-    # A checkpoint may be moved away while its run goes on.
+    # A checkpoint may be moved while its run continues.
     (run.save_dir / "epoch-0_step-24").rename(run.save_dir.with_name("moved"))
     run.wait_for("epoch-2_step-72")
     run.process.send_signal(signal.SIGINT)
@@ -113,7 +113,7 @@ def test_a_second_interrupt_ends_a_rank_that_waits_for_another(start_forked):
 
 
 def assert_unlocked(run):
-    """A run on another host would not know that the one that left the lock is dead."""
+    """A run on another host could not find out that the owner of the lock is dead."""
     deadline = time.monotonic() + 5.0
     while (run.save_dir / ".lock").exists():
         assert time.monotonic() < deadline, run.output
@@ -124,7 +124,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(start):
     run = start("torchrun", launcher=TORCHRUN)
     run.wait_for("epoch-0_step-12")
     run.process.send_signal(signal.SIGTERM)
-    # torchrun has exit codes of its own.
+    # torchrun has its own exit codes.
     assert run.end() == 1, run.output
     assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.output), run.output
 
@@ -187,7 +187,7 @@ def test_killing_torchrun_saves_and_a_restart_waits_for_it(start):
 
 
 def test_a_rank_that_dies_before_the_ranks_connect_ends_the_others(start):
-    """Started by hand, without a launcher that would notice it: while it imports and the other waits for it."""
+    """Started by hand, without a launcher that would notice: while it imports and the other one waits for it."""
     port = free_port()
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     first, second = (start("early", environment={**place, "RANK": str(rank)}, log=f"log-{rank}") for rank in range(2))
@@ -222,7 +222,7 @@ def test_a_rank_that_hangs_is_noticed(start_forked):
 
 
 def test_a_timeout_is_recognised_behind_later_errors():
-    """A rank that gives up while it saves meets the others, whom it can no longer reach, to report that."""
+    """A rank that gives up while it saves tries to reach the others, which it no longer can, to report that."""
     try:
         try:
             raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")

@@ -120,7 +120,7 @@ def test_a_document_that_a_mark_masks_is_dropped(encoder):
         tokens = len(encoder.encode(["The with statement"])[0]) + 2
         assert row == ([], [], tokens, ((tokenization.MASKED_DOCUMENTS, tokens),), 0)
     assert pretrain(encoder, target="a", weight=1) == pretrain(encoder, target="a")
-    # A field of another meaning, as documents may have it.
+    # A field with another meaning, as documents may have.
     other = read_pretrain_row({"target": "a", "weight": 0.7})
     assert not other.is_masked and other.notes == (records.OTHER_MARKS,)
 
@@ -212,7 +212,7 @@ def test_a_masked_answer_stays_in_the_context(encoder):
     (masked,) = tokenize_sft([read_sft_row({"messages": rows})], encoder=encoder, max_length=1000)
     assert masked.input_ids == plain.input_ids and masked.exchanges == 2
     assert decode_trained(masked.labels, encoder=encoder) == ["four</s>"]
-    # The first answer that is trained does not fit.
+    # The first trained answer does not fit.
     short = tokenize_sft([read_sft_row({"messages": rows})], encoder=encoder, max_length=len(plain.input_ids) - 1)[0]
     assert short.input_ids == [] and short.drops == ((tokenization.TRAINED_TOO_LONG, len(plain.input_ids)),)
 

@@ -1,4 +1,4 @@
-"""load_encoder, load_tokenizer and fingerprint: what data preparation and training build on."""
+"""load_encoder, load_tokenizer and fingerprint, which data preparation and training build on."""
 
 import hashlib
 import io

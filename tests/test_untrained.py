@@ -24,7 +24,7 @@ def test_untrained_samples_are_counted():
     assert untrained_samples(samples_of(masked), share=0, shares=1) == 3
     assert [untrained_samples(samples_of(masked), share=share, shares=2) for share in (0, 1)] == [1, 2]
     assert untrained_samples(samples_of([[1, 2], [1], [3, 4, 5]]), share=0, shares=1) == 1
-    # Nor is that of each document, where they are kept apart.
+    # Nor is that of each document, if documents are kept apart.
     for label in (9, -100):
         spliced = samples_of([[1, 9, 1], [1, 1], [1, label, 1, -100]], [[2, 1], [1, 1], [1, 1, 2]])
         assert untrained_samples(spliced, share=0, shares=1) == 2

@@ -1,4 +1,4 @@
-"""Mistakes that newcomers make in the words of a command line: each is one line that says what to type."""
+"""Mistakes that newcomers make on a command line: each gives one line with what to type."""
 
 import shlex
 
@@ -16,7 +16,7 @@ NEEDED = {
     "init_model": "--source_model_and_tokenizer_path a --target_tokenizer_path b --target_model_path c",
     "compare": "--tokenizer_dirs a --data_input_dirs b",
 }
-# Command, words as a shell would split them, what the answer says. The flags that the command needs come first.
+# Command, words as a shell would split them, and the message. The flags that the command needs come first.
 MISTAKES = [
     ("train", "--use_flash_attn yes", "--use_flash_attn takes no value, 'yes' given; give the flag alone"),
     ("train", "--benchmark False", "leave --benchmark out"),
