@@ -1,4 +1,4 @@
-"""Every file of a checkpoint cut, flipped, deleted, replaced, exchanged with another: all of it must be noticed."""
+"""Every file of a checkpoint cut, flipped, deleted, replaced, exchanged with another: all of it must be detected."""
 
 import random
 import re

@@ -31,7 +31,7 @@ RESUMING = [*FLAGS, "--resume", "auto"]
 
 
 class Bench:
-    """The run to be killed: what it began from, what it does, and what comes out of it if nobody kills it."""
+    """The run to be killed: its start, its work, and its result if it is not killed."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -44,7 +44,7 @@ class Bench:
         assert self.whole_trace.code == 0, place.log("killed").read_text()
 
     def run(self, *, crash_at: int | None = None, torn: bool = False) -> trace.Trace:
-        """Run the fourth step in a fresh copy of what there was before it."""
+        """Run the fourth step in a new copy of the folder before it."""
         shutil.rmtree(self.place.folder / "killed", ignore_errors=True)
         shutil.copytree(self.place.save_dir("begun"), self.place.save_dir("killed"), symlinks=True)
         flags, log = self.place.flags("killed", *RESUMING), self.place.log("killed")
@@ -52,7 +52,7 @@ class Bench:
         return trace.watch(job, self.place.save_dir("killed"), crash_at=crash_at, torn=torn)
 
     def problem(self) -> str | None:
-        """What is wrong with the folder that a killed run left, and with the run that goes on in it."""
+        """The problem of the folder that a killed run left, or of the run that continues in it."""
         save_dir = self.place.save_dir("killed")
         try:
             found = self._problem_of_folder(save_dir)
@@ -74,7 +74,7 @@ class Bench:
         source = newest_source(RunFolder(save_dir), otherwise=ModelSource.of_pretrained(""))
         if source.checkpoint != str(complete[-1]):
             return f"--resume auto would take {source.checkpoint}"
-        # Its files are as its manifest says, so of equal manifests one is enough.
+        # Its files match its manifest, so of equal manifests one is enough.
         key = (complete[-1] / "manifest.json").read_bytes()
         if key not in self._verified:
             job = warm.Job(lambda: verify.main([str(complete[-1])]), self.place.log("verified"))
@@ -90,7 +90,7 @@ class Bench:
         state = self._state_of(save_dir)
         leftovers = [path for path in save_dir.iterdir() if _is_leftover(path)]
         if state in self._resumed:
-            # Equal but for the content of what is removed, so removing it is enough.
+            # Equal except for the content of the removed folder, so removing it is enough.
             with captured_log() as lines:
                 checkpoint_files.remove_leftovers(save_dir)
             return _leftover_problem(leftovers, "\n".join(lines))
@@ -108,7 +108,7 @@ class Bench:
         return _leftover_problem(leftovers, job.output)
 
     def _state_of(self, save_dir: Path) -> frozenset:
-        """All that a resumed run can see: the names, and what is in complete checkpoints."""
+        """Everything that a resumed run can read: the names, and the content of complete checkpoints."""
         manifests = {path.read_bytes() for path in save_dir.glob("*/manifest.json") if not _is_leftover(path.parent)}
         return frozenset({*os.listdir(save_dir), *manifests, (save_dir / "latest").read_bytes()})
 
@@ -125,7 +125,7 @@ def _leftover_problem(leftovers: list[Path], output: str) -> str | None:
 
 @contextlib.contextmanager
 def captured_log() -> Iterator[list[str]]:
-    """What is logged in this process inside the `with`."""
+    """The messages logged in this process inside the `with`."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -139,7 +139,7 @@ def captured_log() -> Iterator[list[str]]:
 
 
 def _train_to(place: Place, step: int) -> None:
-    """Run until the checkpoint of a step is there, and keep what the folder holds then."""
+    """Run until the checkpoint of a step exists, and keep the folder's content at that time."""
 
     def stop_there() -> None:
         save = Checkpointer.save
@@ -193,9 +193,9 @@ def _sampled(points: Iterable[int], sample: int | None, seed: int) -> list[int]:
 
 
 def order_problem(operations: list[trace.Operation]) -> str | None:
-    """What a power cut could undo: a final name given, or an old checkpoint removed, before the new one is on the disk.
+    """What a power cut could undo: a final name, or the removal of an old checkpoint, before the new one is written.
 
-    This is the order of the calls; whether a disk keeps what it was told to keep cannot be seen here.
+    This is the order of the calls; whether the disk keeps synced data cannot be tested here.
     """
     unsynced = set()
     for operation in operations:

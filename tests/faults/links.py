@@ -1,4 +1,4 @@
-"""A received run folder with links in it, and with what systems put there: nothing outside of it is touched.
+"""A received run folder with links in it, and with files that systems create: nothing outside of it is touched.
 
 Each link stands in the place of something that the run writes, replaces or removes, and leads to a file or folder
 outside; the run goes on with --resume auto. Then the same with stray files in every checkpoint.
@@ -20,7 +20,7 @@ from tests.faults.place import Place
 from tests.faults.rows import Row
 
 FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, "--keep_last", 1, *places.PLUGINS["zero2"]]
-# What a run opens under its final name, and under the name that it is written as.
+# The files that a run opens under their final names, and under their names while they are written.
 FILES = (file_names.LOCK_NAME, *file_names.FILE_NAMES)
 FOLDERS = ("modeling", "modeling.tmp", "epoch-0_step-4", "epoch-0_step-4.tmp", "epoch-0_step-2.tmp")
 MOVED = ("epoch-0_step-2", "epoch-0_step-2/running_states.json", "epoch-0_step-2/modeling", "modeling")
@@ -119,7 +119,7 @@ def _resume(place: Place) -> warm.Job:
 
 
 def _all_of(folder: Path) -> dict[str, Any]:
-    """Kind, rights and content of all below a folder."""
+    """Kind, permissions and content of everything below a folder."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         status = path.lstat()

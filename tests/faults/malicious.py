@@ -21,9 +21,9 @@ from tests.faults.place import Place
 from tests.faults.rows import Row
 
 FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, *places.PLUGINS["zero2"]]
-# Where an artifact is put, and what is planted there.
+# Where an artifact is put, and which ones.
 KINDS = {"checkpoint": artifacts.CHECKPOINT, "model": artifacts.MODEL, "samples": artifacts.SAMPLES}
-# Commands that read such files, in processes that import all by themselves, in the full check.
+# Commands that read such files, in processes that import everything themselves, in the full check.
 SUBPROCESSES = (
     "pytorch_model.bin alone",
     "auto_map in config.json",
@@ -33,7 +33,7 @@ SUBPROCESSES = (
 
 
 class Scene:
-    """A copy of a good checkpoint, model and samples, in which one artifact is put."""
+    """A copy of a good checkpoint, model and samples, which one artifact is added to."""
 
     def __init__(self, place: Place, checkpoint: Path):
         self._place, self._checkpoint = place, checkpoint
@@ -48,13 +48,13 @@ class Scene:
         target = checkpoint if kind == "checkpoint" else self.folder / kind
         KINDS[kind][name](target, self.payload)
         if "manifest" not in name:
-            # Whoever can write such a file can write a manifest that fits.
+            # An author of such a file can also write a matching manifest.
             sizes = checkpoint_files.list_files(checkpoint)
             entries = checkpoint_files.file_entries(checkpoint, sizes)
             checkpoint_files.write_manifest(checkpoint, entries, saved_at=1.0)
 
     def commands(self, kind: str) -> dict[str, list[str]]:
-        """Scripts that read what was planted, with their flags."""
+        """Scripts that read the artifact, with their flags."""
         train = self._place.flags("unused", *FLAGS)
         save_dir = "save_dir" if kind == "checkpoint" else "new"
         for flag, name in {"--pretrained": "model", "--dataset": "samples", "--save_dir": save_dir}.items():
@@ -101,7 +101,7 @@ class Scene:
         }
 
     def harm(self) -> str | None:
-        """What the last commands have done that they must not."""
+        """What the last commands did that they must not do."""
         if self.payload.canary.exists():
             return "the payload ran"
         return f"unpickled, or asked the network: {self.report.read_text()}" if self.report.exists() else None
@@ -156,7 +156,7 @@ def _main(scene: Scene, script: str, flags: list[str]) -> None:
 
 
 def _end_problem(code: int, output: str) -> str | None:
-    """A command ends well, since it does not read the file, or with one line."""
+    """A command ends well, if it does not read the file, or with one line."""
     errors = re.findall(r"^\S.*: error: .*", output, re.M)
     if "Traceback" in output or code not in (0, 1, 2) or len(errors) != (code != 0):
         return f"exit code {code}: {output[-2000:]}"
@@ -192,7 +192,7 @@ def _notices_in_fork(scene: Scene) -> Callable[[], None]:
 
 
 def _payload_problem(scene: Scene) -> str | None:
-    """Whether the TorchScript payload runs where it is loaded, as it must, and not when it is made."""
+    """Whether the TorchScript payload runs when it is loaded, as it must, and not when it is written."""
     scene.payload.canary.unlink(missing_ok=True)
 
     def load() -> None:
@@ -236,7 +236,7 @@ def _guard_problem(scene: Scene, run: Callable[[], None], *, in_fork: bool = Tru
 
 
 def _start(scene: Scene, words: list[str]) -> subprocess.CompletedProcess:
-    """A Python of its own, whose calls are watched too."""
+    """A new Python process, whose calls are watched too."""
     environment = {**os.environ, unpickling.REPORT_VARIABLE: str(scene.report)}
     environment["PYTHONPATH"] = str(ROOT / "tests" / "faults" / "hook")
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, which a test signals or kills while they train."""
+"""Runs of train.py in separate processes, which a test signals or kills while they train."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Run:
-    """One job in a session of its own; `launcher` comes before train.py, none for a single process.
+    """One job in a separate session; `launcher` precedes train.py, empty for a single process.
 
     `environment` is added to that of this process, `log` names the file in the folder that gets what the job says.
     """
@@ -43,7 +43,7 @@ class Run:
             )
 
     def _prepare(self, folder: Path, flags: list[str]) -> list[str]:
-        """Make the folder; returns train.py and its flags."""
+        """Create the folder; returns train.py and its flags."""
         self.save_dir = folder / "save_dir"
         folder.mkdir(parents=True, exist_ok=True)
         places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
@@ -77,14 +77,14 @@ class Run:
         return f"RANK={rank}".encode() in environment and os.fsencode(self.save_dir) in words
 
     def end(self, seconds: float = 60.0) -> int:
-        """The exit code, once the job has ended by itself."""
+        """The exit code, when the job has ended by itself."""
         try:
             return self.process.wait(seconds)
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """End all of the job's processes, those that torchrun put into sessions of their own too."""
+        """End all of the job's processes, including those in sessions that torchrun created."""
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and any(self._is_rank(entry, rank) for rank in range(2)):
                 os.kill(int(entry.name), signal.SIGKILL)

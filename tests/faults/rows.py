@@ -1,4 +1,4 @@
-"""A check's outcome: how many faults of a kind were survived, and what happened where one was not."""
+"""The outcome of a check: how many faults of a kind were survived, and what happened otherwise."""
 
 import time
 from dataclasses import dataclass, field

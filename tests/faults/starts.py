@@ -1,4 +1,4 @@
-"""Many runs that start at once in one folder, and signals at random moments of a run."""
+"""Many runs that start at the same time in one folder, and signals at random moments of a run."""
 
 import os
 import random
@@ -18,10 +18,10 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 
 def check_starts(place: Place, *, starts: int) -> list[Row]:
-    """Start so many runs in one --save_dir at once: one trains, the others name it."""
+    """Start several runs in one --save_dir at the same time: one trains, the others name it."""
     row = Row(f"{starts} runs started at once in one --save_dir: one wins")
     flags = place.flags("together", *FLAGS, "--num_epochs", 1)
-    # The winner waits until all others were refused, so that none of them comes when it is done.
+    # The winner waits until all others were refused, so that none of them starts after it has finished.
     ready = place.folder / "refused"
 
     def hold_lock() -> None:
@@ -51,7 +51,7 @@ def check_starts(place: Place, *, starts: int) -> list[Row]:
 
 
 def check_signals(place: Place, *, signals: int, seed: int) -> list[Row]:
-    """Send a signal at random moments: the exit code is right, and what is there is whole and can be resumed."""
+    """Send a signal at random moments: the exit code is right, and the saved state is complete and can be resumed."""
     row = Row("SIGTERM, SIGINT or SIGUSR1 at a random moment: saved, and the right exit code")
     chance = random.Random(seed)
     for number in range(signals):
@@ -67,7 +67,7 @@ def check_signals(place: Place, *, signals: int, seed: int) -> list[Row]:
 
 
 def _take_over() -> None:
-    """Say when signals are noted: before that, the system's own rules hold."""
+    """Report when the signal handlers are installed: before that, the system's defaults apply."""
     from colossal_llama2.train.settings import from_flags
 
     resolve = from_flags.resolve

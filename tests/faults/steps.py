@@ -20,7 +20,7 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def check_each_step(place: Place, *, every: int) -> list[Row]:
-    """Resume from each step, or from every so manieth, and compare the ends."""
+    """Resume from each step, or from every n-th, and compare the ends."""
     job = warm.train(place.flags("whole", *FLAGS, "--save_interval", 1), place.log("whole"))
     assert job.wait() == 0, job.output
     expected = places.trained(place.save_dir("whole"))
@@ -35,9 +35,9 @@ def check_each_step(place: Place, *, every: int) -> list[Row]:
 def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAGS) -> str | None:
     shutil.rmtree(place.folder / "resumed", ignore_errors=True)
     shutil.copytree(folder, place.save_dir("resumed") / folder.name)
-    # The history of the model tells the last losses, which are in the log.
+    # The history of the model has the last losses, which come from the log.
     shutil.copy(folder.with_name(file_names.LOG_NAME), place.save_dir("resumed"))
-    # Every second run takes the end of the first epoch, after step 25, without a checkpoint.
+    # Every second run passes the end of the first epoch, after step 25, without a checkpoint.
     step = checkpoint_files.step_of(folder)
     skips = ["--skip_save_each_epoch"] if step % 20 == 0 else []
     flags = place.flags("resumed", *common, *skips, "--save_interval", STEPS, "--resume", "auto")
@@ -74,7 +74,7 @@ def _taken(ranks: int, consumed: int, steps: int) -> list[list[int]]:
 
 
 def check_ranks(place: Place) -> list[Row]:
-    """A real run on one rank that goes on with two, and one the other way round; losses must be those of one rank."""
+    """A real run on one rank that continues on two, and the other way round; losses must equal those on one rank."""
     row = Row("run resumed on another number of ranks (1 -> 2, 2 -> 1): equal losses but for rounding")
     fp32 = ["--plugin", "zero2", "--mixed_precision", "fp32", "--micro_batch_size", 2, "--save_interval", 5]
     for before, after in ((1, 2), (2, 1)):

@@ -1,4 +1,4 @@
-"""Report every file that this process unpickles, by pickle or torch, but for those that libraries bring along."""
+"""Report every file that this process unpickles, with pickle or torch, except those that libraries include."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ OWN_FOLDERS = tuple({os.path.realpath(place) for place in (sys.prefix, sys.base_
 
 
 def install(report: str) -> None:
-    """Wrap pickle's ways to read a file, torch's if torch is imported, and watch what torch.load opens if it will be.
+    """Wrap pickle's functions for files, torch's if torch is imported, and watch the files that torch.load opens later.
 
     Args:
         report: gets a line per file.

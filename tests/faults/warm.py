@@ -1,4 +1,4 @@
-"""Training commands in processes that are forked from one that has imported everything, so that a start costs little.
+"""Training commands in processes that are forked from one that has imported everything, so that they start quickly.
 
 PyTorch, ColossalAI and transformers take seconds to import; a fork of a process that has done so takes milliseconds.
 The parent opens no process group and computes nothing, for the threads of either would not live in its children.
@@ -40,7 +40,7 @@ def import_everything() -> None:
 
 
 class Job:
-    """Forked processes of one command, one per rank, in a process group of their own. They die with their parent."""
+    """Forked processes of one command, one per rank, in a new process group. They die with their parent."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Job:
             if pid == 0:
                 place = _launcher_variables(rank, ranks, port) if is_launched else {}
                 _be_child(body, log, output or log, place, group=self.pids[0] if self.pids else 0)
-            # Set on both sides, whichever comes first.
+            # Set in both processes, since either may be first.
             _set_group(pid, self.pids[0] if self.pids else pid)
             self.pids.append(pid)
         self._codes: list[int | None] = [None] * ranks
@@ -91,16 +91,16 @@ class Job:
 
     @property
     def codes(self) -> list[int | None]:
-        """The exit code of each process, as `is_running` last saw them; None for one that was running."""
+        """The exit code of each process, as of the last call of `is_running`; None for one that was running."""
         return list(self._codes)
 
     @property
     def exit_code(self) -> int:
-        """The largest exit code of all processes, which have ended; 137 stands for a killed one."""
+        """The largest exit code of all processes, which have ended; 137 for a killed one."""
         return max(code if code >= 0 else 128 - code for code in self._codes)
 
     def wait(self, seconds: float = END_SECONDS) -> int:
-        """Return `exit_code` when all have ended; those that take too long are killed."""
+        """Return `exit_code` when all have ended; processes that take too long are killed."""
         deadline = time.monotonic() + seconds
         while self.is_running() and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -110,7 +110,7 @@ class Job:
         return self.exit_code
 
     def kill(self) -> None:
-        """Kill the whole process group, at once."""
+        """Kill the complete process group at once."""
         try:
             os.killpg(self.pids[0], signal.SIGKILL)
         except ProcessLookupError:
@@ -119,7 +119,7 @@ class Job:
             time.sleep(0.001)
 
     def record_end(self, code: int) -> None:
-        """For whoever has waited for the only process itself."""
+        """For callers that have waited for the only process themselves."""
         self._codes[0] = code
 
 
