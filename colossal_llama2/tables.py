@@ -1,4 +1,4 @@
-"""Tables for people: aligned by rich, which knows how wide Chinese characters are.
+"""Tables for people: aligned by rich, which measures the width of Chinese characters.
 
     print_table     on a terminal as wide as that is, with the head in bold; anywhere else (a pipe, a file, CI) plain
     table_lines     plain text, each row on one line however long, equal for equal rows: for logs and files

@@ -2,8 +2,8 @@
 
     python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
     python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
-    python -m tests.equality --output docs/equality.md    what it finds as a page too
-    python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of bug_fixes.py
+    python -m tests.equality --output docs/equality.md    also writes the page
+    python -m tests.equality --only far --unrepaired unrounded_buffers    without one fix of bug_fixes.py
 
 Each row is one training command on real text, run by the real scripts' code (train_worker.py). It is compared with
 reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the norm of the
@@ -11,10 +11,10 @@ difference of the final weights over the norm of the weights, and Adam's first m
 should have let through to it. One option is varied at a time.
 
 Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the largest gap between the plain loop and plain loops that
-differ in rounding alone, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
-measured anew for each model; BFLOAT16_WEIGHTS for weights, if that is more. The command ends with 1 if a row is
-outside. What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16
-instructions needs more than half an hour for the matrix.
+differ only in rounding, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
+measured again for each model; BFLOAT16_WEIGHTS for weights, if that is more. The command ends with 1 if a row exceeds
+this. Combinations that the scripts refuse come last, run without the check that refuses them, to show why. A CPU
+without bfloat16 instructions needs more than half an hour for the matrix.
 """
 
 import argparse
@@ -256,7 +256,7 @@ class Row:
 
     Attributes:
         moment: Adam's first moment after step 1 over what clipping allows, 1 if it is right.
-        narrow: what halves of the batches alone would allow, in bfloat16.
+        narrow: the bound from only halves of the batches, in bfloat16.
     """
 
     case: Case
@@ -308,7 +308,7 @@ def run_cases(
     """Launch all cases and compare each, without these fixes; rows are printed after each launch.
 
     Returns:
-        The rows of what is allowed, and for what is refused the reason.
+        The rows of allowed combinations, and the reasons of refused ones.
     """
     models, parts = make_inputs(folder, steps)
     references = References(models, parts)
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
     parser.add_argument("--unrepaired", nargs="+", default=[], help="repairs to leave out")
-    parser.add_argument("--ranks", nargs="+", type=int, default=None, help="only rows of so many ranks")
+    parser.add_argument("--ranks", nargs="+", type=int, default=None, help="only rows with these numbers of ranks")
     parser.add_argument("--output", default=None, help="file for a page in Markdown")
     args = parser.parse_args(argv)
     named = [case for case in all_cases() if all(word in case.name for word in args.only)]

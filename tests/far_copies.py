@@ -1,7 +1,7 @@
-"""A task that needs exact positions: repeat the token that came a fixed, large number of places before.
+"""A task that needs exact positions: repeat the token a fixed, large number of places before.
 
-The model is built to solve it: its queries and keys are the same for every token, so that by the rotary embedding alone
-the attention of its first layer meets one distance. If the rotary frequencies are rounded, it meets others.
+The model is built to solve it: its queries and keys are the same for every token, so the rotary embedding makes its
+first layer attend to one distance. If the rotary frequencies are rounded, it attends to others.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     python -m tests.flag_tables --output docs/flags.md
 
-tests/test_readme.py compares the committed page with what this script makes.
+tests/test_readme.py compares the committed page with the output of this script.
 """
 
 import argparse

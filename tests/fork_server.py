@@ -1,8 +1,8 @@
 """A process that has imported PyTorch, transformers and ColossalAI, and forks the commands of tests.
 
 The imports take about 11 CPU seconds in each new process and milliseconds in a fork, so a test forks its commands
-unless the start of the process is what it tests. A forked command works as a started one does: it has its own
-arguments, working directory, environment, output and exit code, and nothing of it is left in the server.
+unless it tests the start of the process. A forked command works like a started one: it has its own arguments, working
+directory, environment, output and exit code, and leaves nothing in the server.
 
 `run` starts the server of this test process on its first call. The server ends with the test process.
 """
@@ -79,7 +79,7 @@ class Command:
     def wait(self, timeout: float) -> int:
         """Return the exit code, when all ranks have ended by themselves.
 
-        When one has failed, the others are killed if they are still there after GRACE_SECONDS.
+        When one has failed, the others are killed if they are still running after GRACE_SECONDS.
 
         Raises:
             subprocess.TimeoutExpired: they had not ended after `timeout` seconds, and were killed.

@@ -1,6 +1,6 @@
 """Which file of the package imports which, read from the source with ast, and the circles among them.
 
-Every import counts, wherever it stands: at the top, inside a function, and below `if TYPE_CHECKING`.
+Every import counts, wherever it is: at the top, inside a function, and below `if TYPE_CHECKING`.
 """
 
 import ast
@@ -20,7 +20,7 @@ class Import:
 
     Attributes:
         name: full dotted name, such as colossal_llama2.dataset.loader.Collator.
-        line: where the import stands.
+        line: the line of the import.
         in_function: whether it runs only when a function is called.
     """
 

@@ -16,8 +16,8 @@ def launch(
 ) -> None:
     """Run commands one after the other, each in new processes, within `timeout` seconds each.
 
-    The result of each is in <name>.json. That of one which crashed, or was killed because it took too long, has the
-    end of its stderr as "error", so that the tests of that command fail with it and the others are run.
+    The result of each is in <name>.json. If a command crashed, or was killed because it took too long, "error" has the
+    end of its stderr, so that only the tests of that command fail.
     """
     for spec in specs:
         try:

@@ -3,10 +3,11 @@
     python -m tests.plugin_matrix                                every writer with every reader, both models
     python -m tests.plugin_matrix --layouts gemini "3d pp2" --models tied
 
-A writer trains STEPS steps in bf16 and saves in the middle. A reader takes the model of that checkpoint for one step at
-a rate that moves no number, and must write the same bits again; or it resumes the checkpoint, and must end where the
-writer did: bit for bit in the writer's own layout, elsewhere within the rounding of bf16, since float32 master weights
-are of one layout. The figure is the distance of the final weights over that from the checkpoint to the end.
+A writer trains STEPS steps in bf16 and saves in the middle. A reader loads the model of that checkpoint, trains one
+step with a learning rate that changes no number, and must write the same bits again; or it resumes the checkpoint, and
+must get the writer's result: bit for bit in the writer's own layout, otherwise within the rounding of bf16, since
+float32 master weights are restored only in the same layout. The figure is the distance of the final weights, divided by
+the distance from the checkpoint to the end.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The reference for training: a plain single-process PyTorch loop, without any of the suite's training code.
 
-Only the order of samples is taken from the suite (`SampleOrder`, tested by itself), as if there were one rank.
+Only the order of samples comes from the suite (`SampleOrder`, which has its own tests), as if there were one rank.
 """
 
 import math
@@ -113,7 +113,7 @@ def train(
         micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
         halved: see `halve_matrices`.
         trained_rows: with `freeze`, [begin, end) ranges of the rows whose gradients are not cleared.
-        attention: eager or sdpa, of which one rounds the scores to the given precision and the other does not.
+        attention: eager, which rounds the scores to the given precision, or sdpa, which does not.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation=attention)

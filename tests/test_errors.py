@@ -138,7 +138,7 @@ def test_an_exit_keeps_its_own_code():
 def test_one_process_of_a_host_prints(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_settled", Place(rank=1, local_rank=1))
     with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
-        raise UserError("said by rank 0 already")
+        raise UserError("already reported by rank 0")
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
 

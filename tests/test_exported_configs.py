@@ -24,7 +24,7 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2}
 GENERATION = {
     "a mirror of 2023": ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),
     "as Meta has it today": ({"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
-    "greedy, and says so": ({"do_sample": False, "temperature": 0.9, "top_k": 10}, {"do_sample": False}),
+    "greedy, explicitly": ({"do_sample": False, "temperature": 0.9, "top_k": 10}, {"do_sample": False}),
     "defaults": ({"temperature": 1.0, "top_p": 1.0, "top_k": 50}, {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
     "temperature 0": ({"temperature": 0.0, "top_p": 0.6}, {"do_sample": False}),
     "sampling without a temperature": ({"do_sample": True, "temperature": 0}, {"do_sample": False}),

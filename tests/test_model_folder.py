@@ -1,6 +1,6 @@
 """Untrusted folders: files that are not opened, fields that no LLaMA has, numbers that are not finite.
 
-All commands that read a model go through `check_model`: most cases are about that, and one for each command shows it.
+All commands that read a model call `check_model`: most cases test it, and one case per command shows that it is called.
 """
 
 import contextlib

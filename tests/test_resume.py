@@ -322,7 +322,7 @@ def test_a_stage_continues_in_the_data_of_another(jobs):
     assert any(line.startswith("Done: 3 steps") for line in log)
     home, error, log = jobs["stage_two"]
     assert error is None
-    # 8 samples a step, 46 an epoch, of which 2 are too few for a micro batch: 20 and 44 are left.
+    # 8 samples a step, 46 an epoch; the last 2 are too few for a micro batch: 20 and 44 are left.
     assert any(line.startswith("Data: continuing after") and line.endswith("epoch 0, sample 24") for line in log)
     assert any(line.startswith("Done: 9 steps") and "unread samples: 4." in line for line in log)
     assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]

@@ -3,16 +3,16 @@
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py NAME.job
 
 NAME.job is JSON. The command is parsed and run as its script would; rank 0 writes <name>.json with "error" (null, or
-the message of a UserError, RunError or Stopped), and what `recording_first_step` and the others below note.
+the message of a UserError, RunError or Stopped), and the records of `recording_first_step` and the others below.
 A job has "name", "script", "flags", and may have
-    moments             true: note the first step, with `recording_first_step`
-    noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
+    moments             true: record the first step, with `recording_first_step`
+    noise               true: record "noise", the tokens and the greatest noise of each document of rank 0's first pass
     initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
-    unrepaired          names of repairs to leave out
-    signal_at           rank 1 gets a SIGTERM when it has collated so many batches of evaluations; "after" tells how
-                        many it collated then
+    unrepaired          names of fixes to leave out
+    signal_at           rank 1 gets a SIGTERM when it has collated this many batches of evaluations; "after" is how
+                        many it collated after that
 """
 
 import contextlib

@@ -185,7 +185,7 @@ def inspect_data_parser() -> CommandParser:
     group.add("--tokenizer_dir", metavar="DIR", required=True, help="the tokenizer that the bin was prepared with")
     group = parser.flag_group("output")
     group.add("--sample", metavar="N", type=non_negative_int, default=5, help="number of samples to show")
-    group.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of which samples are shown")
+    group.add("--seed", metavar="N", type=seed_number, default=1024, help="seed of the choice of samples")
     group.add(
         "--plots",
         metavar="DIR",

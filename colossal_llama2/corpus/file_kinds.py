@@ -13,7 +13,7 @@ from colossal_llama2.corpus.decompression import compression_of
 from colossal_llama2.corpus.json_stream import HEAD_BYTES, layout_of
 from colossal_llama2.corpus.parquet_rows import MAGIC
 
-# The only kind of file of which a range can be read by itself.
+# The only kind of file whose ranges can be read separately.
 LINES = "lines"
 PARQUET = "parquet"
 COMPRESSIONS = ("gzip", "zstd", "bzip2", "xz")

@@ -114,7 +114,7 @@ class Engine:
             return HeadPart(first_token=0, rows=vocab_size, trained=self.settings.trainable.rows)
         import torch.distributed as dist
 
-        # The ranks hold equally many rows, of which the last ones pad the vocabulary.
+        # The ranks hold the same number of rows; the last ones pad the vocabulary.
         rows = len(self.unwrapped_model.lm_head.weight)
         first = dist.get_rank(self._groups.tensor) * rows
         return HeadPart(

@@ -61,7 +61,7 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
     here = launcher.settle()
     # PyTorch would start a pool of compiler processes at import, and nothing is compiled here.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    # ColossalAI warns of missing packages (apex, tensornvme), of which at most apex's norms would be used. PyTorch
+    # ColossalAI warns about missing packages (apex, tensornvme), though only apex's norms would be used. PyTorch
     # warns of TorchScript in a module that ColossalAI imports.
     with warnings.catch_warnings(record=True), _no_toolkit_named():
         import colossalai.booster.plugin

@@ -255,7 +255,7 @@ def stored_weights(path: StrPath) -> dict[str, StoredWeight]:
     """The tensors of a checkpoint, by the headers of its safetensors, without constants that old checkpoints store.
 
     Raises:
-        UserError: a file is missing or damaged, or does not hold exactly what the index says.
+        UserError: a file is missing or damaged, or does not hold exactly the tensors that the index lists.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -284,7 +284,7 @@ def stored_weights(path: StrPath) -> dict[str, StoredWeight]:
         for name in sorted(listed.keys() | places.keys()):
             if listed.get(name) != places.get(name):
                 raise UserError(
-                    f"{path}: {shown(name)[1:-1]} is in {places.get(name, 'no file')}, {INDEX_FILE} says "
+                    f"{path}: {shown(name)[1:-1]} is in {places.get(name, 'no file')}, but {INDEX_FILE} names "
                     f"{listed.get(name, 'nothing')}; copy the model again from its source"
                 )
     return found

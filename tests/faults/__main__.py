@@ -4,7 +4,7 @@
     python -m tests.faults --only crash_points --sample
     python -m tests.faults --mutants
 
-Ends with 1 if something was not survived, and tells what. Runs on one CPU core; nothing is downloaded.
+Ends with 1 if a fault was not survived, and prints which. Runs on one CPU core; nothing is downloaded.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Files that would run foreign code if they were unpickled, imported, rendered or followed, by name.
 
-Each function plants one in a folder. The payload makes the file that `Payload.canary` names.
+Each function adds one to a folder. The payload creates the file `Payload.canary`.
 """
 
 import io

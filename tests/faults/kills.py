@@ -1,7 +1,7 @@
 """Runs that are killed at random moments, repeatedly, and resumed: they end like an undisturbed run.
 
-A moment is a seeded share of the time that the whole run takes on this machine. When a run comes to its end before it
-is killed, the next one begins anew, until there were as many kills as asked for.
+A moment is a seeded share of the time that the complete run takes on this machine. If a run ends before it is killed,
+the next one starts from the beginning, until there were as many kills as requested.
 """
 
 import random

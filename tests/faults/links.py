@@ -1,7 +1,7 @@
 """A received run folder with links in it, and with files that systems create: nothing outside of it is touched.
 
-Each link stands in the place of something that the run writes, replaces or removes, and leads to a file or folder
-outside; the run goes on with --resume auto. Then the same with stray files in every checkpoint.
+Each link replaces something that the run writes, replaces or removes, and points to a file or folder outside; the run
+continues with --resume auto. Then the same with stray files in every checkpoint.
 """
 
 import os

@@ -11,7 +11,7 @@ def install(report: str) -> None:
     """Watch from now on; cannot be undone.
 
     Args:
-        report: gets a line per try.
+        report: gets a line per attempt.
     """
     own_name = socket.gethostname()
 

@@ -77,7 +77,7 @@ def trained(save_dir: Path) -> dict[str, Any]:
 def model_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a final model except its card.
 
-    The card tells of the log too, which a checkpoint that was copied elsewhere has not taken along.
+    The card also covers the log, which is not copied with a checkpoint.
     """
     return {name: digest for name, digest in hashes(folder).items() if name != "README.md"}
 

@@ -17,7 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 class Run:
     """One job in a separate session; `launcher` precedes train.py, empty for a single process.
 
-    `environment` is added to that of this process, `log` names the file in the folder that gets what the job says.
+    `environment` is added to that of this process, `log` names the file in the folder for the job's output.
     """
 
     process: subprocess.Popen | fork_server.Command

@@ -88,7 +88,7 @@ def _problem(place: Place, job: warm.Job, kind: signal.Signals) -> str | None:
     if found is None:
         early = "came before the first step; nothing was trained" in job.output
         complete = checkpoint_files.complete_checkpoints(save_dir)
-        return None if early and not complete else f"not told: {job.output}"
+        return None if early and not complete else f"not reported: {job.output}"
     newest = checkpoint_files.complete_checkpoints(save_dir)[-1]
     problem = checkpoint_files.sizes_problem(newest) or next(checkpoint_files.content_problems(newest), None)
     if checkpoint_files.step_of(newest) != int(found[1]) or problem:

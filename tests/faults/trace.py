@@ -1,7 +1,7 @@
 """Kill a process at its k-th change of the files in a folder, or in the middle of a write.
 
-The parent watches the system calls of the child's main thread (ptrace), whatever library makes them: Python's own
-writes, the hard-linked and copied files, the temporary file and the rename of safetensors. Linux on x86-64 alone.
+The parent traces the system calls of the child's main thread (ptrace), from any library: Python's own writes, the
+hard-linked and copied files, the temporary file and the rename of safetensors. Only on Linux on x86-64.
 """
 
 import ctypes

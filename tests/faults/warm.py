@@ -1,7 +1,7 @@
 """Training commands in processes that are forked from one that has imported everything, so that they start quickly.
 
-PyTorch, ColossalAI and transformers take seconds to import; a fork of a process that has done so takes milliseconds.
-The parent opens no process group and computes nothing, for the threads of either would not live in its children.
+PyTorch, ColossalAI and transformers need seconds to import; a fork of a process that has done so needs milliseconds.
+The parent opens no process group and computes nothing, since the threads of either would not exist in its children.
 """
 
 import ctypes

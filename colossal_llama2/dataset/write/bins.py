@@ -1,6 +1,6 @@
 """One bin: arrange its pieces into samples and write them as arrow and as jsonl.
 
-A sample, of two documents of which the first has a source:
+A sample of two documents, the first of which has a source:
 
     {"input_ids": [1, 41287, ..., 53429, 2, 1, 9027, ..., 2], "labels": [-100, -100, ..., 53429, 2, 1, 9027, ..., 2],
      "sequence_lengths": [61, 103], "document_categories": ["riddle", "sports"], "document_sources": ["zh", "en"],

@@ -225,7 +225,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
 
 
 def is_done(config: TrainConfig, start: Start, order: SampleOrder) -> bool:
-    """Whether --resume auto found the last checkpoint of its run, of which only the model may be unpublished."""
+    """Whether --resume auto found the last checkpoint of its run, so that at most the model is not published yet."""
     state, recipe = start.state, config.recipe
     at_end = state.epoch == recipe.num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
     return config.source.is_newest and (at_end or state.step == recipe.max_steps) and not start.eval_pending

@@ -215,7 +215,7 @@ def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
     if not batch.chunked_loss:
         logits = tokens * stage.vocab_rows
         # Forward: logits, the same in float32, log-probabilities. Backward: log-probabilities, two gradients of them,
-        # of which the second is rounded to half precision.
+        # the second of which is rounded to half precision.
         return logits * (2 * FLOAT32 + half), logits * (3 * FLOAT32 + half)
     blocks = BLOCKS["cpu" if batch.on_cpu else "cuda"]
     rows = min(blocks.rows(tokens), stage.vocab_rows)

@@ -159,7 +159,7 @@ def _stages(base_model: str, stages: Sequence[dict[str, Any]]) -> str:
     ]
     text = f"Base model: {plain(base_model)}."
     if len(stages) > 1:
-        text += " Everything below the table is about the last stage alone."
+        text += " Everything below the table is about the last stage only."
     return f"## Stages\n\n{text}\n\n" + table(columns, rows)
 
 
