@@ -23,6 +23,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import meeting, orphans
 from colossal_llama2.errors import RunError
+from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
@@ -86,7 +87,7 @@ def run_and_compare(config: SelftestConfig) -> None:
             make_inputs(config)
     checkpoint = config.home("whole") / "checkpoints" / f"epoch-0_step-{config.middle}"
     for name, begins_at in (("whole", None), ("resumed", checkpoint)):
-        logs.get_logger().info("### %s: %d steps", name, config.steps)
+        logs.get_logger().info("### %s: %s", name, counted(config.steps, "step"))
         run.run(config.run_config(name, load_checkpoint=begins_at))
     with collectives.all_or_none():
         if logs.is_first_rank():
