@@ -170,7 +170,7 @@ def _check_owner(path: Path, descriptor: int) -> None:
         raise _held(path, owner, f"if that run is dead, remove {path}")
     if _is_alive(owner["pid"]) and not _holds_lock_itself(descriptor):
         raise _held(path, owner, "wait until that run has ended, or stop it")
-    logs.get_logger().info("Taking over %s from process %d, which has died", path, owner["pid"])
+    logs.get_logger().info("Replacing %s of process %d, which has died", path, owner["pid"])
 
 
 def _is_alive(pid: int) -> bool:
