@@ -16,7 +16,7 @@ def flags(model_dir, *more):
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_sft.py"])
-def test_it_prints_figures_and_writes_a_trace_alone(script, run_forked, model_dir, tmp_path):
+def test_it_prints_figures_and_writes_only_a_trace(script, run_forked, model_dir, tmp_path):
     more = ["--num_samples", 10, "--profile", tmp_path / "trace", "--peak_tflops", 1, "--accumulation_steps", 1]
     done = run_forked(script, *flags(model_dir, *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr

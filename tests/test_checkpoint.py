@@ -70,7 +70,7 @@ def test_a_checkpoint_resumes_everything(checkpoint):
 
 
 @pytest.mark.parametrize("spelling", ["modeling", "modelling"])
-def test_its_model_folder_gives_weights_alone(checkpoint, spelling):
+def test_its_model_folder_gives_only_weights(checkpoint, spelling):
     assert find_source("llama", str(checkpoint / spelling)) == ModelSource("llama", str(checkpoint / "modeling"))
 
 
@@ -103,7 +103,7 @@ def test_a_new_or_empty_folder_may_be_written(tmp_path):
     RunFolder(tmp_path).check_unclaimed(None)
 
 
-def test_what_a_killed_rehearsal_leaves_is_no_checkpoint(tmp_path):
+def test_the_remains_of_a_killed_rehearsal_are_not_a_checkpoint(tmp_path):
     aside = tmp_path / "epoch-0_step-0.old"
     (aside / "modeling").mkdir(parents=True)
     RunFolder(tmp_path).check_unclaimed(None)
@@ -332,7 +332,7 @@ def test_inodes_are_room_too(tmp_path, monkeypatch):
     checkpoint_files.check_room(tmp_path, 1, files=17)
 
 
-def test_checkpoints_come_in_the_order_they_were_written(tmp_path):
+def test_checkpoints_are_listed_in_the_order_they_were_written(tmp_path):
     late, early = bare_checkpoint(tmp_path, 5, saved_at=20.0), bare_checkpoint(tmp_path, 90, saved_at=10.0)
     (tmp_path / "epoch-0_step-95").mkdir()
     assert checkpoint_files.complete_checkpoints(tmp_path) == [early, late]

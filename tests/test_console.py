@@ -30,7 +30,7 @@ def environment(toolkit: Path, **others: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("plugin", ["zero2", "3d"])
-def test_training_shows_log_lines_alone(plugin, two_sources, model_dir, tmp_path, run_script):
+def test_training_shows_only_log_lines(plugin, two_sources, model_dir, tmp_path, run_script):
     words = f"--pretrained {model_dir} --dataset {two_sources / 'new' / 'arrow'} --plugin {plugin} --max_steps 1"
     words += (
         f" --mixed_precision bf16 --max_length 128 --save_dir {tmp_path / 'ckpt'} --tensorboard_dir {tmp_path}/logs"
@@ -52,14 +52,14 @@ def test_colossalai_still_gives_the_advice_that_is_filtered_out():
     assert not process_group._is_not_advice(record) and process_group._is_not_advice(other)
 
 
-def test_inference_shows_its_answer_and_log_lines_alone(model_dir, tmp_path, run_script):
+def test_inference_shows_only_its_answer_and_log_lines(model_dir, tmp_path, run_script):
     words = ("--model_path", model_dir, "--input_txt", "the", "--max_new_tokens", "2", "--device", "cpu")
     process = run_script("inference_example.py", *words, env=environment(tmp_path / "cuda"), timeout=300)
     assert process.returncode == 0 and process.stdout.startswith("Prompt: the\nAnswer: ")
     assert [line for line in process.stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 
-def test_a_vocabulary_command_shows_its_report_and_log_lines_alone(tokenizer_dir, tmp_path, run_script):
+def test_a_vocabulary_command_shows_only_its_report_and_log_lines(tokenizer_dir, tmp_path, run_script):
     (tmp_path / "new.jsonl").write_text(json.dumps({"piece": "你好"}) + "\n")
     words = ("--source_tokenizer_dir", tokenizer_dir, "--target_tokenizer_dir", tmp_path / "zh")
     words += ("--expand_tokens_file", tmp_path / "new.jsonl")

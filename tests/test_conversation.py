@@ -64,7 +64,7 @@ def test_exchanges_end_with_an_answer():
     assert talk.unanswered == [Message("Human", "4")]
 
 
-def test_segments_train_the_assistant_alone():
+def test_segments_train_only_the_assistant():
     messages = [Message("Human", "Hi"), Message("Assistant", "Hello!")]
     assert message_segments(messages, opening="Be kind.\n\n") == [
         Segment("Be kind.\n\nHuman: ", is_marked=False, is_trained=False),

@@ -199,7 +199,9 @@ def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, 
 @pytest.mark.parametrize("key_value_heads", [32, 8])
 @pytest.mark.parametrize("trains_layers", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_backward_lets_go_of_all_it_was_left(attention, element, key_value_heads, trains_layers, checkpointing):
+def test_backward_releases_everything_that_forward_kept(
+    attention, element, key_value_heads, trains_layers, checkpointing
+):
     batch = MicroBatch(
         samples=2,
         length=512,
@@ -250,7 +252,7 @@ def test_checkpoints_on_the_disk():
     assert most_kept(steps, keep_last=1, keep_every=20) == 3
 
 
-def test_a_checkpoint_of_embeddings_alone_has_their_states():
+def test_a_checkpoint_of_only_embeddings_has_their_states():
     embeddings = 2 * 69_104 * 4096
     whole = PARAMETERS_7B - 2 * 32_000 * 4096 + embeddings
     assert expected_bytes(whole, "bf16", trained=embeddings) == 2 * whole + 12 * embeddings
@@ -303,7 +305,7 @@ def test_a_7b_on_64_gpus_is_planned_here(run_forked, model_dir, data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_dry_run_of_several_ranks_is_printed_by_the_first_alone(run_forked, model_dir, data, tmp_path):
+def test_a_dry_run_of_several_ranks_is_printed_only_by_the_first(run_forked, model_dir, data, tmp_path):
     words = ["--pretrained", model_dir, "--dataset", *data, "--dry_run", "--plugin", "zero2"]
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
     other = {**os.environ, **place, "RANK": "1", "LOCAL_RANK": "1"}
@@ -370,7 +372,7 @@ def test_all_problems_are_reported_at_once(model_dir, data, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_path):
+def test_a_benchmark_is_planned_from_only_a_config(run_forked, model_dir, tmp_path):
     """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py computes."""
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = json.loads((model_dir / "config.json").read_text()) | sizes
@@ -455,7 +457,7 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
     assert resolve_with_problems(args)[0].data.parts.mixture.end == "repeat"
 
 
-def test_matrices_and_norms_wait_in_buckets_of_their_own():
+def test_matrices_and_norms_have_separate_buckets():
     """As bug_fixes.fill_buckets leaves them: small ones until the end of backward."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
     keeper = memory._keeper(stage, plan(2))

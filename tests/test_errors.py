@@ -123,7 +123,7 @@ def test_success_prints_nothing(capsys):
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), AssertionError("ours")])
-def test_a_bug_of_ours_keeps_its_traceback(error, capsys):
+def test_a_bug_keeps_its_traceback(error, capsys):
     with pytest.raises(type(error)), one_line_errors("tool.py"):
         raise error
     assert capsys.readouterr().err == ""

@@ -163,7 +163,7 @@ def test_forgetting_ends_the_run_and_is_saved(jobs):
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_a_signal_leaves_an_evaluation_unfinished_and_a_resume_makes_up_for_it(jobs, name):
+def test_a_signal_interrupts_an_evaluation_and_a_resume_repeats_it(jobs, name):
     place, of = CUT[name]
     cut, resumed, whole = jobs[name], jobs[f"{name}_resumed"], jobs[of]
     entries = history(whole)

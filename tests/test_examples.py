@@ -144,7 +144,7 @@ def test_every_variable_can_come_from_the_environment(name, workplace):
 
 
 @NAMES
-def test_arguments_come_last_and_count(name, workplace):
+def test_arguments_are_last_and_take_precedence(name, workplace):
     _, args = launched(
         workplace / f"{name}.sh", "--plugin", "gemini", "--lr", "2e-5", "--load_checkpoint", "it's a folder"
     )

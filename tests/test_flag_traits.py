@@ -61,6 +61,6 @@ def test_a_resumed_run_compares_the_flags_that_change_numbers():
     assert resuming._is_compared("stage") and resuming._is_compared("pad_token")
 
 
-def test_the_card_lists_flags_alone():
+def test_the_card_lists_only_flags():
     shown = model_card.card_settings({**SETTINGS, "world_size": 2, "versions": {}, "run_id": "x", "warmup_steps": None})
     assert shown == {"lr": 1e-4, "mixture": ["zh=1"]}

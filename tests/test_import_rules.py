@@ -50,7 +50,7 @@ def test_the_folders_of_the_rules_exist():
     assert [path for path in FLAG_TABLES if not path.is_file()] == []
 
 
-def test_colossalai_is_imported_by_the_engine_alone_and_late():
+def test_colossalai_is_imported_only_by_the_engine_and_late():
     found = [line for path in SOURCES for line in offences(path, "colossalai", only_top_level=ENGINE in path.parents)]
     assert found == []
 

@@ -368,7 +368,7 @@ def test_a_unigram_model_is_refused(source, tmp_path):
         expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
 
 
-def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
+def test_nothing_new_still_writes_a_complete_tokenizer(source, tmp_path, capsys):
     expand_tokenizer(
         ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["and", "and"]))
     )

@@ -121,7 +121,7 @@ def test_a_bad_record_does_not_end_the_file():
     assert all("each record must be one JSON object" in problem for problem in found[:-1])
 
 
-def test_a_record_is_held_up_to_the_limit_alone():
+def test_a_record_is_held_only_up_to_the_limit():
     text = json.dumps([{"a": "x" * 41}, {"a": "x" * 5000}, {"a": "x" * 41}, {"b": 1}]).encode()
     reader = RecordReader(Blocks(text, 7), is_array=True, max_bytes=50)
     assert [reader.read().content is not None for _ in range(4)] == [True, False, True, True]

@@ -179,7 +179,7 @@ def meet(*watches):
         assert not thread.is_alive()
 
 
-def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
+def test_ranks_connect_in_any_order_among_strangers_and_notice_a_death(port):
     ends = Ends()
     first, second, third = (ends.watch(rank, 3) for rank in range(3))
     # It starts before rank 0.

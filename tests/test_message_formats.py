@@ -253,7 +253,7 @@ def test_marks_that_contradict_or_cover_parts_of_an_answer():
 @pytest.mark.parametrize(
     "error", [RowError("no text", reason="r"), UnknownRole("who?", {"bot": 2}), BrokenDocumentError("cut", line=3)]
 )
-def test_errors_come_back_from_a_worker_as_they_are(error):
+def test_errors_from_a_worker_are_unchanged(error):
     # Also in the way that pickle calls it.
     again = copy.copy(error)
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))

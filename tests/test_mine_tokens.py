@@ -89,7 +89,7 @@ def test_pieces_are_new_closed_and_of_the_script(mined, tokenizer_dir):
     assert {"文件", "设置", "扩展"} <= set(mined.pieces)
 
 
-def test_any_first_part_of_the_list_is_a_list_of_its_own(mined, tokenizer_dir):
+def test_every_prefix_of_the_list_is_a_complete_list(mined, tokenizer_dir):
     model = BpeModel.read(tokenizer_dir)
     for size in (1, 7, 50, 333, 600):
         assert mine_tokens.unreached_pieces(model, mined.pieces[:size]) == []
@@ -138,7 +138,7 @@ def test_whatever_the_text_the_pieces_are_closed(texts, script, count, length, m
     assert mine_tokens.unreached_pieces(model, found.pieces) == []
 
 
-def test_a_source_that_merges_otherwise_costs_pieces_and_leaves_none_unreachable(tmp_path, tokenizer_dir):
+def test_a_source_with_other_merges_costs_pieces_but_leaves_none_unreachable(tmp_path, tokenizer_dir):
     """With 乙丙 in the source, 甲乙丙 cannot come from 甲乙 and 丙: the source's merge is first."""
     source = tmp_path / "source"
     expand = write_corpus(tmp_path, [], name="none.jsonl") / "pieces.jsonl"

@@ -405,7 +405,7 @@ def test_templates_lead_nowhere_else(folder):
     assert "is empty" in refusal(lambda: check_tokenizer_files(folder))
 
 
-def test_settings_of_real_tokenizers_are_taken(folder, tmp_path, monkeypatch):
+def test_settings_of_real_tokenizers_are_accepted(folder, tmp_path, monkeypatch):
     # LLaMA-2's own model_max_length, and names of the folder's own files.
     entries = {"model_max_length": int(1e30), "vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     edit(folder / "tokenizer_config.json", **entries)
@@ -440,7 +440,7 @@ def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "modeling_llama.py", "x.pt", "README.md"])
-def test_pickles_and_code_beside_weights_are_no_reason_to_refuse(folder, name):
+def test_pickles_and_code_beside_weights_are_ignored(folder, name):
     os.mkfifo(folder / name)
     check_model(str(folder), "--pretrained")
     load_llama(str(folder), precision="fp32", attention="sdpa")

@@ -143,7 +143,7 @@ def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
+def test_long_documents_give_the_same_files_in_parts_as_at_once(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:300_000]
     rows = [
         {"target": text[:9000]},
@@ -163,7 +163,7 @@ def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp
     assert len(read_jsonl(tmp_path / "1000" / "jsonl")) > 400
 
 
-def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
+def test_long_conversations_give_the_same_files_in_parts_as_at_once(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:20_000]
     talks = [
         [("system", text[:5000]), ("user", text[5000:5100]), ("assistant", text[5100:7000]), ("user", "and?")],

@@ -36,7 +36,7 @@ def test_no_more_is_made_than_requested():
     assert threads() == before - 1
 
 
-def test_an_error_comes_where_its_item_would():
+def test_an_error_is_raised_in_place_of_its_item():
     def items():
         yield 1
         raise KeyError("second")

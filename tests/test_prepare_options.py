@@ -89,7 +89,7 @@ def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tm
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path):
+def test_shares_write_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "whole", bins=2, eval_fraction=0.2)
     prepare.prepare_pretrain(**keywords, sizes=SMALL_UNITS)
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "shared", bins=2, eval_fraction=0.2)
@@ -268,7 +268,7 @@ def test_no_jsonl(inputs, tokenizer_dir, tmp_path):
     assert contents(tmp_path / "with" / "arrow")[part] == contents(tmp_path / "without" / "arrow")[part]
 
 
-def test_conversations_are_packed_whole(inputs, tokenizer_dir, tmp_path):
+def test_conversations_are_packed_uncut(inputs, tokenizer_dir, tmp_path):
     for splicing in ("none", "best_fit"):
         keywords = settings([inputs["sft"]], tokenizer_dir, tmp_path / splicing, max_length=1000, splicing=splicing)
         prepare.prepare_sft(**keywords)

@@ -161,9 +161,7 @@ def stop_before_the_bins(monkeypatch, keywords) -> None:
             prepare.prepare_pretrain(**keywords)
 
 
-def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
-    monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed
-):
+def test_an_unfinished_run_continues_only_with_the_same_work(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     before = contents(tmp_path / "out")
@@ -255,7 +253,7 @@ def test_finished_output_is_reported_and_other_settings_are_refused(
     assert contents(tmp_path / "out") == before
 
 
-def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tmp_path):
+def test_output_that_is_damaged_or_foreign_is_refused(inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
     stop_before_the_bins(pytest.MonkeyPatch(), keywords)
     planned = tmp_path / "out" / "cache" / "plan.json"
@@ -361,7 +359,7 @@ def test_no_room_is_one_line_and_the_run_continues(inputs, tokenizer_dir, tmp_pa
     assert contents(tmp_path / "limited") == contents(tmp_path / "free")
 
 
-def test_finished_output_of_the_version_before_is_ours_unless_rows_are_read_otherwise_now(tokenizer_dir, tmp_path):
+def test_finished_output_of_the_previous_version_is_accepted_if_rows_mean_the_same(tokenizer_dir, tmp_path):
     """Version 3 accepts rows that were bad before, and reads loss marks of conversations."""
     talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     for name, command, lines in (

@@ -212,7 +212,7 @@ def test_documents_without_a_category_have_no_category_called_none():
     }
 
 
-def test_a_resumed_run_shows_one_whole_curve(jobs):
+def test_a_resumed_run_shows_one_complete_curve(jobs):
     """The first run made all steps; lines after the resumed one were removed. A new folder begins with a copy."""
     for home in ("zero2", "elsewhere"):
         records = log_of(jobs / home)

@@ -466,7 +466,7 @@ def test_a_step_without_a_trained_token_updates_nothing_and_is_logged(jobs, mode
     assert states_of(again.parent.parent, 3)["overflows"] == states_of(home, 3)["overflows"]
 
 
-def test_verify_accepts_whole_checkpoints(jobs):
+def test_verify_accepts_intact_checkpoints(jobs):
     for name in LAYOUTS:
         report = list(verify.verify(str(jobs[name][0] / last_of(name))))
         assert [line.split()[0] for line in report] == ["checkpoint", "files", "place", *verify.CHECKS]

@@ -41,7 +41,7 @@ def begin(save_dir, *, config="config_file", events="logs_dir"):
     return str(path), str(folder)
 
 
-def test_each_run_has_its_own_names_and_finds_them_again(here, caplog):
+def test_each_run_has_its_own_names_and_keeps_them(here, caplog):
     assert begin("checkpoint_dir") == ("config_file", "logs_dir")
     before = Path("config_file").read_bytes()
     assert not caplog.text
@@ -74,7 +74,7 @@ def test_settings_of_an_earlier_version_are_known_by_their_folder(here):
     assert begin("checkpoint_dir")[0] == "config_file"
 
 
-def test_all_may_lie_in_one_folder(here):
+def test_all_files_may_be_in_one_folder(here):
     names = ("run/settings.json", "run")
     assert begin("run", config=names[0], events="run") == names
     assert begin("run", config=names[0], events="run") == names

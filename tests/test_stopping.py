@@ -129,7 +129,7 @@ def test_a_signal_to_torchrun_reaches_the_ranks(start):
     assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.output), run.output
 
 
-def test_two_interrupts_to_torchrun_leave_no_rank_and_whole_checkpoints(start):
+def test_two_interrupts_to_torchrun_leave_no_rank_and_complete_checkpoints(start):
     run = start("interrupts", launcher=TORCHRUN)
     run.wait_for("epoch-0_step-12")
     ranks = [run.pid_of(rank) for rank in range(2)]

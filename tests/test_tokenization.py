@@ -148,7 +148,7 @@ def test_sft_two_humans_in_a_row_and_empty_turns(encoder):
     assert row.input_ids.count(EOS) == 5 and not row.drops
 
 
-def test_sft_keeps_whole_leading_exchanges(encoder):
+def test_sft_keeps_complete_leading_exchanges(encoder):
     turns = [("human", "one two three"), ("assistant", "four five six")] * 3
     one, two, three = (sft(encoder, *turns[: 2 * count]) for count in (1, 2, 3))
     exact = sft(encoder, *turns, max_length=len(two.input_ids))

@@ -337,12 +337,12 @@ def test_gemini_shards_every_chunk(jobs, name):
     assert len(jobs[name].chunks) > 1 and not any(jobs[name].chunks)
 
 
-def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
+def test_without_clipping_adam_gets_the_full_gradient(jobs, float32):
     assert jobs["unclipped"].first_moment_norm == pytest.approx(float32.grad_norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resume_goes_on_where_the_checkpoint_was(jobs, name):
+def test_resume_continues_at_the_checkpoint(jobs, name):
     job = jobs[name]
     assert jobs[f"{name}_resumed"].error is None
     assert job.scalars("Loss", run="tb_resumed") == job.scalars("Loss")[MIDDLE:]
@@ -393,7 +393,7 @@ def test_odd_vocabulary_is_saved_unpadded(jobs):
 
 
 @pytest.mark.parametrize("name", ["frozen", "frozen_gemini"])
-def test_frozen_run_changes_embeddings_alone(jobs, model_dir, name):
+def test_frozen_run_changes_only_embeddings(jobs, model_dir, name):
     assert jobs[name].error is None
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
     for key, after in weights_of(jobs[name]).items():
@@ -411,7 +411,7 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
 
 
 @pytest.mark.parametrize("name", ROWS_RUNS)
-def test_new_rows_alone_are_trained(jobs, parts, grown_model_dir, name):
+def test_only_new_rows_are_trained(jobs, parts, grown_model_dir, name):
     assert jobs[name].error is None
     start = AutoModelForCausalLM.from_pretrained(grown_model_dir).state_dict()
     is_new = torch.zeros(601, dtype=torch.bool)
@@ -525,7 +525,7 @@ def test_biases_under_sequence_parallelism(jobs, parts, biased_model_dir):
     assert unrepaired.scalars("Gradient Norm") != pytest.approx(trace.grad_norms, rel=1e-4)
 
 
-def test_weights_alone_start_a_new_run(jobs):
+def test_only_weights_start_a_new_run(jobs):
     losses = jobs["weights_only"].scalars("Loss")
     assert len(losses) == STEPS
     assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.4

@@ -354,7 +354,7 @@ def plan_lines(content: dict[str, Any]) -> Iterator[str]:
     for note in content["notes"][:MAX_ROWS]:
         yield f"note: {visible_line(note)}"
     if len(content["notes"]) > MAX_ROWS:
-        yield f"and {len(content['notes']) - MAX_ROWS:,} more notes in {PLAN_NAME}"
+        yield f"and {counted(len(content['notes']) - MAX_ROWS, 'more note')} in {PLAN_NAME}"
 
 
 def _bucket_rows(content: dict[str, Any]) -> list[list[str]]:
