@@ -3,9 +3,9 @@
 #
 #   bash quickstart.sh
 #
-# Needs Python 3.11 and a network; makes .venv beside this file. All output lies under quickstart/, or under
-# QUICKSTART_DIR if that is set. A run that was interrupted goes on, when started again, with the step it was in;
-# delete quickstart/ to start over.
+# Needs Python 3.11 and a network; makes .venv beside this file. All output goes to quickstart/, or to QUICKSTART_DIR if
+# that is set. An interrupted run continues, when started again, with the step it was in; delete quickstart/ to start
+# over.
 set -euo pipefail
 out=${QUICKSTART_DIR:+$(realpath -m -- "$QUICKSTART_DIR")}
 out=${out:-quickstart}
@@ -26,7 +26,7 @@ export CUDA_VISIBLE_DEVICES=-1
 export OMP_WAIT_POLICY=passive
 max_length=256
 sft_max_length=192
-# zero2 trains on all of these bins but the last, gemini on the last alone: it wants bf16, which is slow on a CPU.
+# zero2 trains on all of these bins except the last, gemini only on the last: it needs bf16, which is slow on a CPU.
 bins=40
 steps=17
 step_number=0
@@ -59,7 +59,7 @@ prepare() {
         --data_cache_dir "$out/$5/cache" --data_jsonl_output_dir "$out/$5/jsonl" --data_arrow_output_dir "$out/$5/arrow"
 }
 
-# outputs NAME: the flags that say where a stage writes.
+# outputs NAME: the flags for the output folders of a stage.
 outputs() {
     printf '%s\n' --save_dir "$out/$1" --tensorboard_dir "$out/logs/$1" --config_file "$out/config/$1.json"
 }
@@ -76,7 +76,7 @@ with_torchrun() {
 }
 
 # with_colossalai SCRIPT ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment
-# into a shell command, unescaped, so it gets those alone that are needed; and it joins the arguments: @Q quotes them.
+# into a shell command, unescaped, so it gets only those that are needed; and it joins the arguments: @Q quotes them.
 with_colossalai() {
     local script=$1 port
     shift
@@ -148,7 +148,7 @@ train_gemini() {
     local parts=("$out"/prepared-both/arrow/part-*)
     local places
     mapfile -t places < <(outputs 4-gemini)
-    # --load_checkpoint with a modeling folder takes the weights alone: optimizer and schedule begin anew.
+    # --load_checkpoint with a modeling folder loads only the weights: optimizer and schedule start from the beginning.
     with_torchrun train.py --pretrained "$out/2-extended/modeling" --load_checkpoint "$out/3-zero2/modeling" \
         --dataset "${parts[@]:bins-1}" --plugin gemini --mixed_precision bf16 --max_length "$max_length" \
         --use_flash_attn --micro_batch_size 2 --warmup_steps 3 --lr 1e-4 "${places[@]}"

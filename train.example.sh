@@ -33,16 +33,16 @@ PARENT_CONFIG_FILE="${PARENT_CONFIG_FILE:-runs/configs}"
 PRETRAINED_MODEL_PATH="${PRETRAINED_MODEL_PATH:-llama-2-7b-zh}"
 
 # Which stage of the recipe this is:
-#   align    the rows alone that init_model.py added: new tokens find their place, and nothing else moves
+#   align    only the rows that init_model.py added: new tokens are aligned, and nothing else changes
 #   inject   all weights, bucket by bucket: the knowledge of the new language
-#   replay   all weights, with the old language mixed in (MIXTURE), so that it comes back
+#   replay   all weights, with the old language mixed in (MIXTURE), to restore it
 STAGE="${STAGE:-inject}"
 # For align: after how many optimizer steps it ends.
 ALIGN_STEPS="${ALIGN_STEPS:-1000}"
-# For inject: the checkpoint of align to go on from, with the same data; empty if there was none.
+# For inject: the checkpoint of align to continue from, with the same data; empty if there was none.
 AFTER="${AFTER:-}"
 # For replay: shares of the sources of `dataset` in the tokens of each bucket, such as "zh=0.5 en=0.5". A source is named
-# as the folder that its part-* folders lie in, or as NAME=PATH says.
+# as the folder that contains its part-* folders, or NAME of NAME=PATH.
 MIXTURE="${MIXTURE:-}"
 
 # All part-* folders to train on, from one output folder of prepare_pretrain_dataset.py or several.
@@ -55,7 +55,7 @@ if [[ -n "${DATASET:-}" ]]; then
     read -r -d '' -a dataset <<<"$DATASET" || true
 fi
 
-# Without these checks `colossalai run` ends with exit code 0 and no training, or trains on this host alone.
+# Without these checks `colossalai run` ends with exit code 0 and no training, or trains only on this host.
 if [[ ! -s "$HOSTFILE" ]]; then
     echo "$0: error: no file $HOSTFILE, or an empty one; cp hostfile.example hostfile and write your hosts into it" >&2
     exit 2
@@ -116,8 +116,8 @@ declare -a arguments=(
     "$@"
 )
 
-# Here and once: a mistake is one line, around which the launcher would put dozens. From 128 on, a signal ended the check,
-# such as Ctrl-C. Other codes say nothing of the flags, such as that there is no `python`.
+# Here and once: a mistake is one line, to which the launcher would add dozens. From 128 on, a signal ended the check, as
+# Ctrl-C does. Other codes do not concern the flags, such as that there is no `python`.
 checked=0
 python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" \
     train.py "${arguments[@]}" || checked=$?

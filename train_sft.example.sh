@@ -37,7 +37,7 @@ if [[ -n "${DATASET:-}" ]]; then
     read -r -d '' -a dataset <<<"$DATASET" || true
 fi
 
-# Without these checks `colossalai run` ends with exit code 0 and no training, or trains on this host alone.
+# Without these checks `colossalai run` ends with exit code 0 and no training, or trains only on this host.
 if [[ ! -s "$HOSTFILE" ]]; then
     echo "$0: error: no file $HOSTFILE, or an empty one; cp hostfile.example hostfile and write your hosts into it" >&2
     exit 2
@@ -78,8 +78,8 @@ declare -a arguments=(
     "$@"
 )
 
-# Here and once: a mistake is one line, around which the launcher would put dozens. From 128 on, a signal ended the check,
-# such as Ctrl-C. Other codes say nothing of the flags, such as that there is no `python`.
+# Here and once: a mistake is one line, to which the launcher would add dozens. From 128 on, a signal ended the check, as
+# Ctrl-C does. Other codes do not concern the flags, such as that there is no `python`.
 checked=0
 python -m colossal_llama2.train.before_launch --nproc_per_node "$NPROC_PER_NODE" --hostfile "$HOSTFILE" \
     train_sft.py "${arguments[@]}" || checked=$?

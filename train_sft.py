@@ -10,7 +10,7 @@ from colossal_llama2.cli import train_flags
 
 
 def main(argv=None) -> None:
-    # First: of the processes of a host, one says what is wrong with the flags.
+    # First, so that one process of each host reports what is wrong with the flags.
     launcher.settle()
     args = train_flags.train_sft_parser().parse_args(argv)
     logs.configure_logging()

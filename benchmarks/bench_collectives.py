@@ -1,11 +1,10 @@
-"""How long ZeRO's and Gemini's exchanges take between ranks on a CPU, over gloo's own collectives.
+"""The time of ZeRO's and Gemini's exchanges between ranks on a CPU, relative to gloo's own collectives.
 
     python benchmarks/bench_collectives.py
 
 Two and three ranks, one thread each, on 12 Mi numbers: a bucket of ZeRO. "sums" is reduce_scatter_tensor, "gather"
-all_gather_into_tensor; both ways in one process, by turns, as gloo_collectives.py has them and as PyTorch does. The
-floor is what must be moved: the time to copy within a process what a rank gets from the others. Three ranks want
-three cores.
+all_gather_into_tensor. Both implementations, that of gloo_collectives.py and PyTorch's, run in one process by turns.
+The lower bound is the time to copy, within a process, the data that a rank receives. Three ranks need three cores.
 """
 
 import argparse
@@ -28,7 +27,7 @@ WAYS = ("gloo's own", "ours", "copy")
 
 
 def main() -> None:
-    """Measure each number of ranks in processes of their own, and print a row for each exchange."""
+    """Measure each number of ranks in separate processes, and print a row for each exchange."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     if parser.parse_args().measure:
@@ -42,7 +41,7 @@ def main() -> None:
 
 
 def launch(ranks: int) -> dict[str, dict[str, float]]:
-    """The seconds of each exchange and way, as rank 0 has them."""
+    """The seconds of each exchange and implementation, measured by rank 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, __file__, "--measure"], env=environment, capture_output=True, text=True)
@@ -52,7 +51,7 @@ def launch(ranks: int) -> dict[str, dict[str, float]]:
 
 
 def measure() -> None:
-    """On one rank: the median time of each exchange in each way; rank 0 prints them."""
+    """On one rank: the median time of each exchange in each implementation; rank 0 prints them."""
     import torch
     import torch.distributed as dist
 
@@ -81,7 +80,7 @@ def measure() -> None:
 
 
 def median_times(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Of turns in which all ranks begin together, after one to warm up."""
+    """The median over turns in which all ranks begin together, after one to warm up."""
     import torch.distributed as dist
 
     seconds: dict[str, list[float]] = {way: [] for way in ways}

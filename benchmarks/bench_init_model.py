@@ -1,14 +1,14 @@
-"""How far init_model.py is from a file copy, in time and memory, on a checkpoint of LLaMA-2-7B's shapes.
+"""init_model.py compared with a file copy, in time and memory, on a checkpoint of LLaMA-2-7B's shapes.
 
     python benchmarks/bench_init_model.py --work_dir /tmp/bench_init_model
 
 The checkpoint has 4 of the 32 layers: hidden size 4096, fp16, sharded, with a real tokenizer of 32,000 pieces that is
-extended to 69,104. All times are medians of 3, taken in turns, and all of them end when the bytes are on the disk. What
-is read lies in the page cache. Needs 11 GB in --work_dir, which are removed at the end, and requirements-dev.txt.
+extended to 69,104. All times are medians of 3, measured in turns, and all of them end when the bytes are on the disk.
+The input is in the page cache. Needs 11 GB in --work_dir, which are removed at the end, and requirements-dev.txt.
 
 - The copy is shutil.copyfile of each file, which copies inside the kernel, then fsync of each.
-- Time is that of init_model(), as a process of its own calls it after its imports; the whole command, interpreter and
-  imports included, has its own line.
+- Time is that of init_model(), called in a separate process after its imports; the complete command, including
+  interpreter and imports, has its own line.
 - Memory is the anonymous memory of that process (RssAnon, read 500 times a second from outside), less what it has
   after its imports: what was allocated, without the pages of mapped files, which the system can drop at any time.
 - The original grows a matrix by one numpy.concatenate for each new row. At full size that copies 61 TB, so it is
@@ -165,7 +165,7 @@ def measure(work: Path) -> list:
 
 
 def run_init(arguments: list) -> tuple:
-    """Seconds of init_model() in a process of its own, and its peak of anonymous bytes over that after imports."""
+    """Seconds of init_model() in a separate process, and its peak of anonymous bytes beyond those after imports."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, *map(str, arguments)],
         cwd=ROOT,

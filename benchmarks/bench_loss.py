@@ -1,10 +1,10 @@
-"""What the output head and its loss cost in memory and time, by blocks of the vocabulary over with all logits.
+"""The memory and time of the output head and its loss: in blocks of the vocabulary, relative to all logits at once.
 
     python benchmarks/bench_loss.py
 
-4,096 tokens, a vocabulary of 69,104, float32, forward and backward on this machine's CPU, each in a process of its own.
-Memory is the peak of the process (VmHWM) over what it holds before the step, less the two gradients, which are left in
-any case. Time is that of one CPU core. Needs 8 GB and nothing beside requirements.txt.
+4,096 tokens, a vocabulary of 69,104, float32, forward and backward on this machine's CPU, each in a separate process.
+Memory is the peak of the process (VmHWM) minus its memory before the step and the two gradients, which remain in any
+case. Time is that of one CPU core. Needs 8 GB and only requirements.txt.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def run(way: str, width: int) -> dict:
-    """Measure in a new process, since a peak is that of a process's life."""
+    """Measure in a new process, since a peak covers the lifetime of a process."""
     command = [sys.executable, __file__, "--measure", way, str(width)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
@@ -55,7 +55,7 @@ def measured(way: str, width: int) -> dict:
     weight = (torch.randn(VOCABULARY, width) / width**0.5).requires_grad_()
     targets = torch.randint(VOCABULARY, (TOKENS,))
     step(way, hidden[:64], weight[:512], targets[:64] % 512)
-    # 5 sets the peak back to what is held now.
+    # 5 resets the peak to the present value.
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_field("VmRSS")
     start = time.process_time()
@@ -75,7 +75,7 @@ def step(way: str, hidden, weight, targets):
     if way == "chunked":
         loss = chunked_cross_entropy(hidden, weight, targets, HeadPart(0, len(weight)))
     else:
-        # As transformers does it.
+        # As in transformers.
         logits = (hidden @ weight.T).float()
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         del logits

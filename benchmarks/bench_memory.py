@@ -1,16 +1,15 @@
-"""How near --dry_run's memory is to what training takes.
+"""The memory forecast of --dry_run, compared with the measured memory of training.
 
     python benchmarks/bench_memory.py --work_dir /tmp/bench_memory
 
-train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. Of each
-rank: its highest resident memory (VmHWM) during four steps, less what was resident after imports. The prediction is
-that of colossal_llama2/train/forecast/memory.py for the same flags on a CPU, from sizes alone: nothing in it is fitted
-to what comes out here. The last column is the highest while the model is loaded and split, which the prediction is not
-about.
+train.py --benchmark, started on one or two ranks of the CPU, for models of at least 500 MB predicted per rank. For each
+rank: its highest resident memory (VmHWM) during four steps, minus the memory after imports. The prediction is that of
+colossal_llama2/train/forecast/memory.py for the same flags on a CPU, computed from sizes: nothing in it is fitted to
+these results. The last column is the peak while the model is loaded and split, which the prediction does not cover.
 
-glibc keeps freed memory for later, and the more the larger what was freed; MALLOC_MMAP_THRESHOLD_ makes it give back
-all that is at least 64 KB, so that what is resident is what is in use. With --kept_memory glibc is as train.py sets it:
-how much a rehearsal takes beyond what it uses.
+glibc keeps freed memory, more of it after larger blocks were freed. MALLOC_MMAP_THRESHOLD_ makes it return all blocks
+of at least 64 KB, so that the resident memory is the memory in use. With --kept_memory glibc is set as in train.py,
+which shows how much more a rehearsal holds than it uses.
 """
 
 import argparse
@@ -78,7 +77,7 @@ def main() -> None:
 
 
 def compare(name: str, work_dir: Path, *, malloc: dict[str, str]) -> tuple[int, dict[str, int]]:
-    """Bytes predicted and measured, of the rank that needs most."""
+    """Bytes predicted and measured, of the rank that needs the most."""
     model, ranks, length, batch, flags = CASES[name]
     model_dir = work_dir / model.replace(" ", "")
     if not model_dir.exists():
@@ -123,7 +122,7 @@ def predict(words: list[str], ranks: int) -> int:
 
 
 def launch(words: list[str], ranks: int, malloc: dict[str, str]) -> dict[str, int]:
-    """Run train.py on so many ranks; returns the bytes of the rank that took most: in its steps, and while loading."""
+    """Run train.py on `ranks` ranks; returns the bytes of the rank with the most: in its steps, and while loading."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **malloc}
     environment.update(CUDA_VISIBLE_DEVICES="", TORCHINDUCTOR_COMPILE_THREADS="1")
@@ -138,7 +137,7 @@ def launch(words: list[str], ranks: int, malloc: dict[str, str]) -> dict[str, in
 
 
 def measure(words: list[str]) -> None:
-    """One rank: import, note what is resident, train, and tell the highest while loading and during the steps."""
+    """One rank: import, read the resident memory, train, and report the peaks while loading and during the steps."""
     import colossalai.booster.plugin  # noqa: F401
     import colossalai.legacy.core  # noqa: F401
     import datasets  # noqa: F401
@@ -149,31 +148,31 @@ def measure(words: list[str]) -> None:
     import train
     from colossal_llama2.train import benchmark, run  # noqa: F401
 
-    before = highest_from_here()
-    take_steps = benchmark.measure
+    before = reset_peak()
+    run_steps = benchmark.measure
     loading = 0
 
     def measure_steps(*args, **keywords):
         nonlocal loading
         loading = status("VmHWM") - before
-        highest_from_here()
-        return take_steps(*args, **keywords)
+        reset_peak()
+        return run_steps(*args, **keywords)
 
-    def tell_peak() -> None:
-        # Asked for when the timed steps are done; those under the profiler would follow.
+    def report_peak() -> None:
+        # Called after the timed steps and before those under the profiler.
         # One write: ranks share their output, and print writes the end of a line by itself.
         os.write(1, (json.dumps({"steps": status("VmHWM") - before, "loading": loading}) + "\n").encode())
         torch.distributed.barrier()
         time.sleep(1)
         os._exit(0)
 
-    benchmark.measure, benchmark.peak_memory = measure_steps, tell_peak
+    benchmark.measure, benchmark.peak_memory = measure_steps, report_peak
     train.main(words)
 
 
-def highest_from_here() -> int:
-    """Let the highest figure begin anew; returns what is resident."""
-    # 5 does that (Linux, Documentation/filesystems/proc.rst).
+def reset_peak() -> int:
+    """Reset the peak; returns the resident memory."""
+    # 5 resets it (Linux, Documentation/filesystems/proc.rst).
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

@@ -1,12 +1,12 @@
-"""What prepare_pretrain_dataset.py costs, over encoding alone and over datasets.map with the fast tokenizer.
+"""The cost of prepare_pretrain_dataset.py, relative to encoding alone and to datasets.map with the fast tokenizer.
 
     python benchmarks/bench_prepare.py --work_dir /tmp/bench_prepare --download_dir quickstart/downloads
 
 Real text, about 26 MB, two fifths of it Chinese: all that examples/quickstart_corpus.py finds (CPython's documentation,
-Chinese news and reviews, interface strings) and the documentation of three packages of requirements.txt, a module a
-document, most of them over max_length. A real tokenizer of 32,000 pieces, max_length 2048, 10 bins. Each measurement is
-a process of its own. CPU-seconds are user and system time of the process and its workers. Imports, also those of the
-server that forks workers, have a column of their own and count nowhere else. Memory is that of the largest process.
+Chinese news and reviews, interface strings) and the documentation of three packages of requirements.txt, one document
+per module, most of them over max_length. A real tokenizer of 32,000 pieces, max_length 2048, 10 bins. Each measurement
+is a separate process. CPU-seconds are user and system time of the process and its workers. Imports, including those of
+the server that forks workers, have their own column and count nowhere else. Memory is that of the largest process.
 
 - encode: the ids of all texts in memory and nothing else: by SentencePiece, on one thread and on all, and by kitoken
   (see colossal_llama2/encoding/fast_encoder.py). The fastest of those that give SentencePiece's ids is the floor.
@@ -44,7 +44,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
-    """Make the text, measure each candidate in a process of its own, print the table."""
+    """Make the text, measure each candidate in a separate process, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     parser.add_argument("--download_dir", type=Path, default=ROOT / "quickstart/downloads", help="as the quick start's")
@@ -60,7 +60,7 @@ def main() -> None:
     args.work_dir = args.work_dir.absolute()
     make_folder(parser, args.work_dir)
     try:
-        # In a process of its own: a process's peak memory begins with that of the one it was forked from.
+        # In a separate process: a process's peak memory begins with that of the one it was forked from.
         make = multiprocessing.get_context("spawn").Process(
             target=make_inputs, args=(args.work_dir, args.download_dir, args.bytes)
         )
@@ -162,7 +162,7 @@ def batches_of_texts(folder: Path) -> Iterator[list[str]]:
 
 
 def count_differing(work: Path) -> int:
-    """Texts of which kitoken's ids are not SentencePiece's."""
+    """The number of texts for which kitoken and SentencePiece give different ids."""
     from colossal_llama2.encoding.fast_encoder import FastEncoder
     from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 
@@ -313,7 +313,7 @@ def in_own_process(work: Path, name: str, *, data: str = "data", workers: int = 
 
 
 def print_tables(work: Path, *, map_at_8x: bool) -> None:
-    """Measure everything and print ratios, then what the manifests say."""
+    """Measure everything and print ratios, then the counts in the manifests."""
     differing = count_differing(work)
     print(f"texts of which kitoken's ids are not SentencePiece's: {differing}")
     floor_name = "encode" if differing else "encode_fast"
@@ -335,7 +335,7 @@ def print_tables(work: Path, *, map_at_8x: bool) -> None:
         floor = next(row for name, row in rows.values() if name == floor_name)
         baseline = next((row for name, row in rows.values() if name == "map"), None)
         print_table(f"text {copies}x", rows, floor=floor, baseline=baseline)
-        print_account(work / f"out-{data}-{CORES}-False" / "arrow" / "manifest.json")
+        print_token_counts(work / f"out-{data}-{CORES}-False" / "arrow" / "manifest.json")
     print(f"\nours: memory at {COPIES}x over 1x: {memory['data8'] / memory['data']:.3f}")
 
 
@@ -349,8 +349,8 @@ def print_table(title: str, rows: dict[str, tuple[str, dict[str, float]]], *, fl
         print(f"| {name} | {' | '.join(shares)} | {row['cpu'] / row['wall']:.2f} | {row['memory'] / 1024:.0f} |")
 
 
-def print_account(path: Path) -> None:
-    """What a manifest says of text and tokens."""
+def print_token_counts(path: Path) -> None:
+    """Print the counts of text and tokens in a manifest."""
     manifest = json.loads(path.read_text())
     total = manifest["total"]
     kept = (total["trained"] + total["masked"]) / total["tokens_in"]

@@ -1,20 +1,20 @@
-"""How fast training is under each plugin, over the Hugging Face Trainer and over bare PyTorch loops.
+"""The speed of training with each plugin, relative to the Hugging Face Trainer and to bare PyTorch loops.
 
     python benchmarks/bench_training.py --work_dir /tmp/bench_training
 
 Two ranks, one thread each, on the CPU or on the first two GPUs. Two models, two lengths of samples, the same number of
-tokens a step; full samples of random tokens, so nothing is padded. Every candidate is a job of its own:
+tokens per step; full samples of random tokens, so nothing is padded. Every candidate is a separate job:
 
-- trainer: transformers' own, data parallel (DDP), bf16 by autocast where that is the precision. "Kept" is the same with
-  glibc set to keep freed memory, as train.py sets it on a CPU.
-- bare loops: forward, backward and PyTorch's AdamW on each rank by itself, with freed memory kept. They exchange
-  nothing, so this is what the machine can do: the floor.
+- trainer: transformers' Trainer, data parallel (DDP), with autocast for bf16. "Kept" is the same with glibc set to keep
+  freed memory, as train.py sets it on a CPU.
+- bare loops: forward, backward and PyTorch's AdamW on each rank separately, with freed memory kept. They exchange
+  nothing, so this is the limit of the machine.
 - the plugins: train.py --benchmark.
 
 Prints tokens/s and peak memory of the largest rank as ratios, and each plugin's step by part: medians of rounds in
-which every candidate runs once, so that a machine whose speed changes changes it for all. Seconds are those of one
-machine, and not printed. "communication" lies inside the parts before it. It counts from when messages are asked for;
-Gemini asks a chunk ahead and computes meanwhile.
+which every candidate runs once, so that a change in the machine's speed affects all of them. Seconds depend on the
+machine, and are not printed. "communication" is contained in the parts before it. It counts from the start of each
+message; Gemini starts one chunk ahead and computes meanwhile.
 """
 
 import argparse
@@ -73,9 +73,9 @@ def main() -> None:
     if args.measure:
         if args.measure != "trainer":
             keep_freed_memory()
-        tell(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision))
+        print_measurement(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision))
         return
-    # ColossalAI has Gemini in half precision alone.
+    # ColossalAI supports Gemini only in half precision.
     fitting = [name for name in PLUGINS if args.precision == "bf16" or not name.startswith("gemini")]
     unfit = sorted(set(args.plugins or ()) - set(fitting))
     if unfit:
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def sample_length(text: str) -> int:
-    """A number of tokens of which whole samples make a step."""
+    """A length in tokens that divides the tokens of a step."""
     if not text.isdigit() or not int(text) or TOKENS_A_STEP % int(text):
         raise argparse.ArgumentTypeError(f"{text} given, divisors of {TOKENS_A_STEP} are allowed")
     return int(text)
@@ -111,7 +111,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def print_table(title: str, run: Callable[[str], dict[str, float]], plugins: Sequence[str], turns: int) -> None:
-    """Run all candidates on one model and length, so many times by turns. What is measured is told as it comes."""
+    """Run all candidates on one model and length, `turns` times in turn, and print each measurement to stderr."""
     rounds: list[dict[str, dict[str, float]]] = []
     for turn in range(turns):
         rounds.append({})
@@ -142,7 +142,7 @@ def measure(name: str, *, model_dir: Path, length: int, precision: str) -> dict[
     """One candidate, once."""
     if name in BASELINES:
         return baseline(name, model_dir, length, precision)
-    # ColossalAI has ZeRO under 3d in half precision alone.
+    # ColossalAI supports ZeRO in 3d only in half precision.
     no_zero = ("--zero", "0") if precision == "fp32" and "3d" in PLUGINS[name] else ()
     return ours(model_dir, length, precision, PLUGINS[name] + no_zero)
 
@@ -167,18 +167,18 @@ def launch(script: list[str]) -> str:
 
 
 def ours(model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -> dict[str, float]:
-    """What train.py --benchmark tells. The partners of tensor parallelism share samples, so they take twice as many."""
+    """The output of train.py --benchmark. Tensor-parallel partners share samples, so they get twice as many."""
     data_ranks = 1 if "--tp" in flags else RANKS
     batch = TOKENS_A_STEP // length * (RANKS // data_ranks)
     samples = batch * data_ranks * (WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS)
     script = ["train.py", "--benchmark", "--pretrained", model_dir, "--max_length", length, "--num_samples", samples]
     script += ["--micro_batch_size", batch, "--mixed_precision", precision, "--use_flash_attn", *flags]
-    told = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", launch([str(word) for word in script]), re.MULTILINE))
-    figures = {name: float(told[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
+    printed = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", launch([str(word) for word in script]), re.MULTILINE))
+    figures = {name: float(printed[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
     return {**figures, "speed": figures["tokens/s"], "memory": figures["peak memory"] * 2**20}
 
 
-def tell(tokens: int, seconds: float) -> None:
+def print_measurement(tokens: int, seconds: float) -> None:
     """One line for the parent process."""
     from colossal_llama2.engine.device import peak_memory
 
@@ -187,7 +187,7 @@ def tell(tokens: int, seconds: float) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Set glibc as train.py does where there is no GPU."""
+    """Set glibc as train.py does without a GPU."""
     import torch
 
     from colossal_llama2.engine.patches import cpu_device
@@ -197,7 +197,7 @@ def keep_freed_memory() -> None:
 
 
 def device():
-    """This rank's."""
+    """This rank's device."""
     import torch
 
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")

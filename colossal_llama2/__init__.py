@@ -3,7 +3,7 @@
 Folders, each of which imports only folders above it in this list:
 
     errors.py, logs.py, launcher.py, ...   how a command ends, what it prints, and which rank it is
-    storage/      files that appear whole or not at all, and bounded reading of what a user gives
+    storage/      files that appear complete or not at all, and bounded reading of what a user gives
     cli/          the flags of every command
     charts/       the style of all pictures
     encoding/     text to token ids and back; the files of a tokenizer

@@ -44,7 +44,7 @@ class RunError(Exception):
 
 
 class RankError(RunError):
-    """A fault that this rank reports, whatever its number: the others may not have seen it."""
+    """A fault that this rank reports, whatever its number, since the others may not have noticed it."""
 
 
 class Stopped(BaseException):

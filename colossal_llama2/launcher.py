@@ -25,7 +25,7 @@ AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 # Where torchrun reads why a process of its own ended, for its report.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 NAMES = (*REQUIRED, "LOCAL_RANK", "LOCAL_WORLD_SIZE", TORCHRUN_ID, AGENT_STORE)
-# By launcher: its variables for rank, world size and local rank. Slurm sets the second in steps of srun alone.
+# By launcher: its variables for rank, world size and local rank. Slurm sets the second only in steps of srun.
 OTHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -33,7 +33,7 @@ OTHERS = {
 BY_HAND = "by hand"
 LOOPBACK = re.compile(r"localhost|127\.\d+\.\d+\.\d+|::1")
 MAX_PORT = 65535
-# Longer than the processes of a host differ in the time they take to check the same flags.
+# The processes of a host check the same flags; their times differ by less than this.
 FIRST_OF_HOST_SECONDS = 5.0
 
 
@@ -121,9 +121,9 @@ def _read() -> Place:
     given = [name for name in NAMES if name in os.environ]
     missing = [name for name in REQUIRED if name not in os.environ]
     if missing:
-        said = ", ".join(f"{name}={os.environ.pop(name)}" for name in given)
-        told = f"No launcher started this process ({', '.join(missing)} not set); ignoring {said}"
-        return Place(note=told if said else None)
+        ignored = ", ".join(f"{name}={os.environ.pop(name)}" for name in given)
+        note = f"No launcher started this process ({', '.join(missing)} not set); ignoring {ignored}"
+        return Place(note=note if ignored else None)
     try:
         here = _launched()
         return replace(here, note="; ".join(filter(None, (taken_over, here.note))) or None)

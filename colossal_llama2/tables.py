@@ -1,9 +1,9 @@
-"""Tables for people: aligned by rich, which knows how wide Chinese characters are.
+"""Tables for people: aligned by rich, which measures the width of Chinese characters.
 
     print_table     on a terminal as wide as that is, with the head in bold; anywhere else (a pipe, a file, CI) plain
     table_lines     plain text, each row on one line however long, equal for equal rows: for logs and files
 
-Cells are text as it is: no markup, no colours, no emoji codes. Control characters are shown, not obeyed.
+Cells are literal text: no markup, no colours, no emoji codes. Control characters are shown escaped.
 """
 
 import io
@@ -30,7 +30,7 @@ def table_lines(rows: Rows, *, align: str = "lr", indent: str = "", width: int |
     Args:
         align: "l" or "r" for each column, left or right. The last letter is that of all further columns.
         indent: stands before each line.
-        width: of the terminal that the lines are for, in columns. If the table needs more, each row after the first,
+        width: the terminal's width in columns. If the table needs more, each row after the first,
             which is the head, becomes a list of its cells under the row's name. None: no limit.
     """
     from rich.console import Console
@@ -69,7 +69,7 @@ def print_table(rows: Rows, *, align: str = "lr", has_header: bool = True, file:
 
 
 def _padded(rows: Rows) -> list[list[str]]:
-    """All rows with as many cells, each on one line."""
+    """All rows with the same number of cells, each on one line."""
     columns = max(map(len, rows))
     return [[*map(one_line, row), *[""] * (columns - len(row))] for row in rows]
 

@@ -24,13 +24,13 @@ LOOKS_LIKE_OURS = re.compile(r"<(?=/?s>|U\+)")
 # be encoded: controls but tab and line feed, line and paragraph separators, directional embeddings, overrides
 # and isolates, deprecated and annotation controls, the byte order mark, halves of surrogate pairs. Joiners (emoji,
 # Persian, Indic scripts), direction marks, soft hyphens and combining characters belong to ordinary text.
-OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
 LINE_BREAK = re.compile(r"[ \t]*\r?\n[ \t\r\n]*")
 
 
 def printable(text: str) -> str:
     """`text` with what a terminal would act on escaped; line feeds and tabs stay."""
-    return OBEYED.sub(lambda found: _shown(found[0]), text)
+    return UNSAFE.sub(lambda found: _shown(found[0]), text)
 
 
 def one_line(text: str) -> str:

@@ -37,8 +37,8 @@ def build_parser() -> CommandParser:
     parser.add_argument("--held_out_dir", metavar="DIR", required=True, help="folder with en.jsonl and zh.jsonl")
     parser.add_argument("--output_file", metavar="FILE", required=True, help="results of all stages (JSON), added to")
     parser.add_argument("--stage", metavar="NAME", required=True, help="name of the stage that made the model")
-    parser.add_argument("--tensorboard_dir", metavar="DIR", help="the stage's TensorBoard logs, noted for the table")
-    parser.add_argument("--config_file", metavar="FILE", help="the stage's resolved settings, noted for the table")
+    parser.add_argument("--tensorboard_dir", metavar="DIR", help="the stage's TensorBoard logs, recorded for the table")
+    parser.add_argument("--config_file", metavar="FILE", help="the stage's resolved settings, recorded for the table")
     parser.add_argument(
         "--max_length", metavar="TOKENS", type=value_types.sequence_length, default=256, help="length of a window"
     )
@@ -129,8 +129,8 @@ def main(argv=None) -> None:
             raise errors.UserError(f"--model_path {args.model_path} holds no config.json; name a Hugging Face folder")
         texts = read_held_out(Path(args.held_out_dir))
         languages = evaluate(args.model_path, texts, max_length=args.max_length, batch_size=args.batch_size)
-        noted = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
-        add_entry(Path(args.output_file), {**noted, "languages": languages})
+        settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
+        add_entry(Path(args.output_file), {**settings, "languages": languages})
         for language, figures in languages.items():
             print(
                 f"{args.stage} | {language}: {figures['bits_per_byte']:.3f} bits per byte"

@@ -1,4 +1,4 @@
-"""Bits per byte worked out anew from token ids alone, by SentencePiece and transformers, without this package's code.
+"""Bits per byte computed from token ids with SentencePiece and transformers, without this package's code.
 
 python -m tests.bits_per_byte EVAL_FOLDER MODEL_FOLDER [on|off]    the figure of a prepared folder under a model
 """
@@ -22,7 +22,7 @@ def load_processor(model_file) -> sentencepiece.SentencePieceProcessor:
 
 
 def spelt(processor, ids: list[int]) -> list[bytes]:
-    """The bytes that each token spells; without the space that stands in front of a text that follows <s>."""
+    """The bytes that each token spells, without the leading space of a text that follows <s>."""
     found = []
     for place, token in enumerate(ids):
         piece = processor.id_to_piece(token)
@@ -46,7 +46,7 @@ def pieces_of(sample: dict) -> list[tuple[int, int]]:
 
 
 def predicted_bytes(processor, sample: dict) -> list[int]:
-    """Of each piece of a sample, the bytes of its predicted tokens."""
+    """The bytes of the predicted tokens of each piece of a sample."""
     found = []
     for start, stop in pieces_of(sample):
         texts = spelt(processor, sample["input_ids"][start:stop])
@@ -57,7 +57,7 @@ def predicted_bytes(processor, sample: dict) -> list[int]:
 
 @torch.no_grad()
 def summed_nats(model, sample: dict, *, apart: bool) -> tuple[float, int]:
-    """The loss of a sample's predicted tokens, whose pieces see each other unless `apart`, and their number."""
+    """The loss of a sample's predicted tokens, and their number; pieces attend to each other unless `apart`."""
     ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
     for start, _ in pieces_of(sample):
         labels[start] = -100

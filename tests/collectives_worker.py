@@ -1,4 +1,4 @@
-"""One rank of a test job: gloo_collectives.py against sums and joins that are worked out by hand.
+"""One rank of a test job: gloo_collectives.py against sums and concatenations computed by hand.
 
 torchrun --standalone --nproc_per_node 3 tests/collectives_worker.py
 """
@@ -17,12 +17,12 @@ SIZE = 1000
 
 
 def values_of(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """What a rank gives; each can work out what the others do."""
+    """The input of a rank; every rank can compute the inputs of the others."""
     return torch.randn(count, generator=torch.Generator().manual_seed(rank)).to(dtype)
 
 
 def check(group, members, dtype: torch.dtype, *, async_op: bool) -> None:
-    """A scatter of sums and a gather, into tensors of their own and into a part of what they come from."""
+    """A reduce-scatter and an all-gather, into new tensors and into a part of the input."""
     own = members.index(dist.get_rank())
     count = SIZE * len(members)
     given = [values_of(rank, count, dtype) for rank in members]
@@ -42,16 +42,16 @@ def check(group, members, dtype: torch.dtype, *, async_op: bool) -> None:
 
 
 def end(work, async_op: bool) -> None:
-    """Wait for a handle, where there has to be one."""
+    """Wait for a handle, which must exist."""
     assert (work is not None) == async_op
     if async_op:
         assert work.wait() and work.is_completed()
-        # As often as somebody likes to.
+        # It may be called any number of times.
         assert work.wait()
 
 
 def main() -> None:
-    """Check all ranks together, and the last two by themselves."""
+    """Check all ranks together, and then only the last two."""
     dist.init_process_group("gloo")
     gloo_collectives.install()
     everybody, pair = list(range(dist.get_world_size())), [1, 2]

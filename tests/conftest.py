@@ -12,11 +12,11 @@ from colossal_llama2 import launcher, logs
 from tests import fork_server, preparing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-# Fixtures that launch training or start processes which import PyTorch: whatever uses one is slow.
+# Fixtures that launch training or start processes which import PyTorch: a test that uses one is slow.
 SLOW_FIXTURES = {"run_forked", "jobs", "ends", "workplace", "table", "cluster", "start", "start_forked"}
-# Files that run whole commands, or kill them again and again.
+# Files that run complete commands, or kill them repeatedly.
 SLOW_FILES = {"test_console", "test_earlier_checkpoints", "test_prepare_restart"}
-# Two files run at a time, so the longest begin first.
+# Two files run at a time, so the longest start first.
 LONGEST_FIRST = (
     "test_training",
     "test_readme",
@@ -35,13 +35,13 @@ LONGEST_FIRST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell starts background jobs with SIGINT ignored, and children inherit that: tests of Ctrl+C need it."""
+    """A shell starts background jobs with SIGINT ignored, and children inherit that, but tests of Ctrl+C need it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow by its fixtures, and put the files of LONGEST_FIRST at the front."""
+    """Mark tests as slow by their fixtures, and run the files of LONGEST_FIRST first."""
     for item in items:
         if item.path.stem in SLOW_FILES or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def unconfigured_logging():
-    """A command run inside a test binds the logger to that test's stderr; the next test must find it as new."""
+    """A command that runs inside a test binds the logger to that test's stderr; the next test must not inherit that."""
     yield
     logger = logs.get_logger()
     logger.handlers.clear()
@@ -60,7 +60,7 @@ def unconfigured_logging():
 
 @pytest.fixture(autouse=True)
 def launcher_variables_as_found():
-    """A variable that a test leaves behind would make every later command wait for a job that nobody started."""
+    """A variable that a test leaves behind would make every later command wait for a job that does not exist."""
     before = {name: os.environ.get(name) for name in launcher.NAMES}
     yield
     assert {name: os.environ.get(name) for name in launcher.NAMES} == before
@@ -97,7 +97,7 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def run_forked():
-    """The same in a fork of a process that has imported the libraries: for what does not depend on their import."""
+    """The same in a fork of a process that has imported the libraries, for tests that do not depend on the imports."""
 
     def run(script: str, *arguments, cwd: Path = ROOT, timeout: float = 120, env=None) -> subprocess.CompletedProcess:
         return fork_server.run([ROOT / script, *arguments], cwd=cwd, timeout=timeout, env=env)
@@ -107,7 +107,7 @@ def run_forked():
 
 @pytest.fixture(scope="session")
 def assert_user_error():
-    """Check that a process ended as a user's mistake must end: exit code 2, one line on stderr with these words."""
+    """Check that a process ended with a user error: exit code 2, one line on stderr with these words."""
 
     def check(process: subprocess.CompletedProcess, *words: str) -> None:
         lines = process.stderr.strip().splitlines()

@@ -2,8 +2,8 @@
 
     python -m tests.equality                          the whole matrix, two or four ranks, on the CPU
     python -m tests.equality --only tp2 --steps 10    the rows whose name has that word
-    python -m tests.equality --output docs/equality.md    what it finds as a page too
-    python -m tests.equality --only far --unrepaired unrounded_buffers    without a repair of bug_fixes.py
+    python -m tests.equality --output docs/equality.md    also writes the page
+    python -m tests.equality --only far --unrepaired unrounded_buffers    without one fix of bug_fixes.py
 
 Each row is one training command on real text, run by the real scripts' code (train_worker.py). It is compared with
 reference.py: the largest relative difference of the loss and of the gradient norm over all steps, the norm of the
@@ -11,10 +11,10 @@ difference of the final weights over the norm of the weights, and Adam's first m
 should have let through to it. One option is varied at a time.
 
 Allowed in float32: see FLOAT32_ALLOWED. In bfloat16: twice the largest gap between the plain loop and plain loops that
-differ in rounding alone, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
-measured anew for each model; BFLOAT16_WEIGHTS for weights, if that is more. The command ends with 1 if a row is
-outside. What the scripts refuse comes last, run with the refusal lifted, to show why. A CPU without bfloat16
-instructions needs more than half an hour for the matrix.
+differ only in rounding, on parts of the batches (BFLOAT16_PARTS), by halves of the matrices or with fused attention,
+measured again for each model; BFLOAT16_WEIGHTS for weights, if that is more. The command ends with 1 if a row exceeds
+this. Combinations that the scripts refuse come last, run without the check that refuses them, to show why. A CPU
+without bfloat16 instructions needs more than half an hour for the matrix.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
 BFLOAT16_WEIGHTS = 1e-2
-# Halves, as many parts as commands accumulate, and single samples, as pipelines take them.
+# Halves, as many parts as commands accumulate, and single samples, as in pipelines.
 BFLOAT16_PARTS = (2, 4, 16)
 GAPS = 2.0
 MOMENT_ALLOWED = 0.02
@@ -42,13 +42,13 @@ ODD_VOCABULARY = 601
 # At LR, two plain float32 loops on this model, one with the halves of its matrices added up, are 1.1e-5 apart in the
 # norm of one step, where a difference of 1e-7 has grown; at this rate 2e-7.
 ODD_LR = LR / 3
-# Samples of one step of the rows "far", whose models look so far back.
+# Samples of one step of the rows "far", whose models attend that far back.
 FAR_BATCH, FAR_LENGTH, FAR_DISTANCE = 2, 2048, 1500
 
 
 @dataclass(frozen=True)
 class Option:
-    """One thing that differs from the plain command."""
+    """One difference from the plain command."""
 
     flags: tuple[str, ...] = ()
     accumulation_steps: int = 1
@@ -61,11 +61,11 @@ class Option:
 
     @property
     def reference(self) -> tuple[str, str, float, bool, float, int]:
-        """What the plain loop must know of it."""
+        """The options that the plain loop needs."""
         return self.model, self.data, self.clip, self.freeze, self.lr, self.batch
 
 
-# What is combined with every option, besides all of float32 on two ranks; the others are with some.
+# The layouts that are combined with every option, besides float32 on two ranks; others only with some.
 EVERY_OPTION = {"fp32": ("3d pp2 tp2",), "bf16": ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")}
 SOME_OPTIONS = {"fp32": ("", "accumulating 4", "documents"), "bf16": ("", "accumulating 4")}
 OPTIONS = {
@@ -84,7 +84,7 @@ OPTIONS = {
 }
 
 
-# What is refused before training starts, and is run here all the same to show why: precision, layout, option.
+# Combinations that are refused before training, and are run here anyway to show why: precision, layout, option.
 REFUSED = {
     "fp32 gemini": ("fp32", Layout(("--plugin", "gemini")), Option()),
     "fp32 3d zero1": ("fp32", Layout((*HYBRID, "1")), Option()),
@@ -170,14 +170,14 @@ def all_cases() -> list[Case]:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two runs are apart: relative, the largest over all steps; weights by norm."""
+    """The difference of two runs: relative, the largest over all steps; weights by norm."""
 
     loss: float
     norm: float
     weights: float
 
     def within(self, allowed: "Gap") -> bool:
-        """True if no figure is above the allowed one; not-a-number is above everything."""
+        """True if no figure is above the allowed one; NaN is always above."""
         return self.loss <= allowed.loss and self.norm <= allowed.norm and self.weights <= allowed.weights
 
     def __str__(self) -> str:
@@ -190,7 +190,7 @@ def largest(values: list[float], expected: list[float]) -> float:
 
 
 def gap_of(trace: reference.Trace, expected: reference.Trace) -> Gap:
-    """How far a trace is from the reference."""
+    """The difference of a trace from the reference."""
     return Gap(
         largest(trace.losses, expected.losses),
         largest(trace.grad_norms, expected.grad_norms),
@@ -204,13 +204,13 @@ def trace_of(job: Job) -> reference.Trace:
 
 
 class References:
-    """Plain loops, each run once: in float32 one that never pads, in bfloat16 one on whole batches."""
+    """Plain loops, each run once: in float32 without padding, in bfloat16 on complete batches."""
 
     def __init__(self, models: dict[str, Path], parts: dict[str, list[str]]):
         self._models, self._parts, self._known = models, parts, {}
 
     def of(self, case: Case) -> tuple[reference.Trace, Gap]:
-        """The trace to compare with, and how far from it a command may be."""
+        """The reference trace, and how much a command may differ from it."""
         if case.precision == "fp32":
             return self._run(case, 0), Gap(**FLOAT32_ALLOWED)
         whole = self._run(case, 1)
@@ -219,7 +219,7 @@ class References:
         return whole, _bound([gap_of(trace, whole) for trace in [*traces, self._run(case, 1, attention="sdpa")]])
 
     def of_halves(self, case: Case) -> Gap | None:
-        """The narrower bound that the plain loop on halves of the batches alone gives in bfloat16."""
+        """The narrower bound in bfloat16, from the plain loop on halves of the batches only."""
         # Halves of two samples are each computed as in the whole batch.
         if case.precision == "fp32" or case.option.batch == FAR_BATCH:
             return None
@@ -256,7 +256,7 @@ class Row:
 
     Attributes:
         moment: Adam's first moment after step 1 over what clipping allows, 1 if it is right.
-        narrow: what halves of the batches alone would allow, in bfloat16.
+        narrow: the bound from only halves of the batches, in bfloat16.
     """
 
     case: Case
@@ -295,7 +295,7 @@ def compare(case: Case, job: Job, references: References) -> Row:
 
 
 def launches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
-    """Yield (ranks, cases), so few at a time that rows appear now and then."""
+    """Yield (ranks, cases), few at a time, so that rows appear regularly."""
     for ranks in sorted({case.layout.ranks for case in cases}):
         chosen = [case for case in cases if case.layout.ranks == ranks]
         for start in range(0, len(chosen), ROWS_AT_A_TIME):
@@ -305,10 +305,10 @@ def launches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
 def run_cases(
     cases: list[Case], folder: Path, steps: int, unrepaired: Sequence[str] = ()
 ) -> tuple[list[Row], dict[str, str]]:
-    """Launch all cases and compare each, without these repairs; rows are printed after each launch.
+    """Launch all cases and compare each, without these fixes; rows are printed after each launch.
 
     Returns:
-        The rows of what is allowed, and for what is refused the reason.
+        The rows of allowed combinations, and the reasons of refused ones.
     """
     models, parts = make_inputs(folder, steps)
     references = References(models, parts)
@@ -334,7 +334,7 @@ def run_cases(
 def why_refused(
     case: Case, home: Path, models: dict[str, Path], parts: dict[str, list[str]], references: References
 ) -> str:
-    """What comes of a command that is refused, when it is run all the same."""
+    """The outcome of a refused command that is run anyway."""
     spec = case.spec(home, models, parts)
     try:
         process = launching.attempt(home, spec, ranks=case.layout.ranks, timeout=REFUSED_SECONDS)
@@ -372,7 +372,7 @@ def make_inputs(folder: Path, steps: int) -> tuple[dict[str, Path], dict[str, li
 
 
 def print_row(cells: list[str]) -> None:
-    """One line of the table, at once."""
+    """Print one line of the table immediately."""
     print(f"{cells[0]:44s} " + " ".join(f"{cell:>18s}" for cell in cells[1:]), flush=True)
 
 
@@ -422,8 +422,8 @@ These combinations are refused. The list shows what happens if they are run anyw
 {refused}"""
 
 
-def told_by_halves(rows: list[Row]) -> str:
-    """How the bf16 rows do by the narrower bound."""
+def summary_of_halves(rows: list[Row]) -> str:
+    """The bf16 rows compared with the narrower bound."""
     narrow = [row for row in rows if row.narrow is not None]
     if not narrow:
         return ""
@@ -435,7 +435,7 @@ def told_by_halves(rows: list[Row]) -> str:
             for name in ("loss", "norm", "weights")
         }
         figures = ", ".join(f"{name} {value:.1f}" for name, value in worst.items())
-        # The fewer are named.
+        # The smaller group is listed.
         names, others = ("; ".join(row.case.name for row in part) for part in (passing, outside))
         text += f" ({names})" if passing and len(passing) < len(outside) else ""
         text += f"; the others exceed it by a factor of at most: {figures}"
@@ -451,7 +451,7 @@ def as_page(rows: list[Row], refused: dict[str, str], steps: int) -> str:
         batch=GLOBAL_BATCH,
         equal=sum(row.passed for row in rows),
         count=len(rows),
-        narrow=told_by_halves(rows),
+        narrow=summary_of_halves(rows),
         lr=LR,
         odd=ODD_VOCABULARY,
         odd_lr=ODD_LR,
@@ -469,7 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
     parser.add_argument("--only", nargs="+", default=[], help="words that a row's name must have")
     parser.add_argument("--unrepaired", nargs="+", default=[], help="repairs to leave out")
-    parser.add_argument("--ranks", nargs="+", type=int, default=None, help="only rows of so many ranks")
+    parser.add_argument("--ranks", nargs="+", type=int, default=None, help="only rows with these numbers of ranks")
     parser.add_argument("--output", default=None, help="file for a page in Markdown")
     args = parser.parse_args(argv)
     named = [case for case in all_cases() if all(word in case.name for word in args.only)]

@@ -1,7 +1,7 @@
-"""A task that needs exact positions: repeat the token that came a fixed, large number of places before.
+"""A task that needs exact positions: repeat the token a fixed, large number of places before.
 
-The model is built to solve it: its queries and keys are the same for every token, so that by the rotary embedding alone
-the attention of its first layer meets one distance. If the rotary frequencies are rounded, it meets others.
+The model is built to solve it: its queries and keys are the same for every token, so the rotary embedding makes its
+first layer attend to one distance. If the rotary frequencies are rounded, it attends to others.
 """
 
 from pathlib import Path
@@ -13,16 +13,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HEADS, HEAD_SIZE = 2, 32
 HIDDEN = HEADS * HEAD_SIZE
-# Channels of the hidden states that are the same for all tokens; the others hold the token.
+# Channels of the hidden states that are equal for all tokens; the others hold the token.
 CONSTANT = 4
-# LLaMA-3's. Of the frequencies the first ones tell a distance from the next, each by up to SCORE.
+# LLaMA-3's. The first frequencies distinguish a distance from the next one, each by up to SCORE.
 THETA = 500_000.0
 FREQUENCIES = 6
 SCORE = 10.0
 
 
 def make_model(folder: Path, tokenizer_dir: Path, *, distance: int) -> Path:
-    """Write a LLaMA of two layers whose first one looks `distance` tokens back."""
+    """Write a LLaMA of two layers whose first one attends `distance` tokens back."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(tokenizer_dir)),
@@ -43,7 +43,7 @@ def make_model(folder: Path, tokenizer_dir: Path, *, distance: int) -> Path:
         model.model.embed_tokens.weight.copy_(tokens)
         tokens[:, :CONSTANT] = 0.0
         model.lm_head.weight.copy_(tokens / 16)
-        # Each frequency has a pair of channels, half a head apart. A query is turned back by the distance.
+        # Each frequency has a pair of channels, half a head apart. A query is rotated back by the distance.
         turned = torch.cat([torch.cos(distance * frequencies), -torch.sin(distance * frequencies)])
         used = (torch.arange(len(frequencies)) < FREQUENCIES).float()
         straight = torch.cat([used, torch.zeros(len(frequencies))])
@@ -62,7 +62,7 @@ def make_model(folder: Path, tokenizer_dir: Path, *, distance: int) -> Path:
 
 
 def write_data(folder: Path, *, samples: int, length: int, distance: int) -> list[str]:
-    """A prepared part of random tokens that repeat, of which the repeated ones alone are predicted."""
+    """A prepared part of random tokens that repeat; only the repeated ones are predicted."""
     random = np.random.default_rng(0)
     rows = [np.resize(random.integers(3, 500, distance + 1), length).tolist() for _ in range(samples)]
     labels = [[-100] * (distance + 1) + row[distance + 1 :] for row in rows]

@@ -2,7 +2,7 @@
 
     python -m tests.flag_tables --output docs/flags.md
 
-tests/test_readme.py compares the committed page with what this script makes.
+tests/test_readme.py compares the committed page with the output of this script.
 """
 
 import argparse
@@ -21,7 +21,7 @@ Written by `python -m tests.flag_tables --output docs/flags.md` from the parsers
 "-" in the column "default" means that the flag is off or not set. Flags cannot be abbreviated. For a misspelt flag, or
 another tool's name such as `--learning_rate`, the error message names the right one.
 """
-# What a user types: its parser, and the command whose flags it shares, if there is one.
+# The command as typed, its parser, and the command whose flags it shares, if there is one.
 COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
     "init_tokenizer.py": (tokenizer_flags.init_tokenizer_parser, None),
     "init_model.py": (tokenizer_flags.init_model_parser, None),
@@ -78,7 +78,7 @@ def flag_rows(actions: Iterable[argparse.Action]) -> Iterator[tuple[str, str]]:
 
 
 def value_of(action: argparse.Action) -> str:
-    """What follows the flag on the command line, such as ` DIR ...`; "" for a switch or a positional argument."""
+    """The words after the flag on the command line, such as ` DIR ...`; "" for a switch or a positional argument."""
     if action.nargs == 0 or not action.option_strings:
         return ""
     words = (
@@ -91,9 +91,9 @@ def value_of(action: argparse.Action) -> str:
 def default_and_meaning(action: argparse.Action) -> tuple[str, str]:
     """The default, "required" or "-", and the help text without its own mention of the default."""
     meaning = (action.help or "").replace("%%", "%").replace("|", r"\|")
-    told = DEFAULT_IN_HELP.search(meaning)
-    if told:
-        return told[1] if " " in told[1] else f"`{told[1]}`", DEFAULT_IN_HELP.sub("", meaning)
+    found = DEFAULT_IN_HELP.search(meaning)
+    if found:
+        return found[1] if " " in found[1] else f"`{found[1]}`", DEFAULT_IN_HELP.sub("", meaning)
     if action.required:
         return "required", meaning
     is_switch = action.nargs == 0

@@ -1,8 +1,8 @@
 """A process that has imported PyTorch, transformers and ColossalAI, and forks the commands of tests.
 
 The imports take about 11 CPU seconds in each new process and milliseconds in a fork, so a test forks its commands
-unless the start of the process is what it tests. A forked command works as a started one does: it has its own
-arguments, working directory, environment, output and exit code, and nothing of it is left in the server.
+unless it tests the start of the process. A forked command works like a started one: it has its own arguments, working
+directory, environment, output and exit code, and leaves nothing in the server.
 
 `run` starts the server of this test process on its first call. The server ends with the test process.
 """
@@ -22,9 +22,9 @@ from typing import Any
 from colossal_llama2 import launcher
 
 ROOT = Path(__file__).resolve().parents[1]
-# How long ranks may go on after one of them has failed. gloo reports a lost peer at once.
+# How long ranks may continue after one of them has failed. gloo reports a lost peer at once.
 GRACE_SECONDS = 20.0
-# What the imports of the server depend on, so that a command cannot change it.
+# Variables that the server's imports depend on, so a command cannot change them.
 FIXED = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "-1",
@@ -49,14 +49,14 @@ LATE_IMPORTS = (
 
 
 class Command:
-    """A forked command, which `start` makes."""
+    """A forked command, as `start` returns it."""
 
     def __init__(self, request: dict[str, Any], folder: Path):
         self._folder = folder
         self._request = {**request, "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
         answer = _server().ask({"do": "start", **self._request})
         self._number: int = answer["job"]
-        # Of each rank.
+        # For each rank.
         self.pids: list[int] = answer["pids"]
         self.codes: list[int | None] = [None] * len(self.pids)
 
@@ -71,15 +71,15 @@ class Command:
         return Path(self._request["stderr"]).read_text(errors="replace")
 
     def poll(self) -> int | None:
-        """The largest exit code of all ranks, 137 standing for a killed one; None while one of them is running."""
+        """The largest exit code of all ranks, 137 for a killed one; None while one of them is running."""
         self.codes = _server().ask({"do": "poll", "job": self._number})["codes"]
         ended = [code if code >= 0 else 128 - code for code in self.codes if code is not None]
         return max(ended) if len(ended) == len(self.codes) else None
 
     def wait(self, timeout: float) -> int:
-        """Return the exit code, once all ranks have ended by themselves.
+        """Return the exit code, when all ranks have ended by themselves.
 
-        When one has failed, the others are killed if they are still there after GRACE_SECONDS.
+        When one has failed, the others are killed if they are still running after GRACE_SECONDS.
 
         Raises:
             subprocess.TimeoutExpired: they had not ended after `timeout` seconds, and were killed.
@@ -103,7 +103,7 @@ class Command:
         os.kill(self.pids[0], number)
 
     def kill(self) -> None:
-        """Kill what is still running."""
+        """Kill the processes that are still running."""
         _server().ask({"do": "kill", "job": self._number})
 
 
@@ -131,7 +131,7 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
-    """Fork a command and wait for its end. The arguments are those of `start`.
+    """Fork a command and wait until it ends. The arguments are those of `start`.
 
     Returns:
         The exit code and the text output, that of ranks together.
@@ -185,7 +185,7 @@ def _serve() -> None:
     warm.import_everything()
     for name in LATE_IMPORTS:
         __import__(name)
-    # Else each command's collections would walk through, and so copy, the objects of all libraries.
+    # Otherwise each command's garbage collections would visit, and so copy, the objects of all libraries.
     gc.collect()
     gc.freeze()
     jobs: list[warm.Job] = []
@@ -229,7 +229,7 @@ def _become(request: dict[str, Any]) -> None:
     if argv[0] == "-m":
         sys.argv = argv[1:]
         sys.path.insert(0, request["cwd"])
-        # One that is imported already would be run a second time, of which runpy warns.
+        # runpy would run a module that is already imported a second time, and warn about it.
         sys.modules.pop(argv[1], None)
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:

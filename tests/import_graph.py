@@ -1,6 +1,6 @@
 """Which file of the package imports which, read from the source with ast, and the circles among them.
 
-Every import counts, wherever it stands: at the top, inside a function, and below `if TYPE_CHECKING`.
+Every import counts, wherever it is: at the top, inside a function, and below `if TYPE_CHECKING`.
 """
 
 import ast
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# Of the imports of one folder by another, how many are shown.
+# How many imports of one folder by another are shown.
 SHOWN_ARROWS = 5
 
 
@@ -20,7 +20,7 @@ class Import:
 
     Attributes:
         name: full dotted name, such as colossal_llama2.dataset.loader.Collator.
-        line: where the import stands.
+        line: the line of the import.
         in_function: whether it runs only when a function is called.
     """
 
@@ -108,7 +108,7 @@ def _module_of(name: str, modules: Mapping[str, Path]) -> Path | None:
 
 
 def circles(arrows: list[Arrow], *, of_folders: bool = False) -> list[str]:
-    """Describe each group of files, or of folders, that import each other directly or through others.
+    """Describe each group of files, or of folders, that import each other directly or indirectly.
 
     A folder imports another if one of its own files does; a folder and the folder that holds it are two. The imports
     that make the circle follow, one line for each pair, the pairs with the fewest imports first.
@@ -129,13 +129,13 @@ def circles(arrows: list[Arrow], *, of_folders: bool = False) -> list[str]:
 
 
 def _edge_line(arrows: list[Arrow]) -> str:
-    """The arrows from one node to another, which are most easily removed where they are few."""
+    """The arrows from one node to another; a circle is easiest to break where there are few."""
     shown = "; ".join(map(str, arrows[:SHOWN_ARROWS]))
     return f"{shown}; and {len(arrows) - SHOWN_ARROWS} more" if len(arrows) > SHOWN_ARROWS else shown
 
 
 def _reachable(start: Path, edges: Mapping[tuple[Path, Path], list[Arrow]]) -> set[Path]:
-    """What can be reached by one arrow or more, `start` itself only around a circle."""
+    """The nodes that can be reached by one arrow or more, including `start` only if there is a circle."""
     targets = defaultdict(set)
     for source, target in edges:
         targets[source].add(target)

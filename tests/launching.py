@@ -1,4 +1,4 @@
-"""Training commands on several ranks, and the distance of what they trained."""
+"""Training commands on several ranks, and the distance between trained weights."""
 
 import json
 import socket
@@ -14,10 +14,10 @@ from tests.conftest import ROOT
 def launch(
     folder: Path, specs: list[dict], worker: str = "train_worker.py", *, ranks: int = 2, timeout: float = 240
 ) -> None:
-    """Run commands one after the other, each in processes of its own, within `timeout` seconds each.
+    """Run commands one after the other, each in new processes, within `timeout` seconds each.
 
-    The result of each is in <name>.json. That of one which crashed, or was killed because it took too long, has the
-    end of its stderr as "error", so that the tests of that command fail with it and the others are run.
+    The result of each is in <name>.json. If a command crashed, or was killed because it took too long, "error" has the
+    end of its stderr, so that only the tests of that command fail.
     """
     for spec in specs:
         try:

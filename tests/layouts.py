@@ -1,7 +1,7 @@
 """How ranks can share the work of training: the one table of plugins, precisions and parallel sizes of all tests.
 
 tests/equality.py compares each layout, with each option, with a plain loop; the tests of training, of resuming, of
-evaluation and of saved files take the layouts that they need from here by name.
+evaluation and of saved files use the layouts in this table by name.
 """
 
 from dataclasses import dataclass

@@ -1,12 +1,13 @@
-"""Which plugin reads what which plugin wrote: weights and whole checkpoints, tied and untied, on two CPU ranks.
+"""Which plugin reads what each plugin wrote: weights and complete checkpoints, tied and untied, on two CPU ranks.
 
     python -m tests.plugin_matrix                                every writer with every reader, both models
     python -m tests.plugin_matrix --layouts gemini "3d pp2" --models tied
 
-A writer trains STEPS steps in bf16 and saves in the middle. A reader takes the model of that checkpoint for one step at
-a rate that moves no number, and must write the same bits again; or it resumes the checkpoint, and must end where the
-writer did: bit for bit in the writer's own layout, elsewhere within the rounding of bf16, since float32 master weights
-are of one layout. The figure is the distance of the final weights over that from the checkpoint to the end.
+A writer trains STEPS steps in bf16 and saves in the middle. A reader loads the model of that checkpoint, trains one
+step with a learning rate that changes no number, and must write the same bits again; or it resumes the checkpoint, and
+must get the writer's result: bit for bit in the writer's own layout, otherwise within the rounding of bf16, since
+float32 master weights are restored only in the same layout. The figure is the distance of the final weights, divided by
+the distance from the checkpoint to the end.
 """
 
 import argparse
@@ -23,11 +24,11 @@ from tests import launching, layouts, tiny, training_jobs
 from tests.training_jobs import GLOBAL_BATCH
 
 STEPS, SAVED = 6, 3
-# Of the distance from the checkpoint to the end. Without the moments, steps differ by as much as they are long.
+# Relative to the distance from the checkpoint to the end. Without the moments, steps differ by their own length.
 RESUMED_ALLOWED = 0.25
-# Adam moves a weight by no more than this in a step, and the smallest bf16 weights here are about 1e-8.
+# Adam moves a weight by at most this much in a step, and the smallest bf16 weights here are about 1e-8.
 NO_RATE = "1e-15"
-# As the table of tests/layouts.py names them, in bf16.
+# Names from the table of tests/layouts.py, in bf16.
 LAYOUTS = {
     "zero2": "zero2",
     "zero2_cpu": "zero2_cpu",
@@ -43,7 +44,7 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Cell:
-    """What came of one writer and one reader: `error` is None, or the message or what differs."""
+    """The outcome of one writer and one reader; `error` is None, or the message or the difference."""
 
     model: str
     writer: str
@@ -76,7 +77,7 @@ def weights_in(folder: Path) -> dict:
 
 
 def stored_wrong(folder: Path, *, tied: bool) -> str | None:
-    """What is not as transformers writes it, None if all is."""
+    """The difference from what transformers writes; None if there is none."""
     from transformers import AutoModelForCausalLM
 
     names = {name for path in folder.glob("*.safetensors") for name in load_file(path)}
@@ -89,7 +90,7 @@ def stored_wrong(folder: Path, *, tied: bool) -> str | None:
 
 
 def different(weights: dict, expected: dict) -> list[str]:
-    """Names of tensors that are not the same bits."""
+    """The names of tensors that are not bit-identical."""
     names = sorted(weights.keys() | expected.keys())
     return [
         name for name in names if name not in weights or name not in expected or not weights[name].equal(expected[name])
@@ -103,7 +104,7 @@ def judge_weights(written: Path, rewritten: Path) -> str | None:
 
 
 def judge_resumed(start: Path, end: Path, resumed: Path) -> float:
-    """How far a resumed run ended from the uninterrupted one, over the way that it had to go; 0 is the same bits."""
+    """The distance of a resumed run from the uninterrupted one, relative to the distance trained; 0 if identical."""
     first, expected, found = map(weights_in, (start, end, resumed))
     if not different(found, expected):
         return 0.0
@@ -159,7 +160,7 @@ def _judged(folder: Path, name: str, error: str | None) -> list[Cell]:
 
 
 def table(cells: list[Cell]) -> str:
-    """A line per writer, a column per reader, for each model and kind."""
+    """A row per writer and a column per reader, for each model and kind."""
     lines = []
     for model, kind in dict.fromkeys((cell.model, cell.kind) for cell in cells):
         chosen = [cell for cell in cells if (cell.model, cell.kind) == (model, kind)]

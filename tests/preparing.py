@@ -1,4 +1,4 @@
-"""What the tests of the prepare commands share: rows, input files, the commands' keywords, what they wrote."""
+"""Shared by the tests of the prepare commands: rows, input files, the commands' keywords, and their output."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ Piece = tuple[tuple[int, ...], tuple[int, ...], str]
 
 
 def write_lines(path: Path, lines) -> Path:
-    """Write rows, or lines that are bytes already, as jsonl."""
+    """Write rows, or lines that are already bytes, as jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     encoded = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in encoded))
@@ -66,7 +66,7 @@ def plan_settings(
     max_steps: int | None = None,
     **order_settings,
 ) -> dict[str, Any]:
-    """The plan of a run of these settings, which begins anew or at `state`."""
+    """The plan of a run with these settings, which starts at the beginning or at `state`."""
     state, measured = state or TrainState(), measure_parts(data.parts)
     samples = sum(len(lengths) for _, lengths in measured)
     order = make_order(samples, **order_settings, buckets=buckets_of(data, measured))
@@ -110,7 +110,7 @@ def pieces_of(samples: Sequence[dict]) -> Iterator[Piece]:
 
 
 def expected_pieces(rows: Sequence[dict], *, encoder, max_length: int, overlong: str) -> Counter:
-    """What pre-training rows must become, worked out one by one from the rules in docs/data.md."""
+    """The expected result of pre-training rows, computed row by row from the rules in docs/data.md."""
     found: list[Piece] = []
     for row in rows:
         source, target, category = row.get("source", ""), row["target"], row.get("category", "unknown")

@@ -1,6 +1,6 @@
-"""What training must equal: a plain single-process PyTorch loop, with none of the suite's training code in it.
+"""The reference for training: a plain single-process PyTorch loop, without any of the suite's training code.
 
-Only the order of samples is taken from the suite (`SampleOrder`, tested by itself), as if there were one rank.
+Only the order of samples comes from the suite (`SampleOrder`, which has its own tests), as if there were one rank.
 """
 
 import math
@@ -33,7 +33,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 def cross_entropy_sum(model, samples) -> torch.Tensor:
-    """Sum of the loss over all predicted tokens, one unpadded sample after the other, in float32."""
+    """Sum of the loss over all predicted tokens, one unpadded sample at a time, in float32."""
     total = torch.zeros(())
     for ids, labels in samples:
         logits = model(torch.from_numpy(ids)[None]).logits[0, :-1].float()
@@ -42,7 +42,7 @@ def cross_entropy_sum(model, samples) -> torch.Tensor:
 
 
 def padded_cross_entropy_sum(model, samples) -> torch.Tensor:
-    """The same as one batch, padded on the right with token 0, which no token before it can see."""
+    """The same as one batch, padded on the right with token 0, which no token before it attends to."""
     width = max(len(ids) for ids, _ in samples)
     inputs = torch.zeros(len(samples), width, dtype=torch.int64)
     targets = torch.full((len(samples), width), -100)
@@ -64,7 +64,7 @@ def loss_terms(model, samples, *, predicted: int, micro_batches: int) -> Iterato
 
 
 def halve_matrices(model) -> None:
-    """Let each layer add up rounded halves, where two tensor-parallel ranks do: it shows what that does to bf16."""
+    """Let each layer sum rounded halves, as two tensor-parallel ranks do, to show the effect on bf16."""
     linear = torch.nn.functional.linear
 
     def by_rows(module):
@@ -85,7 +85,7 @@ def _with_bias(output: torch.Tensor, module) -> torch.Tensor:
 
 
 def unspliced(samples, document_lengths):
-    """Each document of each sample, as a sample of its own."""
+    """Each document of each sample, as a separate sample."""
     for (ids, labels), lengths in zip(samples, document_lengths, strict=True):
         yield from zip(*(np.split(row, np.cumsum(lengths)[:-1]) for row in (ids, labels)), strict=True)
 
@@ -113,7 +113,7 @@ def train(
         micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
         halved: see `halve_matrices`.
         trained_rows: with `freeze`, [begin, end) ranges of the rows whose gradients are not cleared.
-        attention: eager or sdpa, of which one rounds the scores to the given precision and the other does not.
+        attention: eager, which rounds the scores to the given precision, or sdpa, which does not.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation=attention)

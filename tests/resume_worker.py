@@ -6,9 +6,9 @@ NAME.job is JSON: {"name", "script", "flags"}, and perhaps
     damage    a list of [kind, path] that rank 0 applies first, by tests/faults/damage.py
     poison    (rank, step, kind), for tests/faults/poison.py
     fault     a kind of tests/faults/one_rank.py
-    views     a folder with rank-0 and rank-1, in which each rank works: what it sees at a relative path is its own
-Rank 0 writes <name>.json with "error" (null, or the message), "log" (its lines) and "ranks": of each rank its error,
-and what was half written in --save_dir when it knew.
+    views     a folder with rank-0 and rank-1, in which each rank works, so that relative paths differ by rank
+Rank 0 writes <name>.json with "error" (null, or the message), "log" (its lines) and "ranks": the error of each rank,
+and the half-written files in --save_dir when it occurred.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.tra
 
 
 class LineKeeper(logging.Handler):
-    """Keeps what was logged."""
+    """Collects log messages."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     launcher.settle()
     logs.configure_logging()
-    # So high that fp16 overflows, also in a resumed run that would begin with it.
+    # High enough that fp16 overflows, also in a resumed run that starts with it.
     loss_scale.INITIAL_SCALE = 2**21
     launch(seed=1024)
     is_first = logs.is_first_rank()

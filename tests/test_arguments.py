@@ -1,4 +1,4 @@
-"""Every flag of the original parses under every spelling it ever had, with the README's defaults."""
+"""Every flag of the original parses under every spelling that it ever had, with the README's defaults."""
 
 import math
 from collections import Counter
@@ -179,7 +179,7 @@ def test_abbreviations_are_refused(make_parser, capsys):
 
 
 def error_of(make_parser, words, capsys) -> str:
-    """What the parser says to wrong words: one line on stderr, exit code 2."""
+    """The parser's answer to wrong words: one line on stderr, exit code 2."""
     with pytest.raises(SystemExit) as end:
         make_parser().parse_args(words)
     captured = capsys.readouterr()
@@ -234,12 +234,12 @@ def test_an_unknown_flag_without_a_near_one_gets_no_suggestion(capsys):
         (inference_flags.inference_parser, "--top_k", "0", "a whole number of at least 1"),
     ],
 )
-def test_a_bad_value_is_one_line_that_says_what_is_allowed(make_parser, flag, value, allowed, capsys):
+def test_a_bad_value_is_one_line_with_the_allowed_values(make_parser, flag, value, allowed, capsys):
     message = error_of(make_parser, [*required_words(FLAGS[make_parser]), f"{flag}={value}"], capsys)
     assert flag in message and value in message and allowed in message
 
 
-def test_a_value_split_at_its_spaces_is_told(capsys):
+def test_a_value_split_at_its_spaces_is_reported(capsys):
     message = error_of(inference_flags.inference_parser, ["--input_txt", "two", "words"], capsys)
     assert "unexpected words" in message and "quote" in message
 

@@ -1,4 +1,4 @@
-"""--benchmark of the training commands: what it prints, what it leaves alone, what it refuses."""
+"""--benchmark of the training commands: what it prints, what it does not change, what it refuses."""
 
 import json
 import re
@@ -16,21 +16,22 @@ def flags(model_dir, *more):
 
 
 @pytest.mark.parametrize("script", ["train.py", "train_sft.py"])
-def test_it_prints_figures_and_writes_a_trace_alone(script, run_forked, model_dir, tmp_path):
+def test_it_prints_figures_and_writes_only_a_trace(script, run_forked, model_dir, tmp_path):
     more = ["--num_samples", 10, "--profile", tmp_path / "trace", "--peak_tflops", 1, "--accumulation_steps", 1]
     done = run_forked(script, *flags(model_dir, *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = dict(re.findall(r"^ *(\S.*?) {2,}(\S+)", done.stdout, re.MULTILINE))
-    shares = [float(told[name].rstrip("%")) for name in ("data", "forward", "backward", "optimizer", "rest")]
+    printed = dict(re.findall(r"^ *(\S.*?) {2,}(\S+)", done.stdout, re.MULTILINE))
+    shares = [float(printed[name].rstrip("%")) for name in ("data", "forward", "backward", "optimizer", "rest")]
     assert sum(shares) == pytest.approx(100, abs=1) and min(shares) >= 0
-    assert float(told["tokens/s"].replace(",", "")) > 0 and told["padding"] == "0.0%" and told["MFU"].endswith("%")
+    assert float(printed["tokens/s"].replace(",", "")) > 0
+    assert printed["padding"] == "0.0%" and printed["MFU"].endswith("%")
     assert [path.name for path in tmp_path.iterdir()] == ["trace"]
     assert json.loads((tmp_path / "trace" / "rank-00000.json").read_text())["traceEvents"]
 
 
 def test_what_cannot_be_measured_is_refused(run_forked, assert_user_error, model_dir, tmp_path):
     few = run_forked("train.py", *flags(model_dir, "--num_samples", 3, "--micro_batch_size", 2), cwd=tmp_path)
-    assert_user_error(few, "--num_samples 3 make 1 steps; give at least 12")
+    assert_user_error(few, "--num_samples 3: only 1 step; give at least 12")
     alone = ["--pretrained", str(model_dir), "--profile", "x", "--plugin", "zero2", "--mixed_precision", "fp32"]
     assert_user_error(run_forked("train.py", *alone, "--dataset", "y", cwd=tmp_path), "--profile needs --benchmark")
     assert_user_error(run_forked("train.py", *alone, cwd=tmp_path), "required: --dataset")

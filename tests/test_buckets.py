@@ -9,13 +9,13 @@ from colossal_llama2.dataset.read.buckets import MeasuredPart, make_buckets
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Mixture, Part
 
-# Of each part: source, bucket, samples, longest sample. Source "en" has no third part.
+# For each part: source, bucket, samples, longest sample. Source "en" has no third part.
 SHAPES = [("zh", 0, 900, 512), ("zh", 1, 700, 512), ("zh", 2, 800, 64), ("en", 0, 400, 256), ("en", 1, 90, 2048)]
 NAMES = ["zh", "en"]
 
 
 def measured(shapes=SHAPES):
-    """Parts with lengths as fine-tuning has them: most are short, a few as long as can be."""
+    """Parts with lengths as in fine-tuning: most are short, a few have the maximum length."""
     random = np.random.default_rng(5)
     parts = []
     for source, bucket, samples, longest in shapes:
@@ -30,7 +30,7 @@ def order_of(parts, *, ranks=1, micro=4, mixture=None, bucketed=True, seed=3):
 
 
 def taken(order, epoch, consumed=0):
-    """The samples that all ranks together take, in their order."""
+    """The samples that all ranks together read, in their order."""
     ranked = [list(order.steps(epoch, consumed, rank)) for rank in range(order.data_size)]
     return [
         int(row)
@@ -58,10 +58,10 @@ def test_the_same_samples_on_1_2_and_4_ranks_one_bucket_before_the_next(mixture)
         for ranks in (1, 2, 4):
             order = order_of(parts, ranks=ranks, micro=8 // ranks, mixture=mixture)
             assert taken(order, epoch) == whole
-            # With other micro batches less or more is left over.
+            # With other micro batches, a different number is left over.
             other = taken(order_of(parts, ranks=ranks, micro=2, mixture=mixture), epoch)
             assert other[: len(whole)] == whole[: len(other)] and abs(len(other) - len(whole)) < 8
-            # A place is a count of samples: another number of ranks goes on in the middle of a bucket.
+            # A position is a count of samples: another number of ranks continues in the middle of a bucket.
             assert taken(order, epoch, consumed=16) == whole[16:]
         buckets = [facts[row][1] for row in whole]
         assert buckets == sorted(buckets) == [order.bucket_of(place) for place in range(len(whole))]
@@ -114,7 +114,7 @@ def test_shares_by_tokens_within_1_percent_in_every_epoch(weights, end, bucketed
                 assert all(count.max() - count.min() <= 1 for count in times.values())
 
 
-def test_what_one_epoch_leaves_out_another_takes():
+def test_samples_left_out_in_one_epoch_are_read_in_another():
     shapes = [("zh", 0, 100, 64), ("en", 0, 1000, 64)]
     order = order_of(measured(shapes), mixture=Mixture({"zh": 0.5, "en": 0.5}, "repeat"))
     epochs = -(-1000 // order.buckets.portions[0][1].taken)

@@ -1,4 +1,4 @@
-"""The pictures: what they show, names that no font has, and that drawing disturbs neither the console nor the home."""
+"""The charts: what they show, names without a glyph, and that drawing leaves the console and the home folder alone."""
 
 import os
 import subprocess
@@ -49,12 +49,12 @@ def write_loss(tmp_path):
 # Prepared data.
 
 
-def test_the_bars_are_as_high_as_the_figures_say(tmp_path):
+def test_the_bars_have_the_heights_of_the_figures(tmp_path):
     plots.draw_categories({"part-0": {"a": 10}, "part-1": {"b": 5}}, tmp_path / "c.png", title="t")
     assert height_of(BLUE, tmp_path / "c.png") == pytest.approx(2 * height_of(ORANGE, tmp_path / "c.png"), abs=3)
 
 
-def test_layers_stand_on_each_other(tmp_path):
+def test_layers_are_stacked(tmp_path):
     plots.draw_categories({"part-0": {"a": 30, "b": 10}}, tmp_path / "c.png", title="t")
     assert height_of(BLUE, tmp_path / "c.png") == pytest.approx(3 * height_of(ORANGE, tmp_path / "c.png"), abs=3)
 
@@ -95,11 +95,11 @@ def test_smoothing_starts_where_the_loss_starts_and_follows_a_line(count):
     line = [(100 + step, 10.0 - step / count) for step in range(count)]
     smoothed = loss_plot.smoothed(line)
     assert smoothed[0] == line[0] and [step for step, _ in smoothed] == [step for step, _ in line]
-    # Near the end the mean lies some steps back.
+    # Near the end the mean is that of some steps back.
     assert [loss for _, loss in smoothed] == pytest.approx([loss for _, loss in line], abs=0.07)
 
 
-def test_smoothing_takes_noise_away():
+def test_smoothing_removes_noise():
     noisy = [(step, 2.0 + (-1) ** step) for step in range(1000)]
     assert all(abs(loss - 2.0) < 0.05 for _, loss in loss_plot.smoothed(noisy)[100:])
 
@@ -136,8 +136,8 @@ def test_a_name_loses_its_middle():
 
 
 @pytest.mark.parametrize("name", ["_hidden", "$x$", "100%", "\\frac", "a\nb", "\x1b[31m", ""])
-def test_a_name_is_drawn_as_it_stands(name, tmp_path):
-    """matplotlib gives some characters a meaning; drawn that way, these would raise or leave the entry out."""
+def test_a_name_is_drawn_unchanged(name, tmp_path):
+    """These characters have a meaning in matplotlib; unescaped, they would raise or drop the entry."""
     seen = []
 
     def draw(figure):
@@ -218,7 +218,7 @@ def test_a_user_s_own_style_changes_nothing(tmp_path):
     assert (tmp_path / "plain" / "l.png").read_bytes() == (tmp_path / "own" / "l.png").read_bytes()
 
 
-def test_without_matplotlib_the_cure_is_given(monkeypatch, tmp_path):
+def test_without_matplotlib_the_error_names_the_cure(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="--plots needs matplotlib, .*; run: pip install -r requirements.txt"):
         plots.draw_lengths([1], tmp_path / "l.png", title="")

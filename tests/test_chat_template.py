@@ -26,7 +26,7 @@ TEXTS = st.text(st.sampled_from("ab  <s>/人工😀\n\t▁:'\"{%}"), max_size=10
 
 @pytest.fixture(scope="module")
 def chinese_dir(tokenizer_dir, tmp_path_factory) -> Path:
-    """The tiny tokenizer with Chinese characters and words, as init_tokenizer.py makes it, and with the template."""
+    """The tiny tokenizer with Chinese characters and words, as init_tokenizer.py writes it, with the template."""
     folder = tmp_path_factory.mktemp("chinese")
     pieces = [CHINESE[start : start + 2] for start in range(0, 40)] + ["人工智能"]
     (folder / "new.jsonl").write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces))
@@ -114,11 +114,11 @@ def test_any_conversation_that_ends_with_an_answer(chinese, system, turns, answe
     template = chat_template(prefix_after_marks=False, masks_opening=masks_opening)
     expected = ours(encoder, messages, masks_opening=masks_opening)
     rendered = theirs(tokenizer, messages, chat_template=template)
-    # What has no trained answer is dropped.
+    # A conversation without a trained answer is dropped.
     assert rendered == expected if expected[0] else not any(rendered[1])
 
 
-def test_the_template_knows_the_roles_that_are_given_to_the_assistant(chinese):
+def test_the_template_has_the_roles_of_the_assistant(chinese):
     encoder, tokenizer = chinese
     messages = [{"role": "user", "content": "q"}, {"role": "Bing", "content": "a"}]
     template = chat_template(prefix_after_marks=False, speakers=speakers_of(["bing"]))
@@ -128,7 +128,7 @@ def test_the_template_knows_the_roles_that_are_given_to_the_assistant(chinese):
 
 
 def test_a_mark_that_a_text_spells_out_is_the_one_difference(chinese):
-    """transformers reads "<s>" in a rendered text as the mark, wherever it comes from; training does not."""
+    """transformers reads "<s>" in a rendered text as the mark, even if a message contains it; training does not."""
     encoder, tokenizer = chinese
     messages = [{"role": "user", "content": "What is <s>?"}, {"role": "assistant", "content": "A mark."}]
     assert ours(encoder, messages)[0].count(encoder.bos_id) == 3

@@ -1,4 +1,4 @@
-"""What a run begins from, which folders it may write to, and whether a checkpoint is whole.
+"""Where a run begins, which folders it may write to, and whether a checkpoint is intact.
 
 Writing itself is in test_training.py, resuming in test_resume.py.
 """
@@ -46,7 +46,7 @@ def bare_checkpoint(save_dir, step, saved_at):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    # "modeling" in the path must decide nothing.
+    # "modeling" in the path must have no effect.
     folder = tmp_path / "remodeling" / "epoch-1_step-30"
     (folder / "modeling").mkdir(parents=True)
     (folder / "modeling" / "config.json").write_text("{}")
@@ -70,7 +70,7 @@ def test_a_checkpoint_resumes_everything(checkpoint):
 
 
 @pytest.mark.parametrize("spelling", ["modeling", "modelling"])
-def test_its_model_folder_gives_weights_alone(checkpoint, spelling):
+def test_its_model_folder_gives_only_weights(checkpoint, spelling):
     assert find_source("llama", str(checkpoint / spelling)) == ModelSource("llama", str(checkpoint / "modeling"))
 
 
@@ -99,15 +99,15 @@ def test_damaged_states_are_refused(checkpoint, text):
 def test_a_new_or_empty_folder_may_be_written(tmp_path):
     RunFolder(tmp_path / "new").check_unclaimed(None)
     RunFolder(tmp_path).check_unclaimed(None)
-    (tmp_path / "epoch-0_step-5.tmp").mkdir()  # what a crash in the first save leaves
+    (tmp_path / "epoch-0_step-5.tmp").mkdir()  # left by a crash in the first save
     RunFolder(tmp_path).check_unclaimed(None)
 
 
-def test_what_a_killed_rehearsal_leaves_is_no_checkpoint(tmp_path):
+def test_the_remains_of_a_killed_rehearsal_are_not_a_checkpoint(tmp_path):
     aside = tmp_path / "epoch-0_step-0.old"
     (aside / "modeling").mkdir(parents=True)
     RunFolder(tmp_path).check_unclaimed(None)
-    # With a manifest, it is a whole checkpoint that was being replaced.
+    # With a manifest, it is a complete checkpoint that was being replaced.
     seal(aside)
     with pytest.raises(UserError, match="epoch-0_step-0.old of another run"):
         RunFolder(tmp_path).check_unclaimed(None)
@@ -124,7 +124,7 @@ def test_another_run_s_folder_may_not(checkpoint, tmp_path):
         RunFolder(tmp_path / "file").check_unclaimed(None)
 
 
-def test_a_resumed_run_goes_on_in_its_folder(checkpoint):
+def test_a_resumed_run_continues_in_its_folder(checkpoint):
     RunFolder(checkpoint.parent).check_unclaimed(str(checkpoint))
 
 
@@ -172,14 +172,14 @@ STRAYS = [
 ]
 
 
-def test_what_systems_put_anywhere_is_passed_over(checkpoint):
+def test_files_that_systems_create_anywhere_are_ignored(checkpoint):
     before = checkpoint_files.list_files(checkpoint)
     for name in STRAYS:
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text("x")
     assert checkpoint_files.sizes_problem(checkpoint) is None
     assert find_source("llama", str(checkpoint)).checkpoint == str(checkpoint)
-    # Nor does it get into the manifest of a new one, or into the exported model.
+    # It is neither listed in the manifest of a new one, nor copied into the exported model.
     assert checkpoint_files.list_files(checkpoint) == before
     publish_model(checkpoint)
     assert [path.name for path in (checkpoint.parent / "modeling").iterdir()] == ["config.json"]
@@ -187,7 +187,7 @@ def test_what_systems_put_anywhere_is_passed_over(checkpoint):
 
 @pytest.mark.parametrize("kind", ["file", "link", "link to a folder", "pipe"])
 def test_other_strangers_are_named_with_the_cure(checkpoint, kind):
-    """Such as a model.safetensors beside shards, which transformers would load in their place."""
+    """For example a model.safetensors beside shards, which transformers would load instead of them."""
     stranger = checkpoint / "modeling" / "stranger"
     if kind == "file":
         stranger.write_text("x")
@@ -211,7 +211,7 @@ def seal_around(checkpoint, text):
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda value: str(value)[:12])
-def test_bad_numbers_are_told(checkpoint, number):
+def test_bad_numbers_are_reported(checkpoint, number):
     for name in ("epoch", "step", "sample_start_index", "samples_seen", "tokens_seen", "first_sample"):
         if number is not None or name != "first_sample":
             with pytest.raises(UserError, match="not the running states"):
@@ -225,8 +225,8 @@ def test_bad_numbers_are_told(checkpoint, number):
         assert "not the manifest" in checkpoint_files.sizes_problem(checkpoint), content
 
 
-def test_bad_random_states_and_loss_scales_are_told(checkpoint):
-    """NumPy reads outside its memory at such a position, and PyTorch takes any scale."""
+def test_bad_random_states_and_loss_scales_are_reported(checkpoint):
+    """NumPy reads outside its memory at such a position, and PyTorch accepts any scale."""
     good = {"numpy": ["MT19937", "", 624, 0, 0.0], "loss_scale": {"scale": 1.0, "growth_step": 0, "hysteresis_step": 2}}
     seal_around(checkpoint, json.dumps({**STATES, "ranks": [good]}))
     for position in (-5, 625, 10**6, 0.5):
@@ -239,9 +239,9 @@ def test_bad_random_states_and_loss_scales_are_told(checkpoint):
             seal_around(checkpoint, json.dumps({**STATES, "ranks": [rank]}))
 
 
-def test_counts_that_contradict_each_other_are_told(checkpoint):
+def test_counts_that_contradict_each_other_are_reported(checkpoint):
     for counts in ({"untrained_steps": 31}, {"bad_steps": 31}, {"untrained_steps": 16, "bad_steps": 15}):
-        with pytest.raises(UserError, match="31 steps made no update .*, but step is 30"):
+        with pytest.raises(UserError, match="31 steps without an update .*, but step is 30"):
             seal_around(checkpoint, json.dumps({**STATES, **counts}))
     saved = seal_around(checkpoint, json.dumps({**STATES, "untrained_steps": 30}))
     assert saved.state.updates == 0
@@ -260,7 +260,7 @@ NESTED = '{"a": ' * 900 + "1" + "}" * 900
 
 
 @pytest.mark.parametrize("text", ["", "\ufeff[]", "[" * 10**5, NESTED, '{"epoch": 1, "epoch": 2}', '{"epoch": 1'])
-def test_what_is_no_plain_object_is_told(checkpoint, text):
+def test_a_file_that_is_not_an_object_is_reported(checkpoint, text):
     with pytest.raises(UserError, match="not the running states"):
         seal_around(checkpoint, text)
     (checkpoint / "manifest.json").write_text(text)
@@ -268,7 +268,7 @@ def test_what_is_no_plain_object_is_told(checkpoint, text):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_is_no_file_is_not_opened(checkpoint, kind):
+def test_only_regular_files_of_a_checkpoint_are_opened(checkpoint, kind):
     for name in ("running_states.json", "manifest.json", "lr_scheduler"):
         path = checkpoint / name
         content = path.read_bytes()
@@ -287,7 +287,7 @@ def test_what_is_no_file_is_not_opened(checkpoint, kind):
         path.write_bytes(content)
 
 
-def test_a_place_that_the_data_has_not_is_told(checkpoint):
+def test_a_position_outside_the_data_is_reported(checkpoint):
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     for change in ({"sample_start_index": 81}, {"samples_seen": 161}, {"samples_seen": 10**15}):
         state = dataclasses.replace(TrainState(epoch=1, sample_start_index=80, samples_seen=160), **change)
@@ -297,7 +297,7 @@ def test_a_place_that_the_data_has_not_is_told(checkpoint):
     resuming._check_place(SavedRun(checkpoint, at_end, {}), order)
 
 
-def test_of_a_linked_checkpoint_the_link_alone_goes(tmp_path, caplog):
+def test_only_the_link_of_a_linked_checkpoint_is_removed(tmp_path, caplog):
     elsewhere = bare_checkpoint(tmp_path / "elsewhere", 1, saved_at=1.0)
     (tmp_path / "run").mkdir()
     link = tmp_path / "run" / elsewhere.name
@@ -332,13 +332,13 @@ def test_inodes_are_room_too(tmp_path, monkeypatch):
     checkpoint_files.check_room(tmp_path, 1, files=17)
 
 
-def test_checkpoints_come_in_the_order_they_were_written(tmp_path):
+def test_checkpoints_are_listed_in_the_order_they_were_written(tmp_path):
     late, early = bare_checkpoint(tmp_path, 5, saved_at=20.0), bare_checkpoint(tmp_path, 90, saved_at=10.0)
     (tmp_path / "epoch-0_step-95").mkdir()
     assert checkpoint_files.complete_checkpoints(tmp_path) == [early, late]
 
 
-def test_leftovers_go_and_what_was_being_replaced_comes_back(tmp_path):
+def test_leftovers_are_removed_and_a_half_replaced_checkpoint_is_restored(tmp_path):
     kept = bare_checkpoint(tmp_path, 5, saved_at=1.0)
     replaced = bare_checkpoint(tmp_path, 10, saved_at=2.0)
     replaced.rename(tmp_path / "epoch-0_step-10.old")
@@ -357,7 +357,7 @@ def test_room_is_checked_before_a_save(tmp_path):
         checkpoint_files.check_room(tmp_path, 10**18)
 
 
-def test_a_clock_that_goes_back_removes_nothing_new(tmp_path):
+def test_a_clock_that_is_set_back_removes_nothing_new(tmp_path):
     bare_checkpoint(tmp_path, 1, saved_at=2000.0)
     assert checkpoint_files.later_than_all(tmp_path, 3000.0) == 3000.0
     saved_at = checkpoint_files.later_than_all(tmp_path, 1000.0)
@@ -368,14 +368,14 @@ def test_a_clock_that_goes_back_removes_nothing_new(tmp_path):
 
 
 def test_the_checkpoint_in_hand_is_never_removed(tmp_path):
-    """Where it is not the newest by its time, such as one that an earlier version wrote by a clock that was behind."""
+    """If it is not the newest by its time, as when an earlier version wrote it by a clock that was behind."""
     in_hand, other = bare_checkpoint(tmp_path, 2, saved_at=1.0), bare_checkpoint(tmp_path, 1, saved_at=2.0)
     checkpoint_files.remove_old(in_hand, keep_last=1, keep_every=None)
     assert checkpoint_files.complete_checkpoints(tmp_path) == [in_hand, other]
 
 
-def test_only_what_auto_found_is_done_again(checkpoint):
-    """--load_checkpoint may name a finished run of another folder, in which nothing is this run's to remove."""
+def test_only_a_finished_run_found_by_auto_is_done(checkpoint):
+    """--load_checkpoint may name a finished run in another folder, from which this run must not remove anything."""
     order = SampleOrder(num_samples=80, micro_batch_size=1, data_size=1, accumulation_steps=1, seed=1)
     words = ["--pretrained", "llama", "--dataset", "data", "--num_epochs", "2"]
     config, _ = resolve_with_problems(train_flags.train_parser().parse_args(words))
@@ -396,7 +396,7 @@ def facts_of(**changes) -> RunFacts:
 
 
 def saved_run(checkpoint, facts: RunFacts, **changes) -> SavedRun:
-    """What a checkpoint of a run with these facts records, but for `changes`."""
+    """The record in a checkpoint of a run with these facts, except for `changes`."""
     saved = SavedRun.read(checkpoint)
     return dataclasses.replace(saved, entries={**saved.entries, **facts.entries(), **changes})
 
@@ -408,8 +408,8 @@ def test_flags_of_the_benchmark_do_not_change_a_run(checkpoint, name):
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_the_log_says_how_exactly_a_run_goes_on(checkpoint, caplog, monkeypatch, is_exact):
-    """On GPUs a step does not repeat to the bit; a checkpoint of an earlier version was computed otherwise."""
+def test_the_log_reports_how_exactly_a_run_continues(checkpoint, caplog, monkeypatch, is_exact):
+    """On GPUs a step is not bit-identical when repeated; an earlier version computed its checkpoint differently."""
     facts = facts_of()
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
     monkeypatch.setattr(resuming, "repeats_exactly", lambda: is_exact)
@@ -424,8 +424,8 @@ def test_the_log_says_how_exactly_a_run_goes_on(checkpoint, caplog, monkeypatch,
     assert "master weights" not in caplog.text
 
 
-def test_another_split_under_the_same_settings_is_told(checkpoint, caplog, monkeypatch):
-    """As a checkpoint of Gemini has it whose chunks were filled in another order."""
+def test_another_split_with_the_same_settings_is_reported(checkpoint, caplog, monkeypatch):
+    """As in a checkpoint of Gemini whose chunks were filled in a different order."""
     facts = facts_of(layout={"plugin": "gemini", "chunks": "layers by use"})
     monkeypatch.setattr(logs.get_logger(), "handlers", [caplog.handler])
     resuming.log_verdict(saved_run(checkpoint, facts, layout={"plugin": "gemini"}), facts)

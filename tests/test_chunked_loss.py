@@ -70,7 +70,7 @@ def test_a_frozen_head_and_frozen_layers():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_model_gives_its_own_loss(model_dir, masked):
+def test_a_model_computes_its_own_loss(model_dir, masked):
     ids = torch.arange(3, 35).view(2, 16)
     labels = torch.full_like(ids, -100) if masked else torch.where(ids % 4 == 0, -100, ids)
     models = [LlamaForCausalLM.from_pretrained(model_dir) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""compare: one table for tokenizers of every kind, with figures that are what they say."""
+"""compare: one table for tokenizers of every kind, with correct figures."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def unigram_model(folder: Path, documents) -> Path:
 
 
 def remote_folder(folder: Path, tokenizer_dir) -> Path:
-    """A tokenizer with code of its own, which would leave a file behind if it ran."""
+    """A tokenizer with its own code, which would leave a file behind if it ran."""
     shutil.copytree(tokenizer_dir, folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(REMOTE))
     code = f"open({str(folder / 'ran')!r}, 'w')\nclass ChatGLMTokenizer: pass\n"
@@ -145,7 +145,7 @@ def test_byte_level_vocabularies(documents, tmp_path):
     row = row_of(path, documents)
     assert (row.kind, row.vocabulary_size, row.unreachable_pieces) == ("tokenizer.json", 800, 0)
     content = json.loads(path.read_text())
-    # Characters cut in two, which no text has: one that merges make, and one that they do not.
+    # Characters cut in two, which no text contains: one that merges make, and one that they do not.
     content["model"]["vocab"] |= {"ĠåĨĥ": 800, "åĨĥł": 801, "zqzq": 802}
     path.write_text(json.dumps(content))
     assert row_of(path, documents).unreachable_pieces == 3
@@ -163,7 +163,7 @@ def test_the_alphabet_of_bytes_is_that_of_tokenizers():
     assert compare._byte_level_text("ä½") is None and compare._byte_level_text("你") is None
 
 
-def test_a_lossy_tokenizer_shows_what_it_does_not_know(documents, tmp_path):
+def test_a_lossy_tokenizer_shows_what_it_cannot_encode(documents, tmp_path):
     row = row_of(word_piece_file(tmp_path / "words.json", english_documents()[:300]), documents)
     assert row.unknown_tokens > 100 and row.unreachable_pieces is None
 
@@ -187,7 +187,7 @@ def test_code_that_comes_with_a_tokenizer_is_never_run(documents, tokenizer_dir,
     assert "needs its own code (tokenization_chatglm.ChatGLMTokenizer" in reason and "never run" in reason
     assert "its tokenizer.model can be given as a file" in reason
     assert not (folder / "ran").exists()
-    (folder / "tokenizer_config.json").rename(folder / "config.json")  # where older ones keep it
+    (folder / "tokenizer_config.json").rename(folder / "config.json")  # the place in older folders
     assert "auto_map in config.json" in reason_of(folder, documents)
     assert row_of(folder / "tokenizer.model", documents).vocabulary_size == 600
 

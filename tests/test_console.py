@@ -1,4 +1,4 @@
-"""What a user's console shows: our lines alone, also where libraries would print theirs."""
+"""A user's console shows only our lines, even where libraries would print theirs."""
 
 import importlib.util
 import json
@@ -17,20 +17,20 @@ from tests.conftest import ROOT
 from tests.launching import free_port
 
 LOG_LINE = re.compile(r"\d\d:\d\d:\d\d \| \S")
-# Of torchrun itself, beside which only our one line stands: its log and its traceback.
+# torchrun's own output, besides which only our one line appears: its log and its traceback.
 OF_TORCHRUN = re.compile(
     r"[WE]\d{4} \d\d:\d\d:|Traceback|  |torch\.distributed|Failures:|Root Cause|={9}|-{9}|\S+ FAILED|\[0\]:|$"
 )
 
 
 def environment(toolkit: Path, **others: str) -> dict[str, str]:
-    """That of a machine without a GPU that has a CUDA toolkit: PyTorch prints a line about it at import."""
+    """The environment of a machine without a GPU that has a CUDA toolkit, for which PyTorch prints a line at import."""
     toolkit.mkdir(exist_ok=True)
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "CUDA_HOME": str(toolkit), "OMP_NUM_THREADS": "1", **others}
 
 
 @pytest.mark.parametrize("plugin", ["zero2", "3d"])
-def test_training_shows_log_lines_alone(plugin, two_sources, model_dir, tmp_path, run_script):
+def test_training_shows_only_log_lines(plugin, two_sources, model_dir, tmp_path, run_script):
     words = f"--pretrained {model_dir} --dataset {two_sources / 'new' / 'arrow'} --plugin {plugin} --max_steps 1"
     words += (
         f" --mixed_precision bf16 --max_length 128 --save_dir {tmp_path / 'ckpt'} --tensorboard_dir {tmp_path}/logs"
@@ -43,7 +43,7 @@ def test_training_shows_log_lines_alone(plugin, two_sources, model_dir, tmp_path
 
 
 def test_colossalai_still_gives_the_advice_that_is_filtered_out():
-    """And only that: the text must stay the one that ColossalAI logs."""
+    """And only that: the text must remain the one that ColossalAI logs."""
     folder = Path(next(iter(importlib.util.find_spec("colossalai").submodule_search_locations)))
     text = (folder / "checkpoint_io" / "hybrid_parallel_checkpoint_io.py").read_text()
     assert f'logging.warning("{process_group.UNSHARDED_ADVICE}")' in text
@@ -52,14 +52,14 @@ def test_colossalai_still_gives_the_advice_that_is_filtered_out():
     assert not process_group._is_not_advice(record) and process_group._is_not_advice(other)
 
 
-def test_inference_shows_its_answer_and_log_lines_alone(model_dir, tmp_path, run_script):
+def test_inference_shows_only_its_answer_and_log_lines(model_dir, tmp_path, run_script):
     words = ("--model_path", model_dir, "--input_txt", "the", "--max_new_tokens", "2", "--device", "cpu")
     process = run_script("inference_example.py", *words, env=environment(tmp_path / "cuda"), timeout=300)
     assert process.returncode == 0 and process.stdout.startswith("Prompt: the\nAnswer: ")
     assert [line for line in process.stderr.splitlines() if not LOG_LINE.match(line)] == []
 
 
-def test_a_vocabulary_command_shows_its_report_and_log_lines_alone(tokenizer_dir, tmp_path, run_script):
+def test_a_vocabulary_command_shows_only_its_report_and_log_lines(tokenizer_dir, tmp_path, run_script):
     (tmp_path / "new.jsonl").write_text(json.dumps({"piece": "你好"}) + "\n")
     words = ("--source_tokenizer_dir", tokenizer_dir, "--target_tokenizer_dir", tmp_path / "zh")
     words += ("--expand_tokens_file", tmp_path / "new.jsonl")

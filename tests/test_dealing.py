@@ -17,7 +17,7 @@ def members(categories, lengths) -> np.ndarray:
 
 
 def deal(entries: np.ndarray, *, num_bins: int, parts: int = 1):
-    """All entries as dealt, and the bin of each."""
+    """All dealt entries, and the bin of each."""
     dealer = Dealer(num_bins)
     dealt = [dealer.deal(part) for part in np.array_split(entries, parts)]
     dealt.append(dealer.finish())
@@ -43,7 +43,7 @@ def test_categories_and_tokens_are_even_and_no_bin_is_empty(rows, num_bins, part
 
 
 @pytest.mark.parametrize("num_bins", [7, 10])
-def test_tokens_come_out_nearly_equal(num_bins):
+def test_bins_have_nearly_the_same_number_of_tokens(num_bins):
     lengths = np.random.default_rng(0).lognormal(6, 1, size=5000).astype(int)
     dealt, bins = deal(members(np.zeros(5000), lengths), num_bins=num_bins, parts=5)
     tokens = np.bincount(bins, weights=dealt["length"])

@@ -1,4 +1,4 @@
-"""Documents of a spliced sample, kept apart: by hand here, in whole runs in test_loss.py."""
+"""Documents of a spliced sample, kept apart: computed by hand here, in complete runs in test_loss.py."""
 
 import datasets
 import pyarrow
@@ -22,7 +22,7 @@ def test_positions_restart_at_each_document():
     assert position_ids(DOCUMENTS).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], list(range(8))]
 
 
-def test_rows_of_one_document_are_told_to_flash_attn_by_borders_too():
+def test_flash_attn_gets_borders_for_rows_of_one_document_too():
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     inputs = attention_inputs(mask, None, form=MaskForm.BORDERS, dtype=torch.float32, device=CPU, shape=(2, 4))
     assert inputs["attention_mask"] is None and inputs["cu_seq_lens_q"].tolist() == [0, 3, 4, 8]
@@ -66,7 +66,7 @@ def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
 
 
 @pytest.mark.slow
-def test_colossalai_attention_takes_documents():
+def test_colossalai_attention_supports_documents():
     from colossalai.shardformer.layer.attn import ColoAttention
 
     cpu_device.install()
@@ -103,9 +103,9 @@ def test_collator_numbers_documents_and_predicts_none_from_another():
     assert batch.documents.tolist() == [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 0, 0, 0, 0, 0]]
     assert batch.labels[0].tolist() == [-100, 5, 2, IGNORE_INDEX, 7, 8, 2, -100]
     assert batch.predicted == 2 + 3 + 2
-    # One document a row needs no more than the causal mask.
+    # With one document per row, the causal mask is enough.
     assert collate(table([(ids, ids, [7])])).documents is None
-    # Without the column, as the original: the first token of a document is predicted too.
+    # Without the column, as in the original, the first token of a document is predicted too.
     batch = collate(table([(ids, ids, [3, 4])]).drop_columns("sequence_lengths"))
     assert batch.documents is None and batch.predicted == 6
 

@@ -1,4 +1,4 @@
-"""--dry_run of the training commands, and the formulas behind its memory, against sums made by hand."""
+"""--dry_run of the training commands, and the formulas behind its memory forecast, against sums computed by hand."""
 
 import json
 import os
@@ -42,7 +42,7 @@ LLAMA_7B = ModelShape(
     vocab_size=32000,
     ties_embeddings=False,
 )
-# LLaMA-2-7B has so many, as its authors' checkpoint does.
+# LLaMA-2-7B has this many, as in its authors' checkpoint.
 PARAMETERS_7B = 6_738_415_616
 SETTINGS = EngineSettings(
     plugin="zero2",
@@ -103,7 +103,7 @@ def test_what_plugins_keep_of_a_7b():
 @pytest.mark.slow
 def test_gemini_shards_everything_and_gathers_a_chunk():
     parts = found(64, plugin="gemini").device["backward"]
-    # Chunks hold two or three matrices, and what is left of them is padding.
+    # Chunks hold two or three matrices; the rest of a chunk is padding.
     assert 2 * PARAMETERS_7B / 64 <= parts["weights"] < 1.15 * 2 * PARAMETERS_7B / 64
     assert parts["optimizer"] == 2 * parts["master weights"] == 4 * parts["weights"]
     assert parts["buffers"] < 3 * 2 * 64 * 2**20 * 2
@@ -121,7 +121,7 @@ def test_gemini_page_locks_a_copy_of_each_shard_for_a_gpu(plugin, steps, copies)
 
 @pytest.mark.slow
 def test_gemini_holds_a_chunk_and_the_next_one_in_backward():
-    """Three chunks of a weight each, of which two ranks hold halves: by hand."""
+    """Three chunks of one weight each, halved over two ranks: computed by hand."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
     keeper = memory._keeper(stage, plan(2, plugin="gemini", on_cpu=True))
     keeper.chunks, keeper.left, keeper.waiting = [100, 200, 400], [1, 1, 1], {"down": [0, 1, 2]}
@@ -148,7 +148,7 @@ def test_chunks_hold_every_weight_and_divide_among_ranks():
 
 
 def test_activations_of_a_layer_by_hand():
-    """One token more costs what autograd saves for it, counted here once more from the code of the layer."""
+    """One more token costs what autograd saves for it, counted here again from the code of the layer."""
     batch = MicroBatch(
         samples=1,
         length=1024,
@@ -161,13 +161,13 @@ def test_activations_of_a_layer_by_hand():
     stage = memory.stage_shapes(LLAMA_7B, SETTINGS)[0]
     one, two = (activations.kept_bytes(replace(stage, layers=layers), batch) for layers in (1, 2))
     hidden, inner = 4096, 11008
-    # Two norms (float32 input, result before and after the weight), q, k, v and what o_proj takes, four of the MLP,
+    # Two norms (float32 input, result before and after the weight), q, k, v and the input of o_proj, four of the MLP,
     # and the attention's log-sum-exp.
     assert (two - one) // 1024 == 2 * (4 + 2 + 2) * hidden + 4 * 2 * hidden + 4 * 2 * inner + 4 * 32
     kept = activations.kept_bytes(stage, replace(batch, checkpointing=True))
     # The inputs of 32 layers, the last norm, and the cosines and sines of one head.
     assert kept // 1024 == 32 * 2 * hidden + (4 + 2 + 2) * hidden + 2 * 2 * 128
-    # By another kernel the same, and one mask for all layers.
+    # The same with another kernel, and one mask for all layers.
     whole = activations.kept_bytes(stage, batch)
     fused = replace(batch, attention="sdpa")
     assert activations.kept_bytes(stage, fused) == whole
@@ -187,7 +187,7 @@ def test_activations_of_a_layer_by_hand():
     ],
 )
 def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, has_mask):
-    """ColossalAI's own makes a dense mask for PyTorch's kernel on GPUs."""
+    """ColossalAI's own attention makes a dense mask for PyTorch's kernel on GPUs."""
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d", *words.split()])
     planned = memory_plan(resolve_with_problems(args)[0], 2, has_documents=False, on_cpu=on_cpu)
     assert planned.attention == attention
@@ -199,7 +199,9 @@ def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, 
 @pytest.mark.parametrize("key_value_heads", [32, 8])
 @pytest.mark.parametrize("trains_layers", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_backward_lets_go_of_all_it_was_left(attention, element, key_value_heads, trains_layers, checkpointing):
+def test_backward_releases_everything_that_forward_kept(
+    attention, element, key_value_heads, trains_layers, checkpointing
+):
     batch = MicroBatch(
         samples=2,
         length=512,
@@ -213,7 +215,7 @@ def test_backward_lets_go_of_all_it_was_left(attention, element, key_value_heads
     (stage,) = memory.stage_shapes(replace(LLAMA_7B, key_value_heads=key_value_heads), SETTINGS)
     moments = activations.backward_moments(stage, batch)
     shared = activations.kept_bytes(replace(stage, layers=0, has_head=False), batch)
-    # What is left is the mask, the rotary embedding, and the gradient of the embeddings' result.
+    # The rest is the mask, the rotary embedding, and the gradient of the embeddings' output.
     assert moments[-1].activations == shared + element * batch.tokens * 4096
     weights = [size for moment in moments for _, size in moment.weights]
     assert sum(weights) == activations_weights(stage, trains_layers)
@@ -224,7 +226,7 @@ def activations_weights(stage, trains_layers):
     return 2 * stage.embedding_weights() + trains_layers * layers
 
 
-def test_chunked_loss_and_checkpointing_save_what_they_say():
+def test_chunked_loss_and_checkpointing_save_the_forecast_memory():
     whole = found(8, chunked_loss=False).device["loss"]["logits"]
     assert whole == 4096 * 32000 * 10 and found(8).device["loss"]["logits"] < whole / 15
     assert found(8, checkpointing=True).peak < 0.7 * found(8).peak
@@ -235,7 +237,7 @@ def test_checkpoints_on_the_disk():
     begin = TrainState()
     assert saved_steps(order, begin, 2, 4, total_steps=20) == [4, 8, 10, 12, 16, 20]
     assert saved_steps(order, begin, 2, 4, total_steps=11) == [4, 8, 10, 11]
-    # Begun in the middle of the first epoch's data, resumed there, and resumed at its end.
+    # Started in the middle of the first epoch's data, resumed there, and resumed at its end.
     middle = TrainState(sample_start_index=70)
     assert saved_steps(order, middle, 2, 4, total_steps=13) == [3, 4, 8, 12, 13]
     assert saved_steps(order, replace(middle, step=7), 2, 4, total_steps=20) == [8, 10, 12, 16, 20]
@@ -250,7 +252,7 @@ def test_checkpoints_on_the_disk():
     assert most_kept(steps, keep_last=1, keep_every=20) == 3
 
 
-def test_a_checkpoint_of_embeddings_alone_has_their_states():
+def test_a_checkpoint_of_only_embeddings_has_their_states():
     embeddings = 2 * 69_104 * 4096
     whole = PARAMETERS_7B - 2 * 32_000 * 4096 + embeddings
     assert expected_bytes(whole, "bf16", trained=embeddings) == 2 * whole + 12 * embeddings
@@ -258,7 +260,7 @@ def test_a_checkpoint_of_embeddings_alone_has_their_states():
 
 
 def hollow_model(folder, model_dir, **sizes):
-    """A model folder whose safetensors have a header and holes in place of weights."""
+    """A model folder whose safetensors have a header and holes instead of weights."""
     from colossal_llama2.model.loading import model_without_weights
 
     folder.mkdir()
@@ -303,7 +305,7 @@ def test_a_7b_on_64_gpus_is_planned_here(run_forked, model_dir, data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_dry_run_of_several_ranks_is_printed_by_the_first_alone(run_forked, model_dir, data, tmp_path):
+def test_a_dry_run_of_several_ranks_is_printed_only_by_the_first(run_forked, model_dir, data, tmp_path):
     words = ["--pretrained", model_dir, "--dataset", *data, "--dry_run", "--plugin", "zero2"]
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
     other = {**os.environ, **place, "RANK": "1", "LOCAL_RANK": "1"}
@@ -317,12 +319,12 @@ def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     words = ["--pretrained", str(model_dir), "--dataset", *data, "--dry_run", "--plugin", "zero2"]
     dry_run.dry_run(*resolve_with_problems(train_flags.train_sft_parser().parse_args(words)))
-    told = capsys.readouterr().out
-    assert "(1 x CPU)" in told and "expect +-15 %" in told
+    output = capsys.readouterr().out
+    assert "(1 x CPU)" in output and "expect +-15 %" in output
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tmp_path, monkeypatch, caplog):
+def test_changes_and_failures_of_a_save_are_reported_before_it(model_dir, data, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     model = shutil.copytree(model_dir, tmp_path / "model")
     write_json(model / "generation_config.json", {"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1})
@@ -337,7 +339,7 @@ def test_what_a_save_would_change_or_could_not_write_is_told(model_dir, data, tm
         resolve(train_flags.train_parser().parse_args([*words, "--tensorboard_dir", "tb\udcff"]))
 
 
-def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch):
+def test_all_problems_are_reported_at_once(model_dir, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def message(*words):
@@ -347,27 +349,31 @@ def test_everything_wrong_is_told_at_once(model_dir, data, tmp_path, monkeypatch
         return str(error.value)
 
     tp = ["--dry_run", "--num_ranks", "6", "--plugin", "3d", "--tp", "4", "--zero", "2"]
-    told = message(*tp, "--max_length", "16", "--save_dir", data[0] + "/state.json")
+    output = message(*tp, "--max_length", "16", "--save_dir", data[0] + "/state.json")
     for words in ("--tp 4 does not divide the 6 processes", "is a file", "--max_length 16 given"):
-        assert words in told
+        assert words in output
     untrained = shutil.copytree(data[0], tmp_path / "untrained")
     samples = datasets.load_from_disk(data[0])
     samples.map(lambda row: {"labels": [-100] * len(row["labels"])}).save_to_disk(untrained)
-    told = message("--dry_run", "--tp", "2", "--dataset", str(untrained))
-    assert "--tp 2 needs --plugin 3d" in told and "none of its" in told
+    output = message("--dry_run", "--tp", "2", "--dataset", str(untrained))
+    assert "--tp 2 needs --plugin 3d" in output and "no trained token in 161 samples" in output
     shutil.rmtree(untrained)
     assert "has 323 samples, one micro batch needs 4096" in message("--dry_run", "--num_ranks", "4096")
     assert "--num_ranks 8 needs --dry_run" in message("--num_ranks", "8")
     both = message("--train_new_rows_only", "--freeze_non_embeds_params")
     assert "--train_new_rows_only trains new rows of the embeddings" in both and "give one of them" in both
-    told = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
-    for words in ("4 make 4 steps; give at least 6", "--profile trace has no effect", "--continue_data has no effect"):
-        assert words in told
+    output = message("--dry_run", "--benchmark", "--num_samples", "4", "--profile", "trace", "--continue_data")
+    for words in (
+        "--num_samples 4: only 4 steps; give at least 6",
+        "--profile trace has no effect",
+        "--continue_data has no effect",
+    ):
+        assert words in output
     assert not list(tmp_path.iterdir())
 
 
-def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_path):
-    """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py works out."""
+def test_a_benchmark_is_planned_from_only_a_config(run_forked, model_dir, tmp_path):
+    """LLaMA-2-7B on 8 GPUs: known sizes, and the FLOPs that test_benchmark.py computes."""
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     config = json.loads((model_dir / "config.json").read_text()) | sizes
     config.update(num_key_value_heads=32, head_dim=128, vocab_size=32000, max_position_embeddings=4096)
@@ -378,11 +384,11 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_p
     environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     done = run_forked("train.py", *words, "--plugin", "zero2", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "6738.4 M parameters" in done.stderr and "from its config.json alone" in done.stderr
+    assert "6738.4 M parameters" in done.stderr and "planned only from its config.json" in done.stderr
     assert "ignoring RANK=1, WORLD_SIZE=3" in done.stderr
     peak = memory.rank_memory(LLAMA_7B, replace(plan(8, attention="sdpa", precision="fp16"), has_documents=False)).peak
     assert f"peak: {peak / 2**30:.2f} GiB" in done.stdout and "(8 x GPU)" in done.stdout
-    assert "there is no GPU here" in done.stdout and "a rehearsal of 8 processes on this CPU takes" in done.stdout
+    assert "there is no GPU here" in done.stdout and "rehearsal with 8 processes on this CPU needs" in done.stdout
     assert "500 samples of 4,096 tokens make 62 steps of 8" in done.stdout
     assert "46.1 GFLOP a token, 1.51 PFLOP a step, 189 TFLOP of them on each rank" in done.stdout
     assert "at 312 TFLOPS of each rank, a step takes at least 0.605 s" in done.stdout
@@ -390,7 +396,7 @@ def test_a_benchmark_is_planned_from_a_config_alone(run_forked, model_dir, tmp_p
 
 
 def write_checkpoint(folder, words, model, dataset_samples, **state):
-    """A checkpoint of a run of these flags: what a resume looks at before it loads, the weights included."""
+    """A checkpoint of a run with these flags: everything that a resume checks before it loads, weights included."""
     config = resolve(train_flags.train_parser().parse_args(words))
     settings, ranks = config.engine, PlannedRanks(config.engine, 1)
     sizes = {"micro_batch_size": settings.micro_batch_size, "accumulation_steps": settings.accumulation_steps}
@@ -416,22 +422,22 @@ def test_a_resume_of_new_rows_is_planned_until_nothing_is_left(model_dir, data, 
     saved = tmp_path / "checkpoint_dir" / "epoch-0_step-12"
     write_checkpoint(saved, words, model, 323, step=12, sample_start_index=96)
 
-    def told(*more):
+    def output(*more):
         dry_run.dry_run(*resolve_with_problems(train_flags.train_parser().parse_args([*words, *more])))
         return capsys.readouterr().out
 
     with caplog.at_level("INFO"):
-        out = told("--load_checkpoint", str(saved))
+        out = output("--load_checkpoint", str(saved))
     # After steps 15, 20, 25, 30, 35 and 40.
     assert "disk: 6 checkpoints" in out and "it begins with sample 96 of epoch 0" in caplog.text
     embeddings = 2 * config["vocab_size"] * config["hidden_size"]
     facts = inspect_weights(str(model))
     assert facts.embedding_parameters == embeddings < facts.parameters
-    assert "disk: 6 checkpoints" in told("--resume", "auto")
-    assert f"{saved.relative_to(tmp_path)} is the end of its run" in told("--resume", "auto", "--max_steps", "12")
+    assert "disk: 6 checkpoints" in output("--resume", "auto")
+    assert f"{saved.relative_to(tmp_path)} is the end of its run" in output("--resume", "auto", "--max_steps", "12")
     with pytest.raises(UserError, match="trained_rows was"):
         words.remove("--train_new_rows_only")
-        told("--resume", "auto")
+        output("--resume", "auto")
 
 
 def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, monkeypatch):
@@ -443,16 +449,16 @@ def test_flags_without_effect_and_names_given_twice(model_dir, data, tmp_path, m
             resolve(train_flags.train_parser().parse_args(words))
         return str(error.value)
 
-    told = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
-    assert "--mixture_end stop needs --mixture" in told and "--on_forgetting warn needs --forgetting_alarm" in told
-    told = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
-    assert "en is named 2 times" in told and "--forgetting_alarm zh: there is no" in told
+    output = message(*data, "--mixture_end", "stop", "--on_forgetting", "warn")
+    assert "--mixture_end stop needs --mixture" in output and "--on_forgetting warn needs --forgetting_alarm" in output
+    output = message(*data, "--eval_dataset", f"en={data[0]}", "--forgetting_alarm", "en=.1", "en=.2", "zh=1")
+    assert "en is named 2 times" in output and "--forgetting_alarm zh: there is no" in output
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", f"a={data[0]}", "--mixture", "a=1"])
     assert resolve_with_problems(args)[0].data.parts.mixture.end == "repeat"
 
 
-def test_matrices_and_norms_wait_in_buckets_of_their_own():
-    """As repairs.fill_buckets lets them: small ones until backward is through."""
+def test_matrices_and_norms_have_separate_buckets():
+    """As bug_fixes.fill_buckets leaves them: small ones until the end of backward."""
     (stage,) = memory.stage_shapes(LLAMA_7B, SETTINGS)
     keeper = memory._keeper(stage, plan(2))
     moments = keeper.after([("down", 1000), ("norm", 10)] * 5)

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions are read exactly: what they record is compared, and a resumed run repeats theirs.
+"""Checkpoints of earlier versions are read exactly: their records are compared, and a resumed run repeats theirs.
 
 tests/data/earlier_checkpoints/COMMIT/ has running_states.json and lr_scheduler of epoch-0_step-2, as that commit wrote
 them for the flags in FLAGS on one rank. Version 6778aa0 recorded neither the version of its numerics nor first_sample.
@@ -30,7 +30,7 @@ COMMITS = ("6778aa0", "7761401")
 FLAGS = "--pretrained model --dataset part-00000 --max_length 16 --micro_batch_size 1 --plugin zero2"
 FLAGS += " --mixed_precision fp16 --save_interval 2 --max_steps 4 --warmup_steps 1 --eval_dataset en=part-00000"
 FLAGS += " --eval_interval 2"
-# What depends on the machine or on the inputs, and not on the version that wrote a checkpoint.
+# Entries that depend on the machine or on the inputs, and not on the version that wrote a checkpoint.
 OF_THE_RUN = ("dataset_fingerprints", "eval_fingerprints", "tokenizer", "pretrained_tokenizer", "model_shape")
 OF_THE_RUN += ("settings", "versions", "machine", "evaluations", "ranks", "base_model")
 
@@ -44,7 +44,7 @@ def test_what_they_record_is_read_and_compared(commit):
     fingerprints = saved.entries["eval_fingerprints"]
     history = EvaluationHistory.after(saved, fingerprints)
     assert [entry["step"] for entry in history.evaluations] == [0, 2] and history.fingerprints == fingerprints
-    # A run of this version with the same flags has nothing that differs but the numerics of the first.
+    # A run of this version with the same flags differs only in the numerics of the first.
     flags = resolve_with_problems(train_flags.train_parser().parse_args(FLAGS.split()))[0].flags
     names = [name for name in RunFacts.__dataclass_fields__ if name not in ("settings", "numerics", "first_sample")]
     known = {name: saved.entries[name] for name in names}

@@ -1,4 +1,4 @@
-"""Another kind of tokenizer needs one class and a line in the registry: here one with an id for each byte."""
+"""Another kind of tokenizer needs one class and one line in the registry; here one with an id for each byte."""
 
 import hashlib
 from pathlib import Path
@@ -20,7 +20,7 @@ MARKS_FILE = "marks.txt"
 
 
 class ByteEncoder:
-    """The ids of a text are its UTF-8 bytes, and 256 and 257 are the marks, spelled as marks.txt says."""
+    """The ids of a text are its UTF-8 bytes; 256 and 257 are the marks, spelled as in marks.txt."""
 
     name = "bytes"
     bos_id, eos_id, unk_id, vocab_size = 256, 257, -1, 258
@@ -81,7 +81,7 @@ def test_pretraining_data(byte_dir, tokenizer_dir, tmp_path):
     samples = datasets.load_from_disk(str(part))
     ids = [token for sample in samples for token in sample["input_ids"]]
     assert sorted(ids) == sorted([256, *b"Hi there", 257, 256, *b"Say: ", *("é" * 40).encode(), 257])
-    # 8 bytes of the whole document; of the cut one all but the byte that begins its second piece.
+    # 8 bytes of the complete document; of the cut one all but the byte that begins its second piece.
     assert sum(size for sample in samples for size in sample["document_target_bytes"]) == 8 + 80 - 1
     check_parts_fit([str(part)], stage="pretrain", tokenizer_dir=str(byte_dir))
     with pytest.raises(UserError, match="prepared with another tokenizer"):

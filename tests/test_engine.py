@@ -44,7 +44,7 @@ def settings(**changes) -> EngineSettings:
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_plugin_arguments_are_ones_that_colossalai_knows(on_cpu):
+def test_colossalai_accepts_the_plugin_arguments(on_cpu):
     from colossalai.booster.plugin import GeminiPlugin, HybridParallelPlugin, LowLevelZeroPlugin
 
     built = [
@@ -148,7 +148,7 @@ def test_an_evaluation_leaves_gemini_where_it_was():
 
 
 def test_gemini_places_by_the_least_room_of_all_ranks(monkeypatch):
-    """Rank 0 of two: the other has half the memory, and takes less of it in one operation and more in the other."""
+    """Rank 0 of two. The other one has half the memory, and uses less of it in one operation and more in the other."""
     from colossalai.legacy.utils import memory
 
     figures = [40.0, 15.0]
@@ -176,7 +176,7 @@ def test_buffers_of_a_model_are_not_sent():
     assert Hybrid3D(settings()).arguments(parameters=10**9, on_cpu=True)["broadcast_buffers"] is False
 
 
-def test_gemini_accumulates_only_if_told_so():
+def test_gemini_accumulates_only_on_request():
     def accumulation(steps):
         arguments = Gemini(settings(accumulation_steps=steps)).arguments(parameters=10**6, on_cpu=True)
         return arguments["enable_gradient_accumulation"]
@@ -216,7 +216,7 @@ def test_settings_that_cannot_run_are_named(changes, world_size, words):
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
-def test_every_plugin_takes_the_readme_s_flags(plugin):
+def test_every_plugin_accepts_the_flags_of_the_readme(plugin):
     assert settings_problems(settings(plugin=plugin, precision="fp16"), world_size=8) == []
 
 
@@ -332,7 +332,7 @@ def test_cpu_attention_equals_softmax_and_gives_blind_rows_zeros():
 
 
 def kept_for_backward(mask):
-    """The tensors that two layers of attention with this mask keep, each once, without q, k and v."""
+    """The tensors that two layers of attention with this mask keep, each counted once, without q, k and v."""
     q, k, v = (torch.randn(2, 3, 6, 4, requires_grad=True) for _ in range(3))
     kept = {}
 
@@ -357,7 +357,7 @@ def test_cpu_attention_keeps_one_mask_for_all_layers():
 
 @pytest.mark.parametrize("size, is_gathered, theirs_is_low", [(32 * 2**20, False, True), (5000, True, False)])
 def test_the_norm_of_a_chunk(gloo_group, size, is_gathered, theirs_is_low):
-    """Gemini's, whose float32 norm of 32 M numbers is 0.2 % low; what a chunk holds besides does not count."""
+    """Gemini's, whose float32 norm of 32 M numbers is 0.2 % too low; padding in a chunk does not count."""
     from colossalai.zero.gemini.chunk import Chunk
 
     cpu_device.install()
@@ -397,7 +397,7 @@ ROPES = {"default": {}, "llama3": LLAMA3, **{name: {"factor": 2.0} for name in (
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("rope", ROPES)
 def test_buffers_are_not_rounded_with_the_weights(rope, in_place):
-    """A plugin casts the module, or like Gemini the tensors themselves."""
+    """A plugin casts the module, or like Gemini the tensors directly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -435,7 +435,7 @@ def test_bf16_clipping_is_lost_without_its_repair():
         optimizer = HybridAdam([param], lr=1e-3, betas=(0.9, 0.95))
         if repair:
             bug_fixes.clip_in_bf16(optimizer)
-        # As Gemini does it: a float32 master parameter with a bf16 gradient.
+        # As in Gemini: a float32 master parameter with a bf16 gradient.
         param.data, param.grad = torch.zeros(4).bfloat16(), torch.full((4,), 8.0).bfloat16()
         param.data = torch.zeros(4)
         optimizer.step(div_scale=4.0)
@@ -447,7 +447,7 @@ def test_bf16_clipping_is_lost_without_its_repair():
 
 @pytest.fixture
 def gloo_group():
-    """A process group of this process alone."""
+    """A process group with only this process."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -488,7 +488,7 @@ print(faults)
     others = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env={**others, **environment}, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    # Pages of 4 KiB, of which three tensors of 24 MiB have 18,432.
+    # Pages of 4 KiB: three tensors of 24 MiB have 18,432 of them.
     assert (int(done.stdout) < 100) == keeps, (done.stdout, done.stderr)
 
 
@@ -509,10 +509,10 @@ def test_three_ranks_scatter_sums_and_gather(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_pipeline_may_ask_for_the_backend_of_its_group(gloo_group):
+def test_a_pipeline_may_query_the_backend_of_its_group(gloo_group):
     from colossalai.pipeline import p2p
 
     cpu_device.install()
-    # What ColossalAI 0.5.0 compares with; if PyTorch has it one day, the patch can go.
+    # ColossalAI 0.5.0 compares with this; when PyTorch has it, the patch can be removed.
     assert not hasattr(torch.distributed.Backend, "HCCL")
     assert p2p._check_for_nccl_hccl_backend(gloo_group) is False

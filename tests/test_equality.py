@@ -1,4 +1,4 @@
-"""The command that compares training with a plain loop, on one configuration; test_training.py has a sample of them."""
+"""The command that compares training with a plain loop, on one configuration; test_training.py runs a sample."""
 
 import math
 
@@ -28,15 +28,15 @@ def test_every_axis_and_option_of_the_matrix():
 
 
 @pytest.mark.parametrize("values", [(2e-5, 0.0, 0.0), (0.0, math.nan, 0.0), (0.0, 0.0, 1.0)])
-def test_what_is_not_equal_is_called_so(values):
+def test_what_is_not_equal_is_reported(values):
     case = equality.all_cases()[0]
     allowed = Gap(1e-5, 1e-5, 1e-4)
     assert equality.Row(case, Gap(0.0, 0.0, 0.0), allowed, 1.0).passed
     assert not equality.Row(case, Gap(*values), allowed, 1.0).passed
-    # What halves alone would allow is told, and decides nothing.
+    # The bound from halves alone is reported, but decides nothing.
     narrow = equality.Row(case, Gap(2e-6, 0.0, 0.0), allowed, 1.0, Gap(1e-6, 1.0, 1.0))
-    told = " ".join(equality.told_by_halves([narrow]).split())
-    assert narrow.passed and "let 0 of the 1 bf16 rows pass" in told and "loss 2.0" in told
-    assert not equality.told_by_halves([])
-    # Twice what clipping lets through.
+    table = " ".join(equality.summary_of_halves([narrow]).split())
+    assert narrow.passed and "let 0 of the 1 bf16 rows pass" in table and "loss 2.0" in table
+    assert not equality.summary_of_halves([])
+    # Twice the largest value that clipping allows.
     assert not equality.Row(case, Gap(0.0, 0.0, 0.0), allowed, 2.0).passed

@@ -1,4 +1,4 @@
-"""How commands end: the documented exit codes, one line, said once per host."""
+"""How commands end: the documented exit codes, and one line, printed once per host."""
 
 import errno
 import os
@@ -73,7 +73,7 @@ def test_an_error_of_the_operating_system_reads_the_same_from_any_rank(monkeypat
 
 @pytest.mark.parametrize("error", [UserError("given \x1b[2J"), RunError("lost"), OSError(errno.EIO, "I/O error", "f")])
 @pytest.mark.parametrize("value, is_shown", [("1", True), ("0", False), ("", False)])
-def test_on_request_the_traceback_stands_before_the_line(error, value, is_shown, capsys, monkeypatch):
+def test_on_request_the_traceback_precedes_the_line(error, value, is_shown, capsys, monkeypatch):
     monkeypatch.setenv("COLOSSAL_LLAMA2_DEBUG", value)
     with pytest.raises(SystemExit), one_line_errors("tool.py"):
         try:
@@ -92,7 +92,7 @@ def test_on_request_the_traceback_stands_before_the_line(error, value, is_shown,
 
 @pytest.mark.slow
 def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
-    """Also the one that leaves the line to the first of its host."""
+    """Also in a process that leaves the line to the first of its host."""
     program = tmp_path / "tool.py"
     program.write_text(
         "import pathlib, sys, time\n"
@@ -117,14 +117,14 @@ def test_on_request_each_process_below_torchrun_shows_its_traceback(tmp_path):
         assert f"rank {rank}: Traceback (most recent call last):" in lines
 
 
-def test_success_says_nothing(capsys):
+def test_success_prints_nothing(capsys):
     with one_line_errors("tool.py"):
         pass
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), AssertionError("ours")])
-def test_a_bug_of_ours_keeps_its_traceback(error, capsys):
+def test_a_bug_keeps_its_traceback(error, capsys):
     with pytest.raises(type(error)), one_line_errors("tool.py"):
         raise error
     assert capsys.readouterr().err == ""
@@ -136,17 +136,17 @@ def test_an_exit_keeps_its_own_code():
     assert end.value.code == 7
 
 
-def test_one_process_of_a_host_speaks(monkeypatch, capsys):
+def test_one_process_of_a_host_prints(monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_settled", Place(rank=1, local_rank=1))
     with pytest.raises(SystemExit) as end, one_line_errors("tool.py"):
-        raise UserError("said by rank 0 already")
+        raise UserError("already reported by rank 0")
     assert end.value.code == 2
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "error, code, said",
+    "error, code, expected",
     [
         ("UserError('shared')", 2, ""),
         ("LaunchError('its own environment')", 2, "tool.py: error: rank 1: its own environment"),
@@ -154,8 +154,8 @@ def test_one_process_of_a_host_speaks(monkeypatch, capsys):
         ("ValueError('a bug')", 1, "ValueError: a bug"),
     ],
 )
-def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said, tmp_path):
-    """A mistake in flags or data is that of all ranks, a full disk of one; a bug must not leave it waiting."""
+def test_once_ranks_are_connected_each_reports_its_own_error(error, code, expected, tmp_path):
+    """A mistake in flags or data occurs on all ranks, a full disk on one; a bug must not leave the ranks waiting."""
     program = (
         "import os, torch.distributed as dist\n"
         "from colossal_llama2 import launcher\n"
@@ -169,7 +169,7 @@ def test_once_ranks_have_met_each_tells_what_only_it_knows(error, code, said, tm
     (tmp_path / "program.py").write_text(program)
     process = fork_server.run([tmp_path / "program.py"])
     assert process.returncode == code
-    assert process.stderr.strip().split("\n")[-1] == said
+    assert process.stderr.strip().split("\n")[-1] == expected
     assert ("Traceback" in process.stderr) == ("ValueError" in error)
 
 
@@ -216,9 +216,9 @@ def test_a_signal_to_a_starting_run_during_a_finalizer_is_not_lost():
     assert (process.returncode, process.stderr) == (143, line)
 
 
-@pytest.mark.parametrize("local_rank, said", [("0", "tool.py: error: wrong\n"), ("1", "")])
-def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
-    """With peers the process ends at once: a normal exit would run handlers that can wait for them."""
+@pytest.mark.parametrize("local_rank, expected", [("0", "tool.py: error: wrong\n"), ("1", "")])
+def test_a_launched_process_does_not_wait_for_its_peers(local_rank, expected):
+    """With peers the process ends at once: a normal exit would run handlers that may wait for them."""
     program = (
         "import atexit\n"
         "from colossal_llama2 import launcher\n"
@@ -237,11 +237,11 @@ def test_a_launched_process_does_not_wait_for_its_peers(local_rank, said):
         text=True,
         timeout=30,
     )
-    assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", said)
+    assert (process.returncode, process.stdout, process.stderr) == (2, "printed before\n", expected)
 
 
 def test_torchrun_is_given_our_line_for_its_report(monkeypatch, tmp_path, capsys):
-    """The record that its own reader takes: see torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
+    """The record as its own reader parses it: see torch.distributed.elastic.multiprocessing.errors.ProcessFailure."""
     monkeypatch.setattr(launcher, "_settled", Place(world_size=2, launcher="torchrun"))
     monkeypatch.setenv(launcher.ERROR_FILE, str(tmp_path / "error.json"))
     monkeypatch.setattr("colossal_llama2.errors._leave", lambda code: sys.exit(code))
@@ -280,7 +280,7 @@ def test_ctrl_c_while_a_command_starts_is_one_line(program, tmp_path):
 
 
 def test_ctrl_c_is_left_alone_in_programs_of_others(tmp_path):
-    """Even in one that lies beside the package: its `finally` must run."""
+    """Even in a program beside the package: its `finally` must run."""
     assert set(interrupts.SCRIPTS) == {path.name for path in ROOT.glob("*.py")}
     (tmp_path / "colossal_llama2").symlink_to(ROOT / "colossal_llama2")
     program = tmp_path / "own.py"
@@ -288,7 +288,7 @@ def test_ctrl_c_is_left_alone_in_programs_of_others(tmp_path):
     names = {}
     for name in ("own.py", "train.py"):
         program = program.rename(tmp_path / name)
-        # The package's folder is where its own file says, not where the link points.
+        # The package's folder is where its own file is, not where the link points.
         process = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=30)
         names[name] = process.stdout.strip()
     assert names == {"own.py": "default_int_handler", "train.py": "_leave"}

@@ -1,4 +1,4 @@
-"""Evaluation while training, by the real ColossalAI, against plain transformers on each document by itself."""
+"""Evaluation while training, with the real ColossalAI, against plain transformers on each document separately."""
 
 import json
 import math
@@ -35,13 +35,13 @@ BFLOAT16_RUNS = {
     "3d_pp2_bf16": layouts.flags("bf16 3d pp2 zero1", "--microbatch_size", "2"),
 }
 UNMEASURED = ("zero2", "gemini", "gemini_auto", "3d_pp2_bf16")
-# Which evaluation a signal cuts short, of which run: that after step 4, and that after the last step, 7.
+# The evaluation that a signal interrupts in each run: the one after step 4, and the one after the last step, 7.
 CUT = {"cut_at_4": (1, "3d_pp2_bf16"), "cut_at_the_end": (2, "zero2")}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tokenizer_dir) -> Path:
-    """A prepared folder of real text with a held-out part, whose samples are of several documents."""
+    """A prepared folder of real text with a held-out part; its samples contain several documents."""
     folder = tmp_path_factory.mktemp("prepared")
     rows = [
         {"target": text[:150], **({"source": "Documentation: "} if number % 4 == 0 else {})}
@@ -63,7 +63,7 @@ def jobs(tmp_path_factory, prepared, model_dir) -> dict[str, Job]:
     """Every run of this file, by name."""
     folder = tmp_path_factory.mktemp("jobs")
     specs = {}
-    # One document a row and no byte counts, as data from elsewhere.
+    # One document per row and no byte counts, like data from elsewhere.
     plain = folder / "plain_samples"
     datasets.load_from_disk(prepared / "eval").select_columns(["input_ids", "labels"]).save_to_disk(plain)
 
@@ -101,14 +101,14 @@ def jobs(tmp_path_factory, prepared, model_dir) -> dict[str, Job]:
 
 
 def history(job: Job) -> list:
-    """The evaluations that the last checkpoint tells."""
+    """The evaluations that the last checkpoint records."""
     last = (job.folder / "ckpt" / "latest").read_text().strip()
     return json.loads((job.folder / "ckpt" / last / "running_states.json").read_text())["evaluations"]
 
 
 @torch.no_grad()
 def plain_figures(model, eval_dir: Path, *, apart: bool = True) -> dict[str, float]:
-    """By transformers alone: each document through the model by itself, or each sample as one if not `apart`."""
+    """With transformers only: each document separately through the model, or each sample as one if not `apart`."""
     nats, predicted, target_bytes = 0.0, 0, 0
     for sample in datasets.load_from_disk(eval_dir):
         start = 0
@@ -133,7 +133,7 @@ def test_figures_are_those_of_transformers(jobs, prepared, model_dir, name):
     for model, entry in ((first if exact else first.bfloat16().float(), entries[0]), (last.float(), entries[-1])):
         expected = plain_figures(model, prepared / "eval")
         for key, value in expected.items():
-            # The exponent of the perplexity makes a relative error of an absolute one.
+            # The exponent of the perplexity turns an absolute error into a relative one.
             scale = 1 if key != "perplexity" else expected["loss"]
             assert entry["figures"]["en"][key] == pytest.approx(value, rel=(1e-6 if exact else 1e-3) * scale), key
     assert jobs[name].scalars("Evaluation/en/bits_per_byte") == pytest.approx(
@@ -163,7 +163,7 @@ def test_forgetting_ends_the_run_and_is_saved(jobs):
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_a_signal_leaves_an_evaluation_unfinished_and_a_resume_makes_up_for_it(jobs, name):
+def test_a_signal_interrupts_an_evaluation_and_a_resume_repeats_it(jobs, name):
     place, of = CUT[name]
     cut, resumed, whole = jobs[name], jobs[f"{name}_resumed"], jobs[of]
     entries = history(whole)
@@ -188,7 +188,7 @@ def test_a_signal_in_the_first_evaluation_leaves_nothing(jobs):
 
 
 def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
-    """Without a document mask, <s> and other first tokens of documents are not measured where they are known."""
+    """Without a document mask, <s> and other first tokens of documents are not measured if the borders are recorded."""
     first = history(jobs["plain"])[0]["figures"]
     assert list(first) == ["old", "en", "cut"] and sorted(first["old"]) == ["loss", "perplexity"]
     model = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -202,7 +202,7 @@ def test_several_sets_and_one_without_bytes(jobs, prepared, model_dir):
     assert known == pytest.approx(bits_per_byte.figure(prepared / "eval", model, processor), rel=1e-6)
 
 
-def test_flags_that_cannot_be_used_are_told(run_forked, assert_user_error, prepared, model_dir, tmp_path):
+def test_flags_that_cannot_be_used_are_reported(run_forked, assert_user_error, prepared, model_dir, tmp_path):
     flags = ["--pretrained", model_dir, "--dataset", prepared, "--save_dir", tmp_path / "ckpt"]
     process = run_forked(
         "train.py",

@@ -1,4 +1,4 @@
-"""train.example.sh and train_sft.example.sh: what they hand to `colossalai run`, seen by a stand-in for it."""
+"""train.example.sh and train_sft.example.sh: what they pass to `colossalai run`, recorded by a stand-in for it."""
 
 import json
 import os
@@ -37,7 +37,7 @@ VARIABLES = (
 
 @pytest.fixture
 def workplace(tmp_path) -> Path:
-    """A folder with copies of the scripts, named as the README says, a hostfile, and a `colossalai` that records."""
+    """A folder with copies of the scripts, named as in the README, a hostfile, and a `colossalai` that records."""
     folder = tmp_path / "a folder"
     folder.mkdir()
     for name in PARSERS:
@@ -49,7 +49,7 @@ def workplace(tmp_path) -> Path:
         f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps({{'cwd': os.getcwd(), 'words': sys.argv[1:]}}))\n"
     )
     stand_in.chmod(0o755)
-    # The folders that most tests name do not exist: they are not looked at.
+    # The folders in most tests do not exist: they are not checked.
     python = stand_in.with_name("python")
     python.write_text("#!/bin/sh\nexit 0\n")
     python.chmod(0o755)
@@ -57,7 +57,7 @@ def workplace(tmp_path) -> Path:
 
 
 def run(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a script from another folder, with the stand-in first on PATH and no variable but those given."""
+    """Run a script from another folder, with the stand-in first on PATH and no variables except those given."""
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES} | variables
     environment["PATH"] = f"{script.parent.parent / 'bin'}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
@@ -82,7 +82,7 @@ def launched(script: Path, *words: str, **variables: str):
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_is_answered_once(name, word, workplace):
     process = run(workplace / f"{name}.sh", word)
-    # The check, for which the stand-in says nothing, has answered it.
+    # The check, for which the stand-in prints nothing, has answered it.
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
@@ -97,7 +97,7 @@ def test_as_it_is(name, workplace):
     assert len(args.dataset) > 1 and all(re.search(r"/part-\d{5}$", folder) for folder in args.dataset)
 
 
-def test_the_two_differ_where_the_readme_says(workplace):
+def test_the_two_differ_only_where_the_readme_lists_it(workplace):
     pretraining, fine_tuning = (launched(workplace / f"{name}.sh")[1] for name in PARSERS)
     assert (pretraining.lr, pretraining.accumulation_steps) == (1e-4, 1)
     assert (fine_tuning.lr, fine_tuning.accumulation_steps, fine_tuning.use_neft) == (5e-5, 8, True)
@@ -144,7 +144,7 @@ def test_every_variable_can_come_from_the_environment(name, workplace):
 
 
 @NAMES
-def test_arguments_come_last_and_count(name, workplace):
+def test_arguments_are_last_and_take_precedence(name, workplace):
     _, args = launched(
         workplace / f"{name}.sh", "--plugin", "gemini", "--lr", "2e-5", "--load_checkpoint", "it's a folder"
     )
@@ -161,7 +161,7 @@ def test_the_dataset_array_may_be_edited(name, workplace):
 
 
 @NAMES
-def test_a_missing_hostfile_is_told(name, workplace):
+def test_a_missing_hostfile_is_reported(name, workplace):
     (workplace / "hostfile").unlink()
     process = run(workplace / f"{name}.sh")
     assert process.returncode == 2 and process.stdout == ""

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of saved models: what old mirrors ship, and what is made of it."""
+"""config.json and generation_config.json of saved models, from what old mirrors ship."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from colossal_llama2.model.exported_configs import (
 from colossal_llama2.train.checkpointing.small_files import json_bytes, model_files
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2}
-# What a folder's generation_config.json says, and what the exported one says.
+# A folder's generation_config.json, and the exported one.
 GENERATION = {
     "a mirror of 2023": ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}),
     "as Meta has it today": ({"do_sample": True, "top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
-    "greedy, and says so": ({"do_sample": False, "temperature": 0.9, "top_k": 10}, {"do_sample": False}),
+    "greedy, explicitly": ({"do_sample": False, "temperature": 0.9, "top_k": 10}, {"do_sample": False}),
     "defaults": ({"temperature": 1.0, "top_p": 1.0, "top_k": 50}, {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
     "temperature 0": ({"temperature": 0.0, "top_p": 0.6}, {"do_sample": False}),
     "sampling without a temperature": ({"do_sample": True, "temperature": 0}, {"do_sample": False}),
@@ -69,7 +69,7 @@ KEYS = st.sampled_from(
 
 
 def is_accepted(content) -> bool:
-    """Whether transformers takes it without a warning."""
+    """Whether transformers accepts it without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
@@ -84,9 +84,9 @@ def test_generation_settings_are_valid_and_mean_the_same(name):
     given_content, expected = GENERATION[name]
     content, changes = portable_generation({**IDS, **given_content}, vocab_size=600)
     assert content == {**IDS, **expected} and is_accepted(content)
-    # Null, where there has to be a value, means the default; nothing else changes in silence.
-    said = {key: value for key, value in given_content.items() if value is not None or key in content}
-    assert bool(changes) == (content != {**IDS, **said})
+    # Null for a setting that needs a value means the default; nothing else changes silently.
+    meaningful = {key: value for key, value in given_content.items() if value is not None or key in content}
+    assert bool(changes) == (content != {**IDS, **meaningful})
     assert portable_generation(content, vocab_size=600) == (content, [])
 
 
@@ -97,7 +97,7 @@ def test_no_generation_settings_fail_at_a_save(content):
     assert is_accepted(portable) and json.loads(json_bytes(portable, "it")) == portable
 
 
-def test_what_the_rules_do_not_know_leaves_the_token_ids():
+def test_unknown_settings_leave_only_the_token_ids():
     content, changes = exported_configs.accepted_generation({**IDS, "validate": 1, "temperature": 0.5})
     assert content == IDS and "transformers refuses it" in changes[0]
     assert exported_configs.accepted_generation({**IDS, "top_k": 50}) == ({**IDS, "top_k": 50}, [])
@@ -124,7 +124,7 @@ def test_generation_settings_leave_config_json():
 
 
 def old_mirror(model_dir, folder, *, generation=None, **config):
-    """A folder of configurations alone, as those of `model_dir` with these changes."""
+    """A folder with only configurations, those of `model_dir` with these changes."""
     folder.mkdir()
     content = json.loads((model_dir / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**content, **config}))
@@ -150,7 +150,7 @@ def test_an_exported_folder_loads_in_transformers_without_a_warning(generation, 
     config = json.loads(files["config.json"])
     assert config["torch_dtype"] == "bfloat16" and "dtype" not in config and "temperature" not in config
     assert model.model.embed_tokens.padding_idx is None and model.generation_config.do_sample
-    # generation_config.json is believed before config.json.
+    # generation_config.json has precedence over config.json.
     assert model.generation_config.temperature == (0.7 if generation and "temperature" in generation else 0.9)
     assert set(files) > {"config.json", "generation_config.json", "tokenizer.model"}
 

@@ -1,4 +1,4 @@
-"""kitoken in SentencePiece's place: equal ids where `encoder_class` takes it, and which tokenizers it leaves alone."""
+"""kitoken instead of SentencePiece: equal ids where `fastest_class` chooses it, and which tokenizers it refuses."""
 
 import importlib.util
 import io
@@ -20,7 +20,7 @@ pytest.importorskip("kitoken")
 
 WORDS = ["人工智能", "工智", "改变世界", "▁the▁", "清泉石上流"]
 MARKS = ["<s>", "</s>", "<unk>", "<0x0A>", "▁", "  ", " " * 31, "\n\n", "\0", "\ufeff", "e\u0301", "👩‍🚀", "\U0010ffff"]
-# A surrogate is no character, and no text in a file holds one.
+# A surrogate is not a character, and no text in a file contains one.
 CHARACTERS = st.characters(exclude_categories=["Cs"])
 TEXTS = st.lists(st.sampled_from([*MARKS, *"the state人工智能改变世界清泉"]) | CHARACTERS, max_size=40).map("".join)
 
@@ -63,7 +63,7 @@ def test_ids_are_those_of_sentencepiece(fixture, request):
     assert fast.encode(documents) == slow.encode(documents)
 
 
-def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
+def test_a_model_with_an_unreached_piece_needs_sentencepiece(model, tmp_path):
     pieces = [*dict.fromkeys(WORDS[0]), WORDS[0]]
     content = with_pieces(model.content, pieces, scores_below(model.lowest_merge, len(pieces)))
     folder = folder_of(content, tmp_path / "unreached")
@@ -76,7 +76,7 @@ def test_a_piece_that_is_not_reached_is_why_it_has_to_be_asked(model, tmp_path):
     "pieces, scores",
     [
         (["人", "工", "人工", "智", "能", "智能"], [-1e6, -1e6, 0.0, -1e6, -1e6, 0.0]),  # two merges tie
-        (["人工"], [-1e6]),  # its characters come as bytes
+        (["人工"], [-1e6]),  # its characters become bytes
         (["▁the▁"], [-1e6]),  # a merge across a space
     ],
 )

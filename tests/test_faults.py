@@ -1,4 +1,4 @@
-"""A sample of the faults of tests/faults; `python -m tests.faults` has all of them, and --mutants checks the checks."""
+"""A sample of the faults of tests/faults; `python -m tests.faults` runs all of them, and --mutants tests the checks."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """The command that has survived, or not, a sample of all faults."""
+    """The command, run on a sample of all faults."""
     reason = trace.can_trace()
     if reason:
         pytest.skip(reason)
@@ -39,10 +39,10 @@ def table(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_is_survived(table, kind):
+def test_every_fault_of_the_sample_passes(table, kind):
     (row,) = [line for line in table.stdout.splitlines() if kind in line]
     assert row.split("|")[2].strip() == f"{KINDS[kind]}/{KINDS[kind]}", table.stderr[-4000:]
 
 
-def test_the_command_says_so(table):
+def test_the_command_reports_it(table):
     assert table.returncode == 0, table.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""Input files as people have them: every form and compression, wrong names, damage, and what is left out."""
+"""Input files as users have them: every form and compression, wrong names, damage, and what is left out."""
 
 import bz2
 import datetime
@@ -80,12 +80,12 @@ def test_every_form_gives_the_same_records(packing, tmp_path):
         folder = tmp_path / name
         put(folder, f"data.{name}" + (f".{packing.upper()}" if packing else ""), PACKERS[packing](content))
         assert [line.record for line in read(folder)] == RECORDS
-    # As `cat` and parallel compressors make them, and with padding at the end.
+    # As written by `cat` and parallel compressors, and with padding at the end.
     if packing:
         parts = b"".join(map(PACKERS[packing], (LINES[:1000], b"", LINES[1000:])))
         path = put(tmp_path / "parts", f"data.jsonl.{packing}", parts)
         assert [line.record for line in read(path.parent)] == RECORDS
-        # What follows is no stream of the kind: not passed over.
+        # What follows is not a stream of this kind, and must not be ignored.
         path.write_bytes(parts + b"junk")
         *kept, lost = read(path.parent)
         assert [line.record for line in kept] == RECORDS and lost.is_lost and lost.number == len(RECORDS) + 1
@@ -95,7 +95,7 @@ def test_every_form_gives_the_same_records(packing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, told",
+    "name, content, message",
     [
         ("a.jsonl", gzip.compress(LINES), "gzip"),
         ("a.jsonl.gz", LINES, "plain text"),
@@ -106,7 +106,7 @@ def test_every_form_gives_the_same_records(packing, tmp_path):
         ("a.json.xz", "parquet", "parquet"),
     ],
 )
-def test_a_wrong_name_is_logged_and_the_content_counts(name, content, told, tmp_path, caplog):
+def test_a_wrong_name_is_logged_and_the_content_counts(name, content, message, tmp_path, caplog):
     path = put(tmp_path / "in", name, b"")
     if content == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
@@ -114,11 +114,11 @@ def test_a_wrong_name_is_logged_and_the_content_counts(name, content, told, tmp_
         path.write_bytes(content)
     caplog.set_level("INFO")
     assert [line.record for line in read(path.parent)] == RECORDS
-    assert f"contradicts the file name: {path} ({told})" in caplog.text
+    assert f"contradicts the file name: {path} ({message})" in caplog.text
 
 
 def long_zstd(content: bytes) -> bytes:
-    """A frame of stored blocks, whose header asks for a window of 2 GiB."""
+    """A frame of stored blocks, whose header declares a window of 2 GiB."""
     frame = b"\x28\xb5\x2f\xfd" + bytes([0, 21 << 3])
     for start in range(0, len(content), 1 << 16):
         block = content[start : start + (1 << 16)]
@@ -151,10 +151,10 @@ def test_what_is_left_out_is_named_with_its_cure(tokenizer_dir, tmp_path, caplog
     put(folder / "below", "a.jsonl", LINES)
     written = prepared(folder, tokenizer_dir, tmp_path / "out")
     assert {entry["path"] for entry in written["left_out"]} == {str(folder / name) for name in [*names, "below"]}
-    told = [record.message for record in caplog.records if record.message.startswith("not read: ")]
-    assert len(told) == 1 and all(str(folder / name) in told[0] for name in [*names, "below"])
+    message = [record.message for record in caplog.records if record.message.startswith("not read: ")]
+    assert len(message) == 1 and all(str(folder / name) in message[0] for name in [*names, "below"])
     for cure in ("in --data_input_dirs as well", "without the dot", "unpack it", "rename it to *.jsonl", "to Parquet"):
-        assert cure in told[0]
+        assert cure in message[0]
     for number in range(50):
         put(folder, f"more{number}.txt", b"x")
     caplog.clear()
@@ -229,8 +229,8 @@ def test_a_cut_array_is_a_lost_file_and_not_bad_rows(tokenizer_dir, tmp_path, ru
     assert [(lost["file"], lost["line"]) for lost in written["lost_files"]] == [(str(cut), broken_line)]
     assert written["total"]["documents"] == 50 and written["lines"] == 52 and written["bad_rows"] == 2
     assert written["bad_reasons"]["not JSON"] == 1
-    told = capsys.readouterr().out
-    assert "LOST FILES" in told and "bad rows: not JSON" in told and f"lost: {words}" in caplog.text
+    message = capsys.readouterr().out
+    assert "LOST FILES" in message and "bad rows: not JSON" in message and f"lost: {words}" in caplog.text
     skipped = [json.loads(line) for line in (tmp_path / "out" / "arrow" / "bad_rows.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in skipped] == [(str(rest), 31), (str(rest), 32)]
     # The command itself, on finished output.
@@ -278,8 +278,8 @@ def test_many_bad_rows_are_explained(stage, lines, words, tokenizer_dir, tmp_pat
         command(**{**keywords, "on_bad_row": "fail"})
     caplog.clear()
     command(**keywords)
-    (told,) = [record.message for record in caplog.records if "skipped as bad" in record.message]
-    assert "bad.jsonl" in told and words in told
+    (message,) = [record.message for record in caplog.records if "skipped as bad" in record.message]
+    assert "bad.jsonl" in message and words in message
 
 
 def test_parquet_gives_the_records_of_jsonl(tmp_path):
@@ -299,7 +299,7 @@ def test_parquet_gives_the_records_of_jsonl(tmp_path):
         {**records[0], "category": "x", **others, "bytes": "text"},
         {**records[1], "n": None, "category": "y", **others, "bytes": {"binary_bytes": 2}},
     ]
-    # Values that Python has no type for spoil no row that does not need them.
+    # Values without a Python type do not spoil rows that do not need them.
     columns = {
         "target": ["a", "b"],
         "day": pyarrow.array([1, 1 << 30], pyarrow.date32()),
@@ -352,7 +352,7 @@ def test_times_that_python_cannot_hold_spoil_no_row_of_parquet(tmp_path):
     assert [list(value) for value in record.values()] == [["unreadable"]] * 5
 
 
-# In a process of its own: it must not even import what it names.
+# In a separate process: it must not even import what the file names.
 OPEN_PARQUET = """
 import sys
 from colossal_llama2.corpus.parquet_rows import read_parquet

@@ -13,9 +13,9 @@ CHANGE_NO_NUMBERS = set(
     "max_bad_steps dist_timeout tensorboard_dir config_file load_config use_grad_checkpoint eval_dataset "
     "eval_interval forgetting_alarm on_forgetting benchmark num_samples profile peak_tflops dry_run num_ranks".split()
 )
-# These do change them, but name places on a disk; the card names model and data in other words.
+# These do change them, but name paths; the card describes model and data differently.
 OFF_CARD = {"pretrained", "dataset"}
-# Compared with a checkpoint by what they mean, not by their text: the data by its hashes, a mixture by its shares.
+# Compared with a checkpoint by meaning, not by text: the data by its hashes, a mixture by its shares.
 COMPARED_BY_MEANING = set(
     "pretrained dataset bucketed mixture mixture_end seed train_new_rows_only freeze_non_embeds_params".split()
 )
@@ -57,10 +57,10 @@ def test_a_resumed_run_compares_the_flags_that_change_numbers():
     traits = train_flags.train_sft_parser().traits
     compared = {name for name in traits if resuming._is_compared(name)}
     assert compared == traits.keys() - CHANGE_NO_NUMBERS - COMPARED_BY_MEANING
-    # No flags, but settings of a checkpoint: which command it was, and what it pads with.
+    # Not flags, but settings of a checkpoint: which command it was, and the padding token.
     assert resuming._is_compared("stage") and resuming._is_compared("pad_token")
 
 
-def test_the_card_lists_flags_alone():
-    told = model_card.card_settings({**SETTINGS, "world_size": 2, "versions": {}, "run_id": "x", "warmup_steps": None})
-    assert told == {"lr": 1e-4, "mixture": ["zh=1"]}
+def test_the_card_lists_only_flags():
+    shown = model_card.card_settings({**SETTINGS, "world_size": 2, "versions": {}, "run_id": "x", "warmup_steps": None})
+    assert shown == {"lr": 1e-4, "mixture": ["zh=1"]}

@@ -44,13 +44,13 @@ def place(path: Path, line: int) -> str:
 
 
 def test_the_folders_of_the_rules_exist():
-    """After a move, a rule about a folder that is gone would hold for nothing."""
+    """After a move, a rule about a folder that no longer exists would check nothing."""
     folders = [ENGINE, *(PACKAGE / name for name in LOWER_FOLDERS), ROOT.joinpath(*TRAIN.split("."))]
     assert [path for path in folders if not path.is_dir()] == []
     assert [path for path in FLAG_TABLES if not path.is_file()] == []
 
 
-def test_colossalai_is_imported_by_the_engine_alone_and_late():
+def test_colossalai_is_imported_only_by_the_engine_and_late():
     found = [line for path in SOURCES for line in offences(path, "colossalai", only_top_level=ENGINE in path.parents)]
     assert found == []
 
@@ -109,7 +109,7 @@ def is_flag_table(path: Path, function: ast.FunctionDef) -> bool:
     return path in FLAG_TABLES and all(isinstance(statement, plain) for statement in function.body)
 
 
-def test_every_module_says_what_it_is_for():
+def test_every_module_has_a_docstring():
     def is_empty_package(path: Path) -> bool:
         return path.name == "__init__.py" and not tree_of(path).body
 
@@ -152,7 +152,7 @@ def write_package(folder: Path, files: dict[str, str]) -> Path:
 
 
 def test_the_import_reader_finds_every_kind_of_import(tmp_path):
-    """A guard for the guard: every way of importing is found, with its full name and depth."""
+    """Tests the tests: every way of importing is found, with its full name and depth."""
     source = (
         "import colossalai.booster as b\n"
         "from ..train import run\n"
@@ -190,7 +190,7 @@ def test_circles_of_files_and_folders_are_named(tmp_path):
     names = [f"colossal_llama2/low/{name}.py" for name in "abc"]
     assert first == f"circle of 3: {', '.join(names)}"
     assert lines[0].strip() == f"{names[0]}:2 imports {names[1]}" and len(lines) == 3
-    # No file of either folder imports one that imports it, but the folders do.
+    # No file in either folder imports one that imports it, but the folders do.
     (of_folders,) = circles(found, of_folders=True)
     assert of_folders.splitlines()[0] == "circle of 2: colossal_llama2/low, colossal_llama2/low/deep"
     assert circles([arrow for arrow in found if "deep" not in str(arrow)], of_folders=True) == []

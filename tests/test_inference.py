@@ -45,7 +45,7 @@ def logger_state():
 
 
 def likeliest_tokens(model_dir, prompt: str, count: int) -> list:
-    """Greedy decoding by hand, with plain transformers and a full forward pass a token."""
+    """Greedy decoding by hand, with plain transformers and a full forward pass per token."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -95,7 +95,7 @@ def test_a_seed_makes_sampling_repeatable(loaded):
     assert sample(1) == first
 
 
-def test_sampling_obeys_top_k(loaded, model_dir):
+def test_sampling_respects_top_k(loaded, model_dir):
     model, tokenizer = loaded
     likeliest = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=12, **GREEDY))
     narrow = SAMPLED | {"top_k": 1, "seed": 3}
@@ -109,11 +109,11 @@ def test_the_answer_ends_before_an_end_of_text_token(loaded, model_dir, monkeypa
     end = next(index for index in range(1, 8) if new[index] not in new[:index])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [new[end], 2] if as_list else new[end])
     answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=8, **GREEDY))
-    # The last token is one of text here, so it is shown; a real </s> is a special token and is not.
+    # The last token is ordinary text here, so it is shown; a real </s> is a special token and is not.
     assert answer == tokenizer.decode(new[: end + 1])
 
 
-def test_leftover_generation_settings_change_and_say_nothing(model_dir, copied_model, loaded):
+def test_leftover_generation_settings_have_no_effect_and_no_warning(model_dir, copied_model, loaded):
     leftovers = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 5.0, "max_length": 3}
     settings = json.loads((copied_model / "generation_config.json").read_text())
     (copied_model / "generation_config.json").write_text(json.dumps(settings | leftovers))
@@ -184,12 +184,12 @@ def test_the_command_of_the_readme(model_dir, run_forked):
     )
     assert process.returncode == 0, process.stderr
     assert answer_of(process.stdout, prompt)
-    # Log lines alone: no warning of a library, no bar.
+    # Only log lines: no warning of a library, no bar.
     assert all(" | " in line for line in process.stderr.splitlines()), process.stderr
     assert "\r" not in process.stderr
 
 
-def test_an_answer_that_does_not_fit_is_shortened_and_told(loaded, logger_state, caplog, monkeypatch):
+def test_an_answer_that_does_not_fit_is_shortened_with_a_warning(loaded, logger_state, caplog, monkeypatch):
     model, tokenizer = loaded
     prompt_length = len(tokenizer("the")["input_ids"])
     monkeypatch.setattr(model.config, "max_position_embeddings", prompt_length + 4)
@@ -197,7 +197,7 @@ def test_an_answer_that_does_not_fit_is_shortened_and_told(loaded, logger_state,
     with caplog.at_level(logging.INFO, logger="colossal_llama2"):
         answer = generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=5, **GREEDY))
         assert len(caplog.records) == 1
-        assert "at most 4 new tokens are generated, not 5" in caplog.text
+        assert "generating at most 4 new tokens, not 5" in caplog.text
         assert answer == generation.generate(model, tokenizer, "the", GenerationSettings(max_new_tokens=4, **GREEDY))
         assert len(caplog.records) == 1
 
@@ -229,7 +229,7 @@ def test_no_device_means_gpu_if_there_is_one(monkeypatch):
         ("cuda:4", 4, "only cuda:0 to cuda:3 are here; use"),
     ],
 )
-def test_a_device_that_is_not_there(device, gpus, words, monkeypatch):
+def test_a_device_that_does_not_exist(device, gpus, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=words):
         generation._resolve_device(device)
@@ -296,7 +296,7 @@ def shrink_vocabulary(folder: Path) -> None:
         (cut_weights, ["cannot be read"]),
         (lose_a_weight, ["lacks model.layers.1.mlp.up_proj.weight"]),
         (break_config, ["config.json: is not a JSON object"]),
-        (change_width, ["of shape", "its config.json asks for (64, 96)"]),
+        (change_width, ["of shape", "its config.json requires (64, 96)"]),
         (remove_tokenizer, ["tokenizer"]),
         (shrink_vocabulary, ["600 tokens", "500 embeddings"]),
     ],
@@ -319,14 +319,14 @@ def test_a_damaged_model_is_one_line(damage, words, copied_model, logger_state, 
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, words, logger_state, capsys, monkeypatch):
-    # What a machine without a network sees, at once and wherever the tests run.
+    # What a machine without a network gets, immediately and wherever the tests run.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = error_line(["--device", "cpu", *flags], capsys)
     assert all(word in line for word in words), line
 
 
 def error_line(flags: list, capsys) -> str:
-    """The one line, beside log lines, with which the command ends; its exit code must be 2."""
+    """The one line, besides log lines, with which the command ends; its exit code must be 2."""
     with pytest.raises(SystemExit) as end:
         inference_example.main(flags)
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Initializing a model: which rows it writes, what it leaves as it is, what it refuses."""
+"""Initializing a model: which rows it writes, what it does not change, what it refuses."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.inference import generation
-from colossal_llama2.model.init_model import InitModelSettings, Rows, _noted_ranges, init_model
+from colossal_llama2.model.init_model import InitModelSettings, Rows, _recorded_ranges, init_model
 from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
 from colossal_llama2.model.training_history import read_history
@@ -98,17 +98,17 @@ def test_single_file(model_dir, expanded, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_new_keeps_the_note_of_new_rows(model_dir, expanded, tmp_path):
-    """Such as a change of the number format alone; a second extension notes its own rows."""
+def test_without_new_rows_the_record_of_new_rows_stays(model_dir, expanded, tmp_path):
+    """For example a change of the number format only; a second extension records its own rows."""
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "first"))
-    noted = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
+    recorded = json.loads((tmp_path / "first" / "config.json").read_text())["initialized_rows"]
     init_model(InitModelSettings(tmp_path / "first", tmp_path / "first", tmp_path / "second", dtype="bfloat16"))
     config = json.loads((tmp_path / "second" / "config.json").read_text())
-    assert config["initialized_rows"] == noted == [[600, config["vocab_size"]]]
-    # Rows that no token has are left out, and a note that makes no sense is none.
+    assert config["initialized_rows"] == recorded == [[600, config["vocab_size"]]]
+    # Rows without a token are left out, and an invalid record counts as none.
     rows = Rows(kept=10, bags=[[12]], new=0, moved_ids={12: 10})
-    assert _noted_ranges({"initialized_rows": [[3, 5], [7, 20]]}, rows) == [[3, 5], [7, 11]]
-    assert _noted_ranges({"initialized_rows": [["a", 5]]}, rows) == _noted_ranges({}, rows) == []
+    assert _recorded_ranges({"initialized_rows": [[3, 5], [7, 20]]}, rows) == [[3, 5], [7, 11]]
+    assert _recorded_ranges({"initialized_rows": [["a", 5]]}, rows) == _recorded_ranges({}, rows) == []
 
 
 @pytest.mark.parametrize("dtype, tie", [("bfloat16", False), ("float16", True)])
@@ -151,7 +151,7 @@ def test_rows_beyond_the_tokenizer_are_left_out(model_dir, expanded, tmp_path, c
     assert "pad_token_id 639 is now None" in caplog.text
 
 
-def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
+def test_added_tokens_keep_their_rows_and_ids(model_dir, tmp_path):
     source = padded(model_dir, tmp_path / "source", 1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<late>"]})
@@ -165,7 +165,7 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
     pad, late = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids(["<pad>", "<late>"])
     assert (pad, late) == (len(matrix) - 2, len(matrix) - 1)
     assert (matrix[pad] == 7.0).all()
-    # <late> had no row in the source: it gets the mean of what its text is made of.
+    # <late> had no row in the source, so it gets the mean of the rows of its text.
     (ids,) = load_encoder(source).encode(["<late>"], dummy_prefix=False)
     torch.testing.assert_close(matrix[late], weights_of(source)[INPUT_EMBEDDING][ids].mean(0))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -176,7 +176,7 @@ def test_added_tokens_take_their_rows_and_ids_along(model_dir, tmp_path):
 
 @pytest.mark.parametrize("tie, dtype", [(False, "bfloat16"), (True, "float32")])
 def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tmp_path, capsys, tie, dtype):
-    """They are the mean of the old rows, noted, never generated, and not taken over by the next init_model."""
+    """They are the mean of the old rows, recorded, never generated, and not copied by the next init_model."""
     source = tiny.make_model(tmp_path / "source", tokenizer_dir, tie=tie, dtype=dtype)
     init_model(InitModelSettings(source, expanded, tmp_path / "plain"))
     init_model(InitModelSettings(source, expanded, tmp_path / "out", pad_vocab_to_multiple_of=64))
@@ -193,8 +193,8 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     assert config["padding_rows"] == [[tokens, rows]]
     history = read_history(tmp_path / "out")
     assert history.problem is None and history.stages[0]["padding_rows"] == rows - tokens
-    told = f"vocabulary of 600, now 640, {rows - tokens} of them rows without a token"
-    assert _stage_cells(history.stages[0])[1] == told
+    expected = f"vocabulary of 600, now 640, {rows - tokens} of them rows without a token"
+    assert _stage_cells(history.stages[0])[1] == expected
 
     for again, more in (("same", 64), ("none", 1), ("larger", 128)):
         init_model(InitModelSettings(tmp_path / "out", expanded, tmp_path / again, pad_vocab_to_multiple_of=more))
@@ -208,7 +208,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     settings = generation.GenerationSettings(8, do_sample=False, temperature=1.0, top_k=0, top_p=1.0, seed=0)
     expected = [generation.generate(model, tokenizer, "the state", settings)]
     with torch.no_grad():
-        # One of two opposite rows has by far the largest logit. Tied rows are not looked up, so that nothing changes.
+        # One of two opposite rows has by far the largest logit. If tied, they are never input, so nothing else changes.
         head = model.get_output_embeddings().weight
         head[tokens : tokens + 2] = 100 * torch.stack([torch.ones(head.shape[1]), -torch.ones(head.shape[1])])
     raw = model.generate(**tokenizer("the state", return_tensors="pt"), max_new_tokens=1, do_sample=False)
@@ -217,7 +217,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
 
 
 def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
-    """A hub cache is made of links: what is written are files."""
+    """A hub cache consists of links; the output consists of files."""
     source = tmp_path / "source"
     source.mkdir()
     for path in model_dir.iterdir():
@@ -226,7 +226,7 @@ def test_into_the_tokenizer_folder_through_links(model_dir, expanded, tmp_path):
     init_model(InitModelSettings(source, target, target))
     check(source, expanded, target)
     assert not any(path.is_symlink() or path.is_dir() for path in target.iterdir())
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="already holds a model"):
         init_model(InitModelSettings(source, expanded, target))
 
 
@@ -252,7 +252,7 @@ def test_both_spellings_from_another_folder(run_forked, model_dir, expanded, tmp
     assert stage["tokenizer_sha256"] == fingerprint(expanded)
     sha256 = hashlib.sha256((model_dir / WEIGHTS_FILE).read_bytes()).hexdigest()
     assert stage["parent"]["weights"][WEIGHTS_FILE]["sha256"] == sha256
-    # Where no row is new, only the name of the base goes along.
+    # If no row is new, only the name of the base is copied.
     init_model(
         InitModelSettings(tmp_path / "out", tmp_path / "out", tmp_path / "again", dtype="bfloat16", overwrite=True)
     )
@@ -273,7 +273,7 @@ def test_as_a_module_and_one_line_for_a_mistake(assert_user_error, model_dir, ex
         str(model_dir),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_user_error(done, "init_model.py: error:", "holds a model already")
+    assert_user_error(done, "init_model.py: error:", "already holds a model")
 
 
 def test_folders_that_are_refused(model_dir, expanded, tokenizer_dir, tmp_path):
@@ -284,7 +284,7 @@ def test_folders_that_are_refused(model_dir, expanded, tokenizer_dir, tmp_path):
     refused("--source_model_and_tokenizer_path .* is not a folder", source=tmp_path / "missing")
     refused("--target_tokenizer_path .* is not a folder", tokenizer=tmp_path / "missing")
     refused("inside the source", target=model_dir / "out")
-    refused("exists already", target=tmp_path)
+    refused("already exists", target=tmp_path)
     (tmp_path / "file").touch()
     refused("is not a folder", target=tmp_path / "file")
     refused("holds no config.json", source=tokenizer_dir)
@@ -419,7 +419,7 @@ def test_a_number_too_large_for_the_dtype_is_refused(model_dir, expanded, tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_row_that_moves_may_be_too_large_too(model_dir, tmp_path):
+def test_a_moved_row_may_also_be_too_large(model_dir, tmp_path):
     source = padded(model_dir, tmp_path / "source", 1)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -459,13 +459,13 @@ def test_integer_embeddings_are_refused(model_dir, expanded, tmp_path):
         init_model(InitModelSettings(source, expanded, tmp_path / "out"))
 
 
-def test_a_full_disk_is_told_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(model_dir, expanded, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as expected:
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "deep" / "out"))
     needed = int(
-        re.match(r"([\d,]+) bytes are needed in .*, 12,345 bytes are free", str(told.value))[1].replace(",", "")
+        re.match(r"([\d,]+) bytes are needed in .*, 12,345 bytes are free", str(expected.value))[1].replace(",", "")
     )
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
@@ -545,7 +545,7 @@ def test_a_parent_that_cannot_be_written_to_is_found_before_any_work(model_dir, 
         (tmp_path / "out", tmp_path / "out", {"overwrite": True}),
     ):
         with monkeypatch.context() as patch, pytest.raises(UserError, match=f"no write permission in {closed};"):
-            # Root may write everywhere, so the system's answer is replaced.
+            # Root may write everywhere, so the system's answer is patched.
             patch.setattr("os.access", lambda path, mode, closed=closed: Path(path) != closed)
             patch.setattr("colossal_llama2.model.init_model._read_config", None)
             init_model(InitModelSettings(model_dir, expanded, target, **named))
@@ -593,12 +593,12 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(model_dir, expanded, t
     check(model_dir, expanded, tmp_path / "out")
 
 
-def test_killed_between_the_two_renames_the_old_folder_comes_back(model_dir, expanded, tmp_path, caplog):
+def test_after_a_kill_between_the_two_renames_the_old_folder_is_restored(model_dir, expanded, tmp_path, caplog):
     init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / ".out.12345678.old")
     (tmp_path / ".out.mine.tmp").mkdir()
-    with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="holds a model already"):
+    with caplog.at_level("INFO", logger="colossal_llama2"), pytest.raises(UserError, match="already holds a model"):
         init_model(InitModelSettings(model_dir, expanded, tmp_path / "out"))
     assert "its old content is restored" in caplog.text
     check(model_dir, expanded, tmp_path / "out")
-    assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we make
+    assert (tmp_path / ".out.mine.tmp").exists()  # not a name that we create

@@ -36,7 +36,7 @@ def write_pieces(path, pieces):
 
 @pytest.fixture(scope="module")
 def source(tokenizer_dir, tmp_path_factory):
-    """A source as LLaMA-2 ships it: every tokenizer gives a text its leading "▁". With two added tokens, a template."""
+    """A source like LLaMA-2's: every tokenizer adds a leading "▁" to a text. With two added tokens and a template."""
     from transformers import AddedToken, AutoTokenizer
 
     folder = shutil.copytree(tokenizer_dir, tmp_path_factory.mktemp("source") / "llama")
@@ -95,7 +95,7 @@ def test_new_scores_differ_and_lie_below_every_old_merge(source, target):
 def test_old_text_is_tokenized_as_before(source, target):
     from transformers import AutoTokenizer
 
-    # "Hello▁world" brings English pieces along; text that holds one of them may change.
+    # "Hello▁world" needs English pieces too; text that contains one of them may change.
     finder = PieceFinder(pieces_of(target)[len(pieces_of(source)) :])
     texts = [text for text in english_documents() if not finder.found_in("▁" + text.replace(" ", "▁"))]
     assert len(texts) > 1000
@@ -146,7 +146,7 @@ def test_everything_of_the_source_survives(source, target):
 
 
 def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
-    """As older LLaMA derivatives ship it: added_tokens.json instead of added_tokens_decoder, no tokenizer_class."""
+    """As in older LLaMA derivatives: added_tokens.json instead of added_tokens_decoder, no tokenizer_class."""
     from transformers import AutoTokenizer
 
     old = shutil.copytree(source, tmp_path / "old")
@@ -165,7 +165,7 @@ def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
         )
 
 
-def test_merges_that_differ_from_the_model_are_told(source, tmp_path, caplog):
+def test_merges_that_differ_from_the_model_are_logged(source, tmp_path, caplog):
     odd = shutil.copytree(source, tmp_path / "odd")
     fast = json.loads((odd / "tokenizer.json").read_text())
     fast["model"]["merges"].pop()
@@ -270,16 +270,16 @@ def tokenizer_of(folder: Path, pieces=(), **changes) -> Path:
 
 
 def test_whitespace_makes_pieces_that_encode_and_decode_everywhere(tmp_path):
-    """But for U+0020. Of the control characters those that the source has a piece for."""
+    """Except U+0020, and those control characters that the source has a piece for."""
     from transformers import AutoTokenizer
 
     source = tokenizer_of(tmp_path / "source", ["\u3000", "\t"], user_defined_symbols=["[INST]"])
     words = ["\u3000\u3000", "\u00a0", "\u2003", "\u2028", "\u3000你好", "the\u00a0of", "▁\u3000", "\t\t", "你\u202f"]
     pieces = write_pieces(tmp_path / "pieces.jsonl", [*words, "\u3000", "\t", "[INST]", "▁t"])
     expand_tokenizer(ExtensionSettings(source, tmp_path / "new", pieces))
-    told = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
-    assert (told["asked"], told["already_pieces"], told["added_from_file"]) == (len(words) + 4, 4, len(words))
-    assert told["unreachable"] == told["dropped"] == 0
+    report = json.loads((tmp_path / "new" / REPORT_FILE).read_text())
+    assert (report["asked"], report["already_pieces"], report["added_from_file"]) == (len(words) + 4, 4, len(words))
+    assert report["unreachable"] == report["dropped"] == 0
     encoder = load_encoder(tmp_path / "new")
     kinds = [AutoTokenizer.from_pretrained(tmp_path / "new", use_fast=use_fast) for use_fast in (True, False)]
     known = {word: index for index, word in enumerate(pieces_of(tmp_path / "new"))}
@@ -317,8 +317,8 @@ def test_folders_and_files_that_are_refused(source, tmp_path):
     refused("is not a file", pieces=tmp_path / "missing.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     refused("holds no pieces", pieces=tmp_path / "empty.jsonl")
-    refused("exists already.*--overwrite", target=tmp_path)
-    refused("exists already", target=source)
+    refused("already exists.*--overwrite", target=tmp_path)
+    refused("already exists", target=source)
     refused("inside the source", target=source / "zh")
     refused("is not a folder", source=tmp_path / "missing")
 
@@ -368,7 +368,7 @@ def test_a_unigram_model_is_refused(source, tmp_path):
         expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
 
 
-def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
+def test_nothing_new_still_writes_a_complete_tokenizer(source, tmp_path, capsys):
     expand_tokenizer(
         ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["and", "and"]))
     )
@@ -380,7 +380,7 @@ def test_nothing_new_still_writes_a_whole_tokenizer(source, tmp_path, capsys):
 
 
 def original_recipe(content, pieces):
-    """What the original's init_tokenizer.py makes of a tokenizer.model (its lines 40 to 60 and 85 to 88)."""
+    """What the original's init_tokenizer.py writes for a tokenizer.model (its lines 40 to 60 and 85 to 88)."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     tokens = []
@@ -411,7 +411,7 @@ def test_zero_and_off_write_what_the_original_writes(source, tmp_path, caplog):
     report = report_of(tmp_path / "out")
     assert (report["asked"], report["duplicates"], report["already_pieces"], report["added"]) == (10, 1, 1, 8)
     assert report["added_by_closure"] == 0 and report["unreachable_pieces"] == ["Hello▁world"]
-    assert "not proven: 1 of 8 new pieces are never reached; tokenizers have new differences" in caplog.text
+    assert "not proven: 1 of 8 new pieces never reached; tokenizers have new differences" in caplog.text
 
 
 def test_a_failed_proof_ends_with_code_1(source, tmp_path, capsys, monkeypatch):
@@ -457,7 +457,7 @@ def test_a_budget_counts_what_closure_adds(source, tmp_path):
     assert report["given_up_pieces"] == ["人工智能"] and report["added"] == 6
 
 
-def test_the_report_tells_parity_and_old_text(source, tmp_path, capsys):
+def test_the_report_covers_parity_and_old_text(source, tmp_path, capsys):
     text = tmp_path / "text"
     text.mkdir()
     (text / "en.txt").write_text("\n\n".join(english_documents()[:200]))
@@ -477,7 +477,7 @@ def test_the_report_tells_parity_and_old_text(source, tmp_path, capsys):
 
 
 def test_a_source_that_spells_merges_as_text_keeps_the_spelling(source, tmp_path):
-    """LLaMA-2's own tokenizer.json does, and tokenizers before 0.20 read nothing else."""
+    """As in LLaMA-2's own tokenizer.json; tokenizers before 0.20 read nothing else."""
     old = shutil.copytree(source, tmp_path / "old")
     fast = json.loads((old / "tokenizer.json").read_text())
     fast["model"]["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in fast["model"]["merges"]]
@@ -505,7 +505,7 @@ def test_overwrite_replaces_a_tokenizer_and_nothing_else(source, tmp_path):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
     expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     write_pieces(tmp_path / "pieces.jsonl", ["世界"])
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
     assert pieces_of(tmp_path / "out")[600:] == ["你好", "你", "好"]
     expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
@@ -547,8 +547,8 @@ def test_a_fault_leaves_the_old_target(source, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_many_pieces_are_no_matter(source):
-    """Twenty thousand that all lack what leads to them: no step is quadratic."""
+def test_many_pieces_are_not_quadratic(source):
+    """Twenty thousand pieces that all need intermediate ones: no step is quadratic."""
     import time
 
     characters = [chr(0x4E00 + index) for index in range(141)]

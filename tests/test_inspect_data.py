@@ -1,4 +1,4 @@
-"""inspect_data: what is shown of a bin, that nothing in it reaches the terminal raw, the account, and the charts."""
+"""inspect_data: what is shown of a bin, that nothing in it reaches the terminal raw, the manifest, and the charts."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def arrow_dir(encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def old_bin(encoder, tmp_path_factory):
-    """A bin with input_ids and labels alone: one conversation."""
+    """A bin with only input_ids and labels: one conversation."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -74,7 +74,7 @@ def report(part, tokenizer_dir, *, num_samples=5, seed=1024, plots=None, is_colo
 
 
 def test_no_character_reaches_the_terminal_raw():
-    # Everywhere but among Han and Hangul characters, which are many.
+    # Everywhere except among Han and Hangul characters, which are many.
     for code in [*range(0x3400), *range(0xD7F0, 0x20000), *range(0xE0000, 0xE1000), 0xF0000, 0x10FFFF]:
         for character in visible_line(chr(code)):
             assert unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"), hex(code)
@@ -137,13 +137,13 @@ def test_the_seed_chooses_the_samples(arrow_dir, tokenizer_dir):
         ({"labels": [1]}, "is damaged"),
     ],
 )
-def test_a_sample_that_does_not_fit_is_told(change, reason, encoder):
+def test_a_sample_that_does_not_fit_is_reported(change, reason, encoder):
     row = {"input_ids": [1, 300, 2], "labels": [1, 300, 2], "sequence_lengths": [1, 2], **change}
     with pytest.raises(UserError, match=reason):
         documents_of(row, encoder=encoder, where="sample 0 of x")
 
 
-def test_what_is_no_bin_is_told(arrow_dir, tokenizer_dir, tmp_path):
+def test_a_folder_that_is_not_a_bin_is_reported(arrow_dir, tokenizer_dir, tmp_path):
     import datasets
 
     (tmp_path / "part-00009").mkdir()
@@ -157,14 +157,14 @@ def test_what_is_no_bin_is_told(arrow_dir, tokenizer_dir, tmp_path):
         with pytest.raises(UserError, match=reason):
             report(part, tokenizer_dir)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--plots .* cannot be made"):
+    with pytest.raises(UserError, match="--plots .* cannot be created"):
         report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "file"))
     (tmp_path / "charts" / "lengths.png").mkdir(parents=True)
     with pytest.raises(UserError, match="--plots .*lengths.png: is a folder, not a file"):
         report(arrow_dir / "part-00000", tokenizer_dir, plots=str(tmp_path / "charts"))
 
 
-# The account.
+# The manifest.
 
 MANIFEST = {
     "max_length": 2048,
@@ -240,7 +240,7 @@ def test_the_manifest_beside_the_bin_is_shown_and_its_tokenizer_compared(
         (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}, "max_length": 77}))
         text = report(tmp_path / "part-00000", tokenizer_dir)
         assert text.startswith(
-            f"account of {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
+            f"manifest {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
         )
         assert sum("records another tokenizer" in record.getMessage() for record in caplog.records) == warnings
 
@@ -299,7 +299,7 @@ def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_d
         try:
             while chunk := os.read(master, 1 << 16):
                 output += chunk
-        except OSError:  # what Linux says when the other end is closed
+        except OSError:  # Linux raises this when the other end is closed
             pass
         assert process.wait(timeout=60) == 0, process.stderr.read()
     os.close(master)
@@ -308,7 +308,7 @@ def test_the_command_on_a_terminal(no_color, has_colours, arrow_dir, tokenizer_d
 
 
 @pytest.mark.slow
-def test_a_reader_that_stops_early_is_no_error(arrow_dir, tokenizer_dir):
+def test_a_reader_that_stops_early_is_not_an_error(arrow_dir, tokenizer_dir):
     command = f"{sys.executable} -m {MODULE} {arrow_dir / 'part-00000'} --tokenizer_dir {tokenizer_dir} | head -c 1"
     process = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, timeout=60)
     assert (process.returncode, process.stderr, len(process.stdout)) == (0, b"", 1)

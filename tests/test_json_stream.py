@@ -1,4 +1,4 @@
-"""Where records and lines begin and end, against Python's own json and text files, for any block that is read."""
+"""Where records and lines begin and end, against Python's own json and text files, for blocks of any size."""
 
 import io
 import json
@@ -26,7 +26,7 @@ RECORDS = st.dictionaries(TEXTS, VALUES, max_size=3)
 
 
 class Blocks:
-    """A stream that gives a few bytes at a time."""
+    """A stream that returns a few bytes at a time."""
 
     def __init__(self, content: bytes, size: int):
         self._stream, self._size = io.BytesIO(content), size
@@ -36,7 +36,7 @@ class Blocks:
 
 
 def read_all(content: bytes, size: int, *, is_array: bool):
-    """Records with their lines, and what ended the reading before the end."""
+    """Records with their lines, and the error that ended the reading early."""
     reader, found = RecordReader(Blocks(content, size), is_array=is_array), []
     try:
         while (record := reader.read()).size:
@@ -68,7 +68,7 @@ def test_an_array_gives_what_json_gives(values, size, before, space, data):
     assert json.loads(content.decode().removeprefix("\ufeff")) == values
     found, error = read_all(content + data.draw(st.sampled_from([b"", b"\n", b" \r "])), size, is_array=True)
     assert error is None and found == list(zip(values, lines, strict=True))
-    # Cut anywhere, what is whole is there and the rest is named.
+    # Cut anywhere, complete records are read and the rest is reported.
     stop = data.draw(st.integers(len(before.encode()) + 1, len(content) - 1))
     kept, error = read_all(content[:stop], size, is_array=True)
     assert error is not None and kept == found[: sum(end <= stop for end in ends)]
@@ -103,13 +103,13 @@ def test_objects_one_after_the_other(records, size, line_break):
         ('[{"a": 1}, , {"a": 2}]', "a record should begin here, not", 1, 1),
     ],
 )
-def test_what_breaks_an_array_is_named_with_its_line(text, words, records, line):
+def test_a_broken_array_is_reported_with_its_line(text, words, records, line):
     for size in (1, 5, 100):
         found, error = read_all(text.encode(), size, is_array=True)
         assert words in str(error) and (len(found), error.line) == (records, line)
 
 
-def test_a_record_that_is_wrong_in_itself_ends_nothing():
+def test_a_bad_record_does_not_end_the_file():
     text = b'[{"a": tru}, {"a": "\n"}, 3, nul, "x", [1, 2], {"a": 2}]'
     reader, found = RecordReader(Blocks(text, 3), is_array=True), []
     while (record := reader.read()).size:
@@ -121,7 +121,7 @@ def test_a_record_that_is_wrong_in_itself_ends_nothing():
     assert all("each record must be one JSON object" in problem for problem in found[:-1])
 
 
-def test_a_record_is_held_up_to_the_limit_alone():
+def test_a_record_is_held_only_up_to_the_limit():
     text = json.dumps([{"a": "x" * 41}, {"a": "x" * 5000}, {"a": "x" * 41}, {"b": 1}]).encode()
     reader = RecordReader(Blocks(text, 7), is_array=True, max_bytes=50)
     assert [reader.read().content is not None for _ in range(4)] == [True, False, True, True]

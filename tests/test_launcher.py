@@ -1,4 +1,4 @@
-"""Which process of a job this is, by the environment, and what becomes of ranks whose launcher is killed."""
+"""Which process of a job this is, by the environment, and what happens to ranks whose launcher is killed."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ ADDRESS = {"MASTER_ADDR": "node-0", "MASTER_PORT": "29500"}
 
 @pytest.fixture
 def settle(monkeypatch):
-    """Settle in an environment of these variables; what other launchers set is not there."""
+    """Settle in an environment with these variables and none of other launchers."""
     names = (*launcher.NAMES, *(name for names in launcher.OTHERS.values() for name in names))
 
     def settle_in(**variables) -> Place:
@@ -37,7 +37,7 @@ def settle(monkeypatch):
         os.environ.update(variables)
         return launcher.settle()
 
-    # Settling sets variables too, of which monkeypatch would know nothing.
+    # Settling also sets variables, which monkeypatch would not restore.
     with mock.patch.dict(os.environ):
         yield settle_in
 
@@ -53,7 +53,7 @@ def settle(monkeypatch):
         {"RANK": "1", "WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "old", "TORCHELASTIC_USE_AGENT_STORE": "True"},
     ],
 )
-def test_leftovers_are_ignored_and_told(settle, variables):
+def test_leftover_variables_are_ignored_and_logged(settle, variables):
     here = settle(**variables)
     assert (here.rank, here.local_rank, here.world_size, here.launcher, here.problem) == (0, 0, 1, None, None)
     assert all(f"{name}={value}" in here.note for name, value in variables.items() if value.strip())
@@ -61,7 +61,7 @@ def test_leftovers_are_ignored_and_told(settle, variables):
     assert not [name for name in launcher.NAMES if name in os.environ]
 
 
-def test_a_clean_environment_is_not_worth_a_word(settle):
+def test_a_clean_environment_logs_nothing(settle):
     assert settle() == launcher.ALONE
 
 
@@ -97,7 +97,7 @@ def test_srun_without_an_address_is_refused(settle, name):
     assert settle(SLURM_PROCID="0", SLURM_LOCALID="0") == settle(**{**SRUN, "SLURM_STEP_NUM_TASKS": "1"})
 
 
-def test_srun_takes_the_place_of_leftovers(settle):
+def test_srun_overrides_leftover_variables(settle):
     here = settle(**SRUN, **ADDRESS, RANK="0", LOCAL_WORLD_SIZE="9", TORCHELASTIC_RUN_ID="old")
     assert (here.rank, here.local_rank, here.world_size, here.launcher) == (3, 1, 4, "srun")
     assert here.note.endswith("rank 3 of 4; ignoring RANK=0, LOCAL_WORLD_SIZE=9, TORCHELASTIC_RUN_ID=old")
@@ -116,7 +116,7 @@ def test_spaces_around_an_address_are_removed_for_pytorch_too(settle):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"RANK": "x"}, "RANK=x in the environment, a whole number from 0 to 1 allowed"),
         ({"RANK": "2"}, "RANK=2 in the environment, a whole number from 0 to 1 allowed since WORLD_SIZE is 2"),
@@ -128,9 +128,9 @@ def test_spaces_around_an_address_are_removed_for_pytorch_too(settle):
         ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x"),
     ],
 )
-def test_impossible_values_are_told(settle, changed, said):
+def test_impossible_values_are_reported(settle, changed, message):
     here = settle(**{**BY_HAND, **changed})
-    assert said in here.problem and "unset RANK, WORLD_SIZE" in here.problem
+    assert message in here.problem and "unset RANK, WORLD_SIZE" in here.problem
     assert (here.rank, here.world_size) == (0, 1)
 
 
@@ -142,11 +142,11 @@ def test_commands_that_are_never_launched_ignore_all_of_it(settle, capsys):
     assert logs.is_first_rank()
 
 
-# Ranks that meet.
+# Ranks that connect.
 
 
 class Ends(list):
-    """Watches of this process, which do not end it but note which rank was lost, and how."""
+    """Watches of this process, which do not end it but record which rank was lost, and how."""
 
     def watch(self, rank, size, *, timeout=20.0):
         watch = Watch("train.py", Place(rank=rank, local_rank=rank, world_size=size), timeout, lambda: None)
@@ -179,15 +179,15 @@ def meet(*watches):
         assert not thread.is_alive()
 
 
-def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
+def test_ranks_connect_in_any_order_among_strangers_and_notice_a_death(port):
     ends = Ends()
     first, second, third = (ends.watch(rank, 3) for rank in range(3))
-    # It comes before there is a rank 0.
+    # It starts before rank 0.
     second.begin()
     first.begin()
     silent = socket.create_connection(("localhost", port))
     with socket.create_connection(("localhost", port)) as hasty:
-        # It resets the connection as it closes it.
+        # Closing it resets the connection.
         hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     endless = b"x" * meeting.MAX_LINE
     for words in (b"GET / HTTP/1.1\n\n", b"\xff\xfe\n", b"hello secret 1 3 host\n", b"hello\n", endless):
@@ -198,16 +198,16 @@ def test_ranks_meet_in_any_order_among_strangers_and_notice_a_death(port):
     for watch in (third, second, first):
         watch.wait()
     assert silent.recv(64) == b""
-    # PyTorch takes the port now.
+    # PyTorch uses the port now.
     with socket.create_server(("", port)):
         third._lines[0].connection.shutdown(socket.SHUT_RDWR)
         ends.wait_for((0, 2, "died"))
     ends.wait_for((2, 0, "died"))
-    first._tell("lost 2 died")
+    first._send_to_all("lost 2 died")
     ends.wait_for((1, 2, "died"))
 
 
-def test_a_rank_that_fails_says_why(port, monkeypatch):
+def test_a_rank_that_fails_sends_its_reason(port, monkeypatch):
     monkeypatch.setattr("colossal_llama2.engine.ranks.liveness.VERDICT_SECONDS", 0.1)
     ends = Ends()
     first, second = ends.watch(0, 2), ends.watch(1, 2)
@@ -224,21 +224,21 @@ def problem_of(watch):
     return str(error.value)
 
 
-def test_ranks_that_do_not_belong_together_are_told(port):
+def test_ranks_of_different_jobs_are_reported(port):
     ends = Ends()
     first = ends.watch(0, 2)
     first.begin()
     assert "rank 1 on" in problem_of(ends.watch(1, 3)) and "WORLD_SIZE=3, rank 0 has 2" in str(first._problem)
     with pytest.raises(LaunchError, match="WORLD_SIZE=3"):
         first.wait()
-    # Two of rank 0 on this host, and a rank that nobody else comes to.
+    # Two processes with rank 0 on this host, and a rank that no other one connects to.
     assert f"MASTER_PORT={port}: rank 0 cannot listen there" in problem_of(ends.watch(0, 2))
     first._gives_up = True
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".example.org"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_name_that_no_host_can_have_is_told_at_once(monkeypatch, port, host, rank):
+def test_an_impossible_host_name_is_reported_at_once(monkeypatch, port, host, rank):
     monkeypatch.setenv("MASTER_ADDR", host)
     start = time.monotonic()
     assert f"MASTER_ADDR={host}" in problem_of(Ends().watch(rank, 2))
@@ -254,7 +254,7 @@ def test_any_fault_of_the_search_for_rank_0_is_raised(monkeypatch, port):
 
 
 def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
-    """As for a service of Kubernetes, whose name comes after its process."""
+    """As for a service of Kubernetes, whose name resolves only after its process has started."""
     connect, failures = socket.create_connection, iter(range(4))
 
     def unresolved_at_first(address, **more):
@@ -270,10 +270,10 @@ def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
     first._gives_up = True
 
 
-def test_an_address_that_leads_nowhere_is_told(monkeypatch, port):
+def test_an_address_without_rank_0_is_reported(monkeypatch, port):
     monkeypatch.setattr(meeting, "UNREACHABLE_SECONDS", 0.3)
     ends = Ends()
-    assert "rank 1 of 2 did not come" in problem_of(ends.watch(0, 2, timeout=0.3))
+    assert "rank 1 of 2 did not connect" in problem_of(ends.watch(0, 2, timeout=0.3))
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     for rank in (0, 1):
         monkeypatch.setenv("MASTER_PORT", str(free_port()))
@@ -306,14 +306,14 @@ time.sleep(300)
 """
 
 
-def test_a_rank_hears_of_its_launchers_death_and_others_do_not():
+def test_only_a_launched_rank_ends_when_its_launcher_dies():
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     ranks = dict(process.stdout.readline().rsplit(" ", 1) for _ in range(2))
     assert set(ranks) == {"torchrun", "by hand"}
     process.kill()
     start = time.monotonic()
     assert process.stdout.readline() == "SIGTERM\n" and time.monotonic() - start < 30.0
-    # Longer than a rank of torchrun takes to notice.
+    # Longer than a rank of torchrun needs to notice.
     time.sleep(1.0)
     os.kill(int(ranks["by hand"]), signal.SIGKILL)
     assert process.stdout.read() == ""

@@ -32,7 +32,7 @@ def order_of(num_samples, micro=1, ranks=1, accumulation=1, seed=7):
 
 
 def global_sequence(order, epoch, consumed=0):
-    """Sample indices in the order in which all ranks together take them, micro batch after micro batch."""
+    """Sample indices in the order in which all ranks together read them, one micro batch after the other."""
     by_rank = [list(order.steps(epoch, consumed, rank)) for rank in range(order.data_size)]
     sequence = []
     for steps in zip(*by_rank, strict=True):
@@ -82,7 +82,7 @@ def collator(**changes):
 
 
 def test_collator_pads_right_and_masks_by_length():
-    # 2 is both </s> and the padding token: the real one must stay visible.
+    # 2 is both </s> and the padding token; the real one must not be masked.
     batch = collator()(table([([1, 5, 2], [-100, 5, 2]), ([1, 7, 8, 9, 2], [1, 7, 8, 9, 2])]))
     assert batch.input_ids.tolist() == [[1, 5, 2, 2, 2, 2, 2, 2], [1, 7, 8, 9, 2, 2, 2, 2]]
     assert batch.labels.tolist()[0] == [-100, 5, 2] + [IGNORE_INDEX] * 5
@@ -140,7 +140,7 @@ def test_ranks_divide_the_search_for_the_highest_id(tmp_path):
     assert max(highest_token_id(dataset, share=rank, shares=7) for rank in range(7)) == 90
 
 
-def test_fingerprints_tell_folders_apart(tmp_path):
+def test_different_folders_have_different_fingerprints(tmp_path):
     parts = [save(tmp_path / f"part-0000{k}", [[k]]) for k in range(2)]
     first, second = dataset_fingerprints(parts)
     assert first != second and dataset_fingerprints(parts[:1]) == [first]

@@ -1,4 +1,4 @@
-"""Log lines from rank 0 alone; a bar on a terminal, plain lines elsewhere."""
+"""Log lines only from rank 0; a bar on a terminal, plain lines elsewhere."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ TRAIN = (
 
 @pytest.fixture
 def logger(monkeypatch):
-    """The suite's logger, in a plain process, left as it was found."""
+    """The suite's logger, in a plain process; its state is restored."""
     monkeypatch.setattr(launcher, "_settled", None)
     found = logs.get_logger()
     state = (found.handlers[:], found.level, found.propagate)
@@ -63,14 +63,14 @@ def count_to_five(**environment) -> subprocess.CompletedProcess:
 def on_a_terminal(program: str, columns: int) -> str:
     """Run a program with a pseudo-terminal as its stderr; returns what the terminal received."""
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))  # a fresh one has no width, and tqdm draws as much as fits
+    termios.tcsetwinsize(theirs, (24, columns))  # a new one has no width, and tqdm draws as much as fits
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=theirs) as process:
         os.close(theirs)
         received = b""
         while True:
             try:
                 piece = os.read(ours, 4096)
-            except OSError:  # Linux's word for: the other end is closed
+            except OSError:  # Linux's error when the other end is closed
                 break
             if not piece:
                 break
@@ -94,7 +94,7 @@ def test_a_training_bar_never_wraps_and_lines_stand_alone(columns):
     assert bars and all(len(line) < columns for line in received)
     assert all("loss=2.8391, lr=9.70e-05" in line and len(line.split("|")[1]) >= 10 for line in bars[1:])
     assert ("epoch=0, bucket=3, MFU=43.0%, padding=1.1%, memory=64.0 GiB" in bars[-1]) is (columns == 180)
-    # A bar is taken away before a line is written, and drawn again after it.
+    # A bar is removed before a line is written, and drawn again after it.
     assert sum(line.endswith("| saved") and line[2] == ":" for line in received) == 3
 
 
@@ -113,7 +113,7 @@ def test_other_ranks_are_silent(monkeypatch, logger, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_command_that_nobody_launches_speaks_in_the_shell_of_a_training_job():
+def test_a_command_without_a_launcher_logs_even_with_the_variables_of_a_job():
     names = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "29500"}
     process = count_to_five(**names)
     assert process.returncode == 0 and "counting: 5/5 rows" in process.stderr
@@ -151,7 +151,7 @@ def test_a_bar_has_ten_cells_and_the_most_important_figures(columns, fewest, mon
     bar.close()
 
 
-def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
+def test_other_ranks_still_log_errors(logger, monkeypatch, capsys):
     monkeypatch.setattr(launcher, "_settled", Place(rank=3, local_rank=3, world_size=4))
     logs.configure_logging()
     logger.info("nobody needs this twice")
@@ -159,7 +159,7 @@ def test_other_ranks_still_say_errors(logger, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[0].endswith("| ERROR: this one is broken")
 
 
-def test_configuring_twice_says_things_once(logger, capsys):
+def test_configuring_twice_logs_each_message_once(logger, capsys):
     logs.configure_logging()
     logs.configure_logging()
     logger.info("once")

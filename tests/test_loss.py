@@ -1,4 +1,4 @@
-"""What a run's loss is, on two ranks: documents of spliced samples apart, and the head by chunks."""
+"""The loss of a run, on two ranks: documents of spliced samples kept apart, and the head in chunks."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ FUSED = ["--use_flash_attn", "--use_grad_checkpoint"]
 
 
 def flags_of(layout: str, *more, accumulation_steps: int = 1) -> list[str]:
-    """A layout's flags; pipelines take a batch in parts of a quarter or a half."""
+    """A layout's flags; pipelines process a batch in parts of a quarter or a half."""
     parts = 4 if accumulation_steps == 1 else 2
     in_parts = ["--microbatch_size", GLOBAL_BATCH // accumulation_steps // parts] if "pp2" in layout else []
     return layouts.flags(layout, *in_parts, *more, batch=GLOBAL_BATCH, accumulation_steps=accumulation_steps)

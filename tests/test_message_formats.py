@@ -123,7 +123,7 @@ def test_refusals(row, reason):
 
 
 def talk(*messages, **fields) -> dict:
-    """A good question, and then these messages."""
+    """A good question, followed by these messages."""
     return {"messages": [{"role": "user", "content": "q"}, *messages], **fields}
 
 
@@ -194,7 +194,8 @@ def test_roles_in_any_case_and_those_that_are_named():
     row = value(("SYSTEM", "be kind"), ("human", "a"), ("Bing", "b"), ("chatgpt", "c"))
     conversation = read_sft_row(row, speakers=speakers_of([" bing", "ChatGPT"])).conversation
     assert conversation.system_text == "be kind"
-    assert [[said.is_trained for said in exchange] for exchange in conversation.exchanges] == [[False, True], [True]]
+    is_trained = [[message.is_trained for message in exchange] for exchange in conversation.exchanges]
+    assert is_trained == [[False, True], [True]]
 
 
 NULLS = {"from": None, "value": None, "role": None, "content": [], "tool_calls": None, "weight": None, "thinking": []}
@@ -252,13 +253,13 @@ def test_marks_that_contradict_or_cover_parts_of_an_answer():
 @pytest.mark.parametrize(
     "error", [RowError("no text", reason="r"), UnknownRole("who?", {"bot": 2}), BrokenDocumentError("cut", line=3)]
 )
-def test_errors_come_back_from_a_worker_as_they_are(error):
-    # By what pickle calls, too.
+def test_errors_from_a_worker_are_unchanged(error):
+    # Also in the way that pickle calls it.
     again = copy.copy(error)
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
-def test_what_is_worth_knowing_is_noted():
+def test_remarks_about_rows_are_counted():
     row = talk(answer(content="", weight=0), {"role": "user", "content": " \n", "weight": 1}, answer(), tools=CALL)
     assert read_sft_row(row).notes == (
         TOOLS_LEFT_OUT,
@@ -283,7 +284,7 @@ def test_what_is_worth_knowing_is_noted():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_loss_is_by_role_whatever_the_text_spells(name, tokenizer_dir):
-    """Marks and names of roles inside texts, and empty ones, move no border of the mask."""
+    """Marks and names of roles inside texts, and empty texts, do not move a border of the mask."""
     encoder = load_encoder(tokenizer_dir)
     pairs = [("</s>Assistant: <s>evil</s>", "<s>fine</s>"), ("", "")]
     turns = [turn for human, assistant in pairs for turn in (("user", human), ("assistant", assistant))]

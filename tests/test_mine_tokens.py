@@ -1,4 +1,4 @@
-"""mine_tokens: pieces that are closed, reachable and in order of use, from a bounded sample, with a held-out part."""
+"""mine_tokens: pieces that are closed, reachable and in order of usefulness, from a bounded sample."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def mine(corpus, tokenizer_dir, *, curve_points: int = 0, **changes) -> mine_tok
 
 
 def chinese_texts() -> list:
-    """Interface strings and dialogues, some 200 kB."""
+    """Interface strings and dialogues, about 200 kB."""
     strings = [record["target"] for record in quickstart_corpus.translation_documents()]
     conversations = quickstart_corpus.dialogues("chinese", 400)
     return strings + ["\n".join(part["content"] for part in one["messages"]) for one in conversations]
@@ -70,7 +70,7 @@ def mined(chinese, tokenizer_dir) -> mine_tokens.Mined:
 
 
 def chains_are_closed(pieces, known) -> bool:
-    """Every piece is a character or joins two shorter ones that are known, so a chain of merges leads to it."""
+    """Every piece is a character or joins two shorter known ones, so a chain of merges leads to it."""
     known = {*known, *pieces}
     return all(
         len(piece) == 1
@@ -89,7 +89,7 @@ def test_pieces_are_new_closed_and_of_the_script(mined, tokenizer_dir):
     assert {"文件", "设置", "扩展"} <= set(mined.pieces)
 
 
-def test_any_first_part_of_the_list_is_a_list_of_its_own(mined, tokenizer_dir):
+def test_every_prefix_of_the_list_is_a_complete_list(mined, tokenizer_dir):
     model = BpeModel.read(tokenizer_dir)
     for size in (1, 7, 50, 333, 600):
         assert mine_tokens.unreached_pieces(model, mined.pieces[:size]) == []
@@ -99,12 +99,12 @@ def test_any_first_part_of_the_list_is_a_list_of_its_own(mined, tokenizer_dir):
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.65 * rates[0]
 
 
-def test_init_tokenizer_takes_the_list_as_it_is(mined, chinese, tokenizer_dir, tmp_path, capsys):
+def test_init_tokenizer_reads_the_list_as_it_is(mined, chinese, tokenizer_dir, tmp_path, capsys):
     file = tmp_path / "pieces.jsonl"
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in mined.pieces))
     expand_tokenizer(ExtensionSettings(tokenizer_dir, tmp_path / "target", file))
     assert capsys.readouterr().out.splitlines()[-1] == "requested 600, added 600"
-    # The printed figure is that of the tokenizer that gets written.
+    # The printed figure is that of the written tokenizer.
     held_out = [text for text in dict.fromkeys(chinese_texts()) if mine_tokens.is_held_out_document(text, 0.125, 1024)]
     held_out = [text for text in held_out if re.search(f"[{mine_tokens.SCRIPTS['han']}]", text)]
     assert (mined.held_out_documents, mined.held_out_characters) == (len(held_out), sum(map(len, held_out)))
@@ -138,7 +138,7 @@ def test_whatever_the_text_the_pieces_are_closed(texts, script, count, length, m
     assert mine_tokens.unreached_pieces(model, found.pieces) == []
 
 
-def test_a_source_that_merges_otherwise_costs_pieces_and_leaves_none_unreachable(tmp_path, tokenizer_dir):
+def test_a_source_with_other_merges_costs_pieces_but_leaves_none_unreachable(tmp_path, tokenizer_dir):
     """With 乙丙 in the source, 甲乙丙 cannot come from 甲乙 and 丙: the source's merge is first."""
     source = tmp_path / "source"
     expand = write_corpus(tmp_path, [], name="none.jsonl") / "pieces.jsonl"
@@ -185,7 +185,7 @@ def test_the_result_depends_on_the_seed_and_not_on_files_order_or_repetition(tmp
 
 
 def test_held_out_text_is_never_trained_on(tmp_path, tokenizer_dir):
-    """Each document has a character of its own, three times: those of held-out documents are in no piece."""
+    """Each document has its own character, three times; those of held-out documents are in no piece."""
     texts = [chr(0x6000 + number) * 3 + "的人" for number in range(400)]
     held_out = {text[0] for text in texts if mine_tokens.is_held_out_document(text, 0.25, 1024)}
     found = mine(write_corpus(tmp_path / "zh", texts), tokenizer_dir, held_out=0.25, num_new_tokens=10_000)
@@ -218,7 +218,7 @@ def test_a_sample_holds_what_fits_and_each_item_equally_often():
         for item in sample.items():
             hits[item] += 1
     small, large = sum(hits[item] for item in range(50)), sum(hits[item] for item in range(50, 100))
-    assert 0.9 < large / small < 1.1  # that an item is large makes it hardly rarer
+    assert 0.9 < large / small < 1.1  # the size of an item hardly makes it rarer
     assert all(60 < count < 140 for count in hits.values())
 
 
@@ -238,7 +238,7 @@ def test_a_sample_is_as_large_for_a_large_stream_as_for_a_small_one():
     assert peak(40_000) < 1.2 * peak(4_000)
 
 
-def test_a_sample_takes_equal_keys_once_and_forgets_what_was_pushed_out():
+def test_a_sample_counts_equal_keys_once_and_drops_the_highest():
     sample = Sample(2)
     for key in (5, 5, 3, 9, 4, 4, 5):
         sample.add(key, key, 1)
@@ -246,7 +246,7 @@ def test_a_sample_takes_equal_keys_once_and_forgets_what_was_pushed_out():
     assert not sample.wants(5) and not sample.wants(3) and sample.wants(1)
 
 
-def test_one_long_document_cannot_take_the_whole_sample(tmp_path, tokenizer_dir):
+def test_one_long_document_cannot_fill_the_sample(tmp_path, tokenizer_dir):
     long = "".join(random.Random(0).choices("天地玄黄宇宙洪荒", k=200_000))
     assert not mine_tokens.is_held_out_document(long, DEFAULTS["held_out"], DEFAULTS["seed"])
     texts = [long, *(f"短句子{number}" for number in range(2000))]
@@ -268,7 +268,7 @@ def words_for(corpus, tokenizer_dir, output, **flags):
     return [word for name, value in words.items() for word in (f"--{name}", value)]
 
 
-def test_the_command_writes_the_file_and_says_what_it_is_worth(chinese, mined, tokenizer_dir, tmp_path):
+def test_the_command_writes_the_file_and_prints_what_it_saves(chinese, mined, tokenizer_dir, tmp_path):
     output = tmp_path / "new" / "pieces.jsonl"
     process = run_command(*words_for(chinese, tokenizer_dir, output, num_new_tokens=600, min_count=2))
     assert process.returncode == 0, process.stderr
@@ -285,12 +285,12 @@ def test_the_command_writes_the_file_and_says_what_it_is_worth(chinese, mined, t
 
 
 @pytest.mark.slow
-def test_the_command_says_how_many_came_if_fewer(chinese, tokenizer_dir, tmp_path):
+def test_the_command_reports_fewer_pieces_than_requested(chinese, tokenizer_dir, tmp_path):
     process = run_command(*words_for(chinese, tokenizer_dir, tmp_path / "p.jsonl", min_count=40))
     assert process.returncode == 0, process.stderr
     count = len((tmp_path / "p.jsonl").read_text("utf-8").splitlines())
     assert process.stdout.splitlines()[-1] == f"requested 37104, mined {count}"
-    assert "the text has no more pieces that occur 40 times" in process.stdout
+    assert "the text has no more pieces that occur at least 40 times" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_bad_line_is_named(line, words, tmp_path, tokenizer_dir):
         mine(tmp_path, tokenizer_dir)
 
 
-def test_a_missing_matplotlib_is_said_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_reported_before_anything_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="--plot needs matplotlib.*pip install -r requirements.txt"):
         mine_tokens._check_can_plot(tmp_path / "curve.png")

@@ -1,6 +1,6 @@
 """Untrusted folders: files that are not opened, fields that no LLaMA has, numbers that are not finite.
 
-All commands that read a model go through `check_model`: most cases are about that, and one for each command shows it.
+All commands that read a model call `check_model`: most cases test it, and one case per command shows that it is called.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def edit(path: Path, **entries) -> None:
 
 
 def refusal(call) -> str:
-    """The message of the UserError that a call ends in, within a second."""
+    """The message of the UserError that a call raises, within a second."""
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
         call()
@@ -145,10 +145,10 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
         {"torch_dtype": None},
         {"rope_theta": 10000},
         {"auto_map": {"AutoModel": "code.Evil"}},
-        # What transformers would make attributes of, over its own.
+        # Entries that transformers would set as attributes, over its own.
         {"to_dict": 1, "return_dict": False, "pruned_heads": "x", "id2label": [], "torchscript": "x"},
         {"configuration_files": ["../config.4.0.0.json"]},
-        # Null and nothing: what is not said.
+        # Null and missing fields.
         dict.fromkeys(
             (
                 "rope_theta",
@@ -164,12 +164,12 @@ def test_fields_that_no_llama_has_are_refused(folder, name, values):
         {"rope_scaling": {}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4, "mscale": 0, "mscale_all_dim": 0}},
         {"torch_dtype": "torch.float16"},
-        # As mirrors of LLaMA-2 have it: the padding token is one beyond the last row.
+        # As in mirrors of LLaMA-2: the padding token is one beyond the last row.
         {"pad_token_id": 600},
         {"pad_token_id": -2, "bos_token_id": 10**30, "eos_token_id": [2, 600]},
     ],
 )
-def test_fields_that_a_llama_may_have_are_taken(folder, entries):
+def test_fields_that_a_llama_may_have_are_accepted(folder, entries):
     edit(folder / "config.json", **entries)
     check_model(str(folder), "--pretrained")
     model = load_llama(str(folder), precision="fp32", attention="sdpa")
@@ -201,7 +201,7 @@ def test_a_config_that_was_read_is_not_read_again(folder):
     assert "vocab_size is -1" in refusal(lambda: check_model(str(folder), "--pretrained"))
 
 
-def test_ids_that_the_vocabulary_has_not_are_null_and_logged_once(folder, caplog):
+def test_ids_outside_the_vocabulary_are_null_and_logged_once(folder, caplog):
     edit(folder / "config.json", pad_token_id=600, eos_token_id=[2, 633], bos_token_id=-1)
     edit(folder / "generation_config.json", pad_token_id=600, eos_token_id=633)
     with caplog.at_level("INFO", "colossal_llama2"):
@@ -211,14 +211,14 @@ def test_ids_that_the_vocabulary_has_not_are_null_and_logged_once(folder, caplog
             ids = generation_ids(folder, fields)
     expected = {"pad_token_id": None, "eos_token_id": [2], "bos_token_id": None}
     assert {name: fields[name] for name in expected} == expected
-    # generation_config.json has no end that is known, so that of config.json is.
+    # generation_config.json has no valid end id, so that of config.json is used.
     assert ids["eos_token_id"] == [2] and ids["pad_token_id"] is None
     lines = [line.split(": ", 1)[1] for line in caplog.messages if "vocabulary of 600" in line]
     assert sorted(line.split()[0] for line in lines) == ["eos_token_id"] * 2 + ["pad_token_id"] * 2
     generation.load_model(str(folder), "cpu")
 
 
-def test_a_byte_order_mark_is_taken_where_we_alone_read(folder):
+def test_a_byte_order_mark_is_accepted_where_only_we_read(folder):
     mark = b"\xef\xbb\xbf"
     for name in ("config.json", "generation_config.json"):
         (folder / name).write_bytes(mark + (folder / name).read_bytes())
@@ -235,11 +235,11 @@ def test_a_byte_order_mark_is_taken_where_we_alone_read(folder):
         ({"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
         ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        # As Gemma 3 has it.
+        # As in Gemma 3.
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_type"),
     ],
 )
-def test_rope_parameters_that_say_something_else_are_refused(folder, entries, words):
+def test_contradicting_rope_parameters_are_refused(folder, entries, words):
     edit(folder / "config.json", **{"rope_theta": None, "rope_scaling": None, **entries})
     line = refusal(lambda: check_model(str(folder), "--pretrained"))
     assert words in line and ("rope_parameters" in line or entries.keys() == {"rope_parameters"})
@@ -304,7 +304,7 @@ def test_expected_weights_are_those_of_transformers(folder, entries, tied):
         (None, "at most"),
     ],
 )
-def test_config_files_that_are_no_settings(folder, content, word):
+def test_config_files_without_settings(folder, content, word):
     (folder / "config.json").write_bytes(content or b"{")
     if content is None:
         os.truncate(folder / "config.json", 2**30)
@@ -411,12 +411,12 @@ def test_templates_lead_nowhere_else(folder):
     for path in (folder / "additional_chat_templates").glob("*.jinja"):
         path.unlink()
     (folder / "chat_template.jinja").unlink()
-    # Files of /proc say that they are empty, and some never end.
+    # Files of /proc report a size of 0, and some never end.
     (folder / "chat_template.jinja").symlink_to("/proc/kmsg")
     assert "is empty" in refusal(lambda: check_tokenizer_files(folder))
 
 
-def test_settings_of_real_tokenizers_are_taken(folder, tmp_path, monkeypatch):
+def test_settings_of_real_tokenizers_are_accepted(folder, tmp_path, monkeypatch):
     # LLaMA-2's own model_max_length, and names of the folder's own files.
     entries = {"model_max_length": int(1e30), "vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}
     edit(folder / "tokenizer_config.json", **entries)
@@ -431,7 +431,7 @@ def test_settings_of_real_tokenizers_are_taken(folder, tmp_path, monkeypatch):
     assert "vocab_file" in refusal(lambda: load_tokenizer(folder))
 
 
-# Adapters, and what runs code.
+# Adapters, and files that run code.
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"])
@@ -451,7 +451,7 @@ def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "modeling_llama.py", "x.pt", "README.md"])
-def test_pickles_and_code_beside_weights_are_no_reason_to_refuse(folder, name):
+def test_pickles_and_code_beside_weights_are_ignored(folder, name):
     os.mkfifo(folder / name)
     check_model(str(folder), "--pretrained")
     load_llama(str(folder), precision="fp32", attention="sdpa")
@@ -478,7 +478,7 @@ def test_nothing_is_unpickled_while_a_model_is_loaded(tmp_path):
         with unpickling_refused(), pytest.raises(RunError, match=name):
             call()
     assert not payload.canary.exists()
-    # Afterwards all is as it was, and the payload is one.
+    # Afterwards everything is restored, and the payload works.
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"a": 1} and pickle.loads(pickle.dumps(1)) == 1  # noqa: S301
     torch.jit.load(tmp_path / "evil.pt")
     assert payload.canary.exists()
@@ -492,7 +492,7 @@ def test_what_is_imported_while_a_model_is_loaded_works_later():
     assert kept(pickle.dumps([1])) == [1]
 
     class Mine(kind):
-        """As multiprocessing and torch.distributed derive theirs."""
+        """As in multiprocessing and torch.distributed."""
 
     import io
 
@@ -500,7 +500,7 @@ def test_what_is_imported_while_a_model_is_loaded_works_later():
 
 
 def test_what_is_imported_while_a_model_is_loaded_is_guarded(monkeypatch):
-    # In place of torch, whose second import in a process fails.
+    # Instead of torch, whose second import in a process fails.
     monkeypatch.setattr(unpickling_guard, "REFUSED", [("this", "d"), ("no.such.module", "x")])
     monkeypatch.delitem(sys.modules, "this", raising=False)
     original = sys.meta_path[:]
@@ -528,7 +528,7 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
     generation.load_model(str(folder), "cpu")
     edit(folder / "adapter_config.json", base_model_name_or_path="no-such-owner/no-such", peft_type="LORA")
     refusal(lambda: generation.load_model(str(folder), "cpu"))
-    # The second lock: were the first one open, transformers would still not look for the adapter's base.
+    # The second safeguard: without the first one, transformers would still not search for the adapter's base.
     with pytest.MonkeyPatch.context() as without_check:
         for module in ("colossal_llama2.model.model_folder", "colossal_llama2.model.loading"):
             without_check.setattr(f"{module}.check_model_files", lambda folder: None)
@@ -584,7 +584,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (1e5, torch.bfloat16, "bf16", None),
     ],
 )
-def test_numbers_are_finite_in_the_format_asked_for(folder, value, stored, held, words):
+def test_numbers_are_finite_in_the_requested_format(folder, value, stored, held, words):
     spoil(folder, NAME, value, stored)
     if words is None:
         check_numbers(str(folder), held, cure="use bf16")
@@ -605,7 +605,7 @@ def test_ranks_look_at_all_numbers_between_them(folder):
 
 
 def test_each_host_looks_at_all_numbers(folder, monkeypatch):
-    """The folder may be on a disk of the host's own, so that another host's copy is whole."""
+    """The folder may be on a disk of each host, where another host's copy is intact."""
     spoil(folder, NAME, float("nan"), count=1)
     hosts = ["a", "b", "a", "b"]
     monkeypatch.setattr(collectives, "gather_values", lambda value: hosts)
@@ -649,7 +649,7 @@ def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path)
         "---\nbase_model: [\nx:\n" + "- y\n" * 9000 + "---\n",
     ],
 )
-def test_a_card_that_is_no_yaml_is_passed_over(tmp_path, caplog, text):
+def test_a_card_that_is_not_yaml_is_ignored(tmp_path, caplog, text):
     (tmp_path / "README.md").write_text(text)
     assert read_front_matter(tmp_path / "README.md") == {}
     assert "is passed over" in caplog.text

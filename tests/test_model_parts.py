@@ -94,7 +94,7 @@ def test_attention_without_a_gpu():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """An A800, as far as asking goes; call it with what importing flash-attn raises, or None."""
+    """A simulated A800; call it with the error that importing flash-attn raises, or None."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
 
@@ -123,7 +123,7 @@ def test_attention_on_a_gpu(gpu):
         (ImportError("undefined symbol: _ZN3c10"), "does not import: undefined symbol"),
     ],
 )
-def test_flash_attn_that_cannot_be_used_is_told(gpu, caplog, error, words):
+def test_flash_attn_that_cannot_be_used_is_reported(gpu, caplog, error, words):
     gpu(error)
     with caplog.at_level("INFO"):
         assert choose_attention(True, precision="bf16") == "sdpa"
@@ -159,7 +159,7 @@ def test_loading_keeps_weights_and_settings(folder):
     assert all(torch.equal(value, stored[name].bfloat16()) for name, value in model.state_dict().items())
 
 
-def test_old_rotary_constants_are_no_mistake(folder):
+def test_old_rotary_constants_are_accepted(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -207,7 +207,7 @@ def test_damaged_index_is_refused(folder, text):
 
 
 @pytest.mark.parametrize("case", ["nowhere", "no config", "bad config", "gpt2", "pickled", "no weights"])
-def test_folders_that_are_no_llama_are_refused(folder, case):
+def test_folders_that_are_not_llama_models_are_refused(folder, case):
     config, weights = folder / "config.json", folder / "model.safetensors"
     word = case
     if case == "nowhere":
@@ -272,7 +272,7 @@ def test_what_is_trained_is_one_choice(folder, model):
     assert rows.of_model(str(folder)).description == "5 new rows of the embeddings"
 
 
-def test_row_health_tells_what_moved(folder, tmp_path, caplog):
+def test_row_health_reports_what_moved(folder, tmp_path, caplog):
     caplog.set_level("INFO")
     health = NewRowsReport(str(folder), ((8, 12),), "bf16")
     model = LlamaForCausalLM.from_pretrained(folder).bfloat16()
@@ -283,7 +283,7 @@ def test_row_health_tells_what_moved(folder, tmp_path, caplog):
     figures = health.examine(tmp_path / "later")
     assert figures["Rows/embed_tokens moved"] == 0.75 and figures["Rows/lm_head moved"] == 1.0
     assert figures["Rows/lm_head norm"] == pytest.approx(head[8:12].float().norm(dim=1).mean().item(), rel=1e-6)
-    assert "embed_tokens: 75.0 % of 4 new rows have changed" in caplog.text
+    assert "embed_tokens: 75.0 % of 4 new rows changed" in caplog.text
     head[12] *= -1
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(RunError, match="row 12 of lm_head.weight changed, but it is not trained"):

@@ -1,4 +1,4 @@
-"""What one rank of two finds or meets alone ends the run on both, with its message."""
+"""A problem of one rank of two ends the run on both, with its message."""
 
 import json
 import os
@@ -22,16 +22,16 @@ PIPELINE = ["--plugin", "3d", "--mixed_precision", "bf16", "--pp", "2", "--micro
 
 
 def spoil_start(path):
-    """Another start, as many bytes: no safetensors file and no JSON begins like this."""
+    """Another beginning of the same size: neither safetensors nor JSON files begin like this."""
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
 
 
 def misspell_states(path):
-    """The states of the ranks are there, under other names."""
+    """The states of the ranks exist, under other names."""
     path.write_bytes(path.read_bytes().replace(b'"python": [', b'"pythom": ['))
 
 
-# Files of a checkpoint that one rank reads otherwise: how it differs, and what is said.
+# Files of a checkpoint that one rank reads differently: the difference, and the message.
 DAMAGES = {
     "moments": ("optimizer/pytorch_optim-00001.safetensors", spoil_start, "not a state file"),
     "index": ("optimizer/pytorch_optim.bin.index.json", spoil_start, "is not UTF-8"),
@@ -39,7 +39,7 @@ DAMAGES = {
     "states": ("running_states.json", spoil_start, "not the running states"),
     "random_states": ("running_states.json", misspell_states, "random states cannot be read"),
 }
-# Inputs that rank 1 has otherwise, and what is said. What is wrong with a model is found before the ranks meet.
+# Inputs that differ on rank 1, and the message. Problems of a model are found before the ranks connect.
 INPUTS = {
     "data": "a sample of --dataset has 33 tokens, --max_length 32 given",
     "cut_data": "cannot be loaded",
@@ -54,7 +54,7 @@ def write_part(folder, tokenizer_dir, longest=20):
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory, tokenizer_dir, model_dir):
-    """Folders of the same names for both ranks, of which rank 1 has other content, by name of INPUTS."""
+    """Folders of the same names for both ranks, with different content on rank 1, by name of INPUTS."""
     folder = tmp_path_factory.mktemp("views")
     for name in ("same", *INPUTS):
         for rank in range(2):
@@ -67,14 +67,14 @@ def views(tmp_path_factory, tokenizer_dir, model_dir):
 
 
 def flags_in(home, *more):
-    """A small run on what its rank sees."""
+    """A small run on the files of its rank."""
     places = {"--save_dir": home / "ckpt", "--tensorboard_dir": home / "tb", "--config_file": home / "config.json"}
     words = ["--pretrained", "model", "--dataset", "part", "--max_length", 32, "--lr", "1e-3", "--num_epochs", 2]
     return [str(word) for word in (*words, *(word for pair in places.items() for word in pair), *more)]
 
 
 def damaged_views(folder, views, checkpoint, name):
-    """Both ranks see a checkpoint; the one that does not compare the file with the manifest sees it damaged."""
+    """Both ranks read a checkpoint; the rank that does not compare the file with the manifest reads it damaged."""
     file, spoil, _ = DAMAGES[name]
     for rank in range(2):
         shutil.copytree(views / "same" / f"rank-{rank}", folder / f"rank-{rank}")
@@ -109,7 +109,7 @@ def ends(tmp_path_factory, views):
 
 
 @pytest.mark.parametrize("name", [*INPUTS, *DAMAGES])
-def test_what_one_rank_reads_otherwise_is_told_by_both(ends, name):
+def test_different_inputs_of_one_rank_are_reported_on_both(ends, name):
     (error, _), other = ends[name]
     assert other[0] == error and error is not None
     assert (INPUTS.get(name) or DAMAGES[name][2]) in error
@@ -121,7 +121,7 @@ def test_a_stage_that_cannot_write_its_index_ends_the_save_on_both(ends, kind):
     assert other == [error, left] and left == []
     words = "Permission denied" if kind == "folder" else "No space left on device"
     assert "epoch-0_step-4 cannot be written (" in error and words in error and one_rank.PARTS in error
-    assert "(rank 1 on " in error and "earlier checkpoints are whole" in error
+    assert "(rank 1 on " in error and "earlier checkpoints are complete" in error
 
 
 @pytest.mark.slow
@@ -130,8 +130,8 @@ def test_it_is_one_line_and_a_mistake_of_the_user(views, tmp_path):
     command = [*TORCHRUN, "--no-python", "bash", "-c", 'cd "$0/rank-$RANK" && exec "$@"', str(views / "data"), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    told = [line for line in process.stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(told) == 1 and INPUTS["data"] in told[0], process.stderr
-    # What torchrun says of the rank that ended first.
+    errors = [line for line in process.stderr.splitlines() if line.startswith("train.py: error:")]
+    assert len(errors) == 1 and INPUTS["data"] in errors[0], process.stderr
+    # torchrun's report of the rank that ended first.
     assert "exitcode  : 2" in process.stderr and "exitcode  : 1" not in process.stderr
     assert not Path(tmp_path, "ckpt").exists()

@@ -1,4 +1,4 @@
-"""--eval_dedup against a plain count of common runs of 13 words, whatever the workers, units and shares."""
+"""--eval_dedup against a plain count of shared runs of 13 words, for any workers, units and shares."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import re
 import datasets
 import pytest
 
-from colossal_llama2.dataset.layout import token_ledger as accounts
+from colossal_llama2.dataset.layout import token_ledger
 from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write import overlap, prepare
 from colossal_llama2.dataset.write.records import PretrainRow
@@ -20,7 +20,7 @@ CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 300)]
 
 
 def rows() -> list:
-    """Texts of which a third repeat a part of another, of different lengths, one with another case and spacing."""
+    """Texts of different lengths; a third repeat a part of another one, one with other case and spacing."""
     draw = random.Random(0)
     found = []
     for number in range(240):
@@ -75,7 +75,7 @@ def test_overlaps_are_those_of_a_plain_count(tokenizer_dir, tmp_path, caplog, ca
             assert place.endswith("rows.jsonl") and (target in held_out) is (side == "held_out")
             assert "".join(example["text"].split()) in "".join(target.replace(",", "").lower().split())
     capsys.readouterr()
-    accounts.print_tables(manifest(tmp_path / "one"))
+    token_ledger.print_tables(manifest(tmp_path / "one"))
     table = capsys.readouterr().out
     assert re.search(rf"^  overlapping +{len(overlapping)}  ", table, re.M)
     assert f"of {report['compared']} compared share 13 words" in table
@@ -112,7 +112,7 @@ def test_conversations_are_compared_by_their_answers(tokenizer_dir, tmp_path):
     options = {"max_length": 4096, "eval_fraction": 0.3, "eval_dedup": True}
     prepare.prepare_sft(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, **options))
     report = manifest(tmp_path)["eval_dedup"]
-    # The answers overlap with their neighbours' by 14 words; the question that all have is not measured.
+    # The answers overlap with their neighbours' by 14 words; the question that all share is not measured.
     assert 5 < report["overlapping"] <= report["compared"] == report["documents"] < 35
 
 

@@ -26,7 +26,7 @@ def source(tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def original(tokenizer_dir, tmp_path_factory):
-    """The original's recipe on pieces on which it fails: a character that is no piece, equal scores, a stolen merge."""
+    """The original's recipe on pieces where it fails: a character that is not a piece, equal scores, a stolen merge."""
     folder = tmp_path_factory.mktemp("original")
     pieces = ["甲乙", "乙丙", "甲乙丙", "s▁", "乙丙丁丁"]
     lines = [json.dumps({"piece": piece}) for piece in pieces]
@@ -38,7 +38,7 @@ def original(tokenizer_dir, tmp_path_factory):
 
 
 def fast_bpe(pieces, scores, can_merge):
-    """The fast tokenizer's model alone, as tokenizer.json describes it."""
+    """Only the fast tokenizer's model, as tokenizer.json describes it."""
     from tokenizers.models import BPE
 
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -95,7 +95,7 @@ def test_what_the_original_breaks_is_counted_and_shown(source, original):
     assert 0 < found.without_new_piece < 303 and found.changed == 0
 
 
-def test_what_the_source_differs_on_is_told_apart(source):
+def test_differences_of_the_source_are_counted_separately(source):
     texts = ["  two spaces", "a <s> b", "plain"]
     found = measure(source, source, "text", texts, PieceFinder([]))
     assert (found.fast.source_differs, found.fast.target_differs, found.fast.added) == (2, 2, 0)
@@ -103,7 +103,7 @@ def test_what_the_source_differs_on_is_told_apart(source):
 
 
 def test_old_text_that_changes_is_counted(source, tokenizer_dir, tmp_path):
-    """A new merge that is given a higher score than the old ones, and that leads to no new piece in this text."""
+    """A new merge with a higher score than the old ones, which leads to no new piece in this text."""
     import shutil
 
     folder = shutil.copytree(tokenizer_dir, tmp_path / "changed")

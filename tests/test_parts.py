@@ -1,4 +1,4 @@
-"""A long text encoded in parts: the ids and bytes of the whole, for every kind of model and text; and its memory."""
+"""A long text encoded in parts: the same ids and bytes as at once, for every kind of model and text; and its memory."""
 
 import io
 import json
@@ -98,7 +98,7 @@ def folder_of(name: str, folder: Path) -> Path:
         plan = plan_extension(model, pieces, closure="complete", piece_scores="below")
         pieces, scores = plan.pieces, plan.scores
     else:
-        # Some of their characters stay unknown and some of them are not reached, which must not matter.
+        # Some of their characters are unknown and some are not reached, which must not matter.
         characters = dict.fromkeys("".join(pieces))
         pieces = [*(one for one in characters if one not in (*model.pieces, *pieces, "间")), *pieces]
         scores = scores_below(model.lowest_merge, len(pieces))
@@ -143,7 +143,7 @@ def test_ids_and_bytes_are_those_of_the_whole_text(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
+def test_long_documents_give_the_same_files_in_parts_as_at_once(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:300_000]
     rows = [
         {"target": text[:9000]},
@@ -163,7 +163,7 @@ def test_long_documents_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp
     assert len(read_jsonl(tmp_path / "1000" / "jsonl")) > 400
 
 
-def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir, tmp_path):
+def test_long_conversations_give_the_same_files_in_parts_as_at_once(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:20_000]
     talks = [
         [("system", text[:5000]), ("user", text[5000:5100]), ("assistant", text[5100:7000]), ("user", "and?")],
@@ -172,7 +172,7 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
         [("user", "Hi"), ("assistant", text)],
         [("user", "Hi"), ("assistant", "Hello!")],
     ]
-    rows = [{"messages": [{"role": role, "content": told} for role, told in talk]} for talk in talks]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in talk]} for talk in talks]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     outputs = []
     for size, much in ((1 << 30, 1 << 30), (1000, 1 << 30), (1 << 30, 100)):
@@ -186,11 +186,11 @@ def test_long_conversations_give_the_same_files_in_parts_as_whole(tokenizer_dir,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("message_characters", [1 << 20, 100])
-def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_characters, tokenizer_dir):
+def test_the_dropped_part_of_a_long_conversation_needs_little_memory(message_characters, tokenizer_dir):
     text = "\n\n".join(tiny.english_documents())[: 1 << 20]
-    told = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
+    content = [text[start : start + message_characters] for start in range(0, len(text), message_characters)]
     roles = ("user", "assistant")
-    messages = [{"role": roles[number % 2], "content": part} for number, part in enumerate(["Hi", "Hello!", *told])]
+    messages = [{"role": roles[number % 2], "content": part} for number, part in enumerate(["Hi", "Hello!", *content])]
     row = read_sft_row({"messages": messages})
     encoder = load_encoder(tokenizer_dir)
     encoder.encode_long(text)
@@ -201,11 +201,11 @@ def test_what_is_left_out_of_a_long_conversation_takes_little_memory(message_cha
     finally:
         tracemalloc.stop()
     assert tokens.tokens_in > len(text) // 5 and 0 < len(tokens.input_ids) <= 1000
-    # Four bytes a token, and what a segment takes; as lists, the tokens alone took over 60 bytes each.
+    # Four bytes a token, and the memory of a segment; as lists, the tokens alone needed over 60 bytes each.
     assert peak < 8 * len(text) + 700 * len(messages)
 
 
-# Prints by how much the peak of the process's memory rises while a file is prepared, in bytes.
+# Prints the increase of the process's peak memory while a file is prepared, in bytes.
 MEASURED = """
 import json
 import sys
@@ -230,12 +230,12 @@ print(json.dumps(peaks[1] - peaks[0]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_long_document_takes_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
+def test_a_long_document_needs_memory_in_proportion_to_its_bytes(tokenizer_dir, tmp_path):
     text = "\n\n".join(tiny.english_documents())[:4_000_000]
     for name, target in (("short", text[:2000]), ("long", text * (6_000_000 // len(text) + 1))):
         write_lines(tmp_path / name / "rows.jsonl", [{"target": target}])
     size = (tmp_path / "long" / "rows.jsonl").stat().st_size
     command = [sys.executable, "-c", MEASURED, str(tmp_path), str(tokenizer_dir)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    # The line, its text, and of each token an id, its bytes and a label. Encoded whole, it took three times as much.
+    # The line, its text, and for each token an id, its bytes and a label. Encoded at once, it took three times as much.
     assert 0 < json.loads(done.stdout.splitlines()[-1]) < 20 * size

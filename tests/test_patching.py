@@ -1,4 +1,4 @@
-"""The table of patches against the installed packages, and what happens with packages that it does not know."""
+"""The table of patches against the installed packages, and against unknown versions of packages."""
 
 import importlib
 import json
@@ -74,7 +74,7 @@ def test_what_is_not_in_the_table_is_not_patched():
 
 @pytest.mark.parametrize("target", PATCHES)
 def test_the_table_fits_the_installed_packages(target):
-    """The attribute is there, and the line that the table names is what it says."""
+    """The attribute exists, and the line that the table names has the quoted text."""
     patch = patching.require(target)
     assert hasattr(patch.owner(), patch.name)
     file, _, line = patch.upstream.rpartition(":")
@@ -112,7 +112,7 @@ def test_every_file_of_patches_refuses_another_colossalai(monkeypatch, change):
 
 
 def test_patches_can_be_listed():
-    """As docs do: target, versions, upstream and reason of each are there, and JSON can hold them."""
+    """As documentation does: target, versions, upstream and reason of each exist, and can be written as JSON."""
     rows = [[patch.target, *patch.versions, patch.upstream, patch.reason] for patch in PATCHES.values()]
     assert json.loads(json.dumps(rows)) == rows and all(all(row) for row in rows)
     assert {importlib.import_module(patch.package).__name__ for patch in PATCHES.values()} == {

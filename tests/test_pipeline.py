@@ -1,4 +1,4 @@
-"""What a pipeline is given: a step's micro batches as one batch, in parts that the stages pass on."""
+"""The input of a pipeline: a step's micro batches as one batch, in parts that the stages pass on."""
 
 import torch
 

@@ -18,10 +18,10 @@ def test_gemini_reads_tied_embeddings_of_every_kind_of_writer(tmp_path):
     assert cells[2].figure == 0.0 < cells[5].figure
 
 
-def test_what_is_not_the_same_is_told():
+def test_differences_are_reported():
     tensors = {"a": torch.ones(2), "b": torch.ones(2)}
     assert plugin_matrix.different(tensors, {**tensors, "b": torch.zeros(2), "c": tensors["a"]}) == ["b", "c"]
     failed = Cell("tied", "zero2", "gemini", "weights", "changes b")
-    told = plugin_matrix.table([failed, Cell("tied", "zero2", "zero2", "weights", None)])
-    assert "FAILS" in told and "same bits" in told and "zero2 -> gemini weights: changes b" in told
-    assert told.endswith("1 of 2 right")
+    table = plugin_matrix.table([failed, Cell("tied", "zero2", "zero2", "weights", None)])
+    assert "FAILS" in table and "same bits" in table and "zero2 -> gemini weights: changes b" in table
+    assert table.endswith("1 of 2 right")

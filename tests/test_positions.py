@@ -1,4 +1,4 @@
-"""How long a sample may be where rope_scaling is there."""
+"""The longest possible sample with rope_scaling."""
 
 import json
 import shutil
@@ -28,16 +28,16 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
         ("linear", {"factor": 2.5}, 4096, 10240),
         ("dynamic", {"factor": 2.0}, 2048, 4096),
         ("yarn", {"factor": 16.0}, 4096, 65536),
-        # As Qwen2.5 and DeepSeek write it: the first length in both, or the extended one in the first.
+        # As in Qwen2.5 and DeepSeek: the first length in both, or the extended one in the first.
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": 32768}, 32768, 131072),
         ("yarn", {"factor": 40.0, "original_max_position_embeddings": 4096}, 163840, 163840),
-        # The other two compute with max_position_embeddings alone.
+        # The other two use only max_position_embeddings.
         ("linear", {"factor": 4.0, "original_max_position_embeddings": 1024}, 4096, 16384),
         ("dynamic", {"factor": 2.0, "original_max_position_embeddings": 8192}, 2048, 4096),
         # Llama-3.1 itself.
         ("llama3", {"factor": 8.0, **LLAMA3}, 131072, 131072),
         ("default", {}, 4096, 4096),
-        # What cannot be used lengthens nothing.
+        # Unusable values extend nothing.
         ("linear", {"factor": "4"}, 4096, 4096),
         ("linear", {"factor": 0.5}, 4096, 4096),
     ],
@@ -47,7 +47,7 @@ def test_positions(spelling, kind, more, positions, expected):
     assert positions_of(config) == expected
 
 
-def test_without_scaling_it_is_what_the_config_says():
+def test_without_scaling_it_is_the_value_of_the_config():
     assert positions_of(LlamaConfig(max_position_embeddings=4096)) == 4096
 
 
@@ -77,7 +77,7 @@ def test_training_and_inference_use_them():
 
 
 @pytest.mark.parametrize(
-    ("scaling", "positions", "told"),
+    ("scaling", "positions", "problem"),
     [
         (None, 100, "100 positions (max_position_embeddings of its config.json), "),
         (LINEAR, 60, "120 positions (max_position_embeddings of its config.json, and rope_scaling of type linear), "),
@@ -86,7 +86,7 @@ def test_training_and_inference_use_them():
     ],
 )
 def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
-    scaling, positions, told, tokenizer_dir, tmp_path, caplog
+    scaling, positions, problem, tokenizer_dir, tmp_path, caplog
 ):
     folder = shutil.copytree(tokenizer_dir, tmp_path / "model")
     LlamaConfig(
@@ -99,20 +99,20 @@ def test_prepare_and_training_name_one_cure_for_samples_that_are_too_long(
     assert entry["longest"] == longest > 120
     warned = [message for message in caplog.messages if "positions" in message]
     part = str(tmp_path / "arrow" / "part-00000")
-    if told is None:
+    if problem is None:
         assert not warned
         sample_lengths.check_samples_fit([part], str(folder))
         return
     cure = warned[0].partition("; ")[2]
-    assert warned == [f"--max_length 128 given, the model has {told}and training refuses longer samples; {cure}"]
+    assert warned == [f"--max_length 128 given, the model has {problem}and training refuses longer samples; {cure}"]
     assert cure.startswith("prepare the data with --max_length 1")
     with pytest.raises(UserError) as raised:
         sample_lengths.check_samples_fit([part], str(folder))
     given = f"--dataset {part}: its longest sample has {longest} tokens, the model has "
-    assert str(raised.value) == f"{given}{told.removesuffix(', ')}; {cure}"
+    assert str(raised.value) == f"{given}{problem.removesuffix(', ')}; {cure}"
     with pytest.raises(UserError, match="--max_length 128 given, the model has .* give at most that"):
         sample_lengths.check_max_length(128, str(folder))
-    # Data of earlier versions do not say it, and a folder of others has no manifest.
+    # Data of earlier versions does not record it, and a folder from elsewhere has no manifest.
     del entry["longest"]
     path = tmp_path / "arrow" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bins": [entry]}))

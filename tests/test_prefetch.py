@@ -1,4 +1,4 @@
-"""Items made ahead by a thread: in order, no more than asked for, and with their errors in place."""
+"""Items made ahead by a thread: in order, no more than requested, and with their errors in place."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ def test_items_come_in_order_and_the_thread_ends():
     assert threads() == before
 
 
-def test_no_more_is_made_than_asked_for():
+def test_no_more_is_made_than_requested():
     made = []
 
     def items():
@@ -29,14 +29,14 @@ def test_no_more_is_made_than_asked_for():
     ahead = prefetched(items(), depth=2)
     assert next(ahead) == 0
     time.sleep(0.3)
-    # Two wait, one more is in the thread's hand.
+    # Two wait, and the thread holds one more.
     assert len(made) <= 1 + 2 + 1
     before = threads()
     ahead.close()
     assert threads() == before - 1
 
 
-def test_an_error_comes_where_its_item_would():
+def test_an_error_is_raised_in_place_of_its_item():
     def items():
         yield 1
         raise KeyError("second")

@@ -1,4 +1,4 @@
-"""The two prepare commands: bins as asked, equal bytes twice, every token accounted for, every refusal."""
+"""The two prepare commands: the requested bins, equal bytes twice, every token accounted for, every refusal."""
 
 import os
 import re
@@ -226,9 +226,9 @@ def make_mistake(name: str, keywords: dict, folder: Path) -> None:
         ("a file as input", ["rows.jsonl is a file", "give a folder, all of whose data files are read, ", "/in"]),
         ("input twice", ["given twice"]),
         ("no jsonl", ["empty has no data file"]),
-        ("no rows", ["nothing to prepare", "0 records give 0 pieces"]),
-        ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 records give 3 pieces", "at most 3"]),
-        ("output exists", ["--data_jsonl_output_dir", "exists already", "remove it"]),
+        ("no rows", ["nothing to prepare", "0 records gave 0 pieces"]),
+        ("more bins than rows", ["--num_spliced_dataset_bins 30", "2 records gave 3 pieces", "at most 3"]),
+        ("output exists", ["--data_jsonl_output_dir", "already exists", "remove it"]),
         ("outputs nested", ["--data_arrow_output_dir", "inside"]),
         ("output below a file", ["--data_cache_dir", "cannot be written"]),
         ("no tokenizer", ["tokenizer.model"]),
@@ -245,12 +245,12 @@ def test_refused_before_anything_is_written(tokenizer_dir, tmp_path, name, words
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_where_no_row_gives_a_sample_the_reason_and_its_cure_are_told(tokenizer_dir, tmp_path):
+def test_without_a_usable_row_the_reason_and_its_cure_are_reported(tokenizer_dir, tmp_path):
     opening, question = {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "q"}
     too_long = {"role": "assistant", "content": "word " * 500}
     bad, cut = {"messages": [{"role": "oracle", "content": "a"}]}, {"messages": [opening, question, too_long]}
     for name, row, words in (
-        ("bad", bad, r"1 bad rows skipped, most often \(1\): a message of an unknown role; give folders"),
+        ("bad", bad, r"1 bad row skipped, most often \(1\): a message of an unknown role; give folders"),
         ("cut", cut, "1 dropped: conversations whose first trained answer ends over max_length; give a larger --max_l"),
     ):
         write_lines(tmp_path / name / "rows.jsonl", [row])

@@ -91,7 +91,7 @@ def test_the_bytes_do_not_depend_on_the_workers(stage, inputs, tokenizer_dir, tm
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
-def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path):
+def test_shares_write_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "whole", bins=2, eval_fraction=0.2)
     prepare.prepare_pretrain(**keywords, sizes=SMALL_UNITS)
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path / "shared", bins=2, eval_fraction=0.2)
@@ -104,16 +104,17 @@ def test_shares_make_the_same_bytes_as_one_run(order, inputs, tokenizer_dir, tmp
 def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs["pretrain"]], tokenizer_dir, tmp_path, bins=3)
     prepare.prepare_pretrain(**keywords)
-    told = manifest(tmp_path)
-    total = told["total"]
+    written = manifest(tmp_path)
+    total = written["total"]
     dropped = sum(drop["tokens"] for drop in total["dropped"].values())
     assert total["tokens_in"] == total["trained"] + total["masked"] + total["truncated"] + dropped
     for name in ("documents", "bytes", "characters", "tokens_in", "trained", "masked", "pieces"):
-        assert sum(file[name] for file in told["inputs"]) == total[name]
-        assert sum(tally[name] for tally in told["categories"].values()) == total[name]
-    assert told["tokenizer"]["sha256"] == fingerprint(tokenizer_dir) and told["tokenizer"]["sample_differing"] == 0
-    assert set(told["categories"]) == {"topic-0", "topic-1", "topic-2"}
-    assert [Path(file["path"]).name for file in told["inputs"]] == [
+        assert sum(file[name] for file in written["inputs"]) == total[name]
+        assert sum(tally[name] for tally in written["categories"].values()) == total[name]
+    assert written["tokenizer"]["sha256"] == fingerprint(tokenizer_dir)
+    assert written["tokenizer"]["sample_differing"] == 0
+    assert set(written["categories"]) == {"topic-0", "topic-1", "topic-2"}
+    assert [Path(file["path"]).name for file in written["inputs"]] == [
         "again.jsonl.gz",
         "array.json",
         "large.jsonl",
@@ -122,14 +123,14 @@ def test_the_manifest_accounts_for_everything(inputs, tokenizer_dir, tmp_path):
         "small.jsonl",
         "table.parquet",
     ]
-    for file in told["inputs"]:
+    for file in written["inputs"]:
         content = Path(file["path"]).read_bytes()
         assert (file["size"], file["sha256"]) == (len(content), prepare.manifest.sha256_of(file["path"]))
     samples = read_jsonl(tmp_path / "jsonl")
-    assert told["samples"] == len(samples)
-    assert sum(each["tokens"] for each in told["bins"]) == total["trained"] + total["masked"]
-    assert told["settings"]["splicing"] == "best_fit" and told["settings"]["seed"] == 1024
-    tokens = [entry["tokens"] for entry in told["bins"]]
+    assert written["samples"] == len(samples)
+    assert sum(each["tokens"] for each in written["bins"]) == total["trained"] + total["masked"]
+    assert written["settings"]["splicing"] == "best_fit" and written["settings"]["seed"] == 1024
+    tokens = [entry["tokens"] for entry in written["bins"]]
     assert max(tokens) - min(tokens) <= 128
 
 
@@ -165,7 +166,7 @@ def test_every_piece_of_any_documents_is_there_once(
         try:
             prepare.prepare_pretrain(**keywords)
         except UserError as error:
-            assert "nothing to prepare" in str(error) or "holds out none" in str(error) or "at most 0" in str(error)
+            assert "nothing to prepare" in str(error) or "holds out nothing" in str(error) or "at most 0" in str(error)
             assert eval_fraction or not expected
             return
         samples = read_jsonl(output / "jsonl")
@@ -191,9 +192,9 @@ def test_truncate_is_counted(tokenizer_dir, tmp_path):
     assert total["truncated"] == total["tokens_in"] - total["trained"] > 0 and total["cut_documents"] == 1
 
 
-def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
+def test_held_out_documents_are_only_in_eval(tokenizer_dir, tmp_path):
     rows = [{**row, "target": f"{number} {row['target']}"} for number, row in enumerate(documents(300))]
-    # Equal texts stay together, wherever they stand.
+    # Equal texts stay together, wherever they are.
     write_lines(tmp_path / "in" / "rows.jsonl", [*rows, *rows[:50]])
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path, max_length=4096, bins=2, eval_fraction=0.3)
     prepare.prepare_pretrain(**keywords)
@@ -207,8 +208,8 @@ def test_held_out_documents_stand_in_eval_alone(tokenizer_dir, tmp_path):
     categories = Counter(name for sample in held_out for name in sample["document_categories"])
     whole = Counter(row["category"] for row in [*rows, *rows[:50]])
     assert all(0.15 < categories[name] / count < 0.45 for name, count in whole.items())
-    told = manifest(tmp_path)
-    assert told["eval"]["name"] == "eval" and told["total"]["held_out_documents"] == sum(categories.values())
+    written = manifest(tmp_path)
+    assert written["eval"]["name"] == "eval" and written["total"]["held_out_documents"] == sum(categories.values())
 
 
 def test_held_out_documents_that_are_dropped_are_not_counted(tokenizer_dir, tmp_path):
@@ -219,9 +220,9 @@ def test_held_out_documents_that_are_dropped_are_not_counted(tokenizer_dir, tmp_
     options = {"max_length": 64, "overlong": "truncate", "splicing": "none", "eval_fraction": 0.5}
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path, **options))
     held_out = datasets.load_from_disk(str(tmp_path / "arrow" / "eval"))
-    told = manifest(tmp_path)
-    assert 5 < told["total"]["held_out_documents"] == told["eval"]["samples"] == len(held_out)
-    assert told["total"]["held_out_documents"] == sum(file["held_out_documents"] for file in told["inputs"])
+    written = manifest(tmp_path)
+    assert 5 < written["total"]["held_out_documents"] == written["eval"]["samples"] == len(held_out)
+    assert written["total"]["held_out_documents"] == sum(file["held_out_documents"] for file in written["inputs"])
 
 
 VARIANTS = [
@@ -256,7 +257,7 @@ def test_copies_of_a_text_are_on_one_side(tokenizer_dir, tmp_path):
 def test_a_fraction_that_holds_out_nothing_is_refused(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "in" / "rows.jsonl", documents(2))
     keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", eval_fraction=1e-9)
-    with pytest.raises(UserError, match="--eval_fraction 1e-09 holds out none of 2 documents"):
+    with pytest.raises(UserError, match="--eval_fraction 1e-09 holds out nothing of 2 documents"):
         prepare.prepare_pretrain(**keywords)
     assert not (tmp_path / "out").exists()
 
@@ -269,7 +270,7 @@ def test_no_jsonl(inputs, tokenizer_dir, tmp_path):
     assert contents(tmp_path / "with" / "arrow")[part] == contents(tmp_path / "without" / "arrow")[part]
 
 
-def test_conversations_are_packed_whole(inputs, tokenizer_dir, tmp_path):
+def test_conversations_are_packed_uncut(inputs, tokenizer_dir, tmp_path):
     for splicing in ("none", "best_fit"):
         keywords = settings([inputs["sft"]], tokenizer_dir, tmp_path / splicing, max_length=1000, splicing=splicing)
         prepare.prepare_sft(**keywords)
@@ -336,13 +337,13 @@ def test_a_huge_line_is_one_bad_row(tokenizer_dir, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
+def test_truncated_compressed_data_is_reported_with_its_line(kind, tokenizer_dir, tmp_path, caplog, capsys):
     lines = b"".join(json.dumps({"target": f"{random.Random(n).random()} text"}).encode() + b"\n" for n in range(9000))
     packed = gzip.compress(lines) if kind == "gz" else pyarrow.compress(lines, codec="zstd", asbytes=True)
     path = tmp_path / "in" / f"rows.jsonl.{kind}"
     path.parent.mkdir()
     path.write_bytes(packed[: len(packed) // 2])
-    # What can be decompressed, by the byte.
+    # The number of bytes that can be decompressed.
     whole = 0
     stream = gzip.open(path) if kind == "gz" else pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
     with contextlib.suppress(EOFError, OSError):
@@ -361,10 +362,10 @@ def test_compressed_data_cut_short_is_told_with_its_line(kind, tokenizer_dir, tm
     prepare.prepare_pretrain(**keywords, on_bad_file="skip")
     assert "lost: " in caplog.text
     assert len(read_jsonl(tmp_path / "out" / "jsonl")) == whole
-    told = manifest(tmp_path / "out")
-    assert told["bad_rows"] == 0 and told["lines"] == whole
-    assert [(lost["file"], lost["line"]) for lost in told["lost_files"]] == [(str(path), whole + 1)]
-    assert told["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    written = manifest(tmp_path / "out")
+    assert written["bad_rows"] == 0 and written["lines"] == whole
+    assert [(lost["file"], lost["line"]) for lost in written["lost_files"]] == [(str(path), whole + 1)]
+    assert written["inputs"][0]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_a_compressed_file_with_nothing_in_it_is_refused(tokenizer_dir, tmp_path):
@@ -378,9 +379,9 @@ def test_names_of_categories_reach_the_terminal_as_text(tokenizer_dir, tmp_path,
     names = ["\x1b[31mred\nline", "新闻", "news"]
     write_lines(tmp_path / "in" / "rows.jsonl", [{"target": "a text", "category": name} for name in names])
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out"))
-    told = capsys.readouterr().out
-    assert "\x1b" not in told and "␛[31mred␊line" in told
-    lines = [line for line in told.splitlines() if line.startswith(("新闻", "news "))]
+    written = capsys.readouterr().out
+    assert "\x1b" not in written and "␛[31mred␊line" in written
+    lines = [line for line in written.splitlines() if line.startswith(("新闻", "news "))]
     assert len(lines) == 2 and cell_len(lines[0]) == cell_len(lines[1])
 
 
@@ -389,13 +390,13 @@ def test_many_categories_are_dealt_in_a_moment(tokenizer_dir, tmp_path):
     rows = [{"target": "a short text", "category": f"page {number}"} for number in range(4000)]
     write_lines(tmp_path / "in" / "rows.jsonl", rows)
     prepare.prepare_pretrain(**settings([tmp_path / "in"], tokenizer_dir, tmp_path / "out", bins=3))
-    told = manifest(tmp_path / "out")
-    assert len(told["categories"]) == 4000 and all(tally["pieces"] == 1 for tally in told["categories"].values())
+    written = manifest(tmp_path / "out")
+    assert len(written["categories"]) == 4000 and all(tally["pieces"] == 1 for tally in written["categories"].values())
 
 
 @pytest.mark.parametrize("difference", ["none", "tokenizer.json", "the fast encoder"])
 def test_the_sample_covers_the_input_and_decides_the_encoder(difference, tokenizer_dir, tmp_path, monkeypatch, caplog):
-    """A difference that only texts late in the last file show."""
+    """A difference that only occurs in texts late in the last file."""
     for name in "abc":
         write_lines(tmp_path / "in" / f"{name}.jsonl", [{"target": f"the {name} {number}"} for number in range(900)])
     last = [f"{'the c' if number < 700 else 'late'} {number}" for number in range(900)]
@@ -435,7 +436,7 @@ def settings_of(stage: str) -> Settings:
 
 
 def test_the_sample_holds_each_text_that_will_be_encoded_once_and_no_other(tmp_path):
-    """Neither ids, URLs and names of roles, nor what a refused row holds, nor a system text once a row."""
+    """Neither ids, URLs and names of roles, nor the content of a refused row, nor a system text once a row."""
     others = {"id": "d0", "url": "https://e.org", "lang": "en", "tags": ["a"], "category": "news"}
     deep: list = []
     for _ in range(250):
@@ -504,7 +505,7 @@ def test_a_file_beside_its_compressed_self_is_refused(tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
-def test_a_damaged_fast_tokenizer_is_told(stage, inputs, tokenizer_dir, tmp_path):
+def test_a_damaged_fast_tokenizer_is_reported(stage, inputs, tokenizer_dir, tmp_path):
     folder = shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json cannot be read"):
@@ -520,8 +521,8 @@ def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path)
     assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
 
 
-def test_results_come_as_they_are_done_and_the_first_error_is_told():
-    """A slow task does not hold up those behind it; of two mistakes the one earlier in the input is told."""
+def test_results_arrive_as_they_are_done_and_the_first_error_is_raised():
+    """A slow task does not delay those behind it; of two mistakes the one earlier in the input is raised."""
     tasks = [(0, 1.0), *((number, 0.01) for number in range(1, 20))]
     done = list(run_tasks(wait_and_return, tasks, num_workers=2))
     assert sorted(done) == list(range(20)) and done[0] == 1 and done.index(0) > 5
@@ -542,7 +543,7 @@ def wait_and_fail(task):
 
 
 def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
-    """Masked answers in the account and in the bytes that are predicted; unknown roles by count, with their cure."""
+    """Masked answers in the token counts and in the bytes that are predicted; unknown roles with counts and a cure."""
 
     def talk(*messages, **fields) -> dict:
         return {"conversations": [{"from": role, "value": text, **mark} for role, text, mark in messages], **fields}
@@ -563,9 +564,7 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
         prepare.prepare_sft(**keywords)
     skipped, named = manifest(tmp_path / "skip"), manifest(tmp_path / "named")
     assert skipped["bad_rows"] == 2 and skipped["unknown_roles"] == {"bard": 1, "bing": 2}
-    assert (
-        "bing (2 messages), bard (1 messages); if one is the assistant, name it with --assistant_roles" in caplog.text
-    )
+    assert "bing (2 messages), bard (1 message); if one is the assistant, name it with --assistant_roles" in caplog.text
     assert named["unknown_roles"] == {} and named["total"]["documents"] == 6
     assert skipped["notes"] == {talks.MASKED_BY_MARK: 4, talks.MASKED_OPENINGS: 1, talks.BEGINS_WITH_ANSWER: 1}
     assert skipped["total"]["dropped"][tokenization.ALL_MASKED]["documents"] == 1
@@ -574,7 +573,7 @@ def test_marks_and_roles_of_conversations(tokenizer_dir, tmp_path, caplog):
     assert learnt == {("good</s>",): [4], ("four</s>",): [4]} and len(samples) == 3
     answers = [sample["labels_decode"] for sample in read_jsonl(tmp_path / "named" / "jsonl")]
     assert ["an answer</s>"] in answers and ["b</s>", "c</s>"] in answers
-    with pytest.raises(UserError, match="--assistant_roles: user is not the assistant's"):
+    with pytest.raises(UserError, match="--assistant_roles: user is not a role of the assistant"):
         keywords = settings([tmp_path / "in"], tokenizer_dir, tmp_path / "other")
         prepare.prepare_sft(**keywords, assistant_roles=["bing", "USER"])
 

@@ -64,7 +64,7 @@ def cluster():
 
 
 def node_options() -> dict:
-    # To Ray, 127.0.0.1 is the address that other machines know this one by.
+    # For Ray, 127.0.0.1 is the address at which other machines reach this one.
     return {"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": False}
 
 
@@ -88,7 +88,7 @@ def start(keywords: dict, cwd) -> subprocess.Popen:
 
 
 def found(look, process: subprocess.Popen):
-    """What `look` finds, as soon as it finds something, while the command runs."""
+    """The result of `look`, as soon as there is one, while the command runs."""
     end = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < end and process.poll() is None:
         result = look()
@@ -100,7 +100,7 @@ def found(look, process: subprocess.Popen):
 
 
 def workers_at(title: str, parent: psutil.Process) -> list:
-    """The Ray workers below a process that are at a task."""
+    """The Ray workers below a process that are running a task."""
     workers = []
     for child in parent.children(recursive=True):
         try:
@@ -111,7 +111,7 @@ def workers_at(title: str, parent: psutil.Process) -> list:
 
 
 def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
-    """Kill a node whose worker is writing a task's files: it is stopped first, so that the task cannot end before."""
+    """Kill a node whose worker is writing a task's files; it is stopped first, so that the task cannot end before."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
 
     def stopped():
@@ -124,14 +124,14 @@ def kill_node_at(title: str, node, cluster, process: subprocess.Popen) -> None:
     found(stopped, process)
     workers = raylet.children(recursive=True)
     cluster.remove_node(node, allow_graceful=False)
-    # As of a machine that is gone: workers otherwise end by themselves, but a stopped one cannot.
+    # As on a machine that is gone: workers otherwise end by themselves, but a stopped one cannot.
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.kill()
 
 
-def test_a_killed_node_s_units_and_bins_are_done_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
-    # Both from the start: the bins may be written before a node that joins meanwhile is known.
+def test_a_killed_node_s_units_and_bins_are_computed_again(cluster, inputs, tokenizer_dir, tmp_path, of_local):
+    # Both from the start: the bins may be written before Ray registers a node that joins later.
     second, third = (cluster.add_node(**node_options()) for _ in range(2))
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray", ray_address=cluster.address), tmp_path)
     kill_node_at("ray::do_unit", second, cluster, process)
@@ -142,10 +142,10 @@ def test_a_killed_node_s_units_and_bins_are_done_again(cluster, inputs, tokenize
     assert all("|" in line for line in err.splitlines()) and "ray" not in out + err, out + err
 
 
-def test_a_bad_row_is_told_as_on_one_machine(cluster, inputs, tokenizer_dir, tmp_path, assert_user_error):
+def test_a_bad_row_is_reported_as_on_one_machine(cluster, inputs, tokenizer_dir, tmp_path, assert_user_error):
     write_lines(tmp_path / "bad" / "rows.jsonl", [{"target": "fine"}] * 9000 + [{"target": 3}])
     keywords = options(inputs, tokenizer_dir, tmp_path / "out", ray_address=cluster.address)
-    # Relative paths count from where the command is given.
+    # Paths are relative to the folder in which the command is started.
     process = start({**keywords, "data_input_dirs": [str(inputs), "bad"]}, tmp_path)
     out, err = process.communicate(timeout=DEADLINE_SECONDS)
     done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -169,7 +169,7 @@ def test_terminated_it_leaves_no_task_at_work(cluster, inputs, tokenizer_dir, tm
 
 
 def left_without_driver(process: subprocess.Popen) -> list:
-    """Kill the driver of the Ray that a command has started, which ends the command; returns what is left of it."""
+    """Kill the driver of the Ray that a command has started, which ends the command; return the remaining processes."""
     command = psutil.Process(process.pid)
     descendants = command.children(recursive=True)
     (driver,) = [child for child in command.children() if "spawn_main" in " ".join(child.cmdline())]
@@ -181,7 +181,7 @@ def left_without_driver(process: subprocess.Popen) -> list:
 
 @pytest.mark.slow
 def test_when_ray_dies_as_it_starts_nothing_stays(inputs, tokenizer_dir, tmp_path):
-    """Its agents, whose parents are gone, would wait for their node for long."""
+    """Its agents, whose parents are dead, would wait long for their node."""
     process = start(options(inputs, tokenizer_dir, tmp_path / "ray"), tmp_path)
     found(lambda: workers_at("ray::RuntimeEnvAgent", psutil.Process(process.pid)), process)
     assert left_without_driver(process) == []
@@ -198,7 +198,7 @@ def test_a_killed_command_leaves_nothing_of_its_ray(inputs, tokenizer_dir, tmp_p
 
 
 @pytest.mark.slow
-def test_when_ray_dies_the_same_command_goes_on(inputs, tokenizer_dir, tmp_path, of_local):
+def test_when_ray_dies_the_same_command_continues(inputs, tokenizer_dir, tmp_path, of_local):
     """A Ray that the command starts itself, without an address."""
     keywords = options(inputs, tokenizer_dir, tmp_path / "ray")
     process = start(keywords, tmp_path)

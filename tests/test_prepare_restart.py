@@ -1,4 +1,4 @@
-"""Killed, refused, finished, out of room: whatever ends a command, the same one ends with the same bytes."""
+"""Killed, refused, finished, out of space: however a command ends, running it again gives the same bytes."""
 
 import errno
 import gzip
@@ -94,7 +94,7 @@ def command_options(inputs, tokenizer_dir, output, **others) -> dict:
 
 @pytest.fixture
 def undisturbed(inputs, tokenizer_dir, tmp_path) -> dict:
-    """The files of a run that nothing happened to."""
+    """The files of an undisturbed run."""
     prepare.prepare_pretrain(**options(inputs, tokenizer_dir, tmp_path / "undisturbed"))
     return contents(tmp_path / "undisturbed")
 
@@ -143,7 +143,7 @@ def test_shares_at_the_same_time(count, inputs, tokenizer_dir, tmp_path, undistu
     ]
     ends = [share.communicate(timeout=100) for share in shares]
     assert [share.returncode for share in shares] == [0] * count, ends
-    # One, whichever is last, writes the bins and prints the account.
+    # One, whichever is last, writes the bins and prints the token counts.
     assert sorted("tokens per bin" in out for out, _ in ends) == [False] * (count - 1) + [True]
     assert all(("tokens per bin" in out) != ("this share is done" in err) for out, err in ends)
     assert contents(tmp_path / "shared") == undisturbed
@@ -161,13 +161,13 @@ def stop_before_the_bins(monkeypatch, keywords) -> None:
             prepare.prepare_pretrain(**keywords)
 
 
-def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
-    monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed
-):
+def test_an_unfinished_run_continues_only_with_the_same_work(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"unfinished run, and since then: --seed was 1024, now 7; run the command"):
+    with pytest.raises(
+        UserError, match=r"unfinished run, but since then: --seed was 1024, now 7; run the earlier command"
+    ):
         prepare.prepare_pretrain(**{**keywords, "seed": 7})
     with pytest.raises(UserError, match="writing jsonl was True, now False"):
         prepare.prepare_pretrain(**{**keywords, "no_jsonl": True})
@@ -184,7 +184,7 @@ def test_an_unfinished_run_goes_on_with_nothing_but_the_same_work(
     assert contents(tmp_path / "out") == undisturbed
 
 
-def test_units_that_are_done_are_not_done_again(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
+def test_finished_units_are_not_computed_again(monkeypatch, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     monkeypatch.setattr(prepare, "do_unit", None)
@@ -195,7 +195,7 @@ def test_units_that_are_done_are_not_done_again(monkeypatch, inputs, tokenizer_d
 @pytest.mark.parametrize(
     "name", ["unit-00000001.pieces", "unit-00000001.tokens", "dealt/part-00001.members", "dealt/eval.members gone"]
 )
-def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, tokenizer_dir, tmp_path, undisturbed):
+def test_a_truncated_cache_file_is_written_again(monkeypatch, name, inputs, tokenizer_dir, tmp_path, undisturbed):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     path = tmp_path / "out" / "cache" / name.removesuffix(" gone")
@@ -208,7 +208,7 @@ def test_what_is_cut_in_the_cache_is_made_again(monkeypatch, name, inputs, token
 
 
 @pytest.mark.parametrize("name", ["unit-00000001.json", "dealt/names.json"])
-def test_what_is_damaged_in_the_cache_is_told(monkeypatch, name, inputs, tokenizer_dir, tmp_path):
+def test_a_damaged_cache_is_reported(monkeypatch, name, inputs, tokenizer_dir, tmp_path):
     keywords = options(inputs, tokenizer_dir, tmp_path / "out")
     stop_before_the_bins(monkeypatch, keywords)
     (tmp_path / "out" / "cache" / name).write_bytes(b'{"a')
@@ -239,7 +239,7 @@ def test_a_second_run_is_refused_at_once(monkeypatch, inputs, tokenizer_dir, tmp
         prepare.prepare_pretrain(**keywords, shard=(1, 2))
 
 
-def test_finished_output_is_said_and_other_settings_are_refused(
+def test_finished_output_is_reported_and_other_settings_are_refused(
     run_forked, assert_user_error, inputs, tokenizer_dir, tmp_path
 ):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
@@ -249,11 +249,11 @@ def test_finished_output_is_said_and_other_settings_are_refused(
     again = run_forked("prepare_pretrain_dataset.py", *flags(keywords), cwd=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stderr and again.stdout == first.stdout
     other = run_forked("prepare_pretrain_dataset.py", *flags({**keywords, "max_length": 64}), cwd=tmp_path)
-    assert_user_error(other, "exists already and differs from this command: --max_length was 128, now 64")
+    assert_user_error(other, "already exists and differs from this command: --max_length was 128, now 64")
     assert contents(tmp_path / "out") == before
 
 
-def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tmp_path):
+def test_output_that_is_damaged_or_foreign_is_refused(inputs, tokenizer_dir, tmp_path):
     keywords = settings([inputs], tokenizer_dir, tmp_path / "out", bins=2)
     stop_before_the_bins(pytest.MonkeyPatch(), keywords)
     planned = tmp_path / "out" / "cache" / "plan.json"
@@ -277,7 +277,7 @@ def test_output_that_is_damaged_or_not_ours_is_refused(inputs, tokenizer_dir, tm
 
 
 @pytest.mark.parametrize("change", ["longer", "gone"])
-def test_an_input_that_changes_while_it_is_read_is_told(change, monkeypatch, tokenizer_dir, tmp_path):
+def test_an_input_that_changes_while_it_is_read_is_reported(change, monkeypatch, tokenizer_dir, tmp_path):
     path = write_lines(tmp_path / "in" / "rows.jsonl", [{"target": f"text {number}"} for number in range(9)])
     do_unit = prepare.do_unit
 
@@ -330,15 +330,15 @@ def test_a_newer_input_of_the_same_size_is_compared_by_its_hash(tokenizer_dir, t
         prepare.prepare_pretrain(**keywords)
 
 
-def test_a_full_disk_is_told_with_needed_and_free_bytes(tmp_path):
+def test_a_full_disk_is_reported_with_needed_and_free_bytes(tmp_path):
     with pytest.raises(RunError, match=rf"a: No space left.*about 7,000 bytes needed, [0-9,]+ free in {tmp_path};"):
         with store.full_disk_reported(tmp_path / "a", 7000):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.slow
-def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path):
-    """The limit on the size of a file stands for a full disk."""
+def test_no_room_is_one_line_and_the_run_continues(inputs, tokenizer_dir, tmp_path):
+    """The limit on the size of a file simulates a full disk."""
     for name in ("limited", "free"):
         keywords = settings([inputs], tokenizer_dir, tmp_path / name, bins=2)
         command = [sys.executable, str(ROOT / "prepare_pretrain_dataset.py"), *map(str, flags(keywords))]
@@ -359,8 +359,8 @@ def test_no_room_is_one_line_and_the_run_goes_on(inputs, tokenizer_dir, tmp_path
     assert contents(tmp_path / "limited") == contents(tmp_path / "free")
 
 
-def test_finished_output_of_the_version_before_is_ours_unless_rows_are_read_otherwise_now(tokenizer_dir, tmp_path):
-    """Version 3 reads rows that were bad, and loss marks of conversations."""
+def test_finished_output_of_the_previous_version_is_accepted_if_rows_mean_the_same(tokenizer_dir, tmp_path):
+    """Version 3 accepts rows that were bad before, and reads loss marks of conversations."""
     talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     for name, command, lines in (
         ("good", prepare.prepare_pretrain, [{"target": "a text"}]),

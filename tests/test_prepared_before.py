@@ -1,4 +1,4 @@
-"""Data that earlier commits prepared is still read, batch for batch as those commits read it.
+"""Data that earlier commits prepared is still read, with the same batches as in those commits.
 
 tests/data/prepared_COMMIT holds the output of both prepare commands of that commit, and in expected.json the hashes of
 the batches that its own loader made: of two ranks, in the order of one seed.
@@ -36,7 +36,7 @@ READINGS = {
 
 
 def digest(batch: Batch) -> str:
-    """The hash of everything that a batch holds."""
+    """The hash of everything in a batch."""
     tensors = (batch.input_ids, batch.labels, batch.attention_mask, batch.documents, batch.groups, batch.group_counts)
     values = [None if tensor is None else tensor.tolist() for tensor in tensors]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

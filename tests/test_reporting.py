@@ -1,4 +1,4 @@
-"""What a run shows of itself: losses by source, train_log.jsonl, TensorBoard, the plot, the model card, settings."""
+"""The reports of a run: losses by source, train_log.jsonl, TensorBoard, the plot, the model card, settings."""
 
 import json
 import math
@@ -40,7 +40,7 @@ RUNS: dict[str, list] = {
     "3d_tp2": layouts.flags("fp32 3d tp2", batch=BATCH),
     "3d_all_to_all": layouts.flags("fp32 3d sp2 all_to_all", batch=BATCH),
 }
-# A model that init_model.py extended, and what is trained of it, one run after the other; a step has BATCH samples.
+# A model that init_model.py extended, and the models trained from it in turn; a step has BATCH samples.
 CHAIN = {
     "chain_1": ["train.py", "--lr", "1e-3", "--save_interval", 2],
     "chain_2": [
@@ -178,12 +178,12 @@ def test_losses_by_source_and_category_are_those_of_the_plain_model(jobs, first_
 
 
 @pytest.mark.parametrize("name", UNTOLD)
-def test_where_there_is_no_loss_by_source_the_rest_is_told(jobs, name):
+def test_without_loss_by_source_the_rest_is_reported(jobs, name):
     assert len(steps_of(jobs / name)) == STEPS
     assert not [key for record in steps_of(jobs / name) for key in record if key.startswith("loss_by")]
 
 
-def test_log_and_tensorboard_say_the_same(jobs):
+def test_log_and_tensorboard_have_the_same_figures(jobs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     records = steps_of(jobs / "zero2")
@@ -212,8 +212,8 @@ def test_documents_without_a_category_have_no_category_called_none():
     }
 
 
-def test_a_resumed_run_shows_one_whole_curve(jobs):
-    """The first run took all steps; lines after the resumed one were cut away. A new folder begins with a copy."""
+def test_a_resumed_run_shows_one_complete_curve(jobs):
+    """The first run made all steps; lines after the resumed one were removed. A new folder begins with a copy."""
     for home in ("zero2", "elsewhere"):
         records = log_of(jobs / home)
         assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
@@ -229,7 +229,7 @@ def test_the_card_is_one_for_hubs(jobs, part):
     assert f"| {Path(part).parent.name} | {len(rows)} | {BATCH * STEPS} | 0.94 |" in card.text
     assert f"| all |  | {sum(map(len, rows['sequence_lengths']))} | {tokens:,} | 100.0% |" in card.text
     assert "| `--plugin` | zero2 |" in card.text and "| optimizer steps | 4 |" in card.text
-    # Not in the checkpoint, whose files are listed, and the same where the same was trained.
+    # Not in the checkpoint, whose files are listed, and equal for equal training.
     assert not (jobs / "zero2" / "ckpt" / "epoch-0_step-4" / "modeling" / "README.md").exists()
     assert (jobs / "elsewhere" / "ckpt" / "modeling" / "README.md").read_text() == card.content
 
@@ -238,7 +238,7 @@ def history_of(model: Path) -> list[dict]:
     return json.loads((model / HISTORY_FILE).read_text())["stages"]
 
 
-def test_a_card_tells_all_stages(jobs, part):
+def test_a_card_lists_all_stages(jobs, part):
     """Every figure of every stage is that of the stage's own log, plan and checkpoint."""
     stages = history_of(jobs / "chain_3" / "ckpt" / "modeling")
     assert [stage["stage"] for stage in stages] == ["vocabulary", "pretrain", "pretrain", "sft"]
@@ -247,7 +247,7 @@ def test_a_card_tells_all_stages(jobs, part):
     text = (jobs / "chain_3" / "ckpt" / "modeling" / "README.md").read_text()
     fingerprint = json.loads((Path(part) / "state.json").read_text())["_fingerprint"]
     rows = ["| 1. Extension of the vocabulary | model | vocabulary of 500, now 600 |  |  |  |  |"]
-    # The second run took the weights after step 2, which its parent's folder went on from.
+    # The second run loaded the weights after step 2; its parent's folder continued from there.
     steps = 2
     for number, (home, kind) in enumerate((("chain_1", "pretrain"), ("chain_2", "pretrain"), ("chain_3", "sft"))):
         stage, shown = stages[number + 1], steps_of(jobs / home)[:steps]
@@ -310,18 +310,18 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
         read=[SourceRead("zh", 9, 18, 2400), SourceRead("b", 4, 3, 600)],
     )
     assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
-    told = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
     assert "Asked for: `zh=0.8 b=0.2`." in text and "What was there" in text and "One epoch" not in text
     assert "| zh | 9 | 18 | 2.00 | 2,400 | 80.0% |\n| b | 4 | 3 | 0.75 | 600 | 20.0% |\n" in text
     assert "| all | 13 | 21 |  | 3,000 | 100.0% |" in text
     names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end")
-    assert told == [f"--{name}" for name in names]
+    assert listed == [f"--{name}" for name in names]
     assert "| zh | 0 | 3.5000 | 1.2500 |\n| zh | 10 | 3.5000 | 1.2500 |\n" in text and "| zh | 5 |" not in text
     assert "| b\\|d | x | 2 | 20 | 66.7% |\n| b\\|d | no category | 1 | 10 | 33.3% |" in text
-    assert "mean of the last 1 steps | 10.0000 |" in text
+    assert "final loss | 10.0000 |" in text
 
 
-def test_a_checkpoint_s_model_is_called_after_what_its_run_began_with(jobs, tmp_path):
+def test_a_checkpoint_s_model_is_named_after_the_start_of_its_run(jobs, tmp_path):
     states = json.loads((jobs / "elsewhere" / "ckpt" / "epoch-0_step-4" / "running_states.json").read_text())
     assert states["base_model"] == "model"
     folder = tmp_path / "epoch-0_step-2" / "modeling"
@@ -356,7 +356,7 @@ def test_run_folder_and_settings(jobs):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
+def test_without_matplotlib_there_is_one_warning(tmp_path, monkeypatch, caplog):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
@@ -365,7 +365,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, caplog):
     assert [message for message in caplog.messages if "No loss curve is drawn: loss.png needs matplotlib" in message]
 
 
-def test_torn_and_late_lines_are_cut_and_told(tmp_path, caplog):
+def test_torn_and_late_lines_are_removed_with_a_message(tmp_path, caplog):
     caplog.set_level("INFO")
     log = train_log.TrainLog(tmp_path / "train_log.jsonl")
     for step in range(1, 6):
@@ -388,7 +388,7 @@ def test_a_full_disk_ends_no_run(tmp_path, caplog):
     log = train_log.TrainLog(Path("/dev/full"))
     for step in range(3):
         log.write({"step": step})
-    log.sync()  # The device takes no sync either.
+    log.sync()  # The device does not support sync either.
     assert caplog.text.count("cannot be written (No space left on device)") == 1
 
 
@@ -417,7 +417,7 @@ def test_a_new_run_replaces_what_one_before_it_has_shown(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("x")] == [(0, -10.0)]
 
 
-def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
+def test_an_error_in_plot_or_card_does_not_lose_the_model(tmp_path, caplog, monkeypatch):
     train_log.TrainLog(tmp_path / "train_log.jsonl").write({"step": 1, "loss": 2.0})
     monkeypatch.setattr(loss_plot, "RAW", "no colour")
     report = run_report.RunReport(RunFolder(tmp_path), settings={}, environment={}, amounts=None, base_model="x")
@@ -430,7 +430,7 @@ def test_a_fault_in_plot_or_card_costs_no_model(tmp_path, caplog, monkeypatch):
 
 
 class LateTimer:
-    """A timer like that of a GPU, whose marks cannot be read before the next step."""
+    """A timer like that of a GPU, whose marks can be read only in the next step."""
 
     is_late = True
 

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint on two ranks: bit for bit with every plugin, in another layout, and past damaged files."""
+"""Resuming on two ranks: bit for bit with every plugin, in another layout, and past damaged files."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from tests.preparing import plan_settings
 SAMPLES = 46
 # What a --save_dir holds besides checkpoints.
 TOP_FILES = {"latest", "modeling", "plan.json"}
-# Of a checkpoint, besides weights and moments.
+# In a checkpoint, besides weights and moments.
 # The history counts steps without an update too.
 UNCHANGED = ("optimizer/pytorch_optim_group", "modeling/training_history.json")
 # 11 micro batches of 4 samples an epoch, 2 accumulated: 6 steps, the last of one micro batch; 2 samples are left over.
@@ -52,7 +52,7 @@ LAYOUTS = {
     "3d_sp2_bf16": flags_of("bf16 3d sp2 all_to_all zero1"),
     "3d_tp2_bf16": flags_of("bf16 3d tp2 zero1"),
 }
-# The others go on in a second epoch, which depends on the data and not on the layout.
+# The others continue in a second epoch, which depends on the data and not on the layout.
 ONE_EPOCH = ("zero2_cpu_bf16", "gemini_auto_bf16", "3d_zero0_bf16", "3d_zero1_bf16", "3d_pp2_bf16", "3d_sp2_bf16")
 
 
@@ -81,7 +81,7 @@ MIXED = [
     str(MIXED_STEP),
 ]
 
-# Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
+# Which rank's numbers are corrupted, at which step, and how (see tests/faults/poison.py).
 POISONED = {
     "zero2_fp32": (0, 3, "loss"),
     "zero2_bf16": (1, 1, "gradient"),
@@ -94,7 +94,7 @@ POISONED = {
     "3d_zero0_bf16": (0, 3, "loss"),
     "3d_tp2_bf16": (1, 3, "report"),
 }
-# Of 24 samples those of the first of three steps have no trained token, and those of one more pass of all ranks.
+# Of 24 samples, those of the first of three steps have no trained token, and those of one more pass of all ranks.
 UNTRAINED = ("zero2_fp16", "gemini_bf16", "gemini_auto_bf16", "3d_pp2_bf16")
 
 
@@ -141,7 +141,7 @@ def jobs(tmp_path_factory, parts, model_dir, tokenizer_dir, two_sources):
 
 
 def sources_in(two_sources):
-    """What --dataset gets for both."""
+    """The --dataset of both."""
     return [f"{name}={two_sources / name / 'arrow'}" for name in ("old", "new")]
 
 
@@ -157,7 +157,7 @@ def write_untrained(folder: Path, tokenizer_dir) -> Path:
 
 
 def add_others(add, folder: Path, tokenizer: Path) -> None:
-    """Commands on the checkpoints of zero2_fp32 and zero2_bf16, which damage copies of nothing else."""
+    """Commands on the checkpoints of zero2_fp32 and zero2_bf16; damage is done only to copies."""
     fp32, bf16 = LAYOUTS["zero2_fp32"], LAYOUTS["zero2_bf16"]
     middle = ("--load_checkpoint", folder / "zero2_bf16" / "ckpt" / "epoch-0_step-4")
     add("other_micro_batch", *bf16, "--micro_batch_size", 1, "--accumulation_steps", 4, *middle)
@@ -247,7 +247,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(jobs, name):
     assert any("optimizer" in path for path in contents(again[0] / last)[0])
 
 
-def test_a_run_with_buckets_and_a_mixture_reads_what_its_plan_says(jobs, two_sources):
+def test_a_run_with_buckets_and_a_mixture_follows_its_plan(jobs, two_sources):
     data = resolve_data(sources_in(two_sources), bucketed=True, mixture=MIXTURE)
     plan = plan_settings(
         data,
@@ -280,7 +280,7 @@ def _read_part(card: str) -> str:
     return card.split("What training has read.")[1].split("What was there")[0]
 
 
-def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):
+def test_another_micro_batch_or_layout_reads_the_same_samples(jobs):
     straight = losses(jobs["zero2_bf16"])
     for name, words in {
         "other_micro_batch": ["micro_batch_size 2 -> 1", "accumulation_steps 2 -> 4"],
@@ -296,7 +296,7 @@ def test_another_micro_batch_or_layout_takes_the_same_samples(jobs):
 
 
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
-def test_another_number_of_ranks_takes_the_same_order(ranks_before, ranks_after):
+def test_another_number_of_ranks_reads_the_same_order(ranks_before, ranks_after):
     def taken(ranks, consumed, steps):
         order = SampleOrder(num_samples=64, micro_batch_size=2, data_size=ranks, accumulation_steps=8 // ranks, seed=7)
         ranked = [list(order.steps(0, consumed, rank)) for rank in range(ranks)]
@@ -316,19 +316,19 @@ def test_another_tokenizer_or_order_is_refused(jobs):
     assert "bucketed was None, this run has True; resume with the same --bucketed" in error
 
 
-def test_a_stage_goes_on_in_the_data_of_another(jobs):
+def test_a_stage_continues_in_the_data_of_another(jobs):
     home, error, log = jobs["stage_one"]
     assert error is None and (home / "ckpt" / "epoch-0_step-3" / "modeling").is_dir()
     assert any(line.startswith("Done: 3 steps") for line in log)
     home, error, log = jobs["stage_two"]
     assert error is None
-    # 8 samples a step, 46 an epoch, of which 2 are too few for a micro batch: 20 and 44 are left.
+    # 8 samples a step, 46 an epoch; the last 2 are too few for a micro batch: 20 and 44 are left.
     assert any(line.startswith("Data: continuing after") and line.endswith("epoch 0, sample 24") for line in log)
     assert any(line.startswith("Done: 9 steps") and "unread samples: 4." in line for line in log)
     assert "--continue_data: seed was 1024, this run has 5" in jobs["stage_two_of_other_data"][1]
 
 
-def test_a_folder_that_takes_no_checkpoint_is_refused_before_step_1(jobs):
+def test_a_folder_without_write_permission_is_refused_before_step_1(jobs):
     home, error, log = jobs["unsavable"]
     assert "no checkpoint can be written there" in error and "Operation not permitted" in error
     assert not any(line.startswith("Saved") for line in log)
@@ -337,11 +337,11 @@ def test_a_folder_that_takes_no_checkpoint_is_refused_before_step_1(jobs):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_resumed(jobs):
-    """It has neither the later counters nor training_history.json, and its numbers were computed otherwise."""
+    """It has neither the later counters nor training_history.json, and its numbers were computed differently."""
     home, error, log = jobs["of_an_earlier_version"]
     assert error is None
     assert "not bit for bit, since this changed: version of the numerics 1 -> 2" in " ".join(log)
-    # Here nothing else has changed, and all of the run's state is taken.
+    # Here nothing else has changed, and the complete state of the run is used.
     last = "ckpt/epoch-1_step-12"
     kept, expected = (contents(folder / last) for folder in (home, jobs["zero2_fp32"][0]))
     assert [name for name in kept[0] if kept[0][name] != expected[0].get(name)] == ["modeling/training_history.json"]
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(jobs):
     assert stage["resumed"] == [{"step": 4, "changed": ["version of the numerics 1 -> 2"]}]
 
 
-def test_old_checkpoints_go_but_never_the_newest(jobs):
+def test_old_checkpoints_are_removed_but_never_the_newest(jobs):
     home, error, log = jobs["keeping"]
     names = {path.name for path in (home / "ckpt").iterdir()}
     names -= {file_names.LOG_NAME, *file_names.REPORT_NAMES}
@@ -361,20 +361,20 @@ def test_old_checkpoints_go_but_never_the_newest(jobs):
     removed = [line for line in log if line.startswith("Removed")]
     assert len(removed) == 8
     for line in removed:
-        # When one goes, the two after it are there.
+        # When one is removed, the two after it exist.
         step = int(line.split("step-")[1].split(" ")[0])
         earlier = log[: log.index(line)]
-        assert all(any(f"step-{later}:" in said for said in earlier) for later in (step + 1, step + 2))
+        assert all(any(f"step-{later}:" in text for text in earlier) for later in (step + 1, step + 2))
 
 
 def test_resume_auto(jobs):
     assert jobs["auto_on_nothing"][1] is None
-    assert "Done already" in jobs["auto_done"][2][-1]
+    assert "Already done" in jobs["auto_done"][2][-1]
     _, error, log = jobs["auto_past_damage"]
     assert error is None
-    told = [line for line in log if line.startswith(("--resume auto", "Resuming"))]
-    assert "pytorch_optim-00001.safetensors: its content has changed (sha256 differs)" in told[0]
-    assert "epoch-1_step-8: has no lr_scheduler" in told[1] and "epoch-0_step-6: epoch 0, step 6" in told[2]
+    found = [line for line in log if line.startswith(("--resume auto", "Resuming"))]
+    assert "pytorch_optim-00001.safetensors: its content has changed (sha256 differs)" in found[0]
+    assert "epoch-1_step-8: has no lr_scheduler" in found[1] and "epoch-0_step-6: epoch 0, step 6" in found[2]
     assert losses(jobs["auto_past_damage"])[12] == losses(jobs["zero2_fp32"])[12]
 
 
@@ -395,10 +395,10 @@ def test_a_bad_step_updates_nothing(jobs, name):
     _, step, kind = POISONED[name]
     first = (step - 1) * 8
     words = f"the {'gradient norm' if kind == 'gradient' else 'loss'} is "
-    told = next(line for line in (log if error is None else [error]) if line.startswith(words))
-    assert f"step {step}, samples {first} to {first + 7} of epoch 0 (rows " in told
+    found = next(line for line in (log if error is None else [error]) if line.startswith(words))
+    assert f"step {step}, samples {first} to {first + 7} of epoch 0 (rows " in found
     order = SampleOrder(num_samples=SAMPLES, micro_batch_size=2, data_size=2, accumulation_steps=2, seed=1024)
-    assert f"(rows {', '.join(map(str, order.rows(0, first, first + 8)))} of the data)" in told
+    assert f"(rows {', '.join(map(str, order.rows(0, first, first + 8)))} of the data)" in found
     saved = {checkpoint_files.step_of(path): path for path in checkpoint_files.complete_checkpoints(home / "ckpt")}
     if name == "zero2_fp32":
         assert "--max_bad_steps 0 allowed" in error and sorted(saved) == [1, 2]
@@ -408,7 +408,7 @@ def test_a_bad_step_updates_nothing(jobs, name):
         assert weights_and_moments(saved[step]) == weights_and_moments(saved[step - 1])
     assert weights_and_moments(saved[step + 1]) != weights_and_moments(saved[step])
     list(verify.verify(str(saved[STEPS_AN_EPOCH])))
-    # The schedule is one of six updates, of which one was not made.
+    # The schedule is one of six updates; one of them was not made.
     rates = [CosineSchedule(2e-3, STEPS_AN_EPOCH, 0).learning_rate(update) for update in range(STEPS_AN_EPOCH - 1)]
     assert [record["lr"] for record in steps_of(home)] == pytest.approx([*rates[:step], *rates[step - 1 :]])
     assert ", 1 of them without an update (1 had a NaN/Inf loss or gradient norm), " in log[-1]
@@ -437,25 +437,23 @@ def test_a_gradient_that_overflows_at_every_loss_scale_is_a_bad_step(jobs):
     assert tries[-1].endswith("at a loss scale of 2; the step is repeated at 1")
     words = "the gradient norm is NaN/Inf, even at a loss scale of 1, at step 1, samples 0 to 7 of epoch 0 "
     assert any(line.startswith(words) for line in log)
-    # The scale was not the cause, and stays.
+    # The scale was not the cause, and is unchanged.
     first, second = states_of(home, 1), states_of(home, 2)
     assert first["ranks"][0]["loss_scale"]["scale"] == 2**21 > second["ranks"][0]["loss_scale"]["scale"] > 2**12
     assert (first["bad_steps"], first["overflows"]) == (1, 21) and second["overflows"] > 21
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
-def test_a_step_without_a_trained_token_updates_nothing_and_is_told(jobs, model_dir, name):
+def test_a_step_without_a_trained_token_updates_nothing_and_is_logged(jobs, model_dir, name):
     home, error, log = jobs[f"untrained_{name}"]
     assert error is None
-    assert any(
-        line.startswith("--dataset: 12 of 24 samples have no trained token, all their labels are") for line in log
-    )
+    assert any(line.startswith("--dataset: no trained token in 12 of 24 samples, all their labels are") for line in log)
     assert any(line.startswith("no trained token at step 1, samples 0 to 7 of epoch 0 (rows ") for line in log)
     assert "Done: 3 steps, 1 of them without an update (1 had no trained token), " in log[-1]
     first, *others = steps_of(home)
     assert first["loss"] is None and first["grad_norm"] is None and all(record["loss"] > 1 for record in others)
     assert sorted(losses((home,))) == [2, 3]
-    # Warm-up goes on with updates alone, of two steps.
+    # Warm-up advances only with updates, two steps of it.
     assert [record["lr"] for record in (first, *others)] == pytest.approx([1e-3, 1e-3, 2e-3])
     masked = 1 if "pp2" in name else 2
     assert [r.get("untrained_micro_batches", 0) for r in (first, *others)] == [2 * masked, 0, masked]
@@ -468,7 +466,7 @@ def test_a_step_without_a_trained_token_updates_nothing_and_is_told(jobs, model_
     assert states_of(again.parent.parent, 3)["overflows"] == states_of(home, 3)["overflows"]
 
 
-def test_verify_accepts_whole_checkpoints(jobs):
+def test_verify_accepts_intact_checkpoints(jobs):
     for name in LAYOUTS:
         report = list(verify.verify(str(jobs[name][0] / last_of(name))))
         assert [line.split()[0] for line in report] == ["checkpoint", "files", "place", *verify.CHECKS]
@@ -477,7 +475,7 @@ def test_verify_accepts_whole_checkpoints(jobs):
 
 WEIGHTS = "modeling/model-00001-of-00001.safetensors"
 MOMENTS = "optimizer/pytorch_optim-00001.safetensors"
-# (file, what is done to it, whether it was done before the manifest was written, what is said)
+# (file, the damage, whether it was done before the manifest was written, the message)
 BROKEN = [
     (WEIGHTS, damage.flip, False, "sha256"),
     (MOMENTS, damage.swap, False, "sha256"),
@@ -504,10 +502,10 @@ def test_verify_names_what_is_wrong(jobs, tmp_path, capsys, case):
         checkpoint_files.write_manifest(copy, checkpoint_files.file_entries(copy, sizes), saved_at=1.0)
     with pytest.raises(SystemExit) as end:
         verify.main([str(copy)])
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and len(said.splitlines()) == 1
-    # A shape is told of the model, not of the file.
-    assert words in said and (file in said or "modeling: has" in said)
+    text = capsys.readouterr().err
+    assert end.value.code == 2 and len(text.splitlines()) == 1
+    # A wrong shape is reported for the model, not for the file.
+    assert words in text and (file in text or "modeling: has" in text)
 
 
 def test_verify_compares_transformers_with_sentencepiece(jobs, tmp_path):

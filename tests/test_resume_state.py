@@ -1,4 +1,4 @@
-"""When a checkpoint's exact state can be used: layouts that were stored before, and fields that are added later."""
+"""When a checkpoint's exact state can be used: layouts stored by earlier versions, and fields that are added later."""
 
 import json
 from dataclasses import dataclass, fields
@@ -9,7 +9,7 @@ from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.model.trainable import Embeddings, NewRows, Trainable
 
-# As `layout` stood in running_states.json, written by commits 6778aa0 and 7761401 alike.
+# `layout` in running_states.json, as written by both commits 6778aa0 and 7761401.
 STORED = {
     "zero2": {
         "plugin": "zero2",
@@ -77,7 +77,7 @@ class Job:
 
 
 def job(stored: dict, kind: type[EngineSettings] = EngineSettings, **changes) -> Job:
-    """The job of a stored layout, with other values for what should not count."""
+    """The job of a stored layout, with other values for fields that should not count."""
     names = {field.name for field in fields(EngineSettings)}
     values = {name: value for name, value in stored.items() if name in names}
     values["trainable"] = NewRows(((3, 4),)) if stored["embeddings_only"] else Trainable()

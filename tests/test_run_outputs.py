@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: whole or not at all, never through a link, never over another run's."""
+"""The files of a run beside its checkpoints: complete or not at all, never through a link, never another run's."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def settings(save_dir):
 
 
 def begin(save_dir, *, config="config_file", events="logs_dir"):
-    """What a run does at its beginning; returns the names that it writes to."""
+    """What a run does at its beginning; returns the names of its outputs."""
     Path(save_dir).mkdir(exist_ok=True)
     run_folder = RunFolder(Path(save_dir))
     run_outputs.check_places(run_folder, events, config)
@@ -41,7 +41,7 @@ def begin(save_dir, *, config="config_file", events="logs_dir"):
     return str(path), str(folder)
 
 
-def test_each_run_has_its_own_names_and_finds_them_again(here, caplog):
+def test_each_run_has_its_own_names_and_keeps_them(here, caplog):
     assert begin("checkpoint_dir") == ("config_file", "logs_dir")
     before = Path("config_file").read_bytes()
     assert not caplog.text
@@ -49,9 +49,9 @@ def test_each_run_has_its_own_names_and_finds_them_again(here, caplog):
     assert begin("checkpoint_dir_sft") == sft
     assert f"are in {sft[0]}" in caplog.text and f"are in {sft[1]}" in caplog.text
     assert Path("config_file").read_bytes() == before
-    # As resumed, or begun anew after an early end.
+    # As when resumed, or started again after an early end.
     assert begin("checkpoint_dir") == ("config_file", "logs_dir") and begin("checkpoint_dir_sft") == sft
-    # Another folder of the same name, and the same name again in place of a folder that was removed.
+    # Another folder of the same name, and the same name again after the folder was removed.
     Path("more").mkdir()
     assert begin("more/checkpoint_dir_sft") == tuple(f"{name}-2" for name in sft)
     shutil.rmtree("checkpoint_dir")
@@ -74,7 +74,7 @@ def test_settings_of_an_earlier_version_are_known_by_their_folder(here):
     assert begin("checkpoint_dir")[0] == "config_file"
 
 
-def test_all_may_lie_in_one_folder(here):
+def test_all_files_may_be_in_one_folder(here):
     names = ("run/settings.json", "run")
     assert begin("run", config=names[0], events="run") == names
     assert begin("run", config=names[0], events="run") == names
@@ -90,7 +90,7 @@ def test_the_report_keeps_the_id(here):
 
 
 def test_its_own_settings_are_read_back(here):
-    """The id is no flag."""
+    """The id is not a flag."""
     args = train_flags.train_parser().parse_args(["--pretrained", "m", "--dataset", "d"])
     path = run_outputs.write_settings(
         "config_file", {**dependent_flags.used_flags(args), "versions": {}}, run_folder=RunFolder(here)
@@ -100,7 +100,7 @@ def test_its_own_settings_are_read_back(here):
 
 
 def broken_places(home):
-    """Flags that cannot be, with what is said."""
+    """Impossible flags, with the message."""
     (home / "file").write_text("mine")
     (home / "folder").mkdir()
     (home / "dangling").symlink_to(home / "nowhere")
@@ -190,7 +190,7 @@ def test_a_failed_write_names_its_file_and_leaves_nothing(tmp_path, monkeypatch)
 
 
 def test_the_log_is_appended_to_no_other_file(tmp_path):
-    """As in a copy of a run by hard links, and in a folder of somebody else's."""
+    """As in a copy of a run by hard links, and in a folder from someone else."""
     line = b'{"step": 1, "loss": 1.0}\n'
     for name, plant in {"link": os.symlink, "hard": os.link}.items():
         target, folder = tmp_path / f"{name}.jsonl", tmp_path / name

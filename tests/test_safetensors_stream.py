@@ -41,7 +41,7 @@ def nothing(count):
 
 
 def file_of(path, tensors, metadata):
-    """A safetensors file with the tensors in the given order, which need not be that of the format's own writer."""
+    """A safetensors file with the tensors in the given order, which may differ from that of the format's own writer."""
     header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, tensor in tensors.items():
         content = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
@@ -104,7 +104,7 @@ def test_any_header_is_rewritten_right(tmp_path, tensors, dtype, matrix_dtype, r
 
 
 def test_means_are_summed_in_float32(tmp_path):
-    """In bfloat16, 256 + 1 is 256: only a wider sum gets these means right."""
+    """In bfloat16, 256 + 1 is 256: only a wider sum gives the right means."""
     column = torch.tensor([[256.0], [1.0], [3.0], [-256.0]], dtype=torch.bfloat16).repeat(1, 8)
     save_file({"matrix": column}, tmp_path / "source")
     bags = [[0, 1, 2, 3], [1], [1, 2, 2], [0, 1, 1, 3]] * 200
@@ -118,7 +118,7 @@ def test_means_are_summed_in_float32(tmp_path):
 
 @pytest.mark.parametrize("answer", [errno.EXDEV, errno.ENOSYS, 0, None])
 def test_where_the_kernel_cannot_copy_we_do(tmp_path, monkeypatch, answer):
-    """Another file system, an old kernel, one that says 0, a system without the call: the bytes are the same."""
+    """Another file system, an old kernel, one that returns 0, a system without the call: the bytes are the same."""
     real, calls = os.copy_file_range, []
 
     def copy_file_range(*arguments):
@@ -152,7 +152,7 @@ def test_other_errors_of_the_copy_name_the_file(tmp_path, monkeypatch):
         write_shard(read_shard(tmp_path / "source"), tmp_path / "target", Change((), kept=0, bags=[]), nothing)
 
 
-def test_a_source_that_shrinks_is_told(tmp_path):
+def test_a_source_that_shrinks_is_reported(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "source")
     shard = read_shard(tmp_path / "source")
     os.truncate(tmp_path / "source", 600)

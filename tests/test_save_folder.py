@@ -36,10 +36,10 @@ def start(folder):
 
 def test_of_many_starts_at_once_one_wins_and_the_others_name_it(tmp_path):
     processes = [start(tmp_path / "runs" / "one") for _ in range(12)]
-    said = [process.stdout.readline() for process in processes]
-    winner = next(process for process, line in zip(processes, said, strict=True) if line == "won\n")
-    assert said.count("won\n") == 1
-    assert all(f"process {winner.pid} on " in line or "another run" in line for line in said if line != "won\n")
+    lines = [process.stdout.readline() for process in processes]
+    winner = next(process for process, line in zip(processes, lines, strict=True) if line == "won\n")
+    assert lines.count("won\n") == 1
+    assert all(f"process {winner.pid} on " in line or "another run" in line for line in lines if line != "won\n")
     for process in processes:
         process.communicate()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -56,7 +56,7 @@ def test_a_folder_to_which_nothing_was_written_does_not_stay(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
+def test_a_run_replaces_the_lock_of_a_killed_process(tmp_path):
     process = start(tmp_path)
     assert process.stdout.readline() == "won\n"
     with pytest.raises(UserError, match=f"process {process.pid} on .* is writing to it"), run_lock.locked(tmp_path):
@@ -69,7 +69,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_run_waits_for_one_that_has_said_that_it_ends(tmp_path):
+def test_a_run_waits_for_one_that_is_ending(tmp_path):
     ending = HOLDER.replace("sys.stdin.read()", "run_lock.mark_ending(); print('ends', flush=True); sys.stdin.read()")
     process = subprocess.Popen(
         [sys.executable, "-c", ending, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -104,7 +104,7 @@ def test_without_locks_a_living_process_keeps_the_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "folder", "pipe"])
 def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path, kind):
-    """As a folder from somebody else may have it."""
+    """As in a folder from someone else."""
     folder, other = tmp_path / "run", tmp_path / "other"
     folder.mkdir()
     other.write_text("precious")
@@ -123,7 +123,7 @@ def test_a_lock_that_leads_elsewhere_is_not_written_to(tmp_path, kind):
 
 
 def test_a_lock_that_cannot_be_removed_hides_no_other_error(tmp_path, monkeypatch, caplog):
-    """As on a disk that turned read-only while the run saved."""
+    """As on a disk that became read-only while the run saved."""
 
     def read_only(path, missing_ok=False):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

@@ -1,4 +1,4 @@
-"""The self-test of training: it passes where training is right, and says so where it is not."""
+"""The self-test of training passes if training is right, and fails if it is not."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_training_is_proven_and_nothing_is_left(tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-# Clipping that is lost, as ColossalAI's is under Gemini in bf16 on a CPU.
+# Clipping that has no effect, as ColossalAI's under Gemini in bf16 on a CPU.
 BROKEN = """
 from colossal_llama2.train import selftest
 from colossal_llama2.train.settings import from_flags
@@ -47,7 +47,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, assert_user_error):
     def alone(*flags):
         return fork_server.run(["-m", "colossal_llama2.train.selftest", *flags])
 
-    assert_user_error(alone("--work_dir", str(tmp_path)), f"--work_dir {tmp_path} exists already")
+    assert_user_error(alone("--work_dir", str(tmp_path)), f"--work_dir {tmp_path} already exists")
     assert_user_error(alone("--mixed_precision", "fp16", "--work_dir", str(tmp_path / "a")), "fp16 is not compared")
     assert_user_error(alone("--steps", "1"), "a whole number of at least 2")
 

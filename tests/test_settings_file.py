@@ -1,4 +1,4 @@
-"""--load_config: settings of one run taken up by another, and every way in which a file can be wrong."""
+"""--load_config: settings of one run used by another, and every way in which a file can be wrong."""
 
 import json
 
@@ -36,7 +36,7 @@ FULL = [
 
 @pytest.fixture
 def file_of(tmp_path):
-    """Write settings as --config_file has them, and changes."""
+    """Write settings as --config_file does, with changes."""
 
     def write(words=FULL, make_parser=train_flags.train_parser, **changes) -> str:
         found = {"versions": {"torch": "2.5.1"}, "world_size": 2, "total_steps": 9, **changes}
@@ -48,7 +48,7 @@ def file_of(tmp_path):
 
 
 @pytest.mark.parametrize("make_parser", [train_flags.train_parser, train_flags.train_sft_parser])
-def test_every_setting_comes_back(file_of, make_parser):
+def test_every_setting_is_read_back(file_of, make_parser):
     path = file_of(make_parser=make_parser)
     again = make_parser().parse_args(["--load_config", path])
     assert {**vars(again), "load_config": None} == vars(make_parser().parse_args(FULL))
@@ -112,7 +112,7 @@ def test_without_arguments_the_required_flags_are_named(capsys):
     assert "required: --pretrained, --dataset" in capsys.readouterr().err
 
 
-def test_defaults_of_lists_and_flags_that_are_not_used_come_back(file_of):
+def test_defaults_of_lists_and_unused_flags_are_written(file_of):
     args = dependent_flags.with_defaults(train_flags.train_parser().parse_args(REQUIRED))
     path = file_of(REQUIRED, **dependent_flags.used_flags(args))
     again = train_flags.train_parser().parse_args(["--load_config", path])

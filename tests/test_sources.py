@@ -1,4 +1,4 @@
-"""What --dataset and --mixture name: parts, sources and buckets, from nothing but names of folders."""
+"""What --dataset and --mixture name: parts, sources and buckets, only from the names of folders."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_one_name_for_two_folders(tmp_path):
     assert names == ["zh/arrow", "zh/arrow", "en/arrow"]
     with pytest.raises(UserError, match=r"two sources have the name arrow.*NAME="):
         resolve_data(given, bucketed=True)
-    # What has a name already cannot get another's.
+    # A source that already has a name cannot get another one's.
     with pytest.raises(UserError, match="have the name arrow"):
         resolve_data([f"arrow={given[0]}", given[1]], bucketed=True)
     assert [part.source for part in resolve_data([f"zh={given[0]}", given[1]], bucketed=True).parts] == [
@@ -72,19 +72,19 @@ def test_one_name_for_two_folders(tmp_path):
     assert [(part.source, part.bucket) for part in joined.parts] == [("all", 0), ("all", 1), ("all", 2)]
 
 
-def test_every_mistake_is_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     make(tmp_path, "short/part-00000", manifest=["part-00000", "part-00001"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut" / "part-00000").mkdir(parents=True)
     with pytest.raises(UserError) as error:
         resolve_parts([*(str(tmp_path / name) for name in ("short", "empty", "cut")), "zh=nowhere"])
-    told = str(error.value).split("; and ")
-    assert "part-00001 is missing (1 of the 2" in told[0]
-    assert "not a prepared part-* folder" in told[1] and "prepare_pretrain_dataset.py" in told[1]
-    assert "part-00000 in it is not a complete part-* folder" in told[2]
-    assert "--dataset zh=nowhere: no such folder" in told[3] and "NAME=PATH" in told[3]
+    problems = str(error.value).split("; and ")
+    assert "part-00001 is missing (1 of the 2" in problems[0]
+    assert "not a prepared part-* folder" in problems[1] and "prepare_pretrain_dataset.py" in problems[1]
+    assert "part-00000 in it is not a complete part-* folder" in problems[2]
+    assert "--dataset zh=nowhere: no such folder" in problems[3] and "NAME=PATH" in problems[3]
     with pytest.raises(UserError, match="^--dataset arrow/part-00000: no such folder; give part-"):
-        # One "/" alone makes it no name on a hub, which has no prepared data.
+        # With a single "/" it is not taken for a name on a hub, where there is no prepared data.
         resolve_parts(["arrow/part-00000"])
     with pytest.raises(UserError, match="^--eval_dataset en nowhere: no such folder"):
         load_tokenized_dataset(["nowhere"], flag="--eval_dataset en")

@@ -40,7 +40,7 @@ def test_best_fit_places_each_item_once(lengths, capacity):
     assert sorted(item for group in groups for item in group) == list(range(len(lengths)))
     rooms = [capacity - sum(lengths[item] for item in group) for group in groups]
     assert all(room >= 0 for room in rooms)
-    # A group is only opened when no other has room, so two half-empty ones cannot exist.
+    # A group is only opened if no other has room, so there cannot be two that are half empty.
     assert sum(2 * room >= capacity for room in rooms) <= 1
 
 

@@ -24,7 +24,7 @@ FLAGS = ["--plugin", "zero2", "--mixed_precision", "fp32", "--num_epochs", "400"
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory, tokenizer_dir, model_dir):
-    """Hours of training, saved after each 24 steps, or each 12 of two ranks."""
+    """A long run, saved every 24 steps, or every 12 on two ranks."""
     encoder = load_encoder(tokenizer_dir)
     rows = [[1, *ids[:30], 2] for ids in encoder.encode(tiny.english_documents()[:24])]
     part = tmp_path_factory.mktemp("prepared") / "part-00000"
@@ -34,7 +34,7 @@ def flags(tmp_path_factory, tokenizer_dir, model_dir):
 
 @pytest.fixture
 def start(tmp_path, flags):
-    """Start a run in a named folder; all are ended with the test."""
+    """Start a run in a named folder; all runs are ended with the test."""
     runs = []
 
     def start_one(name, *more, launcher=None, **options):
@@ -48,7 +48,7 @@ def start(tmp_path, flags):
 
 @pytest.fixture
 def start_forked(tmp_path, flags):
-    """Start a run of two ranks without a launcher, whose part in what follows is not tested."""
+    """Start a run of two ranks without a launcher, whose behaviour is not tested here."""
     runs = []
 
     def start_two(name, *more):
@@ -61,14 +61,15 @@ def start_forked(tmp_path, flags):
 
 
 def assert_saved(run, number):
-    """All that was trained is in the last checkpoint, which the message names, and nothing lies about."""
-    told = re.search(rf"train.py: stopped: {number.name} after step (\d+), which is saved; .*_step-\1$", run.said, re.M)
-    assert told, run.said
+    """Everything that was trained is in the last checkpoint, which the message names, and nothing else remains."""
+    line = rf"train.py: stopped: {number.name} after step (\d+), which is saved; .*_step-\1$"
+    found = re.search(line, run.output, re.M)
+    assert found, run.output
     newest = checkpoint_files.complete_checkpoints(run.save_dir)[-1]
-    assert checkpoint_files.step_of(newest) == int(told[1]) and checkpoint_files.sizes_problem(newest) is None
-    assert json.loads((newest / "running_states.json").read_text())["step"] == int(told[1])
+    assert checkpoint_files.step_of(newest) == int(found[1]) and checkpoint_files.sizes_problem(newest) is None
+    assert json.loads((newest / "running_states.json").read_text())["step"] == int(found[1])
     assert not [path.name for path in run.save_dir.iterdir() if path.suffix == ".tmp" or path.name == ".lock"]
-    assert "Traceback" not in run.said and run.said.count("stopped:") == 1
+    assert "Traceback" not in run.output and run.output.count("stopped:") == 1
     assert {path.name for path in run.save_dir.iterdir()} >= {"train_log.jsonl", *file_names.REPORT_NAMES}
 
 
@@ -76,11 +77,11 @@ def test_a_signal_to_a_single_process(start):
     """At random moments, and with each signal: tests/faults/starts.py."""
     run = start("single")
     run.wait_for("epoch-0_step-24")
-    # A checkpoint may be moved away while its run goes on.
+    # A checkpoint may be moved while its run continues.
     (run.save_dir / "epoch-0_step-24").rename(run.save_dir.with_name("moved"))
     run.wait_for("epoch-2_step-72")
     run.process.send_signal(signal.SIGINT)
-    assert run.end() == 130, run.said
+    assert run.end() == 130, run.output
     assert_saved(run, signal.SIGINT)
 
 
@@ -88,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all(start_forked):
     run = start_forked("one")
     run.wait_for("epoch-0_step-12")
     os.kill(run.pid_of(rank=1), signal.SIGUSR1)
-    assert run.end() == 0, run.said
+    assert run.end() == 0, run.output
     assert_saved(run, signal.SIGUSR1)
 
 
@@ -101,21 +102,21 @@ def test_a_second_interrupt_ends_a_rank_that_waits_for_another(start_forked):
     time.sleep(1.0)
     os.kill(first, signal.SIGINT)
     time.sleep(0.5)
-    assert run.code_of(rank=0) is None and "interrupted again" not in run.said
+    assert run.code_of(rank=0) is None and "interrupted again" not in run.output
     os.kill(first, signal.SIGINT)
     deadline = time.monotonic() + 2.0
-    while "interrupted again" not in run.said:
-        assert time.monotonic() < deadline, run.said
+    while "interrupted again" not in run.output:
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.02)
     assert checkpoint_files.sizes_problem(checkpoint_files.complete_checkpoints(run.save_dir)[-1]) is None
     assert_unlocked(run)
 
 
 def assert_unlocked(run):
-    """A run on another host would not know that the one that left the lock is dead."""
+    """A run on another host could not find out that the owner of the lock is dead."""
     deadline = time.monotonic() + 5.0
     while (run.save_dir / ".lock").exists():
-        assert time.monotonic() < deadline, run.said
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.02)
 
 
@@ -123,12 +124,12 @@ def test_a_signal_to_torchrun_reaches_the_ranks(start):
     run = start("torchrun", launcher=TORCHRUN)
     run.wait_for("epoch-0_step-12")
     run.process.send_signal(signal.SIGTERM)
-    # torchrun has exit codes of its own.
-    assert run.end() == 1, run.said
-    assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.said), run.said
+    # torchrun has its own exit codes.
+    assert run.end() == 1, run.output
+    assert re.search(r"stopped: SIGTERM after step \d+, which is saved", run.output), run.output
 
 
-def test_two_interrupts_to_torchrun_leave_no_rank_and_whole_checkpoints(start):
+def test_two_interrupts_to_torchrun_leave_no_rank_and_complete_checkpoints(start):
     run = start("interrupts", launcher=TORCHRUN)
     run.wait_for("epoch-0_step-12")
     ranks = [run.pid_of(rank) for rank in range(2)]
@@ -138,7 +139,7 @@ def test_two_interrupts_to_torchrun_leave_no_rank_and_whole_checkpoints(start):
     assert run.process.wait(15.0) == 1
     deadline = time.monotonic() + 5.0
     while any(os.path.exists(f"/proc/{pid}") for pid in ranks):
-        assert time.monotonic() < deadline, run.said
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.02)
     for checkpoint in checkpoint_files.complete_checkpoints(run.save_dir):
         assert checkpoint_files.sizes_problem(checkpoint) is None
@@ -149,8 +150,8 @@ def test_under_colossalai_run_a_signal_to_a_rank_stops_all(start):
     run = start("colossalai", launcher=[*launcher, "--master_port", "29634"])
     run.wait_for("epoch-0_step-12")
     os.kill(run.pid_of(rank=0), signal.SIGUSR1)
-    assert run.end() == 0, run.said
-    assert re.search(r"stopped: SIGUSR1 after step \d+, which is saved", run.said), run.said
+    assert run.end() == 0, run.output
+    assert re.search(r"stopped: SIGUSR1 after step \d+, which is saved", run.output), run.output
 
 
 def test_a_dead_rank_ends_the_job_and_is_named(start_forked):
@@ -160,8 +161,9 @@ def test_a_dead_rank_ends_the_job_and_is_named(start_forked):
     for rank, run in enumerate(runs):
         os.kill(run.pid_of(rank), signal.SIGKILL)
         run.end(seconds=15.0)
-        assert (run.code_of(rank), run.code_of(1 - rank)) == (-signal.SIGKILL, 1), run.said
-        assert f"train.py: error: rank {rank} on {socket.gethostname()} died; earlier checkpoints are whole" in run.said
+        assert (run.code_of(rank), run.code_of(1 - rank)) == (-signal.SIGKILL, 1), run.output
+        died = f"rank {rank} on {socket.gethostname()} died; earlier checkpoints are complete"
+        assert f"train.py: error: {died}" in run.output
     assert_unlocked(runs[1])
 
 
@@ -174,28 +176,28 @@ def test_killing_torchrun_saves_and_a_restart_waits_for_it(start):
     again = start("orphans", "--resume", "auto", launcher=TORCHRUN, log="again")
     deadline = time.monotonic() + 15.0
     while any(os.path.exists(f"/proc/{pid}") for pid in ranks):
-        assert time.monotonic() < deadline, run.said
+        assert time.monotonic() < deadline, run.output
         time.sleep(0.05)
-    told = re.search(r"stopped: SIGTERM after step (\d+), which is saved", run.said)
-    assert told and "torchrun is gone, which started this process" in run.said, run.said
+    found = re.search(r"stopped: SIGTERM after step (\d+), which is saved", run.output)
+    assert found and "torchrun, which started this process, was killed" in run.output, run.output
     deadline = time.monotonic() + START_SECONDS
-    while not re.search(rf"Resumed .*_step-{told[1]}$", again.said, re.M):
-        assert again.process.poll() is None and time.monotonic() < deadline, again.said
+    while not re.search(rf"Resumed .*_step-{found[1]}$", again.output, re.M):
+        assert again.process.poll() is None and time.monotonic() < deadline, again.output
         time.sleep(0.05)
 
 
-def test_a_rank_that_dies_before_the_ranks_meet_ends_the_others(start):
-    """Started by hand, without a launcher that would notice it: while it imports and the other waits for it."""
+def test_a_rank_that_dies_before_the_ranks_connect_ends_the_others(start):
+    """Started by hand, without a launcher that would notice: while it imports and the other one waits for it."""
     port = free_port()
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     first, second = (start("early", environment={**place, "RANK": str(rank)}, log=f"log-{rank}") for rank in range(2))
     deadline = time.monotonic() + 60.0
     while not is_connected(port):
-        assert time.monotonic() < deadline, first.said + second.said
+        assert time.monotonic() < deadline, first.output + second.output
         time.sleep(0.02)
     second.process.kill()
     assert first.end(seconds=10.0) == 1
-    assert f"train.py: error: rank 1 on {socket.gethostname()} died; no step was taken" in first.said, first.said
+    assert f"train.py: error: rank 1 on {socket.gethostname()} died; nothing was trained" in first.output, first.output
     assert_unlocked(first)
 
 
@@ -213,14 +215,14 @@ def test_a_rank_that_hangs_is_noticed(start_forked):
         os.kill(run.pid_of(rank), signal.SIGSTOP)
     deadline = time.monotonic() + 40.0
     for run in runs:
-        while "did not answer" not in run.said:
-            assert time.monotonic() < deadline, run.said
+        while "did not answer" not in run.output:
+            assert time.monotonic() < deadline, run.output
             time.sleep(0.1)
-        assert "--dist_timeout 6 s" in run.said and "Traceback" not in run.said
+        assert "--dist_timeout 6 s" in run.output and "Traceback" not in run.output
 
 
 def test_a_timeout_is_recognised_behind_later_errors():
-    """A rank that gives up while it saves meets the others, whom it can no longer reach, to report that."""
+    """A rank that gives up while it saves tries to reach the others, which it no longer can, to report that."""
     try:
         try:
             raise RuntimeError("[unbound_buffer.cc:133] Timed out waiting 6000ms for send operation to complete")

@@ -1,4 +1,4 @@
-"""Tables: plain lines that are equal everywhere, and on a terminal folded cells of which nothing is lost."""
+"""Tables: plain lines that are equal everywhere, and on a terminal folded cells without any loss."""
 
 import fcntl
 import os
@@ -49,7 +49,7 @@ def test_a_pipe_gets_the_plain_lines(capsys, monkeypatch):
 
 
 def on_terminal(rows, columns: int, **options) -> str:
-    """What a terminal of so many columns gets."""
+    """The output on a terminal with this number of columns."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = f"from colossal_llama2.tables import print_table; print_table({rows!r}, **{options!r})"
@@ -63,7 +63,7 @@ def on_terminal(rows, columns: int, **options) -> str:
         try:
             while chunk := os.read(master, 1 << 16):
                 output += chunk
-        except OSError:  # what Linux raises when the other end is closed
+        except OSError:  # Linux raises this when the other end is closed
             pass
         assert process.wait(timeout=60) == 0, output.decode()
     os.close(master)

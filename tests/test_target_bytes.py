@@ -1,4 +1,4 @@
-"""The bytes of predicted text that prepared pieces hold, against those that their tokens spell, counted anew."""
+"""The bytes of predicted text in prepared pieces, against the bytes that their tokens spell, counted independently."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from colossal_llama2.errors import UserError
 from tests import bits_per_byte, tiny
 from tests.preparing import manifest, read_jsonl, settings, write_lines
 
-# Characters that are three bytes and as many tokens each, and then text of which a token is several bytes.
+# Characters of three bytes and three tokens each, and then text whose tokens have several bytes.
 MIXED = [tiny.CHINESE[:number] + tiny.english_documents()[number][:200] for number in range(1, 40)]
 ODD = ["  two  spaces ", "▁ as text ▁▁", "e\u0301 ﬁ ① ＡＢ", "a\nb\t\0c", "\ufeffmark", "😀" * 30, "x" * 70]
 
@@ -36,7 +36,7 @@ def test_pieces_count_what_their_tokens_spell(overlong, tokenizer_dir, tmp_path)
     assert [sample["document_target_bytes"] for sample in samples] == expected
     total = sum(map(sum, expected))
     whole = sum(len(row["target"].encode()) for row in lines)
-    # Under "split" only what the first tokens of later pieces stand for is missing.
+    # With "split", only the text of the first tokens of later pieces is missing.
     assert 0.9 * whole < total < whole if overlong == "split" else 0.1 * whole < total < 0.6 * whole
 
 
@@ -60,7 +60,7 @@ def test_bytes_are_those_of_the_text_under_any_normalizer(normalizer, byte_fallb
             (ids,) = encoder.encode([text], dummy_prefix=dummy_prefix)
             found = encoder.bytes_of_tokens(text, ids, dummy_prefix=dummy_prefix)
             assert found.sum() == len(text.encode()) and (found >= 0).all() and len(found) == len(ids)
-    # Characters that the model has not: in bytes of their own, or all in one <unk>.
+    # Characters that the model lacks: as separate bytes, or all in one <unk>.
     (ids,) = encoder.encode(["a 鎏鎏  "])
     found = encoder.bytes_of_tokens("a 鎏鎏  ", ids).tolist()
     removed = 2
@@ -95,15 +95,16 @@ def test_labels_that_are_unknown_tokens_are_counted_and_warned_of(byte_fallback,
     assert manifest(tmp_path)["notes"] == ({} if byte_fallback else counts)
     assert byte_fallback or list(counts.values()) == [60, 80]
     trained = manifest(tmp_path)["total"]["trained"]
-    told = [record.message for record in caplog.records if "<unk>" in record.message]
-    assert len(told) == (not byte_fallback)
-    if told:
-        assert f"60 of {trained:,} labels ({60 / trained:.2%}) and 80 of " in told[0] and "byte_fallback" in told[0]
+    warnings = [record.message for record in caplog.records if "<unk>" in record.message]
+    assert len(warnings) == (not byte_fallback)
+    if warnings:
+        assert f"60 of {trained:,} labels ({60 / trained:.2%}) and 80 of " in warnings[0]
+        assert "byte_fallback" in warnings[0]
         assert "60  labels that are <unk>" in capsys.readouterr().out
 
 
-def test_older_data_with_cut_documents_says_no_bytes(tokenizer_dir, tmp_path, caplog):
-    """Before version 2 they were shared out by tokens; where nothing was cut they are right."""
+def test_older_data_with_cut_documents_has_no_byte_counts(tokenizer_dir, tmp_path, caplog):
+    """Before version 2 they were divided by tokens; without cut documents they are right."""
     for name, length in (("cut", 32), ("whole", 2000)):
         write_lines(tmp_path / name / "rows.jsonl", rows())
         keywords = settings([tmp_path / name], tokenizer_dir, tmp_path / f"out-{name}", max_length=length)
@@ -118,6 +119,6 @@ def test_older_data_with_cut_documents_says_no_bytes(tokenizer_dir, tmp_path, ca
         caplog.clear()
         assert eval_sets.target_bytes(str(folder / "eval")) == (None if name == "cut" else now)
         assert ("prepare it again" in caplog.text) is (name == "cut")
-        # The command would write something else now.
+        # The present command would write something else.
         with pytest.raises(UserError, match="it was made by another version"):
             prepare.prepare_pretrain(**keywords, eval_fraction=0.3)

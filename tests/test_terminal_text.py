@@ -1,4 +1,4 @@
-"""No text of unknown origin commands the terminal: hostile strings through every route by which text is printed."""
+"""Text of unknown origin cannot control the terminal: hostile strings through every route by which text is printed."""
 
 import ast
 import contextlib
@@ -54,7 +54,7 @@ EVERY_HOSTILE = pytest.mark.parametrize("text", HOSTILE)
 
 
 @EVERY_HOSTILE
-def test_what_a_terminal_would_obey_is_shown(text):
+def test_control_characters_are_escaped(text):
     assert printable(text) == one_line(text) == HOSTILE[text] == printable(HOSTILE[text])
     printable(text).encode()
 
@@ -158,7 +158,7 @@ MANY_LINES = (show, draw_a_bar, log_by_a_library, warn_by_a_library, a_bug_of_ou
 
 @pytest.fixture
 def plain_process(monkeypatch):
-    """Not launched by torchrun, and as it was before at the end."""
+    """Not launched by torchrun, and restored at the end."""
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -171,7 +171,7 @@ def plain_process(monkeypatch):
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_every_route_shows_it(route, plain_process, capsys):
     for text, shown in HOSTILE.items():
-        # argparse quotes what it refuses by itself.
+        # argparse itself quotes what it refuses.
         try:
             route(text)
         except SystemExit as end:
@@ -199,7 +199,7 @@ def test_prompt_and_answer_keep_their_lines(monkeypatch, capsys, model_dir):
 
 
 def test_only_one_module_prints():
-    """What looks at data colours its lines itself, and takes the stricter `visible`."""
+    """inspect_data colours its lines itself, and uses the stricter `visible`."""
     allowed = {PACKAGE / "terminal_text.py": 2, PACKAGE / "dataset" / "inspect_data.py": 1}
     for path in PACKAGE.rglob("*.py"):
         calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]

@@ -1,4 +1,4 @@
-"""Folders whose config.json ties the embeddings, and what of them is stored under two names."""
+"""Folders whose config.json ties the embeddings, with weights stored under two names."""
 
 import json
 import shutil

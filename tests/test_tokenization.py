@@ -109,7 +109,7 @@ def test_text_is_read_where_target_is_absent():
 
 
 @pytest.mark.parametrize("value, text", [(7, "7"), (-7, "-7"), (1.5, "1.5"), (True, "true"), (0, "0"), ("", "")])
-def test_a_category_that_is_no_text_is_read_as_its_text(value, text):
+def test_a_category_that_is_not_a_string_is_converted(value, text):
     assert read_pretrain_row({"target": "a", "category": value}).category == text
     assert read_sft_row({"instruction": "a", "output": "b", "category": value}).category == text
 
@@ -120,7 +120,7 @@ def test_a_document_that_a_mark_masks_is_dropped(encoder):
         tokens = len(encoder.encode(["The with statement"])[0]) + 2
         assert row == ([], [], tokens, ((tokenization.MASKED_DOCUMENTS, tokens),), 0)
     assert pretrain(encoder, target="a", weight=1) == pretrain(encoder, target="a")
-    # A field of another meaning, as documents may have it.
+    # A field with another meaning, as documents may have.
     other = read_pretrain_row({"target": "a", "weight": 0.7})
     assert not other.is_masked and other.notes == (records.OTHER_MARKS,)
 
@@ -148,7 +148,7 @@ def test_sft_two_humans_in_a_row_and_empty_turns(encoder):
     assert row.input_ids.count(EOS) == 5 and not row.drops
 
 
-def test_sft_keeps_whole_leading_exchanges(encoder):
+def test_sft_keeps_complete_leading_exchanges(encoder):
     turns = [("human", "one two three"), ("assistant", "four five six")] * 3
     one, two, three = (sft(encoder, *turns[: 2 * count]) for count in (1, 2, 3))
     exact = sft(encoder, *turns, max_length=len(two.input_ids))
@@ -212,12 +212,12 @@ def test_a_masked_answer_stays_in_the_context(encoder):
     (masked,) = tokenize_sft([read_sft_row({"messages": rows})], encoder=encoder, max_length=1000)
     assert masked.input_ids == plain.input_ids and masked.exchanges == 2
     assert decode_trained(masked.labels, encoder=encoder) == ["four</s>"]
-    # The first answer that is trained does not fit.
+    # The first trained answer does not fit.
     short = tokenize_sft([read_sft_row({"messages": rows})], encoder=encoder, max_length=len(plain.input_ids) - 1)[0]
     assert short.input_ids == [] and short.drops == ((tokenization.TRAINED_TOO_LONG, len(plain.input_ids)),)
 
 
-def test_an_opening_of_the_assistant_is_masked_unless_told(encoder):
+def test_an_opening_of_the_assistant_is_masked_by_default(encoder):
     turns = [("gpt", "I"), ("human", "q"), ("gpt", "a")]
     row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
     masked, trained = (read_sft_row(row, masks_opening=masks) for masks in (True, False))

@@ -1,4 +1,4 @@
-"""load_encoder, load_tokenizer and fingerprint: what data preparation and training build on."""
+"""load_encoder, load_tokenizer and fingerprint, which data preparation and training build on."""
 
 import hashlib
 import io
@@ -89,7 +89,7 @@ def test_encoder_refuses_a_folder_without_a_model(tmp_path, content, words):
         load_encoder(tmp_path)
 
 
-def test_encoder_refuses_what_is_no_folder_and_a_model_without_markers(tmp_path):
+def test_encoder_refuses_a_missing_folder_and_a_model_without_markers(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         load_encoder(tmp_path / "missing")
     (tmp_path / "tokenizer.model").write_bytes(_train_model(model_type="bpe", bos_id=-1))
@@ -105,7 +105,7 @@ def test_load_tokenizer_pads_right_with_the_chosen_token(tokenizer_dir, pad_toke
     assert tokenizer(["a", "a longer text"], padding=True)["input_ids"][0][-1] == pad_id
 
 
-def test_load_tokenizer_refuses_what_is_no_tokenizer(tmp_path, tokenizer_dir):
+def test_load_tokenizer_refuses_a_folder_that_is_not_a_tokenizer(tmp_path, tokenizer_dir):
     with pytest.raises(UserError, match="no tokenizer can be loaded"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):

@@ -1,4 +1,4 @@
-"""train.py and train_sft.py as a user starts them: plainly, by torchrun, by colossalai run, and with mistakes."""
+"""train.py and train_sft.py as a user starts them: directly, with torchrun, with colossalai run, and with mistakes."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_mistakes_end_in_one_line(run_forked, assert_user_error, flags, tmp_path
 
 
 def instead(flags, value, other):
-    """The flags with another value: of a list that is given twice, the command warns."""
+    """The flags with another value; for a list that is given twice, the command warns."""
     assert value in flags
     return [other if word == value else word for word in flags]
 
@@ -126,8 +126,8 @@ def test_data_of_another_tokenizer_is_refused_before_anything(run_forked, assert
     assert_user_error(process, "part-00000: prepared with another tokenizer", "abababababab", "--tokenizer_dir")
 
 
-def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_path):
-    """The bins that each command makes, against each stage."""
+def test_data_of_another_stage_is_reported(caplog, model_dir, tokenizer_dir, tmp_path):
+    """The bins of each command, against each stage."""
     rows = {
         "pretrain": [{"target": "One."}],
         "sft": [{"messages": [{"from": "human", "content": "Two?"}, {"from": "assistant", "content": "Yes."}]}],
@@ -147,7 +147,7 @@ def test_data_of_another_stage_is_told(caplog, model_dir, tokenizer_dir, tmp_pat
         assert f"but this is {script} (1 of 2 folders); unless this mix is intended, stop and run train" in message
 
 
-def test_several_mistakes_are_told_at_once(run_forked, assert_user_error, flags, part):
+def test_several_mistakes_are_reported_at_once(run_forked, assert_user_error, flags, part):
     flags = instead(flags, str(part), "elsewhere")
     process = run_forked("train.py", *flags, "--pretrained", "nowhere", "--tp", "3")
     assert_user_error(process, "nowhere", "elsewhere", "--tp 3")
@@ -160,7 +160,7 @@ def test_a_used_save_dir_is_refused(run_forked, assert_user_error, flags, tmp_pa
 
 
 def test_a_folder_that_was_written_to_between_check_and_lock_is_refused(flags, tmp_path, monkeypatch):
-    """Another run may hold it, save and end just then."""
+    """Another run may hold it, save and end at that moment."""
     locked = run_lock.locked
     other = tmp_path / "save_dir" / "epoch-0_step-5"
 
@@ -187,13 +187,13 @@ def test_flags_that_would_change_nothing_are_refused_at_once(run_forked, assert_
 
 @pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_path):
-    """`ulimit -f` (in blocks of 1024 bytes) stands for the disk: the model fits, the optimizer's state does not."""
+    """`ulimit -f` (in blocks of 1024 bytes) simulates the disk: the model fits, the optimizer's state does not."""
     command = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", sys.executable, str(ROOT / "train.py"), *flags]
     command += ["--plugin", "zero2", "--mixed_precision", "fp32"]
     process = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert process.returncode == 1, process.stderr
     assert process.stderr.splitlines()[-1].startswith("train.py: error: ")
     assert "cannot be written" in process.stderr and "Traceback" not in process.stderr
-    # What the steps have shown stays.
+    # The output of the steps remains.
     left = {path.name for path in (tmp_path / "save_dir").iterdir()}
     assert left == {"plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES}

@@ -38,7 +38,7 @@ REPORTS = ["plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES]
 
 
 def flags_of(layout: str, *more, accumulation_steps: int = 1) -> list[str]:
-    """A layout's flags; pipelines take a batch in parts of a quarter."""
+    """A layout's flags; pipelines process a batch in parts of a quarter."""
     in_parts = ["--microbatch_size", GLOBAL_BATCH // accumulation_steps // 4] if "pp2" in layout else []
     return layouts.flags(layout, *in_parts, *more, batch=GLOBAL_BATCH, accumulation_steps=accumulation_steps)
 
@@ -55,7 +55,7 @@ FLOAT32_RUNS = {
     "3d_pp2_accumulating": flags_of("fp32 3d pp2", accumulation_steps=4),
     "3d_sp2_all_to_all": flags_of("fp32 3d sp2 all_to_all"),
     "3d_tp2_ring": flags_of("fp32 3d tp2 ring"),
-    # Ranks that share a sample would sum up the gradients of its norms once per micro batch.
+    # Ranks that share a sample would sum the gradients of its norms once per micro batch.
     "3d_tp2_split_gather_accumulating": flags_of("fp32 3d tp2 split_gather", accumulation_steps=4),
 }
 BFLOAT16_RUNS = {
@@ -77,7 +77,7 @@ FLOAT16_RUNS = {
     "3d_pp2_fp16": flags_of("fp16 3d pp2 zero1"),
     "3d_sp2_fp16": flags_of("fp16 3d sp2 all_to_all zero1"),
 }
-# So high that several passes of the first step overflow.
+# High enough that several passes of the first step overflow.
 INITIAL_SCALE = 2**23
 
 UNPADDED_RUNS = {
@@ -121,7 +121,7 @@ def parts(tmp_path_factory, tokenizer_dir) -> list[str]:
 
 @pytest.fixture(scope="module")
 def full_parts(tmp_path_factory, tokenizer_dir) -> list[str]:
-    """Data of which no batch is padded, as spliced data is."""
+    """Data whose batches are not padded, like spliced data."""
     return write_data(tmp_path_factory.mktemp("full"), tokenizer_dir, 3, full=True)
 
 
@@ -139,7 +139,7 @@ def biased_model_dir(tmp_path_factory, tokenizer_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def old_mirror_dir(tmp_path_factory, tied_model_dir) -> Path:
-    """A model as some mirrors ship it: both names of tied embeddings, and configurations that cannot be saved."""
+    """A model as some mirrors ship it: tied embeddings under both names, and configurations that cannot be saved."""
     folder = tmp_path_factory.mktemp("old") / "model"
     shutil.copytree(tied_model_dir, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -160,7 +160,7 @@ def small_model_dir(tmp_path_factory, model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def three_headed_dir(tmp_path_factory, tokenizer_dir) -> Path:
-    """A model whose attention heads cannot be dealt to two ranks."""
+    """A model whose attention heads cannot be divided between two ranks."""
     return tiny.make_model(tmp_path_factory.mktemp("heads") / "model", tokenizer_dir, heads=3)
 
 
@@ -172,7 +172,7 @@ def odd_model_dir(tmp_path_factory, model_dir) -> Path:
 
 @pytest.fixture(scope="module")
 def far_dir(tmp_path_factory, tokenizer_dir) -> Path:
-    """A model that is made to look 1,500 tokens back, and data that repeats itself after as many."""
+    """A model that attends 1,500 tokens back, and data that repeats after as many."""
     folder = tmp_path_factory.mktemp("far")
     far_copies.make_model(folder / "model", tokenizer_dir, distance=1500)
     far_copies.write_data(folder, samples=2, length=2048, distance=1500)
@@ -184,7 +184,7 @@ NAN_WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
 def spoilt_copy(model_dir: Path, folder: Path) -> Path:
-    """A copy of a model with a NaN in the second half of one weight, which is that of the second rank."""
+    """A copy of a model with a NaN in the second half of one weight, which the second rank reads."""
     shutil.copytree(model_dir, folder)
     weights = load_file(folder / "model.safetensors")
     weights[NAN_WEIGHT][-1, -1] = float("nan")
@@ -193,7 +193,7 @@ def spoilt_copy(model_dir: Path, folder: Path) -> Path:
 
 
 def grown(model_dir: Path, folder: Path, rows: list) -> Path:
-    """A copy of a model that says which rows are new."""
+    """A copy of a model that lists its new rows."""
     shutil.copytree(model_dir, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "initialized_rows": rows}))
@@ -202,7 +202,7 @@ def grown(model_dir: Path, folder: Path, rows: list) -> Path:
 
 @pytest.fixture(scope="module")
 def grown_model_dir(tmp_path_factory, odd_model_dir) -> Path:
-    """That model, of which rows of each half are new."""
+    """That model, with new rows in each half."""
     return grown(odd_model_dir, tmp_path_factory.mktemp("grown") / "model", NEW_ROWS)
 
 
@@ -271,7 +271,7 @@ def jobs(
         add(name, *flags, "--dataset", *full_parts)
     add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], unrepaired=["ring_weight_gradients"])
     add("loss_unrepaired", *BFLOAT16_RUNS["3d_pp2_zero1_bf16"], unrepaired=["loss_in_float32"])
-    # Others look at what the run "zero2" has left.
+    # Others read what the run "zero2" has left.
     add("first", *zero2, "--save_interval", MIDDLE)
     middle = ("--load_checkpoint", folder / "first" / "ckpt" / f"epoch-0_step-{MIDDLE}")
     end = ("--load_checkpoint", folder / "first" / "ckpt" / f"epoch-0_step-{STEPS}")
@@ -337,12 +337,12 @@ def test_gemini_shards_every_chunk(jobs, name):
     assert len(jobs[name].chunks) > 1 and not any(jobs[name].chunks)
 
 
-def test_without_clipping_adam_gets_the_whole_gradient(jobs, float32):
+def test_without_clipping_adam_gets_the_full_gradient(jobs, float32):
     assert jobs["unclipped"].first_moment_norm == pytest.approx(float32.grad_norms[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resume_goes_on_where_the_checkpoint_was(jobs, name):
+def test_resume_continues_at_the_checkpoint(jobs, name):
     job = jobs[name]
     assert jobs[f"{name}_resumed"].error is None
     assert job.scalars("Loss", run="tb_resumed") == job.scalars("Loss")[MIDDLE:]
@@ -382,7 +382,7 @@ def test_saved_model_loads_in_transformers(jobs, parts, name):
     folder = jobs[name].model
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    # Each stage of a pipeline writes a file of its own.
+    # Each stage of a pipeline writes its own file.
     files = 2 if "pp2" in name else 1
     assert len(list(folder.glob(f"model-0000?-of-{files:05d}.safetensors"))) == files
     assert len(AutoTokenizer.from_pretrained(folder)) <= model.config.vocab_size == len(model.lm_head.weight)
@@ -393,7 +393,7 @@ def test_odd_vocabulary_is_saved_unpadded(jobs):
 
 
 @pytest.mark.parametrize("name", ["frozen", "frozen_gemini"])
-def test_frozen_run_changes_embeddings_alone(jobs, model_dir, name):
+def test_frozen_run_changes_only_embeddings(jobs, model_dir, name):
     assert jobs[name].error is None
     before = AutoModelForCausalLM.from_pretrained(model_dir).state_dict()
     for key, after in weights_of(jobs[name]).items():
@@ -411,7 +411,7 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
 
 
 @pytest.mark.parametrize("name", ROWS_RUNS)
-def test_new_rows_alone_are_trained(jobs, parts, grown_model_dir, name):
+def test_only_new_rows_are_trained(jobs, parts, grown_model_dir, name):
     assert jobs[name].error is None
     start = AutoModelForCausalLM.from_pretrained(grown_model_dir).state_dict()
     is_new = torch.zeros(601, dtype=torch.bool)
@@ -458,7 +458,7 @@ def test_buffers_are_not_rounded(jobs, name):
 
 
 def test_rounded_rotary_frequencies_lead_to_other_tokens(jobs, far_dir):
-    """Guessing costs log 497 = 6.2; what the attention finds is known but for the smoothing of its own."""
+    """Guessing costs log 497 = 6.2; the token that attention finds is certain, except for the softmax's smoothing."""
     plain = reference.train(
         far_dir / "model", [str(far_dir / "part-00000")], precision="fp32", global_batch=2, lr=LR, clip=CLIP
     )
@@ -467,7 +467,7 @@ def test_rounded_rotary_frequencies_lead_to_other_tokens(jobs, far_dir):
     assert jobs["far_unrepaired"].buffers_error > 1e-3 and jobs["far"].buffers_error == 0
 
 
-def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
+def test_bugs_show_without_their_fixes(jobs, float32, bfloat16):
     assert jobs["ring_unrepaired"].scalars("Gradient Norm")[0] != pytest.approx(float32.grad_norms[0], rel=1e-2)
     # In bf16, losses between 4 and 8 are multiples of 1/32.
     assert jobs["loss_unrepaired"].scalars("Loss") != pytest.approx(bfloat16.losses, rel=5e-4)
@@ -475,10 +475,10 @@ def test_faults_show_without_their_repairs(jobs, float32, bfloat16):
 
 
 @pytest.mark.parametrize("name", FLOAT16_RUNS)
-def test_fp16_takes_all_steps_however_high_its_loss_scale_begins(jobs, float32, name):
+def test_fp16_makes_all_steps_however_high_its_first_loss_scale(jobs, float32, name):
     assert jobs[name].error is None
     assert jobs[name].scalars("Loss") == pytest.approx(float32.losses, rel=2e-3)
-    # Scaled gradients must be shown unscaled.
+    # The gradient norm must be reported without the loss scale.
     assert jobs[name].scalars("Gradient Norm") == pytest.approx(float32.grad_norms, rel=0.03)
     scales = jobs[name].scalars("Loss Scale")
     assert len(scales) == STEPS and INITIAL_SCALE / 64 <= min(scales) <= scales[0] <= INITIAL_SCALE / 4
@@ -487,8 +487,8 @@ def test_fp16_takes_all_steps_however_high_its_loss_scale_begins(jobs, float32, 
     assert {rank["loss_scale"]["scale"] for rank in states["ranks"]} == {scales[-1]}
 
 
-def test_gemini_that_accumulates_goes_on_after_an_overflow(jobs):
-    # Unrepaired, it overflows at every loss scale.
+def test_gemini_that_accumulates_continues_after_an_overflow(jobs):
+    # Without the fix, it overflows at every loss scale.
     assert "gradient norm is NaN/Inf, even at a loss scale of 1, at step 1" in jobs["overflow_unrepaired"].error
 
 
@@ -525,7 +525,7 @@ def test_biases_under_sequence_parallelism(jobs, parts, biased_model_dir):
     assert unrepaired.scalars("Gradient Norm") != pytest.approx(trace.grad_norms, rel=1e-4)
 
 
-def test_weights_alone_start_a_new_run(jobs):
+def test_only_weights_start_a_new_run(jobs):
     losses = jobs["weights_only"].scalars("Loss")
     assert len(losses) == STEPS
     assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.4
@@ -570,7 +570,7 @@ def test_another_plugin_and_layout_resumes_too(jobs):
     assert job.scalars("Loss", run="tb_tp2") == pytest.approx(job.scalars("Loss")[MIDDLE:], rel=1e-5)
 
 
-def test_a_finished_run_goes_on_with_more_epochs(jobs):
+def test_a_finished_run_continues_with_more_epochs(jobs):
     job = jobs["second_epoch"]
     assert job.error is None
     assert len(job.scalars("Loss", run="tb_second")) == STEPS
@@ -581,7 +581,7 @@ def test_a_finished_run_goes_on_with_more_epochs(jobs):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nothing_left", ["epochs are trained", "--num_epochs"]),
+        ("nothing_left", ["its training is complete", "--num_epochs"]),
         ("other_seed", ["seed was 1024, this run has 1", "--seed", "weights alone"]),
         ("other_data", ["dataset_fingerprints", "--dataset"]),
         ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),

@@ -1,4 +1,4 @@
-"""training_history.json of anyone's folder: read as far as it is one, left out with a line otherwise; and the card."""
+"""training_history.json of any folder: read if it is valid, otherwise left out with one line; and the card."""
 
 import json
 import os
@@ -150,7 +150,7 @@ def card(**changed) -> str:
     return model_card.render(**{**parts, "tokens_seen": 30, **changed})
 
 
-def test_stages_without_figures_are_told_as_such():
+def test_stages_without_figures_are_listed_as_such():
     old = {"stage": "pretrain", "parent": {"name": "old", "as_recorded": False}}
     text = card(stages=[old, {**STAGE, "final_loss": 2.5, "final_loss_steps": 48}])
     assert "| 1. Continued pre-training | old, changed since the stage before | not recorded | not recorded |" in text
@@ -161,14 +161,14 @@ def test_stages_without_figures_are_told_as_such():
     assert "s7 1, and 4 more sources |" in card(stages=[many])
 
 
-def test_weights_that_a_history_does_not_know_are_told(tmp_path, model_dir, caplog, monkeypatch):
+def test_weights_that_differ_from_the_history_are_reported(tmp_path, model_dir, caplog, monkeypatch):
     folder = shutil.copytree(model_dir, tmp_path / "merged")
     weights = describe_parent(str(folder), training_history.History())["weights"]
     for left, expected in ((weights, None), ({name: {**e, "sha256": "00"} for name, e in weights.items()}, False)):
         with_history(folder, {**CONTENT, "stages": [{**STAGE, "weights": left}]})
         assert describe_parent(str(folder), read_history(folder)).get("as_recorded") is expected
     assert "its weights are not those" in caplog.text
-    # What is too large to be hashed is taken as recorded, if the sizes agree.
+    # A file that is too large to hash is accepted as recorded if the sizes agree.
     monkeypatch.setattr(training_history, "HASHED_BYTES", 0)
     parent = describe_parent(str(folder), read_history(folder))
     assert {entry["sha256"] for entry in parent["weights"].values()} == {"00"}
@@ -211,7 +211,7 @@ def test_the_base_that_a_card_names(tmp_path, text, expected):
 
 
 def test_the_base_model_of_a_strangers_checkpoint(tmp_path):
-    """Its running_states.json can be anything, and name another checkpoint, or the same one again."""
+    """Its running_states.json can have any content, and name another checkpoint, or itself."""
     models = [tmp_path / name / "modeling" for name in ("one", "other")]
     for model, other in zip(models, reversed(models), strict=True):
         model.mkdir(parents=True)

@@ -24,7 +24,7 @@ def test_untrained_samples_are_counted():
     assert untrained_samples(samples_of(masked), share=0, shares=1) == 3
     assert [untrained_samples(samples_of(masked), share=share, shares=2) for share in (0, 1)] == [1, 2]
     assert untrained_samples(samples_of([[1, 2], [1], [3, 4, 5]]), share=0, shares=1) == 1
-    # Nor is that of each document, where they are kept apart.
+    # Nor is that of each document, if documents are kept apart.
     for label in (9, -100):
         spliced = samples_of([[1, 9, 1], [1, 1], [1, label, 1, -100]], [[2, 1], [1, 1], [1, 1, 2]])
         assert untrained_samples(spliced, share=0, shares=1) == 2
@@ -43,11 +43,11 @@ def test_data_without_a_trained_token_is_refused(tmp_path, model_dir, caplog):
         words += ["--tensorboard_dir", str(tmp_path / "tb"), "--config_file", str(tmp_path / "c"), "--dry_run"]
         dry_run.dry_run(*resolve_with_problems(train_flags.train_parser().parse_args([*words, *more])))
 
-    with pytest.raises(UserError, match="^--dataset: none of its 4 samples has a trained token, all their labels"):
+    with pytest.raises(UserError, match="^--dataset: no trained token in 4 samples, all labels"):
         plan("none")
-    with pytest.raises(UserError, match="^--eval_dataset en: none of its 4 samples has a trained token"):
+    with pytest.raises(UserError, match="^--eval_dataset en: no trained token in 4 samples"):
         plan("some", "--eval_dataset", f"en={folders['none']}")
-    assert "--dataset: 3 of 4 samples have no trained token" in caplog.text
+    assert "--dataset: no trained token in 3 of 4 samples" in caplog.text
     log_untrained(0, 4)
 
 
@@ -59,8 +59,8 @@ def test_steps_without_an_update_are_counted_and_leave_the_schedule():
         state.count(result, 4)
     assert (state.step, state.updates, state.sample_start_index, state.samples_seen) == (5, 2, 20, 20)
     assert (state.untrained_steps, state.bad_steps, state.overflows, state.tokens_seen) == (1, 2, 3, 50)
-    told = ", 3 of them without an update (1 had no trained token, 2 had a NaN/Inf loss or gradient norm)"
-    assert without_update(state) == told and without_update(TrainState(step=9)) == ""
+    ending = ", 3 of them without an update (1 had no trained token, 2 had a NaN/Inf loss or gradient norm)"
+    assert without_update(state) == ending and without_update(TrainState(step=9)) == ""
     assert TrainState.from_dict(state.to_dict()) == state
     # As an earlier version wrote it.
     old = {name: value for name, value in state.to_dict().items() if not name.endswith(("_steps", "overflows"))}

@@ -1,4 +1,4 @@
-"""Mistakes that newcomers make in the words of a command line: each is one line that says what to type."""
+"""Mistakes that newcomers make on a command line: each gives one line with what to type."""
 
 import shlex
 
@@ -16,7 +16,7 @@ NEEDED = {
     "init_model": "--source_model_and_tokenizer_path a --target_tokenizer_path b --target_model_path c",
     "compare": "--tokenizer_dirs a --data_input_dirs b",
 }
-# Command, words as a shell would split them, what the answer says. The flags that the command needs come first.
+# Command, words as a shell would split them, and the message. The flags that the command needs come first.
 MISTAKES = [
     ("train", "--use_flash_attn yes", "--use_flash_attn takes no value, 'yes' given; give the flag alone"),
     ("train", "--benchmark False", "leave --benchmark out"),
@@ -106,7 +106,7 @@ def test_a_mistake_is_answered_with_what_to_type(command, words, answer, capsys,
 
 
 @pytest.mark.parametrize("command", MAKERS)
-def test_no_switch_takes_a_value_and_each_flag_asks_for_its_own(command, capsys):
+def test_switches_take_no_value_and_each_flag_names_its_own(command, capsys):
     for action in MAKERS[command]().actions:
         for flag in action.option_strings:
             if action.dest == "help":
@@ -151,7 +151,7 @@ def test_every_text_is_a_prompt(words, name, value):
         ("--mixture a,b=0.5 c=1", "mixture", ["a,b=0.5", "c=1"]),
     ],
 )
-def test_unusual_names_are_taken(words, name, value, tmp_path, monkeypatch):
+def test_unusual_names_are_accepted(words, name, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = shlex.split(f"{NEEDED['train']} {words}")
     assert getattr(train_flags.train_parser().parse_args(given), name) == value

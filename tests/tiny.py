@@ -1,4 +1,4 @@
-"""A small LLaMA tokenizer and model, made from text that Python itself carries. Nothing is downloaded."""
+"""A small LLaMA tokenizer and model, made from text that Python includes. Nothing is downloaded."""
 
 import pydoc_data.topics
 import shutil

@@ -3,16 +3,16 @@
     torchrun --standalone --nproc_per_node 2 tests/train_worker.py NAME.job
 
 NAME.job is JSON. The command is parsed and run as its script would; rank 0 writes <name>.json with "error" (null, or
-the message of a UserError, RunError or Stopped), and what `noting_first_step` and the others below note.
+the message of a UserError, RunError or Stopped), and the records of `recording_first_step` and the others below.
 A job has "name", "script", "flags", and may have
-    moments             true: note the first step, with `noting_first_step`
-    noise               true: note "noise", the tokens and the greatest noise of each document of rank 0's first pass
+    moments             true: record the first step, with `recording_first_step`
+    noise               true: record "noise", the tokens and the greatest noise of each document of rank 0's first pass
     initial_scale       of fp16's loss
     plugin_arguments    arguments of Gemini that no flag offers
     lifted              true: run what settings_problems refuses
-    unrepaired          names of repairs to leave out
-    signal_at           rank 1 gets a SIGTERM when it has collated so many batches of evaluations; "after" tells how
-                        many it collated then
+    unrepaired          names of fixes to leave out
+    signal_at           rank 1 gets a SIGTERM when it has collated this many batches of evaluations; "after" is how
+                        many it collated after that
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
-# Repairs that replace an attribute of ColossalAI, and which.
+# The fixes that replace an attribute of ColossalAI, and which one.
 REPLACED = {
     "ring_weight_gradients": "colossalai.shardformer.layer._operation:_ring_as_gather",
     "loss_in_float32": "colossalai.shardformer.modeling.llama:dist_cross_entropy",
@@ -55,22 +55,22 @@ REPLACED = {
 
 
 def without_repair(name: str) -> contextlib.AbstractContextManager:
-    """Within it, ColossalAI is as it is: its own function is back, or what is made of it is left alone."""
+    """Within it, ColossalAI is unpatched: its original function is back, or the fix has no effect."""
     if name in REPLACED:
         return patching.replaced({REPLACED[name]: patching.original_of(REPLACED[name])})
-    # What is left of a repair that surrounds something is a context that does nothing.
+    # A fix that is a context becomes one that does nothing.
     return mock.patch.object(bug_fixes, name, lambda *args: contextlib.nullcontext())
 
 
 def first_moments(engine: Engine) -> float:
-    """Norm of Adam's first moment over all ranks, over 1 - beta1: after one step, the norm of what Adam was given."""
+    """Norm of Adam's first moment over all ranks, over 1 - beta1: after one step, the norm of Adam's input."""
     import torch
     import torch.distributed as dist
 
     sharded_by_zero = engine.settings.plugin != "3d" or engine.settings.zero_stage > 0
     squares = torch.zeros((), dtype=torch.float64)
     for group in engine.optimizer.optim.param_groups:
-        # Tensor parallelism splits every matrix of a LLaMA, which decay, and repeats the norms, which do not.
+        # Tensor parallelism splits every matrix of a LLaMA (which decay), and repeats the norms (which do not).
         repeats = 1 if group["weight_decay"] else engine.settings.tp_size
         # Ranks of --sp are data-parallel ones to ZeRO and hold the same parameters without it.
         repeats *= 1 if sharded_by_zero else engine.data_size * engine.settings.sp_size
@@ -91,7 +91,7 @@ def chunks_kept_whole(engine: Engine) -> list[bool] | None:
 
 
 def buffers_error(engine: Engine) -> float:
-    """The largest relative error of the model's floating buffers, by those of a new model of the same config."""
+    """The largest relative error of the model's floating buffers, against a new model of the same config."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,11 +108,11 @@ def buffers_error(engine: Engine) -> float:
 
 
 @contextlib.contextmanager
-def noting_first_step(into: dict) -> Iterator[None]:
-    """Within it, the first step notes "first_moment_norm", "chunks" and "buffers_error": see the functions above."""
+def recording_first_step(into: dict) -> Iterator[None]:
+    """Within it, the first step records "first_moment_norm", "chunks" and "buffers_error": see the functions above."""
     step = Engine.step
 
-    def noting_step(engine, **kwargs):
+    def recording_step(engine, **kwargs):
         norm = step(engine, **kwargs)
         if "first_moment_norm" not in into:
             into.update(
@@ -122,16 +122,16 @@ def noting_first_step(into: dict) -> Iterator[None]:
             )
         return norm
 
-    with mock.patch.object(Engine, "step", noting_step):
+    with mock.patch.object(Engine, "step", recording_step):
         yield
 
 
 @contextlib.contextmanager
-def noting_noise(into: dict) -> Iterator[None]:
-    """Within it, what NEFTune adds in its first pass on this rank is noted: [tokens, greatest number] by document."""
+def recording_noise(into: dict) -> Iterator[None]:
+    """Within it, NEFTune's noise in the first pass on this rank is recorded: [tokens, greatest number] by document."""
     add = EmbeddingNoise.add
 
-    def noting_add(noise, module, inputs, embeddings):
+    def recording_add(noise, module, inputs, embeddings):
         noisy = add(noise, module, inputs, embeddings)
         added = (noisy - embeddings).detach().abs().amax(-1)
         for row, documents in enumerate(noise._documents if "noise" not in into else ()):
@@ -140,19 +140,19 @@ def noting_noise(into: dict) -> Iterator[None]:
             assert not added[row][documents == 0].any()
         return noisy
 
-    with mock.patch.object(EmbeddingNoise, "add", noting_add):
+    with mock.patch.object(EmbeddingNoise, "add", recording_add):
         yield
 
 
 def adding_arguments(extra: dict) -> contextlib.AbstractContextManager:
-    """Within it, Gemini is built with these arguments too."""
+    """Within it, Gemini is built with these additional arguments."""
     build = Gemini.arguments
     return mock.patch.object(Gemini, "arguments", lambda self, **keys: {**build(self, **keys), **extra})
 
 
 @contextlib.contextmanager
 def signal_after(batches: int, into: dict) -> Iterator[NoSignals]:
-    """Within it, rank 1 gets a SIGTERM when it has collated so many batches of evaluations; yields what notes it."""
+    """Within it, rank 1 gets a SIGTERM after it has collated this many batches of evaluations; yields the recorder."""
     share, done = evaluator._share, 0
 
     def counting(*args):
@@ -161,7 +161,7 @@ def signal_after(batches: int, into: dict) -> Iterator[NoSignals]:
             done += 1
             if done == batches and collectives.place()[0] == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-                # A thread notes it.
+                # A thread records the signal.
                 while not any(stop.received()):
                     time.sleep(0.001)
             into["after"] = done - batches
@@ -177,9 +177,9 @@ def run_job(job: dict) -> dict:
     with contextlib.ExitStack() as changes:
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
-            changes.enter_context(noting_first_step(result))
+            changes.enter_context(recording_first_step(result))
         if job.get("noise"):
-            changes.enter_context(noting_noise(result))
+            changes.enter_context(recording_noise(result))
         if "initial_scale" in job:
             changes.enter_context(mock.patch.object(loss_scale, "INITIAL_SCALE", job["initial_scale"]))
         changes.enter_context(adding_arguments(job.get("plugin_arguments", {})))

@@ -22,7 +22,7 @@ CLIP = 0.3
 
 @dataclass
 class Job:
-    """One finished command of a shared job; train_worker.py says what it notes."""
+    """One finished command of a shared job; train_worker.py describes its records."""
 
     folder: Path
     error: str | None
@@ -87,7 +87,7 @@ def write_spliced_data(folder: Path, tokenizer_dir: Path, steps: int) -> str:
 
 
 def with_vocabulary(model_dir: Path, folder: Path, size: int) -> Path:
-    """A copy of a model with so many embedding rows."""
+    """A copy of a model with this number of embedding rows."""
     shutil.copytree(model_dir, folder)
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     model.resize_token_embeddings(size, mean_resizing=False)

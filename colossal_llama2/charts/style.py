@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 # Pixels.
 SIZE = (1200, 600)
 DPI = 100
-# Okabe and Ito's colours, which people with any kind of colour vision can tell apart. Their yellow is too pale for a
-# line on white; Paul Tol's wine red stands in its place.
+# Okabe and Ito's colours, which people with any kind of colour vision can distinguish. Their yellow is too pale for a
+# line on white; Paul Tol's wine red replaces it.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000")
 PALE_BLUE, GREY, GRID = "#b3cde3", "#888888", "#e5e5e5"
 # Columns of a terminal's font. Longer texts lose their middle.
 MAX_TITLE_WIDTH, MAX_NAME_WIDTH = 110, 26
-# matplotlib brings this font along. It has Latin, Greek, Cyrillic, Arabic and Hebrew letters, but no Chinese ones.
+# matplotlib includes this font. It has Latin, Greek, Cyrillic, Arabic and Hebrew letters, but no Chinese ones.
 MAIN_FONT = "DejaVu Sans"
 # The first installed font whose name begins with one of these draws the characters that the main font lacks.
 CJK_FONTS = (
@@ -67,7 +67,7 @@ STYLE = {
 
 
 def write_picture(path: Path, draw: Callable[["Figure"], None], *, title: str, needed_for: str) -> None:
-    """Write what `draw` draws to the PNG file `path`, whole or not at all. Raises what `render` raises, and OSError."""
+    """Write what `draw` draws to the PNG file `path`, completely or not at all. Raises OSError, and as `render`."""
     replace_file(path, render(draw, title=title, needed_for=needed_for))
 
 
@@ -120,7 +120,7 @@ def label(text: str, width: int = MAX_NAME_WIDTH) -> str:
     )
     if cell_len(shown) <= width:
         return shown
-    # The end often tells names apart, such as those of folders.
+    # Names often differ only at the end, such as those of folders.
     begin = _fitting(shown, (width - 1) // 2)
     return f"{begin}…{_fitting(shown[::-1], width - 1 - cell_len(begin))[::-1]}"
 
@@ -162,7 +162,7 @@ def count_axis(axis: "Axis") -> None:
 
 
 def only_horizontal_grid(axes: "Axes") -> None:
-    """Grid lines for heights alone, as bars need them."""
+    """Grid lines for heights only, as bars need them."""
     axes.grid(visible=False, axis="x")
 
 

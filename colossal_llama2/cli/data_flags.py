@@ -184,7 +184,7 @@ def inspect_data_parser() -> CommandParser:
     """Flags of colossal_llama2/dataset/inspect_data.py."""
     parser = CommandParser(
         "python -m colossal_llama2.dataset.inspect_data",
-        "Show prepared data: decoded samples with what is trained and what is masked, the account, two charts.",
+        "Show prepared data: decoded samples with what is trained and what is masked, the manifest, two charts.",
         "  python -m colossal_llama2.dataset.inspect_data arrow_output/part-00000 \\\n"
         "      --tokenizer_dir tokenizer-zh --sample 3 --plots charts",
     )

@@ -20,7 +20,7 @@ def _needs() -> dict[str, Need]:
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:
-    """One sentence for each flag that was given and would change nothing."""
+    """One sentence for each flag that was given and would have no effect."""
     given = {name: getattr(args, name, None) for name in _needs()}
     return [
         f"--{name} {value} {_needs()[name].sentence}; leave it out"
@@ -36,18 +36,18 @@ def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def used_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """All flags by name except those that change nothing beside the others: what the same parser accepts again."""
+    """All flags by name except those without effect beside the others: what the same parser accepts again."""
     is_met = {name: need.is_met for name, need in _needs().items() if hasattr(args, name)}
     return {name: value for name, value in vars(args).items() if name not in is_met or is_met[name](args)}
 
 
 def changes_numbers(name: str) -> bool:
-    """Whether a setting of a training run, by name, changes its numbers; what is not a flag, such as stage, does."""
+    """Whether a setting of a training run, by name, changes its numbers. Settings that are not flags do."""
     traits = train_traits().get(name)
     return traits is None or traits.changes_numbers is not False
 
 
 def is_on_card(name: str) -> bool:
-    """Whether the model card lists a setting of a training run; of those that are not flags, it lists none here."""
+    """Whether the model card lists a setting of a training run. Settings that are not flags are not listed here."""
     traits = train_traits().get(name)
     return traits is not None and traits.on_card is True

@@ -1,4 +1,4 @@
-"""How a flag is defined: once, with everything that other code needs to know about it.
+"""How a flag is defined: once, with every trait that other code needs.
 
     group = parser.flag_group("checkpoints and logs", changes_numbers=False)
     group.add("--keep_last", type=positive_int, default=None, help="keep the K newest checkpoints")
@@ -15,11 +15,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Need:
-    """Without what a flag would change nothing.
+    """A condition without which a flag has no effect.
 
     Attributes:
         sentence: follows the flag in an error message, such as "needs --plugin 3d".
-        is_met: whether the other flags make this one count.
+        is_met: whether the other flags give this one an effect.
     """
 
     sentence: str
@@ -28,16 +28,16 @@ class Need:
 
 @dataclass(frozen=True)
 class FlagTraits:
-    """What a flag is, beyond what argparse knows.
+    """The traits of a flag that argparse does not have.
 
     Attributes:
         default: the value of a flag that is not given. A flag with `needs` is None in argparse until
-            `dependent_flags.with_defaults` fills this in, so that a flag that was given can be told from one that was
-            not.
-        needs: without which other flag it changes nothing, or None.
+            `dependent_flags.with_defaults` fills this in, so that a given flag can be distinguished from one that was
+            not given.
+        needs: the condition without which it has no effect, or None.
         changes_numbers: whether training with another value computes other numbers. A run that resumes with such a
             change warns that it will not repeat the uninterrupted run bit for bit. None: not a flag of training.
-        on_card: whether the model card lists it: whether it has a part in the model, and names no place on a disk.
+        on_card: whether the model card lists it: it affects the model, and is not a path.
             By default, the flags that change the numbers.
     """
 
@@ -103,7 +103,7 @@ class FlagParser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="show this help message and exit")
 
     def flag_group(self, title: str | None = None, *, changes_numbers: bool | None = None) -> FlagGroup:
-        """A new group, whose flags change the numbers of training or not, unless one says otherwise."""
+        """A new group; `changes_numbers` is the default for its flags."""
         group = FlagGroup(self, title, changes_numbers)
         self.groups.append(group)
         return group

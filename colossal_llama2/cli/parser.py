@@ -64,7 +64,7 @@ class CommandParser(FlagParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the example's line breaks and appends defaults, except where the help says what an unset flag means."""
+    """Keeps the example's line breaks and appends defaults, except where the help explains an unset flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required or action.default is None or isinstance(action.default, bool) and action.nargs == 0:

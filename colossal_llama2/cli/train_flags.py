@@ -487,7 +487,7 @@ def verify_parser() -> CommandParser:
     """Flags of colossal_llama2/train/verify.py."""
     parser = CommandParser(
         "python -m colossal_llama2.train.verify",
-        "Check one checkpoint: files, hashes, shapes, numbers, tokenizer. Exit code 0 if it is whole, 2 if it is not.",
+        "Check one checkpoint: files, hashes, shapes, numbers, tokenizer. Exit code 0 if it is intact, 2 if not.",
         "  python -m colossal_llama2.train.verify checkpoint_dir/epoch-0_step-400",
     )
     parser.flag_group().add(

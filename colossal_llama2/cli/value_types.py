@@ -191,7 +191,7 @@ def sampling_temperature(text: str) -> float:
 
 
 def candidate_count(text: str) -> int:
-    """A whole number of at least 1; for 0 and -1, "no limit" in other tools, the message names a way to get that."""
+    """A whole number of at least 1; for 0 and -1, "no limit" in other tools, the message names the equivalent."""
     try:
         return positive_int(text)
     except argparse.ArgumentTypeError as error:

@@ -146,7 +146,7 @@ def _apart(folders: Sequence[str]) -> Iterator[str]:
 
 
 def _sole_file_cure(path: Path) -> str:
-    """The folder of a file that is alone in it."""
+    """The folder of a file that is the only one in it."""
     return f", {path.parent}" if list(path.parent.iterdir()) == [path] else ""
 
 

@@ -13,7 +13,7 @@ from colossal_llama2.corpus.decompression import compression_of
 from colossal_llama2.corpus.json_stream import HEAD_BYTES, layout_of
 from colossal_llama2.corpus.parquet_rows import MAGIC
 
-# The only kind of file of which a range can be read by itself.
+# The only kind of file whose ranges can be read separately.
 LINES = "lines"
 PARQUET = "parquet"
 COMPRESSIONS = ("gzip", "zstd", "bzip2", "xz")
@@ -29,7 +29,7 @@ _EXPECTED = {None: "text", "gz": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "
 _LEFT_OUT = (
     (r"\..*", "hidden", "rename it without the dot"),
     (r".*\.(zip|tar|tgz|tbz2?|txz|rar|7z|tar\.\w+|lz4|lzma|lzo|sz|snappy|br|z)", "an archive", "unpack it"),
-    (r".*\.(gz|zst|zstd|bz2|xz)", "compressed, of what its name does not say", "rename it to *.jsonl.gz or the like"),
+    (r".*\.(gz|zst|zstd|bz2|xz)", "compressed; the name does not show what", "rename it to *.jsonl.gz or the like"),
     (r".*\.(csv|tsv|xlsx?|ods)", "a table", 'write its rows as lines of {"target": ...}'),
     (r".*\.(arrow|feather|orc|avro|db|sqlite3?)", "a table", "convert it to Parquet"),
     (r".*\.(txt|md|rst|text|html?|xml|pdf|docx?)", "text", 'write it as lines of {"target": ...}'),

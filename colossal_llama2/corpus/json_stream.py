@@ -169,7 +169,7 @@ class _Scan:
         self.is_scalar = not (first in _CLOSERS or first == _QUOTE)
 
     def feed(self, block: bytes, start: int) -> int | None:
-        """The offset where the value ends in the block; None if it goes on. Raises ValueError for wrong brackets."""
+        """The offset where the value ends in the block; None if it continues. Raises ValueError for wrong brackets."""
         if self.is_scalar:
             return self._scalar_end(block, start)
         position = start

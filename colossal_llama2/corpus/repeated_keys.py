@@ -16,7 +16,7 @@ from colossal_llama2.storage.row_errors import RowError
 # With more keys, searching the line for each one takes longer than parsing it again.
 MAX_FLAT_KEYS = 16
 PRETRAINING_FIELDS = frozenset(("source", "target", "text"))
-REPEATED = "a key that stands there twice"
+REPEATED = "a repeated key"
 
 
 class _Repeating(dict):

@@ -13,6 +13,7 @@ from colossal_llama2.corpus.file_kinds import COMPRESSIONS, PARQUET, unreadable
 from colossal_llama2.corpus.json_stream import BYTE_ORDER_MARK, HEAD_BYTES, BrokenDocumentError, RecordReader, layout_of
 from colossal_llama2.corpus.parquet_rows import BrokenParquetError, ParquetRow, read_parquet
 from colossal_llama2.corpus.repeated_keys import refuse_repeated_keys
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import parse_object
 from colossal_llama2.storage.lines import (
     MAX_LINE_BYTES,
@@ -149,7 +150,7 @@ class SpanReader:
                 number += 1
                 yield _checked(record.content, record.line, record.size, what=f"record {number:,}")
         except BrokenDocumentError as error:
-            problem = f"{error}, after {number:,} records; fetch the file again, or fix it"
+            problem = f"{error}, after {counted(number, 'record')}; fetch the file again, or fix it"
             yield _lost(error.line, problem, "JSON array cut short or broken")
 
     def _parquet(self) -> Iterator[Line]:

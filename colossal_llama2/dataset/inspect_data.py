@@ -1,4 +1,4 @@
-"""Look at prepared data: decoded samples with what is trained and what is masked, the account, and two charts.
+"""Look at prepared data: decoded samples with what is trained and what is masked, the manifest, and two charts.
 
     python -m colossal_llama2.dataset.inspect_data arrow_output/part-00000 --tokenizer_dir tokenizer-zh
 
@@ -31,6 +31,7 @@ from colossal_llama2.dataset.layout.manifest_table import manifest_lines
 from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.output_paths import check_output_file
 from colossal_llama2.terminal_text import visible, visible_line
@@ -106,9 +107,9 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
     lengths = sample_lengths(dataset)
     if plots is not None:
         check_plots_folder(Path(plots))
-    yield from _account(part, tokenizer_dir=settings.tokenizer_dir, width=width)
+    yield from _manifest_table(part, tokenizer_dir=settings.tokenizer_dir, width=width)
     yield (
-        f"{part}: {len(lengths):,} samples of {min(lengths):,} to {max(lengths):,} tokens, "
+        f"{part}: {counted(len(lengths), 'sample')} of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
     )
     if DOCUMENT_LENGTHS not in dataset.column_names:
@@ -127,14 +128,14 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
 
 
 def open_bin(folder: Path):
-    """The `datasets.Dataset` of a bin. Raises UserError if the folder is none, or holds no samples."""
+    """The `datasets.Dataset` of a bin. Raises UserError if the folder is not a bin, or holds no samples."""
     import datasets
 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a prepared bin, such as arrow_output/part-00000")
     bins = bins_in(folder)
     if bins and not _is_bin(folder):
-        raise UserError(f"{folder} holds {len(bins)} bins; give one of them, such as {bins[0]}")
+        raise UserError(f"{folder} holds {counted(len(bins), 'bin')}; give one of them, such as {bins[0]}")
     try:
         dataset = datasets.load_from_disk(str(folder))
         columns = set(dataset.column_names)
@@ -234,7 +235,7 @@ def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
 # Showing.
 
 
-def _account(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[str]:
+def _manifest_table(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[str]:
     """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
     path = part.absolute().parent / DATA_MANIFEST_FILE
     if not path.is_file():
@@ -245,7 +246,7 @@ def _account(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[s
         logs.get_logger().warning(
             "%s records another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
         )
-    yield f"account of {path}:"
+    yield f"manifest {path}:"
     categories = manifest.get("categories")
     if isinstance(categories, dict):
         manifest = {**manifest, "categories": {category_name(name): entry for name, entry in categories.items()}}
@@ -256,12 +257,12 @@ def _account(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[s
 def _sample_lines(documents: Sequence[Document], *, title: str, is_coloured: bool) -> Iterator[str]:
     num_tokens = sum(document.num_tokens for document in documents)
     yield ""
-    heading = f"==== {title}: {num_tokens:,} tokens, documents: {len(documents):,}"
+    heading = f"==== {title}: {counted(num_tokens, 'token')}, documents: {len(documents):,}"
     yield _labelled(BORDER, heading, is_coloured=is_coloured)
     for number, document in enumerate(documents, start=1):
         named = document.category if document.category == NO_CATEGORY else f"category {document.category}"
         category = "" if document.category is None else f", {named}"
-        border = f"---- document {number} of {len(documents)}: {document.num_tokens:,} tokens{category}"
+        border = f"---- document {number} of {len(documents)}: {counted(document.num_tokens, 'token')}{category}"
         yield _labelled(BORDER, border, is_coloured=is_coloured)
         kinds = [(TRAINED if run.is_trained else MASKED, run.text) for run in document.runs]
         if is_coloured:
@@ -281,11 +282,11 @@ def _painted(kind: str, line: str) -> str:
 
 
 def check_plots_folder(folder: Path) -> None:
-    """Make the folder for the charts. Raises UserError if that cannot be."""
+    """Create the folder for the charts. Raises UserError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--plots {folder} cannot be made ({error.strerror}); name a folder where you may write")
+        raise UserError(f"--plots {folder} cannot be created ({error.strerror}); name a folder where you may write")
     for name in (LENGTHS_FILE, CATEGORIES_FILE):
         check_output_file(folder / name, "--plots")
 
@@ -303,9 +304,8 @@ def _draw(part: Path, *, lengths: Sequence[int], folder: Path) -> Iterator[str]:
             yield f"no {CATEGORIES_FILE}: {path} does not record the categories of its documents"
             return
         bins[path.name] = counts
-    plural = "s" if len(bins) > 1 else ""
     # Names as they are: the picture escapes them.
-    title = f"{part.absolute().parent.name}: categories of {len(bins):,} bin{plural}"
+    title = f"{part.absolute().parent.name}: categories of {counted(len(bins), 'bin')}"
     draw_categories(bins, folder / CATEGORIES_FILE, title=title)
     totals = ", ".join(f"{visible_line(name)} {count:,}" for name, count in total_categories(bins).items())
     where = f"each of {len(bins):,} bins" if len(bins) > 1 else "the only bin"
@@ -329,7 +329,7 @@ def _draw_lengths(part: Path, *, lengths: Sequence[int], path: Path) -> str:
     longest = (read_json(manifest).get("settings") or {}).get("max_length") if manifest.is_file() else None
     longest = max(longest if isinstance(longest, int) else 0, max(lengths))
     fill = f"fill {sum(lengths) / (len(lengths) * longest):.1%} of {longest:,} tokens"
-    title = f"{part.absolute().name}: {len(lengths):,} samples, {fill}"
+    title = f"{part.absolute().name}: {counted(len(lengths), 'sample')}, {fill}"
     dataset = open_bin(part)
     borders = dataset[DOCUMENT_LENGTHS] if DOCUMENT_LENGTHS in dataset.column_names else []
     if all(len(documents) == 1 for documents in borders):

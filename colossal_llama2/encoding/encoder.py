@@ -1,4 +1,4 @@
-"""What data preparation, checks and exports see of a tokenizer, whatever kind it is.
+"""The interface of a tokenizer of any kind, for data preparation, checks and exports.
 
 To add a kind of tokenizer: write one class with the members of `Encoder`, and register it in `registry`.
 """
@@ -19,10 +19,10 @@ class Encoder(Protocol):
     Attributes:
         name: the kind of tokenizer, for messages.
         bos_id, eos_id: the marks at the beginning and the end of a document.
-        unk_id: what stands for text that the tokenizer cannot encode; negative if there is no such token.
+        unk_id: the token for text that the tokenizer cannot encode; negative if there is none.
         vocab_size: the number of tokens.
         bos_text, eos_text: how the marks are shown to a reader.
-        files: the names of the tokenizer's files and folders, which go along with a model.
+        files: the names of the tokenizer's files and folders, which are copied with a model.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Encoder(Protocol):
     def puts_prefix_after_marks(cls, folder: str | Path) -> bool:
         """Whether transformers encodes a text that follows a mark like one at the beginning of a document.
 
-        If so, each text of a conversation is encoded with its own prefix, otherwise the first one alone.
+        If so, each text of a conversation is encoded with its own prefix, otherwise only the first one.
         """
 
     @property

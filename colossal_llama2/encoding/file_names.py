@@ -13,5 +13,5 @@ TEMPLATES_FOLDER = "additional_chat_templates"
 REPORT_FILE = "vocabulary_report.json"
 # They hold no token id, so they are copied unchanged.
 COPIED_FILES = (SPECIAL_TOKENS_FILE, TEMPLATE_FILE, TEMPLATE_JSON_FILE, TEMPLATES_FOLDER)
-# What goes along with a model.
+# What is copied with a model.
 TOKENIZER_FILES = (MODEL_FILE, FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)

@@ -1,8 +1,9 @@
 """Compare the ids of SentencePiece and of the slow and fast tokenizers of transformers, before and after an extension.
 
-`AutoTokenizer` loads the fast one, other servers read tokenizer.model. Where they differ, a model is served other ids
-than it was trained on. Some source tokenizers already differ (LLaMA-2's on leading spaces), so source and target are
-measured alike, and only new differences count against the extension. Text without new pieces must also keep its ids.
+`AutoTokenizer` loads the fast one, other servers read tokenizer.model. If they differ, a model is served with ids other
+than those it was trained on. Some source tokenizers already differ (LLaMA-2's on leading spaces), so source and target
+are measured alike, and only new differences count against the extension. Text without new pieces must also keep its
+ids.
 """
 
 import math
@@ -25,8 +26,8 @@ from colossal_llama2.storage.unpickling_guard import unpickling_refused
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# At most this much of one group of texts is measured, evenly chosen, which takes either tokenizer some seconds. Whether
-# pieces are reached is checked on all of them.
+# At most this much of one group of texts is measured, evenly chosen: some seconds for either tokenizer. Whether pieces
+# are reached is checked on all of them.
 FAST_TEXTS, FAST_CHARACTERS = 100_000, 2**23
 SLOW_TEXTS, SLOW_CHARACTERS = 40_000, 2_600_000
 TEXTS_AT_A_TIME = 1000

@@ -10,7 +10,7 @@ two sides do not depend on each other:
 
 Without pieces for bytes, a run of unknown characters becomes one <unk>, so one character of the pair must be known.
 
-This holds only where merges alone decide. With a normalizer, which may join or drop characters on both sides of a
+This holds only if nothing but merges decides. With a normalizer, which may join or drop characters on both sides of a
 border, and for other kinds of models, no cut is safe. A text without such a pair, such as a run of equal characters or
 a DNA sequence, cannot be cut either.
 """

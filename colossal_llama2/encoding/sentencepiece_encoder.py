@@ -1,4 +1,4 @@
-"""Text to token ids and back with SentencePiece alone."""
+"""Text to token ids and back, with SentencePiece only."""
 
 import hashlib
 from array import array
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SentencePieceEncoder:
-    """An `Encoder` by SentencePiece alone, without transformers. It loads in milliseconds, and pickles as its path.
+    """An `Encoder` with only SentencePiece, without transformers. It loads in milliseconds, and pickles as its path.
 
     `vocab_size` is the number of SentencePiece pieces; tokens that transformers adds beyond them are not counted.
     """

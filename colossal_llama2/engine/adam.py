@@ -48,11 +48,11 @@ def begin_moments(adam: "torch.optim.Optimizer", *, without_gradient: bool = Fal
 def guard_updates(optimizer: Any) -> None:
     """Make Adam skip its update where `optimizer.optim.may_update` is False or the gradient norm is NaN or Inf.
 
-    The plugin around it runs its whole step as always, since it has to release the gradients: Gemini's lie where its
-    weights were. All ranks have the same norm, so either all of them update or none.
+    The plugin around it runs its complete step in any case, since it has to release the gradients: Gemini's are in the
+    memory of its weights. All ranks have the same norm, so either all of them update or none.
     """
-    # Weak, since a cycle of references would keep the plugin's process groups until Python looks for cycles, which
-    # each rank does at another moment. The groups close at their end, and for that the ranks have to meet.
+    # Weak, since a reference cycle would keep the plugin's process groups until Python collects cycles, which each rank
+    # does at a different moment. Closing the groups is collective, so all ranks must do it at the same moment.
     adam_reference, wrapper_reference = weakref.ref(optimizer.optim), weakref.ref(optimizer)
 
     def update_if_finite(*args: Any, **kwargs: Any) -> None:

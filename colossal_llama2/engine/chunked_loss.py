@@ -1,12 +1,12 @@
-"""The output head and its cross-entropy in one, without ever holding the logits of the whole vocabulary.
+"""The output head and its cross-entropy in one function, which never holds the logits of the whole vocabulary.
 
 Logits of 4,096 tokens over 69,104 pieces are 1.1 GB in float32, and a cross-entropy holds several such matrices. Here
-they are made for a block of the vocabulary at a time, twice: forward adds the block to each token's sum of
-exponentials, which is all that is kept but for the first few blocks; backward makes the others again, and turns each
-into its rows of the weight's gradient, whole at once, and its share of the hidden states' gradient, which is summed in
-float32.
+the logits are computed for one block of the vocabulary at a time. Forward adds each block to each token's sum of
+exponentials, and keeps only these sums and the exponentials of the first few blocks. Backward recomputes the other
+blocks. From each block it computes the gradient of the weight's rows of that block, and adds to the gradient of the
+hidden states, in float32.
 
-The idea is that of Wijmans et al., "Cut your losses in large-vocabulary language models" (arXiv 2411.09009).
+The method is that of Wijmans et al., "Cut your losses in large-vocabulary language models" (arXiv 2411.09009).
 """
 
 import functools
@@ -19,7 +19,7 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 if TYPE_CHECKING:
     import torch
 
-# The versions of liger-kernel whose arguments are those that `_liger_sum` passes.
+# The versions of liger-kernel that take the arguments that `_liger_sum` passes.
 LIGER_VERSION = "0.8."
 
 
@@ -28,10 +28,11 @@ class Blocks:
     """How many logits are computed and kept at a time.
 
     Attributes:
-        logits: logits of a block, unless `min_rows` are more.
-        min_rows: rows of the weight in a block. With fewer, more time would go into adding up the hidden states'
-            gradient than into products.
-        kept: logits whose exponentials are kept for backward, which then needs no second product; all, if they are few.
+        logits: number of logits in a block, unless `min_rows` gives more.
+        min_rows: fewest rows of the weight in a block. With fewer, adding up the hidden states' gradient would take
+            more time than the products.
+        kept: number of logits whose exponentials are kept for backward, which then does not recompute them; all of
+            them if there are no more.
     """
 
     logits: int
@@ -39,23 +40,23 @@ class Blocks:
     kept: int = 2**23
 
     def rows(self, tokens: int) -> int:
-        """Rows of the vocabulary whose logits exist at a time, for that many tokens."""
+        """Rows of the vocabulary in a block, for this number of tokens."""
         return max(self.logits // max(tokens, 1), self.min_rows)
 
 
-# By type of device. 4 MiB in float32 stay in a CPU's caches from one operation to the next. A GPU's kernels are fast on
-# large matrices: 32 MiB.
+# By type of device. On a CPU, 4 MiB in float32 stay in the caches from one operation to the next. A GPU's kernels are
+# fast on large matrices: 32 MiB.
 BLOCKS = {"cpu": Blocks(2**20), "cuda": Blocks(2**23)}
 
 
 @dataclass(frozen=True)
 class HeadPart:
-    """What this rank holds of an output head, and how it is computed.
+    """The part of the output head on this rank, and how its loss is computed.
 
     Attributes:
         first_token: the token id of the weight's first row.
         rows: number of rows that are tokens; the rest pads the vocabulary.
-        group: process group whose ranks hold the other parts; None if this is the whole head.
+        group: process group whose ranks hold the other parts; None if the head is not split.
         trained: [begin, end) ranges of token ids; the gradient of all other rows is zero. None: all are trained.
         blocks: sizes of blocks; None for those of the device.
     """
@@ -67,7 +68,7 @@ class HeadPart:
     blocks: Blocks | None = None
 
     def blocks_on(self, device: "torch.device") -> Blocks:
-        """The sizes of blocks on that device."""
+        """The block sizes on this device."""
         return self.blocks or BLOCKS[device.type]
 
     def trained_in(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -83,30 +84,30 @@ def chunked_cross_entropy(
     weight: "torch.Tensor",
     targets: "torch.Tensor",
     part: HeadPart,
-    tell: Callable[["torch.Tensor"], None] | None = None,
+    record: Callable[["torch.Tensor"], None] | None = None,
 ) -> "torch.Tensor":
     """Sum over all tokens of the loss of `hidden @ weight.T`, in float32, as a scalar.
 
     Args:
         hidden: (tokens, width) hidden states; the same on all ranks of `part.group`.
         weight: (rows or more, width) rows of the head.
-        targets: (tokens,) token ids over the whole vocabulary; IGNORE_INDEX counts as nothing.
-        tell: called in the forward pass with the (tokens,) float32 loss of each token, 0 where there is no target;
-            not called by Liger's kernel, which has no such losses.
+        targets: (tokens,) token ids over the whole vocabulary; a token whose target is IGNORE_INDEX has no loss.
+        record: called in the forward pass with the (tokens,) float32 loss of each token, 0 where there is no target;
+            not called with Liger's kernel, which does not return such losses.
     """
     from torch.overrides import handle_torch_function, has_torch_function
 
     if has_torch_function((hidden, weight)):
-        # Gemini's parameters are sharded: they are gathered around what it takes for one operation of PyTorch.
-        return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part, tell)
+        # Gemini's parameters are sharded. It gathers them around each call that it treats as one PyTorch operation.
+        return handle_torch_function(chunked_cross_entropy, (hidden, weight), hidden, weight, targets, part, record)
     is_whole = part.group is None and part.trained is None and part.rows == len(weight)
-    if is_whole and takes_liger(hidden.device, hidden.dtype):
+    if is_whole and uses_liger(hidden.device, hidden.dtype):
         return _liger_sum(hidden, weight, targets)
-    return _chunked_function().apply(hidden, weight, targets, part, tell)
+    return _chunked_function().apply(hidden, weight, targets, part, record)
 
 
 def has_liger() -> bool:
-    """True if a GPU is there and a version of liger-kernel whose fused loss is known here. Imports nothing of it."""
+    """Whether there is a GPU and a supported version of liger-kernel. Does not import liger-kernel."""
     from importlib import metadata
 
     import torch
@@ -117,11 +118,11 @@ def has_liger() -> bool:
         return False
 
 
-def takes_liger(device: "torch.device", dtype: "torch.dtype") -> bool:
-    """Whether hidden states of this kind go through Liger's kernel, where the head is whole."""
+def uses_liger(device: "torch.device", dtype: "torch.dtype") -> bool:
+    """Whether a head that is not split uses Liger's kernel for hidden states of this device and dtype."""
     import torch
 
-    # Liger makes gradients in forward, before they are scaled up: small ones would vanish in fp16.
+    # Liger computes gradients in forward, before the loss is scaled: small ones would underflow in fp16.
     return device.type == "cuda" and dtype is torch.bfloat16 and has_liger()
 
 
@@ -135,7 +136,7 @@ def _liger_sum(hidden: "torch.Tensor", weight: "torch.Tensor", targets: "torch.T
 
 @functools.lru_cache(maxsize=1)
 def _chunked_function() -> type["torch.autograd.Function"]:
-    """The autograd.Function, made when torch is there."""
+    """The autograd.Function, defined on the first call, since the module does not import torch."""
     import torch
 
     class ChunkedCrossEntropy(torch.autograd.Function):
@@ -146,15 +147,15 @@ def _chunked_function() -> type["torch.autograd.Function"]:
             weight: torch.Tensor,
             targets: torch.Tensor,
             part: HeadPart,
-            tell: Callable[[torch.Tensor], None] | None,
+            record: Callable[[torch.Tensor], None] | None,
         ) -> torch.Tensor:
             ctx.part, ctx.kept = part, []
             room = part.blocks_on(hidden.device).kept if any(ctx.needs_input_grad) else 0
             highest, total, target_logits = _softmax_sums(hidden, weight, targets, part, kept=ctx.kept, room=room)
             ctx.save_for_backward(hidden, weight, targets, highest, total)
             losses = torch.where(targets == IGNORE_INDEX, 0.0, total.log().float() + (highest - target_logits))
-            if tell is not None:
-                tell(losses)
+            if record is not None:
+                record(losses)
             return losses.sum()
 
         @staticmethod
@@ -178,11 +179,11 @@ def _softmax_sums(
     kept: list[tuple["torch.Tensor", "torch.Tensor"]],
     room: int,
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """Of each token: the highest logit, the sum of exponentials over it (float64), and the target's logit or 0.
+    """For each token: the highest logit, the sum of exponentials relative to it (float64), and the target's logit or 0.
 
-    Of the first blocks, up to `room` logits, the exponentials over the block's highest are added to `kept`. The sum is
-    a number for each token alone, and so it costs nothing to have it exact: an error, as that of a rounded log-sum-exp
-    would be one, makes all probabilities of the token too large or too small.
+    The exponentials of the first blocks, up to `room` logits, relative to the highest logit of the block, are added to
+    `kept`. The sum is one number per token, so float64 costs nothing. A rounding error in it, as in a log-sum-exp in
+    lower precision, would make all probabilities of the token too large or too small.
     """
     import torch
     import torch.distributed as dist
@@ -210,7 +211,7 @@ def _softmax_sums(
 
 
 def _exp_of(logits: "torch.Tensor", highest: "torch.Tensor") -> "torch.Tensor":
-    """The exponential of their difference, in float64: -inf for no logits at all gives 0."""
+    """The exponential of the difference, in float64. It is 0 for a logit of -inf, which means that there are none."""
     return (logits.double() - highest).exp_()
 
 
@@ -222,7 +223,7 @@ def _gradients(
     needed: Sequence[bool],
     kept: list[tuple["torch.Tensor", "torch.Tensor"]],
 ) -> tuple["torch.Tensor | None", "torch.Tensor | None"]:
-    """Gradients of hidden states and weight, where needed, by what forward saved. Uses up `kept`."""
+    """Gradients of hidden states and weight, where needed, by what forward saved. Empties `kept`."""
     import torch
     import torch.distributed as dist
 
@@ -230,7 +231,7 @@ def _gradients(
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     grad_weight = None
     if needed[1]:
-        # Rows that are not trained get no other value.
+        # The gradient of rows that are not trained stays zero.
         grad_weight = torch.empty_like(weight) if part.trained is None else torch.zeros_like(weight)
         grad_weight[part.rows :] = 0.0
     factor = torch.where(targets == IGNORE_INDEX, 0.0, grad_loss.float())
@@ -260,7 +261,7 @@ def _gradients(
 
 
 def _blocks(targets: "torch.Tensor", part: HeadPart) -> Iterator[tuple[slice, "torch.Tensor", "torch.Tensor"]]:
-    """Yield for each block: its slice of rows, (tokens,) the target's place in it, and whether the target is in it."""
+    """Yield for each block: its slice of rows, the (tokens,) targets as rows of it, and whether they are in it."""
     size = part.blocks_on(targets.device).rows(len(targets))
     for start in range(0, part.rows, size):
         stop = min(start + size, part.rows)
@@ -270,17 +271,17 @@ def _blocks(targets: "torch.Tensor", part: HeadPart) -> Iterator[tuple[slice, "t
 
 
 def use_chunked_loss(
-    model: Any, part: HeadPart, *, sample_group: Any = None, tell: Callable[..., None] | None = None
+    model: Any, part: HeadPart, *, sample_group: Any = None, record: Callable[..., None] | None = None
 ) -> None:
-    """Let a LLaMA compute its loss without logits, which it does not return any more.
+    """Make a LLaMA compute its loss without logits. It no longer returns logits.
 
     Args:
         model: a LlamaForCausalLM on this rank, or the last stage of one; its `model` and `lm_head` may be sharded.
-        part: what this rank holds of the head.
+        part: this rank's part of the head.
         sample_group: process group whose ranks each have an equal part of every sample's hidden states at the head,
-            and whose gradients are averaged; None if samples are whole.
-        tell: called in each forward pass with the (tokens,) losses of `chunked_cross_entropy`, and with the keyword
-            `share`, (rank, ranks) in `sample_group`: the tokens are that part of the length of each sample.
+            and whose gradients are averaged; None if samples are not split.
+        record: called in each forward pass with the (tokens,) losses of `chunked_cross_entropy`, and with the keyword
+            `share`, (rank, ranks) in `sample_group`: the part of each sample's length that these tokens are.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -289,10 +290,10 @@ def use_chunked_loss(
     def forward_to_loss(labels: "torch.Tensor", **inputs: Any) -> CausalLMOutputWithPast:
         """The mean loss over the predicted tokens, 0 if there are none."""
         hidden = forward_to_logits(**inputs).logits
-        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group, tell)
+        loss = _mean_loss(hidden, model.lm_head.weight, labels, part, sample_group, record)
         return CausalLMOutputWithPast(loss=loss)
 
-    # Attributes of the instances, as ColossalAI does it: plugins find the model by its class.
+    # Set on the instances, as ColossalAI does, since plugins look up the model by its class.
     model.forward = forward_to_loss
     model.lm_head.forward = lambda hidden: hidden
 
@@ -303,21 +304,21 @@ def _mean_loss(
     labels: "torch.Tensor",
     part: HeadPart,
     sample_group: Any,
-    tell: Callable[..., None] | None,
+    record: Callable[..., None] | None,
 ) -> "torch.Tensor":
-    """The loss of (batch, length) labels by hidden states of that length, or of this rank's part of it."""
+    """The mean loss for (batch, length) labels, from hidden states of that length or of this rank's part of it."""
     import torch
     import torch.distributed as dist
 
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     predicted = (targets != IGNORE_INDEX).sum().clamp(min=1)
     if sample_group is None:
-        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, tell) / predicted
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, record) / predicted
     rank, size = dist.get_rank(sample_group), dist.get_world_size(sample_group)
     targets = targets.chunk(size, dim=1)[rank]
-    tell_share = None if tell is None else functools.partial(tell, share=(rank, size))
-    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, tell_share)
+    record_share = None if record is None else functools.partial(record, share=(rank, size))
+    own = chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), part, record_share)
     total = own.detach().clone()
     dist.all_reduce(total, group=sample_group)
-    # The value is the sum over ranks; the gradient is that of this rank's part, times what averaging takes away.
+    # The value is the sum over ranks. The gradient is that of this rank's part, times `size` to undo the averaging.
     return (total + (own - own.detach()) * size) / predicted

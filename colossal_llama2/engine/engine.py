@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.engine import adam, loss_scale, resume_state
-from colossal_llama2.engine.chunked_loss import HeadPart, takes_liger, use_chunked_loss
+from colossal_llama2.engine.chunked_loss import HeadPart, use_chunked_loss, uses_liger
 from colossal_llama2.engine.loss_tally import LossTally
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.engine.plugins import plugin_of
@@ -42,15 +42,15 @@ class Engine:
         self._booster = Booster(plugin=self._built)
         self._groups = self.plugin.groups(self._built)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # Where the ranks talk through GPUs, another way between their hosts.
+        # If the ranks communicate through GPUs, another group for their hosts.
         self._host_group = dist.new_group(backend="gloo") if self.pins_batches else None
         data_group = self._groups.data
         self.data_rank, self.data_size = dist.get_rank(data_group), dist.get_world_size(data_group)
         self.model: Any = None
         self.optimizer: Any = None
-        # That of the last `step`.
+        # The loss scale of the last `step`.
         self.used_loss_scale = 1.0
-        self.loss_tally = LossTally(self.device, unfed=self._why_no_rank_has_token_losses())
+        self.loss_tally = LossTally(self.device, unfed=self._reason_without_token_losses_on_any_rank())
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context for loading the model: lazy if the plugin can shard it before a rank has all of it."""
@@ -80,27 +80,27 @@ class Engine:
                 self.unwrapped_model,
                 self._head_part(model.config.vocab_size),
                 sample_group=self._groups.sequence,
-                tell=self.loss_tally.add,
+                record=self.loss_tally.add,
             )
         # Lazy loading leaves reference cycles that hold whole weights until a garbage collection (64 MB of 85 M
         # parameters, measured).
         gc.collect()
 
-    def _why_no_rank_has_token_losses(self) -> str | None:
-        """This rank's reason, or that other ranks have one: all ranks sum by group, or none. Called on all ranks."""
-        reason = self._why_no_token_losses()
+    def _reason_without_token_losses_on_any_rank(self) -> str | None:
+        """The reason of this rank or of another one: either all ranks sum by group or none. Called on all ranks."""
+        reason = self._reason_without_token_losses()
         if collectives.any_rank(reason is not None) and reason is None:
             return "Liger's kernel, installed on other hosts, returns only the sum over all tokens"
         return reason
 
-    def _why_no_token_losses(self) -> str | None:
+    def _reason_without_token_losses(self) -> str | None:
         if self.is_pipelined:
             return "pipeline stages exchange only the loss of whole samples"
         if self.settings.chunked_loss == "off":
             return "--chunked_loss off returns only the mean over all tokens"
         # As in the chunked loss: Liger's kernel needs the whole head, all of it trained.
         is_whole = self._groups.tensor is None and self.settings.trainable.rows is None
-        if is_whole and takes_liger(self.device, dtype_of(self.settings.precision)):
+        if is_whole and uses_liger(self.device, dtype_of(self.settings.precision)):
             return "Liger's kernel returns only the sum over all tokens"
         return None
 
@@ -114,7 +114,7 @@ class Engine:
             return HeadPart(first_token=0, rows=vocab_size, trained=self.settings.trainable.rows)
         import torch.distributed as dist
 
-        # The ranks hold equally many rows, of which the last ones pad the vocabulary.
+        # The ranks hold the same number of rows; the last ones pad the vocabulary.
         rows = len(self.unwrapped_model.lm_head.weight)
         first = dist.get_rank(self._groups.tensor) * rows
         return HeadPart(
@@ -168,7 +168,7 @@ class Engine:
     ) -> float:
         """Forward and backward of a step's samples through all stages, `microbatch_size` samples at a time.
 
-        Where gradients are switched off, forward alone.
+        Only forward if gradients are switched off.
 
         Args:
             inputs: the model's keyword arguments, tensors of (samples, ...).
@@ -194,7 +194,7 @@ class Engine:
             # ColossalAI averages the microbatches' losses.
             return criterion(outputs, next(losses)) * scheduler.num_microbatches
 
-        # ColossalAI would exchange gradients even where there are none.
+        # ColossalAI would exchange gradients even if there are none.
         trains = torch.is_grad_enabled()
         optimizer, exchanging = (self.optimizer, contextlib.nullcontext()) if trains else (None, self.model.no_sync())
         handle = self.unwrapped_model.register_forward_pre_hook(add_inputs, with_kwargs=True)
@@ -210,7 +210,7 @@ class Engine:
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager:
         """A context for forward and `backward`, in which gradients are not exchanged before the `last` of a step."""
-        # From ZeRO stage 2 on, gradients are split as they come.
+        # From ZeRO stage 2 on, gradients are split as they arrive.
         waits = not last and self.plugin.zero_stage < 2
         return self._booster.no_sync(self.model, self.optimizer) if waits else contextlib.nullcontext()
 

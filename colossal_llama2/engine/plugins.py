@@ -40,7 +40,7 @@ class Plugin:
     Attributes:
         name: the plugin's name in --plugin.
         is_lazy: the model may be initialized without weights, which are read once it is split over the ranks.
-        offloaded: parts of the memory forecast that lie in the host's memory.
+        offloaded: parts of the memory forecast that are in the host's memory.
         saves_step_as_tensor: its checkpoint code expects each parameter's Adam step as a tensor, not a number.
     """
 
@@ -63,7 +63,7 @@ class Plugin:
         return False
 
     def problems(self) -> list[str]:
-        """What this plugin cannot do of the settings, one sentence each. The flags are named, since users read this."""
+        """The settings that this plugin does not support: one sentence each for users, so it names their flags."""
         settings, problems = self.settings, []
         hybrid = plugin_names.HYBRID_3D
         if settings.tp_size > 1:
@@ -79,8 +79,8 @@ class Plugin:
     def arguments(self, *, parameters: int, on_cpu: bool) -> dict[str, Any]:
         """Keyword arguments of ColossalAI's plugin class for a model of that many parameters."""
         # An infinite bound clips nothing, and unlike 0 still makes the plugin compute the norm, which is logged. Gemini
-        # on a GPU must have it: it frees a chunk that accumulates while another stream copies from it (chunk.py:556),
-        # and only the host's wait for the norm keeps others from using that memory before.
+        # on a GPU needs it: it frees an accumulating chunk while another stream copies from it (chunk.py:556), and only
+        # the host's wait for the norm prevents that this memory is reused too early.
         max_norm = self.settings.max_norm or math.inf
         return {
             "precision": self.settings.precision,
@@ -107,7 +107,7 @@ class Plugin:
         """Called after each step and `zero_grad`; `norm` is None if the step was skipped since fp16 overflowed."""
 
     def evaluating(self, model) -> contextlib.AbstractContextManager:
-        """A context for forward passes without gradients, which training does not notice."""
+        """A context for forward passes without gradients, which have no effect on training."""
         return contextlib.nullcontext()
 
     def before_saving_model(self, optimizer) -> None:
@@ -134,7 +134,7 @@ class Gemini(Plugin):
     prefetched = 1
     # Chunks have at least this many million elements, and Gemini never shards a model that is smaller.
     min_chunk_m = 32.0
-    # A small model has this many chunks all the same.
+    # Even a small model has this many chunks.
     least_chunks = 8
 
     def problems(self) -> list[str]:
@@ -152,7 +152,7 @@ class Gemini(Plugin):
             "min_chunk_size_m": chunk_m,
             "search_range_m": chunk_m,
             "max_prefetch": self.prefetched,
-            # Asynchronous reduction pins host memory, which needs a GPU, and frees what it sends.
+            # Asynchronous reduction pins host memory, which needs a GPU, and frees tensors that are being sent.
             "enable_async_reduce": not on_cpu,
         }
 
@@ -173,7 +173,7 @@ class Gemini(Plugin):
 
     @contextlib.contextmanager
     def evaluating(self, model) -> Iterator[None]:
-        """Gather weights as a forward pass alone needs them, and restore what Gemini has recorded of a step."""
+        """Gather weights for a forward pass without backward, and restore what Gemini has recorded of a step."""
         manager = model.gemini_manager
         # Gemini records the operations of its first step. It would prefetch for backward at the end of forward.
         policy = manager.placement_policy
@@ -309,7 +309,7 @@ class Hybrid3D(Plugin):
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import HybridParallelPlugin
 
-        # On all ranks or on none: copies of a norm that are computed in two ways would drift apart.
+        # On all ranks or on none: copies of a norm that are computed by two implementations would diverge.
         fused_norm = not on_cpu and not collectives.any_rank(not has_apex_norm())
         if fused_norm:
             logs.get_logger().info("Norms: fused, by apex")
@@ -347,7 +347,7 @@ def plugin_of(settings: EngineSettings) -> Plugin:
 
 
 def has_apex_norm() -> bool:
-    """True if there is a GPU, and apex with its compiled RMSNorm, which ColossalAI can put in place of the model's."""
+    """True if there is a GPU, and apex with its compiled RMSNorm, which ColossalAI can use instead of the model's."""
     import importlib
 
     import torch

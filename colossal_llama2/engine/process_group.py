@@ -14,9 +14,10 @@ from typing import NoReturn
 from colossal_llama2 import launcher, logs
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 
-# ColossalAI logs it to the root logger for every model whose weights are in a single file. A filter of a logger sees
-# only what is logged to that logger itself.
+# ColossalAI logs this to the root logger for every model whose weights are in a single file. A logger's filter only
+# applies to messages that are logged to that logger itself.
 UNSHARDED_ADVICE = "Please avoid using unsharded checkpointing methods when dealing with large models!"
 
 
@@ -26,7 +27,7 @@ def _is_not_advice(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _no_toolkit_named() -> Iterator[None]:
-    """Without a GPU, name no CUDA toolkit while torch.utils.cpp_extension is imported.
+    """Without a GPU, hide the CUDA toolkit while torch.utils.cpp_extension is imported.
 
     If one is installed, it would print "No CUDA runtime is found". Nothing here is compiled for CUDA without a GPU.
     """
@@ -55,12 +56,12 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
         meet: called when the libraries are imported, before the ranks are joined.
 
     Raises:
-        UserError: there are more processes on this host than GPUs, or ColossalAI is of an unknown version.
+        UserError: there are more processes on this host than GPUs, or this version of ColossalAI is not supported.
     """
     here = launcher.settle()
     # PyTorch would start a pool of compiler processes at import, and nothing is compiled here.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    # ColossalAI warns of missing packages (apex, tensornvme), of which at most apex's norms would be used. PyTorch
+    # ColossalAI warns about missing packages (apex, tensornvme), though only apex's norms would be used. PyTorch
     # warns of TorchScript in a module that ColossalAI imports.
     with warnings.catch_warnings(record=True), _no_toolkit_named():
         import colossalai.booster.plugin
@@ -84,8 +85,9 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
         _set_timeout(timeout_seconds)
     if torch.cuda.is_available() and here.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK={here.local_rank}, but {socket.gethostname()} has {torch.cuda.device_count()} GPUs; start one "
-            f"process for each GPU, such as with --nproc_per_node {torch.cuda.device_count()}"
+            f"LOCAL_RANK={here.local_rank}, but {socket.gethostname()} has "
+            f"{counted(torch.cuda.device_count(), 'GPU')}; start one process for each GPU, such as with "
+            f"--nproc_per_node {torch.cuda.device_count()}"
         )
     meet()
     colossalai.launch(

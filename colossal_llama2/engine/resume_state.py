@@ -14,13 +14,14 @@ from colossal_llama2.engine import loss_scale
 from colossal_llama2.engine.plugins import Plugin, plugin_of
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import open_to_umask, sync
 
 if TYPE_CHECKING:
     import numpy as np
 
 MASTERS_NAME = "master_weights"
-# The settings that decide how the weights are split over the ranks. All others may change without cost.
+# The settings that decide how the weights are split over the ranks. If others change, the exact state stays usable.
 LAYOUT_SETTINGS = (
     "plugin",
     "precision",
@@ -33,7 +34,7 @@ LAYOUT_SETTINGS = (
 
 
 class Resumable(Ranks, Protocol):
-    """What is saved of an Engine."""
+    """The parts of an Engine that are saved here."""
 
     plugin: Plugin
     optimizer: Any
@@ -78,7 +79,7 @@ def load_masters(engine: Resumable, folder: str) -> None:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             if len(list(file.keys())) != len(targets):
-                raise ValueError(f"{len(list(file.keys()))} tensors, this rank has {len(targets)}")
+                raise ValueError(f"{counted(len(list(file.keys())), 'tensor')}, this rank has {len(targets)}")
             for i, target in enumerate(targets):
                 tensor = file.get_tensor(f"{i:05d}")
                 if tensor.shape != target.shape:

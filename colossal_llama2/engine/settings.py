@@ -1,4 +1,4 @@
-"""The settings of a training step, and what an engine and a dry run have in common.
+"""The settings of a training step, and the interface that an engine and a dry run share.
 
 Imports neither torch nor ColossalAI.
 """
@@ -11,13 +11,13 @@ from colossal_llama2.model.trainable import Trainable
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What decides how a step is computed.
+    """The settings that decide how a step is computed.
 
     Attributes:
         plugin: one of PLUGIN_NAMES.
         precision: fp32, bf16 or fp16.
         tp_size, pp_size, sp_size: numbers of ranks that share a layer, the layers, and a sample.
-        zero_stage: 0 to 2; read by plugin 3d alone.
+        zero_stage: 0 to 2; used only by plugin 3d.
         max_norm: gradients are clipped to this norm; 0 disables clipping.
         accumulation_steps: micro batches of a step.
         use_flash_attn: use fused attention.
@@ -57,7 +57,7 @@ class EngineSettings:
 
 
 class Ranks(Protocol):
-    """The ranks of a job as this rank sees them: an Engine, or the ranks that a dry run assumes."""
+    """The ranks of a job and this rank's number: an Engine, or the ranks that a dry run assumes."""
 
     @property
     def rank(self) -> int:

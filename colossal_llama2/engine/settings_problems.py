@@ -9,7 +9,7 @@ from colossal_llama2.engine.settings import EngineSettings
 
 
 def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
-    """What is wrong with the settings for that many ranks: one sentence each, none if they can run."""
+    """The problems of the settings for this number of ranks: one sentence each, none if they can run."""
     problems = plugin_of(settings).problems()
     if world_size % settings.model_ranks:
         sizes = {"--tp": settings.tp_size, "--pp": settings.pp_size, "--sp": settings.sp_size}

@@ -20,6 +20,7 @@ from colossal_llama2.model.model_folder import check_model_files, shard_names
 from colossal_llama2.model.positions import positions_of
 from colossal_llama2.model.tied_weights import check_is_one_matrix
 from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.given_paths import is_hub_name, no_folder
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.terminal_text import show
@@ -135,7 +136,7 @@ def load_model(model_path: str, device: str | None):
 
 
 def generate(model, tokenizer, prompt: str, settings: GenerationSettings) -> str:
-    """Continue `prompt`, fed as it is, and return the new text alone.
+    """Continue `prompt`, which is not changed, and return only the new text.
 
     The answer is what follows the prompt's last token; it ends before an end-of-text token.
 
@@ -301,12 +302,12 @@ def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
     room = context - prompt_length
     if room < 1:
         raise UserError(
-            f"the prompt has {prompt_length:,} tokens, the model's context has {context:,}: no room for an answer; "
-            f"shorten --input_txt"
+            f"the prompt has {counted(prompt_length, 'token')}, the model's context has {context:,}: "
+            f"no room for an answer; shorten --input_txt"
         )
     get_logger().info(
-        f"the prompt has {prompt_length:,} tokens and the model's context has {context:,}: "
-        f"at most {room:,} new tokens are generated, not {max_new_tokens:,}"
+        f"the prompt has {counted(prompt_length, 'token')} and the model's context has {context:,}: "
+        f"generating at most {counted(room, 'new token')}, not {max_new_tokens:,}"
     )
     return room
 

@@ -41,7 +41,7 @@ def choose_attention(use_flash_attn: bool, *, precision: str, replaced: bool = F
         replaced: the engine replaces it by ColossalAI's own attention, which uses the same kernels.
     """
     if not use_flash_attn:
-        # transformers' plain attention would keep a matrix of length x length for each head and layer.
+        # transformers' eager attention would keep a matrix of length x length for each head and layer.
         name, reason = "sdpa", "PyTorch's scaled_dot_product_attention; --use_flash_attn takes flash-attn on GPUs"
     elif replaced:
         name, reason = "sdpa", f"ColossalAI's, with {_fused_kernel(precision)}"

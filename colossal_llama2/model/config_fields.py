@@ -1,7 +1,7 @@
 """The fields of a LLaMA's config.json: what each may be, checked before transformers sees the file.
 
-transformers takes nearly anything and fails much later, on a rank, or in a save; and it makes an attribute of every
-entry, whatever its name. So a model is made of the fields in FIELDS alone, which are all that a LLaMA computes with.
+transformers accepts nearly anything and fails much later, on one rank or in a save, and it makes an attribute of every
+entry, whatever its name. So a model is built from the fields in FIELDS only, which are all that a LLaMA computes with.
 Nothing here imports torch.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama2 import logs
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.model_folder import CONFIG_FILE, StrPath
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.input_files import read_settings
 from colossal_llama2.storage.json_input import is_finite, is_whole, shown
 
@@ -31,7 +32,7 @@ ACTIVATIONS = frozenset(
 )
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# Returns what is wrong with a value, as "... allowed"; None if nothing is.
+# Returns what is wrong with a value, as "... allowed"; None if it is valid.
 Rule = Callable[[Any], str | None]
 
 
@@ -138,9 +139,9 @@ def factors(value: Any) -> str | None:
     return None if are_numbers else "a list of positive numbers is allowed"
 
 
-# Also beside the fields, but only where the file has it: transformers looks whether it is there.
+# Also an entry beside the fields, but only if the file has it: transformers checks whether it exists.
 TRAINED_POSITIONS = "original_max_position_embeddings"
-# For each kind of scaling, its parameters: needed ones, and those that may be left out.
+# For each kind of scaling, its parameters: required and optional ones.
 ROPE_TYPES: dict[str, tuple[dict[str, Rule], dict[str, Rule]]] = {
     "default": ({}, {}),
     "linear": ({"factor": POSITIVE}, {}),
@@ -287,7 +288,7 @@ def with_older_rope(config: dict, path: Path) -> dict:
             config[name] = value
         elif _rope_type_spelt(older) != _rope_type_spelt(value):
             raise UserError(
-                f"{path}: {name} is {shown(older)}, but rope_parameters says {shown(value)}; remove the wrong one"
+                f"{path}: {name} is {shown(older)}, but in rope_parameters {shown(value)}; remove the wrong one"
             )
     # Versions before 4.43 do not know this type.
     if config.get("rope_scaling") in ({"rope_type": "default"}, {}):
@@ -331,8 +332,8 @@ def check_ids(settings: dict, path: Path) -> None:
 def known_ids(value: Any, vocab_size: float) -> Any:
     """The ids that are in the vocabulary, of one token id or a list, in the same form; None if there are none.
 
-    Any other id means that there is no such token, as -1 in many files. PyTorch would treat a padding id of -1 as the
-    last row and not train it; LLaMA-2's <pad> of some mirrors is one beyond the last row.
+    Any other id means that there is no such token, such as -1 in many files. PyTorch would treat a padding id of -1 as
+    the last row and not train it; the <pad> of LLaMA-2 in some mirrors is one beyond the last row.
     """
     if isinstance(value, list):
         return [token for token in value if _is_known_id(token, vocab_size)] or None
@@ -383,7 +384,7 @@ def _rope_scaling(scaling: Any, fields: dict[str, Any], path: Path) -> dict | No
 
 
 def _rope_mismatch(kind: str, scaling: dict, fields: dict[str, Any]) -> str | None:
-    """Why parameters of a scaling do not fit each other or the heads; None if they do."""
+    """Why the parameters of a scaling contradict each other or the heads; None if they do not."""
     pairs = fields["head_dim"] // 2
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         return "high_freq_factor must be above low_freq_factor"
@@ -392,17 +393,17 @@ def _rope_mismatch(kind: str, scaling: dict, fields: dict[str, Any]) -> str | No
     if kind != "longrope":
         return None
     if any(len(scaling[name]) != pairs for name in ("short_factor", "long_factor")):
-        return f"short_factor and long_factor need {pairs} numbers each, half of head_dim"
+        return f"short_factor and long_factor need {counted(pairs, 'number')} each, half of head_dim"
     if TRAINED_POSITIONS not in fields and not {"factor", "attention_factor"} & scaling.keys():
         return f"it needs factor, or {TRAINED_POSITIONS} beside it"
     return None
 
 
 def llama_config(folder: StrPath, **settings: Any) -> "LlamaConfig":
-    """The transformers LlamaConfig of a folder, made of the checked fields alone; `settings` go with them.
+    """The transformers LlamaConfig of a folder, made from the checked fields only; `settings` are added to them.
 
     Raises:
-        UserError: as `read_fields`, or transformers can make none of the fields.
+        UserError: as `read_fields`, or transformers cannot make one from the fields.
     """
     from transformers import LlamaConfig
 

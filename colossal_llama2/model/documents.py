@@ -6,8 +6,8 @@ its row, 1, 2, 3 ..., and 0 on the padding at the right. A row of 3 + 2 tokens a
     documents    1 1 1 2 2 0 0 0
     positions    0 1 2 0 1 0 1 2
 
-Padding is one more document: it sees itself, so no row of a mask is hidden entirely. SDPA's gradient of such a row is
-wrong on a CPU by a factor of the row's length.
+Padding is one more document: it attends to itself, so no row of a mask is entirely hidden. SDPA's gradient of such a
+row is wrong on a CPU by a factor of the row's length.
 """
 
 from enum import Enum
@@ -39,7 +39,7 @@ def attention_inputs(
     device: "torch.device",
     shape: tuple[int, int],
 ) -> dict[str, Any]:
-    """Keyword arguments of a LLaMA's forward pass for attention: which tokens see which.
+    """Keyword arguments of a LLaMA's forward pass for attention: which tokens attend to which.
 
     Args:
         attention_mask: (batch, length) on the CPU, 1 on tokens and 0 on padding at the right; None if nothing is
@@ -107,7 +107,7 @@ def position_ids(documents: "torch.Tensor") -> "torch.Tensor":
 
 
 def block_mask(documents: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """(batch, 1, length, length): 0 where a token (row) sees another (column), the type's minimum elsewhere."""
+    """(batch, 1, length, length): 0 where a token (row) attends to another (column), the type's minimum elsewhere."""
     import torch
 
     sees = (documents[:, :, None] == documents[:, None, :]).tril()

@@ -6,15 +6,15 @@ rules follow transformers 4.51.3 and 5.24 (`GenerationConfig.validate`, `PreTrai
 
     rope          rope_parameters of version 5 becomes rope_theta and rope_scaling, which both versions read.
     token ids     An id outside the vocabulary means that there is no such token, and becomes null. nn.Embedding would
-                  take -1 for the last row, and give that row no gradient.
+                  read -1 as the last row, and give that row no gradient.
     config.json   Its generation settings move to generation_config.json, where generate() reads them, unless that file
-                  has them already.
+                  already has them.
     do_sample     If it is false, sampling values have no effect and are left out. If it is missing, generate() ignores
                   them too, but generate(do_sample=True) samples with them. So they stay and do_sample becomes true, as
                   in Meta's own later file. A temperature of 0 means greedy decoding.
     the rest      What generate() would refuse or ignore is left out.
 
-Each function returns what it has changed, in words, and keeps everything else as it is.
+Each function returns descriptions of its changes, and leaves everything else as it is.
 """
 
 import math
@@ -29,10 +29,10 @@ from colossal_llama2.model.model_folder import CONFIG_FILE, GENERATION_CONFIG_FI
 from colossal_llama2.storage.input_files import read_settings
 from colossal_llama2.storage.json_input import is_finite, is_whole
 
-# Entries that name code, or how one run computed attention.
+# Entries that name code, or the attention implementation of one run.
 CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 
-# Generation settings that old versions wrote into config.json, and what they are if nothing is said.
+# Generation settings that old versions wrote into config.json, and their defaults.
 DEFAULTS: dict[str, Any] = {
     "max_length": 20,
     "min_length": 0,
@@ -78,7 +78,7 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_whole, value))
 
 
-# What generate() accepts, besides null.
+# The values that generate() accepts, besides null.
 RANGES: dict[str, Callable[[Any], bool]] = {
     "do_sample": _is_flag,
     "temperature": lambda value: is_finite(value) and value >= 0,
@@ -109,12 +109,12 @@ RANGES: dict[str, Callable[[Any], bool]] = {
     "bad_words_ids": lambda value: isinstance(value, list) and all(map(_are_counts, value)),
     "assistant_ensemble_weight": lambda value: is_finite(value) and 0 < value < 1,
 }
-# Null means no value for most settings; these have to be one.
+# For most settings null means no value; these must have one.
 NEVER_NULL = ("do_sample", "early_stopping", "num_beams", "num_return_sequences")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "constraints")
 EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
-# Decoding methods that one version has and another does not, arguments of generate(), and settings of a machine.
+# Decoding methods that only some versions have, arguments of generate(), and settings that depend on the machine.
 NOT_PORTABLE = (
     "num_beam_groups",
     "diversity_penalty",
@@ -144,7 +144,7 @@ class ModelConfigs:
     Attributes:
         config: what config.json should hold.
         generation: what generation_config.json should hold.
-        changes: what is different from the folder's own files, in words.
+        changes: descriptions of the differences from the folder's own files.
     """
 
     def __init__(self, folder: StrPath):
@@ -153,7 +153,7 @@ class ModelConfigs:
         path = Path(folder, GENERATION_CONFIG_FILE)
         own = read_settings(path, allows_mark=True) if path.is_file() else None
         self.config, moved, self.changes = portable_config(config)
-        # Without the file, transformers takes the ids of config.json.
+        # Without the file, transformers uses the ids of config.json.
         ids = {key: self.config[key] for key in TOKEN_ID_FIELDS if self.config.get(key) is not None}
         content, moves = with_moved_settings(ids if own is None else own, moved)
         self.generation, changes = portable_generation(content, vocab_size=config.get("vocab_size"))
@@ -161,7 +161,7 @@ class ModelConfigs:
 
     def exported(self, torch_dtype: str) -> dict[str, dict[str, Any]]:
         """Both files' contents by name, of a LlamaForCausalLM whose weights are stored in `torch_dtype`."""
-        # transformers 5 writes "dtype" and believes it where both are given; 4 reads "torch_dtype" alone.
+        # transformers 5 writes "dtype" and prefers it if both are given; 4 reads only "torch_dtype".
         config = {key: value for key, value in self.config.items() if key != "dtype"}
         config.update(architectures=["LlamaForCausalLM"], torch_dtype=torch_dtype)
         return {CONFIG_FILE: config, GENERATION_CONFIG_FILE: self.generation}
@@ -176,15 +176,15 @@ def portable_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     ids, changed = _portable_ids(kept, CONFIG_FILE, vocab_size=config.get("vocab_size"))
     changes += changed
     if "auto_map" in config:
-        changes.append(f"{CONFIG_FILE}: auto_map is left out, it names code")
+        changes.append(f"{CONFIG_FILE}: auto_map is left out, because it names code")
     return {**kept, **ids}, moved, changes
 
 
 def _with_older_names(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The config in the names and forms that transformers 4 and 5 both read, and what was changed."""
-    # Null means here that nothing is said; transformers would compute with it.
-    unsaid = [name for name, field in FIELDS.items() if field.null_is_default and config.get(name, 0) is None]
-    config = {key: value for key, value in config.items() if key not in unsaid}
+    # Null in these fields means the default; transformers would compute with it.
+    unset = [name for name, field in FIELDS.items() if field.null_is_default and config.get(name, 0) is None]
+    config = {key: value for key, value in config.items() if key not in unset}
     for name in ("torch_dtype", "dtype"):
         if isinstance(config.get(name), str):
             config[name] = config[name].removeprefix("torch.")
@@ -198,7 +198,7 @@ def _with_older_names(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def with_moved_settings(content: dict[str, Any], moved: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """generation_config.json with the settings of config.json that it has not, and what was changed."""
+    """generation_config.json with the settings of config.json that it lacks, and what was changed."""
     new = {key: value for key, value in moved.items() if key not in content}
     old = {key: value for key, value in moved.items() if content.get(key, value) != value}
     changes = [f"{CONFIG_FILE}: {_listed(new)} moved to {GENERATION_CONFIG_FILE}"] if new else []
@@ -214,15 +214,15 @@ def portable_generation(content: dict[str, Any], *, vocab_size: int | None = Non
     unusable: dict[str, Any] = {}
     for key, value in {**content, **ids}.items():
         allowed = RANGES.get(key)
-        # JSON has no NaN and no infinity.
+        # JSON has neither NaN nor infinity.
         is_json = not isinstance(value, float) or math.isfinite(value)
         is_usable = key not in NEVER_NULL if value is None else is_json and (allowed is None or allowed(value))
         (kept if is_usable else unusable)[key] = value
-    for rule in (_leave_out_unportable, _settle_sampling, _settle_beams, _settle_outputs):
+    for rule in (_leave_out_unportable, _normalize_sampling, _normalize_beams, _normalize_outputs):
         unusable.update(rule(kept, changes))
-    told = {key: value for key, value in unusable.items() if value is not None and value != DEFAULTS.get(key)}
-    if told:
-        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(told)} left out, since generate() refuses or ignores it")
+    lost = {key: value for key, value in unusable.items() if value is not None and value != DEFAULTS.get(key)}
+    if lost:
+        changes.append(f"{GENERATION_CONFIG_FILE}: {_listed(lost)} left out, since generate() refuses or ignores it")
     return kept, changes
 
 
@@ -234,7 +234,7 @@ def _portable_ids(content: dict[str, Any], name: str, *, vocab_size: int | None)
         ids = content.get(key)
         listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
         tokens = known_ids(listed, beyond) or []
-        # A text may end in several ways, and has one way to begin and one to be padded.
+        # Several tokens may end a text, but only one begins it, and only one pads it.
         is_many = isinstance(ids, list) and key == "eos_token_id"
         portable = (tokens if is_many else tokens[0]) if tokens else None
         if portable != ids:
@@ -244,49 +244,49 @@ def _portable_ids(content: dict[str, Any], name: str, *, vocab_size: int | None)
     return changed, changes
 
 
-def _taken_out(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _removed(content: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: content.pop(key) for key in keys if key in content}
 
 
 def _leave_out_unportable(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
-    out = _taken_out(content, NOT_PORTABLE)
+    out = _removed(content, NOT_PORTABLE)
     suppressed = set(content.get("suppress_tokens") or ())
     for key in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = content.get(key)
         forced = set(forced) if isinstance(forced, list) else {forced}
         if forced <= suppressed:
-            out.update(_taken_out(content, [key]))
+            out.update(_removed(content, [key]))
     return out
 
 
-def _settle_sampling(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+def _normalize_sampling(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     values = [key for key in SAMPLING if content.get(key, DEFAULTS[key]) not in (None, DEFAULTS[key])]
     if content.get("temperature") == 0:
         content["do_sample"] = False
-        changes.append(f"{GENERATION_CONFIG_FILE}: temperature 0 is now do_sample false, which is what it means")
+        changes.append(f"{GENERATION_CONFIG_FILE}: temperature 0 is now do_sample false, which has the same meaning")
     if not values or content.get("do_sample") is True:
         return {}
     if "do_sample" in content or content.get("num_beams", 1) > 1:
-        # Beam search does not sample unless it is told to.
-        return _taken_out(content, values)
+        # Beam search does not sample without do_sample.
+        return _removed(content, values)
     content["do_sample"] = True
-    told = _listed({key: content[key] for key in values})
-    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, since {told} are for sampling")
+    listed = _listed({key: content[key] for key in values})
+    changes.append(f"{GENERATION_CONFIG_FILE}: do_sample is now true, as {listed} set up sampling")
     return {}
 
 
-def _settle_beams(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+def _normalize_beams(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     beams, samples = content.get("num_beams", 1), content.get("do_sample") is True
-    out = _taken_out(content, BEAMS) if beams == 1 else {}
+    out = _removed(content, BEAMS) if beams == 1 else {}
     most = beams if beams > 1 else math.inf if samples else 1
     if content.get("num_return_sequences", 1) > most:
-        out.update(_taken_out(content, ["num_return_sequences"]))
+        out.update(_removed(content, ["num_return_sequences"]))
     return out
 
 
-def _settle_outputs(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+def _normalize_outputs(content: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     ignored = [key for key in EXTRA_OUTPUTS if content.get(key) is True]
-    return {} if content.get("return_dict_in_generate") is True else _taken_out(content, ignored)
+    return {} if content.get("return_dict_in_generate") is True else _removed(content, ignored)
 
 
 def _listed(values: dict[str, Any]) -> str:
@@ -296,7 +296,7 @@ def _listed(values: dict[str, Any]) -> str:
 def accepted_generation(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The content if the installed transformers accepts it without a warning, else its token ids; and what was changed.
 
-    The rules above should leave nothing for this to find. It is for entries that they do not know.
+    The rules above should leave nothing for this to find. It is for entries that they do not cover.
     """
     from transformers import GenerationConfig
 
@@ -311,4 +311,4 @@ def accepted_generation(content: dict[str, Any]) -> tuple[dict[str, Any], list[s
         return content, []
     ids = {key: content[key] for key in TOKEN_ID_FIELDS if key in content}
     reason = textwrap.shorten(reason, 200)
-    return ids, [f"{GENERATION_CONFIG_FILE}: all but token ids is left out, transformers refuses it ({reason})"]
+    return ids, [f"{GENERATION_CONFIG_FILE}: all but the token ids is left out, transformers refuses it ({reason})"]

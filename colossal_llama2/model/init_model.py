@@ -55,6 +55,7 @@ from colossal_llama2.model.safetensors_stream import (
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING, check_is_one_matrix
 from colossal_llama2.model.training_history import HISTORY_FILE, vocabulary_stage
 from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import (
     check_can_create,
     contents_of,
@@ -143,7 +144,7 @@ def init_model(settings: InitModelSettings) -> None:
 
     Raises:
         UserError: something is wrong with the folders. Nothing was written.
-        RunError: the disk is too small. Nothing was written.
+        RunError: there is too little space on the disk. Nothing was written.
     """
     overwrite = settings.overwrite
     source = Path(os.path.abspath(settings.source_model_and_tokenizer_path))
@@ -187,7 +188,7 @@ def init_model(settings: InitModelSettings) -> None:
     padding = f" ({rows.padding:,} of them without a token)" if rows.padding else ""
     show_line(
         f"vocabulary {source_rows:,} -> {rows.vocab_size:,}{padding}, "
-        f"{rows.new:,} rows initialized in each of {matrices} matrices, {total:,} bytes written"
+        f"{counted(rows.new, 'row')} initialized in each of {matrices} matrices, {total:,} bytes written"
     )
 
 
@@ -216,11 +217,11 @@ def _check_target(source: Path, tokenizer: Path, target: Path, *, overwrite: boo
         _check_replaceable(target, source)
     elif held:
         raise UserError(
-            f"--target_model_path {target} holds a model already ({held[0]}); give a new folder, or --overwrite"
+            f"--target_model_path {target} already holds a model ({held[0]}); give a new folder, or --overwrite"
         )
     elif not os.path.samefile(target, tokenizer):
         raise UserError(
-            f"--target_model_path {target} exists already; give a new folder, or --target_tokenizer_path's own"
+            f"--target_model_path {target} already exists; give a new folder, or --target_tokenizer_path's own"
         )
     check_can_create(target, "--target_model_path")
     if overwrite:
@@ -318,8 +319,8 @@ def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
     _check_extends(source, tokenizer, old=old, new=new)
     if source_rows < len(old):
         raise UserError(
-            f"the embedding of {source} has {source_rows} rows, fewer than the {len(old)} pieces of its tokenizer; "
-            "give the tokenizer that belongs to the model"
+            f"the embedding of {source} has {counted(source_rows, 'row')}, fewer than the {len(old)} pieces of its "
+            "tokenizer; give the tokenizer that belongs to the model"
         )
     old_added = {token: index for token, index in read_added_tokens(source, len(old)).items() if index < source_rows}
     new_added = read_added_tokens(tokenizer, len(new))
@@ -364,7 +365,7 @@ def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Chan
 
 def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
-    changed[NEW_ROWS_KEY] = rows.new_ranges or _noted_ranges(config, rows)
+    changed[NEW_ROWS_KEY] = rows.new_ranges or _recorded_ranges(config, rows)
     # The source's rows without a token are not in the target.
     changed.pop(PADDING_ROWS_KEY, None)
     if rows.padding:
@@ -390,18 +391,18 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
         write_json(folder / GENERATION_CONFIG_FILE, portable)
 
 
-def _noted_ranges(config: dict, rows: Rows) -> list[list[int]]:
+def _recorded_ranges(config: dict, rows: Rows) -> list[list[int]]:
     """The new rows that the source's config records, as target rows. Used if this run adds no new rows."""
-    noted = config.get(NEW_ROWS_KEY)
-    if not isinstance(noted, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in noted):
+    recorded = config.get(NEW_ROWS_KEY)
+    if not isinstance(recorded, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in recorded):
         return []
-    if not all(type(border) is int for pair in noted for border in pair):
+    if not all(type(border) is int for pair in recorded for border in pair):
         return []
     found: list[list[int]] = []
     # Rows without a token are not in the target.
     sources = [*((row, row) for row in range(rows.kept)), *sorted(rows.moved_ids.items(), key=lambda ids: ids[1])]
     for old, new in sources:
-        if not any(begin <= old < end for begin, end in noted):
+        if not any(begin <= old < end for begin, end in recorded):
             continue
         if found and found[-1][1] == new:
             found[-1][1] += 1

@@ -30,6 +30,7 @@ from colossal_llama2.model.model_folder import (
 )
 from colossal_llama2.model.positions import positions_of, scaling_type
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING, check_is_one_matrix
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.given_paths import no_folder, what_it_holds
 from colossal_llama2.storage.input_files import ANY_SIZE, check_regular, is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
@@ -49,7 +50,7 @@ PADDING_ROWS_KEY = "padding_rows"
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes of a model, in elements and rows, which are known before its weights are read.
+    """Sizes of a model, in elements and rows, which config.json gives before the weights are read.
 
     `embedding_parameters` are the part of `parameters` that --freeze_non_embeds_params trains. `positions` is
     `max_position_embeddings` scaled by rope_scaling, which is of the type `scaling`.
@@ -85,7 +86,7 @@ def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) 
     if needs_weights and not has_weights(folder):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         cure = (
-            "its pickled weights can run code and are not read here, load it once with transformers where you trust it "
+            "pickled weights can run code and are not read here; load it once with transformers where you trust it "
             "and save_pretrained() it"
             if pickled
             else f"a LLaMA folder holds {WEIGHTS_FILE}, or {INDEX_FILE} and its shards"
@@ -127,7 +128,7 @@ class StoredWeight(NamedTuple):
     shape: tuple[int, ...]
 
 
-# Dtypes that can be trained; integers and 8-bit floats are of quantized models.
+# Dtypes that can be trained. Quantized models have integers and 8-bit floats.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 LAYER_NAME = re.compile(r"model\.layers\.(\d{1,9})\..*", re.ASCII)
 # A LLaMA has at most 13 a layer.
@@ -147,7 +148,7 @@ def check_weights(path: StrPath) -> None:
     found = [int(match[1]) for match in map(LAYER_NAME.fullmatch, stored) if match]
     if found and max(found) + 1 != fields["num_hidden_layers"]:
         raise UserError(
-            f"{path}: has weights of {max(found) + 1:,} layers, num_hidden_layers of its config.json is "
+            f"{path}: has weights of {counted(max(found) + 1, 'layer')}, num_hidden_layers of its config.json is "
             f"{fields['num_hidden_layers']:,}; weights and config.json must be of the same model"
         )
     expected = dict(expected_shapes(fields))
@@ -157,7 +158,7 @@ def check_weights(path: StrPath) -> None:
     problems += [f"has the unknown weight {shown(name)[1:-1]}" for name in stored.keys() - expected.keys()]
     both = expected.keys() & stored.keys()
     problems += [
-        f"has {name} of shape {stored[name].shape}, its config.json asks for {expected[name]}"
+        f"has {name} of shape {stored[name].shape}, its config.json requires {expected[name]}"
         for name in both
         if stored[name].shape != expected[name]
     ]
@@ -254,7 +255,7 @@ def stored_weights(path: StrPath) -> dict[str, StoredWeight]:
     """The tensors of a checkpoint, by the headers of its safetensors, without constants that old checkpoints store.
 
     Raises:
-        UserError: a file is missing or damaged, or does not hold exactly what the index says.
+        UserError: a file is missing or damaged, or does not hold exactly the tensors that the index lists.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -283,7 +284,7 @@ def stored_weights(path: StrPath) -> dict[str, StoredWeight]:
         for name in sorted(listed.keys() | places.keys()):
             if listed.get(name) != places.get(name):
                 raise UserError(
-                    f"{path}: {shown(name)[1:-1]} is in {places.get(name, 'no file')}, {INDEX_FILE} says "
+                    f"{path}: {shown(name)[1:-1]} is in {places.get(name, 'no file')}, but {INDEX_FILE} names "
                     f"{listed.get(name, 'nothing')}; copy the model again from its source"
                 )
     return found
@@ -300,7 +301,7 @@ def load_llama(path: StrPath, *, precision: str, attention: str) -> "LlamaForCau
     from transformers import LlamaForCausalLM
 
     check_model_files(Path(path))
-    # In the config and not as an argument, since ColossalAI's lazy from_pretrained takes no attn_implementation.
+    # In the config and not as an argument, since ColossalAI's lazy from_pretrained has no attn_implementation.
     config = llama_config(path, attn_implementation=attention)
     with unpickling_refused():
         return LlamaForCausalLM.from_pretrained(

@@ -1,9 +1,9 @@
 """NEFTune: uniform noise on the input embeddings while fine-tuning (Jain et al., arXiv 2310.05914, algorithm 1).
 
 Its magnitude is alpha / sqrt(L * d) for a sequence of L tokens and width d, so that the noise of a whole sequence has
-the same expected norm for every length. In the paper a sequence is one conversation; where several are spliced into a
-sample and kept apart, each is a sequence of its own. Padding is not counted. The paper's sample code uses the padded
-length, with which the noise of a conversation would depend on the rest of its batch.
+the same expected norm for every length. In the paper a sequence is one conversation; if several are spliced into a
+sample and kept apart, each is a separate sequence. Padding is not counted. The paper's sample code uses the padded
+length, so that the noise of a conversation would depend on the rest of its batch.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class EmbeddingNoise(NoNoise):
     """Adds noise in [-1, 1] * alpha / sqrt(L * d) to the embeddings of each document of L tokens and width d.
 
     The noise is a function of (seed, data rank, step, micro step): partners of a tensor-parallel group draw the same,
-    ranks with other data draw another, and a resumed run draws what the uninterrupted one would have.
+    ranks with other data draw different noise, and a resumed run draws the same noise as the uninterrupted one.
     """
 
     def __init__(self, *, alpha: float, seed: int, data_rank: int):

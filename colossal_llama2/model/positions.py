@@ -1,11 +1,11 @@
 """The number of positions of a model: its config.json's max_position_embeddings, scaled by rope_scaling.
 
-By transformers 4.51 (configuration_llama.py: "a `factor` of x will enable the model to handle sequences of length x *
-original maximum pre-trained length"; modeling_rope_utils.py) and as vLLM derives a model's length from the same file:
+As in transformers 4.51 (configuration_llama.py: "a `factor` of x will enable the model to handle sequences of length x
+* original maximum pre-trained length"; modeling_rope_utils.py) and in vLLM, which reads the same file:
 
     linear, dynamic    max_position_embeddings is the length of pre-training: times `factor`
     yarn               the same; where rope_scaling has original_max_position_embeddings, that times `factor`
-    llama3, longrope   max_position_embeddings is the extended length already
+    llama3, longrope   max_position_embeddings is already the extended length
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ EXTENDED_BY_FACTOR = ("linear", "dynamic", "yarn")
 
 
 def positions_of(config: Any) -> int:
-    """The longest sample, in tokens, of a transformers LlamaConfig, or of another object with these two attributes.
+    """The longest possible sample, in tokens, of a transformers LlamaConfig, or another object with its attributes.
 
     Never below its max_position_embeddings.
     """
@@ -27,7 +27,7 @@ def positions_of(config: Any) -> int:
     factor = scaling.get("factor")
     if not is_finite(factor):
         return positions
-    # The functions of the other two read max_position_embeddings alone.
+    # The functions of the other two read only max_position_embeddings.
     original = scaling.get("original_max_position_embeddings") if scaling_type(config) == "yarn" else None
     return max(positions, int((original if is_finite(original) else positions) * factor))
 
@@ -42,7 +42,7 @@ def scaling_type(config: Any) -> str | None:
 
 
 def described(positions: int, scaling: str | None) -> str:
-    """For messages: the number of positions of a model, and where it is from. `scaling` is its `scaling_type`."""
+    """For messages: the number of positions of a model, and its source. `scaling` is its `scaling_type`."""
     scaled = f", and rope_scaling of type {scaling}" if scaling else ""
     return f"the model has {positions} positions (max_position_embeddings of its config.json{scaled})"
 

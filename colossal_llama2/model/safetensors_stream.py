@@ -31,7 +31,7 @@ METADATA = "__metadata__"
 # The dtypes that can be averaged and converted, by the format's names: PyTorch's name and bytes.
 FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 CHUNK_BYTES = 16 * 2**20
-# As much as stays in a processor's cache while it is summed, converted and written.
+# The amount that stays in a processor's cache while it is summed, converted and written.
 ROWS_AT_A_TIME = 256
 # Errors of copy_file_range where two files cannot be copied inside the kernel.
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
@@ -58,9 +58,9 @@ class Shard:
 class Change:
     """How the tensors change.
 
-    In each matrix of `matrices` the first `kept` rows stay, row `kept + i` is the mean of the rows `bags[i]`, and each
-    of the last `padding` rows is the mean of the kept ones. All floating-point tensors are converted to `dtype`, a key
-    of FLOATS; None converts nothing.
+    In each matrix of `matrices` the first `kept` rows are unchanged, row `kept + i` is the mean of the rows `bags[i]`,
+    and each of the last `padding` rows is the mean of the kept ones. All floating-point tensors are converted to
+    `dtype`, a key of FLOATS; None converts nothing.
     """
 
     matrices: tuple[str, ...]

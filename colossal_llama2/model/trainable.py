@@ -10,6 +10,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import opened
 from colossal_llama2.model.loading import NEW_ROWS_KEY, ModelFacts
 from colossal_llama2.model.model_folder import StrPath
+from colossal_llama2.plurals import counted
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +50,11 @@ class Trainable:
         return self.rows is None
 
     def of_model(self, model_path: StrPath) -> "Trainable":
-        """The same choice with what the model's folder says of it. Raises UserError if the folder does not say it."""
+        """The same choice, completed from the model's folder. Raises UserError if the folder lacks what it needs."""
         return self
 
     def problems(self, *, pp_size: int, chunked_loss: str) -> list[str]:
-        """Why these settings of the engine cannot train that, one sentence each."""
+        """Why these settings of the engine cannot train this choice, one sentence each."""
         return []
 
     def prepare(self, model) -> tuple[int, int]:
@@ -77,7 +78,7 @@ class Trainable:
         return "all parameters"
 
     def layout(self) -> dict[str, Any]:
-        """What this decides of the parts of the optimizer that a rank holds, as JSON values."""
+        """How this affects which parts of the optimizer a rank holds, as JSON values."""
         return {"embeddings_only": not self.trains_layers}
 
 
@@ -119,7 +120,7 @@ class Embeddings(Trainable):
 class NewRows(Embeddings):
     """The rows that init_model.py added to the embeddings (--train_new_rows_only); `of_model` reads which.
 
-    The optimizer has the embeddings whole.
+    The optimizer holds the complete embeddings.
     """
 
     def of_model(self, model_path: StrPath) -> "NewRows":
@@ -141,7 +142,7 @@ class NewRows(Embeddings):
 
     @property
     def description(self) -> str:
-        return f"{sum(end - begin for begin, end in self.rows or ()):,} new rows of the embeddings"
+        return f"{counted(sum(end - begin for begin, end in self.rows or ()), 'new row')} of the embeddings"
 
 
 def read_new_rows(model_path: StrPath) -> Ranges:
@@ -156,7 +157,7 @@ def read_new_rows(model_path: StrPath) -> Ranges:
     size: int = config.get("vocab_size", 0)
     if not ranges:
         raise UserError(
-            f"--train_new_rows_only: {path} does not say which rows are new; initialize the model with init_model.py, "
+            f"--train_new_rows_only: {path} does not list the new rows; initialize the model with init_model.py, "
             f'or add to that file: "{NEW_ROWS_KEY}": [[FIRST, {size}]], where FIRST is the first new token id'
         )
     try:
@@ -175,9 +176,9 @@ def read_new_rows(model_path: StrPath) -> Ranges:
 def train_rows_only(embedding: "torch.nn.Module", trained: Ranges, *, vocab_size: int) -> None:
     """Make an input embedding pass gradients to the rows of these token ids only.
 
-    The embeddings of all other tokens are detached from their rows. So these rows have a gradient of exactly 0, Adam's
-    moments of them stay 0, and every bit of them stays as it is. The output is cut, not the weight, since the output is
-    the same whole tensor wherever the rows are, on one rank or on many.
+    The embeddings of all other tokens are detached from their rows. So the gradient of these rows is exactly 0, Adam's
+    moments for them stay 0, and no bit of them changes. The output is detached, not the weight, since the output is the
+    same tensor no matter how the rows are split over ranks.
     """
     import torch
 

@@ -38,7 +38,7 @@ VERSION = 1
 KINDS = ("vocabulary", "pretrain", "sft")
 MAX_BYTES = 8 * 2**20
 MAX_TEXT = 4096
-# Of a source with more parts, the fingerprints of these alone are listed; `parts` has the number of all.
+# For a source with more parts, only this many fingerprints are listed; `parts` counts all of them.
 MAX_FINGERPRINTS = 1000
 # A parent whose weights are larger is not hashed: that would delay the first step by more than a second or two.
 HASHED_BYTES = 2**30
@@ -55,7 +55,7 @@ class History(NamedTuple):
     problem: str | None = None
 
     def followed_by(self, stage: dict[str, Any], *, base_model: str) -> dict[str, Any]:
-        """The content of the file after one more stage; `base_model` is its parent, should it be the first."""
+        """The content of the file after one more stage; `base_model` is its parent if it is the first stage."""
         return {"version": VERSION, "base_model": self.base_model or base_model, "stages": [*self.stages, stage]}
 
 
@@ -124,7 +124,7 @@ def describe_parent(path: str, history: History, known: Weights | None = None) -
     """A stage's "parent": the folder that its weights come from.
 
     Args:
-        known: hashes of its weights that are at hand, such as those in a checkpoint's manifest.
+        known: hashes of its weights that are already known, such as those in a checkpoint's manifest.
     """
     weights = weights_of(path, known or {})
     parent: dict[str, Any] = {"name": name_of(path), "weights": weights}
@@ -253,11 +253,11 @@ REQUIRED = ("stage", "parent")
 
 
 def _checked(content: Any) -> History:
-    """The history in a file's content. Raises ValueError for what is not one."""
+    """The history in a file's content. Raises ValueError for any other content."""
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
         raise ValueError("it is not a training history")
     if content.get("version") != VERSION:
-        raise ValueError(f"it is of version {content.get('version')!r:.40}, this program knows {VERSION}")
+        raise ValueError(f"it is of version {content.get('version')!r:.40}, this program reads version {VERSION}")
     if not _is_text(content.get("base_model")) or not content["base_model"].strip():
         raise ValueError("its base_model is not a name")
     stages = []

@@ -1,8 +1,8 @@
 """Check that all numbers of stored weights are finite, in the dtype in which the model will hold them.
 
-A NaN in one weight shows much later, as a NaN loss or an empty answer, and is then blamed on the data. The files are
-checked, since every plugin reads the weights from them, lazy ones too. The ranks of a job share the work. Nothing is
-copied: 64 MiB of a file at a time are mapped, and stay in the host's page cache for the load.
+A NaN in one weight shows much later, as a NaN loss or an empty answer, and then looks like a fault of the data. The
+files are checked, since every plugin reads the weights from them, even with lazy loading. The ranks of a job share the
+work. Nothing is copied: 64 MiB of a file at a time are mapped, and stay in the host's page cache for the load.
 """
 
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW_BYTES = 64 * 2**20
-# What training holds weights in, under the format's names.
+# The dtypes of weights in training, under the format's names.
 PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 

@@ -1,4 +1,4 @@
-"""Files and folders: JSON and jsonl with errors that name the place, and folders that appear whole or not at all.
+"""Files and folders: JSON and jsonl with errors that name the place, and folders that appear complete or not at all.
 
 The atomicwrites package is no longer maintained, writes single files only, and does not name the file in its errors.
 """
@@ -307,7 +307,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     except OSError as error:
         # A failed write, unlike a failed open, does not name the file.
         if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, f"{error.strerror}; nothing is left of it", str(parent / name))
+            raise OSError(error.errno, f"{error.strerror}; what was written is removed", str(parent / name))
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -73,7 +73,7 @@ def read_settings(path: Path, *, allows_mark: bool = False) -> dict:
         content = path.read_bytes()
         if not allows_mark and content.startswith(codecs.BOM_UTF8):
             raise ValueError("begins with a byte order mark")
-        settings = json_input.parse(content, takes_constants=False)
+        settings = json_input.parse(content, allows_constants=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again from its source")
     except ValueError as error:

@@ -1,10 +1,10 @@
 """JSON from untrusted sources: only regular files, of bounded size and depth, with numbers checked.
 
-A file of a received folder may be a FIFO, link to a device, have gigabytes, or nest so deeply that code that walks it
+A file of a received folder may be a FIFO, link to a device, have gigabytes, or be nested so deeply that recursive code
 runs out of stack. Every problem is a ValueError with the reason; the caller adds the file's name and the fix.
 
-jsonschema and pydantic check values that are parsed already; they set no limit on the size or depth of the text and do
-not see repeated names.
+jsonschema and pydantic check parsed values; they do not limit the size or depth of the text, and do not see repeated
+names.
 """
 
 import json
@@ -52,13 +52,13 @@ def read_regular(path: Path, *, most_bytes: int = MAX_BYTES) -> bytes:
 
 
 def parse(
-    content: bytes, *, unique_names: bool = True, most_values: int = MAX_VALUES, takes_constants: bool = True
+    content: bytes, *, unique_names: bool = True, most_values: int = MAX_VALUES, allows_constants: bool = True
 ) -> Any:
     """The value in a JSON text, in UTF-8 with or without a byte order mark.
 
     Args:
         unique_names: refuse an object that has a name twice, with two values.
-        takes_constants: accept NaN, Infinity and -Infinity, which Python writes and RFC 8259 does not allow.
+        allows_constants: accept NaN, Infinity and -Infinity, which Python writes and RFC 8259 does not allow.
 
     Raises:
         ValueError: it is not JSON, or too large, or nested too deeply.
@@ -69,7 +69,7 @@ def parse(
     try:
         text = content.decode("utf-8-sig")
         hooks: dict[str, Any] = {"object_pairs_hook": _unique} if unique_names else {}
-        if not takes_constants:
+        if not allows_constants:
             hooks["parse_constant"] = _refuse_constant
         value = json.loads(text, parse_int=_whole, **hooks)
     except UnicodeDecodeError as error:

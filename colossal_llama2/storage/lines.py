@@ -84,7 +84,7 @@ class LineReader:
 
 
 def first_line_end(block: bytes, start: int) -> int:
-    """Where the line that begins at `start` ends; 0 if it may go on behind the block."""
+    """Where the line that begins at `start` ends; 0 if it may continue after the block."""
     end = block.find(b"\n", start) + 1
     # The "\r" of a "\r\n" does not end a line by itself.
     alone = block.find(b"\r", start, max(end - 2, start) if end else len(block) - 1) + 1
@@ -108,14 +108,14 @@ def count_line_ends(block: bytes, start: int, stop: int) -> int:
 
 
 class LineCounter:
-    """Counts the line ends of a stream that comes in blocks, of which one may end inside a "\\r\\n"."""
+    """Counts the line ends of a stream of blocks; a block may end inside a "\\r\\n"."""
 
     def __init__(self) -> None:
         self.count = 0
         self._returned = False
 
     def add(self, block: bytes, start: int = 0, stop: int | None = None) -> None:
-        """Count those in block[start:stop], which follows on what was added before."""
+        """Count those in block[start:stop], which continues what was added before."""
         stop = len(block) if stop is None else stop
         if start < stop:
             self.count += count_line_ends(block, start, stop) - (self._returned and block[start] == NEWLINE)

@@ -7,8 +7,8 @@ A command writes to `temporary_folder(target.parent, target.name)`, claims it, a
         ...
         publish(folder, target, replace=overwrite)
 
-No package does this. filelock locks files that it makes, and here the folder itself is locked, so that nothing is left
-in what is published; os.rename cannot exchange two folders, so renameat2 is called.
+No package does this. filelock locks files that it creates, while here the folder itself is locked, so that no lock file
+is published; os.rename cannot exchange two folders, so renameat2 is called.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import discard, sync, sync_entries
 
 AT_FDCWD = -100
@@ -76,8 +77,8 @@ def check_space(folder: Path, needed: int) -> None:
     # A file system that creates inodes on demand reports none at all.
     if inodes.f_files and inodes.f_favail < LEAST_FILES:
         raise RunError(
-            f"{place} has room for only {inodes.f_favail:,} more files (inodes, see df -i), {LEAST_FILES} are needed; "
-            "nothing was written. Remove files, or give a folder on another disk"
+            f"{place} has room for only {counted(inodes.f_favail, 'more file')} (inodes, see df -i), {LEAST_FILES} are "
+            "needed; nothing was written. Remove files, or give a folder on another disk"
         )
     free = shutil.disk_usage(place).free
     if free < needed:

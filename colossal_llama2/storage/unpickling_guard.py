@@ -66,7 +66,7 @@ def unpickling_refused(*, offline: bool = True) -> Iterator[None]:
 def _no_generation_config() -> Iterator[None]:
     """Let transformers make the generation settings from the model's, because a bad file raises arbitrary errors.
 
-    The file goes into every saved model as it is, or as the checks before a run have mended it.
+    The file is copied into every saved model, as it is or as the checks before a run have corrected it.
     """
     settings = sys.modules.get("transformers.generation.configuration_utils")
     if settings is None:
@@ -95,7 +95,7 @@ def _no_peft(*args: Any, **kwargs: Any) -> bool:
 
 
 def _refusing(original: Any, name: str) -> Any:
-    """What stands for a function or class meanwhile. A module that is imported now may keep it, so it works later."""
+    """The replacement of a function or class while a model is loaded. It also works later, as a module may keep it."""
 
     def refuse() -> None:
         if _loads:
@@ -118,7 +118,7 @@ def _refusing(original: Any, name: str) -> Any:
 
 
 def _refuse_in(module: str, around: contextlib.ExitStack) -> None:
-    """Change a module of REFUSED that was imported just now, until the load ends."""
+    """Change a module of REFUSED that was just imported, until the load ends."""
     for _, name in [entry for entry in REFUSED if entry[0] == module]:
         around.enter_context(_replaced(module, name, _refusing))
 

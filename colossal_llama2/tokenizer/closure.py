@@ -30,7 +30,7 @@ class ExtensionPlan:
     Attributes:
         characters, intermediates: how many pieces the closure adds after those of the file, in this order.
         dropped: pieces of the file that are left out because they cannot be reached.
-        given_up: pieces of the file that are left out because they exceed the budget.
+        over_budget: pieces of the file that are left out because they exceed the budget.
         altered: pieces that the model's normalizer never produces; they are dropped, unless all pieces are appended.
     """
 
@@ -39,7 +39,7 @@ class ExtensionPlan:
     characters: int
     intermediates: int
     dropped: list[str]
-    given_up: list[str]
+    over_budget: list[str]
     altered: Sequence[str] = ()
 
 
@@ -53,7 +53,7 @@ def plan_extension(
             pieces that are not reached, "off" appends all.
         piece_scores: "below" for decreasing scores below the lowest merge, in the order of the file; "zero" for score 0
             in order of length, as in the original project.
-        max_added: the maximum number of pieces to append; the last ones of the file are given up first.
+        max_added: the maximum number of pieces to append; the last ones of the file are left out first.
     """
     # No merge makes a piece whose characters never come out of the normalizer.
     altered = altered_by_normalizer(model, wanted)
@@ -63,7 +63,7 @@ def plan_extension(
 
     count, found = _longest_prefix(lambda count: close(model, wanted[:count], piece_scores), len(wanted), max_added)
     dropped = [piece for piece in altered if piece in gone] + found.dropped
-    return replace(found, dropped=dropped, given_up=list(wanted[count:]), altered=altered)
+    return replace(found, dropped=dropped, over_budget=list(wanted[count:]), altered=altered)
 
 
 def _longest_prefix(plan: Callable[[int], ExtensionPlan], total: int, limit: int | None) -> tuple[int, ExtensionPlan]:
@@ -103,7 +103,7 @@ def _complete(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Exte
     pieces = known + intermediates
     # New scores: with more pieces, float32 may need wider steps. The order stays.
     scores_of_all = _scores(model, pieces, piece_scores, num_asked=len(wanted))
-    return ExtensionPlan(pieces, scores_of_all, len(characters), len(intermediates), dropped=[], given_up=[])
+    return ExtensionPlan(pieces, scores_of_all, len(characters), len(intermediates), dropped=[], over_budget=[])
 
 
 def _drop(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> ExtensionPlan:
@@ -120,14 +120,14 @@ def _drop(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> Extensio
     kept_scores = _scores(model, kept, piece_scores, num_asked=len(kept))
     reached = set(kept)
     return ExtensionPlan(
-        kept, kept_scores, 0, 0, dropped=[piece for piece in wanted if piece not in reached], given_up=[]
+        kept, kept_scores, 0, 0, dropped=[piece for piece in wanted if piece not in reached], over_budget=[]
     )
 
 
 def _append_all(model: BpeModel, wanted: Sequence[str], piece_scores: str) -> ExtensionPlan:
     pieces = _ordered(wanted, piece_scores)
     scores = _scores(model, pieces, piece_scores, num_asked=len(pieces))
-    return ExtensionPlan(pieces, scores, 0, 0, dropped=[], given_up=[])
+    return ExtensionPlan(pieces, scores, 0, 0, dropped=[], over_budget=[])
 
 
 def _ordered(wanted: Sequence[str], piece_scores: str) -> list[str]:

@@ -26,6 +26,7 @@ from colossal_llama2.encoding.bpe_model import SPACE, unreachable
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_new_file, new_file, read_json, write_json
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.tables import print_table
@@ -76,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tokenizer that cannot be compared, and why."""
+    """A tokenizer that cannot be compared, and the reason."""
 
     tokenizer: str
     error: str
@@ -267,8 +268,8 @@ def _fast(backend, kind: str) -> Tokenizer:
         return [encoding.ids for encoding in backend.encode_batch(texts, add_special_tokens=False)]
 
     settings = json.loads(backend.to_str())
-    can_tell = settings["model"]["type"] in ("BPE", "Unigram")
-    search = (lambda: _unreachable_in_fast(backend, settings, encode)) if can_tell else None
+    can_search = settings["model"]["type"] in ("BPE", "Unigram")
+    search = (lambda: _unreachable_in_fast(backend, settings, encode)) if can_search else None
     unknown = settings["model"].get("unk_token")
     unknown_id = None if unknown is None else backend.token_to_id(unknown)
     return Tokenizer(kind, backend.get_vocab_size(with_added_tokens=True), unknown_id, encode, search)
@@ -384,8 +385,8 @@ def _print_table(rows: Sequence[Row], left_out: Sequence[LeftOut], documents: Se
         print_table(lines, align="llr")
     for entry in left_out:
         show_line(f"{entry.tokenizer}: left out: {' '.join(entry.error.split())}")
-    characters = sum(map(len, documents))
-    show_line(f"{len(documents):,} documents, {characters:,} characters, {_utf8_bytes(documents):,} bytes")
+    sizes = {"document": len(documents), "character": sum(map(len, documents)), "byte": _utf8_bytes(documents)}
+    show_line(", ".join(counted(size, noun) for noun, size in sizes.items()))
 
 
 def _as_json(rows: Sequence[Row], left_out: Sequence[LeftOut], documents: Sequence[str]) -> dict:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from colossal_llama2.encoding.parity import Difference, Measurement
+from colossal_llama2.plurals import counted
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.closure import ExtensionPlan
@@ -11,9 +12,9 @@ from colossal_llama2.tokenizer.new_pieces import NewPieces
 COUNTS = (
     ("asked", "pieces in the file"),
     ("duplicates", "repeated in the file"),
-    ("already_pieces", "pieces of the source already"),
+    ("already_pieces", "already pieces of the source"),
     ("dropped", "dropped: no merges lead to them"),
-    ("given_up", "given up for --max_added_pieces"),
+    ("given_up", "left out for --max_added_pieces"),
     ("added_from_file", "added from the file"),
     ("added_characters", "added by closure: characters"),
     ("added_intermediates", "added by closure: intermediate pieces"),
@@ -42,7 +43,7 @@ def make_report(
         "duplicates": asked.duplicates,
         "already_pieces": asked.already_pieces,
         "dropped": len(plan.dropped),
-        "given_up": len(plan.given_up),
+        "given_up": len(plan.over_budget),
         "added_from_file": len(plan.pieces) - plan.characters - plan.intermediates,
         "added_characters": plan.characters,
         "added_intermediates": plan.intermediates,
@@ -53,7 +54,7 @@ def make_report(
         "vocabulary_after": vocabulary_before + len(plan.pieces),
         "unreachable_pieces": list(unreachable[:MAX_LISTED]),
         "dropped_pieces": plan.dropped[:MAX_LISTED],
-        "given_up_pieces": plan.given_up[:MAX_LISTED],
+        "given_up_pieces": plan.over_budget[:MAX_LISTED],
         "parity": [measurement.as_dict() for measurement in measurements],
     }
 
@@ -66,14 +67,14 @@ def failures(report: dict) -> list[str]:
     changed = sum(group["changed"] for group in parity)
     found = []
     if report["unreachable"]:
-        found.append(f"{report['unreachable']:,} of {report['added']:,} new pieces are never reached")
+        found.append(f"{report['unreachable']:,} of {counted(report['added'], 'new piece')} never reached")
     if fast or slow:
         found.append(
-            f"tokenizers have new differences on {fast:,} texts (fast) and {slow:,} (slow)"
+            f"tokenizers have new differences on {counted(fast, 'text')} (fast) and {slow:,} (slow)"
             f"{_example(parity, ('fast', 'slow'))}"
         )
     if changed:
-        found.append(f"{changed:,} texts without a new piece have changed ids{_example(parity)}")
+        found.append(f"changed ids in {counted(changed, 'text')} without a new piece{_example(parity)}")
     return found
 
 
@@ -102,7 +103,7 @@ def print_report(report: dict) -> None:
         if group["first_changed"]:
             show_line(f"{group['group']}: first that changed: {group['first_changed']['text']!r}")
         if group["slow"] and group["slow"]["documents"] < group["documents"]:
-            show_line(f"{group['group']}: slow was measured on {group['slow']['documents']:,} texts")
+            show_line(f"{group['group']}: slow was measured on {counted(group['slow']['documents'], 'text')}")
     show_line(
         "fast, slow: texts on which the extension adds a difference; already: on which the source's tokenizers differ;"
     )

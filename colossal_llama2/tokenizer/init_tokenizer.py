@@ -164,7 +164,7 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(
-            f"--target_tokenizer_dir {target} exists already; give a new folder, or --overwrite to replace a tokenizer"
+            f"--target_tokenizer_dir {target} already exists; give a new folder, or --overwrite to replace a tokenizer"
         )
     real_files = [Path(os.path.realpath(path)) for path in source.iterdir()]
     if target == real_source or any(target in path.parents for path in (real_source, *real_files)):
@@ -305,7 +305,7 @@ def _check_ids(tokenizers: Tokenizers, model: BpeModel, plan: ExtensionPlan, add
     wrong = [token for token, index in expected.items() if vocabulary.get(token) != index]
     if wrong or len(vocabulary) != len(model.pieces) + len(expected):
         raise RunError(
-            f"transformers reads other ids for {wrong[:3] or 'the vocabulary'} than were written; nothing was kept. "
+            f"transformers does not read back the ids of {wrong[:3] or 'the vocabulary'}; nothing was kept. "
             f"Check {FAST_FILE} and the added tokens of the source"
         )
 

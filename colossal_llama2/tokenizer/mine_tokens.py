@@ -27,6 +27,7 @@ from colossal_llama2.charts import style, vocabulary_curve
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_new_file, new_file
 from colossal_llama2.storage.output_paths import check_apart
 from colossal_llama2.tables import print_table
@@ -137,12 +138,12 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
     lines, characters = _training_lines(train.items(), min_count)
     if not lines:
         raise UserError(
-            f"--data_input_dirs: no text to train on ({script} characters seen {min_count} times or more); give more "
-            "text, another --script or a smaller --min_count"
+            f"--data_input_dirs: no text to train on ({script} characters that occur at least "
+            f"{counted(min_count, 'time')}); give more text, another --script or a smaller --min_count"
         )
     if not measured.size:
         raise UserError(
-            f"--held_out {settings.held_out:g} held out no document, so there is none to measure on; give more "
+            f"--held_out {settings.held_out:g} held out no document, so there is nothing to measure on; give more "
             "documents"
         )
     known = set(model.pieces)
@@ -378,7 +379,10 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
     )
     print_table(rows, has_header=False)
     if count < asked:
-        show_line(f"the text has no more pieces that occur {min_count} times; give more text or a lower --min_count")
+        show_line(
+            f"the text has no more pieces that occur at least {counted(min_count, 'time')}; "
+            f"give more text or a lower --min_count"
+        )
     show_line(f"written to {output_file}")
     show_line(f"requested {asked}, mined {count}")
 

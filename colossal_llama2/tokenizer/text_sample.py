@@ -56,7 +56,7 @@ class Sample(Generic[Item]):
         self._budget = budget
         self._heap: list[tuple[int, Item, int]] = []  # largest key first, so keys are negated
         self._keys: set = set()
-        self._limit = 1 << 64  # keys from here on are refused for good; otherwise small items would fill the last gap
+        self._limit = 1 << 64  # keys from here on are always refused; otherwise small items would fill the last gap
         self.size = 0
 
     def wants(self, key: int) -> bool:

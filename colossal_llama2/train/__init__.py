@@ -1,1 +1,1 @@
-"""Training: a run and its parts (run), a step (loop), what is kept (checkpoint), how it is split (engine)."""
+"""Training: a run from its flags to the final model; benchmark, self-test, dry run, verify."""

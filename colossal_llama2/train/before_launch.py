@@ -3,7 +3,7 @@
     python -m colossal_llama2.train.before_launch --nproc_per_node 8 --hostfile hostfile train.py --pretrained ...
 
 prints nothing and exits with code 0, or prints one line and exits with 2. The run itself checks again. It imports no
-torch and writes nothing. Folders are checked on this host alone.
+torch and writes nothing. Folders are checked only on this host.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.errors import UserError
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
-# More than any job has; a larger number is a mistake.
+# No job has more; a larger number is a mistake.
 MOST_RANKS = 1_000_000
 
 

@@ -1,4 +1,4 @@
-"""How fast a training command is on this machine: train.py and train_sft.py with --benchmark, on random tokens.
+"""The speed of a training command on this machine: train.py and train_sft.py with --benchmark, on random tokens.
 
 Nothing is written except the trace of --profile.
 """
@@ -18,6 +18,7 @@ from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memo
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
 from colossal_llama2.model.config_fields import llama_config
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import new_file
 from colossal_llama2.tables import print_table
 from colossal_llama2.train.build_run import build_steps
@@ -121,7 +122,7 @@ class _Steps:
         result = train_step(engine, batches, totals, noise=self._parts.noise, step=self._step, timer=self._timer)
         self._step += 1
         self.tokens += result.tokens
-        # Those of this rank; the other ranks have about as many.
+        # Those of this rank; the other ranks have about the same number.
         self.places += sum(batch.input_ids.numel() for batch in batches) * engine.data_size
         progress.update(loss=f"{result.loss:.4f}")
         return result
@@ -164,7 +165,7 @@ def report(found: Measured, *, ranks: int, flops: float, peak_tflops: float | No
     """Rows of name, figure and remark."""
     per_second = found.tokens / found.seconds
     rows = [
-        ("tokens/s", f"{per_second:,.0f}", f"of all {ranks} ranks, {per_second / ranks:,.0f} of each"),
+        ("tokens/s", f"{per_second:,.0f}", f"{counted(ranks, 'rank')}, {per_second / ranks:,.0f} on each"),
         ("step", f"{found.seconds / found.steps:.3f} s", f"mean of {found.steps}, after {WARMUP_STEPS} to warm up"),
     ]
     rest = found.seconds - sum(found.parts.values())

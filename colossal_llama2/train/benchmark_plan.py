@@ -1,8 +1,9 @@
-"""--benchmark --dry_run: what a benchmark with these flags needs; reads no data, and weights only if there are any."""
+"""--benchmark --dry_run: what a benchmark with these flags needs. Reads no data, and only existing weights."""
 
 from colossal_llama2 import logs
 from colossal_llama2.engine.device import flops_per_token, known_peak
 from colossal_llama2.model.loading import model_without_weights
+from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show
 from colossal_llama2.train.checks import DryRunChecks
 from colossal_llama2.train.forecast.memory_report import memory_lines
@@ -45,8 +46,8 @@ def flops_lines(config: TrainConfig, inputs: JobInputs, flops: float, *, num_sam
     samples = order.samples_per_micro_step * order.accumulation_steps
     of_step = flops * max_length * samples
     lines = [
-        f"benchmark: {num_samples:,} samples of {max_length:,} tokens make "
-        f"{order.steps_after(0):,} steps of {samples:,}, of which {WARMUP_STEPS} warm up and {PROFILED_STEPS} are "
+        f"benchmark: {counted(num_samples, 'sample')} of {max_length:,} tokens make "
+        f"{counted(order.steps_after(0), 'step')} of {samples:,}; {WARMUP_STEPS} of them warm up, {PROFILED_STEPS} are "
         f"profiled",
         f"model FLOPs, forward and backward, recomputation not counted: {scaled(flops)} a token, {scaled(of_step)} a "
         f"step, {scaled(of_step / ranks)} of them on each rank",

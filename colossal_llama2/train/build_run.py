@@ -46,8 +46,8 @@ def build_run(
 ) -> Iterator[RunParts]:
     """The parts of a run, ready for its first step. Called on all ranks.
 
-    What can fail is tried before the weights are read, which takes longest. At the end of the context the reports of
-    the run are written, also after an error.
+    Whatever can fail is tried before the weights are read, which takes longest. At the end of the context the reports
+    of the run are written, also after an error.
 
     Args:
         reports: False leaves out the reports of the steps, as the benchmark of their cost does.

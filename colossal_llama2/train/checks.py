@@ -1,4 +1,4 @@
-"""Compare what is read for a run: the model with the flags and the tokenizer, token ids with the vocabulary, numbers.
+"""Compare the inputs of a run: the model with the flags and the tokenizer, token ids with the vocabulary, numbers.
 
 A job makes each check on all of its ranks together (JobChecks). A dry run makes it in one process, and collects all
 problems (DryRunChecks).
@@ -17,6 +17,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.model.positions import described
 from colossal_llama2.model.weight_numbers import check_numbers
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.from_flags import Problems
 from colossal_llama2.train.settings.ranks import PlannedRanks
@@ -104,7 +105,7 @@ class JobChecks(Checks):
 
 
 class DryRunChecks(Checks):
-    """The checks of a dry run: in this process alone, without the weights' numbers, and with all problems collected."""
+    """The checks of a dry run: in this process only, without the weights' numbers, and with all problems collected."""
 
     def __init__(self, problems: Problems):
         """
@@ -159,7 +160,8 @@ def check_model_fits(config: TrainConfig, model: ModelFacts) -> None:
         )
     if model.layers < settings.pp_size:
         raise UserError(
-            f"--pp {settings.pp_size} given, the model has {model.layers} layers; give at most that many stages"
+            f"--pp {settings.pp_size} given, the model has {counted(model.layers, 'layer')}; "
+            f"give at most that many stages"
         )
 
 
@@ -170,7 +172,7 @@ def check_tokenizer_fits(config: TrainConfig, model: ModelFacts) -> None:
     if tokens > model.vocab_size:
         raise UserError(
             f"the tokenizer of {folder} has {tokens:,} tokens, the model's vocabulary {model.vocab_size:,}; "
-            f"the tokenizer was extended and the model was not: run init_model.py, and give --pretrained the folder "
+            f"the tokenizer was extended but the model was not: run init_model.py, and give --pretrained the folder "
             f"that it writes"
         )
 

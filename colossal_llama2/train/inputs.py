@@ -1,4 +1,4 @@
-"""What a run reads before its weights: the model's shape, the data, the order of samples and where it begins.
+"""The inputs of a run before its weights: the model's shape, the data, the order of samples and the first sample.
 
 `open_inputs` is the first half of every run. A dry run ends here; build_run.py builds the rest.
 """
@@ -59,7 +59,7 @@ class LoadedData:
 
 @dataclass(frozen=True)
 class JobInputs:
-    """What is known of any job before its weights are read, of a benchmark nothing else.
+    """What is known about a job before its weights are read. For a benchmark this is all.
 
     Attributes:
         ranks: the engine of a job; of a dry run, the ranks that it plans for.
@@ -79,7 +79,7 @@ class JobInputs:
 
 @dataclass(frozen=True)
 class RunInputs(JobInputs):
-    """All that is known of a run before its weights are read.
+    """All that is known about a run before its weights are read.
 
     Attributes:
         facts: what all checkpoints of the run record.
@@ -129,7 +129,7 @@ def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: i
 
     Args:
         num_samples: random samples of an epoch.
-        needs_weights: False lets config.json alone be enough.
+        needs_weights: whether the weights must exist; if False, config.json is enough.
     """
     weights = config.source.weights
     inspect = inspect_weights if needs_weights or _has_weights(weights) else _facts_of
@@ -164,7 +164,7 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
     if samples is None:
         return None
     if not checks.may_continue():
-        # Token ids are not checked, since the model is not known for sure.
+        # Token ids are not checked, since the model may be wrong.
         checks.samples(samples, None, flag="--dataset")
         return None
     measured = checks(_measure, parts)
@@ -211,7 +211,7 @@ def _is_model(folder: StrPath) -> bool:
 
 
 def _facts_of(folder: StrPath) -> ModelFacts:
-    logs.get_logger().info("%s has no weights, or not all: planned from its config.json alone", folder)
+    logs.get_logger().info("%s has no weights, or not all: planned only from its config.json", folder)
     return facts_of_config(folder)
 
 

@@ -43,7 +43,7 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
     model.train()
     engine.boost(model)
     if source.checkpoint is None and source.weights != source.pretrained:
-        logs.get_logger().info("Loaded the weights of %s, and nothing else of that run", source.weights)
+        logs.get_logger().info("Loaded only the weights of %s", source.weights)
 
 
 def restore(saved: SavedRun, engine: Engine, facts: RunFacts) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: what one optimizer step is, and what happens between steps.
+"""The training loop: optimizer steps, and what happens between them.
 
 It depends neither on the command line nor on ColossalAI: `engine` splits the model, `loader` reads the data,
 `checkpointer` decides when to save, `evaluator` when to evaluate, and `reporter` shows the figures.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.errors import Stopped
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.stepping.nonfinite_steps import NonfiniteSteps
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 from colossal_llama2.train.stepping.state import TrainState
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunParts(StepParts):
-    """What a run is made of, besides its state.
+    """The parts of a run, besides its state.
 
     Attributes:
         schedule: the learning rate of each update, and the number of steps.
@@ -104,8 +105,8 @@ def _log_dropped(loader: StepLoader, state: TrainState) -> None:
     dropped = loader.order.dropped_after(state.sample_start_index)
     if dropped:
         logs.get_logger().info(
-            "epoch %d: %d of %d samples are left over, too few for a micro batch on every rank",
+            "epoch %d: %d of %s left over, too few for a micro batch on every rank",
             state.epoch,
             dropped,
-            loader.order.num_samples,
+            counted(loader.order.num_samples, "sample"),
         )

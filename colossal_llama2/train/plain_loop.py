@@ -1,6 +1,6 @@
-"""Training without any of the suite's engine: one process, one document at a time, and what PyTorch itself has.
+"""Training without the suite's engine: one process, one document at a time, and only PyTorch itself.
 
-`selftest` holds the real thing against it, so nothing is shared but the data and the learning rate.
+`selftest` compares real training with it, so only the data and the learning rate are shared.
 """
 
 import math
@@ -36,13 +36,13 @@ def train(
     weight_decay: float,
     together: int = 1,
 ) -> Trace:
-    """AdamW over float32 copies of a transformers model's trainable weights, in whatever format those are.
+    """AdamW over float32 copies of a transformers model's trainable weights, whatever their dtype.
 
     Args:
         steps: the documents of each optimizer step; its loss is the mean over all predicted tokens of all of them.
         learning_rate: of the step counted from 0.
         max_norm: of the gradient; 0 clips nothing.
-        together: documents in one forward pass, padded on the right, where a causal model's tokens do not see it.
+        together: documents in one forward pass, padded on the right, which a causal model's tokens do not attend to.
     """
     import torch
 
@@ -78,7 +78,7 @@ def train(
 
 
 def _clip(gradients: Sequence["torch.Tensor"], max_norm: float) -> float:
-    """Scale gradients to a common norm of at most `max_norm`; returns what it was.
+    """Scale gradients to a common norm of at most `max_norm`; returns the norm before that.
 
     torch.nn.utils.clip_grad_norm_ adds up squares in float32, which on a CPU loses 0.2 % of the norm of 32 M numbers.
     """

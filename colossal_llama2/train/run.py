@@ -7,6 +7,7 @@ from colossal_llama2 import logs
 from colossal_llama2.engine.process_group import launch, leave
 from colossal_llama2.engine.ranks.liveness import Watch
 from colossal_llama2.errors import Stopped
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.benchmark import benchmark
 from colossal_llama2.train.build_run import build_run, make_record
 from colossal_llama2.train.checkpointing import resuming
@@ -69,7 +70,7 @@ def _finish_again(config: TrainConfig, inputs: RunInputs, record: StageRecord) -
 
 
 def _log_end(config: TrainConfig, inputs: RunInputs, parts: RunParts, final: Path) -> None:
-    """Log that all is done. Raises Stopped if a signal came during the last step."""
+    """Log the end of the run. Raises Stopped if a signal came during the last step."""
     state = inputs.start.state
     number = agreed_signal(parts.engine.sum_over_data(parts.stop.received()))
     if number is not None:
@@ -77,10 +78,10 @@ def _log_end(config: TrainConfig, inputs: RunInputs, parts: RunParts, final: Pat
     unread = config.recipe.num_epochs * inputs.order.num_samples - inputs.facts.first_sample - state.samples_seen
     log_overflows(state)
     logs.get_logger().info(
-        "Done: %d steps%s, %s tokens; unread samples: %s. The model is in %s",
-        state.step,
+        "Done: %s%s, %s; unread samples: %s. The model is in %s",
+        counted(state.step, "step"),
         without_update(state),
-        f"{state.tokens_seen:,}",
+        counted(state.tokens_seen, "token"),
         f"{unread:,}",
         final,
     )

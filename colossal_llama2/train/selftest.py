@@ -1,4 +1,4 @@
-"""Prove on this very machine that training is correct, before a week of it.
+"""Prove that training is correct on this machine, before a long run.
 
     colossalai run --nproc_per_node 8 --hostfile hostfile -m colossal_llama2.train.selftest \\
         --plugin zero2 --mixed_precision bf16 --work_dir /shared/selftest
@@ -23,6 +23,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import meeting, orphans
 from colossal_llama2.errors import RunError
+from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train import plain_loop
 from colossal_llama2.train.plain_loop import Document, Trace
@@ -44,7 +45,7 @@ SHAPE = {
 ALLOWED = {"fp32": (1e-5, 1e-4, 1e-4), "bf16": (1e-3, 1e-2, 1e-2)}
 GAPS = 2.0
 TOGETHER = 8
-# The plain loop runs on one rank alone, while the others wait.
+# The plain loop runs only on one rank, while the others wait.
 WAIT_SECONDS = 3600.0
 
 
@@ -86,7 +87,7 @@ def run_and_compare(config: SelftestConfig) -> None:
             make_inputs(config)
     checkpoint = config.home("whole") / "checkpoints" / f"epoch-0_step-{config.middle}"
     for name, begins_at in (("whole", None), ("resumed", checkpoint)):
-        logs.get_logger().info("### %s: %d steps", name, config.steps)
+        logs.get_logger().info("### %s: %s", name, counted(config.steps, "step"))
         run.run(config.run_config(name, load_checkpoint=begins_at))
     with collectives.all_or_none():
         if logs.is_first_rank():
@@ -107,7 +108,7 @@ def make_inputs(config: SelftestConfig) -> None:
     make_model(config.model_dir, documents)
     rows = (json.dumps({"target": document}) + "\n" for document in documents)
     (data_dir / "documents.jsonl").write_text("".join(rows), encoding="utf-8")
-    with open(work / "prepared.txt", "w", encoding="utf-8") as account, contextlib.redirect_stdout(account):
+    with open(work / "prepared.txt", "w", encoding="utf-8") as output, contextlib.redirect_stdout(output):
         prepare_pretrain(
             data_input_dirs=[str(data_dir)],
             tokenizer_dir=str(config.model_dir),

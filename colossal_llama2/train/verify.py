@@ -22,6 +22,7 @@ from colossal_llama2.engine.resume_state import MASTERS_NAME
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import check_model, inspect_weights, model_without_weights
 from colossal_llama2.model.model_folder import shard_names
+from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.checkpointing.saved_run import SavedRun
 from colossal_llama2.train.run_folder import checkpoint_files
@@ -65,8 +66,8 @@ def verify(checkpoint: str) -> Iterator[str]:
     saved = SavedRun.read(folder)
     state = saved.state
     _check_entries(folder / STATES_NAME, saved.entries)
-    place = f"epoch {state.epoch}, step {state.step}, {state.samples_seen:,} samples, {state.tokens_seen:,} tokens"
-    yield f"place      {place}"
+    read = f"{counted(state.samples_seen, 'sample')}, {counted(state.tokens_seen, 'token')}"
+    yield f"place      epoch {state.epoch}, step {state.step}, {read}"
     for name, check in CHECKS.items():
         yield f"{name:<10} {check(saved)}"
 
@@ -76,7 +77,9 @@ def _check_entries(path: Path, entries: dict[str, Any]) -> None:
         if not isinstance(entries.get(name), kind):
             raise UserError(f"{path}: {name} is {entries.get(name)!r}, not {kind.__name__}; use another checkpoint")
     if len(entries["ranks"]) != entries["world_size"]:
-        raise UserError(f"{path}: has states of {len(entries['ranks'])} ranks, the run had {entries['world_size']}")
+        raise UserError(
+            f"{path}: has states of {counted(len(entries['ranks']), 'rank')}, the run had {entries['world_size']}"
+        )
 
 
 def _model(saved: SavedRun) -> Path:
@@ -134,13 +137,15 @@ def _check_masters(saved: SavedRun) -> str:
     for rank in range(entries["world_size"]):
         path = Path(saved.folder, MASTERS_NAME, f"rank-{rank:05d}.safetensors")
         if not path.is_file():
-            raise UserError(f"{path}: is missing, the run had {entries['world_size']} ranks; use another checkpoint")
+            raise UserError(
+                f"{path}: is missing, the run had {counted(entries['world_size'], 'rank')}; use another checkpoint"
+            )
         total += sum(math.prod(shape) for shape in _read_all(path).values())
-    # Padding, and what ranks hold in common, comes on top.
+    # Padding, and what several ranks hold, are additional.
     needed = sum(math.prod(shape) for _, shape in _trained_shapes(saved))
     if total < needed:
         raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; use another checkpoint")
-    return f"of {entries['world_size']} ranks, all numbers finite"
+    return f"of {counted(entries['world_size'], 'rank')}, all numbers finite"
 
 
 def _check_tokenizer(saved: SavedRun) -> str:
@@ -152,7 +157,9 @@ def _check_tokenizer(saved: SavedRun) -> str:
     tokenizers = Tokenizers(folder)
     rows = inspect_weights(str(folder)).vocab_size
     if len(tokenizers.fast) > rows:
-        raise UserError(f"{folder}: its tokenizer has {len(tokenizers.fast)} tokens, the model {rows} rows")
+        raise UserError(
+            f"{folder}: its tokenizer has {counted(len(tokenizers.fast), 'token')}, the model {counted(rows, 'row')}"
+        )
     texts = list(PARITY_TEXTS)
     # Whether transformers puts "▁" before a text is a setting of the tokenizer, not an error.
     allowed = [tokenizers.encoder.encode(texts, dummy_prefix=prefix) for prefix in (True, False)]
@@ -164,7 +171,8 @@ def _check_tokenizer(saved: SavedRun) -> str:
                     f"{folder}: transformers' {kind} tokenizer gives {ids} for {text!r}, {MODEL_FILE} {right[0]}; "
                     f"its tokenizer files belong to different tokenizers"
                 )
-    return f"{len(tokenizers.fast)} tokens for {rows} rows; transformers encodes as SentencePiece does"
+    tokens = counted(len(tokenizers.fast), "token")
+    return f"{tokens} for {counted(rows, 'row')}; transformers encodes as SentencePiece does"
 
 
 CHECKS: dict[str, Callable[[SavedRun], str]] = {

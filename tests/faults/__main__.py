@@ -1,10 +1,10 @@
-"""Every fault, as often as there are places for it: prints the table of what was survived.
+"""Every fault, at every place where it can happen: prints a table of the faults that were survived.
 
     python -m tests.faults
     python -m tests.faults --only crash_points --sample
     python -m tests.faults --mutants
 
-Ends with 1 if something was not survived, and tells what. Runs on one CPU core; nothing is downloaded.
+Ends with 1 if a fault was not survived, and prints which. Runs on one CPU core; nothing is downloaded.
 """
 
 import argparse
@@ -94,7 +94,7 @@ CHECKS: dict[str, Callable[[Path, bool, int], list[Row]]] = {
 
 
 def main(argv=None) -> None:
-    """Run the checks that were asked for, all if none was."""
+    """Run the requested checks, or all of them."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="these checks alone")
     parser.add_argument("--sample", action="store_true", help="a few faults of each kind, in a minute or two")
@@ -114,7 +114,7 @@ def main(argv=None) -> None:
 
 
 def run_checks(names: list[str], work: Path, *, sample: bool, seed: int) -> list[Row]:
-    """Run checks by name and print their rows as they come, with what was not survived below each."""
+    """Run checks by name and print their rows as they finish, with the failures below each."""
     print(HEADER, flush=True)
     rows = []
     for name in names:

@@ -1,6 +1,6 @@
-"""Files that would run somebody's code if they were unpickled, imported, rendered or followed, by name.
+"""Files that would run foreign code if they were unpickled, imported, rendered or followed, by name.
 
-Each function plants one in a folder. The payload makes the file that `Payload.canary` names.
+Each function adds one to a folder. The payload creates the file `Payload.canary`.
 """
 
 import io
@@ -18,7 +18,7 @@ WEIGHTS, OPTIMIZER_INDEX = "model-00001-of-00001.safetensors", "optimizer/pytorc
 
 @dataclass(frozen=True)
 class Payload:
-    """What must never happen: that `canary` appears."""
+    """The effect that must never happen: `canary` is created."""
 
     canary: Path
 
@@ -40,7 +40,7 @@ class Payload:
 
     @property
     def torch_file(self) -> bytes:
-        """As torch.save writes it."""
+        """As written by torch.save."""
         import torch
 
         content = io.BytesIO()
@@ -49,7 +49,7 @@ class Payload:
 
     @property
     def torchscript(self) -> bytes:
-        """An archive that writes the canary when torch.jit.load reads it, by its __setstate__.
+        """An archive whose __setstate__ writes the canary when torch.jit.load reads it.
 
         torch.load(weights_only=True) of PyTorch 2.5 hands such an archive to torch.jit.load (CVE-2025-32434).
         """
@@ -63,7 +63,7 @@ class Payload:
 
 
 def put(name: str, kind: str = "pickled") -> Plant:
-    """A file of this name that holds the payload in a form of `Payload`."""
+    """A file of this name that contains the payload in a form of `Payload`."""
 
     def plant(folder: Path, payload: Payload) -> None:
         content = getattr(payload, kind)
@@ -75,7 +75,7 @@ def put(name: str, kind: str = "pickled") -> Plant:
 
 
 def only(name: str, kind: str) -> Plant:
-    """The same, and no safetensors weights beside it."""
+    """The same, without safetensors weights beside it."""
 
     def plant(folder: Path, payload: Payload) -> None:
         for path in folder.glob("*.safetensors*"):
@@ -99,7 +99,7 @@ def change(name: str, **entries) -> Plant:
 
 
 def optimizer_names(name: str) -> Plant:
-    """Let the optimizer's index name this file, which holds a pickle."""
+    """Make the optimizer's index name this file, which is a pickle."""
 
     def plant(folder: Path, payload: Payload) -> None:
         path = folder / OPTIMIZER_INDEX
@@ -113,7 +113,7 @@ def optimizer_names(name: str) -> Plant:
 
 
 def weights_name(name: str, kind: str = "torch_file", *, index: str = "model.safetensors.index.json") -> Plant:
-    """Let the index of the weights name this file."""
+    """Make the index of the weights name this file."""
 
     def plant(folder: Path, payload: Payload) -> None:
         for path in folder.glob("model.safetensors"):
@@ -126,7 +126,7 @@ def weights_name(name: str, kind: str = "torch_file", *, index: str = "model.saf
 
 
 def embedded(name: str) -> Plant:
-    """A safetensors file whose metadata holds a pickle, as ColossalAI's asynchronous writer embeds it."""
+    """A safetensors file whose metadata contains a pickle, as ColossalAI's asynchronous writer embeds it."""
 
     def plant(folder: Path, payload: Payload) -> None:
         import torch
@@ -154,7 +154,7 @@ def within(name: str, plant: Plant) -> Plant:
 
 
 def link(name: str, target: str) -> Plant:
-    """A link of this name, in place of what is there."""
+    """A link of this name, replacing the existing file."""
 
     def plant(folder: Path, payload: Payload) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def link(name: str, target: str) -> Plant:
 
 
 def fifo(name: str) -> Plant:
-    """A FIFO of this name, which nobody writes to."""
+    """A FIFO of this name, which no process writes to."""
 
     def plant(folder: Path, payload: Payload) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -182,7 +182,7 @@ def manifest_escapes(folder: Path, payload: Payload) -> None:
 
 
 def random_states(folder: Path, payload: Payload) -> None:
-    """Random states that are a pickle in text."""
+    """Random states given as the text of a pickle."""
     path = folder / "running_states.json"
     states = json.loads(path.read_text())
     states["ranks"] = [dict.fromkeys(states["ranks"][0], payload.pickled.decode("latin-1"))]
@@ -247,7 +247,7 @@ MODEL: dict[str, Plant] = {
     "tokenizer.pkl": put("tokenizer.pkl"),
     "sitecustomize.py in the model's folder": put("sitecustomize.py", "code"),
 }
-# What lies in one folder with others of its kind: each alone may be harmless, or refused for another reason.
+# Several artifacts in one folder: each alone may be harmless, or refused for another reason.
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "no-such-owner/no-such-model", "target_modules": ["q_proj"]}
 INGREDIENTS: dict[str, Plant] = {
     "adapter_config": change("adapter_config.json", **ADAPTER),

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint cut, flipped, deleted, replaced, exchanged with another: all of it must be noticed."""
+"""Every file of a checkpoint cut, flipped, deleted, replaced, exchanged with another: all of it must be detected."""
 
 import random
 import re
@@ -19,7 +19,7 @@ KINDS = ("cut", "flip", "delete", "swap")
 def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Damage each file in each way, or `sample` of these; verify and train.py --load_checkpoint must name the file."""
     job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     checkpoint = checkpoint_files.complete_checkpoints(place.save_dir("whole"))[0]
     names = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
     faults = [(kind, name, None) for name in names for kind in KINDS]
@@ -33,7 +33,7 @@ def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
             damage.KINDS[kind](copy / name)
         else:
             damage.exchange(copy / name, copy / other)
-        row.tell(f"{kind} {name}", _problem(place, copy, {name, other} - {None}))
+        row.record(f"{kind} {name}", _problem(place, copy, {name, other} - {None}))
         shutil.rmtree(place.folder / "damaged")
     return [row]
 
@@ -46,9 +46,9 @@ def _problem(place: Place, checkpoint: Path, names: set[str]) -> str | None:
     ]
     for job in jobs:
         code = job.wait()
-        errors = re.findall(r"^\S.*: error: .*", job.said, re.M)
-        if code != 2 or len(errors) != 1 or "Traceback" in job.said:
-            return f"exit code {code}: {job.said}"
+        errors = re.findall(r"^\S.*: error: .*", job.output, re.M)
+        if code != 2 or len(errors) != 1 or "Traceback" in job.output:
+            return f"exit code {code}: {job.output}"
         if not any(name in errors[0] for name in names):
             return f"the file is not named: {errors[0]}"
     if place.save_dir("resumed").exists():

@@ -31,12 +31,12 @@ RESUMING = [*FLAGS, "--resume", "auto"]
 
 
 class Bench:
-    """The run to be killed: what it began from, what it does, and what comes out of it if nobody kills it."""
+    """The run to be killed: its start, its work, and its result if it is not killed."""
 
     def __init__(self, place: Place):
         self.place = place
         job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.output
         self.expected = places.trained(place.save_dir("whole"))
         _train_to(place, STEPS - 1)
         self._verified, self._resumed = set(), set()
@@ -44,7 +44,7 @@ class Bench:
         assert self.whole_trace.code == 0, place.log("killed").read_text()
 
     def run(self, *, crash_at: int | None = None, torn: bool = False) -> trace.Trace:
-        """Run the fourth step in a fresh copy of what there was before it."""
+        """Run the fourth step in a new copy of the folder before it."""
         shutil.rmtree(self.place.folder / "killed", ignore_errors=True)
         shutil.copytree(self.place.save_dir("begun"), self.place.save_dir("killed"), symlinks=True)
         flags, log = self.place.flags("killed", *RESUMING), self.place.log("killed")
@@ -52,7 +52,7 @@ class Bench:
         return trace.watch(job, self.place.save_dir("killed"), crash_at=crash_at, torn=torn)
 
     def problem(self) -> str | None:
-        """What is wrong with the folder that a killed run left, and with the run that goes on in it."""
+        """The problem of the folder that a killed run left, or of the run that continues in it."""
         save_dir = self.place.save_dir("killed")
         try:
             found = self._problem_of_folder(save_dir)
@@ -74,12 +74,12 @@ class Bench:
         source = newest_source(RunFolder(save_dir), otherwise=ModelSource.of_pretrained(""))
         if source.checkpoint != str(complete[-1]):
             return f"--resume auto would take {source.checkpoint}"
-        # Its files are as its manifest says, so of equal manifests one is enough.
+        # Its files match its manifest, so of equal manifests one is enough.
         key = (complete[-1] / "manifest.json").read_bytes()
         if key not in self._verified:
             job = warm.Job(lambda: verify.main([str(complete[-1])]), self.place.log("verified"))
             if job.wait() != 0:
-                return job.said
+                return job.output
             self._verified.add(key)
         model = save_dir / "modeling"
         if model.exists() and places.model_hashes(model) != self.expected["model"]:
@@ -90,13 +90,13 @@ class Bench:
         state = self._state_of(save_dir)
         leftovers = [path for path in save_dir.iterdir() if _is_leftover(path)]
         if state in self._resumed:
-            # Equal but for the content of what is removed, so removing it is enough.
-            with told() as lines:
+            # Equal except for the content of the removed folder, so removing it is enough.
+            with captured_log() as lines:
                 checkpoint_files.remove_leftovers(save_dir)
             return _leftover_problem(leftovers, "\n".join(lines))
         job = warm.train(self.place.flags("killed", *RESUMING), self.place.log("killed_resumed"))
         if job.wait() != 0:
-            return f"--resume auto failed: {job.said}"
+            return f"--resume auto failed: {job.output}"
         names = {f"epoch-0_step-{step}" for step in range(STEPS - KEEP_LAST + 1, STEPS + 1)}
         names |= {"latest", "modeling", "plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES}
         present = set(os.listdir(save_dir))
@@ -105,10 +105,10 @@ class Bench:
         if places.trained(save_dir) != self.expected:
             return "the result is another one"
         self._resumed.add(state)
-        return _leftover_problem(leftovers, job.said)
+        return _leftover_problem(leftovers, job.output)
 
     def _state_of(self, save_dir: Path) -> frozenset:
-        """All that a resumed run can see: the names, and what is in complete checkpoints."""
+        """Everything that a resumed run can read: the names, and the content of complete checkpoints."""
         manifests = {path.read_bytes() for path in save_dir.glob("*/manifest.json") if not _is_leftover(path.parent)}
         return frozenset({*os.listdir(save_dir), *manifests, (save_dir / "latest").read_bytes()})
 
@@ -117,15 +117,15 @@ def _is_leftover(path: Path) -> bool:
     return file_names.LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
-def _leftover_problem(leftovers: list[Path], said: str) -> str | None:
-    untold = [path.name for path in leftovers if f"Removing {path}, which" not in said]
+def _leftover_problem(leftovers: list[Path], output: str) -> str | None:
+    unreported = [path.name for path in leftovers if f"Removing {path}, which" not in output]
     left = [path.name for path in leftovers if path.exists()]
-    return f"removal of {untold} is not told, {left} are still there" if untold or left else None
+    return f"removal of {unreported} is not logged, {left} are still there" if unreported or left else None
 
 
 @contextlib.contextmanager
-def told() -> Iterator[list[str]]:
-    """What is logged in this process inside the `with`."""
+def captured_log() -> Iterator[list[str]]:
+    """The messages logged in this process inside the `with`."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -139,7 +139,7 @@ def told() -> Iterator[list[str]]:
 
 
 def _train_to(place: Place, step: int) -> None:
-    """Run until the checkpoint of a step is there, and keep what the folder holds then."""
+    """Run until the checkpoint of a step exists, and keep the folder's content at that time."""
 
     def stop_there() -> None:
         save = Checkpointer.save
@@ -152,7 +152,7 @@ def _train_to(place: Place, step: int) -> None:
         Checkpointer.save = save_and_end
 
     job = warm.train(place.flags("begun", *FLAGS), place.log("begun"), before=stop_there)
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
 
 
 def _trace_from_save() -> None:
@@ -180,10 +180,10 @@ def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
         for number in _sampled(points, sample, seed):
             found = bench.run(crash_at=number, torn=torn)
             assert found.code == 137 and len(found.operations) >= number, (found.code, number)
-            row.tell(f"{number} of {len(operations)} ({found.operations[-1]})", bench.problem())
+            row.record(f"{number} of {len(operations)} ({found.operations[-1]})", bench.problem())
         rows.append(row)
     row = Row("order on the disk (sync before rename)")
-    row.tell("save", order_problem(operations))
+    row.record("save", order_problem(operations))
     return [*rows, row]
 
 
@@ -193,9 +193,9 @@ def _sampled(points: Iterable[int], sample: int | None, seed: int) -> list[int]:
 
 
 def order_problem(operations: list[trace.Operation]) -> str | None:
-    """What a power cut could undo: a final name given, or an old checkpoint removed, before the new one is on the disk.
+    """What a power cut could undo: a final name, or the removal of an old checkpoint, before the new one is written.
 
-    This is the order of the calls; whether a disk keeps what it was told to keep cannot be seen here.
+    This is the order of the calls; whether the disk keeps synced data cannot be tested here.
     """
     unsynced = set()
     for operation in operations:

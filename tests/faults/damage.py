@@ -9,13 +9,13 @@ from colossal_llama2.train.stepping.state import COUNTED_LATER
 
 
 def cut(path: Path) -> None:
-    """Lose the last byte, or a whole half of a longer file."""
+    """Lose the last byte, or half of a longer file."""
     content = path.read_bytes()
     path.write_bytes(content[: min(len(content) - 1, len(content) // 2 + 1)])
 
 
 def flip(path: Path) -> None:
-    """Change one bit in the middle; the size stays."""
+    """Change one bit in the middle; the size is unchanged."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
@@ -27,25 +27,25 @@ def delete(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    """Put in another file of as many bytes: the same ones, backwards."""
+    """Replace the file by one of the same size: the same bytes, reversed."""
     content = path.read_bytes()
     path.write_bytes(content[::-1] if content[::-1] != content else bytes(len(content)))
 
 
 def add(path: Path) -> None:
-    """Put a file there that was not."""
+    """Add a file that did not exist."""
     path.write_text("{}")
 
 
 def exchange(path: Path, other: Path) -> None:
-    """Let two files trade places."""
+    """Exchange two files."""
     content, others = path.read_bytes(), other.read_bytes()
     path.write_bytes(others)
     other.write_bytes(content)
 
 
 def age(checkpoint: Path) -> None:
-    """Make a checkpoint one of an earlier version: without later counters, without a history, whole by its manifest."""
+    """Turn a checkpoint into one of an earlier version: without later counters and history, intact by its manifest."""
     states = json.loads((checkpoint / "running_states.json").read_bytes())
     for name in (*COUNTED_LATER, "numerics", "base_model"):
         del states[name]

@@ -1,4 +1,4 @@
-"""Random damage to the JSON that people hand over: every command ends well, or with one line, soon, in little memory.
+"""Random damage to JSON files from elsewhere: every command ends well, or with one line, soon, in little memory.
 
 Hypothesis draws the damage. A case may end with exit code 0, 1 or 2; with an error in one line without control
 characters, and nothing else that looks like one; within `LIMIT_SECONDS` of CPU time; and with `LIMIT_BYTES` of memory
@@ -28,7 +28,7 @@ from tests.faults.place import Place
 from tests.faults.rows import Row
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2**30
-# A command that waits for ever takes no CPU time; on a busy machine, a good one takes several times its own.
+# A command that hangs uses no CPU time; on a busy machine, a good one needs several times its usual wall time.
 HANGS_AFTER_SECONDS = 60.0
 TRAIN_FLAGS = ["--micro_batch_size", 4, "--max_steps", 1, *places.PLUGINS["zero2"]]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -63,7 +63,7 @@ def values() -> st.SearchStrategy:
 
 @dataclass(frozen=True)
 class Literal:
-    """A JSON literal that json.dumps would not write so, such as 1e999."""
+    """A JSON literal that json.dumps would not write, such as 1e999."""
 
     text: str
 
@@ -89,7 +89,7 @@ def text_of(value: Any) -> str:
 
 
 def places_in(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every value inside a JSON value, itself excluded; of a long list, the first few."""
+    """The path of every value inside a JSON value, excluding itself; for a long list, only the first few."""
     inner = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
     for key, child in inner:
         yield (*path, key)
@@ -117,7 +117,7 @@ def changed(draw, good: dict[str, Any], more_keys: list[str]) -> str:
 
 @st.composite
 def broken(draw, good: bytes) -> bytes:
-    """The good file cut, with bytes put in or changed, or something else altogether."""
+    """The good file cut, with bytes inserted or changed, or something else altogether."""
     kind = draw(st.sampled_from(["cut", "insert", "flip", "whole", "twice", "bom", "utf-16"]))
     position = draw(st.integers(0, len(good)))
     if kind == "cut":
@@ -142,7 +142,7 @@ def damage(good: bytes, more_keys: list[str]) -> st.SearchStrategy:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files to damage, and who reads them
+# Files to damage, and the commands that read them
 
 CONFIG_KEYS = [
     "hidden_act",
@@ -223,7 +223,7 @@ ROW_KEYS = ["source", "target", "category", "messages", "weight", "extra"]
 
 @dataclass(frozen=True)
 class Scene:
-    """A folder that each case starts from anew: model, samples, a checkpoint, rows to prepare."""
+    """A folder that each case starts from: model, samples, a checkpoint, rows to prepare."""
 
     good: Path
     folder: Path
@@ -234,7 +234,7 @@ class Scene:
 
     def damage(self, name: str, content: bytes) -> None:
         path = self.folder / name
-        # A link to the good file: writing through it would damage that.
+        # A link to the good file: writing through it would damage that file.
         path.unlink(missing_ok=True)
         path.write_bytes(content)
 
@@ -264,13 +264,13 @@ def prepare_flags(folder: Path, stage: str) -> list[str]:
 
 
 def inference_flags(folder: Path) -> list[str]:
-    """Two tokens from the scene's model."""
+    """Generate two tokens with the scene's model."""
     words = ["inference_example.py", "--model_path", folder / "model", "--device", "cpu", "--input_txt", "a"]
     return [str(word) for word in [*words, "--max_new_tokens", 2]]
 
 
 def extend_flags(folder: Path) -> list[str]:
-    """One new piece for the scene's tokenizer."""
+    """Add one new piece to the scene's tokenizer."""
     words = ["init_tokenizer.py", "--source_tokenizer_dir", folder / "model", "--target_tokenizer_dir", folder / "out"]
     return [str(word) for word in [*words, "--expand_tokens_file", folder / "pieces.jsonl"]]
 
@@ -283,7 +283,7 @@ def init_model_flags(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Target:
-    """A file of the scene, by its path there; keys that it may have; the commands that read it, by turns."""
+    """A file of the scene, by its path; the keys that it may have; the commands that read it, in turn."""
 
     name: str
     path: Callable[[Path], Path]
@@ -380,7 +380,7 @@ def check(place: Place, *, cases: int, first_seed: int) -> list[Row]:
 
 
 def _make_scene(place: Place) -> Scene:
-    """The good folder, with the checkpoint of a run that was made from it."""
+    """The good folder, with the checkpoint of a run on it."""
     good = place.folder / "good"
 
     def write() -> None:
@@ -404,10 +404,10 @@ def _make_scene(place: Place) -> Scene:
         shutil.rmtree(out)
 
     job = warm.Job(write, place.log("good"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     flags = train_flags(good, "--save_interval", 1, save_dir="run")
     job = warm.train(flags[1:], place.log("run"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     return Scene(good, place.folder / "scene")
 
 
@@ -446,29 +446,29 @@ def _check_target(scene: Scene, target: Target, *, cases: int, first_seed: int) 
         command = target.commands[row.faults % len(target.commands)]
         scene.renew()
         if name.endswith(".jsonl"):
-            # Good rows around it: what they become must not stay behind.
+            # Good rows around it: their output must not remain.
             content = good + content + b"\n" + good
         scene.damage(name, content)
         words = command(scene.folder)
         problem = _problem(scene, words)
-        row.tell(f"{' '.join(words[:1])} {content[:2000]!r}", problem)
+        row.record(f"{' '.join(words[:1])} {content[:2000]!r}", problem)
 
     run()
     return row
 
 
 def _problem(scene: Scene, words: list[str]) -> str | None:
-    """What is wrong with how a command ended."""
+    """The problem of how a command ended; None if it ended well."""
     before = _entries(scene.folder)
     job = warm.Job(lambda: _main(words), scene.folder.with_name("case.log"))
     seconds, code, peak = _wait(job)
-    said = job.said
-    errors = re.findall(r"^\S.*: error: .*", said, re.M)
+    output = job.output
+    errors = re.findall(r"^\S.*: error: .*", output, re.M)
     if seconds is None or seconds > LIMIT_SECONDS:
-        return f"hangs: {said[-500:]}" if seconds is None else f"took {seconds:.1f} s of CPU time"
-    if "Traceback" in said or code not in (0, 1, 2) or len(errors) != (code != 0):
-        return f"exit code {code}: {said[-1500:]}"
-    if peak > LIMIT_BYTES or "MemoryError" in said:
+        return f"hangs: {output[-500:]}" if seconds is None else f"took {seconds:.1f} s of CPU time"
+    if "Traceback" in output or code not in (0, 1, 2) or len(errors) != (code != 0):
+        return f"exit code {code}: {output[-1500:]}"
+    if peak > LIMIT_BYTES or "MemoryError" in output:
         return f"took {peak / 2**20:,.0f} MiB"
     if any(CONTROL.search(line) for line in errors):
         return f"control characters: {errors!r}"
@@ -483,23 +483,23 @@ def _entries(folder: Path) -> set:
 
 
 def _wait(job: warm.Job) -> tuple:
-    """CPU seconds (None if it was killed, since it hung), exit code, and the bytes that it took beyond the parent's."""
+    """CPU seconds (None if it hung and was killed), exit code, and bytes used beyond the parent's."""
     start, own = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while time.monotonic() < start + HANGS_AFTER_SECONDS:
         pid, status, usage = os.wait4(job.pids[0], os.WNOHANG)
         if pid:
             code = os.waitstatus_to_exitcode(status)
-            job.note_end(code)
+            job.record_end(code)
             return usage.ru_utime + usage.ru_stime, code, (usage.ru_maxrss - own) * 1024
         time.sleep(0.005)
     os.killpg(job.pids[0], signal.SIGKILL)
     os.wait4(job.pids[0], 0)
-    job.note_end(-signal.SIGKILL)
+    job.record_end(-signal.SIGKILL)
     return None, -signal.SIGKILL, 0
 
 
 def _main(words: list[str]) -> None:
-    # Private memory beyond what the parent left: an allocation that is far too large fails at once.
+    # Limits private memory beyond the parent's: a far too large allocation fails at once.
     data = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (data + 4 * LIMIT_BYTES,) * 2)
     sys.argv = words

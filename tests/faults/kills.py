@@ -1,7 +1,7 @@
-"""Runs that are killed at random moments, again and again, and resumed: they end as if nothing had been.
+"""Runs that are killed at random moments, repeatedly, and resumed: they end like an undisturbed run.
 
-A moment is a seeded share of the time that the whole run takes on this machine. When a run comes to its end before it
-is killed, the next one begins anew, until there were as many kills as asked for.
+A moment is a seeded share of the time that the complete run takes on this machine. If a run ends before it is killed,
+the next one starts from the beginning, until there were as many kills as requested.
 """
 
 import random
@@ -16,17 +16,17 @@ from tests.faults.rows import Row
 # Two epochs of 12 steps; a save after every second one, and at the end of an epoch.
 SAMPLES = 50
 FLAGS = ["--micro_batch_size", 2, "--num_epochs", 2, "--save_interval", 2, "--keep_last", 2]
-# Kills of one run without which it is let through to its end, so that there is an end to compare.
+# After this number of kills, a run is left to finish, so that there is a result to compare.
 KILLS_A_RUN = 8
 MOMENTS = (0.2, 1.0)
 
 
 def check(place: Place, plugin: str, *, kills: int, ranks: int, seed: int) -> list[Row]:
-    """Kill runs of a plugin so many times; every run that comes to its end must have made the same."""
+    """Kill runs of a plugin this many times; every run that finishes must have the same result."""
     flags = [*FLAGS, "--accumulation_steps", 2 // ranks, *places.PLUGINS[plugin]]
     begin = time.monotonic()
     job = warm.train(place.flags("whole", *flags), place.log("whole"), ranks=ranks)
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     seconds = time.monotonic() - begin
     expected = places.trained(place.save_dir("whole"))
     chance = random.Random(f"{seed} {plugin}")
@@ -42,26 +42,26 @@ def check(place: Place, plugin: str, *, kills: int, ranks: int, seed: int) -> li
         if done:
             problem = _end_problem(place, flags, ranks, expected)
         for number in range(done):
-            row.tell(f"run with {done} kills, kill {number + 1}", problem)
+            row.record(f"run with {done} kills, kill {number + 1}", problem)
     return [row]
 
 
 def _is_killed(job: warm.Job, seconds: float) -> bool:
-    """Kill the job after that time; False if it came to its end, which must be a good one, before."""
+    """Kill the job after that time; False if it finished before, which must be without an error."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and job.is_running():
         time.sleep(0.002)
     if job.is_running():
         job.kill()
         return True
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     return False
 
 
 def _end_problem(place: Place, flags: list, ranks: int, expected: dict) -> str | None:
     job = warm.train(place.flags("killed", *flags, "--resume", "auto"), place.log("killed"), ranks=ranks)
     if job.wait() != 0:
-        return f"--resume auto failed: {job.said}"
+        return f"--resume auto failed: {job.output}"
     leftovers = [path.name for path in place.save_dir("killed").iterdir() if path.suffix in (".tmp", ".old")]
     if leftovers:
         return f"at the end there are {leftovers}"

@@ -1,7 +1,7 @@
-"""A received run folder with links in it, and with what systems put there: nothing outside of it is touched.
+"""A received run folder with links in it, and with files that systems create: nothing outside of it is touched.
 
-Each link stands in the place of something that the run writes, replaces or removes, and leads to a file or folder
-outside; the run goes on with --resume auto. Then the same with stray files in every checkpoint.
+Each link replaces something that the run writes, replaces or removes, and points to a file or folder outside; the run
+continues with --resume auto. Then the same with stray files in every checkpoint.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.faults.place import Place
 from tests.faults.rows import Row
 
 FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, "--keep_last", 1, *places.PLUGINS["zero2"]]
-# What a run opens under its final name, and under the name that it is written as.
+# The files that a run opens under their final names, and under their names while they are written.
 FILES = (file_names.LOCK_NAME, *file_names.FILE_NAMES)
 FOLDERS = ("modeling", "modeling.tmp", "epoch-0_step-4", "epoch-0_step-4.tmp", "epoch-0_step-2.tmp")
 MOVED = ("epoch-0_step-2", "epoch-0_step-2/running_states.json", "epoch-0_step-2/modeling", "modeling")
@@ -63,15 +63,15 @@ def _mover(name: str) -> Callable[[Path, Path], None]:
 def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Plant each link, or `sample` of them, and resume; then resume among stray files."""
     job = warm.train(place.flags("begun", *FLAGS, "--max_steps", 2), place.log("begun"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     planted = cases()
     chosen = list(planted) if sample is None else random.Random(seed).sample(list(planted), sample)
     links = Row("link in a received run folder: nothing outside is touched")
     for name in chosen:
-        links.tell(name, _problem(place, planted[name]))
+        links.record(name, _problem(place, planted[name]))
     strays = Row("stray files of systems in checkpoints: resumed as without them")
     for name in STRAYS if sample is None else STRAYS[:1]:
-        strays.tell(name, _stray_problem(place, name))
+        strays.record(name, _stray_problem(place, name))
     return [links, strays]
 
 
@@ -89,9 +89,9 @@ def _problem(place: Place, plant: Callable[[Path, Path], None]) -> str | None:
     after = _all_of(out)
     if after != before:
         return f"changed: {sorted(name for name in {**before, **after} if before.get(name) != after.get(name))}"
-    errors = re.findall(r"^\S.*: error: .*", job.said, re.M)
-    if "Traceback" in job.said or code not in (0, 2) or len(errors) != (code != 0):
-        return f"exit code {code}: {job.said[-2000:]}"
+    errors = re.findall(r"^\S.*: error: .*", job.output, re.M)
+    if "Traceback" in job.output or code not in (0, 2) or len(errors) != (code != 0):
+        return f"exit code {code}: {job.output[-2000:]}"
     left = [path.name for path in place.save_dir("linked").iterdir() if path.suffix in (".tmp", ".old")]
     return f"left: {left}" if left and code == 0 else None
 
@@ -102,8 +102,8 @@ def _stray_problem(place: Place, name: str) -> str | None:
     for folder in [save_dir, *(path for path in save_dir.rglob("*") if path.is_dir())]:
         (folder / name).write_text("x")
     job = _resume(place)
-    if job.wait() != 0 or "Resuming" not in job.said:
-        return job.said
+    if job.wait() != 0 or "Resuming" not in job.output:
+        return job.output
     copied = [path for path in (save_dir / "modeling", save_dir / "epoch-0_step-4") if [*path.rglob(name)]]
     return f"{name} was copied into {copied[0]}" if copied else None
 
@@ -119,7 +119,7 @@ def _resume(place: Place) -> warm.Job:
 
 
 def _all_of(folder: Path) -> dict[str, Any]:
-    """Kind, rights and content of all below a folder."""
+    """Kind, permissions and content of everything below a folder."""
     found: dict[str, Any] = {}
     for path in folder.rglob("*"):
         status = path.lstat()

@@ -21,9 +21,9 @@ from tests.faults.place import Place
 from tests.faults.rows import Row
 
 FLAGS = ["--micro_batch_size", 4, "--save_interval", 2, *places.PLUGINS["zero2"]]
-# Where an artifact is put, and what is planted there.
+# Where an artifact is put, and which ones.
 KINDS = {"checkpoint": artifacts.CHECKPOINT, "model": artifacts.MODEL, "samples": artifacts.SAMPLES}
-# Commands that read such files, in processes that import all by themselves, in the full check.
+# Commands that read such files, in processes that import everything themselves, in the full check.
 SUBPROCESSES = (
     "pytorch_model.bin alone",
     "auto_map in config.json",
@@ -33,7 +33,7 @@ SUBPROCESSES = (
 
 
 class Scene:
-    """A copy of a good checkpoint, model and samples, in which one artifact is put."""
+    """A copy of a good checkpoint, model and samples, which one artifact is added to."""
 
     def __init__(self, place: Place, checkpoint: Path):
         self._place, self._checkpoint = place, checkpoint
@@ -48,13 +48,13 @@ class Scene:
         target = checkpoint if kind == "checkpoint" else self.folder / kind
         KINDS[kind][name](target, self.payload)
         if "manifest" not in name:
-            # Whoever can write such a file can write a manifest that fits.
+            # An author of such a file can also write a matching manifest.
             sizes = checkpoint_files.list_files(checkpoint)
             entries = checkpoint_files.file_entries(checkpoint, sizes)
             checkpoint_files.write_manifest(checkpoint, entries, saved_at=1.0)
 
     def commands(self, kind: str) -> dict[str, list[str]]:
-        """Scripts that read what was planted, with their flags."""
+        """Scripts that read the artifact, with their flags."""
         train = self._place.flags("unused", *FLAGS)
         save_dir = "save_dir" if kind == "checkpoint" else "new"
         for flag, name in {"--pretrained": "model", "--dataset": "samples", "--save_dir": save_dir}.items():
@@ -101,7 +101,7 @@ class Scene:
         }
 
     def harm(self) -> str | None:
-        """What the last commands have done that they must not."""
+        """What the last commands did that they must not do."""
         if self.payload.canary.exists():
             return "the payload ran"
         return f"unpickled, or asked the network: {self.report.read_text()}" if self.report.exists() else None
@@ -110,26 +110,26 @@ class Scene:
 def check(place: Place, *, sample: int | None, seed: int) -> list[Row]:
     """Put each artifact, or `sample` of them, before every command that may read it."""
     job = warm.train(place.flags("whole", *FLAGS), place.log("whole"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     scene = Scene(place, checkpoint_files.complete_checkpoints(place.save_dir("whole"))[0])
     chosen = [(kind, name) for kind, plants in KINDS.items() for name in plants]
     if sample is not None:
         chosen = random.Random(seed).sample(chosen, sample)
     run = Row("malicious file: no payload runs, nothing is unpickled, no network, one line or ignored")
     guard = Row("the watch over pickle, torch.load and network notices what it must, and payloads do run")
-    guard.tell("forked", _guard_problem(scene, _notices_in_fork(scene)))
-    guard.tell("TorchScript", _payload_problem(scene))
+    guard.record("forked", _guard_problem(scene, _notices_in_fork(scene)))
+    guard.record("TorchScript", _payload_problem(scene))
     for kind, name in chosen:
         scene.plant(kind, name)
         problems = [_problem(scene, script, flags) for script, flags in scene.commands(kind).items()]
-        run.tell(name, next(filter(None, problems), None) or scene.harm())
+        run.record(name, next(filter(None, problems), None) or scene.harm())
     if sample is None:
-        guard.tell("started", _guard_problem(scene, _notices_in_subprocess(scene), in_fork=False))
+        guard.record("started", _guard_problem(scene, _notices_in_subprocess(scene), in_fork=False))
         for kind, name in [(kind, name) for kind, name in chosen if name in SUBPROCESSES]:
             scene.plant(kind, name)
             process = _start(scene, [str(ROOT / "train.py"), *scene.commands(kind)["train.py"]])
             problem = _end_problem(process.returncode, process.stderr)
-            run.tell(f"{name}, in a process of its own", problem or scene.harm())
+            run.record(f"{name}, in a process of its own", problem or scene.harm())
     return [run, guard]
 
 
@@ -139,7 +139,7 @@ def _problem(scene: Scene, script: str, flags: list[str]) -> str | None:
         code = job.wait()
     except AssertionError as hangs:
         return f"{script}: {hangs}"
-    problem = _end_problem(code, job.said)
+    problem = _end_problem(code, job.output)
     return problem and f"{script}: {problem}"
 
 
@@ -155,11 +155,11 @@ def _main(scene: Scene, script: str, flags: list[str]) -> None:
     mains[script](flags)
 
 
-def _end_problem(code: int, said: str) -> str | None:
-    """A command ends well, since it does not read the file, or with one line."""
-    errors = re.findall(r"^\S.*: error: .*", said, re.M)
-    if "Traceback" in said or code not in (0, 1, 2) or len(errors) != (code != 0):
-        return f"exit code {code}: {said[-2000:]}"
+def _end_problem(code: int, output: str) -> str | None:
+    """A command ends well, if it does not read the file, or with one line."""
+    errors = re.findall(r"^\S.*: error: .*", output, re.M)
+    if "Traceback" in output or code not in (0, 1, 2) or len(errors) != (code != 0):
+        return f"exit code {code}: {output[-2000:]}"
     return None
 
 
@@ -186,13 +186,13 @@ def _notices_in_fork(scene: Scene) -> Callable[[], None]:
     def run() -> None:
         scene.folder.mkdir(exist_ok=True)
         job = warm.Job(read_pickles, scene.folder / "guard.log")
-        assert job.wait() == 0, job.said
+        assert job.wait() == 0, job.output
 
     return run
 
 
 def _payload_problem(scene: Scene) -> str | None:
-    """Whether the TorchScript payload runs where it is loaded, as it must, and not when it is made."""
+    """Whether the TorchScript payload runs when it is loaded, as it must, and not when it is written."""
     scene.payload.canary.unlink(missing_ok=True)
 
     def load() -> None:
@@ -206,7 +206,7 @@ def _payload_problem(scene: Scene) -> str | None:
     job = warm.Job(load, scene.folder / "payload.log")
     ran = job.wait() == 0 and scene.payload.canary.exists()
     scene.payload.canary.unlink(missing_ok=True)
-    return None if ran else f"the payload does not run: {job.said}"
+    return None if ran else f"the payload does not run: {job.output}"
 
 
 def _notices_in_subprocess(scene: Scene) -> Callable[[], None]:
@@ -236,7 +236,7 @@ def _guard_problem(scene: Scene, run: Callable[[], None], *, in_fork: bool = Tru
 
 
 def _start(scene: Scene, words: list[str]) -> subprocess.CompletedProcess:
-    """A Python of its own, whose calls are watched too."""
+    """A new Python process, whose calls are watched too."""
     environment = {**os.environ, unpickling.REPORT_VARIABLE: str(scene.report)}
     environment["PYTHONPATH"] = str(ROOT / "tests" / "faults" / "hook")
     return subprocess.run(

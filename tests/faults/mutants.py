@@ -1,4 +1,4 @@
-"""The checks checked: with one guarantee taken out of the code, a check that is about it must find something.
+"""Tests of the checks: with one guarantee removed from the code, a check of that guarantee must find a problem.
 
 A mutant is a replaced function in the process that forks the training commands, so that all of them have it.
 """
@@ -26,7 +26,7 @@ PARTIAL = f"epoch-0_step-{crash_points.STEPS}"
 
 @dataclass(frozen=True)
 class Mutant:
-    """What is taken out, by which replacements (owner, name, value), and the check that must find a problem."""
+    """What is removed, by which replacements (owner, name, value), and the check that must find a problem."""
 
     name: str
     changes: tuple[tuple[Any, str, Any], ...]
@@ -34,27 +34,27 @@ class Mutant:
 
 
 def nothing(*args, **kwargs) -> None:
-    """In place of a function that does something."""
+    """Replaces a function."""
 
 
 def no_problems(*args, **kwargs):
-    """In place of a generator of problems."""
+    """Replaces a generator of problems."""
     return iter(())
 
 
 def point_to(partial: Path, final: Path) -> None:
-    """What is left of publish_checkpoint where there is nothing to rename."""
+    """Replaces publish_checkpoint if there is nothing to rename."""
     (final.parent / "latest").write_text(final.name + "\n")
 
 
 def point_first(partial: Path, final: Path) -> None:
-    """`latest` before there is what it names."""
+    """Write `latest` before the checkpoint that it names exists."""
     point_to(partial, final)
     publish_checkpoint(partial, final)
 
 
 def remove_one_more(checkpoint: Path, *, keep_last, keep_every) -> None:
-    """Keep one checkpoint less than asked for."""
+    """Keep one checkpoint less than requested."""
     remove_old(checkpoint, keep_last=keep_last and keep_last - 1, keep_every=keep_every)
 
 
@@ -75,7 +75,7 @@ def crashes(chosen: Callable[[Operation], bool], *, torn: bool = False) -> Calla
 
 
 def order(folder: Path) -> str | None:
-    """The check of what is on the disk before what."""
+    """The check of the order of writes on the disk."""
     return crash_points.order_problem(Bench(place.make(folder, samples=16)).whole_trace.operations)
 
 
@@ -124,7 +124,7 @@ MUTANTS: list[Mutant] = [
 
 
 def check(work: Path) -> list[Row]:
-    """A row per mutant: found, or what is missing in the checks."""
+    """A row per mutant: found, or a gap in the checks."""
     rows = []
     for number, mutant in enumerate(MUTANTS):
         row = Row(f"mutant found: {mutant.name}")
@@ -132,7 +132,7 @@ def check(work: Path) -> list[Row]:
             for owner, name, value in mutant.changes:
                 stack.enter_context(unittest.mock.patch.object(owner, name, value))
             found = mutant.finds(work / str(number))
-        row.tell(mutant.name, None if found else "no check has found it")
+        row.record(mutant.name, None if found else "no check has found it")
         rows.append(row)
         print(f"  {mutant.name}: {' '.join(str(found).split())[:300]}", flush=True)
     return rows

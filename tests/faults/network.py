@@ -1,4 +1,4 @@
-"""Report and refuse every connection of this process to another machine, and every question for an address of one."""
+"""Report and refuse every connection of this process to another machine, and every lookup of a machine's address."""
 
 import socket
 import sys
@@ -11,7 +11,7 @@ def install(report: str) -> None:
     """Watch from now on; cannot be undone.
 
     Args:
-        report: gets a line per try.
+        report: gets a line per attempt.
     """
     own_name = socket.gethostname()
 
@@ -28,7 +28,7 @@ def install(report: str) -> None:
 
 
 def _host(address: Any) -> str:
-    """The name or number of a machine; empty for an address of this one that has none, as of a Unix socket."""
+    """The name or number of a machine; empty for a local address without one, such as a Unix socket."""
     if isinstance(address, tuple):
         address = address[0]
     elif isinstance(address, str) and "/" in address:

@@ -1,9 +1,9 @@
-"""What befalls one rank of two while it saves, as a disk of its own host would have it.
+"""A fault of one rank of two while it saves, as with a local disk of its host.
 
 index     rank 1 cannot write its part of a pipeline's index
-folder    rank 1 cannot make the folder of these parts
-rename    no folder can be renamed, as where the folder above belongs to somebody else
-slow      rank 0 needs a second to remove what is half written, and rank 1 cannot write its part of the index
+folder    rank 1 cannot create the folder of these parts
+rename    no folder can be renamed, as if the parent folder belonged to another user
+slow      rank 0 needs a second to remove half-written files, and rank 1 cannot write its part of the index
 """
 
 import contextlib
@@ -23,7 +23,7 @@ SLOW_SECONDS = 1.0
 
 @contextlib.contextmanager
 def befalling(kind: str) -> Iterator[None]:
-    """Within it, the fault of that name is there."""
+    """Within it, the fault of that name happens."""
     from colossalai.checkpoint_io import CheckpointIndexFile
 
     rank, _ = collectives.place()

@@ -1,4 +1,4 @@
-"""What the training commands of these checks work on: a tokenizer, a model, samples; and when two results are equal."""
+"""The input of the training commands of these checks: a tokenizer, a model, samples; and when two results are equal."""
 
 import hashlib
 import json
@@ -47,10 +47,10 @@ class Place:
 
 
 def make(folder: Path, *, samples: int) -> Place:
-    """Write tokenizer, model and so many samples. A child does it, since it takes threads."""
+    """Write tokenizer, model and samples. A child process does it, since it starts threads."""
     place = Place(folder)
     job = warm.Job(lambda: _write(place, samples), folder / "made.log")
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     return place
 
 
@@ -67,7 +67,7 @@ def _write(place: Place, samples: int) -> None:
 
 
 def trained(save_dir: Path) -> dict[str, Any]:
-    """What training has made: hashes of all weights and states of the last checkpoint, and of the final model."""
+    """The result of training: hashes of all weights and states of the last checkpoint, and of the final model."""
     newest = checkpoint_files.complete_checkpoints(save_dir)[-1]
     states = json.loads((newest / "running_states.json").read_text())
     counts = {name: states[name] for name in ("epoch", "step", "samples_seen", "tokens_seen", "ranks")}
@@ -75,15 +75,15 @@ def trained(save_dir: Path) -> dict[str, Any]:
 
 
 def model_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a final model but its card.
+    """SHA-256 of every file of a final model except its card.
 
-    The card tells of the log too, which a checkpoint that was copied elsewhere has not taken along.
+    The card also covers the log, which is not copied with a checkpoint.
     """
     return {name: digest for name, digest in hashes(folder).items() if name != "README.md"}
 
 
 def _inner_hashes(checkpoint: Path) -> dict[str, str]:
-    # Of the files outside the folders, one names flags, which a resumed run has more of.
+    # Of the files outside the folders, one lists flags, and a resumed run has more of them.
     return {name: digest for name, digest in hashes(checkpoint).items() if "/" in name}
 
 

@@ -1,4 +1,4 @@
-"""Numbers of one rank that are spoilt in all passes of one step, as a faulty device or an outlier spoils them.
+"""Corrupt numbers of one rank in all passes of one step, as from a faulty device or an outlier.
 
 loss        loss and gradients are NaN
 gradient    the gradients are infinite, the loss is not
@@ -16,7 +16,7 @@ from colossal_llama2.train import loop
 
 @contextlib.contextmanager
 def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
-    """Spoil what `Engine.backward` gets on a rank in the given optimizer step, counted from 1."""
+    """Corrupt the input of `Engine.backward` on a rank in the given optimizer step, counted from 1."""
     backward, train_step = Engine.backward, loop.train_step
     done = 0
 
@@ -41,7 +41,7 @@ def poisoned(rank: int, step: int, kind: str) -> Iterator[None]:
 
 
 def infinite_gradient(loss):
-    """The same loss, whose gradient is infinite."""
+    """The same loss, with an infinite gradient."""
     same = loss * 1.0
     same.register_hook(lambda gradient: gradient * math.inf)
     return same

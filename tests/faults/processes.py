@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own, which a test signals or kills while they train."""
+"""Runs of train.py in separate processes, which a test signals or kills while they train."""
 
 import os
 import signal
@@ -15,9 +15,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 class Run:
-    """One job in a session of its own; `launcher` comes before train.py, none for a single process.
+    """One job in a separate session; `launcher` precedes train.py, empty for a single process.
 
-    `environment` is added to that of this process, `log` names the file in the folder that gets what the job says.
+    `environment` is added to that of this process, `log` names the file in the folder for the job's output.
     """
 
     process: subprocess.Popen | fork_server.Command
@@ -37,20 +37,20 @@ class Run:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **(environment or {})}
         self._log = folder / log
-        with self._log.open("w") as said:
+        with self._log.open("w") as output:
             self.process = subprocess.Popen(
-                command, env={**os.environ, **own}, stderr=said, stdout=said, start_new_session=True
+                command, env={**os.environ, **own}, stderr=output, stdout=output, start_new_session=True
             )
 
     def _prepare(self, folder: Path, flags: list[str]) -> list[str]:
-        """Make the folder; returns train.py and its flags."""
+        """Create the folder; returns train.py and its flags."""
         self.save_dir = folder / "save_dir"
         folder.mkdir(parents=True, exist_ok=True)
         places = {"--save_dir": self.save_dir, "--tensorboard_dir": folder / "tb", "--config_file": folder / "config"}
         return [str(ROOT / "train.py"), *flags, *(str(word) for pair in places.items() for word in pair)]
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """What the job has written to stdout and stderr."""
         return self._log.read_text()
 
@@ -58,7 +58,7 @@ class Run:
         """Return when a checkpoint is complete."""
         deadline = time.monotonic() + START_SECONDS
         while not (self.save_dir / checkpoint).is_dir():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output
             time.sleep(0.02)
 
     def pid_of(self, rank: int) -> int:
@@ -66,7 +66,7 @@ class Run:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and self._is_rank(entry, rank):
                 return int(entry.name)
-        raise AssertionError(f"no rank {rank}: {self.said}")
+        raise AssertionError(f"no rank {rank}: {self.output}")
 
     def _is_rank(self, entry: Path, rank: int) -> bool:
         try:
@@ -77,14 +77,14 @@ class Run:
         return f"RANK={rank}".encode() in environment and os.fsencode(self.save_dir) in words
 
     def end(self, seconds: float = 60.0) -> int:
-        """The exit code, once the job has ended by itself."""
+        """The exit code, when the job has ended by itself."""
         try:
             return self.process.wait(seconds)
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """End all of the job's processes, those that torchrun put into sessions of their own too."""
+        """End all of the job's processes, including those in sessions that torchrun created."""
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and any(self._is_rank(entry, rank) for rank in range(2)):
                 os.kill(int(entry.name), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A check's outcome: how many faults of a kind were survived, and what happened where one was not."""
+"""The outcome of a check: how many faults of a kind were survived, and what happened otherwise."""
 
 import time
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Row:
-    """One row of the table. `tell` is called once per fault, with what is wrong or None."""
+    """One row of the table. `record` is called once per fault, with what is wrong or None."""
 
     name: str
     faults: int = 0
@@ -14,7 +14,7 @@ class Row:
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
-    def tell(self, where: str, problem: str | None) -> None:
+    def record(self, where: str, problem: str | None) -> None:
         self.faults += 1
         if problem is not None:
             self.problems.append(f"{where}: {problem}")

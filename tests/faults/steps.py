@@ -20,30 +20,30 @@ WORLD_SIZES = (1, 2, 4)
 
 
 def check_each_step(place: Place, *, every: int) -> list[Row]:
-    """Resume from each step, or from every so manieth, and compare the ends."""
+    """Resume from each step, or from every n-th, and compare the ends."""
     job = warm.train(place.flags("whole", *FLAGS, "--save_interval", 1), place.log("whole"))
-    assert job.wait() == 0, job.said
+    assert job.wait() == 0, job.output
     expected = places.trained(place.save_dir("whole"))
     saved = checkpoint_files.complete_checkpoints(place.save_dir("whole"))
     assert [checkpoint_files.step_of(path) for path in saved] == list(range(1, STEPS + 1))
     row = Row("resumed from each step of 50, equal at the end")
     for folder in saved[every - 1 :: every]:
-        row.tell(folder.name, _problem(place, folder, expected))
+        row.record(folder.name, _problem(place, folder, expected))
     return [row]
 
 
 def _problem(place: Place, folder: Path, expected: dict, common: Sequence = FLAGS) -> str | None:
     shutil.rmtree(place.folder / "resumed", ignore_errors=True)
     shutil.copytree(folder, place.save_dir("resumed") / folder.name)
-    # The history of the model tells the last losses, which are in the log.
+    # The history of the model has the last losses, which come from the log.
     shutil.copy(folder.with_name(file_names.LOG_NAME), place.save_dir("resumed"))
-    # Every second run takes the end of the first epoch, after step 25, without a checkpoint.
+    # Every second run passes the end of the first epoch, after step 25, without a checkpoint.
     step = checkpoint_files.step_of(folder)
     skips = ["--skip_save_each_epoch"] if step % 20 == 0 else []
     flags = place.flags("resumed", *common, *skips, "--save_interval", STEPS, "--resume", "auto")
     job = warm.train(flags, place.log("resumed"))
     if job.wait() != 0:
-        return job.said
+        return job.output
     if skips and common is FLAGS and [*place.save_dir("resumed").glob("*_step-25")] and step != STEPS // 2:
         return "a checkpoint was saved because an epoch ended"
     return None if places.trained(place.save_dir("resumed")) == expected else "the result is another one"
@@ -59,7 +59,7 @@ def check_orders() -> list[Row]:
                 mixed = _taken(before, 0, 8)[:step] + _taken(after, step * 16, 8 - step)
                 seen = sorted(sample for samples in mixed for sample in samples)
                 good = mixed == whole and seen == list(range(128))
-                row.tell(f"{before} -> {after} after step {step}", None if good else f"{mixed}, not {whole}")
+                row.record(f"{before} -> {after} after step {step}", None if good else f"{mixed}, not {whole}")
     return [row]
 
 
@@ -74,7 +74,7 @@ def _taken(ranks: int, consumed: int, steps: int) -> list[list[int]]:
 
 
 def check_ranks(place: Place) -> list[Row]:
-    """A real run on one rank that goes on with two, and one the other way round; losses must be those of one rank."""
+    """A real run on one rank that continues on two, and the other way round; losses must equal those on one rank."""
     row = Row("run resumed on another number of ranks (1 -> 2, 2 -> 1): equal losses but for rounding")
     fp32 = ["--plugin", "zero2", "--mixed_precision", "fp32", "--micro_batch_size", 2, "--save_interval", 5]
     for before, after in ((1, 2), (2, 1)):
@@ -82,14 +82,14 @@ def check_ranks(place: Place) -> list[Row]:
         for ranks, more in ((before, ()), (after, ("--resume", "auto"))):
             flags = place.flags(name, *fp32, "--accumulation_steps", 2 // ranks, *more)
             job = warm.train(flags, place.log(name), ranks=ranks)
-            assert job.wait() == 0, job.said
+            assert job.wait() == 0, job.output
             if not more:
                 expected = _losses(place, name)
                 _keep_first(place, name)
         found = _losses(place, name)
         gaps = [abs(found[step] / loss - 1) for step, loss in expected.items() if step > 5]
         good = len(gaps) == 7 and max(gaps) < 1e-5
-        row.tell(f"{before} -> {after}", None if good else f"{found}, not {expected}")
+        row.record(f"{before} -> {after}", None if good else f"{found}, not {expected}")
     return [row]
 
 
@@ -125,13 +125,13 @@ def check_overflow(place: Place, *, plugins: list[str]) -> list[Row]:
         flags = ["--mixed_precision", "fp16", "--micro_batch_size", 4, "--save_interval", 1, *FP16[name]]
         job = warm.train(place.flags(name, *flags), place.log(name), before=_raise_scale)
         if job.wait() != 0:
-            row.tell(name, job.said)
+            row.record(name, job.output)
             continue
-        assert 0 < job.said.count("gradients overflowed") < 6, job.said
+        assert 0 < job.output.count("gradients overflowed") < 6, job.output
         first = checkpoint_files.complete_checkpoints(place.save_dir(name))[0]
         check = warm.Job(lambda first=first: verify.main([str(first)]), place.log("verified"))
-        problem = None if check.wait() == 0 else check.said
-        row.tell(name, problem or _problem(place, first, places.trained(place.save_dir(name)), flags))
+        problem = None if check.wait() == 0 else check.output
+        row.record(name, problem or _problem(place, first, places.trained(place.save_dir(name)), flags))
     return [row]
 
 

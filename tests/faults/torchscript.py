@@ -4,7 +4,7 @@ import torch
 
 
 class Evil(torch.nn.Module):
-    """Holds the path that it writes to."""
+    """Holds the path to write to."""
 
     def __init__(self, path: str):
         super().__init__()

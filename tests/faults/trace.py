@@ -1,7 +1,7 @@
 """Kill a process at its k-th change of the files in a folder, or in the middle of a write.
 
-The parent watches the system calls of the child's main thread (ptrace), whatever library makes them: Python's own
-writes, the hard-linked and copied files, the temporary file and the rename of safetensors. Linux on x86-64 alone.
+The parent traces the system calls of the child's main thread (ptrace), from any library: Python's own writes, the
+hard-linked and copied files, the temporary file and the rename of safetensors. Only on Linux on x86-64.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ WRITES_TO = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Registers(ctypes.Structure):
-    """What a stopped thread has in its registers."""
+    """The registers of a stopped thread."""
 
     _fields_ = [(name, ctypes.c_ulonglong) for name in f"{FIELDS} fs gs".split()]
 
@@ -71,7 +71,7 @@ CALLS[20] = CALLS[296] = Call("write", descriptor=0)
 
 
 class Operation(NamedTuple):
-    """One change: what, of which file (relative to the folder), and for a rename its new name."""
+    """One change: its kind, its file (relative to the folder), and for a rename the new name."""
 
     kind: str
     path: str
@@ -91,7 +91,7 @@ class Trace:
 
 
 def can_trace() -> str | None:
-    """None, or why no process can be watched here."""
+    """None, or the reason why no process can be traced here."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"tracing is for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
     pid = os.fork()
@@ -101,7 +101,7 @@ def can_trace() -> str | None:
 
 
 def begin() -> None:
-    """Called in the child's main thread: from here on the parent watches it."""
+    """Called in the child's main thread: from then on the parent traces it."""
     assert _libc().ptrace(TRACEME, 0, None, None) == 0
     # To this thread, for another one could take a signal to the process.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
@@ -122,7 +122,7 @@ def watch(job: Job, folder: Path, *, crash_at: int | None = None, torn: bool = F
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
             code = os.waitstatus_to_exitcode(status)
             trace.code = code if code >= 0 else 128 - code
-            job.note_end(trace.code)
+            job.record_end(trace.code)
             return trace
         stopped_by = os.WSTOPSIG(status)
         passed_on = 0
@@ -160,7 +160,7 @@ def _count(trace: Trace, pid: int, root: str, crash_at: int | None, torn: bool) 
 def _halve(pid: int, call: Call, registers: Registers) -> None:
     count = getattr(registers, ARGUMENTS[call.count])
     if count > 2**24:
-        # A copy asks for as much as there may be; what it is copied from says how much that is.
+        # The length in the call is a maximum; the size of the source decides how much is copied.
         source = {40: "rsi", 326: "rdi"}[registers.orig_rax]
         count = os.stat(f"/proc/{pid}/fd/{getattr(registers, source)}").st_size
     setattr(registers, ARGUMENTS[call.count], count // 2)
@@ -168,7 +168,7 @@ def _halve(pid: int, call: Call, registers: Registers) -> None:
 
 
 def _operation(call: Call, pid: int, registers: Registers, root: str) -> Operation | None:
-    """The change that a call makes, None if it makes none below `root`."""
+    """The change that a call makes; None if it makes none below `root`."""
     values = [getattr(registers, name) for name in ARGUMENTS]
     if call.flags is not None and not values[call.flags] & WRITES_TO:
         return None
@@ -196,7 +196,7 @@ def _string(pid: int, address: int) -> str:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         content = b""
         while b"\0" not in content:
-            # Never across the end of a page, behind which there may be none.
+            # Never beyond the end of a page, since there may be no next one.
             place = address + len(content)
             memory.seek(place)
             content += memory.read(4096 - place % 4096)

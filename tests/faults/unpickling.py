@@ -1,4 +1,4 @@
-"""Report every file that this process unpickles, by pickle or torch, but for those that libraries bring along."""
+"""Report every file that this process unpickles, with pickle or torch, except those that libraries include."""
 
 import os
 import pickle
@@ -10,31 +10,31 @@ OWN_FOLDERS = tuple({os.path.realpath(place) for place in (sys.prefix, sys.base_
 
 
 def install(report: str) -> None:
-    """Wrap pickle's ways to read a file, torch's if torch is imported, and watch what torch.load opens if it will be.
+    """Wrap pickle's functions for files, torch's if torch is imported, and watch the files that torch.load opens later.
 
     Args:
         report: gets a line per file.
     """
 
-    def tell(way: str, file: Any) -> None:
+    def log_use(way: str, file: Any) -> None:
         name = file if isinstance(file, (str, os.PathLike)) else getattr(file, "name", None)
         if isinstance(name, (str, os.PathLike)) and not os.path.realpath(name).startswith(OWN_FOLDERS):
             with open(report, "a") as lines:
                 lines.write(f"{way} {os.fspath(name)}\n")
 
     def wrapped(way: str, function):
-        def telling(file, *args, **kwargs):
-            tell(way, file)
+        def logging_use(file, *args, **kwargs):
+            log_use(way, file)
             return function(file, *args, **kwargs)
 
-        return telling
+        return logging_use
 
-    class TellingUnpickler(pickle.Unpickler):
+    class LoggingUnpickler(pickle.Unpickler):
         def __init__(self, file, *args, **kwargs):
-            tell("pickle.Unpickler", file)
+            log_use("pickle.Unpickler", file)
             super().__init__(file, *args, **kwargs)
 
-    pickle.load, pickle.Unpickler = wrapped("pickle.load", pickle.load), TellingUnpickler
+    pickle.load, pickle.Unpickler = wrapped("pickle.load", pickle.load), LoggingUnpickler
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         torch.load, torch.jit.load = wrapped("torch.load", torch.load), wrapped("torch.jit.load", torch.jit.load)
@@ -43,7 +43,7 @@ def install(report: str) -> None:
     def watch(event: str, arguments: tuple) -> None:
         is_file = event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[0] != report
         if is_file and _is_in_torch_load(sys._getframe()):
-            tell("torch.load", os.fsdecode(arguments[0]))
+            log_use("torch.load", os.fsdecode(arguments[0]))
 
     sys.addaudithook(watch)
 

@@ -1,7 +1,7 @@
-"""Training commands in processes that are forked from one that has imported everything, so that a start costs little.
+"""Training commands in processes that are forked from one that has imported everything, so that they start quickly.
 
-PyTorch, ColossalAI and transformers take seconds to import; a fork of a process that has done so takes milliseconds.
-The parent opens no process group and computes nothing, for the threads of either would not live in its children.
+PyTorch, ColossalAI and transformers need seconds to import; a fork of a process that has done so needs milliseconds.
+The parent opens no process group and computes nothing, since the threads of either would not exist in its children.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def import_everything() -> None:
 
 
 class Job:
-    """Forked processes of one command, one per rank, in a process group of their own. They die with their parent."""
+    """Forked processes of one command, one per rank, in a new process group. They die with their parent."""
 
     def __init__(
         self,
@@ -71,13 +71,13 @@ class Job:
             if pid == 0:
                 place = _launcher_variables(rank, ranks, port) if is_launched else {}
                 _be_child(body, log, output or log, place, group=self.pids[0] if self.pids else 0)
-            # Set on both sides, whichever comes first.
+            # Set in both processes, since either may be first.
             _set_group(pid, self.pids[0] if self.pids else pid)
             self.pids.append(pid)
         self._codes: list[int | None] = [None] * ranks
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """What the processes have written."""
         return self._log.read_text(errors="replace")
 
@@ -91,26 +91,26 @@ class Job:
 
     @property
     def codes(self) -> list[int | None]:
-        """The exit code of each process, as `is_running` last saw them; None for one that was running."""
+        """The exit code of each process, as of the last call of `is_running`; None for one that was running."""
         return list(self._codes)
 
     @property
     def exit_code(self) -> int:
-        """The largest exit code of all processes, which have ended; 137 stands for a killed one."""
+        """The largest exit code of all processes, which have ended; 137 for a killed one."""
         return max(code if code >= 0 else 128 - code for code in self._codes)
 
     def wait(self, seconds: float = END_SECONDS) -> int:
-        """Return `exit_code` when all have ended; those that take too long are killed."""
+        """Return `exit_code` when all have ended; processes that take too long are killed."""
         deadline = time.monotonic() + seconds
         while self.is_running() and time.monotonic() < deadline:
             time.sleep(0.005)
         if self.is_running():
             self.kill()
-            raise AssertionError(f"still running after {seconds:g} s: {self.said}")
+            raise AssertionError(f"still running after {seconds:g} s: {self.output}")
         return self.exit_code
 
     def kill(self) -> None:
-        """Kill the whole process group, at once."""
+        """Kill the complete process group at once."""
         try:
             os.killpg(self.pids[0], signal.SIGKILL)
         except ProcessLookupError:
@@ -118,8 +118,8 @@ class Job:
         while self.is_running():
             time.sleep(0.001)
 
-    def note_end(self, code: int) -> None:
-        """For whoever has waited for the only process itself."""
+    def record_end(self, code: int) -> None:
+        """For callers that have waited for the only process themselves."""
         self._codes[0] = code
 
 

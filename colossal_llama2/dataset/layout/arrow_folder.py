@@ -1,7 +1,8 @@
 """Write samples, a batch at a time, to a folder that datasets.load_from_disk reads. The bytes are reproducible.
 
-`datasets` itself takes a second to import in each worker, puts the time into its fingerprint, and needs all samples at
-once. The folder holds data-00000-of-00001.arrow (a stream of record batches), dataset_info.json and state.json.
+The `datasets` package needs a second to import in each worker, puts the time into its fingerprint, and needs all
+samples at once. The folder holds data-00000-of-00001.arrow (a stream of record batches), dataset_info.json and
+state.json.
 """
 
 import hashlib

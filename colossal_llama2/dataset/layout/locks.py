@@ -1,7 +1,7 @@
 """Locks on files (flock) that keep two runs out of the same folders.
 
-A lock ends with its process, whatever ends that. NFS supports such locks between machines since Linux 2.6.12, and needs
-a file that is open for writing.
+A lock ends with its process, however the process ends. NFS supports such locks between machines since Linux 2.6.12, and
+needs a file that is open for writing.
 
 The filelock package does not fit: its file locks are exclusive only, leave the lock file behind, and fall back to a
 file without a lock where the file system has none.
@@ -16,7 +16,7 @@ from colossal_llama2.errors import UserError
 
 
 class RefusedError(UserError):
-    """A run must not touch what is there: another run is active, or an earlier one had other input or settings."""
+    """A run must not change the folder: another run is active, or an earlier one had other input or settings."""
 
 
 def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = False) -> None:
@@ -47,8 +47,8 @@ def hold(stack: ExitStack, path: Path, *, shared: bool = False, wait: bool = Fal
         except OSError as error:
             os.close(descriptor)
             raise UserError(
-                f"{path.parent} is on a file system without locks ({error.strerror}), which keep two runs apart; give "
-                "folders on another one, or mount it with locks"
+                f"{path.parent} is on a file system without locks ({error.strerror}), which prevent two runs from "
+                "using one folder; give folders on another one, or mount it with locks"
             )
         if _is_still(path, descriptor):
             stack.callback(_release, path, descriptor)

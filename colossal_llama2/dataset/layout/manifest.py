@@ -1,4 +1,4 @@
-"""Record what a run was given and what it wrote: plan.json in the cache, manifest.json beside the bins.
+"""Record the input and output of a run: plan.json in the cache, manifest.json beside the bins.
 
 plan.json is written first, so that a restart only continues the same work. manifest.json is written last; it depends
 only on the input, the settings and the tokenizer:
@@ -30,9 +30,10 @@ from colossal_llama2.dataset.layout.locks import RefusedError
 from colossal_llama2.dataset.layout.output_folder import CACHE_FLAG, DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.layout.store import read_json_or_none, write_json_whole
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 
 # 2: the normalized text decides what is held out (`held_out`); document_target_bytes counts predicted tokens only.
@@ -90,8 +91,8 @@ def begin_or_continue(folders: OutputDirs, content: dict[str, Any]) -> bool:
         changes.append("it was made by another version")
     if changes:
         raise RefusedError(
-            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, and since then: {'; '.join(changes)}; run "
-            "the command as it was to continue, or delete that folder to start over"
+            f"{CACHE_FLAG}: {folders.cache} holds an unfinished run, but since then: {'; '.join(changes)}; run "
+            "the earlier command to continue, or delete that folder to start over"
         )
     return True
 
@@ -124,7 +125,7 @@ def check_finished(folders: OutputDirs, content: dict[str, Any]) -> dict[str, An
         changes = [f"{file} has different content" for file in newer if sha256_of(file) != known[file]]
     if changes:
         raise UserError(
-            f"--data_arrow_output_dir: {folders.final_arrow} exists already and differs from this command: "
+            f"--data_arrow_output_dir: {folders.final_arrow} already exists and differs from this command: "
             f"{'; '.join(changes)}; remove it or give another folder"
         )
     _check_complete(folders.outputs, manifest)
@@ -136,7 +137,7 @@ def _is_outdated(manifest: dict[str, Any]) -> bool:
     version = manifest.get("version")
     version = version if isinstance(version, int) else 1
     has_cuts = manifest["eval"] or manifest["total"].get("cut_documents")
-    # A row that was bad then may be valid now.
+    # A row that was bad in that version may be valid in this one.
     reads_differently = manifest["settings"]["stage"] == "sft" or manifest.get("bad_rows")
     return version < 2 and bool(has_cuts) or version < 3 and bool(reads_differently)
 
@@ -155,8 +156,8 @@ def _check_complete(outputs: dict[str, str], manifest: dict[str, Any]) -> None:
     if wrong:
         flag, path, problem = wrong[0]
         raise UserError(
-            f"{flag}: {path} {problem} ({len(wrong):,} such files), although the output was finished; put it back, or "
-            "remove the output folders and run the command again"
+            f"{flag}: {path} {problem} ({counted(len(wrong), 'such file')}), although the output was finished; put it "
+            "back, or remove the output folders and run the command again"
         )
 
 
@@ -260,13 +261,13 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         (other,) = COMMANDS.keys() - {stage}
         logs.get_logger().warning(
             f"{flag} {others[0]}: prepared by {COMMANDS[other][0]} for {COMMANDS[other][1]}, but this is "
-            f"{COMMANDS[stage][1]} ({len(others)} of {len(parts)} folders); unless this mix is intended, stop and "
-            f"run {COMMANDS[other][1]}"
+            f"{COMMANDS[stage][1]} ({len(others)} of {counted(len(parts), 'folder')}); unless this mix is intended, "
+            f"stop and run {COMMANDS[other][1]}"
         )
     if unknown:
         logs.get_logger().warning(
             f"{flag} {unknown[0]}: no {DATA_MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
-            f"({len(unknown)} of {len(parts)} folders)"
+            f"({len(unknown)} of {counted(len(parts), 'folder')})"
         )
 
 
@@ -297,13 +298,13 @@ def manifest_content(
     *,
     tokenizer: dict[str, Any],
     hashes: dict[int, str],
-    account: Account,
+    ledger: TokenLedger,
     bins: list[dict[str, Any]],
     lost: Sequence[LostFile] = (),
     left_out: Sequence[LeftOut] = (),
 ) -> dict[str, Any]:
-    """The manifest, as in this module's docstring; `bins` are the accounts that `bins.write_bin` returns."""
-    by_file = account.by_file()
+    """The manifest, as in this module's docstring; `bins` are the counts that `bins.write_bin` returns."""
+    by_file = ledger.by_file()
     inputs = []
     for number, file in enumerate(files):
         counts = by_file[number].as_json() if number in by_file else {}
@@ -314,19 +315,19 @@ def manifest_content(
         "settings": settings.as_dict(),
         "tokenizer": tokenizer,
         "inputs": inputs,
-        "categories": {name: tally.as_json() for name, tally in account.by_category().items()},
-        "total": account.total().as_json(),
-        "lines": account.lines,
-        "empty_lines": account.empty_lines,
-        "bad_rows": account.bad_rows,
-        "bad_reasons": account.bad_reasons(),
+        "categories": {name: tally.as_json() for name, tally in ledger.by_category().items()},
+        "total": ledger.total().as_json(),
+        "lines": ledger.lines,
+        "empty_lines": ledger.empty_lines,
+        "bad_rows": ledger.bad_rows,
+        "bad_reasons": ledger.bad_reasons(),
         "lost_files": [entry._asdict() for entry in lost],
         "left_out": [entry._asdict() for entry in left_out],
-        "formats": dict(sorted(account.formats.items())),
-        "notes": dict(sorted(account.notes.items())),
-        "unknown_roles": dict(sorted(account.unknown_roles.items())),
+        "formats": dict(sorted(ledger.formats.items())),
+        "notes": dict(sorted(ledger.notes.items())),
+        "unknown_roles": dict(sorted(ledger.unknown_roles.items())),
         "samples": samples,
-        "fill": round(account.total().kept / (samples * settings.max_length), 6),
+        "fill": round(ledger.total().kept / (samples * settings.max_length), 6),
         "bins": bins[: settings.num_bins],
         "eval": bins[settings.num_bins] if settings.has_eval else None,
     }

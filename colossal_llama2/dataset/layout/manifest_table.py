@@ -1,4 +1,4 @@
-"""A manifest.json as aligned lines, whatever it holds: names and values, nested ones indented, records as rows."""
+"""A manifest.json with any content as aligned lines: names and values, nested ones indented, records as rows."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def _rows(records: Mapping[str, Mapping[str, Any]], *, indent: str, width: int |
 
 
 def _is_plain(value: Any) -> bool:
-    """True for what fits on the line of its name: an empty object, or no object and no list of objects or lists."""
+    """True for a value that fits on the line of its name: an empty object, a scalar, or a list of scalars."""
     if isinstance(value, dict):
         return not value
     return not isinstance(value, list) or not any(isinstance(entry, (dict, list)) for entry in value)
@@ -76,7 +76,7 @@ def _list_text(values: Sequence[Any]) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of at most `MAX_CELL_CHARACTERS`: the end of a longer text, where paths differ; a hash's start."""
+    """One line of at most `MAX_CELL_CHARACTERS`: the end of a longer text, where paths differ; the start of a hash."""
     if SHA256.fullmatch(text):
         return text[:12]
     line = visible_line(text)

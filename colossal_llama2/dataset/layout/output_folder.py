@@ -16,9 +16,9 @@ from colossal_llama2.dataset.layout.store import TEMPORARY, remove_leftovers
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import check_can_create, check_is_utf8, is_stray, sync_entries
 
-# In the cache: what the unfinished run was given. A training run writes a plan.json of its own to its --save_dir.
+# In the cache: the input of the unfinished run. A training run writes another plan.json, to its --save_dir.
 WORK_PLAN_FILE = "plan.json"
-# Beside the bins: what they were made of. Each checkpoint has a manifest.json of its own.
+# Beside the bins: their input and counts. Each checkpoint has another manifest.json.
 DATA_MANIFEST_FILE = "manifest.json"
 CACHE_FLAG = "--data_cache_dir"
 
@@ -66,7 +66,7 @@ class OutputDirs:
             if folder == self.cache:
                 self._check_cache(given)
             elif folder.exists() and not self.is_being_published:
-                raise UserError(f"{flag}: {given} exists already; remove it or give another folder")
+                raise UserError(f"{flag}: {given} already exists; remove it or give another folder")
             if folder == self.cache or not folder.exists():
                 check_can_create(folder, flag)
 
@@ -130,7 +130,7 @@ class OutputDirs:
 
     def _make(self, folder: Path) -> None:
         if folder.is_symlink():
-            raise RefusedError(f"{folder} is a link, and output is not written through links; remove it")
+            raise RefusedError(f"{folder} is a link; output is not written through links, so remove it")
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         self._made += missing

@@ -11,7 +11,7 @@ from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the output beside input and tokenizer. The cache and manifest.json record it.
+    """The settings that, besides input and tokenizer, decide the output. The cache and manifest.json record them.
 
     Attributes:
         stage: "pretrain" or "sft".
@@ -82,7 +82,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done. It does not change the output.
+    """How the work is done. These settings do not change the output.
 
     Attributes:
         num_workers: processes on this machine, or cores of a Ray that the command starts.
@@ -99,7 +99,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class WorkSizes:
-    """How much is handled at a time, which bounds memory. No flag sets them; tests use small ones.
+    """How much is processed at a time, which bounds memory. No flag sets these sizes; tests use small ones.
 
     Attributes:
         unit_bytes: input of a unit of work. It decides in which steps pieces are dealt, so plan.json records it.
@@ -107,7 +107,7 @@ class WorkSizes:
         batch_characters: texts of a batch that have more characters together are encoded to arrays.
         held_pieces: pieces that are held in memory while they are dealt to bins.
         max_grams: of more held-out n-grams, --eval_dedup compares a sample.
-        lookup_grams, lookup_characters, lookup_documents: what --eval_dedup looks up together.
+        lookup_grams, lookup_characters, lookup_documents: limits of what --eval_dedup looks up in one batch.
     """
 
     unit_bytes: int = UNIT_BYTES

@@ -114,7 +114,7 @@ def full_disk_reported(path: Path, needed_bytes: int) -> Iterator[None]:
         if error.errno == errno.EFBIG:
             raise RunError(f"{needed}; raise the limit on the size of a file (ulimit -f), {GO_ON}")
         free = shutil.disk_usage(folder).free
-        raise RunError(f"{needed}, {free:,} free in {folder}; make room, {GO_ON}")
+        raise RunError(f"{needed}, {free:,} free in {folder}; free some space, {GO_ON}")
 
 
 def remove_leftovers(folder: Path) -> int:

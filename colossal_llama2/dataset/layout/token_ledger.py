@@ -1,4 +1,4 @@
-"""Count what becomes of every record and token in a prepare command, by file and category; check and print it.
+"""Count every record and token of a prepare command, by what happened to it, file and category; check and print that.
 
 As JSON, one `Tally`:
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.errors import RunError
+from colossal_llama2.plurals import counted
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line, visible_line
 
@@ -24,7 +25,7 @@ MOST_ROLES, OTHER_ROLES = 100, "(other roles)"
 
 @dataclass
 class Tally:
-    """Counts of the records of one file and category, or of several.
+    """Counts for the records of one file and category, or of several.
 
     Attributes:
         bytes, characters: of the records' text, in UTF-8.
@@ -100,7 +101,7 @@ COUNTS = tuple(count.name for count in fields(Tally) if count.name != "dropped")
 
 
 @dataclass
-class Account:
+class TokenLedger:
     """The tallies of a unit or a whole run, by (file number, category), and counts of other lines.
 
     Attributes:
@@ -125,7 +126,7 @@ class Account:
             self.tallies[key] = Tally()
         return self.tallies[key]
 
-    def add(self, other: "Account") -> None:
+    def add(self, other: "TokenLedger") -> None:
         """Add the counts of `other`."""
         for key, tally in other.tallies.items():
             self.tally(*key).add(tally)
@@ -136,7 +137,7 @@ class Account:
         for name, count in other.formats.items():
             self.formats[name] = self.formats.get(name, 0) + count
         for name, count in other.notes.items():
-            self.note(name, count)
+            self.count_note(name, count)
         self.count_roles(other.unknown_roles)
 
     def bad_row(self, file: int, reason: str, problem: str, count: int = 1) -> None:
@@ -155,7 +156,7 @@ class Account:
             reasons[reason] = reasons.get(reason, 0) + count
         return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
-    def note(self, name: str, count: int = 1) -> None:
+    def count_note(self, name: str, count: int = 1) -> None:
         """Count a remark about rows that were used."""
         self.notes[name] = self.notes.get(name, 0) + count
 
@@ -185,7 +186,7 @@ class Account:
         return {category: _sum(parts[category]) for category in sorted(parts)}
 
     def check(self, names: dict[int, str], *, bins: Tally) -> None:
-        """Raise RunError unless each file and category balances, and `bins` hold what should be kept."""
+        """Raise RunError unless each file and category balances, and `bins` hold all tokens that should be kept."""
         for (file, category), tally in self.tallies.items():
             tally.check(f"{names[file]}, category {category}")
         total = self.total()
@@ -213,7 +214,7 @@ class Account:
         }
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Account":
+    def from_json(cls, content: dict[str, Any]) -> "TokenLedger":
         """The inverse of `as_json`."""
         tallies = {(file, category): Tally.from_json(tally) for file, category, tally in content["tallies"]}
         bad = {(file, reason): [count, example] for file, reason, count, example in content["bad"]}
@@ -260,9 +261,9 @@ def _summary(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of name, number and remark."""
     total, settings = Tally.from_json(manifest["total"]), manifest["settings"]
     max_length, num_samples = settings["max_length"], manifest["samples"]
-    skipped = f"{manifest['empty_lines']:,} empty lines skipped"
+    skipped = f"{counted(manifest['empty_lines'], 'empty line')} skipped"
     if manifest["bad_rows"]:
-        skipped += f", {manifest['bad_rows']:,} bad rows skipped, listed in bad_rows.jsonl"
+        skipped += f", {counted(manifest['bad_rows'], 'bad row')} skipped, listed in bad_rows.jsonl"
     tokens_per_bin = [entry["tokens"] for entry in manifest["bins"]]
     rows = [
         ("documents", f"{total.documents:,}", skipped),
@@ -306,7 +307,7 @@ def _role_rows(roles: Mapping[str, int]) -> list[tuple[str, str, str]]:
     rest = ordered[TABLE_ROWS:]
     if rest:
         count = sum(count for _, count in rest)
-        rows.append(("", f"{count:,}", f"messages of {len(rest):,} more unknown roles, in manifest.json"))
+        rows.append(("", f"{count:,}", f"messages of {counted(len(rest), 'more unknown role')}, in manifest.json"))
     return rows
 
 

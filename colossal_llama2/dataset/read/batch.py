@@ -1,4 +1,4 @@
-"""One padded micro batch (`Batch`), and what makes it out of rows of prepared data (`Collator`)."""
+"""One padded micro batch (`Batch`), and the class that makes it from rows of prepared data (`Collator`)."""
 
 import math
 from collections.abc import Sequence

@@ -4,7 +4,7 @@ Bucket k holds part k of every source. Inside it, each source is shuffled and sp
 in tokens (`Mixture`), a source is subsampled or repeated.
 
 The order is a pure function of lengths, shares, seed and epoch. Every epoch has the same number of samples of a source.
-A source that is subsampled gives other samples in each epoch, until all were used.
+A subsampled source contributes different samples in each epoch, until all were used.
 """
 
 from bisect import bisect_right
@@ -16,7 +16,7 @@ import numpy as np
 
 from colossal_llama2.dataset.read.sources import Mixture, Part
 
-# Separates the random choice of samples from that of their order, under one seed.
+# Makes the random choice of samples independent of their random order, under one seed.
 CHOICE = 1
 
 
@@ -94,8 +94,8 @@ class Buckets:
     def _bucket_rows(self, bucket: int, seed: int, epoch: int) -> np.ndarray:
         """The rows of a bucket in order. For each source, it is divided into one equal stretch per sample.
 
-        Each sample lies at a random place in its own stretch. So up to any place of the bucket, a source has its share
-        of the samples, to within about one, and no pattern assigns one source to one rank.
+        Each sample is at a random place in its own stretch. So up to any place of the bucket, a source has its share of
+        the samples, to within about one, and no pattern assigns one source to one rank.
         """
         rows, places = [np.zeros(0, np.int64)], [np.zeros(0)]
         for portion in self.portions[bucket]:

@@ -42,7 +42,7 @@ class SampleOrder:
         return -(-micro_steps // self.accumulation_steps)
 
     def dropped_after(self, consumed: int) -> int:
-        """Samples at the end of that epoch that are too few for another micro batch of all ranks."""
+        """The number of samples left at the end of the epoch, too few for another micro batch on all ranks."""
         return (self.num_samples - consumed) % self.samples_per_micro_step
 
     def rows(self, epoch: int, begin: int, end: int) -> list[int]:

@@ -43,7 +43,7 @@ def _fill(items: Iterable[Any], ready: "queue.Queue[tuple[str, Any]]", ended: th
 
 
 def _put(ready: "queue.Queue[tuple[str, Any]]", entry: tuple[str, Any], ended: threading.Event) -> bool:
-    """Pass an entry to the consumer; False if that has ended."""
+    """Pass an entry to the consumer; False if the consumer has ended."""
     while not ended.is_set():
         try:
             ready.put(entry, timeout=LOOK_SECONDS)

@@ -62,7 +62,7 @@ class Data(NamedTuple):
         return self.bucketed or self.mixture is not None
 
     def facts(self) -> dict[str, Any]:
-        """What must be the same in a resumed run, as JSON; None for what is off, as in older checkpoints."""
+        """What must be the same in a resumed run, as JSON; None for a setting that is off, as in older checkpoints."""
         return {
             "bucketed": self.bucketed or None,
             "mixture": [list(pair) for pair in self.mixture.shares.items()] if self.mixture else None,

@@ -7,6 +7,7 @@ import numpy as np
 from colossal_llama2 import logs
 from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS, IGNORE_INDEX, LABELS, SCAN_ROWS
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 
 if TYPE_CHECKING:
     import datasets
@@ -52,13 +53,13 @@ def log_untrained(untrained: int, samples: int, *, flag: str = "--dataset") -> N
     """Log the number of samples without a trained token. Raises UserError if no sample has one."""
     if untrained == samples:
         raise UserError(
-            f"{flag}: none of its {samples:,} samples has a trained token, all their labels are -100; give other data, "
-            f"or prepare the data again"
+            f"{flag}: no trained token in {counted(samples, 'sample')}, all labels are -100; give other data, or "
+            f"prepare the data again"
         )
     if untrained:
         logs.get_logger().warning(
-            "%s: %s of %s samples have no trained token, all their labels are -100; they do not contribute to the loss",
+            "%s: no trained token in %s of %s, all their labels are -100; they do not contribute to the loss",
             flag,
             f"{untrained:,}",
-            f"{samples:,}",
+            counted(samples, "sample"),
         )

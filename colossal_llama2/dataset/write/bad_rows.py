@@ -16,8 +16,9 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.corpus.data_files import InputFile, LostFile, Unit
 from colossal_llama2.dataset.layout import store
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.errors import RunError
+from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import visible_line
 
 BAD_ROWS_FILE = "bad_rows.jsonl"
@@ -28,12 +29,12 @@ MAX_WARNINGS = 10
 MAX_ROLES = 10
 
 
-def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
+def warn_of_many(ledger: TokenLedger, files: Sequence[InputFile]) -> None:
     """Warn about files with a share of bad rows over `WARNED_SHARE`, with the most frequent reason and its cure."""
     by_file: dict[int, dict[str, list[Any]]] = {}
-    for (file, reason), entry in account.bad.items():
+    for (file, reason), entry in ledger.bad.items():
         by_file.setdefault(file, {})[reason] = entry
-    documents = {file: tally.documents for file, tally in account.by_file().items()}
+    documents = {file: tally.documents for file, tally in ledger.by_file().items()}
     warnings = []
     for file, reasons in sorted(by_file.items()):
         bad = sum(count for count, _ in reasons.values())
@@ -41,14 +42,15 @@ def warn_of_many(account: Account, files: Sequence[InputFile]) -> None:
         if bad > WARNED_SHARE * rows:
             reason, (count, example) = max(reasons.items(), key=lambda item: item[1][0])
             warnings.append(
-                f"{files[file].path}: {bad:,} of {rows:,} rows ({bad / rows:.0%}) are skipped as bad, most "
-                f"often ({count:,}): {reason}. The first of these: {example}"
+                f"{files[file].path}: {bad:,} of {counted(rows, 'row')} ({bad / rows:.0%}) skipped as bad, most often "
+                f"({count:,}): {reason}. The first of these: {example}"
             )
     for warning in warnings[:MAX_WARNINGS]:
         logs.get_logger().warning(warning)
     if len(warnings) > MAX_WARNINGS:
         logs.get_logger().warning(
-            f"{len(warnings) - MAX_WARNINGS:,} more files have over {WARNED_SHARE:.0%} bad rows; see {BAD_ROWS_FILE}"
+            f"over {WARNED_SHARE:.0%} bad rows also in {counted(len(warnings) - MAX_WARNINGS, 'more file')}; "
+            f"see {BAD_ROWS_FILE}"
         )
 
 
@@ -80,6 +82,6 @@ def report_lost(lost: Sequence[dict[str, Any]], *, on_bad_file: str, output: Pat
 def roles_in_words(roles: Mapping[str, int]) -> str:
     """The unknown roles with the number of messages of each, the most frequent first, and the cure."""
     ordered = sorted(roles, key=lambda role: (-roles[role], role))
-    listed = ", ".join(f"{visible_line(role)} ({roles[role]:,} messages)" for role in ordered[:MAX_ROLES])
+    listed = ", ".join(f"{visible_line(role)} ({counted(roles[role], 'message')})" for role in ordered[:MAX_ROLES])
     rest = f" and {len(ordered) - MAX_ROLES:,} more" if len(ordered) > MAX_ROLES else ""
     return f"unknown roles: {listed}{rest}; if one is the assistant, name it with --assistant_roles"

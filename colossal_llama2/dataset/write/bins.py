@@ -1,6 +1,6 @@
 """One bin: arrange its pieces into samples and write them as arrow and as jsonl.
 
-A sample, of two documents of which the first has a source:
+A sample of two documents, the first of which has a source:
 
     {"input_ids": [1, 41287, ..., 53429, 2, 1, 9027, ..., 2], "labels": [-100, -100, ..., 53429, 2, 1, 9027, ..., 2],
      "sequence_lengths": [61, 103], "document_categories": ["riddle", "sports"], "document_sources": ["zh", "en"],
@@ -98,7 +98,7 @@ def members_file(cache_dir: str, name: str) -> Path:
     return Path(cache_dir) / "dealt" / f"{name}.members"
 
 
-def bin_account_file(cache_dir: str, name: str) -> Path:
+def bin_counts_file(cache_dir: str, name: str) -> Path:
     """The file that marks a bin as written, with its counts."""
     return Path(cache_dir) / f"bin-{name}.json"
 
@@ -123,7 +123,7 @@ def write_bin(task: BinTask) -> dict[str, Any]:
         seed=[settings.seed, task.number],
     )
     tokens = int(members["length"].sum())
-    account: dict[str, Any] = {"name": name, "samples": len(counts), "tokens": tokens, "trained": 0, "predicted": 0}
+    summary: dict[str, Any] = {"name": name, "samples": len(counts), "tokens": tokens, "trained": 0, "predicted": 0}
     with ExitStack() as stack:
         if settings.writes_jsonl:
             path = Path(task.jsonl_dir) / f"{name}.jsonl"
@@ -135,18 +135,18 @@ def write_bin(task: BinTask) -> dict[str, Any]:
         stack.callback(arrow.close)
         for batch, batch_counts in _batches(members[order], counts):
             columns, trained, predicted = _columns(batch, batch_counts, task)
-            account["trained"] += trained
-            account["predicted"] += predicted
+            summary["trained"] += trained
+            summary["predicted"] += predicted
             arrow.write(columns)
             if settings.writes_jsonl:
                 with store.full_disk_reported(path, tokens * JSONL_BYTES_PER_TOKEN):
                     _write_lines(jsonl, columns)
-        account["pieces"] = len(members)
-        account["longest"] = int(np.add.reduceat(members["length"][order], np.cumsum(counts) - counts).max())
-        account["fingerprint"] = arrow.finish()
-    account["bytes"] = (final / DATA_FILE).stat().st_size
-    store.write_json_whole(bin_account_file(task.cache_dir, name), account)
-    return account
+        summary["pieces"] = len(members)
+        summary["longest"] = int(np.add.reduceat(members["length"][order], np.cumsum(counts) - counts).max())
+        summary["fingerprint"] = arrow.finish()
+    summary["bytes"] = (final / DATA_FILE).stat().st_size
+    store.write_json_whole(bin_counts_file(task.cache_dir, name), summary)
+    return summary
 
 
 def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 Training data is encoded by the reference encoder of the tokenizer's kind, or by a faster one that gives the same ids.
 transformers loads tokenizer.json instead, which can differ (equal scores, unreachable characters, leading spaces); then
-the model is used with other ids than it was trained on.
+the model is used with ids other than those it was trained on.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -41,7 +41,7 @@ def choose_encoder(
     differing = 0 if encoder is reference else _differing(shared_encoder(tokenizer_dir, encoder).encode(texts), ids)
     if differing:
         logs.get_logger().warning(
-            f"the fast encoder gives other ids than {reference.name} for {differing} of {len(texts)} sample texts; "
+            f"the fast encoder and {reference.name} give different ids for {differing} of {len(texts)} sample texts; "
             f"{reference.name} is used instead"
         )
         encoder = reference

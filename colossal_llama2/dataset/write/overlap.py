@@ -31,6 +31,7 @@ from colossal_llama2.dataset.write.held_out import folded
 from colossal_llama2.dataset.write.records import Row, row_reader
 from colossal_llama2.dataset.write.tokenize_unit import UnitTask
 from colossal_llama2.dataset.write.unit_files import HELD_OUT, TRAINED_ON, unit_sides
+from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import visible_line
 
 NGRAM = 13
@@ -100,7 +101,7 @@ def _report(
     lines_before: dict[int, int],
     paths: Sequence[str],
 ) -> dict[str, Any]:
-    """Put together what the workers found. `documents` counts the held-out ones that have n-grams (True) or not."""
+    """Combine the workers' results. `documents` counts the held-out documents with (True) and without n-grams."""
 
     def where(unit: int, place: Sequence[int]) -> str:
         return f"{paths[place[0]]}:{lines_before[unit] + place[1]}"
@@ -140,9 +141,9 @@ def _log(report: dict[str, Any]) -> None:
         for example in report["examples"][:1]
     )
     logs.get_logger().info(
-        f"--eval_dedup: {report['overlapping']:,} of {report['compared']:,} held-out documents ({report['share']:.2%}) "
-        f"share {NGRAM} consecutive words with training text ({report['too_short']:,} of {report['documents']:,} are "
-        f"too short to compare){first}"
+        f"--eval_dedup: {NGRAM} consecutive words shared with training text in {report['overlapping']:,} of "
+        f"{counted(report['compared'], 'held-out document')} ({report['share']:.2%}; {report['too_short']:,} of "
+        f"{report['documents']:,} too short to compare){first}"
     )
 
 
@@ -202,7 +203,7 @@ def write_overlaps(task: UnitTask) -> int:
 def batches(
     rows: Iterable[tuple[Place, Row]], sizes: WorkSizes
 ) -> Iterator[tuple[list[Place], list[list[str]], np.ndarray, np.ndarray]]:
-    """Documents, some at a time: places, texts, where the n-grams of each end, and all n-grams.
+    """Batches of documents: places, texts, where the n-grams of each end, and all n-grams.
 
     Documents without n-grams are left out. A batch ends with the document that reaches one of the `sizes`.
     """

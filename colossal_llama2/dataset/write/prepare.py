@@ -20,12 +20,11 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.corpus.data_files import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
-from colossal_llama2.dataset.layout import manifest, store
-from colossal_llama2.dataset.layout import token_ledger as accounts
+from colossal_llama2.dataset.layout import manifest, store, token_ledger
 from colossal_llama2.dataset.layout.arrow_folder import DATA_FILE
 from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE, WORK_PLAN_FILE, OutputDirs
 from colossal_llama2.dataset.layout.prepare_settings import Execution, Settings, WorkSizes
-from colossal_llama2.dataset.layout.token_ledger import Account, Tally
+from colossal_llama2.dataset.layout.token_ledger import Tally, TokenLedger
 from colossal_llama2.dataset.write import bins as bins_module
 from colossal_llama2.dataset.write.assign_bins import deal_units
 from colossal_llama2.dataset.write.bad_rows import report_lost, roles_in_words, warn_of_many, write_bad_rows
@@ -42,6 +41,7 @@ from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 
 # The name under which transformers finds it in a tokenizer's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -51,7 +51,7 @@ def prepare_pretrain(**flags: Any) -> None:
     """Tokenize {"source", "target", "category"} records and splice them into samples of at most `max_length` tokens.
 
     Takes the flags of prepare_pretrain_dataset.py as keywords, with the same defaults. Writes arrow folders part-00000,
-    ... with the columns of `columns`, part-00000.jsonl, ... and manifest.json, and prints what became of every token.
+    ... with the columns of `columns`, part-00000.jsonl, ... and manifest.json, and prints the counts of all tokens.
 
     Raises:
         UserError: something is wrong with flags, folders or records. Nothing is left behind.
@@ -112,7 +112,7 @@ def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: 
     """Log that there is nothing to do, or raise UserError; clean up after a run that died while emptying the cache."""
     written = manifest.check_finished(folders, content)
     folders.tidy_up(lambda: store.read_json_or_none(folders.cache / WORK_PLAN_FILE) == content)
-    accounts.print_tables(written)
+    token_ledger.print_tables(written)
     logs.get_logger().info(f"nothing to do: {folders.final_arrow} is complete, and has the same input and settings")
     report_lost(written.get("lost_files", ()), on_bad_file=on_bad_file, output=folders.final_arrow)
 
@@ -148,7 +148,7 @@ class _Run:
             self._do_units(encoder)
             missing = [unit for unit in self.units if not is_done(self.folders.cache, unit)]
             if missing:
-                logs.get_logger().info(f"this share is done; {len(missing):,} units of other shares are not done yet")
+                logs.get_logger().info(f"this share is done; other shares lack {counted(len(missing), 'unit')}")
                 return
         with self.folders.finishing() as is_ours:
             if not is_ours:
@@ -203,7 +203,7 @@ class _Run:
             written = self._write(content)
         self.folders.publish()
         self.folders.empty_cache()
-        accounts.print_tables(written)
+        token_ledger.print_tables(written)
         warn_of_unknown(written, tokenizer=self.tokenizer_dir)
         # Manifests of earlier versions have none.
         if roles := written.get("unknown_roles"):
@@ -215,9 +215,9 @@ class _Run:
         if self.execution.shard:
             self._remove_leftovers()
         manifest.check_unchanged(self.files)
-        account, hashes, lost = self._collect()
-        warn_of_many(account, self.files)
-        self._check_enough(account, lost)
+        ledger, hashes, lost = self._collect()
+        warn_of_many(ledger, self.files)
+        self._check_enough(ledger, lost)
         bins = self._write_bins()
         if self.execution.executor == "ray":
             # Left by workers that were lost; others have done their tasks.
@@ -225,7 +225,7 @@ class _Run:
         kept = Tally(trained=sum(entry["trained"] for entry in bins))
         kept.masked = sum(entry["tokens"] for entry in bins) - kept.trained
         kept.predicted = sum(entry["predicted"] for entry in bins)
-        account.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
+        ledger.check({number: file.path for number, file in enumerate(self.files)}, bins=kept)
         if self.settings.on_bad_row == "skip":
             write_bad_rows(self.folders.arrow, self._lines_before_units(), self.folders.cache)
         self._write_chat_template()
@@ -235,7 +235,7 @@ class _Run:
             self.files,
             tokenizer={"sha256": content["tokenizer"], **self.sample},
             hashes=hashes,
-            account=account,
+            ledger=ledger,
             bins=bins,
             lost=lost,
             left_out=self.inputs.left_out,
@@ -244,44 +244,48 @@ class _Run:
         store.write_json_whole(self.folders.arrow / DATA_MANIFEST_FILE, whole)
         return whole
 
-    def _collect(self) -> tuple[Account, dict[int, str], list[LostFile]]:
+    def _collect(self) -> tuple[TokenLedger, dict[int, str], list[LostFile]]:
         """The sum of the counts of all units, the hash of each file, and the files that were not read to their end."""
-        account, hashes, lost = Account(), {}, list(self.inputs.lost)
+        ledger, hashes, lost = TokenLedger(), {}, list(self.inputs.lost)
         for unit in self.units:
             path = unit_file(self.folders.cache, unit, "json")
             content = store.read_json(path)
             with store.damage_reported(path):
-                account.add(Account.from_json(content["account"]))
+                ledger.add(TokenLedger.from_json(content["account"]))
                 hashes.update({int(file): digest for file, digest in content["hashes"].items()})
                 lost += [LostFile(**entry) for entry in content["lost"]]
-        return account, hashes, lost
+        return ledger, hashes, lost
 
-    def _check_enough(self, account: Account, lost: Sequence[LostFile]) -> None:
+    def _check_enough(self, ledger: TokenLedger, lost: Sequence[LostFile]) -> None:
         """Raise UserError unless every bin, and eval, gets at least one piece."""
-        total, num_bins = account.total(), self.settings.num_bins
+        total, num_bins = ledger.total(), self.settings.num_bins
         if self.settings.has_eval and not total.held_out_pieces:
             raise UserError(
-                f"--eval_fraction {self.settings.eval_fraction} holds out none of {total.documents:,} documents; "
-                "give a larger fraction, or 0"
+                f"--eval_fraction {self.settings.eval_fraction} holds out nothing of "
+                f"{counted(total.documents, 'document')}; give a larger fraction, or 0"
             )
         pieces = total.pieces - total.held_out_pieces
         if pieces >= num_bins:
             return
         reasons = "".join(f", {count} dropped: {reason}" for reason, (count, _) in sorted(total.dropped.items()))
-        left = f"{total.documents} records give {pieces} pieces of at most {self.settings.max_length} tokens{reasons}"
+        left = (
+            f"{counted(total.documents, 'record')} gave {counted(pieces, 'piece')} of at most "
+            f"{self.settings.max_length:,} tokens{reasons}"
+        )
         if total.held_out_documents:
-            left += f", {total.held_out_documents} records held out by --eval_fraction"
-        if account.unknown_roles:
-            left += f", {roles_in_words(account.unknown_roles)}"
-        if account.bad_rows:
-            reason, count = next(iter(account.bad_reasons().items()))
-            left += f", {account.bad_rows} bad rows skipped, most often ({count}): {reason}"
+            left += f", {counted(total.held_out_documents, 'record')} held out by --eval_fraction"
+        if ledger.unknown_roles:
+            left += f", {roles_in_words(ledger.unknown_roles)}"
+        if ledger.bad_rows:
+            reason, count = next(iter(ledger.bad_reasons().items()))
+            left += f", {counted(ledger.bad_rows, 'bad row')} skipped, most often ({count}): {reason}"
         if lost:
-            left += f", {len(lost)} files not read to the end, such as {lost[0]}"
+            left += f", {counted(len(lost), 'file')} not read to the end, such as {lost[0]}"
         if not pieces:
             raise UserError(f"nothing to prepare: {left}; {self._cure(total.dropped)}")
         raise UserError(
-            f"--num_spliced_dataset_bins {num_bins} given, but {left}; give at most {pieces} bins or more data"
+            f"--num_spliced_dataset_bins {num_bins} given, but {left}; "
+            f"give at most {counted(pieces, 'bin')} or more data"
         )
 
     def _cure(self, dropped: Mapping[str, Any]) -> str:
@@ -291,7 +295,7 @@ class _Run:
         least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
         return (
             f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "
-            f"{least} tokens before anything is said)"
+            f"{least} tokens before the first message)"
         )
 
     def _write_bins(self) -> list[dict[str, Any]]:
@@ -315,16 +319,16 @@ class _Run:
             for _ in self.run_tasks(write_bin, waiting):
                 progress.update()
         names = [self.settings.bin_name(number) for number in self.settings.all_bins]
-        return [store.read_json(bins_module.bin_account_file(paths["cache_dir"], name)) for name in names]
+        return [store.read_json(bins_module.bin_counts_file(paths["cache_dir"], name)) for name in names]
 
     def _is_written(self, task: BinTask) -> bool:
         name = self.settings.bin_name(task.number)
-        account = store.read_json_or_none(bins_module.bin_account_file(task.cache_dir, name))
+        ledger = store.read_json_or_none(bins_module.bin_counts_file(task.cache_dir, name))
         data = Path(task.arrow_dir, name, DATA_FILE)
         return (
-            account is not None
+            ledger is not None
             and data.is_file()
-            and data.stat().st_size == account["bytes"]
+            and data.stat().st_size == ledger["bytes"]
             and (not self.settings.writes_jsonl or Path(task.jsonl_dir, f"{name}.jsonl").is_file())
         )
 

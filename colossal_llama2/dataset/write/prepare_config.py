@@ -104,4 +104,4 @@ def _check_assistant_roles(names: Sequence[str]) -> None:
     others = {role for role, speaker in ROLES.items() if speaker == HUMAN} | {SYSTEM_ROLE, *TOOL_ROLES}
     for role in sorted(set(map(canonical_role, names))):
         if role in others:
-            raise UserError(f"--assistant_roles: {role} is not the assistant's; name roles that speak for it, or none")
+            raise UserError(f"--assistant_roles: {role} is not a role of the assistant; give only names of its roles")

@@ -27,7 +27,7 @@ from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEA
 from colossal_llama2.errors import RunError, UserError
 
 OLDEST_VERSION = (2, 54)
-# Wherever this file lies in it.
+# Independent of where this file is in the package.
 PACKAGE = Path(colossal_llama2.__file__).resolve().parent
 # Retries after a worker or node was lost. If more are needed, the task itself kills its workers.
 MAX_RETRIES = 10
@@ -215,7 +215,7 @@ def _connect(ray, address: str | None, num_workers: int) -> None:
 
 
 def _slots(ray) -> int:
-    """How many tasks Ray may have: some for each core of the current nodes."""
+    """The number of tasks that Ray may have at a time: some for each core of the current nodes."""
     return TASKS_AHEAD * max(int(ray.cluster_resources().get("CPU", 0)), 1)
 
 

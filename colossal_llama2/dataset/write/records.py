@@ -91,7 +91,7 @@ class PretrainRow(NamedTuple):
 
     @property
     def identity_texts(self) -> list[str]:
-        """The target: records that differ in their source alone are on the same side."""
+        """The target: records that differ only in their source are on the same side."""
         return [self.target]
 
     @property
@@ -110,7 +110,7 @@ class PretrainRow(NamedTuple):
 
 
 class SftRow(NamedTuple):
-    """A checked fine-tuning record. `format` is the one that it came in, of `message_formats.FORMATS`."""
+    """A checked fine-tuning record. `format` is its format, one of `message_formats.FORMATS`."""
 
     conversation: Conversation
     category: str
@@ -193,7 +193,7 @@ def _no_target(row: dict[str, Any], name: str) -> RowError:
 
 
 def _is_masked(row: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a loss mark masks the document, and notes. A field with such a name need not be a loss mark here."""
+    """Whether a loss mark masks the document, and notes. Here, a field of that name may have another meaning."""
     try:
         return read_mark(row, "the record") is False, ()
     except RowError:

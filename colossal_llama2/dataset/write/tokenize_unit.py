@@ -3,7 +3,7 @@
 read       lines of the unit's spans (`row_reader`), checked (`records`); what cannot be used (`unit_problems`)
 tokenize   about a megabyte of rows at a time (`tokenization`)
 cut        documents into pieces (`document_pieces`)
-count      what became of every token (`unit_counts`)
+count      every token, by what happened to it (`unit_counts`)
 write      the pieces, and last a JSON file that marks the unit as done (`unit_files`)
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from colossal_llama2.corpus.data_files import InputFile, Unit
 from colossal_llama2.corpus.row_reader import Line, SpanReader, sha256_of
 from colossal_llama2.dataset.layout.prepare_settings import Settings, WorkSizes
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.document_pieces import Document, coded_tokens, cut_documents, document_groups
 from colossal_llama2.dataset.write.held_out import is_held_out
@@ -38,7 +38,7 @@ from colossal_llama2.dataset.write.unit_files import (
     write_unit_json,
 )
 from colossal_llama2.dataset.write.unit_problems import UnitProblems
-from colossal_llama2.dataset.write.unknown_tokens import note_unknown
+from colossal_llama2.dataset.write.unknown_tokens import count_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import shared_encoder
 
@@ -52,8 +52,8 @@ class UnitTask(NamedTuple):
     Attributes:
         files: those of the unit's spans, by number.
         tokenizer_dir: an absolute path.
-        encoder_class: what encodes; `choose_encoder` has chosen it.
-        base: the folder from which the paths of `files`, as the user gave them, count.
+        encoder_class: the class of the encoder that `choose_encoder` has chosen.
+        base: the folder that the paths of `files`, as the user gave them, are relative to.
         fails_at_bad_file: whether a file that cannot be read to its end is an error; otherwise it is recorded.
     """
 
@@ -89,7 +89,7 @@ def do_unit(task: UnitTask) -> Progress:
     if task.settings.eval_dedup:
         write_sides(folder, unit, bytes(worker.sides))
     write_unit_json(folder, unit, worker.content())
-    total = worker.counts.account.total()
+    total = worker.counts.ledger.total()
     return Progress(unit.size, total.documents, total.tokens_in)
 
 
@@ -97,14 +97,14 @@ def _hash_file(task: UnitTask) -> None:
     """Do the unit of a large file's hash, which has no pieces."""
     (span,) = task.unit.spans
     hashes = {str(span.file): sha256_of(os.path.join(task.base, task.files[span.file].path))}
-    content = {"categories": [], "hashes": hashes, "account": Account().as_json(), "bad_rows": [], "lost": []}
+    content = {"categories": [], "hashes": hashes, "account": TokenLedger().as_json(), "bad_rows": [], "lost": []}
     np.zeros(0, PIECE).tofile(unit_file(task.cache_dir, task.unit, "pieces"))
     write_unit_json(Path(task.cache_dir), task.unit, {**content, **NO_PIECES})
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Skip the search for cycles, a tenth of the work: a batch is some hundred thousand objects without any."""
+    """Switch off the garbage collector, a tenth of the work: a batch has some hundred thousand objects, no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -129,23 +129,23 @@ class _UnitWorker:
         self.counts = UnitCounts()
         self._problems = UnitProblems(
             task.files,
-            self.counts.account,
+            self.counts.ledger,
             skips_bad_rows=task.settings.on_bad_row == "skip",
             fails_at_bad_file=task.fails_at_bad_file,
         )
 
     def run(self) -> None:
         """Read and tokenize all spans."""
-        account = self.counts.account
+        ledger = self.counts.ledger
         for span in self._task.unit.spans:
             file = self._task.files[span.file]
             reader = SpanReader(file, span, self._task.base)
-            lines_before, lost_before = account.lines, len(self._problems.lost)
+            lines_before, lost_before = ledger.lines, len(self._problems.lost)
             for line in reader:
                 self._take_line(span.file, reader, line)
                 if self._batch_bytes >= BATCH_BYTES:
                     self._finish_batch()
-            if file.is_one_span and (account.lines, len(self._problems.lost)) == (lines_before, lost_before):
+            if file.is_one_span and (ledger.lines, len(self._problems.lost)) == (lines_before, lost_before):
                 self._problems.empty_file(file.path)
             if reader.sha256 is not None:
                 self._hashes[str(span.file)] = reader.sha256
@@ -153,29 +153,29 @@ class _UnitWorker:
 
     def content(self) -> dict[str, Any]:
         """The content of the unit's JSON file."""
-        account = self.counts.account
+        ledger = self.counts.ledger
         return {
             **({"sides": len(self.sides)} if self._settings.eval_dedup else {}),
             "categories": self.counts.categories,
             "hashes": self._hashes,
-            "account": account.as_json(),
+            "account": ledger.as_json(),
             "bad_rows": self._problems.bad_rows,
             "lost": [lost._asdict() for lost in self._problems.lost],
             "tokens": self._writer.tokens,
-            "pieces": account.total().pieces,
+            "pieces": ledger.total().pieces,
         }
 
     def _take_line(self, file: int, reader: SpanReader, line: Line) -> None:
         """Add the record of a line to the batch, or record why there is none."""
-        account = self.counts.account
-        account.lines += line.count
+        ledger = self.counts.ledger
+        ledger.lines += line.count
         self._batch_bytes += line.size
         if line.problem is not None and line.is_lost:
             self._problems.lost_file(self._task.files[file].path, line.number, line.problem, line.reason)
         elif line.problem is not None:
             self._problems.bad_row(file, reader, line.number, line.problem, line.reason)
         elif line.record is None:
-            account.empty_lines += line.count
+            ledger.empty_lines += line.count
         else:
             try:
                 self._rows.append((file, self._read(line.record)))
@@ -221,7 +221,7 @@ class _UnitWorker:
         self.counts.add_pieces(pieces, has_loss)
         kept = pieces[has_loss]
         for tokens in self._writer.write(coded, kept):
-            note_unknown(self.counts.account, tokens, self._encoder.unk_id)
+            count_unknown(self.counts.ledger, tokens, self._encoder.unk_id)
         sides = np.full(len(documents), DROPPED, np.uint8)
         sides[kept["document"] - self._documents] = np.where(kept["held_out"], HELD_OUT, TRAINED_ON)
         self._documents += len(documents)

@@ -1,10 +1,10 @@
-"""Count what becomes of the records of one unit of work: documents, bytes, tokens and pieces, by file and category."""
+"""Count the records of one unit of work: documents, bytes, tokens and pieces, by file and category."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.dataset.write.document_pieces import Document
 from colossal_llama2.dataset.write.records import Row
 from colossal_llama2.dataset.write.tokenization import Tokenized
@@ -16,7 +16,7 @@ class UnitCounts:
     """The token ledger of one unit. `slots` numbers (file, category) in the order of appearance."""
 
     def __init__(self) -> None:
-        self.account = Account()
+        self.ledger = TokenLedger()
         self.slots: dict[tuple[int, str], int] = {}
 
     @property
@@ -27,7 +27,7 @@ class UnitCounts:
     def add_record(self, file: int, row: Row, tokens: Tokenized, texts: Sequence[str], sizes: Sequence[int]) -> int:
         """Count a checked record, and return its slot. `sizes` are the UTF-8 bytes of its `texts`."""
         slot = self.slots.setdefault((file, row.category), len(self.slots))
-        tally = self.account.tally(file, row.category)
+        tally = self.ledger.tally(file, row.category)
         tally.documents += 1
         tally.characters += sum(map(len, texts))
         tally.bytes += sum(sizes)
@@ -35,9 +35,9 @@ class UnitCounts:
         for drop in tokens.drops:
             tally.drop(drop.reason, documents=1, tokens=drop.tokens)
         for note in row.notes:
-            self.account.note(note)
+            self.ledger.count_note(note)
         if row.format is not None:
-            self.account.formats[row.format] = self.account.formats.get(row.format, 0) + 1
+            self.ledger.formats[row.format] = self.ledger.formats.get(row.format, 0) + 1
         return slot
 
     def add_cuts(self, documents: Sequence[Document], *, max_length: int, overlong: str) -> None:
@@ -46,7 +46,7 @@ class UnitCounts:
         for document in documents:
             length = len(document.tokens.input_ids)
             if length > max_length:
-                tally = self.account.tally(*slots[document.slot])
+                tally = self.ledger.tally(*slots[document.slot])
                 tally.cut_documents += 1
                 if overlong != "split":
                     tally.truncated += length - max_length
@@ -81,7 +81,7 @@ class UnitCounts:
         slots = list(self.slots)
         for slot, *counts in zip(present.tolist(), *columns, strict=True):
             trained, length, predicted, kept, held_out_pieces, held_out_documents, dropped, dropped_tokens = counts
-            tally = self.account.tally(*slots[slot])
+            tally = self.ledger.tally(*slots[slot])
             tally.trained += trained
             tally.masked += length - trained
             tally.predicted += predicted

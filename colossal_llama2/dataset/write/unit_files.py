@@ -116,7 +116,7 @@ def piece_writer(cache_dir: str | Path, unit: Unit) -> Iterator[PieceWriter]:
 
 
 def _stretches(pieces: np.ndarray) -> Sequence[tuple[int, int]]:
-    """Where pieces lie, as [start, stop) ranges of their batch's tokens; pieces that touch make one range."""
+    """The places of pieces, as [start, stop) ranges of their batch's tokens; adjacent pieces make one range."""
     starts, stops = pieces["offset"], pieces["offset"] + pieces["length"]
     begins = np.append(True, starts[1:] != stops[:-1])[: len(pieces)]
     ends = np.append(begins[1:], True)[: len(pieces)]

@@ -1,4 +1,4 @@
-"""Bad rows and unreadable files of one unit of work: raise an error, or record them and go on."""
+"""Bad rows and unreadable files of one unit of work: raise an error, or record them and continue."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from colossal_llama2.corpus.data_files import EMPTY_FILE, InputFile, LostFile
 from colossal_llama2.corpus.message_formats import PRETRAINING_DATA
 from colossal_llama2.corpus.row_reader import OTHER_REASON, SpanReader
-from colossal_llama2.dataset.layout.token_ledger import Account
+from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.dataset.write.records import CONVERSATIONS
 from colossal_llama2.errors import UserError
 
@@ -19,16 +19,16 @@ class UnitProblems:
     """Collects what could not be used. `bad_rows` and `lost` go into the unit's JSON file."""
 
     def __init__(
-        self, files: Mapping[int, InputFile], account: Account, *, skips_bad_rows: bool, fails_at_bad_file: bool
+        self, files: Mapping[int, InputFile], ledger: TokenLedger, *, skips_bad_rows: bool, fails_at_bad_file: bool
     ):
-        self._files, self._account = files, account
+        self._files, self._ledger = files, ledger
         self._skips_bad_rows, self._fails_at_bad_file = skips_bad_rows, fails_at_bad_file
         self.bad_rows: list[dict[str, Any]] = []
         self.lost: list[LostFile] = []
 
     def refused(self, file: int, reader: SpanReader, number: int, error: ValueError) -> None:
         """Record a record that the stage's check refused. Raises UserError unless bad rows are skipped."""
-        self._account.count_roles(getattr(error, "roles", {}))
+        self._ledger.count_roles(getattr(error, "roles", {}))
         reason = getattr(error, "reason", OTHER_REASON)
         # Nothing needs correcting in data of the other stage.
         cure = "" if reason in (CONVERSATIONS, PRETRAINING_DATA) else CORRECT_HINT
@@ -39,8 +39,8 @@ class UnitProblems:
         path = self._files[file].path
         if not self._skips_bad_rows:
             raise UserError(f"{path}:{reader.line_number(number)}: {problem}{SKIP_HINT}")
-        self._account.bad_row(file, reason, problem)
-        # The line in the span: how many lines are before it is known when all spans are read.
+        self._ledger.bad_row(file, reason, problem)
+        # The line in the span: the number of lines before it is known only when all spans are read.
         self.bad_rows.append({"file": path, "line": number, "reason": reason, "problem": problem})
 
     def lost_file(self, path: str, line: int, problem: str, reason: str) -> None:

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 
 from colossal_llama2 import logs
-from colossal_llama2.dataset.layout.token_ledger import Account, Tally
+from colossal_llama2.dataset.layout.token_ledger import Tally, TokenLedger
 
 # Names of notes in the token ledger.
 TOKENS = "tokens of samples that are <unk>"
 LABELS = "labels that are <unk>"
 
 
-def note_unknown(account: Account, coded: np.ndarray, unknown_id: int) -> None:
+def count_unknown(ledger: TokenLedger, coded: np.ndarray, unknown_id: int) -> None:
     """Count <unk> in (tokens,) ids; tokens without loss are ~id."""
     labels = int(np.count_nonzero(coded == unknown_id))
     tokens = labels + int(np.count_nonzero(coded == ~unknown_id))
     if tokens:
-        account.note(TOKENS, tokens)
+        ledger.count_note(TOKENS, tokens)
     if labels:
-        account.note(LABELS, labels)
+        ledger.count_note(LABELS, labels)
 
 
 def warn_of_unknown(manifest: Mapping[str, Any], *, tokenizer: str) -> None:

@@ -7,11 +7,11 @@ agree_on_memory        Gemini with automatic placement: ranks may gather differe
 save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
 loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
 ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
-wrap_to_reduce_alone   3d: gradients count several times where --zero 2 accumulates and no ranks share the data
+wrap_only_to_reduce    3d: gradients are added several times if --zero 2 accumulates and the data-parallel size is 1
 gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
 fill_buckets           ZeRO: gradients of small models are exchanged wherever matrices and norms alternate
 skip_hidden_messages   Gemini: after each backward the host looks up the source line of a message that is not shown
-read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored by both of their names
+read_tied_by_two_names Gemini: refuses to load tied embeddings that are stored under both of their names
 sum_split_biases       3d, --sp_mode split_gather and ring: wrong gradients of the biases of o_proj and down_proj
 unrounded_buffers      every plugin in bf16 or fp16: rotary frequencies are rounded, and with them all positions
 norm_in_blocks         Gemini: the gradient norm of a large chunk is too low on the CPU, and so is clipping
@@ -29,15 +29,15 @@ HYBRID_IO = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
 
 def install() -> None:
-    """Apply the repairs that replace an attribute. May be called again.
+    """Apply the fixes that replace an attribute. May be called again.
 
     Raises:
-        UserError: ColossalAI is of a version whose faults are not known here.
+        UserError: the fixes do not support the installed version of ColossalAI.
     """
     save_padded_vocabulary()
     loss_in_float32()
     ring_weight_gradients()
-    wrap_to_reduce_alone()
+    wrap_only_to_reduce()
     skip_hidden_messages()
     read_tied_by_two_names()
     sum_split_biases()
@@ -48,7 +48,7 @@ def clip_in_bf16(optimizer) -> None:
     """Make HybridAdam apply Gemini's clipping to bf16 gradients of parameters in CPU memory.
 
     Gemini hands the clipping factor to the optimizer as `div_scale`. For a bf16 gradient on the CPU,
-    nn/optimizer/hybrid_adam.py:128 takes a branch that ignores it; float32 gradients take the kernel, which does not.
+    nn/optimizer/hybrid_adam.py:128 takes a branch that ignores it. float32 gradients go to a kernel that applies it.
     """
     import torch
 
@@ -67,8 +67,8 @@ def clip_in_bf16(optimizer) -> None:
 def refresh_offloaded(optimizer) -> None:
     """Bring Gemini's half-precision weights up to date before they are saved.
 
-    zero/gemini/chunk/chunk.py:509: where weights and optimizer lie on the host, an update leaves the half-precision
-    chunk as it is until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
+    zero/gemini/chunk/chunk.py:509: if weights and optimizer are on the host, an update does not reach the
+    half-precision chunk until it moves to the device; gemini_ddp.py:941 saves that chunk if gradients are accumulated.
     """
     patching.require("colossalai.zero.gemini.chunk.chunk:Chunk.optim_update")
     for chunk in optimizer.chunk16_set:
@@ -79,8 +79,8 @@ def refresh_offloaded(optimizer) -> None:
 def forget_skipped(gemini) -> None:
     """Let Gemini drop the gradients of a step whose update was skipped.
 
-    zero/gemini/gemini_optimizer.py:275: where fp16 has overflowed, a step returns before line 293, which ends the
-    accumulation. The next step's gradients are added to infinite ones, and so are all that follow.
+    zero/gemini/gemini_optimizer.py:275: if fp16 has overflowed, a step returns before line 293, which ends the
+    accumulation. The gradients of the next step, and of all later ones, are then added to infinite ones.
     """
     patching.require("colossalai.zero:GeminiOptimizer.step")
     gemini.chunk_manager.accumulating_grads = False
@@ -89,9 +89,9 @@ def forget_skipped(gemini) -> None:
 def agree_on_memory(gemini) -> None:
     """Make all ranks place Gemini's chunks by the same figures: those of the rank with the least free memory.
 
-    zero/gemini/placement_policy.py:184: each rank releases chunks by the memory of its own device and its own use of
-    memory besides chunks, which is measured in the first step. A rank that has released a chunk gathers it, while
-    another, which still has it, continues to the next collective.
+    zero/gemini/placement_policy.py:184: each rank decides which chunks to release from the memory of its own device and
+    its own memory use besides chunks, measured in the first step. A rank that has released a chunk gathers it, while
+    another rank, which still has it, continues to the next collective.
     """
     collector = gemini.gemini_manager._mem_stats_collector
     if collector is None:
@@ -106,7 +106,7 @@ def agree_on_memory(gemini) -> None:
     finish = collector.finish_collection
 
     def finish_and_agree() -> None:
-        # Once, and then without a cycle of references.
+        # Only once; the deletion also ends the reference cycle.
         del collector.finish_collection
         finish()
         figures = collector._memstats.non_model_data_list("cuda")
@@ -175,29 +175,30 @@ def ring_weight_gradients() -> None:
     patching.install("colossalai.shardformer.layer._operation:_ring_as_gather", lambda _: gather_then_compute)
 
 
-def wrap_to_reduce_alone() -> None:
-    """Wrap a model in DistributedDataParallel only where there are ranks to reduce its gradients over.
+def wrap_only_to_reduce() -> None:
+    """Wrap a model in DistributedDataParallel only if there are ranks to reduce its gradients over.
 
-    booster/plugin/hybrid_parallel_plugin.py:1311 also does it for a data-parallel size of 1, under ZeRO too. ZeRO stage
-    2 removes each gradient as it arrives. At the end of backward the wrapper restores it from its bucket, and the next
-    micro batch is added to what ZeRO has counted already. The buckets are also a second copy of all gradients.
+    booster/plugin/hybrid_parallel_plugin.py:1311 also does it for a data-parallel size of 1, even with ZeRO. ZeRO stage
+    2 removes each gradient as it arrives. At the end of backward the wrapper restores it from its bucket, so the next
+    micro batch is added to a gradient that ZeRO has already counted. The buckets also hold a second copy of all
+    gradients.
     """
 
     def wrapping_to_reduce(begin):
         @functools.wraps(begin)
-        def begin_without_useless_wrapper(self, *args, dp_group, use_ddp: bool, **keywords) -> None:
+        def begin_without_needless_wrapper(self, *args, dp_group, use_ddp: bool, **keywords) -> None:
             begin(self, *args, dp_group=dp_group, use_ddp=use_ddp and dp_group.size() > 1, **keywords)
 
-        return begin_without_useless_wrapper
+        return begin_without_needless_wrapper
 
     target = "colossalai.booster.plugin.hybrid_parallel_plugin:HybridParallelModule.__init__"
     patching.install(target, wrapping_to_reduce)
 
 
 def skip_hidden_messages() -> None:
-    """Make ColossalAI's log skip messages that its level hides.
+    """Make ColossalAI's logger skip messages below its level.
 
-    logging/logger.py:71 first looks up the source of a message by inspect.stack(), which goes through all loaded
+    logging/logger.py:71 first looks up where a message comes from with inspect.stack(), which searches all loaded
     modules for each function on the stack. Gemini logs such a message after each backward (gemini_ddp.py:343).
     """
 
@@ -217,7 +218,7 @@ def skip_hidden_messages() -> None:
 def read_tied_by_two_names() -> None:
     """Make Gemini load a model whose tied embeddings are stored under both of their names.
 
-    zero/gemini/gemini_ddp.py:683 knows the first name of a parameter only, and line 817 refuses the second.
+    zero/gemini/gemini_ddp.py:683 loads a parameter only under its first name, and line 817 refuses the second.
     """
     from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 
@@ -237,9 +238,8 @@ def sum_split_biases() -> None:
     """Sum the gradients of row-parallel biases over the ranks that share a sample.
 
     shardformer/layer/linear.py:592: with --sp_mode split_gather or ring, the bias is added after the sequence is split
-    again, so each rank has the bias's gradient from its own tokens alone. The weights of norms, which see split
-    sequences too, are marked so that their gradients are summed (shardformer/layer/normalization.py:187). Biases are
-    not.
+    again, so each rank has the bias's gradient from its own tokens only. The weights of norms, whose input is split
+    too, are marked so that their gradients are summed (shardformer/layer/normalization.py:187). Biases are not.
     """
     from colossalai.shardformer.layer.utils import SeqParallelUtils, is_share_sp_tp
 
@@ -257,7 +257,7 @@ def sum_split_biases() -> None:
 
 @contextlib.contextmanager
 def unrounded_buffers(model) -> Iterator[None]:
-    """A context in which a plugin may convert the model; afterwards the model's buffers have their dtype again.
+    """A context in which a plugin may convert the model. At its end the model's buffers get their dtype back.
 
     Every plugin casts buffers with the weights (booster/plugin/low_level_zero_plugin.py:83 and
     hybrid_parallel_plugin.py:104, zero/gemini/gemini_ddp.py:883). A LLaMA has one, the rotary frequencies, which
@@ -271,7 +271,7 @@ def unrounded_buffers(model) -> Iterator[None]:
     kept = []
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            # With lazy loading nothing has computed it yet; Gemini does so at the same place.
+            # With lazy loading nothing has computed it yet; Gemini does so at the same point.
             buffer = buffer.materialize() if isinstance(buffer, LazyTensor) else buffer
             if torch.is_floating_point(buffer):
                 kept.append((module, name, buffer.clone()))
@@ -290,8 +290,8 @@ NORM_BLOCK = 1024
 def norm_in_blocks() -> None:
     """Make Gemini sum the squares of a chunk's gradients in blocks.
 
-    zero/gemini/chunk/chunk.py:261 computes one float32 norm of the whole chunk. A CPU sums one number after the other,
-    so small squares are lost beside their sum: 0.01 % of the norm of 4 M random numbers, 0.2 % of that of 32 M.
+    zero/gemini/chunk/chunk.py:261 computes one float32 norm of the whole chunk. A CPU adds one number after the other,
+    so small squares are lost when added to a large sum: 0.01 % of the norm of 4 M random numbers, 0.2 % for 32 M.
     Clipping divides by this norm. ZeRO and 3d use float64 (low_level_optim.py:672).
     """
 
@@ -316,8 +316,8 @@ def sum_of_squares(values) -> float:
 def fill_buckets(optimizer) -> None:
     """Make ZeRO collect gradients in one bucket per parameter group, which is exchanged when it is full.
 
-    zero/low_level/low_level_optim.py:440 has one bucket for all groups, and empties it whenever a gradient of another
-    group arrives: with matrices that decay and norms that do not, four times in each layer of a LLaMA.
+    zero/low_level/low_level_optim.py:440 has one bucket for all groups, and exchanges it whenever a gradient of another
+    group arrives: four times in each layer of a LLaMA, where matrices have weight decay and norms do not.
     """
     from colossalai.zero.low_level.bookkeeping import BucketStore
 
@@ -345,8 +345,8 @@ def fill_buckets(optimizer) -> None:
 def gathered_weights(gemini) -> Iterator[None]:
     """A context in which Gemini's bare model runs, with all half-precision weights gathered on each device.
 
-    zero/gemini/gemini_ddp.py:278 refuses a forward pass without gradients before a step has recorded how much memory is
-    needed. Nothing is recorded here, so the first step still can. Weights are released as line 260 does it.
+    zero/gemini/gemini_ddp.py:278 refuses a forward pass without gradients until a step has recorded how much memory it
+    needs. Nothing is recorded here, so the first step still does that. Weights are released as in line 260.
     """
     patching.require("colossalai.zero:GeminiDDP._post_forward")
     for chunk in gemini.chunk_manager.get_chunks(gemini.fp16_params):

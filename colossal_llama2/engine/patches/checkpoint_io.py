@@ -41,7 +41,7 @@ def read_object(path: str | os.PathLike[str], *, step_as_tensor: bool = False) -
     """Read what `write_object` wrote.
 
     Args:
-        step_as_tensor: give each state's "step" as a tensor, as Gemini wants it; other plugins save a number.
+        step_as_tensor: return each state's "step" as a tensor, as Gemini needs it; other plugins save a number.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -60,8 +60,8 @@ def _encode(value: Any, name: str, tensors: dict[str, Any]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):
-        # Pairs, since JSON would turn the integer keys of optimizer states into strings. Sorted, since the order of
-        # keys after a resume is another one, and equal states must give equal files.
+        # Pairs, since JSON would turn the integer keys of optimizer states into strings. Sorted, since a resume changes
+        # the order of the keys, and equal states must give equal files.
         items = sorted(value.items(), key=lambda item: (str(type(item[0])), item[0]))
         return {"dict": [[key, _encode(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in items]}
     if isinstance(value, (list, tuple)):
@@ -91,16 +91,16 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
 
     checkpoint_io/utils.py:492,504,685,748, hybrid_parallel_checkpoint_io.py:697 and gemini_plugin.py:272,345 call
     torch.save and torch.load; for a name that ends in .safetensors they call `load_flat`, which unpickles its metadata.
-    An error in writing is raised at the end.
+    A write error is raised at the end.
     """
     save_by_pickle, load_by_pickle = patching.current("torch:save"), patching.current("torch:load")
 
     def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        # Ranks exchange objects through buffers in memory by the same functions; these are not files.
+        # Ranks also exchange objects with these functions, through buffers in memory instead of files.
         if not isinstance(path, (str, os.PathLike)):
             save_by_pickle(value, path, *args, **kwargs)
         else:
-            _write_or_note(errors, path, lambda: write_object(value, path))
+            _write_or_record_error(errors, path, lambda: write_object(value, path))
 
     def load(path: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(path, (str, os.PathLike)):
@@ -114,10 +114,10 @@ def safetensors_instead_of_pickle(*, step_as_tensor: bool = False) -> Iterator[N
 
 @contextlib.contextmanager
 def _errors_at_the_end() -> Iterator[list[Exception]]:
-    """Collect errors of writing in the list that it yields, and raise the first one at the end.
+    """Collect write errors in the list that it yields, and raise the first one at the end.
 
     With --plugin 3d each stage of a pipeline also makes a folder and writes its part of the index
-    (hybrid_parallel_checkpoint_io.py:242,301,334,499,575,611), before a barrier; there errors are noted too.
+    (hybrid_parallel_checkpoint_io.py:242,301,334,499,575,611) before a barrier; those errors are collected too.
     """
     from colossalai.checkpoint_io import CheckpointIndexFile
     from safetensors import SafetensorError
@@ -125,39 +125,39 @@ def _errors_at_the_end() -> Iterator[list[Exception]]:
     errors: list[Exception] = []
     write_index = CheckpointIndexFile.write_index_file
 
-    class NotingPath(PosixPath):
+    class ErrorRecordingPath(PosixPath):
         def mkdir(self, *args: Any, **kwargs: Any) -> None:
-            _note(errors, lambda: Path(self).mkdir(*args, **kwargs))
+            _record_error(errors, lambda: Path(self).mkdir(*args, **kwargs))
 
-    def write_index_or_note(index: CheckpointIndexFile, name: str) -> None:
-        _note(errors, lambda: write_index(index, name))
+    def write_index_or_record_error(index: CheckpointIndexFile, name: str) -> None:
+        _record_error(errors, lambda: write_index(index, name))
 
     index_writer = "colossalai.checkpoint_io:CheckpointIndexFile.write_index_file"
     try:
-        with patching.replaced({index_writer: write_index_or_note, f"{HYBRID}:Path": NotingPath}):
+        with patching.replaced({index_writer: write_index_or_record_error, f"{HYBRID}:Path": ErrorRecordingPath}):
             yield errors
     except (OSError, SafetensorError):
-        # What fails later may fail for want of what could not be written.
+        # This error may be a consequence of an earlier one, which is raised below.
         if not errors:
             raise
     if errors:
         raise errors[0]
 
 
-def _write_or_note(errors: list[Exception], path: str | os.PathLike[str], write: Callable[[], None]) -> None:
-    """Write a file and wait until it is on the disk; note an error."""
+def _write_or_record_error(errors: list[Exception], path: str | os.PathLike[str], write: Callable[[], None]) -> None:
+    """Write a file and wait until it is on the disk. An error goes to `errors`."""
 
     def write_and_sync() -> None:
         write()
         sync(Path(path))
 
-    _note(errors, write_and_sync)
+    _record_error(errors, write_and_sync)
 
 
-def _note(errors: list[Exception], write: Callable[[], None]) -> None:
-    """Write something; note an error, after which nothing more is written.
+def _record_error(errors: list[Exception], write: Callable[[], None]) -> None:
+    """Call `write` unless there has been an error. An error goes to `errors`.
 
-    Between its writes ColossalAI lets the ranks exchange tensors: one that raised there would leave the others waiting.
+    ColossalAI's ranks exchange tensors between writes, so a rank that raised there would leave the others waiting.
     """
     from safetensors import SafetensorError
 
@@ -173,10 +173,10 @@ def _note(errors: list[Exception], write: Callable[[], None]) -> None:
 def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
     """Let ColossalAI write a model's tensors, each once, and no configuration.
 
-    checkpoint_io/utils.py:576 saves generation_config.json with a method that raises an error for values that caused
-    a mere warning when they were read. The caller writes both configurations instead (model/exported_configs.py).
-    Tied embeddings are written under the first of their names only, as transformers does. ColossalAI writes both: ZeRO
-    (general_checkpoint_io.py:231), Gemini (gemini_ddp.py:934) and the last stage of a pipeline.
+    checkpoint_io/utils.py:576 saves generation_config.json with a method that raises an error for values that only
+    cause a warning when they are read. The caller writes both configurations instead (model/exported_configs.py).
+    Tied embeddings are written only under the first of their names, as transformers does. ColossalAI writes both names:
+    ZeRO (general_checkpoint_io.py:231), Gemini (gemini_ddp.py:934) and the last stage of a pipeline.
     """
     import safetensors.torch
     from colossalai.checkpoint_io.utils import StateDictSharder
@@ -184,7 +184,7 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
     save_file, append_param = safetensors.torch.save_file, StateDictSharder.append_param
 
     def save_and_sync(tensors: dict[str, "torch.Tensor"], path: str, *args: Any, **kwargs: Any) -> None:
-        _write_or_note(errors, path, lambda: save_file(tensors, path, *args, **kwargs))
+        _write_or_record_error(errors, path, lambda: save_file(tensors, path, *args, **kwargs))
 
     def append_once(sharder: StateDictSharder, name: str, tensor: "torch.Tensor") -> tuple[Any, int]:
         if ties_embeddings and name == OUTPUT_EMBEDDING:
@@ -199,7 +199,7 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
 
 
 def read_optimizer_index(folder: Path) -> tuple[dict[str, str], str]:
-    """Which file of an optimizer folder has which parameter's state, and which one the groups.
+    """The file of each parameter's state in an optimizer folder, by parameter, and the file of the parameter groups.
 
     Raises:
         UserError: the index is damaged, or names a file outside the folder.
@@ -218,7 +218,7 @@ def read_optimizer_index(folder: Path) -> tuple[dict[str, str], str]:
 
 
 def rename_model_shards(folder: str) -> None:
-    """Rename model-00001.safetensors to model-00001-of-0000N.safetensors, the form that the field's tools expect."""
+    """Rename model-00001.safetensors to model-00001-of-0000N.safetensors, as other tools expect it."""
     index_path = Path(folder, INDEX_FILE)
     index = json.loads(index_path.read_text(encoding="utf-8"))
     shards = sorted(set(index["weight_map"].values()))
@@ -227,7 +227,7 @@ def rename_model_shards(folder: str) -> None:
 
 
 def rename_optimizer_shards(folder: str) -> None:
-    """Call the optimizer's files what they are: .safetensors instead of .bin."""
+    """Rename the optimizer's files from .bin to .safetensors, which is their format."""
     index_path = Path(folder, OPTIMIZER_INDEX)
     index = json.loads(index_path.read_text(encoding="utf-8"))
     old_names = {*index["weight_map"].values(), index["metadata"]["param_groups"]}
@@ -239,7 +239,7 @@ def rename_optimizer_shards(folder: str) -> None:
 def _rename(index_path: Path, index: dict[str, Any], new_names: dict[str, str]) -> None:
     for old, new in new_names.items():
         (index_path.parent / old).rename(index_path.parent / new)
-        # safetensors gives its files to their owner alone.
+        # safetensors creates files that only their owner can read.
         open_to_umask(index_path.parent / new)
     index["weight_map"] = {key: new_names[name] for key, name in index["weight_map"].items()}
     write_json(index_path, index)

@@ -1,15 +1,14 @@
-"""What ColossalAI 0.5.0 needs to run its Booster plugins where there is no GPU: the rehearsal of a cluster job.
+"""What ColossalAI 0.5.0 needs to run its Booster plugins without a GPU, to rehearse a cluster job.
 
-Nothing of ColossalAI is replaced by a look-alike: its plugins, optimizers and checkpoint code run as they are, over
-gloo. What it lacks on a CPU is supplied here and in gloo_collectives.py, one function for each, and two things make it
-faster:
+ColossalAI's own plugins, optimizers and checkpoint code run, over gloo. This file and gloo_collectives.py add what it
+lacks on a CPU, one function for each; the last two rows also make it faster:
 
     accelerator   a device whose streams and events do nothing            documented: set_accelerator
     kernels       CPU Adam and attention, by PyTorch's own fused kernels   documented: register_extension
-    gemini        telling "the device" from "the host", which are both RAM patch, see `_patch_gemini_chunks`
+    gemini        "the device" and "the host", both RAM, kept apart        patch, see `_patch_gemini_chunks`
     gemini_auto   how much memory a process may use and has used           patch, see `_patch_memory_tracer`
     pipelines     which backend a group has                                patch, see `_patch_backend_check`
-    collectives   those that gloo lacks, or does in a longer way          patches, see gloo_collectives.py
+    collectives   those that gloo lacks or does slowly                     patches, see gloo_collectives.py
     memory        what a GPU's caching allocator does                      glibc's settings, see `keep_freed_memory`
 
 `install` is called once, before any plugin is built.
@@ -34,7 +33,7 @@ def install() -> None:
     """Make ColossalAI run on this machine's CPU. May be called again.
 
     Raises:
-        UserError: ColossalAI is of a version that is not known here.
+        UserError: the patches do not support the installed version of ColossalAI.
     """
     _register_device()
     _patch_gemini_chunks()
@@ -45,13 +44,13 @@ def install() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free for the next step, as PyTorch does it on a GPU.
+    """Let glibc keep the memory of freed tensors for the next step, as PyTorch's allocator does on a GPU.
 
-    By default much of it goes back to the kernel, which clears each page anew: 25,000 page faults a step of a model of
-    8 M parameters in float32, a sixth of its time (measured). mmap is off, since what was mapped, as all over 32 MiB
-    is, goes back whenever it is freed. In exchange what loading a model frees stays with the process, and gemini_auto,
-    which counts it as used, moves weights out of the way earlier. Settings in the environment (MALLOC_...,
-    GLIBC_TUNABLES) hold.
+    By default much of it goes back to the kernel, which clears each page again: 25,000 page faults per step of a model
+    with 8 M parameters in float32, a sixth of its time (measured). mmap is off, since mapped memory, which is used for
+    everything over 32 MiB, goes back whenever it is freed. The cost: memory that loading a model frees stays with the
+    process, and gemini_auto, which counts it as used, offloads weights earlier. Settings in the environment
+    (MALLOC_..., GLIBC_TUNABLES) take precedence.
     """
     import ctypes
     import os
@@ -68,7 +67,7 @@ def keep_freed_memory() -> None:
 def _device() -> "torch.device":
     """The stand-in for a GPU's memory: an indexed CPU device, which does not compare equal to torch.device("cpu").
 
-    Tensors made on it are plain CPU tensors, and so all arithmetic is unchanged.
+    Tensors made on it are plain CPU tensors, so all arithmetic is unchanged.
     """
     import torch
 
@@ -76,7 +75,7 @@ def _device() -> "torch.device":
 
 
 class _NoStream:
-    """A stream or event of a device that has no queue: everything has happened when it is asked."""
+    """A stream or event of a device without a queue: all work is always done."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -94,7 +93,7 @@ class _NoStream:
 
 
 class _HostMethods:
-    """The methods that CpuAccelerator leaves unsupported, for a device of one process whose work is done at once."""
+    """The methods that CpuAccelerator leaves unsupported, for a single device whose operations are synchronous."""
 
     support_set_device = False
 
@@ -150,7 +149,7 @@ class _HostMethods:
 
 @functools.lru_cache(maxsize=1)
 def _register_device() -> None:
-    """Make use of the documented ways, once: each would add to what is registered."""
+    """Register the accelerator and the kernels by the documented functions; once, since each call would add more."""
     from colossalai.accelerator import set_accelerator
 
     set_accelerator(_host_accelerator())
@@ -164,14 +163,14 @@ def _host_accelerator() -> Any:
     class HostAccelerator(_HostMethods, CpuAccelerator):
         def __init__(self) -> None:
             super().__init__()
-            # zero/low_level/low_level_optim.py:254 and zero/gemini/chunk/chunk.py:198 know only "cuda" and "npu".
+            # zero/low_level/low_level_optim.py:254 and zero/gemini/chunk/chunk.py:198 accept only "cuda" and "npu".
             self._name = "cuda"
 
     return HostAccelerator()
 
 
 def _register_kernels() -> None:
-    """Offer CPU kernels to ColossalAI's loaders, which compile theirs against CUDA headers or need a GPU."""
+    """Register CPU kernels with ColossalAI's loaders, whose own need CUDA headers or a GPU."""
     from colossalai.kernel import kernel_loader
     from colossalai.kernel.extensions.base_extension import _Extension
 
@@ -213,7 +212,7 @@ def _register_kernels() -> None:
 
 
 class FusedCpuAdam:
-    """The contract of ColossalAI's csrc/kernel/x86/cpu_adam.cpp, met by PyTorch's fused CPU Adam."""
+    """The interface of ColossalAI's csrc/kernel/x86/cpu_adam.cpp, implemented by PyTorch's fused CPU Adam."""
 
     def __init__(
         self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool
@@ -241,7 +240,7 @@ class FusedCpuAdam:
         grad = grad.float()
         if div_scale > 0:
             grad = grad / div_scale
-        # The fused kernel always corrects the bias; far along, the correction is 1.
+        # The fused kernel always corrects the bias; at a high step number the correction is 1.
         steps = torch.tensor(float(step) if bias_correction else 1e9)
         update = torch._fused_adamw_ if self._adamw_mode else torch._fused_adam_
         update(
@@ -276,16 +275,16 @@ def host_attention(
     q_indices: "torch.Tensor | None" = None,
     kv_indices: "torch.Tensor | None" = None,
 ) -> "torch.Tensor":
-    """The contract of ColossalAI's flash attention kernels, met by scaled_dot_product_attention.
+    """The interface of ColossalAI's flash attention kernels, implemented by scaled_dot_product_attention.
 
     Args:
         q, k, v: (batch, heads, length, head_dim)
         attention_mask: additive, the type's minimum where hidden; None or empty if nothing is hidden.
-        is_causal: hide later positions; if no `q_indices` are given the mask says nothing more and is not needed.
+        is_causal: hide later positions; without `q_indices` the mask adds nothing to that and is ignored.
 
     Returns:
-        (batch, heads, length, head_dim). Rows that may see nothing give zeros: on a CPU, SDPA's gradient of such a
-        row is wrong by the row's length.
+        (batch, heads, length, head_dim). Rows that may attend to nothing are zeros: on a CPU, SDPA's gradient of such
+        a row is wrong by a factor of the row's length.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -299,8 +298,8 @@ def host_attention(
         if blind.any():
             attention_mask = attention_mask.masked_fill(blind, 0.0)
         else:
-            # Padding on the right and documents leave none. A mask that is filled is another one, kept for backward in
-            # each layer, while the one that is given is the same in all.
+            # With padding on the right, and with documents, there is no such row. A filled mask is a new tensor, which
+            # each layer keeps for backward, while all layers share the original mask.
             blind = None
     out = scaled_dot_product_attention(
         q,
@@ -318,7 +317,7 @@ def _patch_gemini_chunks() -> None:
     """Let Gemini's chunks move between "device" and "host" when both are CPU memory.
 
     chunk.py:304-319, chunk.py:323-360 and manager.py:142 read `device.type == "cpu"` as "offloaded to the host". Here
-    both sides have that type, and the index tells them apart (see `_device`).
+    both sides have that type, and the index distinguishes them (see `_device`).
     """
 
     def closing_on_device(close_chunk: Callable[..., None]) -> Callable[..., None]:
@@ -364,7 +363,7 @@ def _patch_gemini_chunks() -> None:
 
 
 def _patch_memory_tracer() -> None:
-    """Give gemini_auto the memory figures that it takes from CUDA.
+    """Give gemini_auto the process's memory figures instead of CUDA's.
 
     legacy/utils/memory.py:113 divides the host's memory by a process count that only a legacy launcher sets (it is -1
     otherwise, and the plugin fails with "No enough CUDA memory"); memory_tracer/memory_monitor.py asks torch.cuda.
@@ -390,10 +389,10 @@ def _patch_memory_tracer() -> None:
 
 
 def _patch_backend_check() -> None:
-    """Let the stages of a pipeline talk over gloo.
+    """Let the stages of a pipeline communicate over gloo.
 
-    pipeline/p2p.py:159 compares a group's backend with Backend.HCCL, which only a PyTorch for Ascend has; NCCL alone,
-    compared first, never gets there.
+    pipeline/p2p.py:159 compares a group's backend with Backend.HCCL, which exists only in a PyTorch for Ascend. NCCL is
+    compared first, so the fault does not show with it.
     """
     from colossalai.pipeline import p2p
 

@@ -1,19 +1,19 @@
-"""Collectives that ColossalAI calls and gloo lacks or does in a longer way; see engine/patches/cpu_device.py.
+"""Collectives that ColossalAI calls and gloo lacks or does slowly; see engine/patches/cpu_device.py.
 
-Other backends' calls go where they went.
+Calls on other backends are passed through unchanged.
 """
 
 from colossal_llama2.engine.patches import patching
 
-# Of messages: ranks at different exchanges must not take each other's.
+# Message tags, so that two exchanges under way at a time do not receive each other's messages.
 SUM_TAG, GATHER_TAG = 1, 2
 
 
 def install() -> None:
-    """Put the collectives below in the place of PyTorch's. May be called again.
+    """Replace PyTorch's collectives by those below. May be called again.
 
     Raises:
-        UserError: PyTorch is of a version that is not known here.
+        UserError: the patches do not support the installed version of PyTorch.
     """
     _supply_list_forms()
     _shorten_tensor_forms()
@@ -22,8 +22,8 @@ def install() -> None:
 def _supply_list_forms() -> None:
     """Give gloo the list forms of reduce_scatter and all_to_all, which sequence parallelism calls.
 
-    In PyTorch 2.5 gloo has only the forms that take one tensor. It ends the process if shapes differ, and so it is
-    given flat tensors.
+    In PyTorch 2.5 gloo has only the forms for a single tensor. It ends the process if shapes differ, so it is given
+    flat tensors.
     """
     import torch
     import torch.distributed as dist
@@ -58,10 +58,10 @@ def _supply_list_forms() -> None:
 
 
 def _shorten_tensor_forms() -> None:
-    """Let gloo scatter sums of a tensor, and gather one, as ZeRO and Gemini do, by what each rank needs from each.
+    """Let gloo reduce-scatter and all-gather a tensor with one message for each pair of ranks, for ZeRO and Gemini.
 
-    Its own reduce_scatter sums up everything on every rank and keeps a part, and its all_gather goes round in a ring
-    (benchmarks/bench_collectives.py).
+    Its own reduce_scatter computes the whole sum on every rank and keeps a part, and its all_gather passes everything
+    around a ring (benchmarks/bench_collectives.py).
     """
     import torch
     import torch.distributed as dist
@@ -72,9 +72,9 @@ def _shorten_tensor_forms() -> None:
                 return reduce_scatter(output, input, op=op, group=group, async_op=async_op)
             size, own = dist.get_world_size(group), dist.get_rank(group)
             sent = input.contiguous().view(size, -1)
-            # In the order of the ranks: sums do not depend on where they are made.
+            # In the order of the ranks, so that all ranks add in the same order.
             parts = [sent[rank] if rank == own else torch.empty_like(sent[rank]) for rank in range(size)]
-            # Wait for the messages even where the caller would not: what is sent may be freed when this returns.
+            # Wait for the messages even if the caller does not: the sent tensor may be freed when this returns.
             _Works(_messages(group, sent, parts, tag=SUM_TAG)).wait()
             total = parts[0] + parts[1] if size > 1 else parts[0]
             for part in parts[2:]:
@@ -103,7 +103,7 @@ def _shorten_tensor_forms() -> None:
 
 
 class _Works:
-    """The handle of messages that are on their way, which keep their tensors alive; with none, of what has ended."""
+    """The handle of messages under way, which keep their tensors alive. With no messages, it is already complete."""
 
     def __init__(self, works=()):
         self._works = list(works)
@@ -111,7 +111,7 @@ class _Works:
     def wait(self, *args) -> bool:
         works, self._works = self._works, []
         for work in works:
-            # Whoever waits once more for a message that has come waits for ever.
+            # A second wait for a message that has arrived would never return.
             work.wait()
         return True
 
@@ -122,7 +122,7 @@ class _Works:
 def _messages(group, sent, received, *, tag: int) -> list:
     """Send `sent[rank]` to the other ranks of a group, and write what they send into `received[rank]`.
 
-    They go from and to the tensors themselves; gloo's own collectives of whole tensors copy on the way.
+    They use the tensors' own memory, while gloo's collectives for whole tensors make copies.
     """
     import torch.distributed as dist
 
@@ -136,7 +136,7 @@ def _messages(group, sent, received, *, tag: int) -> list:
 
 
 def _ended(works: _Works, async_op: bool) -> _Works | None:
-    """What a collective returns: its handle, or nothing when it has ended."""
+    """What a collective returns: its handle if it is asynchronous; otherwise None, after waiting for it."""
     if async_op:
         return works
     works.wait()

@@ -1,8 +1,8 @@
-"""Every change to a library, in one table, and the one way to make it.
+"""Every patch of a library, in one table, and the functions that apply patches.
 
-ColossalAI 0.5.0 has faults, and does not expect a CPU. Where an attribute has to be replaced, or an object's behaviour
-depends on private details, PATCHES says which, why, where upstream, and for which versions. `install`, `replaced` and
-`require` refuse to work with anything that is not in the table.
+ColossalAI 0.5.0 has bugs, and does not support CPUs. For each attribute that is replaced, or whose private details a
+bug fix relies on, PATCHES lists the reason, the place in the upstream source and the versions it holds for. `install`,
+`replaced` and `require` refuse anything that is not in the table.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ TORCH, SAFETENSORS = ("2.",), ("0.",)
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute that is replaced, or on which a repair of single objects relies.
+    """One attribute that is replaced, or on which a fix for single objects relies.
 
     Attributes:
         target: module:name or module:Class.name of the attribute.
         reason: what goes wrong without the patch.
         upstream: FILE:LINE inside the colossalai package, the cause.
         mentions: text of that line.
-        versions: beginnings of the versions of the target's package that this is known to hold for.
+        versions: prefixes of the versions of the target's package that this was verified with.
     """
 
     target: str
@@ -65,7 +65,7 @@ class Patch:
 
 
 def _gemini_on_cpu(target: str, upstream: str, mentions: str) -> Patch:
-    return Patch(target, "device memory and host memory, both of a CPU, are taken for one another", upstream, mentions)
+    return Patch(target, "on a CPU, device memory and host memory cannot be distinguished", upstream, mentions)
 
 
 def _gloo(name: str, reason: str, upstream: str, mentions: str) -> Patch:
@@ -73,7 +73,7 @@ def _gloo(name: str, reason: str, upstream: str, mentions: str) -> Patch:
 
 
 def _log(name: str, line: int) -> Patch:
-    reason = "a message that is not shown costs a look at all loaded modules"
+    reason = "a message that is not shown still searches all loaded modules"
     return Patch(
         f"colossalai.logging:DistributedLogger.{name}", reason, f"logging/logger.py:{line}", "self.__get_call_info()"
     )
@@ -139,13 +139,13 @@ _TABLE = (
     # document_attention.py
     Patch(
         "colossalai.shardformer.layer.attn:ColoAttention.prepare_attn_kwargs",
-        "models make its arguments of the padding alone, so documents of a sample see each other",
+        "models compute its arguments from the padding alone, so documents of a sample attend to each other",
         "shardformer/modeling/llama.py:134",
         "ColoAttention.prepare_attn_kwargs(",
     ),
     Patch(
         "colossalai.kernel.kernel_loader:FlashAttentionLoader.REGISTRY",
-        "flash-attn is used whenever it imports, even unasked and on GPUs that are too old for it",
+        "flash-attn is used whenever it imports, even without the flag and on GPUs that are too old for it",
         "kernel/kernel_loader.py:115",
         "REGISTRY",
     ),
@@ -221,7 +221,7 @@ _TABLE = (
     ),
     Patch(
         "colossalai.booster.plugin.hybrid_parallel_plugin:HybridParallelModule.__init__",
-        "3d: gradients count several times where --zero 2 accumulates and no ranks share the data",
+        "3d: gradients are added several times if --zero 2 accumulates and the data-parallel size is 1",
         "booster/plugin/hybrid_parallel_plugin.py:1311",
         "use_ddp =",
     ),
@@ -253,7 +253,7 @@ _TABLE = (
         "zero/gemini/placement_policy.py:177",
         "colo_device_memory_capacity(",
     ),
-    # bug_fixes.py, attributes on which the repair of a single object relies
+    # bug_fixes.py, attributes on which the fix for a single object relies
     Patch(
         "colossalai.nn.optimizer:HybridAdam.torch_adam_update",
         "Gemini in bf16: clipping is computed but not applied where Adam runs on the CPU",
@@ -298,18 +298,18 @@ _installed: dict[str, tuple[Any, Any]] = {}
 
 
 def require(target: str) -> Patch:
-    """The table's entry for a target, whose package is of a known version and has that attribute.
+    """The table's entry for a target, after checking the package's version and that it has the attribute.
 
     Raises:
-        UserError: it is of another version, or lacks the attribute.
+        UserError: the package has another version, or lacks the attribute.
     """
     patch = PATCHES[target]
     version = _version(patch.package)
     if not version.startswith(patch.versions):
         known = " or ".join(begin + "x" if begin.endswith(".") else begin for begin in patch.versions)
         raise UserError(
-            f"{patch.package} {version} is installed, and {patch.target.replace(':', '.')} is known of version {known} "
-            f"alone; install that one: pip install -r requirements.txt"
+            f"{patch.package} {version} is installed, but the patch of {patch.target.replace(':', '.')} supports only "
+            f"version {known}; install that one: pip install -r requirements.txt"
         )
     if not hasattr(patch.owner(), patch.name):
         raise patch.unknown()
@@ -317,7 +317,7 @@ def require(target: str) -> Patch:
 
 
 def install(target: str, make: Callable[[Any], Any]) -> None:
-    """Replace an attribute for good by what `make` returns for the original.
+    """Replace an attribute permanently by what `make` returns for the original.
 
     May be called again, also with another `make`: it is called with the original, never with a replacement.
 
@@ -339,19 +339,19 @@ def install(target: str, make: Callable[[Any], Any]) -> None:
 
 
 def current(target: str) -> Any:
-    """The attribute as it is now. Raises UserError as `require`."""
+    """The attribute's present value. Raises UserError as `require`."""
     patch = require(target)
     return getattr(patch.owner(), patch.name)
 
 
 def original_of(target: str) -> Any:
-    """The attribute as the library has it. Raises KeyError if `install` has not replaced it."""
+    """The attribute's original value. Raises KeyError if `install` has not replaced it."""
     return _installed[target][0]
 
 
 @contextlib.contextmanager
 def replaced(replacements: dict[str, Any]) -> Iterator[None]:
-    """A context in which these targets have other values.
+    """A context in which the targets are replaced by the given values.
 
     Raises:
         UserError: as `require`; nothing is replaced then.

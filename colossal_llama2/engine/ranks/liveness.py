@@ -1,10 +1,10 @@
 """Detect dead ranks: each rank keeps a connection to rank 0, which the system closes when a process dies.
 
-The launcher and the network library report a dead rank late, or without its number. No heartbeat is used, so a busy
-rank is never mistaken for a dead one. A rank that hangs is found by the time limit of the network.
+The launcher and the network library report a dead rank late, or without its number. There is no heartbeat, so a busy
+rank is never mistaken for a dead one. A rank that hangs is detected by the network's timeout.
 
-Ranks connect before PyTorch's own rendezvous (meeting.py), in which a rank would wait for a dead one until the time
-limit. Ranks started by hand connect first of all. Under torchrun, which ends all ranks of a host itself when one of
+Ranks connect before PyTorch's own rendezvous (meeting.py), in which a rank would wait for a dead one until the timeout.
+Ranks started by hand connect before anything else. Under torchrun, which itself ends all ranks of a host when one of
 them dies, they connect as soon as PyTorch is imported.
 """
 
@@ -27,16 +27,16 @@ from colossal_llama2.launcher import Place, place
 from colossal_llama2.terminal_text import show_line
 
 CONNECT_SECONDS = 30.0
-# How long a rank whose network failed waits for the number of the dead rank, and how long a rank that learns of another
-# rank's error waits to run into it as well.
+# How long a rank whose network failed waits for the number of the dead rank, and how long a rank waits for its own
+# error after it was notified of another rank's.
 VERDICT_SECONDS = 5.0
-# How long a rank that fails at the start keeps looking for rank 0, to report its error.
-FAREWELL_SECONDS = 1.0
+# How long a rank that fails at the start keeps trying to reach rank 0, to report its error.
+REPORT_SECONDS = 1.0
 # When a rank first logs that it is waiting for others, and how often after that.
 SILENT_SECONDS, REMIND_SECONDS = 5.0, 30.0
 LOOK_SECONDS = 0.2
-GOODBYE, FAILED, STOPPED = "bye", "failed", "stopped"
-MET, LOST = "met", "lost"
+FINISHED, FAILED, STOPPED = "bye", "failed", "stopped"
+ALL_CONNECTED, LOST = "met", "lost"
 MAX_REASON = 400
 # gloo's messages for a rank that did not answer in time, and for every collective after that. NCCL aborts the process.
 TIMED_OUT = ("Timed out waiting", "Application timeout caused pair closure")
@@ -50,20 +50,20 @@ def watching(
 
     Args:
         timeout_seconds: how long to wait for ranks that start later.
-        before_end: called before this process ends so.
+        before_end: called before this process ends for that reason.
 
     Raises:
-        LaunchError: the ranks cannot meet.
+        LaunchError: the ranks cannot connect.
         RunError: another rank did not answer for `timeout_seconds`.
     """
     watch = Watch(command, place(), timeout_seconds, before_end)
-    farewell = FAILED
+    ending = FAILED
     try:
         watch.begin()
         yield watch
-        farewell = GOODBYE
+        ending = FINISHED
     except Stopped:
-        farewell = GOODBYE if watch.is_settled else STOPPED
+        ending = FINISHED if watch.is_settled else STOPPED
         raise
     except RuntimeError as error:
         if place().world_size == 1:
@@ -72,16 +72,16 @@ def watching(
             # Rank 0 may be the one that hangs.
             raise (RankError if place().rank == 1 else RunError)(
                 f"another rank did not answer {socket.gethostname()} for --dist_timeout {timeout_seconds:g} s: it "
-                f"hangs or needs more time; earlier checkpoints are whole, continue with --resume auto"
+                f"hangs or needs more time; earlier checkpoints are complete, continue with --resume auto"
             )
         # Most likely the network's error about a dead rank, whose number arrives over our own connection.
         time.sleep(VERDICT_SECONDS)
         raise
     except Exception as error:
-        farewell = f"{FAILED} {' '.join(str(error).split())[:MAX_REASON]}"
+        ending = f"{FAILED} {' '.join(str(error).split())[:MAX_REASON]}"
         raise
     finally:
-        watch.leave(farewell)
+        watch.leave(ending)
 
 
 def is_timeout(error: BaseException | None) -> bool:
@@ -103,34 +103,34 @@ class Watch:
         self._problem: Exception | None = None
         self._all_are_here, self._is_linked = threading.Event(), threading.Event()
         self._is_calling = self._is_leaving = self._gives_up = self.is_settled = False
-        self._own_word = f"{socket.gethostname()}/{secrets.token_hex(8)}"
+        self._own_name = f"{socket.gethostname()}/{secrets.token_hex(8)}"
         self._next_reminder = time.monotonic() + SILENT_SECONDS
 
     def begin(self) -> None:
-        """Ranks started by hand: start looking for the others. Raises LaunchError if rank 0 can never be found."""
+        """Ranks started by hand: start connecting to the others. Raises LaunchError if rank 0 cannot be reached."""
         if self._here.world_size == 1 or self._here.uses_agent_store:
             return
         if self._here.rank > 0:
             self._is_calling = True
-            self._start(self._call)
+            self._start(self._connect_by_hand)
             return
         listener = meeting.listen_as_given(backlog=self._here.world_size)
         self._start(self._run, listener, meeting.KNOWN_SECRET)
-        self._find_oneself()
+        self._check_own_address()
 
     def reach_out(self) -> None:
-        """Under torchrun: start looking for the others. Imports PyTorch."""
+        """Under torchrun: start connecting to the others. Imports PyTorch."""
         if self._here.world_size == 1 or not self._here.uses_agent_store:
             return
         import torch.distributed  # noqa: F401
 
-        self._start(self._meet_through_torchrun)
+        self._start(self._connect_through_torchrun)
 
     def wait(self) -> None:
         """Ranks started by hand: wait until all ranks have connected. Rank 0 then stops listening on MASTER_PORT.
 
         Raises:
-            LaunchError: they did not connect in time, or do not belong together.
+            LaunchError: they did not connect in time, or belong to different jobs.
         """
         if self._here.world_size == 1 or self._here.uses_agent_store:
             return
@@ -140,9 +140,9 @@ class Watch:
             if self._problem is None and time.monotonic() > deadline:
                 address = meeting.given_address()
                 self._problem = LaunchError(
-                    f"{self._missing()} did not come to MASTER_ADDR={address.host} MASTER_PORT={address.port} within "
-                    f"--dist_timeout {self._timeout:g} s; start all ranks, or unset RANK, WORLD_SIZE, MASTER_ADDR and "
-                    f"MASTER_PORT if no launcher is meant to start this"
+                    f"{self._missing()} did not connect to MASTER_ADDR={address.host} MASTER_PORT={address.port} "
+                    f"within --dist_timeout {self._timeout:g} s; start all ranks, or unset RANK, WORLD_SIZE, "
+                    f"MASTER_ADDR and MASTER_PORT to run without a launcher"
                 )
             if self._problem is not None:
                 raise self._problem
@@ -150,7 +150,7 @@ class Watch:
                 self._remind(f"waiting for {self._missing()}")
 
     def settle(self) -> None:
-        """Called on all ranks once they are connected: from now on there may be checkpoints of this run."""
+        """Called on all ranks once they are connected. From now on there may be checkpoints of this run."""
         if self._here.world_size == 1:
             return
         if self._here.uses_agent_store:
@@ -159,19 +159,19 @@ class Watch:
         everywhere = all(collectives.gather_values(self._all_are_here.is_set()))
         self.is_settled = True
         if not everywhere:
-            # Without a route between two hosts, training goes on; the log has a warning.
+            # Without a route between two hosts, training continues; the log has a warning.
             logs.get_logger().warning(
-                "Ranks cannot watch each other: %s did not connect to rank 0; a dead rank is detected only after "
+                "Ranks cannot monitor each other: %s did not connect to rank 0; a dead rank is detected only after "
                 "--dist_timeout",
                 self._missing(),
             )
 
-    def leave(self, farewell: str) -> None:
-        """Announce to the other ranks that this rank ends, and how."""
+    def leave(self, ending: str) -> None:
+        """Notify the other ranks that this rank ends, and how."""
         self._is_leaving = True
-        if farewell != GOODBYE and self._is_calling:
-            self._is_linked.wait(FAREWELL_SECONDS)
-        self._tell(farewell)
+        if ending != FINISHED and self._is_calling:
+            self._is_linked.wait(REPORT_SECONDS)
+        self._send_to_all(ending)
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
         threading.Thread(target=work, args=args, daemon=True).start()
@@ -188,22 +188,22 @@ class Watch:
             self._next_reminder = time.monotonic() + REMIND_SECONDS
             show_line(f"{self._command}: rank {self._here.rank}: {text}", file=sys.stderr)
 
-    # On ranks that connect.
+    # On ranks other than 0.
 
-    def _call(self) -> None:
+    def _connect_by_hand(self) -> None:
         """Connect to rank 0 at MASTER_PORT."""
         address = meeting.given_address()
 
-        def tell(reason: str) -> None:
+        def on_retry(reason: str) -> None:
             self._remind(f"waiting for rank 0 at {address.host}:{address.port} ({reason})")
 
         try:
-            self._follow(address, seconds=self._timeout, tell=tell)
-        except Exception as error:  # `wait` raises it where it is seen
+            self._connect_to_first(address, seconds=self._timeout, on_retry=on_retry)
+        except Exception as error:  # raised by `wait`, in the main thread
             self._problem = error
             self._is_linked.set()
 
-    def _meet_through_torchrun(self) -> None:
+    def _connect_through_torchrun(self) -> None:
         listener = meeting.listen(0, backlog=self._here.world_size) if self._here.rank == 0 else None
         own_port = listener.getsockname()[1] if listener else None
         # Errors here are reported once the ranks are connected.
@@ -212,67 +212,67 @@ class Watch:
             if listener:
                 self._run(listener, address.secret)
             else:
-                # It listens there already.
-                self._follow(address, seconds=CONNECT_SECONDS, tell=lambda reason: None)
+                # Rank 0 already listens there.
+                self._connect_to_first(address, seconds=CONNECT_SECONDS, on_retry=lambda reason: None)
 
-    def _follow(self, address: meeting.Address, *, seconds: float, tell: Callable[[str], None]) -> None:
+    def _connect_to_first(self, address: meeting.Address, *, seconds: float, on_retry: Callable[[str], None]) -> None:
         """Connect to rank 0 and keep the connection. Raises LaunchError if that fails in time."""
         until = time.monotonic() + seconds
-        line, answer = meeting.introduce(address, self._here, socket.gethostname(), until=until, tell=tell)
-        word, _, rest = answer.partition(" ")
-        if word == REFUSED:
+        line, answer = meeting.introduce(address, self._here, socket.gethostname(), until=until, on_retry=on_retry)
+        kind, _, rest = answer.partition(" ")
+        if kind == REFUSED:
             raise LaunchError(rest)
         self._hosts[0], line.rank, self._lines[0] = rest, 0, line
-        meeting.lasting(line.connection)
+        meeting.keep_alive(line.connection)
         self._is_linked.set()
         self._run(None, address.secret)
 
     # On rank 0.
 
-    def _find_oneself(self) -> None:
+    def _check_own_address(self) -> None:
         """Check that MASTER_ADDR resolves to this process. Raises LaunchError."""
         address = meeting.given_address()
         # A service's name, as in Kubernetes, may resolve only seconds after its process has started.
         until = time.monotonic() + meeting.UNREACHABLE_SECONDS
-        line, answer = meeting.introduce(address, self._here, self._own_word, until=until, tell=lambda reason: None)
+        line, answer = meeting.introduce(address, self._here, self._own_name, until=until, on_retry=lambda reason: None)
         line.connection.close()
         if not answer.startswith(WELCOME):
             raise LaunchError(answer.partition(" ")[2])
 
-    def _greet(self, line: Line, text: str, secret: str) -> bool:
-        """Identify a caller. Returns False for a stranger, whose connection is closed."""
+    def _identify(self, line: Line, text: str, secret: str) -> bool:
+        """Identify a caller. Returns False if it is not a rank of this job; the connection is then closed."""
         words = text.split()
         is_rank = len(words) == 5 and words[:2] == [HELLO, secret] and words[2].isdecimal() and words[3].isdecimal()
         if not is_rank:
             return False
         rank, size, host = int(words[2]), int(words[3]), words[4].partition("/")[0]
-        if words[4] == self._own_word:
-            line.say(f"{WELCOME} {socket.gethostname()}")
+        if words[4] == self._own_name:
+            line.send(f"{WELCOME} {socket.gethostname()}")
         elif size != self._here.world_size:
             self._refuse(line, f"rank {rank} on {host} has WORLD_SIZE={size}, rank 0 has {self._here.world_size}")
         elif rank in self._hosts:
             self._refuse(line, f"two processes have RANK={rank}, on {self._hosts[rank]} and on {host}")
         else:
-            meeting.lasting(line.connection)
+            meeting.keep_alive(line.connection)
             line.rank, self._hosts[rank], self._lines[rank] = rank, host, line
-            line.say(f"{WELCOME} {socket.gethostname()}")
+            line.send(f"{WELCOME} {socket.gethostname()}")
         return True
 
     def _refuse(self, line: Line, reason: str) -> None:
-        self._problem = LaunchError(f"{reason}; set these variables again in all processes, or start with torchrun")
-        line.say(f"{REFUSED} {self._problem}")
+        self._problem = LaunchError(f"{reason}; correct these variables in all processes, or start with torchrun")
+        line.send(f"{REFUSED} {self._problem}")
 
     # On all ranks.
 
     def _run(self, listener: socket.socket | None, secret: str) -> None:
-        """Handle all messages, and detect a connection that ends without a farewell."""
+        """Handle all messages, and detect a connection that ends without announcing it."""
         with selectors.DefaultSelector() as selector:
             if listener:
                 selector.register(listener, selectors.EVENT_READ)
             for line in self._lines.values():
                 selector.register(line.connection, selectors.EVENT_READ, line)
                 for text in line.waiting:
-                    self._obey(line, text)
+                    self._handle(line, text)
             while selector.get_map():
                 for key, _ in selector.select(LOOK_SECONDS if listener else None):
                     if key.fileobj is listener:
@@ -280,7 +280,7 @@ class Watch:
                             caller = listener.accept()[0]
                             selector.register(caller, selectors.EVENT_READ, Line(caller))
                     else:
-                        self._hear(selector, key.data, secret)
+                        self._receive(selector, key.data, secret)
                 if listener and (self._gives_up or len(self._lines) == self._here.world_size - 1):
                     self._stop_listening(selector, listener)
                     listener = None
@@ -292,16 +292,16 @@ class Watch:
             selector.unregister(connection)
             connection.close()
         if not self._gives_up:
-            self._tell(MET)
+            self._send_to_all(ALL_CONNECTED)
             self._all_are_here.set()
 
-    def _hear(self, selector: selectors.BaseSelector, line: Line, secret: str) -> None:
+    def _receive(self, selector: selectors.BaseSelector, line: Line, secret: str) -> None:
         texts = line.read()
         is_over = texts is None
         for text in texts or ():
             if line.rank is not None:
-                self._obey(line, text)
-            elif not self._greet(line, text, secret):
+                self._handle(line, text)
+            elif not self._identify(line, text, secret):
                 is_over = True
                 break
         if is_over:
@@ -310,33 +310,33 @@ class Watch:
             if line.rank is not None and not line.has_left:
                 self._end(line.rank, "died")
 
-    def _obey(self, line: Line, text: str) -> None:
-        word, _, rest = text.partition(" ")
-        if word == MET:
+    def _handle(self, line: Line, text: str) -> None:
+        kind, _, rest = text.partition(" ")
+        if kind == ALL_CONNECTED:
             self._all_are_here.set()
-        elif word == LOST:
+        elif kind == LOST:
             lost, _, what = rest.partition(" ")
             self._end(int(lost), what)
         else:
-            # That rank ends by itself, and has reported why, unless it assumed that all ranks know.
+            # That rank ends by itself, and has reported why, unless it assumed that all ranks have the same error.
             line.has_left = True
-            if word == STOPPED or word == FAILED:
-                what = f"{word}: {rest}" if rest else word
+            if kind == STOPPED or kind == FAILED:
+                what = f"{kind}: {rest}" if rest else kind
                 threading.Timer(VERDICT_SECONDS, self._end, (line.rank, what)).start()
 
     def _end(self, lost: int, what: str) -> None:
         if self._is_leaving:
             return
-        self._tell(f"{LOST} {lost} {what}")
+        self._send_to_all(f"{LOST} {lost} {what}")
         # Rank 0 reports it, or rank 1 if rank 0 is lost.
         if self._here.rank == (0 if lost else 1):
             what = what.partition(":")[0] if self.is_settled else what
-            then = "earlier checkpoints are whole, continue with --resume auto"
-            then = then if self.is_settled else "no step was taken, start again"
+            then = "earlier checkpoints are complete, continue with --resume auto"
+            then = then if self.is_settled else "nothing was trained, start again"
             show_line(f"{self._command}: error: rank {lost} on {self._hosts.get(lost)} {what}; {then}", file=sys.stderr)
         self._before_end()
         os._exit(1)
 
-    def _tell(self, text: str) -> None:
+    def _send_to_all(self, text: str) -> None:
         for line in tuple(self._lines.values()):
-            line.say(text)
+            line.send(text)

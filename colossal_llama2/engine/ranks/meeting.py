@@ -23,20 +23,20 @@ from colossal_llama2.launcher import REQUIRED, Place
 
 HELLO, WELCOME, REFUSED = "hello", "welcome", "no"
 MAX_LINE = 4096
-# Anyone can connect by hand, so this secret only tells programs apart.
+# Ranks that are started by hand share no secret, so this constant only identifies the program.
 KNOWN_SECRET = "colossal_llama2"
 KEY = "colossal_llama2/rank-0"
-# How long a rank retries an unreachable host, or waits for an answer of the port that should be rank 0's.
+# How long a rank retries an unreachable host, or waits for an answer on the port that should be rank 0's.
 UNREACHABLE_SECONDS = 10.0
 ATTEMPT_SECONDS = 5.0
 RETRY_SECONDS = 0.2
 
 
 def settled_place() -> Place:
-    """This process's place in its job; logs a note about the environment, if there is one.
+    """This process's place in its job. Logs what was ignored in the environment, if anything.
 
     Raises:
-        LaunchError: the environment is impossible.
+        LaunchError: the environment variables contradict each other.
     """
     here = launcher.settle()
     if here.problem:
@@ -51,7 +51,7 @@ class Line:
 
     Attributes:
         rank: the rank at the other end, None if it is unknown.
-        waiting: lines that have arrived and were not handled yet.
+        waiting: lines that have arrived and are not handled yet.
         has_left: whether the other end has announced that it ends.
     """
 
@@ -61,25 +61,25 @@ class Line:
         self.has_left = False
 
     def read(self) -> list[str] | None:
-        """The lines that have come, perhaps none yet; None at the end of the connection."""
+        """The lines that have arrived, possibly none; None at the end of the connection."""
         try:
             content = self.connection.recv(MAX_LINE)
         except OSError:
             content = b""
         *lines, self._rest = (self._rest + content).split(b"\n")
-        # Whoever sends so much without a line is a stranger.
+        # A rank never sends that much without a line break.
         is_over = not content or len(self._rest) >= MAX_LINE
         return None if is_over and not lines else [line.decode(errors="replace") for line in lines]
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         """Send a line."""
-        # If the other end is gone, `read` tells.
+        # If the other end is gone, `read` returns None.
         with suppress(OSError):
             self.connection.sendall(f"{text}\n".encode())
 
 
 class Address(NamedTuple):
-    """Where rank 0 listens, and the word that it answers to."""
+    """Where rank 0 listens, and the secret that callers must send."""
 
     host: str
     port: int
@@ -112,7 +112,7 @@ def listen_as_given(*, backlog: int) -> socket.socket:
 
 
 def address_through_torchrun(place: Place, own_port: int | None, *, timeout_seconds: float) -> Address:
-    """Leave the address of rank 0 with torchrun, or take it from there. Raises what PyTorch raises if that fails."""
+    """Store the address of rank 0 in torchrun's store, or read it there. Raises PyTorch's errors."""
     from torch.distributed import TCPStore
 
     host, port, _ = given_address()
@@ -125,22 +125,22 @@ def address_through_torchrun(place: Place, own_port: int | None, *, timeout_seco
 
 
 def introduce(
-    address: Address, here: Place, word: str, *, until: float, tell: Callable[[str], None]
+    address: Address, here: Place, name: str, *, until: float, on_retry: Callable[[str], None]
 ) -> tuple[Line, str]:
-    """Connect to rank 0, say who this is, and return the connection with what rank 0 answered.
+    """Connect to rank 0, identify this rank, and return the connection and rank 0's answer.
 
     Args:
-        word: the name of this host.
-        until, tell: as `connect` takes them.
+        name: the name of this host.
+        until, on_retry: as for `connect`.
 
     Raises:
-        LaunchError: nobody came to listen there in time, or another program does.
+        LaunchError: rank 0 did not listen there in time, or another program does.
     """
     strangers_until = None
     while True:
-        line = Line(connect(address, until=until, tell=tell))
+        line = Line(connect(address, until=until, on_retry=on_retry))
         strangers_until = strangers_until or time.monotonic() + UNREACHABLE_SECONDS
-        line.say(f"{HELLO} {address.secret} {here.rank} {here.world_size} {word}")
+        line.send(f"{HELLO} {address.secret} {here.rank} {here.world_size} {name}")
         line.connection.settimeout(UNREACHABLE_SECONDS)
         answers = line.read()
         while answers == []:
@@ -151,20 +151,20 @@ def introduce(
         line.connection.close()
         # A job that is just ending may still listen there.
         if time.monotonic() > strangers_until:
-            raise LaunchError(unreached(address, "another program listens there"))
-        tell("another program listens there")
+            raise LaunchError(not_rank_0(address, "another program listens there"))
+        on_retry("another program listens there")
         time.sleep(RETRY_SECONDS)
 
 
-def connect(address: Address, *, until: float, tell: Callable[[str], None]) -> socket.socket:
+def connect(address: Address, *, until: float, on_retry: Callable[[str], None]) -> socket.socket:
     """Connect to rank 0, which may start later.
 
     Args:
-        until: by time.monotonic(), when to give up on a port on which nobody listens yet.
-        tell: called with the reason each time that it cannot be reached.
+        until: by time.monotonic(), when to give up on a port on which nothing listens yet.
+        on_retry: called with the reason each time that rank 0 cannot be reached.
 
     Raises:
-        LaunchError: the host cannot be reached, or nobody came to listen there.
+        LaunchError: the host cannot be reached, or nothing listens on the port in time.
     """
     unreachable_since = None
     while True:
@@ -172,29 +172,29 @@ def connect(address: Address, *, until: float, tell: Callable[[str], None]) -> s
             return socket.create_connection((address.host, address.port), timeout=ATTEMPT_SECONDS)
         except UnicodeError:
             # No host can have this name: a label that is empty or too long.
-            raise LaunchError(unreached(address, "not a host name"))
+            raise LaunchError(not_rank_0(address, "not a host name"))
         except OSError as error:
             reason = error.strerror or str(error)
             now = time.monotonic()
-            # A refusal comes from a host that is there.
-            is_there = isinstance(error, ConnectionRefusedError)
-            unreachable_since = None if is_there else unreachable_since or now
+            # A host that refuses the connection is up.
+            is_up = isinstance(error, ConnectionRefusedError)
+            unreachable_since = None if is_up else unreachable_since or now
             if now > until or (unreachable_since is not None and now - unreachable_since > UNREACHABLE_SECONDS):
-                raise LaunchError(unreached(address, reason))
-        tell(reason)
+                raise LaunchError(not_rank_0(address, reason))
+        on_retry(reason)
         time.sleep(RETRY_SECONDS)
 
 
-def unreached(address: Address, reason: str) -> str:
-    """The message about a rank 0 that does not answer."""
+def not_rank_0(address: Address, reason: str) -> str:
+    """The message if rank 0 does not answer."""
     return (
         f"MASTER_ADDR={address.host} MASTER_PORT={address.port} does not lead to rank 0 ({reason}); give all ranks its "
-        f"host and a free port there, or unset {', '.join(REQUIRED)} if no launcher is meant to start this"
+        f"host and a free port there, or unset {', '.join(REQUIRED)} to run without a launcher"
     )
 
 
-def lasting(connection: socket.socket) -> socket.socket:
-    """A connection without time limit, of which the system notices within seconds that the other host is gone."""
+def keep_alive(connection: socket.socket) -> socket.socket:
+    """Remove the connection's timeout, and let the system close it within seconds if the other host is gone."""
     connection.settimeout(None)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in {"TCP_KEEPIDLE": 3, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}.items():

@@ -1,7 +1,7 @@
-"""What becomes of a rank whose launcher was killed: it saves and ends, as on SIGTERM.
+"""A rank whose launcher was killed saves and ends, as on SIGTERM.
 
-The parent's number is looked at now and then. Linux can send a signal instead (PR_SET_PDEATHSIG), but sends it when
-the *thread* that started the process ends, and a launcher may well start processes from threads that end.
+The parent's process ID is polled. Linux can send a signal instead (PR_SET_PDEATHSIG), but sends it when the *thread*
+that started the process ends, and a launcher may start processes from threads that end.
 
 Only the process that started this one counts. What started torchrun, such as `colossalai run` or a shell, may end.
 """
@@ -19,19 +19,19 @@ from colossal_llama2.launcher import BY_HAND, place
 from colossal_llama2.terminal_text import show_line
 
 LOOK_SECONDS = 0.5
-# What takes over processes whose parent is gone, besides process 1: a user's systemd does.
+# The processes that become the parent of orphans, besides process 1: a user's systemd, for example.
 ADOPTERS = ("systemd", "init")
-# Words in the command line of what may be a launcher.
+# Words in the command line of a possible launcher.
 LAUNCHERS = (b"python", b"torch", b"colossalai", b"slurm", b"mpi", b"prte", b"orted")
 
 
 def end_with_launcher(before: Callable[[], None] = lambda: None) -> None:
-    """From now on, this process gets SIGTERM when its launcher dies; at once, if it is dead already.
+    """From now on, this process gets SIGTERM when its launcher dies; at once if the launcher is already dead.
 
-    Without a launcher nothing happens: a run in the background outlives its shell.
+    Without a launcher nothing happens, so a run in the background outlives its shell.
 
     Args:
-        before: called before that, in another thread.
+        before: called before SIGTERM is sent, in another thread.
     """
     if place().launcher not in (None, BY_HAND):
         threading.Thread(target=_wait, args=(before,), daemon=True).start()
@@ -42,18 +42,18 @@ def _wait(before: Callable[[], None]) -> None:
     while os.getppid() == parent and not _is_adopted(parent):
         time.sleep(LOOK_SECONDS)
     if place().local_rank == 0:
-        # The log shows warnings of rank 0 alone, and the launcher of another host may be the one that is gone.
+        # The log shows only warnings of rank 0, which may be on another host than the launcher that died.
         here = place()
-        text = f"{here.launcher} is gone, which started this process: ending as on SIGTERM"
+        text = f"{here.launcher}, which started this process, was killed: ending as on SIGTERM"
         show_line(f"warning: rank {here.rank}: {text}", file=sys.stderr)
     before()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _is_adopted(parent: int) -> bool:
-    """Whether the launcher had died before anybody looked, so that another process is the parent.
+    """Whether the launcher died before the first poll, so that the parent is another process.
 
-    In a container, process 1 may be the launcher itself, so one that may be is taken for it.
+    In a container, process 1 may be the launcher itself; it counts as one if its command line is that of a launcher.
     """
     entry = Path("/proc", str(parent))
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Writes one checkpoint: what it holds, and in which order it gets to the disk.
+"""Writes one checkpoint: its content, and the order in which it is written.
 
     <save_dir>/epoch-0_step-400/
         modeling/              Hugging Face model (safetensors), config and tokenizer
@@ -71,15 +71,15 @@ class Written:
 
 @dataclass(frozen=True)
 class CheckpointContent:
-    """What goes into every checkpoint of a run besides weights and optimizer.
+    """The content of every checkpoint of a run besides weights and optimizer.
 
     Attributes:
-        source: whose configuration and tokenizer go into every saved model.
+        source: the model whose configuration and tokenizer are copied into every saved model.
         schedule: the learning rate.
-        facts: what is true of the whole run.
+        facts: what does not change during the run.
         evaluations: grows during the run; each checkpoint has those so far.
-        new_rows: on rank 0, what examines each saved model with --train_new_rows_only.
-        history: called on rank 0; what goes into training_history.json of a saved model, None for no file.
+        new_rows: on rank 0, examines each saved model with --train_new_rows_only.
+        history: called on rank 0; returns the content of a saved model's training_history.json, None for no file.
     """
 
     source: ModelSource
@@ -100,7 +100,7 @@ class CheckpointWriter:
         """
         self._engine, self._folder, self._content = engine, folder, content
         self._expected_bytes, self._expected_files = expected_bytes, LEAST_FILES + engine.world_size
-        # Read at once: the checkpoint that the run resumed may be removed or moved away during the run.
+        # Read now: the checkpoint that the run resumed may be removed or moved during the run.
         self._model_files: dict[str, bytes] = {}
         with engine.first_rank_only() as first:
             if first:
@@ -108,7 +108,7 @@ class CheckpointWriter:
                 self._model_files = model_files(source.weights_folder, source.tokenizer, engine.settings.precision)
 
     def check_room(self) -> None:
-        """Raise RunError, on all ranks, unless there is room for a checkpoint. Makes --save_dir if there is none."""
+        """Raise RunError, on all ranks, unless there is room for a checkpoint. Creates --save_dir if needed."""
         with self._engine.first_rank_only() as first:
             if first:
                 self._folder.check_room(self._expected_bytes, files=self._expected_files)
@@ -130,7 +130,7 @@ class CheckpointWriter:
         except (UserError, RunError) as error:
             # Free the space that the incomplete checkpoint takes.
             self._remove(partial)
-            raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are whole")
+            raise RunError(f"{final} cannot be written ({error}); earlier checkpoints are complete")
         return Written(final, self._expected_bytes, time.monotonic() - written, figures)
 
     def rehearse(self, state: TrainState) -> None:
@@ -190,7 +190,7 @@ class CheckpointWriter:
                     folder.mkdir()
 
     def _write_small_files(self, state: TrainState, partial: Path) -> None:
-        """All that is not a tensor: configurations, tokenizer, and where the run is."""
+        """Write everything that is not a tensor: configurations, tokenizer, and the state of the run."""
         content = self._content
         ranks = collectives.gather_values(resume_state.rank_states(self._engine))
         with self._engine.first_rank_only() as first:
@@ -210,7 +210,7 @@ class CheckpointWriter:
         engine = self._engine
         with collectives.all_or_none():
             found = checkpoint_files.list_files(partial)
-        # A shared file system may show a rank other ranks' files only after a while, and its own at once.
+        # A shared file system may show a rank's files to other ranks only after a while.
         own = found if engine.rank == 0 else {n: size for n, size in found.items() if f"rank-{engine.rank:05d}." in n}
         sizes = {name: size for listed in collectives.gather_values(own) for name, size in listed.items()}
         with collectives.all_or_none():
@@ -225,12 +225,12 @@ class CheckpointWriter:
 
 
 def checkpoint_bytes(model: ModelFacts, settings: EngineSettings) -> int:
-    """About how large a checkpoint of a run will be."""
+    """The approximate size of a checkpoint of a run, in bytes."""
     return expected_bytes(model.parameters, settings.precision, trained=settings.trainable.parameters(model))
 
 
 def expected_bytes(parameters: int, precision: str, *, trained: int) -> int:
-    """About how large a checkpoint will be: weights, Adam's two moments, master weights.
+    """The approximate size of a checkpoint in bytes: weights, Adam's two moments, master weights.
 
     Args:
         parameters: elements of the model's weights.

@@ -1,4 +1,4 @@
-"""When a run saves, which of its checkpoints stay, and how the last one becomes the model of the run."""
+"""When a run saves, which of its checkpoints are kept, and how the last one becomes the model of the run."""
 
 import contextlib
 import os
@@ -57,7 +57,7 @@ class Checkpointer:
             self.save_now(state)
 
     def save_now(self, state: TrainState) -> Path:
-        """Write a checkpoint, unless that of this step is written already; return its folder.
+        """Write a checkpoint, unless that of this step is already written; return its folder.
 
         Raises:
             RunError: on all ranks, if one of them cannot write.
@@ -102,7 +102,7 @@ class Checkpointer:
 
 
 def publish_model(checkpoint: Path, card: str | None = None) -> None:
-    """Put the model of a checkpoint beside it, as the result of the run, with a README.md; replaces an earlier one."""
+    """Publish the model of a checkpoint beside it, as the run's result, with a README.md; replace an earlier one."""
     final = checkpoint.with_name(MODEL_NAME)
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     discard(partial)

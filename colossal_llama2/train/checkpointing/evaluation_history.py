@@ -1,4 +1,4 @@
-"""All evaluations of a run so far, which its checkpoints record: the first figures are what later ones compare with."""
+"""All evaluations of a run so far, as its checkpoints record them: later figures are compared with the first ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,14 +28,14 @@ class EvaluationHistory:
     def after(cls, saved: SavedRun | None, fingerprints: Mapping[str, str]) -> "EvaluationHistory":
         """The history of a run that evaluates on these samples, and resumes `saved` unless that is None.
 
-        A name that stands for other samples than before starts again, with a warning.
+        A name whose samples have changed starts again, with a warning.
         """
         entries = {} if saved is None else saved.entries
         before = entries.get("eval_fingerprints") or {}
         changed = {name for name, value in fingerprints.items() if before.get(name, value) != value}
         for name in sorted(changed):
             logs.get_logger().warning(
-                "--eval_dataset %s: other samples than before, so it is compared from here on", name
+                "--eval_dataset %s: its samples have changed, so figures are compared from here on", name
             )
         evaluations = []
         for entry in entries.get("evaluations") or ():

@@ -12,6 +12,7 @@ from colossal_llama2.errors import RunError
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.model.model_folder import shard_names
 from colossal_llama2.model.trainable import Ranges
+from colossal_llama2.plurals import counted
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +22,7 @@ BLOCK_ROWS = 4096
 
 
 class NewRowsReport:
-    """Compares saved embeddings with those that a run began with, or was resumed with. Used on one rank.
+    """Compares saved embeddings with those that a run began with or resumed from. Used on one rank.
 
     Keeps 8 bytes per row, and reads a block of rows at a time.
     """
@@ -57,10 +58,10 @@ class NewRowsReport:
             matrix = name.split(".")[-2]
             share = float(moved[is_trained].mean())
             logs.get_logger().info(
-                "%s: %.1f %% of %s new rows have changed since %s; norms %.3f to %.3f, mean %.3f; old rows, mean %.3f",
+                "%s: %.1f %% of %s changed since %s; norms %.3f to %.3f, mean %.3f; old rows, mean %.3f",
                 matrix,
                 100 * share,
-                f"{len(new):,}",
+                counted(len(new), "new row"),
                 self._origin,
                 new.min(),
                 new.max(),

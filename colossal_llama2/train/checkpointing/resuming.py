@@ -1,4 +1,4 @@
-"""How a run continues from a checkpoint: whether that is intact, what must be unchanged, and how exact it will be."""
+"""How a run continues from a checkpoint: whether it is intact, what must be unchanged, and how exact the resume is."""
 
 import json
 import textwrap
@@ -14,6 +14,7 @@ from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.device import repeats_exactly
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.json_input import shown
 from colossal_llama2.train.checkpointing.checkpointer import publish_model
 from colossal_llama2.train.checkpointing.evaluation_history import was_interrupted
@@ -97,20 +98,20 @@ def difference(name: str, before: Any, now: Any) -> str:
 
 
 def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
-    """What differs from the saved run and can change the last bits of its numbers."""
+    """The differences from the saved run that can change the last bits of its numbers."""
     now, entries = facts.entries(), saved.entries
     pairs = [(name, entries.get(name), now[name]) for name in ("world_size", "data_parallel_size")]
     pairs.append(("version of the numerics", entries.get("numerics", 1), now["numerics"]))
     for group in ("settings", "versions", "machine"):
         before = entries.get(group) or {}
-        # A flag that did not exist yet had the effect of its default.
+        # A version without a flag behaved as with its default.
         names = [name for name in now[group] if group != "settings" or (name in before and _is_compared(name))]
         pairs += [(name, before.get(name), now[group][name]) for name in names]
     return [f"{name} {_short(before)} -> {value}" for name, before, value in pairs if before != _as_json(value)]
 
 
 def _is_compared(setting: str) -> bool:
-    """Whether a setting is compared by its value; others are compared by what they name, such as data by its hash."""
+    """Whether a setting is compared by its value; paths are compared by their content, such as data by its hash."""
     return changes_numbers(setting) and f"--{setting}" not in RESUMED_FACTS.values()
 
 
@@ -126,12 +127,12 @@ def log_verdict(saved: SavedRun, facts: RunFacts) -> None:
     """Log where a resumed run continues, and how exactly it repeats the uninterrupted one."""
     logger, state = logs.get_logger(), saved.state
     logger.info(
-        "Resuming %s: epoch %d, step %d, %s samples and %s tokens consumed",
+        "Resuming %s: epoch %d, step %d, %s and %s consumed",
         saved.folder,
         state.epoch,
         state.step,
-        f"{state.samples_seen:,}",
-        f"{state.tokens_seen:,}",
+        counted(state.samples_seen, "sample"),
+        counted(state.tokens_seen, "token"),
     )
     changed = changes(saved, facts)
     if not changed and not _same_layout(saved, facts):
@@ -211,7 +212,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
         if saved.entries.get(name) != entries[name]:
             raise UserError(
                 f"--load_checkpoint {saved.folder}: {difference(name, saved.entries.get(name), entries[name])}; "
-                f"resume with the same {flag}, or take its weights alone: --load_checkpoint {config.source.weights}"
+                f"resume with the same {flag}, or load only its weights: --load_checkpoint {config.source.weights}"
             )
     _check_place(saved, order)
     # A copy, since the run counts on in it.
@@ -224,7 +225,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
 
 
 def is_done(config: TrainConfig, start: Start, order: SampleOrder) -> bool:
-    """Whether --resume auto found the last checkpoint of its run, of which only the model may be unpublished."""
+    """Whether --resume auto found the last checkpoint of its run, so that at most the model is not published yet."""
     state, recipe = start.state, config.recipe
     at_end = state.epoch == recipe.num_epochs - 1 and order.steps_after(state.sample_start_index) == 0
     return config.source.is_newest and (at_end or state.step == recipe.max_steps) and not start.eval_pending
@@ -237,7 +238,7 @@ def _check_place(saved: SavedRun, order: SampleOrder) -> None:
     if state.sample_start_index > order.num_samples or saved.first_sample + state.samples_seen > place:
         raise UserError(
             f"{saved.folder / STATES_NAME}: epoch {state.epoch:,}, sample {state.sample_start_index:,}, "
-            f"{state.samples_seen:,} samples read is not a position in data of {order.num_samples:,} samples"
+            f"{state.samples_seen:,} samples read is not a position in data of {counted(order.num_samples, 'sample')}"
             f"{OTHER_CHECKPOINT}"
         )
 
@@ -261,8 +262,8 @@ def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, nu
         place = TrainState(epoch=saved.state.epoch + 1)
     if place.epoch >= num_epochs:
         raise UserError(
-            f"--continue_data: {saved.folder} has read {saved.state.epoch + 1} epochs of the data, all of it; give a "
-            f"higher --num_epochs, or leave the flag out to read it again"
+            f"--continue_data: {saved.folder} has read all of the data, {counted(saved.state.epoch + 1, 'epoch')}; "
+            f"give a higher --num_epochs, or leave the flag out to read it again"
         )
     logs.get_logger().info(
         "Data: continuing after %s, epoch %d, sample %s", saved.folder, place.epoch, f"{place.sample_start_index:,}"
@@ -271,7 +272,7 @@ def _continued_state(saved: SavedRun, facts: RunFacts, order: SampleOrder, *, nu
 
 
 def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> CosineSchedule:
-    """The learning rate over all steps of the run, those before a resume included; of a run that is done, over these.
+    """The learning rate over all steps of the run, including those before a resume.
 
     Raises:
         UserError: no step is left, and no evaluation is pending.
@@ -283,8 +284,8 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     steps_left += (recipe.num_epochs - state.epoch - 1) * order.steps_after(0)
     if steps_left == 0 and not start.eval_pending:
         raise UserError(
-            f"--load_checkpoint {source.checkpoint}: its {recipe.num_epochs} epochs are trained, the model is in "
-            f"{source.weights}; give a higher --num_epochs to continue"
+            f"--load_checkpoint {source.checkpoint}: its training is complete ({counted(recipe.num_epochs, 'epoch')}), "
+            f"the model is in {source.weights}; give a higher --num_epochs to continue"
         )
     total_steps = state.step + steps_left
     if recipe.max_steps is not None:
@@ -297,9 +298,9 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     schedule = _schedule_of(config, total_steps)
     if schedule.warmup_steps >= total_steps:
         logs.get_logger().warning(
-            "--warmup_steps %d: the run has %d steps, so the learning rate only rises",
+            "--warmup_steps %d: the run has %s, so the learning rate only rises",
             schedule.warmup_steps,
-            total_steps,
+            counted(total_steps, "step"),
         )
     if start.resumed is not None:
         _log_changed_schedule(start.resumed.read_schedule(), schedule)
@@ -315,13 +316,13 @@ def _log_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> No
     now = asdict(schedule)
     changed = [f"{name} {shown(saved.get(name))} -> {now[name]}" for name in now if saved.get(name) != now[name]]
     if changed:
-        logs.get_logger().warning("The learning rate follows another curve from here on: %s", ", ".join(changed))
+        logs.get_logger().warning("The learning rate follows a different curve from now on: %s", ", ".join(changed))
 
 
 def finish_again(saved: SavedRun, engine, saving: SaveConfig, *, card: Callable[[], str | None]) -> None:
-    """Do what a run that died after its last save left undone: publish the model, and remove old checkpoints."""
+    """Finish a run that died after its last save: publish the model, and remove old checkpoints."""
     with engine.first_rank_only() as first:
         if first:
             publish_model(saved.folder, card())
             checkpoint_files.remove_old(saved.folder, keep_last=saving.keep_last, keep_every=saving.keep_every)
-    logs.get_logger().info("Done already: all epochs are trained. The model is beside %s", saved.folder)
+    logs.get_logger().info("Already done: all epochs are trained. The model is beside %s", saved.folder)

@@ -1,10 +1,10 @@
-"""What is true of a run from its first step to its last, as each of its checkpoints records it."""
+"""The facts that do not change during a run, as each of its checkpoints records them."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-# Raised when a version computes other numbers from the same flags; checkpoints without it are of version 1. Version 2
-# has SDPA as default attention, float32 rotary frequencies, NEFTune by document and repeated fp16 steps.
+# Increased when a version computes different numbers from the same flags; checkpoints without it are of version 1.
+# Version 2 has SDPA as default attention, float32 rotary frequencies, NEFTune by document and repeated fp16 steps.
 NUMERICS = 2
 
 

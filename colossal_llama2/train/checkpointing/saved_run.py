@@ -1,6 +1,6 @@
 """What a checkpoint records of its run (running_states.json), read once and checked.
 
-A checkpoint may come from anybody, so every entry that is used is compared with its type.
+A checkpoint may come from anyone, so the type of every entry that is used is checked.
 """
 
 import math
@@ -93,7 +93,7 @@ def _check_entries(states: dict[str, Any]) -> None:
     ranks = states.get("ranks") or []
     for rank in ranks:
         _check_rank(rank)
-    # Ranks with different scales would repeat a step differently, and wait for each other for ever.
+    # Ranks with different scales would repeat a step differently, and wait for each other forever.
     for rank in ranks:
         if rank.get("loss_scale") != ranks[0].get("loss_scale"):
             first, other = shown(ranks[0].get("loss_scale")), shown(rank.get("loss_scale"))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint without tensors. They are made before step 1, so that no save fails on them hours later."""
+"""The files of a checkpoint without tensors. They are built before step 1, so that no save fails on them later."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def model_files(model_path: StrPath, tokenizer_path: str, precision: str) -> dic
 
 
 def json_bytes(content: Any, what: str) -> bytes:
-    """The bytes that `write_json` writes. Raises UserError if the content has no form as JSON in UTF-8."""
+    """The bytes that `write_json` writes. Raises UserError if the content cannot be written as JSON in UTF-8."""
     try:
         return encoded(to_json(content), what)
     except (TypeError, ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ Bits per byte do not depend on the tokenizer, so they can be compared across voc
     sum of -log2 p over the predicted tokens / UTF-8 bytes of the text behind these tokens
 
 All tokens with a loss (labels other than -100) are predicted, except the first token of each piece of a document, with
-or without a document mask: that is `<s>`, which is no text, or the first token of a later piece of a cut document.
+or without a document mask: that is `<s>`, which is not text, or the first token of a later piece of a cut document.
 `</s>` is predicted and has no bytes, since marking the end of a text is a part of its cost. The bytes are those of the
 original text (see `encoding.text_bytes`), and are counted when the data is prepared.
 """
@@ -100,7 +100,7 @@ class Evaluator(SilentEvaluator):
     ):
         """
         Args:
-            interval: in optimizer steps; None evaluates at the ends of epochs alone, which is done in any case.
+            interval: in optimizer steps; None evaluates only at the ends of epochs, which is done in any case.
             history: the evaluations so far; each one is added to it.
             eval_pending: evaluate again at the step at which the run begins, since a signal interrupted that.
         """
@@ -125,11 +125,11 @@ class Evaluator(SilentEvaluator):
     def _judge(
         self, figures: Figures | None, state: TrainState, *, run_ends: bool, save_now: Callable[[TrainState], Any]
     ) -> None:
-        """Raise the alarm where a figure has risen too far."""
+        """Raise the alarm if a figure has risen too far."""
         if figures is None:
             return
         risen = self._risen(figures)
-        # After the last step there is nothing left to stop.
+        # After the last step there is nothing to stop.
         stops = self._alarm.stops and not run_ends
         for name, sentence in risen.items():
             if not stops and name not in self._alarmed:
@@ -220,7 +220,7 @@ def summed_loss(
     nats, predicted = 0.0, 0
     with engine.evaluating():
         for batch in _share(engine, samples, collator):
-            # Agreed on by the hosts, without their GPUs: the others would wait for a rank that stopped by itself.
+            # Agreed on by the hosts, without their GPUs: the others would wait for a rank that stopped on its own.
             if agreed_signal(engine.sum_over_data(stop.received(), known_to_host=True)) is not None:
                 return None
             predicted += batch.predicted

@@ -1,8 +1,8 @@
-"""Memory that one micro batch keeps between forward and backward, and that backward needs in addition.
+"""The memory that one micro batch keeps between forward and backward, and what backward needs in addition.
 
 Counted tensor by tensor from what autograd saves for the LLaMA of transformers 4.51 (modeling_llama.py) and for the
-loss of model/chunked_loss.py, as Korthikanti et al. count them for GPT ("Reducing activation recomputation in large
-transformer models", arXiv 2205.05198, section 4). Their 34 bytes per token and channel are not ours: LLaMA's gated MLP
+loss of engine/chunked_loss.py, as Korthikanti et al. count them for GPT ("Reducing activation recomputation in large
+transformer models", arXiv 2205.05198, section 4). Their 34 bytes per token and channel do not apply: LLaMA's gated MLP
 keeps four matrices instead of two and a half, its norms compute in float32, and there is no dropout.
 """
 
@@ -113,7 +113,7 @@ class MicroBatch:
         checkpointing: only the input of each layer is kept; the rest is computed again.
         has_documents: documents in a sample are kept apart; also true where a causal mask is materialized; ignored with
             "flash".
-        trains_layers: False if the embeddings alone are trained.
+        trains_layers: False if only the embeddings are trained.
         hidden_splits: ranks among which the residual stream is split along the sample (sequence parallelism).
         sample_splits: ranks among which everything is split along the sample, and attention by heads (all_to_all).
         on_cpu: a rehearsal, in which the loss is computed by smaller blocks.
@@ -158,7 +158,7 @@ class _Tape:
         self.moments: list[Moment] = []
 
     def do(self, *, new: int = 0, free: int = 0, passing: int = 0, logits: int = 0, weights=()) -> None:
-        """An operation that makes `new` bytes, releases `free`, and holds `passing` and `logits` while it runs."""
+        """An operation that allocates `new` bytes, releases `free`, and holds `passing` and `logits` while it runs."""
         self.moments.append(Moment(self.live + new + passing, logits, tuple(weights)))
         self.live += new - free
 
@@ -179,9 +179,9 @@ class _Sizes:
         self.log_sums = FLOAT32 * tokens * (stage.model.heads // stage.splits)
         self.is_half = element < FLOAT32
         trained = int(batch.trains_layers)
-        # What a matrix saves for its own gradient is not kept if it is frozen.
+        # The input that a matrix saves for its own gradient is not kept if it is frozen.
         self.norm_output, self.product = trained * self.hidden, trained * self.inner
-        # What attention gives, which it keeps for itself.
+        # The output of attention, which it keeps for itself.
         self.mixed = self.query
         # RMSNorm: its float32 input (the residual stream itself in fp32), its output before and after the weight.
         self.norm = self.hidden32 + trained * self.hidden + self.norm_output
@@ -207,7 +207,7 @@ def kept_bytes(stage: StageShape, batch: MicroBatch) -> int:
 
 
 def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
-    """Peak bytes of the head and the loss besides hidden states, in forward and in backward."""
+    """Peak bytes of the head and the loss, without hidden states, in forward and in backward."""
     if not stage.has_head:
         return 0, 0
     tokens, element = batch.tokens, batch.element
@@ -215,7 +215,7 @@ def loss_bytes(stage: StageShape, batch: MicroBatch) -> tuple[int, int]:
     if not batch.chunked_loss:
         logits = tokens * stage.vocab_rows
         # Forward: logits, the same in float32, log-probabilities. Backward: log-probabilities, two gradients of them,
-        # of which the second is rounded to half precision.
+        # the second of which is rounded to half precision.
         return logits * (2 * FLOAT32 + half), logits * (3 * FLOAT32 + half)
     blocks = BLOCKS["cpu" if batch.on_cpu else "cuda"]
     rows = min(blocks.rows(tokens), stage.vocab_rows)
@@ -288,7 +288,7 @@ def _attention(tape: _Tape, sizes: _Sizes, stage: StageShape, batch: MicroBatch)
     query, key, shown = sizes.query, sizes.key, sizes.shown_key
     tape.do(new=query, free=sizes.mixed, weights=_weights(stage, batch, "o"))
     tape.do(new=query + 2 * shown, free=2 * query + 2 * shown + sizes.log_sums)
-    # Repeated keys and values are summed; the rotary embedding turns queries and keys back.
+    # Repeated keys and values are summed; the rotary embedding rotates queries and keys back.
     if shown != key:
         tape.do(new=2 * key, free=2 * shown)
     tape.do(passing=2 * query)

@@ -12,8 +12,8 @@
      "begins": {"epoch": 0, "sample": 0, "step": 0}, "ends": {"epoch": 0, "sample": 2400, "step": 600},
      "learning_rate": [[1, 2e-05], ..., [600, 3e-05]], "notes": ["en has no part left in buckets 3 to 9"]}
 
-Samples and tokens are those of the first epoch, with the left-over ones; every epoch has equally many samples of each
-source. "again" counts the repeats in "samples", "left_out" the samples of a source that the epoch does not read. A part
+Samples and tokens are those of the first epoch, including left-over ones; every epoch has the same number of samples of
+each source. "again" counts the repeats in "samples", "left_out" the samples that the epoch does not read. A part
 without samples is in no bucket. Steps are counted from 1; those of a bucket belong to the epoch in which the run
 begins, from there on, and are null if the run reads nothing of the bucket there. "begins" and "ends" are positions:
 complete epochs, samples of the next epoch, and steps of the run. Nothing here needs torch.
@@ -32,6 +32,7 @@ from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.dataset.read.token_counts import category_tokens
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import replace_file, to_json
 from colossal_llama2.tables import table_lines
 from colossal_llama2.terminal_text import visible_line
@@ -60,14 +61,14 @@ def make_order(
     """The order of samples. Raises UserError if there are not enough for one micro batch on every rank.
 
     Args:
-        num_samples: of the data; with buckets, they say how many an epoch has.
+        num_samples: of the data; with buckets, these determine the samples of an epoch.
         data_size: number of data-parallel ranks.
     """
     num_samples = buckets.num_samples if buckets else num_samples
     order = SampleOrder(num_samples, micro_batch_size, data_size, accumulation_steps, seed, buckets)
     if order.steps_after(0) == 0:
         raise UserError(
-            f"--dataset has {num_samples} samples, one micro batch needs {order.samples_per_micro_step} "
+            f"--dataset has {counted(num_samples, 'sample')}, one micro batch needs {order.samples_per_micro_step} "
             f"(--micro_batch_size {micro_batch_size} on {data_size} data-parallel ranks); "
             f"give more data, or smaller micro batches"
         )
@@ -169,7 +170,7 @@ def _buckets(
     *,
     total_steps: int,
 ) -> list[dict[str, Any]]:
-    """What is read of each bucket.
+    """The samples that are read from each bucket.
 
     Args:
         times: (rows,) how often an epoch reads each row.
@@ -209,7 +210,7 @@ def _buckets(
 
 
 def _source(parts: Sequence[MeasuredPart], times: Sequence[np.ndarray]) -> dict[str, Any]:
-    """What is read of a source in a bucket."""
+    """The samples of a source that are read from a bucket."""
     lengths, read = np.concatenate([lengths for _, lengths in parts]), np.concatenate(times)
     categories: Counter = Counter()
     for (part, _), part_times in zip(parts, times, strict=True):
@@ -249,9 +250,9 @@ def _curve(schedule: CosineSchedule, begin: int, *, skipped: int) -> list[tuple[
     """Points (step, learning rate), with the first and last step and the end of the warm-up.
 
     Args:
-        begin: steps taken so far.
-        skipped: how many of these made no update. The schedule counts updates, so it lags behind by as many steps from
-            here on. Earlier points are those of a run without such steps.
+        begin: number of steps so far.
+        skipped: how many of these made no update. The schedule counts updates, so from here on it is that many steps
+            behind. Earlier points are those of a run without such steps.
     """
     steps = set(np.linspace(0, schedule.total_steps - 1, CURVE_POINTS).round().astype(int).tolist())
     warmed_up = max(schedule.warmup_steps - 1, 0)
@@ -280,25 +281,25 @@ def _notes(content: dict[str, Any], data: Data) -> Iterator[str]:
             most = max(source["samples"] / source["samples_there"] for source in held.values())
             samples = sum(source["again"] for source in held.values())
             where = f" in {_bucket_list(again)}" if data.bucketed else ""
-            yield f"{name} runs out{where}: {samples:,} samples are repeated; it is read up to {most:.2f} times"
+            yield f"{name} runs out{where}: it repeats {counted(samples, 'sample')} and is read up to {most:.2f} times"
         left_out = [number for number, source in held.items() if source["left_out"]]
         if left_out:
             samples, tokens = (sum(held[n][kind] for n in left_out) for kind in ("left_out", "left_out_tokens"))
             where = f" in {_bucket_list(left_out)}" if data.bucketed else ""
-            yield f"{samples:,} samples ({tokens:,} tokens) of {name} are left out{where}"
+            yield f"{name}: {counted(samples, 'sample')} ({counted(tokens, 'token')}) left out{where}"
     missed = [bucket["bucket"] for bucket in buckets if _misses_shares(bucket)]
     if missed:
         yield f"{_bucket_list(missed)}: too few samples to reach the requested shares within {TOLERANCE:.0%}"
     epoch = content["epoch"]
     if epoch["left_over_samples"]:
         yield (
-            f"{epoch['left_over_samples']:,} samples ({epoch['left_over_tokens']:,} tokens in the first) are left over "
-            f"at the end of each epoch, too few for a micro batch on every rank"
+            f"left over at the end of each epoch: {counted(epoch['left_over_samples'], 'sample')} "
+            f"({counted(epoch['left_over_tokens'], 'token')} in the first), too few for a micro batch on every rank"
         )
 
 
 def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: dict[str, Any]) -> Iterator[str]:
-    """Where a run begins, unless at the first sample, and where it ends, unless at the last."""
+    """Where a run begins, if not at the first sample, and where it ends, if not at the last."""
 
     def where(place: _Place, sample: int) -> str:
         return f"epoch {place.epoch}" + (f", bucket {order.bucket_of(sample)}" if content["bucketed"] else "")
@@ -308,7 +309,7 @@ def _place_notes(begins: _Place, ends: _Place, order: SampleOrder, content: dict
         yield f"it begins with sample {begins.sample:,} of {here}; steps are those of that epoch"
     unread = (content["epochs"] - ends.epoch) * order.num_samples - ends.sample
     if ends.epoch < content["epochs"] - 1 or order.steps_after(ends.sample):
-        yield f"it ends after step {ends.step:,} in {where(ends, ends.sample - 1)}; {unread:,} samples are not read"
+        yield f"it ends after step {ends.step:,} in {where(ends, ends.sample - 1)}; unread samples: {unread:,}"
 
 
 def _misses_shares(bucket: dict[str, Any]) -> bool:
@@ -329,7 +330,7 @@ def _bucket_list(numbers: Sequence[int]) -> str:
 
 
 def log_and_save(content: dict[str, Any], folder: RunFolder) -> None:
-    """Log the plan and write it to the run's folder, in place of an earlier one."""
+    """Log the plan and write it to the run's folder, replacing an earlier one."""
     for line in plan_lines(content):
         logs.get_logger().info("%s", line)
     replace_file(folder.data_plan, to_json(content).encode())
@@ -340,8 +341,8 @@ def plan_lines(content: dict[str, Any]) -> Iterator[str]:
     epoch = content["epoch"]
     kind = "buckets in order, each shuffled by itself" if content["bucketed"] else "one shuffle of everything"
     yield (
-        f"Plan: {kind}; {epoch['samples']:,} samples and {epoch['tokens']:,} tokens an epoch, epochs: "
-        f"{content['epochs']}; steps: {content['steps']:,} of {content['samples_a_step']:,} samples"
+        f"Plan: {kind}; {counted(epoch['samples'], 'sample')} and {counted(epoch['tokens'], 'token')} an epoch, "
+        f"epochs: {content['epochs']}; steps: {content['steps']:,} of {counted(content['samples_a_step'], 'sample')}"
     )
     yield from table_lines(_bucket_rows(content), align="llr")
     yield from table_lines(_category_rows(content))
@@ -353,7 +354,7 @@ def plan_lines(content: dict[str, Any]) -> Iterator[str]:
     for note in content["notes"][:MAX_ROWS]:
         yield f"note: {visible_line(note)}"
     if len(content["notes"]) > MAX_ROWS:
-        yield f"and {len(content['notes']) - MAX_ROWS:,} more notes in {PLAN_NAME}"
+        yield f"and {counted(len(content['notes']) - MAX_ROWS, 'more note')} in {PLAN_NAME}"
 
 
 def _bucket_rows(content: dict[str, Any]) -> list[list[str]]:

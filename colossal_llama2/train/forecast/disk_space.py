@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 
 from colossal_llama2.dataset.read.order import SampleOrder
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.settings.config import SaveConfig
 from colossal_llama2.train.stepping.state import TrainState
 
@@ -49,13 +50,12 @@ def disk_lines(saving: SaveConfig, checkpoint_bytes: int, steps: Sequence[int]) 
     count = most_kept(steps, keep_last=saving.keep_last, keep_every=saving.keep_every)
     folder = saving.folder.path.absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
-    plural = "" if len(steps) == 1 else "s"
     lines = [
-        f"disk: {len(steps)} checkpoint{plural} of {checkpoint_bytes / 1e9:,.1f} GB, at most {count} at once: "
+        f"disk: {counted(len(steps), 'checkpoint')} of {checkpoint_bytes / 1e9:,.1f} GB, at most {count} at once: "
         f"{count * checkpoint_bytes / 1e9:,.1f} GB of {free / 1e9:,.1f} GB free here"
     ]
     if free < count * checkpoint_bytes:
         lines.append(
-            f"  there is room for {free // checkpoint_bytes} of them; make room, or keep fewer with --keep_last"
+            f"  there is room for {free // checkpoint_bytes} of them; free some space, or keep fewer with --keep_last"
         )
     return "\n".join(lines)

@@ -1,12 +1,12 @@
 """Forecast of a rank's memory in bytes, by purpose: computed from sizes and settings, never measured.
 
 Three moments decide: `loss`, when all activations exist; `backward`, at its peak; and `update`. Each is the sum of
-parts, and the largest is the peak. What stays is counted as in "ZeRO: memory optimizations toward training trillion
-parameter models" (Rajbhandari et al., arXiv 1910.02054, section 3), activations in activations.py, and buffers by
-following what ColossalAI 0.5.0 does, whose files are named below (paths inside the package).
+parts, and the largest is the peak. Weights and states are counted as in "ZeRO: memory optimizations toward training
+trillion parameter models" (Rajbhandari et al., arXiv 1910.02054, section 3), activations in activations.py, and buffers
+as in ColossalAI 0.5.0, whose files are named below (paths inside the package).
 
-Not counted: what a process needs before it has a model (Python, libraries; on a GPU CUDA's and NCCL's own memory),
-holes that an allocator leaves, loading and saving.
+Not counted: the memory of a process before it has a model (Python, libraries; on a GPU CUDA and NCCL), fragmentation,
+loading and saving.
 """
 
 import bisect
@@ -34,12 +34,12 @@ Weights = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What decides the memory of a rank, besides the model.
+    """The settings that, besides the model, decide the memory of a rank.
 
     Attributes:
         settings: the flags that decide how a step is computed.
         ranks: of the whole job.
-        max_length: tokens of a sample; all samples are taken to be that long.
+        max_length: tokens of a sample; all samples are assumed to be that long.
         attention: sdpa or flash, as activations.MicroBatch has it.
         chunked_loss, checkpointing, has_documents: as there.
         on_cpu: a rehearsal, in which the device's memory is the host's.
@@ -78,7 +78,7 @@ class Plan:
         """The micro batch of a rank."""
         settings = self.settings
         is_split = settings.sp_mode in ("split_gather", "ring")
-        # ColossalAI's attention gives PyTorch's kernels a mask even where it is causal and no more (attn.py:186).
+        # ColossalAI's attention gives PyTorch's kernels a mask even if it is only causal (attn.py:186).
         makes_mask = self.plugin.replaces_attention and not self.on_cpu
         return MicroBatch(
             samples=settings.microbatch_size if settings.pp_size > 1 else settings.micro_batch_size,
@@ -101,7 +101,7 @@ class RankMemory:
 
     Attributes:
         device: of its GPU, or of the machine in a rehearsal: {"loss": {"weights": ..., ...}, ...}
-        host: what lies in the host's memory on purpose; nothing in a rehearsal, where it is all the same memory.
+        host: what is offloaded to the host's memory; empty in a rehearsal, where both are the same memory.
     """
 
     device: dict[str, dict[str, int]]
@@ -127,7 +127,7 @@ def rank_memory(shape: ModelShape, plan: Plan) -> RankMemory:
 def stage_shapes(shape: ModelShape, settings: EngineSettings) -> list[StageShape]:
     """The parts of a model that the stages of a pipeline hold; a single one without a pipeline.
 
-    Layers that do not come out even go to the middle (pipeline/stage_manager.py, distribute_layers).
+    Remaining layers go to the middle stages (pipeline/stage_manager.py, distribute_layers).
     """
     stages = settings.pp_size
     layers, more = divmod(shape.layers, stages)
@@ -202,9 +202,9 @@ def all_weights(stage: StageShape, settings: EngineSettings) -> int:
 
 
 class _Keeper:
-    """How a plugin keeps weights, gradients and states. The base keeps all of them whole (3d without ZeRO).
+    """How a plugin keeps weights, gradients and states. The base class shards none of them (3d without ZeRO).
 
-    Methods that return dictionaries give bytes by part; those in lists, one dictionary for each thing that happens.
+    Methods return bytes by part as a dictionary; those that return a list have one dictionary for each event.
     """
 
     def __init__(self, stage: StageShape, plan: Plan):
@@ -241,7 +241,7 @@ class _Keeper:
 
     def after(self, weights: Weights) -> list[dict[str, int]]:
         for _, size in weights:
-            # Where there is one already, the new one is added and let go of.
+            # If there is already one, the new one is added to it and freed.
             self.gradients += 0 if self.earlier else size * self.element
         passing = max((size for _, size in weights), default=0) * self.element if self.earlier else 0
         return [{"gradients": self.gradients + passing}]
@@ -252,7 +252,7 @@ class _Keeper:
     def update(self) -> dict[str, int]:
         # All gradients in float32, and one squared in float64 for the norm.
         copies = FLOAT32 * self.trained if self.element < FLOAT32 else 0
-        # Each half-precision gradient goes when it is copied.
+        # Each half-precision gradient is freed when it is copied.
         gradients = max(self.trained * self.element, copies + (self.largest * self.element if copies else 0))
         return {"gradients": gradients, "buffers": FLOAT64 * self.largest}
 
@@ -265,12 +265,12 @@ class _ZeroKeeper(_Keeper):
         self.splits = plan.plugin.zero_stage == 2
         self.shards, self.buckets = plan.shards, 0
         self.shard = sum(-(-size // self.shards) for _, size in self.weights)
-        # Stage 1 lets gradients be until the last micro batch; stage 2 reduces and adds each.
+        # Stage 1 keeps gradients until the last micro batch; stage 2 reduces and adds each.
         self.kept = self.shard if self.splits else self.trained
         self.gradients = self.kept * self.element if self.earlier else 0
         # Without overlap stage 1 begins to reduce when backward is done (:738).
         self.waits = not self.splits and plan.on_cpu
-        # One for matrices and one for norms (repairs.fill_buckets).
+        # One for matrices and one for norms (bug_fixes.fill_buckets).
         self.bucket: dict[bool, list[int]] = {False: [], True: []}
 
     def constant(self) -> dict[str, int]:
@@ -296,7 +296,7 @@ class _ZeroKeeper(_Keeper):
             waiting, self.gradients = self.gradients, 0
             for name, size in reversed(self.weights):
                 for parts in self._add(name, size):
-                    # Those not yet in a bucket are where backward left them.
+                    # Those that are not in a bucket yet are still where backward wrote them.
                     waiting_now = max(waiting - self.gradients - self._in_buckets(), 0)
                     found.append({**parts, "gradients": parts["gradients"] + waiting_now})
         return found + self._reduce()
@@ -310,14 +310,14 @@ class _ZeroKeeper(_Keeper):
         return [*found, self._now()]
 
     def _reduce(self, coming: int = 0) -> list[dict[str, int]]:
-        """Flatten one bucket after the other into a copy, reduce it, and keep this rank's part (stage 1: all; :356)."""
+        """Flatten each bucket in turn into a copy, reduce it, and keep this rank's part (stage 1: all; :356)."""
         return [self._reduce_one(bucket, coming) for bucket in self.bucket.values() if bucket]
 
     def _reduce_one(self, bucket: list[int], coming: int) -> dict[str, int]:
         elements = sum(bucket)
         copies = elements + (elements // self.shards if self.splits else 0)
         if self.plan.on_cpu and self.splits:
-            # What comes from the other ranks, and the sum (gloo_collectives.py).
+            # The parts of the other ranks, and the sum (gloo_collectives.py).
             copies += elements
         parts = self._now()
         parts["gradients"] += coming * self.element
@@ -347,7 +347,7 @@ class _ZeroKeeper(_Keeper):
         most = fill = 0
         for share in shares:
             if share > ZERO_BUCKET:
-                # Straight into the weights.
+                # Directly into the weights.
                 most = max(most, (share + fill) * is_half)
             elif fill + share > ZERO_BUCKET:
                 most, fill = max(most, self._bucket_elements(fill, is_half) + share * is_half), share
@@ -373,7 +373,7 @@ class _GeminiKeeper(_Keeper):
         arguments = plan.plugin.arguments(parameters=self.all, on_cpu=plan.on_cpu)
         self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
-        # Backward takes the weights of a name from the last one on.
+        # Backward uses the weights of a name from the last one on.
         self.waiting: dict[str, list[int]] = {}
         for (name, _), chunk in zip(self.weights, places, strict=True):
             self.waiting.setdefault(name, []).append(chunk)
@@ -398,7 +398,7 @@ class _GeminiKeeper(_Keeper):
         """A copy of each shard, page-locked for good by asynchronous reduction (plugin/gemini_plugin.py:491)."""
         if self.plan.on_cpu:
             return {}
-        # With automatic placement master weights lie there in any case.
+        # With automatic placement master weights are there in any case.
         copies = self.element + (0 if self.is_auto else FLOAT32) + (0 if self.reuses else self.element)
         return {"page-locked copies": copies * self.shard}
 
@@ -407,8 +407,8 @@ class _GeminiKeeper(_Keeper):
         return sum(self.chunks[chunk] - self.chunks[chunk] // self.shards for chunk in chunks) * self.element
 
     def forward(self) -> dict[str, int]:
-        # placement_policy.py:66, static: before an operation all others are let go of, and the next ones come while it
-        # runs. auto: none is let go of while there is room.
+        # placement_policy.py:66, static: before an operation all others are released, and the next ones are gathered
+        # while it runs. auto: none is released while there is room.
         by_size = sorted(range(len(self.chunks)), key=self.chunks.__getitem__, reverse=True)
         ahead = by_size[1 : 1 + self.ahead]
         return {"buffers": self._extra(self.gathered) or self._extra([by_size[0], *ahead]) + self._sent(ahead)}
@@ -455,8 +455,8 @@ class _GeminiKeeper(_Keeper):
 def chunk_sizes(sizes: Sequence[int], *, minimum_m: float, shards: int) -> list[int]:
     """Elements of each of Gemini's chunks for weights of these sizes, padding included.
 
-    The size that wastes least between `minimum_m` x 2**20 and twice that, or from the largest weight that is no
-    outlier (zero/gemini/chunk/search_utils.py:84); a weight that is larger has a chunk of its own (manager.py:83).
+    The size with the least waste between `minimum_m` x 2**20 and twice that, or from the largest weight that is not an
+    outlier (zero/gemini/chunk/search_utils.py:84); a larger weight has a separate chunk (manager.py:83).
     """
     minimum = round(minimum_m * 2**20)
     if sum(sizes) < minimum:
@@ -505,7 +505,7 @@ def _places(sizes: Sequence[int], chunks: Sequence[int]) -> list[int]:
     return places
 
 
-# By `Plugin.zero_stage`. Gemini is the one plugin that splits the weights too.
+# By `Plugin.zero_stage`. Gemini is the only plugin that also splits the weights.
 KEEPERS: dict[int, type[_Keeper]] = {0: _Keeper, 1: _ZeroKeeper, 2: _ZeroKeeper, 3: _GeminiKeeper}
 
 

@@ -2,21 +2,22 @@
 
 import os
 
+from colossal_llama2.plurals import counted
 from colossal_llama2.tables import table_lines
 from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
 from colossal_llama2.train.settings.config import TrainConfig
 
 GIB = 2**30
-# Error of the forecast in percent: as measured on a CPU (benchmarks/bench_memory.py), and a wider one on GPUs, where
+# Error of the forecast in percent: as measured on a CPU (benchmarks/bench_memory.py), and a larger one on GPUs, where
 # nothing was measured.
 CPU_MARGIN, GPU_MARGIN = 15, 20
-# What Python and its libraries take in each process of a rehearsal, roughly.
+# The approximate memory of Python and its libraries in each process of a rehearsal.
 LIBRARIES = GIB
 
 
 def memory_plan(config: TrainConfig, ranks: int, *, has_documents: bool, on_cpu: bool) -> Plan:
-    """What the memory of a run depends on besides the model. On GPUs flash-attn is assumed to be installed.
+    """The settings that decide the memory of a run besides the model. On GPUs flash-attn is assumed to be installed.
 
     Args:
         ranks: number of ranks.
@@ -63,14 +64,14 @@ def _rehearsal_lines(config: TrainConfig, llama_config, *, has_documents: bool) 
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     together = ranks * (each + LIBRARIES)
     return [
-        f"there is no GPU here, so this is the plan of another machine; a rehearsal of {ranks} processes on "
-        f"this CPU takes {each / GIB:.2f} GiB in each,",
-        f"{together / GIB:,.1f} GiB in all with Python and libraries, of {here / GIB:,.1f} GiB here",
+        f"there is no GPU here, so this forecast is for another machine; a rehearsal with {counted(ranks, 'process')} "
+        f"on this CPU needs {each / GIB:.2f} GiB in each,",
+        f"{together / GIB:,.1f} GiB in total with Python and libraries, of {here / GIB:,.1f} GiB here",
     ]
 
 
 def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
-    """The parts at each moment as aligned lines, and how exact the figures are."""
+    """The parts at each moment as aligned lines, and the expected error of the figures."""
     device = "CPU" if on_cpu else "GPU"
     rows = [[f"memory per rank, GiB ({ranks} x {device})", *MOMENTS]]
     for part in PARTS:

@@ -26,11 +26,11 @@ EVALUATION_LINES = ("-", "--", ":")
 SMOOTHED_SHARE, MIN_REACH, MAX_SHARE = 1 / 50, 10, 1 / 8
 # Near the first step it reaches over this share of the steps before.
 BEGINNING_SHARE = 1 / 4
-# Up to so many steps, each has a dot.
+# Up to this number of steps, each has a dot.
 MAX_DOTS = 60
-# Borders that are closer than this share of the picture's width cannot be told apart, so the later one is left out.
+# Borders that are closer than this share of the picture's width cannot be distinguished, so the later one is left out.
 MIN_BORDER_DISTANCE = 0.04
-# Up to so many borders are labelled "bucket 3", more with the number alone.
+# Up to this number of borders are labelled "bucket 3", more only with the number.
 MAX_LONG_LABELS = 6
 MAX_LEGEND_EVALUATIONS = 18
 MAX_EVALUATION_WIDTH = 20
@@ -38,7 +38,7 @@ MAX_EVALUATION_WIDTH = 20
 
 @dataclass
 class Curves:
-    """What is drawn. A border is where a bucket, or where there are none, an epoch begins: (step, its name)."""
+    """What is drawn. A border is where a bucket (without buckets, an epoch) begins: (step, its name)."""
 
     losses: list[Point] = field(default_factory=list)
     borders: list[tuple[int, str]] = field(default_factory=list)
@@ -92,7 +92,7 @@ def draw(curves: Curves, *, title: str) -> bytes:
         axes = figure.add_subplot()
         marker = "o" if len(curves.losses) <= MAX_DOTS else None
         (raw,) = axes.plot(*_columns(curves.losses), color=RAW, linewidth=1, marker=marker, markersize=3)
-        # A line through one point is none.
+        # A line needs more than one point.
         marker = "o" if len(curves.losses) == 1 else None
         (mean,) = axes.plot(*_columns(smoothed(curves.losses)), color=SMOOTHED, linewidth=2, marker=marker)
         entries = [(raw, "loss of a step"), (mean, "smoothed")]

@@ -14,7 +14,7 @@ NOT_IN_CODE = re.compile(r"[`<>&|]")
 
 
 class Markup(str):
-    """Text that is Markdown already."""
+    """Text that is already Markdown."""
 
 
 def plain(value: Any) -> Markup:

@@ -16,6 +16,7 @@ from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import Amount
 from colossal_llama2.dataset.read.token_counts import SourceRead
 from colossal_llama2.model.training_history import is_name, name_of, named_by_card, read_history
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 from colossal_llama2.terminal_text import one_line
 from colossal_llama2.train.report.markdown import code, front_matter, plain, table
@@ -38,7 +39,7 @@ HOW = {
 }
 # Sources of a stage that the table lists; training_history.json has all of them.
 MAX_SOURCES = 8
-# Steps from a checkpoint of an earlier version to the --pretrained of its run.
+# Most steps from a checkpoint of an earlier version back to the --pretrained of its run.
 MAX_FOLLOWED = 16
 NOT_RECORDED = "not recorded"
 LOSSES = ("first_loss", "final_loss")
@@ -158,7 +159,7 @@ def _stages(base_model: str, stages: Sequence[dict[str, Any]]) -> str:
     ]
     text = f"Base model: {plain(base_model)}."
     if len(stages) > 1:
-        text += " Everything below the table is about the last stage alone."
+        text += " Everything below the table is about the last stage only."
     return f"## Stages\n\n{text}\n\n" + table(columns, rows)
 
 
@@ -171,10 +172,10 @@ def _stage_cells(stage: dict[str, Any]) -> list[str]:
         return [began, f"vocabulary of {sizes[0]}, now {sizes[1]}{padding}", "", "", "", ""]
     data = stage.get("data", [])
     shown = ", ".join(f"{source['source']} {_count(source.get('tokens'))}" for source in data[:MAX_SOURCES])
-    shown += f", and {len(data) - MAX_SOURCES} more sources" if len(data) > MAX_SOURCES else ""
+    shown += f", and {counted(len(data) - MAX_SOURCES, 'more source')}" if len(data) > MAX_SOURCES else ""
     first, final = (NOT_RECORDED if stage.get(name) is None else _figure(stage[name]) for name in LOSSES)
     if stage.get("final_loss_steps", 0) > 1 and stage.get("final_loss") is not None:
-        final += f" (mean of {stage['final_loss_steps']} steps)"
+        final += f" (mean of {counted(stage['final_loss_steps'], 'step')})"
     steps = _count(stage.get("steps"))
     if stage.get("updates", stage.get("steps")) != stage.get("steps"):
         steps += f" ({stage['updates']:,} of them with an update)"
@@ -213,7 +214,7 @@ def _how(settings: dict[str, Any], tokens_seen: int, losses: list[float], skippe
     lines = [
         f"## Training{of_last}\n",
         f"{HOW[settings['stage']]} with ColossalAI's plugin {plugin} in {settings['mixed_precision']}, "
-        f"on {ranks} rank{'s' if ranks > 1 else ''}.\n",
+        f"on {counted(ranks, 'rank')}.\n",
     ]
     rows = [
         ["optimizer steps", f"{settings['total_steps']:,}"],
@@ -223,7 +224,8 @@ def _how(settings: dict[str, Any], tokens_seen: int, losses: list[float], skippe
     ]
     if losses:
         mean, count = final_loss(losses)
-        rows.append([f"final loss, mean of the last {count} steps", f"{mean:.4f}"])
+        of_last_steps = f", mean of the last {count:,} steps" if count > 1 else ""
+        rows.append([f"final loss{of_last_steps}", f"{mean:.4f}"])
         rows.append(["loss of the first step", f"{losses[0]:.4f}"])
     return "\n".join(lines) + "\n" + table(["what", "figure"], rows)
 
@@ -274,7 +276,7 @@ def _amounts(amounts: Sequence[Amount], settings: dict[str, Any]) -> str:
     ]
     rows.append(["all", "", f"{sum(amount.pieces for amount in amounts):,}", f"{total:,}", "100.0%"])
     columns = ["source", "category", "documents", "tokens", "share"]
-    what = "What was there to take from" if settings.get("mixture") else "One epoch"
+    what = "The available data" if settings.get("mixture") else "One epoch"
     what += ", by source of the documents; a document that was cut counts once per piece."
     return f"{what}\n\n" + table(columns, rows)
 

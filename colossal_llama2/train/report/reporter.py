@@ -43,7 +43,7 @@ SCALARS = {
     "epoch": "Epoch",
     "bucket": "Bucket",
 }
-# tqdm's: what is left of the width is the bar.
+# In tqdm's form: the bar fills the remaining width.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
 FAMILIES = {"seconds": "Seconds", "loss_by_source": "Loss by Source", "loss_by_category": "Loss by Category"}
 
@@ -137,7 +137,7 @@ class Reporter(SilentReporter):
         self._writer.write(step, {"Seconds/save": seconds})
 
     def close(self) -> None:
-        # The failure of a GPU is reported already.
+        # The failure of the GPU has already been reported.
         with contextlib.suppress(RuntimeError):
             self._settle_all()
         self._log.close()

@@ -13,6 +13,7 @@ from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.model.config_fields import ModelFolder
 from colossal_llama2.model.loading import ModelFacts
+from colossal_llama2.plurals import counted
 from colossal_llama2.train.checkpointing.run_facts import NUMERICS, RunFacts
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.settings.model_source import has_tokenizer
@@ -60,7 +61,7 @@ def model_shape(folder: ModelFolder) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the last bits of a sum depend on besides software: the device, and on a CPU its threads."""
+    """The hardware that the last bits of a sum depend on: the device, and on a CPU the number of threads."""
     import torch
 
     if torch.cuda.is_available():
@@ -81,12 +82,12 @@ def versions() -> dict[str, str | None]:
 def log_sizes(config: TrainConfig, ranks: Ranks, model: ModelFacts) -> None:
     """Log the sizes of the model and of the job."""
     logs.get_logger().info(
-        "%.1f M parameters, vocabulary %d; plugin %s, %s; %d processes, data parallel over %d",
+        "%.1f M parameters, vocabulary %d; plugin %s, %s; %s, data parallel over %d",
         model.parameters / 1e6,
         model.vocab_size,
         config.engine.plugin,
         config.engine.precision,
-        ranks.world_size,
+        counted(ranks.world_size, "process"),
         ranks.data_size,
     )
 
@@ -95,12 +96,12 @@ def log_steps(config: TrainConfig, ranks: Ranks, order: SampleOrder, schedule: C
     """Log the numbers of samples and steps."""
     accumulated = config.engine.accumulation_steps
     logs.get_logger().info(
-        "%d samples; epochs: %d; samples a step: %d (%d per rank x %d ranks x %d accumulated); steps: %d, warm-up: %d",
-        order.num_samples,
+        "%s; epochs: %d; samples a step: %d (%d per rank x %s x %d accumulated); steps: %d, warm-up: %d",
+        counted(order.num_samples, "sample"),
         config.recipe.num_epochs,
         order.samples_per_micro_step * accumulated,
         config.engine.micro_batch_size,
-        ranks.data_size,
+        counted(ranks.data_size, "rank"),
         accumulated,
         schedule.total_steps,
         schedule.warmup_steps,

@@ -50,7 +50,7 @@ class RunReport:
                 replace_file(folder.loss_plot, loss_plot.draw(curves, title=f"{folder.path.name}: training loss"))
         except UserError as error:
             logs.get_logger().warning("No loss curve is drawn: %s", error)
-        except Exception as error:  # a bug of ours must not cost the model for want of a picture
+        except Exception as error:  # a bug of ours in the picture must not lose the model
             names = ", ".join(REPORT_NAMES)
             logs.get_logger().warning("%s: not all of %s could be written (%s)", folder, names, in_words(error))
 
@@ -84,7 +84,7 @@ class RunReport:
             )
             text.encode()
             return text
-        except Exception as error:  # nor for want of a card
+        except Exception as error:  # nor in the card
             logs.get_logger().warning("%s: the model gets no card (%s)", self.folder, in_words(error))
             return None
 

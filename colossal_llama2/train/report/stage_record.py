@@ -115,7 +115,7 @@ class StageRecord:
         try:
             content = self.beginning.history.followed_by(self.stage(), base_model=encodable(self.report.base_model))
             return training_history.as_written(content)
-        except Exception as error:  # a bug of ours must not cost a checkpoint
+        except Exception as error:  # a bug of ours here must not lose a checkpoint
             logs.get_logger().warning(
                 "%s: the model gets no %s (%s)", self.report.folder, training_history.HISTORY_FILE, in_words(error)
             )

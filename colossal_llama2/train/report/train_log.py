@@ -8,7 +8,7 @@
     {"step": 400, "checkpoint": "epoch-0_step-400", "seconds": {"save": 12.4}}
 
 The loss of a step without a trained token is null, and so is the grad_norm of a step that overflows fp16 at every loss
-scale; neither made an update. "loss_scale" is there in fp16 alone, and "untrained_micro_batches" only if some micro
+scale; neither made an update. "loss_scale" exists only in fp16, and "untrained_micro_batches" only if some micro
 batches of a step have no trained token. Unknown figures are left out; NaN and infinity become null.
 
 A step's line is on the disk before its checkpoint is complete, so a resumed run finds all lines up to its checkpoint,
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from colossal_llama2 import logs
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import discard, errors_naming, open_no_link, parse_object, sync, sync_entries
 from colossal_llama2.train.run_folder.file_names import LOG_NAME, PARTIAL_SUFFIX
 from colossal_llama2.train.run_folder.run_folder import RunFolder
@@ -69,16 +70,18 @@ def begin(folder: RunFolder, *, last_step: int, resumed_from: str | None = None)
     lost = sum(1 for record, _ in _lines(path) if record is None or record["step"] > last_step)
     if not lost and _leads_elsewhere(path):
         _write_whole(path, path, last_step)
-        logs.get_logger().info("%s was a link to another file; it is a copy of that file from here on", path)
+        logs.get_logger().info("%s was a link to another file; it is a copy of that file from now on", path)
     if lost:
         _write_whole(path, path, last_step)
         if resumed_from is None:
             logs.get_logger().info(
-                "%s: removed %d lines of an earlier run, since this one starts from the beginning", path, lost
+                "%s: removed %s of an earlier run, since this one starts from the beginning",
+                path,
+                counted(lost, "line"),
             )
         else:
             logs.get_logger().info(
-                "%s: removed %d lines after step %d, from which the run continues", path, lost, last_step
+                "%s: removed %s after step %d, from which the run continues", path, counted(lost, "line"), last_step
             )
     return path
 

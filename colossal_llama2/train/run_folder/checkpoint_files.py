@@ -14,6 +14,7 @@ from typing import Any
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.files import discard, is_stray, replace_file, write_json
 from colossal_llama2.storage.publishing import publish
@@ -57,13 +58,13 @@ def _saved_at(checkpoint: Path) -> float:
 
 
 def later_than_all(save_dir: Path, now: float) -> float:
-    """`now`, or just after the newest complete checkpoint: clocks go back, and differ between hosts."""
+    """`now`, or just after the newest complete checkpoint: clocks are set back, and differ between hosts."""
     complete = complete_checkpoints(save_dir)
     return max(now, _saved_at(complete[-1]) + LEAST_SECONDS_APART) if complete else now
 
 
 def list_files(folder: Path) -> dict[str, int]:
-    """Bytes of all files below a folder but its manifest, by name; links to files count as files.
+    """Bytes of all files below a folder except its manifest, by name; links to files count as files.
 
     Files that operating systems create by themselves are ignored. Anything that is neither a file nor a folder, such as
     a link to a folder, has -1 bytes.
@@ -238,9 +239,9 @@ def check_room(save_dir: Path, needed: int, *, files: int = 1) -> None:
         wanted.append(f"needs about {needed:,} bytes, {free.f_bavail * free.f_frsize:,} are free")
     # A file system that creates inodes on demand reports a total of 0.
     if free.f_files and free.f_favail < files:
-        wanted.append(f"has about {files:,} files, {free.f_favail:,} more can be created (inodes, see df -i)")
+        wanted.append(f"has about {counted(files, 'file')}, {free.f_favail:,} more can be created (inodes, see df -i)")
     if wanted:
         raise RunError(
             f"--save_dir {save_dir}: a checkpoint {' and '.join(wanted)}; nothing was written, earlier checkpoints are "
-            f"whole; free some space, or keep fewer with --keep_last"
+            f"complete; free some space, or keep fewer with --keep_last"
         )

@@ -3,7 +3,7 @@
 <save_dir>/epoch-0_step-400/    a checkpoint, see train/checkpointing/checkpoint_writer.py
 <save_dir>/latest               the name of the newest checkpoint
 <save_dir>/modeling/            the model at the end of the run
-<save_dir>/train_log.jsonl      what each step, evaluation and save gave
+<save_dir>/train_log.jsonl      the figures of each step, evaluation and save
 <save_dir>/plan.json            what the run was going to read, written before its first step
 <save_dir>/settings.json        resolved flags, versions and the id of the run
 <save_dir>/environment.json     software, hosts and devices
@@ -97,7 +97,7 @@ class RunFolder:
             raise UserError(f"--save_dir {self}: already holds {found[0]} of another run; {cure}give a new folder")
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which no other run can write to the folder. Raises UserError if one does already."""
+        """A context in which no other run can write to the folder. Raises UserError if one already does."""
         return run_lock.locked(self.path)
 
     def prepare(self) -> None:
@@ -105,6 +105,6 @@ class RunFolder:
         run_lock.prepare(self.path)
 
     def check_room(self, num_bytes: int, *, files: int) -> None:
-        """Make the folder if needed. Raises RunError unless there is room for a checkpoint of that size."""
+        """Create the folder if needed. Raises RunError unless there is room for a checkpoint of that size."""
         self.path.mkdir(parents=True, exist_ok=True)
         checkpoint_files.check_room(self.path, num_bytes, files=files)

@@ -6,7 +6,7 @@ one waits.
 
 locked        before torch is imported: a second run in the same folder is refused
 mark_ending   when a run begins to end early: the next one on this host waits for it
-release       before a process exits at once: a lock file that stays would keep out a restart on another host
+release       before a process exits at once: a remaining lock file would refuse a restart on another host
 prepare       before step 1: leftovers are removed, and every rank reads a file of rank 0
 """
 
@@ -32,7 +32,7 @@ from colossal_llama2.train.run_folder.file_names import LOCK_NAME
 # A shared file system may show a new file to other hosts only after some seconds.
 SHARED_AFTER_SECONDS = 10.0
 
-# How long a run waits for the one before it, which is saving before it ends.
+# How long a run waits for the previous one, which saves before it ends.
 ENDING_SECONDS = 300.0
 LOOK_SECONDS = 0.1
 
@@ -170,7 +170,7 @@ def _check_owner(path: Path, descriptor: int) -> None:
         raise _held(path, owner, f"if that run is dead, remove {path}")
     if _is_alive(owner["pid"]) and not _holds_lock_itself(descriptor):
         raise _held(path, owner, "wait until that run has ended, or stop it")
-    logs.get_logger().info("Taking over %s from process %d, which has died", path, owner["pid"])
+    logs.get_logger().info("Replacing %s of process %d, which has died", path, owner["pid"])
 
 
 def _is_alive(pid: int) -> bool:
@@ -184,7 +184,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _holds_lock_itself(descriptor: int) -> bool:
-    """Whether the file system has locks: then this process has the lock, and the one named in the file has not."""
+    """Whether the file system has locks. If so, this process has the lock, and the one named in the file does not."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

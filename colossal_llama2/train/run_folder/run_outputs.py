@@ -192,7 +192,7 @@ def _names(run_folder: RunFolder, run_id: str) -> list[str]:
 
 
 def _chosen(places: list[Path], *, is_own: Callable[[Path], bool], is_free: Callable[[Path], bool]) -> Path:
-    """The place that belongs to this run already, or else the first that is free."""
+    """The place that already belongs to this run, or else the first that is free."""
     free: Path | None = None
     for place in places:
         if is_own(place):

@@ -1,6 +1,6 @@
-"""All settings of a training run, resolved: what flags name is found, and everything has its type.
+"""All settings of a training run, resolved: files that flags name are found, and all values are typed.
 
-`from_flags.resolve` makes a TrainConfig once, from the parsed flags. Nothing below it sees the flags.
+`from_flags.resolve` makes a TrainConfig once, from the parsed flags. Code below it does not use the flags.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,10 +35,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """How the model is trained, besides what the engine's settings hold.
+    """How the model is trained, besides the engine's settings.
 
     Attributes:
-        num_epochs: passes over the data; `max_steps` ends the run earlier, None at no step.
+        num_epochs: passes over the data. `max_steps` ends the run earlier; None does not.
         warmup_steps: optimizer steps of linear warm-up; None for a share of all steps.
         seed: of the data order and of NEFTune.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -81,7 +81,7 @@ class EvaluationConfig:
 
     Attributes:
         sets: name and folder of each --eval_dataset.
-        interval: optimizer steps between two evaluations; None for the ends of epochs alone.
+        interval: optimizer steps between two evaluations; None for only the ends of epochs.
         limits: name of a set -> share of the first value by which its figure may rise (--forgetting_alarm).
         stops: end the run when a figure has risen further, instead of a warning.
     """

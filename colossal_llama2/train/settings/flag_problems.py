@@ -1,4 +1,4 @@
-"""What is wrong with flags by themselves or beside each other, before any file is looked at: one sentence each."""
+"""Problems of flags, alone or in combination, that can be found without reading a file: one sentence each."""
 
 import argparse
 from collections import Counter
@@ -8,6 +8,7 @@ from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.engine.settings_problems import settings_problems
 from colossal_llama2.errors import UserError
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_is_utf8
 
 # Steps of --benchmark that are not timed: the first allocate, tune kernels and fill caches, and the profiler slows down
@@ -57,12 +58,12 @@ def _benchmark_problems(args: argparse.Namespace, settings: EngineSettings, worl
     least, steps = WARMUP_STEPS + 1 + PROFILED_STEPS, order.steps_after(0)
     if steps < least:
         needed = least * order.samples_per_micro_step * order.accumulation_steps
-        problems.append(f"--num_samples {args.num_samples} make {steps} steps; give at least {needed}")
+        problems.append(f"--num_samples {args.num_samples}: only {counted(steps, 'step')}; give at least {needed}")
     return problems
 
 
 def _utf8_problems(args: argparse.Namespace) -> list[str]:
-    """Flags that no checkpoint could record, since they are not UTF-8; a path may be anything."""
+    """Flags that cannot be recorded in a checkpoint, since they are not UTF-8; a path may have any bytes."""
     problems = []
     for name, value in vars(args).items():
         for word in value if isinstance(value, (list, tuple)) else [value]:

@@ -51,10 +51,10 @@ class Problems(list[str]):
 
 
 def resolve(args: argparse.Namespace) -> TrainConfig:
-    """The settings of a run, checked as far as that is quick.
+    """The settings of a run, after all checks that are quick.
 
     Raises:
-        UserError: flags do not fit each other or what they name, with everything that is wrong.
+        UserError: with all problems of the flags and of the files that they name.
     """
     config, problems = resolve_with_problems(args)
     problems.raise_any()
@@ -62,7 +62,7 @@ def resolve(args: argparse.Namespace) -> TrainConfig:
 
 
 def resolve_with_problems(args: argparse.Namespace) -> tuple[TrainConfig, Problems]:
-    """The settings of a run, and what is wrong with them; then they lack what cannot be found."""
+    """The settings of a run, and their problems; settings that cannot be resolved are missing then."""
     given, args = args, with_defaults(args)
     settings, world_size = engine_settings(args), args.num_ranks or place().world_size
     problems = Problems(flag_problems(given, args, settings, world_size))
@@ -92,7 +92,7 @@ def resolve_with_problems(args: argparse.Namespace) -> tuple[TrainConfig, Proble
 
 
 def engine_settings(args: argparse.Namespace) -> EngineSettings:
-    """How a step is computed, but for the rows of --train_new_rows_only, which the weights name."""
+    """How a step is computed, except for the rows of --train_new_rows_only, which the model's folder lists."""
     return EngineSettings(
         plugin=args.plugin,
         precision=args.mixed_precision,
@@ -164,7 +164,7 @@ def _check_pretrained(source: ModelSource, *, max_length: int, needs_weights: bo
 
 
 def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Problems) -> TrainConfig:
-    """The settings with the weights that are loaded; whatever else is wrong is added to `problems` or raised."""
+    """The settings with the weights that are loaded; other problems are added to `problems` or raised."""
     if config.benchmark:
         return config if problems else config.with_source(config.source)
     folder = config.saving.folder

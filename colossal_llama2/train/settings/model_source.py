@@ -1,4 +1,4 @@
-"""Where a run gets its weights from: the folder that --pretrained names, and what is loaded in its place."""
+"""Where a run gets its weights from: the folder that --pretrained names, and what is loaded instead of it."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def find_source(pretrained: str, load_checkpoint: str | None) -> ModelSource:
-    """What --load_checkpoint asks for, by the folder's content and not by its name: a resumed run, or weights alone.
+    """What --load_checkpoint requests, by the folder's content and not by its name: a resumed run, or only weights.
 
     Raises:
         UserError: it is neither a checkpoint nor a model folder.
@@ -98,7 +98,7 @@ def find_source(pretrained: str, load_checkpoint: str | None) -> ModelSource:
     cure = f"; it holds checkpoints: give {load_checkpoint}/{inside[-1].name}" if inside else ""
     raise UserError(
         f"--load_checkpoint {load_checkpoint}: holds neither {STATES_NAME} (a checkpoint to resume) "
-        f"nor config.json (a {MODEL_NAME} folder to take weights from){cure}"
+        f"nor config.json (a {MODEL_NAME} folder to load weights from){cure}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a job that is planned and not started."""
+"""The ranks of a planned job that is not started."""
 
 from dataclasses import dataclass
 

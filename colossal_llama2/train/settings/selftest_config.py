@@ -100,7 +100,7 @@ def resolve(args: argparse.Namespace, *, ranks: int) -> SelftestConfig:
     engine = from_flags.engine_settings(with_defaults(train_args))
     problems = unused_flags(args) + settings_problems(engine, world_size=ranks)
     if logs.is_first_rank() and os.path.lexists(work_dir):
-        problems.append(f"--work_dir {work_dir} exists already; give a new folder, which all hosts share")
+        problems.append(f"--work_dir {work_dir} already exists; give a new folder, which all hosts share")
     if args.mixed_precision == "fp16":
         problems.append("--mixed_precision fp16 is not compared, it is bf16 with a loss scale; give bf16 or fp32")
     if problems:

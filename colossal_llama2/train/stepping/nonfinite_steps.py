@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError
+from colossal_llama2.plurals import counted
 
 if TYPE_CHECKING:
     from colossal_llama2.dataset.read.order import SampleOrder
@@ -43,8 +44,8 @@ class NonfiniteSteps:
         text = f"the {result.problem} at {_where(state, order, taken)}; the weights were not updated"
         if count > self._allowed:
             raise RunError(
-                f"{text}; {count} such steps, --max_bad_steps {self._allowed} allowed; earlier checkpoints are "
-                f"whole: inspect these rows, or lower --lr"
+                f"{text}; {counted(count, 'such step')}, --max_bad_steps {self._allowed} allowed; earlier checkpoints "
+                f"are complete: inspect these rows, or lower --lr"
             )
         logs.get_logger().warning("%s (%d of %d allowed)", text, count, self._allowed)
 

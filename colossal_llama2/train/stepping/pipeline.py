@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def regroup(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """The rows of all batches in order, `size` to a batch, padded on the right to the longest of all."""
+    """The rows of all batches in order, `size` per batch, padded on the right to the longest of all."""
     import torch
     from torch.nn.functional import pad
 
@@ -56,7 +56,7 @@ def _batch(input_ids, labels, lengths, documents) -> Batch:
 def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int) -> float:
     """Forward and backward of all micro batches of a step, regrouped into the smaller ones that stages pass on.
 
-    Accumulated micro batches are in flight together: the more there are, the less each stage waits.
+    All accumulated micro batches are in the pipeline together: the more there are, the less each stage waits.
 
     Args:
         predicted: labels that count, over all ranks and micro batches of the step.

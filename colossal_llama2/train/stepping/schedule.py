@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that it has no state to save."""
+"""The learning rate as a pure function of the step, so that there is no state to save."""
 
 import math
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from colossal_llama2.plurals import counted
 from colossal_llama2.storage import json_input
 
 COUNTED_LATER = ("untrained_steps", "bad_steps", "overflows")
@@ -57,12 +58,13 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainState":
         """The state of a running_states.json. Raises KeyError or ValueError if a field is missing or impossible."""
-        # Checkpoints of earlier versions lack the counts that are newer.
+        # Checkpoints of earlier versions lack newer counts.
         values = {**dict.fromkeys(COUNTED_LATER, 0), **values}
         state = cls(**{field.name: json_input.whole_number(values, field.name) for field in fields(cls)})
         if state.updates < 0:
             without = state.untrained_steps + state.bad_steps
-            raise ValueError(f"{without} steps made no update (untrained_steps, bad_steps), but step is {state.step}")
+            skipped = f"{counted(without, 'step')} without an update (untrained_steps, bad_steps)"
+            raise ValueError(f"{skipped}, but step is {state.step}")
         return state
 
 

@@ -61,7 +61,7 @@ def train_step(
 
     If fp16 gradients overflow, the pass over the same micro batches is repeated at half the loss scale. The scale of
     the successful pass is kept. If no scale down to 1 helps, or the loss is NaN/Inf, the scale was not the cause, and
-    it is reset to its value before the step. Loss and overflow are equal on all ranks, so all ranks repeat alike.
+    it is reset to its value before the step. Loss and overflow are equal on all ranks, so all ranks repeat the pass.
     """
     scaler_before = engine.remember_loss_scale()
     overflows = 0
@@ -107,7 +107,7 @@ def summed_pass(
             loss_sum = pipeline_loss(engine, batches, noise=noise, step=step, predicted=predicted)
     else:
         loss_sum = accumulated_loss(engine, batches, noise=noise, step=step, predicted=predicted, timer=timer)
-    # The tallies travel with the loss, for which the host waits in any case.
+    # The tallies are reduced together with the loss, for which the host waits in any case.
     return global_mean(engine, float(loss_sum), sums=engine.loss_tally.take(batches))
 
 

@@ -22,7 +22,7 @@ class NoTimer:
 
 
 class StepTimer(NoTimer):
-    """Sums the seconds of each part; on a GPU those of the work queued there.
+    """Sums the seconds of each part; on a GPU, of the work that is queued in it.
 
     On a GPU a part is delimited by two events in the queue, and nothing waits for them until `seconds` is called.
     """
@@ -42,7 +42,7 @@ class StepTimer(NoTimer):
     def each(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
         iterator = iter(items)
         while True:
-            # By the clock of the host, since reading data is not work of the GPU.
+            # By the clock of the host, since the GPU does not read data.
             begin = time.perf_counter()
             item = next(iterator, self)
             self._marks.append((name, begin, time.perf_counter()))

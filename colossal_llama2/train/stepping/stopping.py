@@ -5,7 +5,7 @@
     SIGUSR1            the same, and exit with code 0
     a second SIGINT    exit at once, with code 130
 
-A rank that has not joined the others yet, and so may be waiting for a dead one, saves nothing and exits at once.
+A rank that has not joined the others yet, and may be waiting for a dead one, saves nothing and exits at once.
 """
 
 import os
@@ -32,24 +32,24 @@ GRACE_SECONDS = 2.0
 
 
 class NoSignals:
-    """Receives no signals: for programs that handle them otherwise."""
+    """Receives no signals: for programs that handle signals themselves."""
 
     def meet(self) -> None:
-        """Called when the ranks have met."""
+        """Called when the ranks are connected."""
 
     def begin(self) -> None:
         """Called before the first step."""
 
     def received(self) -> list[float]:
-        """1 for each of SIGNALS that came to this process, 0 for the others."""
+        """1 for each of SIGNALS that this process received, 0 for the others."""
         return [0.0] * len(SIGNALS)
 
 
 class StopSignals(NoSignals):
     """Records the signals above inside a `with`. Until the process has joined the others it raises Stopped at once.
 
-    Ranks compare what they received at the start of each step, and of each batch of an evaluation: if one rank left by
-    itself, the others would wait for it. A process without partners raises Stopped until its first step.
+    Ranks compare what they received at the start of each step, and of each batch of an evaluation: if one rank stopped
+    on its own, the others would wait for it. A process without partners raises Stopped until its first step.
 
     A thread records the signals, whose numbers the system's handler writes to a socket. Python's own handlers do not
     run while the main thread waits for other ranks, and a second SIGINT must not be delayed.
@@ -64,7 +64,7 @@ class StopSignals(NoSignals):
         self._inlet.setblocking(False)
         self._outlet_before = signal.set_wakeup_fd(self._inlet.fileno(), warn_on_full_buffer=False)
         self._handlers_before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        threading.Thread(target=self._note, daemon=True).start()
+        threading.Thread(target=self._count_signals, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -85,14 +85,14 @@ class StopSignals(NoSignals):
         return [float(self._counts[number] > 0) for number in SIGNALS]
 
     def _handle(self, number, frame) -> None:
-        if self._is_obeyed_at_once(number):
+        if self._ends_at_once(number):
             raise Stopped(number, _early(number))
 
-    def _is_obeyed_at_once(self, number: int) -> bool:
+    def _ends_at_once(self, number: int) -> bool:
         # After SIGUSR1 the exit code is 0: the launcher would consider this process done, while the others wait for it.
         return self._raises and number in SIGNALS and not (self._has_partners and number == signal.SIGUSR1)
 
-    def _end_unheard(self, number: int) -> None:
+    def _end_process(self, number: int) -> None:
         """Exit, if the exception did not end the process: its main thread is in a library, which may have caught it."""
         if self._raises:
             if logs.is_first_rank():
@@ -100,7 +100,7 @@ class StopSignals(NoSignals):
             run_lock.release()
             os._exit(Stopped(number, "").exit_code)
 
-    def _note(self) -> None:
+    def _count_signals(self) -> None:
         with self._outlet:
             while numbers := self._outlet.recv(64):
                 for number in numbers:
@@ -108,8 +108,8 @@ class StopSignals(NoSignals):
                         self._counts[number] += 1
                     if self._counts[signal.SIGINT] > 1:
                         end_at_once()
-                    if self._is_obeyed_at_once(number):
-                        timer = threading.Timer(GRACE_SECONDS, self._end_unheard, (number,))
+                    if self._ends_at_once(number):
+                        timer = threading.Timer(GRACE_SECONDS, self._end_process, (number,))
                         timer.daemon = True
                         timer.start()
 
@@ -121,7 +121,7 @@ def _early(number: int) -> str:
 def end_at_once() -> NoReturn:
     """Exit without saving and without waiting for other ranks."""
     if logs.is_first_rank():
-        show_line("interrupted again: exiting without saving; earlier checkpoints are whole", file=sys.stderr)
+        show_line("interrupted again: exiting without saving; earlier checkpoints are complete", file=sys.stderr)
     run_lock.release()
     os._exit(128 + signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""Python imports this at its start where this folder is in PYTHONPATH: unpickled files are then reported."""
+"""Python imports this at its start if this folder is in PYTHONPATH: unpickled files are then reported."""
 
 import os
 import sys
