@@ -167,7 +167,7 @@ def test_the_commands_for_a_gpu_are_accepted(gpu_parts):
 
 def test_parts_are_chosen_with_what_they_need(gpu_parts):
     assert [part.name for part in with_needed(gpu_parts, ["verify"])] == [
-        *("machine", "Adam", "inputs", "prepare", "train and save", "verify")
+        *("machine", "build Adam", "inputs", "prepare", "train and save", "verify")
     ]
     assert with_needed(gpu_parts, ["nonsense"]) == []
 
@@ -195,6 +195,17 @@ def test_the_page_of_an_earlier_run_is_kept(tmp_path, capsys):
         main(["--output", str(tmp_path)])
     assert "has the page of an earlier run" in capsys.readouterr().err
     assert (tmp_path / JSON_FILE).read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_without_a_gpu_the_page_says_so(tmp_path):
+    command = [sys.executable, "-m", "tests.gpu", "--only", "inputs", "--output", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    text = (tmp_path / PAGE_FILE).read_text()
+    assert done.returncode == 1 and "**machine**, after " in text
+    assert "RuntimeError: PyTorch sees no GPU here; repair CUDA, or give --device cpu --small" in text
+    assert '- inputs: it needs "machine", which failed' in text
 
 
 @pytest.mark.slow
@@ -252,7 +263,7 @@ def test_the_page_of_a_gpu_has_its_figures():
         in text
     )
     assert "1.3B has 20 of 24 layers" in text
-    assert "1,234 operations on the GPU in a step" in text and "| `fmha/x` | 24.0 | 9.0 % |" in text
+    assert "a step has 1,234 operations on the GPU" in text and "| `fmha/x` | 24.0 | 9.0 % |" in text
 
 
 def test_kernels_of_a_trace_are_counted():

@@ -29,8 +29,10 @@ def main() -> None:
     import bench_training
 
     from colossal_llama2.engine.device import peak_memory
+    from colossal_llama2.model.config_fields import llama_config
 
     bench_training.RANKS, bench_training.TOKENS_A_STEP = 1, args.length * args.batch
+    bench_training.VOCABULARY = llama_config(args.model_dir).vocab_size
     tokens, seconds = bench_training.BASELINES[args.baseline](args.model_dir, args.length, "bf16")
     print_figures(
         tokens_per_second=tokens / seconds,

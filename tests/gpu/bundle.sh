@@ -4,9 +4,10 @@
 #   bash tests/gpu/bundle.sh OUTPUT_DIR [--transformers pinned|own] [--python 3.12] [--without NAME]...
 #
 # Such a machine brings Python, PyTorch, triton, transformers, tokenizers, TensorBoard, matplotlib and what those need.
-# --transformers pinned (the default) adds transformers, tokenizers, huggingface_hub and peft of requirements.txt; own
-# leaves them to the machine. --python is the machine's version. --without leaves a package out that the machine has:
-# pyarrow is two thirds of the bundle. tests/gpu/run.sh installs the bundle. Needs bash, Python with pip, a network.
+# --transformers pinned (the default) adds transformers of requirements.txt with tokenizers, huggingface_hub, requests and
+# peft, which fit it; own leaves them to the machine. --python is the machine's version. --without leaves a package out
+# that the machine has: pyarrow is two thirds of the bundle. tests/gpu/run.sh installs the bundle. Needs bash, Python
+# with pip, and a network.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 limit=$((64 * 2 ** 20))
@@ -47,7 +48,9 @@ done
 [[ ! -e $output ]] || fail "$output exists already; give a new folder"
 [[ $python_version =~ ^3\.[0-9]+$ ]] || fail "--python $python_version given; a version such as 3.12 is allowed"
 case $transformers in
-    pinned) packages+=(transformers tokenizers huggingface_hub peft) ;;
+    pinned)
+        packages+=(transformers tokenizers huggingface_hub peft requests urllib3 charset-normalizer)
+        ;;
     own) ;;
     *) fail "--transformers $transformers given; pinned and own are allowed" ;;
 esac

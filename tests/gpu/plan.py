@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.gpu import figures
 from tests.gpu.parts import Figures, Part, printed_figures
 
-MACHINE, INPUTS, ADAM = "machine", "inputs", "Adam"
+MACHINE, INPUTS, ADAM = "machine", "inputs", "build Adam"
 CORRECT, SPEED, KERNELS, SAVING, GENERATION = "correct", "speed", "kernels", "saving", "generation"
 # A CPU that is shared with other work takes longer, and nothing is measured on it.
 CPU_PATIENCE = 4
@@ -81,7 +81,7 @@ class Place:
 
     def environment(self, given: str | None) -> dict[str, str]:
         """Variables of all parts; `given` is CUDA_VISIBLE_DEVICES as it was found, of which the first GPU is used."""
-        visible = (given or "0").split(",")[0] if self.on_gpu else "-1"
+        visible = ("0" if given is None else given.split(",")[0]) if self.on_gpu else "-1"
         threads = {} if self.on_gpu else {"OMP_NUM_THREADS": "1"}
         own = {"CUDA_VISIBLE_DEVICES": visible, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         return {**own, **threads}
@@ -116,8 +116,8 @@ SELF_TESTS = (
     ("zero2", "bf16", ("--chunked_loss", "off")),
     ("zero2_cpu", "fp32", ()),
 )
-# On a CPU each plugin once, in the precision that is quick there.
-SMALL_SELF_TESTS = (SELF_TESTS[3], SELF_TESTS[1], SELF_TESTS[4], SELF_TESTS[8], SELF_TESTS[6])
+# On a CPU one of each kind of plugin, in the precision that is quick there; all plugins are timed there too.
+SMALL_SELF_TESTS = (SELF_TESTS[3], SELF_TESTS[1], SELF_TESTS[4])
 FIRST_TRAININGS = (
     Training("1.3B", "zero2"),
     Training("7B", "zero2", ("--use_grad_checkpoint",)),
@@ -138,11 +138,12 @@ def all_parts(place: Place) -> list[Part]:
     device = ["--gpu"] if place.on_gpu else []
     machine = _module(MACHINE, MACHINE, "machine", "--work_dir", place.work_dir, *device, seconds=90)
     parts = [
-        _module(ADAM, CORRECT, "adam", "--parameters", place.size.adam_parameters, seconds=180),
+        _module(ADAM, CORRECT, "adam", seconds=180),
         _inputs(place),
         *self_tests(place),
         *(forecast(place, training) for training in FIRST_TRAININGS + LATER_TRAININGS),
         _ceilings(place),
+        _adam(place),
         timed(place, PROFILED),
         _baseline(place, "bare", "1.3B"),
         _step_kernels(place),
@@ -204,6 +205,11 @@ def timed(place: Place, training: Training) -> Part:
 def _ceilings(place: Place) -> Part:
     flags = ("--width", place.size.matrix_width, "--copied_bytes", place.size.copied_bytes)
     return _module("ceilings", SPEED, "ceilings", *flags, seconds=60, is_alone=True)
+
+
+def _adam(place: Place) -> Part:
+    flags = ("--compare", place.size.adam_parameters)
+    return _module("compare Adam", CORRECT, "adam", *flags, seconds=60, needs=(ADAM,), is_alone=True)
 
 
 def _baseline(place: Place, baseline: str, model: str) -> Part:
