@@ -165,6 +165,19 @@ def test_the_commands_for_a_gpu_are_accepted(gpu_parts):
     assert count == len(plan.SELF_TESTS) + 2 * len(plan.FIRST_TRAININGS + plan.LATER_TRAININGS) + 2
 
 
+def test_compilers_find_the_headers_that_pytorch_brings(tmp_path, monkeypatch):
+    """A toolkit may lack those of cuBLAS, without which ColossalAI's Adam does not compile."""
+    include = tmp_path / "nvidia/cu13/include"
+    include.mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
+    environment = plan.Place(tmp_path, on_gpu=True, small=False).environment("3,4")
+    folders = environment["CPLUS_INCLUDE_PATH"].split(os.pathsep)
+    assert folders[0] == "/mine" and str(include) in folders
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert plan.Place(tmp_path, on_gpu=False, small=True).environment("3")["CUDA_VISIBLE_DEVICES"] == "-1"
+
+
 def test_parts_are_chosen_with_what_they_need(gpu_parts):
     assert [part.name for part in with_needed(gpu_parts, ["verify"])] == [
         *("machine", "build Adam", "inputs", "prepare", "train and save", "verify")

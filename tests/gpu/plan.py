@@ -1,5 +1,7 @@
 """Which parts does a run have, and in what order? The most valuable come first, since time may run out."""
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +12,7 @@ from tests.gpu.parts import Figures, Part, printed_figures
 
 MACHINE, INPUTS, ADAM = "machine", "inputs", "build Adam"
 CORRECT, SPEED, KERNELS, SAVING, GENERATION = "correct", "speed", "kernels", "saving", "generation"
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # A CPU that is shared with other work takes longer, and nothing is measured on it.
 CPU_PATIENCE = 4
 
@@ -81,10 +84,22 @@ class Place:
 
     def environment(self, given: str | None) -> dict[str, str]:
         """Variables of all parts; `given` is CUDA_VISIBLE_DEVICES as it was found, of which the first GPU is used."""
-        visible = ("0" if given is None else given.split(",")[0]) if self.on_gpu else "-1"
-        threads = {} if self.on_gpu else {"OMP_NUM_THREADS": "1"}
-        own = {"CUDA_VISIBLE_DEVICES": visible, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        return {**own, **threads}
+        if not self.on_gpu:
+            return {**QUIET, "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": "1"}
+        headers = [os.environ.get("CPLUS_INCLUDE_PATH", ""), *cuda_headers()]
+        visible = "0" if given is None else given.split(",")[0]
+        return {
+            **QUIET,
+            "CUDA_VISIBLE_DEVICES": visible,
+            "CPLUS_INCLUDE_PATH": os.pathsep.join(filter(None, headers)),
+        }
+
+
+def cuda_headers() -> list[str]:
+    """Folders of CUDA headers that PyTorch brings. Compilers read them last: a toolkit may lack some, as cuBLAS'."""
+    found = importlib.util.find_spec("nvidia")
+    folders = found.submodule_search_locations if found is not None else None
+    return sorted(str(path) for folder in folders or () for path in Path(folder).glob("*/include"))
 
 
 @dataclass(frozen=True)
