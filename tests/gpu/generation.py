@@ -1,0 +1,64 @@
+"""How fast does a model load, and how many tokens does it generate in a second?"""
+
+import argparse
+import time
+from pathlib import Path
+
+from tests.gpu.adam import synchronize
+from tests.gpu.parts import print_figures
+
+PROMPT = "The import statement combines two operations;"
+
+
+def main() -> None:
+    """Load as inference_example.py does, generate some tokens to warm up, then time."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.generation", description=__doc__)
+    parser.add_argument("--model_dir", type=Path, required=True, help="model")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens to generate")
+    args = parser.parse_args()
+
+    import torch
+
+    from colossal_llama2.inference.generation import GenerationSettings, generate, load_model
+
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    start = time.monotonic()
+    model, tokenizer = load_model(str(args.model_dir), None)
+    synchronize()
+    load_seconds = time.monotonic() - start
+    counts = counted_tokens(model)
+
+    def answer(tokens: int) -> float:
+        settings = GenerationSettings(tokens, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, seed=None)
+        begin = time.perf_counter()
+        generate(model, tokenizer, PROMPT, settings)
+        synchronize()
+        return time.perf_counter() - begin
+
+    answer(4)
+    seconds = answer(args.tokens)
+    weights = sum(param.numel() * param.element_size() for param in model.parameters())
+    print_figures(
+        load_seconds=load_seconds,
+        weight_bytes=weights,
+        tokens=counts[-1],
+        tokens_per_second=counts[-1] / seconds,
+    )
+
+
+def counted_tokens(model) -> list[int]:
+    """A list that gets the number of new tokens of each call of model.generate, which may end early."""
+    counts, generate = [], model.generate
+
+    def counting(*args, input_ids, **others):
+        sequences = generate(*args, input_ids=input_ids, **others)
+        counts.append(sequences.shape[1] - input_ids.shape[1])
+        return sequences
+
+    model.generate = counting
+    return counts
+
+
+if __name__ == "__main__":
+    main()
