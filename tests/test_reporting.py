@@ -311,7 +311,7 @@ def test_card_with_evaluations_and_a_base_that_has_a_card(tmp_path):
     )
     assert "base_model: meta-llama/Llama-2-7b-hf\nlanguage:\n- fr\n- zh\n" in text
     listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `--")]
-    assert "Asked for: `zh=0.8 b=0.2`." in text and "What was there" in text and "One epoch" not in text
+    assert "Asked for: `zh=0.8 b=0.2`." in text and "The available data" in text and "One epoch" not in text
     assert "| zh | 9 | 18 | 2.00 | 2,400 | 80.0% |\n| b | 4 | 3 | 0.75 | 600 | 20.0% |\n" in text
     assert "| all | 13 | 21 |  | 3,000 | 100.0% |" in text
     names = ("plugin", "mixed_precision", "num_epochs", "mixture", "mixture_end")

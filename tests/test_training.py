@@ -582,9 +582,9 @@ def test_a_finished_run_continues_with_more_epochs(jobs):
     ("name", "words"),
     [
         ("nothing_left", ["its training is complete", "--num_epochs"]),
-        ("other_seed", ["seed was 1024, this run has 1", "--seed", "weights alone"]),
+        ("other_seed", ["seed was 1024, this run has 1", "--seed", "load only its weights"]),
         ("other_data", ["dataset_fingerprints", "--dataset"]),
-        ("now_frozen", ["--freeze_non_embeds_params", "weights alone"]),
+        ("now_frozen", ["--freeze_non_embeds_params", "load only its weights"]),
         ("foreign_ids", ["has 600 tokens", "vocabulary 300"]),
         ("too_many_ranks", ["--tp 2", "3 attention heads"]),
         ("nan_zero2", [NAN_WEIGHT, "1 NaN of its 8,192 numbers"]),
