@@ -348,7 +348,7 @@ def test_a_bundle_over_the_limit_is_refused(tmp_path, assert_user_error):
     "flags, words",
     [
         ([], "no output folder given"),
-        (["{here}"], "exists already; give a new folder"),
+        (["{here}"], "already exists; give a new folder"),
         (["{here}/a/b"], "cannot be made"),
         (["{here}/a", "--transformers", "mine"], "--transformers mine given; pinned and own are allowed"),
         (["{here}/a", "--python", "3"], "--python 3 given; a version such as 3.12 is allowed"),

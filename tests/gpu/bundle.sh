@@ -45,7 +45,7 @@ while (($#)); do
     esac
 done
 [[ -n $output ]] || fail "no output folder given; give a new one"
-[[ ! -e $output ]] || fail "$output exists already; give a new folder"
+[[ ! -e $output ]] || fail "$output already exists; give a new folder"
 [[ $python_version =~ ^3\.[0-9]+$ ]] || fail "--python $python_version given; a version such as 3.12 is allowed"
 case $transformers in
     pinned)
