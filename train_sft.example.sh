@@ -54,7 +54,7 @@ while read -r host _; do
     fi
 done <"$HOSTFILE"
 
-RUN_NAME="$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)"
+RUN_NAME="${RUN_NAME:-$PROJECT_NAME-$(date +%Y-%m-%d-%H-%M-%S)}"
 
 declare -a arguments=(
     --pretrained "$PRETRAINED_MODEL_PATH"

@@ -120,6 +120,13 @@ def test_the_stages_of_the_recipe(workplace):
 
 
 @NAMES
+def test_a_run_keeps_the_name_that_it_is_given(name, workplace):
+    first, again = (launched(workplace / f"{name}.sh", RUN_NAME="last one")[1] for _ in range(2))
+    assert first.save_dir == again.save_dir
+    assert Path(first.save_dir).name == Path(first.tensorboard_dir).name == Path(first.config_file).stem == "last one"
+
+
+@NAMES
 def test_every_variable_can_come_from_the_environment(name, workplace):
     launcher, args = launched(
         workplace / f"{name}.sh",
