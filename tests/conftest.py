@@ -19,23 +19,31 @@ SLOW_FILES = {"test_console", "test_earlier_checkpoints", "test_prepare_restart"
 # Two files run at a time, so the longest start first.
 LONGEST_FIRST = (
     "test_training",
-    "test_readme",
     "test_resume",
     "test_stopping",
+    "test_readme",
     "test_faults",
     "test_evaluation",
-    "test_loss",
-    "test_one_rank",
-    "test_train_commands",
     "test_prepare_ray",
-    "test_plugin_matrix",
+    "test_loss",
+    "test_console",
     "test_reporting",
     "test_selftest",
+    "test_plugin_matrix",
+    "test_train_commands",
+    "test_one_rank",
+    "test_prepare_restart",
+    "test_earlier_checkpoints",
 )
+# Of this process and of all that tests start, unless they are set already. Two test files share the cores, and threads
+# would wait for each other. Inductor would start a pool of compiler processes in every process that imports it.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell starts background jobs with SIGINT ignored, and children inherit that, but tests of Ctrl+C need it."""
+    """Set ENVIRONMENT, and the default action of SIGINT, which shells turn off for background jobs."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

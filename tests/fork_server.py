@@ -34,6 +34,7 @@ FIXED = {
 # Imported by commands while they run.
 LATE_IMPORTS = (
     "colossalai.legacy",
+    "colossalai.shardformer.policies.llama",
     "colossal_llama2.dataset.write.prepare",
     "colossal_llama2.inference.generation",
     "colossal_llama2.model.init_model",
@@ -45,6 +46,7 @@ LATE_IMPORTS = (
     "sentencepiece",
     "torch.distributed.run",
     "torch.testing",
+    "torch.utils.cpp_extension",
 )
 
 

@@ -28,6 +28,7 @@ from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.train import run
 from colossal_llama2.train.settings.from_flags import resolve
 from tests.faults import damage, one_rank, poison
+from tests.pictures import undrawn
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
 
@@ -54,6 +55,7 @@ def run_job(job: dict, is_first: bool) -> dict:
         collectives.gather_values(None)
         args = PARSERS[job["script"]]().parse_args(job["flags"])
         with contextlib.ExitStack() as around:
+            around.enter_context(undrawn())
             if job.get("views"):
                 around.enter_context(contextlib.chdir(Path(job["views"], f"rank-{collectives.place()[0]}")))
             if job.get("poison"):

@@ -74,7 +74,7 @@ def test_random_states_and_loss_scale_are_restored(commit):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tokenizer_dir, run_script):
+def run(tmp_path_factory, tokenizer_dir, run_forked):
     """A run of this version with these flags: its folder, and a function that resumes it."""
     home = tmp_path_factory.mktemp("run")
     tiny.make_model(home / "model", tokenizer_dir, heads=2, layers=1)
@@ -83,7 +83,7 @@ def run(tmp_path_factory, tokenizer_dir, run_script):
 
     def train(name, *more):
         paths = ["--save_dir", name, "--tensorboard_dir", f"{name}_tb", "--config_file", f"{name}.json"]
-        done = run_script("train.py", *FLAGS.split(), *paths, *more, cwd=home)
+        done = run_forked("train.py", *FLAGS.split(), *paths, *more, cwd=home)
         assert done.returncode == 0, done.stderr
         return done.stderr
 

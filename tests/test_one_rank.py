@@ -1,10 +1,7 @@
 """A problem of one rank of two ends the run on both, with its message."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -12,10 +9,9 @@ import pytest
 
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.train.run_folder import checkpoint_files
-from tests import launching, tiny
+from tests import fork_server, launching, tiny
 from tests.conftest import ROOT
 from tests.faults import one_rank
-from tests.faults.processes import TORCHRUN
 
 ZERO2 = ["--plugin", "zero2", "--mixed_precision", "fp32"]
 PIPELINE = ["--plugin", "3d", "--mixed_precision", "bf16", "--pp", "2", "--micro_batch_size", "2"]
@@ -124,14 +120,22 @@ def test_a_stage_that_cannot_write_its_index_ends_the_save_on_both(ends, kind):
     assert "(rank 1 on " in error and "earlier checkpoints are complete" in error
 
 
+# train.py, each rank of which sees a folder of its own.
+OF_ITS_OWN = f"""
+import os, runpy, sys
+os.chdir(os.path.join(sys.argv.pop(1), "rank-" + os.environ["RANK"]))
+sys.argv[0] = {str(ROOT / "train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_it_is_one_line_and_a_mistake_of_the_user(views, tmp_path):
-    words = [sys.executable, str(ROOT / "train.py"), *flags_in(tmp_path, *ZERO2)]
-    command = [*TORCHRUN, "--no-python", "bash", "-c", 'cd "$0/rank-$RANK" && exec "$@"', str(views / "data"), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    errors = [line for line in process.stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(errors) == 1 and INPUTS["data"] in errors[0], process.stderr
-    # torchrun's report of the rank that ended first.
-    assert "exitcode  : 2" in process.stderr and "exitcode  : 1" not in process.stderr
+    (tmp_path / "train_there.py").write_text(OF_ITS_OWN)
+    words = [tmp_path / "train_there.py", views / "data", *flags_in(tmp_path, *ZERO2)]
+    command = fork_server.start(words, tmp_path, ranks=2)
+    command.wait(timeout=120)
+    lines = [line for line in command.errors.splitlines() if line.startswith("train.py: error:")]
+    assert len(lines) == 1 and INPUTS["data"] in lines[0], command.errors
+    assert command.codes == [2, 2] and "Traceback" not in command.errors
     assert not Path(tmp_path, "ckpt").exists()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import flag_tables, tiny
+from tests import flag_tables, fork_server, tiny
 from tests.conftest import ROOT
 from tests.import_graph import arrows
 from tests.launching import free_port
@@ -186,7 +186,8 @@ def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
-def run(command, folder):
+def run(command: str, folder) -> str:
+    """Run a command in a shell, as a reader does. Returns its output."""
     scripts = os.path.dirname(sys.executable)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     environment["PATH"] = f"{scripts}{os.pathsep}{os.environ['PATH']}"
@@ -197,20 +198,37 @@ def run(command, folder):
     return process.stdout + process.stderr
 
 
+def run_forked(command: str, folder) -> str:
+    """Run `python ...`, or what a launcher would start, in forks of a process that has imported the libraries."""
+    words = shlex.split(command)
+    ranks = int(words[words.index("--nproc_per_node") + 1]) if "--nproc_per_node" in words else 0
+    start = next(number for number, word in enumerate(words) if word in SCRIPTS)
+    argv = words[start:] if words[start].endswith(".py") else ["-m", *words[start:]]
+    process = fork_server.run(argv, ranks=ranks, cwd=folder, timeout=600)
+    assert process.returncode == 0, f"{command}\n{process.stderr[-3000:]}"
+    return process.stdout + process.stderr
+
+
 def scaled_down(command: str) -> str:
-    """A command for this machine: 2 processes or ranks instead of 8 or 64, and a short answer."""
+    """A command for this machine: 2 processes or ranks instead of 8 or 64, 2 optimizer steps, and a short answer."""
+    if script_of(command) in ("train.py", "train_sft.py") and "--dry_run" not in command:
+        command += " --max_steps 2"
     command = command.replace("--nproc_per_node 8", f"--nproc_per_node 2 --master_port {free_port()}")
     return command.replace("--num_ranks 64", "--num_ranks 2").replace("--max_new_tokens 512", "--max_new_tokens 8")
 
 
 @pytest.mark.slow
 def test_the_pipeline_runs_as_it_is_written(workplace):
-    """Only the number of processes and the answer's length change. What README.md shows is what is printed."""
-    outputs, shown = {}, shown_outputs()
+    """Only what `scaled_down` changes is not as written. What README.md shows is what is printed.
+
+    The first command with python, and the first with colossalai run, start as they are written. The others are forked.
+    """
+    outputs, shown, in_shell = {}, shown_outputs(), {"python", "colossalai"}
     for command in commands():
-        script = script_of(command)
+        script, program = script_of(command), command.split()[0]
         if script:
-            output = run(scaled_down(command), workplace)
+            output = (run if program in in_shell else run_forked)(scaled_down(command), workplace)
+            in_shell.discard(program)
             outputs[script] = outputs.get(script, "") + output
             printed = "\n".join(map(shape, output.replace("\r", "\n").splitlines()))
             missing = [line for line in shown.pop(command, ()) if shape(line) not in printed]
@@ -234,7 +252,7 @@ def test_the_example_script_runs_here_as_it_is(workplace):
     run(f"{EXAMPLE_SCRIPT[0]} && echo localhost > hostfile", workplace)
     dataset = "spliced_tokenized_output_arrow/part-00000 spliced_tokenized_output_arrow/part-00001"
     settings = f"NPROC_PER_NODE=2 MASTER_PORT={free_port()} DATASET='{dataset}'"
-    run(f"{settings} {EXAMPLE_SCRIPT[1]} --micro_batch_size 1 --max_length 4096", workplace)
+    run(f"{settings} {EXAMPLE_SCRIPT[1]} --micro_batch_size 1 --max_length 4096 --max_steps 2", workplace)
     (run_folder,) = (workplace / "runs" / "checkpoints").iterdir()
     assert (run_folder / "modeling" / "config.json").is_file()
     assert json.loads(next((workplace / "runs" / "configs").iterdir()).read_text())["warmup_steps"] == 100

@@ -52,13 +52,13 @@ LAYOUTS = {
     "3d_sp2_bf16": flags_of("bf16 3d sp2 all_to_all zero1"),
     "3d_tp2_bf16": flags_of("bf16 3d tp2 zero1"),
 }
-# The others continue in a second epoch, which depends on the data and not on the layout.
-ONE_EPOCH = ("zero2_cpu_bf16", "gemini_auto_bf16", "3d_zero0_bf16", "3d_zero1_bf16", "3d_pp2_bf16", "3d_sp2_bf16")
+# These continue in a second epoch, which depends on the data and not on the layout.
+TWO_EPOCHS = ("zero2_fp32", "zero2_fp32_bucketed", "zero2_bf16")
 
 
 def last_of(name: str) -> str:
     """The last checkpoint of a layout's run."""
-    epochs = 1 if name in ONE_EPOCH else 2
+    epochs = 2 if name in TWO_EPOCHS else 1
     return f"ckpt/epoch-{epochs - 1}_step-{epochs * STEPS_AN_EPOCH}"
 
 
@@ -81,7 +81,7 @@ MIXED = [
     str(MIXED_STEP),
 ]
 
-# Which rank's numbers are corrupted, at which step, and how (see tests/faults/poison.py).
+# Which rank's numbers are corrupted, at which of POISONED_STEPS steps, how (see tests/faults/poison.py).
 POISONED = {
     "zero2_fp32": (0, 3, "loss"),
     "zero2_bf16": (1, 1, "gradient"),
@@ -94,7 +94,8 @@ POISONED = {
     "3d_zero0_bf16": (0, 3, "loss"),
     "3d_tp2_bf16": (1, 3, "report"),
 }
-# Of 24 samples, those of the first of three steps have no trained token, and those of one more pass of all ranks.
+POISONED_STEPS = 4
+# Of 24 samples those of the first of three steps have no trained token, and those of one more pass of all ranks.
 UNTRAINED = ("zero2_fp16", "gemini_bf16", "gemini_auto_bf16", "3d_pp2_bf16")
 
 
@@ -126,7 +127,7 @@ def jobs(tmp_path_factory, parts, model_dir, tokenizer_dir, two_sources):
         specs.append({"name": name, "script": "train_sft.py", "flags": words, **faults})
 
     for name, flags in LAYOUTS.items():
-        flags = [*flags, "--num_epochs", 1 if name in ONE_EPOCH else 2]
+        flags = [*flags, "--num_epochs", 2 if name in TWO_EPOCHS else 1]
         add(name, *flags)
         add(f"{name}_again", *flags, "--load_checkpoint", folder / name / "ckpt" / "epoch-0_step-4")
     tokenizer = tiny.make_tokenizer(folder / "other_tokenizer", vocab_size=550)
@@ -175,8 +176,8 @@ def add_others(add, folder: Path, tokenizer: Path) -> None:
         add(
             f"poisoned_{name}",
             *flags,
-            "--num_epochs",
-            1,
+            "--max_steps",
+            POISONED_STEPS,
             "--save_interval",
             1,
             "--max_bad_steps",
@@ -403,13 +404,13 @@ def test_a_bad_step_updates_nothing(jobs, name):
     if name == "zero2_fp32":
         assert "--max_bad_steps 0 allowed" in error and sorted(saved) == [1, 2]
         return
-    assert error is None and sorted(saved) == list(range(1, STEPS_AN_EPOCH + 1))
+    assert error is None and sorted(saved) == list(range(1, POISONED_STEPS + 1))
     if step > 1:
         assert weights_and_moments(saved[step]) == weights_and_moments(saved[step - 1])
     assert weights_and_moments(saved[step + 1]) != weights_and_moments(saved[step])
-    list(verify.verify(str(saved[STEPS_AN_EPOCH])))
-    # The schedule is one of six updates; one of them was not made.
-    rates = [CosineSchedule(2e-3, STEPS_AN_EPOCH, 0).learning_rate(update) for update in range(STEPS_AN_EPOCH - 1)]
+    list(verify.verify(str(saved[POISONED_STEPS])))
+    # The schedule is one of four updates, of which one was not made.
+    rates = [CosineSchedule(2e-3, POISONED_STEPS, 0).learning_rate(update) for update in range(POISONED_STEPS - 1)]
     assert [record["lr"] for record in steps_of(home)] == pytest.approx([*rates[:step], *rates[step - 1 :]])
     assert ", 1 of them without an update (1 had a NaN/Inf loss or gradient norm), " in log[-1]
 

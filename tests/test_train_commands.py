@@ -1,10 +1,8 @@
-"""train.py and train_sft.py as a user starts them: directly, with torchrun, with colossalai run, and with mistakes."""
+"""train.py and train_sft.py on one process and on two, and with mistakes."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import datasets
 import pytest
@@ -16,9 +14,8 @@ from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.train import start
 from colossal_llama2.train.run_folder import file_names, run_lock
-from tests import tiny
+from tests import fork_server, tiny
 from tests.conftest import ROOT
-from tests.launching import free_port
 from tests.preparing import settings, write_lines
 
 PLACES = ("save_dir", "tensorboard_dir", "config_file")
@@ -44,9 +41,8 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1"}
 
 
-@pytest.mark.slow
-def test_one_process_without_a_launcher(run_script, flags, tmp_path):
-    process = run_script(
+def test_one_process_without_a_launcher(run_forked, flags, tmp_path):
+    process = run_forked(
         "train.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32", "-w", "0.01", "-s", "2", env=environment()
     )
     assert process.returncode == 0, process.stderr
@@ -57,30 +53,10 @@ def test_one_process_without_a_launcher(run_script, flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readme_s_launcher(flags, tmp_path):
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("localhost\n")
-    command = [
-        os.path.join(os.path.dirname(sys.executable), "colossalai"),
-        "run",
-        "--nproc_per_node",
-        "2",
-        "--hostfile",
-        str(hostfile),
-        "--master_port",
-        str(free_port()),
-        "train_sft.py",
-        *flags,
-        "--plugin",
-        "zero2_cpu",
-        "--mixed_precision",
-        "bf16",
-        "--accumulation_steps",
-        "4",
-        "--use_neft",
-    ]
-    paths = {**environment(), "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    process = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True, timeout=120)
+def test_fine_tuning_on_two_ranks(flags, tmp_path):
+    """test_readme.py and test_stopping.py use `colossalai run`."""
+    more = "--plugin zero2_cpu --mixed_precision bf16 --accumulation_steps 4 --use_neft".split()
+    process = fork_server.run([ROOT / "train_sft.py", *flags, *more], ranks=2)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "save_dir" / "epoch-0_step-3" / "running_states.json").is_file()
 
@@ -185,12 +161,21 @@ def test_flags_that_would_change_nothing_are_refused_at_once(run_forked, assert_
     assert "--zero" not in process.stderr
 
 
+# train.py where no file can have more than a million bytes.
+LIMITED = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+sys.argv[0] = {str(ROOT / "train.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_leaves_no_half_checkpoint(flags, tmp_path):
-    """`ulimit -f` (in blocks of 1024 bytes) simulates the disk: the model fits, the optimizer's state does not."""
-    command = ["bash", "-c", 'ulimit -f 1000 && exec "$@"', "-", sys.executable, str(ROOT / "train.py"), *flags]
-    command += ["--plugin", "zero2", "--mixed_precision", "fp32"]
-    process = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    """The limit stands for the disk: the model fits, the optimizer's state does not."""
+    (tmp_path / "limited.py").write_text(LIMITED)
+    command = [tmp_path / "limited.py", *flags, "--plugin", "zero2", "--mixed_precision", "fp32"]
+    process = fork_server.run(command)
     assert process.returncode == 1, process.stderr
     assert process.stderr.splitlines()[-1].startswith("train.py: error: ")
     assert "cannot be written" in process.stderr and "Traceback" not in process.stderr

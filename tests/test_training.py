@@ -32,7 +32,7 @@ from tests.training_jobs import (
     write_data,
 )
 
-STEPS, MIDDLE = 6, 3
+STEPS, MIDDLE = 4, 2
 # What a run leaves beside its checkpoints.
 REPORTS = ["plan.json", file_names.LOG_NAME, *file_names.REPORT_NAMES]
 
@@ -110,8 +110,6 @@ OLD_MIRROR_RUNS = {
     "mirror_pp2": flags_of("bf16 3d pp2 zero1"),
 }
 BIASED_RUNS = ["biased_3d_tp2_ring", "biased_3d_tp2_split_gather_accumulating", "biased_3d_tp2_ring_unrepaired"]
-# test_resume.py resumes the others too.
-RESUMED = ("zero2", "gemini_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +231,7 @@ def jobs(
     zero2, gemini, tp2 = flags_of("fp32 zero2"), flags_of("bf16 gemini"), flags_of("fp32 3d tp2")
     pp2, tp2_bf16 = flags_of("fp32 3d pp2"), flags_of("bf16 3d tp2 zero1")
     for name, flags in {**FLOAT32_RUNS, **BFLOAT16_RUNS}.items():
-        add(name, *flags, "--save_interval", MIDDLE if name in RESUMED else 1000, moments=True)
-        checkpoint = folder / name / "ckpt" / f"epoch-0_step-{MIDDLE}"
-        if name in RESUMED:
-            add(f"{name}_resumed", *flags, "--load_checkpoint", checkpoint, run="tb_resumed", home=name)
+        add(name, *flags, "--save_interval", MIDDLE if name == "gemini_bf16" else 1000, moments=True)
     add("unclipped", *zero2, "--gradient_clipping", "0", moments=True)
     for name, flags in (("frozen", zero2), ("frozen_gemini", gemini), ("frozen_pp2", pp2)):
         add(name, *flags, "--freeze_non_embeds_params")
@@ -263,13 +258,13 @@ def jobs(
     for name, flags in (("odd_vocabulary", tp2_bf16), ("odd_vocabulary_pp2", pp2)):
         add(name, *flags, model=odd_model_dir)
     add("weights_only", *zero2, "--load_checkpoint", folder / "zero2" / "ckpt" / "modeling")
-    add("two_epochs", *zero2, "--num_epochs", "2", "--accumulation_steps", "4")
-    noisy = {"noise": zero2, "noise_again": zero2, "noise_gemini": gemini, "noise_pp2": pp2, "noise_tp2": tp2}
-    for name, flags in {**noisy, "noise_sp2": flags_of("fp32 3d sp2 all_to_all")}.items():
-        add(name, *flags, "--use_neft", script="train_sft.py")
+    add("two_epochs", *zero2, "--num_epochs", "2", "--accumulation_steps", "3")
+    # test_loss.py has the noise of other layouts.
+    for name, flags in {"noise": zero2, "noise_again": zero2, "noise_gemini": gemini}.items():
+        add(name, *flags, "--use_neft", "--max_steps", "2", script="train_sft.py")
     for name, flags in UNPADDED_RUNS.items():
         add(name, *flags, "--dataset", *full_parts)
-    add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], unrepaired=["ring_weight_gradients"])
+    add("ring_unrepaired", *FLOAT32_RUNS["3d_tp2_ring"], "--max_steps", "1", unrepaired=["ring_weight_gradients"])
     add("loss_unrepaired", *BFLOAT16_RUNS["3d_pp2_zero1_bf16"], unrepaired=["loss_in_float32"])
     # Others read what the run "zero2" has left.
     add("first", *zero2, "--save_interval", MIDDLE)
@@ -341,14 +336,6 @@ def test_without_clipping_adam_gets_the_full_gradient(jobs, float32):
     assert jobs["unclipped"].first_moment_norm == pytest.approx(float32.grad_norms[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_resume_continues_at_the_checkpoint(jobs, name):
-    job = jobs[name]
-    assert jobs[f"{name}_resumed"].error is None
-    assert job.scalars("Loss", run="tb_resumed") == job.scalars("Loss")[MIDDLE:]
-    assert job.scalars("Learning Rate", run="tb_resumed") == pytest.approx(job.scalars("Learning Rate")[MIDDLE:])
-
-
 def test_checkpoint_layout(jobs):
     folder = jobs["gemini_bf16"].folder / "ckpt"
     names = sorted([*REPORTS, f"epoch-0_step-{STEPS}", f"epoch-0_step-{MIDDLE}", "latest", "modeling"])
@@ -410,8 +397,23 @@ def test_frozen_run_equals_plain_torch(jobs, parts, model_dir):
         assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def new_rows(parts, grown_model_dir) -> reference.Trace:
+    return reference.train(
+        grown_model_dir,
+        parts,
+        precision="fp32",
+        global_batch=GLOBAL_BATCH,
+        lr=LR,
+        clip=CLIP,
+        decay=0.0,
+        freeze=True,
+        trained_rows=NEW_ROWS,
+    )
+
+
 @pytest.mark.parametrize("name", ROWS_RUNS)
-def test_only_new_rows_are_trained(jobs, parts, grown_model_dir, name):
+def test_only_new_rows_are_trained(jobs, new_rows, grown_model_dir, name):
     assert jobs[name].error is None
     start = AutoModelForCausalLM.from_pretrained(grown_model_dir).state_dict()
     is_new = torch.zeros(601, dtype=torch.bool)
@@ -425,20 +427,9 @@ def test_only_new_rows_are_trained(jobs, parts, grown_model_dir, name):
             assert not same[is_new].all() if "embed_tokens" in key else not same[is_new].any(), key
         else:
             assert torch.equal(after.view(torch.int32), before.view(torch.int32)), key
-    trace = reference.train(
-        grown_model_dir,
-        parts,
-        precision="fp32",
-        global_batch=GLOBAL_BATCH,
-        lr=LR,
-        clip=CLIP,
-        decay=0.0,
-        freeze=True,
-        trained_rows=NEW_ROWS,
-    )
     tolerance = 1.5e-3 if name.endswith("bf16") else 1e-5
-    assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
-    assert jobs[name].scalars("Gradient Norm") == pytest.approx(trace.grad_norms, rel=20 * tolerance)
+    assert jobs[name].scalars("Loss") == pytest.approx(new_rows.losses, rel=tolerance)
+    assert jobs[name].scalars("Gradient Norm") == pytest.approx(new_rows.grad_norms, rel=20 * tolerance)
 
 
 @pytest.mark.parametrize("name", TIED_ROWS_RUNS)
@@ -492,13 +483,17 @@ def test_gemini_that_accumulates_continues_after_an_overflow(jobs):
     assert "gradient norm is NaN/Inf, even at a loss scale of 1, at step 1" in jobs["overflow_unrepaired"].error
 
 
+@pytest.fixture(scope="module")
+def tied(parts, tied_model_dir) -> reference.Trace:
+    return reference.train(tied_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
+
+
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("tied", 1e-5), ("tied_tp2", 1e-5), ("tied_pp2", 1e-5), ("tied_gemini", 2e-3)]
 )
-def test_tied_embeddings_train_and_save(jobs, parts, tied_model_dir, name, tolerance):
+def test_tied_embeddings_train_and_save(jobs, tied, name, tolerance):
     assert jobs[name].error is None
-    trace = reference.train(tied_model_dir, parts, precision="fp32", global_batch=GLOBAL_BATCH, lr=LR, clip=CLIP)
-    assert jobs[name].scalars("Loss") == pytest.approx(trace.losses, rel=tolerance)
+    assert jobs[name].scalars("Loss") == pytest.approx(tied.losses, rel=tolerance)
     model = AutoModelForCausalLM.from_pretrained(jobs[name].model)
     assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -547,21 +542,18 @@ def test_exported_model_has_the_trainer_s_loss(jobs, parts):
 
 
 def test_epochs_end_with_a_step_of_what_is_left(jobs):
-    # 6 micro batches of all ranks an epoch, 4 accumulated: steps of 4 and 2.
+    # 4 micro batches of all ranks an epoch, 3 accumulated: steps of 3 and 1.
     assert len(jobs["two_epochs"].scalars("Loss")) == 4
     names = sorted(path.name for path in (jobs["two_epochs"].folder / "ckpt").iterdir())
     assert names == sorted([*REPORTS, "epoch-0_step-2", "epoch-1_step-4", "latest", "modeling"])
 
 
-def test_neftune_is_reproducible_and_the_same_under_tensor_parallelism(jobs, float32):
+def test_neftune_is_reproducible(jobs, float32):
     losses = jobs["noise"].scalars("Loss")
     assert losses == jobs["noise_again"].scalars("Loss")
-    assert losses != pytest.approx(float32.losses, rel=1e-4)
-    for name in ("noise_gemini", "noise_tp2", "noise_pp2"):
-        assert jobs[name].error is None
-        assert jobs[name].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
-    # Two ranks that share the samples, split in two ways, draw the same noise.
-    assert jobs["noise_tp2"].scalars("Loss") == pytest.approx(jobs["noise_sp2"].scalars("Loss"), rel=1e-5)
+    assert len(losses) == 2 and losses[0] != pytest.approx(float32.losses[0], rel=1e-4)
+    assert jobs["noise_gemini"].error is None
+    assert jobs["noise_gemini"].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
 
 
 def test_another_plugin_and_layout_resumes_too(jobs):

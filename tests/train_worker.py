@@ -44,6 +44,7 @@ from colossal_llama2.train.evaluation import evaluator
 from colossal_llama2.train.settings import flag_problems
 from colossal_llama2.train.settings.from_flags import resolve
 from colossal_llama2.train.stepping.stopping import NoSignals, StopSignals
+from tests.pictures import undrawn
 
 PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.train_sft_parser}
 # The fixes that replace an attribute of ColossalAI, and which one.
@@ -175,6 +176,7 @@ def run_job(job: dict) -> dict:
     """Run one command in the open process group."""
     result = {"error": None}
     with contextlib.ExitStack() as changes:
+        changes.enter_context(undrawn())
         stop = changes.enter_context(signal_after(job["signal_at"], result)) if "signal_at" in job else None
         if job.get("moments"):
             changes.enter_context(recording_first_step(result))

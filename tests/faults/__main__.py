@@ -19,12 +19,12 @@ from tests.faults.rows import HEADER, Row
 
 def crash_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Kills at every change of a file during a save."""
-    return crash_points.check(place.make(folder, samples=16), sample=5 if sample else None, seed=seed)
+    return crash_points.check(place.make(folder, samples=16), sample=4 if sample else None, seed=seed)
 
 
 def kill_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Kills of the whole process group while it trains."""
-    counts = {"zero2": 4} if sample else {"zero2": 34, "gemini": 33, "3d": 33}
+    counts = {"zero2": 3} if sample else {"zero2": 34, "gemini": 33, "3d": 33}
     rows = []
     for plugin, count in counts.items():
         here = place.make(folder / plugin, samples=kills.SAMPLES)
@@ -39,7 +39,7 @@ def corruption_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
 
 def malicious_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Files that would run code."""
-    return malicious.check(place.make(folder, samples=16), sample=6 if sample else None, seed=seed)
+    return malicious.check(place.make(folder, samples=16), sample=5 if sample else None, seed=seed)
 
 
 def link_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
@@ -49,12 +49,13 @@ def link_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
 
 def step_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Resuming from each step."""
-    return steps.check_each_step(place.make(folder, samples=steps.SAMPLES), every=10 if sample else 1)
+    chosen = {"every": 10, "last": 30} if sample else {}
+    return steps.check_each_step(place.make(folder, samples=steps.SAMPLES), **chosen)
 
 
 def start_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """Simultaneous starts."""
-    return starts.check_starts(place.make(folder, samples=16), starts=10 if sample else 30)
+    return starts.check_starts(place.make(folder, samples=16), starts=6 if sample else 30)
 
 
 def signal_rows(folder: Path, sample: bool, seed: int) -> list[Row]:

@@ -17,7 +17,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 class Run:
     """One job in a separate session; `launcher` precedes train.py, empty for a single process.
 
-    `environment` is added to that of this process, `log` names the file in the folder for the job's output.
+    `environment` is added to that of this process.
     """
 
     process: subprocess.Popen | fork_server.Command
@@ -29,14 +29,13 @@ class Run:
         launcher: list[str] | None = None,
         *,
         environment: dict[str, str] | None = None,
-        log: str = "log",
     ):
         words = self._prepare(folder, flags)
         command = [*(launcher or [sys.executable]), *words]
         # `colossalai run` starts torchrun by its name.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "-1", **(environment or {})}
-        self._log = folder / log
+        self._log = folder / "log"
         with self._log.open("w") as output:
             self.process = subprocess.Popen(
                 command, env={**os.environ, **own}, stderr=output, stdout=output, start_new_session=True
@@ -94,12 +93,15 @@ class Run:
 
 
 class ForkedRun(Run):
-    """A job whose ranks are forked from a process that has imported the libraries; no launcher waits for them."""
+    """A job whose ranks are forked from a process that has imported the libraries; no launcher waits for them.
 
-    def __init__(self, folder: Path, flags: list[str], ranks: int):
+    With 0 ranks it is one process, with no launcher's variables but those of `environment`.
+    """
+
+    def __init__(self, folder: Path, flags: list[str], ranks: int, *, environment: dict[str, str] | None = None):
         words = self._prepare(folder, flags)
         self._log = folder / "stderr"
-        self.process = fork_server.start(words, folder, ranks=ranks)
+        self.process = fork_server.start(words, folder, ranks=ranks, env={**os.environ, **(environment or {})})
 
     def pid_of(self, rank: int) -> int:
         """The process of a rank."""
