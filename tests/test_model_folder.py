@@ -190,6 +190,17 @@ def test_names_of_transformers_5_mean_the_same(folder):
     assert made.rope_theta == 5e5 and made.rope_scaling == LLAMA3 and made.torch_dtype == torch.bfloat16
 
 
+def test_a_config_that_was_read_is_not_read_again(folder):
+    edit(folder / "config.json", rope_scaling=LINEAR)
+    read = config_fields.ModelFolder(folder)
+    check_model(read, "--pretrained")
+    before = json.dumps(read.fields)
+    edit(folder / "config.json", vocab_size=-1)
+    assert load_llama(read, precision="fp32", attention="sdpa").config.vocab_size == 600
+    assert json.dumps(read.fields) == before
+    assert "vocab_size is -1" in refusal(lambda: check_model(str(folder), "--pretrained"))
+
+
 def test_ids_that_the_vocabulary_has_not_are_null_and_logged_once(folder, caplog):
     edit(folder / "config.json", pad_token_id=600, eos_token_id=[2, 633], bos_token_id=-1)
     edit(folder / "generation_config.json", pad_token_id=600, eos_token_id=633)

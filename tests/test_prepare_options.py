@@ -22,12 +22,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from colossal_llama2.cli import data_flags as command_lines
 from colossal_llama2.corpus import conversation as talks
 from colossal_llama2.corpus import data_files
 from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.dataset.layout.prepare_settings import Settings, WorkSizes
 from colossal_llama2.dataset.write import choose_encoder, prepare, tokenization
 from colossal_llama2.dataset.write.local_workers import run_tasks
+from colossal_llama2.dataset.write.prepare_config import PrepareConfig
 from colossal_llama2.encoding.fast_encoder import FastEncoder
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
@@ -590,3 +592,13 @@ def test_unused_fields_may_hold_nan_and_repeat_keys(tokenizer_dir, tmp_path):
     write_lines(tmp_path / "sft" / "rows.jsonl", [repeated])
     with pytest.raises(UserError, match="rows.jsonl:1: the key 'content' is repeated"):
         prepare.prepare_sft(**settings([tmp_path / "sft"], tokenizer_dir, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_keywords_have_the_defaults_of_the_command_line(stage):
+    parser = {"pretrain": command_lines.prepare_pretrain_parser, "sft": command_lines.prepare_sft_parser}[stage]()
+    given = {"data_input_dirs": ["a", "b"], "tokenizer_dir": "t"}
+    parsed = parser.parse_args(["--data_input_dirs", "a,b", "--tokenizer_dir", "t"])
+    assert PrepareConfig.of_flags(stage, given) == PrepareConfig.of_flags(stage, vars(parsed))
+    with pytest.raises(TypeError, match="tokenizer_dir"):
+        PrepareConfig.of_flags(stage, {"data_input_dirs": ["a"]})

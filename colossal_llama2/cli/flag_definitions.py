@@ -121,6 +121,15 @@ class FlagParser(argparse.ArgumentParser):
         self.traits[action.dest] = traits
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """The values of flags that are not given, by destination, without those that must be given."""
+        return {name: traits.default for name, traits in self.traits.items() if name not in self._required}
+
+    @property
+    def _required(self) -> set[str]:
+        return {action.dest for action in self.actions if action.required}
+
+    @property
     def by_spelling(self) -> dict[str, argparse.Action]:
         """Flags by each of their spellings, such as "--micro_batch_size" and "--batch_size"."""
         return {spelling: action for action in self.actions for spelling in action.option_strings}

@@ -50,8 +50,8 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 def prepare_pretrain(**flags: Any) -> None:
     """Tokenize {"source", "target", "category"} records and splice them into samples of at most `max_length` tokens.
 
-    Takes the flags of prepare_pretrain_dataset.py as keywords. Writes arrow folders part-00000, ... with the columns of
-    `columns`, part-00000.jsonl, ... and manifest.json, and prints what became of every token.
+    Takes the flags of prepare_pretrain_dataset.py as keywords, with the same defaults. Writes arrow folders part-00000,
+    ... with the columns of `columns`, part-00000.jsonl, ... and manifest.json, and prints what became of every token.
 
     Raises:
         UserError: something is wrong with flags, folders or records. Nothing is left behind.
@@ -59,7 +59,7 @@ def prepare_pretrain(**flags: Any) -> None:
             with `on_bad_row` "skip" and `on_bad_file` "fail", input files could not be read to their end; the output
             is complete apart from them.
     """
-    prepare(PrepareConfig(stage="pretrain", **{"splicing": "best_fit", "overlong": "split", **flags}))
+    prepare(PrepareConfig.of_flags("pretrain", flags))
 
 
 def prepare_sft(**flags: Any) -> None:
@@ -68,7 +68,7 @@ def prepare_sft(**flags: Any) -> None:
     Like `prepare_pretrain`, with four more columns: `inputs_decode`, `labels_decode`, `seq_length`, `seq_category`; and
     with chat_template.jinja beside the manifest.
     """
-    prepare(PrepareConfig(stage="sft", **{"splicing": "none", "overlong": "truncate", **flags}))
+    prepare(PrepareConfig.of_flags("sft", flags))
 
 
 def prepare(config: PrepareConfig) -> None:

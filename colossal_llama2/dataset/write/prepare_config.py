@@ -1,9 +1,11 @@
 """The flags of a prepare command, checked once, as one typed value."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from colossal_llama2.cli.data_flags import prepare_pretrain_parser, prepare_sft_parser
 from colossal_llama2.corpus.conversation import HUMAN, ROLES, SYSTEM_ROLE, TOOL_ROLES, canonical_role
 from colossal_llama2.dataset.layout.prepare_settings import Execution, Settings, WorkSizes
 from colossal_llama2.errors import UserError
@@ -11,7 +13,7 @@ from colossal_llama2.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """One prepare command. The fields have the names of its flags.
+    """One prepare command. The fields have the names of its flags, whose defaults are those of the command line.
 
     Raises:
         UserError: flags contradict each other, or --assistant_roles names the role of another speaker.
@@ -27,19 +29,28 @@ class PrepareConfig:
     num_spliced_dataset_bins: int
     splicing: str
     overlong: str
-    seed: int = 1024
-    on_bad_row: str = "fail"
-    on_bad_file: str = "fail"
-    eval_fraction: float = 0.0
-    eval_dedup: bool = False
-    no_jsonl: bool = False
-    num_workers: int | None = None
-    executor: str = "local"
-    ray_address: str | None = None
-    shard: tuple[int, int] | None = None
-    assistant_roles: Sequence[str] | None = None
-    assistant_first: str = "mask"
+    seed: int
+    on_bad_row: str
+    on_bad_file: str
+    eval_fraction: float
+    eval_dedup: bool
+    no_jsonl: bool
+    num_workers: int | None
+    executor: str
+    ray_address: str | None
+    shard: tuple[int, int] | None
+    assistant_roles: Sequence[str] | None
+    assistant_first: str
     sizes: WorkSizes = WorkSizes()
+
+    @classmethod
+    def of_flags(cls, stage: str, flags: Mapping[str, Any]) -> "PrepareConfig":
+        """The configuration of a stage, with the command line's defaults for flags that are not given."""
+        defaults = prepare_sft_parser().defaults
+        if stage == "pretrain":
+            # Roles are flags of the other command alone.
+            defaults |= prepare_pretrain_parser().defaults
+        return cls(stage=stage, **{**defaults, **flags})
 
     def __post_init__(self) -> None:
         if self.eval_dedup and not self.eval_fraction > 0:
