@@ -9,15 +9,13 @@ The smaller the model, the more shows.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import os
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -26,6 +24,7 @@ from inputs import make_folder  # noqa: E402
 
 from colossal_llama2 import logs  # noqa: E402
 from colossal_llama2.cli import train_flags  # noqa: E402
+from colossal_llama2.train.stepping.silent_reporter import SilentReporter  # noqa: E402
 
 VOCABULARY, LENGTH = 8000, 256
 STEPS, WARMUP_STEPS = 40, 5
@@ -105,45 +104,38 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def watched(kind: str, ends: list[tuple[float, float]]) -> Iterator[None]:
-    """Within it, runs show nothing if `kind` is "without"; the ends of their steps are noted."""
-    from colossal_llama2.train import build_run
-    from colossal_llama2.train.report import reporter
+class Clock(SilentReporter):
+    """A run's reporter, with a note of when it has shown each step: by the clock, and in CPU time."""
 
-    @contextlib.contextmanager
-    def silent(**parts):
-        yield reporter.SilentReporter()
+    def __init__(self, reporter: SilentReporter):
+        self._reporter, self.timer = reporter, reporter.timer
+        self.ends: list[tuple[float, float]] = []
 
-    def noting(show):
-        def step(*args, **keywords):
-            ends.append((time.perf_counter(), time.process_time()))
-            return show(*args, **keywords)
-
-        return step
-
-    with contextlib.ExitStack() as changes:
-        changed = reporter.Reporter
-        if kind == "without":
-            changed = reporter.SilentReporter
-            changes.enter_context(mock.patch.object(build_run, "reporting", silent))
-            changes.enter_context(mock.patch.object(build_run, "loss_groups", lambda *args: None))
-        changes.enter_context(mock.patch.object(changed, "step", noting(changed.step)))
-        yield
+    def step(self, *args, **keywords) -> None:
+        self._reporter.step(*args, **keywords)
+        self.ends.append((time.perf_counter(), time.process_time()))
 
 
 def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tuple[float, float]]:
     """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
-    from colossal_llama2.train import run
+    from colossal_llama2.train.build_run import build_run, make_record
+    from colossal_llama2.train.checkpointing import resuming
+    from colossal_llama2.train.checks import JobChecks
+    from colossal_llama2.train.inputs import open_inputs
+    from colossal_llama2.train.loop import fit
     from colossal_llama2.train.settings.from_flags import resolve
+    from colossal_llama2.train.stepping.stopping import NoSignals
 
     flags = ["--pretrained", model_dir, "--dataset", part, "--max_length", LENGTH, "--micro_batch_size", 1]
     flags += ["--plugin", "zero2", "--mixed_precision", "fp32", "--save_dir", home / "ckpt", "--peak_tflops", 1]
     flags += ["--tensorboard_dir", home / "tb", "--config_file", home / "config.json", "--use_flash_attn"]
-    args = train_flags.train_parser().parse_args([str(flag) for flag in flags])
-    ends: list[tuple[float, float]] = []
-    with watched(kind, ends):
-        run.run(resolve(args))
+    config = resuming.settle(resolve(train_flags.train_parser().parse_args([str(flag) for flag in flags])))
+    inputs = open_inputs(config, JobChecks())
+    record = make_record(config, inputs)
+    with build_run(config, inputs, record, NoSignals(), reports=kind == "with") as parts:
+        clock = Clock(parts.reporter)
+        fit(inputs.start.state, dataclasses.replace(parts, reporter=clock), num_epochs=config.recipe.num_epochs)
+    ends = clock.ends
     pairs = zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)
     return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairs]
 

@@ -9,27 +9,30 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.batch import Batch, Collator
 from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
-from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import Stopped
 from colossal_llama2.model.config_fields import llama_config
 from colossal_llama2.storage.files import new_file
 from colossal_llama2.tables import print_table
+from colossal_llama2.train.build_run import build_steps
 from colossal_llama2.train.checks import JobChecks
 from colossal_llama2.train.inputs import open_benchmark_inputs
-from colossal_llama2.train.load_weights import attention_of, embedding_noise_of, load_weights
+from colossal_llama2.train.load_weights import attention_of
 from colossal_llama2.train.settings.config import BenchmarkConfig, TrainConfig
 from colossal_llama2.train.settings.flag_problems import PROFILED_STEPS, WARMUP_STEPS
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
-from colossal_llama2.train.stepping.step import step_totals, train_step
+from colossal_llama2.train.stepping.step import StepParts, step_totals, train_step
 from colossal_llama2.train.stepping.step_timer import NoTimer, StepTimer
 from colossal_llama2.train.stepping.stopping import NoSignals
+
+if TYPE_CHECKING:
+    import datasets
 
 PADDING_ID = 0
 
@@ -55,7 +58,7 @@ class Measured:
     memory: int
 
 
-def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int):
+def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int) -> "datasets.Dataset":
     """Samples of `length` random tokens, in the format of `load_parts`."""
     import datasets
     import numpy as np
@@ -68,16 +71,17 @@ def random_dataset(num_samples: int, *, length: int, vocab_size: int, seed: int)
     return datasets.Dataset(table).with_format("arrow")
 
 
-def measure(engine: Engine, loader: StepLoader, *, noise, profile_dir: str | None, stop: NoSignals) -> Measured:
+def measure(parts: StepParts, *, profile_dir: str | None) -> Measured:
     """Run the steps of an epoch: the first warm up, the last two are profiled, and those between are timed.
 
     There are enough of them, see flag_problems.
     """
+    engine, loader = parts.engine, parts.loader
     steps = loader.order.steps_after(0)
     timed = steps - WARMUP_STEPS - PROFILED_STEPS
     timer = StepTimer()
     source = timer.each("data", loader.steps(0, 0))
-    steps_taken = _Steps(engine, source, noise=noise, timer=timer, stop=stop)
+    steps_taken = _Steps(parts, source, timer)
     with logs.progress(total=steps, description="benchmark", unit="step") as progress:
         for _ in range(WARMUP_STEPS):
             steps_taken.run_one(progress)
@@ -86,7 +90,7 @@ def measure(engine: Engine, loader: StepLoader, *, noise, profile_dir: str | Non
         before, start = (steps_taken.tokens, steps_taken.places), time.perf_counter()
         for _ in range(timed):
             steps_taken.run_one(progress)
-        parts = timer.seconds()
+        shares = timer.seconds()
         seconds = time.perf_counter() - start
         tokens, places = steps_taken.tokens - before[0], steps_taken.places - before[1]
         memory = collectives.max_over_ranks(peak_memory())
@@ -98,26 +102,27 @@ def measure(engine: Engine, loader: StepLoader, *, noise, profile_dir: str | Non
         for _ in source:
             pass
     communication = communication_seconds(profiler) / profiled_seconds
-    return Measured(timed, tokens, places, seconds, parts, communication, memory)
+    return Measured(timed, tokens, places, seconds, shares, communication, memory)
 
 
 class _Steps:
     """Runs one optimizer step after the other, and counts tokens."""
 
-    def __init__(self, engine, source: Iterator[tuple[list[Batch], int]], *, noise, timer: NoTimer, stop: NoSignals):
-        self._engine, self._source, self._noise, self._timer, self._stop = engine, source, noise, timer, stop
+    def __init__(self, parts: StepParts, source: Iterator[tuple[list[Batch], int]], timer: NoTimer):
+        self._parts, self._source, self._timer = parts, source, timer
         self._step = self.tokens = self.places = 0
 
     def run_one(self, progress: logs.SilentProgress) -> StepResult:
+        engine = self._parts.engine
         batches, _ = next(self._source)
-        totals: StepTotals = step_totals(self._engine, batches, self._stop)
+        totals: StepTotals = step_totals(engine, batches, self._parts.stop)
         if totals.signal is not None:
             raise Stopped(totals.signal, f"{totals.signal.name} came; nothing was written")
-        result = train_step(self._engine, batches, totals, noise=self._noise, step=self._step, timer=self._timer)
+        result = train_step(engine, batches, totals, noise=self._parts.noise, step=self._step, timer=self._timer)
         self._step += 1
         self.tokens += result.tokens
         # Those of this rank; the other ranks have about as many.
-        self.places += sum(batch.input_ids.numel() for batch in batches) * self._engine.data_size
+        self.places += sum(batch.input_ids.numel() for batch in batches) * engine.data_size
         progress.update(loss=f"{result.loss:.4f}")
         return result
 
@@ -141,7 +146,7 @@ def _profiler(folder: str | None, rank: int) -> Iterator[Any]:
         logs.get_logger().info("Trace of %d steps: %s", PROFILED_STEPS, path)
 
 
-def communication_seconds(profiler) -> float:
+def communication_seconds(profiler: Any) -> float:
     """Time in which at least one collective ran on this rank: NCCL's kernels, or gloo's work on a CPU."""
     spans = sorted(
         (event.time_range.start, event.time_range.end)
@@ -196,9 +201,8 @@ def benchmark(config: TrainConfig, settings: BenchmarkConfig, stop: NoSignals) -
     )
     collator = Collator(pad_token_id=PADDING_ID, max_length=max_length)
     loader = StepLoader(dataset, inputs.order, collator, engine.data_rank, pins=engine.pins_batches)
-    load_weights(config, engine, inputs.model, attention=attention_of(config))
-    with embedding_noise_of(config, engine) as noise:
-        found = measure(engine, loader, noise=noise, profile_dir=settings.profile_dir, stop=stop)
+    with build_steps(config, inputs, loader, stop, attention=attention_of(config)) as parts:
+        found = measure(parts, profile_dir=settings.profile_dir)
     if engine.rank == 0:
         flops = flops_per_token(llama_config(config.source.weights_folder), inputs.model.parameters, max_length)
         peak = known_peak(config.reporting.peak_tflops)

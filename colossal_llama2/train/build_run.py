@@ -1,4 +1,7 @@
-"""Build the parts of a run from its inputs: everything that the training loop uses, with the weights loaded."""
+"""Build the parts of a run from its inputs: everything that the training loop uses, with the weights loaded.
+
+The self-test builds its runs here too, and `build_steps`, which loads the weights, is also for --benchmark.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +14,7 @@ from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHis
 from colossal_llama2.train.checkpointing.new_rows_report import NewRowsReport
 from colossal_llama2.train.evaluation.evaluation_setup import make_evaluator, read_history
 from colossal_llama2.train.forecast import data_plan
-from colossal_llama2.train.inputs import RunInputs
+from colossal_llama2.train.inputs import JobInputs, RunInputs
 from colossal_llama2.train.load_weights import attention_of, embedding_noise_of, load_weights, restore
 from colossal_llama2.train.loop import RunParts
 from colossal_llama2.train.report import run_metadata
@@ -22,49 +25,55 @@ from colossal_llama2.train.run_folder import run_outputs
 from colossal_llama2.train.settings.collating import make_collator
 from colossal_llama2.train.settings.config import TrainConfig
 from colossal_llama2.train.stepping.nonfinite_steps import NonfiniteSteps
+from colossal_llama2.train.stepping.silent_reporter import SilentReporter
+from colossal_llama2.train.stepping.step import StepParts
 from colossal_llama2.train.stepping.stopping import NoSignals
 
 
 @contextlib.contextmanager
-def build_run(config: TrainConfig, inputs: RunInputs, record: StageRecord, stop: NoSignals) -> Iterator[RunParts]:
+def build_steps(
+    config: TrainConfig, inputs: JobInputs, loader: StepLoader, stop: NoSignals, *, attention: str
+) -> Iterator[StepParts]:
+    """Load the weights into the engine. Called on all ranks."""
+    load_weights(config, inputs.engine, inputs.model, attention=attention)
+    with embedding_noise_of(config, inputs.engine) as noise:
+        yield StepParts(inputs.engine, loader, noise, stop)
+
+
+@contextlib.contextmanager
+def build_run(
+    config: TrainConfig, inputs: RunInputs, record: StageRecord, stop: NoSignals, *, reports: bool = True
+) -> Iterator[RunParts]:
     """The parts of a run, ready for its first step. Called on all ranks.
 
     What can fail is tried before the weights are read, which takes longest. At the end of the context the reports of
     the run are written, also after an error.
+
+    Args:
+        reports: False leaves out the reports of the steps, as the benchmark of their cost does.
 
     Raises:
         UserError, RunError: on all ranks; nothing was trained.
     """
     engine, attention = inputs.engine, attention_of(config)
     with collectives.all_or_none():
-        collator = make_collator(config, loss_groups(record.report.amounts, engine.loss_tally))
+        groups = loss_groups(record.report.amounts, engine.loss_tally) if reports else None
+        collator = make_collator(config, groups)
         history = read_history(config, inputs.start)
     loader = StepLoader(inputs.data.samples, inputs.order, collator, engine.data_rank, pins=engine.pins_batches)
     config.saving.folder.prepare()
     writer = _make_writer(config, inputs, record, history)
     writer.rehearse(inputs.start.state)
     _log_beginning(config, inputs, record.report)
-    load_weights(config, engine, inputs.model, attention=attention)
-    if inputs.start.resumed is not None:
-        restore(inputs.start.resumed, engine, inputs.facts)
     with contextlib.ExitStack() as opened:
-        reporter = opened.enter_context(
-            reporting(
-                engine=engine,
-                state=inputs.start.state,
-                report=record.report,
-                source=config.source,
-                order=inputs.order,
-                parameters=inputs.model.parameters,
-                settings=config.reporting,
-            )
-        )
+        steps = opened.enter_context(build_steps(config, inputs, loader, stop, attention=attention))
+        if inputs.start.resumed is not None:
+            restore(inputs.start.resumed, engine, inputs.facts)
+        reporter = opened.enter_context(_reporting(config, inputs, record.report)) if reports else SilentReporter()
         total_steps = inputs.schedule.total_steps
         yield RunParts(
-            engine=engine,
-            loader=loader,
+            **vars(steps),
             schedule=inputs.schedule,
-            noise=opened.enter_context(embedding_noise_of(config, engine)),
             checkpointer=Checkpointer(engine, writer, config.saving, total_steps=total_steps, reporter=reporter),
             reporter=reporter,
             evaluator=make_evaluator(
@@ -77,8 +86,21 @@ def build_run(config: TrainConfig, inputs: RunInputs, record: StageRecord, stop:
                 stop=stop,
             ),
             nonfinite_steps=NonfiniteSteps(config.recipe.max_nonfinite_steps),
-            stop=stop,
         )
+
+
+def _reporting(
+    config: TrainConfig, inputs: RunInputs, report: RunReport
+) -> contextlib.AbstractContextManager[SilentReporter]:
+    return reporting(
+        engine=inputs.engine,
+        state=inputs.start.state,
+        report=report,
+        source=config.source,
+        order=inputs.order,
+        parameters=inputs.model.parameters,
+        settings=config.reporting,
+    )
 
 
 def make_record(config: TrainConfig, inputs: RunInputs) -> StageRecord:

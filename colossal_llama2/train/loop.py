@@ -20,37 +20,29 @@ from colossal_llama2.errors import Stopped
 from colossal_llama2.train.stepping.nonfinite_steps import NonfiniteSteps
 from colossal_llama2.train.stepping.schedule import CosineSchedule
 from colossal_llama2.train.stepping.state import TrainState
-from colossal_llama2.train.stepping.step import step_totals, train_step
-from colossal_llama2.train.stepping.stopping import NoSignals, log_stop
+from colossal_llama2.train.stepping.step import StepParts, step_totals, train_step
+from colossal_llama2.train.stepping.stopping import log_stop
 
 if TYPE_CHECKING:
-    from colossal_llama2.engine.engine import Engine
-    from colossal_llama2.model.neftune import NoNoise
     from colossal_llama2.train.checkpointing.checkpointer import Checkpointer
     from colossal_llama2.train.evaluation.evaluator import SilentEvaluator
     from colossal_llama2.train.stepping.silent_reporter import SilentReporter
 
 
 @dataclass(frozen=True)
-class RunParts:
+class RunParts(StepParts):
     """What a run is made of, besides its state.
 
     Attributes:
         schedule: the learning rate of each update, and the number of steps.
-        noise: NEFTune's, if it is on.
         nonfinite_steps: ends the run after too many steps with a NaN/Inf loss or gradient norm.
-        stop: the signals that end the run.
     """
 
-    engine: "Engine"
-    loader: StepLoader
     schedule: CosineSchedule
-    noise: "NoNoise"
     checkpointer: "Checkpointer"
     reporter: "SilentReporter"
     evaluator: "SilentEvaluator"
     nonfinite_steps: NonfiniteSteps
-    stop: NoSignals
 
 
 def fit(state: TrainState, parts: RunParts, *, num_epochs: int) -> None:

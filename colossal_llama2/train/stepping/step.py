@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.batch import Batch
+from colossal_llama2.dataset.read.step_loader import StepLoader
 from colossal_llama2.train.stepping.pipeline import pipeline_loss
 from colossal_llama2.train.stepping.state import StepResult, StepTotals
 from colossal_llama2.train.stepping.step_timer import NoTimer
@@ -16,6 +18,21 @@ if TYPE_CHECKING:
     from colossal_llama2.model.neftune import NoNoise
 
 NO_TIMER = NoTimer()
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What steps are made with: a model with its weights, and batches.
+
+    Attributes:
+        noise: NEFTune's, if it is on.
+        stop: the signals that end the run.
+    """
+
+    engine: "Engine"
+    loader: StepLoader
+    noise: "NoNoise"
+    stop: NoSignals
 
 
 def step_totals(engine: "Engine", batches: list[Batch], stop: NoSignals) -> StepTotals:
