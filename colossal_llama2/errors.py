@@ -21,6 +21,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from colossal_llama2 import interrupts
@@ -98,18 +99,18 @@ def one_line_errors(command: str) -> Iterator[None]:
         _end(command, "interrupted", code=130)
     except _Terminated:
         _end(command, "terminated", code=143)
-    except Exception:
+    except Exception as error:
         if not _ranks_are_connected():
             raise
         # A normal exit would wait for peers, which wait for this rank in a collective.
-        _print_traceback(*sys.exc_info())
+        _print_traceback(type(error), error, error.__traceback__)
         _leave(1)
     finally:
         if watches_ends:
             interrupts.watch_end()
 
 
-def _print_traceback(kind, error, trace) -> None:
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print Python's traceback, escaped: its last lines may quote files that others wrote."""
     text = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
     report_to_torchrun(f"{kind.__name__}: {printable(str(error))}", printable(text))
@@ -141,7 +142,7 @@ class _Terminated(BaseException):
     """SIGTERM, as an exception that `except Exception` does not catch."""
 
 
-def _raise_terminated(number, frame) -> NoReturn:
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 

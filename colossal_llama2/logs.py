@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
@@ -56,10 +58,10 @@ class _PrintableRecord(logging.LogRecord):
 
 
 class _PrintableWarnings:
-    def __init__(self, plain):
+    def __init__(self, plain: Callable[..., str]):
         self._plain = plain
 
-    def __call__(self, *args, **kwargs) -> str:
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
         return printable(self._plain(*args, **kwargs))
 
 
@@ -95,7 +97,7 @@ class SilentProgress:
     def __enter__(self) -> "SilentProgress":
         return self
 
-    def __exit__(self, error, *rest) -> None:
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         if error is None:
             self.close()
         else:

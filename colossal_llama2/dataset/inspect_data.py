@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import data_flags
@@ -29,12 +29,16 @@ from colossal_llama2.dataset.layout.columns import (
 )
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
 from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import read_json
 from colossal_llama2.storage.output_paths import check_output_file
 from colossal_llama2.terminal_text import visible, visible_line
+
+if TYPE_CHECKING:
+    import datasets
 
 COMMAND = "python -m colossal_llama2.dataset.inspect_data"
 LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
@@ -73,7 +77,7 @@ class InspectSettings:
     plots: str | None
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and print the report."""
     args = data_flags.inspect_data_parser().parse_args(argv)
     logs.configure_logging()
@@ -127,7 +131,7 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
 # Reading.
 
 
-def open_bin(folder: Path):
+def open_bin(folder: Path) -> "datasets.Dataset":
     """The `datasets.Dataset` of a bin. Raises UserError if the folder is not a bin, or holds no samples."""
     import datasets
 
@@ -156,7 +160,7 @@ def _is_bin(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
 
 
-def sample_lengths(dataset) -> list[int]:
+def sample_lengths(dataset: "datasets.Dataset") -> list[int]:
     """Tokens of each sample, without reading the tokens."""
     import pyarrow.compute
 
@@ -164,7 +168,7 @@ def sample_lengths(dataset) -> list[int]:
     return [length for chunk in column.chunks for length in pyarrow.compute.list_value_length(chunk).to_pylist()]
 
 
-def count_categories(dataset) -> Counter | None:
+def count_categories(dataset: "datasets.Dataset") -> Counter[str] | None:
     """Documents per category of a bin, None if it does not record them."""
     import pyarrow
 
@@ -179,7 +183,7 @@ def count_categories(dataset) -> Counter | None:
     return counts
 
 
-def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
+def documents_of(row: dict[str, Any], *, encoder: Encoder, where: str) -> list[Document]:
     """The documents of a sample, decoded. Without recorded borders, the whole sample is one document.
 
     Raises UserError if the tokenizer lacks an id, or the borders do not fit the sample. `where` names the sample.
@@ -208,7 +212,7 @@ def documents_of(row: dict[str, Any], *, encoder, where: str) -> list[Document]:
     return documents
 
 
-def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> list[Run]:
+def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder: Encoder) -> list[Run]:
     runs, start = [], 0
     for end in range(1, len(input_ids) + 1):
         if end == len(input_ids) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
@@ -218,7 +222,7 @@ def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder) -> list[R
     return runs
 
 
-def _readable(ids: Sequence[int], *, encoder, opens: bool) -> str:
+def _readable(ids: Sequence[int], *, encoder: Encoder, opens: bool) -> str:
     """The text of `ids` with its marks shown. After the mark that `opens` a document, a text has a dummy prefix."""
     marks = {encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
     parts: list[str] = []

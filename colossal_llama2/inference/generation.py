@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
@@ -24,6 +24,10 @@ from colossal_llama2.plurals import counted
 from colossal_llama2.storage.given_paths import is_hub_name, no_folder
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.terminal_text import show
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 # The published models were trained to continue after this mark (README of Colossal-LLaMA-2-7B-base).
 PROMPT_SUFFIX = "\n\n->\n\n"
@@ -100,7 +104,7 @@ def answer_prompt(settings: InferenceSettings) -> None:
     show(f"Prompt: {input_txt}\nAnswer: {answer}")
 
 
-def load_model(model_path: str, device: str | None):
+def load_model(model_path: str, device: str | None) -> tuple["LlamaForCausalLM", "PreTrainedTokenizerBase"]:
     """Load a model for inference and its tokenizer.
 
     Args:
@@ -135,7 +139,9 @@ def load_model(model_path: str, device: str | None):
     return model.to(target).eval(), tokenizer
 
 
-def generate(model, tokenizer, prompt: str, settings: GenerationSettings) -> str:
+def generate(
+    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", prompt: str, settings: GenerationSettings
+) -> str:
     """Continue `prompt`, which is not changed, and return only the new text.
 
     The answer is what follows the prompt's last token; it ends before an end-of-text token.
@@ -206,7 +212,7 @@ def _quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def _resolve_device(device: str | None):
+def _resolve_device(device: str | None) -> "torch.device":
     """The torch.device of `--device`. Raises UserError if this machine does not have it."""
     import torch
 
@@ -255,7 +261,7 @@ def _check_files(folder: Path, *, given: str) -> None:
     check_model(str(folder), "--model_path")
 
 
-def _read_weights(folder: Path, *, given: str, dtype):
+def _read_weights(folder: Path, *, given: str, dtype: "torch.dtype | str") -> "LlamaForCausalLM":
     """The LLaMA in `folder`. Raises UserError for a broken file, missing or NaN/Inf weights, or unequal tied ones."""
     import torch
     from transformers import LlamaForCausalLM
@@ -294,7 +300,7 @@ def _read_weights(folder: Path, *, given: str, dtype):
     return model
 
 
-def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
+def _fit_context(model: "LlamaForCausalLM", *, prompt_length: int, max_new_tokens: int) -> int:
     """`max_new_tokens`, reduced to the room that the prompt leaves in the model's context. Lengths are in tokens."""
     context = positions_of(model.config)
     if prompt_length + max_new_tokens <= context:
@@ -312,7 +318,7 @@ def _fit_context(model, *, prompt_length: int, max_new_tokens: int) -> int:
     return room
 
 
-def _end_tokens(model, tokenizer) -> list[int] | None:
+def _end_tokens(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
     """Ids that end a text, or None: the tokenizer's, and the model's own, which may be one number or several."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

@@ -6,7 +6,7 @@ Nothing here imports torch.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -61,7 +61,7 @@ def boolean(value: Any) -> str | None:
     return None if isinstance(value, bool) else "true or false is allowed"
 
 
-def one_of(names) -> Rule:
+def one_of(names: Collection[str]) -> Rule:
     """One of some strings."""
     return lambda value: None if isinstance(value, str) and value in names else f"{', '.join(sorted(names))} allowed"
 

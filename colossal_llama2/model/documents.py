@@ -64,7 +64,9 @@ def attention_inputs(
     return inputs
 
 
-def _border_inputs(documents: Optional["torch.Tensor"], shape: tuple[int, int], device) -> dict[str, Any]:
+def _border_inputs(
+    documents: Optional["torch.Tensor"], shape: tuple[int, int], device: "torch.device"
+) -> dict[str, Any]:
     import torch
 
     rows, length = shape

@@ -8,7 +8,7 @@ length, so that the noise of a conversation would depend on the rest of its batc
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from colossal_llama2.model.documents import document_lengths, one_document_each
 
@@ -50,7 +50,7 @@ class EmbeddingNoise(NoNoise):
         words = np.random.SeedSequence([self._seed, self._data_rank, step, micro_step]).generate_state(2, np.uint32)
         self._noise_seed, self._lengths, self._documents = int(words[0]) << 32 | int(words[1]), lengths, documents
 
-    def add(self, module, inputs, embeddings):
+    def add(self, module: "torch.nn.Module", inputs: tuple[Any, ...], embeddings: "torch.Tensor") -> "torch.Tensor":
         """Forward hook of an embedding: (batch, length, width) plus noise, none on padding, none in evaluation."""
         import torch
 
@@ -68,7 +68,7 @@ class EmbeddingNoise(NoNoise):
 
 
 @contextlib.contextmanager
-def embedding_noise(model, *, alpha: float, seed: int, data_rank: int) -> Iterator[EmbeddingNoise]:
+def embedding_noise(model: Any, *, alpha: float, seed: int, data_rank: int) -> Iterator[EmbeddingNoise]:
     """Add NEFTune's noise to a model's input embeddings inside the `with` block; checkpoints do not change."""
     noise = EmbeddingNoise(alpha=alpha, seed=seed, data_rank=data_rank)
     handle = model.get_input_embeddings().register_forward_hook(noise.add)

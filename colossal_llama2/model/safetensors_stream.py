@@ -21,11 +21,15 @@ from functools import cached_property
 from io import FileIO
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.model.loading import COMPUTED_SUFFIX
 from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, has_weights, shard_names, weight_map
 from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
+
+if TYPE_CHECKING:
+    import torch
 
 METADATA = "__metadata__"
 # The dtypes that can be averaged and converted, by the format's names: PyTorch's name and bytes.
@@ -303,7 +307,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _rows(source: FileIO, *, begin: int, entry: dict, numbers: Sequence[int]):
+def _rows(source: FileIO, *, begin: int, entry: dict, numbers: Sequence[int]) -> "torch.Tensor":
     """Some rows of a matrix, as a tensor of its dtype."""
     import torch
 
@@ -315,7 +319,7 @@ def _rows(source: FileIO, *, begin: int, entry: dict, numbers: Sequence[int]):
     return data.view(getattr(torch, FLOATS[entry["dtype"]][0])).view(len(numbers), width)
 
 
-def _write_values(target: FileIO, values, dtype: str, advance: Advance) -> None:
+def _write_values(target: FileIO, values: "torch.Tensor", dtype: str, advance: Advance) -> None:
     """Append a tensor in another dtype."""
     import torch
 
@@ -323,7 +327,7 @@ def _write_values(target: FileIO, values, dtype: str, advance: Advance) -> None:
     _write(target, converted.view(-1).view(torch.uint8).numpy(), advance)
 
 
-def _too_large(values, dtype: str) -> int:
+def _too_large(values: "torch.Tensor", dtype: str) -> int:
     """The number of finite values that become infinite in `dtype`."""
     import torch
 
@@ -334,7 +338,7 @@ def _too_large(values, dtype: str) -> int:
     return int((values.to(getattr(torch, FLOATS[dtype][0])).isinf() & ~values.isinf()).sum())
 
 
-def _read(source: FileIO, begin: int, buffer) -> None:
+def _read(source: FileIO, begin: int, buffer: Any) -> None:
     """Fill a buffer from an offset of the file. Raises RunError if the file ends before."""
     view = memoryview(buffer)
     source.seek(begin)
@@ -345,7 +349,7 @@ def _read(source: FileIO, begin: int, buffer) -> None:
         view = view[count:]
 
 
-def _write(target: FileIO, data, advance: Advance) -> None:
+def _write(target: FileIO, data: Any, advance: Advance) -> None:
     view = memoryview(data)
     while view:
         count = target.write(view[:CHUNK_BYTES])

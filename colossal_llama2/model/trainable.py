@@ -14,6 +14,7 @@ from colossal_llama2.plurals import counted
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlamaForCausalLM
 
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 # [begin, end) ranges of token ids.
@@ -57,7 +58,7 @@ class Trainable:
         """Why these settings of the engine cannot train this choice, one sentence each."""
         return []
 
-    def prepare(self, model) -> tuple[int, int]:
+    def prepare(self, model: "LlamaForCausalLM") -> tuple[int, int]:
         """Set `requires_grad` of a loaded LLaMA model's parameters.
 
         Returns:
@@ -98,7 +99,7 @@ class Embeddings(Trainable):
             f"--train_new_rows_only; give --pp 2"
         ]
 
-    def prepare(self, model) -> tuple[int, int]:
+    def prepare(self, model: "LlamaForCausalLM") -> tuple[int, int]:
         trainable = frozen = 0
         for name, param in model.named_parameters():
             param.requires_grad_(any(part in EMBEDDING_NAMES for part in name.split(".")))
@@ -187,7 +188,7 @@ def train_rows_only(embedding: "torch.nn.Module", trained: Ranges, *, vocab_size
         is_trained[begin:end] = True
     on_device = {}
 
-    def cut_off(_module, args, output):
+    def cut_off(_module: Any, args: Any, output: "torch.Tensor") -> "torch.Tensor":
         (ids,) = args
         if ids.device not in on_device:
             on_device[ids.device] = is_trained.to(ids.device)

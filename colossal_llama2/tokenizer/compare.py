@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -32,6 +33,9 @@ from colossal_llama2.storage.unpickling_guard import unpickling_refused
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 SEED = 1024
 BATCH_DOCUMENTS = 64
@@ -260,7 +264,7 @@ def _load_fast_file(path: Path) -> Tokenizer:
     return _fast(Backend.from_file(str(path)), FAST_FILE)
 
 
-def _fast(backend, kind: str) -> Tokenizer:
+def _fast(backend: "Backend", kind: str) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
 
@@ -305,7 +309,9 @@ def _unreachable_in_model(content: bytes) -> list[str]:
     return unreachable(content, ordinary)
 
 
-def _unreachable_in_fast(backend, settings: dict, encode: Callable) -> list[str]:
+def _unreachable_in_fast(
+    backend: "Backend", settings: dict[str, Any], encode: Callable[[list[str]], list[list[int]]]
+) -> list[str]:
     """Tokens of a tokenizer.json that none of a few texts is encoded to, without special, added and byte tokens.
 
     A token of a byte-level vocabulary that is part of a character has no text: only its merges are tested.

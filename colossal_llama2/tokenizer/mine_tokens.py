@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -34,6 +35,10 @@ from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentencepiece import SentencePieceProcessor
 
 # Training uses runs of these characters. "any" excludes whitespace, control characters and two that SentencePiece
 # reserves. The trainer treats a run as one word, so long runs are cut.
@@ -263,7 +268,7 @@ def _train(
     return [pieces[index] for index in merges], [int(counts[index]) for index in merges]
 
 
-def _count_ids(processor, lines: list[str]):
+def _count_ids(processor: "SentencePieceProcessor", lines: list[str]) -> "np.ndarray":
     import numpy as np
 
     counts = np.zeros(processor.get_piece_size(), dtype=np.int64)

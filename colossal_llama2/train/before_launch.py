@@ -7,6 +7,7 @@ torch and writes nothing. Folders are checked only on this host.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from colossal_llama2 import errors, launcher, logs
@@ -18,7 +19,7 @@ PARSERS = {"train.py": train_flags.train_parser, "train_sft.py": train_flags.tra
 MOST_RANKS = 1_000_000
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags of the launcher and of the script, and check those of the script."""
     own = own_parser().parse_args(argv)
     with errors.one_line_errors(own.script):

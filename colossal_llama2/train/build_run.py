@@ -52,6 +52,9 @@ def build_run(
     Args:
         reports: False leaves out the reports of the steps, as the benchmark of their cost does.
 
+    Args:
+        reports: False leaves out the reports of the steps, as the benchmark of their cost does.
+
     Raises:
         UserError, RunError: on all ranks; nothing was trained.
     """

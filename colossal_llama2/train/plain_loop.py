@@ -12,6 +12,7 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
+    from transformers import LlamaForCausalLM
 
 ADAM_BETAS = (0.9, 0.95)
 # A document: its token ids, and its labels.
@@ -28,7 +29,7 @@ class Trace:
 
 
 def train(
-    model,
+    model: "LlamaForCausalLM",
     steps: Sequence[Sequence[Document]],
     *,
     learning_rate: Callable[[int], float],
@@ -89,7 +90,7 @@ def _clip(gradients: Sequence["torch.Tensor"], max_norm: float) -> float:
     return norm
 
 
-def _loss_sum(model, documents: Sequence[Document]) -> "torch.Tensor":
+def _loss_sum(model: "LlamaForCausalLM", documents: Sequence[Document]) -> "torch.Tensor":
     """Sum of the loss over the predicted tokens of some documents, in float32."""
     import torch
     from torch.nn.utils.rnn import pad_sequence

@@ -9,7 +9,7 @@ a model of any size needs the memory of its largest matrix. Nothing is trained, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ STATE_TYPES = {"layout": dict, "tokenizer": str, "ranks": list, "world_size": in
 PARITY_TEXTS = ("Hello, world! 1234.5", "明月松间照，清泉石上流。", "two  spaces\n\tand a tab", "naïve café 😀")
 
 
-def main(argv=None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags and check the checkpoint."""
     args = train_flags.verify_parser().parse_args(argv)
     logs.configure_logging()

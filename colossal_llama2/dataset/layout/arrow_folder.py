@@ -9,9 +9,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow
 
 DATA_FILE = "data-00000-of-00001.arrow"
 
@@ -76,19 +79,19 @@ class ArrowFolder:
         self._sink.close()
 
 
-def _feature(kind) -> dict[str, Any]:
+def _feature(kind: Any) -> dict[str, Any]:
     if isinstance(kind, list):
         return {"feature": _feature(kind[0]), "_type": "List"}
     return {"dtype": kind, "_type": "Value"}
 
 
-def _arrow_type(kind):
+def _arrow_type(kind: Any) -> "pyarrow.DataType":
     import pyarrow
 
     return pyarrow.list_(_arrow_type(kind[0])) if isinstance(kind, list) else pyarrow.type_for_alias(kind)
 
 
-def number_column(values: np.ndarray):
+def number_column(values: np.ndarray) -> "pyarrow.Array":
     """A column of numbers. `pyarrow.array` gives the same, but imports pandas in each worker."""
     import pyarrow
 
@@ -96,7 +99,7 @@ def number_column(values: np.ndarray):
     return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])
 
 
-def list_column(values, counts: Sequence[int] | np.ndarray):
+def list_column(values: "np.ndarray | pyarrow.Array", counts: Sequence[int] | np.ndarray) -> "pyarrow.ListArray":
     """A column of lists: row i holds the next `counts[i]` of `values`, a numpy or arrow array."""
     import pyarrow
 
@@ -105,7 +108,9 @@ def list_column(values, counts: Sequence[int] | np.ndarray):
     return pyarrow.ListArray.from_arrays(number_column(offsets), items)
 
 
-def named_list_column(names: Sequence[str], numbers: np.ndarray, counts: Sequence[int] | np.ndarray):
+def named_list_column(
+    names: Sequence[str], numbers: np.ndarray, counts: Sequence[int] | np.ndarray
+) -> "pyarrow.ListArray":
     """Like `list_column`, for the strings in `names` that `numbers` refer to."""
     import pyarrow
 
@@ -129,6 +134,6 @@ def rows_of(columns: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
 
 
-def _numbers(column) -> np.ndarray:
+def _numbers(column: "pyarrow.Array") -> np.ndarray:
     """The inverse of `number_column`."""
     return np.frombuffer(column.buffers()[1], str(column.type), count=len(column))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
@@ -81,7 +81,7 @@ class Collator:
         self._pad_token_id, self._max_length = pad_token_id, max_length
         self._multiple = math.lcm(PAD_TO_MULTIPLE, length_divisor)
 
-    def __call__(self, rows) -> Batch:
+    def __call__(self, rows: Any) -> Batch:
         """Collate an arrow table of `load_tokenized_dataset`, which `check_lengths` has accepted."""
         import torch
 

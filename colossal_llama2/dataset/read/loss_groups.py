@@ -62,7 +62,7 @@ class Groups:
         self.pairs = list(pairs)
         self._numbers = {pair: number for number, pair in enumerate(self.pairs)}
 
-    def of_predicted(self, rows, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def of_predicted(self, rows: Any, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The group of the token that each token predicts, and the number of predicted tokens in each group.
 
         Args:

@@ -1,6 +1,6 @@
 """Find samples without a trained token, which are read like others but contribute no loss."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def untrained_samples(dataset: "datasets.Dataset", *, share: int, shares: int) -
     return sum(_untrained(rows) for rows in part.iter(SCAN_ROWS)) if len(part) else 0
 
 
-def _untrained(rows) -> int:
+def _untrained(rows: Any) -> int:
     import pyarrow.compute as compute
 
     labels = compute.list_flatten(rows[LABELS])
@@ -43,7 +43,7 @@ def _untrained(rows) -> int:
     return int((~np.logical_or.reduceat(is_predicted, starts)).sum())
 
 
-def _starts(lengths) -> np.ndarray:
+def _starts(lengths: Any) -> np.ndarray:
     """The start of each of consecutive stretches with these lengths."""
     lengths = np.asarray(lengths).astype(np.int64)
     return np.cumsum(lengths) - lengths

@@ -90,7 +90,7 @@ class _MemberFiles:
             path.touch()
         return self
 
-    def __exit__(self, error, *rest) -> None:
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         if error is None:
             self._flush()
 

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from colossal_llama2.dataset.layout.columns import (
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.splicing import splice
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import shared_encoder
 
 BATCH_TOKENS = 1 << 19
@@ -208,7 +209,7 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
     return tokens
 
 
-def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder) -> dict[str, Any]:
+def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder: Encoder) -> dict[str, Any]:
     """The original's columns for reading a conversation by eye. Several categories in a sample are joined by ", "."""
     import pyarrow
 
@@ -223,7 +224,7 @@ def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder) -> d
     }
 
 
-def _write_lines(file, columns: dict[str, Any]) -> None:
+def _write_lines(file: BinaryIO, columns: dict[str, Any]) -> None:
     import orjson
 
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE

@@ -18,13 +18,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import colossal_llama2
 from colossal_llama2 import logs
 from colossal_llama2.dataset.write.local_workers import JOIN_SECONDS, TASKS_AHEAD, begin_worker
 from colossal_llama2.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import psutil
 
 OLDEST_VERSION = (2, 54)
 # Independent of where this file is in the package.
@@ -99,7 +104,7 @@ def _kill_session(leader: int) -> None:
     logs.get_logger().warning("Ray left processes that do not end: %s", [process.pid for process in left])
 
 
-def _is_alive_in(leader: int, process) -> bool:
+def _is_alive_in(leader: int, process: "psutil.Process") -> bool:
     import psutil
 
     try:
@@ -134,7 +139,7 @@ def _no_cluster(address: str, reason: str) -> str:
     )
 
 
-def _run(connection, slots: int, function: Callable, tasks: Iterable[Any]) -> Iterator[Any]:
+def _run(connection: Connection, slots: int, function: Callable, tasks: Iterable[Any]) -> Iterator[Any]:
     remaining, running = iter(tasks), 0
     while True:
         for task in itertools.islice(remaining, max(slots - running, 0)):
@@ -147,14 +152,14 @@ def _run(connection, slots: int, function: Callable, tasks: Iterable[Any]) -> It
         yield result
 
 
-def _send(connection, message: Any) -> None:
+def _send(connection: Connection, message: Any) -> None:
     try:
         connection.send(message)
     except OSError:
         _received(connection)  # raises why the driver has ended
 
 
-def _received(connection) -> tuple[int, Any]:
+def _received(connection: Connection) -> tuple[int, Any]:
     try:
         slots, result = connection.recv()
     except (EOFError, OSError):
@@ -167,7 +172,7 @@ def _received(connection) -> tuple[int, Any]:
 # The driver's process.
 
 
-def _drive(connection, address: str | None, num_workers: int) -> None:
+def _drive(connection: Connection, address: str | None, num_workers: int) -> None:
     """Connect to Ray, and do tasks until the command closes the connection."""
     os.setsid()  # identifies the processes that Ray starts
     begin_worker(before_end=partial(_kill_session, os.getpid()))
@@ -196,7 +201,7 @@ def _drive(connection, address: str | None, num_workers: int) -> None:
         ray.shutdown()
 
 
-def _connect(ray, address: str | None, num_workers: int) -> None:
+def _connect(ray: ModuleType, address: str | None, num_workers: int) -> None:
     # Nodes need the packages in requirements.txt; this package is sent to them.
     where: dict[str, Any] = {"runtime_env": {"py_modules": [str(PACKAGE)]}}
     if address is None:
@@ -214,12 +219,12 @@ def _connect(ray, address: str | None, num_workers: int) -> None:
         raise UserError(_no_cluster(address, str(error)))
 
 
-def _slots(ray) -> int:
+def _slots(ray: ModuleType) -> int:
     """The number of tasks that Ray may have at a time: some for each core of the current nodes."""
     return TASKS_AHEAD * max(int(ray.cluster_resources().get("CPU", 0)), 1)
 
 
-def _serve(ray, connection, running: list[Any]) -> None:
+def _serve(ray: ModuleType, connection: Connection, running: list[Any]) -> None:
     while True:
         # Wait for a task if none is running, otherwise receive those that have arrived.
         while not running or connection.poll():
@@ -232,7 +237,7 @@ def _serve(ray, connection, running: list[Any]) -> None:
         connection.send((_slots(ray), result))
 
 
-def _result(ray, running: list[Any], done: Any) -> Any:
+def _result(ray: ModuleType, running: list[Any], done: Any) -> Any:
     """The result of a task. If it failed, waits for all tasks before it and raises the first error."""
     try:
         return ray.get(done)
@@ -250,7 +255,7 @@ def _result(ray, running: list[Any], done: Any) -> Any:
     raise RunError(f"Ray lost a task and found it again; {GO_ON}")
 
 
-def _cancel(ray, running: list[Any]) -> None:
+def _cancel(ray: ModuleType, running: list[Any]) -> None:
     """Stop the workers that run tasks, and wait until they have ended."""
     for reference in running:
         ray.cancel(reference, force=True)

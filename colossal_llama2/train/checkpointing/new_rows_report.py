@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class NewRowsReport:
                 for name in sorted(set(MATRICES) & set(file.keys())):
                     yield name, self._blocks(file.get_slice(name))
 
-    def _blocks(self, matrix) -> Iterator["torch.Tensor"]:
+    def _blocks(self, matrix: Any) -> Iterator["torch.Tensor"]:
         for start in range(0, matrix.get_shape()[0], BLOCK_ROWS):
             yield matrix[start : start + BLOCK_ROWS].to(dtype_of(self._precision)).float()
 

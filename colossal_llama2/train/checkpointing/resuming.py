@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.cli.dependent_flags import changes_numbers
@@ -26,6 +26,9 @@ from colossal_llama2.train.settings.config import SaveConfig, TrainConfig
 from colossal_llama2.train.settings.model_source import OTHER_CHECKPOINT, ModelSource, log_skipped, newest_source
 from colossal_llama2.train.stepping.schedule import CosineSchedule, warmup_steps
 from colossal_llama2.train.stepping.state import TrainState
+
+if TYPE_CHECKING:
+    from colossal_llama2.engine.engine import Engine
 
 # Longest value of a checkpoint that a message quotes, in characters.
 SHOWN_CHARACTERS = 200
@@ -157,7 +160,7 @@ def _same_layout(saved: SavedRun, facts: RunFacts) -> bool:
     return saved.entries.get("layout") == _as_json(facts.layout)
 
 
-def restore_exactly(saved: SavedRun, engine, facts: RunFacts) -> None:
+def restore_exactly(saved: SavedRun, engine: "Engine", facts: RunFacts) -> None:
     """Restore what ColossalAI's own checkpoint lacks, if the parallel layout is unchanged. Called on all ranks."""
     if not _same_layout(saved, facts):
         return
@@ -319,7 +322,7 @@ def _log_changed_schedule(saved: dict[str, Any], schedule: CosineSchedule) -> No
         logs.get_logger().warning("The learning rate follows a different curve from now on: %s", ", ".join(changed))
 
 
-def finish_again(saved: SavedRun, engine, saving: SaveConfig, *, card: Callable[[], str | None]) -> None:
+def finish_again(saved: SavedRun, engine: "Engine", saving: SaveConfig, *, card: Callable[[], str | None]) -> None:
     """Finish a run that died after its last save: publish the model, and remove old checkpoints."""
     with engine.first_rank_only() as first:
         if first:

@@ -6,9 +6,14 @@ transformer models", arXiv 2205.05198, section 4). Their 34 bytes per token and 
 keeps four matrices instead of two and a half, its norms compute in float32, and there is no dropout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from colossal_llama2.engine.chunked_loss import BLOCKS
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 FLOAT32 = 4
 
@@ -27,7 +32,7 @@ class ModelShape:
     ties_embeddings: bool
 
     @classmethod
-    def of(cls, config) -> "ModelShape":
+    def of(cls, config: "LlamaConfig") -> "ModelShape":
         """The shape of a transformers LlamaConfig."""
         heads = config.num_attention_heads
         return cls(
@@ -131,7 +136,7 @@ class MicroBatch:
     sample_splits: int = 1
     on_cpu: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention is {self.attention!r}, one of {', '.join(ATTENTIONS)} expected")
 
@@ -157,7 +162,9 @@ class _Tape:
         self.live = live
         self.moments: list[Moment] = []
 
-    def do(self, *, new: int = 0, free: int = 0, passing: int = 0, logits: int = 0, weights=()) -> None:
+    def do(
+        self, *, new: int = 0, free: int = 0, passing: int = 0, logits: int = 0, weights: Sequence[tuple[str, int]] = ()
+    ) -> None:
         """An operation that allocates `new` bytes, releases `free`, and holds `passing` and `logits` while it runs."""
         self.moments.append(Moment(self.live + new + passing, logits, tuple(weights)))
         self.live += new - free
@@ -254,7 +261,7 @@ def backward_moments(stage: StageShape, batch: MicroBatch) -> list[Moment]:
     return tape.moments
 
 
-def _weights(stage: StageShape, batch: MicroBatch, *names: str):
+def _weights(stage: StageShape, batch: MicroBatch, *names: str) -> list[tuple[str, int]]:
     return [pair for pair in stage.layer_weights() if pair[0] in names] if batch.trains_layers else []
 
 

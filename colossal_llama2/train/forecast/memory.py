@@ -11,7 +11,7 @@ loading and saving.
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -163,7 +163,7 @@ def _stage_memory(stage: StageShape, plan: Plan, number: int) -> RankMemory:
     return placed
 
 
-def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: int):
+def _backward(stage: StageShape, batch: MicroBatch, keeper: "_Keeper", others: int) -> Iterator[dict[str, int]]:
     """The parts that change during backward, at each of its operations."""
     for moment in activations.backward_moments(stage, batch):
         yield from (
@@ -402,7 +402,7 @@ class _GeminiKeeper(_Keeper):
         copies = self.element + (0 if self.is_auto else FLOAT32) + (0 if self.reuses else self.element)
         return {"page-locked copies": copies * self.shard}
 
-    def _extra(self, chunks) -> int:
+    def _extra(self, chunks: Iterable[int]) -> int:
         """Bytes of gathered chunks beyond those of their shards, which they replace (chunk.py:550)."""
         return sum(self.chunks[chunk] - self.chunks[chunk] // self.shards for chunk in chunks) * self.element
 

@@ -1,12 +1,16 @@
 """The memory forecast of a run as lines of text."""
 
 import os
+from typing import TYPE_CHECKING
 
 from colossal_llama2.plurals import counted
 from colossal_llama2.tables import table_lines
 from colossal_llama2.train.forecast.activations import ModelShape
 from colossal_llama2.train.forecast.memory import MOMENTS, PARTS, Plan, RankMemory, rank_memory
 from colossal_llama2.train.settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 GIB = 2**30
 # Error of the forecast in percent: as measured on a CPU (benchmarks/bench_memory.py), and a larger one on GPUs, where
@@ -37,7 +41,7 @@ def memory_plan(config: TrainConfig, ranks: int, *, has_documents: bool, on_cpu:
     )
 
 
-def memory_lines(config: TrainConfig, llama_config, *, has_documents: bool) -> str:
+def memory_lines(config: TrainConfig, llama_config: "LlamaConfig", *, has_documents: bool) -> str:
     """The memory that a run of this transformers LlamaConfig needs, on the devices that it is planned for."""
     ranks, on_cpu = config.world_size, not _plans_for_gpus(config)
     plan = memory_plan(config, ranks, has_documents=has_documents, on_cpu=on_cpu)
@@ -52,7 +56,7 @@ def _plans_for_gpus(config: TrainConfig) -> bool:
     return config.planned_ranks is not None or torch.cuda.is_available()
 
 
-def _rehearsal_lines(config: TrainConfig, llama_config, *, has_documents: bool) -> list[str]:
+def _rehearsal_lines(config: TrainConfig, llama_config: "LlamaConfig", *, has_documents: bool) -> list[str]:
     """With --num_ranks on a machine without GPUs: the memory of a rehearsal on this machine."""
     import torch
 

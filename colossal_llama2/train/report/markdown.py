@@ -43,7 +43,7 @@ def front_matter(values: dict[str, Any]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        def represent_str(self, text: str):
+        def represent_str(self, text: str) -> Any:
             return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "<" in text else None)
 
     Dumper.add_representer(str, Dumper.represent_str)

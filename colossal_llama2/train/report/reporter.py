@@ -22,7 +22,7 @@ from colossal_llama2.train.run_folder import run_outputs
 from colossal_llama2.train.settings.config import ReportConfig
 from colossal_llama2.train.settings.model_source import ModelSource
 from colossal_llama2.train.stepping.silent_reporter import SilentReporter, SilentWriter
-from colossal_llama2.train.stepping.state import TrainState
+from colossal_llama2.train.stepping.state import StepResult, StepTotals, TrainState
 from colossal_llama2.train.stepping.step_timer import Mark, StepTimer, seconds_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,16 @@ class Reporter(SilentReporter):
         self.timer = StepTimer()
         self._late: list[tuple[dict[str, Any], list[Mark]]] = []
 
-    def step(self, state, totals, result, *, learning_rate, taken, seconds) -> None:
+    def step(
+        self,
+        state: TrainState,
+        totals: StepTotals,
+        result: StepResult,
+        *,
+        learning_rate: float,
+        taken: int,
+        seconds: float,
+    ) -> None:
         record: dict[str, Any] = {"step": state.step, "epoch": state.epoch}
         if self._bucket_of is not None:
             record["bucket"] = self._bucket_of(state.sample_start_index - taken)

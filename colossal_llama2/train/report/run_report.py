@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.read.loss_groups import Amount, amounts, merged
@@ -15,6 +15,9 @@ from colossal_llama2.train.report import loss_plot, model_card, train_log
 from colossal_llama2.train.run_folder import run_outputs
 from colossal_llama2.train.run_folder.file_names import REPORT_NAMES
 from colossal_llama2.train.run_folder.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
@@ -94,7 +97,7 @@ def in_words(error: Exception) -> str:
     return str(error) if isinstance(error, OSError) else repr(error)
 
 
-def amounts_of_all(dataset) -> list[Amount] | None:
+def amounts_of_all(dataset: "datasets.Dataset") -> list[Amount] | None:
     """Documents and tokens of each source and category; None if the data does not record them. Called on all ranks."""
     from colossal_llama2.engine.ranks import collectives
 

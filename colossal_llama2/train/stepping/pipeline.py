@@ -41,7 +41,9 @@ def _documents_of(batch: Batch) -> "torch.Tensor":
     return one_document_each(batch.lengths, batch.input_ids.shape[1])
 
 
-def _batch(input_ids, labels, lengths, documents) -> Batch:
+def _batch(
+    input_ids: "torch.Tensor", labels: "torch.Tensor", lengths: "torch.Tensor", documents: "torch.Tensor"
+) -> Batch:
     mask = one_document_each(lengths, input_ids.shape[1])
     return Batch(
         input_ids=input_ids,
@@ -73,7 +75,7 @@ def pipeline_loss(engine: "Engine", batches: list[Batch], *, noise: "NoNoise", s
         noise.prepare(step=step, micro_step=index, lengths=part.lengths, documents=part.documents)
         return engine.attention_inputs(part)
 
-    def criterion(outputs, index: int):
+    def criterion(outputs: Any, index: int) -> "torch.Tensor":
         if parts[index].predicted or outputs.logits is None:
             return outputs.loss * (parts[index].predicted * engine.data_size / predicted)
         # The mean over no tokens is NaN.

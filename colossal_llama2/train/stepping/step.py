@@ -14,6 +14,8 @@ from colossal_llama2.train.stepping.step_timer import NoTimer
 from colossal_llama2.train.stepping.stopping import NoSignals, agreed_signal
 
 if TYPE_CHECKING:
+    import torch
+
     from colossal_llama2.engine.engine import Engine
     from colossal_llama2.model.neftune import NoNoise
 
@@ -119,7 +121,7 @@ def global_mean(engine: "Engine", value: float, *, sums: Sequence[float] = ()) -
 
 def accumulated_loss(
     engine: "Engine", batches: list[Batch], *, noise: "NoNoise", step: int, predicted: int, timer: NoTimer
-):
+) -> "torch.Tensor | float":
     """Forward and backward of each micro batch in turn; returns the sum of their weighted losses on this rank."""
     loss_sum = 0.0
     for micro_step, batch in enumerate(batches):
@@ -135,7 +137,7 @@ def accumulated_loss(
     return loss_sum
 
 
-def weighted_loss(engine: "Engine", batch: Batch, weight: float):
+def weighted_loss(engine: "Engine", batch: Batch, weight: float) -> "torch.Tensor":
     """The model's mean loss over the batch's predicted tokens, times `weight`."""
     engine.loss_tally.expect(batch.groups)
     outputs = engine.model(

@@ -27,7 +27,7 @@ class StepTimer(NoTimer):
     On a GPU a part is delimited by two events in the queue, and nothing waits for them until `seconds` is called.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         import torch
 
         self._on_gpu = torch.cuda.is_available()

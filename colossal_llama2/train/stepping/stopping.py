@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from colossal_llama2 import logs
@@ -67,7 +68,7 @@ class StopSignals(NoSignals):
         threading.Thread(target=self._count_signals, daemon=True).start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self._raises = False
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
@@ -84,7 +85,7 @@ class StopSignals(NoSignals):
     def received(self) -> list[float]:
         return [float(self._counts[number] > 0) for number in SIGNALS]
 
-    def _handle(self, number, frame) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._ends_at_once(number):
             raise Stopped(number, _early(number))
 
