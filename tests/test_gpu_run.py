@@ -169,7 +169,9 @@ def test_compilers_find_the_headers_that_pytorch_brings(tmp_path, monkeypatch):
     """A toolkit may lack those of cuBLAS, without which ColossalAI's Adam does not compile."""
     include = tmp_path / "nvidia/cu13/include"
     include.mkdir(parents=True)
+    (tmp_path / "nvidia/__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
     environment = plan.Place(tmp_path, on_gpu=True, small=False).environment("3,4")
     folders = environment["CPLUS_INCLUDE_PATH"].split(os.pathsep)
