@@ -145,6 +145,8 @@ LATER_TRAININGS = (
     Training("1.3B", "gemini_auto"),
     Training("7B", "gemini", ("--use_grad_checkpoint",)),
 )
+# On a CPU those of a plugin that is not among the first.
+SMALL_LATER_TRAININGS = LATER_TRAININGS[1:3]
 PROFILED = FIRST_TRAININGS[0]
 
 
@@ -152,11 +154,12 @@ def all_parts(place: Place) -> list[Part]:
     """All parts of a run, in the order in which they are started. All others need the first."""
     device = ["--gpu"] if place.on_gpu else []
     machine = _module(MACHINE, MACHINE, "machine", "--work_dir", place.work_dir, *device, seconds=90)
+    later = LATER_TRAININGS if place.on_gpu else SMALL_LATER_TRAININGS
     parts = [
         _module(ADAM, CORRECT, "adam", seconds=180),
         _inputs(place),
         *self_tests(place),
-        *(forecast(place, training) for training in FIRST_TRAININGS + LATER_TRAININGS),
+        *(forecast(place, training) for training in FIRST_TRAININGS + later),
         _ceilings(place),
         _adam(place),
         timed(place, PROFILED),
@@ -166,7 +169,7 @@ def all_parts(place: Place) -> list[Part]:
         *saving(place),
         _generation(place),
         _baseline(place, "trainer", "1.3B"),
-        *(timed(place, training) for training in LATER_TRAININGS),
+        *(timed(place, training) for training in later),
     ]
     parts = [machine, *(replace(part, needs=(MACHINE, *part.needs)) for part in parts)]
     return [replace(part, seconds=part.seconds * (1 if place.on_gpu else CPU_PATIENCE)) for part in parts]
