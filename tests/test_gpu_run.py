@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.cli import train_flags
-from colossal_llama2.cli.dependent_flags import unused_flags, with_defaults
-from colossal_llama2.engine.settings_problems import settings_problems
-from colossal_llama2.train import selftest
-from colossal_llama2.train.settings import from_flags
+from colossal_llama2.cli.dependent_flags import with_defaults
+from colossal_llama2.train.settings import from_flags, selftest_config
 from colossal_llama2.train.settings.flag_problems import flag_problems
 from tests.conftest import ROOT
 from tests.gpu import page, plan, processes, step_kernels
@@ -153,14 +151,13 @@ def test_the_commands_for_a_gpu_are_accepted(gpu_parts):
         if part.command[0] == "train.py":
             args = train_flags.train_parser().parse_args(part.command[1:])
             whole = with_defaults(args)
-            problems = flag_problems(args, whole, from_flags.engine_settings(whole), world_size=1)
+            assert flag_problems(args, whole, from_flags.engine_settings(whole), world_size=1) == [], part.name
         elif part.command[1] == "colossal_llama2.train.selftest":
             args = train_flags.selftest_parser().parse_args(part.command[2:])
-            training = with_defaults(selftest.training_flags(args, Path(args.work_dir), "whole"))
-            problems = unused_flags(args) + settings_problems(from_flags.engine_settings(training), world_size=1)
+            # Raises a UserError if something is wrong with them.
+            assert selftest_config.resolve(args, ranks=1).steps == plan.FULL.selftest_steps
         else:
             continue
-        assert problems == [], part.name
         count += 1
     assert count == len(plan.SELF_TESTS) + 2 * len(plan.FIRST_TRAININGS + plan.LATER_TRAININGS) + 2
 

@@ -46,7 +46,7 @@ SHAPES = {
     "7B": Shape(hidden=4096, inner=11_008, heads=32, layers=8, whole=32),
     "checkpointed": Shape(hidden=2048, inner=5504, heads=16, layers=4, whole=24),
 }
-SMALL = Shape(hidden=256, inner=512, heads=4, layers=2, whole=2, vocabulary=TOKENIZER_PIECES)
+SMALL = Shape(hidden=128, inner=256, heads=4, layers=2, whole=2, vocabulary=TOKENIZER_PIECES)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ FULL = Size(
 )
 # --benchmark takes at least 6 steps.
 SMALL = Size(
-    length=128,
+    length=64,
     batch=1,
     speed_steps=6,
     selftest_steps=2,
