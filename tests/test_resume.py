@@ -37,6 +37,8 @@ def flags_of(layout: str, *more: str) -> list[str]:
 
 
 LAYOUTS = {
+    "ddp_fp32": flags_of("fp32 ddp"),
+    "ddp_bf16": flags_of("bf16 ddp"),
     "zero2_fp32": flags_of("fp32 zero2"),
     # The first of two buckets has 23 samples, step 4 is the 32nd.
     "zero2_fp32_bucketed": flags_of("fp32 zero2", "--bucketed"),
@@ -53,7 +55,16 @@ LAYOUTS = {
     "3d_tp2_bf16": flags_of("bf16 3d tp2 zero1"),
 }
 # The others go on in a second epoch, which depends on the data and not on the layout.
-ONE_EPOCH = ("zero2_cpu_bf16", "gemini_auto_bf16", "3d_zero0_bf16", "3d_zero1_bf16", "3d_pp2_bf16", "3d_sp2_bf16")
+ONE_EPOCH = (
+    "ddp_fp32",
+    "ddp_bf16",
+    "zero2_cpu_bf16",
+    "gemini_auto_bf16",
+    "3d_zero0_bf16",
+    "3d_zero1_bf16",
+    "3d_pp2_bf16",
+    "3d_sp2_bf16",
+)
 
 
 def last_of(name: str) -> str:
@@ -83,6 +94,7 @@ MIXED = [
 
 # Which rank's numbers are spoilt, at which step, how (see tests/faults/poison.py).
 POISONED = {
+    "ddp_bf16": (1, 3, "gradient"),
     "zero2_fp32": (0, 3, "loss"),
     "zero2_bf16": (1, 1, "gradient"),
     "zero2_fp16": (1, 3, "loss"),
