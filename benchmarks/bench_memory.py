@@ -34,6 +34,9 @@ MODELS = {
 }
 # Name: model, ranks, tokens of a sample, samples of a micro batch, flags.
 CASES: dict[str, tuple[str, int, int, int, str]] = {
+    "ddp, fp32": ("45 M", 2, 512, 1, "--plugin ddp --mixed_precision fp32"),
+    "ddp, fp32, accumulated": ("45 M", 2, 512, 1, "--plugin ddp --mixed_precision fp32 --accumulation_steps 2"),
+    "ddp, bf16": ("45 M", 2, 16, 1, "--plugin ddp --mixed_precision bf16"),
     "zero2, fp32": ("45 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
     "zero2, fp32, 85 M": ("85 M", 2, 512, 2, "--plugin zero2 --mixed_precision fp32"),
     "zero2, fp32, 161 M": ("161 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32"),

@@ -46,6 +46,7 @@ LENGTHS = (256, 1024)
 TOKENS_A_STEP = 1024
 WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 10, 2
 PLUGINS: dict[str, tuple[str, ...]] = {
+    "ddp": ("--plugin", "ddp"),
     "zero2": ("--plugin", "zero2"),
     "zero2_cpu": ("--plugin", "zero2_cpu"),
     "gemini": ("--plugin", "gemini"),

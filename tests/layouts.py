@@ -39,6 +39,7 @@ RING = (*SEQUENCE, "ring")
 FLASH = ("--use_flash_attn",)
 OFFLOADED = (("offload_optim_frac", 1.0), ("offload_param_frac", 1.0))
 FLOAT32_LAYOUTS = {
+    "ddp": Layout(("--plugin", "ddp")),
     "zero2": Layout(("--plugin", "zero2")),
     "zero2_cpu": Layout(("--plugin", "zero2_cpu")),
     "3d": Layout((*HYBRID, "0")),
@@ -60,6 +61,7 @@ FLOAT32_LAYOUTS = {
     "3d tp4 ring": Layout((*HYBRID, "0", "--tp", "4", *RING), ranks=4, data_size=1),
 }
 BFLOAT16_LAYOUTS = {
+    "ddp": Layout(("--plugin", "ddp")),
     "gemini": Layout(("--plugin", "gemini")),
     "gemini offloaded": Layout(("--plugin", "gemini"), plugin_arguments=OFFLOADED),
     "gemini_auto": Layout(("--plugin", "gemini_auto")),

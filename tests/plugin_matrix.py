@@ -30,6 +30,7 @@ RESUMED_ALLOWED = 0.25
 NO_RATE = "1e-15"
 # Names from the table of tests/layouts.py, in bf16.
 LAYOUTS = {
+    "ddp": "ddp",
     "zero2": "zero2",
     "zero2_cpu": "zero2_cpu",
     "gemini": "gemini",

@@ -36,6 +36,7 @@ TRAIN = {
     ("--save_interval",): ("400", 400, 1000),
     ("--save_dir",): ("s", "s", "checkpoint_dir"),
     ("--tensorboard_dir",): ("b", "b", "logs_dir"),
+    ("--report_to",): ("mlflow,tensorboard", "mlflow,tensorboard", "tensorboard"),
     ("--config_file",): ("f", "f", "config_file"),
     ("--num_epochs",): ("3", 3, 1),
     ("--micro_batch_size", "--batch_size"): ("8", 8, 1),

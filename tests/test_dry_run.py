@@ -100,6 +100,24 @@ def test_what_plugins_keep_of_a_7b():
     assert "optimizer" not in offloaded.device["update"]
 
 
+def test_ddp_keeps_everything_on_each_rank():
+    """Gradients lie in the buckets, beside which only those of earlier micro batches exist."""
+    for ranks in (1, 8):
+        half, full = (found(ranks, plugin="ddp", precision=precision) for precision in ("bf16", "fp32"))
+        parts = half.device["update"]
+        assert parts["weights"] == 2 * PARAMETERS_7B and parts["master weights"] == 4 * PARAMETERS_7B
+        assert parts["optimizer"] == 8 * PARAMETERS_7B and parts["gradients"] == 4 * PARAMETERS_7B
+        embeddings = 32000 * 4096
+        assert parts["buffers"] == 2 * PARAMETERS_7B + 8 * embeddings
+        # One gradient at a time is on its way into the buckets.
+        assert half.device["backward"]["gradients"] <= 2 * embeddings
+        parts = full.device["update"]
+        assert parts["master weights"] == parts["gradients"] == 0
+        assert parts["buffers"] == 4 * PARAMETERS_7B + 8 * embeddings
+    accumulating = found(8, plugin="ddp", accumulation_steps=2)
+    assert accumulating.device["loss"]["gradients"] == 2 * PARAMETERS_7B
+
+
 @pytest.mark.slow
 def test_gemini_shards_everything_and_gathers_a_chunk():
     parts = found(64, plugin="gemini").device["backward"]

@@ -194,6 +194,7 @@ def test_gemini_accumulates_only_on_request():
         ({"plugin": "3d", "tp_size": 2}, 3, ["--tp 2", "3 processes"]),
         ({"plugin": "3d", "tp_size": 2, "pp_size": 2, "micro_batch_size": 2}, 6, ["--tp 2 x --pp 2", "6 processes"]),
         ({"plugin": "gemini", "pp_size": 2, "micro_batch_size": 2}, 2, ["--pp 2", "--plugin 3d"]),
+        ({"plugin": "ddp", "tp_size": 2}, 2, ["--tp 2", "--plugin 3d"]),
         ({"plugin": "zero2", "sp_mode": "all_to_all", "sp_size": 2}, 2, ["--plugin 3d"]),
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 4, "microbatch_size": 4}, 2, ["at least 8"]),
         ({"plugin": "3d", "pp_size": 2, "micro_batch_size": 5, "microbatch_size": 2}, 2, ["--micro_batch_size 5"]),

@@ -23,7 +23,14 @@ def test_every_axis_and_option_of_the_matrix():
     for plugin in ("zero2", "zero2_cpu", "gemini", "gemini offloaded", "gemini_auto"):
         assert f"bf16 {plugin} accumulating 4" in names
     for option in filter(None, equality.OPTIONS):
-        for start in ("fp32 zero2", "fp32 3d tp2", "fp32 3d pp2", "fp32 3d pp2 tp2", "fp32 3d sp2 all_to_all"):
+        for start in (
+            "fp32 ddp",
+            "fp32 zero2",
+            "fp32 3d tp2",
+            "fp32 3d pp2",
+            "fp32 3d pp2 tp2",
+            "fp32 3d sp2 all_to_all",
+        ):
             assert f"{start} {option}" in names
 
 

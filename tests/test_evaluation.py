@@ -18,6 +18,7 @@ from tests.training_jobs import Job, finished, weights_of
 
 LENGTH = 64
 FLOAT32_RUNS = {
+    "ddp": layouts.flags("fp32 ddp"),
     "zero2": layouts.flags("fp32 zero2"),
     "zero2_all_logits": layouts.flags("fp32 zero2", "--chunked_loss", "off", "--use_flash_attn"),
     "zero2_cpu": layouts.flags("fp32 zero2_cpu", "--micro_batch_size", "3"),

@@ -37,6 +37,8 @@ def flags_of(layout: str, *more: str) -> list[str]:
 
 
 LAYOUTS = {
+    "ddp_fp32": flags_of("fp32 ddp"),
+    "ddp_bf16": flags_of("bf16 ddp"),
     "zero2_fp32": flags_of("fp32 zero2"),
     # The first of two buckets has 23 samples, step 4 is the 32nd.
     "zero2_fp32_bucketed": flags_of("fp32 zero2", "--bucketed"),
@@ -83,6 +85,7 @@ MIXED = [
 
 # Which rank's numbers are corrupted, at which of POISONED_STEPS steps, how (see tests/faults/poison.py).
 POISONED = {
+    "ddp_bf16": (1, 3, "gradient"),
     "zero2_fp32": (0, 3, "loss"),
     "zero2_bf16": (1, 1, "gradient"),
     "zero2_fp16": (1, 3, "loss"),

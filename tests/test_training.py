@@ -46,6 +46,7 @@ def flags_of(layout: str, *more, accumulation_steps: int = 1) -> list[str]:
 # name -> flags; the rest of the flags is the same for all. test_loss.py has recomputation, fused attention, and each
 # layout with documents; tests/equality.py has each layout with each option.
 FLOAT32_RUNS = {
+    "ddp_accumulating": flags_of("fp32 ddp", accumulation_steps=4),
     "zero2": flags_of("fp32 zero2"),
     "zero2_accumulating": flags_of("fp32 zero2", accumulation_steps=4),
     "zero2_cpu": flags_of("fp32 zero2_cpu"),
@@ -59,6 +60,8 @@ FLOAT32_RUNS = {
     "3d_tp2_split_gather_accumulating": flags_of("fp32 3d tp2 split_gather", accumulation_steps=4),
 }
 BFLOAT16_RUNS = {
+    "ddp_fp16": flags_of("fp16 ddp", accumulation_steps=2),
+    "ddp_bf16": flags_of("bf16 ddp"),
     "gemini_bf16": flags_of("bf16 gemini"),
     "gemini_bf16_accumulating": flags_of("bf16 gemini", accumulation_steps=2),
     "gemini_auto_bf16": flags_of("bf16 gemini_auto"),
@@ -92,12 +95,14 @@ ROWS_RUNS = {
     "rows_pp2": flags_of("fp32 3d pp2"),
     "rows_tp2_split_gather": flags_of("fp32 3d tp2 split_gather"),
     "rows_sp2": flags_of("fp32 3d sp2 all_to_all"),
+    "rows_ddp_bf16": flags_of("bf16 ddp", accumulation_steps=2),
     "rows_zero2_bf16": flags_of("bf16 zero2"),
     "rows_gemini_bf16": flags_of("bf16 gemini"),
     "rows_gemini_auto_bf16": flags_of("bf16 gemini_auto", accumulation_steps=2),
     "rows_tp2_bf16": flags_of("bf16 3d tp2 zero1"),
 }
 TIED_ROWS_RUNS = {
+    "rows_tied_ddp": flags_of("fp32 ddp"),
     "rows_tied": flags_of("fp32 zero2"),
     "rows_tied_gemini": flags_of("bf16 gemini"),
     "rows_tied_tp2": flags_of("fp32 3d tp2"),

@@ -68,7 +68,7 @@ def first_moments(engine: Engine) -> float:
     import torch
     import torch.distributed as dist
 
-    sharded_by_zero = engine.settings.plugin != "3d" or engine.settings.zero_stage > 0
+    sharded_by_zero = engine.plugin.zero_stage > 0
     squares = torch.zeros((), dtype=torch.float64)
     for group in engine.optimizer.optim.param_groups:
         # Tensor parallelism splits every matrix of a LLaMA (which decay), and repeats the norms (which do not).

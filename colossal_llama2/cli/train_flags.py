@@ -18,8 +18,10 @@ from colossal_llama2.cli.value_types import (
     seed_number,
     sequence_length,
     source_weight,
+    tracker_list,
 )
 from colossal_llama2.plugin_names import HYBRID_3D, PLUGIN_NAMES
+from colossal_llama2.tracker_names import TENSORBOARD, TRACKER_NAMES
 
 PRECISIONS = ("fp16", "bf16", "fp32")
 SP_MODES = ("split_gather", "ring", "all_to_all")
@@ -458,10 +460,19 @@ def _add_output_arguments(parser: CommandParser) -> None:
         help="how long ranks wait for each other; must be longer than a save takes",
     )
     output.add(
+        "--report_to",
+        metavar="NAMES",
+        type=tracker_list,
+        default=TENSORBOARD,
+        help=f"trackers that get the figures of each step, separated by commas: {', '.join(TRACKER_NAMES)}; all but "
+        "the first need a package of their own",
+    )
+    output.add(
         "--tensorboard_dir",
         metavar="DIR",
         default="logs_dir",
-        help="folder for TensorBoard; if it has events of another run, a folder inside it is used",
+        help="folder for TensorBoard and for local files of other trackers; if it has events of another run, a folder "
+        "inside it is used",
     )
     output.add(
         "--config_file",

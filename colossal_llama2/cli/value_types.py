@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Callable
 from typing import TypeVar
 
+from colossal_llama2.tracker_names import TRACKER_NAMES
+
 Number = TypeVar("Number", int, float)
 SWITCH = ("auto", "on", "off")
 MAX_BINS = 100_000
@@ -123,6 +125,17 @@ def named_share(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r} given, NAME=SHARE allowed, such as en=0.05")
     positive_float(value)
     return text
+
+
+def tracker_list(text: str) -> str:
+    """A comma-separated list of trackers, each once, without spaces."""
+    names = _comma_list(text, "give names as tensorboard,wandb")
+    unknown = [name for name in names if name not in TRACKER_NAMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"'{unknown[0]}' given, a comma-separated list of {', '.join(TRACKER_NAMES)} allowed"
+        )
+    return ",".join(dict.fromkeys(names))
 
 
 def path_list(text: str) -> list[str]:

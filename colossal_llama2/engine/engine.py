@@ -67,6 +67,7 @@ class Engine:
         weight_decay = self.settings.weight_decay if trainable.decays else 0.0
         optimizer = adam.make_adam(model, learning_rate=self.settings.learning_rate, weight_decay=weight_decay)
         self.plugin.before_boost(model, optimizer)
+        optimizer = self.plugin.optimizer_to_boost(model, optimizer)
         # A model that was initialized lazily is read from its files now.
         with unpickling_refused(), bug_fixes.unrounded_buffers(model):
             self.model, self.optimizer, *_ = self._booster.boost(model, optimizer)

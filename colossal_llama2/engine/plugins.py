@@ -42,12 +42,14 @@ class Plugin:
         is_lazy: the model may be initialized without weights, which are read once it is split over the ranks.
         offloaded: parts of the memory forecast that are in the host's memory.
         saves_step_as_tensor: its checkpoint code expects each parameter's Adam step as a tensor, not a number.
+        is_replicated: every rank holds the whole model and optimizer, the same on all of them.
     """
 
     name: str
     is_lazy = False
     offloaded: tuple[str, ...] = ()
     saves_step_as_tensor = False
+    is_replicated = False
 
     def __init__(self, settings: EngineSettings):
         self.settings = settings
@@ -100,6 +102,10 @@ class Plugin:
     def before_boost(self, model, optimizer) -> None:
         """Prepare a loaded model and its HybridAdam."""
 
+    def optimizer_to_boost(self, model, optimizer) -> Any:
+        """The HybridAdam itself, or a wrapper of it where boosting adds none that clips and has master weights."""
+        return optimizer
+
     def after_boost(self, model, optimizer) -> None:
         """Finish the boosted model and optimizer. Called on all ranks."""
 
@@ -140,7 +146,9 @@ class Gemini(Plugin):
     def problems(self) -> list[str]:
         problems = []
         if self.settings.precision == "fp32":
-            problems.append(f"--plugin {self.name} trains in fp16 or bf16, --mixed_precision fp32 needs zero2 or 3d")
+            problems.append(
+                f"--plugin {self.name} trains in fp16 or bf16, --mixed_precision fp32 needs ddp, zero2 or 3d"
+            )
         return problems + super().problems()
 
     def arguments(self, *, parameters: int, on_cpu: bool) -> dict[str, Any]:
@@ -338,7 +346,45 @@ class Hybrid3D(Plugin):
             bug_fixes.fill_buckets(optimizer)
 
 
-PLUGINS: dict[str, type[Plugin]] = {plugin.name: plugin for plugin in (Gemini, GeminiAuto, Zero2, Zero2Cpu, Hybrid3D)}
+class Ddp(Plugin):
+    """TorchDDPPlugin: every rank has the whole model, and DistributedDataParallel averages the gradients.
+
+    It is ColossalAI's one plugin that leaves the optimizer as it is: without clipping and, in half precision, without
+    master weights. MixedPrecisionOptimizer has both; 3d uses it where it has no ZeRO.
+    """
+
+    name = plugin_names.DDP
+    zero_stage = 0
+    is_replicated = True
+
+    def build(self, *, parameters: int, on_cpu: bool) -> Any:
+        from colossalai.booster.plugin import TorchDDPPlugin
+
+        # Buffers are those of rotary positions, which each rank computes for itself. Gradients are views of the buckets
+        # in which they are averaged; otherwise each rank would hold all of them twice.
+        return TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def optimizer_to_boost(self, model, optimizer) -> Any:
+        from colossalai.amp.naive_amp.mixed_precision_optimizer import MixedPrecisionOptimizer
+        from colossalai.utils import get_current_device
+
+        # Boosting moves the model as well, but master weights are made now, beside the weights.
+        model.to(get_current_device())
+        arguments = self.arguments(parameters=0, on_cpu=True)
+        if self.settings.precision == "fp32":
+            # Float32 weights are their own masters, and the gradients of bf16 are those that it does not scale.
+            arguments["precision"] = "bf16"
+        return MixedPrecisionOptimizer(optimizer, **arguments)
+
+    def after_step(self, model, optimizer, *, norm: Any) -> None:
+        # As for ZeRO: an optimizer that has made no update has no state to save.
+        if norm is None:
+            adam.begin_moments(optimizer.optim, without_gradient=True)
+
+
+PLUGINS: dict[str, type[Plugin]] = {
+    plugin.name: plugin for plugin in (Gemini, GeminiAuto, Zero2, Zero2Cpu, Hybrid3D, Ddp)
+}
 
 
 def plugin_of(settings: EngineSettings) -> Plugin:

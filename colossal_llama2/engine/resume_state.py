@@ -1,6 +1,7 @@
 """State that ColossalAI does not checkpoint but bit-exact resume needs.
 
-master weights   the float32 copies of fp16 or bf16 weights: a safetensors file per rank, for the same layout only
+master weights   the float32 copies of fp16 or bf16 weights: a safetensors file per rank, for the same layout only;
+                 of a plugin whose ranks all hold the same, that of the first rank
 loss scale       of fp16
 random states    of Python, NumPy and PyTorch, as data
 """
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from colossal_llama2.engine import loss_scale
-from colossal_llama2.engine.plugins import Plugin, plugin_of
+from colossal_llama2.engine.plugins import PLUGINS, Plugin, plugin_of
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
@@ -52,11 +53,16 @@ def has_masters(ranks: Ranks) -> bool:
     return ranks.settings.precision != "fp32"
 
 
+def masters_ranks(plugin: str, world_size: int) -> range:
+    """The ranks of a job that write master weights."""
+    return range(1 if plugin in PLUGINS and PLUGINS[plugin].is_replicated else world_size)
+
+
 def save_masters(engine: Resumable, folder: str) -> None:
     """Write this rank's float32 weights, if the working weights are in half precision. Called on all ranks."""
     from safetensors.torch import save_file
 
-    if has_masters(engine):
+    if has_masters(engine) and engine.rank in masters_ranks(engine.plugin.name, engine.world_size):
         Path(folder).mkdir(exist_ok=True)
         weights = engine.plugin.master_weights(engine.optimizer)
         tensors = {f"{i:05d}": weight.cpu().clone() for i, weight in enumerate(weights)}
@@ -74,7 +80,7 @@ def load_masters(engine: Resumable, folder: str) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = _masters_path(folder, engine.rank)
+    path = _masters_path(folder, 0 if engine.plugin.is_replicated else engine.rank)
     targets = engine.plugin.master_weights(engine.optimizer)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

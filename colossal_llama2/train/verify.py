@@ -18,7 +18,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.encoding.file_names import MODEL_FILE
 from colossal_llama2.encoding.registry import fingerprint
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
-from colossal_llama2.engine.resume_state import MASTERS_NAME
+from colossal_llama2.engine.resume_state import MASTERS_NAME, masters_ranks
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import check_model, inspect_weights, model_without_weights
 from colossal_llama2.model.model_folder import shard_names
@@ -134,7 +134,8 @@ def _check_masters(saved: SavedRun) -> str:
     if entries["layout"].get("precision") == "fp32":
         return "none needed, the run is in float32"
     total = 0
-    for rank in range(entries["world_size"]):
+    ranks = masters_ranks(entries["layout"].get("plugin"), entries["world_size"])
+    for rank in ranks:
         path = Path(saved.folder, MASTERS_NAME, f"rank-{rank:05d}.safetensors")
         if not path.is_file():
             raise UserError(
@@ -145,7 +146,8 @@ def _check_masters(saved: SavedRun) -> str:
     needed = sum(math.prod(shape) for _, shape in _trained_shapes(saved))
     if total < needed:
         raise UserError(f"{path.parent}: holds {total:,} numbers, the model has {needed:,}; use another checkpoint")
-    return f"of {counted(entries['world_size'], 'rank')}, all numbers finite"
+    of_ranks = counted(len(ranks), "rank") if len(ranks) > 1 else "rank 0"
+    return f"of {of_ranks}, all numbers finite"
 
 
 def _check_tokenizer(saved: SavedRun) -> str:

@@ -70,7 +70,7 @@ def rank_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
 
 def overflow_rows(folder: Path, sample: bool, seed: int) -> list[Row]:
     """No update before the first save."""
-    plugins = ["zero2", "gemini accumulating"] if sample else list(steps.FP16)
+    plugins = ["zero2", "ddp", "gemini accumulating"] if sample else list(steps.FP16)
     return steps.check_overflow(place.make(folder, samples=24), plugins=plugins)
 
 

@@ -111,6 +111,7 @@ def _losses(place: Place, name: str) -> dict:
 
 
 FP16 = {
+    "ddp": ["--plugin", "ddp"],
     "zero2": ["--plugin", "zero2"],
     "zero2_cpu": ["--plugin", "zero2_cpu"],
     "gemini": ["--plugin", "gemini"],

@@ -257,6 +257,26 @@ class _Keeper:
         return {"gradients": gradients, "buffers": FLOAT64 * self.largest}
 
 
+class _ReplicaKeeper(_Keeper):
+    """TorchDDPPlugin. Gradients are views of the buckets, except those of micro batches before the last."""
+
+    def __init__(self, stage: StageShape, plan: Plan):
+        super().__init__(stage, plan)
+        # DistributedDataParallel has its buckets on a single rank too.
+        self.buckets = self.trained * self.element
+
+    def after(self, weights: Weights) -> list[dict[str, int]]:
+        # One is on its way into its bucket.
+        found = {"gradients": self.gradients + max((size for _, size in weights), default=0) * self.element}
+        if self.earlier:
+            self.gradients -= sum(size for _, size in weights) * self.element
+        return [found]
+
+    def update(self) -> dict[str, int]:
+        copies = FLOAT32 * self.trained if self.element < FLOAT32 else 0
+        return {"gradients": copies, "buffers": FLOAT64 * self.largest}
+
+
 class _ZeroKeeper(_Keeper):
     """LowLevelZeroPlugin, and ZeRO inside 3d (zero/low_level/low_level_optim.py)."""
 
@@ -510,4 +530,5 @@ KEEPERS: dict[int, type[_Keeper]] = {0: _Keeper, 1: _ZeroKeeper, 2: _ZeroKeeper,
 
 
 def _keeper(stage: StageShape, plan: Plan) -> _Keeper:
-    return KEEPERS[plan.plugin.zero_stage](stage, plan)
+    kind = _ReplicaKeeper if plan.plugin.is_replicated else KEEPERS[plan.plugin.zero_stage]
+    return kind(stage, plan)

@@ -1,9 +1,10 @@
-"""Writes a run's figures to TensorBoard."""
+"""Writes a run's figures to TensorBoard, and to several writers at once."""
 
 import itertools
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,18 @@ class TensorBoardWriter(SilentWriter):
             self._records.close()
         except OSError as error:
             self._fail(error)
+
+
+class SeveralWriters(SilentWriter):
+    """Passes everything on to each of its writers."""
+
+    def __init__(self, writers: Sequence[SilentWriter]):
+        self._writers = writers
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, figures)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()

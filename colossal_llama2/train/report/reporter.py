@@ -1,4 +1,4 @@
-"""Reports each step of a run, on rank 0: to TensorBoard, train_log.jsonl, and a progress bar or lines.
+"""Reports each step of a run, on rank 0: to the trackers, train_log.jsonl, and a progress bar or lines.
 
 Nothing here waits for a GPU. Loss and gradient norm are known when a step ends, since the loop itself needs them. The
 times of a GPU are read one step later, when it has reached the events that mark them.
@@ -6,7 +6,9 @@ times of a GPU are read one step later, when it has reached the events that mark
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2 import logs
@@ -14,9 +16,11 @@ from colossal_llama2.corpus.category_names import category_name
 from colossal_llama2.dataset.read.loss_groups import MAX_GROUPS, Amount, Groups, by_name
 from colossal_llama2.engine.device import flops_per_token, known_peak, peak_memory
 from colossal_llama2.model.config_fields import llama_config
+from colossal_llama2.tracker_names import TENSORBOARD
 from colossal_llama2.train.report import train_log
-from colossal_llama2.train.report.metric_writers import TensorBoardWriter
+from colossal_llama2.train.report.metric_writers import SeveralWriters, TensorBoardWriter
 from colossal_llama2.train.report.run_report import RunReport
+from colossal_llama2.train.report.trackers import TrackerIds, open_trackers
 from colossal_llama2.train.report.train_log import TrainLog, evaluation_record
 from colossal_llama2.train.run_folder import run_outputs
 from colossal_llama2.train.settings.config import ReportConfig
@@ -202,6 +206,17 @@ def loss_groups(amounts: Sequence[Amount] | None, tally: "LossTally") -> Groups 
     return Groups([amount[:2] for amount in amounts])
 
 
+def _writer(trackers: Sequence[str], report: RunReport, folder: Path, *, last_step: int) -> SilentWriter:
+    """What writes the figures of a run, from the step after `last_step` on, to each of the trackers."""
+    writers: list[SilentWriter] = []
+    if TENSORBOARD in trackers:
+        writers.append(TensorBoardWriter(str(folder), last_step=last_step))
+    ids = TrackerIds(report.folder.trackers, run_outputs.identify(report.folder))
+    others = [name for name in trackers if name != TENSORBOARD]
+    name = Path(os.path.realpath(report.folder.path)).name
+    return SeveralWriters([*writers, *open_trackers(others, ids, name=name, settings=report.settings, folder=folder)])
+
+
 @contextlib.contextmanager
 def reporting(
     *,
@@ -223,7 +238,7 @@ def reporting(
             is_new = source.checkpoint is None
             log = TrainLog(train_log.begin(report.folder, last_step=state.step, resumed_from=source.checkpoint))
             events_dir = run_outputs.claim_events_folder(settings.tensorboard_dir, run_folder=report.folder)
-            writer = TensorBoardWriter(str(events_dir), last_step=-1 if is_new else state.step)
+            writer = _writer(settings.trackers, report, events_dir, last_step=-1 if is_new else state.step)
     if not first:
         yield SilentReporter()
         return

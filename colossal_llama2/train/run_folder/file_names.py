@@ -11,7 +11,9 @@ LOCK_NAME = ".lock"
 # Written when a run ends.
 REPORT_NAMES = ("settings.json", "environment.json", "loss.png")
 SETTINGS_NAME, ENVIRONMENT_NAME, PLOT_NAME = REPORT_NAMES
-FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, *REPORT_NAMES)
+# Written when --report_to names other trackers than TensorBoard.
+TRACKERS_NAME = "trackers.json"
+FILE_NAMES = (LATEST_NAME, LOG_NAME, PLAN_NAME, *REPORT_NAMES, TRACKERS_NAME)
 
 # In a checkpoint, beside MODEL_NAME; the engine names the rest.
 MANIFEST_NAME = "manifest.json"

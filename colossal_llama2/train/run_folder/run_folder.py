@@ -8,6 +8,7 @@
 <save_dir>/settings.json        resolved flags, versions and the id of the run
 <save_dir>/environment.json     software, hosts and devices
 <save_dir>/loss.png             the loss curve
+<save_dir>/trackers.json        the ids of the run in the trackers of --report_to
 <save_dir>/.lock                while a run is writing to the folder
 """
 
@@ -24,6 +25,7 @@ from colossal_llama2.train.run_folder.file_names import (
     PLAN_NAME,
     PLOT_NAME,
     SETTINGS_NAME,
+    TRACKERS_NAME,
 )
 
 
@@ -65,6 +67,11 @@ class RunFolder:
     def loss_plot(self) -> Path:
         """The loss curve (PNG)."""
         return self.path / PLOT_NAME
+
+    @property
+    def trackers(self) -> Path:
+        """The ids of the run in its trackers (JSON)."""
+        return self.path / TRACKERS_NAME
 
     def checkpoint(self, *, epoch: int, step: int) -> Path:
         """Where the checkpoint of that step goes."""

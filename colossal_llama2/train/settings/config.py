@@ -94,8 +94,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Where the run is reported, and the peak of one device in TFLOPS, if it was given."""
+    """Where the run is reported, and the peak of one device in TFLOPS, if it was given.
 
+    Attributes:
+        trackers: names of --report_to.
+        tensorboard_dir: folder for the local files of trackers.
+    """
+
+    trackers: Sequence[str]
     tensorboard_dir: str
     config_file: str
     peak_tflops: float | None

@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 
+from colossal_llama2 import tracker_names
 from colossal_llama2.cli.dependent_flags import unused_flags
 from colossal_llama2.dataset.read.order import SampleOrder
 from colossal_llama2.engine.settings import EngineSettings
@@ -36,7 +37,15 @@ def flag_problems(
             "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "
             "give one of them"
         )
-    return problems + _evaluation_problems(args)
+    return problems + _evaluation_problems(args) + _tracker_problems(args)
+
+
+def _tracker_problems(args: argparse.Namespace) -> list[str]:
+    return [
+        f"--report_to {name}: its package is not installed; run pip install {name}, or leave {name} out"
+        for name in args.report_to.split(",")
+        if not tracker_names.is_installed(name)
+    ]
 
 
 def _dry_run_problems(args: argparse.Namespace) -> list[str]:

@@ -81,7 +81,7 @@ def resolve_with_problems(args: argparse.Namespace) -> tuple[TrainConfig, Proble
         recipe=_recipe(args),
         saving=_saving(args),
         evaluation=_evaluation(args, problems),
-        reporting=ReportConfig(args.tensorboard_dir, args.config_file, args.peak_tflops),
+        reporting=ReportConfig(args.report_to.split(","), args.tensorboard_dir, args.config_file, args.peak_tflops),
         benchmark=BenchmarkConfig(args.num_samples, args.profile) if args.benchmark else None,
         world_size=world_size,
         planned_ranks=args.num_ranks,
