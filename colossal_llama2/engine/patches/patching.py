@@ -309,7 +309,7 @@ def require(target: str) -> Patch:
         known = " or ".join(begin + "x" if begin.endswith(".") else begin for begin in patch.versions)
         raise UserError(
             f"{patch.package} {version} is installed, but the patch of {patch.target.replace(':', '.')} supports only "
-            f"version {known}; install that one: pip install -r requirements.txt"
+            f"version {known}; install that one: pip install --no-deps -r requirements.txt"
         )
     if not hasattr(patch.owner(), patch.name):
         raise patch.unknown()
