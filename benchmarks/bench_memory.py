@@ -148,7 +148,6 @@ def measure(words: list[str]) -> None:
 
     placeholders.import_colossalai()
     import colossalai.legacy.core  # noqa: F401
-    from colossalai.shardformer.policies import llama  # noqa: F401
 
     before = reset_peak()
     run_steps = benchmark.measure
