@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./.ci/environment.sh
-install_requirements requirements.txt requirements-dev.txt
+install_requirements requirements.txt requirements-ray.txt requirements-dev.txt
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy

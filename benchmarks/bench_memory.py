@@ -141,15 +141,16 @@ def launch(words: list[str], ranks: int, malloc: dict[str, str]) -> dict[str, in
 
 def measure(words: list[str]) -> None:
     """One rank: import, read the resident memory, train, and report the peaks while loading and during the steps."""
-    import colossalai.booster.plugin  # noqa: F401
-    import colossalai.legacy.core  # noqa: F401
     import datasets  # noqa: F401
     import torch.distributed.optim
     import transformers.models.llama.modeling_llama  # noqa: F401
-    from colossalai.shardformer.policies import llama  # noqa: F401
 
     import train
+    from colossal_llama2.engine.patches import placeholders
     from colossal_llama2.train import benchmark, run  # noqa: F401
+
+    placeholders.import_colossalai()
+    import colossalai.legacy.core  # noqa: F401
 
     before = reset_peak()
     run_steps = benchmark.measure

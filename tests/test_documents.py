@@ -66,6 +66,7 @@ def test_a_spliced_sample_has_the_logits_of_its_documents(model_dir, attention):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("with_colossalai")
 def test_colossalai_attention_supports_documents():
     from colossalai.shardformer.layer.attn import ColoAttention
 

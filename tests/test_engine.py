@@ -26,6 +26,8 @@ from colossal_llama2.plugin_names import PLUGIN_NAMES
 from tests import launching
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("with_colossalai")
+
 
 def settings(**changes) -> EngineSettings:
     values = {

@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2.engine.patches import bug_fixes, checkpoint_io, cpu_device, document_attention, patching
+from colossal_llama2.engine.patches import (
+    bug_fixes,
+    checkpoint_io,
+    cpu_device,
+    document_attention,
+    lazy_loading,
+    patching,
+)
 from colossal_llama2.engine.patches.patching import PATCHES, Patch
 from colossal_llama2.errors import UserError
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("with_colossalai")
 TARGET = "lib:Thing.size"
 
 
@@ -95,6 +103,11 @@ def test_every_patch_is_used_and_nothing_else_replaces_attributes():
     "change",
     [
         bug_fixes.install,
+        bug_fixes.install_for_gemini,
+        bug_fixes.install_for_3d,
+        lazy_loading.install,
+        bug_fixes.install_for_gemini,
+        bug_fixes.install_for_3d,
         cpu_device.install,
         lambda: document_attention.install(use_flash_attn=False),
         lambda: checkpoint_io.safetensors_instead_of_pickle().__enter__(),

@@ -222,13 +222,13 @@ def test_mistakes_with_ray_are_one_line(inputs, tokenizer_dir, tmp_path, monkeyp
     refused("needs --executor ray, local given", ray_address="127.0.0.1:1", executor="local")
     refused("--num_workers 2 given, but the cores of the cluster", ray_address="127.0.0.1:1", num_workers=2)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.53.0")
-    refused(r"Ray 2.53.0 is installed, which is too old; run pip install 'ray>=2.54'")
+    refused("Ray 2.53.0 is installed, which is older than 2.54; run pip install --no-deps -r requirements-ray.txt")
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    refused("Ray is not installed; run pip install")
+    refused("Ray is not installed; run pip install --no-deps -r requirements-ray.txt")
     for address in ("ray://127.0.0.1:10001", "somewhere"):
         with pytest.raises(SystemExit):
             data_flags.prepare_sft_parser().parse_args(["--ray_address", address])

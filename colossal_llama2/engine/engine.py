@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from colossal_llama2.engine import adam, loss_scale, resume_state
 from colossal_llama2.engine.chunked_loss import HeadPart, use_chunked_loss, uses_liger
 from colossal_llama2.engine.loss_tally import LossTally
-from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.patches import bug_fixes, lazy_loading
 from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.process_group import current_device
 from colossal_llama2.engine.ranks import collectives
@@ -38,6 +38,7 @@ class Engine:
         self.settings = settings
         self.device = current_device()
         self.plugin = plugin_of(settings)
+        self.plugin.install_fixes()
         self._built = self.plugin.build(parameters=parameters, on_cpu=not torch.cuda.is_available())
         self._booster = Booster(plugin=self._built)
         self._groups = self.plugin.groups(self._built)
@@ -59,6 +60,7 @@ class Engine:
             return contextlib.nullcontext()
         from colossalai.lazy import LazyInitContext
 
+        lazy_loading.install()
         return LazyInitContext(default_device=self.device)
 
     def boost(self, model) -> None:

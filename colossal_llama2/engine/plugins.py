@@ -12,6 +12,7 @@ from typing import Any
 
 from colossal_llama2 import logs, plugin_names
 from colossal_llama2.engine import adam, loss_scale
+from colossal_llama2.engine.llama_policy import llama_policy
 from colossal_llama2.engine.patches import bug_fixes
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
@@ -91,6 +92,9 @@ class Plugin:
             "hysteresis": loss_scale.HYSTERESIS,
         }
 
+    def install_fixes(self) -> None:
+        """Apply the fixes of attributes of ColossalAI that this plugin needs. Called before `build`."""
+
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         """ColossalAI's plugin object. Called on all ranks."""
         raise NotImplementedError
@@ -163,6 +167,9 @@ class Gemini(Plugin):
             # Asynchronous reduction pins host memory, which needs a GPU, and frees tensors that are being sent.
             "enable_async_reduce": not on_cpu,
         }
+
+    def install_fixes(self) -> None:
+        bug_fixes.install_for_gemini()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import GeminiPlugin
@@ -314,6 +321,9 @@ class Hybrid3D(Plugin):
             )
         return arguments
 
+    def install_fixes(self) -> None:
+        bug_fixes.install_for_3d()
+
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import HybridParallelPlugin
 
@@ -321,7 +331,8 @@ class Hybrid3D(Plugin):
         fused_norm = not on_cpu and not collectives.any_rank(not has_apex_norm())
         if fused_norm:
             logs.get_logger().info("Norms: fused, by apex")
-        return HybridParallelPlugin(**self.arguments(parameters=parameters, on_cpu=on_cpu, fused_norm=fused_norm))
+        arguments = self.arguments(parameters=parameters, on_cpu=on_cpu, fused_norm=fused_norm)
+        return HybridParallelPlugin(custom_policy=llama_policy(), **arguments)
 
     def groups(self, built: Any) -> Groups:
         settings = self.settings

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from colossal_llama2 import launcher, logs
-from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.patches import bug_fixes, placeholders
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 
@@ -64,8 +64,10 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
     # ColossalAI warns about missing packages (apex, tensornvme), though only apex's norms would be used. PyTorch
     # warns of TorchScript in a module that ColossalAI imports.
     with warnings.catch_warnings(record=True), _no_toolkit_named():
-        import colossalai.booster.plugin
         import torch.distributed.optim
+
+        placeholders.import_colossalai()
+    import colossalai
     from colossalai.logging import get_dist_logger
 
     # Its hints are about calls that this file makes on purpose.

@@ -309,6 +309,16 @@ def load_llama(path: StrPath, *, precision: str, attention: str) -> "LlamaForCau
         )
 
 
+def recompute_activations(model: Any) -> None:
+    """Make a model's layers keep only their input, and compute the rest again in the backward pass."""
+    options = {"use_reentrant": False}
+    # Renamed in transformers 5, where the old name warns.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
 def dtype_of(precision: str) -> "torch.dtype":
     """The torch.dtype of a model's weights under --mixed_precision fp16, bf16 or fp32."""
     import torch

@@ -80,9 +80,28 @@ def _no_generation_config() -> Iterator[None]:
     original = kind.__dict__["from_pretrained"]
     kind.from_pretrained = not_read
     try:
-        yield
+        with _no_second_generation_config():
+            yield
     finally:
         kind.from_pretrained = original
+
+
+@contextlib.contextmanager
+def _no_second_generation_config() -> Iterator[None]:
+    """Keep transformers 5 from reading generation settings in config.json where generation_config.json is missing.
+
+    Without it too a new model has settings that are made of its own config.
+    """
+    generation = sys.modules.get("transformers.generation.utils")
+    adjust = None if generation is None else generation.GenerationMixin.__dict__.get("adjust_generation_fn")
+    if generation is None or adjust is None:
+        yield
+        return
+    generation.GenerationMixin.adjust_generation_fn = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        generation.GenerationMixin.adjust_generation_fn = adjust
 
 
 def _end_load() -> None:

@@ -8,7 +8,7 @@ from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.model.attention import choose_attention
-from colossal_llama2.model.loading import ModelFacts, load_llama
+from colossal_llama2.model.loading import ModelFacts, load_llama, recompute_activations
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
 from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
@@ -31,7 +31,7 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
     with collectives.all_or_none(), engine.initializing(ties_embeddings=model_facts.ties_embeddings):
         model = load_llama(source.weights_folder, precision=settings.precision, attention=attention)
     if config.recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     trained, frozen = settings.trainable.prepare(model)
     if frozen:
         logs.get_logger().info(

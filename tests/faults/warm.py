@@ -28,13 +28,16 @@ def import_everything() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sys.path.insert(0, str(ROOT))
     with warnings.catch_warnings(record=True):
-        import colossalai.booster.plugin  # noqa: F401
         import datasets
         import torch.distributed.optim
         import torch.utils.tensorboard
         from tensorboard.backend.event_processing import event_accumulator  # noqa: F401
         from transformers import LlamaForCausalLM, LlamaTokenizerFast  # noqa: F401
+    from colossal_llama2.engine.patches import placeholders
     from colossal_llama2.train import run, verify  # noqa: F401
+
+    with warnings.catch_warnings(record=True):
+        placeholders.import_colossalai()
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import psutil
 
 OLDEST_VERSION = (2, 54)
+REQUIREMENTS = "requirements-ray.txt"
 # Independent of where this file is in the package.
 PACKAGE = Path(colossal_llama2.__file__).resolve().parent
 # Retries after a worker or node was lost. If more are needed, the task itself kills its workers.
@@ -116,13 +117,14 @@ def _is_alive_in(leader: int, process: "psutil.Process") -> bool:
 
 def _check(address: str | None) -> None:
     """Raise UserError for problems that can be found without starting Ray, which is slow to report them."""
-    install = "pip install 'ray>={}.{}'".format(*OLDEST_VERSION)
+    install = f"pip install --no-deps -r {REQUIREMENTS}"
     try:
         version = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"--executor ray: Ray is not installed; run {install}, or leave the flag out")
     if tuple(map(int, version.split(".")[:2])) < OLDEST_VERSION:
-        raise UserError(f"--executor ray: Ray {version} is installed, which is too old; run {install}")
+        oldest = ".".join(map(str, OLDEST_VERSION))
+        raise UserError(f"--executor ray: Ray {version} is installed, which is older than {oldest}; run {install}")
     if address in (None, "auto"):
         return
     host, _, port = address.rpartition(":")

@@ -5,7 +5,6 @@ refresh_offloaded      Gemini that accumulates: weights on the host are saved as
 forget_skipped         Gemini that accumulates in fp16: after one overflow all later steps overflow
 agree_on_memory        Gemini with automatic placement: ranks may gather different chunks, and then deadlock
 save_padded_vocabulary 3d: a vocabulary that had to be padded cannot be saved
-loss_in_float32        3d: the loss is computed in bf16 or fp16, and rounded to two digits or overflowing
 ring_weight_gradients  3d, --sp_mode ring: wrong gradients of q, k, v, gate and up
 wrap_only_to_reduce    3d: gradients are added several times if --zero 2 accumulates and the data-parallel size is 1
 gathered_weights       Gemini with automatic placement: refuses to evaluate before its first step
@@ -29,19 +28,26 @@ HYBRID_IO = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
 
 def install() -> None:
-    """Apply the fixes that replace an attribute. May be called again.
+    """Apply the fixes that replace an attribute which every plugin uses. May be called again.
 
     Raises:
         UserError: the fixes do not support the installed version of ColossalAI.
     """
+    skip_hidden_messages()
+
+
+def install_for_gemini() -> None:
+    """Apply the fixes that replace an attribute of Gemini. May be called again. Raises UserError as `install`."""
+    read_tied_by_two_names()
+    norm_in_blocks()
+
+
+def install_for_3d() -> None:
+    """Apply the fixes that replace an attribute for 3d. May be called again. Raises UserError as `install`."""
     save_padded_vocabulary()
-    loss_in_float32()
     ring_weight_gradients()
     wrap_only_to_reduce()
-    skip_hidden_messages()
-    read_tied_by_two_names()
     sum_split_biases()
-    norm_in_blocks()
 
 
 def clip_in_bf16(optimizer) -> None:
@@ -135,23 +141,6 @@ def save_padded_vocabulary() -> None:
 
     patching.install(f"{PADDED_TENSOR}:_hijack_back_detach_and_clone", only_if_hijacked)
     patching.install(f"{HYBRID_IO}:search_tp_partition_dim", lambda _: search_tp_partition_dim)
-
-
-def loss_in_float32() -> None:
-    """Compute the cross entropy of 3d in float32, as transformers does.
-
-    shardformer/layer/loss.py:235 sums the losses of a batch in the dtype of the logits: 6.9223 becomes 6.9062 in bf16,
-    and in fp16 the sum overflows. Line 240 rounds the number of tokens as well.
-    """
-    import torch
-
-    def in_float32(cross_entropy):
-        def float32_cross_entropy(labels, logits, shard_config, vocab_size, dtype, seq_dim=1):
-            return cross_entropy(labels, logits.float(), shard_config, vocab_size, torch.float32, seq_dim)
-
-        return float32_cross_entropy
-
-    patching.install("colossalai.shardformer.modeling.llama:dist_cross_entropy", in_float32)
 
 
 def ring_weight_gradients() -> None:

@@ -194,6 +194,13 @@ _TABLE = (
         "booster/plugin/gemini_plugin.py:211",
         "save_config_file(",
     ),
+    # lazy_loading.py
+    Patch(
+        "colossalai.lazy.pretrained:new_from_pretrained",
+        "lazy initialization imports functions that transformers 5 does not have",
+        "lazy/pretrained.py:45",
+        "download_url",
+    ),
     # bug_fixes.py, attributes that are replaced
     Patch(
         "colossalai.tensor.padded_tensor.api:_hijack_back_detach_and_clone",
@@ -206,12 +213,6 @@ _TABLE = (
         "3d: a vocabulary that had to be padded cannot be saved",
         "utils.py:128",
         "tp_size * current_shape[partition_dim]",
-    ),
-    Patch(
-        "colossalai.shardformer.modeling.llama:dist_cross_entropy",
-        "3d: the loss is summed in bf16 or fp16, and so rounded to two digits or overflowing",
-        "shardformer/layer/loss.py:240",
-        "torch.stack((loss, num_nonzero))",
     ),
     Patch(
         "colossalai.shardformer.layer._operation:_ring_as_gather",
@@ -309,7 +310,7 @@ def require(target: str) -> Patch:
         known = " or ".join(begin + "x" if begin.endswith(".") else begin for begin in patch.versions)
         raise UserError(
             f"{patch.package} {version} is installed, but the patch of {patch.target.replace(':', '.')} supports only "
-            f"version {known}; install that one: pip install -r requirements.txt"
+            f"version {known}; install that one: pip install --no-deps -r requirements.txt"
         )
     if not hasattr(patch.owner(), patch.name):
         raise patch.unknown()

@@ -1,0 +1,92 @@
+"""The requirements files: pinned, complete without pip's resolver, and without what nothing uses."""
+
+import importlib.metadata
+import re
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+
+BASE = "requirements.txt"
+# Each with the files that are installed before it.
+FILES: dict[str, list[str]] = {
+    BASE: [],
+    "requirements-current.txt": [],
+    "requirements-ray.txt": [BASE],
+    "requirements-dev.txt": [BASE],
+}
+# ColossalAI allows only old versions of these.
+NEWER = {"torch", "transformers"}
+# What ColossalAI 0.5.0 requires and the suite does not use, by what imports it there.
+LEFT_OUT = {
+    "bitsandbytes": "a placeholder stands for it",
+    "contexttimer": "legacy/nn/parallel/layers/cache_embedding",
+    "diffusers": "inference",
+    "fastapi": "inference/server",
+    "galore-torch": "a placeholder stands for it",
+    "google": "nothing",
+    "peft": "a placeholder stands for it",
+    "pre-commit": "nothing",
+    "pydantic": "inference/server",
+    "ray": "inference",
+    "rpyc": "inference/executor",
+    "uvicorn": "inference/server",
+}
+
+
+def pins(name: str) -> dict[str, str]:
+    """The versions of a file's packages, by their names. A line is NAME==VERSION, perhaps with a marker."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", line) for line in lines), lines
+    requirements = [Requirement(line) for line in lines]
+    found = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in requirements}
+    assert len(found) == len(lines)
+    return found
+
+
+def installed_version(name: str) -> str | None:
+    """None if the package is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def required_by(name: str) -> list[Requirement]:
+    """What an installed package requires on this machine, without extras."""
+    declared = map(Requirement, importlib.metadata.requires(name) or [])
+    return [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+@pytest.mark.parametrize(("name", "before"), FILES.items())
+def test_what_a_package_requires_is_there_too(name, before):
+    """As `pip install --no-deps` needs it. Other versions than the pinned ones, of another stack, are left out."""
+    listed = {package: version for file in (name, *before) for package, version in pins(file).items()}
+    checked = 0
+    for package, version in pins(name).items():
+        if installed_version(package) != version:
+            continue
+        checked += 1
+        for one in required_by(package):
+            other = canonicalize_name(one.name)
+            if package == "colossalai" and other in LEFT_OUT.keys() | NEWER:
+                continue
+            assert other in listed, f"{package} requires {one}"
+            assert one.specifier.contains(listed[other], prereleases=True), f"{package} requires {one}"
+    assert checked > len(pins(name)) // 2
+
+
+def test_what_colossalai_requires_for_nothing_is_left_out():
+    required = {canonicalize_name(one.name) for one in required_by("colossalai")}
+    assert LEFT_OUT.keys() <= required and not LEFT_OUT.keys() & pins(BASE).keys()
+
+
+@pytest.mark.parametrize("base", [BASE, "requirements-current.txt"])
+def test_versions_agree_between_files_that_go_together(base):
+    versions: dict[str, set[str]] = {}
+    for name in [base, *(name for name, before in FILES.items() if before)]:
+        for package, version in pins(name).items():
+            versions.setdefault(package, set()).add(version)
+    assert {package: found for package, found in versions.items() if len(found) > 1} == {}
