@@ -191,14 +191,18 @@ def test_parts_are_chosen_with_what_they_need(gpu_parts):
         (["--minutes", "0"], "a number above 0 is allowed"),
         (["--minutes", "nan"], "a number above 0 is allowed"),
         (["--only", "nonsense"], "--only nonsense given, which no part has in its name"),
-        (["--work_dir", "missing"], "No such file or directory; give --output and --work_dir folders"),
+        (["--work_dir", "missing"], "--work_dir missing: No such file or directory; give a folder that"),
+        (["--output", "/dev/null/x"], "/dev/null/x: Not a directory; give an --output that can be written"),
     ],
 )
 def test_wrong_flags_end_with_code_2(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as ended:
         main(flags)
     assert ended.value.code == 2 and words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_of_an_earlier_run_is_kept(tmp_path, capsys):

@@ -45,20 +45,23 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--minutes {args.minutes:g} given; a number above 0 is allowed")
     if (args.output / JSON_FILE).exists():
         parser.error(f"--output {args.output} has the page of an earlier run; give a new folder")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        work_dir = Path(tempfile.mkdtemp(prefix="gpu-run-", dir=args.work_dir)).resolve()
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}; give --output and --work_dir folders that can be written")
-    # An exception, so that processes are ended and models removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    place = plan.Place(work_dir, on_gpu=args.device == "cuda", small=args.small)
-    parts = with_needed(plan.all_parts(place), args.only)
-    if not parts:
+    place = plan.Place(Path(), on_gpu=args.device == "cuda", small=args.small)
+    if not with_needed(plan.all_parts(place), args.only):
         parser.error(f"--only {' '.join(args.only)} given, which no part has in its name")
     try:
+        work_dir = Path(tempfile.mkdtemp(prefix="gpu-run-", dir=args.work_dir)).resolve()
+    except OSError as error:
+        parser.error(f"--work_dir {args.work_dir}: {error.strerror}; give a folder that can be written")
+    # An exception, so that processes are ended and models removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        place = replace(place, work_dir=work_dir)
+        parts = with_needed(plan.all_parts(place), args.only)
         recorder = Recorder(args.output, parts, small=args.small, minutes=args.minutes)
         return run(place, parts, recorder, deadline=time.monotonic() + 60 * args.minutes)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}; give an --output that can be written")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
