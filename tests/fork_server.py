@@ -31,6 +31,8 @@ FIXED = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Of the server alone: else torch.utils.cpp_extension prints which CUDA toolkit it has found.
+NO_TOOLKIT = {"CUDA_HOME": "", "CUDA_PATH": ""}
 # Imported by commands while they run.
 LATE_IMPORTS = (
     "colossalai.legacy",
@@ -154,7 +156,7 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.fork_server"],
             cwd=ROOT,
-            env={**os.environ, **FIXED},
+            env={**os.environ, **FIXED, **NO_TOOLKIT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
