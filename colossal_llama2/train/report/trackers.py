@@ -31,7 +31,7 @@ TRACKER_ID = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker learns of a run.
+    """What a tracker is given of a run.
 
     Attributes:
         run_id: the id of the run in settings.json.
@@ -162,7 +162,10 @@ class SwanlabTracker:
             settings=swanlab.Settings(interactive=False),
         )
         self.id = run.known_id or run.run_id
-        self.place = str(getattr(self._run, "url", None) or folder)
+        self.place = str(folder)
+        # Without a server it has no address, and raises an error where one is asked for.
+        with contextlib.suppress(ValueError):
+            self.place = str(self._run.url)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)
