@@ -332,13 +332,13 @@ def test_a_bundle_has_what_the_requirements_pin(tmp_path):
     pins = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-gpu.txt").read_text()
     asked = (tmp_path / "log").read_text().splitlines()
     assert [pin for pin in asked if pin not in pins] == ["pyarrow==21.0.0"]
-    assert {"colossalai==0.5.0", "transformers==4.51.3", "peft==0.13.2"} <= set(asked)
+    assert {"colossalai==0.5.0", "transformers==4.51.3"} <= set(asked)
 
 
 def test_a_bundle_can_leave_out_what_the_machine_has(tmp_path):
     assert collect(tmp_path, "--transformers", "own", "--without", "xxhash", size=1).returncode == 0
     names = {pin.partition("==")[0] for pin in (tmp_path / "log").read_text().splitlines()}
-    assert not names & {"transformers", "tokenizers", "peft", "huggingface_hub", "xxhash"} and "datasets" in names
+    assert not names & {"transformers", "tokenizers", "huggingface_hub", "xxhash"} and "datasets" in names
 
 
 def test_a_bundle_over_the_limit_is_refused(tmp_path, assert_user_error):

@@ -39,7 +39,7 @@ MISTAKES = [
     ("train", "-save_dir out", "-save_dir has one hyphen; type --save_dir"),
     ("train", "--lr", "--lr needs a value: --lr LR"),
     ("train", "--lr --plugin zero2", "--lr needs a value"),
-    ("train", "--plugin", "--plugin {gemini,gemini_auto,zero2,zero2_cpu,3d}"),
+    ("train", "--plugin", "--plugin {gemini,gemini_auto,zero2,zero2_cpu,3d,ddp}"),
     ("train", "--lr -1e-4", "'-1e-4' given, a number above 0 allowed"),
     ("train", "--max_steps 1e3.", "a whole number of at least 1 allowed"),
     ("train", "--max_steps 1e3", "type 1000"),
