@@ -528,7 +528,7 @@ def test_biases_under_sequence_parallelism(jobs, parts, biased_model_dir):
 def test_only_weights_start_a_new_run(jobs):
     losses = jobs["weights_only"].scalars("Loss")
     assert len(losses) == STEPS
-    assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.4
+    assert losses[0] < jobs["zero2"].scalars("Loss")[0] - 0.35
 
 
 def test_exported_model_has_the_trainer_s_loss(jobs, parts):
@@ -556,7 +556,7 @@ def test_epochs_end_with_a_step_of_what_is_left(jobs):
 def test_neftune_is_reproducible(jobs, float32):
     losses = jobs["noise"].scalars("Loss")
     assert losses == jobs["noise_again"].scalars("Loss")
-    assert len(losses) == 2 and losses[0] != pytest.approx(float32.losses[0], rel=1e-4)
+    assert len(losses) == 2 and losses[0] != pytest.approx(float32.losses[0], rel=1e-5)
     assert jobs["noise_gemini"].error is None
     assert jobs["noise_gemini"].scalars("Loss")[0] != pytest.approx(float32.losses[0], rel=1e-5)
 
