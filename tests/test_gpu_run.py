@@ -332,13 +332,23 @@ def test_a_bundle_has_what_the_requirements_pin(tmp_path):
     pins = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-gpu.txt").read_text()
     asked = (tmp_path / "log").read_text().splitlines()
     assert [pin for pin in asked if pin not in pins] == ["pyarrow==21.0.0"]
-    assert {"colossalai==0.5.0", "transformers==4.51.3", "peft==0.13.2"} <= set(asked)
+    assert {"colossalai==0.5.0", "transformers==4.51.3", "datasets==5.0.1"} <= set(asked)
+
+
+def test_a_bundle_of_a_package_without_a_pin_is_refused(tmp_path, assert_user_error):
+    script = tmp_path / "tests/gpu/bundle.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(BUNDLE.read_text())
+    for name in ("requirements.txt", "requirements-gpu.txt"):
+        (tmp_path / name).write_text("xxhash==1.0\n")
+    assert_user_error(bash(script, tmp_path / "bundle"), "bundle.sh: no file of requirements pins datasets")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_bundle_can_leave_out_what_the_machine_has(tmp_path):
     assert collect(tmp_path, "--transformers", "own", "--without", "xxhash", size=1).returncode == 0
     names = {pin.partition("==")[0] for pin in (tmp_path / "log").read_text().splitlines()}
-    assert not names & {"transformers", "tokenizers", "peft", "huggingface_hub", "xxhash"} and "datasets" in names
+    assert not names & {"transformers", "tokenizers", "huggingface_hub", "xxhash"} and "datasets" in names
 
 
 def test_a_bundle_over_the_limit_is_refused(tmp_path, assert_user_error):

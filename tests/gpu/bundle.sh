@@ -4,10 +4,10 @@
 #   bash tests/gpu/bundle.sh OUTPUT_DIR [--transformers pinned|own] [--python 3.12] [--without NAME]...
 #
 # Such a machine brings Python, PyTorch, triton, transformers, tokenizers, TensorBoard, matplotlib and what those need.
-# --transformers pinned (the default) adds transformers of requirements.txt with tokenizers, huggingface_hub, requests and
-# peft, which fit it; own leaves them to the machine. --python is the machine's version. --without leaves a package out
-# that the machine has: pyarrow is two thirds of the bundle. tests/gpu/run.sh installs the bundle. Needs bash, Python
-# with pip, and a network.
+# --transformers pinned (the default) adds transformers of requirements.txt with tokenizers, huggingface_hub and requests,
+# which fit it; own leaves them to the machine. --python is the machine's version. --without leaves a package out that
+# the machine has: pyarrow is two thirds of the bundle. tests/gpu/run.sh installs the bundle. Needs bash, Python with
+# pip, and a network.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 limit=$((64 * 2 ** 20))
@@ -19,8 +19,7 @@ fail() {
 
 # What the training commands import, and a machine with PyTorch and transformers may lack. ColossalAI is built here,
 # since it is published as source alone.
-packages=(pyarrow datasets dill multiprocess xxhash orjson backports.zstd sentencepiece einops galore-torch
-    liger-kernel)
+packages=(pyarrow datasets dill multiprocess xxhash orjson backports.zstd sentencepiece einops liger-kernel)
 # The oldest that the pinned datasets takes: with newer ones, the pinned transformers would not fit.
 small_pyarrow=21.0.0
 
@@ -49,7 +48,7 @@ done
 [[ $python_version =~ ^3\.[0-9]+$ ]] || fail "--python $python_version given; a version such as 3.12 is allowed"
 case $transformers in
     pinned)
-        packages+=(transformers tokenizers huggingface_hub peft requests urllib3 charset-normalizer)
+        packages+=(transformers tokenizers huggingface_hub requests urllib3 charset-normalizer)
         ;;
     own) ;;
     *) fail "--transformers $transformers given; pinned and own are allowed" ;;
@@ -60,7 +59,8 @@ pinned() {
     if [[ $1 == pyarrow && $transformers == pinned ]]; then
         echo "pyarrow==$small_pyarrow"
     else
-        grep -hiE "^$1==" "$root/requirements.txt" "$root/requirements-gpu.txt" | sed 's/;.*//'
+        grep -hiE "^$1==" "$root/requirements.txt" "$root/requirements-gpu.txt" | sed 's/;.*//' ||
+            fail "no file of requirements pins $1"
     fi
 }
 
