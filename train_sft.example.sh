@@ -94,11 +94,11 @@ done
 mkdir -p "$PARENT_SAVE_DIR" "$PARENT_TENSORBOARD_DIR" "$PARENT_CONFIG_FILE"
 
 # `colossalai run` writes every variable of its environment into a command line for each host's shell, in double quotes
-# with nothing escaped, where secrets can be read and a "$" is expanded. So it gets only what training needs.
+# with nothing escaped, where secrets can be read and a "$" is expanded. So it gets only what training needs, and no key or password.
 declare -a environment=()
 while IFS= read -r name; do
     environment+=("$name=${!name}")
-done < <(compgen -e | grep -E '^(PATH|HOME|USER|LOGNAME|LANG|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSH_AUTH_SOCK|HF_HOME)$|^(NCCL|CUDA|OMP|GLOO|TORCH|UCX)_')
+done < <(compgen -e | grep -E '^(PATH|HOME|USER|LOGNAME|LANG|LD_LIBRARY_PATH|PYTHONPATH|VIRTUAL_ENV|SSH_AUTH_SOCK|HF_HOME)$|^(NCCL|CUDA|OMP|GLOO|TORCH|UCX|WANDB|MLFLOW|SWANLAB)_' | grep -vE '^(WANDB|MLFLOW|SWANLAB)_.*(KEY|PASSWORD|TOKEN|SECRET)')
 
 # It also joins the arguments with spaces: @Q quotes them.
 env -i "${environment[@]}" \

@@ -5,7 +5,15 @@ from collections import Counter
 
 import pytest
 
-from colossal_llama2.cli import data_flags, dependent_flags, inference_flags, tokenizer_flags, train_flags, value_types
+from colossal_llama2.cli import (
+    data_flags,
+    dependent_flags,
+    flag_names,
+    inference_flags,
+    tokenizer_flags,
+    train_flags,
+    value_types,
+)
 
 REQUIRED = object()
 
@@ -207,6 +215,23 @@ def test_a_near_miss_is_suggested(misspelt, meant, capsys):
 
 def test_an_unknown_flag_without_a_near_one_gets_no_suggestion(capsys):
     assert "did you mean" not in error_of(train_flags.train_parser, ["--qqqq"], capsys)
+
+
+@pytest.mark.parametrize(
+    "flag, advice",
+    [
+        ("--use_wandb", "give --report_to wandb, or --report_to tensorboard,wandb"),
+        ("--ddp", "give --plugin ddp"),
+        ("--deepspeed", "ColossalAI does this; choose with --plugin"),
+    ],
+)
+def test_flags_of_other_tools_are_explained(flag, advice, capsys):
+    assert f"unknown argument {flag}: {advice}" in error_of(train_flags.train_parser, [flag], capsys)
+
+
+def test_no_flag_is_explained_as_unknown():
+    flags = {spelling.lstrip("-") for spelling in train_flags.train_sft_parser().by_spelling}
+    assert not flags & flag_names.EXPLANATIONS.keys()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def workplace(tmp_path) -> Path:
     stand_in = tmp_path / "bin" / "colossalai"
     stand_in.parent.mkdir()
     stand_in.write_text(
-        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps({{'cwd': os.getcwd(), 'words': sys.argv[1:]}}))\n"
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps({{'cwd': os.getcwd(), 'words': sys.argv[1:], "
+        "'environment': dict(os.environ)}))\n"
     )
     stand_in.chmod(0o755)
     # The folders in most tests do not exist: they are not checked.
@@ -148,6 +149,17 @@ def test_every_variable_can_come_from_the_environment(name, workplace):
     assert args.tensorboard_dir == f"board/{run_name}"
     assert args.config_file == f"config/{run_name}.json"
     assert (workplace / "save dir").is_dir() and (workplace / "board").is_dir() and (workplace / "config").is_dir()
+
+
+@NAMES
+def test_launchers_get_the_variables_of_trackers_without_secrets(name, workplace):
+    """`colossalai run` shows its whole environment in the process list of each host."""
+    passed_on = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": "http://a:5000", "SWANLAB_PROJ_NAME": "mine"}
+    names = ("WANDB_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MY_VARIABLE")
+    process = run(workplace / f"{name}.sh", **passed_on, **dict.fromkeys(names, "hidden"), NCCL_DEBUG="INFO")
+    environment = json.loads(process.stdout)["environment"]
+    assert passed_on.items() <= environment.items() and environment["NCCL_DEBUG"] == "INFO"
+    assert not environment.keys() & set(names)
 
 
 @NAMES

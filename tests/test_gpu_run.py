@@ -13,6 +13,7 @@ import pytest
 
 from colossal_llama2.cli import train_flags
 from colossal_llama2.cli.dependent_flags import with_defaults
+from colossal_llama2.plugin_names import PLUGIN_NAMES
 from colossal_llama2.train.settings import from_flags, selftest_config
 from colossal_llama2.train.settings.flag_problems import flag_problems
 from tests.conftest import ROOT
@@ -144,6 +145,12 @@ def test_every_part_comes_after_what_it_needs(gpu_parts):
         assert set(part.needs) <= set(names[:number]), part.name
 
 
+def test_every_plugin_is_tested_and_timed(gpu_parts):
+    tested = {plugin for plugin, _, _ in plan.SELF_TESTS}
+    timed = {training.plugin for training in plan.FIRST_TRAININGS + plan.LATER_TRAININGS}
+    assert tested == timed == set(PLUGIN_NAMES)
+
+
 def test_the_commands_for_a_gpu_are_accepted(gpu_parts):
     """Their flags; nothing of them is run here."""
     count = 0
@@ -192,7 +199,7 @@ def test_parts_are_chosen_with_what_they_need(gpu_parts):
         (["--minutes", "nan"], "a number above 0 is allowed"),
         (["--only", "nonsense"], "--only nonsense given, which no part has in its name"),
         (["--work_dir", "missing"], "--work_dir missing: No such file or directory; give a folder that"),
-        (["--output", "/dev/null/x"], "/dev/null/x: Not a directory; give an --output that can be written"),
+        (["--output", "/dev/null/x"], "--output /dev/null/x: Not a directory; give a folder that can be"),
     ],
 )
 def test_wrong_flags_end_with_code_2(tmp_path, monkeypatch, capsys, flags, words):
@@ -332,7 +339,17 @@ def test_a_bundle_has_what_the_requirements_pin(tmp_path):
     pins = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-gpu.txt").read_text()
     asked = (tmp_path / "log").read_text().splitlines()
     assert [pin for pin in asked if pin not in pins] == ["pyarrow==21.0.0"]
-    assert {"colossalai==0.5.0", "transformers==4.51.3"} <= set(asked)
+    assert {"colossalai==0.5.0", "transformers==4.51.3", "datasets==5.0.1"} <= set(asked)
+
+
+def test_a_bundle_of_a_package_without_a_pin_is_refused(tmp_path, assert_user_error):
+    script = tmp_path / "tests/gpu/bundle.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(BUNDLE.read_text())
+    for name in ("requirements.txt", "requirements-gpu.txt"):
+        (tmp_path / name).write_text("xxhash==1.0\n")
+    assert_user_error(bash(script, tmp_path / "bundle"), "bundle.sh: no file of requirements pins datasets")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_bundle_can_leave_out_what_the_machine_has(tmp_path):

@@ -163,6 +163,27 @@ def test_a_tracker_cannot_ask_the_terminal(caplog):
     assert ["wandb: EOFError" in warning for warning in warnings(caplog)] == [True]
 
 
+def test_trackers_that_open_at_once_leave_standard_input_as_it_was(caplog):
+    """The first to start is the first to finish, while the other one still opens."""
+    before, are_open, first_is_closed = sys.stdin, threading.Barrier(2), threading.Event()
+
+    def first():
+        are_open.wait(30)
+        return Recorder()
+
+    def second():
+        are_open.wait(30)
+        assert first_is_closed.wait(30)
+        return input("API key: ")
+
+    writers = [BackgroundWriter("mlflow", first), BackgroundWriter("wandb", second)]
+    writers[0].close()
+    first_is_closed.set()
+    writers[1].close()
+    assert ["wandb: EOFError" in warning for warning in warnings(caplog)] == [True]
+    assert sys.stdin is before
+
+
 def test_ids_are_those_of_the_run_and_no_other(tmp_path):
     path = tmp_path / "trackers.json"
     ids = TrackerIds(path, RUN_ID)

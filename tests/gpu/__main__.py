@@ -55,17 +55,24 @@ def main(argv: list[str] | None = None) -> int:
     # An exception, so that processes are ended and models removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        make_output(args.output, parser)
         place = replace(place, work_dir=work_dir)
         parts = with_needed(plan.all_parts(place), args.only)
         recorder = Recorder(args.output, parts, small=args.small, minutes=args.minutes)
         return run(place, parts, recorder, deadline=time.monotonic() + 60 * args.minutes)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}; give an --output that can be written")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
         shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def make_output(folder: Path, parser: argparse.ArgumentParser) -> None:
+    """Make the folder of the files, or end with code 2 if they could not be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"--output {folder}: {error.strerror}; give a folder that can be written")
 
 
 def run(place: plan.Place, parts: Sequence[Part], recorder: Recorder, *, deadline: float) -> int:

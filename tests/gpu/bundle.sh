@@ -5,9 +5,9 @@
 #
 # Such a machine brings Python, PyTorch, triton, transformers, tokenizers, TensorBoard, matplotlib and what those need.
 # --transformers pinned (the default) adds transformers of requirements.txt with tokenizers, huggingface_hub and requests,
-# which fit it; own leaves them to the machine. --python is the machine's version. --without leaves a package out
-# that the machine has: pyarrow is two thirds of the bundle. tests/gpu/run.sh installs the bundle. Needs bash, Python
-# with pip, and a network.
+# which fit it; own leaves them to the machine. --python is the machine's version. --without leaves a package out that
+# the machine has: pyarrow is two thirds of the bundle. tests/gpu/run.sh installs the bundle. Needs bash, Python with
+# pip, and a network.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 limit=$((64 * 2 ** 20))
@@ -59,7 +59,8 @@ pinned() {
     if [[ $1 == pyarrow && $transformers == pinned ]]; then
         echo "pyarrow==$small_pyarrow"
     else
-        grep -hiE "^$1==" "$root/requirements.txt" "$root/requirements-gpu.txt" | sed 's/;.*//'
+        grep -hiE "^$1==" "$root/requirements.txt" "$root/requirements-gpu.txt" | sed 's/;.*//' ||
+            fail "no file of requirements pins $1"
     fi
 }
 

@@ -126,12 +126,13 @@ SELF_TESTS = (
     ("3d", "bf16", ("--zero", "1")),
     ("zero2", "fp32", ()),
     ("3d", "fp32", ("--zero", "0")),
+    ("ddp", "bf16", ()),
     ("zero2_cpu", "bf16", ()),
     ("gemini_auto", "bf16", ()),
     ("zero2", "bf16", ("--chunked_loss", "off")),
     ("zero2_cpu", "fp32", ()),
 )
-# On a CPU one of each kind of plugin, in the precision that is quick there; all plugins are timed there too.
+# On a CPU one of each kind of plugin, in the precision that is quick there; all plugins except ddp are timed there too.
 SMALL_SELF_TESTS = (SELF_TESTS[3], SELF_TESTS[1], SELF_TESTS[4])
 FIRST_TRAININGS = (
     Training("1.3B", "zero2"),
@@ -143,6 +144,7 @@ LATER_TRAININGS = (
     Training("1.3B", "zero2", ("--chunked_loss", "off")),
     Training("1.3B", "zero2_cpu"),
     Training("1.3B", "gemini_auto"),
+    Training("1.3B", "ddp"),
     Training("7B", "gemini", ("--use_grad_checkpoint",)),
 )
 # On a CPU those of a plugin that is not among the first.

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -214,7 +214,7 @@ class BackgroundWriter(SilentWriter):
 
     def _report(self) -> None:
         try:
-            with _no_questions():
+            with _no_questions:
                 tracker = self._open()
             logs.get_logger().info("%s: %s", self._name, tracker.place)
             while (item := self._figures.get()) is not None:
@@ -230,16 +230,32 @@ class BackgroundWriter(SilentWriter):
             )
 
 
-@contextlib.contextmanager
-def _no_questions() -> Iterator[None]:
-    """A context in which nothing can ask the terminal, such as for an API key: nobody may be there."""
-    terminal = sys.stdin
-    with open(os.devnull) as nothing:
-        sys.stdin = nothing
-        try:
-            yield
-        finally:
-            sys.stdin = terminal
+class _NoQuestions(contextlib.AbstractContextManager[None]):
+    """A context in which nothing can ask the terminal, such as for an API key: nobody may be there.
+
+    Several threads may be in it at once. The last to leave restores standard input.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                nothing = self._stack.enter_context(open(os.devnull))
+                self._stack.callback(setattr, sys, "stdin", sys.stdin)
+                sys.stdin = nothing
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stack.close()
+
+
+_no_questions = _NoQuestions()
 
 
 def _line(error: BaseException) -> str:
