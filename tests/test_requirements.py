@@ -1,6 +1,7 @@
 """The requirements files: pinned, complete without pip's resolver, and without what nothing uses."""
 
 import importlib.metadata
+import platform
 import re
 
 import pytest
@@ -36,14 +37,21 @@ LEFT_OUT = {
 }
 
 
-def pins(name: str) -> dict[str, str]:
-    """The versions of a file's packages, by their names. A line is NAME==VERSION, perhaps with a marker."""
+def pins(name: str, machine: str | None = None) -> dict[str, str]:
+    """The versions of a file's packages, by their names. A line is NAME==VERSION, perhaps with a marker.
+
+    Args:
+        machine: only what is installed on this `platform.machine()`; None for all lines.
+    """
     lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", line) for line in lines), lines
     requirements = [Requirement(line) for line in lines]
     found = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in requirements}
     assert len(found) == len(lines)
-    return found
+    if machine is None:
+        return found
+    here = {canonicalize_name(one.name) for one in requirements if holds(one, machine)}
+    return {name: version for name, version in found.items() if name in here}
 
 
 def installed_version(name: str) -> str | None:
@@ -54,22 +62,28 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def required_by(name: str) -> list[Requirement]:
-    """What an installed package requires on this machine, without extras."""
-    declared = map(Requirement, importlib.metadata.requires(name) or [])
-    return [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
+def holds(requirement: Requirement, machine: str) -> bool:
+    """True if the marker is true on this `platform.machine()`, without extras, or if there is none."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": "", "platform_machine": machine})
 
 
+def required_by(name: str, machine: str) -> list[Requirement]:
+    """What an installed package requires on this `platform.machine()`, without extras."""
+    return [one for one in map(Requirement, importlib.metadata.requires(name) or []) if holds(one, machine)]
+
+
+# GPUs are found in machines of both kinds.
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize(("name", "before"), FILES.items())
-def test_what_a_package_requires_is_there_too(name, before):
+def test_what_a_package_requires_is_there_too(name, before, machine):
     """As `pip install --no-deps` needs it. Other versions than the pinned ones, of another stack, are left out."""
-    listed = {package: version for file in (name, *before) for package, version in pins(file).items()}
+    listed = {package: version for file in (name, *before) for package, version in pins(file, machine).items()}
     checked = 0
-    for package, version in pins(name).items():
+    for package, version in pins(name, machine).items():
         if installed_version(package) != version:
             continue
         checked += 1
-        for one in required_by(package):
+        for one in required_by(package, machine):
             other = canonicalize_name(one.name)
             if package == "colossalai" and other in LEFT_OUT.keys() | NEWER:
                 continue
@@ -79,7 +93,7 @@ def test_what_a_package_requires_is_there_too(name, before):
 
 
 def test_what_colossalai_requires_for_nothing_is_left_out():
-    required = {canonicalize_name(one.name) for one in required_by("colossalai")}
+    required = {canonicalize_name(one.name) for one in required_by("colossalai", platform.machine())}
     assert LEFT_OUT.keys() <= required and not LEFT_OUT.keys() & pins(BASE).keys()
 
 
