@@ -98,6 +98,16 @@ def test_with_colossalai_attention(name):
     torch.testing.assert_close(found[visible], make_model()(**batch).logits[visible], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("flash", [False, True])
+def test_attention_dropout_is_applied_in_training_alone(flash):
+    cpu_device.install()
+    batch = batches()["full"]
+    model = with_own_forward(make_model(attention_dropout=0.5), shard(enable_flash_attention=flash))
+    expected = make_model()(**batch).logits
+    assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
+    torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_stages_of_a_pipeline_are_one_model():
     batch = batches()["padded"]
     first = with_own_forward(make_model(), shard(), stage=Stage(0, 2, is_last=False))

@@ -227,7 +227,7 @@ def attend(query: Any, key: Any, value: Any, visible: Any, dropout: float) -> "t
     from colossalai.shardformer.layer import ColoAttention
 
     if isinstance(visible, dict):
-        return ColoAttention.attention(query, key, value, **visible)
+        return ColoAttention.attention(query, key, value, dropout_p=dropout, **visible)
     return torch.nn.functional.scaled_dot_product_attention(
         query.contiguous(),
         key.contiguous(),
