@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ from colossal_llama2.model.loading import recompute_activations
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("with_colossalai")]
 LAYERS, LENGTH = 3, 12
 WHOLE = Stage(0, LAYERS)
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    # Heads are together wider than hidden states; the rotation depends on the length, beyond the first positions.
+    "wide heads, dynamic rope": {
+        "head_dim": 16,
+        "max_position_embeddings": LENGTH // 2,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+    },
+}
 
 
 def shard(**changes) -> types.SimpleNamespace:
@@ -72,7 +83,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("name", batches())
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_it_computes_what_transformers_does(name, changes, recomputes):
     batch = batches()[name]
     labels = batch["input_ids"].clone()
