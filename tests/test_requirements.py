@@ -8,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from colossal_llama2.storage.given_paths import hub_cure
 from tests.conftest import ROOT
 
 BASE = "requirements.txt"
@@ -104,3 +105,10 @@ def test_versions_agree_between_files_that_go_together(base):
         for package, version in pins(name).items():
             versions.setdefault(package, set()).add(version)
     assert {package: found for package, found in versions.items() if len(found) > 1} == {}
+
+
+def test_the_command_that_downloads_models_is_installed_with_them():
+    """huggingface-cli, its name before, does nothing since huggingface_hub 1."""
+    command = re.search(r"download it first \(([\w-]+) download", hub_cure("owner-nobody-has/name"))
+    scripts = importlib.metadata.distribution("huggingface_hub").entry_points.select(group="console_scripts")
+    assert command and command[1] in scripts.names and command[1] != "huggingface-cli"

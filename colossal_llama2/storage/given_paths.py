@@ -18,7 +18,7 @@ def hub_cure(path: str) -> str:
     if not is_hub_name(path):
         return ""
     return (
-        f"; if it is a name on the Hugging Face hub, download it first (huggingface-cli download {path} "
+        f"; if it is a name on the Hugging Face hub, download it first (hf download {path} "
         f"--local-dir {Path(path).name}) and give that folder"
     )
 
