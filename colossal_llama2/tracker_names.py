@@ -9,6 +9,13 @@ SWANLAB = "swanlab"
 TRACKER_NAMES = (TENSORBOARD, WANDB, MLFLOW, SWANLAB)
 
 
+def install_command(tracker: str) -> str:
+    """How to install the package of a tracker; see requirements-trackers.txt for the exception."""
+    if tracker == SWANLAB:
+        return "pip install -r requirements-trackers.txt && pip install --no-deps swanlab"
+    return f"pip install {tracker}"
+
+
 def is_installed(tracker: str) -> bool:
     """Whether the package of a tracker is there, without importing it.
 

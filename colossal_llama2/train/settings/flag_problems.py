@@ -42,7 +42,7 @@ def flag_problems(
 
 def _tracker_problems(args: argparse.Namespace) -> list[str]:
     return [
-        f"--report_to {name}: its package is not installed; run pip install {name}, or leave {name} out"
+        f"--report_to {name}: its package is not installed; run {tracker_names.install_command(name)}, or leave it out"
         for name in args.report_to.split(",")
         if not tracker_names.is_installed(name)
     ]
