@@ -10,10 +10,10 @@ TRACKER_NAMES = (TENSORBOARD, WANDB, MLFLOW, SWANLAB)
 
 
 def install_command(tracker: str) -> str:
-    """How to install the package of a tracker; see requirements-trackers.txt for the exception."""
+    """How to install the package of a tracker; see requirements-trackers.txt for the exceptions."""
     if tracker == SWANLAB:
         return "pip install -r requirements-trackers.txt && pip install --no-deps swanlab"
-    return f"pip install {tracker}"
+    return "pip install mlflow-skinny" if tracker == MLFLOW else f"pip install {tracker}"
 
 
 def is_installed(tracker: str) -> bool:

@@ -21,6 +21,7 @@ from colossal_llama2.cli import train_flags
 from colossal_llama2.train.report import trackers
 from colossal_llama2.train.report.metric_writers import SeveralWriters
 from colossal_llama2.train.report.trackers import BackgroundWriter, TrackerIds, metric_name
+from colossal_llama2.train.settings import flag_problems
 from tests import launching, layouts, training_jobs
 from tests.conftest import ROOT
 
@@ -81,6 +82,15 @@ def test_a_missing_package_is_one_line_before_torch_is_imported(tmp_path, model_
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert_user_error(done, "--report_to wandb: its package is not installed; run pip install wandb")
     assert done.stdout == "False\n"
+
+
+def test_the_packages_to_install_are_the_pinned_ones(monkeypatch):
+    monkeypatch.setattr(tracker_names, "is_installed", lambda name: False)
+    pins = (ROOT / "requirements-trackers.txt").read_text()
+    problems = flag_problems._tracker_problems(parsed("--report_to", "wandb,mlflow"))
+    for name, problem in zip(("wandb", "mlflow"), problems, strict=True):
+        package = problem.partition("run pip install ")[2].partition(",")[0]
+        assert problem.startswith(f"--report_to {name}: ") and f"\n{package}==" in pins
 
 
 def test_a_folder_named_like_a_package_is_none(tmp_path, monkeypatch):
