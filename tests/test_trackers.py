@@ -3,6 +3,7 @@
 The tests of real packages are skipped where these are not installed; requirements-trackers.txt has them.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -18,10 +19,13 @@ import pytest
 
 from colossal_llama2 import tracker_names
 from colossal_llama2.cli import train_flags
-from colossal_llama2.train.report import trackers
+from colossal_llama2.train.report import reporter, run_report, trackers
 from colossal_llama2.train.report.metric_writers import SeveralWriters
 from colossal_llama2.train.report.trackers import BackgroundWriter, TrackerIds, metric_name
+from colossal_llama2.train.run_folder.run_folder import RunFolder
 from colossal_llama2.train.settings import flag_problems
+from colossal_llama2.train.settings.config import ReportConfig
+from colossal_llama2.train.stepping.state import TrainState
 from tests import launching, layouts, training_jobs
 from tests.conftest import ROOT
 
@@ -166,6 +170,60 @@ def test_no_step_waits_for_a_tracker(caplog):
     assert time.monotonic() - start < 10
     assert ["wandb: not finished after 0.05 s" in warning for warning in warnings(caplog)] == [True]
     release.set()
+
+
+def test_trackers_share_the_time_at_the_end(caplog):
+    release = threading.Event()
+    slow = SimpleNamespace(id="a", place="b", write=lambda *_: release.wait(30), close=lambda: None)
+    several = SeveralWriters([BackgroundWriter(str(number), lambda: slow, close_seconds=1.0) for number in range(20)])
+    several.write(1, {"Loss": 1.0})
+    start = time.monotonic()
+    several.begin_close()
+    several.close()
+    assert time.monotonic() - start < 10
+    assert ["not finished after 1 s" in warning for warning in warnings(caplog)] == [True] * 20
+    release.set()
+
+
+def test_the_files_of_a_run_do_not_wait_for_its_trackers(tmp_path, monkeypatch):
+    """A launcher may kill a run that was stopped before a tracker has sent all."""
+    order, engine = [], SimpleNamespace(first_rank_only=lambda: contextlib.nullcontext(True), world_size=1)
+    folder = RunFolder(tmp_path / "ckpt")
+    folder.path.mkdir()
+    run = run_report.RunReport(folder, settings={"total_steps": 1}, environment={}, amounts=None, base_model="x")
+    monkeypatch.setattr(run, "write_files", lambda: order.append("files"))
+    monkeypatch.setattr(reporter, "llama_config", lambda folder: None)
+    tracker = Recorder()
+    monkeypatch.setattr(
+        reporter,
+        "open_trackers",
+        lambda *_, **others: [SlowToClose("wandb", lambda: tracker, order)],
+    )
+    settings = ReportConfig(["wandb"], str(tmp_path / "tb"), "config", None)
+    source = SimpleNamespace(weights_folder=None, checkpoint=None)
+    samples = SimpleNamespace(buckets=None)
+    with reporter.reporting(
+        engine=engine, state=TrainState(), report=run, source=source, order=samples, parameters=1, settings=settings
+    ):
+        pass
+    assert order == ["begin", "files", "begin", "wait"] and tracker.is_closed
+
+
+class SlowToClose(BackgroundWriter):
+    """Records when it is asked to close, and when it is waited for."""
+
+    def __init__(self, name, open_tracker, order):
+        super().__init__(name, open_tracker)
+        self._order = order
+
+    def begin_close(self):
+        self._order.append("begin")
+        super().begin_close()
+
+    def close(self):
+        self._order.append("wait")
+        BackgroundWriter.begin_close(self)
+        self._thread.join()
 
 
 def test_a_tracker_cannot_ask_the_terminal(caplog):

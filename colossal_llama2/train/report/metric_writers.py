@@ -75,6 +75,12 @@ class SeveralWriters(SilentWriter):
         for writer in self._writers:
             writer.write(step, figures)
 
+    def begin_close(self) -> None:
+        for writer in self._writers:
+            writer.begin_close()
+
     def close(self) -> None:
+        # Those that take long do so at the same time.
+        self.begin_close()
         for writer in self._writers:
             writer.close()

@@ -154,7 +154,7 @@ class Reporter(SilentReporter):
         with contextlib.suppress(RuntimeError):
             self._settle_all()
         self._log.close()
-        self._writer.close()
+        self._writer.begin_close()
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -244,6 +244,8 @@ def reporting(
         return
     peak = known_peak(settings.peak_tflops)
     with contextlib.ExitStack() as parts:
+        # The last to be waited for: a launcher may kill a run that was stopped, and its files are written by then.
+        parts.callback(writer.close)
         parts.callback(report.write_files)
         progress = logs.progress(
             total=report.settings["total_steps"],

@@ -24,7 +24,7 @@ from colossal_llama2.train.stepping.silent_reporter import SilentWriter
 
 # Where the tracker's environment variables name none.
 PROJECT = "colossal-llama2"
-# How long the end of a run waits for a tracker to send what it has.
+# How long the end of a run waits for trackers to send what they have.
 CLOSE_SECONDS = 60.0
 TRACKER_ID = re.compile(r"[A-Za-z0-9][\w-]{0,63}", re.ASCII)
 
@@ -196,6 +196,7 @@ class BackgroundWriter(SilentWriter):
     def __init__(self, name: str, open_tracker: Callable[[], Tracker], *, close_seconds: float = CLOSE_SECONDS):
         self._name, self._open, self._close_seconds = name, open_tracker, close_seconds
         self._has_failed = False
+        self._deadline: float | None = None
         self._figures: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._report, name=f"tracker {name}", daemon=True)
         self._thread.start()
@@ -204,9 +205,15 @@ class BackgroundWriter(SilentWriter):
         if not self._has_failed:
             self._figures.put((step, dict(figures)))
 
+    def begin_close(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._close_seconds
+            self._figures.put(None)
+
     def close(self) -> None:
-        self._figures.put(None)
-        self._thread.join(self._close_seconds)
+        self.begin_close()
+        assert self._deadline is not None
+        self._thread.join(max(self._deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
             logs.get_logger().warning(
                 "%s: not finished after %g s; it may lack the last figures", self._name, self._close_seconds

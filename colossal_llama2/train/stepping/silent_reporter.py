@@ -14,6 +14,9 @@ class SilentWriter:
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Record figures by name at an optimizer step."""
 
+    def begin_close(self) -> None:
+        """Accept no more figures, and return without waiting until the last ones are written."""
+
     def close(self) -> None:
         """Flush the recorded figures, and close."""
 
