@@ -305,10 +305,11 @@ def test_mlflow_gets_figures_and_settings_and_continues_its_run(tmp_path, offlin
     assert ["is not there" in warning for warning in warnings(caplog)] == [True]
 
 
-def test_wandb_writes_an_offline_run_and_continues_it(tmp_path, offline, caplog):
+def test_wandb_writes_an_offline_run_and_continues_it(tmp_path, offline, caplog, capfd):
     pytest.importorskip("wandb", reason="wandb is not installed (requirements-trackers.txt)")
     assert reported("wandb", tmp_path, range(1, 4)) == RUN_ID
     assert reported("wandb", tmp_path, range(4, 6)) == RUN_ID and warnings(caplog) == []
+    assert capfd.readouterr() == ("", "")
     files = sorted((tmp_path / "tb" / "wandb").glob(f"offline-run-*-{RUN_ID}/run-{RUN_ID}.wandb"))
     content = b"".join(path.read_bytes() for path in files)
     assert content.count(b"Step Figure") >= 5 and "Loss by Source/网页".encode() in content

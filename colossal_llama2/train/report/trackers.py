@@ -86,7 +86,8 @@ class WandbTracker:
         )
         self._run.define_metric("*", step_metric="step")
         self.id = str(self._run.id)
-        self.place = self._run.url or str(self._run.dir)
+        # Offline it has no address, and W&B prints a warning where one is asked for.
+        self.place = str((None if self._run.offline else self._run.url) or self._run.dir)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._run.log({"step": step, **figures})
