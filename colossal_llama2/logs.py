@@ -16,9 +16,6 @@ from colossal_llama2.launcher import place
 from colossal_llama2.terminal_text import one_line, printable
 
 PLAIN_LINE_SECONDS = 15.0
-# Loggers of libraries whose warnings are irrelevant here. bitsandbytes, which peft imports, warns on some CPUs that it
-# cannot download a kernel for 4-bit weights.
-QUIET_LOGGERS = ("bitsandbytes.backends.cpu.ops",)
 # Times in a bar are unknown at first and become longer.
 SPARE_CELLS = 5
 
@@ -48,8 +45,6 @@ def configure_logging() -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.propagate = False
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _PrintableRecord(logging.LogRecord):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from colossal_llama2 import logs
 from colossal_llama2.engine import process_group
 from tests.conftest import ROOT
 from tests.launching import free_port
@@ -83,17 +82,3 @@ def test_an_error_below_torchrun_is_one_line_before_the_launcher_s_own_report(mo
     assert [line for line in lines if line not in ours and not OF_TORCHRUN.match(line)] == []
     before = lines[: lines.index(ours[0])]
     assert not any(line.startswith(("Traceback", "E")) for line in before)
-
-
-def test_a_warning_without_a_meaning_here_is_silent_and_an_error_of_its_logger_is_not(capsys):
-    logs.configure_logging()
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community")
-    assert capsys.readouterr().err == "" and logger.isEnabledFor(logging.ERROR)
-
-
-@pytest.mark.parametrize("name", logs.QUIET_LOGGERS)
-def test_silenced_loggers_are_those_of_modules_that_exist(name):
-    package, _, module = name.partition(".")
-    paths = [Path(folder, package, *module.split(".")).with_suffix(".py") for folder in sys.path]
-    assert any(path.is_file() and "logging.getLogger(__name__)" in path.read_text() for path in paths)

@@ -267,7 +267,7 @@ def test_output_that_is_damaged_or_foreign_is_refused(inputs, tokenizer_dir, tmp
     for missing in ("jsonl/part-00001.jsonl", "arrow/part-00000/state.json"):
         whole = (tmp_path / "out" / missing).read_bytes()
         (tmp_path / "out" / missing).unlink()
-        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such files\)"):
+        with pytest.raises(UserError, match=rf"{missing} is missing \(1 such file\)"):
             prepare.prepare_pretrain(**keywords)
         (tmp_path / "out" / missing).write_bytes(whole)
     for damaged in ("{", "[]", '{"a": 1}'):
