@@ -12,7 +12,6 @@ With COLOSSAL_LLAMA2_DEBUG=1 in the environment, the traceback of an error is pr
 a launched job, including ranks that print no line: each may have failed in a different place.
 """
 
-import _thread
 import enum
 import os
 import signal
@@ -122,7 +121,9 @@ def _deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
     number = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(unraisable.exc_type)
     if number is not None:
         # Later and not from here: the handler would run inside this function, whose exceptions are dropped too.
-        timer = threading.Timer(REDELIVERY_SECONDS, _thread.interrupt_main, (number,))
+        # And as a signal, which interrupts a system call.
+        thread = threading.main_thread().ident
+        timer = threading.Timer(REDELIVERY_SECONDS, signal.pthread_kill, (thread, number))
         timer.daemon = True
         timer.start()
     # A thread of StopSignals ends a process that has not raised Stopped.

@@ -198,7 +198,7 @@ def test_a_signal_during_a_finalizer_is_not_lost(number, code, line):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=20,
     )
     assert (process.returncode, process.stdout, process.stderr) == (code, "cleaned up\n", line + "\n")
 
