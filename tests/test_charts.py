@@ -59,6 +59,7 @@ def test_layers_are_stacked(tmp_path):
     assert height_of(BLUE, tmp_path / "c.png") == pytest.approx(3 * height_of(ORANGE, tmp_path / "c.png"), abs=3)
 
 
+@pytest.mark.slow
 def test_the_smallest_of_many_categories_are_one_layer(tmp_path):
     bins = {f"part-{number:05d}": {f"c{kind}": 300 - kind for kind in range(300)} for number in range(200)}
     plots.draw_categories(bins, tmp_path / "c.png", title="t")

@@ -38,6 +38,7 @@ def run_parts(tmp_path, parts, *, seconds=60.0, beside=1):
     return json.loads((tmp_path / JSON_FILE).read_text()), (tmp_path / PAGE_FILE).read_text(), outcomes
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_crashes_or_hangs_ends_alone(tmp_path):
     child = tmp_path / "child"
     hangs = (
@@ -85,6 +86,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.slow
 def test_parts_that_time_ran_out_for_are_skipped_with_the_reason(tmp_path):
     parts = [python("long", "import time; time.sleep(600)"), python("last", FIGURES)]
     record, text, _ = run_parts(tmp_path, parts, seconds=6)

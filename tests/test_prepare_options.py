@@ -521,6 +521,7 @@ def test_a_bad_row_of_a_share_leaves_the_work_of_others(tokenizer_dir, tmp_path)
     assert list((tmp_path / "out" / "cache").glob("unit-*.json"))
 
 
+@pytest.mark.slow
 def test_results_arrive_as_they_are_done_and_the_first_error_is_raised():
     """A slow task does not delay those behind it; of two mistakes the one earlier in the input is raised."""
     tasks = [(0, 1.0), *((number, 0.01) for number in range(1, 20))]
