@@ -120,8 +120,7 @@ def _deliver_again(unraisable: "sys.UnraisableHookArgs") -> None:
     """Raise a signal's exception again if its handler ran inside a `__del__`, where Python prints and drops it."""
     number = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}.get(unraisable.exc_type)
     if number is not None:
-        # Later and not from here: the handler would run inside this function, whose exceptions are dropped too.
-        # And as a signal, which interrupts a system call.
+        # Not from here, because exceptions of this function are dropped too. A signal also interrupts a system call.
         thread = threading.main_thread().ident
         timer = threading.Timer(REDELIVERY_SECONDS, signal.pthread_kill, (thread, number))
         timer.daemon = True

@@ -81,6 +81,10 @@ class Plugin:
 
     def arguments(self, *, parameters: int, on_cpu: bool) -> dict[str, Any]:
         """Keyword arguments of ColossalAI's plugin class for a model of that many parameters."""
+        return self.precision_arguments()
+
+    def precision_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for precision, clipping and the loss scale, which all of ColossalAI's optimizers share."""
         # An infinite bound clips nothing, and unlike 0 still makes the plugin compute the norm, which is logged. Gemini
         # on a GPU needs it: it frees an accumulating chunk while another stream copies from it (chunk.py:556), and only
         # the host's wait for the norm prevents that this memory is reused too early.
@@ -381,7 +385,7 @@ class Ddp(Plugin):
 
         # Boosting moves the model as well, but master weights are made now, beside the weights.
         model.to(get_current_device())
-        arguments = self.arguments(parameters=0, on_cpu=True)
+        arguments = self.precision_arguments()
         if self.settings.precision == "fp32":
             # Float32 weights are their own masters, and the gradients of bf16 are those that it does not scale.
             arguments["precision"] = "bf16"
