@@ -1,0 +1,249 @@
+"""Read the tokenizer.json of a byte-level BPE, the kind of LLaMA-3 and SmolLM2, and refuse what cannot be extended.
+
+A byte-level BPE turns a text into UTF-8, splits it with its pre-tokenizer, and merges the bytes of each part by a list
+of ranked pairs. Its vocabulary spells a byte as one printable character ("Ġ" is a space), as GPT-2's does.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama2.encoding.file_names import FAST_FILE
+from colossal_llama2.errors import UserError
+from colossal_llama2.storage.given_paths import hub_cure
+from colossal_llama2.storage.input_files import is_regular
+from colossal_llama2.storage.json_input import parse, read_regular, shown
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_FILE_BYTES = 128 << 20
+# LLaMA-3's file has 128,256 tokens and 280,147 merges, so about a million values.
+MAX_FILE_VALUES = 32_000_000
+# Steps that only divide a text. Others drop or change characters, or run code.
+DIVIDING_STEPS = ("Split", "Digits", "Punctuation", "ByteLevel")
+
+
+@lru_cache(maxsize=1)
+def byte_characters() -> tuple[str, ...]:
+    """(256,): the character that spells each byte: itself if it is printable, otherwise one from U+0100 on (GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    found = {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return tuple(found[byte] for byte in range(256))
+
+
+def spelled(text: str) -> str:
+    """The characters that spell a text's UTF-8 bytes: spelled(" é") -> "ĠÃ©"."""
+    return text.encode().decode("latin-1").translate(_from_bytes())
+
+
+def bytes_of(token: str) -> bytes:
+    """The bytes that a token spells. Raises KeyError for a character that spells none."""
+    return bytes(map(_to_bytes().__getitem__, token))
+
+
+@lru_cache(maxsize=1)
+def _from_bytes() -> dict[int, str]:
+    return dict(enumerate(byte_characters()))
+
+
+@lru_cache(maxsize=1)
+def _to_bytes() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_characters())}
+
+
+@dataclass(frozen=True)
+class ByteLevelModel:
+    """The content of a tokenizer.json.
+
+    Attributes:
+        path: the file.
+        settings: the parsed file, as it is.
+        vocabulary: the ids of the tokens that spell bytes; special and other added tokens are left out.
+        merges: pairs of such tokens, best first.
+        added: the ids of added tokens by their text, special or not, in order of id.
+        ignore_merges: whether a part of a text that is a token as a whole is not merged (LLaMA-3).
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    vocabulary: dict[str, int]
+    merges: list[tuple[str, str]]
+    added: dict[str, int]
+    ignore_merges: bool
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ByteLevelModel":
+        """The model of a tokenizer's folder.
+
+        Raises:
+            UserError: there is no tokenizer.json, it is damaged, or it is not a byte-level BPE whose pre-tokenizer only
+                divides the text.
+        """
+        path = byte_level_file(folder)
+        try:
+            settings = parse(read_regular(path, most_bytes=MAX_FILE_BYTES), most_values=MAX_FILE_VALUES)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); copy it again from the original tokenizer")
+        model = settings.get("model") if isinstance(settings, dict) else None
+        if not isinstance(model, dict):
+            raise UserError(f"{path} describes no tokenizer; copy it again from the original tokenizer")
+        _check_kind(path, settings, model)
+        added = _added_tokens(path, settings)
+        vocabulary = _vocabulary(path, model, added)
+        merges = _merges(path, model, vocabulary)
+        return cls(path, settings, vocabulary, merges, added, bool(model.get("ignore_merges")))
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the highest id."""
+        return 1 + max(*self.vocabulary.values(), *self.added.values(), -1)
+
+    @cached_property
+    def tokens(self) -> dict[int, str]:
+        """The tokens that spell bytes, by id."""
+        return {index: token for token, index in self.vocabulary.items()}
+
+    @cached_property
+    def missing_bytes(self) -> tuple[int, ...]:
+        """Bytes without a token; a text with one cannot be encoded. SmolLM2 lacks 21, such as most controls and F1."""
+        return tuple(byte for byte, character in enumerate(byte_characters()) if character not in self.vocabulary)
+
+    def plain_tokenizer(self) -> "Tokenizer":
+        """The pre-tokenizer and the merges alone: special tokens that are spelled out in a text stay text."""
+        import json
+
+        from tokenizers import Tokenizer
+
+        # Added tokens, truncation and padding are not part of it.
+        model = {**self.settings["model"], "vocab": self.vocabulary, "merges": self.merges, "unk_token": None}
+        settings = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": self.settings["pre_tokenizer"],
+            "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            "model": model,
+        }
+        try:
+            return Tokenizer.from_str(json.dumps(settings))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"{self.path} cannot be loaded ({error}); copy it again from the original tokenizer")
+
+
+def byte_level_file(folder: str | Path) -> Path:
+    """Path of tokenizer.json in a tokenizer's folder. Raises UserError if the folder or the file is missing."""
+    path = Path(folder, FAST_FILE)
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder{hub_cure(str(folder))}; give the folder of a tokenizer")
+    if not is_regular(path):
+        raise UserError(f"{folder} holds no {FAST_FILE}; copy it from the original tokenizer")
+    return path
+
+
+def _check_kind(path: Path, settings: dict, model: dict) -> None:
+    """Raise UserError unless the file describes a byte-level BPE that keeps every character of a text."""
+    kind = model.get("type", "BPE" if "merges" in model else "unknown")
+    if kind != "BPE":
+        raise UserError(f"{path} is a {shown(kind)} model; a byte-level BPE, such as LLaMA-3's, is needed")
+    normalizer = settings.get("normalizer")
+    if normalizer and not _is_empty_sequence(normalizer):
+        raise UserError(
+            f"{path} has a normalizer ({shown(_type(normalizer))}), which changes the text; "
+            "a byte-level BPE without one, such as LLaMA-3's, is needed"
+        )
+    steps = _steps(settings.get("pre_tokenizer"))
+    kinds = [_type(step) for step in steps]
+    if not kinds or kinds[-1] != "ByteLevel" or kinds.count("ByteLevel") > 1:
+        raise UserError(
+            f"{path} is not a byte-level BPE: its pre-tokenizer is {shown(kinds or None)}; "
+            "one that ends with ByteLevel, such as LLaMA-3's, is needed"
+        )
+    for step in steps:
+        if _type(step) not in DIVIDING_STEPS or step.get("behavior") == "Removed":
+            raise UserError(
+                f"{path}: the pre-tokenizer's step {shown(step)} may drop or change text; allowed are "
+                f"{', '.join(DIVIDING_STEPS)} that keep every character"
+            )
+    if steps[-1].get("add_prefix_space", True):
+        raise UserError(
+            f"{path}: its pre-tokenizer puts a space before every text (add_prefix_space); set it to false, as "
+            "LLaMA-3's has it"
+        )
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise UserError(f"{path}: {name} is {shown(model[name])}; null is needed, as in LLaMA-3's")
+
+
+def _is_empty_sequence(step: Any) -> bool:
+    return _type(step) == "Sequence" and not step.get("normalizers")
+
+
+def _type(step: Any) -> Any:
+    return step.get("type") if isinstance(step, dict) else step
+
+
+def _steps(step: Any) -> list[dict]:
+    """The steps of a pre-tokenizer, with those of nested sequences in their place."""
+    if step is None:
+        return []
+    if _type(step) == "Sequence" and isinstance(step.get("pretokenizers"), list):
+        return [inner for part in step["pretokenizers"] for inner in _steps(part)]
+    return [step if isinstance(step, dict) else {"type": step}]
+
+
+def _added_tokens(path: Path, settings: dict) -> dict[str, int]:
+    found: dict[str, int] = {}
+    listed = settings.get("added_tokens")
+    for entry in [] if listed is None else listed if isinstance(listed, list) else [listed]:
+        content, index = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(content, str) or type(index) is not int or index < 0:
+            raise UserError(f"{path}: the added token {shown(entry)} has no content or no id; copy the file again")
+        if found.setdefault(content, index) != index:
+            raise UserError(f"{path} has two ids for the added token {content!r}: {found[content]} and {index}")
+    by_id: dict[int, str] = {}
+    for content, index in found.items():
+        if by_id.setdefault(index, content) != content:
+            raise UserError(f"{path} gives the id {index} to two added tokens, {by_id[index]!r} and {content!r}")
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _vocabulary(path: Path, model: dict, added: dict[str, int]) -> dict[str, int]:
+    listed = model.get("vocab")
+    if not isinstance(listed, dict) or not all(type(index) is int and index >= 0 for index in listed.values()):
+        raise UserError(f"{path} has no vocabulary of tokens with ids; copy it again from the original tokenizer")
+    taken = {index: token for token, index in added.items()}
+    for token, index in listed.items():
+        if taken.setdefault(index, token) != token:
+            raise UserError(f"{path} gives the id {index} to two tokens, {taken[index]!r} and {token!r}")
+        if added.get(token, index) != index:
+            raise UserError(f"{path} has two ids for the token {token!r}: {index} and {added[token]}")
+    vocabulary = {token: index for token, index in listed.items() if token not in added}
+    spelling = set(byte_characters())
+    for token in vocabulary:
+        if not token or not spelling.issuperset(token):
+            raise UserError(
+                f"{path}: the token {token!r} does not spell bytes, and is not an added token; a byte-level BPE, such "
+                "as LLaMA-3's, is needed"
+            )
+    return vocabulary
+
+
+def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs of a model, which are written as "a b" or as ["a", "b"]."""
+    found = []
+    listed = model.get("merges")
+    for rank, entry in enumerate(listed if isinstance(listed, list) else []):
+        pair = tuple(entry.split(" ")) if isinstance(entry, str) else tuple(entry) if isinstance(entry, list) else ()
+        is_pair = len(pair) == 2 and all(isinstance(part, str) and part in vocabulary for part in pair)
+        if not is_pair or "".join(pair) not in vocabulary:
+            raise UserError(f"{path}: the merge {shown(entry)} at rank {rank} does not join two tokens to a third")
+        found.append((pair[0], pair[1]))
+    if not found:
+        raise UserError(f"{path} has no merges; copy it again from the original tokenizer")
+    return found
