@@ -36,8 +36,8 @@ NO_TOOLKIT = {"CUDA_HOME": "", "CUDA_PATH": ""}
 # Imported by commands while they run.
 LATE_IMPORTS = (
     "colossalai.legacy",
-    "colossalai.shardformer.policies.llama",
     "colossal_llama2.dataset.write.prepare",
+    "colossal_llama2.engine.llama_policy",
     "colossal_llama2.inference.generation",
     "colossal_llama2.model.init_model",
     "colossal_llama2.tokenizer.init_tokenizer",
