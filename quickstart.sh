@@ -2,13 +2,18 @@
 # An English LLaMA learns Chinese, through every script of the suite, on two CPU cores:
 #
 #   bash quickstart.sh
+#   REAL=1 bash quickstart.sh    the same with a real pretrained model; see examples/real_quickstart.sh
 #
-# Needs Python 3.11 and a network; makes .venv beside this file. All output goes to quickstart/, or to QUICKSTART_DIR if
-# that is set. An interrupted run continues, when started again, with the step it was in; delete quickstart/ to start
-# over.
+# Needs Python 3.11 and a network; makes .venv beside this file. All output goes to quickstart/ (quickstart-real/), or to
+# QUICKSTART_DIR if that is set. An interrupted run continues, when started again, with the step it was in; delete the
+# folder to start over.
 set -euo pipefail
 out=${QUICKSTART_DIR:+$(realpath -m -- "$QUICKSTART_DIR")}
-out=${out:-quickstart}
+case ${REAL:=0} in
+0) out=${out:-quickstart} ;;
+1) out=${out:-quickstart-real} ;;
+*) echo "REAL=$REAL given; allowed are 0 and 1" >&2 && exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # Steps delete what they are about to write, so nothing but a quick start's own folder will do.
 if [[ -e $out && ! -e $out/.quickstart ]]; then
@@ -24,56 +29,18 @@ install_requirements requirements.txt requirements-dev.txt
 export CUDA_VISIBLE_DEVICES=-1
 # Threads that wait sleep. Where other work shares the cores, waiting threads that spin make a step ten times slower.
 export OMP_WAIT_POLICY=passive
+step_number=0
+source ./examples/quickstart_steps.sh
+if ((REAL)); then
+    source ./examples/real_quickstart.sh
+    exit
+fi
+
 max_length=256
 sft_max_length=192
 # zero2 trains on all of these bins except the last, gemini only on the last: it needs bf16, which is slow on a CPU.
 bins=40
 steps=17
-step_number=0
-
-# step FUNCTION TITLE OUTPUT...: announce, then run FUNCTION unless an earlier run finished it. What an interrupted run
-# left of its outputs is removed first, and a step that runs makes all later ones run again.
-step() {
-    local work=$1 title=$2 started=$SECONDS old
-    shift 2
-    step_number=$((step_number + 1))
-    if [[ -f $out/done/$step_number ]]; then
-        echo "== [$step_number/$steps] $title: done before"
-        return
-    fi
-    echo "== [$step_number/$steps] $title"
-    for ((old = step_number; old <= steps; old++)); do
-        rm -f -- "$out/done/$old"
-    done
-    rm -rf -- "$@"
-    # Called plainly, not in a condition: there, bash would ignore `set -e` inside the function.
-    "$work"
-    mkdir -p "$out/done"
-    touch "$out/done/$step_number"
-    echo "   $((SECONDS - started)) s"
-}
-
-# prepare SCRIPT MAX_LENGTH BINS TOKENIZER NAME DIR,DIR: from jsonl to bins under $out/NAME/arrow.
-prepare() {
-    python "$1" --max_length "$2" --num_spliced_dataset_bins "$3" --tokenizer_dir "$4" --data_input_dirs "$6" \
-        --data_cache_dir "$out/$5/cache" --data_jsonl_output_dir "$out/$5/jsonl" --data_arrow_output_dir "$out/$5/arrow"
-}
-
-# outputs NAME: the flags for the output folders of a stage.
-outputs() {
-    printf '%s\n' --save_dir "$out/$1" --tensorboard_dir "$out/logs/$1" --config_file "$out/config/$1.json"
-}
-
-# evaluate STAGE FOLDER: measure $out/FOLDER/modeling, which train.py or train_sft.py wrote, on the held-out text.
-evaluate() {
-    python examples/quickstart_evaluate.py --held_out_dir "$out/data/held_out" --output_file "$out/results.json" \
-        --stage "$1" --model_path "$out/$2/modeling" --tensorboard_dir "$out/logs/$2" --config_file "$out/config/$2.json"
-}
-
-# with_torchrun ARGUMENT...: two ranks on this machine, one thread each.
-with_torchrun() {
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 "$@"
-}
 
 # with_colossalai SCRIPT ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment
 # into a shell command, unescaped, so it gets only those that are needed; and it joins the arguments: @Q quotes them.

@@ -34,7 +34,7 @@ def build_parser() -> CommandParser:
         "      --held_out_dir quickstart/data/held_out --output_file quickstart/results.json --stage '1 English'",
     )
     parser.add_argument("--model_path", metavar="DIR", required=True, help="Hugging Face model and tokenizer")
-    parser.add_argument("--held_out_dir", metavar="DIR", required=True, help="folder with en.jsonl and zh.jsonl")
+    parser.add_argument("--held_out_dir", metavar="DIR", required=True, help="folder with en.jsonl, zh.jsonl")
     parser.add_argument("--output_file", metavar="FILE", required=True, help="results of all stages (JSON), added to")
     parser.add_argument("--stage", metavar="NAME", required=True, help="name of the stage that made the model")
     parser.add_argument("--tensorboard_dir", metavar="DIR", help="the stage's TensorBoard logs, recorded for the table")

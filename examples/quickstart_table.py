@@ -16,7 +16,7 @@ from colossal_llama2 import errors
 from colossal_llama2.cli.parser import CommandParser
 
 SPEED_TAG = "Tokens per Second"
-LANGUAGES = {"en": "English", "zh": "Chinese"}
+LANGUAGES = {"en": "English", "neutral": "neutral English", "zh": "Chinese"}
 
 
 def build_parser() -> CommandParser:
@@ -56,13 +56,18 @@ def aligned(rows: list[list[str]], *, left_columns: int = 1) -> str:
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
+def measured_languages(entries: list[dict]) -> dict[str, str]:
+    """The names of the languages that every stage was measured on, by code."""
+    return {code: name for code, name in LANGUAGES.items() if all(code in entry["languages"] for entry in entries)}
+
+
 def stage_table(entries: list[dict]) -> str:
     """One row a stage: losses in bits per UTF-8 byte, tokens per character, tokens per second."""
-    header = ["stage"]
-    header += [f"{code} bits/byte" for code in LANGUAGES] + [f"{code} tokens/char" for code in LANGUAGES] + ["tokens/s"]
+    codes = list(measured_languages(entries))
+    header = ["stage", *(f"{code} bits/byte" for code in codes), *(f"{code} tokens/char" for code in codes), "tokens/s"]
     rows = [header]
     for entry in entries:
-        figures = [entry["languages"][code] for code in LANGUAGES]
+        figures = [entry["languages"][code] for code in codes]
         speed = tokens_per_second(entry["tensorboard_dir"])
         rows.append(
             [entry["stage"]]
@@ -77,7 +82,7 @@ def changes(entries: list[dict]) -> str:
     """What the new pieces and the training changed in each language, from the first stage to the last."""
     first, last = entries[0]["languages"], entries[-1]["languages"]
     rows = [["", "tokens/char before", "after", "bits/byte first stage", "last stage", "change"]]
-    for code, name in LANGUAGES.items():
+    for code, name in measured_languages(entries).items():
         before, after = first[code], last[code]
         rows.append(
             [

@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
     "colossal_llama2.tokenizer.compare": (tokenizer_flags.compare_parser, None),
     "colossal_llama2.dataset.inspect_data": (data_flags.inspect_data_parser, None),
     "colossal_llama2.train.verify": (train_flags.verify_parser, None),
+    "colossal_llama2.train.faster_precision": (train_flags.faster_precision_parser, None),
     "colossal_llama2.train.selftest": (train_flags.selftest_parser, "train.py"),
 }
 TABLE_HEAD = ["| flag | default | meaning |", "|---|---|---|"]

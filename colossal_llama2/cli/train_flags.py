@@ -508,3 +508,16 @@ def verify_parser() -> CommandParser:
         "checked",
     )
     return parser
+
+
+def faster_precision_parser() -> CommandParser:
+    """Flags of colossal_llama2/train/faster_precision.py."""
+    parser = CommandParser(
+        "python -m colossal_llama2.train.faster_precision",
+        "Print the faster precision on this CPU, bf16 or fp32: the value of --mixed_precision for a rehearsal.",
+        "  python -m colossal_llama2.train.faster_precision llama-small",
+    )
+    parser.flag_group().add(
+        "pretrained", metavar="MODEL", help="folder of the model to rehearse with; a layer of its sizes is measured"
+    )
+    return parser
