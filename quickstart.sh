@@ -14,6 +14,14 @@ case ${REAL:=0} in
 1) out=${out:-quickstart-real} ;;
 *) echo "REAL=$REAL given; allowed are 0 and 1" >&2 && exit 2 ;;
 esac
+MINUTES=${MINUTES:-15}
+PIECES=${PIECES:-4000}
+for name in MINUTES PIECES; do
+    if [[ ! ${!name} =~ ^[1-9][0-9]{0,5}$ ]]; then
+        echo "$name=${!name} given; a whole number from 1 to 999999 is allowed" >&2
+        exit 2
+    fi
+done
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # Steps delete what they are about to write, so nothing but a quick start's own folder will do.
 if [[ -e $out && ! -e $out/.quickstart ]]; then

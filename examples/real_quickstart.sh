@@ -6,14 +6,6 @@
 # Its vocabulary is extended by PIECES pieces mined from Chinese text, the new embedding rows are trained alone (align),
 # and then all weights on Chinese and English. The table has bits per byte of held-out Chinese, of English like that of
 # the training, and of other, neutral English.
-MINUTES=${MINUTES:-15}
-PIECES=${PIECES:-4000}
-for name in MINUTES PIECES; do
-    if [[ ! ${!name} =~ ^[1-9][0-9]{0,5}$ ]]; then
-        echo "$name=${!name} given; a whole number from 1 to 999999 is allowed" >&2
-        exit 2
-    fi
-done
 install_requirements requirements-real.txt
 steps=13
 max_length=256

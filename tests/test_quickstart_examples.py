@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -315,6 +316,8 @@ def test_table(tmp_path, capsys):
             "config.json",
         ),
         ("quickstart_table.py", ["--results_file", "{here}/none.json"], "does not exist"),
+        ("real_model.py", ["--output_dir", "{here}"], "already exists"),
+        ("neutral_english.py", ["--output_file", "{here}"], "already exists"),
     ],
 )
 def test_mistakes_are_one_line(script, arguments, word, tmp_path, run_script, assert_user_error):
@@ -324,12 +327,10 @@ def test_mistakes_are_one_line(script, arguments, word, tmp_path, run_script, as
 
 def test_quickstart_resumes_with_the_step_that_was_interrupted(tmp_path):
     """Only the shell's steps, with stand-ins for the work: one fails, and the next run begins with it, cleanly."""
-    text = (ROOT / "quickstart.sh").read_text()
-    start = text.index("step() {")
-    function = text[start : text.index("\n}\n", start) + 3]
     script = tmp_path / "steps.sh"
     script.write_text(
-        f"set -euo pipefail\nout={tmp_path}/out\nsteps=3\nstep_number=0\n{function}"
+        f"set -euo pipefail\nout={tmp_path}/out\nsteps=3\nstep_number=0\n"
+        f"source {ROOT / 'examples' / 'quickstart_steps.sh'}\n"
         'one() { echo ran one; mkdir -p "$out"; }\n'
         'two() { mkdir "$out/two"; [[ -e $out/allowed ]]; echo ran two; }\n'
         "three() { echo ran three; }\n"
@@ -346,3 +347,15 @@ def test_quickstart_resumes_with_the_step_that_was_interrupted(tmp_path):
     assert run() == (0, [])
     (tmp_path / "out" / "done" / "2").unlink()
     assert run() == (0, ["ran two", "ran three"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"), [({"REAL": "2"}, "allowed are 0 and 1"), ({"REAL": "1", "MINUTES": "0"}, "a whole number")]
+)
+def test_a_mistake_in_a_variable_ends_the_quick_start_in_one_line(settings, word, tmp_path):
+    environment = {**os.environ, **settings, "QUICKSTART_DIR": str(tmp_path / "out")}
+    process = subprocess.run(
+        ["bash", str(ROOT / "quickstart.sh")], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert process.returncode == 2
+    assert word in process.stderr and process.stderr.count("\n") == 1
