@@ -1,10 +1,24 @@
 #!/usr/bin/env bash
-# Lint, check types and run every test, in .venv beside this file (made if there is none). Arguments go to pytest, such
-# as -m "not slow" for the fast subset. Two test files run at a time.
+# Lint, check types and run every test:
+#
+#   bash run_tests.sh [--stack legacy|current|image] [--python PYTHON] [PYTEST_ARGUMENT]...
+#
+# --stack chooses what is installed: requirements.txt (legacy, the default), requirements-current.txt or
+# requirements-image.txt. Each has an environment of its own beside this file, .venv, .venv-current or .venv-image, made
+# if there is none. --python, such as python3.13, chooses the environment's Python, and makes it anew if it has another
+# one. Other arguments go to pytest, such as -m "not slow" for the fast subset. Two test files run at a time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./.ci/environment.sh
-install_requirements requirements.txt requirements-ray.txt requirements-dev.txt
+while [[ ${1:-} == --stack || ${1:-} == --python ]]; do
+    if (($# == 1)); then
+        echo "$1 needs a value" >&2
+        exit 2
+    fi
+    if [[ $1 == --stack ]]; then choose_stack "$2"; else chosen_python=$2; fi
+    shift 2
+done
+install_requirements "$stack_file" requirements-ray.txt requirements-dev.txt
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy

@@ -1,26 +1,76 @@
-# Sourced by quickstart.sh and run_tests.sh from the repository's root: a virtual environment with what they need.
+# Sourced by quickstart.sh and run_tests.sh from the repository's root: virtual environments with what they need.
 
-# install_requirements FILE...: make .venv if there is none, put it on PATH, and install the pinned packages into it.
-# A stamp with the files' hash makes the next call instant.
-install_requirements() {
-    local python stamp wanted file
-    # Also false for an environment whose making was interrupted before pip was in it.
-    if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
-        python=$(command -v python3.11 || command -v python3 || true)
-        if [[ -z $python ]] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-            echo "Python 3.11 is needed: no python3.11 on PATH, and python3 is not 3.11" >&2
+# The default: what requirements.txt pins. choose_stack changes these.
+environment=.venv
+python_versions=(3.11)
+stack_file=requirements.txt
+# A Python that the caller asked for by name or path, instead of the first in python_versions that is installed.
+chosen_python=
+
+# choose_stack NAME: set the folder of the environment, its Python versions, and the file of requirements.
+choose_stack() {
+    case $1 in
+        legacy) ;;
+        current) environment=.venv-current python_versions=(3.11 3.12 3.13) stack_file=requirements-current.txt ;;
+        image) environment=.venv-image python_versions=(3.12 3.11 3.13) stack_file=requirements-image.txt ;;
+        *)
+            echo "--stack $1 given; legacy, current and image are allowed" >&2
             exit 2
+            ;;
+    esac
+}
+
+# version_of PYTHON: its version, such as 3.11; nothing if it cannot be run.
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+}
+
+# is_allowed VERSION: true if the stack's environment may have this version of Python.
+is_allowed() {
+    [[ -n $1 && " ${python_versions[*]} " == *" $1 "* ]]
+}
+
+# find_python: print the Python to make the environment with.
+find_python() {
+    local candidate allowed found
+    for candidate in ${chosen_python:-"${python_versions[@]/#/python}" python3}; do
+        if is_allowed "$(version_of "$candidate")"; then
+            echo "$candidate"
+            return
         fi
-        echo "Making a virtual environment in .venv"
-        "$python" -m venv --clear .venv
+    done
+    allowed=$(printf ', %s' "${python_versions[@]}")
+    found="no $(printf 'python%s, ' "${python_versions[@]}")and python3 is another version"
+    if [[ -n $chosen_python ]]; then
+        found=$(version_of "$chosen_python")
+        found="$chosen_python ${found:+is }${found:-cannot be run}"
     fi
-    export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+    echo "Python ${allowed#, } is needed: $found" >&2
+    exit 2
+}
+
+# install_requirements FILE...: make the environment if there is none, put it on PATH, and install the pinned packages
+# into it. A stamp with the files' hash makes the next call instant.
+install_requirements() {
+    local python stamp wanted file version=
+    # An environment whose making was interrupted before pip was in it is none.
+    if "$environment/bin/python" -c 'import pip' 2>/dev/null; then
+        version=$(version_of "$environment/bin/python")
+    fi
+    if [[ -n $chosen_python ]] || ! is_allowed "$version"; then
+        python=$(find_python)
+        if [[ $(version_of "$python") != "$version" ]]; then
+            echo "Making a virtual environment in $environment"
+            "$python" -m venv --clear "$environment"
+        fi
+    fi
+    export VIRTUAL_ENV=$PWD/$environment PATH=$PWD/$environment/bin:$PATH
     for file in "$@"; do
-        stamp=.venv/installed-$file.sha256
+        stamp=$environment/installed-$file.sha256
         wanted=$(sha256sum <"$file")
         if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
             echo "Installing $file (PyTorch is a download of about 2.5 GB the first time)"
-            python -m pip install --quiet --disable-pip-version-check --no-deps -r "$file"
+            python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$file"
             echo "$wanted" >"$stamp"
         fi
     done

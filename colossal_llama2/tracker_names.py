@@ -10,9 +10,9 @@ TRACKER_NAMES = (TENSORBOARD, WANDB, MLFLOW, SWANLAB)
 
 
 def install_command(tracker: str) -> str:
-    """How to install the package of a tracker; see requirements-trackers.txt for the exceptions."""
+    """How to install the package of a tracker; see requirements/trackers.in for the exceptions."""
     if tracker == SWANLAB:
-        return "pip install -r requirements-trackers.txt && pip install --no-deps swanlab"
+        return "pip install --no-deps -r requirements-trackers.txt"
     return "pip install mlflow-skinny" if tracker == MLFLOW else f"pip install {tracker}"
 
 

@@ -12,7 +12,6 @@ from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.encoding import registry
-from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import UserError
 from tests.preparing import manifest, settings, write_lines
 
@@ -49,6 +48,9 @@ class ByteEncoder:
 
     def is_long(self, text: str) -> bool:
         return len(text) > self._part_characters
+
+    def problem_of(self, text: str) -> str | None:
+        return None
 
     def encode(self, texts, *, dummy_prefix=True):
         return [list(text.encode()) for text in texts]
@@ -102,7 +104,6 @@ def test_conversations(byte_dir, tmp_path):
     assert sample["inputs_decode"] == "[BOS]Be kind.\n\nHuman: [BOS]Hi[EOS]Assistant: [BOS]<s> is text[EOS]"
 
 
-def test_a_folder_without_any_kind_is_reported_as_one_of_llama(tmp_path):
-    with pytest.raises(UserError, match="holds no tokenizer.model"):
+def test_a_folder_without_any_kind_is_reported_with_the_files_of_both(tmp_path):
+    with pytest.raises(UserError, match="holds no tokenizer.model .* and no tokenizer.json"):
         registry.load_encoder(tmp_path)
-    assert registry.kind_of(tmp_path).encoder is SentencePieceEncoder

@@ -1,8 +1,10 @@
-"""The requirements files: pinned, complete without pip's resolver, and without what nothing uses."""
+"""The requirements files: pinned, hashed, complete without pip's resolver, and without what nothing uses."""
 
 import importlib.metadata
 import platform
 import re
+import tomllib
+from collections.abc import Iterable
 
 import pytest
 from packaging.requirements import Requirement
@@ -16,6 +18,7 @@ BASE = "requirements.txt"
 FILES: dict[str, list[str]] = {
     BASE: [],
     "requirements-current.txt": [],
+    "requirements-image.txt": [],
     "requirements-ray.txt": [BASE],
     "requirements-dev.txt": [BASE],
 }
@@ -38,20 +41,34 @@ LEFT_OUT = {
 }
 
 
+def locked(name: str) -> list[str]:
+    """The requirements of a file as pip reads them, each with its options on one line."""
+    text = (ROOT / name).read_text().replace("\\\n", "")
+    return [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+
+
+def requirements(name: str) -> list[Requirement]:
+    """The requirements of a file, without their hashes."""
+    return [Requirement(line.partition(" --hash")[0]) for line in locked(name)]
+
+
+def specifiers(listed: Iterable[Requirement]) -> dict[str, str]:
+    """The versions that requirements allow, by the normalized names of their packages."""
+    return {canonicalize_name(one.name): str(one.specifier) for one in listed}
+
+
 def pins(name: str, machine: str | None = None) -> dict[str, str]:
-    """The versions of a file's packages, by their names. A line is NAME==VERSION, perhaps with a marker.
+    """The versions of a file's packages, by their names.
 
     Args:
         machine: only what is installed on this `platform.machine()`; None for all lines.
     """
-    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; .+)?", line) for line in lines), lines
-    requirements = [Requirement(line) for line in lines]
-    found = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in requirements}
-    assert len(found) == len(lines)
+    listed = requirements(name)
+    found = {package: version.removeprefix("==") for package, version in specifiers(listed).items()}
+    assert len(found) == len(listed)
     if machine is None:
         return found
-    here = {canonicalize_name(one.name) for one in requirements if holds(one, machine)}
+    here = {canonicalize_name(one.name) for one in listed if holds(one, machine)}
     return {name: version for name, version in found.items() if name in here}
 
 
@@ -71,6 +88,31 @@ def holds(requirement: Requirement, machine: str) -> bool:
 def required_by(name: str, machine: str) -> list[Requirement]:
     """What an installed package requires on this `platform.machine()`, without extras."""
     return [one for one in map(Requirement, importlib.metadata.requires(name) or []) if holds(one, machine)]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
+def test_every_package_is_pinned_with_hashes(path):
+    """And nothing else is in the files: no address, no option, no path of the machine that wrote them."""
+    lines, pin = locked(path.name), r"[a-z0-9.-]+==[\w.]+( ; [^-#/]+)?(\s+--hash=sha256:[0-9a-f]{64})+"
+    assert lines and [line for line in lines if not re.fullmatch(pin, line)] == []
+    assert "Written by: bash requirements/lock.sh" in path.read_text() and "://" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        (BASE, ["suite", "legacy"]),
+        ("requirements-current.txt", ["suite", "current"]),
+        ("requirements-image.txt", ["suite", "image"]),
+        *((f"requirements-{name}.txt", [name]) for name in ("ray", "dev", "gpu", "trackers")),
+    ],
+)
+def test_the_files_have_what_their_sources_ask_for(name, sources):
+    """A change of an .in file without `bash requirements/lock.sh` fails here."""
+    versions = {package: version.removeprefix("==") for package, version in specifiers(requirements(name)).items()}
+    text = "".join((ROOT / "requirements" / f"{source}.in").read_text() for source in sources)
+    asked = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
+    assert asked and [one for one in asked if not one.specifier.contains(versions[canonicalize_name(one.name)])] == []
 
 
 # GPUs are found in machines of both kinds.
@@ -98,7 +140,17 @@ def test_what_colossalai_requires_for_nothing_is_left_out():
     assert LEFT_OUT.keys() <= required and not LEFT_OUT.keys() & pins(BASE).keys()
 
 
-@pytest.mark.parametrize("base", [BASE, "requirements-current.txt"])
+def test_the_rest_of_what_colossalai_requires_is_what_uv_resolves():
+    """In pyproject.toml, with any versions of what it allows only old ones of."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (colossalai,) = settings["tool"]["uv"]["dependency-metadata"]
+    assert colossalai["version"] == pins(BASE)["colossalai"]
+    required = specifiers(required_by("colossalai", "x86_64"))
+    expected = {name: "" if name in NEWER else version for name, version in required.items() if name not in LEFT_OUT}
+    assert specifiers(map(Requirement, colossalai["requires-dist"])) == expected
+
+
+@pytest.mark.parametrize("base", [BASE, "requirements-current.txt", "requirements-image.txt"])
 def test_versions_agree_between_files_that_go_together(base):
     versions: dict[str, set[str]] = {}
     for name in [base, *(name for name, before in FILES.items() if before)]:

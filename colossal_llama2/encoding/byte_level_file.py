@@ -9,7 +9,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colossal_llama2.encoding.file_names import FAST_FILE
+from colossal_llama2.encoding.file_names import FAST_FILE, MODEL_FILE
+from colossal_llama2.encoding.model_file_format import is_tiktoken
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.given_paths import hub_cure
 from colossal_llama2.storage.input_files import is_regular
@@ -36,7 +37,12 @@ def byte_characters() -> tuple[str, ...]:
 
 def spelled(text: str) -> str:
     """The characters that spell a text's UTF-8 bytes: spelled(" é") -> "ĠÃ©"."""
-    return text.encode().decode("latin-1").translate(_from_bytes())
+    return spelled_bytes(text.encode())
+
+
+def spelled_bytes(content: bytes) -> str:
+    """The characters that spell bytes, which may be a part of a character: spelled_bytes(b"\\xc3") -> "Ã"."""
+    return content.decode("latin-1").translate(_from_bytes())
 
 
 def bytes_of(token: str) -> bytes:
@@ -106,6 +112,11 @@ class ByteLevelModel:
         """The tokens that spell bytes, by id."""
         return {index: token for token, index in self.vocabulary.items()}
 
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The steps of the pre-tokenizer, without nesting. The last one is ByteLevel."""
+        return _steps(self.settings["pre_tokenizer"])
+
     @cached_property
     def missing_bytes(self) -> tuple[int, ...]:
         """Bytes without a token; a text with one cannot be encoded. SmolLM2 lacks 21, such as most controls and F1."""
@@ -115,10 +126,9 @@ class ByteLevelModel:
         """The pre-tokenizer and the merges alone: special tokens that are spelled out in a text stay text."""
         import json
 
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, models
 
         # Added tokens, truncation and padding are not part of it.
-        model = {**self.settings["model"], "vocab": self.vocabulary, "merges": self.merges, "unk_token": None}
         settings = {
             "version": "1.0",
             "truncation": None,
@@ -128,12 +138,15 @@ class ByteLevelModel:
             "pre_tokenizer": self.settings["pre_tokenizer"],
             "post_processor": None,
             "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            "model": model,
+            "model": {"type": "BPE", "vocab": {}, "merges": []},
         }
         try:
-            return Tokenizer.from_str(json.dumps(settings))
+            tokenizer = Tokenizer.from_str(json.dumps(settings))
+            # A third of the time that writing and parsing them as JSON takes.
+            tokenizer.model = models.BPE(self.vocabulary, self.merges, ignore_merges=self.ignore_merges)
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"{self.path} cannot be loaded ({error}); copy it again from the original tokenizer")
+        return tokenizer
 
 
 def byte_level_file(folder: str | Path) -> Path:
@@ -142,13 +155,27 @@ def byte_level_file(folder: str | Path) -> Path:
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder{hub_cure(str(folder))}; give the folder of a tokenizer")
     if not is_regular(path):
-        raise UserError(f"{folder} holds no {FAST_FILE}; copy it from the original tokenizer")
+        if is_tiktoken(Path(folder, MODEL_FILE)):
+            raise UserError(
+                f"{Path(folder, MODEL_FILE)} is in tiktoken's format; convert it to {FAST_FILE} with "
+                f"python -m colossal_llama2.tokenizer.convert_tiktoken"
+            )
+        raise UserError(
+            f"{folder} holds no {MODEL_FILE} (SentencePiece, such as LLaMA-2's) and no {FAST_FILE} (byte-level BPE, "
+            "such as LLaMA-3's); copy the one that the original tokenizer has"
+        )
     return path
 
 
 def _check_kind(path: Path, settings: dict, model: dict) -> None:
     """Raise UserError unless the file describes a byte-level BPE that keeps every character of a text."""
     kind = model.get("type", "BPE" if "merges" in model else "unknown")
+    steps = _steps(settings.get("pre_tokenizer"))
+    kinds = [_type(step) for step in steps]
+    if kind == "BPE" and model.get("byte_fallback") and "ByteLevel" not in kinds:
+        raise UserError(
+            f"{path} was converted from a SentencePiece model; copy its {MODEL_FILE}, such as LLaMA-2's, beside it"
+        )
     if kind != "BPE":
         raise UserError(f"{path} is a {shown(kind)} model; a byte-level BPE, such as LLaMA-3's, is needed")
     normalizer = settings.get("normalizer")
@@ -157,8 +184,6 @@ def _check_kind(path: Path, settings: dict, model: dict) -> None:
             f"{path} has a normalizer ({shown(_type(normalizer))}), which changes the text; "
             "a byte-level BPE without one, such as LLaMA-3's, is needed"
         )
-    steps = _steps(settings.get("pre_tokenizer"))
-    kinds = [_type(step) for step in steps]
     if not kinds or kinds[-1] != "ByteLevel" or kinds.count("ByteLevel") > 1:
         raise UserError(
             f"{path} is not a byte-level BPE: its pre-tokenizer is {shown(kinds or None)}; "
@@ -239,11 +264,14 @@ def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[s
     found = []
     listed = model.get("merges")
     for rank, entry in enumerate(listed if isinstance(listed, list) else []):
-        pair = tuple(entry.split(" ")) if isinstance(entry, str) else tuple(entry) if isinstance(entry, list) else ()
-        is_pair = len(pair) == 2 and all(isinstance(part, str) and part in vocabulary for part in pair)
-        if not is_pair or "".join(pair) not in vocabulary:
+        try:
+            left, right = entry.split(" ") if isinstance(entry, str) else entry
+            is_merge = left in vocabulary and right in vocabulary and left + right in vocabulary
+        except (TypeError, ValueError):
+            is_merge = False
+        if not is_merge:
             raise UserError(f"{path}: the merge {shown(entry)} at rank {rank} does not join two tokens to a third")
-        found.append((pair[0], pair[1]))
+        found.append((left, right))
     if not found:
         raise UserError(f"{path} has no merges; copy it again from the original tokenizer")
     return found

@@ -18,7 +18,8 @@ class Encoder(Protocol):
 
     Attributes:
         name: the kind of tokenizer, for messages.
-        bos_id, eos_id: the marks at the beginning and the end of a document.
+        bos_id, eos_id: the marks at the beginning and the end of a document, which may be the same; bos_id is negative
+            if documents begin without a mark.
         unk_id: the token for text that the tokenizer cannot encode; negative if there is none.
         vocab_size: the number of tokens.
         bos_text, eos_text: how the marks are shown to a reader.
@@ -66,6 +67,13 @@ class Encoder(Protocol):
 
     def is_long(self, text: str) -> bool:
         """Whether a text is so long that `encode_long` should encode it."""
+
+    def problem_of(self, text: str) -> str | None:
+        """Why `encode` would raise a ValueError for a text, as a message for its row; None if it would not.
+
+        Raises:
+            UnicodeEncodeError: the text has a lone surrogate.
+        """
 
     def encode(self, texts: Sequence[str], *, dummy_prefix: bool = True) -> list[list[int]]:
         """Token ids of each text, without marks, on one thread. A mark that is spelled out in a text stays text.

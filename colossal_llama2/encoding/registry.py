@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.fast_encoder import fastest_class
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
@@ -24,7 +25,7 @@ class Kind(NamedTuple):
 
 
 # A folder is of the first kind that it holds; if it holds none, errors are those of the last kind.
-KINDS = (Kind(SentencePieceEncoder, fastest_class),)
+KINDS = (Kind(SentencePieceEncoder, fastest_class), Kind(ByteLevelEncoder, lambda folder: ByteLevelEncoder))
 
 
 def kind_of(folder: str | Path) -> Kind:

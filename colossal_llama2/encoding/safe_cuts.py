@@ -22,32 +22,10 @@ SPACE = "▁"
 PART_CHARACTERS = 1 << 16
 
 
-class SafeCuts:
-    """The safe cuts of one model. `can_cut` is False if there are none."""
+class TextCuts:
+    """Cuts a text where `_is_safe` allows it. `can_cut` is False if it never does."""
 
-    def __init__(self, content: bytes):
-        """`content` is the serialized tokenizer.model. Takes a second for a million pieces."""
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-
-        model = ModelProto.FromString(content)
-        kind, trainer, normalizer = model.SentencePiece, model.trainer_spec, model.normalizer_spec
-        self.can_cut: bool = (
-            trainer.model_type == TrainerSpec.BPE
-            and not trainer.treat_whitespace_as_suffix
-            and normalizer.escape_whitespaces
-            and not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces)
-        )
-        self._joined: set[str] = set()
-        self._known: set[str] | None = None
-        if not self.can_cut:
-            return
-        for entry in model.pieces:
-            # All kinds of pieces: pairs that merges cannot make only forbid a few more cuts.
-            piece = entry.piece.replace(" ", SPACE)
-            self._joined.update(map("".join, zip(piece, piece[1:], strict=False)))
-        if not any(entry.type == kind.BYTE for entry in model.pieces):
-            known = (kind.NORMAL, kind.USER_DEFINED)
-            self._known = {entry.piece for entry in model.pieces if entry.type in known and len(entry.piece) == 1}
+    can_cut: bool
 
     def parts_of(self, text: str, size: int = PART_CHARACTERS) -> Iterator[str]:
         """The text in parts of at most `size` characters where it can be cut; joined, they are the text."""
@@ -67,6 +45,38 @@ class SafeCuts:
     def _next_cut(self, text: str, lowest: int) -> int | None:
         places = range(lowest + 1, len(text))
         return next((place for place in places if self._is_safe(text[place - 1], text[place])), None)
+
+    def _is_safe(self, before: str, after: str) -> bool:
+        """Whether a text can be cut between two characters."""
+        raise NotImplementedError
+
+
+class SafeCuts(TextCuts):
+    """The safe cuts of one SentencePiece model. `can_cut` is False if there are none."""
+
+    def __init__(self, content: bytes):
+        """`content` is the serialized tokenizer.model. Takes a second for a million pieces."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+
+        model = ModelProto.FromString(content)
+        kind, trainer, normalizer = model.SentencePiece, model.trainer_spec, model.normalizer_spec
+        self.can_cut = (
+            trainer.model_type == TrainerSpec.BPE
+            and not trainer.treat_whitespace_as_suffix
+            and normalizer.escape_whitespaces
+            and not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces)
+        )
+        self._joined: set[str] = set()
+        self._known: set[str] | None = None
+        if not self.can_cut:
+            return
+        for entry in model.pieces:
+            # All kinds of pieces: pairs that merges cannot make only forbid a few more cuts.
+            piece = entry.piece.replace(" ", SPACE)
+            self._joined.update(map("".join, zip(piece, piece[1:], strict=False)))
+        if not any(entry.type == kind.BYTE for entry in model.pieces):
+            known = (kind.NORMAL, kind.USER_DEFINED)
+            self._known = {entry.piece for entry in model.pieces if entry.type in known and len(entry.piece) == 1}
 
     def _is_safe(self, before: str, after: str) -> bool:
         before, after = (SPACE if character == " " else character for character in (before, after))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE, TOKENIZER_FILES
+from colossal_llama2.encoding.model_file_format import is_gguf, is_tiktoken
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS, SafeCuts
 from colossal_llama2.encoding.sentencepiece_file import load_processor, no_dummy_prefix, sentencepiece_file
 from colossal_llama2.encoding.transformers_tokenizer import load_fast
@@ -58,8 +59,9 @@ class SentencePieceEncoder:
 
     @classmethod
     def is_in(cls, folder: str | Path) -> bool:
-        """Whether the folder holds tokenizer.model."""
-        return Path(folder, MODEL_FILE).exists()
+        """Whether the folder holds tokenizer.model, and in no format of other tokenizers."""
+        path = Path(folder, MODEL_FILE)
+        return path.exists() and not is_tiktoken(path) and not is_gguf(path)
 
     @classmethod
     def fingerprint_of(cls, folder: str | Path) -> str:
@@ -94,6 +96,10 @@ class SentencePieceEncoder:
     def _continuation_processor(self) -> "SentencePieceProcessor":
         """A second processor, because the leading "▁" before a text is a property of the loaded model."""
         return load_processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
+
+    def problem_of(self, text: str) -> str | None:
+        """None: characters that the model lacks become bytes or <unk>."""
+        return None
 
     def encode(self, texts: Sequence[str], *, dummy_prefix: bool = True) -> list[list[int]]:
         """Token ids of each text, without <s> and </s>, on one thread.

@@ -26,7 +26,7 @@ def _why_no_flash_attn() -> str | None:
         importlib.import_module("flash_attn")
     except ModuleNotFoundError as error:
         if error.name == "flash_attn":
-            return "flash-attn is not installed (pip install --no-build-isolation -r requirements-gpu.txt)"
+            return "flash-attn is not installed (pip install --no-deps --no-build-isolation -r requirements-gpu.txt)"
         return f"flash-attn does not import: {error}"
     except Exception as error:
         # A package compiled for another PyTorch fails in many ways.

@@ -59,7 +59,8 @@ pinned() {
     if [[ $1 == pyarrow && $transformers == pinned ]]; then
         echo "pyarrow==$small_pyarrow"
     else
-        grep -hiE "^$1==" "$root/requirements.txt" "$root/requirements-gpu.txt" | sed 's/;.*//' ||
+        # Without marker and hashes. Names are normalized there.
+        grep -hoE "^${1//[_.]/[-_.]}==[^ ;]+" "$root/requirements.txt" "$root/requirements-gpu.txt" ||
             fail "no file of requirements pins $1"
     fi
 }
