@@ -444,6 +444,16 @@ def summary_of_halves(rows: list[Row]) -> str:
     return "\n" + textwrap.fill(text + ".", 118) + "\n"
 
 
+def summary(rows: list[Row]) -> list[str]:
+    """A line for each precision: the number of rows, and the largest gap of each kind."""
+    lines = []
+    for precision in dict.fromkeys(row.case.precision for row in rows):
+        found = [row for row in rows if row.case.precision == precision]
+        worst = Gap(*map(max, zip(*(astuple(row.gap) for row in found), strict=True)))
+        lines.append(f"{precision}: {sum(row.passed for row in found)} of {len(found)} equal; largest: {worst}")
+    return lines
+
+
 def as_page(rows: list[Row], refused: dict[str, str], steps: int) -> str:
     """What was found, as Markdown."""
     lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
@@ -479,6 +489,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows, refused = run_cases(cases, Path(folder), args.steps, args.unrepaired)
     failed = [row.case.name for row in rows if not row.passed]
+    for line in summary(rows):
+        print(line)
     print(f"{len(rows) - len(failed)} of {len(rows)} equal, in {time.monotonic() - start:.0f} s")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
