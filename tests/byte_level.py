@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from colossal_llama2.encoding import byte_level_cuts
+from colossal_llama2.encoding.byte_level_file import ByteLevelModel, spelled
 from tests.tiny import CHINESE, english_documents
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
@@ -90,6 +92,28 @@ def make_byte_level(
         **({"unk_token": unk} if unk else {}),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def extend(source: Path, folder: Path, pieces: Sequence[str], *, added: Sequence[str] = ()) -> Path:
+    """Write a tokenizer with new pieces, each merged from the left, behind all ids of `source`; then added tokens."""
+    model = ByteLevelModel.read(source)
+    plain = model.plain_tokenizer()
+    settings = json.loads((source / "tokenizer.json").read_text())
+    vocabulary, merges = settings["model"]["vocab"], settings["model"]["merges"]
+    size = model.size
+    for piece in pieces:
+        left, *others = [token.value for token in plain.model.tokenize(spelled(piece))]
+        for right in others:
+            if left + right not in vocabulary:
+                vocabulary[left + right] = size
+                merges.append([left, right])
+                size += 1
+            left += right
+    flags = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    settings["added_tokens"] += [{"id": size + number, "content": text, **flags} for number, text in enumerate(added)]
+    shutil.copytree(source, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
     return folder
 
 

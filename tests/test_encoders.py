@@ -24,6 +24,8 @@ class ByteEncoder:
     name = "bytes"
     bos_id, eos_id, unk_id, vocab_size = 256, 257, -1, 258
     files = (MARKS_FILE,)
+    has_dummy_prefix = False
+    other_texts = "none"
 
     def __init__(self, tokenizer_dir, part_characters=1 << 16):
         self._content = Path(tokenizer_dir, MARKS_FILE).read_bytes()

@@ -124,7 +124,7 @@ def test_load_tokenizer_refuses_a_tokenizer_that_cannot_pad(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no unk token"):
+    with pytest.raises(UserError, match="no unk and no pad and no eos token"):
         load_tokenizer(tmp_path)
 
 

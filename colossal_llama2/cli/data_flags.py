@@ -63,7 +63,12 @@ def prepare_sft_parser() -> CommandParser:
 def _add_prepare_arguments(parser: CommandParser, samples: str, *, splicing: str, overlong: tuple[str, ...]) -> None:
     data = parser.flag_group("input")
     add_data_input_dirs(data)
-    data.add("--tokenizer_dir", metavar="DIR", required=True, help="folder with tokenizer.model")
+    data.add(
+        "--tokenizer_dir",
+        metavar="DIR",
+        required=True,
+        help="folder with tokenizer.model, or with tokenizer.json of a byte-level BPE",
+    )
     data.add(
         "--on_bad_row",
         choices=("fail", "skip"),

@@ -6,6 +6,7 @@
 There is nothing between the messages, and one more <s> before everything. The text of a later system message, with its
 blank line, comes before the next name. <s> and </s> stand for the marks of the tokenizer, which are added as ids: a
 message that contains the characters "<s>" keeps them as text. The assistant's text and the </s> after it carry loss.
+A tokenizer without a mark for the beginning has </s> before each text too, and nothing before everything.
 
 `chat_template` returns the same template for transformers: `apply_chat_template` returns the ids of
 `tokenization.tokenize_sft`, and with `return_assistant_tokens_mask=True` its mask, without answers that a loss mark of
@@ -240,21 +241,28 @@ def message_segments(messages: list[Message], *, opening: str = "") -> list[Segm
     return segments
 
 
-def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> str:
+def chat_template(
+    *,
+    prefix_after_marks: bool,
+    has_dummy_prefix: bool = True,
+    has_bos: bool = True,
+    speakers: Mapping[str, str] = ROLES,
+    masks_opening: bool = True,
+) -> str:
     """The template above in Jinja for transformers, for messages of {"role", "content"}. Marks are text in it.
 
     `prefix_after_marks` is from `Encoder.puts_prefix_after_marks`: SentencePiece puts a "▁" before the first text; if
-    transformers does not, because a mark precedes the text, the template adds a space instead. `speakers` and
-    `masks_opening` are those of `read_conversation`.
+    transformers does not, because a mark precedes the text, the template adds a space instead. Without
+    `has_dummy_prefix`, the kind of tokenizer puts no space anywhere. Without `has_bos`, nothing precedes everything,
+    and eos_token precedes a message. `speakers` and `masks_opening` are those of `read_conversation`.
     """
-    prefix = "" if prefix_after_marks else " "
-    twice = f" both have the role {SYSTEM_ROLE}; make them one"
-    refusal = f"; roles are {', '.join([*speakers, SYSTEM_ROLE])}"
+    prefix = " " if has_dummy_prefix and not prefix_after_marks else ""
+    mark, first = ("bos_token", "bos_token") if has_bos else ("eos_token", "''")
     opening = "state.asked" if masks_opening else "true"
     return f"""\
 {{%- set speakers = {dict(speakers)!a} -%}}
 {{%- set state = namespace(asked=false, trained=true) -%}}
-{{{{- bos_token + {prefix!a} -}}}}
+{{{{- {first} + {prefix!a} -}}}}
 {{%- set system_text = {SYSTEM_TEXT!a} -%}}
 {{%- if messages and messages[0]['role'] | trim | lower == {SYSTEM_ROLE!a} -%}}
   {{%- set system_text = messages[0]['content'] -%}}
@@ -262,6 +270,18 @@ def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROL
 {{%- if system_text -%}}
   {{{{- system_text + {SYSTEM_END!a} -}}}}
 {{%- endif -%}}
+{_messages_template(speakers, mark=mark, opening=opening)}\
+{{%- if add_generation_prompt -%}}
+  {{{{- {ASSISTANT + NAME_END!a} + {mark} -}}}}
+{{%- endif -%}}
+"""
+
+
+def _messages_template(speakers: Mapping[str, str], *, mark: str, opening: str) -> str:
+    """The part of the template for all messages. `mark` and `opening` are expressions of Jinja."""
+    twice = f" both have the role {SYSTEM_ROLE}; make them one"
+    refusal = f"; roles are {', '.join([*speakers, SYSTEM_ROLE])}"
+    return f"""\
 {{%- for message in messages -%}}
   {{%- set role = message['role'] | trim | lower -%}}
   {{%- if role in speakers -%}}
@@ -273,7 +293,7 @@ def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROL
     {{%- for mark in {list(INVERTED_MARKS)!a} if message[mark] == 1 -%}}
       {{%- set state.trained = false -%}}
     {{%- endfor -%}}
-    {{{{- speakers[role] + {NAME_END!a} + bos_token -}}}}
+    {{{{- speakers[role] + {NAME_END!a} + {mark} -}}}}
     {{%- if state.trained -%}}
       {{%- generation -%}}
         {{{{- message['content'] + eos_token -}}}}
@@ -292,7 +312,4 @@ def chat_template(*, prefix_after_marks: bool, speakers: Mapping[str, str] = ROL
     {{{{- raise_exception('message ' ~ loop.index ~ ' is from ' ~ message['role'] ~ {refusal!a}) -}}}}
   {{%- endif -%}}
 {{%- endfor -%}}
-{{%- if add_generation_prompt -%}}
-  {{{{- {ASSISTANT + NAME_END!a} + bos_token -}}}}
-{{%- endif -%}}
 """

@@ -52,6 +52,8 @@ class ByteLevelEncoder:
 
     name = "byte-level BPE"
     files: tuple[str, ...] = (FAST_FILE, CONFIG_FILE, ADDED_TOKENS_FILE, *COPIED_FILES)
+    has_dummy_prefix = False
+    other_texts = "texts differ that spell out an added token, if it is not special"
     unk_id = NO_MARK
 
     def __init__(self, tokenizer_dir: str | Path, part_characters: int = PART_CHARACTERS):

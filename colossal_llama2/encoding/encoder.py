@@ -18,11 +18,13 @@ class Encoder(Protocol):
 
     Attributes:
         name: the kind of tokenizer, for messages.
-        bos_id, eos_id: the marks at the beginning and the end of a document, which may be the same; bos_id is negative
+        bos_id, eos_id: the marks at the beginning and the end of a document. They may be the same; bos_id is negative
             if documents begin without a mark.
         unk_id: the token for text that the tokenizer cannot encode; negative if there is none.
         vocab_size: the number of tokens.
         bos_text, eos_text: how the marks are shown to a reader.
+        has_dummy_prefix: whether this kind puts a space before a text that begins a document.
+        other_texts: for which texts transformers gives other ids, as a clause of a warning.
         files: the names of the tokenizer's files and folders, which are copied with a model.
     """
 
@@ -33,6 +35,8 @@ class Encoder(Protocol):
     vocab_size: int
     bos_text: str
     eos_text: str
+    has_dummy_prefix: bool
+    other_texts: str
     files: tuple[str, ...]
 
     def __init__(self, tokenizer_dir: str | Path, part_characters: int = ...):

@@ -38,12 +38,16 @@ def load_encoder(folder: str | Path) -> Encoder:
     return kind_of(folder).encoder(folder)
 
 
-@lru_cache(maxsize=2)
 def shared_encoder(
     folder: str, encoder_class: type[Encoder] | None = None, part_characters: int = PART_CHARACTERS
 ) -> Encoder:
     """An encoder that this process loads once; of the reference class unless another one is given."""
-    return (encoder_class or kind_of(folder).encoder)(folder, part_characters)
+    return _loaded(folder, encoder_class or kind_of(folder).encoder, part_characters)
+
+
+@lru_cache(maxsize=2)
+def _loaded(folder: str, encoder_class: type[Encoder], part_characters: int) -> Encoder:
+    return encoder_class(folder, part_characters)
 
 
 def fingerprint(folder: str | Path) -> str:

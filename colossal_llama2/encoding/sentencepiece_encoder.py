@@ -32,6 +32,8 @@ class SentencePieceEncoder:
     name = "SentencePiece"
     bos_text = "<s>"
     eos_text = "</s>"
+    has_dummy_prefix = True
+    other_texts = "in folders of init_tokenizer.py only texts that begin with spaces differ, in other folders more may"
     files: tuple[str, ...] = TOKENIZER_FILES
 
     def __init__(self, tokenizer_dir: str | Path, part_characters: int = PART_CHARACTERS):

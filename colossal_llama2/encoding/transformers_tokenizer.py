@@ -22,10 +22,11 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk") -> "PreTrainedTo
     A folder is read from disk only, and code that comes with a tokenizer is never run.
 
     Args:
-        pad_token: the token that pads, "unk" or "eos".
+        pad_token: the token that pads, "unk" or "eos". A tokenizer without <unk>, such as LLaMA-3's, pads with its own
+            pad token, or with its eos token. What pads is masked, and has no loss.
 
     Raises:
-        UserError: there is no tokenizer, or it lacks the token that should pad.
+        UserError: there is no tokenizer, or it lacks a token that could pad.
     """
     if pad_token not in PAD_TOKENS:
         raise ValueError(f"pad_token is {pad_token!r}; allowed are {PAD_TOKENS}")
@@ -34,7 +35,7 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk") -> "PreTrainedTo
     is_folder = Path(path).is_dir()
     # A Hugging Face name is NAME or OWNER/NAME; anything else must be a folder.
     if not is_folder and (Path(path).exists() or Path(path).is_absolute() or len(Path(path).parts) > 2):
-        raise UserError(f"{path} is not a folder; give the folder of a tokenizer, with tokenizer.model in it")
+        raise UserError(f"{path} is not a folder; give the folder of a tokenizer")
     if is_folder:
         check_tokenizer_files(path)
     try:
@@ -50,12 +51,15 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk") -> "PreTrainedTo
         kind = "the folder" if is_folder else "the Hugging Face name (no such folder exists)"
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise UserError(
-            f"no tokenizer can be loaded from {kind} {path} ({reason}); give a folder with tokenizer.model, "
-            "tokenizer_config.json and special_tokens_map.json"
+            f"no tokenizer can be loaded from {kind} {path} ({reason}); give a folder with tokenizer_config.json, and "
+            "tokenizer.model or tokenizer.json of a byte-level BPE"
         )
-    pad = getattr(tokenizer, f"{pad_token}_token")
+    names = ("unk", "pad", "eos") if pad_token == "unk" else ("eos",)
+    pad = next(filter(None, (getattr(tokenizer, f"{name}_token") for name in names)), None)
     if pad is None:
-        raise UserError(f"the tokenizer of {path} has no {pad_token} token to pad with; give a tokenizer with one")
+        raise UserError(
+            f"the tokenizer of {path} has no {' and no '.join(names)} token to pad with; give a tokenizer with one"
+        )
     tokenizer.pad_token = pad
     return tokenizer
 

@@ -27,11 +27,9 @@ if not __package__:
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
-from colossal_llama2.encoding.added_tokens import read_added_tokens
-from colossal_llama2.encoding.bpe_model import SPACE, read_model
 from colossal_llama2.encoding.file_names import REPORT_FILE, TOKENIZER_FILES
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
-from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.registry import fingerprint, kind_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.config_fields import TOKEN_ID_FIELDS, check_not_quantized, fields_of
 from colossal_llama2.model.exported_configs import portable_config, portable_generation, with_moved_settings
@@ -43,6 +41,7 @@ from colossal_llama2.model.model_folder import (
     check_model_files,
     shard_names,
 )
+from colossal_llama2.model.row_plan import Rows, plan_rows
 from colossal_llama2.model.safetensors_stream import (
     FLOATS,
     Change,
@@ -74,41 +73,8 @@ MODEL_PATTERNS = ("*.safetensors", "*.bin", "*.index.json", CONFIG_FILE, GENERAT
 # Weights keep the source's file names, listed in an index; a killed run may leave some without an index.
 WEIGHTS_NAME = re.compile(r"model(-\d+(-of-\d+)?)?\.safetensors")
 MATRICES = (INPUT_EMBEDDING, OUTPUT_EMBEDDING)
-# Copied with the tokenizer: its files, and the report of init_tokenizer.py.
+# What is copied with a tokenizer of any kind: its files, and the report of init_tokenizer.py.
 COPIED_FILES = (*TOKENIZER_FILES, REPORT_FILE)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How the target's rows are made from the source's: the first `kept` are copied, each later one is a mean.
-
-    `bags[i]` lists the source rows whose mean is target row `kept + i`. A token that transformers added beyond the
-    pieces moves after the new pieces: its bag is its old row, and `moved_ids` maps its old id to its new one. The last
-    `padding` rows have no token.
-    """
-
-    kept: int
-    bags: list[list[int]]
-    new: int
-    moved_ids: dict[int, int]
-    padding: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """The number of rows with a token."""
-        return self.kept + len(self.bags)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of rows of the target's matrices."""
-        return self.tokens + self.padding
-
-    @property
-    def new_ranges(self) -> list[list[int]]:
-        """New target rows, as ascending [begin, end) ranges: all tokens from `kept` on, except those that moved."""
-        borders = [self.kept - 1, *sorted(self.moved_ids.values()), self.tokens]
-        between = zip(borders[:-1], borders[1:], strict=True)
-        return [[before + 1, after] for before, after in between if before + 1 < after]
 
 
 @dataclass(frozen=True)
@@ -158,7 +124,7 @@ def init_model(settings: InitModelSettings) -> None:
     shards = read_shards(source)
     source_rows = _check_matrices(shards, config)
     _warn_of_unusable_weights(source)
-    rows = _plan_rows(source, tokenizer, source_rows=source_rows)
+    rows = plan_rows(source, tokenizer, source_rows=source_rows)
     rows = replace(rows, padding=-rows.tokens % settings.pad_vocab_to_multiple_of)
     dtype = _format_name(settings.dtype)
     change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=dtype, padding=rows.padding)
@@ -181,7 +147,7 @@ def init_model(settings: InitModelSettings) -> None:
         if inside:
             publish_into(folder, target, last=CONFIG_FILE)
         else:
-            write_contents(folder, contents_of(tokenizer, COPIED_FILES))
+            write_contents(folder, contents_of(tokenizer, (*kind_of(tokenizer).encoder.files, REPORT_FILE)))
             publish(folder, target, replace=overwrite)
     matrices = sum(name in MATRICES for shard in shards for name in shard.tensors)
     show_line(f"written to {target}")
@@ -310,40 +276,6 @@ def _warn_of_unusable_weights(source: Path) -> None:
         check_weights(str(source))
     except UserError as error:
         logs.get_logger().warning("train.py and inference_example.py will refuse this model: %s", error)
-
-
-def _plan_rows(source: Path, tokenizer: Path, *, source_rows: int) -> Rows:
-    """The source rows of each target row. Raises UserError if tokenizers and matrix do not belong together."""
-    old = [piece.piece for piece in read_model(source).pieces]
-    new = [piece.piece for piece in read_model(tokenizer).pieces]
-    _check_extends(source, tokenizer, old=old, new=new)
-    if source_rows < len(old):
-        raise UserError(
-            f"the embedding of {source} has {counted(source_rows, 'row')}, fewer than the {len(old)} pieces of its "
-            "tokenizer; give the tokenizer that belongs to the model"
-        )
-    old_added = {token: index for token, index in read_added_tokens(source, len(old)).items() if index < source_rows}
-    new_added = read_added_tokens(tokenizer, len(new))
-    moved_ids = {old_added[token]: index for token, index in new_added.items() if token in old_added}
-    # Pieces contain spaces as "▁". They are encoded without a dummy prefix, which would add one more.
-    texts = [piece.replace(SPACE, " ") for piece in new[len(old) :]] + list(new_added)
-    bags = load_encoder(source).encode(texts, dummy_prefix=False)
-    for old_id, new_id in moved_ids.items():
-        bags[new_id - len(old)] = [old_id]
-    for text, bag in zip(texts, bags, strict=True):
-        if not bag:
-            raise UserError(f"{source} encodes {text!r} as nothing, so it gets no row; remove the piece")
-    return Rows(kept=len(old), bags=bags, new=len(bags) - len(moved_ids), moved_ids=moved_ids)
-
-
-def _check_extends(source: Path, tokenizer: Path, *, old: list[str], new: list[str]) -> None:
-    for index, piece in enumerate(old):
-        if index >= len(new) or new[index] != piece:
-            found = repr(new[index]) if index < len(new) else "missing"
-            raise UserError(
-                f"{tokenizer} does not extend the tokenizer of {source}: piece {index} is {found}, {piece!r} expected; "
-                "give the folder that init_tokenizer.py wrote from this source"
-            )
 
 
 # Writing.

@@ -45,7 +45,7 @@ def what_it_holds(path: str) -> str:
         return "; it holds prepared data, which is for --dataset"
     if (folder / "config.json").is_file():
         return "; it holds a model"
-    if (folder / "tokenizer.model").is_file():
+    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return "; it holds a tokenizer without a model; init_model.py makes a model for it"
     if any(folder.glob("*.jsonl*")):
         return "; it holds jsonl files, which are input of a prepare command"

@@ -15,8 +15,8 @@ from typing import Any
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import train_flags
-from colossal_llama2.encoding.file_names import MODEL_FILE
-from colossal_llama2.encoding.registry import fingerprint
+from colossal_llama2.encoding.registry import fingerprint, kind_of, load_encoder
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
 from colossal_llama2.engine.resume_state import MASTERS_NAME, masters_ranks
 from colossal_llama2.errors import UserError
@@ -32,7 +32,7 @@ from colossal_llama2.train.settings.model_source import find_source
 COMMAND = "python -m colossal_llama2.train.verify"
 # Entries of running_states.json besides the position in the data, and their types.
 STATE_TYPES = {"layout": dict, "tokenizer": str, "ranks": list, "world_size": int, "freeze_non_embeds_params": bool}
-# Kinds of text on which SentencePiece and transformers differ if the files are those of two tokenizers.
+# Kinds of text on which our encoder and transformers differ if the files are those of two tokenizers.
 PARITY_TEXTS = ("Hello, world! 1234.5", "明月松间照，清泉石上流。", "two  spaces\n\tand a tab", "naïve café 😀")
 
 
@@ -151,30 +151,41 @@ def _check_masters(saved: SavedRun) -> str:
 
 
 def _check_tokenizer(saved: SavedRun) -> str:
-    from colossal_llama2.encoding.parity import Tokenizers
-
     folder = _model(saved)
+    kind = kind_of(folder).encoder
+    # The file that decides the ids.
+    name = kind.files[0]
     if fingerprint(folder) != saved.entries["tokenizer"]:
-        raise UserError(f"{folder / MODEL_FILE}: differs from the tokenizer of the run; use another checkpoint")
-    tokenizers = Tokenizers(folder)
+        raise UserError(f"{folder / name}: differs from the tokenizer of the run; use another checkpoint")
+    encoder = load_encoder(folder)
+    others = _transformers_tokenizers(folder)
+    fast = others["fast"]
     rows = inspect_weights(str(folder)).vocab_size
-    if len(tokenizers.fast) > rows:
-        raise UserError(
-            f"{folder}: its tokenizer has {counted(len(tokenizers.fast), 'token')}, the model {counted(rows, 'row')}"
-        )
-    texts = list(PARITY_TEXTS)
+    if len(fast) > rows:
+        raise UserError(f"{folder}: its tokenizer has {counted(len(fast), 'token')}, the model {counted(rows, 'row')}")
+    texts = [text for text in PARITY_TEXTS if not encoder.problem_of(text)]
     # Whether transformers puts "▁" before a text is a setting of the tokenizer, not an error.
-    allowed = [tokenizers.encoder.encode(texts, dummy_prefix=prefix) for prefix in (True, False)]
-    found = {"fast": tokenizers.fast_ids(texts)} | ({"slow": tokenizers.slow_ids(texts)} if tokenizers.slow else {})
-    for kind, encoded in found.items():
+    allowed = [encoder.encode(texts, dummy_prefix=prefix) for prefix in (True, False)]
+    for speed, tokenizer in others.items():
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for text, ids, *right in zip(texts, encoded, *allowed, strict=True):
             if ids not in right:
                 raise UserError(
-                    f"{folder}: transformers' {kind} tokenizer gives {ids} for {text!r}, {MODEL_FILE} {right[0]}; "
+                    f"{folder}: transformers' {speed} tokenizer gives {ids} for {text!r}, {name} {right[0]}; "
                     f"its tokenizer files belong to different tokenizers"
                 )
-    tokens = counted(len(tokenizers.fast), "token")
-    return f"{tokens} for {counted(rows, 'row')}; transformers encodes as SentencePiece does"
+    return f"{counted(len(fast), 'token')} for {counted(rows, 'row')}; transformers encodes as {encoder.name} does"
+
+
+def _transformers_tokenizers(folder: Path) -> dict[str, Any]:
+    """The tokenizers of a folder in transformers: "fast", and for SentencePiece "slow", if the library has it."""
+    from colossal_llama2.encoding.parity import load_with_transformers
+    from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
+
+    if kind_of(folder).encoder is not SentencePieceEncoder:
+        return {"fast": load_tokenizer(folder)}
+    fast, slow = load_with_transformers(folder), load_with_transformers(folder, use_fast=False)
+    return {"fast": fast} if slow.is_fast else {"fast": fast, "slow": slow}
 
 
 CHECKS: dict[str, Callable[[SavedRun], str]] = {

@@ -36,7 +36,9 @@ def choose_encoder(
     """
     reference, fastest = kind_of(tokenizer_dir)
     encoder = fastest(tokenizer_dir)
-    texts = sample_texts(files, settings)
+    reader = shared_encoder(tokenizer_dir, reference)
+    # Rows with other texts are bad rows.
+    texts = [text for text in sample_texts(files, settings) if not reader.problem_of(text)]
     ids = shared_encoder(tokenizer_dir, reference).encode(texts)
     differing = 0 if encoder is reference else _differing(shared_encoder(tokenizer_dir, encoder).encode(texts), ids)
     if differing:
@@ -52,8 +54,7 @@ def choose_encoder(
     if differing:
         logs.get_logger().warning(
             f"{differing} of {len(texts)} sample texts are tokenized differently by {path}, which transformers loads, "
-            f"and by {reference.name}, which is used here; in folders of init_tokenizer.py only texts that begin with "
-            "spaces differ, in other folders more may"
+            f"and by {reference.name}, which is used here; {reference.other_texts}"
         )
     return encoder, {"sample_texts": len(texts), "sample_differing": differing}
 

@@ -20,7 +20,8 @@ class Document(NamedTuple):
         file: the number of its file.
         target_bytes: UTF-8 bytes of the text that carries its loss.
         held_out: whether it goes to eval/.
-        token_bytes: how many of the `target_bytes` each token stands for; None if the document is a single piece.
+        token_bytes: how many of the `target_bytes` each token stands for; None if the document is a single piece that
+            begins with a mark.
     """
 
     slot: int

@@ -24,6 +24,7 @@ PRELOADED = [
     "orjson",
     "pyarrow.compute",
     "sentencepiece.sentencepiece_model_pb2",
+    "tokenizers",
 ]
 
 

@@ -28,9 +28,10 @@ from colossal_llama2.corpus.row_reader import SpanReader
 from colossal_llama2.dataset.layout import store
 from colossal_llama2.dataset.layout.prepare_settings import WorkSizes
 from colossal_llama2.dataset.write.held_out import folded
-from colossal_llama2.dataset.write.records import Row, row_reader
+from colossal_llama2.dataset.write.records import Row, check_encodable, row_reader
 from colossal_llama2.dataset.write.tokenize_unit import UnitTask
 from colossal_llama2.dataset.write.unit_files import HELD_OUT, TRAINED_ON, unit_sides
+from colossal_llama2.encoding.registry import shared_encoder
 from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import visible_line
 
@@ -250,14 +251,14 @@ def _spaced(words: Sequence[str]) -> str:
 
 def _rows(task: UnitTask, side: int) -> Iterator[tuple[Place, Row]]:
     """Yield the checked records of a unit that are on one side, as recorded when the unit was done."""
-    read = row_reader(task.settings)
+    read, encoder = row_reader(task.settings), shared_encoder(task.tokenizer_dir, task.encoder_class)
     sides = iter(unit_sides(Path(task.cache_dir), task.unit))
     for span in task.unit.spans:
         for line in SpanReader(task.files[span.file], span, task.base):
             if line.record is None:
                 continue
             try:
-                row = read(line.record)
+                row = check_encodable(read(line.record), encoder)
             except ValueError:  # a bad row, which was skipped before, too
                 continue
             if next(sides) == side:

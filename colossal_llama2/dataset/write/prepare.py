@@ -39,7 +39,7 @@ from colossal_llama2.dataset.write.tokenize_unit import UnitTask, do_unit
 from colossal_llama2.dataset.write.unit_files import is_done, unit_file
 from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
 from colossal_llama2.encoding.encoder import Encoder
-from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks
+from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks, shared_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 
@@ -76,6 +76,7 @@ def prepare(config: PrepareConfig) -> None:
     encoder = load_encoder(config.tokenizer_dir)
     has_prefix = config.stage == "sft" and puts_prefix_after_marks(config.tokenizer_dir)
     settings = config.settings(prefix_after_marks=has_prefix)
+    _log_marks(encoder, config.tokenizer_dir)
     folders = OutputDirs(cache=config.data_cache_dir, jsonl=config.jsonl_dir, arrow=config.data_arrow_output_dir)
     warn_if_too_long(config.max_length, config.tokenizer_dir)
     if not folders.is_finished:
@@ -106,6 +107,20 @@ def prepare(config: PrepareConfig) -> None:
             sizes=config.sizes,
         )
         run.go(content)
+
+
+def _log_marks(encoder: Encoder, tokenizer_dir: str | Path) -> None:
+    """Log what is unusual about the marks of documents."""
+    if encoder.bos_id < 0:
+        logs.get_logger().info(
+            f"the tokenizer of {tokenizer_dir} has no bos_token: documents begin without a mark, and "
+            f"{encoder.eos_text} precedes the messages of a conversation"
+        )
+    elif encoder.bos_id == encoder.eos_id:
+        logs.get_logger().info(
+            f"the tokenizer of {tokenizer_dir} has one token, {encoder.eos_text}, for bos_token and eos_token: it "
+            "marks the beginning and the end of documents"
+        )
 
 
 def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
@@ -356,8 +371,10 @@ class _Run:
         """Write the chat template, to be copied into the folder of a trained model."""
         if self.settings.stage == "sft":
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
-                settings = self.settings
+                settings, encoder = self.settings, shared_encoder(self.tokenizer_dir)
                 template = chat_template(
+                    has_dummy_prefix=encoder.has_dummy_prefix,
+                    has_bos=encoder.bos_id >= 0,
                     prefix_after_marks=settings.prefix_after_marks,
                     speakers=settings.speakers,
                     masks_opening=settings.masks_opening,

@@ -11,6 +11,7 @@ from colossal_llama2.corpus.category_names import NO_CATEGORY_SFT
 from colossal_llama2.corpus.conversation import ROLES, Conversation, read_conversation
 from colossal_llama2.corpus.loss_marks import ALL_MARKS, read_mark
 from colossal_llama2.corpus.message_formats import LISTS, NOT_TEXT, RECORDS_INSIDE, recognize, where_records_lie
+from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.storage.row_errors import RowError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ NO_CATEGORY_PRETRAIN = "unknown"
 # Reasons why a record is a bad row.
 NO_TARGET = 'no "target" or "text"'
 CONVERSATIONS = "this looks like SFT data: use prepare_sft_dataset.py"
+NO_TOKEN = "a character that the tokenizer cannot encode"
 EMPTY_TARGET = 'an empty "target" or "text"'
 # Notes: what is counted of records that are used.
 OTHER_MARKS = "documents with an unusual loss mark, ignored"
@@ -143,6 +145,15 @@ class SftRow(NamedTuple):
         """Those of the trained answers of the exchanges that are kept."""
         answers = (exchange[-1] for exchange in self.conversation.exchanges[:exchanges])
         return sum(len(answer.text.encode()) for answer in answers if answer.is_trained)
+
+
+def check_encodable(row: Row, encoder: Encoder) -> Row:
+    """Return a checked record if its texts can be encoded. Raises RowError for a byte that has no token."""
+    for text in row.texts:
+        problem = encoder.problem_of(text)
+        if problem:
+            raise RowError(problem, reason=NO_TOKEN)
+    return row
 
 
 def row_reader(settings: "Settings") -> Callable[[dict[str, Any]], Row]:

@@ -66,8 +66,10 @@ def tokenize_pretrain(
 ) -> list[Tokenized]:
     """Each row as <s> + source + target + </s>, of any length: `document_pieces` cuts it later.
 
-    Labels are the ids; with a source, <s> and the source are -100. A row that a loss mark masks is dropped.
+    Labels are the ids; with a source, <s> and the source are -100. A row that a loss mark masks is dropped. Without a
+    mark for the beginning (see `Encoder`), there is no <s>.
     """
+    opening = opening_marks(encoder)
     are_long = [encoder.is_long(row.target) or encoder.is_long(row.source) for row in rows]
     others = [row for row, is_long_row in zip(rows, are_long, strict=True) if not is_long_row]
     encode = partial(_encode_each, encoder=encoder, batch_characters=batch_characters)
@@ -80,14 +82,24 @@ def tokenize_pretrain(
         if is_long_row:
             input_ids, labels = _long_ids_and_labels(row, encoder=encoder)
         elif row.source:
-            source = [encoder.bos_id, *openings[row.source]]
+            source = [*opening, *openings[row.source]]
             target = [*continuations[row.target], encoder.eos_id]
             input_ids, labels = [*source, *target], [IGNORE_INDEX] * len(source) + target
         else:
             # Not a copy, because neither is changed.
-            labels = input_ids = [encoder.bos_id, *openings[row.target], encoder.eos_id]
+            labels = input_ids = [*opening, *openings[row.target], encoder.eos_id]
         tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
     return [_dropped(tokens) if row.is_masked else tokens for row, tokens in zip(rows, tokenized, strict=True)]
+
+
+def opening_marks(encoder: Encoder) -> list[int]:
+    """The ids before a document: <s>, or none if the tokenizer has no such mark."""
+    return [encoder.bos_id] if encoder.bos_id >= 0 else []
+
+
+def message_mark(encoder: Encoder) -> int:
+    """The id before a message: <s>, or </s> if the tokenizer has no <s>, since something must part name and message."""
+    return encoder.bos_id if encoder.bos_id >= 0 else encoder.eos_id
 
 
 def _dropped(tokens: Tokenized) -> Tokenized:
@@ -96,13 +108,13 @@ def _dropped(tokens: Tokenized) -> Tokenized:
 
 def _long_ids_and_labels(row: PretrainRow, *, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     """The ids and labels of a row, as (tokens,) int32 arrays; the same array if everything is trained."""
-    marks = [np.array([mark], np.int32) for mark in (encoder.bos_id, encoder.eos_id)]
+    marks = [np.array(ids, np.int32) for ids in (opening_marks(encoder), [encoder.eos_id])]
     source = [encoder.encode_long(row.source)] if row.source else []
     target = encoder.encode_long(row.target, dummy_prefix=not row.source)
     labels = input_ids = np.concatenate([marks[0], *source, target, marks[1]])
     if source:
         labels = input_ids.copy()
-        labels[: 1 + len(source[0])] = IGNORE_INDEX
+        labels[: len(marks[0]) + len(source[0])] = IGNORE_INDEX
     return input_ids, labels
 
 
@@ -115,7 +127,9 @@ def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder: Encode
 
     sizes = np.zeros(len(tokens.input_ids), np.int32)
     # After <s>, or after <s> and the source, which are masked.
-    start = int(np.count_nonzero(np.asarray(tokens.labels) == IGNORE_INDEX)) if row.source else 1
+    start = (
+        int(np.count_nonzero(np.asarray(tokens.labels) == IGNORE_INDEX)) if row.source else len(opening_marks(encoder))
+    )
     ids = tokens.input_ids[start:-1]
     sizes[start:-1] = encoder.bytes_of_tokens(row.target, ids, dummy_prefix=not row.source)
     return sizes
@@ -189,7 +203,7 @@ def _keep_what_fits(
     """
     lengths = [sum(encoded.num_tokens for encoded in exchange) for exchange in exchanges]
     # The <s> before everything.
-    lengths[0] += 1
+    lengths[0] += len(opening_marks(encoder))
     num_answered = len(is_trained)
     kept = total = 0
     while kept < num_answered and total + lengths[kept] <= max_length:
@@ -210,11 +224,12 @@ def _keep_what_fits(
 
 def _joined(segments: Iterable[_Encoded], *, encoder: Encoder) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation's segments. The mask is from `is_trained`."""
-    input_ids, labels = [encoder.bos_id], [IGNORE_INDEX]
+    input_ids = opening_marks(encoder)
+    labels = [IGNORE_INDEX] * len(input_ids)
     for ids, segment in segments:
         spoken: list[int] = ids if isinstance(ids, list) else np.asarray(ids).tolist()
         if segment.is_marked:
-            input_ids.append(encoder.bos_id)
+            input_ids.append(message_mark(encoder))
             labels.append(IGNORE_INDEX)
             spoken = [*spoken, encoder.eos_id]
         input_ids += spoken

@@ -24,7 +24,7 @@ from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.document_pieces import Document, coded_tokens, cut_documents, document_groups
 from colossal_llama2.dataset.write.held_out import is_held_out
-from colossal_llama2.dataset.write.records import PretrainRow, Row, row_reader
+from colossal_llama2.dataset.write.records import PretrainRow, Row, check_encodable, row_reader
 from colossal_llama2.dataset.write.unit_counts import UnitCounts
 from colossal_llama2.dataset.write.unit_files import (
     DROPPED,
@@ -178,7 +178,7 @@ class _UnitWorker:
             ledger.empty_lines += line.count
         else:
             try:
-                self._rows.append((file, self._read(line.record)))
+                self._rows.append((file, check_encodable(self._read(line.record), self._encoder)))
             except ValueError as error:
                 self._problems.refused(file, reader, line.number, error)
 
@@ -205,8 +205,9 @@ class _UnitWorker:
         self, slot: int, file: int, row: Row, tokens: tokenization.Tokenized, sizes: Sequence[int]
     ) -> Document:
         token_bytes = None
-        # A conversation is never longer.
-        if isinstance(row, PretrainRow) and len(tokens.input_ids) > self._settings.max_length:
+        # A conversation is never longer, and never begins with a trained token.
+        is_cut = len(tokens.input_ids) > self._settings.max_length
+        if isinstance(row, PretrainRow) and (is_cut or not tokenization.opening_marks(self._encoder)):
             token_bytes = tokenization.pretrain_token_bytes(row, tokens, encoder=self._encoder)
         target_bytes = row.target_bytes(sizes, exchanges=tokens.exchanges)
         return Document(slot, file, target_bytes, is_held_out(row, self._settings), tokens, token_bytes)

@@ -18,7 +18,9 @@ LABELS = "labels that are <unk>"
 
 
 def count_unknown(ledger: TokenLedger, coded: np.ndarray, unknown_id: int) -> None:
-    """Count <unk> in (tokens,) ids; tokens without loss are ~id."""
+    """Count <unk> in (tokens,) ids; tokens without loss are ~id. A negative `unknown_id` is no token."""
+    if unknown_id < 0:
+        return
     labels = int(np.count_nonzero(coded == unknown_id))
     tokens = labels + int(np.count_nonzero(coded == ~unknown_id))
     if tokens:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.encoding.file_names import TOKENIZER_FILES
+from colossal_llama2.encoding.registry import kind_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.exported_configs import ModelConfigs, accepted_generation
 from colossal_llama2.model.loading import dtype_of
@@ -24,7 +24,7 @@ def model_files(model_path: StrPath, tokenizer_path: str, precision: str) -> dic
     configs.generation, changes = accepted_generation(configs.generation)
     for change in [*configs.changes, *changes]:
         logs.get_logger().info("In the saved model: %s", change)
-    files = contents_of(Path(tokenizer_path), TOKENIZER_FILES)
+    files = contents_of(Path(tokenizer_path), kind_of(tokenizer_path).encoder.files)
     for name in files:
         encoded(name, f"a file of the tokenizer in {tokenizer_path}")
     dtype = str(dtype_of(precision)).removeprefix("torch.")
