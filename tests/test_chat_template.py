@@ -17,6 +17,7 @@ from colossal_llama2.dataset.write.tokenization import tokenize_sft
 from colossal_llama2.encoding.registry import load_encoder, puts_prefix_after_marks
 from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
+from tests import tiny
 from tests.preparing import read_jsonl, write_lines
 from tests.preparing import settings as prepare_settings
 from tests.tiny import CHINESE
@@ -138,7 +139,7 @@ def test_a_mark_that_a_text_spells_out_is_the_one_difference(chinese):
 def test_the_generation_prompt_is_what_comes_before_an_answer(chinese):
     encoder, tokenizer = chinese
     question = [{"role": "user", "content": "你好"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     whole, mask = ours(encoder, [*question, {"role": "assistant", "content": "你好，世界！"}])
     assert prompt == whole[: mask.index(1)]
 
@@ -148,17 +149,19 @@ def test_the_slow_tokenizer_gives_the_same_ids(chinese_dir):
 
     slow = AutoTokenizer.from_pretrained(chinese_dir, use_fast=False)
     messages = [{"role": "user", "content": "  你好 a"}, {"role": "assistant", "content": " 人工智能\n"}]
-    assert slow.apply_chat_template(messages) == ours(load_encoder(chinese_dir), messages)[0]
+    assert slow.apply_chat_template(messages, return_dict=False) == ours(load_encoder(chinese_dir), messages)[0]
 
 
 def test_prepared_samples_follow_the_folder_s_tokenizer(prefixing_dir, tmp_path):
+    if not tiny.has_slow_tokenizer():
+        pytest.skip("transformers 5 ignores the normalizer in a LLaMA's tokenizer.json")
     messages = [{"role": "user", "content": "你好 a"}, {"role": "assistant", "content": "人工智能"}]
     write_lines(tmp_path / "in" / "a.jsonl", [{"messages": messages}])
     prepare_sft(**prepare_settings([tmp_path / "in"], prefixing_dir, tmp_path))
     (sample,) = read_jsonl(tmp_path / "jsonl")
     template = (tmp_path / "arrow" / CHAT_TEMPLATE_FILE).read_text()
     assert template == (prefixing_dir / CHAT_TEMPLATE_FILE).read_text()
-    assert sample["input_ids"] == load_tokenizer(prefixing_dir).apply_chat_template(messages)
+    assert sample["input_ids"] == load_tokenizer(prefixing_dir).apply_chat_template(messages, return_dict=False)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -111,7 +111,7 @@ def test_fast_slow_and_sentencepiece_agree_on_text_with_new_pieces(target):
     fast = AutoTokenizer.from_pretrained(target)
     slow = AutoTokenizer.from_pretrained(target, use_fast=False)
     expected = load_encoder(target).encode(texts)
-    assert fast.is_fast and not slow.is_fast
+    assert fast.is_fast and slow.is_fast is not tiny.has_slow_tokenizer()
     assert fast(texts, add_special_tokens=False)["input_ids"] == expected
     assert [slow.encode(text, add_special_tokens=False) for text in texts] == expected
     assert [fast.decode(ids) for ids in expected] == texts
@@ -152,7 +152,9 @@ def test_a_source_without_tokenizer_json_with_older_files(source, tmp_path):
     old = shutil.copytree(source, tmp_path / "old")
     (old / "tokenizer.json").unlink()
     config = json.loads((old / "tokenizer_config.json").read_text())
-    del config["added_tokens_decoder"], config["tokenizer_class"]
+    # transformers 4 writes the first, and 5 does not.
+    config.pop("added_tokens_decoder", None)
+    del config["tokenizer_class"]
     (old / "tokenizer_config.json").write_text(json.dumps(config))
     (old / "added_tokens.json").write_text(json.dumps({"<pad>": 600, "<tool>": 601}))
     expand_tokenizer(ExtensionSettings(old, tmp_path / "new", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
@@ -346,6 +348,8 @@ def test_a_tokenizer_class_that_cannot_be_loaded_is_refused(source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "source")
     config = {**json.loads((folder / "tokenizer_config.json").read_text()), "tokenizer_class": "NoSuchTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if not tiny.has_slow_tokenizer():
+        pytest.skip("transformers 5 loads any tokenizer.json, whatever its tokenizer_class")
     with pytest.raises(UserError, match="tokenizer_class is LlamaTokenizer"):
         expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", ["你好"])))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -457,7 +461,8 @@ def test_a_budget_counts_what_closure_adds(source, tmp_path):
     assert report["given_up_pieces"] == ["人工智能"] and report["added"] == 6
 
 
-def test_the_report_covers_parity_and_old_text(source, tmp_path, capsys):
+def test_the_report_covers_parity_and_old_text(source, tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "colossal_llama2")
     text = tmp_path / "text"
     text.mkdir()
     (text / "en.txt").write_text("\n\n".join(english_documents()[:200]))
@@ -467,13 +472,16 @@ def test_the_report_covers_parity_and_old_text(source, tmp_path, capsys):
     groups = {group["group"]: group for group in report_of(tmp_path / "out")["parity"]}
     assert list(groups) == ["new pieces alone", "new pieces in context", "old pieces", "parity text"]
     found = groups["parity text"]
-    assert 190 <= found["documents"] <= 201 and found["slow"]["documents"] == found["documents"]
-    assert found["fast"]["added"] == found["slow"]["added"] == found["changed"] == 0
+    assert 190 <= found["documents"] <= 201 and found["fast"]["added"] == found["changed"] == 0
+    if tiny.has_slow_tokenizer():
+        assert found["slow"]["documents"] == found["documents"] and found["slow"]["added"] == 0
+    else:
+        assert found["slow"] is None and "transformers has no slow tokenizer" in caplog.text
     assert 100 < found["without_new_piece"] < found["documents"]
     assert all(group["changed"] == group["fast"]["added"] == 0 for group in groups.values())
     out = capsys.readouterr().out
     assert re.search(r"^added by closure: characters +12$", out, re.MULTILINE)
-    assert re.search(r"^parity text +\d+ +0 +0 ", out, re.MULTILINE)
+    assert re.search(r"^parity text +\d+ +0 +(0|none) ", out, re.MULTILINE)
 
 
 def test_a_source_that_spells_merges_as_text_keeps_the_spelling(source, tmp_path):

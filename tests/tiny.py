@@ -1,5 +1,6 @@
 """A small LLaMA tokenizer and model, made from text that Python includes. Nothing is downloaded."""
 
+import json
 import pydoc_data.topics
 import shutil
 from functools import lru_cache
@@ -59,7 +60,36 @@ def make_model(
         if name.endswith(".bias"):
             torch.nn.init.normal_(param, std=0.02)
     model.save_pretrained(folder)
+    with_older_names(folder / "config.json")
     if folder != tokenizer_dir:
         for path in tokenizer_dir.iterdir():
             shutil.copyfile(path, folder / path.name)
     return folder
+
+
+def has_slow_tokenizer() -> bool:
+    """Whether this transformers has a slow LLaMA tokenizer, in Python and SentencePiece: version 5 has none."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5
+
+
+def rope_of(config) -> tuple:
+    """rope_theta and rope_scaling of a LlamaConfig; transformers 5 has one attribute for both."""
+    if not hasattr(config, "rope_parameters"):
+        return config.rope_theta, config.rope_scaling
+    scaling = dict(config.rope_parameters)
+    theta = scaling.pop("rope_theta")
+    return theta, None if scaling == {"rope_type": "default"} else scaling
+
+
+def with_older_names(config_json: Path) -> None:
+    """Write a config as transformers 4 does, and as LLaMA-2's is, where transformers 5 has written it."""
+    config = json.loads(config_json.read_text())
+    if "rope_parameters" in config:
+        rope = config.pop("rope_parameters")
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    config_json.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -109,19 +109,20 @@ class Tokenizers:
 
 def load_with_transformers(folder: Path, *, use_fast: bool = True) -> "PreTrainedTokenizerBase":
     """AutoTokenizer on a folder. Raises UserError if its settings name a class that does not fit tokenizer.model."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer, LlamaTokenizerFast
 
     # Older LLaMA derivatives do not name a class; AutoTokenizer would look for it in the model's config.json.
-    named = {} if read_json(folder / CONFIG_FILE).get("tokenizer_class") else {"tokenizer_type": "llama"}
+    names_class = read_json(folder / CONFIG_FILE).get("tokenizer_class")
+    # The two are one class in transformers 5.
+    loader = AutoTokenizer if names_class else LlamaTokenizerFast if use_fast else LlamaTokenizer
     check_tokenizer_files(folder)
     try:
         with unpickling_refused():
-            return AutoTokenizer.from_pretrained(
+            return loader.from_pretrained(
                 folder,
-                use_fast=use_fast,
                 local_files_only=True,
                 trust_remote_code=False,
-                **named,
+                **({"use_fast": use_fast} if names_class else {}),
                 **own_file_arguments(folder),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse

@@ -27,7 +27,7 @@ from colossal_llama2.terminal_text import show
 
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 # The published models were trained to continue after this mark (README of Colossal-LLaMA-2-7B-base).
 PROMPT_SUFFIX = "\n\n->\n\n"
@@ -168,10 +168,23 @@ def generate(
     )
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
-    with torch.inference_mode():
-        # Without use_model_defaults=False, leftovers of generation_config.json would mix with the flags.
-        sequences = model.generate(**inputs, generation_config=config, use_model_defaults=False)
+    with torch.inference_mode(), _as_generation_config(model, config):
+        sequences = model.generate(**inputs, generation_config=config)
     return tokenizer.decode(sequences[0, prompt_length:], skip_special_tokens=True)
+
+
+@contextlib.contextmanager
+def _as_generation_config(model: "LlamaForCausalLM", config: "GenerationConfig") -> Iterator[None]:
+    """Replace the model's own settings for a while, whose leftovers `generate` would mix with those it is given.
+
+    transformers 4 has an argument for this, transformers 5 none.
+    """
+    held = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = held
 
 
 @contextlib.contextmanager

@@ -321,9 +321,13 @@ def _measure(
         "parity text": documents,
     }
     measured = []
+    compared = "SentencePiece, slow and fast tokenizer"
+    if not (source.slow and target.slow):
+        logs.get_logger().info("transformers has no slow tokenizer for these folders, so only its fast one is compared")
+        compared = "SentencePiece and fast tokenizer"
     for group, texts in groups.items():
         if texts:
-            logs.get_logger().info("comparing SentencePiece, slow and fast tokenizer: %s", group)
+            logs.get_logger().info("comparing %s: %s", compared, group)
             measured.append(measure(source, target, group, texts, finder))
     return measured
 
