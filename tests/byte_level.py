@@ -71,6 +71,7 @@ def make_byte_level(
     # SmolLM2's special tokens are in its vocabulary, LLaMA-3's are not.
     settings["model"]["vocab"] = ids if specials_first else {token: ids[token] for token in tokens}
     settings["model"]["ignore_merges"] = kind == "llama3"
+    settings["decoder"] = {**BYTE_LEVEL, "use_regex": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     settings["added_tokens"] = [{"id": ids[text], "content": text, "special": True, **flags} for text in specials]
     if kind == "llama3" and bos:

@@ -17,6 +17,7 @@ from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of
 from colossal_llama2.encoding.registry import fingerprint, kind_of, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.errors import UserError
 from tests.byte_level import BEGIN, END, PRE_TOKENIZERS, make_byte_level, make_llama3, sequence, split
 from tests.launching import ROOT
@@ -220,8 +221,9 @@ def test_what_lies_beside_tokenizer_json(folders, tokenizer_dir, tmp_path):
     with pytest.raises(UserError, match="are of different tokenizers: .* remove the file"):
         load_encoder(folder)
     (folder / "tokenizer.model").write_bytes(b"GGUF\3\0\0\0")
-    with pytest.raises(UserError, match="is a model in GGUF.*remove it"):
-        load_encoder(folder)
+    for load in (load_encoder, load_tokenizer):
+        with pytest.raises(UserError, match="is a model in GGUF.*remove it"):
+            load(folder)
     assert "tokenizer.model" not in load_encoder(folders["gpt2"]).files
     # A SentencePiece model decides, as before.
     assert kind_of(tokenizer_dir).encoder is SentencePieceEncoder

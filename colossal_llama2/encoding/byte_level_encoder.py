@@ -22,7 +22,7 @@ from colossal_llama2.encoding.file_names import (
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
 )
-from colossal_llama2.encoding.model_file_format import is_gguf, is_tiktoken
+from colossal_llama2.encoding.model_file_format import is_tiktoken, refuse_gguf
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.storage.files import read_json
@@ -220,8 +220,7 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
 def check_file_beside(model: ByteLevelModel) -> None:
     """Raise UserError if the folder has a tokenizer.model too, in a format for which it is ignored, of other tokens."""
     path = model.path.parent / MODEL_FILE
-    if is_gguf(path):
-        raise UserError(f"{path} is a model in GGUF, which transformers has saved under this name; remove it")
+    refuse_gguf(path)
     if not is_tiktoken(path):
         return
     check_regular(path, max_bytes=MOST_TIKTOKEN_BYTES)

@@ -19,6 +19,7 @@ from colossal_llama2.encoding.file_names import (
     TEMPLATE_JSON_FILE,
     TEMPLATES_FOLDER,
 )
+from colossal_llama2.encoding.model_file_format import refuse_gguf
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import is_stray
 from colossal_llama2.storage.input_files import MIB, check_regular, is_regular, read_settings
@@ -64,6 +65,7 @@ def check_tokenizer_files(folder: str | Path) -> None:
             invalid value or names a file.
     """
     folder = Path(folder)
+    refuse_gguf(folder / MODEL_FILE)
     for name, max_bytes in NAMED_FILES.items():
         if os.path.lexists(folder / name):
             check_regular(folder / name, max_bytes=max_bytes, allows_empty=name == TEMPLATE_FILE)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from colossal_llama2.errors import UserError
 from colossal_llama2.storage.input_files import is_regular
 
 # A line of a tiktoken file: the bytes of a token in base64, and its rank.
@@ -19,6 +20,12 @@ def is_tiktoken(path: Path) -> bool:
 def is_gguf(path: Path) -> bool:
     """Whether a file begins like GGUF, which transformers saves as tokenizer.model if a tokenizer comes from one."""
     return _start_of(path).startswith(GGUF_START)
+
+
+def refuse_gguf(path: Path) -> None:
+    """Raise UserError for such a file: it is a whole model, and would be copied with every other one."""
+    if is_gguf(path):
+        raise UserError(f"{path} is a model in GGUF, which transformers has saved under this name; remove it")
 
 
 def _start_of(path: Path) -> bytes:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama2.encoding.registry import shared_encoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.logs import get_logger
 from colossal_llama2.model.config_fields import llama_config, read_fields
@@ -27,7 +28,7 @@ from colossal_llama2.terminal_text import show
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 # The published models were trained to continue after this mark (README of Colossal-LLaMA-2-7B-base).
 PROMPT_SUFFIX = "\n\n->\n\n"
@@ -152,7 +153,7 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    inputs = _encoded_prompt(tokenizer, prompt).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
     # Rows without a token, such as padding to a round number.
     tokenless = list(range(len(tokenizer), model.get_output_embeddings().weight.shape[0]))
@@ -170,7 +171,33 @@ def generate(
         torch.manual_seed(settings.seed)
     with torch.inference_mode(), _as_generation_config(model, config):
         sequences = model.generate(**inputs, generation_config=config)
-    return tokenizer.decode(sequences[0, prompt_length:], skip_special_tokens=True)
+    # Spaces before punctuation stay as they were generated.
+    return tokenizer.decode(sequences[0, prompt_length:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _encoded_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "BatchEncoding":
+    """The (1, tokens) ids of a prompt, which begins with bos_token, as a document in training does.
+
+    Many tokenizers of byte-level BPE, such as SmolLM2's, have a bos_token that transformers does not add.
+
+    Raises:
+        UserError: the prompt has a character that the tokenizer would drop.
+    """
+    import torch
+
+    try:
+        problem = shared_encoder(tokenizer.name_or_path).problem_of(prompt)
+    except UserError:
+        problem = None  # a kind of tokenizer that only transformers reads
+    if problem:
+        raise UserError(f"the prompt cannot be used: {problem}; change --input_txt")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids, mark = inputs["input_ids"], tokenizer.bos_token_id
+    if mark is not None and ids[0, :1].tolist() != [mark]:
+        get_logger().info(f"the prompt begins with {tokenizer.bos_token}, as documents do in training")
+        inputs["input_ids"] = torch.cat([torch.tensor([[mark]]), ids.long()], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
 
 
 @contextlib.contextmanager
