@@ -69,7 +69,7 @@ install_requirements() {
         stamp=$environment/installed-$file.sha256
         wanted=$(sha256sum <"$file")
         if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
-            echo "Installing $file (PyTorch is a download of about 2.5 GB the first time)"
+            echo "Installing $file (PyTorch and CUDA are a download of 3 GB the first time)"
             python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$file"
             echo "$wanted" >"$stamp"
         fi
