@@ -13,7 +13,7 @@ from typing import Any
 from colossal_llama2 import logs, plugin_names
 from colossal_llama2.engine import adam, loss_scale
 from colossal_llama2.engine.llama_policy import llama_policy
-from colossal_llama2.engine.patches import bug_fixes
+from colossal_llama2.engine.patches import batched_operations, bug_fixes
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
 
@@ -254,6 +254,9 @@ class Zero2(Plugin):
             "cpu_offload": self.cpu_offload,
         }
 
+    def install_fixes(self) -> None:
+        batched_operations.install()
+
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import LowLevelZeroPlugin
 
@@ -327,6 +330,7 @@ class Hybrid3D(Plugin):
 
     def install_fixes(self) -> None:
         bug_fixes.install_for_3d()
+        batched_operations.install()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import HybridParallelPlugin
@@ -371,6 +375,9 @@ class Ddp(Plugin):
     name = plugin_names.DDP
     zero_stage = 0
     is_replicated = True
+
+    def install_fixes(self) -> None:
+        batched_operations.install()
 
     def build(self, *, parameters: int, on_cpu: bool) -> Any:
         from colossalai.booster.plugin import TorchDDPPlugin

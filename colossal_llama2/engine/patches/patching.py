@@ -83,10 +83,19 @@ def _checkpoint(target: str, reason: str, upstream: str, mentions: str, versions
     return Patch(target, reason, f"checkpoint_io/{upstream}", mentions, versions)
 
 
+def _loop(target: str, upstream: str, mentions: str) -> Patch:
+    return Patch(target, "several operations for each parameter, where one for all would do", upstream, mentions)
+
+
 _PICKLE = "optimizer states are pickled"
 _CONFIG = "a generation_config.json that only warned when it was read raises an error"
 _HYBRID_IO = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 _CHUNK = "colossalai.zero.gemini.chunk.chunk:Chunk"
+_ZERO = "colossalai.zero.low_level.low_level_optim:LowLevelZeroOptimizer"
+_HYBRID = "colossalai.booster.plugin.hybrid_parallel_plugin:HybridParallel"
+_HYBRID_FILE = "booster/plugin/hybrid_parallel_plugin.py"
+_MIXED = "colossalai.amp.naive_amp.mixed_precision_optimizer:MixedPrecisionOptimizer"
+_MIXED_FILE = "amp/naive_amp/mixed_precision_optimizer.py"
 
 _TABLE = (
     # cpu_device.py
@@ -193,6 +202,19 @@ _TABLE = (
         _CONFIG,
         "booster/plugin/gemini_plugin.py:211",
         "save_config_file(",
+    ),
+    # batched_operations.py
+    _loop(f"{_ZERO}._compute_grad_norm", "zero/low_level/low_level_optim.py:672", "grad.data.double().norm(norm_type)"),
+    _loop(f"{_ZERO}._unscale_and_clip_grads", "zero/low_level/low_level_optim.py:715", "grad.data.mul_("),
+    _loop(f"{_HYBRID}ZeroOptimizer._compute_grad_norm", f"{_HYBRID_FILE}:881", "grad.data.double().norm(norm_type)"),
+    _loop(f"{_HYBRID}AMPOptimizer._compute_grad_norm", f"{_HYBRID_FILE}:624", "grad.data.double().norm(norm_type)"),
+    _loop(f"{_HYBRID}NaiveOptimizer._compute_grad_norm", f"{_HYBRID_FILE}:418", "grad.data.double().norm(norm_type)"),
+    _loop(f"{_MIXED}._compute_grad_norm", f"{_MIXED_FILE}:164", "grad.data.double().norm(norm_type)"),
+    _loop(f"{_MIXED}._unscale_and_clip_grads", f"{_MIXED_FILE}:138", "grad.data.mul_("),
+    _loop(
+        "colossalai.zero.low_level.bookkeeping.tensor_bucket:TensorBucket.all_gather",
+        "zero/low_level/bookkeeping/tensor_bucket.py:86",
+        "_flatten_dense_tensors(unflat_shards)",
     ),
     # lazy_loading.py
     Patch(
