@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[Callable[[], CommandParser], str | None]] = {
     "inference_example.py": (inference_flags.inference_parser, None),
     "colossal_llama2.tokenizer.mine_tokens": (tokenizer_flags.mine_tokens_parser, None),
     "colossal_llama2.tokenizer.compare": (tokenizer_flags.compare_parser, None),
+    "colossal_llama2.tokenizer.convert_tiktoken": (tokenizer_flags.convert_tiktoken_parser, None),
     "colossal_llama2.dataset.inspect_data": (data_flags.inspect_data_parser, None),
     "colossal_llama2.train.verify": (train_flags.verify_parser, None),
     "colossal_llama2.train.faster_precision": (train_flags.faster_precision_parser, None),

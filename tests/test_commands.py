@@ -29,6 +29,7 @@ SCRIPTS = {
     "colossal_llama2/tokenizer/init_tokenizer.py": "--expand_tokens_filee",
     "colossal_llama2/tokenizer/mine_tokens.py": "--num_new_tokenss",
     "colossal_llama2/tokenizer/compare.py": "--tokenizer_dirss",
+    "colossal_llama2/tokenizer/convert_tiktoken.py": "--source_filee",
     "init_model.py": "--target_model_pathh",
     "colossal_llama2/model/init_model.py": "--target_tokenizer_pathh",
     "prepare_pretrain_dataset.py": "--max_lengthh",

@@ -18,7 +18,7 @@ from colossal_llama2.encoding.from_text import write_tokenizer
 from colossal_llama2.encoding.parity import PieceFinder
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import UserError
-from colossal_llama2.tokenizer import init_tokenizer
+from colossal_llama2.tokenizer import extend_sentencepiece, init_tokenizer
 from colossal_llama2.tokenizer.closure import plan_extension
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests import tiny
@@ -329,8 +329,10 @@ def test_folders_and_files_that_are_refused(source, tmp_path):
         change(folder)
         return folder
 
-    refused("no tokenizer.model", source=changed("a", lambda folder: (folder / "tokenizer.model").unlink()))
-    without = changed("b", lambda folder: [(folder / name).unlink() for name in init_tokenizer.REQUIRED_FILES[1:]])
+    refused("copy its tokenizer.model", source=changed("a", lambda folder: (folder / "tokenizer.model").unlink()))
+    without = changed(
+        "b", lambda folder: [(folder / name).unlink() for name in extend_sentencepiece.REQUIRED_FILES[1:]]
+    )
     refused("no tokenizer_config.json and no special_tokens_map.json; LLaMA-2 ships", source=without)
     refused("not JSON", source=changed("c", lambda folder: (folder / "tokenizer_config.json").write_text("{")))
     refused("a JSON object", source=changed("d", lambda folder: (folder / "tokenizer_config.json").write_text("[]")))

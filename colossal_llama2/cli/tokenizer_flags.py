@@ -1,4 +1,4 @@
-"""The flags of init_tokenizer.py, init_model.py, mine_tokens.py and compare.py."""
+"""The flags of init_tokenizer.py, init_model.py, mine_tokens.py, compare.py and convert_tiktoken.py."""
 
 from colossal_llama2.cli.data_flags import add_data_input_dirs
 from colossal_llama2.cli.parser import CommandParser
@@ -12,6 +12,7 @@ from colossal_llama2.cli.value_types import (
 
 MODEL_DTYPES = ("float16", "bfloat16", "float32")
 MINED_SCRIPTS = ("han", "any")
+LLAMA_3_VERSIONS = ("3.0", "3.1")
 
 
 def init_tokenizer_parser() -> CommandParser:
@@ -27,7 +28,8 @@ def init_tokenizer_parser() -> CommandParser:
         "--source_tokenizer_dir",
         metavar="DIR",
         required=True,
-        help="folder with tokenizer.model, tokenizer_config.json and special_tokens_map.json",
+        help="folder with tokenizer.model (SentencePiece, as LLaMA-2) or tokenizer.json (byte-level BPE, as LLaMA-3), "
+        "tokenizer_config.json and special_tokens_map.json",
     )
     group.add(
         "--target_tokenizer_dir",
@@ -45,7 +47,7 @@ def init_tokenizer_parser() -> CommandParser:
         choices=("below", "zero"),
         default="below",
         help="below: decreasing in the order of the file, below every existing merge; zero: all 0, sorted by length, "
-        "as in the original",
+        "as in the original (SentencePiece only)",
     )
     pieces.add(
         "--closure",
@@ -127,7 +129,7 @@ def mine_tokens_parser() -> CommandParser:
     )
     files = parser.flag_group("files")
     add_data_input_dirs(files)
-    files.add("--source_tokenizer_dir", metavar="DIR", required=True, help="folder with the tokenizer.model to extend")
+    files.add("--source_tokenizer_dir", metavar="DIR", required=True, help="folder of the tokenizer to extend")
     files.add(
         "--output_file",
         metavar="FILE",
@@ -206,5 +208,25 @@ def compare_parser() -> CommandParser:
         type=positive_int,
         default=10_000,
         help="maximum number of documents to compare on; a larger input is sampled",
+    )
+    return parser
+
+
+def convert_tiktoken_parser() -> CommandParser:
+    """Flags of colossal_llama2.tokenizer.convert_tiktoken."""
+    parser = CommandParser(
+        "convert_tiktoken.py",
+        "Convert LLaMA-3's original tokenizer.model, which is in tiktoken's format, to a Hugging Face folder.",
+        "  python -m colossal_llama2.tokenizer.convert_tiktoken \\\n"
+        "      --source_file Meta-Llama-3-8B/original/tokenizer.model --target_dir llama-3-tokenizer",
+    )
+    group = parser.flag_group()
+    group.add("--source_file", metavar="FILE", required=True, help="tokenizer.model of LLaMA-3's original download")
+    group.add("--target_dir", metavar="DIR", required=True, help="folder to write; must not exist yet")
+    group.add(
+        "--special_tokens",
+        choices=LLAMA_3_VERSIONS,
+        default="3.1",
+        help="the version whose 256 special tokens are used: 3.0, or 3.1 for that and later ones",
     )
     return parser

@@ -32,6 +32,7 @@ class ExtensionPlan:
         dropped: pieces of the file that are left out because they cannot be reached.
         over_budget: pieces of the file that are left out because they exceed the budget.
         altered: pieces that the model's normalizer never produces; they are dropped, unless all pieces are appended.
+        split: pieces that a byte-level BPE's pre-tokenizer never leaves whole; they are dropped in the same way.
     """
 
     pieces: list[str]
@@ -41,6 +42,7 @@ class ExtensionPlan:
     dropped: list[str]
     over_budget: list[str]
     altered: Sequence[str] = ()
+    split: Sequence[str] = ()
 
 
 def plan_extension(
@@ -61,12 +63,12 @@ def plan_extension(
     wanted = [piece for piece in wanted if piece not in gone]
     close = {"complete": _complete, "drop": _drop, "off": _append_all}[closure]
 
-    count, found = _longest_prefix(lambda count: close(model, wanted[:count], piece_scores), len(wanted), max_added)
+    count, found = longest_prefix(lambda count: close(model, wanted[:count], piece_scores), len(wanted), max_added)
     dropped = [piece for piece in altered if piece in gone] + found.dropped
     return replace(found, dropped=dropped, over_budget=list(wanted[count:]), altered=altered)
 
 
-def _longest_prefix(plan: Callable[[int], ExtensionPlan], total: int, limit: int | None) -> tuple[int, ExtensionPlan]:
+def longest_prefix(plan: Callable[[int], ExtensionPlan], total: int, limit: int | None) -> tuple[int, ExtensionPlan]:
     """The longest prefix of the file that needs at most `limit` pieces in total, and its plan.
 
     The total grows almost linearly with the prefix, so interpolation finds it in a few trials. It can also shrink by a
@@ -188,24 +190,33 @@ def intermediate_pieces(stuck: Sequence[str], scores: dict[str, float]) -> list[
     Args:
         stuck: pieces that are not reached; every one of their characters must be a piece.
         scores: all pieces that merges can make, including the stuck ones. The additions are inserted into it.
+    """
+    return pieces_that_join([evolve(piece, scores) for piece in stuck], scores)
+
+
+def pieces_that_join(
+    states: list[list[str]], scores: dict[str, float], *, is_last: Callable[[str], bool] = lambda piece: False
+) -> list[str]:
+    """The same for pieces that merges have turned into `states`, lists of symbols, which become single symbols.
+
+    Pieces for which `is_last` is true are added only once there is no other to add.
 
     Cost: each addition processes only the stuck pieces that contain it, and removes at least one symbol from each. A
     heap gives the next pair. Memory is proportional to the characters of the stuck pieces.
     """
-    states = [evolve(piece, scores) for piece in stuck]
     holders: dict[str, set[int]] = defaultdict(set)
     for index, state in enumerate(states):
         for pair in _pairs(state):
             holders[pair].add(index)
-    heap = [(-len(found), len(pair), pair) for pair, found in holders.items()]
+    heap = [(is_last(pair), -len(found), len(pair), pair) for pair, found in holders.items()]
     heapq.heapify(heap)
     lowest = min(scores.values(), default=0.0)
     added: list[str] = []
     while heap:
-        count, _, pair = heapq.heappop(heap)
+        last, count, _, pair = heapq.heappop(heap)
         if len(holders[pair]) != -count:
             if holders[pair]:
-                heapq.heappush(heap, (-len(holders[pair]), len(pair), pair))
+                heapq.heappush(heap, (last, -len(holders[pair]), len(pair), pair))
             continue
         lowest = _next_below(lowest)
         scores[pair] = lowest
@@ -219,7 +230,7 @@ def intermediate_pieces(stuck: Sequence[str], scores: dict[str, float]) -> list[
                 holders[new].add(index)
                 fresh.add(new)
         for new in fresh:
-            heapq.heappush(heap, (-len(holders[new]), len(new), new))
+            heapq.heappush(heap, (is_last(new), -len(holders[new]), len(new), new))
     return added
 
 

@@ -1,12 +1,13 @@
 """The report of init_tokenizer.py, vocabulary_report.json and a table: which pieces were added, and what was proven."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from colossal_llama2.encoding.parity import Difference, Measurement
+from colossal_llama2.encoding.parity import Difference
 from colossal_llama2.plurals import counted
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer.closure import ExtensionPlan
+from colossal_llama2.tokenizer.extension import Proof
 from colossal_llama2.tokenizer.new_pieces import NewPieces
 
 COUNTS = (
@@ -23,6 +24,7 @@ COUNTS = (
     ("vocabulary_before", "vocabulary before"),
     ("vocabulary_after", "vocabulary after"),
 )
+BYTE_LEVEL = "byte-level BPE"
 # Lists in the report are cut at this length, which a million given-up pieces would exceed; counts are exact.
 MAX_LISTED = 100_000
 
@@ -30,15 +32,23 @@ MAX_LISTED = 100_000
 def make_report(
     asked: NewPieces,
     plan: ExtensionPlan,
+    proof: Proof,
     *,
-    unreachable: Sequence[str],
     vocabulary_before: int,
-    measurements: Sequence[Measurement],
     settings: dict,
+    shown: Callable[[str], str],
+    is_byte_level: bool,
 ) -> dict:
-    """The content of vocabulary_report.json. `settings` are the flags that led to it."""
+    """The content of vocabulary_report.json.
+
+    Args:
+        settings: the flags that led to it.
+        shown: how a piece of the plan is written.
+    """
+    own = {"kind": BYTE_LEVEL, "split": len(plan.split), "split_pieces": list(map(shown, plan.split[:MAX_LISTED]))}
     return {
         **settings,
+        **(own if is_byte_level else {}),
         "asked": asked.asked,
         "duplicates": asked.duplicates,
         "already_pieces": asked.already_pieces,
@@ -49,13 +59,13 @@ def make_report(
         "added_intermediates": plan.intermediates,
         "added_by_closure": plan.characters + plan.intermediates,
         "added": len(plan.pieces),
-        "unreachable": len(unreachable),
+        "unreachable": len(proof.unreachable),
         "vocabulary_before": vocabulary_before,
         "vocabulary_after": vocabulary_before + len(plan.pieces),
-        "unreachable_pieces": list(unreachable[:MAX_LISTED]),
-        "dropped_pieces": plan.dropped[:MAX_LISTED],
-        "given_up_pieces": plan.over_budget[:MAX_LISTED],
-        "parity": [measurement.as_dict() for measurement in measurements],
+        "unreachable_pieces": proof.unreachable[:MAX_LISTED],
+        "dropped_pieces": list(map(shown, plan.dropped[:MAX_LISTED])),
+        "given_up_pieces": list(map(shown, plan.over_budget[:MAX_LISTED])),
+        "parity": [measurement.as_dict() for measurement in proof.measurements],
     }
 
 
@@ -86,9 +96,15 @@ def _example(parity: Sequence[dict], names: Sequence[str] = ()) -> str:
 
 def print_report(report: dict) -> None:
     """Print the counts, and a table with one row for each group of texts."""
-    print_table([[label, f"{report[name]:,}"] for name, label in COUNTS], has_header=False)
+    counts = [[label, f"{report[name]:,}"] for name, label in COUNTS]
+    reference = "SentencePiece"
+    if report.get("kind") == BYTE_LEVEL:
+        counts.insert(4, ["of these, divided by the pre-tokenizer", f"{report['split']:,}"])
+        counts[3][0] = "dropped: no text is encoded to them"
+        reference = "tokenizer.json's merges"
+    print_table(counts, has_header=False)
     show_line("")
-    rows = [["ids that differ from SentencePiece", "texts", "fast", "slow", "already", "old text", "changed"]]
+    rows = [[f"ids that differ from {reference}", "texts", "fast", "slow", "already", "old text", "changed"]]
     for group in report["parity"]:
         slow = group["slow"] or vars(Difference())
         already = max(group["fast"]["source_differs"], slow["source_differs"])

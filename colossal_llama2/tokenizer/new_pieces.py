@@ -1,12 +1,18 @@
-"""Read the file of new pieces, {"piece": "你好"} on each line, and refuse invalid ones with file:line."""
+"""Read the file of new pieces, {"piece": "你好"} on each line, and refuse invalid ones with file:line.
+
+For a byte-level BPE, a line may also give a part of characters by its bytes, as {"bytes": "e4bd"}.
+"""
 
 import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from colossal_llama2.encoding.bpe_model import SPACE
+from colossal_llama2.encoding.byte_level_file import spelled, spelled_bytes
+from colossal_llama2.encoding.byte_level_tokens import can_occur, text_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_jsonl
 
@@ -19,7 +25,10 @@ SEPARATORS = "\t,;"
 
 @dataclass(frozen=True)
 class NewPieces:
-    """The content of a file of new pieces. `wanted` are those that the source lacks, each once, in file order."""
+    """The content of a file of new pieces. `wanted` are those that the source lacks, each once, in file order.
+
+    They are spelled as in the source's vocabulary: with "▁" for a space, or byte by byte ("Ġ" for a space).
+    """
 
     asked: int
     duplicates: int
@@ -27,7 +36,9 @@ class NewPieces:
     wanted: list[str]
 
 
-def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Collection[str]) -> NewPieces:
+def read_new_pieces(
+    path: Path, *, known: Collection[str], special_tokens: Collection[str], is_byte_level: bool = False
+) -> NewPieces:
     """Read and check a file of new pieces. `known` are the source's pieces of text, including user-defined ones.
 
     Raises:
@@ -36,7 +47,7 @@ def read_new_pieces(path: Path, *, known: Collection[str], special_tokens: Colle
     if not path.is_file():
         raise UserError(f'--expand_tokens_file {path} is not a file; give a jsonl file of {{"piece": "..."}} lines')
     known = frozenset(known)
-    check = _Check(known, special_tokens)
+    check = (_ByteLevelCheck if is_byte_level else _Check)(known, special_tokens)
     unique: dict[str, None] = {}
     asked = 0
     for piece in _pieces_of(path, check):
@@ -105,15 +116,12 @@ class _Check:
 
     def piece_of(self, record: dict) -> str:
         """The piece of one record. Raises ValueError with what is wrong and what is allowed."""
-        if "piece" not in record:
-            raise ValueError(f'no "piece" in this line; {_form(*_words_of(record)[:1])}')
-        piece = record["piece"]
-        if not isinstance(piece, str):
-            raise ValueError(f'"piece" is {piece!r:.80}, which is not a string; write {{"piece": "..."}}')
-        if not piece:
-            raise ValueError('"piece" is empty; remove the line')
-        if len(piece) > MAX_PIECE_CHARACTERS:
-            raise ValueError(f'"piece" has {len(piece)} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
+        if "bytes" in record and "piece" not in record:
+            raise ValueError(
+                'parts of characters ("bytes") are for byte-level tokenizers, and the source is a SentencePiece model; '
+                "remove the line"
+            )
+        piece = self._text_of(record)
         if piece in self._known:
             return piece
         if " " in piece:
@@ -124,11 +132,24 @@ class _Check:
                 f'"piece" is {piece!r}, which contains the control character {unknown!r}, and the source tokenizer '
                 "has no piece for it; remove the line"
             )
-        if not self._first_characters.isdisjoint(piece):
-            self._refuse_special(piece)
+        self._refuse_special(piece)
+        return piece
+
+    def _text_of(self, record: dict) -> str:
+        if "piece" not in record:
+            raise ValueError(f'no "piece" in this line; {_form(*_words_of(record)[:1])}')
+        piece = record["piece"]
+        if not isinstance(piece, str):
+            raise ValueError(f'"piece" is {piece!r:.80}, which is not a string; write {{"piece": "..."}}')
+        if not piece:
+            raise ValueError('"piece" is empty; remove the line')
+        if len(piece) > MAX_PIECE_CHARACTERS:
+            raise ValueError(f'"piece" has {len(piece)} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
         return piece
 
     def _refuse_special(self, piece: str) -> None:
+        if self._first_characters.isdisjoint(piece):
+            return
         found = self._special.search(piece)
         if found and found[0] == piece:
             raise ValueError(f'"piece" is {piece!r}, a special token of the source tokenizer; remove the line')
@@ -137,3 +158,40 @@ class _Check:
                 f'"piece" is {piece!r}, which contains the special token {found[0]!r} of the source tokenizer, '
                 "at which tokenizers split a text first; remove the line"
             )
+
+
+class _ByteLevelCheck(_Check):
+    """The same for a byte-level BPE, whose vocabulary spells bytes: a space may be written as it is."""
+
+    def piece_of(self, record: dict) -> str:
+        """The token of one record, as the vocabulary spells it. Raises ValueError as the base class."""
+        if "bytes" in record and "piece" not in record:
+            text, token = self._from_bytes(record["bytes"])
+        else:
+            text = self._text_of(record).replace(SPACE, " ")
+            token = spelled(text)
+        if token in self._known:
+            return token
+        unknown = next((found for found in CONTROL.findall(text) if spelled(found) not in self._known), None)
+        if unknown:
+            raise ValueError(
+                f'"piece" is {text!r}, which contains the control character {unknown!r}, and the source tokenizer has '
+                "no token for it; remove the line"
+            )
+        self._refuse_special(text)
+        return token
+
+    def _from_bytes(self, value: Any) -> tuple[str, str]:
+        """The text and the token that bytes in hexadecimal spell; the text is empty for a part of a character."""
+        try:
+            content = bytes.fromhex(value)
+        except (TypeError, ValueError):
+            content = b""
+        if not content:
+            raise ValueError(f'"bytes" is {value!r:.80}; write bytes in hexadecimal, such as {{"bytes": "e4bd"}}')
+        if len(content) > MAX_PIECE_CHARACTERS:
+            raise ValueError(f'"bytes" has {len(content)} bytes, at most {MAX_PIECE_CHARACTERS} are allowed')
+        if not can_occur(content):
+            raise ValueError(f'"bytes" is {value!r}, which is in no UTF-8 text; remove the line')
+        token = spelled_bytes(content)
+        return text_of(token) or "", token

@@ -1,0 +1,108 @@
+"""Find the new tokens that a byte-level BPE can reach, and what must be added so that it reaches all of them.
+
+A byte-level BPE divides a text with its pre-tokenizer. In each part it starts from the bytes, and repeatedly merges the
+two neighbours that come first in its list of merges. So a new piece is reached if the pre-tokenizer leaves it whole and
+its own bytes end up as one symbol. With the tokens 人工 and 智能, and 人工智能 as a new piece,
+
+    e4 ba ba e5 b7 a5 e6 99 ba e8 83 bd -> 人工 智能 -> 人工智能
+
+New merges rank behind all old ones, so they act only on what old merges leave: lists of old symbols, between which no
+old merge is possible, and none becomes possible, since old merges join only old tokens. Every split of a new token into
+two tokens is a merge of it (`merges_into`), so there two neighbours merge if their concatenation is a new token. These
+are the merges of closure.py with other symbols, and its proof holds here too, step by step:
+
+- Merges inside a stretch that becomes one symbol are those of the stretch alone, in the same order: the next merge of
+  all is also the next of the stretch, and equal merges are made from left to right in both.
+- A token whose merges rank behind all others acts only where nothing else was possible. So what was reached before is
+  reached in the same way; and the two symbols that it joins are reached, so it is reached itself.
+- Each addition shortens a list that is stuck. So one pass ends, with every piece as one symbol.
+
+`ignore_merges` (LLaMA-3) makes a part that is a token without merging. Merges make every new token too, so this changes
+none, and programs without it give the same ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from colossal_llama2.encoding.byte_level_file import ByteLevelModel
+from colossal_llama2.encoding.byte_level_tokens import (
+    extended,
+    is_within_character,
+    merging,
+    split_tokens,
+    symbols_of,
+)
+from colossal_llama2.tokenizer.closure import ExtensionPlan, evolve, longest_prefix, pieces_that_join
+
+
+def plan_byte_level(
+    model: ByteLevelModel, wanted: Sequence[str], *, closure: str, max_added: int | None = None
+) -> ExtensionPlan:
+    """Decide what to append to `model`, of the `wanted` tokens in the order of the file. The plan has no scores.
+
+    Args:
+        wanted: new tokens, as the vocabulary spells them, each once.
+        closure: "complete" adds bytes, parts of characters, characters and parts of words until all are reached, "drop"
+            leaves out tokens that are not reached, "off" appends all.
+        max_added: the maximum number of tokens to append; the last ones of the file are left out first.
+    """
+    source = _Source(model, wanted)
+    gone = set(source.split) if closure != "off" else set()
+    kept = [token for token in wanted if token not in gone]
+    close = {"complete": source.complete, "drop": source.drop, "off": _append_all}[closure]
+    count, found = longest_prefix(lambda count: close(kept[:count]), len(kept), max_added)
+    dropped = [token for token in source.split if token in gone] + found.dropped
+    return replace(found, dropped=dropped, over_budget=list(kept[count:]), split=source.split)
+
+
+class _Source:
+    """What a source makes of the wanted tokens: which ones its pre-tokenizer splits, and the symbols of all."""
+
+    def __init__(self, model: ByteLevelModel, wanted: Sequence[str]):
+        self._known = model.vocabulary.keys()
+        # A byte without a token would be dropped from the symbols.
+        spelling = extended(model, self._missing_bytes(wanted))
+        tokenizer = merging(spelling).plain_tokenizer()
+        self.split = split_tokens(tokenizer, wanted)
+        self._symbols = dict(zip(wanted, symbols_of(tokenizer, wanted), strict=True))
+
+    def _missing_bytes(self, wanted: Sequence[str]) -> list[str]:
+        return [byte for byte in dict.fromkeys("".join(wanted)) if byte not in self._known]
+
+    def complete(self, wanted: Sequence[str]) -> ExtensionPlan:
+        own = set(wanted)
+        missing = [byte for byte in self._missing_bytes(wanted) if byte not in own]
+        scores = _scores(wanted)
+        states = [evolve(self._symbols[token], scores) for token in wanted]
+        stuck = [state for state in states if len(state) > 1]
+        # Whole characters first: words share them, and they are of use in other words.
+        added = pieces_that_join(stuck, scores, is_last=lambda token: not is_within_character(token))
+        characters = [token for token in added if is_within_character(token)]
+        others = [token for token in added if not is_within_character(token)]
+        return ExtensionPlan(
+            [*wanted, *missing, *characters, *others],
+            scores=[],
+            characters=len(missing) + len(characters),
+            intermediates=len(others),
+            dropped=[],
+            over_budget=[],
+        )
+
+    def drop(self, wanted: Sequence[str]) -> ExtensionPlan:
+        """Leave out what is not reached. One pass is enough, since it does not help to reach anything else."""
+        unspelled = set(self._missing_bytes(wanted)).difference(wanted)
+        spelled = [token for token in wanted if unspelled.isdisjoint(token)]
+        scores = _scores(spelled)
+        reached = {token for token in spelled if len(evolve(self._symbols[token], scores)) == 1}
+        kept = [token for token in spelled if token in reached]
+        dropped = [token for token in wanted if token not in reached]
+        return ExtensionPlan(kept, [], 0, 0, dropped=dropped, over_budget=[])
+
+
+def _append_all(wanted: Sequence[str]) -> ExtensionPlan:
+    return ExtensionPlan(list(wanted), [], 0, 0, dropped=[], over_budget=[])
+
+
+def _scores(tokens: Sequence[str]) -> dict[str, float]:
+    """The order in which new tokens are merged, as scores: the first of the file is the best."""
+    return {token: -float(index) for index, token in enumerate(tokens, start=1)}

@@ -1,0 +1,171 @@
+"""Extend a byte-level BPE, the kind of LLaMA-3 and SmolLM2: tokenizer.json and the files beside it.
+
+New tokens get the ids behind all others, special tokens included, so no id changes. `tokenizers` numbers added tokens
+that are not in the model's vocabulary by the size of the vocabulary, so that new tokens would move them: LLaMA-3's
+special tokens are therefore written into the vocabulary too, with the ids that they had. New merges rank behind all
+others (byte_level_closure.py).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from colossal_llama2 import logs
+from colossal_llama2.encoding.byte_level_encoder import check_file_beside
+from colossal_llama2.encoding.byte_level_file import ByteLevelModel
+from colossal_llama2.encoding.byte_level_tokens import extended, merges_into, shown_token, text_of, unreached_tokens
+from colossal_llama2.encoding.file_names import (
+    CONFIG_FILE,
+    COPIED_FILES,
+    FAST_FILE,
+    SPECIAL_TOKENS_FILE,
+)
+from colossal_llama2.encoding.folder_files import SPECIAL_TOKENS
+from colossal_llama2.encoding.parity import (
+    ByteLevelTokenizers,
+    PieceFinder,
+    texts_in_context,
+    texts_of_old_pieces,
+)
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage.files import contents_of, read_json, write_contents, write_json
+from colossal_llama2.tokenizer.byte_level_closure import plan_byte_level
+from colossal_llama2.tokenizer.closure import ExtensionPlan
+from colossal_llama2.tokenizer.extension import ExtensionSettings, Proof, check_files, measure_groups
+from colossal_llama2.tokenizer.new_pieces import NewPieces, read_new_pieces
+
+REQUIRED_FILES = (FAST_FILE, CONFIG_FILE)
+# The same vocabulary in the files of GPT-2's slow tokenizer. They would lack the new tokens.
+OLDER_FILES = ("vocab.json", "merges.txt")
+# A class that leaves tokenizer.json as it is, for folders that name none.
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+SHOWN_PIECES = 5
+
+
+class ByteLevelExtension:
+    """An `Extension` of a folder whose tokenizer.json is a byte-level BPE."""
+
+    cure = "Use --closure complete"
+
+    def __init__(self, source: Path):
+        self._source = source
+        self._model = ByteLevelModel.read(source)
+        check_file_beside(self._model)
+        check_files(source, REQUIRED_FILES, "LLaMA-3")
+        self.vocabulary_size = self._model.size
+
+    def read_pieces(self, path: Path) -> NewPieces:
+        """The new pieces of a file, as tokens."""
+        known = self._model.vocabulary.keys()
+        return read_new_pieces(path, known=known, special_tokens=self._model.added.keys(), is_byte_level=True)
+
+    def plan(self, wanted: Sequence[str], settings: ExtensionSettings) -> ExtensionPlan:
+        """What to append; logs a warning about pieces that the pre-tokenizer never leaves whole."""
+        if settings.piece_scores != "below":
+            raise UserError(
+                f"--piece_scores {settings.piece_scores} given, but {self._source} is a byte-level BPE, which ranks "
+                "merges and has no scores; leave the flag out"
+            )
+        plan = plan_byte_level(self._model, wanted, closure=settings.closure, max_added=settings.max_added_pieces)
+        if plan.split:
+            shown = ", ".join(repr(shown_token(token)) for token in plan.split[:SHOWN_PIECES])
+            logs.get_logger().warning(
+                f"the pre-tokenizer of {self._source} divides a text inside {len(plan.split):,} of the pieces, so no "
+                f"text is encoded to them: {shown}{', ...' if len(plan.split) > SHOWN_PIECES else ''}"
+            )
+        return plan
+
+    def write(self, folder: Path, plan: ExtensionPlan) -> None:
+        """Write the files of the extended tokenizer to an existing folder."""
+        _write_settings(self._source, folder)
+        _write_vocabulary(self._model, folder, plan.pieces)
+        left = [name for name in OLDER_FILES if (self._source / name).is_file()]
+        if left:
+            logs.get_logger().info("%s: not copied, %s holds the same", ", ".join(left), FAST_FILE)
+
+    def prove(self, folder: Path, plan: ExtensionPlan, documents: Sequence[str]) -> Proof:
+        """Compare tokenizer.json's own merges with AutoTokenizer. Raises RunError for wrong ids."""
+        model = ByteLevelModel.read(folder)
+        source, target = ByteLevelTokenizers(self._source, self._model), ByteLevelTokenizers(folder, model)
+        _check_ids(source, target, extended(self._model, plan.pieces), model)
+        alone = [text for text in map(text_of, plan.pieces) if text is not None]
+        old = [text for text in map(text_of, self._model.vocabulary) if text is not None]
+        groups = {
+            "new pieces alone": alone,
+            "new pieces in context": texts_in_context(alone),
+            "old pieces": texts_of_old_pieces(old),
+            "parity text": documents,
+        }
+        activity = f"comparing the merges of {FAST_FILE} with AutoTokenizer"
+        measured = measure_groups(source, target, groups, PieceFinder(plan.pieces), activity)
+        return Proof([shown_token(token) for token in unreached_tokens(model, plan.pieces)], measured)
+
+    def shown(self, piece: str) -> str:
+        """The token's text with "▁" for spaces, or its bytes."""
+        return shown_token(piece)
+
+
+# Writing the target.
+
+
+def _write_settings(source: Path, folder: Path) -> None:
+    """Write everything except tokenizer.json. No id changes, so entries with ids stay as they are."""
+    config = read_json(source / CONFIG_FILE)
+    # Without a class, AutoTokenizer would need the model's config.json in the folder.
+    config["tokenizer_class"] = config.get("tokenizer_class") or PLAIN_CLASS
+    write_json(folder / CONFIG_FILE, config)
+    write_contents(folder, contents_of(source, COPIED_FILES))
+    if not (folder / SPECIAL_TOKENS_FILE).exists():
+        named = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
+        write_json(folder / SPECIAL_TOKENS_FILE, named)
+
+
+def _write_vocabulary(model: ByteLevelModel, folder: Path, tokens: Sequence[str]) -> None:
+    """Write tokenizer.json: the source's, with more vocabulary and merges."""
+    import orjson
+
+    target = extended(model, tokens)
+    old: dict[str, Any] = model.settings["model"]
+    ids = {**target.vocabulary, **model.added}
+    pairs = merges_into(tokens, target.vocabulary)
+    # Files from before tokenizers 0.20 write a merge as "a b"; older versions read only that.
+    spells_as_text = isinstance(old["merges"][0], str)
+    changed = {
+        **old,
+        "vocab": dict(sorted(ids.items(), key=lambda entry: entry[1])),
+        "merges": [*old["merges"], *(map(" ".join, pairs) if spells_as_text else pairs)],
+    }
+    content = {**model.settings, "model": changed}
+    (folder / FAST_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+# Checking what was written, before it gets its final name.
+
+
+def _check_ids(
+    source: ByteLevelTokenizers, target: ByteLevelTokenizers, planned: ByteLevelModel, written: ByteLevelModel
+) -> None:
+    """Raise an error unless what was written is what was planned, and AutoTokenizer reads the same ids.
+
+    Raises:
+        UserError: AutoTokenizer adds a token that tokenizer.json lacks, and its id would move.
+        RunError: the ids of other tokens are not those that were planned.
+    """
+    before, after = source.fast.get_vocab(), target.fast.get_vocab()
+    known = {**planned.vocabulary, **planned.added}
+    moved = [token for token, index in before.items() if after.get(token) != index]
+    from_settings = [token for token in moved if token not in known]
+    if from_settings:
+        token = from_settings[0]
+        raise UserError(
+            f"--source_tokenizer_dir: transformers adds the token {token!r} with the id {before[token]}, because "
+            f"{CONFIG_FILE} or its tokenizer_class names it and {FAST_FILE} lacks it; add it to {FAST_FILE}, or set it "
+            f"to null in {CONFIG_FILE}"
+        )
+    wrong = moved + [token for token, index in known.items() if after.get(token) != index]
+    is_as_planned = planned.vocabulary == written.vocabulary and planned.merges == written.merges
+    if wrong or len(after) != len(known) or not is_as_planned or planned.added != written.added:
+        raise RunError(
+            f"transformers does not read back the ids of {wrong[:3] or 'the vocabulary'}; nothing was kept. "
+            f"Check {FAST_FILE} and the added tokens of the source"
+        )

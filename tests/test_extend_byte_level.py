@@ -1,0 +1,565 @@
+"""Extending a byte-level BPE: no id moves, every new piece is reached, and all clients give the same ids."""
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled, spelled_bytes
+from colossal_llama2.encoding.byte_level_tokens import (
+    can_occur,
+    extended,
+    merges_into,
+    merging,
+    shown_token,
+    split_tokens,
+    symbols_of,
+    text_of,
+    unreached_tokens,
+)
+from colossal_llama2.encoding.parity import ByteLevelTokenizers, PieceFinder, measure
+from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.tokenizer import extend_byte_level, init_tokenizer
+from colossal_llama2.tokenizer.byte_level_closure import plan_byte_level
+from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
+from tests.byte_level import BEGIN, END, make_byte_level, make_llama3
+from tests.plain_bpe import LLAMA_3, PlainBpe, RankedBpe
+from tests.test_init_tokenizer import report_of, write_pieces
+from tests.tiny import CHINESE, english_documents
+
+KINDS = ("llama3", "smollm2")
+WORDS = [
+    "人工智能",
+    "你好",
+    "世界",
+    "天气",
+    "人工",
+    "你好",
+    "▁the",
+    "▁ther",
+    "é",
+    "naïve",
+    "▁世界",
+    " of",
+    "🤖",
+    "ค",
+    "\n\n\n",
+]
+# Few characters, so that pieces overlap and repeat. The source merges "the"; the others are two, three and four bytes.
+CHARACTERS = "the甲乙α🤖 "
+PIECES = st.lists(st.text(CHARACTERS, min_size=1, max_size=7), min_size=1, max_size=20)
+TEXT = st.text(CHARACTERS + "。1\n", max_size=40)
+FEW = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def with_every_split(folder: Path) -> Path:
+    """Merges as tiktoken and LLaMA-3 have them: every split of each token."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["merges"] = merges_into(sorted(vocabulary, key=vocabulary.__getitem__), vocabulary)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """LLaMA-3's kind has special tokens last, outside the vocabulary; SmolLM2's has them first, and lacks two bytes."""
+    root = tmp_path_factory.mktemp("sources")
+    llama3 = with_every_split(make_byte_level(root / "llama3"))
+    smollm2 = make_byte_level(root / "smollm2", "smollm2", specials_first=True, missing=b"\xf1\x07")
+    return {"llama3": llama3, "smollm2": smollm2}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def source(kind, folders) -> Path:
+    return folders[kind]
+
+
+@pytest.fixture(scope="module")
+def targets(folders, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("targets")
+    pieces = write_pieces(root / "pieces.jsonl", WORDS)
+    for name, folder in folders.items():
+        expand_tokenizer(ExtensionSettings(folder, root / name, pieces))
+    return {name: root / name for name in folders}
+
+
+@pytest.fixture
+def target(kind, targets) -> Path:
+    return targets[kind]
+
+
+def refused(words: str, source: Path, target: Path, pieces: Path, **flags) -> None:
+    with pytest.raises(UserError, match=words):
+        expand_tokenizer(ExtensionSettings(source, target, pieces, **flags))
+    assert not target.exists() and not list(target.parent.glob(".*"))
+
+
+# What is written.
+
+
+def test_no_id_moves_and_new_ids_follow(source, target):
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    model = ByteLevelModel.read(target)
+    new = list(model.vocabulary)[len(ByteLevelModel.read(source).vocabulary) :]
+    asked = list(dict.fromkeys(word.replace("▁", " ") for word in WORDS))
+    asked = [word for word in asked if spelled(word) not in ByteLevelModel.read(source).vocabulary]
+    assert [text_of(token) for token in new][: len(asked)] == asked
+    for load, vocabulary_of in (
+        (lambda folder: Tokenizer.from_file(str(folder / "tokenizer.json")), lambda one: one.get_vocab()),
+        (AutoTokenizer.from_pretrained, lambda one: one.get_vocab()),
+    ):
+        before, after = vocabulary_of(load(source)), vocabulary_of(load(target))
+        assert {token: after[token] for token in before} == before
+        added = sorted((index, token) for token, index in after.items() if token not in before)
+        assert added == list(enumerate(new, start=len(before)))
+        assert after[BEGIN] == before[BEGIN] and after["<|eot_id|>"] == before["<|eot_id|>"]
+
+
+def test_everything_of_the_source_survives(source, target):
+    from transformers import AutoTokenizer
+
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, target))
+    assert before.special_tokens_map == after.special_tokens_map and after.eos_token == END
+    assert type(before) is type(after) and before.model_max_length == after.model_max_length
+    text = f"Say {BEGIN}hello{END}"
+    assert before(text)["input_ids"] == after(text)["input_ids"]
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocabulary_report.json"}
+    assert {path.name for path in target.iterdir()} == names
+    kept = [json.loads((folder / "tokenizer.json").read_text()) for folder in (source, target)]
+    for content in kept:
+        del content["model"]["vocab"], content["model"]["merges"]
+    assert kept[0] == kept[1]
+
+
+def test_templates_are_copied_and_other_files_of_the_vocabulary_are_not(source, tmp_path, caplog):
+    folder = shutil.copytree(source, tmp_path / "source")
+    template = "{{ messages }}"
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "vocab.json").write_text("{}")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": END}))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["tokenizer_class"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    caplog.set_level("INFO")
+    expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "p.jsonl", ["学校"])))
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["chat_template"] == template and written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+    assert json.loads((tmp_path / "out" / "special_tokens_map.json").read_text()) == {"eos_token": END}
+    assert not (tmp_path / "out" / "vocab.json").exists()
+    assert "vocab.json: not copied, tokenizer.json holds the same" in caplog.text
+
+
+def test_merges_keep_their_spelling(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "p.jsonl", ["学校"])))
+    merges = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["merges"]
+    old = content["model"]["merges"]
+    assert (
+        merges[: len(old)] == old
+        and all(isinstance(pair, str) for pair in merges[len(old) :])
+        and len(merges) > len(old)
+    )
+
+
+def test_new_pieces_are_reached_by_every_client(kind, target):
+    from transformers import AutoTokenizer
+
+    model, fast = ByteLevelModel.read(target), AutoTokenizer.from_pretrained(target)
+    plain, encoder = PlainBpe(target, kind), model.plain_tokenizer()
+    for word in WORDS:
+        text = word.replace("▁", " ")
+        expected = [model.vocabulary[spelled(text)]]
+        assert plain.encode(text) == expected
+        assert encoder.encode(text, add_special_tokens=False).ids == expected
+        assert fast(text, add_special_tokens=False)["input_ids"] == expected and encoder.decode(expected) == text
+
+
+def test_text_is_encoded_alike_everywhere(kind, source, target):
+    from transformers import AutoTokenizer
+
+    texts = [
+        *english_documents()[:200],
+        CHINESE,
+        "学校老师, the 天堂!",
+        "naïve 🤖 é 12345\n\n\n",
+        "苹果 电脑",
+        "苹果电脑",
+    ]
+    fast, plain = AutoTokenizer.from_pretrained(target), PlainBpe(target, kind)
+    expected = [plain.encode(text) for text in texts]
+    assert fast(texts, add_special_tokens=False)["input_ids"] == expected
+    model = ByteLevelModel.read(target)
+    assert [model.plain_tokenizer().decode(ids) for ids in expected] == texts
+    before = PlainBpe(source, kind)
+    finder = PieceFinder(list(model.vocabulary)[len(before.ids) :])
+    unchanged = [text for text in texts if not finder.found_in(spelled(text))]
+    assert unchanged and all(before.encode(text) == plain.encode(text) for text in unchanged)
+
+
+def test_tiktoken_gives_the_same_ids_with_the_new_ranks(folders, targets):
+    """LLaMA-3's clients that read ranks: a token's id is its rank, and any two neighbours may merge."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = RankedBpe(targets["llama3"], "llama3")
+    client = tiktoken.Encoding("extended", pat_str=LLAMA_3, mergeable_ranks=ranks.ids, special_tokens={})
+    plain = PlainBpe(targets["llama3"], "llama3")
+    texts = [*english_documents()[:200], *WORDS, CHINESE, "学校老师, the 天堂!", "naïve 🤖 é 12345\n\n\n", "哈哈哈哈"]
+    for text in texts:
+        assert client.encode_ordinary(text) == plain.encode(text) == ranks.encode(text)
+
+
+# The closure, on random pieces.
+
+
+@pytest.fixture(scope="module")
+def models(folders) -> dict[str, ByteLevelModel]:
+    return {name: ByteLevelModel.read(folder) for name, folder in folders.items()}
+
+
+def wanted_of(model: ByteLevelModel, pieces: list[str]) -> list[str]:
+    return [token for token in dict.fromkeys(map(spelled, pieces)) if token not in model.vocabulary]
+
+
+@FEW
+@given(pieces=PIECES, text=TEXT, kind=st.sampled_from(KINDS))
+def test_complete_reaches_every_piece_and_keeps_old_text(models, pieces, text, kind):
+    model = models[kind]
+    wanted = wanted_of(model, pieces)
+    plan = plan_byte_level(model, wanted, closure="complete")
+    new = extended(model, plan.pieces)
+    assert unreached_tokens(new, plan.pieces) == []
+    kept = [token for token in wanted if token not in plan.split]
+    assert plan.pieces[: len(kept)] == kept and plan.dropped == list(plan.split)
+    assert len(plan.pieces) == len(set(plan.pieces)) == len(kept) + plan.characters + plan.intermediates
+    assert not model.vocabulary.keys() & set(plan.pieces)
+    old_ids, new_ids = (one.plain_tokenizer().encode(text).ids for one in (model, new))
+    if not PieceFinder(plan.pieces).found_in(spelled(text)):
+        assert old_ids == new_ids
+    assert b"".join(bytes_of(new.tokens[index]) for index in new_ids) == text.encode()
+
+
+@FEW
+@given(pieces=PIECES, texts=st.lists(TEXT, max_size=5), kind=st.sampled_from(KINDS))
+def test_a_plain_bpe_gives_the_same_ids(models, folders, pieces, texts, kind):
+    model = models[kind]
+    plan = plan_byte_level(model, wanted_of(model, pieces), closure="complete")
+    with tempfile.TemporaryDirectory() as name:
+        extend_byte_level._write_vocabulary(model, Path(name), plan.pieces)
+        written = ByteLevelModel.read(name)
+        clients = [PlainBpe(Path(name), kind), *([RankedBpe(Path(name), kind)] if kind == "llama3" else [])]
+    tokenizer = written.plain_tokenizer()
+    for text in [*texts, *pieces, "".join(pieces)]:
+        expected = tokenizer.encode(text).ids
+        assert all(client.encode(text) == expected for client in clients), text
+
+
+@FEW
+@given(pieces=PIECES, budget=st.integers(1, 30), kind=st.sampled_from(KINDS))
+def test_a_budget_drops_the_last_pieces_first(models, pieces, budget, kind):
+    model = models[kind]
+    wanted = wanted_of(model, pieces)
+    for closure in ("complete", "drop", "off"):
+        plan = plan_byte_level(model, wanted, closure=closure, max_added=budget)
+        assert len(plan.pieces) <= budget
+        possible = wanted if closure == "off" else [token for token in wanted if token not in plan.split]
+        count = len(possible) - len(plan.over_budget)
+        assert possible[count:] == plan.over_budget
+        assert set(plan.dropped) | set(plan.pieces) >= set(possible[:count])
+        if closure != "off":
+            assert unreached_tokens(extended(model, plan.pieces), plan.pieces) == []
+
+
+@FEW
+@given(pieces=PIECES, kind=st.sampled_from(KINDS))
+def test_drop_leaves_out_exactly_what_is_not_reached(models, pieces, kind):
+    model = models[kind]
+    wanted = wanted_of(model, pieces)
+    plan = plan_byte_level(model, wanted, closure="drop")
+    missed = unreached_tokens(extended(model, wanted), wanted)
+    assert sorted(plan.dropped) == sorted(missed)
+    assert plan.pieces == [token for token in wanted if token not in missed]
+    assert plan.characters == plan.intermediates == 0
+
+
+def test_what_is_added_is_shared_and_characters_come_first(models):
+    model = models["llama3"]
+    plan = plan_byte_level(model, wanted_of(model, ["甲乙丙", "甲乙丁", "戊甲乙"]), closure="complete")
+    added = plan.pieces[3:]
+    texts = [text_of(token) for token in added]
+    assert set("甲乙丙丁戊") <= set(texts) and texts[-1] == "甲乙" and plan.intermediates == 1
+    # Parts of characters are two of their three bytes.
+    assert all(len(token) == 2 for token, text in zip(added, texts, strict=True) if text is None)
+
+
+def test_ignore_merges_hides_nothing(models):
+    """A piece without merges is one token where it stands alone, but it is not reached."""
+    model = models["llama3"]
+    assert model.ignore_merges
+    token = spelled("甲乙丙")
+    new = extended(model, [token])
+    assert new.plain_tokenizer().encode("甲乙丙").ids == [model.size]
+    assert unreached_tokens(new, [token]) == [token]
+    assert symbols_of(merging(new).plain_tokenizer(), [token]) != [[token]]
+
+
+def test_merges_are_every_split():
+    ids = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4}
+    assert merges_into(["abc", "ab"], ids) == [("a", "bc"), ("ab", "c"), ("a", "b")]
+    assert merges_into(["cab", "cc"], ids) == [("c", "ab"), ("c", "c")]
+
+
+# The pre-tokenizer.
+
+
+@pytest.mark.parametrize(
+    "name, whole, divided",
+    [
+        (
+            "llama3",
+            ["你好", "，你好", " 你好", "！！", "12", "ิน", "'s", " \n"],
+            ["你好，", "3.14", "12345", "กิน", "你 好", "हिन्दी", "a1", "\n "],
+        ),
+        ("smollm2", ["你好", " 你好", "！！", "1", "'s", "   "], ["，你好", "12", "ิน", "กิน", "你 好", "a1", "你好。"]),
+    ],
+)
+def test_what_the_pre_tokenizer_divides(models, name, whole, divided):
+    tokenizer = models[name].plain_tokenizer()
+    tokens = list(map(spelled, [*whole, *divided]))
+    assert list(map(text_of, split_tokens(tokenizer, tokens))) == divided
+    plan = plan_byte_level(models[name], wanted_of(models[name], [*divided, "学校"]), closure="complete")
+    assert list(map(text_of, plan.split)) == divided and text_of(plan.pieces[0]) == "学校"
+
+
+def test_what_is_divided_is_dropped_counted_and_named(source, tmp_path, caplog, capsys):
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校", "学校。", "天 堂", "老师"])
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
+    report = report_of(tmp_path / "out")
+    assert (report["asked"], report["dropped"], report["split"], report["added_from_file"]) == (4, 2, 2, 2)
+    assert report["split_pieces"] == report["dropped_pieces"] == ["学校。", "天▁堂"]
+    assert report["unreachable"] == 0 and report["kind"] == "byte-level BPE"
+    assert "divides a text inside 2 of the pieces, so no text is encoded to them: '学校。', '天▁堂'" in caplog.text
+    printed = capsys.readouterr().out
+    assert re.search("of these, divided by the pre-tokenizer +2\n", printed) and "requested 4, added" in printed
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "off", pieces, closure="off"))
+    report = report_of(tmp_path / "off")
+    assert (report["dropped"], report["split"], report["added"]) == (0, 2, 4)
+    # Merges do not lead to the other two either.
+    assert report["unreachable"] == 4 and "not proven: 4 of 4 new pieces never reached" in caplog.text
+
+
+# Other input.
+
+
+def test_bytes_without_a_token_are_added(models, folders, tmp_path):
+    """U+40000 begins with F1, which SmolLM2 lacks too. Without it, the rest of the character would be a token of it."""
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["\U00040000", "你好"])
+    expand_tokenizer(ExtensionSettings(folders["smollm2"], tmp_path / "out", pieces))
+    model = ByteLevelModel.read(tmp_path / "out")
+    new = list(model.vocabulary)[len(models["smollm2"].vocabulary) :]
+    assert bytes_of(new[2]) == b"\xf1" and report_of(tmp_path / "out")["unreachable"] == 0
+    assert model.plain_tokenizer().encode("x\U00040000").ids[1:] == [models["smollm2"].size]
+    expand_tokenizer(ExtensionSettings(folders["smollm2"], tmp_path / "drop", pieces, closure="drop"))
+    assert "\U00040000" in report_of(tmp_path / "drop")["dropped_pieces"]
+
+
+def test_parts_of_characters_are_given_as_bytes(source, tmp_path):
+    lines = [{"bytes": "E88B"}, {"piece": "苹"}, {"bytes": "e88bb9e69e9c"}, {"bytes": "e88b"}, {"piece": "苹果"}]
+    (tmp_path / "pieces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", tmp_path / "pieces.jsonl", closure="drop"))
+    report = report_of(tmp_path / "out")
+    assert report["asked"] == 5 and report["duplicates"] == 2 and report["unreachable"] == 0
+    new = list(ByteLevelModel.read(tmp_path / "out").vocabulary)[len(ByteLevelModel.read(source).vocabulary) :]
+    assert new[:2] == [spelled_bytes(b"\xe8\x8b"), spelled("苹")]
+    assert [shown_token(token) for token in new[:2]] == ["bytes e88b", "苹"]
+
+
+def test_bytes_that_no_text_has():
+    assert all(
+        map(can_occur, (b"\xe4", b"\xbd\xa0", "你好".encode(), b"\xa0\xe5\xa5", b"\x80\x80\x80a", b"\xf1", b"a\xe4"))
+    )
+    assert not any(map(can_occur, (b"\xff", b"\xc0", b"a\xbd", b"\x80\x80\x80\x80", b"\xe4a", b"\xed\xa0\x80")))
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"bytes": "e4b"}', 'write bytes in hexadecimal, such as {"bytes": "e4bd"}'),
+        ('{"bytes": 7}', "write bytes in hexadecimal"),
+        ('{"bytes": ""}', "write bytes in hexadecimal"),
+        ('{"bytes": "ff"}', "which is in no UTF-8 text; remove the line"),
+        ('{"bytes": "' + "61" * 65 + '"}', "has 65 bytes, at most 64 are allowed"),
+        ('{"bytes": "' + b"<|eot_id|>".hex() + '"}', "a special token of the source"),
+        ('{"piece": "<|eot_id|>"}', "'<|eot_id|>', a special token of the source tokenizer"),
+        ('{"piece": "a<|eot_id|>"}', "contains the special token '<|eot_id|>'"),
+        ('{"piece": "a\\u0007"}', "the control character .* no token for it"),
+        ('{"piece": ""}', "is empty"),
+        ('{"word": "a"}', 'no "piece" in this line'),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named(folders, tmp_path, line, words):
+    (tmp_path / "pieces.jsonl").write_text(f'{{"piece": "ok"}}\n{line}\n')
+    refused(f"pieces.jsonl:2: .*{words}", folders["smollm2"], tmp_path / "out", tmp_path / "pieces.jsonl")
+
+
+def test_scores_and_bytes_are_for_one_kind_each(source, tokenizer_dir, tmp_path):
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
+    words = "--piece_scores zero given, but .* is a byte-level BPE, which ranks merges and has no scores"
+    refused(words, source, tmp_path / "out", pieces, piece_scores="zero")
+    pieces.write_text('{"bytes": "e4bd"}\n')
+    refused("pieces.jsonl:1: .* the source is a SentencePiece model", tokenizer_dir, tmp_path / "out", pieces)
+
+
+def test_folders_that_are_refused(source, tmp_path):
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
+
+    def changed(change) -> Path:
+        shutil.rmtree(tmp_path / "source", ignore_errors=True)
+        folder = shutil.copytree(source, tmp_path / "source")
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        return folder
+
+    def same_id(content):
+        content["added_tokens"][1]["id"] = content["added_tokens"][0]["id"]
+
+    def taken_id(content):
+        content["added_tokens"][1]["id"] = content["model"]["vocab"]["a"]
+
+    def other_id(content):
+        content["added_tokens"].append({**content["added_tokens"][0], "id": 9_999})
+
+    def named(content):
+        content["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+
+    out = tmp_path / "out"
+    for change, words in [
+        (same_id, "to two added tokens"),
+        (taken_id, "to two tokens|two ids for the token"),
+        (other_id, "two ids for the added token"),
+        (named, "not a byte-level BPE"),
+        (lambda content: content["model"].update(type="WordPiece"), 'is a "WordPiece" model'),
+        (lambda content: content["model"].update(type="Unigram"), 'is a "Unigram" model'),
+        (lambda content: content.update(normalizer={"type": "NFC"}), "has a normalizer"),
+    ]:
+        refused(words, changed(change), out, pieces)
+    folder = changed(lambda content: None)
+    (folder / "tokenizer_config.json").unlink()
+    refused("holds no tokenizer_config.json; LLaMA-3 ships", folder, out, pieces)
+    folder = changed(lambda content: None)
+    (folder / "tokenizer.model").write_bytes(b"GGUF" + bytes(70 << 20))
+    refused("tokenizer.model is a model in GGUF", folder, out, pieces)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    (folder / "tokenizer.json").unlink()
+    refused("is in tiktoken's format.*convert_tiktoken", folder, out, pieces)
+
+
+def test_a_token_that_only_transformers_adds_is_named(folders, tmp_path):
+    """Its class gives LLaMA-3's tokenizer a token <unk>, with the id that the first new piece gets."""
+    folder = shutil.copytree(folders["llama3"], tmp_path / "source")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<|pad|>"}))
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
+    refused(
+        r"transformers adds the token '<\|pad\|>' with the id 600.*set it to null", folder, tmp_path / "out", pieces
+    )
+
+
+def test_overwrite_and_a_failed_proof(source, tmp_path, monkeypatch):
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
+    before = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    write_pieces(pieces, ["老师"])
+    with pytest.raises(UserError, match="already exists"):
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces))
+
+    def without_merges(model, tokens):
+        return dataclasses.replace(extended(model, tokens), merges=model.merges)
+
+    # Without the merges of the new pieces, nothing leads to them.
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="never reached.*Use --closure complete, or"):
+        patch.setattr(extend_byte_level, "extended", without_merges)
+        patch.setattr(extend_byte_level, "merges_into", lambda tokens, ids: [])
+        expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == before
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", pieces, overwrite=True))
+    assert spelled("老师") in ByteLevelModel.read(tmp_path / "out").vocabulary
+    assert spelled("学校") not in ByteLevelModel.read(tmp_path / "out").vocabulary
+
+
+def test_the_command_reports_parity_on_text(source, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join([*english_documents()[:50], CHINESE, f"Say {END}"]))
+    pieces = write_pieces(tmp_path / "pieces.jsonl", WORDS)
+    words = [
+        "--source_tokenizer_dir",
+        source,
+        "--target_tokenizer_dir",
+        tmp_path / "out",
+        "--expand_tokens_file",
+        pieces,
+    ]
+    init_tokenizer.main([*map(str, words), "--parity_text", str(tmp_path / "text.txt")])
+    groups = {group["group"]: group for group in report_of(tmp_path / "out")["parity"]}
+    assert list(groups) == ["new pieces alone", "new pieces in context", "old pieces", "parity text"]
+    found = groups["parity text"]
+    # A special token that is spelled out is one token for AutoTokenizer, before and after.
+    assert found["fast"]["source_differs"] == 1 and found["fast"]["added"] == found["changed"] == 0
+    assert found["documents"] == 52 and found["without_new_piece"] > 10 and found["slow"] is None
+    assert "ids that differ from tokenizer.json's merges" in capsys.readouterr().out
+
+
+def test_differences_and_changes_are_counted(source, target, tmp_path):
+    """Compared with a target whose new merges rank before the old ones."""
+    folder = shutil.copytree(target, tmp_path / "changed")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][::-1]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    one, other = (ByteLevelTokenizers(path, ByteLevelModel.read(path)) for path in (source, folder))
+    found = measure(one, other, "text", english_documents()[:50], PieceFinder(["甲"]))
+    assert found.changed > 10 and found.fast.added == 0 and found.first_changed
+
+
+# LLaMA-3's own tokenizer.
+
+
+@pytest.mark.slow
+def test_llama_3_itself(tmp_path):
+    from transformers import AutoTokenizer
+
+    tiktoken = pytest.importorskip("tiktoken")
+    source = make_llama3(tmp_path / "llama3")
+    words = ["人工智能技术", "深度学习框架", "ελληνική", "▁γλώσσα", "กิน", "你好，", "龘龘", "𠮷野家"]
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "pieces.jsonl", words)))
+    report = report_of(tmp_path / "out")
+    assert report["split_pieces"] == ["กิน", "你好，"] and report["unreachable"] == 0
+    assert report["vocabulary_before"] == 128_256
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out"))
+    old = before.get_vocab()
+    assert {token: after.get_vocab()[token] for token in old} == old
+    ranks = RankedBpe(tmp_path / "out", "llama3").ids
+    client = tiktoken.Encoding("extended", pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens={})
+    texts = [
+        *english_documents()[:500],
+        CHINESE,
+        "人工智能技术 and ελληνική γλώσσα 龘龘",
+        "𠮷野家の深度学习框架",
+        "กินข้าว",
+    ]
+    assert [client.encode_ordinary(text) for text in texts] == after(texts, add_special_tokens=False)["input_ids"]
