@@ -77,6 +77,7 @@ OPTIONS = {
     "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
     "tied": Option(model="tied"),
     "biases": Option(model="biased"),
+    "llama3": Option(model="llama3"),
     "full rows": Option(data="full"),
     "documents": Option(flags=("--document_mask", "on"), data="spliced", lr=LOW_LR),
     "with logits": Option(flags=("--chunked_loss", "off")),
@@ -359,6 +360,7 @@ def make_inputs(folder: Path, steps: int) -> tuple[dict[str, Path], dict[str, li
         "plain": plain,
         "tied": tiny.make_model(folder / "tied", tokenizer, tie=True),
         "biased": tiny.make_model(folder / "biased", tokenizer, biases=True),
+        "llama3": tiny.make_model(folder / "llama3", tokenizer, like_llama3=True),
         "deep": tiny.make_model(folder / "deep", tokenizer, layers=3),
         "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
         "far": far_copies.make_model(folder / "far_model", tokenizer, distance=FAR_DISTANCE),
@@ -392,12 +394,13 @@ one process.
 "-" if several ranks hold the same parts of the model |
 
 In the names of the rows, "accumulating" and its number are the micro batches of a step, "recomputing" is
-`--use_grad_checkpoint`, "frozen" is `--freeze_non_embeds_params`, "tied" is a model with tied embeddings, and "biases"
-one with biases. The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared with
-their documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that repeats
-the token {far_distance:,} positions before. Gemini's models are divided into at least eight chunks, each spread over
-the ranks. The learning rate is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the higher
-rate, rounding alone makes two plain loops differ by up to 1e-5.
+`--use_grad_checkpoint`, "frozen" is `--freeze_non_embeds_params`, "tied" is a model with tied embeddings, "biases" one
+with biases, and "llama3" one with LLaMA-3's positions, fewer key-value heads than heads, and heads of another size than
+hidden_size / heads. The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared
+with their documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that
+repeats the token {far_distance:,} positions before. Gemini's models are divided into at least eight chunks, each spread
+over the ranks. The learning rate is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the
+higher rate, rounding alone makes two plain loops differ by up to 1e-5.
 
 In float32, differences of 1e-5 in loss and norm and of 1e-4 in the weights are allowed. In bf16, the limit is twice the
 largest difference between plain loops that differ only in rounding, and for weights at least 1e-2. These loops process

@@ -5,8 +5,21 @@ import pydoc_data.topics
 import shutil
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 CHINESE = "明月松间照，清泉石上流。人工智能正在改变世界。你好，世界！今天天气很好，我们去公园散步吧。"
+# Scaled positions are those of samples over 16 tokens, far below what LLaMA-3.1's are for.
+LLAMA_3: dict[str, Any] = {
+    "head_dim": 32,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
 
 
 @lru_cache
@@ -35,20 +48,25 @@ def make_model(
     layers: int = 2,
     dtype: str = "float32",
     biases: bool = False,
+    like_llama3: bool = False,
 ) -> Path:
-    """Write a LLaMA with random weights and the tokenizer of `tokenizer_dir` to `folder` (may be the same)."""
+    """Write a LLaMA with random weights and the tokenizer of `tokenizer_dir` to `folder` (may be the same).
+
+    Args:
+        like_llama3: half as many key-value heads, heads of another size than hidden_size / heads, llama3's positions.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     torch.manual_seed(0)
     config = LlamaConfig(
+        **(LLAMA_3 | {"num_key_value_heads": heads // 2} if like_llama3 else {"num_key_value_heads": heads}),
         vocab_size=len(tokenizer),
         hidden_size=16 * heads,
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
         max_position_embeddings=4096,
         tie_word_embeddings=tie,
         torch_dtype=dtype,
