@@ -69,6 +69,13 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--dialogues", metavar="N", type=value_types.positive_int, default=400, help="most dialogues of each language"
     )
+    parser.add_argument(
+        "--new_pieces",
+        metavar="N",
+        type=value_types.non_negative_int,
+        default=PIECE_COUNT,
+        help="pieces to train on the Chinese text, before those of other scripts are left out; 0 writes no file",
+    )
     return parser
 
 
@@ -296,10 +303,29 @@ def _package_files(package: str, suffix: str) -> list[Path]:
 
 
 def new_pieces(texts: Iterable[str], count: int = PIECE_COUNT) -> list[str]:
-    """Pieces for a tokenizer that learns Chinese, in trained order: a BPE of `count` pieces, filtered."""
+    """Pieces for a tokenizer that learns Chinese, in trained order: a BPE of `count` pieces, filtered.
+
+    Raises UserError if `count` is less than the number of characters in the texts.
+    """
     import sentencepiece
 
     model = io.BytesIO()
+    try:
+        _train_pieces(texts, count, model)
+    except RuntimeError as error:  # what SentencePiece raises for everything
+        if "Vocabulary size is smaller" not in str(error):
+            raise
+        raise errors.UserError(
+            f"--new_pieces {count} is less than the number of characters in the Chinese text; give more, or 0 for none"
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = (processor.id_to_piece(index) for index in range(processor.get_piece_size()))
+    return [piece for piece in pieces if is_chinese_piece(piece)]
+
+
+def _train_pieces(texts: Iterable[str], count: int, model: io.BytesIO) -> None:
+    import sentencepiece
+
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.splitlines() if line),
         model_writer=model,
@@ -313,9 +339,6 @@ def new_pieces(texts: Iterable[str], count: int = PIECE_COUNT) -> list[str]:
         split_digits=True,
         minloglevel=2,
     )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = (processor.id_to_piece(index) for index in range(processor.get_piece_size()))
-    return [piece for piece in pieces if is_chinese_piece(piece)]
 
 
 def is_chinese_piece(piece: str) -> bool:
@@ -353,7 +376,7 @@ def write_files(output_dir: Path, files: dict[str, list[dict]]) -> None:
 
 
 def build_files(
-    downloads: Path, *, english_bytes: int, chinese_bytes: int, dialogue_limit: int
+    downloads: Path, *, english_bytes: int, chinese_bytes: int, dialogue_limit: int, piece_count: int = PIECE_COUNT
 ) -> dict[str, list[dict]]:
     """Every file of the corpus: its name under the output folder, and its records."""
     sources = {"en/python.jsonl": choose(english_documents(), english_bytes)}
@@ -368,9 +391,11 @@ def build_files(
         files[f"sft/{code}.jsonl"], rest = split_dialogues(dialogues(language, dialogue_limit))
         held_out[code] += rest
     files.update({f"held_out/{code}.jsonl": documents for code, documents in held_out.items()})
+    if not piece_count:
+        return files
     logs.get_logger().info("Training a tokenizer on the Chinese text, for its pieces")
     chinese = [record["target"] for name, records in files.items() if name.startswith("zh/") for record in records]
-    files["new_pieces.jsonl"] = [{"piece": piece} for piece in new_pieces(chinese)]
+    files["new_pieces.jsonl"] = [{"piece": piece} for piece in new_pieces(chinese, piece_count)]
     return files
 
 
@@ -386,6 +411,7 @@ def main(argv=None) -> None:
             english_bytes=args.english_bytes,
             chinese_bytes=args.chinese_bytes,
             dialogue_limit=args.dialogues,
+            piece_count=args.new_pieces,
         )
         write_files(output_dir, files)
 

