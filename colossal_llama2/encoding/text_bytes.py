@@ -31,11 +31,13 @@ class TextBytes:
 
         model = ModelProto.FromString(content)
         kind, normalizer = model.SentencePiece, model.normalizer_spec
-        types = np.array([piece.type for piece in model.pieces])
+        entries = list(model.pieces)
+        types = np.array([entry.type for entry in entries])
+        pieces = [entry.piece for entry in entries]
         self._is_byte = types == kind.BYTE
         self._is_unknown = types == kind.UNKNOWN
-        lengths = [len(piece.piece.replace("▁", " ").encode()) for piece in model.pieces]
-        self._lengths = np.array(lengths, np.int32)
+        # "▁" has 3 bytes, and the space that it stands for 1.
+        self._lengths = np.array([len(piece.encode()) - 2 * piece.count("▁") for piece in pieces], np.int32)
         self._lengths[self._is_byte] = 1
         self._lengths[self._is_unknown | (types == kind.CONTROL)] = 0
         # With such a normalizer, the pieces spell the text exactly, apart from the space in front.

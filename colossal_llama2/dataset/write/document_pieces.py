@@ -1,6 +1,6 @@
 """Cut tokenized documents into pieces of at most max_length tokens. Works on one batch of documents at a time."""
 
-from array import array
+import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -56,15 +56,16 @@ def coded_tokens(documents: Sequence[Document]) -> np.ndarray:
         if document.tokens.labels is not long_ids:
             np.invert(long_ids, out=long_ids, where=document.tokens.labels == IGNORE_INDEX)
         return long_ids
-    ids = array("i")
-    masked = []
+    parts, masked, count = [], [], 0
     for document in documents:
         tokens = document.tokens
         # Without a mask, labels and ids are the same list.
         if tokens.labels is not tokens.input_ids:
-            masked.append((len(ids), np.array(tokens.labels, np.int32) == IGNORE_INDEX))
-        ids.fromlist(list(tokens.input_ids))
-    coded = np.frombuffer(ids, np.int32)
+            masked.append((count, np.array(tokens.labels, np.int32) == IGNORE_INDEX))
+        # Half the time of numpy's and array's conversions of lists.
+        parts.append(struct.pack(f"{len(tokens.input_ids)}i", *tokens.input_ids))
+        count += len(tokens.input_ids)
+    coded = np.frombuffer(bytearray().join(parts), np.int32)
     for start, mask in masked:
         stretch = coded[start : start + len(mask)]
         stretch[mask] = ~stretch[mask]
