@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.encoding.bpe_model import BpeModel, scores_below, with_pieces
+from colossal_llama2.encoding.byte_level_file import byte_characters
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.tokenizer import compare
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
@@ -157,10 +158,9 @@ def test_byte_level_vocabularies(documents, tmp_path):
 def test_the_alphabet_of_bytes_is_that_of_tokenizers():
     from tokenizers import pre_tokenizers
 
-    assert sorted(compare._BYTES) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(compare._BYTES.values()) == list(range(256))
-    assert compare._byte_level_text("Ġthe") == " the" and compare._byte_level_text("ä½łå¥½") == "你好"
-    assert compare._byte_level_text("ä½") is None and compare._byte_level_text("你") is None
+    assert sorted(byte_characters()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert compare._text_of("Ġthe") == " the" and compare._text_of("ä½łå¥½") == "你好"
+    assert compare._text_of("ä½") is None and compare._text_of("你") is None
 
 
 def test_a_lossy_tokenizer_shows_what_it_cannot_encode(documents, tmp_path):
@@ -282,3 +282,9 @@ def test_mistakes_are_one_line(flags, words, tmp_path, tokenizer_dir, monkeypatc
     lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("compare.py: error:")
     assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_tiktoken_file_is_left_out_with_its_conversion(tmp_path, documents):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    rows, left_out = compare.compare([str(tmp_path / "tokenizer.model")], documents[:1])
+    assert not rows and "convert_tiktoken" in left_out[0].error

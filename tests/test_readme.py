@@ -1,5 +1,7 @@
 """README.md and docs/: their commands are run as written, their flags and links exist, flags.md is up to date."""
 
+import base64
+import itertools
 import json
 import os
 import re
@@ -178,7 +180,19 @@ def workplace(tmp_path_factory):
     messages = [{"from": "human", "content": "你好"}, {"from": "assistant", "content": tiny.CHINESE}]
     write_jsonl(folder / "data" / "chat" / "a.jsonl", ({"messages": messages} for _ in range(20)))
     (folder / "hostfile").write_text("localhost\n")
+    write_ranks(folder / "llama-3-8b" / "original" / "tokenizer.model")
     return folder
+
+
+def write_ranks(path):
+    """A file in tiktoken's format with as many tokens as LLaMA-3's: single bytes, and what follows in order."""
+    path.parent.mkdir(parents=True)
+    printable = range(33, 127)
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [bytes(parts) for size in (2, 3) for parts in itertools.product(printable, repeat=size)]
+    tokens = tokens[:128_000]
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    path.write_bytes(b"".join(lines))
 
 
 def write_jsonl(path, records):

@@ -24,8 +24,10 @@ if not __package__:
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, unreachable
+from colossal_llama2.encoding.byte_level_tokens import text_of
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.encoding.model_file_format import is_tiktoken
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_new_file, new_file, read_json, write_json
@@ -280,6 +282,10 @@ def _fast(backend: "Backend", kind: str) -> Tokenizer:
 
 
 def _load_sentencepiece(content: bytes, path: Path) -> Tokenizer:
+    if is_tiktoken(path):
+        raise UserError(
+            f"{path} is in tiktoken's format; convert it with python -m colossal_llama2.tokenizer.convert_tiktoken"
+        )
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor()
@@ -322,7 +328,7 @@ def _unreachable_in_fast(
     byte_level = "ByteLevel" in json.dumps([settings["pre_tokenizer"], settings["normalizer"], settings["decoder"]])
     texts, lost = {}, []
     for token, index in vocabulary.items():
-        text = _byte_level_text(token) if byte_level else token.replace(SPACE, " ")
+        text = _text_of(token) if byte_level else token.replace(SPACE, " ")
         if text is not None:
             texts[token] = text
         elif [part.id for part in backend.model.tokenize(token)] != [index]:
@@ -351,22 +357,12 @@ def _not_among_ids(tokens: list[str], texts: list[str], vocabulary: dict, encode
     return left
 
 
-def _byte_level_text(token: str) -> str | None:
-    """The text of a token of a byte-level vocabulary ("Ġthe" is " the"); None for part of a character."""
+def _text_of(token: str) -> str | None:
+    """The text of a byte-level vocabulary's token; None for part of a character, and for one that spells no bytes."""
     try:
-        return bytes(_BYTES[character] for character in token).decode()
-    except (KeyError, UnicodeDecodeError):
+        return text_of(token)
+    except KeyError:
         return None
-
-
-def _byte_alphabet() -> dict:
-    """GPT-2's alphabet: printable Latin-1 characters stand for their byte, U+0100 and above for the other bytes."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
 
 
 # Reporting.

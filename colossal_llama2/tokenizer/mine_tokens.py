@@ -7,6 +7,9 @@ SentencePiece's trainer learns merges on a sample of the text. Pieces of the sou
 remains can be reached: its characters and the pieces it is merged from are in the list or in the source. Pieces are in
 the order of usefulness: merges in the order of training, and each character at the place of its own gain, always before
 the pieces that contain it. So every prefix of the list is itself a good list of its size.
+
+For a byte-level BPE, such as LLaMA-3's, the training of its own merges is continued instead (mine_byte_level.py). Parts
+of characters are written as {"bytes": "e4bd"}.
 """
 
 import heapq
@@ -27,12 +30,17 @@ from colossal_llama2 import errors, logs
 from colossal_llama2.charts import style, vocabulary_curve
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import BpeModel, altered_by_normalizer, scores_below, unreachable, with_pieces
+from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder
+from colossal_llama2.encoding.byte_level_file import ByteLevelModel
+from colossal_llama2.encoding.registry import kind_of
+from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 from colossal_llama2.storage.files import check_new_file, new_file
 from colossal_llama2.storage.output_paths import check_apart
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
+from colossal_llama2.tokenizer import mine_byte_level
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
 
@@ -63,7 +71,7 @@ class Mined:
     """The result of mining.
 
     Attributes:
-        pieces: in order of usefulness.
+        pieces: in order of usefulness; for a byte-level BPE, as its vocabulary spells them.
         curve: (number of pieces, tokens per character on held-out text), from 0 to all pieces.
         unreachable: the number of trained pieces that were left out because they cannot be reached.
         train_bytes, train_documents: the training text; parts of long documents count as documents.
@@ -77,6 +85,7 @@ class Mined:
     train_documents: int
     held_out_documents: int
     held_out_characters: int
+    is_byte_level: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             _check_can_plot(plot)
         mined = mine(settings, curve_points=CURVE_POINTS if plot else 0)
         with new_file(output_file) as path, path.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in mined.pieces)
+            record_of = mine_byte_level.record_of if mined.is_byte_level else _record_of
+            records = map(record_of, mined.pieces)
+            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         if plot:
             title = f"{plot.stem}: tokens per character by number of new pieces"
             with new_file(plot) as path:
@@ -134,11 +145,11 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
 
     Raises UserError for a mistake in the folders, and if the text has nothing to train or to measure on.
     """
-    script, min_count, num_new_tokens = settings.script, settings.min_count, settings.num_new_tokens
+    script, min_count = settings.script, settings.min_count
     longest = settings.max_piece_length
     if longest > MAX_PIECE_CHARACTERS:
         raise UserError(f"--max_piece_length {longest} given, at most {MAX_PIECE_CHARACTERS} is allowed")
-    model = BpeModel.read(Path(settings.source_tokenizer_dir))
+    base = _BASES[kind_of(settings.source_tokenizer_dir).encoder](Path(settings.source_tokenizer_dir))
     train, measured = _sample(settings)
     lines, characters = _training_lines(train.items(), min_count)
     if not lines:
@@ -151,19 +162,10 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
             f"--held_out {settings.held_out:g} held out no document, so there is nothing to measure on; give more "
             "documents"
         )
-    known = set(model.pieces)
-    logs.get_logger().info("training a BPE on %s bytes; SentencePiece shows no progress", f"{train.size:,}")
-    merges, counts = _train(
-        lines,
-        num_merges=int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known),
-        num_characters=len(characters),
-        max_piece_length=longest,
-        spaced=script == "any",
-    )
-    candidates = [piece for piece in _in_order_of_use(merges, counts, characters, min_count) if piece not in known]
-    pieces, unreachable = _reachable(model, candidates, num_new_tokens)
+    logs.get_logger().info("training a BPE on %s bytes; %s shows no progress", f"{train.size:,}", base.trainer)
+    pieces, unreachable = base.mine(lines, characters, settings)
     texts = measured.items()
-    curve = [(size, tokens_per_character(model, pieces[:size], texts)) for size in _sizes(len(pieces), curve_points)]
+    curve = [(size, base.tokens_per_character(pieces[:size], texts)) for size in _sizes(len(pieces), curve_points)]
     return Mined(
         pieces=pieces,
         curve=curve,
@@ -172,7 +174,69 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
         train_documents=len(train.items()),
         held_out_documents=len(texts),
         held_out_characters=sum(map(len, texts)),
+        is_byte_level=isinstance(base, _ByteLevelBase),
     )
+
+
+def _record_of(piece: str) -> dict[str, str]:
+    """The line of a file of new pieces for a piece of SentencePiece."""
+    return {"piece": piece}
+
+
+class _SentencePieceBase:
+    """The tokenizer to extend, a SentencePiece BPE."""
+
+    trainer = "SentencePiece"
+
+    def __init__(self, folder: Path):
+        self._model = BpeModel.read(folder)
+
+    def mine(self, lines: list[str], characters: dict[str, int], settings: MiningSettings) -> tuple[list[str], int]:
+        """New pieces in order of usefulness, and the number of those left out because they are not reached."""
+        num_new_tokens, min_count = settings.num_new_tokens, settings.min_count
+        known = set(self._model.pieces)
+        merges, counts = _train(
+            lines,
+            num_merges=int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known),
+            num_characters=len(characters),
+            max_piece_length=settings.max_piece_length,
+            spaced=settings.script == "any",
+        )
+        ordered = _in_order_of_use(merges, counts, characters, min_count)
+        return _reachable(self._model, [piece for piece in ordered if piece not in known], num_new_tokens)
+
+    def tokens_per_character(self, pieces: Sequence[str], texts: Sequence[str]) -> float:
+        """With the first pieces added."""
+        return tokens_per_character(self._model, pieces, texts)
+
+
+class _ByteLevelBase:
+    """The tokenizer to extend, a byte-level BPE."""
+
+    trainer = "the trainer"
+
+    def __init__(self, folder: Path):
+        self._model = ByteLevelModel.read(folder)
+
+    def mine(self, lines: list[str], characters: dict[str, int], settings: MiningSettings) -> tuple[list[str], int]:
+        """New tokens in the order of training, and the number of those left out because they are not reached."""
+        return mine_byte_level.mine_byte_level(
+            self._model,
+            lines,
+            limit=settings.num_new_tokens,
+            min_count=settings.min_count,
+            max_characters=settings.max_piece_length,
+        )
+
+    def tokens_per_character(self, pieces: Sequence[str], texts: Sequence[str]) -> float:
+        """With the first tokens added."""
+        return mine_byte_level.tokens_per_character(self._model, pieces, texts)
+
+
+_BASES: dict[type, type[_SentencePieceBase] | type[_ByteLevelBase]] = {
+    SentencePieceEncoder: _SentencePieceBase,
+    ByteLevelEncoder: _ByteLevelBase,
+}
 
 
 # Sampling.
