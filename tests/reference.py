@@ -64,7 +64,7 @@ def loss_terms(model, samples, *, predicted: int, micro_batches: int) -> Iterato
 
 
 def halve_matrices(model) -> None:
-    """Let each layer sum rounded halves, as two tensor-parallel ranks do, to show the effect on bf16."""
+    """Let each layer and the head sum rounded halves, as two tensor-parallel ranks do, to show the effect on bf16."""
     linear = torch.nn.functional.linear
 
     def by_rows(module):
@@ -74,7 +74,7 @@ def halve_matrices(model) -> None:
         return lambda x: _with_bias(sum(map(linear, x.chunk(2, -1), module.weight.chunk(2, 1))), module)
 
     for name, module in model.named_modules():
-        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+        if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")):
             module.forward = by_rows(module)
         elif name.endswith(("o_proj", "down_proj")):
             module.forward = by_columns(module)
