@@ -150,7 +150,9 @@ def what_is_visible(attention_mask: Any, hidden: "torch.Tensor", length: int, sh
         )
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
-    if attention_mask is None or bool(attention_mask.all()):
+    # `Batch` has no mask where nothing is padded; only the parts that a pipeline cuts it into may have such a one.
+    # Otherwise the host would wait here.
+    if attention_mask is None or (shard.pipeline_stage_manager is not None and bool(attention_mask.all())):
         return None
     sees = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
     sees = sees & attention_mask[:, None, None, :].bool()
