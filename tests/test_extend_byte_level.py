@@ -164,6 +164,18 @@ def test_templates_are_copied_and_other_files_of_the_vocabulary_are_not(source, 
     assert "vocab.json: not copied, tokenizer.json holds the same" in caplog.text
 
 
+def test_gpt_2s_class_is_replaced_and_others_are_kept(source, tmp_path):
+    """transformers 5 puts GPT-2's pre-tokenizer in place of that of the file for it."""
+    folder = shutil.copytree(source, tmp_path / "source")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for name, expected in (("GPT2Tokenizer", "PreTrainedTokenizerFast"), ("LlamaTokenizerFast", "LlamaTokenizerFast")):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
+        out = tmp_path / name
+        out.mkdir()
+        extend_byte_level._write_settings(folder, out)
+        assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == expected
+
+
 def test_merges_keep_their_spelling(source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "source")
     content = json.loads((folder / "tokenizer.json").read_text())

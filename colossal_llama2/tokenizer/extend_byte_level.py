@@ -37,8 +37,10 @@ from colossal_llama2.tokenizer.new_pieces import NewPieces, read_new_pieces
 REQUIRED_FILES = (FAST_FILE, CONFIG_FILE)
 # The same vocabulary in the files of GPT-2's slow tokenizer. They would lack the new tokens.
 OLDER_FILES = ("vocab.json", "merges.txt")
-# A class that leaves tokenizer.json as it is, for folders that name none.
+# A class that leaves tokenizer.json as it is, for folders that name none, or GPT-2's. In transformers 5 the latter puts
+# GPT-2's pre-tokenizer in place of the file's: SmolLM2's, which divides digits first, then gives other ids.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
+REPLACED_CLASSES = (None, "", "GPT2Tokenizer", "GPT2TokenizerFast")
 SHOWN_PIECES = 5
 
 
@@ -112,7 +114,8 @@ def _write_settings(source: Path, folder: Path) -> None:
     """Write everything except tokenizer.json. No id changes, so entries with ids stay as they are."""
     config = read_json(source / CONFIG_FILE)
     # Without a class, AutoTokenizer would need the model's config.json in the folder.
-    config["tokenizer_class"] = config.get("tokenizer_class") or PLAIN_CLASS
+    if config.get("tokenizer_class") in REPLACED_CLASSES:
+        config["tokenizer_class"] = PLAIN_CLASS
     write_json(folder / CONFIG_FILE, config)
     write_contents(folder, contents_of(source, COPIED_FILES))
     if not (folder / SPECIAL_TOKENS_FILE).exists():
