@@ -77,7 +77,7 @@ OPTIONS = {
     "frozen": Option(flags=("--freeze_non_embeds_params",), freeze=True),
     "tied": Option(model="tied"),
     "biases": Option(model="biased"),
-    "llama3": Option(model="llama3"),
+    "llama3": Option(model="llama3", lr=LOW_LR),
     "full rows": Option(data="full"),
     "documents": Option(flags=("--document_mask", "on"), data="spliced", lr=LOW_LR),
     "with logits": Option(flags=("--chunked_loss", "off")),
