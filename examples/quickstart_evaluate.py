@@ -45,15 +45,28 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--batch_size", metavar="N", type=value_types.positive_int, default=8, help="windows per forward pass"
     )
+    parser.add_argument(
+        "--max_bytes",
+        metavar="BYTES",
+        type=value_types.positive_int,
+        help="about as much text of each language, evenly chosen from its documents; default: all",
+    )
     return parser
 
 
-def read_held_out(folder: Path) -> dict[str, list[str]]:
-    """The held-out texts by language: the `target` of every record of every *.jsonl of the folder."""
+def read_held_out(folder: Path, max_bytes: int | None = None) -> dict[str, list[str]]:
+    """The held-out texts by language: the `target` of every record of every *.jsonl of the folder, or a part of them.
+
+    With `max_bytes`, every n-th document of a language is taken, for the smallest n that suffices.
+    """
     files = jsonl_files(folder)
     if not files:
         raise errors.UserError(f"no *.jsonl in --held_out_dir {folder}; examples/quickstart_corpus.py writes them")
-    return {file.stem: [line.record["target"] for line in read_jsonl(file) if line.record] for file in files}
+    texts = {file.stem: [line.record["target"] for line in read_jsonl(file) if line.record] for file in files}
+    if max_bytes is None:
+        return texts
+    sizes = {language: sum(len(text.encode()) for text in part) for language, part in texts.items()}
+    return {language: part[:: math.ceil(sizes[language] / max_bytes) or 1] for language, part in texts.items()}
 
 
 def windows(token_ids: list[int], max_length: int, bos_token_id: int) -> Iterator[list[int]]:
@@ -127,7 +140,7 @@ def main(argv=None) -> None:
     with errors.one_line_errors("quickstart_evaluate.py"):
         if not (Path(args.model_path) / "config.json").is_file():
             raise errors.UserError(f"--model_path {args.model_path} holds no config.json; name a Hugging Face folder")
-        texts = read_held_out(Path(args.held_out_dir))
+        texts = read_held_out(Path(args.held_out_dir), args.max_bytes)
         languages = evaluate(args.model_path, texts, max_length=args.max_length, batch_size=args.batch_size)
         settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
         add_entry(Path(args.output_file), {**settings, "languages": languages})

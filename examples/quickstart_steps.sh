@@ -34,10 +34,12 @@ outputs() {
     printf '%s\n' --save_dir "$out/$1" --tensorboard_dir "$out/logs/$1" --config_file "$out/config/$1.json"
 }
 
-# evaluate STAGE FOLDER: measure $out/FOLDER/modeling, which train.py or train_sft.py wrote, on the held-out text.
+# evaluate STAGE FOLDER [ARGUMENT...]: measure $out/FOLDER/modeling, which train.py or train_sft.py wrote, on the
+# held-out text.
 evaluate() {
     python examples/quickstart_evaluate.py --held_out_dir "$out/data/held_out" --output_file "$out/results.json" \
-        --stage "$1" --model_path "$out/$2/modeling" --tensorboard_dir "$out/logs/$2" --config_file "$out/config/$2.json"
+        --stage "$1" --model_path "$out/$2/modeling" --tensorboard_dir "$out/logs/$2" \
+        --config_file "$out/config/$2.json" "${@:3}"
 }
 
 # with_torchrun ARGUMENT...: two ranks on this machine, one thread each.

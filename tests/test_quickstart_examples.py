@@ -168,6 +168,14 @@ def test_whole_corpus_is_disjoint_from_its_held_out_part(archive, tmp_path, monk
     assert len(printed) == 1 + len(records) and printed[1].startswith("en/python.jsonl")
 
 
+def test_a_part_of_the_held_out_text_is_spread_over_all_documents(tmp_path):
+    texts = [f"{number:03d}" * 10 for number in range(100)]
+    (tmp_path / "en.jsonl").write_text("".join(json.dumps({"target": text}) + "\n" for text in texts))
+    assert evaluation.read_held_out(tmp_path) == {"en": texts}
+    assert evaluation.read_held_out(tmp_path, 1000) == {"en": texts[::3]}
+    assert evaluation.read_held_out(tmp_path, 10**6) == {"en": texts}
+
+
 def test_too_few_pieces_for_the_characters_are_one_line():
     with pytest.raises(errors.UserError, match="--new_pieces 5 is less than the number of characters"):
         corpus.new_pieces([tiny.CHINESE * 30], count=5)
