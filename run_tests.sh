@@ -10,13 +10,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./.ci/environment.sh
-while [[ ${1:-} == --stack || ${1:-} == --python ]]; do
-    if (($# == 1)); then
-        echo "$1 needs a value" >&2
+while [[ ${1:-} =~ ^(--stack|--python)(=|$) ]]; do
+    flag=${BASH_REMATCH[1]}
+    if [[ $1 == *=* ]]; then set -- "$flag" "${1#*=}" "${@:2}"; fi
+    if [[ -z ${2:-} ]]; then
+        echo "$flag needs a value" >&2
         exit 2
     fi
-    if [[ $1 == --stack ]]; then choose_stack "$2"; else chosen_python=$2; fi
+    if [[ $flag == --stack ]]; then choose_stack "$2"; else chosen_python=$2; fi
     shift 2
+done
+for argument in "$@"; do
+    if [[ $argument =~ ^(--stack|--python)(=|$) ]]; then
+        echo "${BASH_REMATCH[1]} comes after an argument for pytest; give it first" >&2
+        exit 2
+    fi
 done
 install_requirements "$stack_file" requirements-ray.txt requirements-dev.txt
 python -m ruff check .

@@ -30,29 +30,38 @@ is_allowed() {
     [[ -n $1 && " ${python_versions[*]} " == *" $1 "* ]]
 }
 
+# one_of WORD...: the words as in "a, b or c".
+one_of() {
+    local list
+    list=$(printf ', %s' "${@:1:$#-1}")
+    list=${list#, }
+    echo "${list:+$list or }${!#}"
+}
+
 # find_python: print the Python to make the environment with.
 find_python() {
-    local candidate allowed found
-    for candidate in ${chosen_python:-"${python_versions[@]/#/python}" python3}; do
+    local candidate candidates=("${python_versions[@]/#/python}" python3) allowed found
+    if [[ -n $chosen_python ]]; then candidates=("$chosen_python"); fi
+    for candidate in "${candidates[@]}"; do
         if is_allowed "$(version_of "$candidate")"; then
             echo "$candidate"
             return
         fi
     done
-    allowed=$(printf ', %s' "${python_versions[@]}")
-    found="no $(printf 'python%s, ' "${python_versions[@]}")and python3 is another version"
+    allowed=$(one_of "${python_versions[@]}")
+    found="was not found as $(one_of "${candidates[@]}")"
     if [[ -n $chosen_python ]]; then
         found=$(version_of "$chosen_python")
         found="$chosen_python ${found:+is }${found:-cannot be run}"
     fi
-    echo "Python ${allowed#, } is needed: $found" >&2
+    echo "Python $allowed is needed, but $found" >&2
     exit 2
 }
 
 # install_requirements FILE...: make the environment if there is none, put it on PATH, and install the pinned packages
 # into it. A stamp with the files' hash makes the next call instant.
 install_requirements() {
-    local python stamp wanted file version=
+    local python stamp wanted file size version=
     # An environment whose making was interrupted before pip was in it is none.
     if "$environment/bin/python" -c 'import pip' 2>/dev/null; then
         version=$(version_of "$environment/bin/python")
@@ -69,7 +78,9 @@ install_requirements() {
         stamp=$environment/installed-$file.sha256
         wanted=$(sha256sum <"$file")
         if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
-            echo "Installing $file (PyTorch and CUDA are a download of 3 GB the first time)"
+            size=
+            if [[ $file == "$stack_file" ]]; then size=" (PyTorch and CUDA are a download of 3 GB the first time)"; fi
+            echo "Installing $file$size"
             python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$file"
             echo "$wanted" >"$stamp"
         fi

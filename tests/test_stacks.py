@@ -2,8 +2,10 @@
 
 import os
 import subprocess
+import tomllib
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tests.conftest import ROOT
 
@@ -51,14 +53,15 @@ def test_a_python_that_was_asked_for_is_used(pythons):
 @pytest.mark.parametrize(
     ("stack", "python", "message"),
     [
-        ("legacy", "", "Python 3.11 is needed: no python3.11, and python3 is another version\n"),
-        ("legacy", "python3.12", "Python 3.11 is needed: python3.12 is 3.12\n"),
-        ("current", "python2", "Python 3.11, 3.12, 3.13 is needed: python2 cannot be run\n"),
+        ("legacy", "", "Python 3.11 is needed, but was not found as python3.11 or python3\n"),
+        ("legacy", "python3.12", "Python 3.11 is needed, but python3.12 is 3.12\n"),
+        ("current", "python2", "Python 3.11, 3.12 or 3.13 is needed, but python2 cannot be run\n"),
+        ("current", "'two words'", "Python 3.11, 3.12 or 3.13 is needed, but two words is 3.9\n"),
         ("newest", "", "--stack newest given; legacy, current and image are allowed\n"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(stack, python, message, pythons):
-    folder = pythons(python3="3.14", python3_11="3.10", python3_12="3.12", python2="")
+    folder = pythons(python3="3.14", python3_11="3.10", python3_12="3.12", python2="", **{"two words": "3.9"})
     done = bash(CHOOSE.format(stack=stack, python=python), folder)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
@@ -68,12 +71,26 @@ def test_what_cannot_be_made_is_one_line(stack, python, message, pythons):
     [
         ("--stack", "--stack needs a value\n"),
         ("--stack legacy --python", "--python needs a value\n"),
+        ("--python ''", "--python needs a value\n"),
         ("--stack new", "--stack new given; legacy, current and image are allowed\n"),
+        ("--stack=new", "--stack new given; legacy, current and image are allowed\n"),
+        ("--stack=legacy -x --stack current", "--stack comes after an argument for pytest; give it first\n"),
+        ("tests --python=python3.12", "--python comes after an argument for pytest; give it first\n"),
     ],
 )
 def test_wrong_flags_of_run_tests_are_one_line(arguments, message, tmp_path):
     done = bash(f"bash run_tests.sh {arguments}", tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_the_package_allows_the_python_of_each_stack(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = SpecifierSet(project["requires-python"])
+    versions = set()
+    for stack in ("legacy", "current", "image"):
+        done = bash(f'source .ci/environment.sh; choose_stack {stack}; echo "${{python_versions[@]}}"', tmp_path)
+        versions.update(done.stdout.split())
+    assert versions == {version for version in (f"3.{minor}" for minor in range(30)) if version in allowed}
 
 
 def test_an_environment_of_another_python_is_made_anew_and_one_that_fits_is_kept(pythons, tmp_path):
