@@ -36,8 +36,8 @@ pins() {
     awk '/^[a-z0-9]/ { split($1, pin, "=="); if (!(pin[1] in seen)) { seen[pin[1]]; sub(/ \\$/, ""); print } }' "$@"
 }
 
-# add NAME HEADER ARGUMENT...: requirements-NAME.txt, which is installed after any of the stacks. What all of them have
-# is left out, and what some have is at their version.
+# add NAME HEADER ARGUMENT...: requirements-NAME.txt, which is installed after any of the stacks. What the first has is
+# left out (tests/test_requirements.py checks that the others have it too), and what others have is at their version.
 add() {
     local installed=() package
     pins "${stacks[@]}" >"$work/constraints"

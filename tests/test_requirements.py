@@ -104,7 +104,7 @@ def test_every_package_is_pinned_with_hashes(path):
         (BASE, ["suite", "legacy"]),
         ("requirements-current.txt", ["suite", "current"]),
         ("requirements-image.txt", ["suite", "image"]),
-        *((f"requirements-{name}.txt", [name]) for name in ("ray", "dev", "gpu", "trackers")),
+        *((f"requirements-{name}.txt", [name]) for name in ("ray", "dev", "real", "gpu", "trackers")),
     ],
 )
 def test_the_files_have_what_their_sources_ask_for(name, sources):
@@ -113,6 +113,14 @@ def test_the_files_have_what_their_sources_ask_for(name, sources):
     text = "".join((ROOT / "requirements" / f"{source}.in").read_text() for source in sources)
     asked = [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
     assert asked and [one for one in asked if not one.specifier.contains(versions[canonicalize_name(one.name)])] == []
+
+
+@pytest.mark.parametrize("name", ["requirements-current.txt", "requirements-image.txt"])
+def test_the_newer_sets_have_what_other_files_leave_out(name):
+    """The files that are installed in addition leave out what `BASE` has, on all three sets."""
+    missing = pins(BASE).keys() - pins(name).keys()
+    # CUDA 12, which PyTorch alone needs.
+    assert {package for package in missing if not package.startswith("nvidia-")} == set()
 
 
 # GPUs are found in machines of both kinds.
