@@ -1,5 +1,6 @@
 """Optimizer steps of ColossalAI in few operations: the same values as from its own loops."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,17 @@ def mixed(params, max_norm, dtype):
     return MixedPrecisionOptimizer(HybridAdam(params, lr=0.1), precision=precision, initial_scale=2, max_norm=max_norm)
 
 
+def naive(params, max_norm, dtype):
+    """3d in fp32 without ZeRO, on one rank."""
+    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelNaiveOptimizer
+    from colossalai.nn.optimizer import HybridAdam
+
+    model = SimpleNamespace(stage_manager=None, shared_params=[], require_grad_sync=False, _hook_context=nullcontext)
+    return HybridParallelNaiveOptimizer(
+        HybridAdam(params, lr=0.1), model, use_pipeline=False, param_info=None, max_norm=max_norm
+    )
+
+
 def three_steps(make, max_norm: float, dtype) -> tuple[list[torch.Tensor], list[float]]:
     """Weights after three steps, and the gradient norm of each."""
     params = parameters(dtype)
@@ -63,9 +75,14 @@ def three_steps(make, max_norm: float, dtype) -> tuple[list[torch.Tensor], list[
     return [param.detach() for param in params], norms
 
 
-@pytest.mark.parametrize("make", [zero, mixed])
 @pytest.mark.parametrize("max_norm", [0.5, float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        *((make, dtype) for make in (zero, mixed) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        (naive, torch.float32),
+    ],
+)
 def test_steps_are_those_of_colossalai_s_loops(gloo_group, make, max_norm, dtype):
     found, norms = three_steps(make, max_norm, dtype)
     with without_batches():
@@ -75,22 +92,47 @@ def test_steps_are_those_of_colossalai_s_loops(gloo_group, make, max_norm, dtype
     assert not torch.equal(found[0], parameters(dtype)[0])
 
 
-def test_a_norm_of_nan_or_infinity_stays_one(gloo_group):
-    for value in (float("nan"), float("inf")):
-        params = parameters(torch.bfloat16)
-        optimizer = zero(params, 1.0, torch.bfloat16)
-        optimizer.backward(sum((param.float() * value).sum() for param in params))
+@pytest.mark.parametrize("make", [zero, mixed, naive])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_of_nan_or_infinity_does_what_it_does_in_colossalai(gloo_group, make, value):
+    def step() -> list[torch.Tensor]:
+        dtype = torch.float32 if make is naive else torch.bfloat16
+        params = parameters(dtype)
+        optimizer = make(params, 1.0, dtype)
+        optimizer.backward((params[0].float() * value).sum() + sum(param.float().sum() for param in params))
         optimizer.step()
         assert optimizer.get_grad_norm() == pytest.approx(value, nan_ok=True)
+        return [param.detach() for param in params]
+
+    found = step()
+    with without_batches():
+        wanted = step()
+    assert all(torch.equal(one.isnan(), other.isnan()) for one, other in zip(found, wanted, strict=True))
+    assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("make", [mixed, naive])
+def test_a_parameter_without_a_gradient_is_left_alone(gloo_group, make):
+    params = parameters(torch.float32)
+    optimizer = make(params, 0.5, torch.float32)
+    optimizer.backward((params[0] ** 2).sum())
+    optimizer.step()
+    assert optimizer.get_grad_norm() == pytest.approx(2 * parameters(torch.float32)[0].norm().item())
+    assert torch.equal(params[1], parameters(torch.float32)[1]) and not torch.equal(
+        params[0], parameters(torch.float32)[0]
+    )
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "transposed"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_gathered_weights_are_written_where_they_belong(monkeypatch, ranks):
-    """Each shape of SHAPES is padded to a multiple of the ranks; one has fewer numbers than some of them."""
+def test_gathered_weights_are_written_where_they_belong(gloo_group, monkeypatch, ranks, kind):
+    """Each shape of SHAPES is padded to a multiple of the ranks; one has fewer elements than some of them.
+
+    A model's weights may have another precision than what is gathered. One that is not contiguous is for ColossalAI.
+    """
     import torch.distributed as dist
     from colossalai.zero.low_level.bookkeeping import TensorBucket
 
-    batched_operations.install()
     wholes = [torch.arange(1.0, 1 + torch.Size(shape).numel()) + 100 * i for i, shape in enumerate(SHAPES)]
     padded = [torch.nn.functional.pad(whole, (0, -len(whole) % ranks)).chunk(ranks) for whole in wholes]
 
@@ -101,12 +143,14 @@ def test_gathered_weights_are_written_where_they_belong(monkeypatch, ranks):
     monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather)
     bucket = TensorBucket(1000)
-    targets = [torch.zeros(shape) for shape in SHAPES]
+    targets = [torch.zeros(shape, dtype=torch.bfloat16 if kind == "bfloat16" else None) for shape in SHAPES]
+    if kind == "transposed":
+        targets[0] = torch.zeros(SHAPES[0][::-1]).t()
     for shards, target in zip(padded, targets, strict=True):
         bucket.add_to_bucket(shards[0], write_back_tensor=target)
-    bucket.all_gather(SimpleNamespace())
+    bucket.all_gather(gloo_group)
     for target, whole in zip(targets, wholes, strict=True):
-        assert torch.equal(target.flatten(), whole)
+        assert torch.equal(target.flatten(), whole.to(target.dtype))
     assert bucket.is_empty()
 
 

@@ -1,11 +1,12 @@
-"""One operation over all parameters, where an optimizer step of ColossalAI makes one for each.
+"""One call for all parameters, where an optimizer step of ColossalAI loops over them.
 
 norms     zero2, 3d, ddp    the gradient norm: four operations for each parameter
-factor    zero2, 3d, ddp    clipping: one for each parameter; with ddp three, since its factor is a tensor
+factor    zero2, 3d, ddp    clipping: one for each parameter; with ddp three, since its factor is a tensor there
 write     zero2, 3d         copying gathered weights into the model: two for each parameter
 
-PyTorch's `_foreach` functions start a few kernels for any number of tensors on a GPU. On a CPU they compute the same in
-a loop. Values are those of ColossalAI; the sum over parameters, in float64, is rounded in another order.
+On a GPU, PyTorch's `_foreach` functions start one kernel for many small tensors; a large matrix takes several. On a CPU
+they compute the same in a loop. Values are those of ColossalAI; the sum over parameters, in float64, is rounded in
+another order.
 """
 
 import functools
@@ -33,6 +34,7 @@ def install() -> None:
         patching.install(f"{name}._compute_grad_norm", _norm_of_pairs)
     patching.install(f"{ZERO}._unscale_and_clip_grads", _scaling_list)
     patching.install(f"{MIXED}._unscale_and_clip_grads", _scaling_groups)
+    patching.install(f"{HYBRID}NaiveOptimizer._clip_grad_norm", _clipping_groups)
     patching.install(f"{BUCKET}.all_gather", _writing_at_once)
 
 
@@ -74,7 +76,7 @@ def _norm_of_pairs(compute: Callable[..., Any]) -> Callable[..., float]:
 
 
 class _Factor:
-    """A gradient that records by what number it is multiplied."""
+    """In place of a gradient: records the factor by which it is multiplied."""
 
     value = 1.0
 
@@ -107,15 +109,42 @@ def _scaling_groups(unscale: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(unscale)
     def scale_at_once(self: Any, total_norm: float) -> None:
         factor = _Factor()
-        groups = [{"params": [SimpleNamespace(grad=factor)]}]
-        unscale(
-            SimpleNamespace(mixed_precision=self.mixed_precision, max_norm=self.max_norm, param_groups=groups),
-            total_norm,
+        stand_in = SimpleNamespace(
+            mixed_precision=self.mixed_precision, max_norm=self.max_norm, param_groups=_groups_of(factor)
         )
-        parameters = (param for group in self.param_groups for param in group["params"])
-        _scale([param.grad for param in parameters if param.grad is not None], factor.value)
+        unscale(stand_in, total_norm)
+        _scale(_gradients_of(self.param_groups), factor.value)
 
     return scale_at_once
+
+
+def _clipping_groups(clip: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(clip)
+    def clip_at_once(self: Any, total_norm: float) -> None:
+        factor = _Factor()
+        optim = SimpleNamespace(param_groups=_groups_of(factor))
+        clip(SimpleNamespace(max_norm=self.max_norm, optim=optim), total_norm)
+        # The factor is a tensor on the host, of float32.
+        _scale(_gradients_of(self.optim.param_groups), float(factor.value))
+
+    return clip_at_once
+
+
+def _groups_of(gradient: _Factor) -> list[dict[str, Any]]:
+    """Parameter groups with one parameter, whose gradient records the factor."""
+    return [{"params": [SimpleNamespace(grad=gradient)]}]
+
+
+def _gradients_of(groups: list[dict[str, Any]]) -> list[Any]:
+    return [param.grad for group in groups for param in group["params"] if param.grad is not None]
+
+
+def _without_padding(shard: Any, part: Any) -> Any:
+    """As many elements of a shard as a part has. Most have as many, and a slice takes the host longer than a copy.
+
+    Padding fills up the last shard, or several of a parameter with fewer elements than ranks.
+    """
+    return shard if shard.numel() == part.numel() else shard[: part.numel()]
 
 
 def _writing_at_once(all_gather: Callable[..., None]) -> Callable[..., None]:
@@ -131,14 +160,14 @@ def _writing_at_once(all_gather: Callable[..., None]) -> Callable[..., None]:
         own = self.flatten()
         gathered = own.new_empty(dist.get_world_size(group), own.numel())
         dist.all_gather_into_tensor(gathered.view(-1), own, group=group)
-        targets, sources, begin = [], [], 0
-        for shard, whole in pairs:
-            # Each rank's row has a shard of every parameter. Padding fills up the last shard, or several of a parameter
-            # with fewer numbers than ranks.
+        # Each rank's row has a shard of every parameter.
+        rows = [row.split([shard.numel() for shard, _ in pairs]) for row in gathered.unbind()]
+        targets: list[Any] = []
+        sources: list[Any] = []
+        for (shard, whole), shards in zip(pairs, zip(*rows, strict=True), strict=True):
             parts = whole.data.view(-1).split(max(shard.numel(), 1))
             targets += parts
-            sources += [row[begin : begin + part.numel()] for row, part in zip(gathered, parts, strict=False)]
-            begin += shard.numel()
+            sources += map(_without_padding, shards, parts)
         torch._foreach_copy_(targets, sources)
         self.empty()
 

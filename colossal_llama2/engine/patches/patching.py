@@ -209,6 +209,7 @@ _TABLE = (
     _loop(f"{_HYBRID}ZeroOptimizer._compute_grad_norm", f"{_HYBRID_FILE}:881", "grad.data.double().norm(norm_type)"),
     _loop(f"{_HYBRID}AMPOptimizer._compute_grad_norm", f"{_HYBRID_FILE}:624", "grad.data.double().norm(norm_type)"),
     _loop(f"{_HYBRID}NaiveOptimizer._compute_grad_norm", f"{_HYBRID_FILE}:418", "grad.data.double().norm(norm_type)"),
+    _loop(f"{_HYBRID}NaiveOptimizer._clip_grad_norm", f"{_HYBRID_FILE}:475", "p.grad.data.mul_("),
     _loop(f"{_MIXED}._compute_grad_norm", f"{_MIXED_FILE}:164", "grad.data.double().norm(norm_type)"),
     _loop(f"{_MIXED}._unscale_and_clip_grads", f"{_MIXED_FILE}:138", "grad.data.mul_("),
     _loop(
