@@ -1,4 +1,4 @@
-"""What a step asks of a GPU and of the host besides the model's own work: counts beside those of a bare PyTorch loop.
+"""What a step costs a GPU and the host besides the model's own work: counts beside those of a bare PyTorch loop.
 
     python benchmarks/bench_operations.py --work_dir /tmp/bench_operations
 
@@ -7,7 +7,8 @@ from which follow the counts per layer and the constant part, and so the ratio f
 depend on the width, nor on the machine.
 
 - operations: calls that start a kernel on a GPU. Views, allocations and reads by the host are none. What one kernel
-  does on a GPU and this project does in several operations on a CPU counts as one (STAND_INS).
+  does on a GPU and this project does in several operations on a CPU counts as one (KERNELS). So does one call for many
+  tensors (`_foreach`), for which a GPU starts several kernels if they are many or large.
 - copies: those of them that move or convert data without computing.
 - waits: values that the host reads. On a GPU it waits until they are there.
 - exchanges: collectives.
@@ -363,10 +364,7 @@ def print_plugin(name: str, found: dict[str, list[dict[str, Any]]], *, places: b
         for layers in (*LAYERS, LARGE_LAYERS):
             own, theirs = ((split(of, "operations")) for of in (records, bare))
             ratios.append((own[0] * layers + own[1]) / (theirs[0] * layers + theirs[1]))
-        counts = "  ".join(
-            f"{by_layer:5.1f}  {constant:8.1f}" for by_layer, constant in (split(records, "operations"),)
-        )
-        copies = "  ".join(f"{by_layer:5.1f}  {constant:8.1f}" for by_layer, constant in (split(records, "copies"),))
+        counts, copies = ("{:5.1f}  {:8.1f}".format(*split(records, figure)) for figure in ("operations", "copies"))
         host = (records[1]["seconds"] - bare[1]["model_seconds"]) / outside
         title = "bare" if variant == "bare" else f"{name}, {variant}"
         shares = "".join(f"{ratio:7.2f}" for ratio in ratios)
