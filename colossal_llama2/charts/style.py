@@ -185,9 +185,9 @@ def _import_matplotlib(needed_for: str) -> None:
         import matplotlib.figure  # noqa: F401 - only whether it can be imported
     except ImportError as error:
         if getattr(error, "name", None) == "matplotlib":
-            why = "which is not installed; run: pip install --no-deps -r requirements.txt"
+            why = "which is not installed; run: pip install matplotlib"
         else:
-            why = f"which cannot be imported ({error}); run: pip install --no-deps -r requirements.txt"
+            why = f"which cannot be imported ({error}); run: pip install matplotlib"
         raise UserError(f"{needed_for} needs matplotlib, {why}")
     except Exception as error:  # such as a ValueError for what the environment or a matplotlibrc sets
         raise UserError(f"{needed_for} needs matplotlib, which cannot be imported ({error})")

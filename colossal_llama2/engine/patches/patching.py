@@ -48,6 +48,12 @@ class Patch:
         """The attribute's name."""
         return self.target.partition(":")[2].rpartition(".")[2]
 
+    @property
+    def pin(self) -> str:
+        """What pip installs of the package: a file of requirements would also change PyTorch on the other sets."""
+        newest = self.versions[-1]
+        return f"{self.package}=={newest}*" if newest.endswith(".") else f"{self.package}=={newest}"
+
     def owner(self) -> Any:
         """The module, class or object whose attribute it is. Raises UserError if it does not exist."""
         module, _, path = self.target.partition(":")
@@ -60,7 +66,7 @@ class Patch:
         """The error of a package that lacks the attribute."""
         return UserError(
             f"{self.package} has no {self.target.replace(':', '.')}, as its version {_version(self.package)} should; "
-            f"reinstall it from requirements.txt"
+            f"reinstall it: pip install --force-reinstall --no-deps '{self.pin}'"
         )
 
 
@@ -333,7 +339,7 @@ def require(target: str) -> Patch:
         known = " or ".join(begin + "x" if begin.endswith(".") else begin for begin in patch.versions)
         raise UserError(
             f"{patch.package} {version} is installed, but the patch of {patch.target.replace(':', '.')} supports only "
-            f"version {known}; install that one: pip install --no-deps -r requirements.txt"
+            f"version {known}; install that one: pip install --no-deps '{patch.pin}'"
         )
     if not hasattr(patch.owner(), patch.name):
         raise patch.unknown()
