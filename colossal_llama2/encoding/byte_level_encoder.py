@@ -176,7 +176,8 @@ class ByteLevelEncoder:
 def marks_of(folder: str | Path) -> tuple[str, str]:
     """The texts of bos_token and eos_token; "" if there is no bos_token.
 
-    tokenizer_config.json decides, and special_tokens_map.json for what it does not have, as in transformers.
+    As in transformers: special_tokens_map.json replaces what tokenizer_config.json names, unless the latter has
+    added_tokens_decoder; then special_tokens_map.json is ignored.
 
     Raises:
         UserError: there is no eos_token, or an entry is not a token.
@@ -187,7 +188,9 @@ def marks_of(folder: str | Path) -> tuple[str, str]:
         settings = read_json(path) if is_regular(path) else {}
         for key in ("bos_token", "eos_token"):
             if key in settings:
-                found.setdefault(key, _content(settings[key], key, path))
+                found[key] = _content(settings[key], key, path)
+        if "added_tokens_decoder" in settings:
+            break
     if not found.get("eos_token"):
         raise UserError(
             f"{Path(folder, CONFIG_FILE)} names no eos_token, which marks the end of documents; copy the file again "
