@@ -458,6 +458,9 @@ def test_folders_that_are_refused(source, tmp_path):
     def other_id(content):
         content["added_tokens"].append({**content["added_tokens"][0], "id": 9_999})
 
+    def too_high_id(content):
+        content["added_tokens"].append({**content["added_tokens"][0], "content": "<|far|>", "id": 10**11})
+
     def named(content):
         content["pre_tokenizer"] = {"type": "WhitespaceSplit"}
 
@@ -466,6 +469,7 @@ def test_folders_that_are_refused(source, tmp_path):
         (same_id, "to two added tokens"),
         (taken_id, "to two tokens|two ids for the token"),
         (other_id, "two ids for the added token"),
+        (too_high_id, "the id 100000000000, at most 16777216 is allowed"),
         (named, "not a byte-level BPE"),
         (lambda content: content["model"].update(type="WordPiece"), 'is a "WordPiece" model'),
         (lambda content: content["model"].update(type="Unigram"), 'is a "Unigram" model'),
