@@ -468,6 +468,9 @@ def test_folders_that_are_refused(source, tmp_path):
     def other_id(content):
         content["added_tokens"].append({**content["added_tokens"][0], "id": 9_999})
 
+    def other_gap(content):
+        content["added_tokens"].append({**content["added_tokens"][0], "content": "<|far|>", "id": 601})
+
     def too_high_id(content):
         content["added_tokens"].append({**content["added_tokens"][0], "content": "<|far|>", "id": 10**11})
 
@@ -479,6 +482,7 @@ def test_folders_that_are_refused(source, tmp_path):
         (same_id, "to two added tokens"),
         (taken_id, "to two tokens|two ids for the token"),
         (other_id, "two ids for the added token"),
+        (other_gap, "'<.far.>' the id 601, but tokenizers gives it (600|598)"),
         (too_high_id, "the id 100000000000, at most 16777216 is allowed"),
         (named, "not a byte-level BPE"),
         (lambda content: content["model"].update(type="WordPiece"), 'is a "WordPiece" model'),

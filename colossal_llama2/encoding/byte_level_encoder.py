@@ -46,8 +46,8 @@ PARALLELISM = "TOKENIZERS_PARALLELISM"
 class ByteLevelEncoder:
     """An `Encoder` with the `tokenizers` library, without transformers. It pickles as its path.
 
-    bos_token and eos_token of tokenizer_config.json are the marks. They may be one token. Without a bos_token, bos_id
-    is -1, and documents begin without a mark. `vocab_size` counts special and other added tokens too.
+    bos_token and eos_token of its settings are the marks (see `marks_of`). They may be one token. Without a bos_token,
+    bos_id is -1, and documents begin without a mark. `vocab_size` counts special and other added tokens too.
     """
 
     name = "byte-level BPE"
@@ -213,8 +213,8 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
         index = model.added.get(text, model.vocabulary.get(text))
         if text and index is None:
             raise UserError(
-                f"{model.path} has no token {text!r}, the {key} of its {CONFIG_FILE}; copy both files again from the "
-                "original tokenizer"
+                f"{model.path} has no token {text!r}, the {key} of its {CONFIG_FILE} or {SPECIAL_TOKENS_FILE}; copy "
+                "the files again from the original tokenizer"
             )
         ids.append(NO_MARK if index is None else index)
     return ids[0], ids[1]

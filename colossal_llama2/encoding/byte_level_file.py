@@ -102,6 +102,7 @@ class ByteLevelModel:
         added = _added_tokens(path, settings)
         vocabulary = _vocabulary(path, model, added)
         _check_highest_id(path, {**vocabulary, **added})
+        _check_added_ids(path, settings, model["vocab"])
         merges = _merges(path, model, vocabulary)
         return cls(path, settings, vocabulary, merges, added, bool(model.get("ignore_merges")))
 
@@ -268,6 +269,21 @@ def _check_highest_id(path: Path, ids: dict[str, int]) -> None:
         raise UserError(
             f"{path} gives the token {token!r} the id {ids[token]}, at most {MAX_ID} is allowed; copy the file again"
         )
+
+
+def _check_added_ids(path: Path, settings: dict, vocabulary: dict[str, int]) -> None:
+    """Raise UserError if `tokenizers` ignores the id of an added token, and gives it another one.
+
+    It numbers those that are not in the model's vocabulary in the order of the file, from the vocabulary's size on
+    (`AddedVocabulary::add_tokens`).
+    """
+    others = (entry for entry in settings.get("added_tokens") or [] if entry["content"] not in vocabulary)
+    for index, entry in enumerate({entry["content"]: entry for entry in others}.values(), start=len(vocabulary)):
+        if entry["id"] != index:
+            raise UserError(
+                f"{path} gives the added token {entry['content']!r} the id {entry['id']}, but tokenizers gives it "
+                f"{index}; write it into the model's vocab too, with the id that the model was trained with"
+            )
 
 
 def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
