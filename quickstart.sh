@@ -28,8 +28,18 @@ if [[ -e $out && ! -e $out/.quickstart ]]; then
     echo "$out exists and is not a quick start's folder; set QUICKSTART_DIR to a new one" >&2
     exit 2
 fi
+# Steps that are done are not repeated, so a folder keeps the settings that it was begun with.
+settings="REAL=$REAL"
+if ((REAL)); then
+    settings+=" MINUTES=$MINUTES PIECES=$PIECES"
+fi
 mkdir -p "$out"
-touch "$out/.quickstart"
+begun_with=$(cat "$out/.quickstart" 2>/dev/null || true)
+if [[ -n $begun_with && $begun_with != "$settings" ]]; then
+    echo "$out was begun with $begun_with, now $settings is given; delete it, or set QUICKSTART_DIR to a new folder" >&2
+    exit 2
+fi
+echo "$settings" >"$out/.quickstart"
 source ./.ci/environment.sh
 install_requirements requirements.txt requirements-dev.txt
 

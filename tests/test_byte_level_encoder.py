@@ -149,12 +149,24 @@ def test_marks_may_be_missing_at_the_beginning_or_the_same(bos, eos, ids, tmp_pa
     assert (encoder.bos_text, encoder.eos_text) == (bos or "", eos)
 
 
-def test_special_tokens_map_names_what_the_configuration_does_not(tmp_path):
+@pytest.mark.parametrize(
+    "config, marks",
+    [
+        ({}, (BEGIN, END)),
+        ({"eos_token": "<|eot_id|>"}, (BEGIN, END)),
+        ({"eos_token": "<|eot_id|>", "added_tokens_decoder": {}}, ("", "<|eot_id|>")),
+        ({"bos_token": END, "eos_token": "<|eot_id|>", "added_tokens_decoder": {}}, (END, "<|eot_id|>")),
+    ],
+)
+def test_special_tokens_map_decides_where_it_does_in_transformers(config, marks, tmp_path):
+    from transformers import AutoTokenizer
+
     folder = make_byte_level(tmp_path / "map")
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": BEGIN}, "eos_token": END}))
-    encoder = load_encoder(folder)
-    assert (encoder.bos_text, encoder.eos_text) == (BEGIN, "<|eot_id|>")
+    encoder, tokenizer = load_encoder(folder), AutoTokenizer.from_pretrained(folder)
+    assert (encoder.bos_text, encoder.eos_text) == marks == (tokenizer.bos_token or "", tokenizer.eos_token)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from colossal_llama2.dataset.write.prepare import prepare_pretrain
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
+from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.errors import UserError
 from colossal_llama2.inference import generation
 from colossal_llama2.inference.generation import GenerationSettings
@@ -127,3 +128,13 @@ def test_a_prompt_begins_as_documents_in_training_do(kind, bos, tmp_path):
     assert generation.generate(model, tokenizer, "Hi 明", GREEDY) == encoder.decode(answer)
     with pytest.raises(UserError, match="the prompt cannot be used: the character .*04"):
         generation.generate(model, tokenizer, "a \x04", GREEDY)
+
+
+def test_a_mark_that_only_transformers_adds_begins_no_prompt(tmp_path):
+    """GPT-2's class has a bos_token of its own where the folder names none; data is prepared without one."""
+    folder = make_byte_level(tmp_path / "model", "smollm2", bos=None)
+    config = {"eos_token": END, "tokenizer_class": "GPT2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
+    assert tokenizer.bos_token == "<|endoftext|>" and encoder.bos_id < 0
+    assert generation._encoded_prompt(tokenizer, "Hi")["input_ids"].tolist() == encoder.encode(["Hi"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled, spelled_bytes
 from colossal_llama2.encoding.byte_level_tokens import (
     can_occur,
+    characters_in,
     extended,
     merges_into,
     merging,
@@ -402,6 +403,15 @@ def test_parts_of_characters_are_given_as_bytes(source, tmp_path):
     assert [shown_token(token) for token in new[:2]] == ["bytes e88b", "苹"]
 
 
+def test_a_part_of_a_long_piece_is_limited_by_characters_as_a_piece_is(source, tmp_path):
+    """What mine_tokens.py writes with --max_piece_length 64 may have more than 64 bytes."""
+    content = ("甲" * 30 + "乙").encode()[:-1]
+    assert characters_in(content) == 31 and characters_in(b"\xbd\xa0a") == 2
+    (tmp_path / "pieces.jsonl").write_text(json.dumps({"bytes": content.hex()}) + "\n")
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", tmp_path / "pieces.jsonl"))
+    assert spelled_bytes(content) in ByteLevelModel.read(tmp_path / "out").vocabulary
+
+
 def test_bytes_that_no_text_has():
     assert all(
         map(can_occur, (b"\xe4", b"\xbd\xa0", "你好".encode(), b"\xa0\xe5\xa5", b"\x80\x80\x80a", b"\xf1", b"a\xe4"))
@@ -416,7 +426,7 @@ def test_bytes_that_no_text_has():
         ('{"bytes": 7}', "write bytes in hexadecimal"),
         ('{"bytes": ""}', "write bytes in hexadecimal"),
         ('{"bytes": "ff"}', "which is in no UTF-8 text; remove the line"),
-        ('{"bytes": "' + "61" * 65 + '"}', "has 65 bytes, at most 64 are allowed"),
+        ('{"bytes": "' + "61" * 65 + '"}', "has 65 characters, at most 64 are allowed"),
         ('{"bytes": "' + b"<|eot_id|>".hex() + '"}', "a special token of the source"),
         ('{"piece": "<|eot_id|>"}', "'<|eot_id|>', a special token of the source tokenizer"),
         ('{"piece": "a<|eot_id|>"}', "contains the special token '<|eot_id|>'"),
@@ -458,6 +468,12 @@ def test_folders_that_are_refused(source, tmp_path):
     def other_id(content):
         content["added_tokens"].append({**content["added_tokens"][0], "id": 9_999})
 
+    def other_gap(content):
+        content["added_tokens"].append({**content["added_tokens"][0], "content": "<|far|>", "id": 601})
+
+    def too_high_id(content):
+        content["added_tokens"].append({**content["added_tokens"][0], "content": "<|far|>", "id": 10**11})
+
     def named(content):
         content["pre_tokenizer"] = {"type": "WhitespaceSplit"}
 
@@ -466,6 +482,8 @@ def test_folders_that_are_refused(source, tmp_path):
         (same_id, "to two added tokens"),
         (taken_id, "to two tokens|two ids for the token"),
         (other_id, "two ids for the added token"),
+        (other_gap, "'<.far.>' the id 601, but tokenizers gives it (600|598)"),
+        (too_high_id, "the id 100000000000, at most 16777216 is allowed"),
         (named, "not a byte-level BPE"),
         (lambda content: content["model"].update(type="WordPiece"), 'is a "WordPiece" model'),
         (lambda content: content["model"].update(type="Unigram"), 'is a "Unigram" model'),

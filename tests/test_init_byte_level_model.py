@@ -113,6 +113,7 @@ def test_added_tokens_that_move_keep_their_rows_and_ids(tmp_path, caplog):
     last = sorted(content["model"]["vocab"].items(), key=lambda item: item[1])[-len(old.added) :]
     for (token, index), entry in zip(last, content["added_tokens"], strict=True):
         content["model"]["vocab"][token], entry["id"] = entry["id"], index
+        content["model"]["vocab"][entry["content"]] = index
     (tokenizer / "tokenizer.json").write_text(json.dumps(content))
     init_model(InitModelSettings(source, tokenizer, tmp_path / "target"))
     check_rows(source, tokenizer, tmp_path / "target")
@@ -161,7 +162,8 @@ def test_a_piece_with_a_byte_that_the_source_lacks(tmp_path, caplog):
     base = make_byte_level(tmp_path / "base", missing=b"\x04")
     source = make_model(tmp_path / "source", base)
     tokenizer = shutil.copytree(base, tmp_path / "tokenizer")
-    size = ByteLevelModel.read(base).size
+    size, added = ByteLevelModel.read(base).size, ByteLevelModel.read(base).added
+    change(tokenizer, lambda model, _: model["vocab"].update(added))
     change(tokenizer, lambda model, _: model["vocab"].update({"Ą": size, "theĄ": size + 1}))
     with pytest.raises(UserError, match="encodes 'Ą' as nothing"):
         init_model(InitModelSettings(source, tokenizer, tmp_path / "target"))

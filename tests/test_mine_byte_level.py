@@ -8,7 +8,7 @@ import re
 import pytest
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled
-from colossal_llama2.encoding.byte_level_tokens import extended, text_of, unreached_tokens
+from colossal_llama2.encoding.byte_level_tokens import characters_in, extended, text_of, unreached_tokens
 from colossal_llama2.tokenizer import mine_byte_level, mine_tokens
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests.byte_level import make_byte_level
@@ -66,9 +66,9 @@ def test_any_script_mines_words_with_their_space(base, tmp_path):
     found = mine(write_corpus(tmp_path / "de", texts), base, script="any", max_piece_length=12)
     pieces = {text_of(token) for token in found.pieces}
     assert {" Straße", " größer"} <= pieces and not any(text and "▁" in text for text in pieces)
-    assert max(map(mine_byte_level._length, found.pieces)) <= 12
+    assert max(map(characters_in, map(bytes_of, found.pieces))) <= 12
     short = mine(tmp_path / "de", base, script="any", max_piece_length=3).pieces
-    assert short and max(map(mine_byte_level._length, short)) <= 3
+    assert short and max(map(characters_in, map(bytes_of, short))) <= 3
     written = {mine_byte_level.record_of(token).get("piece") for token in found.pieces}
     assert "▁Straße" in written
 

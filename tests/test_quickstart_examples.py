@@ -372,3 +372,24 @@ def test_a_mistake_in_a_variable_ends_the_quick_start_in_one_line(settings, word
     )
     assert process.returncode == 2
     assert word in process.stderr and process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("begun_with", "settings"),
+    [
+        ("REAL=1 MINUTES=15 PIECES=4000", {"REAL": "1", "MINUTES": "60"}),
+        ("REAL=1 MINUTES=15 PIECES=4000", {"REAL": "1", "PIECES": "10"}),
+        ("REAL=0", {"REAL": "1"}),
+        ("REAL=1 MINUTES=15 PIECES=4000", {"REAL": "0"}),
+    ],
+)
+def test_a_folder_of_other_settings_is_not_continued(begun_with, settings, tmp_path):
+    """Its finished steps would be left out, and the old table printed for the new settings."""
+    (tmp_path / ".quickstart").write_text(begun_with + "\n")
+    environment = {**os.environ, **settings, "QUICKSTART_DIR": str(tmp_path)}
+    process = subprocess.run(
+        ["bash", str(ROOT / "quickstart.sh")], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert f"was begun with {begun_with}, now REAL={settings['REAL']}" in process.stderr
+    assert (tmp_path / ".quickstart").read_text() == begun_with + "\n"

@@ -46,8 +46,8 @@ PARALLELISM = "TOKENIZERS_PARALLELISM"
 class ByteLevelEncoder:
     """An `Encoder` with the `tokenizers` library, without transformers. It pickles as its path.
 
-    bos_token and eos_token of tokenizer_config.json are the marks. They may be one token. Without a bos_token, bos_id
-    is -1, and documents begin without a mark. `vocab_size` counts special and other added tokens too.
+    bos_token and eos_token of its settings are the marks (see `marks_of`). They may be one token. Without a bos_token,
+    bos_id is -1, and documents begin without a mark. `vocab_size` counts special and other added tokens too.
     """
 
     name = "byte-level BPE"
@@ -176,7 +176,8 @@ class ByteLevelEncoder:
 def marks_of(folder: str | Path) -> tuple[str, str]:
     """The texts of bos_token and eos_token; "" if there is no bos_token.
 
-    tokenizer_config.json decides, and special_tokens_map.json for what it does not have, as in transformers.
+    As in transformers: special_tokens_map.json replaces what tokenizer_config.json names, unless the latter has
+    added_tokens_decoder; then special_tokens_map.json is ignored.
 
     Raises:
         UserError: there is no eos_token, or an entry is not a token.
@@ -187,7 +188,9 @@ def marks_of(folder: str | Path) -> tuple[str, str]:
         settings = read_json(path) if is_regular(path) else {}
         for key in ("bos_token", "eos_token"):
             if key in settings:
-                found.setdefault(key, _content(settings[key], key, path))
+                found[key] = _content(settings[key], key, path)
+        if "added_tokens_decoder" in settings:
+            break
     if not found.get("eos_token"):
         raise UserError(
             f"{Path(folder, CONFIG_FILE)} names no eos_token, which marks the end of documents; copy the file again "
@@ -210,8 +213,8 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
         index = model.added.get(text, model.vocabulary.get(text))
         if text and index is None:
             raise UserError(
-                f"{model.path} has no token {text!r}, the {key} of its {CONFIG_FILE}; copy both files again from the "
-                "original tokenizer"
+                f"{model.path} has no token {text!r}, the {key} of its {CONFIG_FILE} or {SPECIAL_TOKENS_FILE}; copy "
+                "the files again from the original tokenizer"
             )
         ids.append(NO_MARK if index is None else index)
     return ids[0], ids[1]

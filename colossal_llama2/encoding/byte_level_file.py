@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 128 << 20
 # LLaMA-3's file has 128,256 tokens and 280,147 merges, so about a million values.
 MAX_FILE_VALUES = 32_000_000
+# Tables have a row for each id up to the highest one.
+MAX_ID = 1 << 24
 # Steps that only divide a text. Others drop or change characters, or run code.
 DIVIDING_STEPS = ("Split", "Digits", "Punctuation", "ByteLevel")
 
@@ -99,6 +101,8 @@ class ByteLevelModel:
         _check_kind(path, settings, model)
         added = _added_tokens(path, settings)
         vocabulary = _vocabulary(path, model, added)
+        _check_highest_id(path, {**vocabulary, **added})
+        _check_added_ids(path, settings, model["vocab"])
         merges = _merges(path, model, vocabulary)
         return cls(path, settings, vocabulary, merges, added, bool(model.get("ignore_merges")))
 
@@ -257,6 +261,29 @@ def _vocabulary(path: Path, model: dict, added: dict[str, int]) -> dict[str, int
                 "as LLaMA-3's, is needed"
             )
     return vocabulary
+
+
+def _check_highest_id(path: Path, ids: dict[str, int]) -> None:
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] > MAX_ID:
+        raise UserError(
+            f"{path} gives the token {token!r} the id {ids[token]}, at most {MAX_ID} is allowed; copy the file again"
+        )
+
+
+def _check_added_ids(path: Path, settings: dict, vocabulary: dict[str, int]) -> None:
+    """Raise UserError if `tokenizers` ignores the id of an added token, and gives it another one.
+
+    It numbers those that are not in the model's vocabulary in the order of the file, from the vocabulary's size on
+    (`AddedVocabulary::add_tokens`).
+    """
+    others = (entry for entry in settings.get("added_tokens") or [] if entry["content"] not in vocabulary)
+    for index, entry in enumerate({entry["content"]: entry for entry in others}.values(), start=len(vocabulary)):
+        if entry["id"] != index:
+            raise UserError(
+                f"{path} gives the added token {entry['content']!r} the id {entry['id']}, but tokenizers gives it "
+                f"{index}; write it into the model's vocab too, with the id that the model was trained with"
+            )
 
 
 def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -37,6 +37,12 @@ def is_within_character(token: str) -> bool:
     return all(byte in CONTINUATION_BYTES for byte in bytes_of(token[1:]))
 
 
+def characters_in(content: bytes) -> int:
+    """The number of characters of which bytes hold at least a part: 2 for b"\\xbd\\xa0a"."""
+    begun = sum(byte not in CONTINUATION_BYTES for byte in content)
+    return begun + (content[:1] != b"" and content[0] in CONTINUATION_BYTES)
+
+
 def can_occur(content: bytes) -> bool:
     """Whether bytes occur in some valid UTF-8 text: b"\\xbd\\xa0a" does, b"a\\xbd" and b"\\xff" do not."""
     start = 0

@@ -176,7 +176,7 @@ def generate(
 
 
 def _encoded_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "BatchEncoding":
-    """The (1, tokens) ids of a prompt, which begins with bos_token, as a document in training does.
+    """The (1, tokens) ids of a prompt, which begins as a document in training does: with the encoder's mark, if any.
 
     Many tokenizers of byte-level BPE, such as SmolLM2's, have a bos_token that transformers does not add.
 
@@ -186,15 +186,18 @@ def _encoded_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> "Batch
     import torch
 
     try:
-        problem = shared_encoder(tokenizer.name_or_path).problem_of(prompt)
-    except UserError:
-        problem = None  # a kind of tokenizer that only transformers reads
+        encoder = shared_encoder(tokenizer.name_or_path)
+    except UserError:  # a kind of tokenizer that only transformers reads
+        problem, mark = None, tokenizer.bos_token_id
+    else:
+        problem, mark = encoder.problem_of(prompt), encoder.bos_id if encoder.bos_id >= 0 else None
     if problem:
         raise UserError(f"the prompt cannot be used: {problem}; change --input_txt")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    ids, mark = inputs["input_ids"], tokenizer.bos_token_id
+    ids = inputs["input_ids"]
     if mark is not None and ids[0, :1].tolist() != [mark]:
-        get_logger().info(f"the prompt begins with {tokenizer.bos_token}, as documents do in training")
+        text = tokenizer.convert_ids_to_tokens(mark)
+        get_logger().info(f"the prompt begins with {text}, as documents do in training")
         inputs["input_ids"] = torch.cat([torch.tensor([[mark]]), ids.long()], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return inputs

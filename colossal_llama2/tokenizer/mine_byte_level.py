@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of
 from colossal_llama2.encoding.byte_level_tokens import (
-    CONTINUATION_BYTES,
     SPACE,
+    characters_in,
     extended,
     shown_token,
     text_of,
@@ -114,15 +114,9 @@ def _is_wanted(token: str, model: ByteLevelModel, max_characters: int) -> bool:
     """Whether a token is new, short enough, and can be written to a file, where "▁" is a space."""
     return (
         token not in model.vocabulary
-        and _length(token) <= max_characters
+        and characters_in(bytes_of(token)) <= max_characters
         and SPACE not in bytes_of(token).decode(errors="ignore")
     )
-
-
-def _length(token: str) -> int:
-    """The number of characters of which a token has at least a part."""
-    content = bytes_of(token)
-    return sum(byte not in CONTINUATION_BYTES for byte in content) + (content[0] in CONTINUATION_BYTES)
 
 
 def _reached(model: ByteLevelModel, candidates: list[str], limit: int) -> tuple[list[str], int]:

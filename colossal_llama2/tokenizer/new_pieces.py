@@ -12,7 +12,7 @@ from typing import Any
 
 from colossal_llama2.encoding.bpe_model import SPACE
 from colossal_llama2.encoding.byte_level_file import spelled, spelled_bytes
-from colossal_llama2.encoding.byte_level_tokens import can_occur, text_of
+from colossal_llama2.encoding.byte_level_tokens import can_occur, characters_in, text_of
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_jsonl
 
@@ -189,9 +189,10 @@ class _ByteLevelCheck(_Check):
             content = b""
         if not content:
             raise ValueError(f'"bytes" is {value!r:.80}; write bytes in hexadecimal, such as {{"bytes": "e4bd"}}')
-        if len(content) > MAX_PIECE_CHARACTERS:
-            raise ValueError(f'"bytes" has {len(content)} bytes, at most {MAX_PIECE_CHARACTERS} are allowed')
         if not can_occur(content):
-            raise ValueError(f'"bytes" is {value!r}, which is in no UTF-8 text; remove the line')
+            raise ValueError(f'"bytes" is {value!r:.80}, which is in no UTF-8 text; remove the line')
+        length = characters_in(content)
+        if length > MAX_PIECE_CHARACTERS:
+            raise ValueError(f'"bytes" has {length} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
         token = spelled_bytes(content)
         return text_of(token) or "", token

@@ -39,7 +39,7 @@ def choose_encoder(
     reader = shared_encoder(tokenizer_dir, reference)
     # Rows with other texts are bad rows.
     texts = [text for text in sample_texts(files, settings) if not reader.problem_of(text)]
-    ids = shared_encoder(tokenizer_dir, reference).encode(texts)
+    ids = reader.encode(texts)
     differing = 0 if encoder is reference else _differing(shared_encoder(tokenizer_dir, encoder).encode(texts), ids)
     if differing:
         logs.get_logger().warning(
