@@ -103,6 +103,8 @@ def extend(source: Path, folder: Path, pieces: Sequence[str], *, added: Sequence
     settings = json.loads((source / "tokenizer.json").read_text())
     vocabulary, merges = settings["model"]["vocab"], settings["model"]["merges"]
     size = model.size
+    # Otherwise tokenizers would give them ids behind the new pieces.
+    vocabulary.update(model.added)
     for piece in pieces:
         left, *others = [token.value for token in plain.model.tokenize(spelled(piece))]
         for right in others:
