@@ -140,10 +140,9 @@ def test_a_byte_without_a_token_is_never_dropped(tmp_path):
                 encode(text)
 
 
-@pytest.mark.parametrize("bos, eos, ids", [(None, END, (-1, 596)), (END, END, (596, 596)), (BEGIN, "Ġthe", (595, 265))])
+@pytest.mark.parametrize("bos, eos, ids", [(None, END, (-1, 596)), (END, END, (596, 596))])
 def test_marks_may_be_missing_at_the_beginning_or_the_same(bos, eos, ids, tmp_path):
     folder = make_byte_level(tmp_path / "marks", bos=bos, eos=eos)
-    ids = (ids[0], ByteLevelModel.read(folder).vocabulary.get(eos, ids[1]))
     encoder = load_encoder(folder)
     assert (encoder.bos_id, encoder.eos_id) == ids
     assert (encoder.bos_text, encoder.eos_text) == (bos or "", eos)
@@ -178,6 +177,8 @@ def test_special_tokens_map_decides_where_it_does_in_transformers(config, marks,
         ({"eos_token": {"special": True}}, "a string, or an object with"),
         ({"eos_token": "</s>"}, "has no token '</s>', the eos_token of its tokenizer_config.json"),
         ({"bos_token": "<s>"}, "has no token '<s>', the bos_token"),
+        ({"eos_token": "Ġthe"}, "eos_token is 'Ġthe', a token that occurs in text; give a special token"),
+        ({"bos_token": "!"}, "bos_token is '!', a token that occurs in text"),
     ],
 )
 def test_marks_that_cannot_be_used(config, words, folders, tmp_path):
@@ -188,6 +189,73 @@ def test_marks_that_cannot_be_used(config, words, folders, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             load(folder)
         assert "\n" not in str(caught.value)
+
+
+def added(content: dict, text: str, index: int) -> None:
+    content["added_tokens"].append({**content["added_tokens"][0], "content": text, "id": index})
+
+
+def test_an_added_token_that_text_contains_too_stays_a_token_of_text(folders, tmp_path):
+    """LLaMA-3's token "!" is often its pad_token, and transformers writes that as an added token."""
+    from transformers import AutoTokenizer
+
+    vocabulary = ByteLevelModel.read(folders["llama3"]).vocabulary
+    change = lambda content: [added(content, text, vocabulary[text]) for text in ("!", "ing")]  # noqa: E731
+    folder = changed(folders["llama3"], tmp_path / "added", change)
+    text = "Is it raining! Sing, sing"
+    ids = load_encoder(folder).encode([text])
+    assert ids == load_encoder(folders["llama3"]).encode([text])
+    assert load_encoder(folder).decode(ids[0]) == text
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(["!", "ing"]) == [
+        vocabulary["!"],
+        vocabulary["ing"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda content: added(content, "<x>", 650), "'<x>' has the id 650, but transformers gives it 600"),
+        (
+            lambda content: content["model"]["vocab"].update({"Ġzzz": 700}),
+            "has the id 595, but transformers gives it 596",
+        ),
+        (lambda content: added(content, "\ud800", 600), "needs a content, which is text"),
+        (lambda content: added(content, "<x>", 10**18), "an id below 16,777,216"),
+        (lambda content: content["model"]["vocab"].update({"Ġzzz": 2**32}), "no vocabulary of tokens with ids below"),
+    ],
+)
+def test_ids_that_transformers_would_not_give(change, words, folders, tmp_path):
+    """`tokenizers` numbers added tokens itself, so the model would be trained with another end of text."""
+    folder = changed(folders["llama3"], tmp_path / "wrong", change)
+    for load in (load_encoder, fingerprint):
+        with pytest.raises(UserError, match=words) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_ids_with_holes_are_those_of_transformers(folders, tmp_path):
+    from transformers import AutoTokenizer
+
+    def change(content):
+        for number, token in enumerate(content["added_tokens"]):
+            token["id"] = content["model"]["vocab"][token["content"]] = 700 + 2 * number
+
+    folder = changed(folders["llama3"], tmp_path / "holes", change)
+    encoder, fast = load_encoder(folder), AutoTokenizer.from_pretrained(folder)
+    assert (encoder.bos_id, encoder.eos_id) == (fast.bos_token_id, fast.eos_token_id) == (700, 702)
+    assert encoder.decode(encoder.encode([CHINESE])[0]) == CHINESE
+
+
+def test_a_space_before_every_text_is_refused(folders, tmp_path):
+    folder = changed(
+        folders["gpt2"],
+        tmp_path / "space",
+        lambda config: config.update(add_prefix_space=True),
+        "tokenizer_config.json",
+    )
+    with pytest.raises(UserError, match="tokenizer_config.json: add_prefix_space puts a space before every text"):
+        load_encoder(folder)
 
 
 def test_the_fingerprint_is_that_of_the_ids_not_of_the_layout(folders, tmp_path):

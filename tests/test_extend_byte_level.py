@@ -482,8 +482,8 @@ def test_folders_that_are_refused(source, tmp_path):
         (same_id, "to two added tokens"),
         (taken_id, "to two tokens|two ids for the token"),
         (other_id, "two ids for the added token"),
-        (other_gap, "'<.far.>' the id 601, but tokenizers gives it (600|598)"),
-        (too_high_id, "the id 100000000000, at most 16777216 is allowed"),
+        (other_gap, "'<.far.>' has the id 601, but transformers gives it (600|598)"),
+        (too_high_id, "needs a content, which is text, and an id below 16,777,216"),
         (named, "not a byte-level BPE"),
         (lambda content: content["model"].update(type="WordPiece"), 'is a "WordPiece" model'),
         (lambda content: content["model"].update(type="Unigram"), 'is a "Unigram" model'),
@@ -499,6 +499,30 @@ def test_folders_that_are_refused(source, tmp_path):
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     (folder / "tokenizer.json").unlink()
     refused("is in tiktoken's format.*convert_tiktoken", folder, out, pieces)
+
+
+def test_a_new_token_with_the_name_of_an_added_token(folders, tmp_path):
+    """The vocabulary spells "é" as "Ã©", and has each name once. So it does for what the closure adds."""
+    folder = shutil.copytree(folders["llama3"], tmp_path / "source")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for number, text in enumerate(("é", "校")):
+        content["added_tokens"].append({**content["added_tokens"][0], "content": spelled(text), "id": 600 + number})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for piece, text in (("é", "é"), ("学校", "校")):
+        pieces = write_pieces(tmp_path / "pieces.jsonl", [piece])
+        refused(f"the new piece '{text}' is spelled '{spelled(text)}' in", folder, tmp_path / "out", pieces)
+
+
+def test_truncation_and_padding_in_the_file_do_not_hide_differences(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "p.jsonl", ["学校"])))
+    groups = report_of(tmp_path / "out")["parity"]
+    assert groups and all(group["fast"]["source_differs"] == 0 for group in groups)
 
 
 def test_a_token_that_only_transformers_adds_is_named(folders, tmp_path):

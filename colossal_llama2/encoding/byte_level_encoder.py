@@ -68,6 +68,7 @@ class ByteLevelEncoder:
         self._tokenizer_dir, self._part_characters = tokenizer_dir, part_characters
         model = ByteLevelModel.read(tokenizer_dir)
         check_file_beside(model)
+        check_settings(tokenizer_dir)
         self.bos_text, self.eos_text = marks_of(tokenizer_dir)
         self.bos_id, self.eos_id = mark_ids(model, self.bos_text, self.eos_text)
         self.vocab_size: int = model.size
@@ -207,8 +208,9 @@ def _content(value: Any, key: str, path: Path) -> str | None:
 
 
 def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, int]:
-    """The ids of both marks; -1 for an empty bos_text. Raises UserError for a mark that is not a token."""
+    """The ids of both marks; -1 for an empty bos_text. Raises UserError for a mark that is no token, or one of text."""
     ids = []
+    merged = {left + right for left, right in model.merges}
     for key, text in (("bos_token", bos_text), ("eos_token", eos_text)):
         index = model.added.get(text, model.vocabulary.get(text))
         if text and index is None:
@@ -216,8 +218,23 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
                 f"{model.path} has no token {text!r}, the {key} of its {CONFIG_FILE} or {SPECIAL_TOKENS_FILE}; copy "
                 "the files again from the original tokenizer"
             )
+        if text in model.vocabulary and (len(text) == 1 or text in merged):
+            raise UserError(
+                f"{model.path.parent / CONFIG_FILE}: {key} is {text!r}, a token that occurs in text; give a special "
+                f"token, one of added_tokens in {FAST_FILE}"
+            )
         ids.append(NO_MARK if index is None else index)
     return ids[0], ids[1]
+
+
+def check_settings(folder: str | Path) -> None:
+    """Raise UserError for an entry of tokenizer_config.json with which transformers puts a space before every text."""
+    path = Path(folder, CONFIG_FILE)
+    if is_regular(path) and read_json(path).get("add_prefix_space"):
+        raise UserError(
+            f"{path}: add_prefix_space puts a space before every text in transformers; set it to false, as SmolLM2's "
+            "has it"
+        )
 
 
 def check_file_beside(model: ByteLevelModel) -> None:

@@ -7,7 +7,7 @@ of ranked pairs. Its vocabulary spells a byte as one printable character ("Ġ" i
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from colossal_llama2.encoding.file_names import FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.model_file_format import is_tiktoken
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 128 << 20
 # LLaMA-3's file has 128,256 tokens and 280,147 merges, so about a million values.
 MAX_FILE_VALUES = 32_000_000
-# Tables have a row for each id up to the highest one.
-MAX_ID = 1 << 24
+# The largest vocabulary of a published model has about 262,000 tokens. Tables are as long as the highest id.
+MOST_IDS = 1 << 24
 # Steps that only divide a text. Others drop or change characters, or run code.
 DIVIDING_STEPS = ("Split", "Digits", "Punctuation", "ByteLevel")
 
@@ -69,7 +69,8 @@ class ByteLevelModel:
     Attributes:
         path: the file.
         settings: the parsed file, as it is.
-        vocabulary: the ids of the tokens that spell bytes; special and other added tokens are left out.
+        vocabulary: the ids of the tokens that spell bytes. Special and other added tokens are left out, unless they are
+            a byte or the result of a merge, which text without them needs too.
         merges: pairs of such tokens, best first.
         added: the ids of added tokens by their text, special or not, in order of id.
         ignore_merges: whether a part of a text that is a token as a whole is not merged (LLaMA-3).
@@ -101,9 +102,9 @@ class ByteLevelModel:
         _check_kind(path, settings, model)
         added = _added_tokens(path, settings)
         vocabulary = _vocabulary(path, model, added)
-        _check_highest_id(path, {**vocabulary, **added})
-        _check_added_ids(path, settings, model["vocab"])
+        _check_numbers(path, added, model["vocab"])
         merges = _merges(path, model, vocabulary)
+        added = dict(sorted(added.items(), key=lambda item: item[1]))
         return cls(path, settings, vocabulary, merges, added, bool(model.get("ignore_merges")))
 
     @cached_property
@@ -227,33 +228,69 @@ def _steps(step: Any) -> list[dict]:
 
 
 def _added_tokens(path: Path, settings: dict) -> dict[str, int]:
+    """The added tokens in the order of the file."""
     found: dict[str, int] = {}
     listed = settings.get("added_tokens")
     for entry in [] if listed is None else listed if isinstance(listed, list) else [listed]:
         content, index = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(content, str) or type(index) is not int or index < 0:
-            raise UserError(f"{path}: the added token {shown(entry)} has no content or no id; copy the file again")
+        if not _is_text(content) or not _is_id(index):
+            raise UserError(
+                f"{path}: the added token {shown(entry)} needs a content, which is text, and an id below {MOST_IDS:,}; "
+                "copy the file again"
+            )
         if found.setdefault(content, index) != index:
             raise UserError(f"{path} has two ids for the added token {content!r}: {found[content]} and {index}")
     by_id: dict[int, str] = {}
     for content, index in found.items():
         if by_id.setdefault(index, content) != content:
             raise UserError(f"{path} gives the id {index} to two added tokens, {by_id[index]!r} and {content!r}")
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return found
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is a string without half a surrogate pair, which is not a character."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < MOST_IDS
+
+
+def _check_numbers(path: Path, added: dict[str, int], vocabulary: dict[str, int]) -> None:
+    """Raise UserError unless `tokenizers` gives the added tokens these ids.
+
+    It ignores the ids of the file: a token of the vocabulary has its id there, and any other one follows the added
+    tokens before it, but not before the number of tokens in the vocabulary (`AddedVocabulary::add_tokens`).
+    """
+    highest = -1
+    for content, index in added.items():
+        if not content:
+            continue
+        given = vocabulary.get(content, max(highest + 1, len(vocabulary)))
+        if given != index:
+            raise UserError(
+                f"{path}: the added token {content!r} has the id {index}, but transformers gives it {given}, which "
+                f"follows from the {len(vocabulary):,} tokens of the vocabulary and the added tokens before it; add "
+                "the token to the vocabulary too, with its id"
+            )
+        highest = max(highest, index)
 
 
 def _vocabulary(path: Path, model: dict, added: dict[str, int]) -> dict[str, int]:
     listed = model.get("vocab")
-    if not isinstance(listed, dict) or not all(type(index) is int and index >= 0 for index in listed.values()):
-        raise UserError(f"{path} has no vocabulary of tokens with ids; copy it again from the original tokenizer")
+    if not isinstance(listed, dict) or not all(map(_is_id, listed.values())):
+        raise UserError(
+            f"{path} has no vocabulary of tokens with ids below {MOST_IDS:,}; copy it again from the original tokenizer"
+        )
     taken = {index: token for token, index in added.items()}
     for token, index in listed.items():
         if taken.setdefault(index, token) != token:
             raise UserError(f"{path} gives the id {index} to two tokens, {taken[index]!r} and {token!r}")
         if added.get(token, index) != index:
             raise UserError(f"{path} has two ids for the token {token!r}: {index} and {added[token]}")
-    vocabulary = {token: index for token, index in listed.items() if token not in added}
     spelling = set(byte_characters())
+    in_text = spelling | _merged(model) if added.keys() & listed.keys() else set()
+    vocabulary = {token: index for token, index in listed.items() if token not in added or token in in_text}
     for token in vocabulary:
         if not token or not spelling.issuperset(token):
             raise UserError(
@@ -263,27 +300,15 @@ def _vocabulary(path: Path, model: dict, added: dict[str, int]) -> dict[str, int
     return vocabulary
 
 
-def _check_highest_id(path: Path, ids: dict[str, int]) -> None:
-    token = max(ids, key=ids.__getitem__, default=None)
-    if token is not None and ids[token] > MAX_ID:
-        raise UserError(
-            f"{path} gives the token {token!r} the id {ids[token]}, at most {MAX_ID} is allowed; copy the file again"
-        )
-
-
-def _check_added_ids(path: Path, settings: dict, vocabulary: dict[str, int]) -> None:
-    """Raise UserError if `tokenizers` ignores the id of an added token, and gives it another one.
-
-    It numbers those that are not in the model's vocabulary in the order of the file, from the vocabulary's size on
-    (`AddedVocabulary::add_tokens`).
-    """
-    others = (entry for entry in settings.get("added_tokens") or [] if entry["content"] not in vocabulary)
-    for index, entry in enumerate({entry["content"]: entry for entry in others}.values(), start=len(vocabulary)):
-        if entry["id"] != index:
-            raise UserError(
-                f"{path} gives the added token {entry['content']!r} the id {entry['id']}, but tokenizers gives it "
-                f"{index}; write it into the model's vocab too, with the id that the model was trained with"
-            )
+def _merged(model: dict) -> set[str]:
+    """What the merges of a model make, and what they join. Entries that are not merges are refused by `_merges`."""
+    listed = model.get("merges")
+    found: set[str] = set()
+    for entry in listed if isinstance(listed, list) else []:
+        pair = entry.split(" ") if isinstance(entry, str) else entry
+        if isinstance(pair, list) and all(isinstance(part, str) for part in pair):
+            found.update(pair, ["".join(pair)])
+    return found
 
 
 def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

@@ -118,6 +118,9 @@ class _FastTokenizer:
 
     def __init__(self, folder: Path, *, is_byte_level: bool):
         self.fast = load_with_transformers(folder, is_byte_level=is_byte_level)
+        # tokenizer.json may contain both. transformers sets them anew in each call.
+        self.fast.backend_tokenizer.no_truncation()
+        self.fast.backend_tokenizer.no_padding()
 
     def fast_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the fast tokenizer, without <s> and </s>."""

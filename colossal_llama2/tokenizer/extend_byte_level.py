@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.encoding.byte_level_encoder import check_file_beside
+from colossal_llama2.encoding.byte_level_encoder import check_file_beside, check_settings
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
 from colossal_llama2.encoding.byte_level_tokens import extended, merges_into, shown_token, text_of, unreached_tokens
 from colossal_llama2.encoding.file_names import (
@@ -54,6 +54,7 @@ class ByteLevelExtension:
         self._model = ByteLevelModel.read(source)
         check_file_beside(self._model)
         check_files(source, REQUIRED_FILES, "LLaMA-3")
+        check_settings(source)
         self.vocabulary_size = self._model.size
 
     def read_pieces(self, path: Path) -> NewPieces:
@@ -69,6 +70,7 @@ class ByteLevelExtension:
                 "merges and has no scores; leave the flag out"
             )
         plan = plan_byte_level(self._model, wanted, closure=settings.closure, max_added=settings.max_added_pieces)
+        self._check_names(plan.pieces)
         if plan.split:
             shown = ", ".join(repr(shown_token(token)) for token in plan.split[:SHOWN_PIECES])
             logs.get_logger().warning(
@@ -76,6 +78,15 @@ class ByteLevelExtension:
                 f"text is encoded to them: {shown}{', ...' if len(plan.split) > SHOWN_PIECES else ''}"
             )
         return plan
+
+    def _check_names(self, tokens: Sequence[str]) -> None:
+        """Raise UserError for a new token that is spelled like an added token: the vocabulary has each name once."""
+        taken = next((token for token in tokens if token in self._model.added), None)
+        if taken is not None:
+            raise UserError(
+                f"the new piece {shown_token(taken)!r} is spelled {taken!r} in {FAST_FILE}, which is an added token of "
+                f"{self._source}; remove the piece, and others that contain it"
+            )
 
     def write(self, folder: Path, plan: ExtensionPlan) -> None:
         """Write the files of the extended tokenizer to an existing folder."""

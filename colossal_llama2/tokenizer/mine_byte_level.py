@@ -10,6 +10,7 @@ The trainer of `tokenizers` does this: each token of the base is given to it as 
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -22,9 +23,11 @@ from colossal_llama2.encoding.byte_level_tokens import (
     text_of,
     unreached_tokens,
 )
+from colossal_llama2.errors import UserError
 
 # Tokens are written as the characters from here on, none of which is whitespace.
 FIRST_CHARACTER = 0x20000
+MOST_IDS = sys.maxunicode + 1 - FIRST_CHARACTER
 # Share of extra merges to train, because some tokens are too long. More is tried if too few are left.
 SPARES = (0.1, 0.5, 2.0)
 BATCH_TEXTS = 1 << 14
@@ -40,7 +43,12 @@ def mine_byte_level(
         lines: text to train on.
         min_count: how often two tokens must at least be neighbours to be merged.
         max_characters: a token may have at most this many characters; a part of a character counts as one.
+
+    Raises:
+        UserError: the ids of the base are too large to be written as characters.
     """
+    if model.size > MOST_IDS:
+        raise UserError(f"{model.path} has ids up to {model.size - 1:,}; mining is for vocabularies up to {MOST_IDS:,}")
     words = _words(model, lines)
     for spare in SPARES:
         trained = _train(words, int(limit * (1 + spare)), min_count)
