@@ -605,8 +605,8 @@ def test_llama_3_itself(tmp_path):
     assert report["split_pieces"] == ["กิน", "你好，"] and report["unreachable"] == 0
     assert report["vocabulary_before"] == 128_256
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, tmp_path / "out"))
-    old = before.get_vocab()
-    assert {token: after.get_vocab()[token] for token in old} == old
+    old, new = before.get_vocab(), after.get_vocab()
+    assert {token: new[token] for token in old} == old
     ranks = RankedBpe(tmp_path / "out", "llama3").ids
     client = tiktoken.Encoding("extended", pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens={})
     texts = [
