@@ -12,7 +12,6 @@ written here, since what transformers makes of a GGUF file is another one: it pu
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,8 +120,6 @@ def tokenizer_of(reader: "GGUFReader") -> tuple[dict, dict]:
 
 def write_model(gguf: Path, folder: Path) -> int:
     """Write the weights in bf16 as safetensors, and config.json; returns the number of parameters."""
-    # transformers draws a bar of its own, one line for each of 272 tensors where it is not on a terminal.
-    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM
 
