@@ -11,7 +11,7 @@ steps=13
 max_length=256
 # Of the training time: the new rows alone.
 align_percent=15
-# Of each language, to evaluate in about a minute.
+# Of each language; an evaluation takes one to three minutes.
 measured_bytes=30000
 
 write_corpus() {
