@@ -183,8 +183,4 @@ step prepare_dialogues "Prepare the dialogues" "$out/prepared-sft"
 step train_dialogues "Stage 5: fine-tune on dialogues (zero2, NEFTune)" "$out"/{5-sft,logs/5-sft,config/5-sft.json}
 step evaluate_dialogues "Evaluate stage 5"
 step ask "Three prompts"
-
-echo
-python examples/quickstart_table.py --results_file "$out/results.json"
-echo
-echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. TensorBoard: .venv/bin/tensorboard --logdir $out/logs"
+show_results

@@ -46,3 +46,11 @@ evaluate() {
 with_torchrun() {
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 "$@"
 }
+
+# show_results: the table of all stages, and the time taken.
+show_results() {
+    echo
+    python examples/quickstart_table.py --results_file "$out/results.json"
+    echo
+    echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. TensorBoard: .venv/bin/tensorboard --logdir $out/logs"
+}

@@ -118,8 +118,4 @@ step train_new_rows "Train the new rows alone" "$out"/{2-align,logs/2-align,conf
 step train_both "Train all weights on both languages (zero2)" "$out"/{3-both,logs/3-both,config/3-both.json}
 step evaluate_both "Evaluate the result"
 step ask "Four prompts"
-
-echo
-python examples/quickstart_table.py --results_file "$out/results.json"
-echo
-echo "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. TensorBoard: .venv/bin/tensorboard --logdir $out/logs"
+show_results

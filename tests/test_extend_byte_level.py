@@ -101,7 +101,7 @@ def target(kind, targets) -> Path:
     return targets[kind]
 
 
-def refused(words: str, source: Path, target: Path, pieces: Path, **flags) -> None:
+def assert_refused(words: str, source: Path, target: Path, pieces: Path, **flags) -> None:
     with pytest.raises(UserError, match=words):
         expand_tokenizer(ExtensionSettings(source, target, pieces, **flags))
     assert not target.exists() and not list(target.parent.glob(".*"))
@@ -437,15 +437,15 @@ def test_bytes_that_no_text_has():
 )  # fmt: skip
 def test_a_bad_line_is_named(folders, tmp_path, line, words):
     (tmp_path / "pieces.jsonl").write_text(f'{{"piece": "ok"}}\n{line}\n')
-    refused(f"pieces.jsonl:2: .*{words}", folders["smollm2"], tmp_path / "out", tmp_path / "pieces.jsonl")
+    assert_refused(f"pieces.jsonl:2: .*{words}", folders["smollm2"], tmp_path / "out", tmp_path / "pieces.jsonl")
 
 
 def test_scores_and_bytes_are_for_one_kind_each(source, tokenizer_dir, tmp_path):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
     words = "--piece_scores zero given, but .* is a byte-level BPE, which ranks merges and has no scores"
-    refused(words, source, tmp_path / "out", pieces, piece_scores="zero")
+    assert_refused(words, source, tmp_path / "out", pieces, piece_scores="zero")
     pieces.write_text('{"bytes": "e4bd"}\n')
-    refused("pieces.jsonl:1: .* the source is a SentencePiece model", tokenizer_dir, tmp_path / "out", pieces)
+    assert_refused("pieces.jsonl:1: .* the source is a SentencePiece model", tokenizer_dir, tmp_path / "out", pieces)
 
 
 def test_folders_that_are_refused(source, tmp_path):
@@ -489,16 +489,16 @@ def test_folders_that_are_refused(source, tmp_path):
         (lambda content: content["model"].update(type="Unigram"), 'is a "Unigram" model'),
         (lambda content: content.update(normalizer={"type": "NFC"}), "has a normalizer"),
     ]:
-        refused(words, changed(change), out, pieces)
+        assert_refused(words, changed(change), out, pieces)
     folder = changed(lambda content: None)
     (folder / "tokenizer_config.json").unlink()
-    refused("holds no tokenizer_config.json; LLaMA-3 ships", folder, out, pieces)
+    assert_refused("holds no tokenizer_config.json; LLaMA-3 ships", folder, out, pieces)
     folder = changed(lambda content: None)
     (folder / "tokenizer.model").write_bytes(b"GGUF" + bytes(70 << 20))
-    refused("tokenizer.model is a model in GGUF", folder, out, pieces)
+    assert_refused("tokenizer.model is a model in GGUF", folder, out, pieces)
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     (folder / "tokenizer.json").unlink()
-    refused("is in tiktoken's format.*convert_tiktoken", folder, out, pieces)
+    assert_refused("is in tiktoken's format.*convert_tiktoken", folder, out, pieces)
 
 
 def test_a_new_token_with_the_name_of_an_added_token(folders, tmp_path):
@@ -510,7 +510,7 @@ def test_a_new_token_with_the_name_of_an_added_token(folders, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     for piece, text in (("é", "é"), ("学校", "校")):
         pieces = write_pieces(tmp_path / "pieces.jsonl", [piece])
-        refused(f"the new piece '{text}' is spelled '{spelled(text)}' in", folder, tmp_path / "out", pieces)
+        assert_refused(f"the new piece '{text}' is spelled '{spelled(text)}' in", folder, tmp_path / "out", pieces)
 
 
 def test_truncation_and_padding_in_the_file_do_not_hide_differences(source, tmp_path):
@@ -531,7 +531,7 @@ def test_a_token_that_only_transformers_adds_is_named(folders, tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "<|pad|>"}))
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
-    refused(
+    assert_refused(
         r"transformers adds the token '<\|pad\|>' with the id 600.*set it to null", folder, tmp_path / "out", pieces
     )
 
