@@ -26,11 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 from inputs import make_folder  # noqa: E402
 
-# hidden_size, intermediate_size, layers, heads, vocabulary.
+# hidden_size, intermediate_size, layers, heads, key-value heads, vocabulary, tied embeddings. The last is SmolLM2-135M.
 MODELS = {
-    "45 M": (512, 1376, 4, 8, 32000),
-    "85 M": (768, 2048, 5, 12, 32000),
-    "161 M": (1024, 2752, 8, 16, 29000),
+    "45 M": (512, 1376, 4, 8, 8, 32000, False),
+    "85 M": (768, 2048, 5, 12, 12, 32000, False),
+    "161 M": (1024, 2752, 8, 16, 16, 29000, False),
+    "135 M": (576, 1536, 30, 9, 3, 49152, True),
 }
 # Name: model, ranks, tokens of a sample, samples of a micro batch, flags.
 CASES: dict[str, tuple[str, int, int, int, str]] = {
@@ -52,6 +53,10 @@ CASES: dict[str, tuple[str, int, int, int, str]] = {
     "3d, fp32, its own attention": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"),
     "3d, zero 1, bf16": ("85 M", 2, 16, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
     "zero2, one rank": ("45 M", 1, 512, 1, "--plugin zero2 --mixed_precision fp32"),
+    "zero2, fp32, 135 M": ("135 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32"),
+    "zero2, bf16, 135 M": ("135 M", 2, 16, 1, "--plugin zero2 --mixed_precision bf16"),
+    "gemini, bf16, 135 M": ("135 M", 2, 16, 1, "--plugin gemini --mixed_precision bf16"),
+    "3d, fp32, 135 M": ("135 M", 2, 256, 2, "--plugin 3d --zero 0 --mixed_precision fp32"),
 }
 STEPS = 6
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}
@@ -92,7 +97,9 @@ def compare(name: str, work_dir: Path, *, malloc: dict[str, str]) -> tuple[int, 
     return predict(words, ranks), launch(words, ranks, malloc)
 
 
-def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, vocabulary: int) -> None:
+def make_model(
+    folder: Path, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, is_tied: bool
+) -> None:
     """Write a LLaMA of random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -103,8 +110,9 @@ def make_model(folder: Path, hidden: int, inner: int, layers: int, heads: int, v
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
+        tie_word_embeddings=is_tied,
         max_position_embeddings=4096,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -43,6 +43,13 @@ def build_parser() -> CommandParser:
         "--max_length", metavar="TOKENS", type=value_types.sequence_length, default=256, help="length of a window"
     )
     parser.add_argument(
+        "--window_bytes",
+        metavar="BYTES",
+        type=value_types.sequence_length,
+        help="cut windows of this many bytes of text instead, so that models of different vocabularies see as much"
+        " context before each character",
+    )
+    parser.add_argument(
         "--batch_size", metavar="N", type=value_types.positive_int, default=8, help="windows per forward pass"
     )
     parser.add_argument(
@@ -75,6 +82,19 @@ def windows(token_ids: list[int], max_length: int, bos_token_id: int) -> Iterato
         yield [bos_token_id, *token_ids[start : start + max_length - 1]]
 
 
+def text_parts(text: str, most_bytes: int) -> Iterator[str]:
+    """Cut a text into parts of at most `most_bytes` UTF-8 bytes, which are at least four, between characters."""
+    start = size = 0
+    for position, character in enumerate(text):
+        width = len(character.encode())
+        if size + width > most_bytes:
+            yield text[start:position]
+            start, size = position, 0
+        size += width
+    if text[start:]:
+        yield text[start:]
+
+
 def total_nats(model, batch: list[list[int]]) -> float:
     """The summed negative log-likelihood, in nats, of every token of the windows but their <s>."""
     import torch
@@ -89,10 +109,17 @@ def total_nats(model, batch: list[list[int]]) -> float:
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
 
 
-def measure(model, tokenizer, texts: list[str], *, language: str, max_length: int, batch_size: int) -> dict:
+def measure(
+    model, tokenizer, texts: list[str], *, language: str, max_length: int, window_bytes: int | None, batch_size: int
+) -> dict:
     """Figures of one language's texts. Totals are divided once, at the end, so a long document weighs by its length."""
+    parts = texts
+    if window_bytes is not None:
+        parts = [part for text in texts for part in text_parts(text, window_bytes)]
+        # Not cut again: a byte is one token at most, besides the space that SentencePiece adds.
+        max_length = window_bytes + 2
     # verbose=False: a document longer than the model's window is no mistake here, since it is cut below.
-    encoded = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+    encoded = [tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in parts]
     rows = [row for ids in encoded for row in windows(ids, max_length, tokenizer.bos_token_id)]
     rows.sort(key=len)  # like lengths share a batch, so little padding is computed
     nats = 0.0
@@ -114,14 +141,21 @@ def measure(model, tokenizer, texts: list[str], *, language: str, max_length: in
     }
 
 
-def evaluate(model_path: str, texts: dict[str, list[str]], *, max_length: int, batch_size: int) -> dict[str, dict]:
+def evaluate(
+    model_path: str,
+    texts: dict[str, list[str]],
+    *,
+    max_length: int = 256,
+    window_bytes: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict]:
     """Load a model in float32 and measure it on every language."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.float32).eval()
-    sizes = {"max_length": max_length, "batch_size": batch_size}
+    sizes = {"max_length": max_length, "window_bytes": window_bytes, "batch_size": batch_size}
     return {name: measure(model, tokenizer, part, language=name, **sizes) for name, part in texts.items()}
 
 
@@ -141,7 +175,8 @@ def main(argv=None) -> None:
         if not (Path(args.model_path) / "config.json").is_file():
             raise errors.UserError(f"--model_path {args.model_path} holds no config.json; name a Hugging Face folder")
         texts = read_held_out(Path(args.held_out_dir), args.max_bytes)
-        languages = evaluate(args.model_path, texts, max_length=args.max_length, batch_size=args.batch_size)
+        sizes = {name: getattr(args, name) for name in ("max_length", "window_bytes", "batch_size")}
+        languages = evaluate(args.model_path, texts, **sizes)
         settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
         add_entry(Path(args.output_file), {**settings, "languages": languages})
         for language, figures in languages.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -231,6 +232,36 @@ def test_windows_hold_every_token_once():
     assert [row[0] for row in cut] == [1] * 4 and max(map(len, cut)) == 8
     assert [token for row in cut for token in row[1:]] == ids
     assert list(evaluation.windows([], 8, 1)) == []
+
+
+@pytest.mark.parametrize("most_bytes", [4, 7, 10, 1000])
+def test_windows_of_bytes_hold_every_character_once(most_bytes):
+    text = "naïve 世界 😀, plain\n" * 3
+    parts = list(evaluation.text_parts(text, most_bytes))
+    assert "".join(parts) == text
+    assert max(len(part.encode()) for part in parts) <= most_bytes
+    # None could take the next character too.
+    for part, following in itertools.pairwise(parts):
+        assert len((part + following[0]).encode()) > most_bytes
+    assert list(evaluation.text_parts("", most_bytes)) == []
+
+
+def test_windows_of_bytes_are_evaluated_one_by_one(model_dir):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = tiny.english_documents()[:3]
+    found = evaluation.evaluate(str(model_dir), {"en": texts}, window_bytes=90, batch_size=4)["en"]
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=torch.float32)
+    nats = tokens = 0
+    for part in (part for text in texts for part in evaluation.text_parts(text, 90)):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(part, add_special_tokens=False)]])
+        tokens += ids.shape[1] - 1
+        with torch.inference_mode():
+            nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert found["tokens"] == tokens and found["documents"] == 3
+    assert math.isclose(found["nats_per_byte"], nats / found["bytes"], rel_tol=1e-5)
 
 
 def test_evaluation_equals_an_independent_computation(model_dir, tmp_path):
