@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2.engine.patches import (
+    adam_kernels,
     batched_operations,
     bug_fixes,
     checkpoint_io,
@@ -106,6 +107,7 @@ def test_every_patch_is_used_and_nothing_else_replaces_attributes():
         bug_fixes.install,
         bug_fixes.install_for_gemini,
         bug_fixes.install_for_3d,
+        adam_kernels.install,
         batched_operations.install,
         lazy_loading.install,
         cpu_device.install,

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from colossal_llama2 import launcher, logs
-from colossal_llama2.engine.patches import bug_fixes, placeholders
+from colossal_llama2.engine.patches import adam_kernels, bug_fixes, placeholders
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
 
@@ -78,6 +78,7 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
         from colossal_llama2.engine.patches import cpu_device
 
         cpu_device.install()
+    adam_kernels.install()
     bug_fixes.install()
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         os.environ.setdefault(name, str(value))

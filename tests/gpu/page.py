@@ -136,7 +136,10 @@ def correct(found: Found) -> str:
         ]
     built, compared = found.figures("build Adam"), found.figures("compare Adam")
     if built:
-        lines.append(f"ColossalAI's Adam was built in {built['build_seconds']:.0f} s.")
+        if built["is_compiled"]:
+            lines.append(f"ColossalAI's Adam was built in {built['build_seconds']:.0f} s.")
+        else:
+            lines.append("Adam's kernels are PyTorch's: ColossalAI's are compiled only on GPUs, with a CUDA toolkit.")
     if compared:
         gaps = ("{}: {:.1e} / {:.1e}".format(place, *pair) for place, pair in compared["differences"].items())
         lines.append(

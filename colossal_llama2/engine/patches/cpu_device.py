@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from colossal_llama2.engine.patches import gloo_collectives, patching
+from colossal_llama2.engine.patches import adam_kernels, gloo_collectives, patching
 
 if TYPE_CHECKING:
     import torch
@@ -195,8 +195,7 @@ def _register_kernels() -> None:
             return type(self).kernel
 
     class HostAdam(HostExtension):
-        class kernel:
-            CPUAdamOptimizer = FusedCpuAdam
+        kernel = adam_kernels.CpuKernels
 
     class HostAttention(HostExtension):
         kernel = staticmethod(host_attention)
@@ -209,55 +208,6 @@ def _register_kernels() -> None:
         kernel_loader.FlashAttentionForFloatAndCustomMaskLoader,
     ):
         loader.register_extension(HostAttention)
-
-
-class FusedCpuAdam:
-    """The interface of ColossalAI's csrc/kernel/x86/cpu_adam.cpp, implemented by PyTorch's fused CPU Adam."""
-
-    def __init__(
-        self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool
-    ) -> None:
-        self._adamw_mode = adamw_mode
-
-    def step(
-        self,
-        step: int,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        bias_correction: bool,
-        param: "torch.Tensor",
-        grad: "torch.Tensor",
-        exp_avg: "torch.Tensor",
-        exp_avg_sq: "torch.Tensor",
-        div_scale: float,
-    ) -> None:
-        """Update `param` and both moments in place; `grad` is divided by `div_scale` if that is positive."""
-        import torch
-
-        grad = grad.float()
-        if div_scale > 0:
-            grad = grad / div_scale
-        # The fused kernel always corrects the bias; at a high step number the correction is 1.
-        steps = torch.tensor(float(step) if bias_correction else 1e9)
-        update = torch._fused_adamw_ if self._adamw_mode else torch._fused_adam_
-        update(
-            [param],
-            [grad.to(param.dtype)],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [steps],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
 
 
 def host_attention(

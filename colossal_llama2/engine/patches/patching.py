@@ -93,6 +93,15 @@ def _loop(target: str, upstream: str, mentions: str) -> Patch:
     return Patch(target, "several operations for each parameter, where one for all would do", upstream, mentions)
 
 
+def _adam_kernel(loader: str) -> Patch:
+    return Patch(
+        f"colossalai.kernel.kernel_loader:{loader}.load",
+        "a machine with a GPU needs nvcc and a C++ compiler at its first start",
+        "kernel/kernel_loader.py:72",
+        "ext.assert_compatible()",
+    )
+
+
 _PICKLE = "optimizer states are pickled"
 _CONFIG = "a generation_config.json that only warned when it was read raises an error"
 _HYBRID_IO = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
@@ -283,6 +292,9 @@ _TABLE = (
         "zero/gemini/placement_policy.py:177",
         "colo_device_memory_capacity(",
     ),
+    # adam_kernels.py
+    _adam_kernel("CPUAdamLoader"),
+    _adam_kernel("FusedOptimizerLoader"),
     # bug_fixes.py, attributes on which the fix for a single object relies
     Patch(
         "colossalai.nn.optimizer:HybridAdam.torch_adam_update",
