@@ -10,6 +10,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./.ci/environment.sh
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    # The comment above is the help.
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]##*/}"
+    exit
+fi
 while [[ ${1:-} =~ ^(--stack|--python)(=|$) ]]; do
     flag=${BASH_REMATCH[1]}
     if [[ $1 == *=* ]]; then set -- "$flag" "${1#*=}" "${@:2}"; fi

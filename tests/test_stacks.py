@@ -83,6 +83,14 @@ def test_wrong_flags_of_run_tests_are_one_line(arguments, message, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_of_run_tests_installs_nothing(flag, tmp_path):
+    done = bash(f"bash run_tests.sh {flag}", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("Lint, check types and run every test:\n") and "set -" not in done.stdout
+    assert "--stack legacy|current|image" in done.stdout.replace("[", "")
+
+
 def test_the_package_allows_the_python_of_each_stack(tmp_path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     allowed = SpecifierSet(project["requires-python"])
