@@ -11,6 +11,9 @@ tokens per step; full samples of random tokens, so nothing is padded. Every cand
   nothing, so this is the limit of the machine.
 - the plugins: train.py --benchmark.
 
+--pythons measures them with the packages of several environments, such as those of requirements.txt and
+requirements-current.txt; everything is then relative to the first one's Trainer and bare loop.
+
 Prints tokens/s and peak memory of the largest rank as ratios, and each plugin's step by part: medians of rounds in
 which every candidate runs once, so that a change in the machine's speed affects all of them. Seconds depend on the
 machine, and are not printed. "communication" is contained in the parts before it. It counts from the start of each
@@ -18,6 +21,7 @@ message; Gemini starts one chunk ahead and computes meanwhile.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -54,6 +58,7 @@ PLUGINS: dict[str, tuple[str, ...]] = {
     "3d": ("--plugin", "3d"),
     "3d, tp 2": ("--plugin", "3d", "--tp", "2"),
 }
+NAME_WIDTH = 28
 PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
 
 
@@ -67,6 +72,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which of the two")
     parser.add_argument("--lengths", nargs="+", type=sample_length, default=list(LENGTHS), help="tokens of a sample")
     parser.add_argument("--plugins", nargs="+", choices=PLUGINS, help="which (default: all that have the precision)")
+    parser.add_argument("--pythons", nargs="+", metavar="PATH", default=[sys.executable], help="of the environments")
     parser.add_argument("--rounds", type=positive_int, default=3, help="how often everything is run, by turns")
     parser.add_argument("--measure", choices=BASELINES, help=argparse.SUPPRESS)
     parser.add_argument("--model_dir", type=Path, help=argparse.SUPPRESS)
@@ -81,13 +87,17 @@ def main() -> None:
     unfit = sorted(set(args.plugins or ()) - set(fitting))
     if unfit:
         parser.error(f"--plugins {' '.join(unfit)} with --precision fp32 given; allowed: {'; '.join(fitting)}")
+    environments = [str(Path(python).absolute().parents[1]) for python in args.pythons]
+    if len(set(environments)) < len(environments) or not all(map(shutil.which, args.pythons)):
+        parser.error(f"--pythons {' '.join(args.pythons)} given; allowed are programs of different environments")
     make_folder(parser, args.work_dir)
     try:
         for name in args.models:
             model_dir = make_model(args.work_dir / name.replace(" ", ""), MODELS[name])
             for length in args.lengths:
                 run = partial(measure, model_dir=model_dir, length=length, precision=args.precision)
-                print_table(f"{name}, {length:,} tokens", run, args.plugins or fitting, args.rounds)
+                candidates = (*BASELINES, *(args.plugins or fitting))
+                print_table(f"{name}, {length:,} tokens", run, candidates, args.pythons, args.rounds)
     finally:
         shutil.rmtree(args.work_dir)
 
@@ -111,16 +121,23 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     return folder
 
 
-def print_table(title: str, run: Callable[[str], dict[str, float]], plugins: Sequence[str], turns: int) -> None:
+def print_table(
+    title: str, run: Callable[..., dict[str, float]], candidates: Sequence[str], pythons: Sequence[str], turns: int
+) -> None:
     """Run all candidates on one model and length, `turns` times in turn, and print each measurement to stderr."""
     rounds: list[dict[str, dict[str, float]]] = []
     for turn in range(turns):
         rounds.append({})
-        for name in (*BASELINES, *plugins):
-            rounds[-1][name] = figures = run(name)
+        # The same candidate of each environment one after the other, so that they meet the same speed of the machine.
+        for name, python in itertools.product(candidates, pythons):
+            row = name if python == pythons[0] else f"{name}, {Path(python).absolute().parents[1].name}"
+            rounds[-1][row] = figures = run(name, python=python)
             over = figures["speed"] / rounds[-1]["trainer"]["speed"]
-            print(f"{title}, turn {turn + 1} of {turns}: {name} {over:.2f}", file=sys.stderr, flush=True)
-    print(f"\n{title:18} over Trainer  (least-most)  over bare  memory over Trainer   " + "  ".join(PARTS), flush=True)
+            print(f"{title}, turn {turn + 1} of {turns}: {row} {over:.2f}", file=sys.stderr, flush=True)
+    print(
+        f"\n{title:{NAME_WIDTH}} over Trainer  (least-most)  over bare  memory over Trainer   " + "  ".join(PARTS),
+        flush=True,
+    )
     for name in rounds[0]:
         print_row(name, rounds)
 
@@ -136,30 +153,30 @@ def print_row(name: str, rounds: list[dict[str, dict[str, float]]]) -> None:
     figures = f"{median(speeds):12.2f}  ({min(speeds):.2f}-{max(speeds):.2f})  {median(ratios('speed', 'bare')):10.2f}"
     figures += f"  {median(ratios('memory', 'trainer')):19.2f}"
     shares = [f"{median(row[part] for row in rows):>{len(part) - 1}.0f}%" for part in PARTS if part in rows[0]]
-    print(f"{name:18} {figures}   {'  '.join(shares)}".rstrip(), flush=True)
+    print(f"{name:{NAME_WIDTH}} {figures}   {'  '.join(shares)}".rstrip(), flush=True)
 
 
-def measure(name: str, *, model_dir: Path, length: int, precision: str) -> dict[str, float]:
+def measure(name: str, *, python: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
     """One candidate, once."""
     if name in BASELINES:
-        return baseline(name, model_dir, length, precision)
+        return baseline(name, python, model_dir, length, precision)
     # ColossalAI supports ZeRO in 3d only in half precision.
     no_zero = ("--zero", "0") if precision == "fp32" and "3d" in PLUGINS[name] else ()
-    return ours(model_dir, length, precision, PLUGINS[name] + no_zero)
+    return ours(python, model_dir, length, precision, PLUGINS[name] + no_zero)
 
 
-def baseline(name: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
+def baseline(name: str, python: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
     """Tokens/s of all ranks, and the memory of the largest."""
     script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
-    done = launch([*script, "--lengths", str(length), "--precision", precision])
+    done = launch(python, [*script, "--lengths", str(length), "--precision", precision])
     rows = [json.loads(line) for line in done.splitlines() if line.startswith('{"speed"')]
     combine = sum if name == "bare" else max
     return {"speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)}
 
 
-def launch(script: list[str]) -> str:
-    """Run a script on all ranks; returns what they print."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS), *script]
+def launch(python: str, script: list[str]) -> str:
+    """Run a script on all ranks with a Python; returns what they print."""
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS), *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -167,14 +184,15 @@ def launch(script: list[str]) -> str:
     return done.stdout
 
 
-def ours(model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -> dict[str, float]:
+def ours(python: str, model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -> dict[str, float]:
     """The output of train.py --benchmark. Tensor-parallel partners share samples, so they get twice as many."""
     data_ranks = 1 if "--tp" in flags else RANKS
     batch = TOKENS_A_STEP // length * (RANKS // data_ranks)
     samples = batch * data_ranks * (WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS)
     script = ["train.py", "--benchmark", "--pretrained", model_dir, "--max_length", length, "--num_samples", samples]
     script += ["--micro_batch_size", batch, "--mixed_precision", precision, "--use_flash_attn", *flags]
-    printed = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", launch([str(word) for word in script]), re.MULTILINE))
+    output = launch(python, [str(word) for word in script])
+    printed = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", output, re.MULTILINE))
     figures = {name: float(printed[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
     return {**figures, "speed": figures["tokens/s"], "memory": figures["peak memory"] * 2**20}
 

@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
+from colossal_llama2.engine.device import peak_memory
 from colossal_llama2.plurals import counted
 from colossal_llama2.tables import table_lines
 from colossal_llama2.train.forecast.activations import ModelShape
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 GIB = 2**30
-# Error of the forecast in percent: as measured on a CPU (benchmarks/bench_memory.py), and a larger one on GPUs, where
-# nothing was measured.
-CPU_MARGIN, GPU_MARGIN = 15, 20
-# The approximate memory of Python and its libraries in each process of a rehearsal.
-LIBRARIES = GIB
+# Error of the forecast in percent: a little more than was measured on a CPU (benchmarks/bench_memory.py), and a larger
+# one on GPUs, where nothing was measured.
+CPU_MARGIN, GPU_MARGIN = 10, 20
+# Resident memory of a rehearsal's process over what its tensors need, since it keeps freed memory (cpu_device.py):
+# 1.23 to 1.41 for five models and plugins (benchmarks/bench_memory.py --kept_memory).
+KEPT = 1.32
 
 
 def memory_plan(config: TrainConfig, ranks: int, *, has_documents: bool, on_cpu: bool) -> Plan:
@@ -45,8 +47,20 @@ def memory_lines(config: TrainConfig, llama_config: "LlamaConfig", *, has_docume
     """The memory that a run of this transformers LlamaConfig needs, on the devices that it is planned for."""
     ranks, on_cpu = config.world_size, not _plans_for_gpus(config)
     plan = memory_plan(config, ranks, has_documents=has_documents, on_cpu=on_cpu)
-    table = memory_table(rank_memory(ModelShape.of(llama_config), plan), ranks=ranks, on_cpu=on_cpu)
-    return "\n".join([table, *_rehearsal_lines(config, llama_config, has_documents=has_documents)])
+    memory = rank_memory(ModelShape.of(llama_config), plan)
+    lines = [memory_table(memory, ranks=ranks, on_cpu=on_cpu)]
+    if on_cpu:
+        lines += process_lines(memory.peak, peak_memory())
+    return "\n".join([*lines, *_rehearsal_lines(config, llama_config, has_documents=has_documents)])
+
+
+def process_lines(peak: int, libraries: int) -> list[str]:
+    """The resident memory of a rehearsal's process, from its tensors' peak and the memory of Python and libraries."""
+    whole = (KEPT * peak + libraries) / GIB
+    return [
+        f"a process takes about {whole:.2f} GiB: {KEPT} times the peak, since it keeps freed memory,",
+        f"and {libraries / GIB:.2f} GiB for Python and libraries; expect +-{CPU_MARGIN} %",
+    ]
 
 
 def _plans_for_gpus(config: TrainConfig) -> bool:
@@ -64,13 +78,12 @@ def _rehearsal_lines(config: TrainConfig, llama_config: "LlamaConfig", *, has_do
         return []
     ranks = config.world_size
     plan = memory_plan(config, ranks, has_documents=has_documents, on_cpu=True)
-    each = rank_memory(ModelShape.of(llama_config), plan).peak
+    each = KEPT * rank_memory(ModelShape.of(llama_config), plan).peak + peak_memory()
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    together = ranks * (each + LIBRARIES)
     return [
-        f"there is no GPU here, so this forecast is for another machine; a rehearsal with {counted(ranks, 'process')} "
-        f"on this CPU needs {each / GIB:.2f} GiB in each,",
-        f"{together / GIB:,.1f} GiB in total with Python and libraries, of {here / GIB:,.1f} GiB here",
+        "there is no GPU here, so this forecast is for another machine;",
+        f"a rehearsal with {counted(ranks, 'process')} on this CPU needs {each / GIB:.2f} GiB in each,",
+        f"{ranks * each / GIB:,.1f} GiB in total, of {here / GIB:,.1f} GiB here",
     ]
 
 
@@ -88,7 +101,7 @@ def memory_table(memory: RankMemory, *, ranks: int, on_cpu: bool) -> str:
         lines.append(f"  in the host's memory: {part} {size / GIB:.2f}")
     peak = f"peak: {memory.peak / GIB:.2f} GiB, at {memory.peak_moment}; computed, not measured;"
     if on_cpu:
-        lines.append(f"{peak} expect +-{CPU_MARGIN} %, and about 1 GiB more for Python and libraries")
+        lines.append(f"{peak} expect +-{CPU_MARGIN} %")
     else:
         lines.append(f"{peak} expect +-{GPU_MARGIN} %, since no GPU was ever measured,")
         lines.append("and 1 to 2 GiB more for CUDA, NCCL and what the allocator leaves unused")
