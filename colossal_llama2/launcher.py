@@ -71,6 +71,9 @@ def place() -> Place:
 def settle() -> Place:
     """Read the environment once, remove leftovers from it, and complete what the launcher omits."""
     global _settled
+    # PyTorch reads this when it is imported. ColossalAI's import would start a pool of compiler processes in each rank,
+    # as many as there are cores, for functions that are not called here.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if _settled is None:
         _settled = _read()
     return _settled

@@ -1,13 +1,17 @@
 """--benchmark of the training commands: what it prints, what it does not change, what it refuses."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from colossal_llama2.train import benchmark
 from colossal_llama2.train.stepping.step_timer import StepTimer
+from tests.conftest import ROOT
 
 
 def flags(model_dir, *more):
@@ -62,3 +66,22 @@ def test_flops_are_those_of_a_llama_7b():
     config = SimpleNamespace(tie_word_embeddings=False, vocab_size=32000, hidden_size=4096, num_hidden_layers=32)
     # 6.74 billion parameters, 131 million of them in the input embeddings, 4,096 tokens.
     assert benchmark.flops_per_token(config, 6_738_415_616, 4096) == pytest.approx(46.1e9, rel=0.01)
+
+
+@pytest.mark.slow
+def test_no_compiler_process_is_started(model_dir):
+    """In a user's environment, and with --use_flash_attn, whose check imports parts of PyTorch before the rest."""
+    words = ["--pretrained", str(model_dir), "--benchmark", "--plugin", "zero2", "--mixed_precision", "fp32"]
+    words += ["--max_length", "32", "--num_samples", "6", "--use_flash_attn"]
+    code = (
+        "import os, sys, train\n"
+        "train.main(sys.argv[1:])\n"
+        "children = open(f'/proc/self/task/{os.getpid()}/children').read().split()\n"
+        "print('children:', *children, 'torch._inductor.async_compile' in sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    # The module that starts the pool was imported, and started none.
+    assert done.stdout.splitlines()[-1] == "children: True", (done.stdout, done.stderr)

@@ -59,8 +59,6 @@ def launch(seed: int, *, timeout_seconds: float | None = None, meet: Callable[[]
         UserError: there are more processes on this host than GPUs, or this version of ColossalAI is not supported.
     """
     here = launcher.settle()
-    # PyTorch would start a pool of compiler processes at import, and nothing is compiled here.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # ColossalAI warns about missing packages (apex, tensornvme), though only apex's norms would be used. PyTorch
     # warns of TorchScript in a module that ColossalAI imports.
     with warnings.catch_warnings(record=True), _no_toolkit_named():
