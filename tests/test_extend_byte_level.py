@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled, spelled_bytes
+from colossal_llama2.encoding.byte_level_reach import split_tokens, unreached_tokens
 from colossal_llama2.encoding.byte_level_tokens import (
     can_occur,
     characters_in,
@@ -19,15 +20,14 @@ from colossal_llama2.encoding.byte_level_tokens import (
     merges_into,
     merging,
     shown_token,
-    split_tokens,
     symbols_of,
     text_of,
-    unreached_tokens,
 )
 from colossal_llama2.encoding.parity import ByteLevelTokenizers, PieceFinder, measure
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer import extend_byte_level, init_tokenizer
 from colossal_llama2.tokenizer.byte_level_closure import plan_byte_level
+from colossal_llama2.tokenizer.closure import evolve
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests.byte_level import BEGIN, END, make_byte_level, make_llama3
 from tests.plain_bpe import LLAMA_3, PlainBpe, RankedBpe
@@ -377,6 +377,21 @@ def test_what_is_divided_is_dropped_counted_and_named(source, tmp_path, caplog, 
     assert report["unreachable"] == 4 and "not proven: 4 of 4 new pieces never reached" in caplog.text
 
 
+@FEW
+@given(
+    pieces=st.lists(st.text("qzx", min_size=2, max_size=7), min_size=1, max_size=12), text=st.text("qzx", max_size=30)
+)
+def test_the_closure_merges_as_tokenizers_does(models, pieces, text):
+    """One ranks tokens, the other pairs; a token is always made by the same pair."""
+    model = models["smollm2"]
+    wanted = wanted_of(model, pieces)
+    new = extended(model, wanted)
+    scores = {token: -float(place) for place, token in enumerate(wanted, start=1)}
+    for one in [*wanted, text]:
+        (before,), (after,) = (symbols_of(each.plain_tokenizer(), [one]) for each in (model, new))
+        assert evolve(before, scores) == after
+
+
 # Other input.
 
 
@@ -401,6 +416,70 @@ def test_parts_of_characters_are_given_as_bytes(source, tmp_path):
     new = list(ByteLevelModel.read(tmp_path / "out").vocabulary)[len(ByteLevelModel.read(source).vocabulary) :]
     assert new[:2] == [spelled_bytes(b"\xe8\x8b"), spelled("苹")]
     assert [shown_token(token) for token in new[:2]] == ["bytes e88b", "苹"]
+
+
+# GPT-2's pattern divides "," from letters, but not from the symbol ䷀ (e4b780). The Arabic digit ٠ (d9a0) is a number.
+PARTS = [
+    ("llama3", ["0ae4", "31e4", "e5a5bd2ce4", "a02e30"], ["61e4", "2ce4", "2ce4bd", "a030", "a0e5a5", "e4bd", "a0"]),
+    ("smollm2", ["0ae4", "31e4", "2ce4bd", "a030", "a0e5a5bd0a"], ["61e4", "2ce4", "20e4bd", "a0e5a5", "e4bd", "a0"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, divided, whole", PARTS)
+def test_bytes_across_a_division_are_divided(models, name, divided, whole):
+    tokens = [spelled_bytes(bytes.fromhex(part)) for part in [*divided, *whole]]
+    assert split_tokens(models[name].plain_tokenizer(), tokens) == tokens[: len(divided)]
+    plan = plan_byte_level(models[name], tokens[:-1], closure="complete")
+    assert plan.split == plan.dropped == tokens[: len(divided)] and not plan.joined
+    assert unreached_tokens(extended(models[name], plan.pieces), plan.pieces) == []
+
+
+def test_divided_bytes_are_dropped_counted_and_named(source, tmp_path, caplog):
+    lines = [{"bytes": "0ae4"}, {"piece": "学校"}, {"bytes": "61e4"}]
+    (tmp_path / "pieces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", tmp_path / "pieces.jsonl"))
+    report = report_of(tmp_path / "out")
+    assert (report["asked"], report["split"], report["dropped"], report["unreachable"]) == (3, 1, 1, 0)
+    assert report["split_pieces"] == report["dropped_pieces"] == ["bytes 0ae4"]
+    assert "divides a text inside 1 of the pieces, so no text is encoded to them: 'bytes 0ae4'" in caplog.text
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "off", tmp_path / "pieces.jsonl", closure="off"))
+    assert "bytes 0ae4" in report_of(tmp_path / "off")["unreachable_pieces"]
+
+
+LATIN = [bytes([0xC3, byte]).decode() for byte in range(0x80, 0xC0)]
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_bytes_that_other_merges_always_join_are_dropped_and_named(models, source, kind, is_first, tmp_path, caplog):
+    """Whatever follows c3 makes a character that is a token, before a and c3 are merged; unless these come first."""
+    lines = [{"piece": character} for character in LATIN]
+    lines.insert(0 if is_first else len(lines), {"bytes": "61c3"})
+    (tmp_path / "pieces.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", tmp_path / "pieces.jsonl"))
+    report, plain = report_of(tmp_path / "out"), PlainBpe(tmp_path / "out", kind)
+    assert report["dropped_pieces"] == ([] if is_first else ["bytes 61c3"]) and report["split"] == 0
+    assert ("other merges always join the first or last byte of 1 of the pieces" in caplog.text) != is_first
+    made = [plain.ids.get(b"a\xc3") in plain.encode(f"a{character}") for character in LATIN if character.isalpha()]
+    assert all(made) if is_first else not any(made)
+    assert report["unreachable"] == 0
+
+
+@FEW
+@given(
+    text=st.text("the甲乙é🤖 ,1\n", min_size=2, max_size=4),
+    cut=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    kind=st.sampled_from(KINDS),
+)
+def test_parts_that_are_kept_are_made_in_a_text(models, text, cut, kind):
+    content = text.encode()[cut[0] :]
+    content = content[: len(content) - cut[1]]
+    token = spelled_bytes(content)
+    if not content or token in models[kind].vocabulary or text_of(token) is not None:
+        return
+    plan = plan_byte_level(models[kind], [token], closure="complete")
+    divide = models[kind].plain_tokenizer().pre_tokenizer.pre_tokenize_str
+    if any(token in part for part, _ in divide(text)):
+        assert plan.pieces[0] == token and not unreached_tokens(extended(models[kind], plan.pieces), plan.pieces)
 
 
 def test_a_part_of_a_long_piece_is_limited_by_characters_as_a_piece_is(source, tmp_path):

@@ -8,7 +8,8 @@ import re
 import pytest
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled
-from colossal_llama2.encoding.byte_level_tokens import characters_in, extended, text_of, unreached_tokens
+from colossal_llama2.encoding.byte_level_reach import unreached_tokens
+from colossal_llama2.encoding.byte_level_tokens import characters_in, extended, text_of
 from colossal_llama2.tokenizer import mine_byte_level, mine_tokens
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 from tests.byte_level import make_byte_level

@@ -1,7 +1,7 @@
-"""Tokens of a byte-level BPE: the texts they stand for, the merges that make them, and which of them occur in texts."""
+"""Tokens of a byte-level BPE: the texts they stand for, and the merges that make them."""
 
 import codecs
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPACE = "▁"
-TEXTS_AT_A_TIME = 10_000
 CONTINUATION_BYTES = range(0x80, 0xC0)
-# What may stand before a piece in a text. A pre-tokenizer may divide "好，" or "3.14" in each of them, and "12" only
-# after a digit.
-CONTEXTS = ("", "a", ".", "\n", " ", "0")
 
 
 def text_of(token: str) -> str | None:
@@ -88,47 +84,3 @@ def symbols_of(tokenizer: "Tokenizer", tokens: Iterable[str]) -> list[list[str]]
     """What the merges of a tokenizer turn the bytes of each token into; its pre-tokenizer is not applied."""
     merges = tokenizer.model
     return [[symbol.value for symbol in merges.tokenize(token)] for token in tokens]
-
-
-# The pre-tokenizer.
-
-
-def split_tokens(tokenizer: "Tokenizer", tokens: Sequence[str]) -> list[str]:
-    """The `tokens` whose text the tokenizer's pre-tokenizer divides wherever it stands, so that no merge makes them.
-
-    A token counts as whole if it is exactly one part of a text in one of CONTEXTS. A part of a character always is:
-    pre-tokenizers divide texts between characters.
-    """
-    divide = tokenizer.pre_tokenizer.pre_tokenize_str
-    return _never(tokens, lambda texts: [[part for part, _ in divide(text)] for text in texts], lambda token: token)
-
-
-def unreached_tokens(model: ByteLevelModel, tokens: Sequence[str]) -> list[str]:
-    """The `tokens` of a model that its merges never make, or that no text in one of CONTEXTS is encoded to.
-
-    Both are found by encoding. The first is without `ignore_merges`, which would hide that merges do not lead to a
-    token; they must, because it hides it only where nothing else is in the same part of a text.
-    """
-    merged = symbols_of(merging(model).plain_tokenizer(), tokens)
-    stuck = {token for token, symbols in zip(tokens, merged, strict=True) if symbols != [token]}
-    tokenizer = model.plain_tokenizer()
-
-    def encoded(texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    stuck.update(_never(tokens, encoded, model.vocabulary.__getitem__))
-    return [token for token in tokens if token in stuck]
-
-
-def _never(tokens: Sequence[str], parts_of: Callable, part_of: Callable) -> list[str]:
-    """The tokens with a text whose part is in no context among the parts of the text."""
-    texts = {token: text for token in tokens if (text := text_of(token)) is not None}
-    left = list(texts)
-    for context in CONTEXTS:
-        found: set[str] = set()
-        for start in range(0, len(left), TEXTS_AT_A_TIME):
-            some = left[start : start + TEXTS_AT_A_TIME]
-            parts = parts_of([context + texts[token] for token in some])
-            found.update(token for token, own in zip(some, parts, strict=True) if part_of(token) in own)
-        left = [token for token in left if token not in found]
-    return left

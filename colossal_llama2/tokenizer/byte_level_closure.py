@@ -12,25 +12,31 @@ two tokens is a merge of it (`merges_into`), so there two neighbours merge if th
 are the merges of closure.py with other symbols, and its proof holds here too, step by step:
 
 - Merges inside a stretch that becomes one symbol are those of the stretch alone, in the same order: the next merge of
-  all is also the next of the stretch, and equal merges are made from left to right in both.
+  all is also the next of the stretch, and equal pairs are merged from left to right in both.
+- So a token is always made by the same pair. `tokenizers` ranks pairs and closure.py ranks tokens, but neighbours that
+  would make the same token are the same pair, so both choose the same merge.
 - A token whose merges rank behind all others acts only where nothing else was possible. So what was reached before is
   reached in the same way; and the two symbols that it joins are reached, so it is reached itself.
 - Each addition shortens a list that is stuck. So one pass ends, with every piece as one symbol.
+
+A part of characters has neighbours in every text, and better merges may always join it to one of them. Such parts are
+found with the merges of the whole plan, and left out (byte_level_reach.py).
 
 `ignore_merges` (LLaMA-3) makes a part that is a token without merging. Merges make every new token too, so this changes
 none, and programs without it give the same ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
+from colossal_llama2.encoding.byte_level_reach import never_made, split_tokens
 from colossal_llama2.encoding.byte_level_tokens import (
     extended,
     is_within_character,
     merging,
-    split_tokens,
     symbols_of,
+    text_of,
 )
 from colossal_llama2.tokenizer.closure import ExtensionPlan, evolve, longest_prefix, pieces_that_join
 
@@ -47,18 +53,32 @@ def plan_byte_level(
         max_added: the maximum number of tokens to append; the last ones of the file are left out first.
     """
     source = _Source(model, wanted)
-    gone = set(source.split) if closure != "off" else set()
-    kept = [token for token in wanted if token not in gone]
     close = {"complete": source.complete, "drop": source.drop, "off": _append_all}[closure]
-    count, found = longest_prefix(lambda count: close(kept[:count]), len(kept), max_added)
-    dropped = [token for token in source.split if token in gone] + found.dropped
-    return replace(found, dropped=dropped, over_budget=list(kept[count:]), split=source.split)
+    gone = set(source.split) if closure != "off" else set()
+    joined: list[str] = []
+    while True:
+        kept = [token for token in wanted if token not in gone]
+        count, found = _fitting(close, kept, max_added)
+        lost = source.joined(found.pieces) if closure != "off" else []
+        if not lost:
+            break
+        joined += lost
+        gone.update(lost)
+    dropped = [token for token in wanted if token in gone] + found.dropped
+    return replace(found, dropped=dropped, over_budget=list(kept[count:]), split=source.split, joined=joined)
+
+
+def _fitting(
+    close: Callable[[Sequence[str]], ExtensionPlan], tokens: Sequence[str], max_added: int | None
+) -> tuple[int, ExtensionPlan]:
+    return longest_prefix(lambda count: close(tokens[:count]), len(tokens), max_added)
 
 
 class _Source:
     """What a source makes of the wanted tokens: which ones its pre-tokenizer splits, and the symbols of all."""
 
     def __init__(self, model: ByteLevelModel, wanted: Sequence[str]):
+        self._model, self._wanted = model, frozenset(wanted)
         self._known = model.vocabulary.keys()
         # A byte without a token would be dropped from the symbols.
         spelling = extended(model, self._missing_bytes(wanted))
@@ -68,6 +88,11 @@ class _Source:
 
     def _missing_bytes(self, wanted: Sequence[str]) -> list[str]:
         return [byte for byte in dict.fromkeys("".join(wanted)) if byte not in self._known]
+
+    def joined(self, added: Sequence[str]) -> list[str]:
+        """The wanted parts of characters that are never made once the tokens are `added`: other merges come first."""
+        parts = [token for token in added if token in self._wanted and text_of(token) is None]
+        return never_made(extended(self._model, added), parts, added) if parts else []
 
     def complete(self, wanted: Sequence[str]) -> ExtensionPlan:
         own = set(wanted)

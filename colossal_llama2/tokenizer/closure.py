@@ -33,6 +33,8 @@ class ExtensionPlan:
         over_budget: pieces of the file that are left out because they exceed the budget.
         altered: pieces that the model's normalizer never produces; they are dropped, unless all pieces are appended.
         split: pieces that a byte-level BPE's pre-tokenizer never leaves whole; they are dropped in the same way.
+        joined: parts of characters that a byte-level BPE never makes, because better merges always join one of their
+            bytes to one outside; they are dropped in the same way.
     """
 
     pieces: list[str]
@@ -43,6 +45,7 @@ class ExtensionPlan:
     over_budget: list[str]
     altered: Sequence[str] = ()
     split: Sequence[str] = ()
+    joined: Sequence[str] = ()
 
 
 def plan_extension(

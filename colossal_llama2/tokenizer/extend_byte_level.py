@@ -13,7 +13,8 @@ from typing import Any
 from colossal_llama2 import logs
 from colossal_llama2.encoding.byte_level_encoder import check_file_beside, check_settings
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
-from colossal_llama2.encoding.byte_level_tokens import extended, merges_into, shown_token, text_of, unreached_tokens
+from colossal_llama2.encoding.byte_level_reach import unreached_tokens
+from colossal_llama2.encoding.byte_level_tokens import extended, merges_into, shown_token, text_of
 from colossal_llama2.encoding.file_names import (
     CONFIG_FILE,
     COPIED_FILES,
@@ -63,7 +64,7 @@ class ByteLevelExtension:
         return read_new_pieces(path, known=known, special_tokens=self._model.added.keys(), is_byte_level=True)
 
     def plan(self, wanted: Sequence[str], settings: ExtensionSettings) -> ExtensionPlan:
-        """What to append; logs a warning about pieces that the pre-tokenizer never leaves whole."""
+        """What to append; logs warnings about pieces that no text is encoded to."""
         if settings.piece_scores != "below":
             raise UserError(
                 f"--piece_scores {settings.piece_scores} given, but {self._source} is a byte-level BPE, which ranks "
@@ -72,10 +73,14 @@ class ByteLevelExtension:
         plan = plan_byte_level(self._model, wanted, closure=settings.closure, max_added=settings.max_added_pieces)
         self._check_names(plan.pieces)
         if plan.split:
-            shown = ", ".join(repr(shown_token(token)) for token in plan.split[:SHOWN_PIECES])
             logs.get_logger().warning(
                 f"the pre-tokenizer of {self._source} divides a text inside {len(plan.split):,} of the pieces, so no "
-                f"text is encoded to them: {shown}{', ...' if len(plan.split) > SHOWN_PIECES else ''}"
+                f"text is encoded to them: {_examples(plan.split)}"
+            )
+        if plan.joined:
+            logs.get_logger().warning(
+                f"other merges always join the first or last byte of {len(plan.joined):,} of the pieces to the byte "
+                f"beside it, so no text is encoded to them: {_examples(plan.joined)}"
             )
         return plan
 
@@ -116,6 +121,11 @@ class ByteLevelExtension:
     def shown(self, piece: str) -> str:
         """The token's text with "▁" for spaces, or its bytes."""
         return shown_token(piece)
+
+
+def _examples(tokens: Sequence[str]) -> str:
+    shown = ", ".join(repr(shown_token(token)) for token in tokens[:SHOWN_PIECES])
+    return f"{shown}{', ...' if len(tokens) > SHOWN_PIECES else ''}"
 
 
 # Writing the target.

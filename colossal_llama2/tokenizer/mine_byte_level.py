@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of
+from colossal_llama2.encoding.byte_level_reach import unreached_tokens
 from colossal_llama2.encoding.byte_level_tokens import (
     SPACE,
     characters_in,
     extended,
     shown_token,
     text_of,
-    unreached_tokens,
 )
 from colossal_llama2.errors import UserError
 
