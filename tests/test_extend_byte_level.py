@@ -29,7 +29,7 @@ from colossal_llama2.tokenizer import extend_byte_level, init_tokenizer
 from colossal_llama2.tokenizer.byte_level_closure import plan_byte_level
 from colossal_llama2.tokenizer.closure import evolve
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
-from tests.byte_level import BEGIN, END, make_byte_level, make_llama3
+from tests.byte_level import BEGIN, BYTE_LEVEL, END, make_byte_level, make_llama3
 from tests.plain_bpe import LLAMA_3, PlainBpe, RankedBpe
 from tests.test_init_tokenizer import report_of, write_pieces
 from tests.tiny import CHINESE, english_documents
@@ -165,16 +165,36 @@ def test_templates_are_copied_and_other_files_of_the_vocabulary_are_not(source, 
     assert "vocab.json: not copied, tokenizer.json holds the same" in caplog.text
 
 
-def test_gpt_2s_class_is_replaced_and_others_are_kept(source, tmp_path):
-    """transformers 5 puts GPT-2's pre-tokenizer in place of that of the file for it."""
-    folder = shutil.copytree(source, tmp_path / "source")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    for name, expected in (("GPT2Tokenizer", "PreTrainedTokenizerFast"), ("LlamaTokenizerFast", "LlamaTokenizerFast")):
-        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
-        out = tmp_path / name
-        out.mkdir()
-        extend_byte_level._write_settings(folder, out)
-        assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == expected
+KEPT_CLASSES = ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer")
+# In transformers 5 each of them changes the normalizer, the pre-tokenizer, the decoder or the merges of a file.
+OTHER_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "CohereTokenizerFast")
+OTHER_CLASSES += ("CodeLlamaTokenizerFast", "CodeGenTokenizer", "GPTNeoXTokenizerFast", "GemmaTokenizerFast")
+OTHER_CLASSES += ("RobertaTokenizerFast", "WhisperTokenizer", "TokenizersBackend", "Unknown", "", None)
+
+
+@pytest.mark.parametrize("name", [*KEPT_CLASSES, *OTHER_CLASSES])
+def test_a_class_that_does_not_read_the_file_as_it_is_is_replaced(folders, name, tmp_path, caplog):
+    """By transformers of either version, with and without the model's config.json beside it."""
+    from transformers import AutoTokenizer
+
+    caplog.set_level("INFO")
+    source = shutil.copytree(folders["llama3"], tmp_path / "source")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": None, "tokenizer_class": name}))
+    out = tmp_path / "out"
+    out.mkdir()
+    extend_byte_level._write_settings(source, out)
+    written = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert written == (name if name in KEPT_CLASSES else "PreTrainedTokenizerFast")
+    is_logged = f"tokenizer_class {name} is replaced by PreTrainedTokenizerFast" in caplog.text
+    assert is_logged == bool(name and name not in KEPT_CLASSES)
+    shutil.copy(source / "tokenizer.json", out)
+    expected = json.loads((out / "tokenizer.json").read_text())
+    for _ in range(2):
+        read = json.loads(AutoTokenizer.from_pretrained(out).backend_tokenizer.to_str())
+        assert all(read[part] == expected[part] for part in ("normalizer", "pre_tokenizer", "decoder"))
+        assert read["model"]["merges"] == expected["model"]["merges"] and not read["model"]["unk_token"]
+        (out / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 600}))
 
 
 def test_merges_keep_their_spelling(source, tmp_path):
@@ -512,6 +532,7 @@ def test_bytes_that_no_text_has():
         ('{"piece": "a\\u0007"}', "the control character .* no token for it"),
         ('{"piece": ""}', "is empty"),
         ('{"word": "a"}', 'no "piece" in this line'),
+        ('{"piece": "a", "bytes": "e4bd"}', 'has both "piece" and "bytes"; .* remove one of them'),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(folders, tmp_path, line, words):
@@ -523,6 +544,8 @@ def test_scores_and_bytes_are_for_one_kind_each(source, tokenizer_dir, tmp_path)
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["学校"])
     words = "--piece_scores zero given, but .* is a byte-level BPE, which ranks merges and has no scores"
     assert_refused(words, source, tmp_path / "out", pieces, piece_scores="zero")
+    pieces.write_text('{"piece": "学校", "bytes": "e4bd"}\n')
+    assert_refused('pieces.jsonl:1: this line has both "piece" and "bytes"', tokenizer_dir, tmp_path / "out", pieces)
     pieces.write_text('{"bytes": "e4bd"}\n')
     assert_refused("pieces.jsonl:1: .* the source is a SentencePiece model", tokenizer_dir, tmp_path / "out", pieces)
 
@@ -556,6 +579,12 @@ def test_folders_that_are_refused(source, tmp_path):
     def named(content):
         content["pre_tokenizer"] = {"type": "WhitespaceSplit"}
 
+    def in_the_middle(content):
+        content["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [{**BYTE_LEVEL, "use_regex": True}, {"type": "Digits", "individual_digits": True}],
+        }
+
     out = tmp_path / "out"
     for change, words in [
         (same_id, "to two added tokens"),
@@ -564,6 +593,7 @@ def test_folders_that_are_refused(source, tmp_path):
         (other_gap, "'<.far.>' has the id 601, but transformers gives it (600|598)"),
         (too_high_id, "needs a content, which is text, and an id below 16,777,216"),
         (named, "not a byte-level BPE"),
+        (in_the_middle, r'its pre-tokenizer are \["ByteLevel", "Digits"\]; ByteLevel must be the last step'),
         (lambda content: content["model"].update(type="WordPiece"), 'is a "WordPiece" model'),
         (lambda content: content["model"].update(type="Unigram"), 'is a "Unigram" model'),
         (lambda content: content.update(normalizer={"type": "NFC"}), "has a normalizer"),
@@ -572,6 +602,14 @@ def test_folders_that_are_refused(source, tmp_path):
     folder = changed(lambda content: None)
     (folder / "tokenizer_config.json").unlink()
     assert_refused("holds no tokenizer_config.json; LLaMA-3 ships", folder, out, pieces)
+    folder = changed(lambda content: None)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for eos, words in (
+        (None, "names no eos_token, which marks the end of documents"),
+        ("<|none|>", "no token '<.none.>'"),
+    ):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": eos}))
+        assert_refused(words, folder, out, pieces)
     folder = changed(lambda content: None)
     (folder / "tokenizer.model").write_bytes(b"GGUF" + bytes(70 << 20))
     assert_refused("tokenizer.model is a model in GGUF", folder, out, pieces)

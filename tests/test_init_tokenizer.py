@@ -1,6 +1,7 @@
 """Expanding a tokenizer: what is added, what survives, what is refused."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -175,6 +176,25 @@ def test_merges_that_differ_from_the_model_are_logged(source, tmp_path, caplog):
     pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
     expand_tokenizer(ExtensionSettings(odd, tmp_path / "new", pieces))
     assert "different merges" in caplog.text and (tmp_path / "new").exists()
+
+
+def test_another_order_of_the_splits_of_a_piece_is_no_difference(source, tmp_path, caplog):
+    """transformers 5 writes them in the opposite order of version 4. Only one of them ever happens."""
+    odd = shutil.copytree(source, tmp_path / "odd")
+    fast = json.loads((odd / "tokenizer.json").read_text())
+    merges = fast["model"]["merges"]
+    by_piece = [list(splits) for _, splits in itertools.groupby(merges, key="".join)]
+    assert any(len(splits) > 1 for splits in by_piece)
+    fast["model"]["merges"] = [pair for splits in by_piece for pair in reversed(splits)]
+    (odd / "tokenizer.json").write_text(json.dumps(fast))
+    pieces = write_pieces(tmp_path / "pieces.jsonl", ["你好"])
+    expand_tokenizer(ExtensionSettings(odd, tmp_path / "new", pieces))
+    assert "different merges" not in caplog.text
+    by_piece[0], by_piece[1] = by_piece[1], by_piece[0]
+    fast["model"]["merges"] = [pair for splits in by_piece for pair in splits]
+    (odd / "tokenizer.json").write_text(json.dumps(fast))
+    expand_tokenizer(ExtensionSettings(odd, tmp_path / "other", pieces))
+    assert "different merges" in caplog.text
 
 
 @pytest.mark.slow

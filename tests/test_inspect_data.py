@@ -11,16 +11,19 @@ import pytest
 
 from colossal_llama2.charts import plots, style
 from colossal_llama2.cli import data_flags
-from colossal_llama2.dataset import inspect_data
 from colossal_llama2.dataset.inspect_data import InspectSettings, documents_of, inspect_part
 from colossal_llama2.dataset.layout.manifest_table import manifest_lines
+from colossal_llama2.dataset.write.prepare import prepare_pretrain
 from colossal_llama2.dataset.write.records import read_pretrain_row, read_sft_row
 from colossal_llama2.dataset.write.tokenization import tokenize_pretrain, tokenize_sft
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import visible, visible_line
+from tests.byte_level import extend, make_byte_level
 from tests.conftest import ROOT
+from tests.preparing import settings as prepare_settings
+from tests.preparing import write_lines
 from tests.test_commands import HEAVY_MODULES
 
 NASTY = "a\x1b[31m\x07\r\n\x9b2J\u202e\u200b\ue000\x7f\x00 <s></s><U+0041>␛ 你好"
@@ -232,17 +235,33 @@ def test_a_manifest_of_any_shape_becomes_aligned_lines():
 
 
 def test_the_manifest_beside_the_bin_is_shown_and_its_tokenizer_compared(
-    old_bin, tokenizer_dir, tmp_path, monkeypatch, caplog
+    old_bin, tokenizer_dir, tmp_path, assert_user_error
 ):
-    monkeypatch.setattr(inspect_data.logs.get_logger(), "propagate", True)
     os.symlink(old_bin, tmp_path / "part-00000")
-    for digest, warnings in [(fingerprint(tokenizer_dir), 0), ("0" * 64, 1)]:
-        (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}, "max_length": 77}))
-        text = report(tmp_path / "part-00000", tokenizer_dir)
-        assert text.startswith(
-            f"manifest {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n"
-        )
-        assert sum("records another tokenizer" in record.getMessage() for record in caplog.records) == warnings
+    digest = fingerprint(tokenizer_dir)
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}, "max_length": 77}))
+    text = report(tmp_path / "part-00000", tokenizer_dir)
+    assert text.startswith(f"manifest {tmp_path}/manifest.json:\nmax_length  77\ntokenizer:\n  sha256  {digest[:12]}\n")
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": "0" * 64}}))
+    process = run(tmp_path / "part-00000", "--tokenizer_dir", tokenizer_dir, "--plots", tmp_path / "charts")
+    assert_user_error(
+        process,
+        f"part-00000: prepared with another tokenizer (SHA-256 {'0' * 12}) than that of {tokenizer_dir}",
+        "give --tokenizer_dir the tokenizer that the data was prepared with",
+    )
+    assert not process.stdout and not (tmp_path / "charts").exists()
+
+
+def test_data_of_the_tokenizer_before_its_extension_is_refused_too(tmp_path):
+    """The old ids are kept, but the extended tokenizer gives the same text others."""
+    before = make_byte_level(tmp_path / "before")
+    after = extend(before, tmp_path / "after", ["学校"])
+    write_lines(tmp_path / "in" / "rows.jsonl", [{"source": "", "target": "学校 and words", "category": "a"}])
+    prepare_pretrain(**prepare_settings([tmp_path / "in"], before, tmp_path / "out"))
+    part = tmp_path / "out" / "arrow" / "part-00000"
+    assert "学校 and words" in report(part, before)
+    with pytest.raises(UserError, match="prepared with another tokenizer"):
+        report(part, after)
 
 
 # The charts.

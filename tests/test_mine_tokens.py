@@ -22,6 +22,7 @@ from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_t
 from colossal_llama2.tokenizer.text_sample import Sample, draw
 from examples import quickstart_corpus
 from tests import tiny
+from tests.byte_level import make_byte_level
 from tests.conftest import ROOT
 
 DEFAULTS = {
@@ -282,6 +283,30 @@ def test_the_command_writes_the_file_and_prints_what_it_saves(chinese, mined, to
     assert figures["tokens per character after"] == f"{curve[600]:.4f}"
     assert figures["what the last 600 pieces save"] == f"{1 - curve[600] / curve[0]:.2%}"
     assert process.stdout.splitlines()[-1] == "requested 600, mined 600"
+
+
+@pytest.mark.parametrize(
+    "length, min_count, limits, cures",
+    [
+        (1, 1, " of at most 1 character", "more text or a larger --max_piece_length"),
+        (
+            1,
+            2,
+            " of at most 1 character that occur at least 2 times",
+            "a larger --max_piece_length or a lower --min_count",
+        ),
+        (64, 300, " that occur at least 300 times", "more text or a lower --min_count"),
+    ],
+)
+@pytest.mark.parametrize("is_byte_level", [False, True])
+def test_the_limits_that_left_out_pieces_are_named(
+    is_byte_level, length, min_count, limits, cures, chinese, tokenizer_dir, tmp_path, capsys
+):
+    base = make_byte_level(tmp_path / "base") if is_byte_level else tokenizer_dir
+    flags = {"num_new_tokens": 20_000, "max_piece_length": length, "min_count": min_count}
+    mine_tokens.main(list(map(str, words_for(chinese, base, tmp_path / "p.jsonl", **flags))))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("the text has"))
+    assert line.startswith(f"the text has no more pieces{limits}; give ") and line.endswith(cures)
 
 
 @pytest.mark.slow

@@ -103,15 +103,17 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
         width: columns of the terminal; None if the report goes elsewhere.
 
     Raises:
-        UserError: the folder is not a bin, the tokenizer lacks an id of it, or the charts cannot be written.
+        UserError: the folder is not a bin, it was prepared with another tokenizer, or the charts cannot be written.
     """
     part, plots = Path(settings.part), settings.plots
     encoder = load_encoder(settings.tokenizer_dir)
     dataset = open_bin(part)
     lengths = sample_lengths(dataset)
+    manifest = _manifest_of(part)
+    _check_tokenizer(part, manifest, settings.tokenizer_dir)
     if plots is not None:
         check_plots_folder(Path(plots))
-    yield from _manifest_table(part, tokenizer_dir=settings.tokenizer_dir, width=width)
+    yield from _manifest_table(part, manifest, width=width)
     yield (
         f"{part}: {counted(len(lengths), 'sample')} of {min(lengths):,} to {max(lengths):,} tokens, "
         f"median {statistics.median(lengths):,.0f}, mean {statistics.fmean(lengths):,.1f}"
@@ -158,6 +160,30 @@ def bins_in(folder: Path) -> list[Path]:
 
 def _is_bin(folder: Path) -> bool:
     return (folder / "dataset_info.json").is_file()
+
+
+def _manifest_path(part: Path) -> Path:
+    return part.absolute().parent / DATA_MANIFEST_FILE
+
+
+def _manifest_of(part: Path) -> dict[str, Any]:
+    """The manifest beside the bin; empty if there is none."""
+    path = _manifest_path(part)
+    return read_json(path) if path.is_file() else {}
+
+
+def _check_tokenizer(part: Path, manifest: dict[str, Any], tokenizer_dir: str) -> None:
+    """Raise UserError if the manifest records another tokenizer: the ids would be shown as text that was never there.
+
+    A tokenizer that extends the recorded one is another one too. It would encode the same text with other ids.
+    """
+    recorded = manifest.get("tokenizer")
+    known = recorded.get("sha256") if isinstance(recorded, dict) else None
+    if known and (found := fingerprint(tokenizer_dir)) != known:
+        raise UserError(
+            f"{part}: prepared with another tokenizer (SHA-256 {str(known)[:12]}) than that of {tokenizer_dir} "
+            f"({found[:12]}); give --tokenizer_dir the tokenizer that the data was prepared with"
+        )
 
 
 def sample_lengths(dataset: "datasets.Dataset") -> list[int]:
@@ -239,18 +265,11 @@ def _readable(ids: Sequence[int], *, encoder: Encoder, opens: bool) -> str:
 # Showing.
 
 
-def _manifest_table(part: Path, *, tokenizer_dir: str, width: int | None) -> Iterator[str]:
-    """The manifest beside the bin as a table, and a warning if it names another tokenizer."""
-    path = part.absolute().parent / DATA_MANIFEST_FILE
-    if not path.is_file():
+def _manifest_table(part: Path, manifest: dict[str, Any], *, width: int | None) -> Iterator[str]:
+    """The manifest beside the bin as a table."""
+    if not manifest:
         return
-    manifest = read_json(path)
-    known = manifest.get("tokenizer", {}).get("sha256")
-    if known and fingerprint(tokenizer_dir) != known:
-        logs.get_logger().warning(
-            "%s records another tokenizer than %s: the text below is not what was prepared", path, tokenizer_dir
-        )
-    yield f"manifest {path}:"
+    yield f"manifest {_manifest_path(part)}:"
     categories = manifest.get("categories")
     if isinstance(categories, dict):
         manifest = {**manifest, "categories": {category_name(name): entry for name, entry in categories.items()}}

@@ -231,10 +231,15 @@ def _check_kind(path: Path, settings: dict, model: dict) -> None:
             f"{path} has a normalizer ({shown(_type(normalizer))}), which changes the text; "
             "a byte-level BPE without one, such as LLaMA-3's, is needed"
         )
-    if not kinds or kinds[-1] != "ByteLevel" or kinds.count("ByteLevel") > 1:
+    if "ByteLevel" not in kinds:
         raise UserError(
             f"{path} is not a byte-level BPE: its pre-tokenizer is {shown(kinds or None)}; "
             "one that ends with ByteLevel, such as LLaMA-3's, is needed"
+        )
+    if kinds.index("ByteLevel") < len(kinds) - 1:
+        raise UserError(
+            f"{path}: the steps of its pre-tokenizer are {shown(kinds)}; ByteLevel must be the last step, as in "
+            "LLaMA-3's, because steps after it would divide a text inside characters"
         )
     for step in steps:
         if _type(step) not in DIVIDING_STEPS or step.get("behavior") == "Removed":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.encoding.byte_level_encoder import check_file_beside, check_settings
+from colossal_llama2.encoding.byte_level_encoder import check_file_beside, check_settings, mark_ids, marks_of
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
 from colossal_llama2.encoding.byte_level_reach import unreached_tokens
 from colossal_llama2.encoding.byte_level_tokens import extended, merges_into, shown_token, text_of
@@ -38,10 +38,11 @@ from colossal_llama2.tokenizer.new_pieces import NewPieces, read_new_pieces
 REQUIRED_FILES = (FAST_FILE, CONFIG_FILE)
 # The same vocabulary in the files of GPT-2's slow tokenizer. They would lack the new tokens.
 OLDER_FILES = ("vocab.json", "merges.txt")
-# A class that leaves tokenizer.json as it is, for folders that name none, or GPT-2's. In transformers 5 the latter puts
-# GPT-2's pre-tokenizer in place of the file's: SmolLM2's, which divides digits first, then gives other ids.
+# The classes that leave tokenizer.json as it is in transformers 4.51 and 5.24, by trial of all. In version 5 the others
+# put the normalizer, pre-tokenizer or decoder of their own models in place of the file's, or other merges (GPT-2, Qwen,
+# Cohere, CodeLlama, Gemma, GPT-NeoX, ...), and TokenizersBackend is unknown to version 4.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
-REPLACED_CLASSES = (None, "", "GPT2Tokenizer", "GPT2TokenizerFast")
+KEPT_CLASSES = (PLAIN_CLASS, "LlamaTokenizer", "LlamaTokenizerFast")
 SHOWN_PIECES = 5
 
 
@@ -56,6 +57,8 @@ class ByteLevelExtension:
         check_file_beside(self._model)
         check_files(source, REQUIRED_FILES, "LLaMA-3")
         check_settings(source)
+        # Preparing data needs them.
+        mark_ids(self._model, *marks_of(source))
         self.vocabulary_size = self._model.size
 
     def read_pieces(self, path: Path) -> NewPieces:
@@ -135,13 +138,19 @@ def _write_settings(source: Path, folder: Path) -> None:
     """Write everything except tokenizer.json. No id changes, so entries with ids stay as they are."""
     config = read_json(source / CONFIG_FILE)
     # Without a class, AutoTokenizer would need the model's config.json in the folder.
-    if config.get("tokenizer_class") in REPLACED_CLASSES:
+    named = config.get("tokenizer_class")
+    if named not in KEPT_CLASSES:
         config["tokenizer_class"] = PLAIN_CLASS
+        if named:
+            logs.get_logger().info(
+                f"tokenizer_class {named} is replaced by {PLAIN_CLASS}, with which every version of transformers reads "
+                f"{FAST_FILE} as it is"
+            )
     write_json(folder / CONFIG_FILE, config)
     write_contents(folder, contents_of(source, COPIED_FILES))
     if not (folder / SPECIAL_TOKENS_FILE).exists():
-        named = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
-        write_json(folder / SPECIAL_TOKENS_FILE, named)
+        special = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
+        write_json(folder / SPECIAL_TOKENS_FILE, special)
 
 
 def _write_vocabulary(model: ByteLevelModel, folder: Path, tokens: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The report of init_tokenizer.py, vocabulary_report.json and a table: which pieces were added, and what was proven."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from colossal_llama2.encoding.parity import Difference
 from colossal_llama2.plurals import counted
@@ -10,19 +11,33 @@ from colossal_llama2.tokenizer.closure import ExtensionPlan
 from colossal_llama2.tokenizer.extension import Proof
 from colossal_llama2.tokenizer.new_pieces import NewPieces
 
+
+class Count(NamedTuple):
+    """A number of the report: its key, and its label in the table for each kind of tokenizer; "" for no row."""
+
+    key: str
+    sentencepiece: str
+    byte_level: str
+
+
+def _count(key: str, label: str) -> Count:
+    return Count(key, label, label)
+
+
 COUNTS = (
-    ("asked", "pieces in the file"),
-    ("duplicates", "repeated in the file"),
-    ("already_pieces", "already pieces of the source"),
-    ("dropped", "dropped: no merges lead to them"),
-    ("given_up", "left out for --max_added_pieces"),
-    ("added_from_file", "added from the file"),
-    ("added_characters", "added by closure: characters"),
-    ("added_intermediates", "added by closure: intermediate pieces"),
-    ("added", "added in all"),
-    ("unreachable", "unreachable among these"),
-    ("vocabulary_before", "vocabulary before"),
-    ("vocabulary_after", "vocabulary after"),
+    _count("asked", "pieces in the file"),
+    _count("duplicates", "repeated in the file"),
+    _count("already_pieces", "already pieces of the source"),
+    Count("dropped", "dropped: no merges lead to them", "dropped: no text is encoded to them"),
+    Count("split", "", "of these, divided by the pre-tokenizer"),
+    _count("given_up", "left out for --max_added_pieces"),
+    _count("added_from_file", "added from the file"),
+    _count("added_characters", "added by closure: characters"),
+    _count("added_intermediates", "added by closure: intermediate pieces"),
+    _count("added", "added in all"),
+    _count("unreachable", "unreachable among these"),
+    _count("vocabulary_before", "vocabulary before"),
+    _count("vocabulary_after", "vocabulary after"),
 )
 BYTE_LEVEL = "byte-level BPE"
 # Lists in the report are cut at this length, which a million given-up pieces would exceed; counts are exact.
@@ -96,13 +111,10 @@ def _example(parity: Sequence[dict], names: Sequence[str] = ()) -> str:
 
 def print_report(report: dict) -> None:
     """Print the counts, and a table with one row for each group of texts."""
-    counts = [[label, f"{report[name]:,}"] for name, label in COUNTS]
-    reference = "SentencePiece"
-    if report.get("kind") == BYTE_LEVEL:
-        counts.insert(4, ["of these, divided by the pre-tokenizer", f"{report['split']:,}"])
-        counts[3][0] = "dropped: no text is encoded to them"
-        reference = "tokenizer.json's merges"
-    print_table(counts, has_header=False)
+    is_byte_level = report.get("kind") == BYTE_LEVEL
+    labels = {count.key: count.byte_level if is_byte_level else count.sentencepiece for count in COUNTS}
+    print_table([[label, f"{report[key]:,}"] for key, label in labels.items() if label], has_header=False)
+    reference = "tokenizer.json's merges" if is_byte_level else "SentencePiece"
     show_line("")
     rows = [[f"ids that differ from {reference}", "texts", "fast", "slow", "already", "old text", "changed"]]
     for group in report["parity"]:

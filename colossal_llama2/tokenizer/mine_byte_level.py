@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of
 from colossal_llama2.encoding.byte_level_reach import unreached_tokens
@@ -34,10 +35,25 @@ BATCH_TEXTS = 1 << 14
 BATCH_REPEATS = 1 << 10
 
 
+class Found(NamedTuple):
+    """New pieces in order of usefulness, and what limits their number.
+
+    Attributes:
+        unreachable: the number of pieces that were left out because they are not reached.
+        some_are_rare: whether more pieces would be found if they could be rarer.
+        some_are_long: whether more pieces would be found if they could be longer.
+    """
+
+    pieces: list[str]
+    unreachable: int
+    some_are_rare: bool
+    some_are_long: bool
+
+
 def mine_byte_level(
     model: ByteLevelModel, lines: Sequence[str], *, limit: int, min_count: int, max_characters: int
-) -> tuple[list[str], int]:
-    """At most `limit` new tokens in the order of training, and the number of those that were not reached.
+) -> Found:
+    """At most `limit` new tokens in the order of training.
 
     Args:
         lines: text to train on.
@@ -53,10 +69,13 @@ def mine_byte_level(
     for spare in SPARES:
         trained = _train(words, int(limit * (1 + spare)), min_count)
         tokens = ["".join(model.tokens[ord(character) - FIRST_CHARACTER] for character in one) for one in trained]
-        fitting = [token for token in dict.fromkeys(tokens) if _is_wanted(token, model, max_characters)]
-        if len(fitting) >= limit or len(trained) < int(limit * (1 + spare)):
+        new = [token for token in dict.fromkeys(tokens) if _is_wanted(token, model)]
+        fitting = [token for token in new if characters_in(bytes_of(token)) <= max_characters]
+        is_last = len(trained) < int(limit * (1 + spare))
+        if len(fitting) >= limit or is_last:
             break
-    return _reached(model, fitting, limit)
+    pieces, unreached = _reached(model, fitting, limit)
+    return Found(pieces, unreached, is_last and min_count > 1, len(fitting) < len(new))
 
 
 def record_of(token: str) -> dict[str, str]:
@@ -118,13 +137,9 @@ def _repeated(words: Counter[str]) -> Iterator[str]:
         yield f"{word} " * (count % BATCH_REPEATS)
 
 
-def _is_wanted(token: str, model: ByteLevelModel, max_characters: int) -> bool:
-    """Whether a token is new, short enough, and can be written to a file, where "▁" is a space."""
-    return (
-        token not in model.vocabulary
-        and characters_in(bytes_of(token)) <= max_characters
-        and SPACE not in bytes_of(token).decode(errors="ignore")
-    )
+def _is_wanted(token: str, model: ByteLevelModel) -> bool:
+    """Whether a token is new, and can be written to a file, where "▁" is a space."""
+    return token not in model.vocabulary and SPACE not in bytes_of(token).decode(errors="ignore")
 
 
 def _reached(model: ByteLevelModel, candidates: list[str], limit: int) -> tuple[list[str], int]:

@@ -41,6 +41,7 @@ from colossal_llama2.storage.output_paths import check_apart
 from colossal_llama2.tables import print_table
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.tokenizer import mine_byte_level
+from colossal_llama2.tokenizer.mine_byte_level import Found
 from colossal_llama2.tokenizer.new_pieces import MAX_PIECE_CHARACTERS
 from colossal_llama2.tokenizer.text_sample import Sample, draw, read_documents
 
@@ -76,6 +77,7 @@ class Mined:
         unreachable: the number of trained pieces that were left out because they cannot be reached.
         train_bytes, train_documents: the training text; parts of long documents count as documents.
         held_out_documents, held_out_characters: the text to measure on, which was not trained on.
+        some_are_rare, some_are_long: whether --min_count, or --max_piece_length, left out pieces.
     """
 
     pieces: list[str]
@@ -86,6 +88,8 @@ class Mined:
     held_out_documents: int
     held_out_characters: int
     is_byte_level: bool = False
+    some_are_rare: bool = False
+    some_are_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             title = f"{plot.stem}: tokens per character by number of new pieces"
             with new_file(plot) as path:
                 vocabulary_curve.draw_curve(mined.curve, path, title=title)
-        _print_report(mined, asked=settings.num_new_tokens, min_count=settings.min_count, output_file=output_file)
+        _print_report(mined, settings)
 
 
 def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
@@ -151,7 +155,7 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
         raise UserError(f"--max_piece_length {longest} given, at most {MAX_PIECE_CHARACTERS} is allowed")
     base = _BASES[kind_of(settings.source_tokenizer_dir).encoder](Path(settings.source_tokenizer_dir))
     train, measured = _sample(settings)
-    lines, characters = _training_lines(train.items(), min_count)
+    lines, characters, num_rare = _training_lines(train.items(), min_count)
     if not lines:
         raise UserError(
             f"--data_input_dirs: no text to train on ({script} characters that occur at least "
@@ -163,18 +167,21 @@ def mine(settings: MiningSettings, *, curve_points: int = 0) -> Mined:
             "documents"
         )
     logs.get_logger().info("training a BPE on %s bytes; %s shows no progress", f"{train.size:,}", base.trainer)
-    pieces, unreachable = base.mine(lines, characters, settings)
+    found = base.mine(lines, characters, settings)
+    pieces = found.pieces
     texts = measured.items()
     curve = [(size, base.tokens_per_character(pieces[:size], texts)) for size in _sizes(len(pieces), curve_points)]
     return Mined(
         pieces=pieces,
         curve=curve,
-        unreachable=unreachable,
+        unreachable=found.unreachable,
         train_bytes=train.size,
         train_documents=len(train.items()),
         held_out_documents=len(texts),
         held_out_characters=sum(map(len, texts)),
         is_byte_level=isinstance(base, _ByteLevelBase),
+        some_are_rare=found.some_are_rare or num_rare > 0,
+        some_are_long=found.some_are_long,
     )
 
 
@@ -191,19 +198,29 @@ class _SentencePieceBase:
     def __init__(self, folder: Path):
         self._model = BpeModel.read(folder)
 
-    def mine(self, lines: list[str], characters: dict[str, int], settings: MiningSettings) -> tuple[list[str], int]:
-        """New pieces in order of usefulness, and the number of those left out because they are not reached."""
+    def mine(self, lines: list[str], characters: dict[str, int], settings: MiningSettings) -> Found:
+        """New pieces in order of usefulness."""
         num_new_tokens, min_count = settings.num_new_tokens, settings.min_count
         known = set(self._model.pieces)
+        num_merges = int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known)
         merges, counts = _train(
             lines,
-            num_merges=int(num_new_tokens * (1 + SPARE)) + sum(len(piece) > 1 for piece in known),
+            num_merges=num_merges,
             num_characters=len(characters),
             max_piece_length=settings.max_piece_length,
             spaced=settings.script == "any",
         )
-        ordered = _in_order_of_use(merges, counts, characters, min_count)
-        return _reachable(self._model, [piece for piece in ordered if piece not in known], num_new_tokens)
+        ordered = list(_in_order_of_use(merges, counts, characters, min_count))
+        pieces, unreached = _reachable(self._model, [piece for piece in ordered if piece not in known], num_new_tokens)
+        some_are_rare = len(ordered) < len(merges) + len(characters)
+        # The trainer ends early when only longer pieces are left, and each of them joins one of more than half of the
+        # length.
+        some_are_long = (
+            len(merges) < num_merges
+            and any(len(word) > settings.max_piece_length for line in lines for word in line.split())
+            and any(2 * len(piece) > settings.max_piece_length for piece in ordered)
+        )
+        return Found(pieces, unreached, some_are_rare, some_are_long)
 
     def tokens_per_character(self, pieces: Sequence[str], texts: Sequence[str]) -> float:
         """With the first pieces added."""
@@ -218,8 +235,8 @@ class _ByteLevelBase:
     def __init__(self, folder: Path):
         self._model = ByteLevelModel.read(folder)
 
-    def mine(self, lines: list[str], characters: dict[str, int], settings: MiningSettings) -> tuple[list[str], int]:
-        """New tokens in the order of training, and the number of those left out because they are not reached."""
+    def mine(self, lines: list[str], characters: dict[str, int], settings: MiningSettings) -> Found:
+        """New tokens in the order of training."""
         return mine_byte_level.mine_byte_level(
             self._model,
             lines,
@@ -279,8 +296,10 @@ def _runs(text: str, run: re.Pattern, script: str) -> str:
     return "\n".join(run.findall(text))
 
 
-def _training_lines(texts: list[str], min_count: int) -> tuple[list[str], dict[str, int]]:
-    """The lines without characters rarer than `min_count`, and the other characters with their counts, by frequency."""
+def _training_lines(texts: list[str], min_count: int) -> tuple[list[str], dict[str, int], int]:
+    """The lines without characters rarer than `min_count`; the other characters with their counts, by frequency; and
+    how many are rarer.
+    """
     counts: Counter = Counter()
     for text in texts:
         counts.update(text)
@@ -290,7 +309,7 @@ def _training_lines(texts: list[str], min_count: int) -> tuple[list[str], dict[s
     # A rare character ends a run, like one of another script, because no piece may contain it.
     rare = str.maketrans(dict.fromkeys(counts.keys() - characters.keys(), "\n"))
     lines = (line.strip() for text in texts for line in text.translate(rare).split("\n"))
-    return list(filter(None, lines)), characters
+    return list(filter(None, lines)), characters, len(rare)
 
 
 # Training.
@@ -430,7 +449,7 @@ def _sizes(count: int, points: int) -> list[int]:
 # Reporting.
 
 
-def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path) -> None:
+def _print_report(mined: Mined, settings: MiningSettings) -> None:
     curve = dict(mined.curve)
     count = len(mined.pieces)
     before, after = curve[0], curve[count]
@@ -447,13 +466,22 @@ def _print_report(mined: Mined, *, asked: int, min_count: int, output_file: Path
         (f"what the last {last:,} pieces save", f"{1 - after / curve[count - last]:.2%}"),
     )
     print_table(rows, has_header=False)
-    if count < asked:
-        show_line(
-            f"the text has no more pieces that occur at least {counted(min_count, 'time')}; "
-            f"give more text or a lower --min_count"
-        )
-    show_line(f"written to {output_file}")
-    show_line(f"requested {asked}, mined {count}")
+    if count < settings.num_new_tokens:
+        show_line(_why_fewer(mined, settings))
+    show_line(f"written to {settings.output_file}")
+    show_line(f"requested {settings.num_new_tokens}, mined {count}")
+
+
+def _why_fewer(mined: Mined, settings: MiningSettings) -> str:
+    """Which limits left out pieces, and what to change."""
+    longest, limits, cures = settings.max_piece_length, "", ["more text"]
+    if mined.some_are_long:
+        limits += f" of at most {counted(longest, 'character')}"
+        cures += ["a larger --max_piece_length"] if longest < MAX_PIECE_CHARACTERS else []
+    if mined.some_are_rare:
+        limits += f" that occur at least {counted(settings.min_count, 'time')}"
+        cures.append("a lower --min_count")
+    return f"the text has no more pieces{limits}; give {' or '.join(cures)}"
 
 
 def _check_can_plot(plot: Path) -> None:

@@ -105,6 +105,14 @@ def _words_of(record: dict) -> list[str]:
     return texts or [key for key, value in record.items() if isinstance(value, (int, float))]
 
 
+def _refuse_two_keys(record: dict) -> None:
+    if "piece" in record and "bytes" in record:
+        raise ValueError(
+            'this line has both "piece" and "bytes"; a line gives one new piece, by its text or by its bytes, so '
+            "remove one of them"
+        )
+
+
 class _Check:
     """Checks pieces. Special tokens are refused inside them, because tokenizers split a text at these first."""
 
@@ -116,6 +124,7 @@ class _Check:
 
     def piece_of(self, record: dict) -> str:
         """The piece of one record. Raises ValueError with what is wrong and what is allowed."""
+        _refuse_two_keys(record)
         if "bytes" in record and "piece" not in record:
             raise ValueError(
                 'parts of characters ("bytes") are for byte-level tokenizers, and the source is a SentencePiece model; '
@@ -165,6 +174,7 @@ class _ByteLevelCheck(_Check):
 
     def piece_of(self, record: dict) -> str:
         """The token of one record, as the vocabulary spells it. Raises ValueError as the base class."""
+        _refuse_two_keys(record)
         if "bytes" in record and "piece" not in record:
             text, token = self._from_bytes(record["bytes"])
         else:
