@@ -387,7 +387,9 @@ def test_what_is_divided_is_dropped_counted_and_named(source, tmp_path, caplog, 
     assert (report["asked"], report["dropped"], report["split"], report["added_from_file"]) == (4, 2, 2, 2)
     assert report["split_pieces"] == report["dropped_pieces"] == ["学校。", "天▁堂"]
     assert report["unreachable"] == 0 and report["kind"] == "byte-level BPE"
-    assert "divides a text inside 2 of the pieces, so no text is encoded to them: '学校。', '天▁堂'" in caplog.text
+    examples = "'学校。' (学校|。), '天▁堂' (天|▁堂)"
+    assert f"divides a text inside 2 of the pieces, so no text is encoded to them: {examples}; give" in caplog.text
+    assert "; give their parts, or pieces from mine_tokens.py" in caplog.text
     printed = capsys.readouterr().out
     assert re.search("of these, divided by the pre-tokenizer +2\n", printed) and "requested 4, added" in printed
     expand_tokenizer(ExtensionSettings(source, tmp_path / "off", pieces, closure="off"))

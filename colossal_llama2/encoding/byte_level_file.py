@@ -19,6 +19,7 @@ from colossal_llama2.storage.json_input import parse, read_regular, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 MAX_FILE_BYTES = 128 << 20
 # LLaMA-3's file has 128,256 tokens and 280,147 merges, so about a million values.
@@ -128,11 +129,27 @@ class ByteLevelModel:
         """Bytes without a token; a text with one cannot be encoded. SmolLM2 lacks 21, such as most controls and F1."""
         return tuple(byte for byte, character in enumerate(byte_characters()) if character not in self.vocabulary)
 
+    @cached_property
+    def pre_tokenizer(self) -> "PreTokenizer":
+        """What divides a text, and spells its parts as tokens are."""
+        return self._without_merges().pre_tokenizer
+
     def plain_tokenizer(self) -> "Tokenizer":
         """The pre-tokenizer and the merges alone: special tokens that are spelled out in a text stay text."""
+        from tokenizers import models
+
+        tokenizer = self._without_merges()
+        try:
+            # A third of the time that writing and parsing them as JSON takes.
+            tokenizer.model = models.BPE(self.vocabulary, self.merges, ignore_merges=self.ignore_merges)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise self._cannot_be_loaded(error)
+        return tokenizer
+
+    def _without_merges(self) -> "Tokenizer":
         import json
 
-        from tokenizers import Tokenizer, models
+        from tokenizers import Tokenizer
 
         # Added tokens, truncation and padding are not part of it.
         settings = {
@@ -147,12 +164,12 @@ class ByteLevelModel:
             "model": {"type": "BPE", "vocab": {}, "merges": []},
         }
         try:
-            tokenizer = Tokenizer.from_str(json.dumps(settings))
-            # A third of the time that writing and parsing them as JSON takes.
-            tokenizer.model = models.BPE(self.vocabulary, self.merges, ignore_merges=self.ignore_merges)
+            return Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # tokenizers raises plain Exception
-            raise UserError(f"{self.path} cannot be loaded ({error}); copy it again from the original tokenizer")
-        return tokenizer
+            raise self._cannot_be_loaded(error)
+
+    def _cannot_be_loaded(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} cannot be loaded ({error}); copy it again from the original tokenizer")
 
 
 def file_content(

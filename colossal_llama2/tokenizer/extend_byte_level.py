@@ -6,7 +6,7 @@ special tokens are therefore written into the vocabulary too, with the ids that 
 others (byte_level_closure.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class ByteLevelExtension:
         if plan.split:
             logs.get_logger().warning(
                 f"the pre-tokenizer of {self._source} divides a text inside {len(plan.split):,} of the pieces, so no "
-                f"text is encoded to them: {_examples(plan.split)}"
+                f"text is encoded to them: {_examples(plan.split, self._divided)}; give their parts, or pieces from "
+                "mine_tokens.py, which divides text in the same way"
             )
         if plan.joined:
             logs.get_logger().warning(
@@ -86,6 +87,14 @@ class ByteLevelExtension:
                 f"beside it, so no text is encoded to them: {_examples(plan.joined)}"
             )
         return plan
+
+    def _divided(self, token: str) -> str:
+        """A token as reports write it, and how it is divided where it stands alone: "'3.14' (3|.|14)"."""
+        text = text_of(token)
+        if text is None:
+            return repr(shown_token(token))
+        parts = self._model.pre_tokenizer.pre_tokenize_str(text)
+        return f"{shown_token(token)!r} ({'|'.join(shown_token(part) for part, _ in parts)})"
 
     def _check_names(self, tokens: Sequence[str]) -> None:
         """Raise UserError for a new token that is spelled like an added token: the vocabulary has each name once."""
@@ -126,9 +135,8 @@ class ByteLevelExtension:
         return shown_token(piece)
 
 
-def _examples(tokens: Sequence[str]) -> str:
-    shown = ", ".join(repr(shown_token(token)) for token in tokens[:SHOWN_PIECES])
-    return f"{shown}{', ...' if len(tokens) > SHOWN_PIECES else ''}"
+def _examples(tokens: Sequence[str], shown: Callable[[str], str] = lambda token: repr(shown_token(token))) -> str:
+    return f"{', '.join(map(shown, tokens[:SHOWN_PIECES]))}{', ...' if len(tokens) > SHOWN_PIECES else ''}"
 
 
 # Writing the target.
