@@ -56,6 +56,7 @@ lock requirements-image.txt "Instead of requirements.txt: pip install --no-deps 
 add ray "For --executor ray: pip install --no-deps -r requirements-ray.txt"
 add dev "For the tests, benchmarks and quick start: pip install --no-deps -r requirements-dev.txt"
 add real "For REAL=1 quickstart.sh: pip install --no-deps -r requirements-real.txt" --no-deps
+add llama-cpp "For tests/test_llama_cpp.py: pip install --no-deps -r requirements-llama-cpp.txt" --no-deps
 add gpu "For GPUs: pip install --no-deps --no-build-isolation -r requirements-gpu.txt"
 pins requirements.txt | grep '^protobuf==' >"$work/overrides"
 add trackers "For --report_to: pip install --no-deps -r requirements-trackers.txt" --overrides "$work/overrides"

@@ -1,6 +1,6 @@
 """llama.cpp encodes with an extended byte-level BPE as its tokenizer.json does. Needs xllamacpp and gguf.
 
-pip install --target ../llama-cpp --no-deps xllamacpp gguf
+pip install --target ../llama-cpp --no-deps -r requirements-llama-cpp.txt
 PYTHONPATH=../llama-cpp python -m pytest tests/test_llama_cpp.py
 """
 

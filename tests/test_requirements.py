@@ -104,7 +104,7 @@ def test_every_package_is_pinned_with_hashes(path):
         (BASE, ["suite", "legacy"]),
         ("requirements-current.txt", ["suite", "current"]),
         ("requirements-image.txt", ["suite", "image"]),
-        *((f"requirements-{name}.txt", [name]) for name in ("ray", "dev", "real", "gpu", "trackers")),
+        *((f"requirements-{name}.txt", [name]) for name in ("ray", "dev", "real", "llama-cpp", "gpu", "trackers")),
     ],
 )
 def test_the_files_have_what_their_sources_ask_for(name, sources):
