@@ -147,7 +147,9 @@ def encode_fast(work: Path, data: str, workers: int):
 
 
 def batches_of_texts(folder: Path) -> Iterator[list[str]]:
-    """Every text, in batches of about a megabyte, as the units encode them."""
+    """Every text, in batches of the size that the units encode."""
+    from colossal_llama2.dataset.write.tokenize_unit import BATCH_BYTES
+
     batch: list[str] = []
     size = 0
     for path in sorted(folder.iterdir()):
@@ -155,7 +157,7 @@ def batches_of_texts(folder: Path) -> Iterator[list[str]]:
             record = json.loads(line)
             batch += [text for text in (record["source"], record["target"]) if text]
             size += len(line)
-            if size > 1 << 20:
+            if size > BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
     yield batch
@@ -177,8 +179,11 @@ def count_differing(work: Path) -> int:
 def ours(work: Path, data: str, workers: int, *, no_jsonl: bool = False):
     """The whole of prepare_pretrain_dataset.py."""
     import kitoken  # noqa: F401 the imports that its functions make
+    import numpy.random  # noqa: F401
     import orjson  # noqa: F401
     import pyarrow.compute  # noqa: F401
+    import rich.console  # noqa: F401
+    import rich.table  # noqa: F401
     import sentencepiece.sentencepiece_model_pb2  # noqa: F401
     import tokenizers  # noqa: F401
     import tqdm  # noqa: F401

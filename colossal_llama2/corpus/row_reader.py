@@ -263,10 +263,10 @@ def _checked(content: bytes | None, number: int, size: int, count: int = 1, what
 
 def _refuse_deep_nesting(line: bytes, record: dict[str, Any]) -> None:
     """Raise RowError for lists and objects that are nested more than `MAX_NESTING` deep."""
-    if line.count(b"[") + line.count(b"{") <= MAX_NESTING:
+    level: list[Any] = [value for value in record.values() if isinstance(value, (dict, list))]
+    if not level or line.count(b"[") + line.count(b"{") <= MAX_NESTING:
         return
-    level: list[Any] = [record]
-    for _ in range(MAX_NESTING):
+    for _ in range(MAX_NESTING - 1):
         inner = (value.values() if isinstance(value, dict) else value for value in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
     if level:

@@ -123,7 +123,7 @@ class ByteLevelEncoder:
         """
         for text in texts:
             self._check(text)
-        if not any(map(self.is_long, texts)):
+        if max(map(len, texts), default=0) <= self._part_characters:
             return self._encode(texts)
         others = iter(self._encode([text for text in texts if not self.is_long(text)]))
         return [self.encode_long(text).tolist() if self.is_long(text) else next(others) for text in texts]

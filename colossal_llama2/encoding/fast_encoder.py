@@ -16,19 +16,22 @@ This holds for LLaMA-2's tokenizer, and for its extensions by init_tokenizer.py 
 """
 
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colossal_llama2.encoding.safe_cuts import BETWEEN_PIECES
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
-from colossal_llama2.encoding.sentencepiece_file import no_dummy_prefix, sentencepiece_file
+from colossal_llama2.encoding.sentencepiece_file import no_dummy_prefix
 
 if TYPE_CHECKING:
     from kitoken import Kitoken
 
 SPACE = "▁"
+SPACE_INSIDE = re.compile(f"[^{SPACE}{BETWEEN_PIECES}]{SPACE}")
 # The longest run of spaces on which both are compared, many times the longest piece.
 SPACES_TRIED = 200
 
@@ -38,19 +41,21 @@ class FastEncoder(SentencePieceEncoder):
 
     @cached_property
     def _fast(self) -> "Kitoken":
-        from kitoken import Kitoken
-
-        return Kitoken.from_sentencepiece(self._content)
-
-    @cached_property
-    def _fast_continuation(self) -> "Kitoken":
-        from kitoken import Kitoken
-
-        return Kitoken.from_sentencepiece(self._content + no_dummy_prefix())
+        return _kitoken(self.content)
 
     def _encode(self, texts: Sequence[str], *, dummy_prefix: bool) -> list[list[int]]:
-        fast = self._fast if dummy_prefix else self._fast_continuation
-        return fast.encode_all(list(texts), False)
+        # The dummy prefix is a space before a text that is not empty, so that one loaded model is enough for both.
+        if dummy_prefix and self._adds_prefix:
+            return self._fast.encode_all([text and f" {text}" for text in texts], False)
+        return self._fast.encode_all(list(texts), False)
+
+
+@lru_cache(maxsize=1)
+def _kitoken(content: bytes) -> "Kitoken":
+    """A tokenizer.model without the dummy prefix, loaded once for all encoders of this process."""
+    from kitoken import Kitoken
+
+    return Kitoken.from_sentencepiece(content + no_dummy_prefix())
 
 
 def fastest_class(tokenizer_dir: str | Path) -> type[SentencePieceEncoder]:
@@ -61,7 +66,7 @@ def fastest_class(tokenizer_dir: str | Path) -> type[SentencePieceEncoder]:
     encoder = SentencePieceEncoder(tokenizer_dir)
     if importlib.util.find_spec("kitoken") is None:
         return SentencePieceEncoder
-    pieces = _merged_pieces(tokenizer_dir)
+    pieces = _merged_pieces(encoder)
     if not pieces:
         return SentencePieceEncoder
     texts = [piece.replace(SPACE, " ") for piece in pieces] + [" " * count for count in range(SPACES_TRIED)]
@@ -71,11 +76,11 @@ def fastest_class(tokenizer_dir: str | Path) -> type[SentencePieceEncoder]:
     return FastEncoder if is_exact else SentencePieceEncoder
 
 
-def _merged_pieces(tokenizer_dir: str | Path) -> list[str]:
+def _merged_pieces(encoder: SentencePieceEncoder) -> list[str]:
     """Single characters and the pieces that merges make; empty if anything but merges decides, or merges can tie."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-    model = ModelProto.FromString(sentencepiece_file(tokenizer_dir).read_bytes())
+    model = ModelProto.FromString(encoder.content)
     kind, trainer, normalizer = model.SentencePiece, model.trainer_spec, model.normalizer_spec
     is_plain = (
         trainer.model_type == TrainerSpec.BPE
@@ -85,10 +90,12 @@ def _merged_pieces(tokenizer_dir: str | Path) -> list[str]:
         and normalizer.escape_whitespaces
         and not (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces)
     )
-    pieces = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
-    is_plain = is_plain and {type_ for *_, type_ in pieces} <= {kind.NORMAL, kind.BYTE, kind.CONTROL, kind.UNKNOWN}
-    scores = {piece: score for piece, score, type_ in pieces if type_ == kind.NORMAL}
+    types = [entry.type for entry in model.pieces]
+    is_plain = is_plain and set(types) <= {kind.NORMAL, kind.BYTE, kind.CONTROL, kind.UNKNOWN}
+    entries = zip(encoder.pieces, encoder.scores, types, strict=True)
+    scores = {piece: score for piece, score, type_ in entries if type_ == kind.NORMAL}
     counts = Counter(score for piece, score in scores.items() if len(piece) > 1)
-    has_ties = any(counts[score] > 1 and len(piece) > 1 and piece.strip(SPACE) for piece, score in scores.items())
-    is_closed = scores.keys() >= set("".join(scores)) and not any(SPACE in piece.lstrip(SPACE) for piece in scores)
+    tied = {score for score, count in counts.items() if count > 1}
+    has_ties = any(score in tied and len(piece) > 1 and piece.strip(SPACE) for piece, score in scores.items())
+    is_closed = scores.keys() >= set("".join(scores)) and not SPACE_INSIDE.search(BETWEEN_PIECES.join(scores))
     return list(scores) if is_plain and is_closed and not has_ties else []

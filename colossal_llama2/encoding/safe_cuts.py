@@ -15,7 +15,7 @@ border, and for other kinds of models, no cut is safe. A text without such a pai
 a DNA sequence, cannot be cut either.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 SPACE = "▁"
 # In no piece and in no text that can be encoded: half of a surrogate pair.
@@ -56,8 +56,12 @@ class TextCuts:
 class SafeCuts(TextCuts):
     """The safe cuts of one SentencePiece model. `can_cut` is False if there are none."""
 
-    def __init__(self, content: bytes):
-        """`content` is the serialized tokenizer.model."""
+    def __init__(self, content: bytes, pieces: Sequence[str]):
+        """
+        Args:
+            content: the serialized tokenizer.model.
+            pieces: all its pieces, by id.
+        """
         from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
         model = ModelProto.FromString(content)
@@ -75,10 +79,12 @@ class SafeCuts(TextCuts):
             return
         # All kinds of pieces: pairs that merges cannot make only forbid a few more cuts. Few pairs are ever looked up;
         # a set of all of them would take each worker an eighth of a second.
-        self._pieces = BETWEEN_PIECES.join([entry.piece for entry in model.pieces]).replace(" ", SPACE)
+        self._pieces = BETWEEN_PIECES.join(pieces).replace(" ", SPACE)
         if not any(entry.type == kind.BYTE for entry in model.pieces):
             known = (kind.NORMAL, kind.USER_DEFINED)
-            self._known = {entry.piece for entry in model.pieces if entry.type in known and len(entry.piece) == 1}
+            types = (entry.type for entry in model.pieces)
+            named = zip(pieces, types, strict=True)
+            self._known = {piece for piece, type_ in named if type_ in known and len(piece) == 1}
 
     def _is_safe(self, before: str, after: str) -> bool:
         before, after = (SPACE if character == " " else character for character in (before, after))

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class SentencePieceEncoder:
     """An `Encoder` with only SentencePiece, without transformers. It loads in milliseconds, and pickles as its path.
 
     `vocab_size` is the number of SentencePiece pieces; tokens that transformers adds beyond them are not counted.
+    `content` is the serialized tokenizer.model.
     """
 
     name = "SentencePiece"
@@ -47,8 +48,8 @@ class SentencePieceEncoder:
         """
         self._tokenizer_dir, self._part_characters = tokenizer_dir, part_characters
         path = sentencepiece_file(tokenizer_dir)
-        self._content = path.read_bytes()
-        self._processor = load_processor(self._content, path)
+        self.content = path.read_bytes()
+        self._processor = _shared_processor(self.content, path)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         self.unk_id: int = self._processor.unk_id()
@@ -88,7 +89,17 @@ class SentencePieceEncoder:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of tokenizer.model in hexadecimal."""
-        return hashlib.sha256(self._content).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """All pieces by id. From a parsed ModelProto, they take three times as long."""
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
+
+    @property
+    def scores(self) -> list[float]:
+        """The score of each piece, by id."""
+        return self._processor.get_score(list(range(self.vocab_size)))
 
     def is_long(self, text: str) -> bool:
         """Whether a text is encoded in parts."""
@@ -97,7 +108,7 @@ class SentencePieceEncoder:
     @cached_property
     def _continuation_processor(self) -> "SentencePieceProcessor":
         """A second processor, because the leading "▁" before a text is a property of the loaded model."""
-        return load_processor(self._content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
+        return _shared_processor(self.content + no_dummy_prefix(), sentencepiece_file(self._tokenizer_dir))
 
     def problem_of(self, text: str) -> str | None:
         """None: characters that the model lacks become bytes or <unk>."""
@@ -115,7 +126,7 @@ class SentencePieceEncoder:
         A lone surrogate in a text cannot be UTF-8 and raises UnicodeEncodeError. A text that `is_long` is encoded in
         parts (see `safe_cuts`), which bounds the memory that SentencePiece uses beside the ids.
         """
-        if not any(map(self.is_long, texts)):
+        if max(map(len, texts), default=0) <= self._part_characters:
             return self._encode(texts, dummy_prefix=dummy_prefix)
         others = iter(self._encode([text for text in texts if not self.is_long(text)], dummy_prefix=dummy_prefix))
         return [
@@ -142,7 +153,7 @@ class SentencePieceEncoder:
 
     @cached_property
     def _safe_cuts(self) -> SafeCuts:
-        return SafeCuts(self._content)
+        return SafeCuts(self.content, self.pieces)
 
     def decode(self, ids: Iterable[int], *, dummy_prefix: bool = True) -> str:
         """The text of token ids, without <s>, </s> and, with `dummy_prefix`, the leading space that `encode` adds."""
@@ -165,7 +176,7 @@ class SentencePieceEncoder:
     def _text_bytes(self) -> "TextBytes":
         from colossal_llama2.encoding.text_bytes import TextBytes
 
-        return TextBytes(self._content)
+        return TextBytes(self.content, self.pieces)
 
     @cached_property
     def _adds_prefix(self) -> bool:
@@ -174,3 +185,9 @@ class SentencePieceEncoder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._tokenizer_dir, self._part_characters)
+
+
+@lru_cache(maxsize=4)
+def _shared_processor(content: bytes, path: Path) -> "SentencePieceProcessor":
+    """The processor of a model, which all encoders of this process share: none of them changes it."""
+    return load_processor(content, path)

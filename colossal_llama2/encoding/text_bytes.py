@@ -8,11 +8,12 @@ in front counts 0 bytes, a byte token 1, and <unk> everything that it replaces. 
 changes are counted for the token after them, or at the end of the text for the last token.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from colossal_llama2.encoding.safe_cuts import BETWEEN_PIECES
 from colossal_llama2.errors import RunError
 
 if TYPE_CHECKING:
@@ -25,19 +26,22 @@ TOKENS_AT_A_TIME = 1 << 20
 class TextBytes:
     """The bytes of tokens for one SentencePiece model."""
 
-    def __init__(self, content: bytes):
-        """`content` is the serialized tokenizer.model."""
+    def __init__(self, content: bytes, pieces: Sequence[str]):
+        """
+        Args:
+            content: the serialized tokenizer.model.
+            pieces: all its pieces, by id.
+        """
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
         model = ModelProto.FromString(content)
         kind, normalizer = model.SentencePiece, model.normalizer_spec
-        entries = list(model.pieces)
-        types = np.array([entry.type for entry in entries])
-        pieces = [entry.piece for entry in entries]
+        types = np.array([entry.type for entry in model.pieces])
         self._is_byte = types == kind.BYTE
         self._is_unknown = types == kind.UNKNOWN
-        # "▁" has 3 bytes, and the space that it stands for 1.
-        self._lengths = np.array([len(piece.encode()) - 2 * piece.count("▁") for piece in pieces], np.int32)
+        # With the space that "▁" stands for; in one string, because of its speed.
+        spelled = BETWEEN_PIECES.join(pieces).replace("▁", " ").split(BETWEEN_PIECES)
+        self._lengths = np.array(list(map(len, map(str.encode, spelled))), np.int32)
         self._lengths[self._is_byte] = 1
         self._lengths[self._is_unknown | (types == kind.CONTROL)] = 0
         # With such a normalizer, the pieces spell the text exactly, apart from the space in front.

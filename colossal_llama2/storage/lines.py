@@ -60,7 +60,8 @@ class LineReader:
         end = first_line_end(block, start) if self._has_returns else block.find(b"\n", start) + 1
         self._start = end or len(block)
         line = block[start : self._start]
-        return _limited([line], len(line)) if end else self._rest_of(line)
+        # A line inside a block is not too long.
+        return RawLine(line, len(line), 1) if end else self._rest_of(line)
 
     def _rest_of(self, line: bytes) -> RawLine:
         """A line that continues in the next block, or ends with the stream."""

@@ -166,8 +166,12 @@ def _batches(members: np.ndarray, counts: np.ndarray) -> Iterator[tuple[np.ndarr
 def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[dict[str, Any], int, int]:
     """The arrow columns of a batch, and the numbers of trained and predicted tokens in them."""
     coded = _gather(members, Path(task.cache_dir))
-    ids = np.where(coded < 0, ~coded, coded)
-    labels = np.where(coded < 0, np.int32(IGNORE_INDEX), coded)
+    is_trained = coded >= 0
+    trained = int(np.count_nonzero(is_trained))
+    ids = labels = coded
+    if trained < len(coded):
+        ids = np.where(is_trained, coded, ~coded)
+        labels = np.where(is_trained, coded, np.int32(IGNORE_INDEX))
     ends = np.cumsum(members["length"])
     sample_ends = ends[np.cumsum(counts) - 1]
     sample_lengths = np.diff(sample_ends, prepend=0)
@@ -181,8 +185,7 @@ def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[di
     }
     if task.settings.stage == "sft":
         columns.update(_text_columns(columns, sample_lengths, encoder=shared_encoder(task.tokenizer_dir)))
-    trained = int(np.count_nonzero(coded >= 0))
-    return columns, trained, trained - int(np.count_nonzero(coded[ends - members["length"]] >= 0))
+    return columns, trained, trained - int(np.count_nonzero(is_trained[ends - members["length"]]))
 
 
 def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
@@ -190,6 +193,8 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
     lengths = members["length"]
     starts = np.cumsum(lengths) - lengths
     tokens = np.empty(int(lengths.sum()), np.int32)
+    # Slices of it are made in half the time of numpy's.
+    memory, size = tokens.data.cast("B"), tokens.itemsize
     files: OrderedDict[int, int] = OrderedDict()
     try:
         order = np.lexsort((members["offset"], members["unit"]))
@@ -199,9 +204,8 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
                 if len(files) >= MAX_OPEN_FILES:
                     os.close(files.popitem(last=False)[1])
                 files[unit] = os.open(cache_dir / f"unit-{unit:08d}.tokens", os.O_RDONLY)
-            place = tokens[start : start + length]
-            count = os.preadv(files[unit], [place.data], offset * tokens.itemsize)
-            if count != place.nbytes:
+            place = memory[start * size : (start + length) * size]
+            if os.preadv(files[unit], [place], offset * size) != length * size:
                 raise OSError(f"unit-{unit:08d}.tokens in {cache_dir} is cut short; delete the folder and start over")
     finally:
         for descriptor in files.values():
@@ -229,4 +233,9 @@ def _write_lines(file: BinaryIO, columns: dict[str, Any]) -> None:
 
     option = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     for row in rows_of(columns):
+        # In most samples no label is masked. Then ids and labels are the same text, which is most of the work.
+        if row[LABELS].min() >= 0:
+            row[INPUT_IDS] = row[LABELS] = orjson.Fragment(
+                orjson.dumps(row[INPUT_IDS], option=orjson.OPT_SERIALIZE_NUMPY)
+            )
         file.write(orjson.dumps(row, option=option))

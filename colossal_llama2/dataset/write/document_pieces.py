@@ -1,15 +1,20 @@
 """Cut tokenized documents into pieces of at most max_length tokens. Works on one batch of documents at a time."""
 
-import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.write.splicing import piece_lengths
-from colossal_llama2.dataset.write.tokenization import Tokenized
+from colossal_llama2.dataset.write.tokenization import Tokenized, packed, token_array
 from colossal_llama2.dataset.write.unit_files import PIECE
+
+if TYPE_CHECKING:
+    from colossal_llama2.encoding.encoder import TokenIds
+
+# A longer document is not copied to join it with others.
+TOKENS_TO_COPY = 1 << 16
 
 
 class Document(NamedTuple):
@@ -36,7 +41,7 @@ def document_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
     """The documents in their order, in groups: each long one is alone, so that its tokens need not be copied."""
     group: list[Document] = []
     for document in documents:
-        if isinstance(document.tokens.input_ids, np.ndarray):
+        if _is_alone(document):
             yield from filter(None, (group, [document]))
             group = []
         else:
@@ -45,31 +50,36 @@ def document_groups(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield group
 
 
+def _is_alone(document: Document) -> bool:
+    ids = document.tokens.input_ids
+    return isinstance(ids, np.ndarray) and len(ids) > TOKENS_TO_COPY
+
+
 def coded_tokens(documents: Sequence[Document]) -> np.ndarray:
     """(tokens,) int32: the tokens of a group of documents one after the other, with ~id for those without loss.
 
     For a long document, which is alone in its group, this is its own array.
     """
-    long_ids = documents[0].tokens.input_ids
-    if isinstance(long_ids, np.ndarray):
+    if _is_alone(documents[0]):
         (document,) = documents
-        if document.tokens.labels is not long_ids:
-            np.invert(long_ids, out=long_ids, where=document.tokens.labels == IGNORE_INDEX)
-        return long_ids
-    parts, masked, count = [], [], 0
+        coded = np.asarray(document.tokens.input_ids)
+    else:
+        coded = np.frombuffer(
+            bytearray().join([_bytes_of(document.tokens.input_ids) for document in documents]), np.int32
+        )
+    count = 0
     for document in documents:
-        tokens = document.tokens
-        # Without a mask, labels and ids are the same list.
-        if tokens.labels is not tokens.input_ids:
-            masked.append((count, np.array(tokens.labels, np.int32) == IGNORE_INDEX))
-        # Half the time of numpy's and array's conversions of lists.
-        parts.append(struct.pack(f"{len(tokens.input_ids)}i", *tokens.input_ids))
+        tokens, start = document.tokens, count
         count += len(tokens.input_ids)
-    coded = np.frombuffer(bytearray().join(parts), np.int32)
-    for start, mask in masked:
-        stretch = coded[start : start + len(mask)]
-        stretch[mask] = ~stretch[mask]
+        # Without a mask, labels and ids are the same object.
+        if tokens.labels is not tokens.input_ids:
+            stretch = coded[start:count]
+            np.invert(stretch, out=stretch, where=token_array(tokens.labels) == IGNORE_INDEX)
     return coded
+
+
+def _bytes_of(ids: "TokenIds") -> "bytes | memoryview":
+    return ids.data if isinstance(ids, np.ndarray) else packed(ids)
 
 
 def cut_documents(

@@ -20,7 +20,10 @@ JOIN_SECONDS = 10
 # Imported once for all workers, because tasks need them. Missing packages are ignored.
 PRELOADED = [
     "colossal_llama2.dataset.write.bins",
+    "colossal_llama2.dataset.write.tokenize_unit",
+    "concurrent.futures.process",
     "kitoken",
+    "numpy.random",
     "orjson",
     "pyarrow.compute",
     "sentencepiece.sentencepiece_model_pb2",

@@ -43,7 +43,7 @@ def best_fit_decreasing(lengths: Sequence[int], *, capacity: int) -> list[list[i
     # Bit r is set while some group has room r. The tightest fit is the lowest set bit at or above the item's length:
     # one shift of an integer of `capacity` bits, for any number of groups.
     rooms = 0
-    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for item in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         length = lengths[item]
         fitting = rooms >> length
         if fitting:
@@ -154,6 +154,7 @@ def _keep_order_of_cut_documents(groups: list[np.ndarray], documents: np.ndarray
     follows = documents[1:] == documents[:-1]
     is_first_or_middle = np.append(follows, False)
     is_cut = is_first_or_middle | np.append(False, follows)
+    is_last = is_cut & ~is_first_or_middle
     places: dict[int, list[int]] = {}
     for place, group in enumerate(groups):
         if len(group) == 1 and is_first_or_middle[group[0]]:
@@ -162,7 +163,7 @@ def _keep_order_of_cut_documents(groups: list[np.ndarray], documents: np.ndarray
         return
     for place in range(len(groups)):
         while True:
-            ends = [int(documents[item]) for item in groups[place] if is_cut[item] and not is_first_or_middle[item]]
+            ends = documents[groups[place][is_last[groups[place]]]].tolist()
             document = max(ends, key=lambda end: max(places[end]), default=None)
             if document is None or max(places[document]) < place:
                 break

@@ -4,6 +4,7 @@ Marks are added as ids. Each stretch of text with its own mask is encoded separa
 of the mask. Rows come in batches, with which the encoder is fastest.
 """
 
+import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain, groupby
@@ -60,6 +61,21 @@ class Tokenized(NamedTuple):
     drops: tuple[Drop, ...] = ()
     exchanges: int = 0
 
+    def as_arrays(self) -> "Tokenized":
+        """The same with arrays for lists; a single one if ids and labels are the same list."""
+        ids = token_array(self.input_ids)
+        return self._replace(input_ids=ids, labels=ids if self.labels is self.input_ids else token_array(self.labels))
+
+
+def token_array(ids: "TokenIds") -> np.ndarray:
+    """(tokens,) int32: a list as an array, or the array itself."""
+    return ids if isinstance(ids, np.ndarray) else np.frombuffer(bytearray(packed(ids)), np.int32)
+
+
+def packed(ids: Sequence[int]) -> bytes:
+    """The bytes of a list as int32. numpy's and array's conversions take twice the time."""
+    return struct.pack(f"{len(ids)}i", *ids)
+
 
 def tokenize_pretrain(
     rows: Sequence[PretrainRow], *, encoder: Encoder, batch_characters: int = BATCH_CHARACTERS
@@ -70,7 +86,8 @@ def tokenize_pretrain(
     mark for the beginning (see `Encoder`), there is no <s>.
     """
     opening = opening_marks(encoder)
-    are_long = [encoder.is_long(row.target) or encoder.is_long(row.source) for row in rows]
+    has_long = encoder.is_long(max(chain.from_iterable((row.target, row.source) for row in rows), key=len, default=""))
+    are_long = [has_long and (encoder.is_long(row.target) or encoder.is_long(row.source)) for row in rows]
     others = [row for row, is_long_row in zip(rows, are_long, strict=True) if not is_long_row]
     encode = partial(_encode_each, encoder=encoder, batch_characters=batch_characters)
     openings = encode((row.source or row.target for row in others), dummy_prefix=True)
@@ -93,8 +110,9 @@ def tokenize_pretrain(
                 complete[row.target] = _with_marks(ids, encoder=encoder, in_place=row.target not in sources)
             # Not copies, because none of them is changed.
             labels = input_ids = complete[row.target]
-        tokenized.append(Tokenized(input_ids, labels, len(input_ids)))
-    return [_dropped(tokens) if row.is_masked else tokens for row, tokens in zip(rows, tokenized, strict=True)]
+        tokens = Tokenized(input_ids, labels, len(input_ids))
+        tokenized.append(_dropped(tokens) if row.is_masked else tokens)
+    return tokenized
 
 
 def opening_marks(encoder: Encoder) -> list[int]:
@@ -138,8 +156,6 @@ def pretrain_token_bytes(row: PretrainRow, tokens: Tokenized, *, encoder: Encode
 
     They sum to the size of the target; marks and the source count 0.
     """
-    import numpy as np
-
     sizes = np.zeros(len(tokens.input_ids), np.int32)
     # After <s>, or after <s> and the source, which are masked.
     start = (
@@ -288,11 +304,14 @@ def _encode_each(
     The ids of a long text are an array, and so are those of all texts if they exceed `batch_characters` together, as
     in a conversation that is far larger than a batch.
     """
-    distinct = [text for text in dict.fromkeys(texts) if text]
+    distinct = dict.fromkeys(texts)
+    distinct.pop("", None)
     is_much = sum(map(len, distinct)) > batch_characters
-    others = [text for text in distinct if not (is_much or encoder.is_long(text))]
+    has_long = is_much or encoder.is_long(max(distinct, key=len, default=""))
+    others = [text for text in distinct if not (is_much or encoder.is_long(text))] if has_long else list(distinct)
     ids: dict[str, TokenIds] = dict(zip(others, encoder.encode(others, dummy_prefix=dummy_prefix), strict=True))
-    for text in distinct:
+    for text in distinct if has_long else ():
         if text not in ids:
             ids[text] = encoder.encode_long(text, dummy_prefix=dummy_prefix)
-    return {"": [], **ids}
+    ids[""] = []
+    return ids

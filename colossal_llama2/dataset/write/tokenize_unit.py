@@ -1,7 +1,7 @@
 """One unit of work: read its lines, check and tokenize them, cut them into pieces, and write these to the cache.
 
 read       lines of the unit's spans (`row_reader`), checked (`records`); what cannot be used (`unit_problems`)
-tokenize   about a megabyte of rows at a time (`tokenization`)
+tokenize   a quarter of a megabyte of rows at a time (`tokenization`)
 cut        documents into pieces (`document_pieces`)
 count      every token, by what happened to it (`unit_counts`)
 write      the pieces, and last a JSON file that marks the unit as done (`unit_files`)
@@ -42,7 +42,8 @@ from colossal_llama2.dataset.write.unknown_tokens import count_unknown
 from colossal_llama2.encoding.encoder import Encoder
 from colossal_llama2.encoding.registry import shared_encoder
 
-BATCH_BYTES = 1 << 20
+# So little that the tokens of a batch, of which Python needs 32 bytes each, stay in the processor's cache.
+BATCH_BYTES = 1 << 18
 NO_PIECES = {"tokens": 0, "pieces": 0}
 
 
@@ -208,6 +209,7 @@ class _UnitWorker:
         # A conversation is never longer, and never begins with a trained token.
         is_cut = len(tokens.input_ids) > self._settings.max_length
         if isinstance(row, PretrainRow) and (is_cut or not tokenization.opening_marks(self._encoder)):
+            tokens = tokens.as_arrays()
             token_bytes = tokenization.pretrain_token_bytes(row, tokens, encoder=self._encoder)
         target_bytes = row.target_bytes(sizes, exchanges=tokens.exchanges)
         return Document(slot, file, target_bytes, is_held_out(row, self._settings), tokens, token_bytes)
