@@ -87,9 +87,13 @@ def main() -> None:
     unfit = sorted(set(args.plugins or ()) - set(fitting))
     if unfit:
         parser.error(f"--plugins {' '.join(unfit)} with --precision fp32 given; allowed: {'; '.join(fitting)}")
-    environments = [str(Path(python).absolute().parents[1]) for python in args.pythons]
-    if len(set(environments)) < len(environments) or not all(map(shutil.which, args.pythons)):
-        parser.error(f"--pythons {' '.join(args.pythons)} given; allowed are programs of different environments")
+    pythons = [Path(found).absolute() for python in args.pythons if (found := shutil.which(python))]
+    names = {environment_of(python) for python in pythons}
+    if not len(names) == len(pythons) == len(args.pythons):
+        parser.error(
+            f"--pythons {' '.join(args.pythons)} given; allowed are programs in environments of different names, "
+            "such as .venv/bin/python and .venv-current/bin/python"
+        )
     make_folder(parser, args.work_dir)
     try:
         for name in args.models:
@@ -97,9 +101,14 @@ def main() -> None:
             for length in args.lengths:
                 run = partial(measure, model_dir=model_dir, length=length, precision=args.precision)
                 candidates = (*BASELINES, *(args.plugins or fitting))
-                print_table(f"{name}, {length:,} tokens", run, candidates, args.pythons, args.rounds)
+                print_table(f"{name}, {length:,} tokens", run, candidates, pythons, args.rounds)
     finally:
         shutil.rmtree(args.work_dir)
+
+
+def environment_of(python: Path) -> str:
+    """The name of the virtual environment of a Python."""
+    return python.parent.parent.name
 
 
 def sample_length(text: str) -> int:
@@ -122,7 +131,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def print_table(
-    title: str, run: Callable[..., dict[str, float]], candidates: Sequence[str], pythons: Sequence[str], turns: int
+    title: str, run: Callable[..., dict[str, float]], candidates: Sequence[str], pythons: Sequence[Path], turns: int
 ) -> None:
     """Run all candidates on one model and length, `turns` times in turn, and print each measurement to stderr."""
     rounds: list[dict[str, dict[str, float]]] = []
@@ -130,8 +139,8 @@ def print_table(
         rounds.append({})
         # The same candidate of each environment one after the other, so that they meet the same speed of the machine.
         for name, python in itertools.product(candidates, pythons):
-            row = name if python == pythons[0] else f"{name}, {Path(python).absolute().parents[1].name}"
-            rounds[-1][row] = figures = run(name, python=python)
+            row = name if python == pythons[0] else f"{name}, {environment_of(python)}"
+            rounds[-1][row] = figures = run(name, python=str(python))
             over = figures["speed"] / rounds[-1]["trainer"]["speed"]
             print(f"{title}, turn {turn + 1} of {turns}: {row} {over:.2f}", file=sys.stderr, flush=True)
     print(

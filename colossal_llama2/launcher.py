@@ -69,14 +69,23 @@ def place() -> Place:
 
 
 def settle() -> Place:
-    """Read the environment once, remove leftovers from it, and complete what the launcher omits."""
+    """Read the environment once, remove leftovers from it, and complete what the launcher omits.
+
+    Also keeps PyTorch from starting compiler processes in each rank, which must happen before parts of it are imported.
+    """
     global _settled
-    # PyTorch reads this when it is imported. ColossalAI's import would start a pool of compiler processes in each rank,
-    # as many as there are cores, for functions that are not called here.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    _start_no_compilers()
     if _settled is None:
         _settled = _read()
     return _settled
+
+
+def _start_no_compilers() -> None:
+    """ColossalAI's import would start as many as there are cores, for functions that are not called here.
+
+    torch._inductor.config reads the number when it is imported, which many parts of PyTorch and transformers do.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def stand_for(world_size: int) -> None:

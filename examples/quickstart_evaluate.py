@@ -24,6 +24,8 @@ from colossal_llama2.cli import value_types
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.storage.files import jsonl_files, read_jsonl
 
+WINDOW_TOKENS = 256
+
 
 def build_parser() -> CommandParser:
     """Flags of this script."""
@@ -40,14 +42,17 @@ def build_parser() -> CommandParser:
     parser.add_argument("--tensorboard_dir", metavar="DIR", help="the stage's TensorBoard logs, recorded for the table")
     parser.add_argument("--config_file", metavar="FILE", help="the stage's resolved settings, recorded for the table")
     parser.add_argument(
-        "--max_length", metavar="TOKENS", type=value_types.sequence_length, default=256, help="length of a window"
+        "--max_length",
+        metavar="TOKENS",
+        type=value_types.sequence_length,
+        help=f"most tokens of a window; default: {WINDOW_TOKENS}",
     )
     parser.add_argument(
         "--window_bytes",
         metavar="BYTES",
         type=value_types.sequence_length,
-        help="cut windows of this many bytes of text instead, so that models of different vocabularies see as much"
-        " context before each character",
+        help="instead of --max_length: most bytes of text in a window, so that models of different vocabularies see as"
+        " much context before each character",
     )
     parser.add_argument(
         "--batch_size", metavar="N", type=value_types.positive_int, default=8, help="windows per forward pass"
@@ -145,7 +150,7 @@ def evaluate(
     model_path: str,
     texts: dict[str, list[str]],
     *,
-    max_length: int = 256,
+    max_length: int = WINDOW_TOKENS,
     window_bytes: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict]:
@@ -175,9 +180,14 @@ def main(argv=None) -> None:
         if not (Path(args.model_path) / "config.json").is_file():
             raise errors.UserError(f"--model_path {args.model_path} holds no config.json; name a Hugging Face folder")
         texts = read_held_out(Path(args.held_out_dir), args.max_bytes)
-        sizes = {name: getattr(args, name) for name in ("max_length", "window_bytes", "batch_size")}
-        languages = evaluate(args.model_path, texts, **sizes)
+        if args.max_length and args.window_bytes:
+            raise errors.UserError(
+                f"--max_length {args.max_length} and --window_bytes {args.window_bytes} given; one of them is allowed"
+            )
+        window = {"max_length": args.max_length or WINDOW_TOKENS, "window_bytes": args.window_bytes}
+        languages = evaluate(args.model_path, texts, **window, batch_size=args.batch_size)
         settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
+        settings["window"] = f"{args.window_bytes} bytes" if args.window_bytes else f"{window['max_length']} tokens"
         add_entry(Path(args.output_file), {**settings, "languages": languages})
         for language, figures in languages.items():
             print(

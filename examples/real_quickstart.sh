@@ -90,7 +90,7 @@ train_new_rows() {
 }
 
 train_both() {
-    train 3-both --dataset zh="$out/zh/arrow" en="$out/en/arrow" --mixture zh=0.8 en=0.2 --lr 3e-4 \
+    train 3-both --dataset zh="$out/zh/arrow" en="$out/en/arrow" --mixture zh=0.7 en=0.3 --lr 1e-4 \
         --load_checkpoint "$out/2-align/modeling" --max_steps $(($(<"$out/steps") * (100 - align_percent) / 100))
 }
 

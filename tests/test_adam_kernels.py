@@ -121,3 +121,27 @@ def test_a_compiled_kernel_stays_in_use(caplog):
 
     adam_kernels.install()
     assert Loader().load() is math and not caplog.records
+
+
+@pytest.mark.parametrize("hosts", [["a", "a"], ["", ""], ["a", ""], ["", "b"]])
+def test_ranks_use_pytorchs_kernels_if_one_of_them_must(monkeypatch, caplog, hosts):
+    """Replicas would drift apart if they rounded differently."""
+    from types import SimpleNamespace
+
+    from colossal_llama2.engine import adam
+
+    monkeypatch.setattr(adam, "gather_values", lambda value: [value, *hosts[1:]])
+    monkeypatch.setattr(adam.socket, "gethostname", lambda: hosts[0])
+    monkeypatch.setattr(logging.getLogger("colossal_llama2"), "propagate", True)
+    defaults = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+    own = adam_kernels.FusedCpuAdam(LR, *BETAS, EPS, DECAY, True) if hosts[0] else "ColossalAI's"
+    optimizer = SimpleNamespace(defaults=defaults, adamw_mode=True, cpu_adam_op=own, gpu_adam_op="ColossalAI's")
+    adam._use_the_same_kernels(optimizer)
+    if not any(hosts):
+        assert optimizer.cpu_adam_op is own and optimizer.gpu_adam_op == "ColossalAI's" and not caplog.records
+        return
+    assert isinstance(optimizer.cpu_adam_op, adam_kernels.FusedCpuAdam)
+    assert optimizer.gpu_adam_op is adam_kernels.multi_tensor_adam
+    messages = [record.getMessage() for record in caplog.records]
+    expected = [] if all(hosts) else [f"cannot be compiled on {max(hosts)}"]
+    assert [message[message.index("cannot") :] for message in messages] == expected

@@ -342,7 +342,7 @@ def test_fine_tuning_is_planned_for_this_machine(model_dir, data, tmp_path, monk
     peak = float(re.search(r"^peak: ([\d.]+) GiB, .* expect \+-10 %$", output, re.MULTILINE)[1])
     whole, libraries = re.search(
         r"^a process takes about ([\d.]+) GiB: 1\.32 times the peak, since it keeps freed memory,\n"
-        r"and ([\d.]+) GiB for Python and libraries; expect \+-10 %$",
+        r"and ([\d.]+) GiB for Python and libraries; expect \+-15 %$",
         output,
         re.MULTILINE,
     ).groups()

@@ -4,7 +4,7 @@ A token that is a text is looked for in that text. A part of characters has no t
 rest of the characters (byte_level_parts.py). A pre-tokenizer divides texts between characters, so it may divide all of
 these inside the part: LLaMA-3's does so for 0ae4, a line break and the first byte of a character. And better merges may
 join a byte of the part to one outside in all of them: if every character that begins with c3 is a token, 61c3 is never
-made.
+made. Where too many characters complete a part to try all, some of each general category stand for them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +52,9 @@ def unreached_tokens(model: ByteLevelModel, tokens: Sequence[str]) -> list[str]:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     stuck.update(_never(tokens, encoded, model.vocabulary.__getitem__))
-    stuck.update(never_made(model, [token for token in _parts_of_characters(tokens) if token not in stuck], tokens))
+    # What is made on the way to a token that is stuck itself is not made thereby.
+    made = [token for token in tokens if token not in stuck]
+    stuck.update(never_made(model, _parts_of_characters(made), made))
     return [token for token in tokens if token in stuck]
 
 

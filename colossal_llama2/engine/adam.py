@@ -1,9 +1,13 @@
 """The optimizer: HybridAdam over a model's trainable parameters, and an Adam that makes no update from a NaN or Inf."""
 
 import math
+import socket
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama2 import logs
+from colossal_llama2.engine.patches import adam_kernels
+from colossal_llama2.engine.ranks.collectives import gather_values
 from colossal_llama2.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +24,25 @@ def make_adam(model: "torch.nn.Module", *, learning_rate: float, weight_decay: f
     """
     from colossalai.nn.optimizer import HybridAdam
 
-    return HybridAdam(parameter_groups(model, weight_decay), lr=learning_rate, betas=BETAS, adamw_mode=True)
+    optimizer = HybridAdam(parameter_groups(model, weight_decay), lr=learning_rate, betas=BETAS, adamw_mode=True)
+    _use_the_same_kernels(optimizer)
+    return optimizer
+
+
+def _use_the_same_kernels(adam: "torch.optim.Optimizer") -> None:
+    """If a rank could not compile ColossalAI's kernels, use PyTorch's on all ranks.
+
+    They round differently. Ranks that hold the same weights would drift apart.
+    """
+    hosts = gather_values(socket.gethostname() if adam_kernels.is_replaced(adam) else "")
+    if not any(hosts):
+        return
+    if not all(hosts):
+        logs.get_logger().warning(
+            "PyTorch's fused Adam is used on all ranks, since ColossalAI's cannot be compiled on %s",
+            ", ".join(sorted(set(filter(None, hosts)))),
+        )
+    adam_kernels.replace(adam)
 
 
 def parameter_groups(model: "torch.nn.Module", weight_decay: float) -> list[dict[str, Any]]:

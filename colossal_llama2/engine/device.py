@@ -1,4 +1,6 @@
-"""A rank's device: its peak speed, its peak memory, and the FLOPs of a model."""
+"""A rank's device: its peak speed, its memory, and the FLOPs of a model."""
+
+import contextlib
 
 # Dense bf16 TFLOPS of GPUs by a word in their name, as their data sheets give them.
 PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "V100": 125, "H20": 148, "L40S": 362}
@@ -6,12 +8,27 @@ PEAK_TFLOPS = {"A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, 
 
 def peak_memory() -> int:
     """Peak bytes of this rank: allocated by PyTorch on the GPU; without a GPU, resident in the process."""
-    import resource
-
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _memory_of_process("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return _memory_of_process("VmRSS")
+
+
+def _memory_of_process(name: str) -> int:
+    """Bytes under a name in /proc/self/status; the peak by getrusage where there is no such file.
+
+    getrusage's peak may be that of the program that started this one: it outlives the exec of a forked process.
+    """
+    import resource
+
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -58,8 +58,7 @@ def is_compiled(adam) -> bool:
     """Whether all kernels of a HybridAdam are ColossalAI's own, and none of those that replace them."""
     from colossal_llama2.engine.patches import adam_kernels
 
-    on_cpu = isinstance(adam.cpu_adam_op, adam_kernels.FusedCpuAdam)
-    return not on_cpu and getattr(adam, "gpu_adam_op", None) is not adam_kernels.multi_tensor_adam
+    return not adam_kernels.is_replaced(adam)
 
 
 def difference(place: str) -> float:

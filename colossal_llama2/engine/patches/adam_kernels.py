@@ -122,7 +122,8 @@ def multi_tensor_adam(
     """
     import torch
 
-    steps = torch.tensor(float(step) if bias_correction else NO_CORRECTION_STEP, device=tensors[0][0].device)
+    # Made on the device: a copy from the host would wait for it.
+    steps = torch.full((), float(step) if bias_correction else NO_CORRECTION_STEP, device=tensors[0][0].device)
 
     def update(rows: "Sequence[tuple[torch.Tensor, ...]]") -> None:
         grads, params, firsts, seconds = (list(column) for column in zip(*rows, strict=True))
@@ -141,6 +142,23 @@ def multi_tensor_adam(
             update([(grad.to(param.dtype), *row[1:])])
     for rows in at_once.values():
         update(rows)
+
+
+def is_replaced(adam: Any) -> bool:
+    """Whether a HybridAdam has one of the kernels of this file."""
+    on_gpu = getattr(adam, "gpu_adam_op", None)
+    return isinstance(adam.cpu_adam_op, FusedCpuAdam) or on_gpu is multi_tensor_adam
+
+
+def replace(adam: Any) -> None:
+    """Give a HybridAdam the kernels of this file."""
+    settings = adam.defaults
+    beta1, beta2 = settings["betas"]
+    adam.cpu_adam_op = FusedCpuAdam(
+        settings["lr"], beta1, beta2, settings["eps"], settings["weight_decay"], adam.adamw_mode
+    )
+    if hasattr(adam, "gpu_adam_op"):
+        adam.gpu_adam_op = multi_tensor_adam
 
 
 class CpuKernels:

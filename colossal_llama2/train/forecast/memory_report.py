@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from colossal_llama2.engine.device import peak_memory
+from colossal_llama2.engine.device import resident_memory
 from colossal_llama2.plurals import counted
 from colossal_llama2.tables import table_lines
 from colossal_llama2.train.forecast.activations import ModelShape
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Error of the forecast in percent: a little more than was measured on a CPU (benchmarks/bench_memory.py), and a larger
 # one on GPUs, where nothing was measured.
-CPU_MARGIN, GPU_MARGIN = 10, 20
+CPU_MARGIN, PROCESS_MARGIN, GPU_MARGIN = 10, 15, 20
 # Resident memory of a rehearsal's process over what its tensors need, since it keeps freed memory (cpu_device.py):
 # 1.23 to 1.41 for five models and plugins (benchmarks/bench_memory.py --kept_memory).
 KEPT = 1.32
@@ -50,7 +50,7 @@ def memory_lines(config: TrainConfig, llama_config: "LlamaConfig", *, has_docume
     memory = rank_memory(ModelShape.of(llama_config), plan)
     lines = [memory_table(memory, ranks=ranks, on_cpu=on_cpu)]
     if on_cpu:
-        lines += process_lines(memory.peak, peak_memory())
+        lines += process_lines(memory.peak, resident_memory())
     return "\n".join([*lines, *_rehearsal_lines(config, llama_config, has_documents=has_documents)])
 
 
@@ -59,7 +59,7 @@ def process_lines(peak: int, libraries: int) -> list[str]:
     whole = (KEPT * peak + libraries) / GIB
     return [
         f"a process takes about {whole:.2f} GiB: {KEPT} times the peak, since it keeps freed memory,",
-        f"and {libraries / GIB:.2f} GiB for Python and libraries; expect +-{CPU_MARGIN} %",
+        f"and {libraries / GIB:.2f} GiB for Python and libraries; expect +-{PROCESS_MARGIN} %",
     ]
 
 
@@ -78,7 +78,7 @@ def _rehearsal_lines(config: TrainConfig, llama_config: "LlamaConfig", *, has_do
         return []
     ranks = config.world_size
     plan = memory_plan(config, ranks, has_documents=has_documents, on_cpu=True)
-    each = KEPT * rank_memory(ModelShape.of(llama_config), plan).peak + peak_memory()
+    each = KEPT * rank_memory(ModelShape.of(llama_config), plan).peak + resident_memory()
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [
         "there is no GPU here, so this forecast is for another machine;",
