@@ -26,7 +26,7 @@ from colossal_llama2.encoding.byte_level_tokens import (
 )
 from colossal_llama2.encoding.parity import ByteLevelTokenizers, PieceFinder, measure
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.tokenizer import extend_byte_level, init_tokenizer
+from colossal_llama2.tokenizer import byte_level_closure, extend_byte_level, init_tokenizer
 from colossal_llama2.tokenizer.byte_level_closure import plan_byte_level
 from colossal_llama2.tokenizer.closure import evolve
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
@@ -469,6 +469,20 @@ def test_bytes_inside_a_character_are_looked_for_there(models):
     plan = plan_byte_level(models["llama3"], tokens, closure="complete")
     assert tokens[-1] in plan.pieces and tokens[-1] not in plan.joined
     assert unreached_tokens(extended(models["llama3"], plan.pieces), plan.pieces) == []
+
+
+def test_lost_parts_are_found_in_few_passes_within_a_budget(models, monkeypatch):
+    """61c3 to 7ac3 are never made once every character that begins with c3 is a token."""
+    latin = [spelled(chr(code)) for code in range(0xC0, 0x100)]
+    parts = [spelled_bytes(bytes((letter, 0xC3))) for letter in range(0x61, 0x7B)]
+    passes = []
+    plan_once = byte_level_closure._fitting
+    monkeypatch.setattr(byte_level_closure, "_fitting", lambda *given: passes.append(given) or plan_once(*given))
+    known = models["llama3"].vocabulary
+    wanted = [token for token in [*latin, *parts, spelled("学校")] if token not in known]
+    plan = plan_byte_level(models["llama3"], wanted, closure="complete", max_added=len(latin) + 2)
+    assert set(plan.joined) == {part for part in parts if part not in known} and len(passes) <= 4
+    assert len(plan.pieces) <= len(latin) + 2
 
 
 def test_what_is_made_only_for_an_unreachable_token_is_unreachable(models):

@@ -56,14 +56,17 @@ def plan_byte_level(
     close = {"complete": source.complete, "drop": source.drop, "off": _append_all}[closure]
     gone = set(source.split) if closure != "off" else set()
     joined: list[str] = []
-    while True:
-        kept = [token for token in wanted if token not in gone]
-        count, found = _fitting(close, kept, max_added)
-        lost = source.joined(found.pieces) if closure != "off" else []
-        if not lost:
-            break
-        joined += lost
-        gone.update(lost)
+    # Without the budget first: merges that come before a part's are those of the tokens before it, so nearly all parts
+    # that are lost are found at once. With it alone, each pass would see only the few that take the last ones' place.
+    for budget in dict.fromkeys((None, max_added)):
+        while True:
+            kept = [token for token in wanted if token not in gone]
+            count, found = _fitting(close, kept, budget)
+            lost = source.joined(found.pieces) if closure != "off" else []
+            if not lost:
+                break
+            joined += lost
+            gone.update(lost)
     dropped = [token for token in wanted if token in gone] + found.dropped
     return replace(found, dropped=dropped, over_budget=list(kept[count:]), split=source.split, joined=joined)
 
