@@ -154,6 +154,7 @@ def measure(words: list[str]) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import train
+    from colossal_llama2.engine import device
     from colossal_llama2.engine.patches import placeholders
     from colossal_llama2.train import benchmark, run  # noqa: F401
 
@@ -166,14 +167,14 @@ def measure(words: list[str]) -> None:
 
     def measure_steps(*args, **keywords):
         nonlocal loading
-        loading = status("VmHWM") - before
+        loading = device.peak_memory() - before
         reset_peak()
         return run_steps(*args, **keywords)
 
     def report_peak() -> None:
         # Called after the timed steps and before those under the profiler.
         # One write: ranks share their output, and print writes the end of a line by itself.
-        os.write(1, (json.dumps({"steps": status("VmHWM") - before, "loading": loading}) + "\n").encode())
+        os.write(1, (json.dumps({"steps": device.peak_memory() - before, "loading": loading}) + "\n").encode())
         torch.distributed.barrier()
         time.sleep(1)
         os._exit(0)
@@ -184,15 +185,11 @@ def measure(words: list[str]) -> None:
 
 def reset_peak() -> int:
     """Reset the peak; returns the resident memory."""
+    from colossal_llama2.engine.device import resident_memory
+
     # 5 resets it (Linux, Documentation/filesystems/proc.rst).
     Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def status(name: str) -> int:
-    """Bytes under a name in /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+    return resident_memory()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ COLLECTIVES_FILE = "colossal_llama2/engine/patches/gloo_collectives.py"
 # File and function of what replaces one GPU kernel: an unbroken run of operations from here counts as one.
 KERNELS = (
     ("colossal_llama2/engine/patches/cpu_device.py", None),
+    ("colossal_llama2/engine/patches/adam_kernels.py", None),
     ("colossal_llama2/engine/patches/bug_fixes.py", "promote_gradients"),
 )
 # A line of code is named by the innermost frame of one of these packages.

@@ -42,9 +42,7 @@ def _characters_beginning(content: bytes) -> tuple[str, ...]:
         return ("",)
     length = 2 if content[0] < 0xE0 else 3 if content[0] < 0xF0 else 4
     missing = length - len(content)
-    bits = content[0] & (0x7F >> length)
-    for byte in content[1:]:
-        bits = bits << 6 | byte & 0x3F
+    bits = _bits(content[1:], content[0] & (0x7F >> length))
     codes = range(bits << 6 * missing, (bits + 1) << 6 * missing)
     return _spread(text for text in _texts(codes) if text.encode().startswith(content))
 
@@ -54,9 +52,7 @@ def _characters_ending(content: bytes) -> tuple[str, ...]:
     """Characters whose UTF-8 ends with these bytes and is longer; nothing to add for no bytes."""
     if not content:
         return ("",)
-    bits = 0
-    for byte in content:
-        bits = bits << 6 | byte & 0x3F
+    bits = _bits(content)
     codes = range(bits, 0x110000, 1 << 6 * len(content))
     return _spread(text for text in _texts(codes) if len(text.encode()) > len(content))
 
@@ -64,9 +60,7 @@ def _characters_ending(content: bytes) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def _characters_around(content: bytes) -> tuple[str, ...]:
     """Characters whose UTF-8 has these continuation bytes inside, before its last byte."""
-    bits = 0
-    for byte in content:
-        bits = bits << 6 | byte & 0x3F
+    bits = _bits(content)
     found: list[str] = []
     for length, most in ((3, 0xFFFF), (4, 0x10FFFF)):
         for place in range(1, length - len(content)):
@@ -75,6 +69,13 @@ def _characters_around(content: bytes) -> tuple[str, ...]:
             texts = _texts(code for row in rows for code in range(row, row + (1 << free)))
             found += (text for text in texts if text.encode()[place : place + len(content)] == content)
     return _spread(dict.fromkeys(found))
+
+
+def _bits(continuation: bytes, first: int = 0) -> int:
+    """The bits of a character's code in its continuation bytes, after those of the bytes before."""
+    for byte in continuation:
+        first = first << 6 | byte & 0x3F
+    return first
 
 
 def _texts(codes: Iterable[int]) -> Iterator[str]:

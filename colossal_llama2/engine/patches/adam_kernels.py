@@ -73,33 +73,25 @@ class FusedCpuAdam:
         div_scale: float,
     ) -> None:
         """Update `param` and both moments in place; `grad` is divided by `div_scale` if that is positive."""
-        import torch
-
-        grad = grad.float()
-        if div_scale > 0:
-            grad = grad / div_scale
-        steps = torch.tensor(float(step) if bias_correction else NO_CORRECTION_STEP)
-        update = torch._fused_adamw_ if self._adamw_mode else torch._fused_adam_
-        update(
-            [param],
-            [grad.to(param.dtype)],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [steps],
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
+        multi_tensor_adam(
+            0,
+            None,
+            [[grad], [param], [exp_avg], [exp_avg_sq]],
+            lr,
+            beta1,
+            beta2,
+            eps,
+            step,
+            int(self._adamw_mode),
+            int(bias_correction),
+            weight_decay,
+            div_scale,
         )
 
 
 def multi_tensor_adam(
     chunk_size: int,
-    overflow: "torch.Tensor",
+    overflow: "torch.Tensor | None",
     tensors: "Sequence[list[torch.Tensor]]",
     lr: float,
     beta1: float,

@@ -466,7 +466,7 @@ class _GeminiKeeper(_Keeper):
     def update(self) -> dict[str, int]:
         if not self.plan.on_cpu:
             return {}
-        # bug_fixes.py, clip_in_bf16: float32 copies of all gradients. cpu_device.py: one is divided into a copy.
+        # bug_fixes.py, clip_in_bf16: float32 copies of all gradients. adam_kernels.py: one is divided into a copy.
         copies = FLOAT32 * self.shard if self.plan.settings.precision == "bf16" else 0
         largest = min(self.largest, max(self.chunks) // self.shards)
         return {"gradients": copies, "buffers": 2 * FLOAT32 * largest}
