@@ -177,13 +177,13 @@ def measure(name: str, *, python: str, model_dir: Path, length: int, precision: 
 def baseline(name: str, python: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
     """Tokens/s of all ranks, and the memory of the largest."""
     script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
-    done = launch(python, [*script, "--lengths", str(length), "--precision", precision])
+    done = launch([*script, "--lengths", str(length), "--precision", precision], python)
     rows = [json.loads(line) for line in done.splitlines() if line.startswith('{"speed"')]
     combine = sum if name == "bare" else max
     return {"speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)}
 
 
-def launch(python: str, script: list[str]) -> str:
+def launch(script: list[str], python: str = sys.executable) -> str:
     """Run a script on all ranks with a Python; returns what they print."""
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS), *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -200,7 +200,7 @@ def ours(python: str, model_dir: Path, length: int, precision: str, flags: tuple
     samples = batch * data_ranks * (WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS)
     script = ["train.py", "--benchmark", "--pretrained", model_dir, "--max_length", length, "--num_samples", samples]
     script += ["--micro_batch_size", batch, "--mixed_precision", precision, "--use_flash_attn", *flags]
-    output = launch(python, [str(word) for word in script])
+    output = launch([str(word) for word in script], python)
     printed = dict(re.findall(r"^ *(\S.*?) {2,}([\d,.]+)", output, re.MULTILINE))
     figures = {name: float(printed[name].replace(",", "")) for name in (*PARTS, "tokens/s", "peak memory")}
     return {**figures, "speed": figures["tokens/s"], "memory": figures["peak memory"] * 2**20}
