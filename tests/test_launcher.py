@@ -270,6 +270,27 @@ def test_rank_0_waits_until_its_name_resolves(monkeypatch, port):
     first._gives_up = True
 
 
+def test_rank_0_may_be_the_last_to_reach_itself(monkeypatch, port):
+    connect, ends = socket.create_connection, Ends()
+    first, second = ends.watch(0, 2), ends.watch(1, 2)
+
+    def slow_on_rank_0(address, **more):
+        if threading.current_thread() is threading.main_thread():
+            assert second._is_linked.wait(30.0)
+            # Longer than the other thread needs to notice that no rank is missing.
+            time.sleep(0.5)
+        return connect(address, **more)
+
+    monkeypatch.setattr(meeting, "UNREACHABLE_SECONDS", 1.0)
+    monkeypatch.setattr(meeting.socket, "create_connection", slow_on_rank_0)
+    second.begin()
+    first.begin()
+    for watch in (first, second):
+        watch.wait()
+    with socket.create_server(("", port)):
+        assert first._lines.keys() == {1}
+
+
 def test_an_address_without_rank_0_is_reported(monkeypatch, port):
     monkeypatch.setattr(meeting, "UNREACHABLE_SECONDS", 0.3)
     ends = Ends()

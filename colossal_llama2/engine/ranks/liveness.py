@@ -102,7 +102,7 @@ class Watch:
         self._hosts: dict[int, str] = {here.rank: socket.gethostname()}
         self._problem: Exception | None = None
         self._all_are_here, self._is_linked = threading.Event(), threading.Event()
-        self._is_calling = self._is_leaving = self._gives_up = self.is_settled = False
+        self._is_calling = self._is_leaving = self._gives_up = self.is_settled = self._awaits_itself = False
         self._own_name = f"{socket.gethostname()}/{secrets.token_hex(8)}"
         self._next_reminder = time.monotonic() + SILENT_SECONDS
 
@@ -115,6 +115,8 @@ class Watch:
             self._start(self._connect_by_hand)
             return
         listener = meeting.listen_as_given(backlog=self._here.world_size)
+        # The other ranks may all connect before this one has reached itself.
+        self._awaits_itself = True
         self._start(self._run, listener, meeting.KNOWN_SECRET)
         self._check_own_address()
 
@@ -248,6 +250,7 @@ class Watch:
         rank, size, host = int(words[2]), int(words[3]), words[4].partition("/")[0]
         if words[4] == self._own_name:
             line.send(f"{WELCOME} {socket.gethostname()}")
+            self._awaits_itself = False
         elif size != self._here.world_size:
             self._refuse(line, f"rank {rank} on {host} has WORLD_SIZE={size}, rank 0 has {self._here.world_size}")
         elif rank in self._hosts:
@@ -281,7 +284,8 @@ class Watch:
                             selector.register(caller, selectors.EVENT_READ, Line(caller))
                     else:
                         self._receive(selector, key.data, secret)
-                if listener and (self._gives_up or len(self._lines) == self._here.world_size - 1):
+                all_are_here = len(self._lines) == self._here.world_size - 1 and not self._awaits_itself
+                if listener and (self._gives_up or all_are_here):
                     self._stop_listening(selector, listener)
                     listener = None
 
