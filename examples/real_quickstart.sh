@@ -42,7 +42,8 @@ mine_pieces() {
 
 extend_tokenizer() {
     python init_tokenizer.py --source_tokenizer_dir "$out/1-smollm2/modeling" \
-        --target_tokenizer_dir "$out/2-tokenizer" --expand_tokens_file "$out/new_pieces.jsonl"
+        --target_tokenizer_dir "$out/2-tokenizer" --expand_tokens_file "$out/new_pieces.jsonl" \
+        --bos_token "<|endoftext|>" --eos_token "<|endoftext|>"
 }
 
 extend_model() {

@@ -40,6 +40,16 @@ def opening(encoder) -> list[int]:
     return [encoder.bos_id] if encoder.bos_id >= 0 else []
 
 
+@pytest.mark.parametrize("bos, eos, warns", [(BEGIN, "<|eot_id|>", True), (BEGIN, END, False), (None, END, False)])
+def test_marks_of_a_chat_around_plain_text_are_reported(bos, eos, warns, tmp_path, caplog):
+    folder = make_byte_level(tmp_path / "tokenizer", bos=bos, eos=eos)
+    write_lines(tmp_path / "in" / "rows.jsonl", ROWS)
+    prepare_pretrain(**settings([tmp_path / "in"], folder, tmp_path, max_length=120))
+    words = f"<|eot_id|> marks the turns of a chat, and here the documents too, since {folder} names it as eos_token."
+    assert (words in caplog.text and f"init_tokenizer.py --eos_token '{END}'" in caplog.text) is warns
+    assert ("a chat" in caplog.text) is warns
+
+
 def test_pretraining_data(folder, tokenizer_dir, tmp_path, caplog):
     caplog.set_level("INFO")
     write_lines(tmp_path / "in" / "rows.jsonl", ROWS)

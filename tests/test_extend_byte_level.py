@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colossal_llama2.encoding.byte_level_encoder import marks_of
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled, spelled_bytes
 from colossal_llama2.encoding.byte_level_parts import texts_around
 from colossal_llama2.encoding.byte_level_reach import split_tokens, unreached_tokens
@@ -26,6 +27,7 @@ from colossal_llama2.encoding.byte_level_tokens import (
 )
 from colossal_llama2.encoding.parity import ByteLevelTokenizers, PieceFinder, measure
 from colossal_llama2.errors import RunError, UserError
+from colossal_llama2.storage.files import write_json
 from colossal_llama2.tokenizer import byte_level_closure, extend_byte_level, init_tokenizer
 from colossal_llama2.tokenizer.byte_level_closure import plan_byte_level
 from colossal_llama2.tokenizer.closure import evolve
@@ -184,7 +186,7 @@ def test_a_class_that_does_not_read_the_file_as_it_is_is_replaced(folders, name,
     (source / "tokenizer_config.json").write_text(json.dumps({**config, "unk_token": None, "tokenizer_class": name}))
     out = tmp_path / "out"
     out.mkdir()
-    extend_byte_level._write_settings(source, out)
+    extend_byte_level._write_settings(source, out, {})
     written = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
     assert written == (name if name in KEPT_CLASSES else "PreTrainedTokenizerFast")
     is_logged = f"tokenizer_class {name} is replaced by PreTrainedTokenizerFast" in caplog.text
@@ -585,6 +587,36 @@ def test_scores_and_bytes_are_for_one_kind_each(source, tokenizer_dir, tmp_path)
     assert_refused('pieces.jsonl:1: this line has both "piece" and "bytes"', tokenizer_dir, tmp_path / "out", pieces)
     pieces.write_text('{"bytes": "e4bd"}\n')
     assert_refused("pieces.jsonl:1: .* the source is a SentencePiece model", tokenizer_dir, tmp_path / "out", pieces)
+
+
+def test_documents_get_other_marks_than_a_chat(tmp_path):
+    from transformers import AutoTokenizer
+
+    source = make_byte_level(tmp_path / "source", bos="<|start_header_id|>", eos="<|eot_id|>", specials_first=True)
+    write_json(source / "special_tokens_map.json", {"eos_token": {"content": "<|eot_id|>"}, "pad_token": "<|eot_id|>"})
+    content = json.loads((source / "tokenizer.json").read_text())
+    write_json(source / "tokenizer.json", {**content, "post_processor": None})
+    pieces, out = write_pieces(tmp_path / "pieces.jsonl", ["学校"]), tmp_path / "out"
+    expand_tokenizer(ExtensionSettings(source, out, pieces, bos_token=END, eos_token=END))
+    assert marks_of(out) == (END, END) and marks_of(source) == ("<|start_header_id|>", "<|eot_id|>")
+    assert json.loads((out / "special_tokens_map.json").read_text())["pad_token"] == "<|eot_id|>"
+    assert report_of(out)["eos_token"] == END
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
+    assert after.eos_token_id == after.bos_token_id == after.convert_tokens_to_ids(END) != before.eos_token_id
+    assert after.pad_token == "<|eot_id|>"
+    only_end = tmp_path / "end"
+    expand_tokenizer(ExtensionSettings(source, only_end, pieces, eos_token=END))
+    assert marks_of(only_end) == ("<|start_header_id|>", END)
+
+
+def test_marks_that_cannot_be_are_refused(folders, tokenizer_dir, tmp_path):
+    pieces, source = write_pieces(tmp_path / "pieces.jsonl", ["学校"]), folders["llama3"]
+    words = "--eos_token 'the' given, but .*tokenizer.json has no such added token; it has '<|begin_of_text|>', "
+    assert_refused(words.replace("|", r"\|"), source, tmp_path / "out", pieces, eos_token="the")
+    words = "--bos_token .* given, but the post_processor of .*tokenizer.json puts .* before every text"
+    assert_refused(words, source, tmp_path / "out", pieces, bos_token=END)
+    words = "--bos_token and --eos_token are for a byte-level BPE, and .* is a SentencePiece tokenizer"
+    assert_refused(words, tokenizer_dir, tmp_path / "out", pieces, eos_token="</s>")
 
 
 def test_folders_that_are_refused(source, tmp_path):

@@ -1,6 +1,7 @@
 """The flags of init_tokenizer.py, init_model.py, mine_tokens.py, compare.py and convert_tiktoken.py."""
 
 from colossal_llama2.cli.data_flags import add_data_input_dirs
+from colossal_llama2.cli.flag_definitions import FlagGroup
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import (
     path_list,
@@ -41,7 +42,23 @@ def init_tokenizer_parser() -> CommandParser:
         "--expand_tokens_file", metavar="FILE", required=True, help='new pieces, one {"piece": "..."} per line (jsonl)'
     )
     group.add("--overwrite", action="store_true", help="replace the target once the new tokenizer is complete")
-    pieces = parser.flag_group("pieces")
+    _add_marks(group)
+    _add_extension_of_pieces(parser.flag_group("pieces"))
+    return parser
+
+
+def _add_marks(group: FlagGroup) -> None:
+    for mark, place in (("bos", "begins"), ("eos", "ends")):
+        group.add(
+            f"--{mark}_token",
+            metavar="TOKEN",
+            default=None,
+            help=f"added token that {place} documents from now on, for a chat model whose {mark}_token belongs to its "
+            "chats (byte-level BPE only; default: the source's)",
+        )
+
+
+def _add_extension_of_pieces(pieces: FlagGroup) -> None:
     pieces.add(
         "--piece_scores",
         choices=("below", "zero"),
@@ -72,7 +89,6 @@ def init_tokenizer_parser() -> CommandParser:
         help="jsonl or text files, or folders of them, on which the new tokenizer is checked too; much text is sampled "
         "(default: the new pieces only)",
     )
-    return parser
 
 
 def init_model_parser() -> CommandParser:

@@ -6,7 +6,7 @@ special tokens are therefore written into the vocabulary too, with the ids that 
 others (byte_level_closure.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class ByteLevelExtension:
         check_settings(source)
         # Preparing data needs them.
         mark_ids(self._model, *marks_of(source))
+        self._marks: dict[str, str] = {}
         self.vocabulary_size = self._model.size
 
     def read_pieces(self, path: Path) -> NewPieces:
@@ -73,6 +74,7 @@ class ByteLevelExtension:
                 f"--piece_scores {settings.piece_scores} given, but {self._source} is a byte-level BPE, which ranks "
                 "merges and has no scores; leave the flag out"
             )
+        self._marks = self._given_marks(settings)
         plan = plan_byte_level(self._model, wanted, closure=settings.closure, max_added=settings.max_added_pieces)
         self._check_names(plan.pieces)
         if plan.split:
@@ -87,6 +89,24 @@ class ByteLevelExtension:
                 f"beside it, so no text is encoded to them: {_examples(plan.joined)}"
             )
         return plan
+
+    def _given_marks(self, settings: ExtensionSettings) -> dict[str, str]:
+        """The tokens of --bos_token and --eos_token. Raises UserError if one cannot mark documents."""
+        given = {"bos_token": settings.bos_token, "eos_token": settings.eos_token}
+        marks = {key: text for key, text in given.items() if text is not None}
+        for key, text in marks.items():
+            if text not in self._model.added:
+                raise UserError(
+                    f"--{key} {text!r} given, but {self._model.path} has no such added token; it has "
+                    f"{_listed(list(self._model.added))}"
+                )
+        old_bos, _ = marks_of(self._source)
+        if marks.get("bos_token", old_bos) != old_bos and old_bos in str(self._model.settings.get("post_processor")):
+            raise UserError(
+                f"--bos_token {marks['bos_token']!r} given, but the post_processor of {self._model.path} puts "
+                f"{old_bos!r} before every text; change it there, or leave out --bos_token"
+            )
+        return marks
 
     def _divided(self, token: str) -> str:
         """A token as reports write it, and how it is divided where it stands alone: "'3.14' (3|.|14)"."""
@@ -107,7 +127,7 @@ class ByteLevelExtension:
 
     def write(self, folder: Path, plan: ExtensionPlan) -> None:
         """Write the files of the extended tokenizer to an existing folder."""
-        _write_settings(self._source, folder)
+        _write_settings(self._source, folder, self._marks)
         _write_vocabulary(self._model, folder, plan.pieces)
         left = [name for name in OLDER_FILES if (self._source / name).is_file()]
         if left:
@@ -139,12 +159,21 @@ def _examples(tokens: Sequence[str], shown: Callable[[str], str] = lambda token:
     return f"{', '.join(map(shown, tokens[:SHOWN_PIECES]))}{', ...' if len(tokens) > SHOWN_PIECES else ''}"
 
 
+def _listed(texts: Sequence[str]) -> str:
+    """At most SHOWN_PIECES of some texts."""
+    return f"{', '.join(map(repr, texts[:SHOWN_PIECES]))}{', ...' if len(texts) > SHOWN_PIECES else ''}"
+
+
 # Writing the target.
 
 
-def _write_settings(source: Path, folder: Path) -> None:
-    """Write everything except tokenizer.json. No id changes, so entries with ids stay as they are."""
-    config = read_json(source / CONFIG_FILE)
+def _write_settings(source: Path, folder: Path, marks: Mapping[str, str]) -> None:
+    """Write everything except tokenizer.json. No id changes, so entries with ids stay as they are.
+
+    Args:
+        marks: what bos_token and eos_token become; without an entry they stay.
+    """
+    config = {**read_json(source / CONFIG_FILE), **marks}
     # Without a class, AutoTokenizer would need the model's config.json in the folder.
     named = config.get("tokenizer_class")
     if named not in KEPT_CLASSES:
@@ -156,9 +185,11 @@ def _write_settings(source: Path, folder: Path) -> None:
             )
     write_json(folder / CONFIG_FILE, config)
     write_contents(folder, contents_of(source, COPIED_FILES))
-    if not (folder / SPECIAL_TOKENS_FILE).exists():
-        special = {name: config[name] for name in SPECIAL_TOKENS if config.get(name)}
-        write_json(folder / SPECIAL_TOKENS_FILE, special)
+    path = folder / SPECIAL_TOKENS_FILE
+    if not path.exists():
+        write_json(path, {name: config[name] for name in SPECIAL_TOKENS if config.get(name)})
+    elif marks:
+        write_json(path, {**read_json(path), **marks})
 
 
 def _write_vocabulary(model: ByteLevelModel, folder: Path, tokens: Sequence[str]) -> None:

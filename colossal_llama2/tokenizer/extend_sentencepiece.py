@@ -59,6 +59,11 @@ class SentencePieceExtension:
 
     def plan(self, wanted: Sequence[str], settings: ExtensionSettings) -> ExtensionPlan:
         """What to append; logs a warning about pieces that the normalizer never produces."""
+        if settings.bos_token is not None or settings.eos_token is not None:
+            raise UserError(
+                f"--bos_token and --eos_token are for a byte-level BPE, and {self._source} is a SentencePiece "
+                "tokenizer, whose documents begin with <s> and end with </s>; leave them out"
+            )
         plan = plan_extension(
             self._model,
             wanted,

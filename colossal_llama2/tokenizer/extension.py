@@ -25,6 +25,8 @@ class ExtensionSettings:
     max_added_pieces: int | None = None
     parity_text: Sequence[str] | None = None
     overwrite: bool = False
+    bos_token: str | None = None
+    eos_token: str | None = None
 
 
 class Proof(NamedTuple):

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     # Run by its path, this file's own folder is on sys.path instead of the repository's.
@@ -42,6 +43,10 @@ EXTENSIONS: dict[type, type[Extension]] = {
     SentencePieceEncoder: SentencePieceExtension,
     ByteLevelEncoder: ByteLevelExtension,
 }
+
+# What vocabulary_report.json records of the flags.
+REPORTED_SETTINGS = ("piece_scores", "closure", "max_added_pieces")
+REPORTED_IF_GIVEN = ("bos_token", "eos_token")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +90,7 @@ def expand_tokenizer(settings: ExtensionSettings) -> None:
             plan,
             proof,
             vocabulary_before=extension.vocabulary_size,
-            settings={name: getattr(settings, name) for name in ("piece_scores", "closure", "max_added_pieces")},
+            settings=_reported(settings),
             shown=extension.shown,
             is_byte_level=isinstance(extension, ByteLevelExtension),
         )
@@ -95,6 +100,11 @@ def expand_tokenizer(settings: ExtensionSettings) -> None:
         publish(folder, target, replace=settings.overwrite)
     show_line(f"written to {target}")
     show_line(f"requested {asked.asked}, added {len(plan.pieces)}")
+
+
+def _reported(settings: ExtensionSettings) -> dict[str, Any]:
+    given = [name for name in REPORTED_IF_GIVEN if getattr(settings, name) is not None]
+    return {name: getattr(settings, name) for name in (*REPORTED_SETTINGS, *given)}
 
 
 def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:

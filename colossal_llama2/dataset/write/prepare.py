@@ -30,6 +30,7 @@ from colossal_llama2.dataset.write.assign_bins import deal_units
 from colossal_llama2.dataset.write.bad_rows import report_lost, roles_in_words, warn_of_many, write_bad_rows
 from colossal_llama2.dataset.write.bins import BinTask, write_bin
 from colossal_llama2.dataset.write.choose_encoder import choose_encoder
+from colossal_llama2.dataset.write.document_marks import log_marks
 from colossal_llama2.dataset.write.executors import task_runner
 from colossal_llama2.dataset.write.overlap import count_overlaps
 from colossal_llama2.dataset.write.prepare_config import PrepareConfig
@@ -76,7 +77,7 @@ def prepare(config: PrepareConfig) -> None:
     encoder = load_encoder(config.tokenizer_dir)
     has_prefix = config.stage == "sft" and puts_prefix_after_marks(config.tokenizer_dir)
     settings = config.settings(prefix_after_marks=has_prefix)
-    _log_marks(encoder, config.tokenizer_dir)
+    log_marks(encoder, config.tokenizer_dir, stage=config.stage)
     folders = OutputDirs(cache=config.data_cache_dir, jsonl=config.jsonl_dir, arrow=config.data_arrow_output_dir)
     warn_if_too_long(config.max_length, config.tokenizer_dir)
     if not folders.is_finished:
@@ -107,20 +108,6 @@ def prepare(config: PrepareConfig) -> None:
             sizes=config.sizes,
         )
         run.go(content)
-
-
-def _log_marks(encoder: Encoder, tokenizer_dir: str | Path) -> None:
-    """Log what is unusual about the marks of documents."""
-    if encoder.bos_id < 0:
-        logs.get_logger().info(
-            f"the tokenizer of {tokenizer_dir} has no bos_token: documents begin without a mark, and "
-            f"{encoder.eos_text} precedes the messages of a conversation"
-        )
-    elif encoder.bos_id == encoder.eos_id:
-        logs.get_logger().info(
-            f"the tokenizer of {tokenizer_dir} has one token, {encoder.eos_text}, for bos_token and eos_token: it "
-            "marks the beginning and the end of documents"
-        )
 
 
 def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
