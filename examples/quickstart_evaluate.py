@@ -55,6 +55,12 @@ def build_parser() -> CommandParser:
         " much context before each character",
     )
     parser.add_argument(
+        "--first_token",
+        metavar="TOKEN",
+        help="token that opens every window; default: the tokenizer's bos_token. Models are comparable only with the "
+        "same one",
+    )
+    parser.add_argument(
         "--batch_size", metavar="N", type=value_types.positive_int, default=8, help="windows per forward pass"
     )
     parser.add_argument(
@@ -81,10 +87,21 @@ def read_held_out(folder: Path, max_bytes: int | None = None) -> dict[str, list[
     return {language: part[:: math.ceil(sizes[language] / max_bytes) or 1] for language, part in texts.items()}
 
 
-def windows(token_ids: list[int], max_length: int, bos_token_id: int) -> Iterator[list[int]]:
-    """Cut a document into windows of at most `max_length` tokens, each opened by <s>; every token is in one window."""
+def windows(token_ids: list[int], max_length: int, first_id: int) -> Iterator[list[int]]:
+    """Cut a document into windows of at most `max_length` tokens, `first_id` included; every token is in one window."""
     for start in range(0, len(token_ids), max_length - 1):
-        yield [bos_token_id, *token_ids[start : start + max_length - 1]]
+        yield [first_id, *token_ids[start : start + max_length - 1]]
+
+
+def first_id_of(tokenizer, first_token: str | None) -> int:
+    """The id of the token that opens windows. Raises UserError if the tokenizer has no such token."""
+    token = tokenizer.bos_token if first_token is None else first_token
+    if token not in tokenizer.get_vocab():
+        raise errors.UserError(
+            f"--first_token {token!r} is not a token of {tokenizer.name_or_path}; give one of its own, such as "
+            f"{tokenizer.eos_token!r}"
+        )
+    return tokenizer.get_vocab()[token]
 
 
 def text_parts(text: str, most_bytes: int) -> Iterator[str]:
@@ -101,7 +118,7 @@ def text_parts(text: str, most_bytes: int) -> Iterator[str]:
 
 
 def total_nats(model, batch: list[list[int]]) -> float:
-    """The summed negative log-likelihood, in nats, of every token of the windows but their <s>."""
+    """The summed negative log-likelihood, in nats, of every token of the windows but their first."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -115,7 +132,15 @@ def total_nats(model, batch: list[list[int]]) -> float:
 
 
 def measure(
-    model, tokenizer, texts: list[str], *, language: str, max_length: int, window_bytes: int | None, batch_size: int
+    model,
+    tokenizer,
+    texts: list[str],
+    *,
+    language: str,
+    first_id: int,
+    max_length: int,
+    window_bytes: int | None,
+    batch_size: int,
 ) -> dict:
     """Figures of one language's texts. Totals are divided once, at the end, so a long document weighs by its length."""
     parts = texts
@@ -125,7 +150,7 @@ def measure(
         max_length = window_bytes + 2
     # verbose=False: a document longer than the model's window is no mistake here, since it is cut below.
     encoded = [tokenizer.encode(part, add_special_tokens=False, verbose=False) for part in parts]
-    rows = [row for ids in encoded for row in windows(ids, max_length, tokenizer.bos_token_id)]
+    rows = [row for ids in encoded for row in windows(ids, max_length, first_id)]
     rows.sort(key=len)  # like lengths share a batch, so little padding is computed
     nats = 0.0
     with logs.progress(total=len(rows), description=f"Evaluating {language}", unit="windows") as bar:
@@ -152,6 +177,7 @@ def evaluate(
     *,
     max_length: int = WINDOW_TOKENS,
     window_bytes: int | None = None,
+    first_token: str | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict]:
     """Load a model in float32 and measure it on every language."""
@@ -160,8 +186,9 @@ def evaluate(
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.float32).eval()
-    sizes = {"max_length": max_length, "window_bytes": window_bytes, "batch_size": batch_size}
-    return {name: measure(model, tokenizer, part, language=name, **sizes) for name, part in texts.items()}
+    settings = {"max_length": max_length, "window_bytes": window_bytes, "batch_size": batch_size}
+    settings["first_id"] = first_id_of(tokenizer, first_token)
+    return {name: measure(model, tokenizer, part, language=name, **settings) for name, part in texts.items()}
 
 
 def add_entry(output_file: Path, entry: dict) -> None:
@@ -185,7 +212,8 @@ def main(argv=None) -> None:
                 f"--max_length {args.max_length} and --window_bytes {args.window_bytes} given; one of them is allowed"
             )
         window = {"max_length": args.max_length or WINDOW_TOKENS, "window_bytes": args.window_bytes}
-        languages = evaluate(args.model_path, texts, **window, batch_size=args.batch_size)
+        shared = {"first_token": args.first_token, "batch_size": args.batch_size}
+        languages = evaluate(args.model_path, texts, **window, **shared)
         settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
         settings["window"] = f"{args.window_bytes} bytes" if args.window_bytes else f"{window['max_length']} tokens"
         add_entry(Path(args.output_file), {**settings, "languages": languages})

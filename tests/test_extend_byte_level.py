@@ -604,6 +604,9 @@ def test_documents_get_other_marks_than_a_chat(tmp_path):
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
     assert after.eos_token_id == after.bos_token_id == after.convert_tokens_to_ids(END) != before.eos_token_id
     assert after.pad_token == "<|eot_id|>"
+    without = make_byte_level(tmp_path / "without", bos=None)
+    expand_tokenizer(ExtensionSettings(without, tmp_path / "with", pieces, bos_token=BEGIN))
+    assert marks_of(without) == ("", END) and marks_of(tmp_path / "with") == (BEGIN, END)
     only_end = tmp_path / "end"
     expand_tokenizer(ExtensionSettings(source, only_end, pieces, eos_token=END))
     assert marks_of(only_end) == ("<|start_header_id|>", END)
@@ -615,6 +618,15 @@ def test_marks_that_cannot_be_are_refused(folders, tokenizer_dir, tmp_path):
     assert_refused(words.replace("|", r"\|"), source, tmp_path / "out", pieces, eos_token="the")
     words = "--bos_token .* given, but the post_processor of .*tokenizer.json puts .* before every text"
     assert_refused(words, source, tmp_path / "out", pieces, bos_token=END)
+    whole_word = make_byte_level(tmp_path / "word")
+    content = json.loads((whole_word / "tokenizer.json").read_text())
+    content["added_tokens"].append(
+        {**content["added_tokens"][0], "id": content["model"]["vocab"]["the"], "content": "the"}
+    )
+    write_json(whole_word / "tokenizer.json", content)
+    assert_refused(
+        "eos_token is 'the', a token that occurs in text", whole_word, tmp_path / "out", pieces, eos_token="the"
+    )
     words = "--bos_token and --eos_token are for a byte-level BPE, and .* is a SentencePiece tokenizer"
     assert_refused(words, tokenizer_dir, tmp_path / "out", pieces, eos_token="</s>")
 

@@ -246,22 +246,26 @@ def test_windows_of_bytes_hold_every_character_once(most_bytes):
     assert list(evaluation.text_parts("", most_bytes)) == []
 
 
-def test_windows_of_bytes_are_evaluated_one_by_one(model_dir):
+@pytest.mark.parametrize("first", [None, "</s>"])
+def test_windows_of_bytes_are_evaluated_one_by_one(model_dir, first):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     texts = tiny.english_documents()[:3]
-    found = evaluation.evaluate(str(model_dir), {"en": texts}, window_bytes=90, batch_size=4)["en"]
+    settings = {"window_bytes": 90, "first_token": first, "batch_size": 4}
+    found = evaluation.evaluate(str(model_dir), {"en": texts}, **settings)["en"]
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=torch.float32)
     nats = tokens = 0
     for part in (part for text in texts for part in evaluation.text_parts(text, 90)):
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(part, add_special_tokens=False)]])
+        ids = torch.tensor([[2 if first else 1, *tokenizer.encode(part, add_special_tokens=False)]])
         tokens += ids.shape[1] - 1
         with torch.inference_mode():
             nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert found["tokens"] == tokens and found["documents"] == 3
     assert math.isclose(found["nats_per_byte"], nats / found["bytes"], rel_tol=1e-5)
+    with pytest.raises(errors.UserError, match="--first_token '<no>' is not a token of"):
+        evaluation.first_id_of(tokenizer, "<no>")
 
 
 def test_evaluation_equals_an_independent_computation(model_dir, tmp_path):

@@ -100,8 +100,11 @@ class ByteLevelExtension:
                     f"--{key} {text!r} given, but {self._model.path} has no such added token; it has "
                     f"{_listed(list(self._model.added))}"
                 )
-        old_bos, _ = marks_of(self._source)
-        if marks.get("bos_token", old_bos) != old_bos and old_bos in str(self._model.settings.get("post_processor")):
+        old_bos, old_eos = marks_of(self._source)
+        # One of them may also be spelled by merges, as text is.
+        mark_ids(self._model, marks.get("bos_token", old_bos), marks.get("eos_token", old_eos))
+        begins_texts = old_bos != "" and old_bos in str(self._model.settings.get("post_processor"))
+        if begins_texts and marks.get("bos_token", old_bos) != old_bos:
             raise UserError(
                 f"--bos_token {marks['bos_token']!r} given, but the post_processor of {self._model.path} puts "
                 f"{old_bos!r} before every text; change it there, or leave out --bos_token"
