@@ -15,7 +15,7 @@ case ${REAL:=0} in
 *) echo "REAL=$REAL given; allowed are 0 and 1" >&2 && exit 2 ;;
 esac
 MINUTES=${MINUTES:-15}
-PIECES=${PIECES:-2000}
+PIECES=${PIECES:-8000}
 for name in MINUTES PIECES; do
     if [[ ! ${!name} =~ ^[1-9][0-9]{0,5}$ ]]; then
         echo "$name=${!name} given; a whole number from 1 to 999999 is allowed" >&2
