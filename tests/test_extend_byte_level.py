@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from colossal_llama2.encoding.byte_level_encoder import marks_of
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled, spelled_bytes
 from colossal_llama2.encoding.byte_level_parts import texts_around
-from colossal_llama2.encoding.byte_level_reach import split_tokens, unreached_tokens
+from colossal_llama2.encoding.byte_level_reach import never_made, split_tokens, unreached_tokens
 from colossal_llama2.encoding.byte_level_tokens import (
     can_occur,
     characters_in,
@@ -415,6 +415,69 @@ def test_the_closure_merges_as_tokenizers_does(models, pieces, text):
     for one in [*wanted, text]:
         (before,), (after,) = (symbols_of(each.plain_tokenizer(), [one]) for each in (model, new))
         assert evolve(before, scores) == after
+
+
+# Tokens of the source that its merges never make, as LLaMA-3 has: " характер" is one only as a whole part of a text.
+
+
+def with_unmade(model: ByteLevelModel, texts: list[str]) -> ByteLevelModel:
+    new = [token for token in dict.fromkeys(map(spelled, texts)) if token not in model.vocabulary]
+    unmade = {token: model.size + place for place, token in enumerate(new)}
+    return dataclasses.replace(model, vocabulary={**model.vocabulary, **unmade})
+
+
+def test_a_piece_around_a_token_that_is_never_made_is_joined_in_another_way(models):
+    model = with_unmade(models["smollm2"], ["zqx"])
+    plan = plan_byte_level(model, wanted_of(model, ["zqxv", "zqxvv", "azqx"]), closure="complete")
+    assert not plan.dropped and not model.vocabulary.keys() & set(plan.pieces)
+    new = extended(model, plan.pieces)
+    assert unreached_tokens(new, plan.pieces) == []
+    assert new.vocabulary["zqx"] == model.vocabulary["zqx"]
+
+
+def test_a_piece_for_which_there_is_no_other_way_is_dropped_counted_and_named(folders, tmp_path, caplog):
+    source = shutil.copytree(folders["smollm2"], tmp_path / "source")
+    content = json.loads((source / "tokenizer.json").read_text())
+    size = ByteLevelModel.read(source).size
+    content["model"]["vocab"] |= {"zq": size, "qx": size + 1}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    expand_tokenizer(ExtensionSettings(source, tmp_path / "out", write_pieces(tmp_path / "p.jsonl", ["zqx", "学校"])))
+    report = report_of(tmp_path / "out")
+    assert (report["asked"], report["added_from_file"], report["dropped"], report["unreachable"]) == (2, 1, 1, 0)
+    assert report["dropped_pieces"] == ["zqx"]
+    assert "1 of the pieces can only be made from tokens of" in caplog.text and "to them: 'zqx'" in caplog.text
+
+
+@FEW
+@given(
+    unmade=st.lists(st.text("qzx", min_size=2, max_size=4), min_size=1, max_size=8),
+    pieces=st.lists(st.text("qzx", min_size=2, max_size=7), min_size=1, max_size=8),
+    text=st.text("qzx", max_size=30),
+)
+def test_tokens_that_are_never_made_keep_their_ids_and_texts(models, unmade, pieces, text):
+    model = with_unmade(models["smollm2"], unmade)
+    wanted = wanted_of(model, pieces)
+    plan = plan_byte_level(model, wanted, closure="complete")
+    new = extended(model, plan.pieces)
+    assert not model.vocabulary.keys() & set(plan.pieces) and unreached_tokens(new, plan.pieces) == []
+    kept = len(plan.pieces) - plan.characters - plan.intermediates
+    assert plan.pieces[:kept] == [token for token in wanted if token not in plan.dropped]
+    assert kept + len(plan.dropped) == len(wanted)
+    if not PieceFinder(plan.pieces).found_in(spelled(text)):
+        assert model.plain_tokenizer().encode(text).ids == new.plain_tokenizer().encode(text).ids
+
+
+def test_of_a_repeated_merge_the_last_rank_counts(models):
+    """As in `tokenizers`. With the first one, 61c3 would be made before é, with the last one after it."""
+    content = spelled_bytes(b"\xc3\xa9")
+    model = extended(
+        models["llama3"], [token for token in map(spelled, LATIN) if token not in models["llama3"].vocabulary]
+    )
+    part = spelled_bytes(b"a\xc3")
+    early = dataclasses.replace(extended(model, [part]), merges=[(part[0], part[1]), *extended(model, [part]).merges])
+    tokenizer = early.plain_tokenizer()
+    assert [symbol.value for symbol in tokenizer.model.tokenize(part[0] + content)] == [part[0], content]
+    assert never_made(early, [part]) == [part]
 
 
 # Other input.

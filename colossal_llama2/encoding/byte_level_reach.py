@@ -83,9 +83,8 @@ def never_made(model: ByteLevelModel, tokens: Sequence[str], others: Sequence[st
     """
     if not tokens:
         return []
-    ranks: dict[tuple[str, str], int] = {}
-    for rank, pair in enumerate(model.merges):
-        ranks.setdefault(pair, rank)
+    # Of a repeated pair, `tokenizers` uses the last rank.
+    ranks = {pair: rank for rank, pair in enumerate(model.merges)}
     tokenizer = model.plain_tokenizer()
     # A byte without a token is dropped, which makes neighbours of what is not.
     spelling = model.vocabulary.keys()

@@ -19,6 +19,10 @@ are the merges of closure.py with other symbols, and its proof holds here too, s
   reached in the same way; and the two symbols that it joins are reached, so it is reached itself.
 - Each addition shortens a list that is stuck. So one pass ends, with every piece as one symbol.
 
+What is added must be new. LLaMA-3 has 588 tokens that its merges never make, such as " характер": it has them only as
+whole parts of a text (`ignore_merges`). Merges to such a token would change the ids of old text, and as a new token it
+would lose its own id. So the lists are joined in other ways, and a piece for which there is none is dropped.
+
 A part of characters has neighbours in every text, and better merges may always join it to one of them. Such parts are
 found with the merges of the whole plan, and left out (byte_level_reach.py).
 
@@ -98,16 +102,28 @@ class _Source:
         return never_made(extended(self._model, added), parts, added) if parts else []
 
     def complete(self, wanted: Sequence[str]) -> ExtensionPlan:
+        blocked: list[str] = []
+        while True:
+            kept = [token for token in wanted if token not in set(blocked)] if blocked else wanted
+            found, lost = self._joining(kept)
+            if not lost:
+                return replace(found, dropped=blocked, blocked=blocked)
+            # Once more without what was added for these.
+            blocked = [token for token in wanted if token in {*blocked, *lost}]
+
+    def _joining(self, wanted: Sequence[str]) -> tuple[ExtensionPlan, list[str]]:
+        """The plan of what makes single symbols of the wanted tokens, and those for which nothing does."""
         own = set(wanted)
         missing = [byte for byte in self._missing_bytes(wanted) if byte not in own]
         scores = _scores(wanted)
-        states = [evolve(self._symbols[token], scores) for token in wanted]
-        stuck = [state for state in states if len(state) > 1]
+        states = {token: evolve(self._symbols[token], scores) for token in wanted}
+        stuck = [token for token, state in states.items() if len(state) > 1]
+        lists = [states[token] for token in stuck]
         # Whole characters first: words share them, and they are of use in other words.
-        added = pieces_that_join(stuck, scores, is_last=lambda token: not is_within_character(token))
+        added = pieces_that_join(lists, scores, is_last=lambda token: not is_within_character(token), taken=self._known)
         characters = [token for token in added if is_within_character(token)]
         others = [token for token in added if not is_within_character(token)]
-        return ExtensionPlan(
+        plan = ExtensionPlan(
             [*wanted, *missing, *characters, *others],
             scores=[],
             characters=len(missing) + len(characters),
@@ -115,6 +131,7 @@ class _Source:
             dropped=[],
             over_budget=[],
         )
+        return plan, [token for token, state in zip(stuck, lists, strict=True) if len(state) > 1]
 
     def drop(self, wanted: Sequence[str]) -> ExtensionPlan:
         """Leave out what is not reached. One pass is enough, since it does not help to reach anything else."""

@@ -35,6 +35,8 @@ class ExtensionPlan:
         split: pieces that a byte-level BPE's pre-tokenizer never leaves whole; they are dropped in the same way.
         joined: parts of characters that a byte-level BPE never makes, because better merges always join one of their
             bytes to one outside; they are dropped in the same way.
+        blocked: pieces that could only be made from tokens of the source that its own merges never make; the closure
+            drops them.
     """
 
     pieces: list[str]
@@ -46,6 +48,7 @@ class ExtensionPlan:
     altered: Sequence[str] = ()
     split: Sequence[str] = ()
     joined: Sequence[str] = ()
+    blocked: Sequence[str] = ()
 
 
 def plan_extension(
@@ -198,11 +201,17 @@ def intermediate_pieces(stuck: Sequence[str], scores: dict[str, float]) -> list[
 
 
 def pieces_that_join(
-    states: list[list[str]], scores: dict[str, float], *, is_last: Callable[[str], bool] = lambda piece: False
+    states: list[list[str]],
+    scores: dict[str, float],
+    *,
+    is_last: Callable[[str], bool] = lambda piece: False,
+    taken: Collection[str] = (),
 ) -> list[str]:
     """The same for pieces that merges have turned into `states`, lists of symbols, which become single symbols.
 
-    Pieces for which `is_last` is true are added only once there is no other to add.
+    Args:
+        is_last: pieces for which it is true are added only once there is no other to add.
+        taken: pieces that are never added. A state keeps several symbols if the only ways to join them add such pieces.
 
     Cost: each addition processes only the stuck pieces that contain it, and removes at least one symbol from each. A
     heap gives the next pair. Memory is proportional to the characters of the stuck pieces.
@@ -211,7 +220,7 @@ def pieces_that_join(
     for index, state in enumerate(states):
         for pair in _pairs(state):
             holders[pair].add(index)
-    heap = [(is_last(pair), -len(found), len(pair), pair) for pair, found in holders.items()]
+    heap = [(is_last(pair), -len(found), len(pair), pair) for pair, found in holders.items() if pair not in taken]
     heapq.heapify(heap)
     lowest = min(scores.values(), default=0.0)
     added: list[str] = []
@@ -232,7 +241,7 @@ def pieces_that_join(
             for new in _pairs(states[index]):
                 holders[new].add(index)
                 fresh.add(new)
-        for new in fresh:
+        for new in (pair for pair in fresh if pair not in taken):
             heapq.heappush(heap, (is_last(new), -len(holders[new]), len(new), new))
     return added
 

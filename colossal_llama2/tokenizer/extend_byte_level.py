@@ -88,6 +88,11 @@ class ByteLevelExtension:
                 f"other merges always join the first or last byte of {len(plan.joined):,} of the pieces to the byte "
                 f"beside it, so no text is encoded to them: {_examples(plan.joined)}"
             )
+        if plan.blocked:
+            logs.get_logger().warning(
+                f"{len(plan.blocked):,} of the pieces can only be made from tokens of {self._source} that its own "
+                f"merges never make, so no text is encoded to them: {_examples(plan.blocked)}"
+            )
         return plan
 
     def _given_marks(self, settings: ExtensionSettings) -> dict[str, str]:
