@@ -19,6 +19,7 @@ from colossal_llama2.encoding.registry import fingerprint, kind_of, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer.compare import load as load_compared
 from tests.byte_level import BEGIN, END, PRE_TOKENIZERS, make_byte_level, make_llama3, sequence, split
 from tests.launching import ROOT
 from tests.tiny import CHINESE, english_documents
@@ -232,6 +233,80 @@ def test_ids_that_transformers_would_not_give(change, words, folders, tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             load(folder)
         assert "\n" not in str(caught.value)
+
+
+def rewritten(folder: Path, target: Path, name: str, write) -> Path:
+    shutil.copytree(folder, target)
+    (target / name).write_bytes(write((target / name).read_bytes()))
+    return target
+
+
+@pytest.mark.parametrize(
+    "name, write, words",
+    [
+        ("tokenizer.json", lambda content: b"\xef\xbb\xbf" + content, "begins with a byte order mark"),
+        ("tokenizer.json", lambda content: content.replace(b'"truncation": null', b'"truncation": NaN'), "NaN"),
+        ("tokenizer.json", lambda content: content.replace(b'"1.0"', b'"2.0"'), "cannot be loaded .*version '2.0'"),
+        ("tokenizer_config.json", lambda content: b"\xef\xbb\xbf" + content, "begins with a byte order mark"),
+        ("tokenizer_config.json", lambda content: content.replace(b"4096", b"NaN"), "NaN is not a JSON number"),
+        ("tokenizer_config.json", lambda content: content.replace(b"4096", b'"long"'), "a positive number is allowed"),
+    ],
+)
+def test_files_that_transformers_could_not_read_later(name, write, words, folders, tmp_path):
+    """Otherwise data would be prepared with them, and training would end where it begins."""
+    folder = rewritten(folders["llama3"], tmp_path / "wrong", name, write)
+    with pytest.raises(UserError, match=words) as caught:
+        load_encoder(folder)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda content: content["model"].update(ignore_merges="false"), 'string "false", expected a boolean'),
+        (lambda content: content["model"].update(unk_token=7), "expected a string"),
+        (lambda content: content["model"].update(dropout=False), "boolean `false`, expected f32"),
+        (lambda content: content["added_tokens"][0].pop("lstrip"), "missing field `lstrip`"),
+        (lambda content: content.update(normalizer={}), "cannot be loaded"),
+        (lambda content: content.update(post_processor="none"), "cannot be loaded"),
+        (lambda content: content.update(truncation={"max_length": -3}), "cannot be loaded"),
+        (lambda content: content["model"]["merges"].append("t h"), 'the merge "t h" at rank .* is not written as'),
+    ],
+)
+def test_values_that_tokenizers_does_not_read(change, words, folders, tmp_path):
+    folder = changed(folders["llama3"], tmp_path / "wrong", change)
+    for load in (load_encoder, fingerprint):
+        with pytest.raises(UserError, match=words) as caught:
+            load(folder)
+        assert "tokenizer.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"chat_template": [{"name": "default"}]}, 'objects with "name" and "template", is allowed'),
+        ({"extra_special_tokens": [7]}, "an object or a list of tokens is allowed"),
+        ({"model_input_names": 7}, "a list of strings is allowed"),
+    ],
+)
+def test_entries_with_which_transformers_fails(entry, words, folders, tmp_path):
+    folder = changed(
+        folders["llama3"], tmp_path / "wrong", lambda config: config.update(entry), "tokenizer_config.json"
+    )
+    with pytest.raises(UserError, match=words):
+        load_encoder(folder)
+
+
+def test_a_folder_that_transformers_5_has_saved(folders, tmp_path):
+    """It names its plain class TokenizersBackend, and writes additional special tokens as a list of extra ones."""
+    entries = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|eot_id|>", {"content": END}]}
+    folder = changed(folders["llama3"], tmp_path / "v5", lambda one: one.update(entries), "tokenizer_config.json")
+    tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
+    ids = tokenizer(DOCUMENTS[:60], add_special_tokens=False)["input_ids"]
+    assert encoder.encode(DOCUMENTS[:60]) == ids and (tokenizer.bos_token, tokenizer.eos_token) == (BEGIN, END)
+    assert tokenizer.additional_special_tokens == ["<|eot_id|>", END] and len(tokenizer) == encoder.vocab_size
+    found = load_compared(folder)
+    assert found.vocabulary_size == encoder.vocab_size and found.encode(DOCUMENTS[:60]) == ids
 
 
 def test_ids_with_holes_are_those_of_transformers(folders, tmp_path):

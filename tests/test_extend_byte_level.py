@@ -168,6 +168,18 @@ def test_templates_are_copied_and_other_files_of_the_vocabulary_are_not(source, 
     assert "vocab.json: not copied, tokenizer.json holds the same" in caplog.text
 
 
+def test_a_folder_that_transformers_5_has_saved_is_extended_for_both_versions(source, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(source, tmp_path / "source")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<|eot_id|>"], "backend": "tokenizers"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", write_pieces(tmp_path / "p.jsonl", ["学校"])))
+    written = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert written.additional_special_tokens == ["<|eot_id|>"] and len(written.tokenize("学校")) == 1
+
+
 KEPT_CLASSES = ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer")
 # In transformers 5 each of them changes the normalizer, the pre-tokenizer, the decoder or the merges of a file.
 OTHER_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "Qwen2TokenizerFast", "CohereTokenizerFast")
@@ -629,6 +641,8 @@ def test_bytes_that_no_text_has():
         ('{"bytes": "ff"}', "which is in no UTF-8 text; remove the line"),
         ('{"bytes": "' + "61" * 65 + '"}', "has 65 characters, at most 64 are allowed"),
         ('{"bytes": "' + b"<|eot_id|>".hex() + '"}', "a special token of the source"),
+        ('{"bytes": "' + b"a<|eot_id|>".hex() + 'e4bd"}', "contains the special token '<|eot_id|>'"),
+        ('{"bytes": "a00761e4"}', "the control character .* no token for it"),
         ('{"piece": "<|eot_id|>"}', "'<|eot_id|>', a special token of the source tokenizer"),
         ('{"piece": "a<|eot_id|>"}', "contains the special token '<|eot_id|>'"),
         ('{"piece": "a\\u0007"}', "the control character .* no token for it"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 
 import pytest
 
@@ -81,6 +82,23 @@ def test_rare_and_unspelled_text_makes_no_token(base, tmp_path):
     assert spelled("甲乙") in found.pieces and "丙".encode() not in joined
     # SmolLM2's kind has no token for the first byte of U+40000.
     assert "smollm2" not in str(base) or b"\xf1" not in joined
+
+
+def test_no_token_contains_an_added_token_which_init_tokenizer_refuses(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    size = ByteLevelModel.read(base).size
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "用户", "id": size, "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    texts = [f"用户说你好吗, 今天{number}天气" for number in range(100)]
+    found = mine(write_corpus(tmp_path / "zh", texts), folder)
+    joined = [bytes_of(token) for token in found.pieces]
+    assert spelled("天气") in found.pieces and not any("用户".encode() in token for token in joined)
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(mine_byte_level.record_of(token)) + "\n" for token in found.pieces)
+    )
+    expand_tokenizer(ExtensionSettings(folder, tmp_path / "out", tmp_path / "p.jsonl"))
+    assert report_of(tmp_path / "out")["added"] == len(found.pieces)
 
 
 def test_the_result_is_the_same_again(mined, chinese, base):  # noqa: F811

@@ -22,6 +22,7 @@ from colossal_llama2.encoding.file_names import (
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
 )
+from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.model_file_format import is_tiktoken, refuse_gguf
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
 from colossal_llama2.errors import RunError, UserError
@@ -228,7 +229,13 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
 
 
 def check_settings(folder: str | Path) -> None:
-    """Raise UserError for an entry of tokenizer_config.json with which transformers puts a space before every text."""
+    """Check the files beside tokenizer.json, which transformers reads when training begins.
+
+    Raises:
+        UserError: one of them is invalid, or an entry of tokenizer_config.json makes transformers put a space before
+            every text.
+    """
+    check_tokenizer_files(folder)
     path = Path(folder, CONFIG_FILE)
     if is_regular(path) and read_json(path).get("add_prefix_space"):
         raise UserError(

@@ -4,6 +4,7 @@ A byte-level BPE turns a text into UTF-8, splits it with its pre-tokenizer, and 
 of ranked pairs. Its vocabulary spells a byte as one printable character ("Ġ" is a space), as GPT-2's does.
 """
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -95,7 +96,11 @@ class ByteLevelModel:
         """
         path = byte_level_file(folder)
         try:
-            settings = parse(read_regular(path, most_bytes=MAX_FILE_BYTES), most_values=MAX_FILE_VALUES)
+            content = read_regular(path, most_bytes=MAX_FILE_BYTES)
+            # `tokenizers` reads neither of these.
+            if content.startswith(codecs.BOM_UTF8):
+                raise ValueError("it begins with a byte order mark")
+            settings = parse(content, most_values=MAX_FILE_VALUES, allows_constants=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); copy it again from the original tokenizer")
         model = settings.get("model") if isinstance(settings, dict) else None
@@ -106,6 +111,7 @@ class ByteLevelModel:
         vocabulary = _vocabulary(path, model, added)
         _check_numbers(path, added, model["vocab"])
         merges = _merges(path, model, vocabulary)
+        _check_other_parts(path, settings, model)
         added = dict(sorted(added.items(), key=lambda item: item[1]))
         return cls(path, settings, vocabulary, merges, added, bool(model.get("ignore_merges")))
 
@@ -143,14 +149,10 @@ class ByteLevelModel:
             # A third of the time that writing and parsing them as JSON takes.
             tokenizer.model = models.BPE(self.vocabulary, self.merges, ignore_merges=self.ignore_merges)
         except Exception as error:  # tokenizers raises plain Exception
-            raise self._cannot_be_loaded(error)
+            raise _cannot_be_loaded(self.path, error)
         return tokenizer
 
     def _without_merges(self) -> "Tokenizer":
-        import json
-
-        from tokenizers import Tokenizer
-
         # Added tokens, truncation and padding are not part of it.
         settings = {
             "version": "1.0",
@@ -163,13 +165,7 @@ class ByteLevelModel:
             "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
             "model": {"type": "BPE", "vocab": {}, "merges": []},
         }
-        try:
-            return Tokenizer.from_str(json.dumps(settings))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise self._cannot_be_loaded(error)
-
-    def _cannot_be_loaded(self, error: Exception) -> UserError:
-        return UserError(f"{self.path} cannot be loaded ({error}); copy it again from the original tokenizer")
+        return _loaded(self.path, settings)
 
 
 def file_content(
@@ -211,6 +207,21 @@ def file_content(
             "merges": merges,
         },
     }
+
+
+def _loaded(path: Path, settings: dict[str, Any]) -> "Tokenizer":
+    import json
+
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(settings))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _cannot_be_loaded(path, error)
+
+
+def _cannot_be_loaded(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be loaded ({error}); copy it again from the original tokenizer")
 
 
 def byte_level_file(folder: str | Path) -> Path:
@@ -379,7 +390,8 @@ def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[s
     """The pairs of a model, which are written as "a b" or as ["a", "b"]."""
     found = []
     listed = model.get("merges")
-    for rank, entry in enumerate(listed if isinstance(listed, list) else []):
+    listed = listed if isinstance(listed, list) else []
+    for rank, entry in enumerate(listed):
         try:
             left, right = entry.split(" ") if isinstance(entry, str) else entry
             is_merge = left in vocabulary and right in vocabulary and left + right in vocabulary
@@ -387,7 +399,23 @@ def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[s
             is_merge = False
         if not is_merge:
             raise UserError(f"{path}: the merge {shown(entry)} at rank {rank} does not join two tokens to a third")
+        if type(entry) is not type(listed[0]):
+            raise UserError(
+                f"{path}: the merge {shown(entry)} at rank {rank} is not written as the first one, {shown(listed[0])}; "
+                "copy it again from the original tokenizer"
+            )
         found.append((left, right))
     if not found:
         raise UserError(f"{path} has no merges; copy it again from the original tokenizer")
     return found
+
+
+def _check_other_parts(path: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise UserError unless `tokenizers` reads what lies around vocabulary and merges, which take it a second.
+
+    Otherwise data would be prepared with a file that transformers refuses when training begins.
+    """
+    tokens = settings.get("added_tokens") or []
+    # Without a vocabulary, added tokens are numbered from 0.
+    added = [{**token, "id": number} for number, token in enumerate(tokens)]
+    _loaded(path, {**settings, "added_tokens": added, "model": {**model, "vocab": {}, "merges": []}})

@@ -7,7 +7,7 @@ files, which would be opened anywhere on the disk, so they are refused. So are v
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.encoding.file_names import (
     ADDED_TOKENS_FILE,
@@ -24,6 +24,9 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import is_stray
 from colossal_llama2.storage.input_files import MIB, check_regular, is_regular, read_settings
 from colossal_llama2.storage.json_input import shown
+
+if TYPE_CHECKING:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 CONFIG_FILES = (CONFIG_FILE, SPECIAL_TOKENS_FILE)
 # The files of a LLaMA tokenizer, and their maximum sizes.
@@ -43,6 +46,7 @@ PATH_ENTRIES = ("vocab_file", "tokenizer_file", "merges_file", "spm_file", "gguf
 # The file that transformers uses for each of them by default.
 OWN_FILES = {"vocab_file": MODEL_FILE, "tokenizer_file": FAST_FILE}
 OBJECT_ENTRIES = ("tokenizer_object", "__slow_tokenizer", "slow_tokenizer", "init_inputs")
+ADDITIONAL = "additional_special_tokens"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SWITCHES = (
     "add_bos_token",
@@ -120,17 +124,50 @@ def _is_own_file(name: str, value: Any, folder: Path) -> bool:
     return name in OWN_FILES and value == OWN_FILES[name] and is_regular(folder / OWN_FILES[name])
 
 
-def own_file_arguments(folder: str | Path) -> dict[str, str]:
-    """Arguments for a tokenizer's from_pretrained that turn file names in tokenizer_config.json into full paths.
+def loading_arguments(folder: str | Path) -> dict[str, Any]:
+    """Arguments for a tokenizer's from_pretrained that replace entries of tokenizer_config.json.
 
-    transformers would look for such a file in the working directory.
+    File names become full paths: transformers would look for such a file in the working directory. What transformers 5
+    writes as a list of extra_special_tokens is read by version 4 as additional_special_tokens only.
 
     Args:
         folder: accepted by `check_tokenizer_files`.
     """
     path = Path(folder, CONFIG_FILES[0])
     settings = read_settings(path) if is_regular(path) else {}
-    return {name: str(Path(folder, own)) for name, own in OWN_FILES.items() if settings.get(name) == own}
+    found: dict[str, Any] = {
+        name: str(Path(folder, own)) for name, own in OWN_FILES.items() if settings.get(name) == own
+    }
+    moved = with_additional_tokens(settings)
+    if moved is not settings:
+        found |= {"extra_special_tokens": {}, ADDITIONAL: moved[ADDITIONAL]}
+    return found
+
+
+def with_additional_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a list of extra_special_tokens, as transformers 5 writes it, as additional_special_tokens.
+
+    Version 5 reads both, and version 4 only these.
+    """
+    extra = settings.get("extra_special_tokens")
+    if not isinstance(extra, list):
+        return settings
+    texts = [token["content"] if isinstance(token, dict) else token for token in extra]
+    others = {name: value for name, value in settings.items() if name != "extra_special_tokens"}
+    return {**others, ADDITIONAL: [*(settings.get(ADDITIONAL) or []), *texts]}
+
+
+def loader_of(folder: str | Path) -> type["PreTrainedTokenizerBase"] | type["AutoTokenizer"]:
+    """The class that loads a folder: AutoTokenizer, unless version 5 of transformers wrote its plain class there.
+
+    Version 5 names that class TokenizersBackend, which version 4 does not know; PreTrainedTokenizerFast is the same in
+    both.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = Path(folder, CONFIG_FILES[0])
+    named = read_settings(path).get("tokenizer_class") if is_regular(path) else None
+    return PreTrainedTokenizerFast if named == "TokenizersBackend" else AutoTokenizer
 
 
 def _token(value: Any) -> str | None:
@@ -141,6 +178,27 @@ def _token(value: Any) -> str | None:
 def _tokens(value: Any) -> str | None:
     is_list = isinstance(value, list) and not any(map(_token, value))
     return None if is_list else "a list of tokens is allowed"
+
+
+def _extra_tokens(value: Any) -> str | None:
+    # By their names in transformers 4, as a list in version 5.
+    tokens = list(value.values()) if isinstance(value, dict) else value
+    return _tokens(tokens) and "an object or a list of tokens is allowed"
+
+
+def _templates(value: Any) -> str | None:
+    listed = value if isinstance(value, list) else []
+    are_named = all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in listed
+    )
+    is_allowed = isinstance(value, (str, list, dict)) and are_named
+    return None if is_allowed else 'a string, or a list of objects with "name" and "template", is allowed'
+
+
+def _names(value: Any) -> str | None:
+    are_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return None if are_names else "a list of strings is allowed"
 
 
 def _numbered_tokens(value: Any) -> str | None:
@@ -180,11 +238,13 @@ RULES: dict[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(SPECIAL_TOKENS, _token),
     **dict.fromkeys(SWITCHES, _is((bool,), "true or false")),
     **dict.fromkeys(("padding_side", "truncation_side"), _side),
-    "additional_special_tokens": _tokens,
+    ADDITIONAL: _tokens,
     "added_tokens_decoder": _numbered_tokens,
     "auto_map": _is((dict, list), "an object or a list"),
-    "chat_template": _is((str, list, dict), "a string or a list"),
+    "chat_template": _templates,
+    "extra_special_tokens": _extra_tokens,
     "fast_tokenizer_files": _plain_names,
+    "model_input_names": _names,
     "model_max_length": _length,
     "sp_model_kwargs": _sentencepiece_settings,
     "tokenizer_class": _is((str,), "a string"),

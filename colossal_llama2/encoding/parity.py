@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from colossal_llama2.encoding.bpe_model import SPACE
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, spelled
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
-from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
@@ -211,16 +211,16 @@ def load_with_transformers(
     names_class = read_json(folder / CONFIG_FILE).get("tokenizer_class")
     # The two LLaMA classes are one in transformers 5.
     of_pieces = LlamaTokenizerFast if use_fast else LlamaTokenizer
-    loader = AutoTokenizer if names_class else PreTrainedTokenizerFast if is_byte_level else of_pieces
     check_tokenizer_files(folder)
+    loader = loader_of(folder) if names_class else PreTrainedTokenizerFast if is_byte_level else of_pieces
     try:
         with unpickling_refused():
             return loader.from_pretrained(
                 folder,
                 local_files_only=True,
                 trust_remote_code=False,
-                **({"use_fast": use_fast} if names_class else {}),
-                **own_file_arguments(folder),
+                **({"use_fast": use_fast} if loader is AutoTokenizer else {}),
+                **loading_arguments(folder),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         file, cure = (FAST_FILE, "PreTrainedTokenizerFast") if is_byte_level else (MODEL_FILE, "LlamaTokenizer")

@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
@@ -40,12 +40,13 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk") -> "PreTrainedTo
         check_tokenizer_files(path)
     try:
         with unpickling_refused(offline=is_folder):
-            tokenizer = AutoTokenizer.from_pretrained(
+            loader = loader_of(path) if is_folder else AutoTokenizer
+            tokenizer = loader.from_pretrained(
                 path,
                 local_files_only=is_folder,
                 trust_remote_code=False,
                 padding_side=PADDING_SIDE,
-                **(own_file_arguments(path) if is_folder else {}),
+                **(loading_arguments(path) if is_folder else {}),
             )
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         kind = "the folder" if is_folder else "the Hugging Face name (no such folder exists)"

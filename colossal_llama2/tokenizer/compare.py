@@ -26,7 +26,7 @@ from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, unreachable
 from colossal_llama2.encoding.byte_level_tokens import text_of
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
-from colossal_llama2.encoding.folder_files import check_tokenizer_files, own_file_arguments
+from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
 from colossal_llama2.encoding.model_file_format import is_tiktoken
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
@@ -244,8 +244,8 @@ def _load_with_transformers(folder: Path) -> Tokenizer:
     transformers.logging.set_verbosity_error()
     try:
         with unpickling_refused():
-            loaded = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **own_file_arguments(folder)
+            loaded = loader_of(folder).from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **loading_arguments(folder)
             )
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -21,7 +21,7 @@ from colossal_llama2.encoding.file_names import (
     FAST_FILE,
     SPECIAL_TOKENS_FILE,
 )
-from colossal_llama2.encoding.folder_files import SPECIAL_TOKENS
+from colossal_llama2.encoding.folder_files import SPECIAL_TOKENS, with_additional_tokens
 from colossal_llama2.encoding.parity import (
     ByteLevelTokenizers,
     PieceFinder,
@@ -181,7 +181,7 @@ def _write_settings(source: Path, folder: Path, marks: Mapping[str, str]) -> Non
     Args:
         marks: what bos_token and eos_token become; without an entry they stay.
     """
-    config = {**read_json(source / CONFIG_FILE), **marks}
+    config = {**with_additional_tokens(read_json(source / CONFIG_FILE)), **marks}
     # Without a class, AutoTokenizer would need the model's config.json in the folder.
     named = config.get("tokenizer_class")
     if named not in KEPT_CLASSES:

@@ -25,6 +25,7 @@ from colossal_llama2.encoding.byte_level_tokens import (
     text_of,
 )
 from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer.new_pieces import SpecialTokens
 
 # Tokens are written as the characters from here on, none of which is whitespace.
 FIRST_CHARACTER = 0x20000
@@ -66,10 +67,11 @@ def mine_byte_level(
     if model.size > MOST_IDS:
         raise UserError(f"{model.path} has ids up to {model.size - 1:,}; mining is for vocabularies up to {MOST_IDS:,}")
     words = _words(model, lines)
+    special = SpecialTokens(model.added)
     for spare in SPARES:
         trained = _train(words, int(limit * (1 + spare)), min_count)
         tokens = ["".join(model.tokens[ord(character) - FIRST_CHARACTER] for character in one) for one in trained]
-        new = [token for token in dict.fromkeys(tokens) if _is_wanted(token, model)]
+        new = [token for token in dict.fromkeys(tokens) if _is_wanted(token, model, special)]
         fitting = [token for token in new if characters_in(bytes_of(token)) <= max_characters]
         is_last = len(trained) < int(limit * (1 + spare))
         if len(fitting) >= limit or is_last:
@@ -137,9 +139,10 @@ def _repeated(words: Counter[str]) -> Iterator[str]:
         yield f"{word} " * (count % BATCH_REPEATS)
 
 
-def _is_wanted(token: str, model: ByteLevelModel) -> bool:
-    """Whether a token is new, and can be written to a file, where "▁" is a space."""
-    return token not in model.vocabulary and SPACE not in bytes_of(token).decode(errors="ignore")
+def _is_wanted(token: str, model: ByteLevelModel, special: SpecialTokens) -> bool:
+    """Whether a token is new, and init_tokenizer.py accepts it: "▁" is a space there."""
+    text = bytes_of(token).decode(errors="ignore")
+    return token not in model.vocabulary and SPACE not in text and special.found_in(text) is None
 
 
 def _reached(model: ByteLevelModel, candidates: list[str], limit: int) -> tuple[list[str], int]:

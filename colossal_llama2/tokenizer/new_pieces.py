@@ -12,7 +12,7 @@ from typing import Any
 
 from colossal_llama2.encoding.bpe_model import SPACE
 from colossal_llama2.encoding.byte_level_file import spelled, spelled_bytes
-from colossal_llama2.encoding.byte_level_tokens import can_occur, characters_in, text_of
+from colossal_llama2.encoding.byte_level_tokens import can_occur, characters_in
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import read_jsonl
 
@@ -113,14 +113,27 @@ def _refuse_two_keys(record: dict) -> None:
         )
 
 
+class SpecialTokens:
+    """Special and other added tokens, which no piece may contain, because tokenizers split a text at these first."""
+
+    def __init__(self, tokens: Collection[str]):
+        listed = sorted(filter(None, tokens), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, listed)) if listed else "(?!)")
+        self._first_characters = frozenset(token[0] for token in listed)
+
+    def found_in(self, text: str) -> str | None:
+        """The first of the tokens in a text; None if there is none."""
+        if self._first_characters.isdisjoint(text):
+            return None
+        found = self._pattern.search(text)
+        return found[0] if found else None
+
+
 class _Check:
-    """Checks pieces. Special tokens are refused inside them, because tokenizers split a text at these first."""
+    """Checks pieces."""
 
     def __init__(self, known: Collection[str], special_tokens: Collection[str]):
-        self._known = known
-        tokens = sorted(filter(None, special_tokens), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokens)) if tokens else "(?!)")
-        self._first_characters = frozenset(token[0] for token in tokens)
+        self._known, self._special_tokens = known, SpecialTokens(special_tokens)
 
     def piece_of(self, record: dict) -> str:
         """The piece of one record. Raises ValueError with what is wrong and what is allowed."""
@@ -157,14 +170,12 @@ class _Check:
         return piece
 
     def _refuse_special(self, piece: str) -> None:
-        if self._first_characters.isdisjoint(piece):
-            return
-        found = self._special.search(piece)
-        if found and found[0] == piece:
+        found = self._special_tokens.found_in(piece)
+        if found == piece:
             raise ValueError(f'"piece" is {piece!r}, a special token of the source tokenizer; remove the line')
         if found:
             raise ValueError(
-                f'"piece" is {piece!r}, which contains the special token {found[0]!r} of the source tokenizer, '
+                f'"piece" is {piece!r}, which contains the special token {found!r} of the source tokenizer, '
                 "at which tokenizers split a text first; remove the line"
             )
 
@@ -192,7 +203,7 @@ class _ByteLevelCheck(_Check):
         return token
 
     def _from_bytes(self, value: Any) -> tuple[str, str]:
-        """The text and the token that bytes in hexadecimal spell; the text is empty for a part of a character."""
+        """The token that bytes in hexadecimal spell, and their text, without parts of characters at its ends."""
         try:
             content = bytes.fromhex(value)
         except (TypeError, ValueError):
@@ -204,5 +215,4 @@ class _ByteLevelCheck(_Check):
         length = characters_in(content)
         if length > MAX_PIECE_CHARACTERS:
             raise ValueError(f'"bytes" has {length} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
-        token = spelled_bytes(content)
-        return text_of(token) or "", token
+        return content.decode(errors="ignore"), spelled_bytes(content)
