@@ -1,6 +1,7 @@
 """Prepared data, batches and chat templates of byte-level BPE tokenizers, with every combination of marks."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.dataset.inspect_data import InspectSettings, inspect_part
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
+from colossal_llama2.dataset.write.document_marks import log_marks
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
 from colossal_llama2.dataset.write.records import read_sft_row
 from colossal_llama2.dataset.write.tokenization import tokenize_sft
@@ -108,6 +110,28 @@ def test_the_chat_template_gives_the_ids_of_fine_tuning(folder):
         assert ids[-len(last) :] == last and all(trained[-len(last) :])
 
     check()
+
+
+def test_a_chat_template_that_is_not_used_is_logged(folder, tmp_path, caplog):
+    """And the one that is written replaces it, also if it is in tokenizer_config.json."""
+    from transformers import AutoTokenizer
+
+    caplog.set_level("INFO")
+    encoder = load_encoder(folder)
+    log_marks(encoder, folder, stage="sft")
+    assert "chat template" not in caplog.text
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
+    log_marks(encoder, copy, stage="pretrain")
+    assert "chat template" not in caplog.text
+    log_marks(encoder, copy, stage="sft")
+    before = encoder.bos_text or encoder.eos_text
+    assert (
+        f"has a chat template, which is not used: conversations are written as Human: {before}...{END}" in caplog.text
+    )
+    (copy / "chat_template.jinja").write_text("{{ bos_token }}")
+    assert AutoTokenizer.from_pretrained(copy).chat_template == "{{ bos_token }}"
 
 
 def test_conversations(folder, tmp_path):

@@ -99,6 +99,14 @@ def _check_templates(folder: Path) -> None:
         check_regular(path, max_bytes=MIB, allows_empty=True)
 
 
+def has_chat_template(folder: str | Path) -> bool:
+    """Whether a folder has a chat template, in a file of its own or in tokenizer_config.json."""
+    if any(Path(folder, name).exists() for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE)):
+        return True
+    path = Path(folder, CONFIG_FILE)
+    return is_regular(path) and bool(read_settings(path).get("chat_template"))
+
+
 def _check_settings(settings: dict, path: Path) -> None:
     for name in PATH_ENTRIES:
         # Without tokenizer.json transformers drops the entry, which many old folders have.

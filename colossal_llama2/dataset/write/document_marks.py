@@ -1,4 +1,4 @@
-"""Log what is unusual about the tokens that begin and end the documents of a tokenizer."""
+"""Log what is unusual about how documents and conversations are marked with a tokenizer's tokens."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from colossal_llama2 import logs
 from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
 from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.folder_files import has_chat_template
 
 # What ends a turn in chats of these models (ChatML and SmolLM2, LLaMA-3, Phi-3), and what ended the documents of their
 # pre-training.
@@ -15,7 +16,9 @@ CHAT_BEGINNING = "<|im_start|>"
 
 
 def log_marks(encoder: Encoder, tokenizer_dir: str | Path, *, stage: str) -> None:
-    """Log a missing bos_token, one that is the eos_token too, and in pre-training the tokens of a chat."""
+    """Log a missing bos_token, one that is the eos_token too, the tokens of a chat in pre-training, and in fine-tuning
+    that a chat template is not used.
+    """
     if encoder.bos_id < 0:
         logs.get_logger().info(
             f"the tokenizer of {tokenizer_dir} has no bos_token: documents begin without a mark, and "
@@ -28,6 +31,13 @@ def log_marks(encoder: Encoder, tokenizer_dir: str | Path, *, stage: str) -> Non
         )
     if stage == "pretrain" and isinstance(encoder, ByteLevelEncoder) and encoder.eos_text in DOCUMENT_ENDS:
         _warn_of_chat_marks(encoder, tokenizer_dir)
+    if stage == "sft" and has_chat_template(tokenizer_dir):
+        before = encoder.bos_text if encoder.bos_id >= 0 else encoder.eos_text
+        logs.get_logger().info(
+            f"the tokenizer of {tokenizer_dir} has a chat template, which is not used: conversations are written as "
+            f"Human: {before}...{encoder.eos_text}Assistant: {before}...{encoder.eos_text}; copy chat_template.jinja "
+            "from beside the manifest into the trained model's folder, so that its users write them in the same way"
+        )
 
 
 def _warn_of_chat_marks(encoder: ByteLevelEncoder, tokenizer_dir: str | Path) -> None:
