@@ -457,7 +457,16 @@ def test_a_piece_for_which_there_is_no_other_way_is_dropped_counted_and_named(fo
     report = report_of(tmp_path / "out")
     assert (report["asked"], report["added_from_file"], report["dropped"], report["unreachable"]) == (2, 1, 1, 0)
     assert report["dropped_pieces"] == ["zqx"]
-    assert "1 of the pieces can only be made from tokens of" in caplog.text and "to them: 'zqx'" in caplog.text
+    assert "1 of the pieces can only be made through tokens that" in caplog.text and "to them: 'zqx'" in caplog.text
+
+
+@pytest.mark.parametrize("piece", ["\n \n", "\r\u2028\u00a0\r\n", "\n\t\t \n"])
+def test_a_piece_is_not_joined_through_what_the_pre_tokenizer_divides(models, piece):
+    """LLaMA-3's leaves the white space before a line break whole, with other line breaks in it; "\n " is divided."""
+    model = models["llama3"]
+    assert split_tokens(model.plain_tokenizer(), [spelled(piece), spelled("\n ")]) == [spelled("\n ")]
+    plan = plan_byte_level(model, [spelled(piece)], closure="complete")
+    assert plan.pieces[0] == spelled(piece) and unreached_tokens(extended(model, plan.pieces), plan.pieces) == []
 
 
 @FEW

@@ -21,7 +21,8 @@ are the merges of closure.py with other symbols, and its proof holds here too, s
 
 What is added must be new. LLaMA-3 has 588 tokens that its merges never make, such as " характер": it has them only as
 whole parts of a text (`ignore_merges`). Merges to such a token would change the ids of old text, and as a new token it
-would lose its own id. So the lists are joined in other ways, and a piece for which there is none is dropped.
+would lose its own id. And the pre-tokenizer must leave it whole: LLaMA-3 divides "\\n " everywhere, but not "\\n \\n".
+So the lists are joined in other ways, and a piece for which there is none is dropped.
 
 A part of characters has neighbours in every text, and better merges may always join it to one of them. Such parts are
 found with the merges of the whole plan, and left out (byte_level_reach.py).
@@ -89,12 +90,15 @@ class _Source:
         self._known = model.vocabulary.keys()
         # A byte without a token would be dropped from the symbols.
         spelling = extended(model, self._missing_bytes(wanted))
-        tokenizer = merging(spelling).plain_tokenizer()
-        self.split = split_tokens(tokenizer, wanted)
-        self._symbols = dict(zip(wanted, symbols_of(tokenizer, wanted), strict=True))
+        self._tokenizer = merging(spelling).plain_tokenizer()
+        self.split = split_tokens(self._tokenizer, wanted)
+        self._symbols = dict(zip(wanted, symbols_of(self._tokenizer, wanted), strict=True))
 
     def _missing_bytes(self, wanted: Sequence[str]) -> list[str]:
         return [byte for byte in dict.fromkeys("".join(wanted)) if byte not in self._known]
+
+    def _is_refused(self, token: str) -> bool:
+        return token in self._known or text_of(token) is not None and bool(split_tokens(self._tokenizer, [token]))
 
     def joined(self, added: Sequence[str]) -> list[str]:
         """The wanted parts of characters that are never made once the tokens are `added`: other merges come first."""
@@ -120,7 +124,9 @@ class _Source:
         stuck = [token for token, state in states.items() if len(state) > 1]
         lists = [states[token] for token in stuck]
         # Whole characters first: words share them, and they are of use in other words.
-        added = pieces_that_join(lists, scores, is_last=lambda token: not is_within_character(token), taken=self._known)
+        added = pieces_that_join(
+            lists, scores, is_last=lambda token: not is_within_character(token), is_refused=self._is_refused
+        )
         characters = [token for token in added if is_within_character(token)]
         others = [token for token in added if not is_within_character(token)]
         plan = ExtensionPlan(

@@ -35,8 +35,8 @@ class ExtensionPlan:
         split: pieces that a byte-level BPE's pre-tokenizer never leaves whole; they are dropped in the same way.
         joined: parts of characters that a byte-level BPE never makes, because better merges always join one of their
             bytes to one outside; they are dropped in the same way.
-        blocked: pieces that could only be made from tokens of the source that its own merges never make; the closure
-            drops them.
+        blocked: pieces that could only be made through tokens that a byte-level BPE's source has but its merges never
+            make, or that its pre-tokenizer divides; the closure drops them.
     """
 
     pieces: list[str]
@@ -205,13 +205,14 @@ def pieces_that_join(
     scores: dict[str, float],
     *,
     is_last: Callable[[str], bool] = lambda piece: False,
-    taken: Collection[str] = (),
+    is_refused: Callable[[str], bool] = lambda piece: False,
 ) -> list[str]:
     """The same for pieces that merges have turned into `states`, lists of symbols, which become single symbols.
 
     Args:
         is_last: pieces for which it is true are added only once there is no other to add.
-        taken: pieces that are never added. A state keeps several symbols if the only ways to join them add such pieces.
+        is_refused: pieces for which it is true are never added. A state keeps several symbols if the only ways to join
+            them add such pieces.
 
     Cost: each addition processes only the stuck pieces that contain it, and removes at least one symbol from each. A
     heap gives the next pair. Memory is proportional to the characters of the stuck pieces.
@@ -220,7 +221,7 @@ def pieces_that_join(
     for index, state in enumerate(states):
         for pair in _pairs(state):
             holders[pair].add(index)
-    heap = [(is_last(pair), -len(found), len(pair), pair) for pair, found in holders.items() if pair not in taken]
+    heap = [(is_last(pair), -len(found), len(pair), pair) for pair, found in holders.items()]
     heapq.heapify(heap)
     lowest = min(scores.values(), default=0.0)
     added: list[str] = []
@@ -229,6 +230,8 @@ def pieces_that_join(
         if len(holders[pair]) != -count:
             if holders[pair]:
                 heapq.heappush(heap, (last, -len(holders[pair]), len(pair), pair))
+            continue
+        if is_refused(pair):
             continue
         lowest = _next_below(lowest)
         scores[pair] = lowest
@@ -241,7 +244,7 @@ def pieces_that_join(
             for new in _pairs(states[index]):
                 holders[new].add(index)
                 fresh.add(new)
-        for new in (pair for pair in fresh if pair not in taken):
+        for new in fresh:
             heapq.heappush(heap, (is_last(new), -len(holders[new]), len(new), new))
     return added
 

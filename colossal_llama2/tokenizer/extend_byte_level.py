@@ -90,8 +90,9 @@ class ByteLevelExtension:
             )
         if plan.blocked:
             logs.get_logger().warning(
-                f"{len(plan.blocked):,} of the pieces can only be made from tokens of {self._source} that its own "
-                f"merges never make, so no text is encoded to them: {_examples(plan.blocked)}"
+                f"{len(plan.blocked):,} of the pieces can only be made through tokens that {self._source} has but its "
+                "merges never make, or that its pre-tokenizer divides, so no text is encoded to them: "
+                f"{_examples(plan.blocked)}"
             )
         return plan
 
