@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of
+from colossal_llama2.encoding.parity import load_with_transformers
 from colossal_llama2.encoding.registry import fingerprint, kind_of, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
-from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
+from colossal_llama2.encoding.transformers_tokenizer import load_fast, load_tokenizer
 from colossal_llama2.errors import UserError
+from colossal_llama2.tokenizer.compare import compare
 from colossal_llama2.tokenizer.compare import load as load_compared
 from tests.byte_level import BEGIN, END, PRE_TOKENIZERS, make_byte_level, make_llama3, sequence, split
 from tests.launching import ROOT
@@ -295,6 +297,23 @@ def test_entries_with_which_transformers_fails(entry, words, folders, tmp_path):
     )
     with pytest.raises(UserError, match=words):
         load_encoder(folder)
+
+
+def test_a_panic_of_tokenizers_is_an_error_as_others(folders, tmp_path):
+    """Its BPE cuts the prefix off each token, and panics at one that is shorter."""
+    change = lambda content: content["model"].update(continuing_subword_prefix="####")  # noqa: E731
+    folder = changed(folders["llama3"], tmp_path / "panic", change)
+    for load, words in (
+        (load_encoder, 'continuing_subword_prefix is "####"; null is needed'),
+        (load_tokenizer, "no tokenizer can be loaded .*out of bounds"),
+        (lambda path: load_fast(path / "tokenizer.json"), "cannot be read .*out of bounds"),
+        (lambda path: load_with_transformers(path, is_byte_level=True), "transformers cannot load .*out of bounds"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
+    rows, left_out = compare([str(folder), str(folders["llama3"])], ["Hello"])
+    assert len(rows) == 1 and "out of bounds" in left_out[0].error
 
 
 def test_a_folder_that_transformers_5_has_saved(folders, tmp_path):

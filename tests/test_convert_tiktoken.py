@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, bytes_of, spelled_bytes
+from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.errors import RunError, UserError
 from colossal_llama2.tokenizer import convert_tiktoken
 from colossal_llama2.tokenizer.convert_tiktoken import ConversionSettings, convert, ids_by_rank, special_names
@@ -55,6 +56,14 @@ def test_ids_are_those_of_tiktoken(file, ranks, tmp_path, capsys):
     assert fast(TEXTS[:-2], add_special_tokens=False)["input_ids"] == expected[:-2]
     assert fast("a")["input_ids"] == [len(ranks), by_token[b"a"]] and fast.decode(expected[0]) == TEXTS[0]
     assert (fast.bos_token, fast.eos_token, len(fast)) == (BEGIN, "<|end_of_text|>", len(ranks) + 256)
+
+
+def test_line_ends_of_windows_and_blank_lines_change_nothing(file, ranks, tmp_path):
+    """As tiktoken reads them; the file may then lie beside the folder's tokenizer.json."""
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\n")
+    convert(ConversionSettings(str(file), str(tmp_path / "out"), "3.1"))
+    shutil.copy(file, tmp_path / "out")
+    assert load_encoder(tmp_path / "out").vocab_size == len(ranks) + 256
 
 
 def test_special_tokens_are_those_that_meta_lists():

@@ -251,7 +251,7 @@ def check_file_beside(model: ByteLevelModel) -> None:
     if not is_tiktoken(path):
         return
     check_regular(path, max_bytes=MOST_TIKTOKEN_BYTES)
-    for line in path.read_bytes().splitlines():
+    for line in filter(None, path.read_bytes().splitlines()):
         token, _, rank = line.partition(b" ")
         try:
             index = model.vocabulary.get(spelled_bytes(base64.b64decode(token, validate=True)))

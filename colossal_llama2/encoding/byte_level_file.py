@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from colossal_llama2.encoding.file_names import FAST_FILE, MODEL_FILE
+from colossal_llama2.encoding.library_panics import panics_as_errors
 from colossal_llama2.encoding.model_file_format import is_tiktoken
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.given_paths import hub_cure
@@ -215,7 +216,8 @@ def _loaded(path: Path, settings: dict[str, Any]) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(json.dumps(settings))
+        with panics_as_errors():
+            return Tokenizer.from_str(json.dumps(settings))
     except Exception as error:  # tokenizers raises plain Exception
         raise _cannot_be_loaded(path, error)
 

@@ -22,6 +22,7 @@ from colossal_llama2.encoding.bpe_model import SPACE
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel, spelled
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
+from colossal_llama2.encoding.library_panics import panics_as_errors
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.encoding.sentencepiece_file import sentencepiece_file
 from colossal_llama2.errors import UserError
@@ -214,7 +215,7 @@ def load_with_transformers(
     check_tokenizer_files(folder)
     loader = loader_of(folder) if names_class else PreTrainedTokenizerFast if is_byte_level else of_pieces
     try:
-        with unpickling_refused():
+        with unpickling_refused(), panics_as_errors():
             return loader.from_pretrained(
                 folder,
                 local_files_only=True,

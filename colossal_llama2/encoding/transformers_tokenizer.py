@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
+from colossal_llama2.encoding.library_panics import panics_as_errors
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.unpickling_guard import unpickling_refused
 
@@ -39,7 +40,7 @@ def load_tokenizer(path: str | Path, *, pad_token: str = "unk") -> "PreTrainedTo
     if is_folder:
         check_tokenizer_files(path)
     try:
-        with unpickling_refused(offline=is_folder):
+        with unpickling_refused(offline=is_folder), panics_as_errors():
             loader = loader_of(path) if is_folder else AutoTokenizer
             tokenizer = loader.from_pretrained(
                 path,
@@ -70,6 +71,7 @@ def load_fast(path: str | Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(path))
+        with panics_as_errors():
+            return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"{path} cannot be read ({error}); copy it again from the original tokenizer")

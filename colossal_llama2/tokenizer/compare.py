@@ -27,6 +27,7 @@ from colossal_llama2.encoding.bpe_model import SPACE, unreachable
 from colossal_llama2.encoding.byte_level_tokens import text_of
 from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
+from colossal_llama2.encoding.library_panics import panics_as_errors
 from colossal_llama2.encoding.model_file_format import is_tiktoken
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
@@ -128,7 +129,8 @@ def compare(tokenizer_dirs: Sequence[str], documents: Sequence[str]) -> tuple[li
     with _single_thread(), logs.progress(total=total, description="encode", unit="documents") as progress:
         for path in tokenizer_dirs:
             try:
-                rows.append(_measure(path, load(Path(path)), documents, progress))
+                with panics_as_errors():
+                    rows.append(_measure(path, load(Path(path)), documents, progress))
             except UserError as error:
                 left_out.append(LeftOut(path, str(error)))
             except Exception as error:  # tokenizers raises plain Exception, and each library its own kinds

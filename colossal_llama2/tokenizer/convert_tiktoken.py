@@ -115,6 +115,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         raise UserError(f"--source_file {path} cannot be read ({error}); copy it again")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):
+        # As tiktoken reads it.
+        if not line:
+            continue
         found = LINE.fullmatch(line)
         try:
             token = base64.b64decode(found[1], validate=True) if found else b""
