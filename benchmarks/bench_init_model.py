@@ -15,7 +15,7 @@ The input is in the page cache. Needs 11 GB in --work_dir, which are removed at 
   compared on an eighth of the rows and of the columns: there it only works in memory, ours writes and syncs a file.
 """
 
-import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -23,17 +23,18 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inputs import make_folder  # noqa: E402
+from inputs import add_smallest, benchmark_parser, make_folder, package_folder, print_note  # noqa: E402
 
-HIDDEN, INTERMEDIATE, LAYERS, SHARDS = 4096, 11008, 4, 3
-OLD_ROWS, NEW_ROWS = 32_000, 69_104
+from colossal_llama2 import errors  # noqa: E402
+
+OLD_ROWS, SHARDS = 32_000, 3
 SMALL = 8
-ROUNDS = 3
 CHILD = """
 import sys, time
 import google.protobuf, numpy, safetensors, sentencepiece, torch
@@ -46,34 +47,53 @@ print("seconds", time.perf_counter() - start, flush=True)
 """
 
 
+@dataclass(frozen=True)
+class Size:
+    """The shapes of the checkpoint, the rows of its embeddings when it is extended, and how often all is run."""
+
+    hidden: int = 4096
+    intermediate: int = 11008
+    layers: int = 4
+    heads: int = 32
+    new_rows: int = 69_104
+    rounds: int = 3
+
+
+SMALLEST = Size(hidden=64, intermediate=128, layers=1, heads=4, new_rows=32_064, rounds=1)
+
+
 def main() -> None:
     """Make the inputs, measure, print the ratios, remove everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument(
         "--work_dir", type=Path, required=True, help="new folder for 11 GB of files, removed at the end"
     )
-    work = parser.parse_args().work_dir
-    make_folder(parser, work)
-    try:
-        make_source(work / "source")
-        make_target_tokenizer(work / "source", work / "tokenizer")
-        print_table(measure(work))
-    finally:
-        shutil.rmtree(work)
+    add_smallest(parser)
+    args = parser.parse_args()
+    size = SMALLEST if args.smallest else Size()
+    with errors.one_line_errors(parser.prog):
+        tokenizer, words = (package_folder(name) for name in ("mistral_common", "jieba"))
+        work = make_folder(parser, args.work_dir)
+        try:
+            print_note(args)
+            make_source(work / "source", tokenizer / "data" / "tokenizer.model.v1", size)
+            make_target_tokenizer(work / "source", work / "tokenizer", words / "dict.txt", size.new_rows)
+            print_table(measure(work, size))
+        finally:
+            shutil.rmtree(work)
 
 
-def make_source(folder: Path) -> None:
+def make_source(folder: Path, tokenizer: Path, size: Size) -> None:
     """A sharded checkpoint of random numbers with a real tokenizer."""
-    import mistral_common
     import numpy
     from safetensors.numpy import save_file
 
     from colossal_llama2.encoding.from_text import write_tokenizer
 
     folder.mkdir()
-    write_tokenizer((Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1").read_bytes(), folder)
+    write_tokenizer(tokenizer.read_bytes(), folder)
     block = numpy.random.default_rng(0).standard_normal(2**22, dtype=numpy.float32).astype(numpy.float16)
-    shapes = list(tensor_shapes().items())
+    shapes = list(tensor_shapes(size).items())
     per_shard = -(-len(shapes) // SHARDS)
     weight_map = {}
     for shard in range(SHARDS):
@@ -86,10 +106,10 @@ def make_source(folder: Path) -> None:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": OLD_ROWS,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 32,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
         "torch_dtype": "float16",
         "tie_word_embeddings": False,
         "bos_token_id": 1,
@@ -98,49 +118,48 @@ def make_source(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def tensor_shapes() -> dict:
+def tensor_shapes(size: Size) -> dict:
     """Name to shape of every tensor, in the order of the model."""
-    shapes = {"model.embed_tokens.weight": (OLD_ROWS, HIDDEN)}
-    for layer in range(LAYERS):
+    hidden, inner = size.hidden, size.intermediate
+    shapes = {"model.embed_tokens.weight": (OLD_ROWS, hidden)}
+    for layer in range(size.layers):
         prefix = f"model.layers.{layer}."
-        shapes.update({f"{prefix}self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"})
-        shapes.update({f"{prefix}mlp.{name}_proj.weight": (INTERMEDIATE, HIDDEN) for name in ("gate", "up")})
-        shapes[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        shapes.update({f"{prefix}{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")})
-    return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (OLD_ROWS, HIDDEN)}
+        shapes.update({f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"})
+        shapes.update({f"{prefix}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")})
+        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, inner)
+        shapes.update({f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")})
+    return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (OLD_ROWS, hidden)}
 
 
-def make_target_tokenizer(source: Path, target: Path) -> None:
-    """Extend the tokenizer by the most frequent words of jieba and their characters, to exactly NEW_ROWS pieces."""
-    import jieba
-
+def make_target_tokenizer(source: Path, target: Path, word_list: Path, rows: int) -> None:
+    """Extend the tokenizer by the most frequent words of jieba and their characters, to exactly `rows` pieces."""
     from colossal_llama2.encoding.bpe_model import read_model
     from colossal_llama2.encoding.registry import load_encoder
     from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
 
     known = {piece.piece for piece in read_model(source).pieces}
-    lines = (Path(jieba.__file__).parent / "dict.txt").read_text(encoding="utf-8").splitlines()
-    words = [line.split() for line in lines]
+    words = [line.split() for line in word_list.read_text(encoding="utf-8").splitlines()]
     pieces: dict = {}
     for word, *_ in sorted(words, key=lambda word: -int(word[1])):
         closed = dict.fromkeys(piece for piece in (*word, word) if piece not in known and piece not in pieces)
-        if len(word) > 1 and len(pieces) + len(closed) <= NEW_ROWS - OLD_ROWS:
+        if len(word) > 1 and len(pieces) + len(closed) <= rows - OLD_ROWS:
             pieces.update(closed)
     file = target.with_suffix(".jsonl")
     file.write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces), encoding="utf-8")
     # What closure adds beyond these would only change the number of rows.
-    expand_tokenizer(ExtensionSettings(source, target, file, closure="off"))
-    assert load_encoder(target).vocab_size == NEW_ROWS, load_encoder(target).vocab_size
+    with contextlib.redirect_stdout(sys.stderr):
+        expand_tokenizer(ExtensionSettings(source, target, file, closure="off"))
+    assert load_encoder(target).vocab_size == rows, load_encoder(target).vocab_size
 
 
-def measure(work: Path) -> list:
+def measure(work: Path, size: Size) -> list:
     """Rows of the table: name, value, target."""
     arguments = [work / "source", work / "tokenizer", work / "target"]
     run_init(arguments)
     os.rename(work / "target", work / "pattern")
     times: dict = {"copy": [], "init": [], "command": []}
     peaks = []
-    for _ in range(ROUNDS):
+    for _ in range(size.rounds):
         times["copy"].append(copy_folder(work / "pattern", work / "copy"))
         shutil.rmtree(work / "copy")
         seconds, peak = run_init(arguments)
@@ -153,14 +172,14 @@ def measure(work: Path) -> list:
         peaks.append(peak)
     copy, init, command = (statistics.median(times[name]) for name in ("copy", "init", "command"))
     spread = max(times["copy"]) / min(times["copy"])
-    matrices = 2 * NEW_ROWS * HIDDEN * 2
-    small = f"{OLD_ROWS // SMALL:,} -> {NEW_ROWS // SMALL:,} x {HIDDEN // SMALL}"
+    matrices = 2 * size.new_rows * size.hidden * 2
+    small = f"{OLD_ROWS // SMALL:,} -> {size.new_rows // SMALL:,} x {size.hidden // SMALL}"
     return [
         ("time / time to copy the same bytes", init / copy, "<= 1.5"),
         ("time of the whole command / the same", command / copy, ""),
         ("slowest copy / fastest copy (noise)", spread, ""),
         ("peak anonymous memory / the two new matrices", max(peaks) / matrices, "<= 2"),
-        (f"one concatenate per row / ours, {small}", concatenate_ratio(work), ""),
+        (f"one concatenate per row / ours, {small}", concatenate_ratio(work, size), ""),
     ]
 
 
@@ -210,7 +229,7 @@ def copy_folder(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-def concatenate_ratio(work: Path) -> float:
+def concatenate_ratio(work: Path, size: Size) -> float:
     """Time of the original's loop over one float32 matrix in memory, over ours from file to synced file."""
     import numpy
     from safetensors.numpy import load_file, save_file
@@ -218,14 +237,14 @@ def concatenate_ratio(work: Path) -> float:
     from colossal_llama2.model.safetensors_stream import Change, read_shard, write_shard
     from colossal_llama2.storage.files import sync
 
-    old, new, hidden = OLD_ROWS // SMALL, NEW_ROWS // SMALL, HIDDEN // SMALL
+    old, new, hidden = OLD_ROWS // SMALL, size.new_rows // SMALL, size.hidden // SMALL
     generator = numpy.random.default_rng(0)
     matrix = generator.standard_normal((old, hidden), dtype=numpy.float32)
-    bags = [generator.integers(old, size=size).tolist() for size in generator.integers(2, 7, size=new - old)]
+    bags = [generator.integers(old, size=count).tolist() for count in generator.integers(2, 7, size=new - old)]
     save_file({"matrix": matrix}, work / "small.safetensors")
 
     ours, original = [], []
-    for _ in range(ROUNDS):
+    for _ in range(size.rounds):
         # write_shard never writes over a file.
         (work / "grown.safetensors").unlink(missing_ok=True)
         start = time.perf_counter()

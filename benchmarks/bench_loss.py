@@ -13,47 +13,66 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-TOKENS, VOCABULARY = 4096, 69_104
-WIDTHS = (512, 1024)
+from inputs import add_smallest, benchmark_parser, print_note  # noqa: E402
+
+WAYS = ("logits", "chunked")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens, pieces, and hidden sizes."""
+
+    tokens: int = 4096
+    vocabulary: int = 69_104
+    widths: tuple[int, ...] = (512, 1024)
+
+
+SMALLEST = Size(tokens=1024, vocabulary=8192, widths=(32,))
 
 
 def main() -> None:
     """Measure each case both ways and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser = benchmark_parser(__doc__)
+    add_smallest(parser)
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--width", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    size = SMALLEST if args.smallest else Size()
     if args.measure:
-        print(json.dumps(measured(args.measure[0], int(args.measure[1]))))
+        print(json.dumps(measured(args.measure, args.width, size)))
         return
+    print_note(args)
     print("hidden size    memory    time    loss differs by    gradients' norms by")
-    for width in WIDTHS:
-        logits, chunked = (run(way, width) for way in ("logits", "chunked"))
+    for width in size.widths:
+        logits, chunked = (run(way, width, is_smallest=args.smallest) for way in WAYS)
         memory, seconds = (chunked[name] / logits[name] for name in ("bytes", "seconds"))
         loss = abs(chunked["loss"] / logits["loss"] - 1)
         norms = max(abs(a / b - 1) for a, b in zip(chunked["norms"], logits["norms"], strict=True))
         print(f"{width:>11,}{memory:>10.3f}{seconds:>8.2f}{loss:>19.1e}{norms:>23.1e}", flush=True)
 
 
-def run(way: str, width: int) -> dict:
+def run(way: str, width: int, *, is_smallest: bool) -> dict:
     """Measure in a new process, since a peak covers the lifetime of a process."""
-    command = [sys.executable, __file__, "--measure", way, str(width)]
+    command = [sys.executable, __file__, "--measure", way, "--width", str(width)]
+    command += ["--smallest"] if is_smallest else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
-def measured(way: str, width: int) -> dict:
+def measured(way: str, width: int, size: Size) -> dict:
     """Memory in bytes, seconds, loss and the norms of both gradients."""
     import torch
 
     torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, width).requires_grad_()
-    weight = (torch.randn(VOCABULARY, width) / width**0.5).requires_grad_()
-    targets = torch.randint(VOCABULARY, (TOKENS,))
+    hidden = torch.randn(size.tokens, width).requires_grad_()
+    weight = (torch.randn(size.vocabulary, width) / width**0.5).requires_grad_()
+    targets = torch.randint(size.vocabulary, (size.tokens,))
     step(way, hidden[:64], weight[:512], targets[:64] % 512)
     # 5 resets the peak to the present value.
     Path("/proc/self/clear_refs").write_text("5")

@@ -12,7 +12,6 @@ of at least 64 KB, so that the resident memory is the memory in use. With --kept
 which shows how much more a rehearsal holds than it uses.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inputs import make_folder  # noqa: E402
+from inputs import add_smallest, benchmark_parser, make_folder, print_note  # noqa: E402
 
 # hidden_size, intermediate_size, layers, heads, key-value heads, vocabulary, tied embeddings. The last is SmolLM2-135M.
 MODELS = {
@@ -58,6 +57,8 @@ CASES: dict[str, tuple[str, int, int, int, str]] = {
     "gemini, bf16, 135 M": ("135 M", 2, 16, 1, "--plugin gemini --mixed_precision bf16"),
     "3d, fp32, 135 M": ("135 M", 2, 256, 2, "--plugin 3d --zero 0 --mixed_precision fp32"),
 }
+# With --smallest: the model of every case, and the only case unless others are given.
+SMALLEST_MODEL, SMALLEST_CASE = (64, 128, 1, 4, 4, 512, False), "zero2, fp32"
 STEPS = 6
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}
 
@@ -67,29 +68,34 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
+    add_smallest(parser)
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="which (default: all)")
     parser.add_argument("--kept_memory", action="store_true", help="let glibc keep freed memory, as train.py does")
     args = parser.parse_args()
-    make_folder(parser, args.work_dir)
+    models = dict.fromkeys(MODELS, SMALLEST_MODEL) if args.smallest else MODELS
+    work_dir, malloc = make_folder(parser, args.work_dir), {} if args.kept_memory else MALLOC
     try:
+        print_note(args)
         print(f"{'MB per rank':32}  predicted   measured  predicted / measured   while loading", flush=True)
-        for name in args.cases:
-            predicted, measured = compare(name, args.work_dir, malloc={} if args.kept_memory else MALLOC)
+        for name in args.cases or ([SMALLEST_CASE] if args.smallest else CASES):
+            predicted, measured = compare(name, work_dir, models=models, malloc=malloc)
             steps, loading = measured["steps"], measured["loading"]
             first, second, last = (f"{size / 1e6:,.0f}" for size in (predicted, steps, loading))
             print(f"{name:32} {first:>10} {second:>10} {predicted / steps:>21.3f} {last:>15}", flush=True)
     finally:
-        shutil.rmtree(args.work_dir)
+        shutil.rmtree(work_dir)
 
 
-def compare(name: str, work_dir: Path, *, malloc: dict[str, str]) -> tuple[int, dict[str, int]]:
+def compare(
+    name: str, work_dir: Path, *, models: dict[str, tuple], malloc: dict[str, str]
+) -> tuple[int, dict[str, int]]:
     """Bytes predicted and measured, of the rank that needs the most."""
     model, ranks, length, batch, flags = CASES[name]
     model_dir = work_dir / model.replace(" ", "")
     if not model_dir.exists():
-        make_model(model_dir, *MODELS[model])
+        make_model(model_dir, *models[model])
     accumulated = 2 if "--accumulation_steps" in flags else 1
     samples = STEPS * batch * (1 if "--tp" in flags else ranks) * accumulated
     words = ["--benchmark", "--pretrained", str(model_dir), "--max_length", str(length), "--num_samples", str(samples)]

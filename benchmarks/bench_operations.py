@@ -32,6 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,13 +42,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench_training import PLUGINS, launch  # noqa: E402
-from inputs import make_folder  # noqa: E402
+from inputs import add_smallest, benchmark_parser, make_folder, print_note  # noqa: E402
 
 VOCABULARY, LENGTH, BATCH = 512, 64, 2
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-LAYERS = (2, 6)
 LARGE_LAYERS = 32
-WARMUP_STEPS, TIMED_STEPS = 3, 21
 CHUNKED = {"chunked": (), "whole logits": ("--chunked_loss", "off")}
 
 # Operations that start no kernel, besides views.
@@ -82,27 +81,45 @@ OWN_FRAMES = (
 )
 
 
+@dataclass(frozen=True)
+class Size:
+    """The layers of both models, the steps before the counted one, those that are timed, and the plugins."""
+
+    layers: tuple[int, int] = (2, 6)
+    warmup_steps: int = 3
+    timed_steps: int = 21
+    plugins: tuple[str, ...] = tuple(PLUGINS)
+
+
+SMALLEST = Size(layers=(1, 2), warmup_steps=1, timed_steps=1, plugins=("zero2",))
+
+
 def main() -> None:
     """Count the operations of each plugin and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
-    parser.add_argument("--plugins", nargs="+", choices=PLUGINS, default=list(PLUGINS), help="which")
+    parser.add_argument("--plugins", nargs="+", choices=PLUGINS, help="which (default: all)")
     parser.add_argument("--places", action="store_true", help="print the lines of code that operations come from")
+    add_smallest(parser)
     parser.add_argument("--measure", choices=PLUGINS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    size = SMALLEST if args.smallest else Size()
     if args.measure:
-        measure_here(PLUGINS[args.measure], args.work_dir)
+        measure_here(PLUGINS[args.measure], args.work_dir, size)
         return
-    make_folder(parser, args.work_dir)
+    work_dir = make_folder(parser, args.work_dir)
     try:
-        for layers in LAYERS:
-            make_model(args.work_dir / str(layers), layers)
-        print_titles()
-        for name in args.plugins:
-            printed = launch([__file__, "--work_dir", str(args.work_dir), "--measure", name])
-            print_plugin(name, json.loads(printed[printed.index('{"bare"') :].splitlines()[0]), places=args.places)
+        print_note(args)
+        for layers in size.layers:
+            make_model(work_dir / str(layers), layers)
+        print_titles(size.layers)
+        script = [__file__, "--work_dir", str(work_dir), *(["--smallest"] if args.smallest else [])]
+        for name in args.plugins or size.plugins:
+            printed = launch([*script, "--measure", name])
+            found = json.loads(printed[printed.index('{"bare"') :].splitlines()[0])
+            print_plugin(name, found, size.layers, places=args.places)
     finally:
-        shutil.rmtree(args.work_dir)
+        shutil.rmtree(work_dir)
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -115,7 +132,7 @@ def make_model(folder: Path, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def measure_here(flags: tuple[str, ...], models: Path) -> None:
+def measure_here(flags: tuple[str, ...], models: Path, size: Size) -> None:
     """Count on this rank; rank 0 prints one line of JSON: variant -> one record for each number of layers."""
     from colossal_llama2 import logs
     from colossal_llama2.engine.process_group import launch, leave
@@ -124,11 +141,11 @@ def measure_here(flags: tuple[str, ...], models: Path) -> None:
     logs.get_logger().setLevel("ERROR")
     launch(seed=1)
     found: dict[str, list[dict]] = {"bare": [], **{name: [] for name in CHUNKED}}
-    for layers in LAYERS:
-        found["bare"].append(measured(bare_step(models / str(layers))))
+    for layers in size.layers:
+        found["bare"].append(measured(bare_step(models / str(layers)), size))
         for name, more in CHUNKED.items():
             step = plugin_step(models / str(layers), (*flags, *more))
-            found[name].append(measured(step, offloads=offloads(flags)))
+            found[name].append(measured(step, size, offloads=offloads(flags)))
     if os.environ["RANK"] == "0":
         # One write: ranks share their output.
         os.write(1, (json.dumps(found) + "\n").encode())
@@ -207,15 +224,15 @@ def offloads(flags: tuple[str, ...]) -> bool:
     return not {"zero2", "3d", "ddp"}.intersection(flags)
 
 
-def measured(step: Callable[[], float], *, offloads: bool = False) -> dict[str, Any]:
+def measured(step: Callable[[], float], size: Size, *, offloads: bool = False) -> dict[str, Any]:
     """Counts of one step after some others, and median CPU seconds of many: of all of it, and of what it returns."""
-    for _ in range(WARMUP_STEPS):
+    for _ in range(size.warmup_steps):
         step()
     counter = counter_of(offloads=offloads)
     with plain_backward(), counting_waits(counter), counting_collectives(counter), counter:
         step()
     seconds, model_seconds = [], []
-    for _ in range(TIMED_STEPS):
+    for _ in range(size.timed_steps):
         start = time.thread_time()
         model_seconds.append(step())
         seconds.append(time.thread_time() - start)
@@ -340,46 +357,47 @@ def counting_collectives(counter: Any) -> Iterator[None]:
         yield
 
 
-def split(records: list[dict[str, Any]], figure: str) -> tuple[float, float]:
+def split(records: list[dict[str, Any]], figure: str, layers: tuple[int, int]) -> tuple[float, float]:
     """The part of a count for each layer, and the constant part."""
-    few, many = LAYERS
+    few, many = layers
     by_layer = (records[1][figure] - records[0][figure]) / (many - few)
     return by_layer, records[0][figure] - by_layer * few
 
 
-def print_titles() -> None:
+def print_titles(layers: tuple[int, int]) -> None:
     """The head of the table."""
     print("                         operations       over bare, at layers      copies           waits  exchanges  host")
-    large = "".join(f"{layers:>7}" for layers in (*LAYERS, LARGE_LAYERS))
+    large = "".join(f"{count:>7}" for count in (*layers, LARGE_LAYERS))
     print(
         f"                         layer  constant  {large}    layer  constant                   over bare", flush=True
     )
 
 
-def print_plugin(name: str, found: dict[str, list[dict[str, Any]]], *, places: bool) -> None:
+def print_plugin(name: str, found: dict[str, list[dict[str, Any]]], layers: tuple[int, int], *, places: bool) -> None:
     """The rows of one plugin, and of the bare loop before the first."""
     bare = found["bare"]
     outside = bare[1]["seconds"] - bare[1]["model_seconds"]
     for variant, records in found.items():
         ratios = []
-        for layers in (*LAYERS, LARGE_LAYERS):
-            own, theirs = ((split(of, "operations")) for of in (records, bare))
-            ratios.append((own[0] * layers + own[1]) / (theirs[0] * layers + theirs[1]))
-        counts, copies = ("{:5.1f}  {:8.1f}".format(*split(records, figure)) for figure in ("operations", "copies"))
+        for count in (*layers, LARGE_LAYERS):
+            own, theirs = (split(of, "operations", layers) for of in (records, bare))
+            ratios.append((own[0] * count + own[1]) / (theirs[0] * count + theirs[1]))
+        parts = (split(records, figure, layers) for figure in ("operations", "copies"))
+        counts, copies = ("{:5.1f}  {:8.1f}".format(*part) for part in parts)
         host = (records[1]["seconds"] - bare[1]["model_seconds"]) / outside
         title = "bare" if variant == "bare" else f"{name}, {variant}"
         shares = "".join(f"{ratio:7.2f}" for ratio in ratios)
         rest = f"{records[1]['waits']:7}  {records[1]['exchanges']:9}  {host:9.1f}"
         print(f"{title:24} {counts}  {shares}    {copies}  {rest}", flush=True)
         if places and variant != "bare":
-            print_places(records)
+            print_places(records, layers)
 
 
-def print_places(records: list[dict[str, Any]]) -> None:
+def print_places(records: list[dict[str, Any]], layers: tuple[int, int]) -> None:
     """The lines of code outside the model from which operations come."""
     lines = sorted({place for record in records for place in record["places"] if not place.startswith(MODEL)})
     for place in lines:
-        by_layer, constant = split([record["places"] for record in map(with_zeros(place), records)], place)
+        by_layer, constant = split([record["places"] for record in map(with_zeros(place), records)], place, layers)
         print(f"    {place:110} {by_layer:5.1f}  {constant:5.1f}", flush=True)
 
 

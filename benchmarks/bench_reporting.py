@@ -8,8 +8,8 @@ less.
 The smaller the model, the more shows.
 """
 
-import argparse
 import dataclasses
+import itertools
 import os
 import shutil
 import statistics
@@ -20,15 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inputs import make_folder  # noqa: E402
+from inputs import add_smallest, benchmark_parser, make_folder, print_note  # noqa: E402
 
 from colossal_llama2 import logs  # noqa: E402
 from colossal_llama2.cli import train_flags  # noqa: E402
 from colossal_llama2.train.stepping.silent_reporter import SilentReporter  # noqa: E402
 
 VOCABULARY, LENGTH = 8000, 256
-STEPS, WARMUP_STEPS = 40, 5
-TURNS = 3
 MODELS = {
     "0.6 M": {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2},
     "8 M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4},
@@ -36,27 +34,44 @@ MODELS = {
 GROUPS = [(f"source{number % 4}", f"category{number % 6}") for number in range(12)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The steps of a run, those before the measured ones, the runs of each kind, and the models."""
+
+    steps: int = 40
+    warmup_steps: int = 5
+    turns: int = 3
+    models: tuple[str, ...] = tuple(MODELS)
+
+
+SMALLEST = Size(steps=4, warmup_steps=1, turns=1, models=("0.6 M",))
+
+
 def main() -> None:
     """Measure each model and print a row for it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
+    add_smallest(parser)
     args = parser.parse_args()
+    size = SMALLEST if args.smallest else Size()
     from colossal_llama2.engine.process_group import launch, leave
 
-    make_folder(parser, args.work_dir)
+    work_dir = make_folder(parser, args.work_dir)
+    print_note(args)
     # As on a cluster, where stderr is a file.
     logs.configure_logging()
     logs.get_logger().setLevel("ERROR")
     try:
         launch(seed=1)
-        part = make_data(args.work_dir / "part-00000")
+        part = make_data(work_dir / "part-00000", size.steps)
         print("model     step with / without  CPU with / without  CPU time of showing a step")
-        for name, shape in MODELS.items():
-            model_dir = make_model(args.work_dir / name.replace(" ", ""), shape)
+        for name in size.models:
+            model_dir = make_model(work_dir / name.replace(" ", ""), MODELS[name])
             seconds: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
-            for turn in range(TURNS):
+            for turn in range(size.turns):
                 for kind, steps in seconds.items():
-                    steps += step_seconds(args.work_dir / f"{name}-{kind}-{turn}", model_dir, part, kind)
+                    found = step_seconds(work_dir / f"{name}-{kind}-{turn}", model_dir, part, kind)
+                    steps += found[size.warmup_steps :]
             (clock, busy), (silent_clock, silent_busy) = (
                 [statistics.median(values) for values in zip(*steps, strict=True)] for steps in seconds.values()
             )
@@ -64,7 +79,7 @@ def main() -> None:
             print(f"{name:8}  {ratios}  {1e3 * (busy - silent_busy):.2f} ms of {1e3 * busy:.1f} ms", flush=True)
         leave()
     finally:
-        shutil.rmtree(args.work_dir)
+        shutil.rmtree(work_dir)
 
 
 def make_model(folder: Path, shape: dict[str, int]) -> Path:
@@ -80,14 +95,14 @@ def make_model(folder: Path, shape: dict[str, int]) -> Path:
     return folder
 
 
-def make_data(folder: Path) -> Path:
+def make_data(folder: Path, count: int) -> Path:
     """Full samples of random tokens, four documents each."""
     import datasets
     import numpy as np
 
     random = np.random.default_rng(0)
     rows = []
-    for number in range(STEPS):
+    for number in range(count):
         ids = random.integers(3, 500, LENGTH).tolist()
         sources, categories = zip(*(GROUPS[(number + i) % len(GROUPS)] for i in range(4)), strict=True)
         rows.append(
@@ -117,7 +132,7 @@ class Clock(SilentReporter):
 
 
 def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tuple[float, float]]:
-    """Run once; returns the time of each step but the first ones, by the clock and of the CPU."""
+    """Run once; returns the time of each step but the first one, by the clock and of the CPU."""
     from colossal_llama2.train.build_run import build_run, make_record
     from colossal_llama2.train.checkpointing import resuming
     from colossal_llama2.train.checks import JobChecks
@@ -135,9 +150,7 @@ def step_seconds(home: Path, model_dir: Path, part: Path, kind: str) -> list[tup
     with build_run(config, inputs, record, NoSignals(), reports=kind == "with") as parts:
         clock = Clock(parts.reporter)
         fit(inputs.start.state, dataclasses.replace(parts, reporter=clock), num_epochs=config.recipe.num_epochs)
-    ends = clock.ends
-    pairs = zip(ends[WARMUP_STEPS:], ends[WARMUP_STEPS + 1 :], strict=False)
-    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in pairs]
+    return [(end[0] - begin[0], end[1] - begin[1]) for begin, end in itertools.pairwise(clock.ends)]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,18 +38,15 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from inputs import make_folder  # noqa: E402
+from inputs import add_smallest, benchmark_parser, make_folder, print_note, refuse_with_smallest  # noqa: E402
 
 RANKS = 2
-VOCABULARY = 8000
 MODELS = {
     "8 M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4},
     "20 M": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6},
 }
-LENGTHS = (256, 1024)
 # Of each rank.
 TOKENS_A_STEP = 1024
-WARMUP_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 10, 2
 PLUGINS: dict[str, tuple[str, ...]] = {
     "ddp": ("--plugin", "ddp"),
     "zero2": ("--plugin", "zero2"),
@@ -58,30 +56,60 @@ PLUGINS: dict[str, tuple[str, ...]] = {
     "3d": ("--plugin", "3d"),
     "3d, tp 2": ("--plugin", "3d", "--tp", "2"),
 }
+SMALLEST_MODEL = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
 NAME_WIDTH = 28
 PARTS = ("data", "forward", "backward", "optimizer", "rest", "communication")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The models and how long each is trained.
+
+    Attributes:
+        lengths: tokens of a sample.
+        plugins: None for all that have the precision.
+        tokens: of each rank and step.
+        profiled_steps: those that train.py --benchmark makes after the timed ones.
+    """
+
+    models: dict[str, dict[str, int]] = field(default_factory=lambda: MODELS)
+    lengths: tuple[int, ...] = (256, 1024)
+    plugins: tuple[str, ...] | None = None
+    rounds: int = 3
+    ranks: int = RANKS
+    tokens: int = TOKENS_A_STEP
+    vocabulary: int = 8000
+    warmup_steps: int = 3
+    timed_steps: int = 10
+    profiled_steps: int = 2
+
+
+SMALLEST = Size({"smallest": SMALLEST_MODEL}, (256,), ("zero2",), rounds=1, vocabulary=64, timed_steps=1)
 
 
 def main() -> None:
     """Measure each candidate and print a table for each model and length."""
     from colossal_llama2.cli.value_types import positive_int
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of what is computed")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which of the two")
-    parser.add_argument("--lengths", nargs="+", type=sample_length, default=list(LENGTHS), help="tokens of a sample")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="which (default: both)")
+    parser.add_argument("--lengths", nargs="+", type=sample_length, help="tokens of a sample (default: 256 1024)")
     parser.add_argument("--plugins", nargs="+", choices=PLUGINS, help="which (default: all that have the precision)")
     parser.add_argument("--pythons", nargs="+", metavar="PATH", default=[sys.executable], help="of the environments")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="how often everything is run, by turns")
+    parser.add_argument("--rounds", type=positive_int, help="how often everything is run, by turns (default: 3)")
+    add_smallest(parser)
     parser.add_argument("--measure", choices=BASELINES, help=argparse.SUPPRESS)
     parser.add_argument("--model_dir", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    size = SMALLEST if args.smallest else Size()
     if args.measure:
         if args.measure != "trainer":
             keep_freed_memory()
-        print_measurement(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision))
+        print_measurement(*BASELINES[args.measure](args.model_dir, args.lengths[0], args.precision, size))
         return
+    refuse_with_smallest(parser, args, "models", "lengths", "rounds")
     # ColossalAI supports Gemini only in half precision.
     fitting = [name for name in PLUGINS if args.precision == "bf16" or not name.startswith("gemini")]
     unfit = sorted(set(args.plugins or ()) - set(fitting))
@@ -94,16 +122,17 @@ def main() -> None:
             f"--pythons {' '.join(args.pythons)} given; allowed are programs in environments of different names, "
             "such as .venv/bin/python and .venv-current/bin/python"
         )
-    make_folder(parser, args.work_dir)
+    work_dir = make_folder(parser, args.work_dir)
     try:
-        for name in args.models:
-            model_dir = make_model(args.work_dir / name.replace(" ", ""), MODELS[name])
-            for length in args.lengths:
-                run = partial(measure, model_dir=model_dir, length=length, precision=args.precision)
-                candidates = (*BASELINES, *(args.plugins or fitting))
-                print_table(f"{name}, {length:,} tokens", run, candidates, pythons, args.rounds)
+        print_note(args)
+        for name in args.models or size.models:
+            model_dir = make_model(work_dir / name.replace(" ", ""), size.models[name], size.vocabulary)
+            for length in args.lengths or size.lengths:
+                run = partial(measure, model_dir=model_dir, length=length, precision=args.precision, size=size)
+                candidates = (*BASELINES, *(args.plugins or size.plugins or fitting))
+                print_table(f"{name}, {length:,} tokens", run, candidates, pythons, args.rounds or size.rounds)
     finally:
-        shutil.rmtree(args.work_dir)
+        shutil.rmtree(work_dir)
 
 
 def environment_of(python: Path) -> str:
@@ -118,14 +147,14 @@ def sample_length(text: str) -> int:
     return int(text)
 
 
-def make_model(folder: Path, shape: dict[str, int]) -> Path:
+def make_model(folder: Path, shape: dict[str, int], vocabulary: int) -> Path:
     """Write a LLaMA of random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     heads = shape["num_attention_heads"]
-    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=heads, max_position_embeddings=4096, **shape)
+    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=heads, max_position_embeddings=4096, **shape)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -165,19 +194,20 @@ def print_row(name: str, rounds: list[dict[str, dict[str, float]]]) -> None:
     print(f"{name:{NAME_WIDTH}} {figures}   {'  '.join(shares)}".rstrip(), flush=True)
 
 
-def measure(name: str, *, python: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
+def measure(name: str, *, python: str, model_dir: Path, length: int, precision: str, size: Size) -> dict[str, float]:
     """One candidate, once."""
     if name in BASELINES:
-        return baseline(name, python, model_dir, length, precision)
+        return baseline(name, python, model_dir, length, precision, size)
     # ColossalAI supports ZeRO in 3d only in half precision.
     no_zero = ("--zero", "0") if precision == "fp32" and "3d" in PLUGINS[name] else ()
-    return ours(python, model_dir, length, precision, PLUGINS[name] + no_zero)
+    return ours(python, model_dir, length, precision, PLUGINS[name] + no_zero, size)
 
 
-def baseline(name: str, python: str, model_dir: Path, length: int, precision: str) -> dict[str, float]:
+def baseline(name: str, python: str, model_dir: Path, length: int, precision: str, size: Size) -> dict[str, float]:
     """Tokens/s of all ranks, and the memory of the largest."""
     script = [__file__, "--work_dir", "x", "--measure", name, "--model_dir", str(model_dir)]
-    done = launch([*script, "--lengths", str(length), "--precision", precision], python)
+    script += ["--lengths", str(length), "--precision", precision, *(["--smallest"] if size == SMALLEST else [])]
+    done = launch(script, python)
     rows = [json.loads(line) for line in done.splitlines() if line.startswith('{"speed"')]
     combine = sum if name == "bare" else max
     return {"speed": combine(row["speed"] for row in rows), "memory": max(row["memory"] for row in rows)}
@@ -193,11 +223,13 @@ def launch(script: list[str], python: str = sys.executable) -> str:
     return done.stdout
 
 
-def ours(python: str, model_dir: Path, length: int, precision: str, flags: tuple[str, ...]) -> dict[str, float]:
+def ours(
+    python: str, model_dir: Path, length: int, precision: str, flags: tuple[str, ...], size: Size
+) -> dict[str, float]:
     """The output of train.py --benchmark. Tensor-parallel partners share samples, so they get twice as many."""
-    data_ranks = 1 if "--tp" in flags else RANKS
-    batch = TOKENS_A_STEP // length * (RANKS // data_ranks)
-    samples = batch * data_ranks * (WARMUP_STEPS + TIMED_STEPS + PROFILED_STEPS)
+    data_ranks = 1 if "--tp" in flags else size.ranks
+    batch = size.tokens // length * (size.ranks // data_ranks)
+    samples = batch * data_ranks * (size.warmup_steps + size.timed_steps + size.profiled_steps)
     script = ["train.py", "--benchmark", "--pretrained", model_dir, "--max_length", length, "--num_samples", samples]
     script += ["--micro_batch_size", batch, "--mixed_precision", precision, "--use_flash_attn", *flags]
     output = launch([str(word) for word in script], python)
@@ -231,15 +263,15 @@ def device():
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def random_tokens(count: int, length: int):
+def random_tokens(count: int, length: int, vocabulary: int):
     """(count, length) token ids."""
     import torch
 
     generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
-    return torch.randint(0, VOCABULARY, (count, length), generator=generator)
+    return torch.randint(0, vocabulary, (count, length), generator=generator)
 
 
-def bare_loop(model_dir: Path, length: int, precision: str) -> tuple[int, float]:
+def bare_loop(model_dir: Path, length: int, precision: str, size: Size) -> tuple[int, float]:
     """Weights in the precision, AdamW on float32 copies, nothing else."""
     import torch
     from transformers import LlamaForCausalLM
@@ -249,10 +281,10 @@ def bare_loop(model_dir: Path, length: int, precision: str) -> tuple[int, float]
     working = list(model.parameters())
     masters = working if precision == "fp32" else [param.detach().float().requires_grad_() for param in working]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
-    batch = TOKENS_A_STEP // length
-    rows = random_tokens(batch * (WARMUP_STEPS + TIMED_STEPS), length).split(batch)
+    batch = size.tokens // length
+    rows = random_tokens(batch * (size.warmup_steps + size.timed_steps), length, size.vocabulary).split(batch)
     for step, ids in enumerate(rows):
-        if step == WARMUP_STEPS:
+        if step == size.warmup_steps:
             start = time.perf_counter()
         ids = ids.to(device())
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -266,10 +298,10 @@ def bare_loop(model_dir: Path, length: int, precision: str) -> tuple[int, float]
         if precision != "fp32":
             torch._foreach_copy_([param.data for param in working], [master.data for master in masters])
         loss.item()
-    return TIMED_STEPS * TOKENS_A_STEP, time.perf_counter() - start
+    return size.timed_steps * size.tokens, time.perf_counter() - start
 
 
-def trainer(model_dir: Path, length: int, precision: str) -> tuple[int, float]:
+def trainer(model_dir: Path, length: int, precision: str, size: Size) -> tuple[int, float]:
     """transformers.Trainer on all ranks."""
     import transformers
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -282,8 +314,8 @@ def trainer(model_dir: Path, length: int, precision: str) -> tuple[int, float]:
 
     transformers.logging.set_verbosity_error()
     model = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa")
-    batch, steps = TOKENS_A_STEP // length, WARMUP_STEPS + TIMED_STEPS
-    rows = random_tokens(batch * RANKS * steps, length)
+    batch, steps = size.tokens // length, size.warmup_steps + size.timed_steps
+    rows = random_tokens(batch * size.ranks * steps, length, size.vocabulary)
     settings = TrainingArguments(
         output_dir=str(model_dir.parent / "trainer"),
         per_device_train_batch_size=batch,
@@ -301,10 +333,10 @@ def trainer(model_dir: Path, length: int, precision: str) -> tuple[int, float]:
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     clock = Clock()
     Trainer(model=model, args=settings, train_dataset=dataset, callbacks=[clock]).train()
-    return TIMED_STEPS * TOKENS_A_STEP * RANKS, clock.times[-1] - clock.times[WARMUP_STEPS - 1]
+    return size.timed_steps * size.tokens * size.ranks, clock.times[-1] - clock.times[size.warmup_steps - 1]
 
 
-BASELINES: dict[str, Callable[[Path, int, str], tuple[int, float]]] = {
+BASELINES: dict[str, Callable[[Path, int, str, Size], tuple[int, float]]] = {
     "trainer": trainer,
     "trainer, kept": trainer,
     "bare": bare_loop,

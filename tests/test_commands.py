@@ -1,7 +1,6 @@
 """Every command answers --help and refuses unknown flags at once, with nothing but the standard library importable."""
 
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY_MODULES = (
-    "torch",
-    "transformers",
-    "colossalai",
-    "datasets",
-    "numpy",
-    "pyarrow",
-    "sentencepiece",
-    "safetensors",
-    "huggingface_hub",
-    "tensorboard",
-    "tqdm",
-    "flash_attn",
-)
 # Script, and one of its flags with the last letter doubled.
 SCRIPTS = {
     "init_tokenizer.py": "--source_tokenizer_dirr",
@@ -38,15 +23,6 @@ SCRIPTS = {
     "train_sft.py": "--use_neftt",
     "inference_example.py": "--input_txtt",
 }
-
-
-@pytest.fixture(scope="module")
-def bare_environment(tmp_path_factory) -> dict:
-    """An environment in which importing any of HEAVY_MODULES fails."""
-    folder = tmp_path_factory.mktemp("unimportable")
-    for name in HEAVY_MODULES:
-        (folder / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
-    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 def test_the_bare_environment_is_bare(bare_environment):

@@ -21,10 +21,9 @@ from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.terminal_text import visible, visible_line
 from tests.byte_level import extend, make_byte_level
-from tests.conftest import ROOT
+from tests.conftest import HEAVY_MODULES, ROOT
 from tests.preparing import settings as prepare_settings
 from tests.preparing import write_lines
-from tests.test_commands import HEAVY_MODULES
 
 NASTY = "a\x1b[31m\x07\r\n\x9b2J\u202e\u200b\ue000\x7f\x00 <s></s><U+0041>␛ 你好"
 MODULE = "colossal_llama2.dataset.inspect_data"

@@ -38,7 +38,8 @@ EXAMPLE_SCRIPT = ["cp train.example.sh train.sh", "bash train.sh"]
 FOREIGN_FLAGS = set(
     "--help --nproc_per_node --hostfile --host --master_port --master_addr --nnodes --node_rank --long --array --wrap "
     "--no-deps --no-build-isolation --output --only --unrepaired --mutants --precision --kept_memory --download_dir "
-    "--learning_rate --local-dir --exclude --small --minutes --python --transformers --without --target".split()
+    "--learning_rate --local-dir --exclude --small --smallest --minutes --python --transformers --without "
+    "--target".split()
 )
 
 

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tests.conftest import ROOT
 from tests.pictures import undrawn
@@ -149,17 +150,32 @@ def _launcher_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def _be_child(body, log: Path, output: Path, place: dict[str, str], *, group: int) -> None:
     """Never returns."""
+
+    def in_group() -> None:
+        os.setpgid(0, group)
+        os.environ.update(place)
+        body()
+
+    streams = [os.open(path, os.O_WRONLY | os.O_APPEND) for path in (output, log)]
+    end_with(in_group, [0, *streams])
+
+
+def end_with(body: Callable[[], None], streams: Sequence[int]) -> NoReturn:
+    """Do `body` in this process, which was forked for it, with these descriptors as stdin, stdout and stderr, and end.
+
+    The process dies with its parent.
+    """
     code = 1
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setpgid(0, group)
-        for path, descriptor in ((output, 1), (log, 2)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
-        os.environ.update(place)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
         body()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:

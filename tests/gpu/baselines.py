@@ -31,12 +31,12 @@ def main() -> None:
     from colossal_llama2.engine.device import peak_memory
     from colossal_llama2.model.config_fields import llama_config
 
-    bench_training.RANKS, bench_training.TOKENS_A_STEP = 1, args.length * args.batch
-    bench_training.VOCABULARY = llama_config(args.model_dir).vocab_size
-    tokens, seconds = bench_training.BASELINES[args.baseline](args.model_dir, args.length, "bf16")
+    vocabulary = llama_config(args.model_dir).vocab_size
+    size = bench_training.Size(ranks=1, tokens=args.length * args.batch, vocabulary=vocabulary)
+    tokens, seconds = bench_training.BASELINES[args.baseline](args.model_dir, args.length, "bf16", size)
     print_figures(
         tokens_per_second=tokens / seconds,
-        step_seconds=seconds / bench_training.TIMED_STEPS,
+        step_seconds=seconds / size.timed_steps,
         memory_bytes=peak_memory(),
     )
 
