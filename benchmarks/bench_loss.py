@@ -62,7 +62,10 @@ def run(way: str, width: int, *, is_smallest: bool) -> dict:
     command = [sys.executable, __file__, "--measure", way, "--width", str(width)]
     command += ["--smallest"] if is_smallest else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout)
 
 
 def measured(way: str, width: int, size: Size) -> dict:

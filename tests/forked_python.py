@@ -107,7 +107,9 @@ def main() -> None:
     answer = connection.recv(CODE.size, socket.MSG_WAITALL)
     code = CODE.unpack(answer)[0] if answer else 1
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        # The action of SIGKILL cannot be set.
+        with contextlib.suppress(OSError):
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
