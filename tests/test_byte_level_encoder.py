@@ -328,6 +328,22 @@ def test_a_folder_that_transformers_5_has_saved(folders, tmp_path):
     assert found.vocabulary_size == encoder.vocab_size and found.encode(DOCUMENTS[:60]) == ids
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"tokenizer_class": None},
+        {"tokenizer_class": "ModelOfItsOwnTokenizer"},
+        {"tokenizer_class": "OwnTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizerFast"]}},
+        {"tokenizer_class": "LlamaTokenizer"},
+    ],
+)
+def test_a_class_that_transformers_lacks_is_not_needed(entries, folders, tmp_path):
+    folder = changed(folders["llama3"], tmp_path / "own", lambda one: one.update(entries), "tokenizer_config.json")
+    (folder / "own.py").write_text("raise SystemExit('its code was run')")
+    tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
+    assert encoder.encode(DOCUMENTS[:20]) == tokenizer(DOCUMENTS[:20], add_special_tokens=False)["input_ids"]
+
+
 def test_ids_with_holes_are_those_of_transformers(folders, tmp_path):
     from transformers import AutoTokenizer
 

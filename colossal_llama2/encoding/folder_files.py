@@ -166,16 +166,21 @@ def with_additional_tokens(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def loader_of(folder: str | Path) -> type["PreTrainedTokenizerBase"] | type["AutoTokenizer"]:
-    """The class that loads a folder: AutoTokenizer, unless version 5 of transformers wrote its plain class there.
+    """The class that loads a folder: AutoTokenizer, unless that finds no class and tokenizer.json needs none.
 
-    Version 5 names that class TokenizersBackend, which version 4 does not know; PreTrainedTokenizerFast is the same in
-    both.
+    Such a class is one that only its own code defines, or TokenizersBackend, the name of PreTrainedTokenizerFast in
+    version 5 of transformers. Without any name, AutoTokenizer needs the model's config.json in the folder.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     path = Path(folder, CONFIG_FILES[0])
     named = read_settings(path).get("tokenizer_class") if is_regular(path) else None
-    return PreTrainedTokenizerFast if named == "TokenizersBackend" else AutoTokenizer
+    if named:
+        is_known = any(tokenizer_class_from_name(name) is not None for name in (named, f"{named}Fast"))
+    else:
+        is_known = Path(folder, "config.json").is_file()
+    return AutoTokenizer if is_known or not Path(folder, FAST_FILE).is_file() else PreTrainedTokenizerFast
 
 
 def _token(value: Any) -> str | None:
