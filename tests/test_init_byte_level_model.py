@@ -130,6 +130,27 @@ def change(folder, edit):
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def test_new_marks_of_the_tokenizer_are_those_of_the_model(tmp_path, caplog):
+    caplog.set_level("INFO")
+    tokenizer = make_byte_level(tmp_path / "chat", bos="<|start_header_id|>", eos="<|eot_id|>")
+    source = make_model(tmp_path / "chat", tokenizer)
+    ids = ByteLevelModel.read(tokenizer).added
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps({**content, "eos_token_id": ids["<|eot_id|>"]}))
+    extended = extend(make_byte_level(tmp_path / "text", bos=END, eos=END), tmp_path / "extended", PIECES)
+    init_model(InitModelSettings(source, extended, tmp_path / "target"))
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "target" / name).read_text())
+        assert content["eos_token_id"] == [ids["<|eot_id|>"], ids[END]]
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["bos_token_id"] == ids[END]
+    assert (
+        f"config.json: bos_token_id {ids['<|start_header_id|>']} is now {ids[END]}, as in the tokenizer" in caplog.text
+    )
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "target")
+    assert model.generation_config.eos_token_id == [ids["<|eot_id|>"], ids[END]]
+
+
 @pytest.mark.parametrize(
     "edit, words",
     [

@@ -228,6 +228,18 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
     return ids[0], ids[1]
 
 
+def changed_marks(source: str | Path, target: str | Path) -> dict[str, int]:
+    """The ids of the target's marks that the source does not have, by "bos_token_id" and "eos_token_id".
+
+    Raises:
+        UserError: one of the folders has no usable marks.
+    """
+    old, new = marks_of(source), marks_of(target)
+    ids = mark_ids(ByteLevelModel.read(target), *new)
+    changed = {"bos_token_id": (old[0], new[0], ids[0]), "eos_token_id": (old[1], new[1], ids[1])}
+    return {key: index for key, (before, after, index) in changed.items() if before != after and index != NO_MARK}
+
+
 def check_settings(folder: str | Path) -> None:
     """Check the files beside tokenizer.json, which transformers reads when training begins.
 

@@ -16,7 +16,7 @@ narrow distribution around the mean of all rows.
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ if not __package__:
 
 from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
+from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder, changed_marks
 from colossal_llama2.encoding.file_names import REPORT_FILE, TOKENIZER_FILES
 from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.encoding.registry import fingerprint, kind_of
@@ -125,6 +126,8 @@ def init_model(settings: InitModelSettings) -> None:
     source_rows = _check_matrices(shards, config)
     _warn_of_unusable_weights(source)
     rows = plan_rows(source, tokenizer, source_rows=source_rows)
+    is_byte_level = kind_of(tokenizer).encoder is ByteLevelEncoder
+    new_marks = changed_marks(source, tokenizer) if is_byte_level else {}
     rows = replace(rows, padding=-rows.tokens % settings.pad_vocab_to_multiple_of)
     dtype = _format_name(settings.dtype)
     change = Change(MATRICES, kept=rows.kept, bags=rows.bags, dtype=dtype, padding=rows.padding)
@@ -138,7 +141,7 @@ def init_model(settings: InitModelSettings) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(parent, target.name) as folder, claimed(folder):
         _write_weights(source, folder, shards, change, total=total)
-        _write_configs(source, folder, config, rows, settings.dtype)
+        _write_configs(source, folder, config, rows, settings.dtype, new_marks)
         sizes = (source_rows, rows.vocab_size)
         history = vocabulary_stage(
             str(source), sizes, fingerprint(tokenizer), new_rows=rows.new, padding_rows=rows.padding
@@ -295,8 +298,11 @@ def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Chan
         write_json(folder / INDEX_FILE, target_index(read_settings(source / INDEX_FILE), shards, change))
 
 
-def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: str) -> None:
+def _write_configs(
+    source: Path, folder: Path, config: dict, rows: Rows, dtype: str, new_marks: Mapping[str, int]
+) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
+    changed = _with_new_marks(changed, CONFIG_FILE, new_marks)
     changed[NEW_ROWS_KEY] = rows.new_ranges or _recorded_ranges(config, rows)
     # The source's rows without a token are not in the target.
     changed.pop(PADDING_ROWS_KEY, None)
@@ -314,6 +320,7 @@ def _write_configs(source: Path, folder: Path, config: dict, rows: Rows, dtype: 
     if (source / GENERATION_CONFIG_FILE).is_file():
         settings_there = read_settings(source / GENERATION_CONFIG_FILE, allows_mark=True)
         own = _with_moved_ids(settings_there, GENERATION_CONFIG_FILE, rows)
+        own = _with_new_marks(own, GENERATION_CONFIG_FILE, new_marks)
     generation, moves = with_moved_settings(own, settings)
     portable, others = portable_generation(generation, vocab_size=rows.vocab_size)
     for change in [*changes, *moves, *others]:
@@ -357,6 +364,21 @@ def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:
         logs.get_logger().info(
             "%s: %s %s is now %s, because its token moved or did not exist", name, key, ids, changed[key]
         )
+    return changed
+
+
+def _with_new_marks(config: dict, name: str, marks: Mapping[str, int]) -> dict:
+    """The config with the new marks of the tokenizer. generate() still stops at the old eos_token, a turn's end."""
+    changed = dict(config)
+    for key, index in marks.items():
+        ids = config.get(key)
+        listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if key == "eos_token_id":
+            changed[key] = [*listed, *([] if index in listed else [index])]
+        else:
+            changed[key] = index
+        if changed[key] != ids:
+            logs.get_logger().info("%s: %s %s is now %s, as in the tokenizer", name, key, ids, changed[key])
     return changed
 
 
