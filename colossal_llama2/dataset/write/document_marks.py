@@ -41,7 +41,7 @@ def log_marks(encoder: Encoder, tokenizer_dir: str | Path, *, stage: str) -> Non
 
 
 def _warn_of_chat_marks(encoder: ByteLevelEncoder, tokenizer_dir: str | Path) -> None:
-    """A model gives a turn's end after plain text a probability of almost 0, and a large gradient for each document."""
+    """A chat model gives a turn's end after plain text a probability of almost 0: each document costs many nats."""
     end = DOCUMENT_ENDS[encoder.eos_text]
     if end not in ByteLevelModel.read(tokenizer_dir).added:
         return
