@@ -96,12 +96,12 @@ def windows(token_ids: list[int], max_length: int, first_id: int) -> Iterator[li
 def first_id_of(tokenizer, first_token: str | None) -> int:
     """The id of the token that opens windows. Raises UserError if the tokenizer has no such token."""
     token = tokenizer.bos_token if first_token is None else first_token
-    if token not in tokenizer.get_vocab():
-        raise errors.UserError(
-            f"--first_token {token!r} is not a token of {tokenizer.name_or_path}; give one of its own, such as "
-            f"{tokenizer.eos_token!r}"
-        )
-    return tokenizer.get_vocab()[token]
+    if token in tokenizer.get_vocab():
+        return tokenizer.get_vocab()[token]
+    given = f"--first_token {first_token!r} is not a token of" if first_token else "there is no bos_token in"
+    raise errors.UserError(
+        f"{given} {tokenizer.name_or_path}; give --first_token one of its tokens, such as {tokenizer.eos_token!r}"
+    )
 
 
 def text_parts(text: str, most_bytes: int) -> Iterator[str]:
@@ -185,9 +185,9 @@ def evaluate(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.float32).eval()
     settings = {"max_length": max_length, "window_bytes": window_bytes, "batch_size": batch_size}
     settings["first_id"] = first_id_of(tokenizer, first_token)
+    model = AutoModelForCausalLM.from_pretrained(model_path, torch_dtype=torch.float32).eval()
     return {name: measure(model, tokenizer, part, language=name, **settings) for name, part in texts.items()}
 
 
@@ -215,6 +215,7 @@ def main(argv=None) -> None:
         shared = {"first_token": args.first_token, "batch_size": args.batch_size}
         languages = evaluate(args.model_path, texts, **window, **shared)
         settings = {name: getattr(args, name) for name in ("stage", "model_path", "tensorboard_dir", "config_file")}
+        settings["first_token"] = args.first_token
         settings["window"] = f"{args.window_bytes} bytes" if args.window_bytes else f"{window['max_length']} tokens"
         add_entry(Path(args.output_file), {**settings, "languages": languages})
         for language, figures in languages.items():

@@ -3,8 +3,8 @@
 #   REAL=1 bash quickstart.sh
 #   MINUTES=60 REAL=1 bash quickstart.sh    train for about an hour instead of 15 minutes
 #
-# Its vocabulary is extended by PIECES (8,000) pieces mined from Chinese text. In minutes a model learns little more than
-# how frequent each is, and longer pieces then describe the text in fewer bits. The new embedding rows are trained alone
+# Its vocabulary is extended by PIECES pieces mined from Chinese text. In a few minutes a model learns little beyond the
+# frequencies of pieces, and more and longer pieces then need fewer bits. The new embedding rows are trained alone
 # (align), and then all weights on Chinese and English. The table has bits per byte of held-out Chinese, of English like
 # that of the training, and of other, neutral English.
 install_requirements requirements-real.txt

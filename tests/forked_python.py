@@ -57,7 +57,12 @@ def serve(listener: socket.socket, body: Callable[[dict[str, Any]], None]) -> No
         for key, _ in selector.select():
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                request, streams = _receive(connection)
+                try:
+                    request, streams = _receive(connection)
+                except (OSError, ValueError, struct.error):
+                    # The program was killed while it sent its request.
+                    connection.close()
+                    continue
                 pid = os.fork()
                 if pid == 0:
                     warm.end_with(partial(body, request), streams)

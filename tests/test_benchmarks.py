@@ -19,7 +19,7 @@ from tests import fork_server
 from tests.conftest import ROOT
 
 NOTE = "smallest form: checks that the command works; its figures mean nothing"
-# A figure, such as 1,024 or 1.2e-07 or 30%. NaN is none, and neither is the digit of bfloat16 or zero2.
+# A figure, such as 1,024 or 1.2e-07 or 30%. NaN does not match, and neither does the digit of bfloat16 or zero2.
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(\.\d+)?(e[-+]\d+)?%?(?!\w)")
 # A line of bench_operations.py --places.
 PLACE = re.compile(r" {4}\S+ +-?\d")
@@ -70,7 +70,7 @@ BENCHMARKS = {
         hidden size memory time loss differs by gradients' norms by
         # # # # #
         """,
-        values=r" \d.\de-0[5-9]| 0.0e\+00",
+        values=r"(?: (?:\d\.\de-0[5-9]|0\.0e\+00)){2}\n",
         needs_folder=False,
     ),
     "bench_memory": Benchmark(

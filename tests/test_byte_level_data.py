@@ -42,14 +42,33 @@ def opening(encoder) -> list[int]:
     return [encoder.bos_id] if encoder.bos_id >= 0 else []
 
 
-@pytest.mark.parametrize("bos, eos, warns", [(BEGIN, "<|eot_id|>", True), (BEGIN, END, False), (None, END, False)])
+@pytest.mark.parametrize("eos, warns", [("<|eot_id|>", True), (END, False)])
+@pytest.mark.parametrize("bos", [BEGIN, None])
 def test_marks_of_a_chat_around_plain_text_are_reported(bos, eos, warns, tmp_path, caplog):
     folder = make_byte_level(tmp_path / "tokenizer", bos=bos, eos=eos)
     write_lines(tmp_path / "in" / "rows.jsonl", ROWS)
     prepare_pretrain(**settings([tmp_path / "in"], folder, tmp_path, max_length=120))
     words = f"<|eot_id|> marks the turns of a chat, and here the documents too, since {folder} names it as eos_token."
-    assert (words in caplog.text and f"init_tokenizer.py --eos_token '{END}'" in caplog.text) is warns
+    cure = f"init_tokenizer.py --eos_token '{END}', or change the entry in a copy of tokenizer_config.json"
+    assert (words in caplog.text and cure in caplog.text) is warns
     assert ("a chat" in caplog.text) is warns
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|other|>"])
+def test_both_marks_of_a_chat_are_reported_if_there_is_another(end, tmp_path, caplog):
+    folder = make_byte_level(tmp_path / "tokenizer", "smollm2", specials_first=True)
+    names = {BEGIN: "<|im_start|>", END: "<|im_end|>", "<|eot_id|>": end}
+    for path in folder.iterdir():
+        text = path.read_text()
+        for old, new in names.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+    log_marks(load_encoder(folder), folder, chat_template=None)
+    words = (
+        f"<|im_start|> and <|im_end|> mark the turns of a chat, and here the documents too, since {folder} names them"
+    )
+    cure = "init_tokenizer.py --bos_token '<|endoftext|>' --eos_token '<|endoftext|>', or change the entries"
+    assert (words in caplog.text and cure in caplog.text) is (end == "<|endoftext|>")
 
 
 def test_pretraining_data(folder, tokenizer_dir, tmp_path, caplog):
@@ -118,18 +137,28 @@ def test_a_chat_template_that_is_not_used_is_logged(folder, tmp_path, caplog):
 
     caplog.set_level("INFO")
     encoder = load_encoder(folder)
-    log_marks(encoder, folder, stage="sft")
+    log_marks(encoder, folder, chat_template="{{ own }}")
     assert "chat template" not in caplog.text
     copy = shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
-    log_marks(encoder, copy, stage="pretrain")
+    log_marks(encoder, copy, chat_template=None)
     assert "chat template" not in caplog.text
-    log_marks(encoder, copy, stage="sft")
+    log_marks(encoder, copy, chat_template="{{ own }}")
     before = encoder.bos_text or encoder.eos_text
     assert (
         f"has a chat template, which is not used: conversations are written as Human: {before}...{END}" in caplog.text
     )
+    caplog.clear()
+    log_marks(encoder, copy, chat_template="{{ messages }}")
+    (copy / "chat_template.jinja").write_text("{{ bos_token }}")
+    log_marks(encoder, copy, chat_template="{{ bos_token }}")
+    # Not needed by SentencePiece.
+    (copy / "chat_template.jinja").unlink()
+    (copy / "tokenizer_config.json").write_text("damaged")
+    log_marks(encoder, copy, chat_template="{{ own }}")
+    assert "chat template" not in caplog.text
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages }}"}))
     (copy / "chat_template.jinja").write_text("{{ bos_token }}")
     assert AutoTokenizer.from_pretrained(copy).chat_template == "{{ bos_token }}"
 

@@ -335,11 +335,16 @@ def test_a_folder_that_transformers_5_has_saved(folders, tmp_path):
         {"tokenizer_class": "ModelOfItsOwnTokenizer"},
         {"tokenizer_class": "OwnTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizerFast"]}},
         {"tokenizer_class": "LlamaTokenizer"},
+        # Then config.json names it.
+        {"tokenizer_class": None, "model_max_length": 100},
     ],
 )
 def test_a_class_that_transformers_lacks_is_not_needed(entries, folders, tmp_path):
     folder = changed(folders["llama3"], tmp_path / "own", lambda one: one.update(entries), "tokenizer_config.json")
     (folder / "own.py").write_text("raise SystemExit('its code was run')")
+    if "model_max_length" in entries:
+        own = {"model_type": "llama", "tokenizer_class": "OwnTokenizer"}
+        (folder / "config.json").write_text(json.dumps(own))
     tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
     assert encoder.encode(DOCUMENTS[:20]) == tokenizer(DOCUMENTS[:20], add_special_tokens=False)["input_ids"]
 

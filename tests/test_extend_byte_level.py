@@ -675,7 +675,7 @@ def test_scores_and_bytes_are_for_one_kind_each(source, tokenizer_dir, tmp_path)
     assert_refused("pieces.jsonl:1: .* the source is a SentencePiece model", tokenizer_dir, tmp_path / "out", pieces)
 
 
-def test_documents_get_other_marks_than_a_chat(tmp_path):
+def test_documents_get_other_marks_than_a_chat(tmp_path, caplog):
     from transformers import AutoTokenizer
 
     source = make_byte_level(tmp_path / "source", bos="<|start_header_id|>", eos="<|eot_id|>", specials_first=True)
@@ -693,17 +693,34 @@ def test_documents_get_other_marks_than_a_chat(tmp_path):
     without = make_byte_level(tmp_path / "without", bos=None)
     expand_tokenizer(ExtensionSettings(without, tmp_path / "with", pieces, bos_token=BEGIN))
     assert marks_of(without) == ("", END) and marks_of(tmp_path / "with") == (BEGIN, END)
+    # The flag is a cure for a source without eos_token.
+    config = json.loads((without / "tokenizer_config.json").read_text())
+    write_json(without / "tokenizer_config.json", {**config, "eos_token": None, "chat_template": "{{ eos_token }}"})
+    assert_refused(
+        "names no eos_token, which marks the end of documents; give --eos_token", without, tmp_path / "no", pieces
+    )
+    expand_tokenizer(ExtensionSettings(without, tmp_path / "given", pieces, eos_token=END))
+    assert marks_of(tmp_path / "given") == ("", END)
+    assert f"chat template of the source contains eos_token, which is {END} from now on" in caplog.text
     only_end = tmp_path / "end"
     expand_tokenizer(ExtensionSettings(source, only_end, pieces, eos_token=END))
     assert marks_of(only_end) == ("<|start_header_id|>", END)
 
 
-def test_marks_that_cannot_be_are_refused(folders, tokenizer_dir, tmp_path):
+def test_unusable_marks_are_refused(folders, tokenizer_dir, tmp_path):
     pieces, source = write_pieces(tmp_path / "pieces.jsonl", ["学校"]), folders["llama3"]
     words = "--eos_token 'the' given, but .*tokenizer.json has no such added token; it has '<|begin_of_text|>', "
     assert_refused(words.replace("|", r"\|"), source, tmp_path / "out", pieces, eos_token="the")
-    words = "--bos_token .* given, but the post_processor of .*tokenizer.json puts .* before every text"
+    words = "--bos_token .* given, but the post_processor of .*tokenizer.json puts .* around every text"
     assert_refused(words, source, tmp_path / "out", pieces, bos_token=END)
+    appends = shutil.copytree(source, tmp_path / "appends")
+    content = json.loads((appends / "tokenizer.json").read_text())
+    processors = [{"type": "RobertaProcessing", "sep": [END, 1], "cls": [BEGIN, 0], "trim_offsets": True}]
+    processors[0]["add_prefix_space"] = False
+    content["post_processor"] = {"type": "Sequence", "processors": processors}
+    write_json(appends / "tokenizer.json", content)
+    words = "--eos_token .* given, but the post_processor of .*tokenizer.json puts .* around every text"
+    assert_refused(words, appends, tmp_path / "out", pieces, eos_token="<|eot_id|>")
     whole_word = make_byte_level(tmp_path / "word")
     content = json.loads((whole_word / "tokenizer.json").read_text())
     content["added_tokens"].append(

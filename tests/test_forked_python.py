@@ -64,3 +64,15 @@ print(started.wait())
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_program_that_is_killed_at_once_does_no_harm(tmp_path):
+    code = """
+import shlex, socket
+# The last word of the program's line before its own arguments.
+address = shlex.split(open(sys.executable).read().splitlines()[1])[-2]
+with socket.socket(socket.AF_UNIX) as silent:
+    silent.connect(address)
+run('-c', 'print(1)')
+"""
+    assert printed(tmp_path, code) == ["0 '1\\n' ''"]

@@ -151,6 +151,19 @@ def test_new_marks_of_the_tokenizer_are_those_of_the_model(tmp_path, caplog):
     assert model.generation_config.eos_token_id == [ids["<|eot_id|>"], ids[END]]
 
 
+def test_marks_that_only_the_source_lacks_or_has(tmp_path):
+    source = make_model(tmp_path / "source", make_byte_level(tmp_path / "source"))
+    (source / "generation_config.json").unlink()
+    extended = extend(make_byte_level(tmp_path / "text", bos=None, eos=END), tmp_path / "extended", PIECES)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    init_model(InitModelSettings(source, extended, tmp_path / "target"))
+    written = json.loads((tmp_path / "target" / "config.json").read_text())
+    ids = ByteLevelModel.read(source).added
+    assert (written["bos_token_id"], written["eos_token_id"]) == (None, [ids[END], ids["<|eot_id|>"]])
+    assert not (tmp_path / "target" / "generation_config.json").exists()
+
+
 @pytest.mark.parametrize(
     "edit, words",
     [

@@ -178,11 +178,26 @@ class ByteLevelEncoder:
 def marks_of(folder: str | Path) -> tuple[str, str]:
     """The texts of bos_token and eos_token; "" if there is no bos_token.
 
+    Raises:
+        UserError: there is no eos_token, or an entry is not a token.
+    """
+    bos, eos = named_marks(folder)
+    if not eos:
+        raise UserError(
+            f"{Path(folder, CONFIG_FILE)} names no eos_token, which marks the end of documents; copy the file again "
+            "from the original tokenizer, or add the entry"
+        )
+    return bos, eos
+
+
+def named_marks(folder: str | Path) -> tuple[str, str]:
+    """The same, with "" for a missing eos_token too.
+
     As in transformers: special_tokens_map.json replaces what tokenizer_config.json names, unless the latter has
     added_tokens_decoder; then special_tokens_map.json is ignored.
 
     Raises:
-        UserError: there is no eos_token, or an entry is not a token.
+        UserError: an entry is not a token.
     """
     found: dict[str, str | None] = {}
     for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
@@ -193,12 +208,7 @@ def marks_of(folder: str | Path) -> tuple[str, str]:
                 found[key] = _content(settings[key], key, path)
         if "added_tokens_decoder" in settings:
             break
-    if not found.get("eos_token"):
-        raise UserError(
-            f"{Path(folder, CONFIG_FILE)} names no eos_token, which marks the end of documents; copy the file again "
-            "from the original tokenizer, or add the entry"
-        )
-    return found.get("bos_token") or "", found["eos_token"] or ""
+    return found.get("bos_token") or "", found.get("eos_token") or ""
 
 
 def _content(value: Any, key: str, path: Path) -> str | None:
@@ -228,16 +238,18 @@ def mark_ids(model: ByteLevelModel, bos_text: str, eos_text: str) -> tuple[int, 
     return ids[0], ids[1]
 
 
-def changed_marks(source: str | Path, target: str | Path) -> dict[str, int]:
-    """The ids of the target's marks that the source does not have, by "bos_token_id" and "eos_token_id".
+def changed_marks(source: str | Path, target: str | Path) -> dict[str, int | None]:
+    """The ids of the target's marks that are not the source's, by "bos_token_id" and "eos_token_id"; None for no mark.
 
     Raises:
-        UserError: one of the folders has no usable marks.
+        UserError: the target's marks are missing or unusable.
     """
-    old, new = marks_of(source), marks_of(target)
-    ids = mark_ids(ByteLevelModel.read(target), *new)
-    changed = {"bos_token_id": (old[0], new[0], ids[0]), "eos_token_id": (old[1], new[1], ids[1])}
-    return {key: index for key, (before, after, index) in changed.items() if before != after and index != NO_MARK}
+    old, new = named_marks(source), marks_of(target)
+    if old == new:
+        return {}
+    ids = [None if index == NO_MARK else index for index in mark_ids(ByteLevelModel.read(target), *new)]
+    marks = zip(("bos_token_id", "eos_token_id"), old, new, ids, strict=True)
+    return {key: index for key, before, after, index in marks if before != after}
 
 
 def check_settings(folder: str | Path) -> None:

@@ -413,7 +413,7 @@ def _merges(path: Path, model: dict, vocabulary: dict[str, int]) -> list[tuple[s
 
 
 def _check_other_parts(path: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
-    """Raise UserError unless `tokenizers` reads what lies around vocabulary and merges, which take it a second.
+    """Raise UserError unless `tokenizers` reads the rest of the file. Reading vocabulary and merges takes it a second.
 
     Otherwise data would be prepared with a file that transformers refuses when training begins.
     """

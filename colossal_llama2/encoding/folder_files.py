@@ -19,7 +19,7 @@ from colossal_llama2.encoding.file_names import (
     TEMPLATE_JSON_FILE,
     TEMPLATES_FOLDER,
 )
-from colossal_llama2.encoding.model_file_format import refuse_gguf
+from colossal_llama2.encoding.model_file_format import is_tiktoken, refuse_gguf
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.files import is_stray
 from colossal_llama2.storage.input_files import MIB, check_regular, is_regular, read_settings
@@ -99,12 +99,20 @@ def _check_templates(folder: Path) -> None:
         check_regular(path, max_bytes=MIB, allows_empty=True)
 
 
-def has_chat_template(folder: str | Path) -> bool:
-    """Whether a folder has a chat template, in a file of its own or in tokenizer_config.json."""
-    if any(Path(folder, name).exists() for name in (TEMPLATE_FILE, TEMPLATE_JSON_FILE)):
+def has_other_chat_template(folder: str | Path, own: str) -> bool:
+    """Whether a folder has a chat template other than `own`, in a file or in tokenizer_config.json.
+
+    False if its settings cannot be read: SentencePiece does not need them.
+    """
+    path = Path(folder, TEMPLATE_FILE)
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace").strip() != own.strip()
+    if any(Path(folder, name).exists() for name in (TEMPLATE_JSON_FILE, TEMPLATES_FOLDER)):
         return True
-    path = Path(folder, CONFIG_FILE)
-    return is_regular(path) and bool(read_settings(path).get("chat_template"))
+    try:
+        return read_settings(Path(folder, CONFIG_FILE)).get("chat_template") not in (None, "", [], {}, own)
+    except (UserError, OSError):
+        return False
 
 
 def _check_settings(settings: dict, path: Path) -> None:
@@ -166,21 +174,24 @@ def with_additional_tokens(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def loader_of(folder: str | Path) -> type["PreTrainedTokenizerBase"] | type["AutoTokenizer"]:
-    """The class that loads a folder: AutoTokenizer, unless that finds no class and tokenizer.json needs none.
+    """The class that loads a folder: AutoTokenizer, unless that finds no class, and tokenizer.json is a byte-level BPE.
 
-    Such a class is one that only its own code defines, or TokenizersBackend, the name of PreTrainedTokenizerFast in
-    version 5 of transformers. Without any name, AutoTokenizer needs the model's config.json in the folder.
+    It does not find one that only the folder's own code defines, nor TokenizersBackend, the name of
+    PreTrainedTokenizerFast in version 5 of transformers. Without a name it looks into the model's config.json.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    path = Path(folder, CONFIG_FILES[0])
-    named = read_settings(path).get("tokenizer_class") if is_regular(path) else None
-    if named:
-        is_known = any(tokenizer_class_from_name(name) is not None for name in (named, f"{named}Fast"))
-    else:
-        is_known = Path(folder, "config.json").is_file()
-    return AutoTokenizer if is_known or not Path(folder, FAST_FILE).is_file() else PreTrainedTokenizerFast
+    model = Path(folder, MODEL_FILE)
+    if not Path(folder, FAST_FILE).is_file() or model.is_file() and not is_tiktoken(model):
+        return AutoTokenizer
+    paths = [path for name in (CONFIG_FILE, "config.json") if is_regular(path := Path(folder, name))]
+    named = next(filter(None, (read_settings(path).get("tokenizer_class") for path in paths)), None)
+    if not named:
+        # The class of the model's kind.
+        return AutoTokenizer if Path(folder, "config.json").is_file() else PreTrainedTokenizerFast
+    classes = [tokenizer_class_from_name(name) for name in (named, f"{named}Fast")]
+    return AutoTokenizer if any(classes) else PreTrainedTokenizerFast
 
 
 def _token(value: Any) -> str | None:

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise ValueError for a panic, as a damaged tokenizer.json causes: it is no `Exception`, and has no public name.
+    """Raise ValueError for a panic, as a damaged tokenizer.json causes.
 
-    Rust has printed its own lines before.
+    The class of a panic is not a subclass of Exception, and has no public name.
+    Rust has already printed lines of its own to stderr.
     """
     try:
         yield

@@ -299,7 +299,7 @@ def _write_weights(source: Path, folder: Path, shards: list[Shard], change: Chan
 
 
 def _write_configs(
-    source: Path, folder: Path, config: dict, rows: Rows, dtype: str, new_marks: Mapping[str, int]
+    source: Path, folder: Path, config: dict, rows: Rows, dtype: str, new_marks: Mapping[str, int | None]
 ) -> None:
     changed = {**_with_moved_ids(config, CONFIG_FILE, rows), "vocab_size": rows.vocab_size}
     changed = _with_new_marks(changed, CONFIG_FILE, new_marks)
@@ -367,7 +367,7 @@ def _with_moved_ids(config: dict, name: str, rows: Rows) -> dict:
     return changed
 
 
-def _with_new_marks(config: dict, name: str, marks: Mapping[str, int]) -> dict:
+def _with_new_marks(config: dict, name: str, marks: Mapping[str, int | None]) -> dict:
     """The config with the new marks of the tokenizer. generate() still stops at the old eos_token, a turn's end."""
     changed = dict(config)
     for key, index in marks.items():

@@ -92,13 +92,18 @@ class _Source:
         spelling = extended(model, self._missing_bytes(wanted))
         self._tokenizer = merging(spelling).plain_tokenizer()
         self.split = split_tokens(self._tokenizer, wanted)
+        # Each plan asks for nearly the same tokens again.
+        self._refused: dict[str, bool] = {}
         self._symbols = dict(zip(wanted, symbols_of(self._tokenizer, wanted), strict=True))
 
     def _missing_bytes(self, wanted: Sequence[str]) -> list[str]:
         return [byte for byte in dict.fromkeys("".join(wanted)) if byte not in self._known]
 
     def _is_refused(self, token: str) -> bool:
-        return token in self._known or text_of(token) is not None and bool(split_tokens(self._tokenizer, [token]))
+        if token not in self._refused:
+            is_split = text_of(token) is not None and bool(split_tokens(self._tokenizer, [token]))
+            self._refused[token] = token in self._known or is_split
+        return self._refused[token]
 
     def joined(self, added: Sequence[str]) -> list[str]:
         """The wanted parts of characters that are never made once the tokens are `added`: other merges come first."""
@@ -106,14 +111,15 @@ class _Source:
         return never_made(extended(self._model, added), parts, added) if parts else []
 
     def complete(self, wanted: Sequence[str]) -> ExtensionPlan:
-        blocked: list[str] = []
+        """Add what makes all wanted tokens single symbols; those for which nothing does are dropped."""
+        blocked: set[str] = set()
         while True:
-            kept = [token for token in wanted if token not in set(blocked)] if blocked else wanted
-            found, lost = self._joining(kept)
+            found, lost = self._joining([token for token in wanted if token not in blocked])
             if not lost:
-                return replace(found, dropped=blocked, blocked=blocked)
+                dropped = [token for token in wanted if token in blocked]
+                return replace(found, dropped=dropped, blocked=dropped)
             # Once more without what was added for these.
-            blocked = [token for token in wanted if token in {*blocked, *lost}]
+            blocked.update(lost)
 
     def _joining(self, wanted: Sequence[str]) -> tuple[ExtensionPlan, list[str]]:
         """The plan of what makes single symbols of the wanted tokens, and those for which nothing does."""

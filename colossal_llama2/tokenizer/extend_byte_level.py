@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
-from colossal_llama2.encoding.byte_level_encoder import check_file_beside, check_settings, mark_ids, marks_of
+from colossal_llama2.encoding.byte_level_encoder import check_file_beside, check_settings, mark_ids, named_marks
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
 from colossal_llama2.encoding.byte_level_reach import unreached_tokens
 from colossal_llama2.encoding.byte_level_tokens import extended, merges_into, shown_token, text_of
@@ -20,6 +20,7 @@ from colossal_llama2.encoding.file_names import (
     COPIED_FILES,
     FAST_FILE,
     SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
 )
 from colossal_llama2.encoding.folder_files import SPECIAL_TOKENS, with_additional_tokens
 from colossal_llama2.encoding.parity import (
@@ -57,8 +58,6 @@ class ByteLevelExtension:
         check_file_beside(self._model)
         check_files(source, REQUIRED_FILES, "LLaMA-3")
         check_settings(source)
-        # Preparing data needs them.
-        mark_ids(self._model, *marks_of(source))
         self._marks: dict[str, str] = {}
         self.vocabulary_size = self._model.size
 
@@ -106,15 +105,22 @@ class ByteLevelExtension:
                     f"--{key} {text!r} given, but {self._model.path} has no such added token; it has "
                     f"{_listed(list(self._model.added))}"
                 )
-        old_bos, old_eos = marks_of(self._source)
-        # One of them may also be spelled by merges, as text is.
-        mark_ids(self._model, marks.get("bos_token", old_bos), marks.get("eos_token", old_eos))
-        begins_texts = old_bos != "" and old_bos in str(self._model.settings.get("post_processor"))
-        if begins_texts and marks.get("bos_token", old_bos) != old_bos:
+        old_bos, old_eos = named_marks(self._source)
+        bos, eos = marks.get("bos_token", old_bos), marks.get("eos_token", old_eos)
+        if not eos:
             raise UserError(
-                f"--bos_token {marks['bos_token']!r} given, but the post_processor of {self._model.path} puts "
-                f"{old_bos!r} before every text; change it there, or leave out --bos_token"
+                f"{self._source / CONFIG_FILE} names no eos_token, which marks the end of documents; give --eos_token, "
+                "or copy the file again from the original tokenizer"
             )
+        # Preparing data needs both.
+        mark_ids(self._model, bos, eos)
+        put = _put_around_texts(self._model.settings.get("post_processor") or {})
+        for key, old in (("bos_token", old_bos), ("eos_token", old_eos)):
+            if old in put and marks.get(key, old) != old:
+                raise UserError(
+                    f"--{key} {marks[key]!r} given, but the post_processor of {self._model.path} puts {old!r} around "
+                    f"every text; change it there, or leave out --{key}"
+                )
         return marks
 
     def _divided(self, token: str) -> str:
@@ -168,6 +174,16 @@ def _examples(tokens: Sequence[str], shown: Callable[[str], str] = lambda token:
     return f"{', '.join(map(shown, tokens[:SHOWN_PIECES]))}{', ...' if len(tokens) > SHOWN_PIECES else ''}"
 
 
+def _put_around_texts(post_processor: Mapping[str, Any]) -> set[str]:
+    """The tokens that a post_processor of tokenizer.json puts before or after a single text."""
+    if post_processor.get("type") == "Sequence":
+        return {token for step in post_processor["processors"] for token in _put_around_texts(step)}
+    if post_processor.get("type") == "TemplateProcessing":
+        return {part["SpecialToken"]["id"] for part in post_processor["single"] if "SpecialToken" in part}
+    # BERT's and RoBERTa's.
+    return {post_processor[name][0] for name in ("cls", "sep") if name in post_processor}
+
+
 def _listed(texts: Sequence[str]) -> str:
     """At most SHOWN_PIECES of some texts."""
     return f"{', '.join(map(repr, texts[:SHOWN_PIECES]))}{', ...' if len(texts) > SHOWN_PIECES else ''}"
@@ -194,11 +210,24 @@ def _write_settings(source: Path, folder: Path, marks: Mapping[str, str]) -> Non
             )
     write_json(folder / CONFIG_FILE, config)
     write_contents(folder, contents_of(source, COPIED_FILES))
+    _report_template(folder, config, marks)
     path = folder / SPECIAL_TOKENS_FILE
     if not path.exists():
         write_json(path, {name: config[name] for name in SPECIAL_TOKENS if config.get(name)})
     elif marks:
         write_json(path, {**read_json(path), **marks})
+
+
+def _report_template(folder: Path, config: Mapping[str, Any], marks: Mapping[str, str]) -> None:
+    """Log that a chat template writes a mark that has changed."""
+    path = folder / TEMPLATE_FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else str(config.get("chat_template"))
+    for key in marks:
+        if key in text:
+            logs.get_logger().warning(
+                f"the chat template of the source contains {key}, which is {marks[key]} from now on, in chats too; "
+                "write the old token there if the chats should keep it"
+            )
 
 
 def _write_vocabulary(model: ByteLevelModel, folder: Path, tokens: Sequence[str]) -> None:

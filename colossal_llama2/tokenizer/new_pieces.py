@@ -154,7 +154,7 @@ class _Check:
                 f'"piece" is {piece!r}, which contains the control character {unknown!r}, and the source tokenizer '
                 "has no piece for it; remove the line"
             )
-        self._refuse_special(piece)
+        self._refuse_special(piece, f'"piece" is {piece!r}')
         return piece
 
     def _text_of(self, record: dict) -> str:
@@ -169,13 +169,14 @@ class _Check:
             raise ValueError(f'"piece" has {len(piece)} characters, at most {MAX_PIECE_CHARACTERS} are allowed')
         return piece
 
-    def _refuse_special(self, piece: str) -> None:
+    def _refuse_special(self, piece: str, given: str) -> None:
+        """Refuse a text with a special token. `given` is how messages name it."""
         found = self._special_tokens.found_in(piece)
         if found == piece:
-            raise ValueError(f'"piece" is {piece!r}, a special token of the source tokenizer; remove the line')
+            raise ValueError(f"{given}, a special token of the source tokenizer; remove the line")
         if found:
             raise ValueError(
-                f'"piece" is {piece!r}, which contains the special token {found!r} of the source tokenizer, '
+                f"{given}, which contains the special token {found!r} of the source tokenizer, "
                 "at which tokenizers split a text first; remove the line"
             )
 
@@ -188,18 +189,20 @@ class _ByteLevelCheck(_Check):
         _refuse_two_keys(record)
         if "bytes" in record and "piece" not in record:
             text, token = self._from_bytes(record["bytes"])
+            given = f'"bytes" is {record["bytes"]!r:.80}'
         else:
             text = self._text_of(record).replace(SPACE, " ")
             token = spelled(text)
+            given = f'"piece" is {text!r}'
         if token in self._known:
             return token
         unknown = next((found for found in CONTROL.findall(text) if spelled(found) not in self._known), None)
         if unknown:
             raise ValueError(
-                f'"piece" is {text!r}, which contains the control character {unknown!r}, and the source tokenizer has '
-                "no token for it; remove the line"
+                f"{given}, which contains the control character {unknown!r}, and the source tokenizer has no token for "
+                "it; remove the line"
             )
-        self._refuse_special(text)
+        self._refuse_special(text, given)
         return token
 
     def _from_bytes(self, value: Any) -> tuple[str, str]:

@@ -77,7 +77,7 @@ def prepare(config: PrepareConfig) -> None:
     encoder = load_encoder(config.tokenizer_dir)
     has_prefix = config.stage == "sft" and puts_prefix_after_marks(config.tokenizer_dir)
     settings = config.settings(prefix_after_marks=has_prefix)
-    log_marks(encoder, config.tokenizer_dir, stage=config.stage)
+    log_marks(encoder, config.tokenizer_dir, chat_template=_chat_template(settings, encoder))
     folders = OutputDirs(cache=config.data_cache_dir, jsonl=config.jsonl_dir, arrow=config.data_arrow_output_dir)
     warn_if_too_long(config.max_length, config.tokenizer_dir)
     if not folders.is_finished:
@@ -108,6 +108,19 @@ def prepare(config: PrepareConfig) -> None:
             sizes=config.sizes,
         )
         run.go(content)
+
+
+def _chat_template(settings: Settings, encoder: Encoder) -> str | None:
+    """The template of the conversations that are prepared; None in pre-training."""
+    if settings.stage != "sft":
+        return None
+    return chat_template(
+        has_dummy_prefix=encoder.has_dummy_prefix,
+        has_bos=encoder.bos_id >= 0,
+        prefix_after_marks=settings.prefix_after_marks,
+        speakers=settings.speakers,
+        masks_opening=settings.masks_opening,
+    )
 
 
 def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
@@ -356,14 +369,7 @@ class _Run:
 
     def _write_chat_template(self) -> None:
         """Write the chat template, to be copied into the folder of a trained model."""
-        if self.settings.stage == "sft":
+        template = _chat_template(self.settings, shared_encoder(self.tokenizer_dir))
+        if template is not None:
             with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
-                settings, encoder = self.settings, shared_encoder(self.tokenizer_dir)
-                template = chat_template(
-                    has_dummy_prefix=encoder.has_dummy_prefix,
-                    has_bos=encoder.bos_id >= 0,
-                    prefix_after_marks=settings.prefix_after_marks,
-                    speakers=settings.speakers,
-                    masks_opening=settings.masks_opening,
-                )
                 file.write(template.encode())
