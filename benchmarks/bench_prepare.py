@@ -53,13 +53,14 @@ MODULE_BYTES = 14_500_000
 # With --smallest: documents of English, and most text of the others.
 SMALLEST_DOCUMENTS, SMALLEST_BYTES = 10, 20_000
 CORES = len(os.sched_getaffinity(0))
+DOWNLOADS = ROOT / "quickstart" / "downloads"
 
 
 def main() -> None:
     """Make the text, measure each candidate in a separate process, print the table."""
     parser = benchmark_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="new folder, removed at the end")
-    parser.add_argument("--download_dir", type=Path, default=ROOT / "quickstart/downloads", help="as the quick start's")
+    parser.add_argument("--download_dir", type=Path, help="as the quick start's (default: quickstart/downloads)")
     parser.add_argument("--bytes", type=positive_int, help="most text of each language, for a quick look")
     parser.add_argument("--no_map_8x", action="store_true", help=f"leave out map on the text {COPIES} times over")
     add_smallest(parser)
@@ -70,14 +71,14 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measured(args.measure, args.work_dir, args.data, args.workers)))
         return
-    refuse_with_smallest(parser, args, "bytes")
+    refuse_with_smallest(parser, args, "bytes", "download_dir")
     work = make_folder(parser, args.work_dir)
     try:
         print_note(args)
         limits = (SMALLEST_BYTES, SMALLEST_DOCUMENTS) if args.smallest else (args.bytes or 1 << 40, None)
         # In a separate process: a process's peak memory begins with that of the one it was forked from.
         make = multiprocessing.get_context("spawn").Process(
-            target=make_inputs, args=(work, None if args.smallest else args.download_dir, *limits)
+            target=make_inputs, args=(work, None if args.smallest else args.download_dir or DOWNLOADS, *limits)
         )
         make.start()
         make.join()

@@ -39,6 +39,7 @@ from colossal_llama2.encoding.registry import load_encoder  # noqa: E402
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer  # noqa: E402
 from colossal_llama2.tokenizer.mine_tokens import MiningSettings, mine  # noqa: E402
 
+DOWNLOADS = "quickstart/downloads"
 NUM_PIECES = 37_104
 HELD_OUT_ONE_IN = 8
 # Paragraphs are joined to documents of this length, so that there are some thousands in each language.
@@ -88,7 +89,10 @@ def build_parser() -> CommandParser:
         "  python benchmarks/bench_vocabulary.py --download_dir quickstart/downloads",
     )
     parser.add_argument(
-        "--download_dir", metavar="DIR", default="quickstart/downloads", help="folder that keeps the downloaded package"
+        "--download_dir",
+        metavar="DIR",
+        default=None,
+        help=f"folder that keeps the downloaded package (default: {DOWNLOADS})",
     )
     add_smallest(parser)
     parser.add_argument(
@@ -272,8 +276,8 @@ def parity_table(rows: list[Row]) -> str:
 def main(argv=None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    refuse_with_smallest(parser, args, "documents")
-    size = Size(NUM_PIECES, args.documents, Path(args.download_dir), write_base)
+    refuse_with_smallest(parser, args, "documents", "download_dir")
+    size = Size(NUM_PIECES, args.documents, Path(args.download_dir or DOWNLOADS), write_base)
     if args.smallest:
         size = Size(pieces=100, documents=40, download_dir=None, base=write_small_base)
     logs.configure_logging()

@@ -173,11 +173,13 @@ BENCHMARKS = {
 }
 WITH_FOLDER = [name for name, benchmark in BENCHMARKS.items() if benchmark.needs_folder]
 # Flags for which --smallest has values of its own.
-REPLACED = {
-    "bench_prepare": "--bytes 100",
-    "bench_training": "--models '8 M'",
-    "bench_vocabulary": "--documents 3",
-}
+REPLACED = [
+    ("bench_prepare", "--bytes 100"),
+    ("bench_prepare", "--download_dir downloads"),
+    ("bench_training", "--models '8 M'"),
+    ("bench_vocabulary", "--documents 3"),
+    ("bench_vocabulary", "--download_dir downloads"),
+]
 
 
 def single_spaced(text: str) -> str:
@@ -235,9 +237,9 @@ def test_a_folder_that_is_not_new_is_refused(name, run_script, assert_user_error
     assert not nowhere.parent.exists()
 
 
-@pytest.mark.parametrize("name", REPLACED)
-def test_flags_that_the_smallest_form_replaces_are_refused(name, run_script, assert_user_error, tmp_path):
-    words = [*shlex.split(REPLACED[name]), *(["--work_dir", tmp_path / "work"] if name in WITH_FOLDER else [])]
+@pytest.mark.parametrize("name, flags", REPLACED)
+def test_flags_that_the_smallest_form_replaces_are_refused(name, flags, run_script, assert_user_error, tmp_path):
+    words = [*shlex.split(flags), *(["--work_dir", tmp_path / "work"] if name in WITH_FOLDER else [])]
     process = run_script(f"benchmarks/{name}.py", "--smallest", *words)
     assert_user_error(process, f"--smallest has a value of its own for {words[0]}; leave out one of them")
     assert not (tmp_path / "work").exists()
