@@ -186,7 +186,8 @@ def loader_of(folder: str | Path) -> type["PreTrainedTokenizerBase"] | type["Aut
     if not Path(folder, FAST_FILE).is_file() or model.is_file() and not is_tiktoken(model):
         return AutoTokenizer
     paths = [path for name in (CONFIG_FILE, "config.json") if is_regular(path := Path(folder, name))]
-    named = next(filter(None, (read_settings(path).get("tokenizer_class") for path in paths)), None)
+    settings = (read_settings(path, allows_mark=path.name != CONFIG_FILE) for path in paths)
+    named = next(filter(None, (one.get("tokenizer_class") for one in settings)), None)
     if not named:
         # The class of the model's kind.
         return AutoTokenizer if Path(folder, "config.json").is_file() else PreTrainedTokenizerFast
