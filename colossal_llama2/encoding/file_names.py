@@ -9,6 +9,8 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_JSON_FILE = "chat_template.json"
 TEMPLATES_FOLDER = "additional_chat_templates"
+# The model's, which transformers reads for a tokenizer too.
+MODEL_CONFIG_FILE = "config.json"
 # What init_tokenizer.py reports beside the tokenizer that it writes.
 REPORT_FILE = "vocabulary_report.json"
 # They hold no token id, so they are copied unchanged.

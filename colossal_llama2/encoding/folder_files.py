@@ -13,6 +13,7 @@ from colossal_llama2.encoding.file_names import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     FAST_FILE,
+    MODEL_CONFIG_FILE,
     MODEL_FILE,
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
@@ -185,12 +186,12 @@ def loader_of(folder: str | Path) -> type["PreTrainedTokenizerBase"] | type["Aut
     model = Path(folder, MODEL_FILE)
     if not Path(folder, FAST_FILE).is_file() or model.is_file() and not is_tiktoken(model):
         return AutoTokenizer
-    paths = [path for name in (CONFIG_FILE, "config.json") if is_regular(path := Path(folder, name))]
+    paths = [path for name in (CONFIG_FILE, MODEL_CONFIG_FILE) if is_regular(path := Path(folder, name))]
     settings = (read_settings(path, allows_mark=path.name != CONFIG_FILE) for path in paths)
     named = next(filter(None, (one.get("tokenizer_class") for one in settings)), None)
     if not named:
         # The class of the model's kind.
-        return AutoTokenizer if Path(folder, "config.json").is_file() else PreTrainedTokenizerFast
+        return AutoTokenizer if Path(folder, MODEL_CONFIG_FILE).is_file() else PreTrainedTokenizerFast
     classes = [tokenizer_class_from_name(name) for name in (named, f"{named}Fast")]
     return AutoTokenizer if any(classes) else PreTrainedTokenizerFast
 

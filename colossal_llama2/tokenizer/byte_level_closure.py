@@ -101,8 +101,9 @@ class _Source:
 
     def _is_refused(self, token: str) -> bool:
         if token not in self._refused:
-            is_split = text_of(token) is not None and bool(split_tokens(self._tokenizer, [token]))
-            self._refused[token] = token in self._known or is_split
+            self._refused[token] = token in self._known or (
+                text_of(token) is not None and bool(split_tokens(self._tokenizer, [token]))
+            )
         return self._refused[token]
 
     def joined(self, added: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ from colossal_llama2 import errors, logs
 from colossal_llama2.cli import tokenizer_flags
 from colossal_llama2.encoding.bpe_model import SPACE, unreachable
 from colossal_llama2.encoding.byte_level_tokens import text_of
-from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_FILE
+from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE, MODEL_CONFIG_FILE, MODEL_FILE
 from colossal_llama2.encoding.folder_files import check_tokenizer_files, loader_of, loading_arguments
 from colossal_llama2.encoding.library_panics import panics_as_errors
 from colossal_llama2.encoding.model_file_format import is_tiktoken
@@ -44,7 +44,6 @@ SEED = 1024
 BATCH_DOCUMENTS = 64
 BATCH_PIECES = 1 << 14
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-MODEL_CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)

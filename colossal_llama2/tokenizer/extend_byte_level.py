@@ -103,7 +103,7 @@ class ByteLevelExtension:
             if text not in self._model.added:
                 raise UserError(
                     f"--{key} {text!r} given, but {self._model.path} has no such added token; it has "
-                    f"{_listed(list(self._model.added))}"
+                    f"{_examples(list(self._model.added), repr)}"
                 )
         old_bos, old_eos = named_marks(self._source)
         bos, eos = marks.get("bos_token", old_bos), marks.get("eos_token", old_eos)
@@ -184,11 +184,6 @@ def _put_around_texts(post_processor: Mapping[str, Any]) -> set[str]:
     return {post_processor[name][0] for name in ("cls", "sep") if name in post_processor}
 
 
-def _listed(texts: Sequence[str]) -> str:
-    """At most SHOWN_PIECES of some texts."""
-    return f"{', '.join(map(repr, texts[:SHOWN_PIECES]))}{', ...' if len(texts) > SHOWN_PIECES else ''}"
-
-
 # Writing the target.
 
 
@@ -219,7 +214,7 @@ def _write_settings(source: Path, folder: Path, marks: Mapping[str, str]) -> Non
 
 
 def _report_template(folder: Path, config: Mapping[str, Any], marks: Mapping[str, str]) -> None:
-    """Log that a chat template writes a mark that has changed."""
+    """Warn of a chat template that uses a mark which has changed."""
     path = folder / TEMPLATE_FILE
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else str(config.get("chat_template"))
     for key in marks:
