@@ -11,7 +11,7 @@ install_requirements requirements-real.txt
 steps=13
 max_length=256
 # Of the training time: the new rows alone.
-align_percent=40
+align_percent=10
 # Of each language; an evaluation takes one to three minutes. Windows of bytes: the shipped model needs more than twice
 # the tokens for Chinese, and windows of tokens would give it less than half the context. All begin with the token that
 # ended documents in its pre-training. Its bos_token and eos_token mark a chat's turns.
