@@ -105,7 +105,7 @@ def find_template(given: str, tokenizer_dir: str | Path) -> ChatTemplate | None:
     if not given.endswith(FILE_ENDING):
         raise UserError(f"{FLAG} {given}: {', '.join(NAMES)} or the path of a *{FILE_ENDING} is allowed")
     path = Path(given)
-    return ChatTemplate(path.name, _read(path), given)
+    return ChatTemplate(path.name, read_template(path), given)
 
 
 def template_of_folder(folder: str | Path) -> tuple[str, str] | None:
@@ -119,7 +119,7 @@ def template_of_folder(folder: str | Path) -> tuple[str, str] | None:
     """
     path = Path(folder, TEMPLATE_FILE)
     if path.exists():
-        return _read(path), str(path)
+        return read_template(path), str(path)
     for name in (TEMPLATE_JSON_FILE, CONFIG_FILE):
         path = Path(folder, name)
         text = _default_of(read_settings(path).get("chat_template")) if is_regular(path) else None
@@ -137,7 +137,8 @@ def _default_of(entry: Any) -> str | None:
     return entry if isinstance(entry, str) else None
 
 
-def _read(path: Path) -> str:
+def read_template(path: Path) -> str:
+    """The text of a template's file. Raises UserError if it cannot be read."""
     check_regular(path, max_bytes=MIB, allows_empty=True)
     try:
         return path.read_bytes().decode("utf-8-sig")

@@ -139,9 +139,11 @@ def _make_writer(
             new_rows = NewRowsReport(config.source.weights, settings.trainable.rows, settings.precision)
     content = CheckpointContent(
         source=config.source,
+        stage=config.stage,
         schedule=inputs.schedule,
         facts=inputs.facts,
         evaluations=history,
+        chat=config.chat,
         new_rows=new_rows,
         history=record.history,
     )

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +152,8 @@ def _open_model(config: TrainConfig, checks: Checks) -> ModelFacts | None:
     checks(check_model_fits, config, model)
     checks(check_tokenizer_fits, config, model)
     if model is not None:
-        checks.dry_run_only(model_files, source.weights_folder, source.tokenizer, config.engine.precision)
+        files = partial(model_files, stage=config.stage, chat=config.chat)
+        checks.dry_run_only(files, source.weights_folder, source.tokenizer, config.engine.precision)
     return model
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
@@ -75,17 +76,21 @@ class CheckpointContent:
 
     Attributes:
         source: the model whose configuration and tokenizer are copied into every saved model.
+        stage: pretrain or sft, which every saved model records.
         schedule: the learning rate.
         facts: what does not change during the run.
         evaluations: grows during the run; each checkpoint has those so far.
+        chat: the template of the conversations in the data.
         new_rows: on rank 0, examines each saved model with --train_new_rows_only.
         history: called on rank 0; returns the content of a saved model's training_history.json, None for no file.
     """
 
     source: ModelSource
+    stage: str
     schedule: CosineSchedule
     facts: RunFacts
     evaluations: EvaluationHistory
+    chat: ChatData | None = None
     new_rows: NewRowsReport | None = None
     history: Callable[[], dict[str, Any] | None] | None = None
 
@@ -105,7 +110,13 @@ class CheckpointWriter:
         with engine.first_rank_only() as first:
             if first:
                 source = content.source
-                self._model_files = model_files(source.weights_folder, source.tokenizer, engine.settings.precision)
+                self._model_files = model_files(
+                    source.weights_folder,
+                    source.tokenizer,
+                    engine.settings.precision,
+                    stage=content.stage,
+                    chat=content.chat,
+                )
 
     def check_room(self) -> None:
         """Raise RunError, on all ranks, unless there is room for a checkpoint. Creates --save_dir if needed."""
