@@ -210,7 +210,7 @@ REFUSED_TEMPLATES = {
 @pytest.mark.parametrize("template, problem", REFUSED_TEMPLATES.items())
 def test_a_template_that_cannot_be_used(template, problem, byte_level_dir):
     with pytest.raises(UserError, match=problem):
-        make(template, byte_level_dir)
+        assert not make(template, byte_level_dir).turn_ends
 
 
 def test_a_template_without_end_is_stopped(monkeypatch):

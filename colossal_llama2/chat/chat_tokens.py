@@ -7,6 +7,7 @@ token crosses the border of an answer, because the model continues a prompt that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,11 +65,7 @@ class _Run(NamedTuple):
 
 
 class ChatTokenizer:
-    """A template with a tokenizer.
-
-    Attributes:
-        turn_ends: the ids of the tokens that end an answer.
-    """
+    """A template with a tokenizer."""
 
     def __init__(self, template: ChatTemplate, encoder: Encoder, folder: str | Path, *, prefix_after_marks: bool):
         """
@@ -77,14 +74,14 @@ class ChatTokenizer:
             prefix_after_marks: see `Encoder.puts_prefix_after_marks`.
 
         Raises:
-            UserError: the template cannot be used, with any tokenizer or with this one.
+            UserError: the tokenizer's files are damaged.
         """
         self.template = template
+        self._folder = folder
         self._encoder, self._prefix_after_marks = encoder, prefix_after_marks
         self._marks = Marks.of(folder, encoder)
         names = {"bos_token": encoder.bos_text if encoder.bos_id >= 0 else "", "eos_token": encoder.eos_text}
         self._renderer = Renderer(template.text, names=names, origin=template.origin)
-        self.turn_ends = self._probe(folder)
 
     def close(self) -> None:
         """End the process that renders."""
@@ -125,8 +122,13 @@ class ChatTokenizer:
                 )
         return self._encode(rendered.text, spans)
 
-    def _probe(self, folder: str | Path) -> list[int]:
-        """Render a short conversation, and return the ids of the tokens that end its answers."""
+    @cached_property
+    def turn_ends(self) -> list[int]:
+        """The ids of the tokens that end an answer, as seen in a short conversation.
+
+        Raises:
+            UserError: a model cannot be trained with this template, or not with this tokenizer.
+        """
         try:
             rendered = self._renderer.conversation(PROBE)
             prompt = self._renderer.prompt(PROBE[:1])
@@ -144,8 +146,9 @@ class ChatTokenizer:
         if begin == 0 or None in ends:
             shown = text[spans[0][0] : spans[0][1]][-40:]
             raise UserError(
-                f"the chat template {origin} ends an answer with {shown!r}, where {folder} has no special token, so "
-                f"generation would not stop there; end answers with a special token, such as {self._encoder.eos_text}"
+                f"the chat template {origin} ends an answer with {shown!r}, where {self._folder} has no special "
+                "token, so generation would not stop there; end answers with a special token, such as "
+                f"{self._encoder.eos_text}"
             )
         return sorted({end for end in ends if end is not None})
 

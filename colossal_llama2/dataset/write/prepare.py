@@ -135,8 +135,10 @@ def _turn_end(template: ChatTemplate | None, encoder: Encoder, tokenizer_dir: st
     if template is None:
         return [encoder.eos_id]
     tokenizer = ChatTokenizer(template, encoder, tokenizer_dir, prefix_after_marks=has_prefix)
-    tokenizer.close()
-    return tokenizer.turn_ends
+    try:
+        return tokenizer.turn_ends
+    finally:
+        tokenizer.close()
 
 
 def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
