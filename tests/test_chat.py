@@ -25,6 +25,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model.purpose import Purpose, read_purpose
 from colossal_llama2.storage.row_errors import RowError
 from colossal_llama2.train.checkpointing.small_files import model_files
+from tests import tiny
 from tests.byte_level import BEGIN, END, extend, make_byte_level, make_llama3
 from tests.preparing import manifest, read_jsonl, write_lines
 from tests.preparing import settings as prepare_settings
@@ -100,6 +101,8 @@ CASES = [
 
 @pytest.mark.parametrize("fixture, template, end", CASES)
 def test_ids_are_those_of_transformers_and_answers_are_trained_to_their_end(fixture, template, end, request):
+    if fixture == "prefixing_dir" and not tiny.has_slow_tokenizer():
+        pytest.skip("transformers 5 ignores the normalizer in a LLaMA's tokenizer.json")
     folder = request.getfixturevalue(fixture)
     chat, tokenizer = make(template, folder), load_tokenizer(folder, pad_token="eos")
     tokens = chat.tokens(TALK)

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from colossal_llama2 import logs
 from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
 from colossal_llama2.dataset.read.buckets import Buckets, MeasuredPart
@@ -176,14 +178,22 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
 
 
 def _measure(data: Data) -> Sequence[MeasuredPart]:
-    return measure_parts(data.parts) if data.is_ordered or logs.is_first_rank() else []
+    return measure_parts(data.parts) if data.needs_lengths or logs.is_first_rank() else []
 
 
 def _order_of_data(config: TrainConfig, ranks: Ranks, data: LoadedData) -> SampleOrder:
-    return _sample_order(config, ranks, len(data.samples), data.buckets)
+    grouped = config.data.parts.groups_by_length
+    lengths = np.concatenate([lengths for _, lengths in data.measured]) if grouped else None
+    return _sample_order(config, ranks, len(data.samples), data.buckets, lengths)
 
 
-def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: Buckets | None = None) -> SampleOrder:
+def _sample_order(
+    config: TrainConfig,
+    ranks: Ranks,
+    num_samples: int,
+    buckets: Buckets | None = None,
+    lengths: np.ndarray | None = None,
+) -> SampleOrder:
     return data_plan.make_order(
         num_samples,
         micro_batch_size=config.engine.micro_batch_size,
@@ -191,6 +201,7 @@ def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: 
         accumulation_steps=config.engine.accumulation_steps,
         seed=config.recipe.seed,
         buckets=buckets,
+        lengths=lengths,
     )
 
 

@@ -120,7 +120,14 @@ def _data_config(args: argparse.Namespace, problems: Problems) -> DataConfig:
 
     def parts() -> Data:
         words = args.dataset or ()
-        return resolve_data(words, bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end)
+        return resolve_data(
+            words,
+            bucketed=args.bucketed,
+            mixture=args.mixture,
+            mixture_end=args.mixture_end,
+            # A flag of train_sft.py alone.
+            groups_by_length=getattr(args, "group_by_length", False),
+        )
 
     found = problems.check(parts) or Data([])
     return DataConfig(found, args.max_length, args.document_mask, args.pad_token, args.continue_data)
