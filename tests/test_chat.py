@@ -14,6 +14,7 @@ from colossal_llama2.chat.chat_tokens import ChatTokenizer
 from colossal_llama2.chat.renderer import Renderer
 from colossal_llama2.chat.templates import CHATML_TEMPLATE, LLAMA2_TEMPLATE, ChatTemplate, find_template
 from colossal_llama2.corpus.conversation import chat_template
+from colossal_llama2.dataset.inspect_data import InspectSettings, inspect_part
 from colossal_llama2.dataset.layout.chat_data import ChatData, chat_data_of
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
 from colossal_llama2.dataset.write.prepare import prepare_pretrain, prepare_sft
@@ -425,6 +426,27 @@ def test_arrow_of_rendered_conversations_reads_back(prepared, byte_level_dir):
         trained = [label for label in sample["labels"] if label != IGNORE_INDEX]
         assert trained and sample["labels"][0] == IGNORE_INDEX
         assert sample["seq_length"] == len(sample["input_ids"]) <= 128
+
+
+def test_added_tokens_behind_the_pieces_of_sentencepiece(tokenizer_dir, tmp_path):
+    """As in many chat models on LLaMA-2, whose <|im_start|> and <|im_end|> have no piece."""
+    from transformers import AddedToken, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(text, special=True) for text in ("<|im_start|>", "<|im_end|>")]}
+    )
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    write_lines(tmp_path / "in" / "rows.jsonl", [{"messages": TALK}, {"messages": TALK[:2]}])
+    prepare_sft(**prepare_settings([tmp_path / "in"], folder, tmp_path, chat_template="chatml"))
+    samples = read_jsonl(tmp_path / "jsonl")
+    whole = max(samples, key=lambda sample: len(sample["input_ids"]))
+    expected = tokenizer.apply_chat_template(TALK, chat_template=CHATML_TEMPLATE, return_dict=False)
+    assert whole["input_ids"] == expected
+    assert whole["labels_decode"] == ["Hello, 明月!<|im_end|>", "Nothing.\n<|im_end|>"]
+    shown = InspectSettings(str(tmp_path / "arrow" / "part-00000"), str(folder), 9, 0, None)
+    assert "trained | Hello, 明月!<|im_end|>" in "\n".join(inspect_part(shown, is_coloured=False))
 
 
 def test_a_reserved_character_in_a_message(byte_level_dir):
