@@ -11,9 +11,10 @@ def main(argv=None) -> None:
     args = inference_flags.inference_parser().parse_args(argv)
     logs.configure_logging()
     with errors.one_line_errors("inference_example.py"):
-        from colossal_llama2.inference.generation import InferenceSettings, answer_prompt
+        from colossal_llama2.inference.run import run
+        from colossal_llama2.inference.settings import InferenceSettings
 
-        answer_prompt(InferenceSettings.from_flags(**vars(args)))
+        run(InferenceSettings.from_flags(vars(args)))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def one_line(text: str) -> str:
     return printable(LINE_BREAK.sub(" ", text.strip("\r\n"))).replace("\t", _shown("\t"))
 
 
-def show(text: str, *, file: TextIO | None = None) -> None:
-    """Print `printable(text)` at once; to stdout without `file`."""
-    print(printable(text), file=file or sys.stdout, flush=True)
+def show(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print `printable(text)` and `end` at once; to stdout without `file`. With end="", the text may come in parts."""
+    print(printable(text), file=file or sys.stdout, end=end, flush=True)
 
 
 def show_line(text: str, *, file: TextIO | None = None) -> None:

@@ -105,8 +105,8 @@ evaluate_both() {
 ask() {
     local prompt
     for prompt in "The capital of France is" "The best way to learn a language is" "中国的首都是" "这家酒店的服务"; do
-        python inference_example.py --model_path "$out/3-both/modeling" --max_new_tokens 48 --seed 1 \
-            --input_txt "$prompt"
+        python inference_example.py --model_path "$out/3-both/modeling" --prompt_style plain --max_new_tokens 48 \
+            --seed 1 --input_txt "$prompt"
     done
 }
 

@@ -41,7 +41,7 @@ LATE_IMPORTS = (
     "colossalai.legacy",
     "colossal_llama2.dataset.write.prepare",
     "colossal_llama2.engine.llama_policy",
-    "colossal_llama2.inference.generation",
+    "colossal_llama2.inference.run",
     "colossal_llama2.model.init_model",
     "colossal_llama2.tokenizer.init_tokenizer",
     "matplotlib.pyplot",

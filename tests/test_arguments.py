@@ -126,6 +126,10 @@ FLAGS = {
         ("--top_k",): ("5", 5, 50),
         ("--top_p",): ("0.9", 0.9, 0.95),
         ("--input_txt",): ("你好 world", "你好 world", "明月松间照，"),
+        ("--dtype",): ("bf16", "bf16", "auto"),
+        ("--prompt_style",): ("sft", "sft", "auto"),
+        ("--no_stream",): ([], True, False),
+        ("--repetition_penalty",): ("1.1", 1.1, 1.0),
     },
 }
 PARSERS = pytest.mark.parametrize("make_parser", FLAGS, ids=lambda make: make.__name__)

@@ -13,8 +13,9 @@ from colossal_llama2.dataset.write.prepare import prepare_pretrain
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.errors import UserError
-from colossal_llama2.inference import generation
-from colossal_llama2.inference.generation import GenerationSettings
+from colossal_llama2.inference import generation, loading
+from colossal_llama2.inference.prompts import text_ids
+from colossal_llama2.inference.settings import GenerationSettings
 from colossal_llama2.train import verify
 from colossal_llama2.train.run_folder import checkpoint_files
 from tests import launching, tiny
@@ -112,12 +113,12 @@ def test_verify_names_another_tokenizer(run, tmp_path):
 def test_a_prompt_begins_as_documents_in_training_do(kind, bos, tmp_path):
     folder = make_model(make_byte_level(tmp_path / "model", kind, bos=bos, missing=b"\x04").parent / "model")
     tokenizer_ids = AutoTokenizer.from_pretrained(folder)("Hi")["input_ids"]
-    model, tokenizer = generation.load_model(str(folder), "cpu")
+    model, tokenizer = loading.load_model(str(folder), "cpu")
     encoder = load_encoder(folder)
     expected = [encoder.bos_id] * (bos is not None) + encoder.encode(["Hi 明"])[0]
     # Only a tokenizer.json of LLaMA-3's kind adds the mark itself.
     assert (tokenizer_ids[0] == encoder.bos_id) == (kind == "llama3")
-    assert generation._encoded_prompt(tokenizer, "Hi 明")["input_ids"].tolist() == [expected]
+    assert text_ids(tokenizer, "Hi 明") == expected
     with torch.no_grad():
         ids = torch.tensor([expected])
         for _ in range(4):
@@ -137,4 +138,4 @@ def test_a_mark_that_only_transformers_adds_begins_no_prompt(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer, encoder = load_tokenizer(folder), load_encoder(folder)
     assert tokenizer.bos_token == "<|endoftext|>" and encoder.bos_id < 0
-    assert generation._encoded_prompt(tokenizer, "Hi")["input_ids"].tolist() == encoder.encode(["Hi"])
+    assert [text_ids(tokenizer, "Hi")] == encoder.encode(["Hi"])

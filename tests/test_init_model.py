@@ -18,7 +18,7 @@ from colossal_llama2.encoding.bpe_model import read_model
 from colossal_llama2.encoding.registry import fingerprint, load_encoder
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.inference import generation
+from colossal_llama2.inference import generation, loading
 from colossal_llama2.model.init_model import InitModelSettings, Rows, _recorded_ranges, init_model
 from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
@@ -204,7 +204,7 @@ def test_rows_without_a_token_fill_the_vocabulary_up(tokenizer_dir, expanded, tm
     assert weights_of(tmp_path / "none").keys() == plain.keys()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in weights_of(tmp_path / "none").items())
 
-    model, tokenizer = generation.load_model(str(tmp_path / "out"), "cpu")
+    model, tokenizer = loading.load_model(str(tmp_path / "out"), "cpu")
     settings = generation.GenerationSettings(8, do_sample=False, temperature=1.0, top_k=0, top_p=1.0, seed=0)
     expected = [generation.generate(model, tokenizer, "the state", settings)]
     with torch.no_grad():

@@ -23,7 +23,7 @@ from colossal_llama2.encoding.parity import load_with_transformers
 from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.errors import RunError, UserError
-from colossal_llama2.inference import generation
+from colossal_llama2.inference import loading
 from colossal_llama2.model import config_fields, init_model
 from colossal_llama2.model.front_matter import read_front_matter
 from colossal_llama2.model.loading import (
@@ -230,7 +230,7 @@ def test_ids_outside_the_vocabulary_are_null_and_logged_once(folder, caplog):
     assert ids["eos_token_id"] == [2] and ids["pad_token_id"] is None
     lines = [line.split(": ", 1)[1] for line in caplog.messages if "vocabulary of 600" in line]
     assert sorted(line.split()[0] for line in lines) == ["eos_token_id"] * 2 + ["pad_token_id"] * 2
-    generation.load_model(str(folder), "cpu")
+    loading.load_model(str(folder), "cpu")
 
 
 def test_a_byte_order_mark_is_accepted_where_only_we_read(folder):
@@ -240,7 +240,7 @@ def test_a_byte_order_mark_is_accepted_where_only_we_read(folder):
     check_model(str(folder), "--pretrained")
     load_llama(str(folder), precision="fp32", attention="sdpa")
     if tiny.has_slow_tokenizer():
-        generation.load_model(str(folder), "cpu")
+        loading.load_model(str(folder), "cpu")
     else:
         # transformers 5 reads config.json for a tokenizer too.
         assert "config.json' is not a valid JSON file" in refusal(lambda: load_tokenizer(folder))
@@ -466,7 +466,7 @@ def test_an_adapter_is_refused_by_every_command(folder, tokenizer_dir, tmp_path,
         lambda: check_model(str(folder), "--pretrained"),
         lambda: resolve(train),
         lambda: load_llama(str(folder), precision="fp32", attention="sdpa"),
-        lambda: generation.load_model(str(folder), "cpu"),
+        lambda: loading.load_model(str(folder), "cpu"),
         lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
     ]
     for call in calls:
@@ -479,7 +479,7 @@ def test_pickles_and_code_beside_weights_are_ignored(folder, name):
     os.mkfifo(folder / name)
     check_model(str(folder), "--pretrained")
     load_llama(str(folder), precision="fp32", attention="sdpa")
-    generation.load_model(str(folder), "cpu")
+    loading.load_model(str(folder), "cpu")
 
 
 def test_nothing_is_unpickled_while_a_model_is_loaded(tmp_path):
@@ -549,16 +549,16 @@ def test_no_local_folder_asks_the_network(folder, monkeypatch):
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "no-such-owner/no-such--code.Evil"})
     (folder / "special_tokens_map.json").unlink()
     load_llama(str(folder), precision="fp32", attention="sdpa")
-    generation.load_model(str(folder), "cpu")
+    loading.load_model(str(folder), "cpu")
     edit(folder / "adapter_config.json", base_model_name_or_path="no-such-owner/no-such", peft_type="LORA")
-    refusal(lambda: generation.load_model(str(folder), "cpu"))
+    refusal(lambda: loading.load_model(str(folder), "cpu"))
     # The second safeguard: without the first one, transformers would still not search for the adapter's base.
     with pytest.MonkeyPatch.context() as without_check:
         for module in ("colossal_llama2.model.model_folder", "colossal_llama2.model.loading"):
             without_check.setattr(f"{module}.check_model_files", lambda folder: None)
-        without_check.setattr(generation, "check_model_files", lambda folder: None)
+        without_check.setattr(loading, "check_model_files", lambda folder: None)
         load_llama(str(folder), precision="fp32", attention="sdpa")
-        generation.load_model(str(folder), "cpu")
+        loading.load_model(str(folder), "cpu")
     assert not tried
 
 
@@ -647,7 +647,7 @@ def test_each_host_looks_at_all_numbers(folder, monkeypatch):
 def test_inference_and_init_model_find_them_too(folder, tokenizer_dir, tmp_path):
     spoil(folder, NAME, float("nan"))
     for call in (
-        lambda: generation.load_model(str(folder), "cpu"),
+        lambda: loading.load_model(str(folder), "cpu"),
         lambda: init_model.init_model(init_model.InitModelSettings(folder, tokenizer_dir, tmp_path / "target")),
     ):
         line = refusal(call)

@@ -73,7 +73,7 @@ def test_training_and_inference_use_them():
     class Model:
         config = LlamaConfig(max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 2.0})
 
-    assert generation._fit_context(Model, prompt_length=100, max_new_tokens=50) == 28
+    assert generation.room_for_answer(Model, prompt_length=100, max_new_tokens=50) == 28
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import errors, logs
-from colossal_llama2.cli import train_flags
+from colossal_llama2.cli import inference_flags, train_flags
 from colossal_llama2.errors import UserError
-from colossal_llama2.inference import generation
+from colossal_llama2.inference import loading, run
+from colossal_llama2.inference.settings import InferenceSettings
 from colossal_llama2.terminal_text import one_line, printable, show, show_line
 from tests.test_import_rules import PACKAGE, tree_of
 
@@ -188,13 +189,22 @@ def test_every_route_shows_it(route, plain_process, capsys):
         assert "".join(capsys.readouterr()).count("\n") == 1
 
 
-def test_prompt_and_answer_keep_their_lines(monkeypatch, capsys, model_dir):
-    answer = "one\n\ttwo\x1b[2J\rthree\u202e 👩\u200d👧"
-    monkeypatch.setattr(generation, "load_model", lambda *args: (None, None))
-    monkeypatch.setattr(generation, "generate", lambda *args, **keys: answer)
-    flags = dict(device="cpu", max_new_tokens=1, do_sample=False, temperature=1.0, top_k=1, top_p=1.0, seed=None)
-    settings = generation.InferenceSettings.from_flags(model_path=str(model_dir), input_txt="say\n\x07it", **flags)
-    generation.answer_prompt(settings)
+@pytest.mark.parametrize("no_stream", [False, True])
+def test_prompt_and_answer_keep_their_lines(no_stream, monkeypatch, capsys, model_dir):
+    class HostileAnswer(list):
+        seconds = 1.0
+
+        def speed(self) -> str:
+            return ""
+
+    answer = HostileAnswer(["one\n\ttwo\x1b", "[2J\rthr", "ee\u202e 👩\u200d👧"])
+    monkeypatch.setattr(loading, "load_folder", lambda *args, **keys: (None, None))
+    monkeypatch.setattr(run, "prompt_ids", lambda *args: [])
+    monkeypatch.setattr(run, "log_short_room", lambda *args, **keys: None)
+    monkeypatch.setattr(run, "Answer", lambda *args: answer)
+    words = ["--device", "cpu", "--model_path", str(model_dir), "--input_txt", "say\n\x07it"]
+    flags = vars(inference_flags.inference_parser().parse_args(words)) | {"no_stream": no_stream}
+    run.run(InferenceSettings.from_flags(flags))
     assert capsys.readouterr().out == "Prompt: say\n␇it\nAnswer: one\n\ttwo␛[2J␍three<U+202E> 👩\u200d👧\n"
 
 

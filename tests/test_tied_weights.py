@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.inference.generation import _read_weights
+from colossal_llama2.inference.loading import _read_weights
 from colossal_llama2.model.init_model import InitModelSettings, init_model
 from colossal_llama2.model.loading import inspect_weights, load_llama
 from colossal_llama2.model.tied_weights import INPUT_EMBEDDING, OUTPUT_EMBEDDING
@@ -56,7 +55,7 @@ def test_two_matrices_that_differ_are_refused(tied_dir, tmp_path, sharded):
         init_model(InitModelSettings(folder, folder, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match="differs"):
-        _read_weights(folder, given=str(folder), dtype=torch.float32)
+        _read_weights(folder, given=str(folder), precision="fp32")
 
 
 def test_two_matrices_of_two_shapes_are_refused(tied_dir, tmp_path):

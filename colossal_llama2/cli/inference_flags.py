@@ -3,12 +3,16 @@
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import (
     candidate_count,
+    positive_float,
     positive_int,
     probability,
     sampling_temperature,
     seed_number,
     true_or_false,
 )
+
+PROMPT_STYLES = ("auto", "sft", "pretrained", "plain")
+DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
 def inference_parser() -> CommandParser:
@@ -26,13 +30,24 @@ def inference_parser() -> CommandParser:
         help="local folder or Hugging Face name of a LLaMA model with its tokenizer; other models are refused",
     )
     model.add("--device", default=None, help="cpu, cuda:0, ... (default: cuda:0 if there is a GPU, else cpu)")
-    generation = parser.flag_group("generation")
-    generation.add(
-        "--input_txt",
-        metavar="TEXT",
-        default="明月松间照，",
-        help="prompt or question; the separator \\n\\n->\\n\\n of the published models is appended",
+    model.add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision to compute in. auto: on a GPU that of the weights; on CPUs fp32, or bf16 if the weights are "
+        "stored in it and it is faster in a short trial",
     )
+    prompt = parser.flag_group("prompt")
+    prompt.add("--input_txt", metavar="TEXT", default="明月松间照，", help="prompt or question")
+    prompt.add(
+        "--prompt_style",
+        choices=PROMPT_STYLES,
+        default="auto",
+        help="sft: as a message of the model's chat template; pretrained: followed by \\n\\n->\\n\\n, as the published "
+        "models were trained; plain: as it is. auto: as the model's folder records",
+    )
+    prompt.add("--no_stream", action="store_true", help="print the answer when it is complete, not while it grows")
+    generation = parser.flag_group("generation")
     generation.add(
         "--max_new_tokens",
         metavar="N",
@@ -57,6 +72,13 @@ def inference_parser() -> CommandParser:
         type=probability,
         default=0.95,
         help="sample among the most likely tokens of this total probability",
+    )
+    generation.add(
+        "--repetition_penalty",
+        metavar="P",
+        type=positive_float,
+        default=1.0,
+        help="divides the positive logits of tokens that the text already has, and multiplies the negative ones",
     )
     generation.add(
         "--seed", metavar="N", type=seed_number, default=None, help="seed of the sampling (default: not set)"

@@ -19,7 +19,10 @@ def main() -> None:
 
     import torch
 
-    from colossal_llama2.inference.generation import GenerationSettings, generate, load_model
+    from colossal_llama2.inference.answer import Answer
+    from colossal_llama2.inference.loading import load_model
+    from colossal_llama2.inference.prompts import text_ids
+    from colossal_llama2.inference.settings import GenerationSettings
 
     if torch.cuda.is_available():
         torch.cuda.init()
@@ -27,37 +30,26 @@ def main() -> None:
     model, tokenizer = load_model(str(args.model_dir), None)
     synchronize()
     load_seconds = time.monotonic() - start
-    counts = counted_tokens(model)
+    row = text_ids(tokenizer, PROMPT)
 
-    def answer(tokens: int) -> float:
+    def answer(tokens: int) -> tuple[int, float]:
         settings = GenerationSettings(tokens, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, seed=None)
         begin = time.perf_counter()
-        generate(model, tokenizer, PROMPT, settings)
+        generated = Answer(model, tokenizer, row, settings)
+        for _ in generated:
+            pass
         synchronize()
-        return time.perf_counter() - begin
+        return generated.tokens, time.perf_counter() - begin
 
     answer(4)
-    seconds = answer(args.tokens)
+    tokens, seconds = answer(args.tokens)
     weights = sum(param.numel() * param.element_size() for param in model.parameters())
     print_figures(
         load_seconds=load_seconds,
         weight_bytes=weights,
-        tokens=counts[-1],
-        tokens_per_second=counts[-1] / seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
     )
-
-
-def counted_tokens(model) -> list[int]:
-    """A list that gets the number of new tokens of each call of model.generate, which may end early."""
-    counts, generate = [], model.generate
-
-    def counting(*args, input_ids, **others):
-        sequences = generate(*args, input_ids=input_ids, **others)
-        counts.append(sequences.shape[1] - input_ids.shape[1])
-        return sequences
-
-    model.generate = counting
-    return counts
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""The settings of inference_example.py: its flags as typed values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How text is generated.
+
+    Attributes:
+        max_new_tokens: most tokens to generate, the prompt not counted.
+        do_sample: draw each token; if false, the most likely one is chosen, and temperature, top_k, top_p and seed
+            have no effect.
+        temperature: divides the logits.
+        top_k: number of most likely tokens to draw from.
+        top_p: total probability of the most likely tokens to draw from.
+        seed: of the random numbers of each answer; None draws from PyTorch's global generator.
+        repetition_penalty: above 1, tokens of the prompt and of the answer so far become less likely; 1 changes
+            nothing (Keskar et al. 2019, https://arxiv.org/abs/1909.05858).
+    """
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """The flags of inference_example.py.
+
+    Attributes:
+        model_path: a folder, or the name of a model on Hugging Face.
+        device: "cpu", "cuda", "cuda:N", or None for cuda:0 where there is a GPU and cpu elsewhere.
+        dtype: one of `inference_flags.DTYPES`.
+        prompt_style: one of `inference_flags.PROMPT_STYLES`.
+        input_txt: the prompt.
+        streams: whether an answer is printed while it is generated.
+    """
+
+    model_path: str
+    device: str | None
+    dtype: str
+    prompt_style: str
+    input_txt: str
+    streams: bool
+    generation: GenerationSettings
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> "InferenceSettings":
+        """The settings from the values of all flags, by name."""
+        names = {field.name for field in fields(GenerationSettings)}
+        generation = {name: value for name, value in flags.items() if name in names}
+        others = {name: value for name, value in flags.items() if name not in names}
+        return cls(streams=not others.pop("no_stream"), generation=GenerationSettings(**generation), **others)
