@@ -129,6 +129,7 @@ FLAGS = {
         ("--dtype",): ("bf16", "bf16", "auto"),
         ("--prompt_style",): ("sft", "sft", "auto"),
         ("--no_stream",): ([], True, False),
+        ("--interactive",): ([], True, False),
         ("--repetition_penalty",): ("1.1", 1.1, 1.0),
     },
 }

@@ -43,7 +43,7 @@ def with_template(folder: Path, template: str | None = None) -> Path:
 @pytest.mark.parametrize(
     ("note", "has_template", "style", "reason"),
     [
-        (SFT_NOTE, True, "sft", "fine-tuning with the chat template colossal"),
+        (SFT_NOTE, True, "sft", "fine-tuning, template colossal"),
         ({"stage": "sft"}, True, "sft", "config.json records fine-tuning"),
         (PRETRAIN_NOTE, False, "pretrained", "config.json records pre-training"),
         # A base model whose tokenizer came with a template.
@@ -183,8 +183,7 @@ def test_the_choice_is_logged_once(folder, capsys):
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "prompt style" in line]
     assert len(lines) == 1 and lines[0].endswith(
-        "prompt style sft: the prompt is given as a chat message (config.json records fine-tuning with the chat "
-        "template colossal)"
+        "prompt style sft (config.json records fine-tuning, template colossal)"
     )
     assert captured.out.startswith("Prompt: 明月松间照，\nAnswer: ")
 

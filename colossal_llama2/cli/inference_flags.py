@@ -1,5 +1,7 @@
 """The flags of inference_example.py."""
 
+import argparse
+
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import (
     candidate_count,
@@ -12,6 +14,7 @@ from colossal_llama2.cli.value_types import (
 )
 
 PROMPT_STYLES = ("auto", "sft", "pretrained", "plain")
+GENERATION = "generation"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -46,8 +49,14 @@ def inference_parser() -> CommandParser:
         help="sft: as a message of the model's chat template; pretrained: followed by \\n\\n->\\n\\n, as the published "
         "models were trained; plain: as it is. auto: as the model's folder records",
     )
+    prompt.add(
+        "--interactive",
+        action="store_true",
+        help="chat in the terminal: messages from stdin, with history if the model has a chat template; /help lists "
+        "the commands",
+    )
     prompt.add("--no_stream", action="store_true", help="print the answer when it is complete, not while it grows")
-    generation = parser.flag_group("generation")
+    generation = parser.flag_group(GENERATION)
     generation.add(
         "--max_new_tokens",
         metavar="N",
@@ -84,3 +93,9 @@ def inference_parser() -> CommandParser:
         "--seed", metavar="N", type=seed_number, default=None, help="seed of the sampling (default: not set)"
     )
     return parser
+
+
+def generation_flags() -> dict[str, argparse.Action]:
+    """The flags that decide how text is generated, by name. A chat can change them."""
+    (group,) = (group for group in inference_parser().groups if group.title == GENERATION)
+    return {action.dest: action for action in group.actions}

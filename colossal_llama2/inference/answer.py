@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Answer:
     """The answer to one prompt. Iterating generates it, and returns its text in parts of whole characters.
 
+    There is a part for each token, which may be empty, and one at the end.
+
     Attributes:
         text: what has been generated so far.
         tokens: how many that are, without the end of the text.
@@ -50,16 +52,15 @@ class Answer:
             for step in self._steps:
                 self.tokens += 1
                 self.seconds = time.monotonic() - start
-                yield from self._part(self._stream.push(step[0]))
+                yield self._part(self._stream.push(step[0]))
         finally:
             self._steps.close()
         self.seconds = time.monotonic() - start
-        yield from self._part(self._stream.end())
+        yield self._part(self._stream.end())
 
-    def _part(self, text: str) -> Iterator[str]:
+    def _part(self, text: str) -> str:
         self.text += text
-        if text:
-            yield text
+        return text
 
     @property
     def is_cut(self) -> bool:

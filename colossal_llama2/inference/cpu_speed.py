@@ -59,8 +59,11 @@ def choose_on_cpu(folder: Path, *, rows: int) -> str:
     speeds = _measured(folder, choices, rows)
     best = max(choices, key=lambda choice: speeds[choice] * (MARGIN if choice == default else 1))
     torch.set_num_threads(best.threads)
-    others = ", ".join(f"{choice} {speeds[choice] / speeds[best]:.2f}" for choice in choices if choice != best)
-    get_logger().info(f"computing in {best}: the fastest in a trial (its speed 1, {others})")
+    ratio = speeds[best] / speeds[default]
+    found = (
+        f"the fastest of {len(choices)} in a trial" if best == default else f"{ratio:.1f} times as fast as {default}"
+    )
+    get_logger().info(f"computing in {best}, {found}")
     return best.precision
 
 

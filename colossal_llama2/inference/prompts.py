@@ -43,10 +43,10 @@ def choose_style(given: str, folder: Path, model_path: str) -> PromptStyle:
     Raises:
         UserError: the style is SFT, but the folder has no chat template.
     """
-    style = PromptStyle(given, "as --prompt_style is given") if given != AUTO else _style_of(folder, model_path)
+    style = PromptStyle(given, "--prompt_style") if given != AUTO else _style_of(folder, model_path)
     if style.name == SFT and not has_chat_template(folder):
         raise UserError(
-            f"--model_path {model_path} has no chat template, which --prompt_style {SFT} needs ({style.reason}); copy "
+            f"--model_path {model_path} has no chat template, which prompt style {SFT} needs ({style.reason}); copy "
             f"the chat_template.jinja of its training data into the folder, or use --prompt_style {PLAIN}"
         )
     return style
@@ -55,21 +55,20 @@ def choose_style(given: str, folder: Path, model_path: str) -> PromptStyle:
 def _style_of(folder: Path, model_path: str) -> PromptStyle:
     purpose = read_purpose(opened(folder).content)
     if purpose is not None and purpose.stage == "sft":
-        named = f" with the chat template {purpose.chat_template}" if purpose.chat_template else ""
+        named = f", template {purpose.chat_template}" if purpose.chat_template else ""
         return PromptStyle(SFT, f"config.json records fine-tuning{named}")
     if purpose is not None:
         return PromptStyle(PRETRAINED, "config.json records pre-training")
     if any(PUBLISHED.fullmatch(path) for path in (model_path, str(folder), str(folder.absolute()))):
-        return PromptStyle(PRETRAINED, "this is a published Colossal-LLaMA-2")
+        return PromptStyle(PRETRAINED, "a published Colossal-LLaMA-2")
     if has_chat_template(folder):
         return PromptStyle(SFT, "the folder has a chat template")
-    return PromptStyle(PLAIN, "config.json records no training, and the folder has no chat template")
+    return PromptStyle(PLAIN, "no record of training, no chat template")
 
 
 def log_style(style: PromptStyle) -> None:
     """Log the form of prompts, and why it was chosen."""
-    forms = {SFT: "as a chat message", PRETRAINED: "followed by \\n\\n->\\n\\n", PLAIN: "as it is"}
-    get_logger().info(f"prompt style {style.name}: the prompt is given {forms[style.name]} ({style.reason})")
+    get_logger().info(f"prompt style {style.name} ({style.reason})")
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", style: str, prompt: str) -> list[int]:

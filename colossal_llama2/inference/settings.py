@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from colossal_llama2.cli.inference_flags import inference_parser
+from colossal_llama2.errors import UserError
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -40,6 +43,7 @@ class InferenceSettings:
         dtype: one of `inference_flags.DTYPES`.
         prompt_style: one of `inference_flags.PROMPT_STYLES`.
         input_txt: the prompt.
+        interactive: read prompts from stdin instead, as a chat.
         streams: whether an answer is printed while it is generated.
     """
 
@@ -48,13 +52,24 @@ class InferenceSettings:
     dtype: str
     prompt_style: str
     input_txt: str
+    interactive: bool
     streams: bool
     generation: GenerationSettings
 
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "InferenceSettings":
-        """The settings from the values of all flags, by name."""
+        """The settings from the values of all flags, by name. Raises UserError for flags that contradict each other."""
+        _check(flags)
         names = {field.name for field in fields(GenerationSettings)}
         generation = {name: value for name, value in flags.items() if name in names}
         others = {name: value for name, value in flags.items() if name not in names}
         return cls(streams=not others.pop("no_stream"), generation=GenerationSettings(**generation), **others)
+
+
+def _check(flags: Mapping[str, Any]) -> None:
+    has_text = flags["input_txt"] != inference_parser().defaults["input_txt"]
+    problems = []
+    if flags["interactive"] and has_text:
+        problems.append("--interactive reads prompts from stdin; leave out --input_txt")
+    if problems:
+        raise UserError("; ".join(problems))
