@@ -130,6 +130,10 @@ FLAGS = {
         ("--prompt_style",): ("sft", "sft", "auto"),
         ("--no_stream",): ([], True, False),
         ("--interactive",): ([], True, False),
+        ("--input_file",): ("f", "f", None),
+        ("--output_file",): ("f", "f", None),
+        ("--batch_size",): ("4", 4, None),
+        ("--num_return_sequences",): ("3", 3, 1),
         ("--repetition_penalty",): ("1.1", 1.1, 1.0),
     },
 }

@@ -14,6 +14,7 @@ from colossal_llama2.cli.value_types import (
 )
 
 PROMPT_STYLES = ("auto", "sft", "pretrained", "plain")
+BATCH_SIZE = 8
 GENERATION = "generation"
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -54,6 +55,34 @@ def inference_parser() -> CommandParser:
         action="store_true",
         help="chat in the terminal: messages from stdin, with history if the model has a chat template; /help lists "
         "the commands",
+    )
+    prompt.add(
+        "--input_file",
+        metavar="FILE",
+        default=None,
+        help="answer every prompt of a file: *.txt with a prompt per line, or *.jsonl with records of prompt or "
+        "input_txt, or conversations",
+    )
+    prompt.add(
+        "--output_file",
+        metavar="FILE",
+        default=None,
+        help="jsonl to which the answers to --input_file are appended; the same command continues it. Without it, they "
+        "are printed",
+    )
+    prompt.add(
+        "--batch_size",
+        metavar="N",
+        type=positive_int,
+        default=None,
+        help=f"answers that are generated together (default: {BATCH_SIZE})",
+    )
+    prompt.add(
+        "--num_return_sequences",
+        metavar="N",
+        type=positive_int,
+        default=1,
+        help="answers to each prompt; more than one needs sampling",
     )
     prompt.add("--no_stream", action="store_true", help="print the answer when it is complete, not while it grows")
     generation = parser.flag_group(GENERATION)

@@ -116,6 +116,14 @@ def _read_weights(folder: Path, *, given: str, precision: str | None) -> "LlamaF
     return model
 
 
+def precision_of(model: "LlamaForCausalLM") -> str:
+    """fp32, bf16 or fp16: the precision that a model computes in."""
+    import torch
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return names.get(model.dtype, str(model.dtype))
+
+
 @contextlib.contextmanager
 def memory_errors_named(device: str | None) -> Iterator[None]:
     """Turn a GPU's out-of-memory error into a RunError that names the device."""

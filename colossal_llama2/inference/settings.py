@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from colossal_llama2.cli.inference_flags import inference_parser
+from colossal_llama2.cli.inference_flags import BATCH_SIZE, inference_parser
 from colossal_llama2.errors import UserError
 
 
@@ -43,6 +44,9 @@ class InferenceSettings:
         dtype: one of `inference_flags.DTYPES`.
         prompt_style: one of `inference_flags.PROMPT_STYLES`.
         input_txt: the prompt.
+        input_file, output_file: where prompts come from instead, and where the answers go; None for stdout.
+        batch_size: answers that are generated together.
+        num_return_sequences: answers to each prompt.
         interactive: read prompts from stdin instead, as a chat.
         streams: whether an answer is printed while it is generated.
     """
@@ -52,6 +56,10 @@ class InferenceSettings:
     dtype: str
     prompt_style: str
     input_txt: str
+    input_file: Path | None
+    output_file: Path | None
+    batch_size: int
+    num_return_sequences: int
     interactive: bool
     streams: bool
     generation: GenerationSettings
@@ -63,13 +71,33 @@ class InferenceSettings:
         names = {field.name for field in fields(GenerationSettings)}
         generation = {name: value for name, value in flags.items() if name in names}
         others = {name: value for name, value in flags.items() if name not in names}
+        for name in ("input_file", "output_file"):
+            others[name] = None if others[name] is None else Path(others[name])
+        others["batch_size"] = others["batch_size"] or BATCH_SIZE
         return cls(streams=not others.pop("no_stream"), generation=GenerationSettings(**generation), **others)
 
 
 def _check(flags: Mapping[str, Any]) -> None:
+    """Raise UserError for flags that contradict each other or have no effect."""
     has_text = flags["input_txt"] != inference_parser().defaults["input_txt"]
-    problems = []
-    if flags["interactive"] and has_text:
-        problems.append("--interactive reads prompts from stdin; leave out --input_txt")
-    if problems:
-        raise UserError("; ".join(problems))
+    has_file, is_chat, sequences = flags["input_file"] is not None, flags["interactive"], flags["num_return_sequences"]
+    is_one = not has_file and sequences == 1
+    problems = [
+        (is_chat and has_text, "--interactive reads prompts from stdin; leave out --input_txt"),
+        (is_chat and has_file, "--interactive reads prompts from stdin; leave out --input_file"),
+        (is_chat and sequences > 1, "--interactive gives one answer; leave out --num_return_sequences"),
+        (has_file and has_text, "--input_file and --input_txt both given; leave out one"),
+        (not has_file and flags["output_file"] is not None, "--output_file needs --input_file; leave it out"),
+        (
+            flags["batch_size"] is not None and is_one,
+            "--batch_size has no effect on one answer; leave it out",
+        ),
+        (has_file and flags["no_stream"], "--no_stream has no effect on --input_file; leave it out"),
+        (
+            sequences > 1 and not flags["do_sample"],
+            f"--num_return_sequences {sequences} needs --do_sample True: without sampling, all answers are the same",
+        ),
+    ]
+    found = [sentence for is_wrong, sentence in problems if is_wrong]
+    if found:
+        raise UserError("; ".join(found))

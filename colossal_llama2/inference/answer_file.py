@@ -1,0 +1,140 @@
+"""The file that answers are appended to, which a restarted command continues."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from colossal_llama2.errors import UserError
+from colossal_llama2.logs import get_logger
+from colossal_llama2.plurals import counted
+from colossal_llama2.storage.files import errors_naming, open_no_link, parse_object, read_json, write_json
+from colossal_llama2.storage.output_paths import check_output_file
+from colossal_llama2.storage.row_errors import RowError
+
+FLAG = "--output_file"
+DTYPE = "dtype"
+
+
+class AnswerFile:
+    """A jsonl file with one line for each prompt, in their order: {"number": 1, ...}. Beside it is what decided it.
+
+    Attributes:
+        done: how many prompts have their line.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, prompts: int):
+        """
+        Args:
+            settings: what decides the answers. A file of other settings is refused. An entry "dtype" of None stands for
+                any, and is then the one of the file.
+            prompts: how many there are.
+
+        Raises:
+            UserError: the path cannot be written, or is not a file of these settings.
+        """
+        self._path, self._settings = path, dict(settings)
+        self._sidecar = path.with_name(f"{path.name}.settings.json")
+        self._file: IO[bytes] | None = None
+        check_output_file(path, FLAG)
+        check_output_file(self._sidecar, FLAG)
+        self.done = self._whole_lines() if path.exists() and path.stat().st_size else 0
+        if self.done > prompts:
+            raise UserError(f"{FLAG} {path}: has {self.done:,} answers for {prompts:,} prompts; give a new file")
+
+    @property
+    def dtype(self) -> str | None:
+        """The precision of the answers that are there; None if there are none and none was given."""
+        return self._settings.get(DTYPE)
+
+    def open(self, dtype: str) -> None:
+        """Write the settings beside the file, and open it to continue it.
+
+        Raises:
+            UserError: another process writes it.
+        """
+        self._settings[DTYPE] = dtype
+        self._file = open_no_link(self._path, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{FLAG} {self._path}: another process is writing it; wait, or give a new file")
+        except OSError:  # a file system without locks
+            pass
+        size = len(self._whole_bytes())
+        if size < self._path.stat().st_size:
+            get_logger().info(f"{self._path}: a line that was not written to its end is removed")
+            os.truncate(self._path, size)
+        if self.done:
+            get_logger().info(f"{self._path}: continuing after {counted(self.done, 'answered prompt')}")
+        write_json(self._sidecar, self._settings)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append the line of the next prompt, at once."""
+        assert self._file is not None
+        self.done += 1
+        text = json.dumps({"number": self.done, **record}, ensure_ascii=False)
+        with errors_naming(self._path):
+            self._file.write(text.encode() + b"\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close it. Its lines are complete."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def _whole_lines(self) -> int:
+        """How many prompts have a line. Raises UserError for a file of other settings, or of something else."""
+        if not self._sidecar.exists():
+            raise UserError(
+                f"{FLAG} {self._path} exists, and {self._sidecar.name}, with the settings of its answers, does not; "
+                "give a new file"
+            )
+        before = read_json(self._sidecar)
+        if self._settings.get(DTYPE) is None:
+            self._settings[DTYPE] = before.get(DTYPE)
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{FLAG} {self._path} was begun with another {name}: {_short(before.get(name))}, now "
+                    f"{_short(value)}; give a new file, or the same input and settings"
+                )
+        lines = self._whole_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
+            if not _is_answer(line, number):
+                raise UserError(f"{self._path}:{number}: is not the answer to prompt {number:,}; give a new file")
+        return len(lines)
+
+    def _whole_bytes(self) -> bytes:
+        """The lines that have been written to their end."""
+        content = self._path.read_bytes()
+        return content[: content.rfind(b"\n") + 1]
+
+
+def model_digest(folder: Path) -> str:
+    """A hash that changes when a model's folder does: of its small files, and of the size and time of its weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model") and path.is_file():
+            digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        elif path.suffix == ".safetensors" and path.is_file():
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_answer(line: bytes, number: int) -> bool:
+    try:
+        return parse_object(line).get("number") == number
+    except RowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
