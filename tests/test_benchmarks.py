@@ -54,6 +54,17 @@ BENCHMARKS = {
         """,
         needs_folder=False,
     ),
+    "bench_inference": Benchmark(
+        "--smallest",
+        """
+        tokens per second, relative to transformers (least-most)
+        greedy, float32 # (#-#)
+        drawn, float32 # (#-#)
+        greedy, as chosen (fp32, # thread) # (#-#)
+        greedy, # prompts together, float32 # (#-#)
+        greedy, # together, as chosen (fp32, # thread) # (#-#)
+        """,
+    ),
     "bench_init_model": Benchmark(
         "--smallest",
         """
