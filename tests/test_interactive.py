@@ -13,8 +13,12 @@ import torch
 from rich.cells import cell_len
 
 import inference_example
+from colossal_llama2.chat.chat_tokens import ChatTokenizer
+from colossal_llama2.chat.templates import ChatTemplate
 from colossal_llama2.corpus.conversation import chat_template, read_conversation
 from colossal_llama2.corpus.message_formats import recognize
+from colossal_llama2.encoding.registry import load_encoder
+from colossal_llama2.inference import chat_template as inference_template
 from colossal_llama2.inference import console
 from colossal_llama2.inference.chat import Chat
 from colossal_llama2.inference.history import History, append_conversation
@@ -232,7 +236,10 @@ def test_a_message_that_cannot_fit_is_not_sent(talk):
 
 def test_a_message_that_the_template_refuses_is_not_sent(talk, loaded, monkeypatch):
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ bos_token }}"
-    monkeypatch.setattr(loaded[1], "chat_template", template)
+    folder = loaded[1].name_or_path
+    parts = ChatTemplate("strict", template, "strict.jinja"), load_encoder(folder), folder
+    strict = ChatTokenizer(*parts, prefix_after_marks=False)
+    monkeypatch.setattr(inference_template, "_chat_of", lambda folder: strict)
     _, notices, chat = talk("/system x", "hi", "/system", "hi")
     assert "no system" in " ".join(notices) and len(chat._state.history.exchanges) == 1
 

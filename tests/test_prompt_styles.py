@@ -150,30 +150,43 @@ def test_special_tokens_that_are_typed_stay_text(kind, folder, tmp_path):
         assert shown == tokenizer.decode(honest, clean_up_tokenization_spaces=False).replace("x mark y", text)
 
 
-def test_words_that_were_added_to_a_tokenizer_stay_tokens(folder, monkeypatch):
-    """Only special tokens are typed as text; a word added with add_tokens is a token of the text."""
-    tokenizer = load_tokenizer(with_template(folder))
-    tokenizer.add_tokens(["你好"])
-    new = len(tokenizer) - 1
-    assert new in prompt_ids(tokenizer, "sft", "说 你好 吧")
+BROKEN = [
+    ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+    ("{{ raise_exception('Conversation roles must\n alternate') }}", "alternate"),
+    ("{{ messages[7]['content'] }}", "has no element 7"),
+    ("{{ 1 // 0 }}", "division"),
+]
 
 
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
-        ("{{ raise_exception('Conversation roles must\n alternate') }}", "Conversation roles must alternate"),
-        ("{{ messages[7]['content'] }}", "cannot be used"),
-        ("{{ 1 // 0 }}", "division"),
-    ],
-)
+@pytest.mark.parametrize(("template", "words"), BROKEN)
 def test_a_template_that_fails_is_one_line(folder, template, words, capsys):
     with pytest.raises(SystemExit) as end:
         inference_example.main(["--model_path", str(with_template(folder, template)), "--device", "cpu"])
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if " | " not in line]
     assert end.value.code == 2 and captured.out == "" and len(lines) == 1
-    assert f"the chat template of {folder} cannot be used" in lines[0] and words in lines[0]
+    assert str(folder / "chat_template.jinja") in lines[0] and words in lines[0]
+
+
+@pytest.mark.parametrize(("template", "words"), BROKEN)
+def test_a_tokenizer_that_only_transformers_reads(folder, template, words, monkeypatch):
+    """Its ids are those of `apply_chat_template`."""
+
+    def refuse(place):
+        raise UserError("another kind")
+
+    tokenizer = load_tokenizer(with_template(folder))
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = prompt_ids(tokenizer, "sft", "Hi")
+    for module in (templates, prompts):
+        monkeypatch.setattr(module, "shared_encoder", refuse)
+    assert prompt_ids(tokenizer, "sft", "Hi") == expected
+    assert expected == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(tokenizer, "plain", "Hi") == tokenizer("Hi")["input_ids"]
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="cannot be used") as error:
+        prompt_ids(tokenizer, "sft", "Hi")
+    assert words in str(error.value)
 
 
 def test_the_choice_is_logged_once(folder, capsys):
