@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,7 @@ def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(talk, loaded)
     _, notices, chat = talk(LONG, "short", LONG, LONG)
     history = chat._state.history
     (line,) = [line for line in notices if "the context of" in line]
-    assert line == "[the context of 1,024 tokens is full: the model no longer sees the oldest 1"
+    assert line == "[the context of 1,024 tokens is full; dropped: the oldest 1 exchange]"
     assert history.forgotten == 1 and len(history.exchanges) == 4
     talked = [message for old in history.exchanges[1:3] for message in (user(old.question), assistant(old.answer))]
     assert history.exchanges[3].answer == expected(loaded, [*talked, user(LONG)])
@@ -340,11 +341,13 @@ def test_a_session_in_a_terminal(chat_dir, tmp_path):
             terminal.type(LONG + "\n")
             place = terminal.wait_for("tokens/s", after=place)
             place = terminal.wait_for("\n> ", after=place)
-        assert "[the context of 1,024 tokens is full: the model no longer sees the oldest" in terminal.written
+        assert "[the context of 1,024 tokens is full; dropped: the oldest" in terminal.written
         terminal.type("/reset\n")
         place = terminal.wait_for("5 exchanges removed\n> ", after=place)
-        terminal.type("half a line")
-        terminal.wait_for("half a line", after=place)
+        terminal.type("半行")
+        terminal.wait_for("半行", after=place)
+        # Python's `input` overlooks a signal at the moment between two keys, until the next one.
+        time.sleep(0.5)
         terminal.type(CONTROL_C)
         place = terminal.wait_for("Ctrl-C again, or Ctrl-D, quits.\n> ", after=place)
         terminal.type("\x1b[A\n")

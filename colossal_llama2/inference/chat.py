@@ -133,10 +133,7 @@ class Chat:
         self._check_fits(row)
         if forgotten > history.forgotten:
             history.forgotten = forgotten
-            notice(
-                f"[the context of {context:,} tokens is full: the model no longer sees the oldest "
-                f"{counted(forgotten, 'exchange')}]"
-            )
+            notice(f"[the context of {context:,} tokens is full; dropped: the oldest {counted(forgotten, 'exchange')}]")
         return row
 
     def _check_fits(self, row: list[int]) -> None:
