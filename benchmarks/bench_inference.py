@@ -3,11 +3,13 @@
     python benchmarks/bench_inference.py --work_dir /tmp/bench_inference
 
 The model has the shape of SmolLM2-135M, a vocabulary of 32,000, and random weights, stored as bfloat16. Each row
-generates as many tokens after a short prompt, and counts them per second, with their text. Its ratio is to transformers
-in float32 with the same number of threads, one prompt at a time, greedy or drawn as the row is. "as chosen" is what
---dtype auto and its trial choose. All rows are measured by turns, three times, and medians are printed. Needs 4 GB.
+generates as many tokens after a short prompt, with their text, and has the median time of a token. Its speed is divided
+by that of transformers in float32 with PyTorch's number of threads, one prompt at a time, greedy or drawn as the row
+is. "as chosen" is what --dtype auto and its trial choose. All rows are measured by turns, five times, and medians are
+printed. Needs 4 GB.
 """
 
+import itertools
 import shutil
 import statistics
 import sys
@@ -40,9 +42,9 @@ class Size:
     layers: int = 30
     heads: int = 9
     key_value_heads: int = 3
-    tokens: int = 48
+    tokens: int = 32
     together: int = 16
-    rounds: int = 3
+    rounds: int = 5
     write_tokenizer: Callable[[Path], None] = write_base
 
 
@@ -133,9 +135,10 @@ def measured(folder: Path, size: Size) -> dict[str, list[float]]:
         speeds = {}
         for name, ((precision, count), answer, flags, prompts) in rows_of.items():
             torch.set_num_threads(count)
-            begin = time.perf_counter()
-            tokens = answer(*models[precision], flags, size.tokens if turn else 2, prompts)
-            speeds[name] = tokens / (time.perf_counter() - begin)
+            times = answer(*models[precision], flags, size.tokens if turn else 3, prompts)
+            # Not the total: another process may interrupt a step.
+            seconds = statistics.median(after - before for before, after in itertools.pairwise(times))
+            speeds[name] = prompts / seconds
         torch.set_num_threads(threads)
         for name, speed in speeds.items():
             # The first round chooses and prepares kernels.
@@ -149,40 +152,61 @@ def described(choice: tuple[str, int]) -> str:
     return f"{choice[0]}, {choice[1]} thread{'' if choice[1] == 1 else 's'}"
 
 
-def transformers_answer(model: Any, tokenizer: Any, flags: dict, tokens: int, prompts: int) -> int:
-    """Answer by `generate`, with its streamer's decoding left out; returns the number of tokens."""
+def transformers_answer(model: Any, tokenizer: Any, flags: dict, tokens: int, prompts: int) -> list[float]:
+    """Answer by `generate`. Returns when each token was there, in seconds."""
     import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    times: list[float] = []
+
+    class Clock(BaseStreamer):
+        """Notes the time of the prompt and of each token; nothing is decoded."""
+
+        def put(self, value: torch.Tensor) -> None:
+            times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
 
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     sampling = {name: flags[name] for name in ("temperature", "top_k", "top_p")} if flags["do_sample"] else {}
     torch.manual_seed(1)
-    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=flags["do_sample"], pad_token_id=0, **sampling)
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(new)
-    return len(new)
+    model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=flags["do_sample"],
+        pad_token_id=0,
+        streamer=Clock(),
+        **sampling,
+    )
+    return times[1:]
 
 
-def our_answer(model: Any, tokenizer: Any, flags: dict, tokens: int, prompts: int) -> int:
-    """Answer as inference_example.py does, with the text in parts."""
+def our_answer(model: Any, tokenizer: Any, flags: dict, tokens: int, prompts: int) -> list[float]:
+    """Answer as inference_example.py does. Returns when each token was there, in seconds."""
     from colossal_llama2.inference.answer import Answer
     from colossal_llama2.inference.prompts import text_ids
     from colossal_llama2.inference.settings import GenerationSettings
 
     answer = Answer(model, tokenizer, text_ids(tokenizer, PROMPT), GenerationSettings(tokens, **flags))
-    assert "".join(answer)
-    return answer.tokens
+    return [time.perf_counter() for _ in answer][:-1]
 
 
-def our_answers(model: Any, tokenizer: Any, flags: dict, tokens: int, prompts: int) -> int:
-    """Answer prompts of different lengths together."""
-    from colossal_llama2.inference.batch import answers_in_order
+def our_answers(model: Any, tokenizer: Any, flags: dict, tokens: int, prompts: int) -> list[float]:
+    """Answer prompts of different lengths together. Returns when each token of all of them was there."""
+    from colossal_llama2.inference.generation import generate_tokens
     from colossal_llama2.inference.prompts import text_ids
     from colossal_llama2.inference.settings import GenerationSettings
+    from colossal_llama2.inference.streaming import TextStream
 
     rows = [text_ids(tokenizer, text) for text in short_prompts(prompts)]
-    settings = GenerationSettings(tokens, **flags)
-    found = answers_in_order(model, tokenizer, rows, settings, sequences=1, batch_size=prompts)
-    return sum(answer.tokens for answers in found for answer in answers)
+    streams = [TextStream(tokenizer) for _ in rows]
+    times = []
+    for step in generate_tokens(model, tokenizer, rows, GenerationSettings(tokens, **flags)):
+        for row, token in step.items():
+            streams[row].push(token)
+        times.append(time.perf_counter())
+    return times
 
 
 def short_prompts(count: int) -> Iterator[str]:

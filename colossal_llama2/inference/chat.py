@@ -97,7 +97,7 @@ class Chat:
         self._report(question, answer, is_stopped=stop.is_requested)
 
     def _report(self, question: str, answer: Answer, *, is_stopped: bool) -> None:
-        """Add the exchange to the history, and print what is to be known about it."""
+        """Add the exchange to the history, and print its length, its speed and how it ended."""
         history = self._state.history
         if history is not None and (answer.text or not is_stopped):
             history.add(question, answer.text)

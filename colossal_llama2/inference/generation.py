@@ -34,7 +34,7 @@ class KeptStates:
         self.ids: list[int] = []
         self.cache: Any = None
 
-    def take(self, row: Sequence[int]) -> Any:
+    def reused_for(self, row: Sequence[int]) -> Any:
         """The states of the longest common beginning, without the last token of `row`; None if there is none."""
         cache, ids = self.cache, self.ids
         self.ids, self.cache = [], None
@@ -129,7 +129,7 @@ class _Batch:
         # Renamed in transformers 5.24, where the old name warns.
         is_renamed = "cache" in inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if is_renamed else "past_key_values"
-        self._cache: Any = None if kept is None else kept.take(rows[0])
+        self._cache: Any = None if kept is None else kept.reused_for(rows[0])
         reused = 0 if self._cache is None else self._cache.get_seq_length()
         if self._cache is None:
             self._cache = DynamicCache()
