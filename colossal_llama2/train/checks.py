@@ -92,7 +92,10 @@ class JobChecks(Checks):
     def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
         """The engine that will hold the model."""
         assert model is not None, "a job has inspected its model"
-        return Engine(config.engine, model.parameters)
+        trainable = config.engine.trainable
+        # Gemini leaves frozen weights out of its chunks, and of an adapter's model hardly any are trained.
+        split = model.parameters if trainable.adapter is None else trainable.parameters(model)
+        return Engine(config.engine, split)
 
     def samples(self, samples: "datasets.Dataset", model: ModelFacts | None, *, flag: str) -> None:
         """Each rank reads its share."""
