@@ -139,10 +139,10 @@ def train(
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation=attention)
-    if lora_rank is not None:
-        model = with_adapter(model, lora_rank, seed, trains_embeddings=trains_embeddings)
     if halved:
         halve_matrices(model)
+    if lora_rank is not None:
+        model = with_adapter(model, lora_rank, seed, trains_embeddings=trains_embeddings)
     if freeze:
         for name, param in model.named_parameters():
             param.requires_grad_("embed_tokens" in name or "lm_head" in name)

@@ -33,7 +33,7 @@ class Trainable:
 
     Attributes:
         rows: the only rows of the embeddings that are trained; None for all rows.
-        trains_layers: whether the decoder layers and the last norm are trained.
+        trains_layers: whether the decoder layers and the last norm are trained, or an adapter of the layers.
     """
 
     rows: Ranges | None = None
@@ -52,6 +52,11 @@ class Trainable:
 
     @property
     def trains_layers(self) -> bool:
+        return True
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether rows of the embeddings are trained."""
         return True
 
     @property
@@ -174,16 +179,20 @@ class Lora(Trainable):
     Attributes:
         shape: of the adapter.
         only_new_rows: of the embeddings only the rows that init_model.py added are trained (--train_new_rows_only).
-        trains_embeddings: whether the model has such rows; `of_model` finds out.
+        with_embeddings: whether the model has such rows; `of_model` finds out.
     """
 
     shape: LoraShape = LoraShape(rank=8, alpha=16)
     only_new_rows: bool = False
-    trains_embeddings: bool = False
+    with_embeddings: bool = False
 
     @property
     def adapter(self) -> LoraShape:
         return self.shape
+
+    @property
+    def trains_embeddings(self) -> bool:
+        return self.with_embeddings
 
     def of_model(self, model_path: StrPath) -> "Lora":
         """Raises UserError if --train_new_rows_only finds no new rows, or the rank is larger than the matrices."""
@@ -194,7 +203,7 @@ class Lora(Trainable):
                 f"--lora_rank {self.shape.rank} is more than the hidden size of {model_path}, {width}; give less"
             )
         rows = read_new_rows(model_path) if self.only_new_rows else None
-        return replace(self, rows=rows, trains_embeddings=bool(rows or folder.content.get(NEW_ROWS_KEY)))
+        return replace(self, rows=rows, with_embeddings=bool(rows or folder.content.get(NEW_ROWS_KEY)))
 
     def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1, sp_mode: str | None = None) -> list[str]:
         given = [f"--tp {tp_size}"] if tp_size > 1 else []
@@ -212,7 +221,7 @@ class Lora(Trainable):
     def prepare(self, model: "LlamaForCausalLM") -> tuple[int, int]:
         lora.inject(model, self.shape)
         for name, param in model.named_parameters():
-            if self.trains_embeddings and _is_embedding(name):
+            if self.with_embeddings and _is_embedding(name):
                 param.requires_grad_(True)
         return _counts(model)
 
@@ -222,13 +231,13 @@ class Lora(Trainable):
 
     def parameters(self, model: ModelFacts) -> int:
         layer = sum(self.shape.elements(model.layer_matrices[target]) for target in self.shape.targets)
-        return model.layers * layer + (model.embedding_parameters if self.trains_embeddings else 0)
+        return model.layers * layer + (model.embedding_parameters if self.with_embeddings else 0)
 
     def saved_parameters(self, model: ModelFacts) -> int:
         return self.parameters(model)
 
     def saved_name(self, name: str) -> str | None:
-        is_saved = lora.is_of_adapter(name) or (self.trains_embeddings and _is_embedding(name))
+        is_saved = lora.is_of_adapter(name) or (self.with_embeddings and _is_embedding(name))
         return lora.saved_name(name) if is_saved else None
 
     @property
@@ -237,7 +246,7 @@ class Lora(Trainable):
         text = f"LoRA of rank {self.shape.rank} and alpha {self.shape.alpha:g} on {targets} of the layers"
         if self.rows is not None:
             return f"{text} and {_rows_in_words(self.rows)}"
-        return f"{text} and the embeddings" if self.trains_embeddings else text
+        return f"{text} and the embeddings" if self.with_embeddings else text
 
     def layout(self) -> dict[str, Any]:
         return {**super().layout(), "adapter": self.adapter_facts()}
@@ -245,7 +254,7 @@ class Lora(Trainable):
     def adapter_facts(self) -> dict[str, Any]:
         targets = list(self.shape.targets)
         facts = {"rank": self.shape.rank, "alpha": self.shape.alpha, "targets": targets}
-        return {**facts, "embeddings": self.trains_embeddings}
+        return {**facts, "embeddings": self.with_embeddings}
 
 
 def _is_embedding(name: str) -> bool:
