@@ -52,6 +52,8 @@ RESUMED_FACTS = {
     "freeze_non_embeds_params": "--freeze_non_embeds_params",
     "adapter": "--lora_rank",
 }
+# Besides --lora_rank: what they mean is in the fact "adapter" too.
+ADAPTER_FLAGS = ("--lora_alpha", "--lora_targets")
 
 
 def settle(config: TrainConfig) -> TrainConfig:
@@ -116,7 +118,7 @@ def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
 
 def _is_compared(setting: str) -> bool:
     """Whether a setting is compared by its value; paths are compared by their content, such as data by its hash."""
-    return changes_numbers(setting) and f"--{setting}" not in RESUMED_FACTS.values()
+    return changes_numbers(setting) and f"--{setting}" not in {*RESUMED_FACTS.values(), *ADAPTER_FLAGS}
 
 
 def _short(value: Any) -> str:
