@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from colossal_llama2.corpus.message_formats import recognize
 from colossal_llama2.encoding.registry import load_encoder
 from colossal_llama2.inference import chat_template as inference_template
 from colossal_llama2.inference import console
+from colossal_llama2.inference.answer import Answer
 from colossal_llama2.inference.chat import Chat
 from colossal_llama2.inference.history import History, append_conversation
 from colossal_llama2.inference.loading import load_model
@@ -218,7 +221,7 @@ def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(talk, loaded)
     _, notices, chat = talk(LONG, "short", LONG, LONG)
     history = chat._state.history
     (line,) = [line for line in notices if "the context of" in line]
-    assert line == "[the context of 1,024 tokens is full: the model no longer sees the oldest 1"
+    assert line == "[the context of 1,024 tokens is full; dropped: the oldest 1 exchange]"
     assert history.forgotten == 1 and len(history.exchanges) == 4
     talked = [message for old in history.exchanges[1:3] for message in (user(old.question), assistant(old.answer))]
     assert history.exchanges[3].answer == expected(loaded, [*talked, user(LONG)])
@@ -254,39 +257,41 @@ def test_without_a_template_each_line_is_continued_by_itself(talk, loaded):
     assert not any(line.startswith("/undo ") and "remove" in line for line in notices)
 
 
-class InterruptedStream:
-    """Text of an answer during which Ctrl-C is pressed: at the first part, or twice."""
+def press_control_c(monkeypatch, presses: int, *, at_token: int) -> None:
+    """Press Ctrl-C several times at once while a token becomes text, and once more when the answer is reported."""
+    push, speed = TextStream.push, Answer.speed
+    count = iter(range(1000))
 
-    def __init__(self, monkeypatch, presses: int, tokens: int):
-        self.left = presses
-        push = TextStream.push
-        count = iter(range(1000))
+    def pushed(stream, token):
+        if next(count) == at_token:
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+        return push(stream, token)
 
-        def pushed(stream, token):
-            if next(count) >= tokens and self.left:
-                self.left -= 1
-                os.kill(os.getpid(), 2)
-            return push(stream, token)
+    def reported(answer):
+        if presses > 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return speed(answer)
 
-        monkeypatch.setattr(TextStream, "push", pushed)
+    monkeypatch.setattr(TextStream, "push", pushed)
+    monkeypatch.setattr(Answer, "speed", reported)
 
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_a_stopped_answer_is_kept_as_far_as_it_came(talk, loaded, monkeypatch, presses):
-    InterruptedStream(monkeypatch, presses, tokens=5)
+    press_control_c(monkeypatch, presses, at_token=5)
     settings = GenerationSettings(300, False, 0.3, 50, 0.95, None)
-    out, notices, chat = talk("你好", "more", "/set max_new_tokens 8", settings=settings)
-    kept = chat._state.history.exchanges[0].answer
-    assert kept and expected(loaded, [user("你好")], 20).startswith(kept)
+    out, notices, chat = talk("你好", "/set max_new_tokens 8", "more", settings=settings)
+    first, second = chat._state.history.exchanges
+    assert first.answer and expected(loaded, [user("你好")], 20).startswith(first.answer)
     assert "stopped, what there is of the answer is kept" in " ".join(notices)
-    second = chat._state.history.exchanges[-1]
-    messages = [user("你好"), assistant(kept), user("more")]
-    assert expected(loaded, messages, 20).startswith(second.answer[:5])
+    assert second.answer == expected(loaded, [user("你好"), assistant(first.answer), user("more")])
+    assert f"> 你好\n{printable(first.answer)}\n> /set" in out
 
 
 def test_nothing_is_kept_if_an_answer_is_stopped_before_its_first_character(talk, monkeypatch):
     def stop(stream, token):
-        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), signal.SIGINT)
         return ""
 
     monkeypatch.setattr(TextStream, "push", stop)
@@ -336,11 +341,13 @@ def test_a_session_in_a_terminal(chat_dir, tmp_path):
             terminal.type(LONG + "\n")
             place = terminal.wait_for("tokens/s", after=place)
             place = terminal.wait_for("\n> ", after=place)
-        assert "[the context of 1,024 tokens is full: the model no longer sees the oldest" in terminal.written
+        assert "[the context of 1,024 tokens is full; dropped: the oldest" in terminal.written
         terminal.type("/reset\n")
         place = terminal.wait_for("5 exchanges removed\n> ", after=place)
-        terminal.type("half a line")
-        terminal.wait_for("half a line", after=place)
+        terminal.type("半行")
+        terminal.wait_for("半行", after=place)
+        # Python's `input` overlooks a signal at the moment between two keys, until the next one.
+        time.sleep(0.5)
         terminal.type(CONTROL_C)
         place = terminal.wait_for("Ctrl-C again, or Ctrl-D, quits.\n> ", after=place)
         terminal.type("\x1b[A\n")

@@ -205,3 +205,10 @@ def test_a_character_without_a_token_is_refused_in_messages_too(tmp_path):
     folder = with_template(make_byte_level(tmp_path / "model", "smollm2", missing=b"\x04"), CHATML)
     with pytest.raises(UserError, match="the prompt cannot be used: the character .*04"):
         prompts.prompt_ids(load_tokenizer(folder), "sft", "a \x04")
+
+
+def test_an_empty_prompt_needs_a_mark(folder, tmp_path):
+    assert len(prompt_ids(load_tokenizer(folder), "plain", "")) == 1
+    place = make_byte_level(tmp_path / "qwen", "qwen2", bos=None)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        prompts.prompt_ids(load_tokenizer(place), "plain", "")

@@ -181,6 +181,7 @@ def workplace(tmp_path_factory):
     messages = [{"from": "human", "content": "你好"}, {"from": "assistant", "content": tiny.CHINESE}]
     write_jsonl(folder / "data" / "chat" / "a.jsonl", ({"messages": messages} for _ in range(20)))
     (folder / "hostfile").write_text("localhost\n")
+    (folder / "prompts.txt").write_text("你好\n天气\n", encoding="utf-8")
     write_ranks(folder / "llama-3-8b" / "original" / "tokenizer.model")
     return folder
 

@@ -55,21 +55,21 @@ class Chat:
         while not self._state.is_over:
             try:
                 typed = self._input.read()
+                was_interrupted = False
+                if typed is None:
+                    if self._input.is_terminal:
+                        show("")
+                    return
+                with StopOnInterrupt() as stop:
+                    self._handle(typed, stop)
             except KeyboardInterrupt:
                 show("")
                 if was_interrupted or not self._input.is_terminal:
                     return
                 was_interrupted = True
                 notice("Ctrl-C again, or Ctrl-D, quits.")
-                continue
-            was_interrupted = False
-            if typed is None:
-                if self._input.is_terminal:
-                    show("")
-                return
-            self._handle(typed)
 
-    def _handle(self, typed: Typed) -> None:
+    def _handle(self, typed: Typed, stop: StopOnInterrupt) -> None:
         if not typed.text.strip():
             return
         if any("\ud800" <= character <= "\udfff" for character in typed.text):
@@ -77,24 +77,20 @@ class Chat:
         elif typed.is_command:
             run_command(self._state, typed.text)
         else:
-            self._answer(typed.text)
+            self._answer(typed.text, stop)
 
-    def _answer(self, question: str) -> None:
+    def _answer(self, question: str, stop: StopOnInterrupt) -> None:
         try:
             row = self._row(question)
         except UserError as error:
             notice(f"{error}; the message is not sent")
             return
         answer = Answer(self._model, self._tokenizer, row, self._state.settings, kept=self._kept)
-        with StopOnInterrupt() as stop:
-            try:
-                for part in answer:
-                    show(part if self._streams else "", end="")
-                    if stop.is_requested:
-                        break
-            except KeyboardInterrupt:
-                # The second one, inside a long computation.
-                stop.is_requested = True
+        with stop.may_interrupt():
+            for part in answer:
+                show(part if self._streams else "", end="")
+                if stop.is_requested:
+                    break
         show("" if self._streams else answer.text)
         self._report(question, answer, is_stopped=stop.is_requested)
 
@@ -137,10 +133,7 @@ class Chat:
         self._check_fits(row)
         if forgotten > history.forgotten:
             history.forgotten = forgotten
-            notice(
-                f"[the context of {context:,} tokens is full: the model no longer sees the oldest "
-                f"{counted(forgotten, 'exchange')}]"
-            )
+            notice(f"[the context of {context:,} tokens is full; dropped: the oldest {counted(forgotten, 'exchange')}]")
         return row
 
     def _check_fits(self, row: list[int]) -> None:

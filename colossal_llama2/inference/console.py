@@ -1,7 +1,9 @@
 """The two ends of a chat's terminal: messages that are typed, and lines that the chat itself prints."""
 
+import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -41,8 +43,6 @@ class MessageInput:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")
         if self.is_terminal:
-            import contextlib
-
             with contextlib.suppress(ImportError):
                 # `input` then edits lines, and goes back to earlier ones.
                 import readline  # noqa: F401
@@ -93,10 +93,14 @@ class MessageInput:
 
 
 class StopOnInterrupt:
-    """While it is entered, the first Ctrl-C only sets `is_requested`; the second one raises KeyboardInterrupt."""
+    """While it is entered, Ctrl-C only sets `is_requested`, which long work asks for.
+
+    Inside `may_interrupt`, the second Ctrl-C raises KeyboardInterrupt: the work may ask too rarely.
+    """
 
     def __init__(self) -> None:
         self.is_requested = False
+        self._may_raise = False
         self._before: Any = None
 
     def __enter__(self) -> "StopOnInterrupt":
@@ -108,7 +112,18 @@ class StopOnInterrupt:
     ) -> None:
         signal.signal(signal.SIGINT, self._before)
 
+    @contextlib.contextmanager
+    def may_interrupt(self) -> Iterator[None]:
+        """Work that a second Ctrl-C ends. The KeyboardInterrupt does not leave this block."""
+        self._may_raise = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.is_requested = True
+        finally:
+            self._may_raise = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.is_requested:
+        if self.is_requested and self._may_raise:
             raise KeyboardInterrupt
         self.is_requested = True

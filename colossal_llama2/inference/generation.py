@@ -6,6 +6,7 @@ whole vocabulary for each drawn token, and computes rows that have ended until t
 torch and transformers are imported inside the functions, so that importing this module costs nothing.
 """
 
+import inspect
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,10 @@ class KeptStates:
         length = min(len(ids) if common is None else common, len(row) - 1)
         if cache is None or length < 1:
             return None
-        cache.crop(length)
+        surplus = cache.get_seq_length() - length
+        if surplus:
+            # A negative number is one of tokens to remove, in every version of transformers.
+            cache.crop(-surplus)
         return cache
 
 
@@ -122,6 +126,9 @@ class _Batch:
         from transformers import DynamicCache
 
         self._model, self._kept = model, kept
+        # Renamed in transformers 5.24, where the old name warns.
+        is_renamed = "cache" in inspect.signature(type(model).forward).parameters
+        self._cache_argument = "cache" if is_renamed else "past_key_values"
         self._cache: Any = None if kept is None else kept.take(rows[0])
         reused = 0 if self._cache is None else self._cache.get_seq_length()
         if self._cache is None:
@@ -145,9 +152,9 @@ class _Batch:
                 input_ids=self._inputs,
                 attention_mask=self._mask,
                 position_ids=self._positions,
-                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_argument: self._cache},
             )
         if self._kept is not None:
             # Not before: an interrupted pass leaves states of some layers only.

@@ -92,7 +92,7 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     token that is spelled out in the text stays text.
 
     Raises:
-        UserError: the text has a character that the tokenizer would drop.
+        UserError: the text has a character that the tokenizer would drop, or there is not a single token.
     """
     _check_characters(tokenizer, text)
     ids = list(tokenizer(text, split_special_tokens=True)["input_ids"])
@@ -100,6 +100,8 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     if mark is not None and ids[:1] != [mark]:
         _log_once(f"the prompt begins with {tokenizer.convert_ids_to_tokens(mark)}, as documents do in training")
         ids = [mark, *ids]
+    if not ids:
+        raise UserError("the prompt is empty, and the tokenizer begins a text with no mark; give some text")
     return ids
 
 
