@@ -430,12 +430,12 @@ In the names of the rows, "accumulating" and its number are the micro batches of
 `--use_grad_checkpoint`, "frozen" is `--freeze_non_embeds_params`, "tied" is a model with tied embeddings, "biases" one
 with biases, and "llama3" one with LLaMA-3's positions, fewer key-value heads than heads, and heads of another size than
 hidden_size / heads. The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared
-with their documents one by one. "lora" is an adapter of rank {lora_rank}, which the plain loop trains with PEFT's own
-model; its "weights" are those of the adapter, and "grown" is a model with new rows, whose embeddings are trained with
-it. "far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that
-repeats the token {far_distance:,} positions before. Gemini's models are divided into at least eight chunks, each spread
-over the ranks. The learning rate is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the
-higher rate, rounding alone makes two plain loops differ by up to 1e-5.
+with their documents one by one. "lora" is an adapter of rank {lora_rank}, which the plain loop trains in PEFT's own
+model; its weights are those of the adapter. A "grown" model has new rows, and trains its embeddings with the adapter.
+"far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that repeats the token {far_distance:,}
+positions before. Gemini's models are divided into at least eight chunks, each spread over the ranks. The learning rate
+is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the higher rate, rounding alone makes
+two plain loops differ by up to 1e-5.
 
 In float32, differences of 1e-5 in loss and norm and of 1e-4 in the weights are allowed. In bf16, the limit is twice the
 largest difference between plain loops that differ only in rounding, and for weights at least 1e-2. These loops process
