@@ -30,7 +30,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tests import far_copies, launching, reference, tiny, training_jobs
-from tests.layouts import HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
+from tests.layouts import FLOAT32_LAYOUTS, HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -73,19 +73,12 @@ class Option:
 # The layouts that are combined with every option, besides float32 on two ranks; others only with some.
 EVERY_OPTION = {"fp32": ("3d pp2 tp2",), "bf16": ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")}
 SOME_OPTIONS = {"fp32": ("", "accumulating 4", "documents"), "bf16": ("", "accumulating 4")}
-# An adapter is not split over ranks.
+# Ranks hold the whole of an adapter.
 LORA_LAYOUTS = {
-    "fp32": ("ddp", "zero2", "zero2_cpu", "3d"),
+    "fp32": ("ddp", "zero2", "zero2_cpu", "3d", "3d sp2 all_to_all"),
     "bf16": (
-        "ddp",
-        "gemini",
-        "gemini offloaded",
-        "gemini_auto",
-        "zero2",
-        "zero2_cpu",
-        "3d zero0",
-        "3d zero1",
-        "3d zero2",
+        *("ddp", "gemini", "gemini offloaded", "gemini_auto", "zero2", "zero2_cpu"),
+        *("3d zero0", "3d zero1", "3d zero2", "3d sp2 all_to_all zero1"),
     ),
 }
 EVERY_LORA_OPTION = {"fp32": LORA_LAYOUTS["fp32"], "bf16": ("gemini", "zero2", "3d zero1")}
@@ -135,6 +128,9 @@ REFUSED = {
         Option(accumulation_steps=4),
     ),
 }
+REFUSED.update(
+    (f"fp32 {layout} lora", ("fp32", FLOAT32_LAYOUTS[layout], OPTIONS["lora"])) for layout in ("3d tp2", "3d pp2")
+)
 REFUSED_SECONDS = 90
 ROWS_AT_A_TIME = 16
 
