@@ -189,7 +189,7 @@ def test_an_adapter_is_no_model(home, models, tmp_path):
     """One line names the command that makes a model of it."""
     adapter = adapter_of(home, "gemini")
     with pytest.raises(
-        UserError, match=r"merge it into its base .*colossal_llama2\.model\.merge_lora .*--adapter_path"
+        UserError, match=r"merge it into its base: .*colossal_llama2\.model\.merge_lora .*--adapter_path"
     ):
         check_model(str(adapter), "--model_path")
     assert inference_flags.inference_parser().parse_args(["--model_path", str(adapter)]).model_path == str(adapter)
