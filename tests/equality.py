@@ -30,7 +30,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tests import far_copies, launching, reference, tiny, training_jobs
-from tests.layouts import HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
+from tests.layouts import FLOAT32_LAYOUTS, HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -73,19 +73,12 @@ class Option:
 # The layouts that are combined with every option, besides float32 on two ranks; others only with some.
 EVERY_OPTION = {"fp32": ("3d pp2 tp2",), "bf16": ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")}
 SOME_OPTIONS = {"fp32": ("", "accumulating 4", "documents"), "bf16": ("", "accumulating 4")}
-# An adapter is not split over ranks.
+# Ranks hold the whole of an adapter.
 LORA_LAYOUTS = {
-    "fp32": ("ddp", "zero2", "zero2_cpu", "3d"),
+    "fp32": ("ddp", "zero2", "zero2_cpu", "3d", "3d sp2 all_to_all"),
     "bf16": (
-        "ddp",
-        "gemini",
-        "gemini offloaded",
-        "gemini_auto",
-        "zero2",
-        "zero2_cpu",
-        "3d zero0",
-        "3d zero1",
-        "3d zero2",
+        *("ddp", "gemini", "gemini offloaded", "gemini_auto", "zero2", "zero2_cpu"),
+        *("3d zero0", "3d zero1", "3d zero2", "3d sp2 all_to_all zero1"),
     ),
 }
 EVERY_LORA_OPTION = {"fp32": LORA_LAYOUTS["fp32"], "bf16": ("gemini", "zero2", "3d zero1")}
@@ -135,6 +128,9 @@ REFUSED = {
         Option(accumulation_steps=4),
     ),
 }
+REFUSED.update(
+    (f"fp32 {layout} lora", ("fp32", FLOAT32_LAYOUTS[layout], OPTIONS["lora"])) for layout in ("3d tp2", "3d pp2")
+)
 REFUSED_SECONDS = 90
 ROWS_AT_A_TIME = 16
 
@@ -430,12 +426,12 @@ In the names of the rows, "accumulating" and its number are the micro batches of
 `--use_grad_checkpoint`, "frozen" is `--freeze_non_embeds_params`, "tied" is a model with tied embeddings, "biases" one
 with biases, and "llama3" one with LLaMA-3's positions, fewer key-value heads than heads, and heads of another size than
 hidden_size / heads. The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared
-with their documents one by one. "lora" is an adapter of rank {lora_rank}, which the plain loop trains with PEFT's own
-model; its "weights" are those of the adapter, and "grown" is a model with new rows, whose embeddings are trained with
-it. "far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that
-repeats the token {far_distance:,} positions before. Gemini's models are divided into at least eight chunks, each spread
-over the ranks. The learning rate is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the
-higher rate, rounding alone makes two plain loops differ by up to 1e-5.
+with their documents one by one. "lora" is an adapter of rank {lora_rank}, which the plain loop trains in PEFT's own
+model; its weights are those of the adapter. A "grown" model has new rows, and trains its embeddings with the adapter.
+"far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that repeats the token {far_distance:,}
+positions before. Gemini's models are divided into at least eight chunks, each spread over the ranks. The learning rate
+is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the higher rate, rounding alone makes
+two plain loops differ by up to 1e-5.
 
 In float32, differences of 1e-5 in loss and norm and of 1e-4 in the weights are allowed. In bf16, the limit is twice the
 largest difference between plain loops that differ only in rounding, and for weights at least 1e-2. These loops process

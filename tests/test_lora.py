@@ -189,7 +189,7 @@ def test_an_adapter_is_no_model(home, models, tmp_path):
     """One line names the command that makes a model of it."""
     adapter = adapter_of(home, "gemini")
     with pytest.raises(
-        UserError, match=r"merge it into its base .*colossal_llama2\.model\.merge_lora .*--adapter_path"
+        UserError, match=r"merge it into its base: .*colossal_llama2\.model\.merge_lora .*--adapter_path"
     ):
         check_model(str(adapter), "--model_path")
     assert inference_flags.inference_parser().parse_args(["--model_path", str(adapter)]).model_path == str(adapter)
@@ -330,8 +330,8 @@ def test_hostile_adapters_end_in_one_line(home, models, tmp_path, kind):
         (["--plugin", "3d", "--tp", "2"], "--tp 2 is not available with --lora_rank"),
         (["--plugin", "3d", "--pp", "2", "--micro_batch_size", "2"], "--pp 2 is not available with --lora_rank"),
         (
-            ["--plugin", "3d", "--enable_sequence_parallelism", "--sp_mode", "all_to_all", "--sp", "2"],
-            "--enable_sequence_parallelism is not available with --lora_rank",
+            ["--plugin", "3d", "--tp", "2", "--enable_sequence_parallelism", "--sp_mode", "ring"],
+            "--tp 2 is not available with --lora_rank",
         ),
         (["--freeze_non_embeds_params"], "--freeze_non_embeds_params nothing of them; give one of them"),
         (["--train_new_rows_only", "--chunked_loss", "off"], "--train_new_rows_only needs the chunked loss"),

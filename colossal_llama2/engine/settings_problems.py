@@ -19,7 +19,6 @@ def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
         pp_size=settings.pp_size,
         chunked_loss=settings.chunked_loss,
         tp_size=settings.tp_size,
-        sp_mode=settings.sp_mode,
     )
     return problems + _pipeline_problems(settings) + _sequence_problems(settings)
 

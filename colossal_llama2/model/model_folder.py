@@ -34,10 +34,11 @@ def check_no_adapter(folder: Path) -> None:
     if not found and os.path.lexists(folder / ADAPTER_PATTERNS[0]):
         found = [ADAPTER_PATTERNS[0]]
     if found:
+        merged = "; if the weights beside it are merged already, remove it" if has_weights(folder) else ""
         raise UserError(
-            f"{folder} has {', '.join(found)}, an adapter, which is not loaded here; first merge it into its base "
-            f"(python -m colossal_llama2.model.merge_lora --base_model_path BASE --adapter_path {folder} "
-            f"--target_model_path NEW), or, if the weights beside it are merged already, remove it"
+            f"{folder} has {', '.join(found)}, an adapter, which is not loaded here; first merge it into its base: "
+            f"python -m colossal_llama2.model.merge_lora --base_model_path BASE --adapter_path {folder} "
+            f"--target_model_path NEW{merged}"
         )
 
 

@@ -73,7 +73,7 @@ class Trainable:
         """The same choice, completed from the model's folder. Raises UserError if the folder lacks what it needs."""
         return self
 
-    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1, sp_mode: str | None = None) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         """Why these settings of the engine cannot train this choice, one sentence each."""
         return []
 
@@ -122,7 +122,7 @@ class Embeddings(Trainable):
     def trains_layers(self) -> bool:
         return False
 
-    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1, sp_mode: str | None = None) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         if pp_size <= 2:
             return []
         return [
@@ -157,7 +157,7 @@ class NewRows(Embeddings):
     def decays(self) -> bool:
         return False
 
-    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1, sp_mode: str | None = None) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         problems = super().problems(pp_size=pp_size, chunked_loss=chunked_loss)
         if chunked_loss == "off":
             problems.append(ROWS_NEED_CHUNKED_LOSS)
@@ -205,10 +205,9 @@ class Lora(Trainable):
         rows = read_new_rows(model_path) if self.only_new_rows else None
         return replace(self, rows=rows, with_embeddings=bool(rows or folder.content.get(NEW_ROWS_KEY)))
 
-    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1, sp_mode: str | None = None) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         given = [f"--tp {tp_size}"] if tp_size > 1 else []
         given += [f"--pp {pp_size}"] if pp_size > 1 else []
-        given += ["--enable_sequence_parallelism"] if sp_mode is not None else []
         problems = [
             f"{flag} is not available with --lora_rank, whose adapter is not split; leave it out, more GPUs then share "
             f"the batch"

@@ -47,17 +47,17 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
     model.train()
     engine.boost(model)
     if settings.trainable.adapter is not None:
-        seed_dropout(config.recipe.seed, engine.data_rank)
+        seed_dropout(config.recipe.seed, engine.rank)
     if source.checkpoint is None and source.trained != source.pretrained:
         logs.get_logger().info("Loaded only the weights of %s", source.trained)
 
 
-def seed_dropout(seed: int, data_rank: int) -> None:
-    """Let ranks with other samples drop other inputs of an adapter. A resumed run restores the states that it saved."""
+def seed_dropout(seed: int, rank: int) -> None:
+    """Let ranks, which see other tokens, drop other inputs of an adapter. A resumed run restores its saved states."""
     import numpy as np
     import torch
 
-    torch.manual_seed(int(np.random.SeedSequence([seed, data_rank]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
 def restore(saved: SavedRun, engine: Engine, facts: RunFacts) -> None:

@@ -8,7 +8,7 @@ from colossal_llama2 import logs
 from colossal_llama2.encoding.file_names import CONFIG_FILE as TOKENIZER_CONFIG
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.adapter_files import check_same_adapter, is_adapter, read_adapter
+from colossal_llama2.model.adapter_files import check_adapter_weights, check_same_adapter, is_adapter, read_adapter
 from colossal_llama2.model.config_fields import ModelFolder
 from colossal_llama2.model.trainable import Trainable
 from colossal_llama2.train.run_folder import checkpoint_files
@@ -132,7 +132,9 @@ def check_adapter(source: ModelSource, trainable: Trainable) -> None:
             f"--load_checkpoint {source.checkpoint or source.adapter}: holds an adapter; give the --lora_rank of its "
             f"run, or merge it and name the result with --pretrained (python -m colossal_llama2.model.merge_lora)"
         )
-    check_same_adapter(read_adapter(source.adapter), trainable, flag="--load_checkpoint")
+    adapter = read_adapter(source.adapter)
+    check_same_adapter(adapter, trainable, flag="--load_checkpoint")
+    check_adapter_weights(adapter, source.weights_folder.fields)
 
 
 def newest_source(folder: RunFolder, *, otherwise: ModelSource, before: str | None = None) -> ModelSource:
