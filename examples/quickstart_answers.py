@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from colossal_llama2 import errors
 from colossal_llama2.cli.parser import CommandParser
+from colossal_llama2.storage.input_files import check_regular
 from colossal_llama2.terminal_text import visible_line
 
 # Of each text, in columns of a terminal: the table has 80.
@@ -51,6 +52,7 @@ def fitted(text: str, width: int) -> str:
 def rows_of(path: Path, kind: str) -> list[tuple[str, str, str, bool | None]]:
     """(kind, question, answer, is it the answer of the training) for each line; None for a new question."""
     rows = []
+    check_regular(path)
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         answer = record["answer"].strip()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from colossal_llama2 import errors
 from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import positive_int
+from colossal_llama2.storage.input_files import check_regular
 
 LANGUAGES = ("en", "zh")
 # A question and its answer fit into a line of the table.
@@ -39,9 +40,15 @@ def build_parser() -> CommandParser:
     return parser
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file. Raises UserError if it is missing."""
+    check_regular(path)
+    return path.read_text(encoding="utf-8").splitlines()
+
+
 def trained_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """The questions and answers of dialogues of two messages."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path):
         contents = [message["content"] for message in json.loads(line)["messages"]]
         if len(contents) == 2:
             yield contents[0], contents[1]
@@ -49,7 +56,7 @@ def trained_pairs(path: Path) -> Iterator[tuple[str, str]]:
 
 def held_out_pairs(path: Path) -> Iterator[tuple[str, str]]:
     """The same of held-out dialogues, which are documents of one message per line."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path):
         record = json.loads(line)
         contents = record["target"].split("\n")
         if record["category"] == "dialogue" and len(contents) == 2:
