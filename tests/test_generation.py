@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from colossal_llama2.errors import RunError
 from colossal_llama2.inference.answer import Answer
 from colossal_llama2.inference.generation import KeptStates, generate_tokens
 from colossal_llama2.inference.loading import load_model
@@ -191,3 +192,12 @@ def test_an_answer_counts_its_tokens_and_reports_where_it_was_cut(loaded):
         assert answer.tokens == new.index(new[4]) and not answer.is_cut
     finally:
         model.generation_config.eos_token_id = ends
+
+
+@pytest.mark.parametrize("flags", [GREEDY, DRAWN])
+def test_a_model_that_computes_nan_is_one_line(loaded, monkeypatch, flags):
+    model, tokenizer = loaded
+    forward = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: forward(hidden) * torch.inf)
+    with pytest.raises(RunError, match="NaN or Inf in float32; use --dtype fp32"):
+        continued(model, tokenizer, [ids_of(tokenizer, "the")], GenerationSettings(4, **flags))

@@ -166,6 +166,7 @@ def test_settings_are_those_of_the_flags(talk):
         ("/jump", "unknown command /jump; /help lists the commands"),
         ("/save", "give a file, such as /save chat.jsonl"),
         ("/save x.jsonl", "there is nothing to save yet"),
+        ("/set seed -1", "a whole number from 0 to 4294967295 allowed"),
     ],
 )
 def test_a_mistake_is_reported_and_changes_nothing(talk, line, words, tmp_path, monkeypatch):
@@ -201,10 +202,11 @@ def test_a_saved_chat_is_input_of_prepare_sft_dataset(talk, tmp_path):
 def test_another_file_is_never_appended_to(talk, tmp_path, content):
     path = tmp_path / "mine.jsonl"
     path.write_text(content)
-    _, notices, _ = talk("hi", f"/save {path}", f"/save {tmp_path}", f"/save {tmp_path}/no/x")
+    others = (f"/save {tmp_path}", f"/save {path}/x", "/save ~no-such-user/x", "/save a\0b")
+    _, notices, _ = talk("hi", f"/save {path}", *others)
+    assert sum(line.startswith("/save") for line in notices) == 5
     assert path.read_text() == content
-    shown = " ".join(notices)
-    assert "/save: " in shown and "is a folder" in shown
+    assert "is a folder" in " ".join(notices)
 
 
 def test_a_line_without_its_end_is_completed_before_another_is_added(tmp_path):

@@ -63,8 +63,10 @@ class Chat:
                 with StopOnInterrupt() as stop:
                     self._handle(typed, stop)
             except KeyboardInterrupt:
+                if not self._input.is_terminal:
+                    raise
                 show("")
-                if was_interrupted or not self._input.is_terminal:
+                if was_interrupted:
                     return
                 was_interrupted = True
                 notice("Ctrl-C again, or Ctrl-D, quits.")

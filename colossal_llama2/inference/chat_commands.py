@@ -1,6 +1,7 @@
 """The commands of a chat: lines that begin with a slash."""
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +49,9 @@ def run_command(state: ChatState, line: str) -> None:
     else:
         try:
             command.run(state, text.strip())
-        except (UserError, OSError) as error:
-            notice(f"{name}: {reason(error)}")
+        except (UserError, OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+            problem = reason(error)
+            notice(problem if problem.startswith(name) else f"{name}: {problem}")
 
 
 def _help(state: ChatState, text: str) -> None:
@@ -91,7 +93,7 @@ def _save(state: ChatState, text: str) -> None:
         raise UserError("give a file, such as /save chat.jsonl")
     if not state.history.exchanges:
         raise UserError("there is nothing to save yet")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     line = append_conversation(path, state.history.record())
     place = f"{path}, a new file" if line == 1 else f"line {line:,} of {path}; earlier lines are unchanged"
     notice(f"saved {counted(len(state.history.exchanges), 'exchange')} as {place}")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from colossal_llama2.errors import UserError
-from colossal_llama2.storage.files import check_can_create, open_no_link, read_jsonl
-from colossal_llama2.storage.input_files import ANY_SIZE, check_regular
+from colossal_llama2.storage.files import open_no_link, read_jsonl
+from colossal_llama2.storage.output_paths import check_output_file
 
 
 class Exchange(NamedTuple):
@@ -82,15 +82,14 @@ def append_conversation(path: Path, record: Mapping[str, Any]) -> int:
         OSError: writing fails.
     """
     lines, needs_break = 0, False
+    check_output_file(path, "/save")
     if path.exists():
-        check_regular(path, max_bytes=ANY_SIZE, allows_empty=True)
         for line in read_jsonl(path):
             if line.record is not None and "messages" not in line.record:
                 raise UserError(f'{line.where}: has no "messages"; give a new file, or one of saved conversations')
         content = path.read_bytes()
         needs_break = bool(content) and not content.endswith(b"\n")
         lines = content.count(b"\n") + needs_break
-    check_can_create(path, "/save")
     text = json.dumps(record, ensure_ascii=False)
     with open_no_link(path, "ab") as file:
         file.write(("\n" * needs_break + text + "\n").encode())

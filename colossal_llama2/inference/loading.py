@@ -125,14 +125,14 @@ def precision_of(model: "LlamaForCausalLM") -> str:
 
 
 @contextlib.contextmanager
-def memory_errors_named(device: str | None) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into a RunError that names the device."""
+def memory_errors_named(device: str | None, *, cure: str = "use --device cpu") -> Iterator[None]:
+    """Turn a GPU's out-of-memory error into a RunError that names the device and the cure."""
     import torch
 
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise RunError(f"--device {device or 'cuda:0'} has too little memory ({_first_line(error)}); use --device cpu")
+        raise RunError(f"--device {device or 'cuda:0'} has too little memory ({_first_line(error)}); {cure}")
 
 
 def refuse_missing_folder(model_path: str) -> None:

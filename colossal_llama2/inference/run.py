@@ -41,7 +41,8 @@ def run(settings: InferenceSettings) -> None:
     if job is not None and job.is_done(prompts):
         return
     loading.quiet_libraries()
-    with loading.memory_errors_named(settings.device):
+    cure = "use a smaller --batch_size, or --device cpu" if settings.input_file is not None else "use --device cpu"
+    with loading.memory_errors_named(settings.device, cure=cure):
         device = loading.resolve_device(settings.device)
         folder = loading.local_folder(settings.model_path)
         job = job or _Job.of(settings, folder, prompts)

@@ -4,9 +4,11 @@ The steps and their order are those of transformers' `generate` (generation/logi
 temperature, top_k, top_p. A seed draws the same tokens as there. Only the candidates of top_k are sorted for top_p.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from colossal_llama2.errors import RunError
 from colossal_llama2.inference.settings import GenerationSettings
 
 if TYPE_CHECKING:
@@ -53,10 +55,17 @@ class Sampler:
                 self._seen[row, torch.tensor(ids, dtype=torch.long, device=device)] = True
 
     def choose(self, logits: "torch.Tensor") -> "torch.Tensor":
-        """(rows,) the ids that follow, from (rows, vocabulary) logits in any floating-point dtype."""
+        """(rows,) the ids that follow, from (rows, vocabulary) logits in any floating-point dtype.
+
+        Raises:
+            RunError: a logit is NaN or Inf.
+        """
         import torch
 
         scores = logits.float()
+        if not math.isfinite(scores.sum()):
+            dtype = str(logits.dtype).removeprefix("torch.")
+            raise RunError(f"the model computes NaN or Inf in {dtype}; use --dtype fp32, or another model")
         if self._seen is not None:
             penalty = self._settings.repetition_penalty
             scores = torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
