@@ -283,8 +283,12 @@ def test_bounds_themselves_are_accepted():
     assert math.isclose(value_types.positive_float("1e-12"), 1e-12)
 
 
-def test_the_readme_s_two_fine_tuning_flags_are_the_only_new_ones():
+def test_fine_tuning_has_the_flags_of_pre_training_and_its_own():
     def flags(make_parser):
         return {spelling for action in make_parser().actions for spelling in action.option_strings}
 
-    assert flags(train_flags.train_sft_parser) - flags(train_flags.train_parser) == {"--use_neft", "--neft_alpha"}
+    assert flags(train_flags.train_sft_parser) - flags(train_flags.train_parser) == {
+        "--use_neft",
+        "--neft_alpha",
+        "--group_by_length",
+    }

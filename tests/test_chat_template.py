@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from colossal_llama2.corpus.conversation import ROLES, chat_template, speakers_of
 from colossal_llama2.dataset.layout.columns import IGNORE_INDEX
-from colossal_llama2.dataset.write.prepare import CHAT_TEMPLATE_FILE, prepare_sft
+from colossal_llama2.dataset.write.prepare import prepare_sft
 from colossal_llama2.dataset.write.records import read_sft_row
 from colossal_llama2.dataset.write.tokenization import tokenize_sft
+from colossal_llama2.encoding.file_names import TEMPLATE_FILE
 from colossal_llama2.encoding.registry import load_encoder, puts_prefix_after_marks
 from colossal_llama2.encoding.transformers_tokenizer import load_tokenizer
 from colossal_llama2.tokenizer.init_tokenizer import ExtensionSettings, expand_tokenizer
@@ -32,7 +33,7 @@ def chinese_dir(tokenizer_dir, tmp_path_factory) -> Path:
     pieces = [CHINESE[start : start + 2] for start in range(0, 40)] + ["人工智能"]
     (folder / "new.jsonl").write_text("".join(json.dumps({"piece": piece}) + "\n" for piece in pieces))
     expand_tokenizer(ExtensionSettings(tokenizer_dir, folder / "tokenizer", folder / "new.jsonl"))
-    (folder / "tokenizer" / CHAT_TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=False))
+    (folder / "tokenizer" / TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=False))
     return folder / "tokenizer"
 
 
@@ -45,7 +46,7 @@ def prefixing_dir(chinese_dir, tmp_path_factory) -> Path:
     content["normalizer"] = {"type": "Sequence", "normalizers": [prepend, {"type": "Replace", **replace}]}
     content["pre_tokenizer"] = None
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / CHAT_TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=True))
+    (folder / TEMPLATE_FILE).write_text(chat_template(prefix_after_marks=True))
     return folder
 
 
@@ -159,8 +160,8 @@ def test_prepared_samples_follow_the_folder_s_tokenizer(prefixing_dir, tmp_path)
     write_lines(tmp_path / "in" / "a.jsonl", [{"messages": messages}])
     prepare_sft(**prepare_settings([tmp_path / "in"], prefixing_dir, tmp_path))
     (sample,) = read_jsonl(tmp_path / "jsonl")
-    template = (tmp_path / "arrow" / CHAT_TEMPLATE_FILE).read_text()
-    assert template == (prefixing_dir / CHAT_TEMPLATE_FILE).read_text()
+    template = (tmp_path / "arrow" / TEMPLATE_FILE).read_text()
+    assert template == (prefixing_dir / TEMPLATE_FILE).read_text()
     assert sample["input_ids"] == load_tokenizer(prefixing_dir).apply_chat_template(messages, return_dict=False)
 
 

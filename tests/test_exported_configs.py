@@ -139,7 +139,7 @@ def test_an_exported_folder_loads_in_transformers_without_a_warning(generation, 
     folder = old_mirror(
         model_dir, tmp_path / "m", generation=generation, pad_token_id=-1, temperature=0.9, top_k=50, dtype="float16"
     )
-    files = model_files(str(folder), str(model_dir), "bf16")
+    files = model_files(str(folder), str(model_dir), "bf16", stage="pretrain")
     export = tmp_path / "export"
     AutoModelForCausalLM.from_pretrained(model_dir).bfloat16().save_pretrained(export)
     for name, content in files.items():
@@ -183,10 +183,10 @@ def test_without_generation_settings_the_ids_of_config_json_hold(model_dir, tmp_
 
 def test_what_cannot_be_written_is_named(model_dir, tmp_path):
     with pytest.raises(UserError, match="config.json.*is not UTF-8"):
-        model_files(str(old_mirror(model_dir, tmp_path / "m", note="\ud800")), str(model_dir), "bf16")
+        model_files(str(old_mirror(model_dir, tmp_path / "m", note="\ud800")), str(model_dir), "bf16", stage="pretrain")
     with pytest.raises(UserError, match="the state cannot be saved as JSON"):
         json_bytes({"a": object()}, "the state")
     folder = old_mirror(model_dir, tmp_path / "damaged")
     (folder / "generation_config.json").write_text("[1")
     with pytest.raises(UserError, match="generation_config.json: is not a JSON object"):
-        model_files(str(folder), str(model_dir), "bf16")
+        model_files(str(folder), str(model_dir), "bf16", stage="pretrain")

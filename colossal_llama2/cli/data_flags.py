@@ -42,7 +42,14 @@ def prepare_sft_parser() -> CommandParser:
     )
     # A conversation is never split: one that is too long keeps its whole leading turns.
     _add_prepare_arguments(parser, "samples", splicing="none", overlong=("truncate",))
-    roles = parser.flag_group("roles")
+    roles = parser.flag_group("conversations")
+    roles.add(
+        "--chat_template",
+        metavar="NAME|FILE.jinja",
+        default="colossal",
+        help="how conversations are written: colossal (Human: ...Assistant: ...), model (the chat template in "
+        "--tokenizer_dir), llama2, chatml, or a Jinja file; train_sft.py saves it with the model",
+    )
     roles.add(
         "--assistant_roles",
         metavar="NAME,NAME",

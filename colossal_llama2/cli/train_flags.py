@@ -66,6 +66,12 @@ def train_sft_parser() -> CommandParser:
         needs=Need("needs --use_neft", lambda args: args.use_neft),
         help="scale of NEFTune's noise; the paper tries 5, 10 and 15",
     )
+    sft.add(
+        "--group_by_length",
+        action="store_true",
+        help="put conversations of similar length into one batch, with less padding; samples that "
+        "prepare_sft_dataset.py has spliced (--splicing best_fit) need no such order",
+    )
     return parser
 
 

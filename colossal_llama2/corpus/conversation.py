@@ -94,13 +94,14 @@ class Conversation:
     """A conversation in exchanges; each is a run of messages that ends with an answer of the assistant.
 
     `unanswered` holds the human's messages after the last answer, which cannot be trained on. `notes` are counted in
-    the token ledger, once per occurrence.
+    the token ledger, once per occurrence. `has_system` is whether the record has a system text of its own.
     """
 
     system_text: str
     exchanges: list[list[Message]]
     unanswered: list[Message]
     notes: tuple[str, ...] = ()
+    has_system: bool = True
 
 
 class Segment(NamedTuple):
@@ -130,6 +131,7 @@ def read_conversation(
     system_text: str | None = None,
     speakers: Mapping[str, str] = ROLES,
     masks_opening: bool = True,
+    default_system: str = SYSTEM_TEXT,
 ) -> Conversation:
     """Check the turns of a record and group them into exchanges.
 
@@ -138,8 +140,9 @@ def read_conversation(
 
     Args:
         system_text: the record's separate system text, if it has one. Otherwise a first turn with the role system is
-            the system text, and without that the template's own text.
+            the system text, and without that `default_system`.
         speakers: from `speakers_of`.
+        default_system: the template's own system text.
 
     Raises:
         RowError: a role is unknown (`UnknownRole`) or belongs to a tool, there are two system texts for one place, or
@@ -180,7 +183,8 @@ def read_conversation(
         raise RowError("the last message has the role system, and nothing follows it", reason=SYSTEM_PLACE)
     if not exchanges and not current:
         raise RowError("the conversation holds a system message and nothing else", reason=SYSTEM_PLACE)
-    return Conversation(SYSTEM_TEXT if system_text is None else system_text, exchanges, current, tuple(notes))
+    own = default_system if system_text is None else system_text
+    return Conversation(own, exchanges, current, tuple(notes), has_system=system_text is not None)
 
 
 def _check_is_system(number: int, turns: Sequence[Turn], speakers: Mapping[str, str]) -> None:

@@ -11,12 +11,13 @@ import shutil
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2 import errors, logs
+from colossal_llama2.chat.marks import Marks
 from colossal_llama2.cli import data_flags
 from colossal_llama2.corpus.category_names import NO_CATEGORY, category_name
 from colossal_llama2.dataset.layout.columns import (
@@ -46,6 +47,7 @@ LENGTHS_FILE, CATEGORIES_FILE = "lengths.png", "categories.png"
 CATEGORY_COLUMNS = (DOCUMENT_CATEGORIES, SAMPLE_CATEGORY)
 # At most this many of the characters that no font can draw are listed.
 MAX_MISSING = 20
+NO_NAMES: Mapping[int, str] = {}
 TRAINED, MASKED, BORDER = "trained", "masked", "border"
 # Brightness differs as well, for readers who do not distinguish the colours.
 COLOURS = {TRAINED: "32", MASKED: "2", BORDER: "1;35"}
@@ -111,6 +113,8 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
     lengths = sample_lengths(dataset)
     manifest = _manifest_of(part)
     _check_tokenizer(part, manifest, settings.tokenizer_dir)
+    is_rendered = bool((manifest.get("settings") or {}).get("template_text"))
+    names = Marks.of(settings.tokenizer_dir, encoder).names if is_rendered else {}
     if plots is not None:
         check_plots_folder(Path(plots))
     yield from _manifest_table(part, manifest, width=width)
@@ -124,7 +128,8 @@ def inspect_part(settings: InspectSettings, *, is_coloured: bool, width: int | N
     if chosen and is_coloured:
         yield "colours: " + " ".join(_painted(name, name) for name in COLOURS)
     for index in chosen:
-        documents = documents_of(dataset[index], encoder=encoder, where=f"sample {index} of {part}")
+        where = f"sample {index} of {part}"
+        documents = documents_of(dataset[index], encoder=encoder, where=where, names=names)
         yield from _sample_lines(documents, title=f"sample {index} of {len(lengths):,}", is_coloured=is_coloured)
     if plots is not None:
         yield from _draw(part, lengths=lengths, folder=Path(plots))
@@ -209,8 +214,12 @@ def count_categories(dataset: "datasets.Dataset") -> Counter[str] | None:
     return counts
 
 
-def documents_of(row: dict[str, Any], *, encoder: Encoder, where: str) -> list[Document]:
+def documents_of(
+    row: dict[str, Any], *, encoder: Encoder, where: str, names: Mapping[int, str] = NO_NAMES
+) -> list[Document]:
     """The documents of a sample, decoded. Without recorded borders, the whole sample is one document.
+
+    `names` are the texts of marks besides those of the encoder, by id.
 
     Raises UserError if the tokenizer lacks an id, or the borders do not fit the sample. `where` names the sample.
     """
@@ -220,7 +229,8 @@ def documents_of(row: dict[str, Any], *, encoder: Encoder, where: str) -> list[D
         raise UserError(
             f"{where} is damaged: its ids, labels and {DOCUMENT_LENGTHS} differ in length; prepare it again"
         )
-    unknown = next((token for token in input_ids if not 0 <= token < encoder.vocab_size), None)
+    marks = {**names, encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
+    unknown = next((token for token in input_ids if not 0 <= token < encoder.vocab_size and token not in marks), None)
     if unknown is not None:
         raise UserError(
             f"{where} holds the id {unknown}, but the tokenizer has {encoder.vocab_size:,} pieces; "
@@ -233,24 +243,23 @@ def documents_of(row: dict[str, Any], *, encoder: Encoder, where: str) -> list[D
     for length, category in zip(borders, categories, strict=True):
         ids, document_labels = input_ids[start : start + length], labels[start : start + length]
         name = None if category is None else visible_line(category_name(category))
-        documents.append(Document(name, length, _runs(ids, document_labels, encoder=encoder)))
+        documents.append(Document(name, length, _runs(ids, document_labels, encoder=encoder, marks=marks)))
         start += length
     return documents
 
 
-def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder: Encoder) -> list[Run]:
+def _runs(input_ids: Sequence[int], labels: Sequence[int], *, encoder: Encoder, marks: Mapping[int, str]) -> list[Run]:
     runs, start = [], 0
     for end in range(1, len(input_ids) + 1):
         if end == len(input_ids) or (labels[end] == IGNORE_INDEX) != (labels[start] == IGNORE_INDEX):
-            text = _readable(input_ids[start:end], encoder=encoder, opens=start == 0)
+            text = _readable(input_ids[start:end], encoder=encoder, marks=marks, opens=start == 0)
             runs.append(Run(text, is_trained=labels[start] != IGNORE_INDEX))
             start = end
     return runs
 
 
-def _readable(ids: Sequence[int], *, encoder: Encoder, opens: bool) -> str:
+def _readable(ids: Sequence[int], *, encoder: Encoder, marks: Mapping[int, str], opens: bool) -> str:
     """The text of `ids` with its marks shown. After the mark that `opens` a document, a text has a dummy prefix."""
-    marks = {encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
     parts: list[str] = []
     start = 0
     for end in range(len(ids) + 1):

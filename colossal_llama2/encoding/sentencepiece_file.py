@@ -40,6 +40,15 @@ def load_processor(content: bytes, path: Path) -> "SentencePieceProcessor":
     return processor
 
 
+def control_pieces(content: bytes) -> dict[str, int]:
+    """The ids of the pieces of a serialized model that stand for no text, such as <s>, </s> and <unk>."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    kind = ModelProto.SentencePiece
+    pieces = ModelProto.FromString(content).pieces
+    return {entry.piece: index for index, entry in enumerate(pieces) if entry.type in (kind.CONTROL, kind.UNKNOWN)}
+
+
 def no_dummy_prefix() -> bytes:
     """Bytes to append to a serialized model that turn off the leading "▁": protobuf merges the two messages."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec

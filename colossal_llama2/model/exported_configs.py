@@ -26,6 +26,7 @@ from typing import Any
 
 from colossal_llama2.model.config_fields import FIELDS, TOKEN_ID_FIELDS, known_ids, opened, with_older_rope
 from colossal_llama2.model.model_folder import CONFIG_FILE, GENERATION_CONFIG_FILE, StrPath
+from colossal_llama2.model.purpose import PURPOSE_KEY, Purpose, read_purpose
 from colossal_llama2.storage.input_files import read_settings
 from colossal_llama2.storage.json_input import is_finite, is_whole
 
@@ -158,6 +159,26 @@ class ModelConfigs:
         content, moves = with_moved_settings(ids if own is None else own, moved)
         self.generation, changes = portable_generation(content, vocab_size=config.get("vocab_size"))
         self.changes += moves + changes
+
+    def set_purpose(self, purpose: Purpose) -> list[str]:
+        """Record in config.json what the model is trained for. Returns a description if it was another stage."""
+        before = read_purpose(self.config)
+        self.config[PURPOSE_KEY] = purpose.as_json()
+        if before is None or before.stage == purpose.stage:
+            return []
+        return [f"{CONFIG_FILE}: {PURPOSE_KEY} was {before.stage}, and is now {purpose.stage}"]
+
+    def add_ends(self, ids: Sequence[int]) -> list[str]:
+        """Let generation end at these tokens too. Returns a description of the change, if there is one."""
+        own = self.generation.get("eos_token_id")
+        known = own if isinstance(own, list) else [] if own is None else [own]
+        if set(ids) <= set(known):
+            return []
+        ends = [*ids, *(end for end in known if end not in ids)]
+        self.generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        return [
+            f"{GENERATION_CONFIG_FILE}: eos_token_id {own} is now {self.generation['eos_token_id']}, to end answers"
+        ]
 
     def exported(self, torch_dtype: str) -> dict[str, dict[str, Any]]:
         """Both files' contents by name, of a LlamaForCausalLM whose weights are stored in `torch_dtype`."""

@@ -141,9 +141,11 @@ def _make_writer(
         adapter = files_of_adapter(settings.trainable, config.source, inputs.base) if first else {}
     content = CheckpointContent(
         source=config.source,
+        stage=config.stage,
         schedule=inputs.schedule,
         facts=inputs.facts,
         evaluations=history,
+        chat=config.chat,
         new_rows=new_rows,
         adapter_files=adapter,
         history=record.history,

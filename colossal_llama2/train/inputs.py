@@ -5,8 +5,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.dataset.layout.columns import DOCUMENT_LENGTHS
@@ -155,7 +158,8 @@ def _open_model(config: TrainConfig, checks: Checks) -> ModelFacts | None:
     checks(check_model_fits, config, model)
     checks(check_tokenizer_fits, config, model)
     if model is not None:
-        checks.dry_run_only(model_files, source.weights_folder, source.tokenizer, config.engine.precision)
+        files = partial(model_files, stage=config.stage, chat=config.chat)
+        checks.dry_run_only(files, source.weights_folder, source.tokenizer, config.engine.precision)
     return model
 
 
@@ -178,14 +182,22 @@ def _open_data(config: TrainConfig, checks: Checks) -> LoadedData | None:
 
 
 def _measure(data: Data) -> Sequence[MeasuredPart]:
-    return measure_parts(data.parts) if data.is_ordered or logs.is_first_rank() else []
+    return measure_parts(data.parts) if data.needs_lengths or logs.is_first_rank() else []
 
 
 def _order_of_data(config: TrainConfig, ranks: Ranks, data: LoadedData) -> SampleOrder:
-    return _sample_order(config, ranks, len(data.samples), data.buckets)
+    grouped = config.data.parts.groups_by_length
+    lengths = np.concatenate([lengths for _, lengths in data.measured]) if grouped else None
+    return _sample_order(config, ranks, len(data.samples), data.buckets, lengths)
 
 
-def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: Buckets | None = None) -> SampleOrder:
+def _sample_order(
+    config: TrainConfig,
+    ranks: Ranks,
+    num_samples: int,
+    buckets: Buckets | None = None,
+    lengths: np.ndarray | None = None,
+) -> SampleOrder:
     return data_plan.make_order(
         num_samples,
         micro_batch_size=config.engine.micro_batch_size,
@@ -193,6 +205,7 @@ def _sample_order(config: TrainConfig, ranks: Ranks, num_samples: int, buckets: 
         accumulation_steps=config.engine.accumulation_steps,
         seed=config.recipe.seed,
         buckets=buckets,
+        lengths=lengths,
     )
 
 

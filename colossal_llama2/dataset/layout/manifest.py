@@ -10,10 +10,11 @@ only on the input, the settings and the tokenizer:
      "empty_lines": 0, "bad_rows": 0, "bad_reasons": {}, "lost_files": [], "left_out": [], "formats": {}, "notes": {},
      "unknown_roles": {}, "samples": 1, "fill": 0.97,
      "bins": [{"name": "part-00000", "samples": 1, "tokens": 620, "trained": 600, "predicted": 598, "pieces": 3,
-               "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null}
+               "longest": 620, "fingerprint": "9b12...", "bytes": 5904}], "eval": null, "turn_end": [2]}
 
 The counts are those of `token_ledger`. `lost_files` could not be read to their end (`data_files.LostFile`); `left_out`
-are entries of the input folders that are not read (`file_kinds.LeftOut`).
+are entries of the input folders that are not read (`file_kinds.LeftOut`). `turn_end`, for conversations, are the ids of
+the tokens that end an answer.
 """
 
 import os
@@ -275,7 +276,13 @@ def _changed_settings(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]
     names = {name: Settings.FLAGS.get(name, f"--{name}") for name in now}
     # An earlier version without such a flag behaved as if it was off.
     before = {name: earlier.get(name, Settings.LATER_DEFAULTS.get(name)) for name in now}
-    return [f"{names[name]} was {before[name]}, now {now[name]}" for name in now if before[name] != now[name]]
+    differing = [name for name in now if before[name] != now[name]]
+    return [
+        f"{names[name]} is another one"
+        if name == "template_text"
+        else f"{names[name]} was {before[name]}, now {now[name]}"
+        for name in differing
+    ]
 
 
 def _changed_inputs(earlier: list[dict], now: list[dict], compared: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from colossal_llama2.chat.templates import COLOSSAL
 from colossal_llama2.corpus.conversation import speakers_of
 from colossal_llama2.corpus.data_files import UNIT_BYTES
 from colossal_llama2.encoding.safe_cuts import PART_CHARACTERS
@@ -24,6 +25,8 @@ class Settings:
         eval_dedup: whether held-out text is compared with the training text (`overlap`).
         assistant_roles: other names of the assistant in conversations, sorted, with commas between them.
         assistant_first: "mask" or "train": what to do with answers before the first human message.
+        chat_template: the name of the chat template.
+        template_text: its text in Jinja; "" for that of `corpus.conversation`.
     """
 
     stage: str
@@ -39,6 +42,8 @@ class Settings:
     eval_dedup: bool = False
     assistant_roles: str = ""
     assistant_first: str = "mask"
+    chat_template: str = COLOSSAL
+    template_text: str = ""
 
     # How error messages name each field, if not by the flag of the same name.
     FLAGS = {
@@ -46,10 +51,17 @@ class Settings:
         "num_bins": "--num_spliced_dataset_bins",
         "writes_jsonl": "writing jsonl",
         "prefix_after_marks": "a text's leading space in tokenizer.json",
+        "template_text": "the text of --chat_template",
     }
 
     # The values of fields that earlier versions did not have.
-    LATER_DEFAULTS = {"eval_dedup": False, "assistant_roles": "", "assistant_first": "mask"}
+    LATER_DEFAULTS = {
+        "eval_dedup": False,
+        "assistant_roles": "",
+        "assistant_first": "mask",
+        "chat_template": COLOSSAL,
+        "template_text": "",
+    }
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""

@@ -1,11 +1,12 @@
 """Which samples each data-parallel rank reads at each step, in which order: a pure function of a few numbers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from colossal_llama2.dataset.read.buckets import Buckets
+from colossal_llama2.dataset.read.length_groups import grouped_by_length
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class SampleOrder:
 
     Attributes:
         num_samples: per epoch: the samples of the data, or those that `buckets` select.
+        lengths: (rows,) tokens of each row of the data, if samples of similar length are to follow each other.
         data_size: the number of data-parallel ranks.
     """
 
@@ -27,6 +29,7 @@ class SampleOrder:
     accumulation_steps: int
     seed: int
     buckets: Buckets | None = None
+    lengths: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def samples_per_micro_step(self) -> int:
@@ -52,8 +55,15 @@ class SampleOrder:
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """(num_samples,) rows of the data in the order of an epoch, including those dropped at its end."""
         if self.buckets is not None:
-            return self.buckets.rows(seed=self.seed, epoch=epoch)
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            rows = self.buckets.rows(seed=self.seed, epoch=epoch)
+        else:
+            rows = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        if self.lengths is None:
+            return rows
+        # Inside each bucket.
+        ends = self.buckets.ends[:-1] if self.buckets is not None else []
+        parts = [grouped_by_length(part, self.lengths, seed=self.seed, epoch=epoch) for part in np.split(rows, ends)]
+        return np.concatenate(parts)
 
     def bucket_of(self, position: int) -> int:
         """The bucket of the sample at a position of any epoch, both counted from 0; 0 without buckets."""

@@ -45,11 +45,12 @@ class Mixture(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The resolved --dataset, --bucketed and --mixture."""
+    """The resolved --dataset, --bucketed, --mixture and --group_by_length."""
 
     parts: list[Part]
     bucketed: bool = False
     mixture: Mixture | None = None
+    groups_by_length: bool = False
 
     @property
     def paths(self) -> list[str]:
@@ -61,6 +62,11 @@ class Data(NamedTuple):
         """Whether the order of samples depends on their sources, so that names matter."""
         return self.bucketed or self.mixture is not None
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the order of samples depends on their lengths, which all ranks must know then."""
+        return self.is_ordered or self.groups_by_length
+
     def facts(self) -> dict[str, Any]:
         """What must be the same in a resumed run, as JSON; None for a setting that is off, as in older checkpoints."""
         return {
@@ -68,6 +74,7 @@ class Data(NamedTuple):
             "mixture": [list(pair) for pair in self.mixture.shares.items()] if self.mixture else None,
             "mixture_end": self.mixture.end if self.mixture else None,
             "sources": [part.source for part in self.parts] if self.is_ordered else None,
+            "groups_by_length": self.groups_by_length or None,
         }
 
 
@@ -83,10 +90,12 @@ def resolve_data(
     bucketed: bool = False,
     mixture: Sequence[str] | None = None,
     mixture_end: str = "repeat",
+    groups_by_length: bool = False,
 ) -> Data:
     """Resolve the arguments of --dataset and --mixture. Raises UserError with all problems of one of them."""
     parts = resolve_parts(dataset, names_matter=bucketed or mixture is not None)
-    return Data(parts, bucketed, parse_mixture(mixture, mixture_end, [part.source for part in parts]))
+    parsed = parse_mixture(mixture, mixture_end, [part.source for part in parts])
+    return Data(parts, bucketed, parsed, groups_by_length)
 
 
 def resolve_parts(given: Sequence[str], *, names_matter: bool = False, flag: str = "--dataset") -> list[Part]:

@@ -43,7 +43,7 @@ from colossal_llama2.dataset.layout.columns import (
 from colossal_llama2.dataset.layout.prepare_settings import Settings
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.splicing import splice
-from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.dataset.write.tokenize_chat import names_of
 from colossal_llama2.encoding.registry import shared_encoder
 
 BATCH_TOKENS = 1 << 19
@@ -184,7 +184,7 @@ def _columns(members: np.ndarray, counts: np.ndarray, task: BinTask) -> tuple[di
         DOCUMENT_BYTES: list_column(members["target_bytes"].copy(), counts),
     }
     if task.settings.stage == "sft":
-        columns.update(_text_columns(columns, sample_lengths, encoder=shared_encoder(task.tokenizer_dir)))
+        columns.update(_text_columns(columns, sample_lengths, task))
     return columns, trained, trained - int(np.count_nonzero(is_trained[ends - members["length"]]))
 
 
@@ -213,15 +213,16 @@ def _gather(members: np.ndarray, cache_dir: Path) -> np.ndarray:
     return tokens
 
 
-def _text_columns(columns: dict[str, Any], lengths: np.ndarray, *, encoder: Encoder) -> dict[str, Any]:
+def _text_columns(columns: dict[str, Any], lengths: np.ndarray, task: BinTask) -> dict[str, Any]:
     """The original's columns for reading a conversation by eye. Several categories in a sample are joined by ", "."""
     import pyarrow
 
     categories = [", ".join(sorted(set(names))) for names in columns[DOCUMENT_CATEGORIES].to_pylist()]
     ids, labels = (columns[name].to_pylist() for name in (INPUT_IDS, LABELS))
-    trained = [tokenization.decode_trained(row, encoder=encoder) for row in labels]
+    encoder, names = shared_encoder(task.tokenizer_dir), names_of(task.settings, task.tokenizer_dir)
+    trained = [tokenization.decode_trained(row, encoder=encoder, names=names) for row in labels]
     return {
-        INPUTS_TEXT: pyarrow.array([tokenization.decode_marked(row, encoder=encoder) for row in ids]),
+        INPUTS_TEXT: pyarrow.array([tokenization.decode_marked(row, encoder=encoder, names=names) for row in ids]),
         LABELS_TEXT: pyarrow.array(trained, pyarrow.list_(pyarrow.string())),
         SAMPLE_LENGTH: pyarrow.array(lengths.astype(np.int32)),
         SAMPLE_CATEGORY: pyarrow.array(categories),

@@ -38,8 +38,8 @@ def log_marks(encoder: Encoder, tokenizer_dir: str | Path, *, chat_template: str
         before = encoder.bos_text if encoder.bos_id >= 0 else encoder.eos_text
         logs.get_logger().info(
             f"the tokenizer of {tokenizer_dir} has a chat template, which is not used: conversations are written as "
-            f"Human: {before}...{encoder.eos_text}Assistant: {before}...{encoder.eos_text}; copy chat_template.jinja "
-            "from beside the manifest into the trained model's folder, so that its users write them in the same way"
+            f"Human: {before}...{encoder.eos_text}Assistant: {before}...{encoder.eos_text}, and train_sft.py replaces "
+            "the template in the models that it saves; --chat_template model keeps it"
         )
 
 

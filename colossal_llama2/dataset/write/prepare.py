@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama2 import logs
+from colossal_llama2.chat.chat_tokens import ChatTokenizer
+from colossal_llama2.chat.templates import ChatTemplate, find_template
 from colossal_llama2.corpus.conversation import chat_template
 from colossal_llama2.corpus.data_files import InputFile, Inputs, LostFile, Unit, find_inputs, units_of
 from colossal_llama2.dataset.layout import manifest, store, token_ledger
@@ -36,16 +38,15 @@ from colossal_llama2.dataset.write.overlap import count_overlaps
 from colossal_llama2.dataset.write.prepare_config import PrepareConfig
 from colossal_llama2.dataset.write.sample_lengths import warn_if_too_long
 from colossal_llama2.dataset.write.tokenization import FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG, smallest_exchange
+from colossal_llama2.dataset.write.tokenize_chat import chat_tokenizer_of, smallest_conversation
 from colossal_llama2.dataset.write.tokenize_unit import UnitTask, do_unit
 from colossal_llama2.dataset.write.unit_files import is_done, unit_file
 from colossal_llama2.dataset.write.unknown_tokens import warn_of_unknown
 from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.file_names import TEMPLATE_FILE
 from colossal_llama2.encoding.registry import kind_of, load_encoder, puts_prefix_after_marks, shared_encoder
 from colossal_llama2.errors import UserError
 from colossal_llama2.plurals import counted
-
-# The name under which transformers finds it in a tokenizer's folder.
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
 def prepare_pretrain(**flags: Any) -> None:
@@ -75,9 +76,12 @@ def prepare_sft(**flags: Any) -> None:
 def prepare(config: PrepareConfig) -> None:
     """Run one prepare command. Raises the errors of `prepare_pretrain`."""
     encoder = load_encoder(config.tokenizer_dir)
-    has_prefix = config.stage == "sft" and puts_prefix_after_marks(config.tokenizer_dir)
-    settings = config.settings(prefix_after_marks=has_prefix)
+    is_sft = config.stage == "sft"
+    has_prefix = is_sft and puts_prefix_after_marks(config.tokenizer_dir)
+    template = find_template(config.chat_template, config.tokenizer_dir) if is_sft else None
+    settings = config.settings(prefix_after_marks=has_prefix, template=template)
     log_marks(encoder, config.tokenizer_dir, chat_template=_chat_template(settings, encoder))
+    turn_end = _turn_end(template, encoder, config.tokenizer_dir, has_prefix=has_prefix) if is_sft else None
     folders = OutputDirs(cache=config.data_cache_dir, jsonl=config.jsonl_dir, arrow=config.data_arrow_output_dir)
     warn_if_too_long(config.max_length, config.tokenizer_dir)
     if not folders.is_finished:
@@ -106,14 +110,17 @@ def prepare(config: PrepareConfig) -> None:
             tokenizer_dir=str(Path(config.tokenizer_dir).resolve()),
             on_bad_file=config.on_bad_file,
             sizes=config.sizes,
+            turn_end=turn_end,
         )
         run.go(content)
 
 
 def _chat_template(settings: Settings, encoder: Encoder) -> str | None:
-    """The template of the conversations that are prepared; None in pre-training."""
+    """The template of the conversations that are prepared, in Jinja; None in pre-training."""
     if settings.stage != "sft":
         return None
+    if settings.template_text:
+        return settings.template_text
     return chat_template(
         has_dummy_prefix=encoder.has_dummy_prefix,
         has_bos=encoder.bos_id >= 0,
@@ -121,6 +128,17 @@ def _chat_template(settings: Settings, encoder: Encoder) -> str | None:
         speakers=settings.speakers,
         masks_opening=settings.masks_opening,
     )
+
+
+def _turn_end(template: ChatTemplate | None, encoder: Encoder, tokenizer_dir: str, *, has_prefix: bool) -> list[int]:
+    """The ids of the tokens that end an answer. Raises UserError for a template that cannot be used."""
+    if template is None:
+        return [encoder.eos_id]
+    tokenizer = ChatTokenizer(template, encoder, tokenizer_dir, prefix_after_marks=has_prefix)
+    try:
+        return tokenizer.turn_ends
+    finally:
+        tokenizer.close()
 
 
 def _report_finished(folders: OutputDirs, content: dict[str, Any], on_bad_file: str) -> None:
@@ -145,6 +163,7 @@ class _Run:
     tokenizer_dir: str
     on_bad_file: str
     sizes: WorkSizes
+    turn_end: list[int] | None
     sample: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -256,6 +275,8 @@ class _Run:
             left_out=self.inputs.left_out,
         )
         whole.update(overlaps)
+        if self.turn_end is not None:
+            whole["turn_end"] = self.turn_end
         store.write_json_whole(self.folders.arrow / DATA_MANIFEST_FILE, whole)
         return whole
 
@@ -307,7 +328,12 @@ class _Run:
         """The cure if no record gave a sample."""
         if dropped.keys().isdisjoint((FIRST_EXCHANGE_TOO_LONG, TRAINED_TOO_LONG)):
             return "give folders with usable records"
-        least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=self.settings.prefix_after_marks)
+        prefix = self.settings.prefix_after_marks
+        rendering = chat_tokenizer_of(self.settings, self.tokenizer_dir)
+        if rendering is not None:
+            least = smallest_conversation(rendering)
+            return f"give a larger --max_length, such as 4096 (two messages without text take {least} tokens)"
+        least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=prefix)
         return (
             f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "
             f"{least} tokens before the first message)"
@@ -368,8 +394,8 @@ class _Run:
         )
 
     def _write_chat_template(self) -> None:
-        """Write the chat template, to be copied into the folder of a trained model."""
+        """Write the chat template, which train_sft.py copies into the folder of every model it saves."""
         template = _chat_template(self.settings, shared_encoder(self.tokenizer_dir))
         if template is not None:
-            with store.appearing_file(self.folders.arrow / CHAT_TEMPLATE_FILE) as file:
+            with store.appearing_file(self.folders.arrow / TEMPLATE_FILE) as file:
                 file.write(template.encode())

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from colossal_llama2.chat.templates import COLOSSAL, ChatTemplate
 from colossal_llama2.cli.data_flags import prepare_pretrain_parser, prepare_sft_parser
 from colossal_llama2.corpus.conversation import HUMAN, ROLES, SYSTEM_ROLE, TOOL_ROLES, canonical_role
 from colossal_llama2.dataset.layout.prepare_settings import Execution, Settings, WorkSizes
@@ -41,6 +42,7 @@ class PrepareConfig:
     shard: tuple[int, int] | None
     assistant_roles: Sequence[str] | None
     assistant_first: str
+    chat_template: str
     sizes: WorkSizes = WorkSizes()
 
     @classmethod
@@ -69,8 +71,13 @@ class PrepareConfig:
             )
         _check_assistant_roles(self.assistant_roles or ())
 
-    def settings(self, *, prefix_after_marks: bool) -> Settings:
-        """The part that decides the output. `prefix_after_marks` depends on the tokenizer's folder."""
+    def settings(self, *, prefix_after_marks: bool, template: ChatTemplate | None = None) -> Settings:
+        """The part that decides the output.
+
+        Args:
+            prefix_after_marks: depends on the tokenizer's folder.
+            template: that of --chat_template; None for colossal.
+        """
         return Settings(
             stage=self.stage,
             max_length=self.max_length,
@@ -85,6 +92,8 @@ class PrepareConfig:
             eval_dedup=self.eval_dedup,
             assistant_roles=",".join(sorted(set(map(canonical_role, self.assistant_roles or ())))),
             assistant_first=self.assistant_first,
+            chat_template=template.name if template else COLOSSAL,
+            template_text=template.text if template else "",
         )
 
     @property

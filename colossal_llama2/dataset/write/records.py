@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from colossal_llama2.corpus.absent import is_absent
 from colossal_llama2.corpus.category_names import NO_CATEGORY_SFT
-from colossal_llama2.corpus.conversation import ROLES, Conversation, read_conversation
+from colossal_llama2.corpus.conversation import ROLES, SYSTEM_TEXT, Conversation, read_conversation
 from colossal_llama2.corpus.loss_marks import ALL_MARKS, read_mark
 from colossal_llama2.corpus.message_formats import LISTS, NOT_TEXT, RECORDS_INSIDE, recognize, where_records_lie
 from colossal_llama2.encoding.encoder import Encoder
@@ -160,7 +160,14 @@ def row_reader(settings: "Settings") -> Callable[[dict[str, Any]], Row]:
     """The function that checks a record as a prepare command with these settings does."""
     if settings.stage == "pretrain":
         return read_pretrain_document
-    return partial(read_sft_row, speakers=settings.speakers, masks_opening=settings.masks_opening)
+    # Another template has a system text of its own, or none.
+    default_system = "" if settings.template_text else SYSTEM_TEXT
+    return partial(
+        read_sft_row,
+        speakers=settings.speakers,
+        masks_opening=settings.masks_opening,
+        default_system=default_system,
+    )
 
 
 def read_pretrain_row(row: dict[str, Any]) -> PretrainRow:
@@ -220,16 +227,28 @@ def read_pretrain_document(row: dict[str, Any]) -> PretrainRow:
     return document
 
 
-def read_sft_row(row: dict[str, Any], *, speakers: Mapping[str, str] = ROLES, masks_opening: bool = True) -> SftRow:
+def read_sft_row(
+    row: dict[str, Any],
+    *,
+    speakers: Mapping[str, str] = ROLES,
+    masks_opening: bool = True,
+    default_system: str = SYSTEM_TEXT,
+) -> SftRow:
     """Check a record of a conversation in any of `message_formats.FORMATS`.
 
-    `speakers` and `masks_opening` are those of `read_conversation`.
+    `speakers`, `masks_opening` and `default_system` are those of `read_conversation`.
 
     Raises:
         RowError: with the reason and the cure.
     """
     turns, system_text, name, notes = recognize(row)
-    conversation = read_conversation(turns, system_text=system_text, speakers=speakers, masks_opening=masks_opening)
+    conversation = read_conversation(
+        turns,
+        system_text=system_text,
+        speakers=speakers,
+        masks_opening=masks_opening,
+        default_system=default_system,
+    )
     category = _category(row, default=NO_CATEGORY_SFT)
     return SftRow(conversation, category, name, notes + conversation.notes)
 

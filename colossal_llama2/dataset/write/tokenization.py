@@ -5,7 +5,7 @@ of the mask. Rows come in batches, with which the encoder is fastest.
 """
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Distinct texts of a batch that have more characters together are encoded to arrays. A usual batch has a quarter.
 BATCH_CHARACTERS = 4 << 20
+
+NO_NAMES: Mapping[int, str] = {}
 
 # Reasons why tokens of a record go into no sample.
 NO_ANSWER = "conversations without an answer"
@@ -242,7 +244,7 @@ def _keep_what_fits(
         kept += 1
     everything = sum(lengths)
     if not any(is_trained[:kept]):
-        reason = _why_nothing_remains(is_trained, kept)
+        reason = why_nothing_remains(is_trained, kept)
         return Tokenized([], [], everything, (Drop(reason, everything),))
     left_out = {
         LATER_EXCHANGES_TOO_LONG: sum(lengths[kept:num_answered]),
@@ -268,7 +270,8 @@ def _joined(segments: Iterable[_Encoded], *, encoder: Encoder) -> tuple[list[int
     return input_ids, labels
 
 
-def _why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
+def why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
+    """The reason why a conversation is dropped of which `kept` leading exchanges fit, none of them trained."""
     if not is_trained:
         return NO_ANSWER
     if not any(is_trained):
@@ -276,11 +279,11 @@ def _why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
     return TRAINED_TOO_LONG if kept else FIRST_EXCHANGE_TOO_LONG
 
 
-def decode_marked(ids: Sequence[int], *, encoder: Encoder) -> str:
-    """The text of `ids` for a reader, with the marks shown where their ids stand."""
+def decode_marked(ids: Sequence[int], *, encoder: Encoder, names: Mapping[int, str] = NO_NAMES) -> str:
+    """The text of `ids` for a reader, with the marks shown where their ids stand; `names` are those of other marks."""
     parts: list[str] = []
     run: list[int] = []
-    marks = {encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
+    marks = {**names, encoder.bos_id: encoder.bos_text, encoder.eos_id: encoder.eos_text}
     for token in map(int, ids):
         if token in marks:
             parts += [encoder.decode(run), marks[token]]
@@ -290,10 +293,10 @@ def decode_marked(ids: Sequence[int], *, encoder: Encoder) -> str:
     return "".join([*parts, encoder.decode(run)])
 
 
-def decode_trained(labels: Sequence[int], *, encoder: Encoder) -> list[str]:
+def decode_trained(labels: Sequence[int], *, encoder: Encoder, names: Mapping[int, str] = NO_NAMES) -> list[str]:
     """The text of each run of trained labels, with the marks shown: what the model learns to produce, turn by turn."""
     runs = groupby(map(int, labels), key=lambda label: label != IGNORE_INDEX)
-    return [decode_marked(list(run), encoder=encoder) for is_trained, run in runs if is_trained]
+    return [decode_marked(list(run), encoder=encoder, names=names) for is_trained, run in runs if is_trained]
 
 
 def _encode_each(

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from colossal_llama2.chat.chat_tokens import ChatTokenizer
 from colossal_llama2.corpus.data_files import InputFile, Unit
 from colossal_llama2.corpus.row_reader import Line, SpanReader, sha256_of
 from colossal_llama2.dataset.layout.prepare_settings import Settings, WorkSizes
@@ -24,7 +25,8 @@ from colossal_llama2.dataset.layout.token_ledger import TokenLedger
 from colossal_llama2.dataset.write import tokenization
 from colossal_llama2.dataset.write.document_pieces import Document, coded_tokens, cut_documents, document_groups
 from colossal_llama2.dataset.write.held_out import is_held_out
-from colossal_llama2.dataset.write.records import PretrainRow, Row, check_encodable, row_reader
+from colossal_llama2.dataset.write.records import PretrainRow, Row, SftRow, check_encodable, row_reader
+from colossal_llama2.dataset.write.tokenize_chat import chat_tokenizer_of, tokenize_chat
 from colossal_llama2.dataset.write.unit_counts import UnitCounts
 from colossal_llama2.dataset.write.unit_files import (
     DROPPED,
@@ -122,7 +124,7 @@ class _UnitWorker:
         self._task, self._settings, self._writer = task, task.settings, writer
         self._encoder = shared_encoder(task.tokenizer_dir, task.encoder_class, task.sizes.part_characters)
         self._read = row_reader(task.settings)
-        self._tokenize = _tokenizer_of(task, self._encoder)
+        self._tokenizer = _tokenizer_of(task, self._encoder)
         self._rows: list[tuple[int, Row]] = []
         self._batch_bytes = self._documents = 0
         self._hashes: dict[str, str] = {}
@@ -179,7 +181,8 @@ class _UnitWorker:
             ledger.empty_lines += line.count
         else:
             try:
-                self._rows.append((file, check_encodable(self._read(line.record), self._encoder)))
+                row = check_encodable(self._read(line.record), self._encoder)
+                self._rows.append((file, self._tokenizer.accept(row)))
             except ValueError as error:
                 self._problems.refused(file, reader, line.number, error)
 
@@ -189,8 +192,7 @@ class _UnitWorker:
             return
         documents = []
         is_document = np.zeros(len(rows), bool)
-        tokenized = self._tokenize([row for _, row in rows])
-        for number, ((file, row), tokens) in enumerate(zip(rows, tokenized, strict=True)):
+        for number, ((file, row), tokens) in enumerate(zip(rows, self._tokenizer.finish(), strict=True)):
             texts = row.texts
             sizes = [len(text.encode()) for text in texts]
             slot = self.counts.add_record(file, row, tokens, texts, sizes)
@@ -231,15 +233,70 @@ class _UnitWorker:
         return sides
 
 
-def _tokenizer_of(task: UnitTask, encoder: Encoder) -> Callable[[Sequence[Any]], list[tokenization.Tokenized]]:
-    """The function that tokenizes checked rows of the stage."""
+class BatchTokenizer(Protocol):
+    """Tokenizes checked rows, a batch at a time."""
+
+    def accept(self, row: Row) -> Row:
+        """Add a row to the batch, and return it with the notes that tokenizing it adds.
+
+        Raises:
+            RowError: it cannot be tokenized.
+        """
+
+    def finish(self) -> list[tokenization.Tokenized]:
+        """The tokens of each row of the batch; begins the next one."""
+
+
+class _EncodedTogether(BatchTokenizer):
+    """Encodes the texts of all rows of a batch together, which is fastest. Every checked row can be encoded."""
+
+    def __init__(self, tokenize: Callable[[Sequence[Any]], list[tokenization.Tokenized]]):
+        self._tokenize = tokenize
+        self._rows: list[Row] = []
+
+    def accept(self, row: Row) -> Row:
+        self._rows.append(row)
+        return row
+
+    def finish(self) -> list[tokenization.Tokenized]:
+        rows, self._rows = self._rows, []
+        return self._tokenize(rows)
+
+
+class _Rendered(BatchTokenizer):
+    """Renders one conversation after the other: its template may refuse any of them."""
+
+    def __init__(self, tokenizer: ChatTokenizer, max_length: int):
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._tokenized: list[tokenization.Tokenized] = []
+
+    def accept(self, row: Row) -> Row:
+        assert isinstance(row, SftRow)
+        tokens, notes = tokenize_chat(row, tokenizer=self._tokenizer, max_length=self._max_length)
+        self._tokenized.append(tokens)
+        return row._replace(notes=row.notes + notes)
+
+    def finish(self) -> list[tokenization.Tokenized]:
+        tokenized, self._tokenized = self._tokenized, []
+        return tokenized
+
+
+def _tokenizer_of(task: UnitTask, encoder: Encoder) -> BatchTokenizer:
+    """What tokenizes checked rows of the stage."""
     batch_characters = task.sizes.batch_characters
     if task.settings.stage == "pretrain":
-        return partial(tokenization.tokenize_pretrain, encoder=encoder, batch_characters=batch_characters)
-    return partial(
-        tokenization.tokenize_sft,
-        encoder=encoder,
-        batch_characters=batch_characters,
-        max_length=task.settings.max_length,
-        prefix_after_marks=task.settings.prefix_after_marks,
+        return _EncodedTogether(
+            partial(tokenization.tokenize_pretrain, encoder=encoder, batch_characters=batch_characters)
+        )
+    rendering = chat_tokenizer_of(task.settings, task.tokenizer_dir)
+    if rendering is not None:
+        return _Rendered(rendering, task.settings.max_length)
+    return _EncodedTogether(
+        partial(
+            tokenization.tokenize_sft,
+            encoder=encoder,
+            batch_characters=batch_characters,
+            max_length=task.settings.max_length,
+            prefix_after_marks=task.settings.prefix_after_marks,
+        )
     )

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.engine import resume_state
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import EngineSettings
@@ -75,18 +76,22 @@ class CheckpointContent:
 
     Attributes:
         source: the model whose configuration and tokenizer are copied into every saved model.
+        stage: pretrain or sft, which every saved model records.
         schedule: the learning rate.
         facts: what does not change during the run.
         evaluations: grows during the run; each checkpoint has those so far.
+        chat: the template of the conversations in the data.
         new_rows: on rank 0, examines each saved model with --train_new_rows_only.
         adapter_files: the small files of an adapter, see `small_files.files_of_adapter`; none for a whole model.
         history: called on rank 0; returns the content of a saved model's training_history.json, None for no file.
     """
 
     source: ModelSource
+    stage: str
     schedule: CosineSchedule
     facts: RunFacts
     evaluations: EvaluationHistory
+    chat: ChatData | None = None
     new_rows: NewRowsReport | None = None
     adapter_files: dict[str, bytes] = field(default_factory=dict)
     history: Callable[[], dict[str, Any] | None] | None = None
@@ -107,7 +112,13 @@ class CheckpointWriter:
         with engine.first_rank_only() as first:
             if first:
                 source = content.source
-                self._model_files = model_files(source.weights_folder, source.tokenizer, engine.settings.precision)
+                self._model_files = model_files(
+                    source.weights_folder,
+                    source.tokenizer,
+                    engine.settings.precision,
+                    stage=content.stage,
+                    chat=content.chat,
+                )
                 self._model_files.update(content.adapter_files)
 
     def check_room(self) -> None:

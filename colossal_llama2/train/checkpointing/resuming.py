@@ -42,6 +42,7 @@ DATA_FACTS = {
     "mixture": "--mixture",
     "mixture_end": "--mixture_end",
     "sources": "--dataset",
+    "groups_by_length": "--group_by_length",
     "seed": "--seed",
 }
 RESUMED_FACTS = {

@@ -14,8 +14,8 @@ class RunFacts:
 
     Attributes:
         num_samples: of an epoch.
-        dataset_fingerprints: one for each folder of --dataset; with bucketed, mixture, mixture_end, sources and seed
-            they decide the order of samples. None stands for what is off.
+        dataset_fingerprints: one for each folder of --dataset; with bucketed, mixture, mixture_end, sources,
+            groups_by_length and seed they decide the order of samples. None stands for what is off.
         tokenizer: the fingerprint of the run's tokenizer; pretrained_tokenizer: that of --pretrained, None if it has no
             tokenizer.
         model_shape: the sizes in the config.json of --pretrained that decide the shapes of its weights.
@@ -37,6 +37,7 @@ class RunFacts:
     mixture: list[list[Any]] | None
     mixture_end: str | None
     sources: list[str] | None
+    groups_by_length: bool | None
     tokenizer: str
     pretrained_tokenizer: str | None
     model_shape: dict[str, Any]

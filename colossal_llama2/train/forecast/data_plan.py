@@ -57,15 +57,17 @@ def make_order(
     accumulation_steps: int,
     seed: int,
     buckets: Buckets | None = None,
+    lengths: np.ndarray | None = None,
 ) -> SampleOrder:
     """The order of samples. Raises UserError if there are not enough for one micro batch on every rank.
 
     Args:
         num_samples: of the data; with buckets, these determine the samples of an epoch.
         data_size: number of data-parallel ranks.
+        lengths: of all samples, to group them by length.
     """
     num_samples = buckets.num_samples if buckets else num_samples
-    order = SampleOrder(num_samples, micro_batch_size, data_size, accumulation_steps, seed, buckets)
+    order = SampleOrder(num_samples, micro_batch_size, data_size, accumulation_steps, seed, buckets, lengths)
     if order.steps_after(0) == 0:
         raise UserError(
             f"--dataset has {counted(num_samples, 'sample')}, one micro batch needs {order.samples_per_micro_step} "
@@ -121,6 +123,7 @@ def build_plan(
         "bucketed": data.bucketed,
         "mixture": dict(data.mixture.shares) if data.mixture else None,
         "mixture_end": data.mixture.end if data.mixture else None,
+        "groups_by_length": data.groups_by_length,
         "epoch": {
             "samples": order.num_samples,
             "tokens": tokens,
@@ -340,6 +343,7 @@ def plan_lines(content: dict[str, Any]) -> Iterator[str]:
     """The plan as text: totals, a row per bucket and source, the categories, the learning rate, the notes."""
     epoch = content["epoch"]
     kind = "buckets in order, each shuffled by itself" if content["bucketed"] else "one shuffle of everything"
+    kind += ", samples of similar length together" if content["groups_by_length"] else ""
     yield (
         f"Plan: {kind}; {counted(epoch['samples'], 'sample')} and {counted(epoch['tokens'], 'token')} an epoch, "
         f"epochs: {content['epochs']}; steps: {content['steps']:,} of {counted(content['samples_a_step'], 'sample')}"

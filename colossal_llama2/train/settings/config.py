@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from colossal_llama2.dataset.layout.chat_data import ChatData
 from colossal_llama2.dataset.read.eval_sets import EvalSet
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.engine.settings import EngineSettings
@@ -123,6 +124,7 @@ class TrainConfig:
         flags: every flag by name, with its value or default, as checkpoints record them.
         used_flags: those that have an effect beside the others, as settings.json records them.
         stage: pretrain or sft.
+        chat: the template of the conversations in the data; None if it has none.
         benchmark: None unless steps are measured instead of trained.
         world_size: number of processes of the job, or of the one that a dry run plans for.
         planned_ranks: the number that --num_ranks gives; None without the flag.
@@ -143,6 +145,7 @@ class TrainConfig:
     world_size: int
     planned_ranks: int | None
     timeout_seconds: float
+    chat: ChatData | None = None
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
         """The same settings for other weights.

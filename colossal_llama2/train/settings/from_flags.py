@@ -2,10 +2,12 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from colossal_llama2.cli.dependent_flags import used_flags, with_defaults
+from colossal_llama2.dataset.layout.chat_data import chat_data_of
 from colossal_llama2.dataset.layout.manifest import check_parts_fit
 from colossal_llama2.dataset.read.eval_sets import resolve_eval_sets
 from colossal_llama2.dataset.read.sources import Data, resolve_data
@@ -136,7 +138,14 @@ def _data_config(args: argparse.Namespace, problems: Problems) -> DataConfig:
 
     def parts() -> Data:
         words = args.dataset or ()
-        return resolve_data(words, bucketed=args.bucketed, mixture=args.mixture, mixture_end=args.mixture_end)
+        return resolve_data(
+            words,
+            bucketed=args.bucketed,
+            mixture=args.mixture,
+            mixture_end=args.mixture_end,
+            # A flag of train_sft.py alone.
+            groups_by_length=getattr(args, "group_by_length", False),
+        )
 
     found = problems.check(parts) or Data([])
     return DataConfig(found, args.max_length, args.document_mask, args.pad_token, args.continue_data)
@@ -199,13 +208,11 @@ def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Pro
         )
     run_outputs.check_places(folder, config.reporting.tensorboard_dir, config.reporting.config_file)
     config = config.with_source(source)
-    if not problems:
-        _check_prepared_data(config)
-    return config
+    return config if problems else _with_data(config)
 
 
-def _check_prepared_data(config: TrainConfig) -> None:
-    """Compare the manifests of all data with the stage, the tokenizer and the positions of the model."""
+def _with_data(config: TrainConfig) -> TrainConfig:
+    """The settings with the data's chat template, after its manifests are compared with the stage and the model."""
     tokenizer_dir = config.source.tokenizer
     check_tokenizer_files(tokenizer_dir)
     paths, eval_paths = config.data.parts.paths, [eval_set.path for eval_set in config.evaluation.sets]
@@ -213,6 +220,12 @@ def _check_prepared_data(config: TrainConfig) -> None:
     check_parts_fit(eval_paths, stage=config.stage, tokenizer_dir=tokenizer_dir, flag="--eval_dataset")
     check_samples_fit(paths, config.source.weights_folder)
     check_samples_fit(eval_paths, config.source.weights_folder, flag="--eval_dataset")
+    if config.stage != "sft":
+        return config
+    chat = chat_data_of(paths)
+    if chat is not None:
+        chat_data_of(eval_paths, flag="--eval_dataset", other=chat)
+    return replace(config, chat=chat)
 
 
 def resolved_again(config: TrainConfig) -> TrainConfig:
