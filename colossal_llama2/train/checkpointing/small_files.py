@@ -55,6 +55,21 @@ def model_files(
     return files
 
 
+def files_of_adapter(trainable: Trainable, source: ModelSource, base: Weights) -> dict[str, bytes]:
+    """The small files of an adapter besides those of `model_files`, by name; none if the run trains no adapter.
+
+    Args:
+        base: the hashes of the weights that it is trained on.
+    """
+    if trainable.adapter is None:
+        return {}
+    saves_embeddings = trainable.saved_name(OUTPUT_EMBEDDING) is not None
+    # Of tied embeddings only the first is saved. PEFT finds it by its name; as a module of its own it would untie it.
+    saves_embeddings = saves_embeddings and not source.weights_folder.fields["tie_word_embeddings"]
+    contents = adapter_files(trainable.adapter, base_path=source.weights, base=base, saves_embeddings=saves_embeddings)
+    return {name: encoded(to_json(content), name) for name, content in contents.items()}
+
+
 def _replace_template(files: dict[str, bytes], chat: ChatData, tokenizer_path: str) -> list[str]:
     """Make `chat` the only template among a tokenizer's files, as transformers 5 saves it. Returns what was changed."""
     assert chat.text is not None
@@ -71,21 +86,6 @@ def _replace_template(files: dict[str, bytes], chat: ChatData, tokenizer_path: s
         return []
     instead = f", in place of that of {own[1]}" if own else ""
     return [f"{TEMPLATE_FILE} is the template of the data, {chat.name}{instead}"]
-
-
-def files_of_adapter(trainable: Trainable, source: ModelSource, base: Weights) -> dict[str, bytes]:
-    """The small files of an adapter besides those of `model_files`, by name; none if the run trains no adapter.
-
-    Args:
-        base: the hashes of the weights that it is trained on.
-    """
-    if trainable.adapter is None:
-        return {}
-    saves_embeddings = trainable.saved_name(OUTPUT_EMBEDDING) is not None
-    # Of tied embeddings only the first is saved. PEFT finds it by its name; as a module of its own it would untie it.
-    saves_embeddings = saves_embeddings and not source.weights_folder.fields["tie_word_embeddings"]
-    contents = adapter_files(trainable.adapter, base_path=source.weights, base=base, saves_embeddings=saves_embeddings)
-    return {name: encoded(to_json(content), name) for name, content in contents.items()}
 
 
 def json_bytes(content: Any, what: str) -> bytes:
