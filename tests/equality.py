@@ -19,6 +19,7 @@ without bfloat16 instructions needs more than half an hour for the matrix.
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tests import far_copies, launching, reference, tiny, training_jobs
-from tests.layouts import HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
+from tests.layouts import FLOAT32_LAYOUTS, HYBRID, LAYOUTS, PP2, SEQUENCE, Layout
 from tests.training_jobs import CLIP, GLOBAL_BATCH, LR, Job
 
 FLOAT32_ALLOWED = {"loss": 1e-5, "norm": 1e-5, "weights": 1e-4}
@@ -39,6 +40,8 @@ BFLOAT16_PARTS = (2, 4, 16)
 GAPS = 2.0
 MOMENT_ALLOWED = 0.02
 ODD_VOCABULARY = 601
+# The first row that a model's vocabulary is said to have grown by.
+NEW_ROWS_FROM = 500
 # At LR, two plain float32 loops that differ in rounding alone may be as far apart in the norm as is allowed, where a
 # difference of 1e-7 has grown: with ODD_VOCABULARY 1.1e-5 and with "llama3" 2.0e-5 (halves of the matrices added up),
 # with documents 8.2e-6 (fused attention, PyTorch 2.14). At this rate they are at most 1e-6 apart.
@@ -59,16 +62,28 @@ class Option:
     freeze: bool = False
     lr: float = LR
     batch: int = GLOBAL_BATCH
+    lora_rank: int | None = None
 
     @property
-    def reference(self) -> tuple[str, str, float, bool, float, int]:
+    def reference(self) -> tuple[str, str, float, bool, float, int, int | None]:
         """The options that the plain loop needs."""
-        return self.model, self.data, self.clip, self.freeze, self.lr, self.batch
+        return self.model, self.data, self.clip, self.freeze, self.lr, self.batch, self.lora_rank
 
 
 # The layouts that are combined with every option, besides float32 on two ranks; others only with some.
 EVERY_OPTION = {"fp32": ("3d pp2 tp2",), "bf16": ("gemini", "gemini_auto", "3d tp2 zero1", "3d pp2 zero1")}
 SOME_OPTIONS = {"fp32": ("", "accumulating 4", "documents"), "bf16": ("", "accumulating 4")}
+# Ranks hold the whole of an adapter.
+LORA_LAYOUTS = {
+    "fp32": ("ddp", "zero2", "zero2_cpu", "3d", "3d sp2 all_to_all"),
+    "bf16": (
+        *("ddp", "gemini", "gemini offloaded", "gemini_auto", "zero2", "zero2_cpu"),
+        *("3d zero0", "3d zero1", "3d zero2", "3d sp2 all_to_all zero1"),
+    ),
+}
+EVERY_LORA_OPTION = {"fp32": LORA_LAYOUTS["fp32"], "bf16": ("gemini", "zero2", "3d zero1")}
+LORA_RANK = 4
+LORA = ("--lora_rank", str(LORA_RANK))
 OPTIONS = {
     "": Option(),
     "unclipped": Option(flags=("--gradient_clipping", "0"), clip=0.0),
@@ -82,6 +97,12 @@ OPTIONS = {
     "documents": Option(flags=("--document_mask", "on"), data="spliced", lr=LOW_LR),
     "with logits": Option(flags=("--chunked_loss", "off")),
     f"vocabulary {ODD_VOCABULARY}": Option(model="odd", lr=LOW_LR),
+    "lora": Option(flags=LORA, lora_rank=LORA_RANK),
+    "lora accumulating 4": Option(flags=LORA, lora_rank=LORA_RANK, accumulation_steps=4),
+    "lora recomputing": Option(flags=(*LORA, "--use_grad_checkpoint"), lora_rank=LORA_RANK),
+    "lora documents": Option(flags=(*LORA, "--document_mask", "on"), lora_rank=LORA_RANK, data="spliced", lr=LOW_LR),
+    "lora with logits": Option(flags=(*LORA, "--chunked_loss", "off"), lora_rank=LORA_RANK),
+    "lora grown": Option(flags=LORA, lora_rank=LORA_RANK, model="grown"),
     "far": Option(flags=("--max_length", str(FAR_LENGTH)), model="far", data="far", batch=FAR_BATCH),
 }
 
@@ -107,6 +128,9 @@ REFUSED = {
         Option(accumulation_steps=4),
     ),
 }
+REFUSED.update(
+    (f"fp32 {layout} lora", ("fp32", FLOAT32_LAYOUTS[layout], OPTIONS["lora"])) for layout in ("3d tp2", "3d pp2")
+)
 REFUSED_SECONDS = 90
 ROWS_AT_A_TIME = 16
 
@@ -148,6 +172,8 @@ class Case:
 
 
 def _are_combined(precision: str, layout: str, option: str) -> bool:
+    if OPTIONS[option].lora_rank is not None:
+        return layout in LORA_LAYOUTS[precision] and (option == "lora" or layout in EVERY_LORA_OPTION[precision])
     is_small = LAYOUTS[precision][layout].ranks == 2
     if option == "far" and is_small:
         return True
@@ -243,6 +269,8 @@ class References:
                 unsplice=case.option.data == "spliced",
                 halved=halved,
                 attention=attention,
+                lora_rank=case.option.lora_rank,
+                trains_embeddings=case.option.model == "grown",
             )
         return self._known[key]
 
@@ -361,6 +389,7 @@ def make_inputs(folder: Path, steps: int) -> tuple[dict[str, Path], dict[str, li
         "tied": tiny.make_model(folder / "tied", tokenizer, tie=True),
         "biased": tiny.make_model(folder / "biased", tokenizer, biases=True),
         "llama3": tiny.make_model(folder / "llama3", tokenizer, like_llama3=True),
+        "grown": tiny.with_new_rows(shutil.copytree(plain, folder / "grown"), first=NEW_ROWS_FROM),
         "deep": tiny.make_model(folder / "deep", tokenizer, layers=3),
         "odd": training_jobs.with_vocabulary(plain, folder / "odd", ODD_VOCABULARY),
         "far": far_copies.make_model(folder / "far_model", tokenizer, distance=FAR_DISTANCE),
@@ -397,10 +426,12 @@ In the names of the rows, "accumulating" and its number are the micro batches of
 `--use_grad_checkpoint`, "frozen" is `--freeze_non_embeds_params`, "tied" is a model with tied embeddings, "biases" one
 with biases, and "llama3" one with LLaMA-3's positions, fewer key-value heads than heads, and heads of another size than
 hidden_size / heads. The loss is chunked unless the row says "with logits". "documents" are spliced samples, compared
-with their documents one by one. "far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that
-repeats the token {far_distance:,} positions before. Gemini's models are divided into at least eight chunks, each spread
-over the ranks. The learning rate is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the
-higher rate, rounding alone makes two plain loops differ by up to 1e-5.
+with their documents one by one. "lora" is an adapter of rank {lora_rank}, which the plain loop trains in PEFT's own
+model; its weights are those of the adapter. A "grown" model has new rows, and trains its embeddings with the adapter.
+"far" is one step of {far_batch} samples of {far_length:,} tokens, with a model that repeats the token {far_distance:,}
+positions before. Gemini's models are divided into at least eight chunks, each spread over the ranks. The learning rate
+is {lr:g}. For documents and for vocabulary {odd} it is {low_lr:.1g}: there, at the higher rate, rounding alone makes
+two plain loops differ by up to 1e-5.
 
 In float32, differences of 1e-5 in loss and norm and of 1e-4 in the weights are allowed. In bf16, the limit is twice the
 largest difference between plain loops that differ only in rounding, and for weights at least 1e-2. These loops process
@@ -468,6 +499,7 @@ def as_page(rows: list[Row], refused: dict[str, str], steps: int) -> str:
         narrow=summary_of_halves(rows),
         lr=LR,
         odd=ODD_VOCABULARY,
+        lora_rank=LORA_RANK,
         low_lr=LOW_LR,
         far_batch=FAR_BATCH,
         far_length=FAR_LENGTH,

@@ -84,6 +84,24 @@ def _with_bias(output: torch.Tensor, module) -> torch.Tensor:
     return output if module.bias is None else output + module.bias
 
 
+def with_adapter(model, rank: int, seed: int, *, trains_embeddings: bool):
+    """The model with a new adapter of PEFT, which alone is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, param in adapted.named_parameters():
+        if trains_embeddings and ("embed_tokens" in name or "lm_head" in name):
+            param.requires_grad_(True)
+    return adapted
+
+
 def unspliced(samples, document_lengths):
     """Each document of each sample, as a separate sample."""
     for (ids, labels), lengths in zip(samples, document_lengths, strict=True):
@@ -106,6 +124,8 @@ def train(
     halved: bool = False,
     trained_rows: Sequence[tuple[int, int]] = (),
     attention: str = "eager",
+    lora_rank: int | None = None,
+    trains_embeddings: bool = False,
 ) -> Trace:
     """One epoch of AdamW with float32 master weights, in the given precision.
 
@@ -113,12 +133,16 @@ def train(
         micro_batches: padded batches in which a step's gradient is summed up; 0 for sample by sample without padding.
         halved: see `halve_matrices`.
         trained_rows: with `freeze`, [begin, end) ranges of the rows whose gradients are not cleared.
+        lora_rank: train an adapter of PEFT with alpha twice its rank, on all matrices of the layers; with
+            `trains_embeddings` the embeddings too.
         attention: eager, which rounds the scores to the given precision, or sdpa, which does not.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model = LlamaForCausalLM.from_pretrained(model_dir, torch_dtype=dtype, attn_implementation=attention)
     if halved:
         halve_matrices(model)
+    if lora_rank is not None:
+        model = with_adapter(model, lora_rank, seed, trains_embeddings=trains_embeddings)
     if freeze:
         for name, param in model.named_parameters():
             param.requires_grad_("embed_tokens" in name or "lm_head" in name)
@@ -165,5 +189,6 @@ def train(
                 param.copy_(master)
         trace.losses.append(loss)
         trace.grad_norms.append(norm.item())
-    trace.weights = {name: param.detach().float() for name, param in model.named_parameters()}
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad or lora_rank is None}
+    trace.weights = {name.replace(".default", ""): param.detach().float() for name, param in trained.items()}
     return trace

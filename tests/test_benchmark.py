@@ -66,6 +66,8 @@ def test_flops_are_those_of_a_llama_7b():
     config = SimpleNamespace(tie_word_embeddings=False, vocab_size=32000, hidden_size=4096, num_hidden_layers=32)
     # 6.74 billion parameters, 131 million of them in the input embeddings, 4,096 tokens.
     assert benchmark.flops_per_token(config, 6_738_415_616, 4096) == pytest.approx(46.1e9, rel=0.01)
+    adapter = benchmark.flops_per_token(config, 6_738_415_616, 4096, trains_weights=False)
+    assert adapter == pytest.approx(46.1e9 - 2 * 6.6e9, rel=0.01)
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.model.loading import inspect_weights
+from colossal_llama2.model.lora import LoraShape
+from colossal_llama2.model.trainable import Lora, Trainable
 from colossal_llama2.storage.files import write_json
 from colossal_llama2.train import dry_run
 from colossal_llama2.train.checkpointing.checkpoint_writer import expected_bytes
@@ -44,6 +46,7 @@ LLAMA_7B = ModelShape(
 )
 # LLaMA-2-7B has this many, as in its authors' checkpoint.
 PARAMETERS_7B = 6_738_415_616
+ADAPTER = LoraShape(rank=8, alpha=16)
 SETTINGS = EngineSettings(
     plugin="zero2",
     precision="bf16",
@@ -98,6 +101,35 @@ def test_what_plugins_keep_of_a_7b():
     offloaded = found(64, plugin="zero2_cpu")
     assert offloaded.host["optimizer"] == 8 * PARAMETERS_7B // 64
     assert "optimizer" not in offloaded.device["update"]
+
+
+@pytest.mark.parametrize("plugin", ["zero2", "zero2_cpu", "gemini", "ddp", "3d"])
+def test_an_adapter_alone_has_gradients_and_states(plugin):
+    """Rank 8 on all matrices of a 7B: 20 M of 6.7 B parameters, which every rank holds whole."""
+    adapter = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    settings = {"plugin": plugin, "zero_stage": 2, "trainable": Lora(shape=ADAPTER)}
+    memory_of_it = found(8, **settings)
+    parts = {**memory_of_it.device["update"], **memory_of_it.host}
+    split = 1 if plugin == "ddp" else 8
+    # Gemini's chunks of it are padded, and its weights are split too.
+    most = 1.3 if plugin == "gemini" else 1
+    assert adapter / split <= parts["optimizer"] / 8 <= most * adapter / split
+    assert parts["optimizer"] == 2 * parts["master weights"]
+    assert 2 * PARAMETERS_7B < parts["weights"] <= 2 * (PARAMETERS_7B + adapter)
+    assert sum(memory_of_it.device["backward"].get(name, 0) for name in ("gradients", "buffers")) < 20 * adapter
+    embeddings = found(8, **{**settings, "trainable": Lora(shape=ADAPTER, with_embeddings=True)})
+    more = {**embeddings.device["update"], **embeddings.host}["optimizer"] - parts["optimizer"]
+    assert more == pytest.approx(8 * 2 * 32000 * 4096 / split, rel=0.1 if plugin == "gemini" else 1e-6)
+
+
+def test_an_adapter_keeps_less_of_a_micro_batch_than_full_training():
+    whole, adapted = (found(8, trainable=choice).device["loss"] for choice in (Trainable(), Lora(shape=ADAPTER)))
+    # Without the result of each norm before its weight, and with the outputs of A: 8 channels for each of 7 matrices.
+    more = 32 * 7 * 2 * 8 * 4096
+    assert adapted["activations"] == whole["activations"] - 65 * 2 * 4096 * 4096 + more
+    dropping = found(8, trainable=Lora(shape=replace(ADAPTER, dropout=0.1))).device["loss"]
+    # The inputs that are left, and a mask of them, for each matrix.
+    assert dropping["activations"] == adapted["activations"] + 32 * 3 * 4096 * (6 * 4096 + 11008)
 
 
 def test_ddp_keeps_everything_on_each_rank():
@@ -217,8 +249,9 @@ def test_attention_is_fused_with_and_without_its_flag(words, on_cpu, attention, 
 @pytest.mark.parametrize("key_value_heads", [32, 8])
 @pytest.mark.parametrize("trains_layers", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("adapter", [None, ADAPTER, replace(ADAPTER, targets=("v_proj", "down_proj"))])
 def test_backward_releases_everything_that_forward_kept(
-    attention, element, key_value_heads, trains_layers, checkpointing
+    attention, element, key_value_heads, trains_layers, checkpointing, adapter
 ):
     batch = MicroBatch(
         samples=2,
@@ -229,6 +262,8 @@ def test_backward_releases_everything_that_forward_kept(
         checkpointing=checkpointing,
         has_documents=True,
         trains_layers=trains_layers,
+        trains_embeddings=adapter is None,
+        adapter=adapter,
     )
     (stage,) = memory.stage_shapes(replace(LLAMA_7B, key_value_heads=key_value_heads), SETTINGS)
     moments = activations.backward_moments(stage, batch)
@@ -236,7 +271,10 @@ def test_backward_releases_everything_that_forward_kept(
     # The rest is the mask, the rotary embedding, and the gradient of the embeddings' output.
     assert moments[-1].activations == shared + element * batch.tokens * 4096
     weights = [size for moment in moments for _, size in moment.weights]
-    assert sum(weights) == activations_weights(stage, trains_layers)
+    if adapter is None:
+        assert sum(weights) == activations_weights(stage, trains_layers)
+    else:
+        assert sum(weights) == stage.layers * sum(size for _, size in stage.adapter_weights(adapter))
 
 
 def activations_weights(stage, trains_layers):

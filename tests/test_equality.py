@@ -22,7 +22,14 @@ def test_every_axis_and_option_of_the_matrix():
     assert len(names) == len(set(names))
     for plugin in ("zero2", "zero2_cpu", "gemini", "gemini offloaded", "gemini_auto"):
         assert f"bf16 {plugin} accumulating 4" in names
-    for option in filter(None, equality.OPTIONS):
+    for option, settings in equality.OPTIONS.items():
+        if settings.lora_rank is not None:
+            # An adapter is not split.
+            assert {f"fp32 {plugin} {option}" for plugin in ("ddp", "zero2", "zero2_cpu", "3d")} <= set(names)
+            assert {f"bf16 {plugin} {option}" for plugin in ("gemini", "zero2", "3d zero1")} <= set(names)
+            continue
+        if not option:
+            continue
         for start in (
             "fp32 ddp",
             "fp32 zero2",

@@ -113,7 +113,7 @@ def test_every_patch_is_used_and_nothing_else_replaces_attributes():
         cpu_device.install,
         lambda: document_attention.install(use_flash_attn=False),
         lambda: checkpoint_io.safetensors_instead_of_pickle().__enter__(),
-        lambda: checkpoint_io.weights_alone(ties_embeddings=True).__enter__(),
+        lambda: checkpoint_io.weights_alone(ties_embeddings=True, saved_name=str).__enter__(),
         lambda: bug_fixes.clip_in_bf16(None),
         lambda: bug_fixes.fill_buckets(None),
     ],

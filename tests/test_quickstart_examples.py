@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from colossal_llama2 import errors
+from examples import quickstart_answers, quickstart_dialogues
 from examples import quickstart_corpus as corpus
 from examples import quickstart_evaluate as evaluation
 from examples import quickstart_source_model as source_model
@@ -353,9 +354,65 @@ def test_table(tmp_path, capsys):
     assert table.tokens_per_second(str(tmp_path / "no logs")) is None
 
 
+def conversation(*contents: str) -> str:
+    roles = itertools.cycle(["human", "assistant"])
+    messages = [{"from": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+
+
+def test_dialogues_to_learn_and_new_ones(tmp_path):
+    long = "a long question, for which there is no room in the table"
+    for name, question, answer in (("en", "Hi", "Hello"), ("zh", "你好", "你好啊")):
+        path = tmp_path / "sft" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        lines = [conversation(long, answer), conversation(question, answer, "And?", "No."), conversation("Hi", answer)]
+        # The second answer to one question is left out.
+        lines += [conversation("Hi", "Another"), *(conversation(f"{question} {n}", answer) for n in range(5))]
+        path.write_text("".join(lines))
+        held_out = [corpus.document(f"{question}?\n{answer}", kind) for kind in ("news", "dialogue")]
+        path = tmp_path / "held_out" / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in [*held_out, *held_out]))
+    flags = ["--sft_dir", tmp_path / "sft", "--held_out_dir", tmp_path / "held_out", "--output_dir", tmp_path / "out"]
+    quickstart_dialogues.main([str(word) for word in [*flags, "--learned", 2]])
+    learned, new = (
+        [[m["content"] for m in json.loads(line)["messages"]] for line in path.read_text().splitlines()]
+        for path in (tmp_path / "out" / "learned" / "dialogues.jsonl", tmp_path / "out" / "new" / "questions.jsonl")
+    )
+    assert learned == [["Hi", "Hello"], ["Hi 0", "Hello"], ["Hi", "你好啊"], ["你好 0", "你好啊"]]
+    assert new == [["Hi?", "Hello"], ["你好?", "你好啊"]]
+    with pytest.raises(SystemExit) as end:
+        quickstart_dialogues.main([str(word) for word in [*flags, "--learned", 50]])
+    assert end.value.code == 2
+
+
+def test_the_table_of_answers_fits_a_terminal(tmp_path, capsys):
+    def record(question: str, reference: str, answer: str) -> str:
+        return json.dumps({"messages": [{"content": question}], "reference": reference, "answer": answer}) + "\n"
+
+    learned, new = tmp_path / "learned.jsonl", tmp_path / "new.jsonl"
+    learned.write_text(record("你好" * 20, "你好", " 你好") + record("Hi", "Hello", "H\x1b[2J" + "ello" * 20))
+    new.write_text(record("Why?", "So.", "So."))
+    quickstart_answers.main(["--learned_file", str(learned), "--new_file", str(new)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["trained", "trained", "new"]
+    assert [line.split()[-1] for line in lines[2:5]] == ["yes", "no", "-"]
+    assert lines[-1] == "1 of 2 trained dialogues are answered word for word."
+    assert all(quickstart_answers.columns_of(line) <= 80 for line in lines) and "\x1b" not in "".join(lines)
+    # Columns line up also where characters are wide.
+    places = {quickstart_answers.columns_of(line[: line.rindex(" ")]) for line in lines[2:5]}
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "word"),
     [
+        (
+            "quickstart_dialogues.py",
+            ["--sft_dir", "{here}", "--held_out_dir", "{here}", "--output_dir", "{here}/new"],
+            "en.jsonl",
+        ),
+        ("quickstart_answers.py", ["--learned_file", "{here}/none.jsonl", "--new_file", "{here}/x"], "none.jsonl"),
         ("quickstart_corpus.py", ["--output_dir", "{here}"], "exists"),
         ("quickstart_source_model.py", ["--english_dir", "{here}", "--output_dir", "{here}/new"], "no *.jsonl"),
         (

@@ -259,6 +259,7 @@ def test_the_pipeline_runs_as_it_is_written(workplace):
     assert not (workplace / "planned").exists()
     assert "all as they were written" in outputs["colossal_llama2.train.verify"]
     assert (workplace / "checkpoint_dir_sft" / "modeling" / "tokenizer.model").is_file()
+    assert "tensors of checkpoint_dir/modeling changed by" in outputs["colossal_llama2.model.merge_lora"]
     assert "Answer:" in outputs["inference_example.py"]
 
 

@@ -23,7 +23,7 @@ FILES: dict[str, list[str]] = {
     "requirements-dev.txt": [BASE],
 }
 # ColossalAI allows only old versions of these.
-NEWER = {"torch", "transformers"}
+NEWER = {"peft", "torch", "transformers"}
 # What ColossalAI 0.5.0 requires and the suite does not use, by what imports it there.
 LEFT_OUT = {
     "bitsandbytes": "a placeholder stands for it",
@@ -32,7 +32,6 @@ LEFT_OUT = {
     "fastapi": "inference/server",
     "galore-torch": "a placeholder stands for it",
     "google": "nothing",
-    "peft": "a placeholder stands for it",
     "pre-commit": "nothing",
     "pydantic": "inference/server",
     "ray": "inference",

@@ -85,6 +85,14 @@ def make_model(
     return folder
 
 
+def with_new_rows(model_dir: Path, *, first: int) -> Path:
+    """The folder of a model, whose config.json now lists the rows from `first` on as those of init_model.py."""
+    config = json.loads((model_dir / "config.json").read_text())
+    config["initialized_rows"] = [[first, config["vocab_size"]]]
+    (model_dir / "config.json").write_text(json.dumps(config, indent=2))
+    return model_dir
+
+
 def has_slow_tokenizer() -> bool:
     """Whether this transformers has a slow LLaMA tokenizer, in Python and SentencePiece: version 5 has none."""
     import transformers

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from colossal_llama2.encoding.registry import load_encoder
@@ -115,7 +116,9 @@ def finished(folder: Path, spec: dict) -> Job:
 
 
 def weights_of(job: Job) -> dict[str, torch.Tensor]:
-    """The exported model's parameters, in float32."""
+    """The exported model's parameters, or its adapter's, in float32."""
+    if (job.model / "adapter_config.json").is_file():
+        return {name: tensor.float() for name, tensor in load_file(job.model / "adapter_model.safetensors").items()}
     return {
         name: param.detach().float()
         for name, param in AutoModelForCausalLM.from_pretrained(job.model).named_parameters()

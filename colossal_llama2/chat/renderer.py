@@ -102,7 +102,8 @@ class Renderer:
         if "limit" in answer:
             raise UserError(f"the chat template {self._origin} cannot be used: {answer['error']}; correct it")
         if "error" in answer:
-            raise RowError(f"the chat template {self._origin} refuses: {answer['error']:.200}", reason=REFUSED)
+            reason = " ".join(answer["error"].split())
+            raise RowError(f"the chat template {self._origin} refuses: {reason:.200}", reason=REFUSED)
         return RenderedText(answer["text"], [(begin, end) for begin, end in answer["spans"]])
 
     def _start(self) -> None:
@@ -124,7 +125,8 @@ class Renderer:
         if "error" in answer:
             self.close()
             where = f"{self._origin}:{answer['line']}" if "line" in answer else self._origin
-            raise UserError(f"{where}: not a Jinja template ({answer['error']:.200}); correct it")
+            reason = " ".join(answer["error"].split())
+            raise UserError(f"{where}: not a Jinja template ({reason:.200}); correct it")
         self._has_markers = answer["has_markers"]
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> dict[str, Any]:

@@ -76,6 +76,10 @@ EQUIVALENTS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("load_checkpoint",),
     "logging_dir": ("tensorboard_dir",),
     "neftune_noise_alpha": ("neft_alpha",),
+    **dict.fromkeys(("lora_r", "lora", "use_lora", "use_peft", "peft", "lora_dim"), ("lora_rank",)),
+    **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules", "lora_modules"), ("lora_targets",)),
+    "lora_scaling": ("lora_alpha",),
+    "finetuning_type": ("lora_rank",),
     "tensor_parallel_size": ("tp",),
     "tensor_model_parallel_size": ("tp",),
     "pipeline_parallel_size": ("pp",),
@@ -100,7 +104,7 @@ EQUIVALENTS: dict[str, tuple[str, ...]] = {
     "max_gen_len": ("max_new_tokens",),
 }
 
-_LORA = "LoRA is not available; all weights are trained, or only the embeddings with --freeze_non_embeds_params"
+_QLORA = "the base model is not quantized; train an adapter of it with --lora_rank"
 _LAUNCHER = "it is a flag of the launcher; put it before the name of the script"
 _PROCESSES = "the launcher sets the number of processes: colossalai run --nproc_per_node N --hostfile FILE SCRIPT ..."
 _QUANTIZED = "quantized weights are not supported; give a model in float16, bfloat16 or float32"
@@ -108,8 +112,7 @@ _PLUGIN = "ColossalAI does this; choose with --plugin"
 _SCHEDULE = "AdamW with linear warm-up and a cosine schedule is used; set --lr, --warmup_steps and --weight_decay"
 # Flags without an equivalent, and what to do instead.
 EXPLANATIONS: dict[str, str] = {
-    **dict.fromkeys(("lora", "lora_rank", "lora_r", "lora_alpha", "lora_dropout", "lora_target", "use_lora"), _LORA),
-    **dict.fromkeys(("lora_target_modules", "use_peft", "peft", "qlora", "use_qlora", "finetuning_type"), _LORA),
+    **dict.fromkeys(("qlora", "use_qlora", "lora_4bit"), _QLORA),
     **dict.fromkeys(("nproc_per_node", "nnodes", "node_rank", "hostfile", "host", "master_addr"), _LAUNCHER),
     **dict.fromkeys(("master_port", "standalone", "rdzv_backend", "rdzv_endpoint", "include", "exclude"), _LAUNCHER),
     **dict.fromkeys(("gpus", "num_gpus", "n_gpu", "ngpus", "num_processes", "devices"), _PROCESSES),
@@ -128,6 +131,8 @@ EXPLANATIONS: dict[str, str] = {
     "use_wandb": "give --report_to wandb, or --report_to tensorboard,wandb",
     "padding_mode": "each micro batch is padded to its longest sample; leave it out",
     "overwrite_output_dir": "this command does not overwrite an existing folder; give a new one",
+    **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), "--lora_rank trains plain LoRA; leave it out"),
+    "modules_to_save": "embeddings are trained with --lora_rank where init_model.py added rows; leave it out",
     "do_train": "leave it out",
     "do_eval": "give held-out data with --eval_dataset NAME=DIR",
 }

@@ -1,4 +1,4 @@
-"""The flags of init_tokenizer.py, init_model.py, mine_tokens.py, compare.py and convert_tiktoken.py."""
+"""The flags of init_tokenizer.py, init_model.py, merge_lora.py, mine_tokens.py, compare.py and convert_tiktoken.py."""
 
 from colossal_llama2.cli.data_flags import add_data_input_dirs
 from colossal_llama2.cli.flag_definitions import FlagGroup
@@ -131,6 +131,36 @@ def init_model_parser() -> CommandParser:
         "--overwrite",
         action="store_true",
         help="replace the target once the new model is complete; refused if the target contains other files",
+    )
+    return parser
+
+
+def merge_lora_parser() -> CommandParser:
+    """Flags of colossal_llama2.model.merge_lora."""
+    parser = CommandParser(
+        "merge_lora.py",
+        "Merge a LoRA adapter of train.py or train_sft.py into the model that it was trained on.",
+        "  python -m colossal_llama2.model.merge_lora --base_model_path llama-2-7b-zh \\\n"
+        "      --adapter_path checkpoint_dir/modeling --target_model_path llama-2-7b-zh-chat",
+    )
+    group = parser.flag_group("model")
+    group.add(
+        "--base_model_path",
+        metavar="DIR",
+        required=True,
+        help="the model that the adapter was trained on, with the same files of weights",
+    )
+    group.add(
+        "--adapter_path",
+        metavar="DIR",
+        required=True,
+        help="the modeling/ folder of a run or checkpoint with --lora_rank",
+    )
+    group.add(
+        "--target_model_path",
+        metavar="DIR",
+        required=True,
+        help="folder to write the merged model to; must not exist yet",
     )
     return parser
 

@@ -9,6 +9,8 @@ from colossal_llama2.cli.parser import CommandParser
 from colossal_llama2.cli.value_types import (
     SWITCH,
     at_least_two,
+    fraction,
+    matrix_list,
     named_path,
     named_share,
     non_negative_float,
@@ -20,6 +22,7 @@ from colossal_llama2.cli.value_types import (
     source_weight,
     tracker_list,
 )
+from colossal_llama2.layer_matrices import LAYER_MATRICES
 from colossal_llama2.plugin_names import HYBRID_3D, PLUGIN_NAMES
 from colossal_llama2.tracker_names import TENSORBOARD, TRACKER_NAMES
 
@@ -101,6 +104,7 @@ def _add_training_arguments(parser: CommandParser, *, accumulation_steps: int) -
     recipe = parser.flag_group("optimization", changes_numbers=True)
     _add_length_arguments(recipe)
     _add_recipe_arguments(recipe, accumulation_steps=accumulation_steps)
+    _add_lora_arguments(parser)
     _add_parallel_arguments(parser)
     _add_evaluation_arguments(parser)
     _add_output_arguments(parser)
@@ -263,6 +267,44 @@ def _add_recipe_arguments(recipe: FlagGroup, *, accumulation_steps: int) -> None
     )
     recipe.add(
         "--seed", metavar="N", type=seed_number, default=1024, help="seed of the data order and of NEFTune noise"
+    )
+
+
+def _add_lora_arguments(parser: CommandParser) -> None:
+    lora = parser.flag_group("LoRA", changes_numbers=True)
+    need = Need("needs --lora_rank", lambda args: args.lora_rank is not None)
+    lora.add(
+        "--lora_rank",
+        metavar="R",
+        type=positive_int,
+        default=None,
+        help="train a LoRA adapter of this rank, such as 8, and save it instead of the whole model; new embedding rows "
+        "that init_model.py added are trained with it (default: train the model's own weights)",
+    )
+    lora.add(
+        "--lora_alpha",
+        metavar="ALPHA",
+        type=positive_float,
+        default=None,
+        needs=need,
+        help="scale of the adapter: its product is multiplied by ALPHA / R (default: twice --lora_rank)",
+    )
+    lora.add(
+        "--lora_dropout",
+        metavar="SHARE",
+        type=fraction,
+        default=0.0,
+        needs=need,
+        help="share of the adapter's inputs that are set to zero while training",
+    )
+    lora.add(
+        "--lora_targets",
+        metavar="NAMES",
+        type=matrix_list,
+        default="all",
+        needs=need,
+        help=f"matrices of each decoder layer that get an adapter: all, or names separated by commas: "
+        f"{', '.join(LAYER_MATRICES)}",
     )
 
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from typing import TypeVar
 
+from colossal_llama2.layer_matrices import LAYER_MATRICES, in_order
 from colossal_llama2.tracker_names import TRACKER_NAMES
 
 Number = TypeVar("Number", int, float)
@@ -136,6 +137,18 @@ def tracker_list(text: str) -> str:
             f"'{unknown[0]}' given, a comma-separated list of {', '.join(TRACKER_NAMES)} allowed"
         )
     return ",".join(dict.fromkeys(names))
+
+
+def matrix_list(text: str) -> str:
+    """A comma-separated list of matrices of a decoder layer, each once, in the order of the layer; "all" for all."""
+    if text == "all":
+        return text
+    names = _comma_list(text, "give names as q_proj,v_proj, or all")
+    unknown = [name for name in names if name not in LAYER_MATRICES]
+    if unknown:
+        allowed = f"all, or a comma-separated list of {', '.join(LAYER_MATRICES)} allowed"
+        raise argparse.ArgumentTypeError(f"'{unknown[0]}' given, {allowed}")
+    return ",".join(in_order(names))
 
 
 def path_list(text: str) -> list[str]:

@@ -40,16 +40,20 @@ def repeats_exactly() -> bool:
     return not torch.cuda.is_available()
 
 
-def flops_per_token(config, parameters: int, length: int) -> float:
+def flops_per_token(config, parameters: int, length: int, *, trains_weights: bool = True) -> float:
     """FLOPs of forward and backward, as MFU counts them (Chowdhery et al., arXiv 2204.02311, appendix B).
 
     Six for each weight in a product, which are all but the input embeddings, and twelve for each layer, channel and
     token that attention reads. Recomputation is not counted.
+
+    Args:
+        trains_weights: False if an adapter is trained instead: then two of the six, for gradients of weights, are left
+            out.
     """
     multiplied = parameters
     if not config.tie_word_embeddings:
         multiplied -= config.vocab_size * config.hidden_size
-    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * length
+    return (6.0 if trains_weights else 4.0) * multiplied + 12.0 * config.num_hidden_layers * config.hidden_size * length
 
 
 def known_peak(given: float | None) -> float | None:

@@ -55,8 +55,10 @@ class Engine:
 
     def initializing(self, *, ties_embeddings: bool) -> contextlib.AbstractContextManager:
         """A context for loading the model: lazy if the plugin can shard it before a rank has all of it."""
-        # The last stage of a pipeline would drop the embeddings before it has read the head tied to them.
-        if not self.plugin.is_lazy or (ties_embeddings and self.is_pipelined):
+        # The last stage of a pipeline would drop the embeddings before it has read the head tied to them. An adapter
+        # has weights that are in no file.
+        is_adapter = self.settings.trainable.adapter is not None
+        if not self.plugin.is_lazy or is_adapter or (ties_embeddings and self.is_pipelined):
             return contextlib.nullcontext()
         from colossalai.lazy import LazyInitContext
 
@@ -286,16 +288,23 @@ class Engine:
             yield self.rank == 0
 
     def save_model(self, folder: str) -> None:
-        """Write the weights of the whole model as sharded safetensors. Called on all ranks."""
+        """Write the weights of the whole model as sharded safetensors, or its adapter as one file.
+
+        Called on all ranks.
+        """
         from colossal_llama2.engine.patches import checkpoint_io
 
-        ties_embeddings = self.unwrapped_model.config.tie_word_embeddings
+        trainable, ties_embeddings = self.settings.trainable, self.unwrapped_model.config.tie_word_embeddings
+        is_adapter = trainable.adapter is not None
+        shard_mib = checkpoint_io.ONE_SHARD if is_adapter else checkpoint_io.SHARD_MIB
         self.plugin.before_saving_model(self.optimizer)
-        with collectives.all_or_none(), checkpoint_io.weights_alone(ties_embeddings=ties_embeddings):
-            self._booster.save_model(self.model, folder, shard=True, size_per_shard=4096, use_safetensors=True)
+        with collectives.all_or_none():
+            with checkpoint_io.weights_alone(ties_embeddings=ties_embeddings, saved_name=trainable.saved_name):
+                self._booster.save_model(self.model, folder, shard=True, size_per_shard=shard_mib, use_safetensors=True)
         with self.first_rank_only() as first:
             if first:
-                checkpoint_io.rename_model_shards(folder)
+                rename = checkpoint_io.rename_adapter if is_adapter else checkpoint_io.rename_model_shards
+                rename(folder)
 
     def save_optimizer(self, folder: str) -> None:
         """Write the optimizer's state as safetensors and JSON. Called on all ranks."""

@@ -15,7 +15,11 @@ def settings_problems(settings: EngineSettings, world_size: int) -> list[str]:
         sizes = {"--tp": settings.tp_size, "--pp": settings.pp_size, "--sp": settings.sp_size}
         given = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
         problems.append(f"{given} does not divide the {world_size} processes of this job")
-    problems += settings.trainable.problems(pp_size=settings.pp_size, chunked_loss=settings.chunked_loss)
+    problems += settings.trainable.problems(
+        pp_size=settings.pp_size,
+        chunked_loss=settings.chunked_loss,
+        tp_size=settings.tp_size,
+    )
     return problems + _pipeline_problems(settings) + _sequence_problems(settings)
 
 

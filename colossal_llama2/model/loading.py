@@ -3,11 +3,12 @@
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.layer_matrices import ATTENTION_MATRICES, MLP_MATRICES
 from colossal_llama2.model.config_fields import (
     CONFIG_FILE,
     TOKEN_ID_FIELDS,
@@ -53,7 +54,8 @@ class ModelFacts:
     """Sizes of a model, in elements and rows, which config.json gives before the weights are read.
 
     `embedding_parameters` are the part of `parameters` that --freeze_non_embeds_params trains. `positions` is
-    `max_position_embeddings` scaled by rope_scaling, which is of the type `scaling`.
+    `max_position_embeddings` scaled by rope_scaling, which is of the type `scaling`. `layer_matrices` are the
+    (outputs, inputs) of each matrix of a decoder layer, such as q_proj.
     """
 
     parameters: int
@@ -66,6 +68,7 @@ class ModelFacts:
     key_value_heads: int
     layers: int
     ties_embeddings: bool
+    layer_matrices: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def check_model_folder(path: StrPath, flag: str, *, needs_weights: bool = True) -> None:
@@ -173,17 +176,24 @@ def check_weights(path: StrPath) -> None:
         )
 
 
+def layer_matrices(fields: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each matrix of a decoder layer. `fields` is what `read_fields` returns."""
+    width, inner = fields["hidden_size"], fields["intermediate_size"]
+    query = fields["num_attention_heads"] * fields["head_dim"]
+    key = fields["num_key_value_heads"] * fields["head_dim"]
+    attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width), "o_proj": (width, query)}
+    return {**attention, "gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+
+
 def expected_shapes(fields: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of each weight of a LLaMA, as transformers' LlamaForCausalLM has them.
 
     Args:
         fields: what `read_fields` returns.
     """
-    width, inner, rows = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
-    query = fields["num_attention_heads"] * fields["head_dim"]
-    key = fields["num_key_value_heads"] * fields["head_dim"]
-    attention = {"q_proj": (query, width), "k_proj": (key, width), "v_proj": (key, width), "o_proj": (width, query)}
-    mlp = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    width, rows = fields["hidden_size"], fields["vocab_size"]
+    matrices = layer_matrices(fields)
+    attention, mlp = ({name: matrices[name] for name in names} for names in (ATTENTION_MATRICES, MLP_MATRICES))
     yield "model.embed_tokens.weight", (rows, width)
     for layer in range(fields["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
@@ -234,6 +244,7 @@ def facts_of_config(path: StrPath) -> ModelFacts:
         key_value_heads=config.num_key_value_heads,
         layers=config.num_hidden_layers,
         ties_embeddings=config.tie_word_embeddings,
+        layer_matrices=layer_matrices(read_fields(path)),
     )
 
 

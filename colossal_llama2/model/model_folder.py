@@ -22,7 +22,9 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model*")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, "adapter_model*")
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -32,10 +34,11 @@ def check_no_adapter(folder: Path) -> None:
     if not found and os.path.lexists(folder / ADAPTER_PATTERNS[0]):
         found = [ADAPTER_PATTERNS[0]]
     if found:
+        merged = "; if the weights beside it are merged already, remove it" if has_weights(folder) else ""
         raise UserError(
-            f"{folder} has {', '.join(found)}, an adapter beside the weights, which is never loaded here; merge it "
-            f"with peft (merge_and_unload, then save_pretrained to a new folder), or, if the weights are merged "
-            f"already, remove it"
+            f"{folder} has {', '.join(found)}, an adapter, which is not loaded here; first merge it into its base: "
+            f"python -m colossal_llama2.model.merge_lora --base_model_path BASE --adapter_path {folder} "
+            f"--target_model_path NEW{merged}"
         )
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +41,8 @@ ROWS_AT_A_TIME = 256
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
 
 Advance = Callable[[int], None]
+# Given the number of the first row and a tensor of rows, returns the rows that take their place.
+Rewrite = Callable[[int, "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,47 @@ def write_shard(shard: Shard, path: Path, change: Change, advance: Advance) -> N
         except OSError as error:
             error.filename = error.filename or str(path)
             raise
+
+
+def rewrite_shard(shard: Shard, path: Path, rewrites: Mapping[str, Rewrite], advance: Advance) -> None:
+    """Write a copy of the shard to `path`, a new file, in which the matrices named in `rewrites` have other numbers.
+
+    Shapes and dtypes stay. `advance` is as in `write_shard`.
+
+    Raises:
+        UserError: a value does not fit into the dtype.
+        RunError: the source became shorter meanwhile.
+    """
+    unchanged = Change((), kept=0, bags=[])
+    with open(shard.path, "rb", buffering=0) as source, open(path, "xb", buffering=0) as target:
+        try:
+            _write(target, target_header(shard, unchanged), advance)
+            for name in target_tensors(shard, unchanged):
+                entry = shard.tensors[name]
+                begin = shard.data_start + entry["data_offsets"][0]
+                if name not in rewrites:
+                    _copy(source, target, begin=begin, length=_data_bytes(entry), advance=advance)
+                    continue
+                for first, rows in _blocks_of_rows(source, begin=begin, entry=entry):
+                    values = rewrites[name](first, rows)
+                    too_large = _too_large(values, entry["dtype"])
+                    if too_large:
+                        raise UserError(
+                            f"{name}: {too_large:,} of its new numbers are too large for {FLOATS[entry['dtype']][0]}; "
+                            f"nothing was kept. Convert {shard.path.parent} to bfloat16 or float32 and train again"
+                        )
+                    _write_values(target, values, entry["dtype"], advance)
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
+
+
+def _blocks_of_rows(source: FileIO, *, begin: int, entry: dict) -> Iterator[tuple[int, "torch.Tensor"]]:
+    """The rows of a matrix in blocks of about CHUNK_BYTES, each with the number of its first row."""
+    height = entry["shape"][0]
+    step = max(CHUNK_BYTES // max(_data_bytes(entry) // height, 1), 1)
+    for first in range(0, height, step):
+        yield first, _rows(source, begin=begin, entry=entry, numbers=range(first, min(first + step, height)))
 
 
 def _write_tensor(

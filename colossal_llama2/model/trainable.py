@@ -1,14 +1,17 @@
-"""Which parameters are trained: all of them, the embeddings, or only the rows of the embeddings that are new.
+"""Which parameters are trained: all of them, the embeddings, only their new rows, or an adapter.
 
 Training only the embeddings is the first stage after a vocabulary was extended.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.errors import UserError
+from colossal_llama2.layer_matrices import LAYER_MATRICES
+from colossal_llama2.model import lora
 from colossal_llama2.model.config_fields import opened
 from colossal_llama2.model.loading import NEW_ROWS_KEY, ModelFacts
+from colossal_llama2.model.lora import LoraShape
 from colossal_llama2.model.model_folder import StrPath
 from colossal_llama2.plurals import counted
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 # [begin, end) ranges of token ids.
 Ranges = tuple[tuple[int, int], ...]
+ROWS_NEED_CHUNKED_LOSS = "--train_new_rows_only needs the chunked loss; leave out --chunked_loss off"
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,19 @@ class Trainable:
 
     Attributes:
         rows: the only rows of the embeddings that are trained; None for all rows.
-        trains_layers: whether the decoder layers and the last norm are trained.
+        trains_layers: whether the decoder layers and the last norm are trained, or an adapter of the layers.
     """
 
     rows: Ranges | None = None
 
     @staticmethod
-    def from_flags(*, embeddings: bool, new_rows: bool) -> "Trainable":
-        """The choice of --freeze_non_embeds_params and --train_new_rows_only, which exclude each other."""
+    def from_flags(*, embeddings: bool, new_rows: bool, adapter: LoraShape | None = None) -> "Trainable":
+        """The choice of --lora_rank, --freeze_non_embeds_params and --train_new_rows_only.
+
+        Only the first and the last may be given together.
+        """
+        if adapter is not None:
+            return Lora(shape=adapter, only_new_rows=new_rows)
         if new_rows:
             return NewRows()
         return Embeddings() if embeddings else Trainable()
@@ -46,15 +55,25 @@ class Trainable:
         return True
 
     @property
+    def trains_embeddings(self) -> bool:
+        """Whether rows of the embeddings are trained."""
+        return True
+
+    @property
     def decays(self) -> bool:
         """Whether the optimizer may decay weights: Adam cannot exclude rows, and decay would change them all."""
         return self.rows is None
+
+    @property
+    def adapter(self) -> LoraShape | None:
+        """The adapter that is trained and saved instead of the model's own weights; None for no adapter."""
+        return None
 
     def of_model(self, model_path: StrPath) -> "Trainable":
         """The same choice, completed from the model's folder. Raises UserError if the folder lacks what it needs."""
         return self
 
-    def problems(self, *, pp_size: int, chunked_loss: str) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         """Why these settings of the engine cannot train this choice, one sentence each."""
         return []
 
@@ -73,6 +92,14 @@ class Trainable:
         """Number of elements that have an optimizer state."""
         return model.parameters
 
+    def saved_parameters(self, model: ModelFacts) -> int:
+        """Number of elements in a saved model."""
+        return model.parameters
+
+    def saved_name(self, name: str) -> str | None:
+        """The name under which a parameter of the prepared model is saved; None if it is not saved."""
+        return name
+
     @property
     def description(self) -> str:
         """What is trained, for the log."""
@@ -81,6 +108,10 @@ class Trainable:
     def layout(self) -> dict[str, Any]:
         """How this affects which parts of the optimizer a rank holds, as JSON values."""
         return {"embeddings_only": not self.trains_layers}
+
+    def adapter_facts(self) -> dict[str, Any] | None:
+        """What a resumed run must have as it was, as JSON values; None without an adapter."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -91,7 +122,7 @@ class Embeddings(Trainable):
     def trains_layers(self) -> bool:
         return False
 
-    def problems(self, *, pp_size: int, chunked_loss: str) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         if pp_size <= 2:
             return []
         return [
@@ -100,14 +131,9 @@ class Embeddings(Trainable):
         ]
 
     def prepare(self, model: "LlamaForCausalLM") -> tuple[int, int]:
-        trainable = frozen = 0
         for name, param in model.named_parameters():
-            param.requires_grad_(any(part in EMBEDDING_NAMES for part in name.split(".")))
-            if param.requires_grad:
-                trainable += param.numel()
-            else:
-                frozen += param.numel()
-        return trainable, frozen
+            param.requires_grad_(_is_embedding(name))
+        return _counts(model)
 
     def parameters(self, model: ModelFacts) -> int:
         return model.embedding_parameters
@@ -131,10 +157,10 @@ class NewRows(Embeddings):
     def decays(self) -> bool:
         return False
 
-    def problems(self, *, pp_size: int, chunked_loss: str) -> list[str]:
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
         problems = super().problems(pp_size=pp_size, chunked_loss=chunked_loss)
         if chunked_loss == "off":
-            problems.append("--train_new_rows_only needs the chunked loss; leave out --chunked_loss off")
+            problems.append(ROWS_NEED_CHUNKED_LOSS)
         return problems
 
     def prepare_embedding(self, embedding: "torch.nn.Module", *, vocab_size: int) -> None:
@@ -143,7 +169,105 @@ class NewRows(Embeddings):
 
     @property
     def description(self) -> str:
-        return f"{counted(sum(end - begin for begin, end in self.rows or ()), 'new row')} of the embeddings"
+        return _rows_in_words(self.rows)
+
+
+@dataclass(frozen=True)
+class Lora(Trainable):
+    """An adapter of the decoder layers' matrices (--lora_rank), and the embeddings of a model whose vocabulary grew.
+
+    Attributes:
+        shape: of the adapter.
+        only_new_rows: of the embeddings only the rows that init_model.py added are trained (--train_new_rows_only).
+        with_embeddings: whether the model has such rows; `of_model` finds out.
+    """
+
+    shape: LoraShape = LoraShape(rank=8, alpha=16)
+    only_new_rows: bool = False
+    with_embeddings: bool = False
+
+    @property
+    def adapter(self) -> LoraShape:
+        return self.shape
+
+    @property
+    def trains_embeddings(self) -> bool:
+        return self.with_embeddings
+
+    def of_model(self, model_path: StrPath) -> "Lora":
+        """Raises UserError if --train_new_rows_only finds no new rows, or the rank is larger than the matrices."""
+        folder = opened(model_path)
+        width = folder.content.get("hidden_size", self.shape.rank)
+        if self.shape.rank > width:
+            raise UserError(
+                f"--lora_rank {self.shape.rank} is more than the hidden size of {model_path}, {width}; give less"
+            )
+        rows = read_new_rows(model_path) if self.only_new_rows else None
+        return replace(self, rows=rows, with_embeddings=bool(rows or folder.content.get(NEW_ROWS_KEY)))
+
+    def problems(self, *, pp_size: int, chunked_loss: str, tp_size: int = 1) -> list[str]:
+        given = [f"--tp {tp_size}"] if tp_size > 1 else []
+        given += [f"--pp {pp_size}"] if pp_size > 1 else []
+        problems = [
+            f"{flag} is not available with --lora_rank, whose adapter is not split; leave it out, more GPUs then share "
+            f"the batch"
+            for flag in given
+        ]
+        if self.only_new_rows and chunked_loss == "off":
+            problems.append(ROWS_NEED_CHUNKED_LOSS)
+        return problems
+
+    def prepare(self, model: "LlamaForCausalLM") -> tuple[int, int]:
+        lora.inject(model, self.shape)
+        for name, param in model.named_parameters():
+            if self.with_embeddings and _is_embedding(name):
+                param.requires_grad_(True)
+        return _counts(model)
+
+    def prepare_embedding(self, embedding: "torch.nn.Module", *, vocab_size: int) -> None:
+        if self.rows is not None:
+            train_rows_only(embedding, self.rows, vocab_size=vocab_size)
+
+    def parameters(self, model: ModelFacts) -> int:
+        layer = sum(self.shape.elements(model.layer_matrices[target]) for target in self.shape.targets)
+        return model.layers * layer + (model.embedding_parameters if self.with_embeddings else 0)
+
+    def saved_parameters(self, model: ModelFacts) -> int:
+        return self.parameters(model)
+
+    def saved_name(self, name: str) -> str | None:
+        is_saved = lora.is_of_adapter(name) or (self.with_embeddings and _is_embedding(name))
+        return lora.saved_name(name) if is_saved else None
+
+    @property
+    def description(self) -> str:
+        targets = "all matrices" if self.shape.targets == LAYER_MATRICES else ", ".join(self.shape.targets)
+        text = f"LoRA of rank {self.shape.rank} and alpha {self.shape.alpha:g} on {targets} of the layers"
+        if self.rows is not None:
+            return f"{text} and {_rows_in_words(self.rows)}"
+        return f"{text} and the embeddings" if self.with_embeddings else text
+
+    def layout(self) -> dict[str, Any]:
+        return {**super().layout(), "adapter": self.adapter_facts()}
+
+    def adapter_facts(self) -> dict[str, Any]:
+        targets = list(self.shape.targets)
+        facts = {"rank": self.shape.rank, "alpha": self.shape.alpha, "targets": targets}
+        return {**facts, "embeddings": self.with_embeddings}
+
+
+def _is_embedding(name: str) -> bool:
+    return any(part in EMBEDDING_NAMES for part in name.split("."))
+
+
+def _counts(model: "LlamaForCausalLM") -> tuple[int, int]:
+    """Numbers of trainable and of frozen elements."""
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    return trained, sum(param.numel() for param in model.parameters()) - trained
+
+
+def _rows_in_words(rows: Ranges | None) -> str:
+    return f"{counted(sum(end - begin for begin, end in rows or ()), 'new row')} of the embeddings"
 
 
 def read_new_rows(model_path: StrPath) -> Ranges:

@@ -205,7 +205,9 @@ def benchmark(config: TrainConfig, settings: BenchmarkConfig, stop: NoSignals) -
     with build_steps(config, inputs, loader, stop, attention=attention_of(config)) as parts:
         found = measure(parts, profile_dir=settings.profile_dir)
     if engine.rank == 0:
-        flops = flops_per_token(llama_config(config.source.weights_folder), inputs.model.parameters, max_length)
+        trains_weights = config.engine.trainable.adapter is None
+        model_config, parameters = llama_config(config.source.weights_folder), inputs.model.parameters
+        flops = flops_per_token(model_config, parameters, max_length, trains_weights=trains_weights)
         peak = known_peak(config.reporting.peak_tflops)
         rows = report(found, ranks=engine.world_size, flops=flops, peak_tflops=peak)
         print_table(rows, align="lrl", has_header=False)

@@ -31,7 +31,8 @@ def plan_benchmark(config: TrainConfig, settings: BenchmarkConfig, problems: Pro
     run_metadata.log_sizes(config, inputs.ranks, inputs.model)
     llama_config = model_without_weights(config.source.weights_folder).config
     show(memory_lines(config, llama_config, has_documents=False))
-    flops = flops_per_token(llama_config, inputs.model.parameters, config.data.max_length)
+    trains_weights, length = config.engine.trainable.adapter is None, config.data.max_length
+    flops = flops_per_token(llama_config, inputs.model.parameters, length, trains_weights=trains_weights)
     show(flops_lines(config, inputs, flops, num_samples=settings.num_samples))
     show("dry run: nothing was measured, nothing was written")
 

@@ -12,6 +12,7 @@ from colossal_llama2.train.checkpointing.checkpoint_writer import CheckpointCont
 from colossal_llama2.train.checkpointing.checkpointer import Checkpointer
 from colossal_llama2.train.checkpointing.evaluation_history import EvaluationHistory
 from colossal_llama2.train.checkpointing.new_rows_report import NewRowsReport
+from colossal_llama2.train.checkpointing.small_files import files_of_adapter
 from colossal_llama2.train.evaluation.evaluation_setup import make_evaluator, read_history
 from colossal_llama2.train.forecast import data_plan
 from colossal_llama2.train.inputs import JobInputs, RunInputs
@@ -136,7 +137,8 @@ def _make_writer(
     new_rows = None
     with engine.first_rank_only() as first:
         if first and settings.trainable.rows is not None:
-            new_rows = NewRowsReport(config.source.weights, settings.trainable.rows, settings.precision)
+            new_rows = NewRowsReport(config.source.trained, settings.trainable.rows, settings.precision)
+        adapter = files_of_adapter(settings.trainable, config.source, inputs.base) if first else {}
     content = CheckpointContent(
         source=config.source,
         stage=config.stage,
@@ -145,6 +147,7 @@ def _make_writer(
         evaluations=history,
         chat=config.chat,
         new_rows=new_rows,
+        adapter_files=adapter,
         history=record.history,
     )
     size = checkpoint_bytes(inputs.model, settings)

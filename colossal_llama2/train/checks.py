@@ -14,8 +14,10 @@ from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.ranks import collectives
 from colossal_llama2.engine.settings import Ranks
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.adapter_files import check_base, read_adapter, weights_hashes
 from colossal_llama2.model.loading import ModelFacts
 from colossal_llama2.model.positions import described
+from colossal_llama2.model.training_history import Weights
 from colossal_llama2.model.weight_numbers import check_numbers
 from colossal_llama2.plurals import counted
 from colossal_llama2.train.settings.config import TrainConfig
@@ -58,6 +60,12 @@ class Checks(Protocol):
     def weights(self, folder: str, precision: str) -> None:
         """Refuse weights with numbers that are not finite in `precision`."""
 
+    def base_of_adapter(self, config: TrainConfig) -> Weights:
+        """The hashes of the weights that an adapter is trained on, compared with those that it was trained on before.
+
+        Empty if the run trains no adapter, and in a dry run, which reads no weights.
+        """
+
 
 class JobChecks(Checks):
     """The checks of a job that runs. All ranks call its methods together; each check fails on all or on none."""
@@ -84,7 +92,10 @@ class JobChecks(Checks):
     def ranks(self, config: TrainConfig, model: ModelFacts | None) -> Ranks:
         """The engine that will hold the model."""
         assert model is not None, "a job has inspected its model"
-        return Engine(config.engine, model.parameters)
+        trainable = config.engine.trainable
+        # Gemini leaves frozen weights out of its chunks, and of an adapter's model hardly any are trained.
+        split = model.parameters if trainable.adapter is None else trainable.parameters(model)
+        return Engine(config.engine, split)
 
     def samples(self, samples: "datasets.Dataset", model: ModelFacts | None, *, flag: str) -> None:
         """Each rank reads its share."""
@@ -102,6 +113,19 @@ class JobChecks(Checks):
         share, shares = collectives.place_on_host()
         with collectives.all_or_none():
             check_numbers(folder, precision, cure=cure, share=share, shares=shares)
+
+    def base_of_adapter(self, config: TrainConfig) -> Weights:
+        """Each rank reads its share of the files."""
+        if config.engine.trainable.adapter is None or config.benchmark is not None:
+            return {}
+        folder, (rank, ranks) = config.source.weights, collectives.place()
+        with collectives.all_or_none():
+            own = weights_hashes(folder, share=rank, shares=ranks)
+        base = {name: entry for hashes in collectives.gather_values(own) for name, entry in hashes.items()}
+        if config.source.adapter is not None:
+            with collectives.all_or_none():
+                check_base(read_adapter(config.source.adapter), folder, base, flag="--pretrained")
+        return base
 
 
 class DryRunChecks(Checks):
@@ -140,6 +164,9 @@ class DryRunChecks(Checks):
 
     def weights(self, folder: str, precision: str) -> None:
         """A dry run reads no weights."""
+
+    def base_of_adapter(self, config: TrainConfig) -> Weights:
+        return {}
 
 
 def check_model_fits(config: TrainConfig, model: ModelFacts) -> None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from colossal_llama2.errors import UserError
 from colossal_llama2.model import training_history
 from colossal_llama2.model.loading import ModelFacts, check_model, facts_of_config, inspect_weights
 from colossal_llama2.model.model_folder import INDEX_FILE, WEIGHTS_FILE, StrPath, shard_names
+from colossal_llama2.model.training_history import Weights
 from colossal_llama2.train.checkpointing import resuming
 from colossal_llama2.train.checkpointing.resuming import Start
 from colossal_llama2.train.checkpointing.run_facts import RunFacts
@@ -86,6 +87,7 @@ class RunInputs(JobInputs):
 
     Attributes:
         facts: what all checkpoints of the run record.
+        base: the hashes of the weights that an adapter is trained on; empty without an adapter, and in a dry run.
         schedule: the learning rate of each update, and the number of steps.
     """
 
@@ -93,6 +95,7 @@ class RunInputs(JobInputs):
     facts: RunFacts
     start: Start
     schedule: CosineSchedule
+    base: Weights = field(default_factory=dict)
 
     @property
     def has_documents(self) -> bool:
@@ -116,6 +119,7 @@ def open_inputs(config: TrainConfig, checks: Checks) -> RunInputs:
         for eval_set in data.eval_sets:
             checks.samples(eval_set.samples, model, flag=f"--eval_dataset {eval_set.name}")
     checks.weights(config.source.weights, config.engine.precision)
+    base = checks.base_of_adapter(config)
     order = checks(_order_of_data, config, ranks, data)
     name = checks.on_first_rank(base_model, config.source.weights)
     facts = checks(run_metadata.describe_run, config, ranks, order, name)
@@ -124,7 +128,7 @@ def open_inputs(config: TrainConfig, checks: Checks) -> RunInputs:
     schedule = checks(resuming.make_schedule, config, start, order)
     checks.raise_problems()
     assert model and data and order and facts and start and schedule, "what is missing was raised as a problem"
-    return RunInputs(model, ranks, order, data, facts.with_first_sample(start.first_sample), start, schedule)
+    return RunInputs(model, ranks, order, data, facts.with_first_sample(start.first_sample), start, schedule, base)
 
 
 def open_benchmark_inputs(config: TrainConfig, checks: Checks, *, num_samples: int, needs_weights: bool) -> JobInputs:

@@ -7,6 +7,7 @@ from colossal_llama2 import logs
 from colossal_llama2.engine.engine import Engine
 from colossal_llama2.engine.plugins import plugin_of
 from colossal_llama2.engine.ranks import collectives
+from colossal_llama2.model.adapter_files import load_adapter, read_adapter
 from colossal_llama2.model.attention import choose_attention
 from colossal_llama2.model.loading import ModelFacts, load_llama, recompute_activations
 from colossal_llama2.model.neftune import NoNoise, embedding_noise
@@ -33,6 +34,9 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
     if config.recipe.gradient_checkpointing:
         recompute_activations(model)
     trained, frozen = settings.trainable.prepare(model)
+    if source.adapter is not None:
+        with collectives.all_or_none():
+            load_adapter(model, read_adapter(source.adapter), settings.trainable)
     if frozen:
         logs.get_logger().info(
             "Training only %s: %.1f M parameters, %.1f M frozen",
@@ -42,8 +46,18 @@ def load_weights(config: TrainConfig, engine: Engine, model_facts: ModelFacts, *
         )
     model.train()
     engine.boost(model)
-    if source.checkpoint is None and source.weights != source.pretrained:
-        logs.get_logger().info("Loaded only the weights of %s", source.weights)
+    if settings.trainable.adapter is not None:
+        seed_dropout(config.recipe.seed, engine.rank)
+    if source.checkpoint is None and source.trained != source.pretrained:
+        logs.get_logger().info("Loaded only the weights of %s", source.trained)
+
+
+def seed_dropout(seed: int, rank: int) -> None:
+    """Let ranks, which see other tokens, drop other inputs of an adapter. A resumed run restores its saved states."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
 def restore(saved: SavedRun, engine: Engine, facts: RunFacts) -> None:

@@ -20,8 +20,12 @@ from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX, read_object, read_optimizer_index
 from colossal_llama2.engine.resume_state import MASTERS_NAME, masters_ranks
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.loading import check_model, inspect_weights, model_without_weights
+from colossal_llama2.model.adapter_files import check_adapter_weights, is_adapter, read_adapter
+from colossal_llama2.model.config_fields import read_fields
+from colossal_llama2.model.loading import check_model, facts_of_config, inspect_weights, model_without_weights
+from colossal_llama2.model.lora import PEFT_PREFIX
 from colossal_llama2.model.model_folder import shard_names
+from colossal_llama2.model.tied_weights import INPUT_EMBEDDING
 from colossal_llama2.plurals import counted
 from colossal_llama2.terminal_text import show_line
 from colossal_llama2.train.checkpointing.saved_run import SavedRun
@@ -88,11 +92,20 @@ def _model(saved: SavedRun) -> Path:
 
 def _check_model(saved: SavedRun) -> str:
     folder = str(_model(saved))
+    if is_adapter(folder):
+        return _check_adapter(folder)
     check_model(folder, MODEL_NAME)
     facts = inspect_weights(folder)
     for name in shard_names(folder):
         _read_all(Path(folder, name))
     return f"{facts.parameters / 1e6:.1f} M parameters, shapes as in its config.json, all numbers finite"
+
+
+def _check_adapter(folder: str) -> str:
+    adapter = read_adapter(folder)
+    check_adapter_weights(adapter, read_fields(folder))
+    numbers = sum(math.prod(shape) for shape in _read_all(adapter.weights_file).values())
+    return f"an adapter of {numbers / 1e6:.1f} M parameters, shapes as in its configuration, all numbers finite"
 
 
 def _check_optimizer(saved: SavedRun) -> str:
@@ -121,10 +134,16 @@ def _check_optimizer(saved: SavedRun) -> str:
 
 def _trained_shapes(saved: SavedRun) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the trained parameters in the optimizer's order: matrices, then norms."""
-    from colossal_llama2.model.trainable import Trainable
+    from colossal_llama2.model.trainable import Lora, Trainable
 
-    model = model_without_weights(str(_model(saved)))
-    Trainable.from_flags(embeddings=saved.entries["freeze_non_embeds_params"], new_rows=False).prepare(model)
+    folder = _model(saved)
+    model = model_without_weights(str(folder))
+    trainable = Trainable.from_flags(embeddings=saved.entries["freeze_non_embeds_params"], new_rows=False)
+    if is_adapter(folder):
+        adapter = read_adapter(folder)
+        names = check_adapter_weights(adapter, read_fields(folder))
+        trainable = Lora(shape=adapter.shape, with_embeddings=PEFT_PREFIX + INPUT_EMBEDDING in names)
+    trainable.prepare(model)
     trained = [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.requires_grad]
     return [item for item in trained if len(item[1]) > 1] + [item for item in trained if len(item[1]) <= 1]
 
@@ -160,7 +179,7 @@ def _check_tokenizer(saved: SavedRun) -> str:
     encoder = load_encoder(folder)
     others = _transformers_tokenizers(folder)
     fast = others["fast"]
-    rows = inspect_weights(str(folder)).vocab_size
+    rows = facts_of_config(str(folder)).vocab_size
     if len(fast) > rows:
         raise UserError(f"{folder}: its tokenizer has {counted(len(fast), 'token')}, the model {counted(rows, 'row')}")
     texts = [text for text in PARITY_TEXTS if not encoder.problem_of(text)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from colossal_llama2.engine.patches import patching
 from colossal_llama2.errors import UserError
-from colossal_llama2.model.model_folder import INDEX_FILE
+from colossal_llama2.model.model_folder import ADAPTER_WEIGHTS, INDEX_FILE
 from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
 from colossal_llama2.storage.files import open_to_umask, read_json, sync, write_json
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 OPTIMIZER_INDEX = "pytorch_optim.bin.index.json"
 UTILS = "colossalai.checkpoint_io.utils"
+# The size of a file of weights. PEFT reads an adapter from one file.
+SHARD_MIB, ONE_SHARD = 4096, 2**40
 HYBRID = "colossalai.checkpoint_io.hybrid_parallel_checkpoint_io"
 
 
@@ -170,8 +172,10 @@ def _record_error(errors: list[Exception], write: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
+def weights_alone(*, ties_embeddings: bool, saved_name: Callable[[str], str | None]) -> Iterator[None]:
     """Let ColossalAI write a model's tensors, each once, and no configuration.
+
+    `saved_name` returns the name under which a tensor is written, None for one that is left out.
 
     checkpoint_io/utils.py:576 saves generation_config.json with a method that raises an error for values that only
     cause a warning when they are read. The caller writes both configurations instead (model/exported_configs.py).
@@ -189,7 +193,8 @@ def weights_alone(*, ties_embeddings: bool) -> Iterator[None]:
     def append_once(sharder: StateDictSharder, name: str, tensor: "torch.Tensor") -> tuple[Any, int]:
         if ties_embeddings and name == OUTPUT_EMBEDDING:
             return None, 0
-        return append_param(sharder, name, tensor)
+        written_as = saved_name(name)
+        return (None, 0) if written_as is None else append_param(sharder, written_as, tensor)
 
     replacements = {"safetensors.torch:save_file": save_and_sync, f"{UTILS}:StateDictSharder.append_param": append_once}
     for module in ("colossalai.booster.plugin.gemini_plugin", "colossalai.checkpoint_io.general_checkpoint_io", HYBRID):
@@ -224,6 +229,17 @@ def rename_model_shards(folder: str) -> None:
     shards = sorted(set(index["weight_map"].values()))
     new_names = {name: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, name in enumerate(shards, start=1)}
     _rename(index_path, index, new_names)
+
+
+def rename_adapter(folder: str) -> None:
+    """Rename the one file of an adapter's weights as PEFT expects it, and remove its index."""
+    index_path = Path(folder, INDEX_FILE)
+    (name,) = set(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"].values())
+    path = Path(folder, ADAPTER_WEIGHTS)
+    Path(folder, name).rename(path)
+    # safetensors creates files that only their owner can read.
+    open_to_umask(path)
+    index_path.unlink()
 
 
 def rename_optimizer_shards(folder: str) -> None:

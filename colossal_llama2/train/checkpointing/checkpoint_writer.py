@@ -14,7 +14,7 @@ A checkpoint is written under a name that ends in .tmp, and renamed when all of 
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ class CheckpointContent:
         evaluations: grows during the run; each checkpoint has those so far.
         chat: the template of the conversations in the data.
         new_rows: on rank 0, examines each saved model with --train_new_rows_only.
+        adapter_files: the small files of an adapter, see `small_files.files_of_adapter`; none for a whole model.
         history: called on rank 0; returns the content of a saved model's training_history.json, None for no file.
     """
 
@@ -92,6 +93,7 @@ class CheckpointContent:
     evaluations: EvaluationHistory
     chat: ChatData | None = None
     new_rows: NewRowsReport | None = None
+    adapter_files: dict[str, bytes] = field(default_factory=dict)
     history: Callable[[], dict[str, Any] | None] | None = None
 
 
@@ -117,6 +119,7 @@ class CheckpointWriter:
                     stage=content.stage,
                     chat=content.chat,
                 )
+                self._model_files.update(content.adapter_files)
 
     def check_room(self) -> None:
         """Raise RunError, on all ranks, unless there is room for a checkpoint. Creates --save_dir if needed."""
@@ -237,14 +240,16 @@ class CheckpointWriter:
 
 def checkpoint_bytes(model: ModelFacts, settings: EngineSettings) -> int:
     """The approximate size of a checkpoint of a run, in bytes."""
-    return expected_bytes(model.parameters, settings.precision, trained=settings.trainable.parameters(model))
+    trainable = settings.trainable
+    saved, trained = trainable.saved_parameters(model), trainable.parameters(model)
+    return expected_bytes(saved, settings.precision, trained=trained)
 
 
 def expected_bytes(parameters: int, precision: str, *, trained: int) -> int:
     """The approximate size of a checkpoint in bytes: weights, Adam's two moments, master weights.
 
     Args:
-        parameters: elements of the model's weights.
+        parameters: elements of the weights that are saved.
         trained: how many of them are trained; the others have no moments and no master weights.
     """
     weights = 4 if precision == "fp32" else 2

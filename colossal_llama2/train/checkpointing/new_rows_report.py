@@ -9,8 +9,10 @@ import numpy as np
 
 from colossal_llama2 import logs
 from colossal_llama2.errors import RunError
+from colossal_llama2.model.adapter_files import is_adapter
 from colossal_llama2.model.loading import dtype_of
-from colossal_llama2.model.model_folder import shard_names
+from colossal_llama2.model.lora import PEFT_PREFIX
+from colossal_llama2.model.model_folder import ADAPTER_WEIGHTS, shard_names
 from colossal_llama2.model.trainable import Ranges
 from colossal_llama2.plurals import counted
 
@@ -72,13 +74,17 @@ class NewRowsReport:
         return figures
 
     def _matrices(self, folder: str) -> Iterator[tuple[str, Iterator["torch.Tensor"]]]:
-        """The embedding matrices of a model folder (one if they are tied), each as blocks of rows in float32."""
+        """The embedding matrices of a model folder (one if they are tied), each as blocks of rows in float32.
+
+        Those of an adapter have PEFT's prefix.
+        """
         from safetensors import safe_open
 
-        for shard in shard_names(folder):
+        shards, prefix = ((ADAPTER_WEIGHTS,), PEFT_PREFIX) if is_adapter(folder) else (shard_names(folder), "")
+        for shard in shards:
             with safe_open(str(Path(folder, shard)), framework="pt") as file:
-                for name in sorted(set(MATRICES) & set(file.keys())):
-                    yield name, self._blocks(file.get_slice(name))
+                for name in sorted({prefix + matrix for matrix in MATRICES} & set(file.keys())):
+                    yield name.removeprefix(prefix), self._blocks(file.get_slice(name))
 
     def _blocks(self, matrix: Any) -> Iterator["torch.Tensor"]:
         for start in range(0, matrix.get_shape()[0], BLOCK_ROWS):

@@ -51,7 +51,10 @@ RESUMED_FACTS = {
     "model_shape": "--pretrained",
     "trained_rows": "--train_new_rows_only",
     "freeze_non_embeds_params": "--freeze_non_embeds_params",
+    "adapter": "--lora_rank",
 }
+# Besides --lora_rank: what they mean is in the fact "adapter" too.
+ADAPTER_FLAGS = ("--lora_alpha", "--lora_targets")
 
 
 def settle(config: TrainConfig) -> TrainConfig:
@@ -90,7 +93,7 @@ def read_saved(config: TrainConfig) -> SavedRun | None:
     source = config.source
     if source.checkpoint is not None:
         return SavedRun.read(source.checkpoint)
-    return SavedRun.read(Path(source.weights).parent) if config.data.continues else None
+    return SavedRun.read(Path(source.trained).parent) if config.data.continues else None
 
 
 def difference(name: str, before: Any, now: Any) -> str:
@@ -116,7 +119,7 @@ def changes(saved: SavedRun, facts: RunFacts) -> list[str]:
 
 def _is_compared(setting: str) -> bool:
     """Whether a setting is compared by its value; paths are compared by their content, such as data by its hash."""
-    return changes_numbers(setting) and f"--{setting}" not in RESUMED_FACTS.values()
+    return changes_numbers(setting) and f"--{setting}" not in {*RESUMED_FACTS.values(), *ADAPTER_FLAGS}
 
 
 def _short(value: Any) -> str:
@@ -216,7 +219,7 @@ def find_start(config: TrainConfig, saved: SavedRun | None, facts: RunFacts, ord
         if saved.entries.get(name) != entries[name]:
             raise UserError(
                 f"--load_checkpoint {saved.folder}: {difference(name, saved.entries.get(name), entries[name])}; "
-                f"resume with the same {flag}, or load only its weights: --load_checkpoint {config.source.weights}"
+                f"resume with the same {flag}, or load only its weights: --load_checkpoint {config.source.trained}"
             )
     _check_place(saved, order)
     # A copy, since the run counts on in it.
@@ -289,7 +292,7 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     if steps_left == 0 and not start.eval_pending:
         raise UserError(
             f"--load_checkpoint {source.checkpoint}: its training is complete ({counted(recipe.num_epochs, 'epoch')}), "
-            f"the model is in {source.weights}; give a higher --num_epochs to continue"
+            f"the model is in {source.trained}; give a higher --num_epochs to continue"
         )
     total_steps = state.step + steps_left
     if recipe.max_steps is not None:
@@ -297,7 +300,7 @@ def make_schedule(config: TrainConfig, start: Start, order: SampleOrder) -> Cosi
     if recipe.max_steps is not None and state.step >= recipe.max_steps + start.eval_pending:
         raise UserError(
             f"--load_checkpoint {source.checkpoint}: its step {state.step} is not before --max_steps "
-            f"{recipe.max_steps}, the model is in {source.weights}; give a higher --max_steps to continue"
+            f"{recipe.max_steps}, the model is in {source.trained}; give a higher --max_steps to continue"
         )
     schedule = _schedule_of(config, total_steps)
     if schedule.warmup_steps >= total_steps:

@@ -21,6 +21,7 @@ class RunFacts:
         model_shape: the sizes in the config.json of --pretrained that decide the shapes of its weights.
         freeze_non_embeds_params: only the embeddings are trained; trained_rows: of these the ranges of rows, None for
             all of them.
+        adapter: its rank, alpha and targets, and whether embeddings are trained with it; None without an adapter.
         world_size, data_parallel_size: numbers of ranks.
         numerics: see NUMERICS.
         layout: what decides which part of the float32 weights a rank holds.
@@ -43,6 +44,7 @@ class RunFacts:
     seed: int
     freeze_non_embeds_params: bool
     trained_rows: list[list[int]] | None
+    adapter: dict[str, Any] | None
     world_size: int
     data_parallel_size: int
     numerics: int

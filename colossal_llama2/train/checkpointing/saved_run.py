@@ -21,6 +21,7 @@ TYPES = {
     "versions": dict,
     "machine": dict,
     "model_shape": dict,
+    "adapter": dict,
     "eval_fingerprints": dict,
     "ranks": list,
     "evaluations": list,

@@ -10,12 +10,17 @@ from colossal_llama2.encoding.file_names import CONFIG_FILE as TOKENIZER_CONFIG
 from colossal_llama2.encoding.file_names import TEMPLATE_FILE, TEMPLATE_JSON_FILE, TEMPLATES_FOLDER
 from colossal_llama2.encoding.registry import kind_of
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.adapter_files import adapter_files
 from colossal_llama2.model.exported_configs import ModelConfigs, accepted_generation
 from colossal_llama2.model.loading import dtype_of
 from colossal_llama2.model.model_folder import StrPath
 from colossal_llama2.model.purpose import Purpose
+from colossal_llama2.model.tied_weights import OUTPUT_EMBEDDING
+from colossal_llama2.model.trainable import Trainable
+from colossal_llama2.model.training_history import Weights
 from colossal_llama2.storage import json_input
 from colossal_llama2.storage.files import contents_of, to_json
+from colossal_llama2.train.settings.model_source import ModelSource
 
 
 def model_files(
@@ -48,6 +53,21 @@ def model_files(
     for change in [*configs.changes, *changes, *accepted]:
         logs.get_logger().info("In the saved model: %s", change)
     return files
+
+
+def files_of_adapter(trainable: Trainable, source: ModelSource, base: Weights) -> dict[str, bytes]:
+    """The small files of an adapter besides those of `model_files`, by name; none if the run trains no adapter.
+
+    Args:
+        base: the hashes of the weights that it is trained on.
+    """
+    if trainable.adapter is None:
+        return {}
+    saves_embeddings = trainable.saved_name(OUTPUT_EMBEDDING) is not None
+    # Of tied embeddings only the first is saved. PEFT finds it by its name; as a module of its own it would untie it.
+    saves_embeddings = saves_embeddings and not source.weights_folder.fields["tie_word_embeddings"]
+    contents = adapter_files(trainable.adapter, base_path=source.weights, base=base, saves_embeddings=saves_embeddings)
+    return {name: encoded(to_json(content), name) for name, content in contents.items()}
 
 
 def _replace_template(files: dict[str, bytes], chat: ChatData, tokenizer_path: str) -> list[str]:

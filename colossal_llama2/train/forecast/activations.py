@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from colossal_llama2.engine.chunked_loss import BLOCKS
+from colossal_llama2.model.lora import LoraShape
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -98,6 +99,17 @@ class StageShape:
             ("down", hidden * inner),
         ]
 
+    def adapter_weights(self, adapter: LoraShape) -> list[tuple[str, int]]:
+        """Names and elements of the adapters of one layer, in the order in which they compute."""
+        hidden, query, key, inner = self.model.hidden_size, self.query_width, self.key_width, self.inner_width
+        outputs = {"q": query, "k": key, "v": key, "o": hidden, "gate": inner, "up": inner, "down": hidden}
+        names = [target.removesuffix("_proj") for target in adapter.targets]
+        return [(name, adapter.elements((outputs[name], self.input_width(name)))) for name in names]
+
+    def input_width(self, name: str) -> int:
+        """Channels that a matrix of `layer_weights` multiplies."""
+        return {"o": self.query_width, "down": self.inner_width}.get(name, self.model.hidden_size)
+
     def embedding_weights(self) -> int:
         """Elements of the input embeddings on this rank; the head has as many."""
         return self.vocab_rows * self.model.hidden_size
@@ -119,6 +131,8 @@ class MicroBatch:
         has_documents: documents in a sample are kept apart; also true where a causal mask is materialized; ignored with
             "flash".
         trains_layers: False if only the embeddings are trained.
+        trains_embeddings: False if they are frozen.
+        adapter: what is trained of the layers instead of their own weights; None for these.
         hidden_splits: ranks among which the residual stream is split along the sample (sequence parallelism).
         sample_splits: ranks among which everything is split along the sample, and attention by heads (all_to_all).
         on_cpu: a rehearsal, in which the loss is computed by smaller blocks.
@@ -132,6 +146,8 @@ class MicroBatch:
     checkpointing: bool
     has_documents: bool
     trains_layers: bool = True
+    trains_embeddings: bool = True
+    adapter: LoraShape | None = None
     hidden_splits: int = 1
     sample_splits: int = 1
     on_cpu: bool = False
@@ -185,17 +201,39 @@ class _Sizes:
         self.inner = element * tokens * stage.inner_width
         self.log_sums = FLOAT32 * tokens * (stage.model.heads // stage.splits)
         self.is_half = element < FLOAT32
-        trained = int(batch.trains_layers)
-        # The input that a matrix saves for its own gradient is not kept if it is frozen.
-        self.norm_output, self.product = trained * self.hidden, trained * self.inner
+        # The input that a matrix saves for its own gradient, or for that of its adapter, is not kept if it is frozen.
+        is_kept = {name for name, _ in trained_layer_weights(stage, batch)}
+        self.norm_output = self.hidden if is_kept & {"q", "k", "v", "gate", "up"} else 0
+        self.product = self.inner if "down" in is_kept else 0
         # The output of attention, which it keeps for itself.
         self.mixed = self.query
         # RMSNorm: its float32 input (the residual stream itself in fp32), its output before and after the weight.
-        self.norm = self.hidden32 + trained * self.hidden + self.norm_output
+        self.norm = self.hidden32 + ("norm" in is_kept) * self.hidden + self.norm_output
         self.attention = self.query + 2 * self.shown_key + self.mixed + self.log_sums
         # Gate, its SiLU, up, and the product of both.
         self.mlp = 3 * self.inner + self.product
-        self.layer = 2 * self.norm + self.attention + self.mlp
+        adapters = _adapter_bytes(stage, batch)
+        self.attention_adapters = sum(adapters.get(name, 0) for name in ("q", "k", "v", "o"))
+        self.mlp_adapters = sum(adapters.values()) - self.attention_adapters
+        self.layer = 2 * self.norm + self.attention + self.mlp + sum(adapters.values())
+
+
+def trained_layer_weights(stage: StageShape, batch: MicroBatch) -> list[tuple[str, int]]:
+    """Names and elements of what is trained in one layer, in the order in which it computes."""
+    if batch.adapter is not None:
+        return stage.adapter_weights(batch.adapter)
+    return stage.layer_weights() if batch.trains_layers else []
+
+
+def _adapter_bytes(stage: StageShape, batch: MicroBatch) -> dict[str, int]:
+    """Bytes that the adapters of one layer keep, by matrix: A's outputs, and with dropout its inputs and a mask."""
+    if batch.adapter is None:
+        return {}
+    found = {}
+    for name, _ in stage.adapter_weights(batch.adapter):
+        dropped = (batch.element + 1) * stage.input_width(name) if batch.adapter.dropout else 0
+        found[name] = batch.tokens * (batch.element * batch.adapter.rank + dropped)
+    return found
 
 
 def mask_bytes(batch: MicroBatch) -> int:
@@ -241,10 +279,11 @@ def backward_moments(stage: StageShape, batch: MicroBatch) -> list[Moment]:
     tape = _Tape(kept_bytes(stage, batch))
     # The head's gradient waits for that of the embeddings if they are one weight.
     tied = stage.model.ties_embeddings and stage.has_embeddings and stage.has_head
-    waiting = batch.element * stage.embedding_weights() if tied else 0
+    embeddings = [("embeddings", stage.embedding_weights())] if batch.trains_embeddings else []
+    waiting = batch.element * stage.embedding_weights() if tied and embeddings else 0
     if stage.has_head:
         _, logits = loss_bytes(stage, batch)
-        head = [] if tied else [("head", stage.embedding_weights())]
+        head = [] if tied or not embeddings else [("head", stage.embedding_weights())]
         tape.do(new=sizes.hidden + waiting, logits=logits, weights=head)
         _norm(tape, sizes, batch, meets_residual=False)
     else:
@@ -257,12 +296,12 @@ def backward_moments(stage: StageShape, batch: MicroBatch) -> list[Moment]:
         _attention(tape, sizes, stage, batch)
         _norm(tape, sizes, batch)
     if stage.has_embeddings:
-        tape.do(free=waiting, weights=[("embeddings", stage.embedding_weights())])
+        tape.do(free=waiting, weights=embeddings)
     return tape.moments
 
 
 def _weights(stage: StageShape, batch: MicroBatch, *names: str) -> list[tuple[str, int]]:
-    return [pair for pair in stage.layer_weights() if pair[0] in names] if batch.trains_layers else []
+    return [pair for pair in trained_layer_weights(stage, batch) if pair[0] in names]
 
 
 def _norm(tape: _Tape, sizes: _Sizes, batch: MicroBatch, *, meets_residual: bool = True) -> None:
@@ -274,7 +313,7 @@ def _norm(tape: _Tape, sizes: _Sizes, batch: MicroBatch, *, meets_residual: bool
         new=sizes.hidden32,
         free=sizes.norm_output,
         passing=2 * sizes.hidden32 + rounded,
-        weights=weights if batch.trains_layers else (),
+        weights=weights if batch.trains_layers and batch.adapter is None else (),
     )
     # Both gradients of the residual stream become one: that from the norm's output was made by the block before.
     merged = sizes.hidden if meets_residual else 0
@@ -288,7 +327,7 @@ def _mlp(tape: _Tape, sizes: _Sizes, stage: StageShape, batch: MicroBatch) -> No
     tape.do(new=2 * inner, free=3 * inner)
     tape.do(new=sizes.hidden, free=inner, weights=_weights(stage, batch, "up"))
     tape.do(new=inner, free=2 * inner)
-    tape.do(free=inner, passing=sizes.hidden, weights=_weights(stage, batch, "gate"))
+    tape.do(free=inner + sizes.mlp_adapters, passing=sizes.hidden, weights=_weights(stage, batch, "gate"))
 
 
 def _attention(tape: _Tape, sizes: _Sizes, stage: StageShape, batch: MicroBatch) -> None:
@@ -301,4 +340,4 @@ def _attention(tape: _Tape, sizes: _Sizes, stage: StageShape, batch: MicroBatch)
     tape.do(passing=2 * query)
     tape.do(new=sizes.hidden, free=key, weights=_weights(stage, batch, "v"))
     tape.do(free=key, passing=sizes.hidden, weights=_weights(stage, batch, "k"))
-    tape.do(free=query, passing=sizes.hidden, weights=_weights(stage, batch, "q"))
+    tape.do(free=query + sizes.attention_adapters, passing=sizes.hidden, weights=_weights(stage, batch, "q"))

@@ -89,6 +89,8 @@ class Plan:
             checkpointing=self.checkpointing,
             has_documents=self.has_documents or makes_mask,
             trains_layers=settings.trainable.trains_layers,
+            trains_embeddings=settings.trainable.trains_embeddings,
+            adapter=settings.trainable.adapter,
             hidden_splits=settings.tp_size if is_split else 1,
             sample_splits=settings.sp_size if settings.sp_mode == "all_to_all" else 1,
             on_cpu=self.on_cpu,
@@ -189,7 +191,13 @@ def _placed(device: dict[str, dict[str, int]], constant: dict[str, int], plan: P
 def trained_weights(stage: StageShape, settings: EngineSettings) -> list[tuple[str, int]]:
     """Names and elements of this stage's weights that have gradients, in the order in which they compute."""
     embeddings = [("embeddings", stage.embedding_weights())]
-    trains_layers = settings.trainable.trains_layers
+    trainable = settings.trainable
+    if trainable.adapter is not None:
+        layers = stage.layers * stage.adapter_weights(trainable.adapter)
+        if not trainable.trains_embeddings:
+            return layers
+        return embeddings + layers + ([] if stage.model.ties_embeddings else [("head", stage.embedding_weights())])
+    trains_layers = trainable.trains_layers
     layers = stage.layers * stage.layer_weights() if trains_layers else []
     norm = [("norm", stage.model.hidden_size)] if trains_layers else []
     head = [] if stage.model.ties_embeddings and stage.has_embeddings else [("head", stage.embedding_weights())]
@@ -198,7 +206,9 @@ def trained_weights(stage: StageShape, settings: EngineSettings) -> list[tuple[s
 
 def all_weights(stage: StageShape, settings: EngineSettings) -> int:
     """Elements of all weights of this stage."""
-    return sum(size for _, size in trained_weights(stage, replace(settings, trainable=Trainable())))
+    own = sum(size for _, size in trained_weights(stage, replace(settings, trainable=Trainable())))
+    adapter = settings.trainable.adapter
+    return own + (0 if adapter is None else stage.layers * sum(size for _, size in stage.adapter_weights(adapter)))
 
 
 class _Keeper:
@@ -390,7 +400,9 @@ class _GeminiKeeper(_Keeper):
         sizes = [size for _, size in self.weights]
         assert isinstance(plan.plugin, Gemini)
         self.is_auto = plan.plugin.policy == "auto"
-        arguments = plan.plugin.arguments(parameters=self.all, on_cpu=plan.on_cpu)
+        # As in train/checks.py.
+        split = self.all if plan.settings.trainable.adapter is None else self.trained
+        arguments = plan.plugin.arguments(parameters=split, on_cpu=plan.on_cpu)
         self.chunks = chunk_sizes(sizes, minimum_m=arguments["min_chunk_size_m"], shards=self.shards)
         places = _places(sizes, self.chunks)
         # Backward uses the weights of a name from the last one on.

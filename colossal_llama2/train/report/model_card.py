@@ -76,7 +76,11 @@ def render(
     versions = [[name, version] for name, version in settings["versions"].items() if version]
     earlier = [source["source"] for stage in stages for source in stage.get("data", ())]
     parts = [
-        _front_matter(base_model, [*sources, *(amount.source for amount in amounts), *evaluations, *earlier]),
+        _front_matter(
+            base_model,
+            [*sources, *(amount.source for amount in amounts), *evaluations, *earlier],
+            is_adapter=settings.get("lora_rank") is not None,
+        ),
         f"# {_title(stages, settings)} of {plain(base_model)}",
         _stages(base_model, stages),
         _how(settings, tokens_seen, losses, skipped_steps, of_last),
@@ -123,12 +127,16 @@ def _named_by_states(path: Path) -> tuple[str | None, str | None]:
     return known if is_name(known) else None, pretrained if is_path else None
 
 
-def _front_matter(base_model: str, names: Sequence[str]) -> str:
+def _front_matter(base_model: str, names: Sequence[str], *, is_adapter: bool) -> str:
     matter: dict[str, Any] = {"base_model": one_line(base_model)}
+    if is_adapter:
+        matter["base_model_relation"] = "adapter"
     languages = sorted({name for name in names if name in LANGUAGES})
     if languages:
         matter["language"] = languages
-    matter.update(library_name="transformers", pipeline_tag="text-generation", tags=["llama", "colossal-llama-2"])
+    tags = ["llama", "colossal-llama-2", *(["lora"] if is_adapter else [])]
+    library = "peft" if is_adapter else "transformers"
+    matter.update(library_name=library, pipeline_tag="text-generation", tags=tags)
     return front_matter(matter)
 
 
@@ -211,9 +219,10 @@ def final_loss(losses: Sequence[float]) -> tuple[float, int]:
 
 def _how(settings: dict[str, Any], tokens_seen: int, losses: list[float], skipped_steps: int, of_last: str) -> str:
     ranks, plugin = settings["world_size"], plain(settings["plugin"])
+    adapter = "" if settings.get("lora_rank") is None else f" of a LoRA adapter of rank {settings['lora_rank']}"
     lines = [
         f"## Training{of_last}\n",
-        f"{HOW[settings['stage']]} with ColossalAI's plugin {plugin} in {settings['mixed_precision']}, "
+        f"{HOW[settings['stage']]}{adapter} with ColossalAI's plugin {plugin} in {settings['mixed_precision']}, "
         f"on {counted(ranks, 'rank')}.\n",
     ]
     rows = [

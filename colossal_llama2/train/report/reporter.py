@@ -260,7 +260,9 @@ def reporting(
             progress=parts.enter_context(progress),
             groups=[amount[:2] for amount in report.amounts or ()],
             bucket_of=None if order.buckets is None else order.bucket_of,
-            flops_per_token=functools.partial(flops_per_token, config, parameters),
+            flops_per_token=functools.partial(
+                flops_per_token, config, parameters, trains_weights=engine.settings.trainable.adapter is None
+            ),
             peak_flops=None if peak is None else peak * 1e12 * engine.world_size,
         )
         yield parts.enter_context(contextlib.closing(reporter))

@@ -44,6 +44,7 @@ def describe_run(config: TrainConfig, ranks: Ranks, order: SampleOrder, base_mod
         seed=order.seed,
         freeze_non_embeds_params=not trainable.trains_layers,
         trained_rows=None if trainable.rows is None else [list(borders) for borders in trainable.rows],
+        adapter=trainable.adapter_facts(),
         world_size=ranks.world_size,
         data_parallel_size=ranks.data_size,
         numerics=NUMERICS,

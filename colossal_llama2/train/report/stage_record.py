@@ -135,10 +135,10 @@ class StageRecord:
 
 def begin_stage(source: ModelSource, start: Start, facts: RunFacts) -> Beginning:
     """Read the history of the folder that the weights come from. For rank 0; problems are logged, never raised."""
-    recorded = read_history(Path(source.weights))
+    recorded = read_history(Path(source.trained))
     training_history.log_problem(recorded)
     if start.resumed is None:
-        return Beginning(recorded, describe_parent(source.weights, recorded, _in_manifest(source.weights)))
+        return Beginning(recorded, describe_parent(source.trained, recorded, _in_manifest(source.trained)))
     changed = [encodable(change)[: training_history.MAX_TEXT] for change in resuming.changes(start.resumed, facts)]
     resumed = [{"step": start.state.step, "changed": changed}] if changed else []
     if recorded.stages:
@@ -159,7 +159,7 @@ def _begin_unrecorded(source: ModelSource, settings: Any, resumed: list[dict[str
         return Beginning(history, describe_parent(source.pretrained, history), resumed=resumed)
     logs.get_logger().warning(
         "%s has no %s, so the card does not list the stages before this run",
-        source.weights,
+        source.trained,
         training_history.HISTORY_FILE,
     )
     return Beginning(parent={"name": "not recorded"}, resumed=resumed)

@@ -12,7 +12,7 @@ from colossal_llama2.dataset.read.eval_sets import EvalSet
 from colossal_llama2.dataset.read.sources import Data
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.train.run_folder.run_folder import RunFolder
-from colossal_llama2.train.settings.model_source import ModelSource
+from colossal_llama2.train.settings.model_source import ModelSource, check_adapter
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,12 @@ class TrainConfig:
     chat: ChatData | None = None
 
     def with_source(self, source: ModelSource) -> "TrainConfig":
-        """The same settings for other weights. Raises UserError if --train_new_rows_only finds no new rows."""
+        """The same settings for other weights.
+
+        Raises:
+            UserError: --train_new_rows_only finds no new rows, or --lora_rank an adapter that it cannot continue.
+        """
         source = source.sharing(self.source)
+        check_adapter(source, self.engine.trainable)
         trainable = self.engine.trainable.of_model(source.weights_folder)
         return replace(self, source=source, engine=replace(self.engine, trainable=trainable))

@@ -37,6 +37,10 @@ def flag_problems(
             "--train_new_rows_only trains new rows of the embeddings, --freeze_non_embeds_params all of their rows; "
             "give one of them"
         )
+    if args.lora_rank is not None and args.freeze_non_embeds_params:
+        problems.append(
+            "--lora_rank trains an adapter of the layers, --freeze_non_embeds_params nothing of them; give one of them"
+        )
     return problems + _evaluation_problems(args) + _tracker_problems(args)
 
 

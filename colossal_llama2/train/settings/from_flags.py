@@ -16,7 +16,9 @@ from colossal_llama2.encoding.folder_files import check_tokenizer_files
 from colossal_llama2.engine.settings import EngineSettings
 from colossal_llama2.errors import UserError
 from colossal_llama2.launcher import place
+from colossal_llama2.layer_matrices import LAYER_MATRICES
 from colossal_llama2.model.loading import check_model
+from colossal_llama2.model.lora import LoraShape
 from colossal_llama2.model.trainable import Trainable
 from colossal_llama2.storage.output_paths import check_output_folder
 from colossal_llama2.train.run_folder import run_outputs
@@ -111,7 +113,23 @@ def engine_settings(args: argparse.Namespace) -> EngineSettings:
         microbatch_size=args.microbatch_size,
         sp_size=args.sp,
         sp_mode=args.sp_mode if args.enable_sequence_parallelism else None,
-        trainable=Trainable.from_flags(embeddings=args.freeze_non_embeds_params, new_rows=args.train_new_rows_only),
+        trainable=Trainable.from_flags(
+            embeddings=args.freeze_non_embeds_params, new_rows=args.train_new_rows_only, adapter=lora_shape(args)
+        ),
+    )
+
+
+def lora_shape(args: argparse.Namespace) -> LoraShape | None:
+    """The adapter of --lora_rank; None without the flag, and for a command that has none."""
+    rank = getattr(args, "lora_rank", None)
+    if rank is None:
+        return None
+    return LoraShape(
+        rank=rank,
+        alpha=float(2 * rank if args.lora_alpha is None else args.lora_alpha),
+        dropout=args.lora_dropout,
+        targets=LAYER_MATRICES if args.lora_targets == "all" else tuple(args.lora_targets.split(",")),
+        seed=args.seed,
     )
 
 
@@ -183,7 +201,7 @@ def _with_source(config: TrainConfig, load_checkpoint: str | None, problems: Pro
     if source.weights != source.pretrained:
         check_model(source.weights_folder, "--load_checkpoint")
     folder.check_unclaimed(source.checkpoint)
-    if config.data.continues and source.checkpoint is None and not Path(source.weights, "..", STATES_NAME).is_file():
+    if config.data.continues and source.checkpoint is None and not Path(source.trained, "..", STATES_NAME).is_file():
         problems.append(
             f"--continue_data needs --load_checkpoint CHECKPOINT/{MODEL_NAME}, whose {STATES_NAME} records the "
             f"place in the data"

@@ -8,7 +8,9 @@ from colossal_llama2 import logs
 from colossal_llama2.encoding.file_names import CONFIG_FILE as TOKENIZER_CONFIG
 from colossal_llama2.engine.patches.checkpoint_io import OPTIMIZER_INDEX
 from colossal_llama2.errors import UserError
+from colossal_llama2.model.adapter_files import check_adapter_weights, check_same_adapter, is_adapter, read_adapter
 from colossal_llama2.model.config_fields import ModelFolder
+from colossal_llama2.model.trainable import Trainable
 from colossal_llama2.train.run_folder import checkpoint_files
 from colossal_llama2.train.run_folder.file_names import MODEL_NAME, OPTIMIZER_NAME, SCHEDULE_NAME, STATES_NAME
 from colossal_llama2.train.run_folder.run_folder import RunFolder
@@ -23,6 +25,7 @@ class ModelSource:
     Attributes:
         pretrained: the folder that --pretrained names.
         weights: the folder that the weights come from: `pretrained`, or the modeling/ folder of a checkpoint.
+        adapter: the folder of the adapter that is loaded in addition; None without one.
         checkpoint: the checkpoint that the run resumes; None if it starts at step 0.
         is_newest: --resume auto chose the checkpoint, and may choose the one before it.
         folders: the model folders by path, which keep what was read of them.
@@ -31,6 +34,7 @@ class ModelSource:
     pretrained: str
     weights: str
     checkpoint: str | None = None
+    adapter: str | None = None
     is_newest: bool = False
     folders: dict[str, ModelFolder] = field(default_factory=dict, repr=False, compare=False)
 
@@ -55,8 +59,13 @@ class ModelSource:
 
     def as_values(self) -> dict[str, Any]:
         """The arguments that make this source on another rank, as JSON values."""
-        names = ("pretrained", "weights", "checkpoint", "is_newest")
+        names = ("pretrained", "weights", "checkpoint", "adapter", "is_newest")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def trained(self) -> str:
+        """The folder that was trained last: the adapter, or else the weights. It has the history of both."""
+        return self.adapter or self.weights
 
     @property
     def tokenizer(self) -> str:
@@ -91,15 +100,41 @@ def find_source(pretrained: str, load_checkpoint: str | None) -> ModelSource:
         problem = checkpoint_files.sizes_problem(folder)
         if problem:
             raise UserError(f"--load_checkpoint {problem}{OTHER_CHECKPOINT}")
-        return ModelSource(pretrained, str(folder / MODEL_NAME), str(folder))
-    if (folder / "config.json").is_file():
-        return ModelSource(pretrained, str(folder))
+        return _source_of(pretrained, folder / MODEL_NAME, checkpoint=str(folder))
+    if (folder / "config.json").is_file() or is_adapter(folder):
+        return _source_of(pretrained, folder)
     inside = checkpoint_files.complete_checkpoints(folder)
     cure = f"; it holds checkpoints: give {load_checkpoint}/{inside[-1].name}" if inside else ""
     raise UserError(
         f"--load_checkpoint {load_checkpoint}: holds neither {STATES_NAME} (a checkpoint to resume) "
         f"nor config.json (a {MODEL_NAME} folder to load weights from){cure}"
     )
+
+
+def _source_of(pretrained: str, model: Path, *, checkpoint: str | None = None) -> ModelSource:
+    """The source for a saved model, or for an adapter, whose base is --pretrained."""
+    if is_adapter(model):
+        return ModelSource(pretrained, pretrained, checkpoint, adapter=str(model))
+    return ModelSource(pretrained, str(model), checkpoint)
+
+
+def check_adapter(source: ModelSource, trainable: Trainable) -> None:
+    """Raise a UserError if a run with --lora_rank loads other things than adapters, or one without it loads one."""
+    if trainable.adapter is not None and source.weights != source.pretrained:
+        raise UserError(
+            f"--load_checkpoint {source.checkpoint or source.weights}: holds a whole model, but --lora_rank trains an "
+            f"adapter of --pretrained; give --pretrained {source.weights}, and leave --load_checkpoint out"
+        )
+    if source.adapter is None:
+        return
+    if trainable.adapter is None:
+        raise UserError(
+            f"--load_checkpoint {source.checkpoint or source.adapter}: holds an adapter; give the --lora_rank of its "
+            f"run, or merge it and name the result with --pretrained (python -m colossal_llama2.model.merge_lora)"
+        )
+    adapter = read_adapter(source.adapter)
+    check_same_adapter(adapter, trainable, flag="--load_checkpoint")
+    check_adapter_weights(adapter, source.weights_folder.fields)
 
 
 def newest_source(folder: RunFolder, *, otherwise: ModelSource, before: str | None = None) -> ModelSource:
@@ -119,7 +154,7 @@ def newest_source(folder: RunFolder, *, otherwise: ModelSource, before: str | No
     for checkpoint in reversed(complete):
         try:
             found = find_source(otherwise.pretrained, str(checkpoint))
-            return ModelSource(found.pretrained, found.weights, found.checkpoint, is_newest=True)
+            return replace(found, is_newest=True)
         except UserError as error:
             problem = str(error).removeprefix("--load_checkpoint ").removesuffix(OTHER_CHECKPOINT)
             first_problem = first_problem or problem
