@@ -17,8 +17,8 @@ CHANGE_NO_NUMBERS = set(
 OFF_CARD = {"pretrained", "dataset"}
 # Compared with a checkpoint by meaning, not by text: the data by its hashes, a mixture by its shares.
 COMPARED_BY_MEANING = set(
-    "pretrained dataset bucketed mixture mixture_end seed train_new_rows_only freeze_non_embeds_params lora_rank "
-    "lora_alpha lora_targets".split()
+    "pretrained dataset bucketed group_by_length mixture mixture_end seed train_new_rows_only freeze_non_embeds_params "
+    "lora_rank lora_alpha lora_targets".split()
 )
 SETTINGS = {"lr": 1e-4, "eval_interval": 10, "mixture": ["zh=1"], "stage": "pretrain"}
 
