@@ -27,7 +27,9 @@ PARENT_TENSORBOARD_DIR="${PARENT_TENSORBOARD_DIR:-runs/tensorboard}"
 PARENT_CONFIG_FILE="${PARENT_CONFIG_FILE:-runs/configs}"
 PRETRAINED_MODEL_PATH="${PRETRAINED_MODEL_PATH:-checkpoint_dir/modeling}"
 
-# All part-* folders to train on, from one output folder of prepare_sft_dataset.py or several.
+# All part-* folders to train on, from one output folder of prepare_sft_dataset.py or several. Prepare them with
+# --splicing best_fit: samples are then packed, conversations stay apart, and almost nothing is padded. For samples of
+# one conversation each, add --group_by_length below.
 declare -a dataset=(
     "arrow_sft/part-00000"
     "arrow_sft/part-00001"

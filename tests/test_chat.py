@@ -1,7 +1,12 @@
 """Chat templates that are rendered: ids and masks beside those of transformers, and templates that cannot be used."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -31,6 +36,7 @@ from tests.byte_level import BEGIN, END, extend, make_byte_level, make_llama3
 from tests.preparing import manifest, read_jsonl, write_lines
 from tests.preparing import settings as prepare_settings
 
+ROOT = Path(__file__).resolve().parents[1]
 START, STOP = "<|start_header_id|>", "<|eot_id|>"
 # Of the same form as LLaMA-3's, without {% generation %}.
 LLAMA3 = """\
@@ -205,6 +211,9 @@ REFUSED_TEMPLATES = {
     "{% generation %}{{ eos_token }}{% endgeneration %}": "marks 1 answers of a conversation with 2",
     "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}": "marks 4",
     "{% include 'a' %}": "no loader",
+    MARKED.replace("+ '<|eot_id|>' -}}\n    {%- endgeneration -%}", "-}}{%- endgeneration -%}{{- '<|eot_id|>' -}}"): (
+        "has <.eot_id.> behind an answer's {% endgeneration %}"
+    ),
     "{{ messages[0].content * 100000 }}" * 2: "characters of messages",
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}": "does not write message 2",
@@ -217,11 +226,61 @@ def test_a_template_that_cannot_be_used(template, problem, byte_level_dir):
         assert not make(template, byte_level_dir).turn_ends
 
 
+def test_a_process_that_was_killed_is_started_again(byte_level_dir):
+    chat = make(MARKED, byte_level_dir)
+    before = chat.prompt(TALK[:1])
+    os.kill(chat._renderer._process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert chat.prompt(TALK[:1]) == before
+
+
+@pytest.mark.slow
+def test_a_process_without_a_parent_ends():
+    """It limits its own CPU time, also while it compiles: Jinja computes constants then."""
+    code = (
+        "import os\nfrom colossal_llama2.chat.renderer import Renderer\n"
+        "r = Renderer('{{ 9 ** (9 ** 9) }}', names={}, origin='x')\n"
+        "import threading\nthreading.Timer(2, lambda: os.kill(os.getpid(), 9)).start()\nr.prompt([])"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True)
+    deadline = time.monotonic() + 90
+    while running := [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"render_process" in read(path)]:
+        owners = [(path.parent / "stat").read_text().rsplit(")", 1)[1].split()[1] for path in running]
+        if "1" not in owners:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_special_token_of_one_character_stays_text(tmp_path):
+    folder = extend(make_byte_level(tmp_path / "base"), tmp_path / "tokenizer", [], added=["☃"])
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"][-1]["special"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    chat, encoder = make(MARKED, folder), load_encoder(folder)
+    ids = chat.prompt([{"role": "user", "content": "a☃b"}])
+    assert encoder.vocab_size - 1 not in ids and "a☃b" in encoder.decode(ids)
+
+
+def test_names_that_a_template_can_use(tokenizer_dir):
+    text = LLAMA2_TEMPLATE.replace("{%- set first = 0 -%}", "{{- unk_token -}}{%- set first = 0 -%}")
+    tokenizer = load_tokenizer(tokenizer_dir)
+    ids, _ = flat(make(text, tokenizer_dir).tokens(TALK))
+    assert ids == tokenizer.apply_chat_template(TALK, chat_template=text, return_dict=False) and ids[0] == 0
+
+
 def test_a_template_without_end_is_stopped(monkeypatch):
     monkeypatch.setattr(renderer, "SECONDS", 1.0)
     loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
     endless = Renderer(loops, names={}, origin="own.jinja")
-    with pytest.raises(UserError, match="own.jinja takes over 1 s for one conversation; correct it"):
+    with pytest.raises(UserError, match="own.jinja takes over 1 s; correct it"):
         endless.prompt(TALK)
     # It can be used again, and ends as before.
     with pytest.raises(UserError, match="takes over"):
@@ -351,7 +410,7 @@ def test_conversations_of_two_templates_are_not_mixed(prepared, tmp_path):
     content = json.loads((other / "arrow" / "manifest.json").read_text())
     content["settings"]["template_text"] += " "
     (other / "arrow" / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="by the chat template own.jinja with another text"):
+    with pytest.raises(UserError, match="by the chat template own.jinja with another text|template own.jinja"):
         chat_data_of([plain, part(tmp_path, "other")])
     content["turn_end"] = ["a"]
     (other / "arrow" / "manifest.json").write_text(json.dumps(content))
@@ -359,7 +418,7 @@ def test_conversations_of_two_templates_are_not_mixed(prepared, tmp_path):
         chat_data_of([part(tmp_path, "other")])
 
 
-def test_data_of_earlier_versions_is_colossal(prepared, tmp_path, caplog):
+def test_data_of_earlier_versions_is_colossal(model_dir, byte_level_dir, prepared, tmp_path):
     old = shutil.copytree(prepared / "colossal", tmp_path / "old")
     content = json.loads((old / "arrow" / "manifest.json").read_text())
     del content["settings"]["chat_template"], content["settings"]["template_text"], content["turn_end"]
@@ -367,8 +426,10 @@ def test_data_of_earlier_versions_is_colossal(prepared, tmp_path, caplog):
     text = (old / "arrow" / "chat_template.jinja").read_text()
     assert chat_data_of([part(tmp_path, "old"), part(prepared, "colossal")]) == ChatData("colossal", text, ())
     (old / "arrow" / "chat_template.jinja").unlink()
-    assert chat_data_of([part(tmp_path, "old")]) == ChatData("colossal", None, ())
-    assert "the model gets no chat template" in caplog.text
+    chat = chat_data_of([part(tmp_path, "old")])
+    assert chat == ChatData("colossal", None, ())
+    files = model_files(str(model_dir), str(byte_level_dir), "fp32", stage="sft", chat=chat)
+    assert files["chat_template.jinja"].decode() == text
 
 
 def test_a_saved_model_has_the_template_of_its_data(model_dir, byte_level_dir, prepared, tmp_path, caplog):

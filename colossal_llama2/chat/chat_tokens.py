@@ -5,20 +5,24 @@ special token that a message spells out stays text, as in all data here: "<|im_e
 token crosses the border of an answer, because the model continues a prompt that ends there.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from colossal_llama2.chat.marks import Marks
 from colossal_llama2.chat.renderer import Renderer
 from colossal_llama2.chat.templates import ChatTemplate
 from colossal_llama2.encoding.encoder import Encoder
+from colossal_llama2.encoding.file_names import CONFIG_FILE, SPECIAL_TOKENS_FILE
+from colossal_llama2.encoding.folder_files import ADDITIONAL, SPECIAL_TOKENS
 from colossal_llama2.errors import UserError
+from colossal_llama2.storage.input_files import is_regular, read_settings
 from colossal_llama2.storage.row_errors import RowError
 
-# One of Unicode's code points for use inside a program; `render_process` uses others.
+# The last of Unicode's 32 code points here for use inside a program; `render_process` uses the first ones.
 SHIELD = "\ufdef"
 NO_END = "a conversation with an answer that the chat template does not end with a special token"
 
@@ -31,7 +35,7 @@ PROBE = (
 
 
 class Part(NamedTuple):
-    """A run of tokens with one mask. `is_trained` is the number of the answer that they belong to, or None."""
+    """A run of tokens with one mask. `answer` is the number of the answer that they belong to, or None."""
 
     ids: list[int]
     answer: int | None
@@ -80,8 +84,9 @@ class ChatTokenizer:
         self._folder = folder
         self._encoder, self._prefix_after_marks = encoder, prefix_after_marks
         self._marks = Marks.of(folder, encoder)
-        names = {"bos_token": encoder.bos_text if encoder.bos_id >= 0 else "", "eos_token": encoder.eos_text}
-        self._renderer = Renderer(template.text, names=names, origin=template.origin)
+        # A special token of one character has no place inside for the shield.
+        self._stand_ins = {text: chr(ord(SHIELD) - 1 - n) for n, text in enumerate(self._marks.special_characters)}
+        self._renderer = Renderer(template.text, names=_token_names(folder, encoder), origin=template.origin)
 
     def close(self) -> None:
         """End the process that renders."""
@@ -143,6 +148,12 @@ class ChatTokenizer:
                 f"{prompt[-60:]!r} as a prompt; correct it, so that a model is asked as it was trained"
             )
         ends = [self._end_of(text, span) for span in spans]
+        after = self._marks.special_pattern.match(text, spans[0][1])
+        if None in ends and after:
+            raise UserError(
+                f"the chat template {origin} has {after[0]} behind an answer's {{% endgeneration %}}, so a model would "
+                f"not learn to end its answers; move {{% endgeneration %}} behind it"
+            )
         if begin == 0 or None in ends:
             shown = text[spans[0][0] : spans[0][1]][-40:]
             raise UserError(
@@ -158,16 +169,26 @@ class ChatTokenizer:
         shielded = []
         for message in messages:
             content = message["content"]
-            if SHIELD in content:
+            used = next((character for character in (SHIELD, *self._stand_ins.values()) if character in content), None)
+            if used is not None:
                 raise RowError(
-                    f"a message has the character U+{ord(SHIELD):04X}, which Unicode reserves for use inside programs; "
+                    f"a message has the character U+{ord(used):04X}, which Unicode reserves for use inside programs; "
                     "remove it",
                     reason="a message with a reserved character",
                 )
             if pattern.search(content):
-                content = pattern.sub(lambda found: found[0][0] + SHIELD + found[0][1:], content)
+                content = pattern.sub(self._shield, content)
             shielded.append({"role": message["role"], "content": content})
         return shielded
+
+    def _shield(self, found: re.Match[str]) -> str:
+        """What stands for a special token that a message spells out."""
+        return self._stand_ins.get(found[0]) or found[0][0] + SHIELD + found[0][1:]
+
+    def _unshielded(self, text: str) -> str:
+        for character, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, character)
+        return text.replace(SHIELD, "")
 
     def _trimmed(self, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Spans that end with their last special token, if they have one: templates without markers write more."""
@@ -239,8 +260,27 @@ class ChatTokenizer:
                 plain = plain.rstrip() if mark and mark.strips_left else plain
                 if plain:
                     is_cut = place == begin and begin > 0 and bool(runs) and runs[-1].mark is None
-                    runs.append(_Run(plain.replace(SHIELD, ""), None, answer, is_cut))
+                    runs.append(_Run(self._unshielded(plain), None, answer, is_cut))
                 if match and mark:
                     runs.append(_Run(match[0], mark.id, answer, is_cut=False))
                     place, strips = match.end(), mark.strips_right
         return runs
+
+
+def _token_names(folder: str | Path, encoder: Encoder) -> dict[str, Any]:
+    """What a template can use besides the messages, as in transformers: bos_token, unk_token and others, as texts."""
+    found: dict[str, Any] = {}
+    for name in (CONFIG_FILE, SPECIAL_TOKENS_FILE):
+        path = Path(folder, name)
+        settings = read_settings(path) if is_regular(path) else {}
+        for key in SPECIAL_TOKENS:
+            if isinstance(text := _text_of(settings.get(key)), str):
+                found[key] = text
+        if isinstance(listed := settings.get(ADDITIONAL), list):
+            found[ADDITIONAL] = [text for text in map(_text_of, listed) if isinstance(text, str)]
+    own = {"bos_token": encoder.bos_text if encoder.bos_id >= 0 else "", "eos_token": encoder.eos_text}
+    return {**found, **own}
+
+
+def _text_of(entry: Any) -> Any:
+    return entry.get("content") if isinstance(entry, dict) else entry

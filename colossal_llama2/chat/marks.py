@@ -10,7 +10,7 @@ from colossal_llama2.encoding.added_tokens import read_added_tokens
 from colossal_llama2.encoding.byte_level_encoder import ByteLevelEncoder
 from colossal_llama2.encoding.byte_level_file import ByteLevelModel
 from colossal_llama2.encoding.encoder import Encoder
-from colossal_llama2.encoding.file_names import CONFIG_FILE
+from colossal_llama2.encoding.file_names import CONFIG_FILE, FAST_FILE
 from colossal_llama2.encoding.sentencepiece_encoder import SentencePieceEncoder
 from colossal_llama2.encoding.sentencepiece_file import control_pieces
 from colossal_llama2.errors import UserError
@@ -47,10 +47,12 @@ class Marks:
         marks = {piece: Mark(index) for piece, index in control_pieces(encoder.content).items()}
         for text, index in read_added_tokens(Path(folder), encoder.vocab_size).items():
             marks[text] = Mark(index)
-        path = Path(folder, CONFIG_FILE)
-        listed = (read_json(path).get("added_tokens_decoder") or {}) if is_regular(path) else {}
-        flags = _listed([{**entry, "id": int(index)} for index, entry in listed.items()], folder)
-        return cls({text: flags.get(text, mark) for text, mark in marks.items()})
+        config, fast = Path(folder, CONFIG_FILE), Path(folder, FAST_FILE)
+        # The flags are in one of these, or in both.
+        flags = _listed((read_json(fast).get("added_tokens") or ()) if is_regular(fast) else (), folder)
+        listed = (read_json(config).get("added_tokens_decoder") or {}) if is_regular(config) else {}
+        flags |= _listed([{**entry, "id": int(index)} for index, entry in listed.items()], folder)
+        return cls({text: flags.get(text, mark)._replace(id=mark.id) for text, mark in marks.items()})
 
     def __contains__(self, text: str) -> bool:
         return text in self._marks
@@ -67,6 +69,11 @@ class Marks:
     def pattern(self) -> re.Pattern[str]:
         """Finds every mark in a text; of those that begin at one place, the longest."""
         return _any_of(self._marks)
+
+    @property
+    def special_characters(self) -> list[str]:
+        """Special tokens of one character."""
+        return sorted(text for text, mark in self._marks.items() if mark.is_special and len(text) == 1)
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:

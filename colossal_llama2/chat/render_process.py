@@ -27,6 +27,8 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 2**30
+# Of one request. The parent waits as long; this limit also ends a process whose parent was killed.
+CPU_SECONDS = 20
 # A text that is this much longer than its messages is not a rendering of them.
 MOST_GROWTH = 50
 MOST_OVERHEAD = 2**20
@@ -164,6 +166,16 @@ def limit_resources() -> None:
             pass  # not on this system; the parent's limit of time remains
 
 
+def limit_next_request() -> None:
+    """End this process if its next request takes more than CPU_SECONDS."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    except (OSError, ValueError):
+        pass
+
+
 def answered(action: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:
     """What an action returns for a request, or what went wrong in it."""
     try:
@@ -201,6 +213,7 @@ def main() -> None:
         return {"text": text, "spans": spans}
 
     for line in sys.stdin:
+        limit_next_request()
         request = json.loads(line)
         action = render if "messages" in request else begin
         out.write(json.dumps(answered(action, request)) + "\n")

@@ -1,9 +1,11 @@
 """Render conversations with a chat template, in a process of its own with limits of time and memory."""
 
 import atexit
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 from colossal_llama2.errors import UserError
 from colossal_llama2.storage.row_errors import RowError
 
-# For one conversation, and for the start of the process on a busy machine.
+# For one conversation, and for the start of the process on a busy machine. The process limits its own CPU time too.
 SECONDS = 20.0
 START_SECONDS = 120.0
 
@@ -34,11 +36,11 @@ class RenderedText(NamedTuple):
 class Renderer:
     """A template that is ready to render. The process starts with the first use, and ends with this one."""
 
-    def __init__(self, template: str, *, names: Mapping[str, str], origin: str):
+    def __init__(self, template: str, *, names: Mapping[str, Any], origin: str):
         """
         Args:
             template: in Jinja.
-            names: what the template can use besides the messages: bos_token and eos_token.
+            names: what the template can use besides the messages, such as bos_token and eos_token.
             origin: the file or the flag that the template is from, for messages.
         """
         self._template, self._names, self._origin = template, dict(names), origin
@@ -85,7 +87,9 @@ class Renderer:
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
-                    stream.close()
+                    # A process that has ended leaves what it was sent in the buffer, which cannot be written.
+                    with contextlib.suppress(OSError):
+                        stream.close()
             atexit.unregister(self.close)
 
     def _render(self, messages: Messages, *, add_generation_prompt: bool, answers: bool) -> RenderedText:
@@ -95,8 +99,8 @@ class Renderer:
         if "not_a_prefix" in answer:
             raise RowError(
                 f"the chat template {self._origin} does not write message {answer['not_a_prefix']}, an answer, as a "
-                "continuation of the text before it, so what is generated cannot be told from it; mark it in the "
-                "template with {% generation %}",
+                "continuation of the text before it, so it is not clear what is generated; mark it with {% generation %} "
+                "in the template",
                 reason=NOT_A_PREFIX,
             )
         if "limit" in answer:
@@ -109,7 +113,10 @@ class Renderer:
     def _start(self) -> None:
         """Start the process, unless it runs; a forked process starts its own."""
         if self._process is not None and self._owner == os.getpid():
-            return
+            if self._process.poll() is None:
+                return
+            # Killed between two requests, perhaps since memory was short. A request depends on no earlier one.
+            self.close()
         script = Path(__file__).with_name("render_process.py")
         # -I: nothing from the working directory is imported.
         self._process = subprocess.Popen(
@@ -122,6 +129,9 @@ class Renderer:
         self._owner = os.getpid()
         atexit.register(self.close)
         answer = self._ask({"template": self._template, "names": self._names}, START_SECONDS)
+        if "limit" in answer:
+            self.close()
+            raise UserError(f"the chat template {self._origin} cannot be used: {answer['error']}; correct it")
         if "error" in answer:
             self.close()
             where = f"{self._origin}:{answer['line']}" if "line" in answer else self._origin
@@ -140,18 +150,25 @@ class Renderer:
             line = b""
         except TimeoutError:
             self.close()
-            raise UserError(
-                f"the chat template {self._origin} takes over {seconds:.0f} s for one conversation; correct it"
-            )
+            raise self._too_slow(seconds)
         if not line:
+            code = process.wait()
             self.close()
-            raise UserError(f"the chat template {self._origin} ends the process that renders it; correct it")
+            if code == -signal.SIGXCPU:
+                raise self._too_slow(seconds)
+            raise UserError(
+                f"the process that renders the chat template {self._origin} ended (exit code {code}); correct the "
+                "template, or free memory"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def _too_slow(self, seconds: float) -> UserError:
+        return UserError(f"the chat template {self._origin} takes over {seconds:.0f} s; correct it")
+
 
 def _read_line(source: int, seconds: float) -> bytes:
-    """One line from a pipe, empty if it ends before. Raises TimeoutError after so many seconds."""
+    """One line from a pipe, empty if it ends before. Raises TimeoutError if it takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
     parts: list[bytes] = []
     while not parts or not parts[-1].endswith(b"\n"):

@@ -111,8 +111,8 @@ def find_template(given: str, tokenizer_dir: str | Path) -> ChatTemplate | None:
 def template_of_folder(folder: str | Path) -> tuple[str, str] | None:
     """The chat template that transformers would use for a tokenizer's folder, and the file it is from; or None.
 
-    chat_template.jinja comes first, then chat_template.json, and then the entry of tokenizer_config.json. Of several
-    templates by name, the one named "default" is used.
+    chat_template.jinja comes first, and then the entry of tokenizer_config.json. Of several templates by name, the one
+    named "default" is used. chat_template.json, which only processors of images read, comes last.
 
     Raises:
         UserError: a file cannot be read.
@@ -120,7 +120,7 @@ def template_of_folder(folder: str | Path) -> tuple[str, str] | None:
     path = Path(folder, TEMPLATE_FILE)
     if path.exists():
         return read_template(path), str(path)
-    for name in (TEMPLATE_JSON_FILE, CONFIG_FILE):
+    for name in (CONFIG_FILE, TEMPLATE_JSON_FILE):
         path = Path(folder, name)
         text = _default_of(read_settings(path).get("chat_template")) if is_regular(path) else None
         if text is not None:

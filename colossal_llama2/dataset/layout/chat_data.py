@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from colossal_llama2 import logs
 from colossal_llama2.chat.templates import COLOSSAL, read_template
 from colossal_llama2.dataset.layout.manifest import read_manifest_of
 from colossal_llama2.dataset.layout.output_folder import DATA_MANIFEST_FILE
@@ -18,7 +17,7 @@ class ChatData(NamedTuple):
 
     Attributes:
         name: the value of --chat_template, or the name of its file.
-        text: in Jinja; None if the data does not have it.
+        text: in Jinja; None for colossal if the data does not have it.
         turn_ends: the ids of the tokens that end an answer; empty if the data does not record them.
     """
 
@@ -55,7 +54,7 @@ def chat_data_of(parts: Sequence[str], *, flag: str = "--dataset", other: ChatDa
 
 def _is_same(one: ChatData, other: ChatData) -> bool:
     # The text of colossal depends on --assistant_roles and --assistant_first, the format does not.
-    return one.name == other.name and (one.name == COLOSSAL or one.text == other.text)
+    return one.name == other.name == COLOSSAL or one.text == other.text
 
 
 def _chat_data(part: str) -> ChatData | None:
@@ -71,10 +70,5 @@ def _chat_data(part: str) -> ChatData | None:
         raise UserError(f"{path} is damaged (its chat template); copy it again, or prepare the data again")
     if text is None:
         path = Path(part).resolve().parent / TEMPLATE_FILE
-        if path.exists():
-            text = read_template(path)
-        else:
-            logs.get_logger().warning(
-                f"{part}: no {TEMPLATE_FILE} beside its manifest, so the model gets no chat template; copy it there"
-            )
+        text = read_template(path) if path.exists() else None
     return ChatData(name, text, tuple(ends))

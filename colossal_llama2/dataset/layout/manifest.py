@@ -267,8 +267,9 @@ def check_parts_fit(parts: Sequence[str], *, stage: str, tokenizer_dir: str, fla
         )
     if unknown:
         logs.get_logger().warning(
-            f"{flag} {unknown[0]}: no {DATA_MANIFEST_FILE} beside it, so its tokenizer cannot be compared "
-            f"({len(unknown)} of {counted(len(parts), 'folder')})"
+            f"{flag} {unknown[0]}: no {DATA_MANIFEST_FILE} beside it, so its tokenizer cannot be compared"
+            f"{', nor its chat template' if stage == 'sft' else ''} ({len(unknown)} of "
+            f"{counted(len(parts), 'folder')})"
         )
 
 

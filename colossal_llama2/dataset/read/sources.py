@@ -64,7 +64,7 @@ class Data(NamedTuple):
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether the order of samples depends on their lengths, which all ranks must know then."""
+        """Whether the order of samples depends on their lengths, which all ranks must read then."""
         return self.is_ordered or self.groups_by_length
 
     def facts(self) -> dict[str, Any]:

@@ -332,7 +332,7 @@ class _Run:
         rendering = chat_tokenizer_of(self.settings, self.tokenizer_dir)
         if rendering is not None:
             least = smallest_conversation(rendering)
-            return f"give a larger --max_length, such as 4096 (two messages without text take {least} tokens)"
+            return f"give a larger --max_length, such as 4096 (two messages of one letter take {least} tokens)"
         least = smallest_exchange(load_encoder(self.tokenizer_dir), prefix_after_marks=prefix)
         return (
             f"give a larger --max_length, such as 4096 (the usual system text and the names of the speakers take "

@@ -271,7 +271,7 @@ def _joined(segments: Iterable[_Encoded], *, encoder: Encoder) -> tuple[list[int
 
 
 def why_nothing_remains(is_trained: Sequence[bool], kept: int) -> str:
-    """The reason why a conversation is dropped of which `kept` leading exchanges fit, none of them trained."""
+    """The reason why a conversation is dropped: `kept` leading exchanges fit, and none of these is trained."""
     if not is_trained:
         return NO_ANSWER
     if not any(is_trained):

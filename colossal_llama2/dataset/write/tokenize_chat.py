@@ -84,8 +84,8 @@ def tokenize_chat(row: SftRow, *, tokenizer: ChatTokenizer, max_length: int) -> 
 
 
 def smallest_conversation(tokenizer: ChatTokenizer) -> int:
-    """The number of tokens of two empty messages."""
-    messages = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    """The number of tokens of two messages of one letter, which every template that can be used accepts."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     return tokenizer.tokens(messages).num_tokens
 
 
