@@ -99,8 +99,8 @@ class Renderer:
         if "not_a_prefix" in answer:
             raise RowError(
                 f"the chat template {self._origin} does not write message {answer['not_a_prefix']}, an answer, as a "
-                "continuation of the text before it, so it is not clear what is generated; mark it with {% generation %} "
-                "in the template",
+                "continuation of the text before it, so it is not clear what is generated; mark it in the template "
+                "with {% generation %}",
                 reason=NOT_A_PREFIX,
             )
         if "limit" in answer:
